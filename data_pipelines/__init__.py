@@ -1,0 +1,1 @@
+"""Raw dataset -> verified latent shards: sources, transforms, encoding, writing, verification."""

@@ -1,0 +1,1 @@
+"""Recipe + cluster profile -> SLURM jobs. The room of `pomscale launch` and `pomscale runs`."""

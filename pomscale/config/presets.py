@@ -1,0 +1,37 @@
+"""Named model sizes: plain data, so that a login node can plan and validate without torch.
+
+DiPoM sizes follow the authors' v1 code (HoMM, `src/model/network/imagediffusion.py`): degree 2, expansion 2,
+feed-forward expansion 3 for S and B, 2 for L and XL. DiT sizes are the same trunk with attention and
+feed-forward expansion 4 (Peebles & Xie 2023, table 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_DIPOM_SIZES: dict[str, dict[str, Any]] = {
+    "s": {"dim": 384, "depth": 12, "ffn_expansion": 3},
+    "b": {"dim": 768, "depth": 12, "ffn_expansion": 3},
+    "l": {"dim": 1024, "depth": 24, "ffn_expansion": 2},
+    "xl": {"dim": 1152, "depth": 28, "ffn_expansion": 2},
+}
+_DIT_SIZES: dict[str, dict[str, Any]] = {
+    "s": {"dim": 384, "depth": 12, "num_heads": 6},
+    "b": {"dim": 768, "depth": 12, "num_heads": 12},
+    "l": {"dim": 1024, "depth": 24, "num_heads": 16},
+    "xl": {"dim": 1152, "depth": 28, "num_heads": 16},
+}
+_PATCH_SIZES = (2, 4, 8)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    **{
+        f"dipom-{size}-{patch}": {"mixer": "pom", "degree": 2, "expand": 2, "patch_size": patch, **fields}
+        for size, fields in _DIPOM_SIZES.items()
+        for patch in _PATCH_SIZES
+    },
+    **{
+        f"dit-{size}-{patch}": {"mixer": "attention", "ffn_expansion": 4, "patch_size": patch, **fields}
+        for size, fields in _DIT_SIZES.items()
+        for patch in _PATCH_SIZES
+    },
+}

@@ -1,0 +1,292 @@
+"""The typed recipe: one YAML file is one experiment.
+
+Every field is checked here, once; the rest of the house receives these frozen objects and trusts them.
+Anything counted in samples ends in `_samples`; steps appear nowhere in a recipe.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from pomscale.config.presets import PRESETS
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+MixerName = Literal["pom", "attention"]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The network. A preset fills every field that the recipe does not set."""
+
+    preset: str | None = Field(None, description="Named size, e.g. dipom-xl-2; other fields override it.")
+    latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="(channels, height, width).")
+    num_classes: PositiveInt = Field(description="Classes of the dataset; the null class is added by the model.")
+    dim: PositiveInt = Field(description="Width of the trunk.")
+    depth: PositiveInt = Field(description="Number of blocks.")
+    patch_size: PositiveInt = Field(2, description="Latent pixels per side of one token.")
+    ffn_expansion: PositiveInt = Field(2, description="Feed-forward width over dim.")
+    mixer: MixerName | list[MixerName] = Field(
+        "pom", description="One mixer for all blocks, or a list that is repeated until depth is reached (a hybrid)."
+    )
+    degree: PositiveInt = Field(2, description="PoM: degree k of the polynomial.")
+    expand: PositiveInt = Field(2, description="PoM: width of one polynomial piece over dim.")
+    num_heads: PositiveInt = Field(16, description="Attention: number of heads.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") in PRESETS:
+            return {**PRESETS[values["preset"]], **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"preset: unknown model {self.preset!r}; known: {', '.join(PRESETS)}")
+        _, height, width = self.latent_shape
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"latent_shape: {height}x{width} is not divisible by patch_size {self.patch_size}")
+        if self.dim % 4:
+            raise ValueError(f"dim: 2-D positions need a multiple of 4, got {self.dim}")
+        if self.depth % len(self.mixer_pattern):
+            raise ValueError(f"mixer: a pattern of {len(self.mixer_pattern)} does not divide depth {self.depth}")
+        if "attention" in self.mixer_pattern and self.dim % self.num_heads:
+            raise ValueError(f"num_heads: {self.num_heads} does not divide dim {self.dim}")
+        return self
+
+    @property
+    def mixer_pattern(self) -> list[MixerName]:
+        return self.mixer if isinstance(self.mixer, list) else [self.mixer]
+
+    @property
+    def mixers(self) -> list[MixerName]:
+        """The mixer of every block, length `depth`."""
+        return self.mixer_pattern * (self.depth // len(self.mixer_pattern))
+
+    @property
+    def num_tokens(self) -> int:
+        _, height, width = self.latent_shape
+        return (height // self.patch_size) * (width // self.patch_size)
+
+
+class PixelCodecConfig(Section):
+    """Space-to-depth of the pixels themselves: no weights, exact decode."""
+
+    name: Literal["pixel"]
+    block: PositiveInt = Field(2, description="Pixels per side folded into channels.")
+    channels: Literal[1, 3] = Field(3, description="1 = grey, 3 = RGB.")
+
+
+class SdVaeCodecConfig(Section):
+    """Stable Diffusion's AutoencoderKL, from a local folder or a hub id."""
+
+    name: Literal["sd_vae"]
+    path: str = Field("stabilityai/sd-vae-ft-ema", description="Local folder or hub id for from_pretrained.")
+    store: Literal["moments", "sample"] = Field(
+        "moments", description="moments = mean and log-variance stacked on channels; sample = one posterior draw."
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Arithmetic of the encoder.")
+
+
+CodecConfig = Annotated[Union[PixelCodecConfig, SdVaeCodecConfig], Field(discriminator="name")]
+
+
+class DataConfig(Section):
+    """Which latents to train on and how to read them."""
+
+    path: str = Field(description="Folder with manifest.json, as written by `pomscale data encode`.")
+    normalization: Literal["codec", "dataset"] = Field(
+        "codec", description="codec: the codec's scaling factor; dataset: the measured per-channel mean and std."
+    )
+    flip_probability: Fraction = Field(0.5, description="Chance of the flipped copy, where the dataset has one.")
+    shuffle_window: PositiveInt = Field(
+        65536, description="Records shuffled together; larger is more random, smaller reads more sequentially."
+    )
+    num_threads: PositiveInt = Field(2, description="Reader threads per process.")
+    prefetch: PositiveInt = Field(4, description="Micro-batches read ahead per process.")
+
+
+class TimeConfig(Section):
+    """Distribution of t in [0, 1] (0 = data, 1 = noise)."""
+
+    distribution: Literal["uniform", "logit_normal"] = "uniform"
+    mean: float = Field(0.0, description="logit_normal: mean of the normal.")
+    std: PositiveFloat = Field(1.0, description="logit_normal: standard deviation of the normal.")
+
+
+class DiffusionConfig(Section):
+    objective: Literal["flow", "eps"] = Field("flow", description="flow: v = eps - x0; eps: predict the noise.")
+    time: TimeConfig = TimeConfig()
+    class_dropout: Fraction = Field(0.1, description="Chance that a sample is trained without its class.")
+
+
+class OptimizerConfig(Section):
+    """AdamW; biases and embeddings are not decayed."""
+
+    lr: PositiveFloat = 1e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    grad_clip: PositiveFloat | None = Field(1.0, description="Largest global gradient norm; null = no clipping.")
+
+
+class ScheduleConfig(Section):
+    """Learning rate over samples: linear warm-up, constant, then lr (1 - sqrt(u)) to zero."""
+
+    warmup_samples: NonNegativeInt = 0
+    cooldown_samples: NonNegativeInt = 0
+
+
+class TrainingConfig(Section):
+    total_samples: PositiveInt
+    global_batch: PositiveInt = Field(description="Samples per optimiser step over all ranks; fixed for the run.")
+    micro_batch: PositiveInt | None = Field(None, description="Most samples per rank and forward; null = no split.")
+
+
+class ComputeConfig(Section):
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: bf16 compute, fp32 master and reduction.")
+    activation_checkpointing: Literal["none", "full"] = "none"
+    compile: bool = Field(False, description="torch.compile each block.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda where there is one.")
+
+
+class EmaConfig(Section):
+    """Exponential moving average of the weights; its length is a half-life in samples (EDM2, appendix C)."""
+
+    halflife_samples: PositiveInt = 500_000
+    rampup_ratio: PositiveFloat | None = Field(
+        0.05, description="Half-life is at most this share of the samples seen; null = no warm-up."
+    )
+
+
+class CheckpointConfig(Section):
+    every_samples: PositiveInt
+    keep_last: PositiveInt = 2
+    asynchronous: bool = Field(True, description="Write while training goes on.")
+
+
+class SamplingConfig(Section):
+    """How pictures are drawn; also the defaults of `pomscale sample`."""
+
+    every_samples: PositiveInt | None = Field(None, description="Draw a grid into the run folder; null = never.")
+    num_classes: PositiveInt = Field(8, description="Classes in the grid, from class 0 on.")
+    num_per_class: PositiveInt = 4
+    sampler: Literal["ddim", "euler", "heun"] | None = Field(
+        None, description="null follows the objective: euler for flow, ddim for eps."
+    )
+    num_steps: PositiveInt = 50
+    guidance: float = Field(0.0, description="w in pred_c + w (pred_c - pred_u); 0 = off.")
+    seed: NonNegativeInt = 0
+
+
+class ValidationConfig(Section):
+    """Held-out loss by time bin, with noise fixed for the whole run."""
+
+    path: str = Field(description="Dataset that is not trained on.")
+    every_samples: PositiveInt
+    num_samples: PositiveInt = 1024
+    num_time_bins: PositiveInt = 8
+    batch: PositiveInt = 64
+    seed: NonNegativeInt = 0
+
+
+class WandbConfig(Section):
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    project: str = "pomscale"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = []
+
+
+class MonitoringConfig(Section):
+    every_samples: PositiveInt = Field(8192, description="Metrics are averaged and written this often.")
+    wandb: WandbConfig = WandbConfig()
+
+
+class ProfileConfig(Section):
+    """A profiler window: Chrome trace and memory snapshot in the run folder."""
+
+    start_samples: NonNegativeInt
+    num_steps: PositiveInt = 3
+
+
+class TrainRecipe(Section):
+    """One training run."""
+
+    kind: Literal["train"]
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Run folder: output/name.")
+    output: str = Field("runs", description="Folder of run folders.")
+    seed: NonNegativeInt = 0
+    resume: Literal["auto", "never"] = Field("auto", description="auto: go on from the last complete checkpoint.")
+    codec: CodecConfig
+    data: DataConfig
+    model: ModelConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig
+    engine: Literal["fsdp2"] = "fsdp2"
+    compute: ComputeConfig = ComputeConfig()
+    ema: EmaConfig = EmaConfig()
+    checkpoint: CheckpointConfig
+    validation: ValidationConfig | None = None
+    sampling: SamplingConfig = SamplingConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
+    profile: ProfileConfig | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainRecipe:
+        training, schedule = self.training, self.schedule
+        if training.total_samples % training.global_batch:
+            raise ValueError(
+                f"training.total_samples: {training.total_samples} is not a multiple of "
+                f"training.global_batch {training.global_batch}"
+            )
+        if schedule.warmup_samples + schedule.cooldown_samples > training.total_samples:
+            raise ValueError("schedule: warmup_samples + cooldown_samples exceed training.total_samples")
+        if self.sampling.sampler == "ddim" and self.diffusion.objective != "eps":
+            raise ValueError("sampling.sampler: ddim needs diffusion.objective eps; use euler or heun")
+        if self.sampling.num_classes > self.model.num_classes:
+            raise ValueError("sampling.num_classes: more than model.num_classes")
+        return self
+
+
+class ImageSourceConfig(Section):
+    """A folder with one subfolder of pictures (PNG, JPEG, WebP) per class; classes in sorted order."""
+
+    kind: Literal["image_folder"]
+    path: str
+
+
+class ImageTransformConfig(Section):
+    size: PositiveInt = Field(description="Shorter side after resizing, then centre crop to size x size, in pixels.")
+    filter: Literal["lanczos", "area"] = "lanczos"
+    flip: bool = Field(False, description="Also store the latent of the horizontally flipped picture.")
+
+
+class EncodeRecipe(Section):
+    """One dataset of latent shards."""
+
+    kind: Literal["encode"]
+    name: str = Field(min_length=1)
+    output: str = Field(description="Folder that receives shards and manifest.json.")
+    seed: NonNegativeInt = Field(0, description="Seed of posterior draws (store: sample).")
+    source: ImageSourceConfig
+    codec: CodecConfig
+    transform: ImageTransformConfig
+    shard_samples: PositiveInt = Field(4096, description="Items per shard.")
+    batch: PositiveInt = Field(64, description="Pictures per encoder call.")
+    num_workers: PositiveInt = Field(2, description="Threads that decode pictures.")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+Recipe = Annotated[Union[TrainRecipe, EncodeRecipe], Field(discriminator="kind")]
