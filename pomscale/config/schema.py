@@ -6,9 +6,10 @@ Anything counted in samples ends in `_samples`; steps appear nowhere in a recipe
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from pomscale.config.presets import PRESETS
 
@@ -16,6 +17,10 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 MixerName = Literal["pom", "attention"]
+
+
+def _nearest_preset(name: str) -> str:
+    return difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
 
 
 class Section(BaseModel):
@@ -27,7 +32,11 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The network. A preset fills every field that the recipe does not set."""
 
-    preset: str | None = Field(None, description="Named size, e.g. dipom-xl-2; other fields override it.")
+    preset: str | None = Field(
+        None,
+        description="Named size, e.g. dipom-xl-2; other fields override it.",
+        json_schema_extra={"enum": [None, *PRESETS]},
+    )
     latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="(channels, height, width).")
     num_classes: PositiveInt = Field(description="Classes of the dataset; the null class is added by the model.")
     dim: PositiveInt = Field(description="Width of the trunk.")
@@ -44,14 +53,19 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("preset") in PRESETS:
-            return {**PRESETS[values["preset"]], **values}
-        return values
+        preset = values.get("preset") if isinstance(values, dict) else None
+        # An unknown preset is filled from the nearest one, so that its other keys are checked in the same pass.
+        return values if preset is None else {**PRESETS[_nearest_preset(str(preset))], **values}
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, preset: str | None) -> str | None:
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"unknown model {preset!r}; did you mean {_nearest_preset(preset)!r}?")
+        return preset
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"preset: unknown model {self.preset!r}; known: {', '.join(PRESETS)}")
         _, height, width = self.latent_shape
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"latent_shape: {height}x{width} is not divisible by patch_size {self.patch_size}")
@@ -253,8 +267,6 @@ class TrainRecipe(Section):
             )
         if schedule.warmup_samples + schedule.cooldown_samples > training.total_samples:
             raise ValueError("schedule: warmup_samples + cooldown_samples exceed training.total_samples")
-        if self.sampling.sampler == "ddim" and self.diffusion.objective != "eps":
-            raise ValueError("sampling.sampler: ddim needs diffusion.objective eps; use euler or heun")
         if self.sampling.num_classes > self.model.num_classes:
             raise ValueError("sampling.num_classes: more than model.num_classes")
         return self

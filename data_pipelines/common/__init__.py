@@ -1,0 +1,1 @@
+"""Encoding, writing, verifying and showing shards, whatever the modality."""

@@ -1,0 +1,265 @@
+"""The `pomscale` command: one verb per wish.
+
+Parsing imports neither torch nor any of our rooms, so that --help, completion and errors in the arguments are
+instant on a login node; each verb imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from pomscale import __version__
+from pomscale.errors import InputError, PomscaleError
+
+EXIT_SKIPPED = 3
+"""Done, but some items were skipped and listed."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 1 failed, 2 wrong input, 3 done with skipped items, 75 stopped on request."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        code = parsed.run(parsed)
+    except PomscaleError as error:
+        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"{rank}error: {error}", file=sys.stderr)
+        code = error.exit_code
+    sys.exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pomscale", description="Train attention-free diffusion models from latent shards, on one machine or many."
+    )
+    parser.add_argument("--version", action="version", version=f"pomscale {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    train = verbs.add_parser("train", help="train a model from a recipe; resumes by itself")
+    _add_recipe(train)
+    train.set_defaults(run=_train)
+
+    config = verbs.add_parser("config", help="look at recipes")
+    config_verbs = config.add_subparsers(metavar="VERB", required=True)
+    show = config_verbs.add_parser("show", help="print the resolved recipe: defaults, bases and overrides applied")
+    _add_recipe(show)
+    show.set_defaults(run=_config_show)
+    validate = config_verbs.add_parser("validate", help="check recipes; lists every problem with file and line")
+    validate.add_argument("recipes", nargs="+", type=Path, metavar="RECIPE")
+    validate.set_defaults(run=_config_validate)
+    schema = config_verbs.add_parser("schema", help="print the JSON schema of recipes")
+    schema.set_defaults(run=_config_schema)
+
+    data = verbs.add_parser("data", help="make and check datasets of latent shards")
+    data_verbs = data.add_subparsers(metavar="VERB", required=True)
+    encode = data_verbs.add_parser("encode", help="raw pictures -> latent shards; goes on where it stopped")
+    _add_recipe(encode)
+    encode.add_argument("--dry-run", action="store_true", help="say what would be written, write nothing")
+    encode.set_defaults(run=_data_encode)
+    verify = data_verbs.add_parser("verify", help="prove a dataset whole: checksums, shapes, finite values, keys")
+    verify.add_argument("dataset", type=Path)
+    verify.set_defaults(run=_data_verify)
+    info = data_verbs.add_parser("info", help="what a dataset is")
+    info.add_argument("dataset", type=Path)
+    info.set_defaults(run=_data_info)
+    data_show = data_verbs.add_parser("show", help="decode samples into a PNG grid")
+    data_show.add_argument("dataset", type=Path)
+    data_show.add_argument("--num", type=_positive, default=64, help="number of samples (default 64)")
+    data_show.add_argument("--seed", type=int, default=0, help="chooses the samples (default 0)")
+    data_show.add_argument("--out", type=Path, default=Path("grid.png"))
+    data_show.set_defaults(run=_data_show)
+
+    sample = verbs.add_parser("sample", help="draw pictures from a trained model")
+    sample.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
+    sample.add_argument("--classes", default="all", help="class ids, e.g. 0,5,7-9 (default all)")
+    sample.add_argument("--num", type=_positive, default=8, help="pictures per class (default 8)")
+    sample.add_argument("--sampler", choices=["ddim", "euler", "heun"], help="default: as the recipe says")
+    sample.add_argument("--steps", type=_positive, help="default: as the recipe says")
+    sample.add_argument("--guidance", type=float, help="w in pred_c + w (pred_c - pred_u); default: the recipe's")
+    sample.add_argument("--seed", type=int, default=0, help="picture i has seed + i (default 0)")
+    sample.add_argument("--batch", type=_positive, default=64, help="does not change the pictures (default 64)")
+    sample.add_argument("--weights", choices=["ema", "model"], default="ema")
+    sample.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sample.add_argument("--out", type=Path, default=Path("grid.png"), help="PNG grid, one row per class")
+    sample.add_argument("--npz", type=Path, help="also write pictures (uint8 n h w c), classes and seeds")
+    sample.set_defaults(run=_sample)
+
+    evaluate = verbs.add_parser("evaluate", help="measure a trained model")
+    evaluate_verbs = evaluate.add_subparsers(metavar="VERB", required=True)
+    heldout = evaluate_verbs.add_parser("heldout", help="held-out loss by time bin, noise fixed")
+    heldout.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
+    heldout.add_argument("--data", help="dataset; default: the recipe's validation.path")
+    heldout.add_argument("--num-samples", type=_positive, help="default: the recipe's, or 1024")
+    heldout.add_argument("--num-time-bins", type=_positive, help="default: the recipe's, or 8")
+    heldout.add_argument("--weights", choices=["ema", "model"], default="ema")
+    heldout.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    heldout.set_defaults(run=_evaluate_heldout)
+    digits = evaluate_verbs.add_parser("digits", help="are generated digits recognised, and are they no copies?")
+    digits.add_argument("npz", type=Path, help="from pomscale sample --npz")
+    digits.add_argument("--train", type=Path, default=Path("data/digits/train"), help="pictures trained on")
+    digits.add_argument("--heldout", type=Path, default=Path("data/digits/heldout"), help="pictures not trained on")
+    digits.add_argument("--out", type=Path, help="also write the figures as JSON")
+    digits.set_defaults(run=_evaluate_digits)
+
+    report = verbs.add_parser("report", help="curves of a run: report.png and a self-contained report.html")
+    report.add_argument("run_folder", type=Path, metavar="RUN")
+    report.add_argument("--out", type=Path, help="folder; default: the run folder")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file, see recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the recipe, e.g. optimizer.lr=3e-4")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from pomscale.config.recipe import load_train_recipe
+
+    recipe = load_train_recipe(arguments.recipe, arguments.overrides)  # before torch: a typo is told at once
+
+    from pomscale.train import train
+
+    return train(recipe)
+
+
+def _config_show(arguments: argparse.Namespace) -> int:
+    from pomscale.config.recipe import dump_recipe, load_recipe
+
+    print(dump_recipe(load_recipe(arguments.recipe, arguments.overrides)), end="")
+    return 0
+
+
+def _config_validate(arguments: argparse.Namespace) -> int:
+    from pomscale.config.recipe import RecipeError, load_recipe
+
+    problems: list[str] = []
+    for recipe in arguments.recipes:
+        try:
+            load_recipe(recipe)
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+    print(f"{len(arguments.recipes)} recipe(s) valid")
+    return 0
+
+
+def _config_schema(arguments: argparse.Namespace) -> int:
+    from pomscale.config.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=1))
+    return 0
+
+
+def _data_encode(arguments: argparse.Namespace) -> int:
+    from pomscale.config.recipe import load_encode_recipe
+
+    recipe = load_encode_recipe(arguments.recipe, arguments.overrides)
+
+    from data_pipelines.common.encode import encode
+
+    report = encode(recipe, dry_run=arguments.dry_run)
+    print(report)
+    return EXIT_SKIPPED if report.num_failures else 0
+
+
+def _data_verify(arguments: argparse.Namespace) -> int:
+    from data_pipelines.common.verify import verify
+
+    report = verify(arguments.dataset)
+    print(report)
+    return 1 if report.problems else 0
+
+
+def _data_info(arguments: argparse.Namespace) -> int:
+    from data_pipelines.common.show import info
+
+    print(info(arguments.dataset))
+    return 0
+
+
+def _data_show(arguments: argparse.Namespace) -> int:
+    from data_pipelines.common.show import show
+
+    show(arguments.dataset, arguments.num, arguments.out, seed=arguments.seed)
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from pomscale.drawing import draw_pictures
+    from pomscale.pretrained import load_pretrained
+
+    model = load_pretrained(arguments.model, weights=arguments.weights, device=arguments.device)
+    draw_pictures(
+        model,
+        parse_classes(arguments.classes, model.config.num_classes),
+        num_per_class=arguments.num,
+        seed=arguments.seed,
+        sampler=arguments.sampler,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        batch=arguments.batch,
+        out=arguments.out,
+        npz=arguments.npz,
+    )
+    return 0
+
+
+def parse_classes(text: str, num_classes: int) -> list[int]:
+    """ "all" or a list such as "0,5,7-9". Raises InputError for what is no class of the model."""
+    if text == "all":
+        return list(range(num_classes))
+    classes: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.strip().isdigit() or (dash and not last.strip().isdigit()):
+            raise InputError(f"--classes {text!r}: {part!r} is neither a class id nor a range such as 0-9")
+        classes += range(int(first), int(last if dash else first) + 1)
+    if not classes or max(classes) >= num_classes:
+        raise InputError(f"--classes {text!r}: the model has classes 0..{num_classes - 1}")
+    return classes
+
+
+def _evaluate_heldout(arguments: argparse.Namespace) -> int:
+    from pomscale.measure import measure_heldout
+
+    loss = measure_heldout(
+        arguments.model,
+        data=arguments.data,
+        num_samples=arguments.num_samples,
+        num_time_bins=arguments.num_time_bins,
+        weights=arguments.weights,
+        device=arguments.device,
+    )
+    print(json.dumps({"mean": loss.mean, "by_bin": loss.by_bin}))
+    return 0
+
+
+def _evaluate_digits(arguments: argparse.Namespace) -> int:
+    from pomscale.evaluation.digits import evaluate_digits
+
+    report = evaluate_digits(arguments.npz, arguments.train, arguments.heldout)
+    print(report.table())
+    if arguments.out:
+        arguments.out.write_text(report.to_json(), encoding="utf-8")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from pomscale.monitoring.report import write_report
+
+    paths = write_report(arguments.run_folder, arguments.out)
+    print(f"wrote {paths.png} and {paths.html}")
+    return 0

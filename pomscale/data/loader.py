@@ -1,0 +1,150 @@
+"""From dataset and order to the micro-batches of one rank, read ahead by threads.
+
+torchdata.nodes carries threads, prefetch and pinning; the order is ours, so the loader has no state to save beyond
+the number of samples consumed, and starting at any position costs the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, PinMemory, Prefetcher
+
+from pomscale.data.dataset import LatentDataset
+from pomscale.data.order import SampleOrder
+from pomscale.errors import InputError, PomscaleError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One forward pass of one rank, on the CPU. A sample of weight 0 is padding: it takes no part in the loss."""
+
+    latents: Tensor  # (b, c, h, w) float32, normalised
+    condition: Tensor  # (b,) int64, class ids
+    positions: Tensor  # (b,) int64, global positions
+    weights: Tensor  # (b,) float32, 1 or 0
+
+
+def num_micro_batches(global_batch: int, world_size: int, micro_batch: int | None) -> int:
+    """Micro-batches per step, the same on every rank: collectives inside a forward pass must meet.
+
+    InputError if there are more ranks than samples in a step.
+    """
+    if world_size > global_batch:
+        raise InputError(
+            f"training.global_batch: {global_batch} samples cannot be shared by {world_size} ranks; "
+            f"use at most {global_batch} ranks or a larger global batch"
+        )
+    largest_slice = -(-global_batch // world_size)
+    return 1 if micro_batch is None else -(-largest_slice // micro_batch)
+
+
+def micro_batch_positions(
+    start: int, *, global_batch: int, micro_batch: int | None, rank: int, world_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Endless (positions (b,) int64, weights (b,) float32) of one rank's micro-batches, from position `start` on.
+
+    Step s covers positions [s G, (s+1) G). Rank r takes the slice [r G // R, (r+1) G // R) of it, cut into
+    `num_micro_batches` near-even pieces. Slices differ by at most one sample, so a piece may be empty on some
+    ranks: it repeats a position of the rank with weight 0.
+    """
+    num_pieces = num_micro_batches(global_batch, world_size, micro_batch)
+    begin, end = rank * global_batch // world_size, (rank + 1) * global_batch // world_size
+    cuts = [begin + (end - begin) * piece // num_pieces for piece in range(num_pieces + 1)]
+    while True:
+        for first, last in itertools.pairwise(cuts):
+            positions = start + np.arange(first, max(last, first + 1), dtype=np.int64)
+            yield positions, np.full(len(positions), float(last > first), np.float32)
+        start += global_batch
+
+
+class Loader(Generic[T]):
+    """Endless iterator over one rank's micro-batches, `num_micro_batches` per step, in order.
+
+    `finish` turns a MicroBatch into what the trainer wants, inside the reader threads; with `pin_memory` its
+    result must be something torch can pin (a tensor, a container of tensors, or an object with pin_memory()).
+    An InputError met by a reader thread is raised by `next`, once the batches before it were handed out.
+    Use as a context manager, or call `close`, to end the threads.
+    """
+
+    def __init__(
+        self,
+        dataset: LatentDataset,
+        *,
+        seed: int,
+        shuffle_window: int,
+        global_batch: int,
+        micro_batch: int | None,
+        rank: int,
+        world_size: int,
+        start_position: int,
+        flip_probability: float,
+        num_threads: int,
+        prefetch: int,
+        finish: Callable[[MicroBatch], T],
+        pin_memory: bool,
+    ) -> None:
+        if start_position % global_batch:
+            raise InputError(
+                f"the run has seen {start_position:,} samples, which is no multiple of training.global_batch "
+                f"{global_batch}; the global batch is fixed for a run, so resume with the one it started with"
+            )
+        self.num_micro_batches = num_micro_batches(global_batch, world_size, micro_batch)
+        self.order = SampleOrder([shard.num_samples for shard in dataset.manifest.shards], seed, shuffle_window)
+        self._dataset = dataset
+        self._seed = seed
+        self._flip_probability = flip_probability
+        self._finish = finish
+
+        pieces = micro_batch_positions(
+            start_position, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size
+        )
+        # snapshot_frequency=0: torchdata need not track a state that one integer describes.
+        node: BaseNode = IterableWrapper(pieces)
+        node = ParallelMapper(node, self._read, num_threads, in_order=True, method="thread", snapshot_frequency=0)
+        if pin_memory:
+            node = PinMemory(node, "cuda", snapshot_frequency=0)
+        self._node: BaseNode | None = Prefetcher(node, prefetch, snapshot_frequency=0)
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._node is None:
+            raise StopIteration
+        item = next(self._node)
+        if isinstance(item, PomscaleError):
+            self.close()
+            raise item
+        return item
+
+    def __enter__(self) -> Loader[T]:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the reader threads. Safe to call twice; a closed loader yields nothing more."""
+        # torchdata's nodes stop and join their threads when the last reference to them goes.
+        self._node = None
+
+    def _read(self, piece: tuple[np.ndarray, np.ndarray]) -> T | PomscaleError:
+        positions, weights = piece
+        try:
+            latents, labels = self._dataset.read(
+                self.order.records(positions), positions, seed=self._seed, flip_probability=self._flip_probability
+            )
+        except PomscaleError as error:
+            # Returned, not raised: torchdata would bury the message for people in a traceback of its own.
+            return error
+        arrays = (latents, labels, positions, weights)
+        return self._finish(MicroBatch(*(torch.from_numpy(array) for array in arrays)))

@@ -1,0 +1,66 @@
+"""The sample order: which record stands at which global position.
+
+A pure function of (seed, position, shard sizes, window), so a run's whole reading state is one number, whatever the
+ranks, threads and micro-batches. In each epoch the shards are permuted and laid end to end, the result is cut into
+windows of `window` records, and each window is permuted. A window holds few shards, so a parallel file system sees
+large neighbouring reads; a window of at least the dataset is a full shuffle.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from pomscale.errors import InputError
+from pomscale.keyed_random import Stream, keyed_generator
+
+# A batch that straddles a window border, read by a few threads, touches this many windows at a time.
+_CACHED_WINDOWS = 4
+
+
+class SampleOrder:
+    """Positions count samples from the start of training and never wrap: epoch = position // num_records.
+
+    Memory is O(window + number of shards). Safe to share between threads.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int, window: int) -> None:
+        self.num_records = sum(shard_sizes)
+        if self.num_records == 0:
+            raise InputError("the dataset has no records, so there is nothing to train on")
+        self._sizes = np.asarray(shard_sizes, np.int64)
+        self._first_record = np.cumsum(self._sizes) - self._sizes
+        self._seed = seed
+        self._window = min(window, self.num_records)
+        self._shards = functools.lru_cache(maxsize=2)(self._permute_shards)
+        self._permutation = functools.lru_cache(maxsize=_CACHED_WINDOWS)(self._permute_window)
+
+    def epoch(self, positions: np.ndarray) -> np.ndarray:
+        """Epoch, from 0, of each global position. int64 -> int64, same shape."""
+        return positions // self.num_records
+
+    def records(self, positions: np.ndarray) -> np.ndarray:
+        """Record number at each global position. int64 (b,) -> int64 (b,)."""
+        records = np.empty_like(positions)
+        epochs, offsets = np.divmod(positions, self.num_records)
+        windows, places = np.divmod(offsets, self._window)
+        for epoch, window in np.unique(np.stack([epochs, windows]), axis=1).T.tolist():
+            here = (epochs == epoch) & (windows == window)
+            shards, ends = self._shards(epoch)
+            ranks = window * self._window + self._permutation(epoch, window)[places[here]]
+            slots = np.searchsorted(ends, ranks, side="right")
+            starts = ends[slots] - self._sizes[shards[slots]]
+            records[here] = self._first_record[shards[slots]] + ranks - starts
+        return records
+
+    def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards in the order of this epoch, and where each ends when they are laid end to end."""
+        generator = keyed_generator(self._seed, Stream.SHARD_ORDER, epoch)
+        shards = generator.permutation(len(self._sizes))
+        return shards, np.cumsum(self._sizes[shards])
+
+    def _permute_window(self, epoch: int, window: int) -> np.ndarray:
+        generator = keyed_generator(self._seed, Stream.WINDOW_ORDER, epoch, window)
+        return generator.permutation(min(self._window, self.num_records - window * self._window))

@@ -1,0 +1,1 @@
+"""Paths, objectives, guidance and samplers. The network is a callable to this room."""

@@ -1,0 +1,50 @@
+"""Everything random about training on one sample, keyed by its global position.
+
+Drawn on the CPU (in the loader's threads), so that the numbers are the same on every device and layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pomscale.config.schema import TimeConfig
+from pomscale.keyed_random import Stream, keyed_generator
+
+
+@dataclass
+class Draws:
+    """eps (b, ...) fp32; t (b,) fp32 in (0, 1); drop_condition (b,) bool."""
+
+    eps: Tensor
+    t: Tensor
+    drop_condition: Tensor
+
+
+def keyed_normal(seed: int, stream: Stream, indices: list[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal (len(indices), *shape) fp32; row i depends on (seed, stream, indices[i]) alone."""
+    out = np.empty((len(indices), *shape), dtype=np.float32)
+    for row, index in zip(out, indices, strict=True):
+        keyed_generator(seed, stream, index).standard_normal(out=row, dtype=np.float32)
+    return torch.from_numpy(out)
+
+
+def draw_time(config: TimeConfig, generator: np.random.Generator) -> float:
+    """One t: uniform, or logit-normal (Esser et al. 2024, equation 19)."""
+    if config.distribution == "uniform":
+        return float(generator.random())
+    return float(1 / (1 + np.exp(-generator.normal(config.mean, config.std))))
+
+
+def draw(seed: int, positions: list[int], shape: tuple[int, ...], time: TimeConfig, condition_dropout: float) -> Draws:
+    """Noise, time and condition dropout of the samples at global `positions`; shape is one sample's latent shape."""
+    return Draws(
+        eps=keyed_normal(seed, Stream.NOISE, positions, shape),
+        t=torch.tensor([draw_time(time, keyed_generator(seed, Stream.TIME, p)) for p in positions]),
+        drop_condition=torch.tensor(
+            [keyed_generator(seed, Stream.CONDITION_DROPOUT, p).random() < condition_dropout for p in positions]
+        ),
+    )

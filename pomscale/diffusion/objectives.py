@@ -1,0 +1,135 @@
+"""What the network predicts on the path from data (t = 0) to noise (t = 1).
+
+A path is x_t = alpha(t) x0 + sigma(t) eps. Both objectives predict the derivative of an ordinary differential
+equation dy/ds = f, which is all that a sampler needs to know (DDIM, Song et al. 2021, equation 14;
+flow matching, Lipman et al. 2023):
+
+    flow:  y = x,            s = t,                   f = v = eps - x0
+    eps:   y = x / alpha(t), s = sigma(t) / alpha(t), f = eps
+
+Shapes: x, x0, eps and predictions are (b, ...), t is (b,) or a scalar tensor; all floating dtypes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pomscale.config.schema import DiffusionConfig
+
+
+class Objective(Protocol):
+    """A path, the target on it, and its sampling equation."""
+
+    name: str
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Weight of the data at t."""
+        ...
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Weight of the noise at t."""
+        ...
+
+    def target(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """What the network should predict."""
+        ...
+
+    def decompose(self, x: Tensor, t: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        """The (x0, eps) that the prediction implies at x = x_t."""
+        ...
+
+    def to_ode(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(y, s) of the sampling equation dy/ds = prediction."""
+        ...
+
+    def from_ode(self, y: Tensor, t: Tensor) -> Tensor:
+        """x_t from y."""
+        ...
+
+    def time_grid(self, num_steps: int) -> Tensor:
+        """num_steps + 1 times from the start of sampling down to 0, float64."""
+        ...
+
+
+def expand_time(t: Tensor, like: Tensor) -> Tensor:
+    """t (b,) or () shaped to broadcast over like (b, ...), in its dtype."""
+    return t.to(like.dtype).reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def interpolate(objective: Objective, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """x_t = alpha(t) x0 + sigma(t) eps."""
+    t = expand_time(t, x0)
+    return objective.alpha(t) * x0 + objective.sigma(t) * eps
+
+
+class FlowMatching:
+    """x_t = (1 - t) x0 + t eps; the network predicts v = eps - x0."""
+
+    name = "flow"
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def target(self, x0: Tensor, eps: Tensor) -> Tensor:
+        return eps - x0
+
+    def decompose(self, x: Tensor, t: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        t = expand_time(t, x)
+        return x - t * prediction, x + (1 - t) * prediction
+
+    def to_ode(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return x, expand_time(t, x)
+
+    def from_ode(self, y: Tensor, t: Tensor) -> Tensor:
+        return y
+
+    def time_grid(self, num_steps: int) -> Tensor:
+        return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+
+
+class EpsPrediction:
+    """x_t = sqrt(1 - t) x0 + sqrt(t) eps, the PoM authors' linear schedule; the network predicts eps."""
+
+    name = "eps"
+    start_time = 0.999
+    """Sampling starts just short of t = 1, where x / alpha(t) is not defined."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sqrt(1 - t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sqrt(t)
+
+    def target(self, x0: Tensor, eps: Tensor) -> Tensor:
+        return eps
+
+    def decompose(self, x: Tensor, t: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        t = expand_time(t, x)
+        return (x - self.sigma(t) * prediction) / self.alpha(t), prediction
+
+    def to_ode(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = expand_time(t, x)
+        return x / self.alpha(t), self.sigma(t) / self.alpha(t)
+
+    def from_ode(self, y: Tensor, t: Tensor) -> Tensor:
+        return y * self.alpha(expand_time(t, y))
+
+    def time_grid(self, num_steps: int) -> Tensor:
+        # With t = sin^2(theta), alpha = cos(theta) and sigma = sin(theta): uniform in theta is smooth at both
+        # ends, where a grid uniform in t would take one huge step of s at t = 0 and lose a sampler its order.
+        theta = torch.linspace(math.asin(math.sqrt(self.start_time)), 0, num_steps + 1, dtype=torch.float64)
+        return torch.sin(theta) ** 2
+
+
+OBJECTIVES: dict[str, type[FlowMatching] | type[EpsPrediction]] = {"flow": FlowMatching, "eps": EpsPrediction}
+
+
+def build_objective(config: DiffusionConfig) -> Objective:
+    return OBJECTIVES[config.objective]()

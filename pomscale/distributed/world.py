@@ -1,0 +1,83 @@
+"""The processes of a run: who am I, which device is mine, which mesh are we.
+
+Works the same alone and under torchrun, SLURM or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR and MASTER_PORT.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from pomscale.errors import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size` processes. `mesh` is one-dimensional, named ("shard",)."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Elementwise sum over all ranks, in float64. A collective: every rank calls it with the same length."""
+        # float64 on every backend, so that a count or a loss never loses digits on the way.
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def gather(self, value: object) -> list[object]:
+        """One picklable object per rank, in rank order, on every rank. A collective; not for large data."""
+        gathered: list[object] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def barrier(self) -> None:
+        self.sum([0.0])
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" (cuda where there is one), "cpu" or "cuda" -> this process's device.
+
+    Raises InputError when cuda is asked for and absent.
+    """
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise InputError("device: cuda was asked for, but torch sees no GPU here; use auto or cpu")
+    if device == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    # Launchers differ in whether a process sees all GPUs of its node or only its own.
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+@contextmanager
+def join_world(device: str) -> Iterator[World]:
+    """Join (or alone, be) the world for the duration of the block.
+
+    device: as resolve_device, which says what it raises.
+    """
+    this_device = resolve_device(device)
+    if this_device.type == "cuda":
+        torch.cuda.set_device(this_device)
+    backend = "cpu:gloo,cuda:nccl" if this_device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:  # alone: a store in memory needs no port, so any number of runs fit on one machine
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh(this_device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
+        yield World(dist.get_rank(), dist.get_world_size(), this_device, mesh)
+    finally:
+        dist.destroy_process_group()

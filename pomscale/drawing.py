@@ -1,0 +1,46 @@
+"""`pomscale sample`: pictures of a trained model into a PNG grid, and into an npz for measuring."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pomscale.monitoring.media import save_grid
+from pomscale.pretrained import PretrainedDiPoM, decode, sample
+
+
+def draw_pictures(
+    model: PretrainedDiPoM,
+    classes: list[int],
+    *,
+    num_per_class: int,
+    seed: int,
+    sampler: Literal["ddim", "euler", "heun"] | None,
+    steps: int | None,
+    guidance: float | None,
+    batch: int,
+    out: Path,
+    npz: Path | None,
+) -> None:
+    """One row of pictures per class; picture i has seed + i. None means what the model's recipe says."""
+    defaults = model.card.recipe.sampling
+    condition = [c for c in classes for _ in range(num_per_class)]
+    seeds = range(seed, seed + len(condition))
+    latents = sample(
+        model,
+        condition,
+        seeds=seeds,
+        sampler=sampler or defaults.sampler,
+        steps=steps or defaults.num_steps,
+        guidance=defaults.guidance if guidance is None else guidance,
+        batch=batch,
+    )
+    images = decode(model, latents).clamp(0, 1).cpu()
+    save_grid(images, out, num_per_class)
+    print(f"wrote {out}: {len(classes)} classes x {num_per_class}")
+    if npz is not None:
+        pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        np.savez_compressed(npz, images=pixels, classes=np.array(condition), seeds=np.array(seeds))
+        print(f"wrote {npz}: images {pixels.shape} uint8, classes, seeds")

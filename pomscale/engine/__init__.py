@@ -1,0 +1,1 @@
+"""Engines: how a model is sharded, stepped and saved. They never know which model it is."""

@@ -1,0 +1,44 @@
+"""AdamW, and the learning rate as a function of samples seen."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from pomscale.config.schema import OptimizerConfig, ScheduleConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW that leaves biases and embeddings undecayed.
+
+    Decay would pull the gate biases from their start at -1 towards 0, that is, open every block; and a class
+    embedding would shrink at every step in which its class does not occur.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        is_bias = name.rsplit(".", 1)[-1] == "bias"
+        (undecayed if is_bias or id(parameter) in embeddings else decayed).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": undecayed, "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def learning_rate(config: ScheduleConfig, peak: float, samples: int, total_samples: int) -> float:
+    """Linear warm-up, constant, then peak (1 - sqrt(u)) with u in [0, 1] over the cooldown (Haegele et al. 2024)."""
+    if samples < config.warmup_samples:
+        return peak * samples / config.warmup_samples
+    into_cooldown = samples - (total_samples - config.cooldown_samples)
+    if config.cooldown_samples and into_cooldown > 0:
+        return peak * (1 - math.sqrt(into_cooldown / config.cooldown_samples))
+    return peak

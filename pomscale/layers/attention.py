@@ -1,0 +1,92 @@
+"""Multi-head attention behind the interface of the Polynomial Mixer: the baseline it is measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pomscale.ops.pom import BlockCausal, Mask, check_mask, dense_mask
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """What attention carries of n past tokens: key and value (b heads n d/heads), takes_part (b n) bool."""
+
+    key: Tensor
+    value: Tensor
+    takes_part: Tensor
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention with the masks, cross form and carried state of `PoM`; its state grows with n.
+
+    The query has its own map, because in the cross form it reads another sequence than key and value: an official
+    fused qkv weight is split, first third to `query`, the rest to `key_value`.
+    Raises ValueError unless num_heads divides dim.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"Attention: num_heads {num_heads} does not divide dim {dim}")
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.output = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Mask = None) -> Tensor:
+        """x (b m d) reads context (b n d), by default itself -> (b m d).
+
+        Masks as in `PoM.forward`, built densely except for None and "causal". For a query with an empty context the
+        heads give 0. Raises ValueError for a mask that does not fit.
+        """
+        context = x if context is None else context
+        batch, num_queries, num_context = x.shape[0], x.shape[1], context.shape[1]
+        check_mask(mask, batch, num_queries, num_context)
+        query = self._split_heads(self.query(x))
+        key, value = (self._split_heads(part) for part in self.key_value(context).chunk(2, dim=-1))
+        if mask is None or isinstance(mask, str):
+            heads = F.scaled_dot_product_attention(query, key, value, is_causal=mask is not None)
+        else:
+            heads = _attend(query, key, value, dense_mask(mask, batch, num_queries, num_context, x.device))
+        return self._merge_heads(heads)
+
+    def step(self, x: Tensor, state: AttentionState | None = None, mask: Mask = None) -> tuple[Tensor, AttentionState]:
+        """The next chunk x (b n d) of a sequence -> (b n d) and the state to pass to the next call.
+
+        mask as in `PoM.step`: None, bool (b n) or "causal".
+        """
+        batch, num_tokens, _ = x.shape
+        check_mask(mask, batch, num_tokens, num_tokens)
+        if isinstance(mask, BlockCausal) or (isinstance(mask, Tensor) and mask.dim() == 3):
+            raise ValueError('step: mask must be None, "causal" or bool (b n)')
+        key, value = (self._split_heads(part) for part in self.key_value(x).chunk(2, dim=-1))
+        takes_part = mask if isinstance(mask, Tensor) else torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        readable = dense_mask(mask, batch, num_tokens, num_tokens, x.device)
+        if state is not None:
+            past = state.takes_part[:, None, :].expand(-1, num_tokens, -1)
+            readable = torch.cat([past, readable], dim=2)
+            key, value = torch.cat([state.key, key], dim=2), torch.cat([state.value, value], dim=2)
+            takes_part = torch.cat([state.takes_part, takes_part], dim=1)
+        heads = _attend(self._split_heads(self.query(x)), key, value, readable)
+        return self._merge_heads(heads), AttentionState(key, value, takes_part)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """(b n d) -> (b heads n d/heads)"""
+        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+    def _merge_heads(self, heads: Tensor) -> Tensor:
+        """(b heads n d/heads) -> (b n d), through the output map"""
+        return self.output(heads.transpose(1, 2).flatten(2))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, readable: Tensor) -> Tensor:
+    """Attention under a dense mask `readable` (b m n); rows that read nothing give 0."""
+    readable = readable[:, None]
+    # A softmax over nothing is NaN in some backends: such rows read everything, and what they read is dropped.
+    empty = ~readable.any(-1, keepdim=True)
+    heads = F.scaled_dot_product_attention(query, key, value, attn_mask=readable | empty)
+    return heads.masked_fill(empty, 0.0)

@@ -1,0 +1,33 @@
+"""Pictures to tokens and back."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class PatchEmbedding(nn.Module):
+    """(b c H W) -> (b n d), one token per patch_size x patch_size square, row-major; ValueError on uneven sides.
+
+    A convolution, so that its weight has the layout of the authors' checkpoints. Pictures are cast to its dtype.
+    """
+
+    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.projection = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        height, width = pictures.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"latents of {height}x{width} cannot be cut into patches of {self.patch_size}")
+        return self.projection(pictures.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:
+    """tokens (b, height * width, p * p * c), channels (patch row, patch column, c) -> (b, c, height p, width p).
+
+    height and width count tokens. The order of the channels is that of the authors' head.
+    """
+    grid = tokens.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (height, width))  # (b h w p q c)
+    pixels = grid.permute(0, 5, 1, 3, 2, 4)  # (b c h p w q)
+    return pixels.reshape(pixels.shape[0], pixels.shape[1], height * patch_size, width * patch_size)

@@ -1,0 +1,34 @@
+"""The one block of every network: a mixer and a feed-forward, both modulated and gated by the condition."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pomscale.layers import FeedForward, modulate
+
+
+class Block(nn.Module):
+    """x (b n d), condition c (b 1 d) -> (b n d):
+
+        x <- x + (1 + g1) mixer(modulate(norm(x), shift1, scale1))
+        x <- x + (1 + g2) ffn(modulate(norm(x), shift2, scale2))
+
+    Scales, shifts and gates are linear in SiLU(c). With gate biases of -1 and zero weights, as `init_weights` sets
+    them, a block starts as the identity.
+    """
+
+    def __init__(self, dim: int, mixer: nn.Module, ffn_expansion: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.mixer = mixer
+        self.ffn = FeedForward(dim, ffn_expansion)
+        self.modulation = nn.Linear(dim, 4 * dim)
+        self.gates = nn.Linear(dim, 2 * dim)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        c = F.silu(c)
+        scale1, shift1, scale2, shift2 = self.modulation(c).chunk(4, dim=-1)
+        gate1, gate2 = self.gates(c).chunk(2, dim=-1)
+        x = x + (1 + gate1) * self.mixer(modulate(self.norm(x), shift1, scale1))
+        return x + (1 + gate2) * self.ffn(modulate(self.norm(x), shift2, scale2))

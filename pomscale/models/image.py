@@ -1,0 +1,59 @@
+"""Class-conditional image diffusion: DiPoM, and DiT and hybrids as other mixers in the same trunk."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pomscale.config.schema import MixerName, ModelConfig
+from pomscale.layers import Attention, PatchEmbedding, PoM, TimestepEmbedding, modulate, sincos_positions_2d, unpatchify
+from pomscale.models.block import Block
+
+
+class DiPoM(nn.Module):
+    """Predicts noise or velocity from noisy latents (arXiv 2411.12663, section 4; trunk of Peebles & Xie 2023).
+
+    Inputs may be of any floating dtype; activations and the output have the dtype of the weights.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels, dim = config.latent_shape[0], config.dim
+        self.patch_embedding = PatchEmbedding(channels, dim, config.patch_size)
+        self.time_embedding = TimestepEmbedding(dim)
+        self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last row: no class
+        self.trunk = nn.ModuleList(Block(dim, _mixer(config, name), config.ffn_expansion) for name in config.mixers)
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.head = nn.Linear(dim, config.patch_size**2 * channels)
+
+    def blocks(self) -> nn.ModuleList:
+        """The repeated blocks, in order: what an engine shards, checkpoints and compiles one by one."""
+        return self.trunk
+
+    def null_condition(self, batch_size: int, device: torch.device | str) -> Tensor:
+        """(batch_size,) int64: the condition that stands for no class."""
+        return torch.full((batch_size,), self.config.num_classes, dtype=torch.int64, device=device)
+
+    def forward(self, latents: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """latents (b c h w), t (b,) in [0, 1] with 1 = noise, condition (b,) int64 class ids -> (b c h w).
+
+        h and w may differ from the config's; ValueError if the patch size does not divide them.
+        """
+        patch_size = self.config.patch_size
+        height, width = latents.shape[2] // patch_size, latents.shape[3] // patch_size
+        x = self.patch_embedding(latents)
+        x = x + sincos_positions_2d(height, width, self.config.dim, x.device, x.dtype)
+        c = (self.time_embedding(t) + self.class_embedding(condition))[:, None]
+        for block in self.trunk:
+            x = block(x, c)
+        scale, shift = self.modulation(F.silu(c)).chunk(2, dim=-1)
+        return unpatchify(self.head(modulate(self.norm(x), shift, scale)), height, width, patch_size)
+
+
+def _mixer(config: ModelConfig, name: MixerName) -> nn.Module:
+    if name == "attention":
+        return Attention(config.dim, config.num_heads)
+    return PoM(config.dim, config.degree, config.expand)

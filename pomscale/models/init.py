@@ -1,0 +1,52 @@
+"""Initial weights that depend on the seed and on the name of a parameter, and on nothing else.
+
+Every parameter has its own generator, so the result does not depend on build order, world size or sharding, and no
+process ever holds more than one whole parameter beside its shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+def _copy(parameter: nn.Parameter, value: Tensor) -> None:
+    parameter.copy_(value)
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, seed: int, assign: Callable[[nn.Parameter, Tensor], None] = _copy) -> None:
+    """Set every parameter of `model` to its initial value: the authors' rules, see `_fill`.
+
+    assign(parameter, value) receives the whole parameter as fp32 on the CPU; an engine passes one that keeps its
+    shard. The parameters must have storage (not the meta device). Raises ValueError for a parameter without a rule.
+    """
+    for module_name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{leaf}"
+            value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            _fill(value, module, name.split("."), _generator(seed, name))
+            assign(parameter, value)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "big"))
+
+
+def _fill(value: Tensor, module: nn.Module, path: list[str], generator: torch.Generator) -> None:
+    """Linear maps and convolutions xavier uniform with bias 0; class and time embeddings N(0, 0.02); whatever
+    modulates starts at 0, and so does the head; gates start at 0 = 1 + bias."""
+    owner, leaf = path[-2], path[-1]
+    if not isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding) or leaf not in ("weight", "bias"):
+        raise ValueError(f"{'.'.join(path)}: no rule says how to initialise this parameter")
+    if leaf == "bias":
+        value.fill_(-1.0 if owner == "gates" else 0.0)
+    elif owner in ("modulation", "gates", "head"):
+        value.zero_()
+    elif isinstance(module, nn.Embedding) or "time_embedding" in path:
+        value.normal_(0.0, 0.02, generator=generator)
+    else:
+        nn.init.xavier_uniform_(value, generator=generator)

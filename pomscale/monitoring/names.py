@@ -1,0 +1,32 @@
+"""Every metric a run may log, with its unit. Names are stable: dashboards and scripts are built on them."""
+
+from __future__ import annotations
+
+METRICS: dict[str, str] = {
+    "train/loss": "training loss, mean over the samples since the last row",
+    "train/grad_norm": "global gradient norm before clipping, mean over the steps since the last row",
+    "train/learning_rate": "learning rate of the last step",
+    "speed/samples_per_s": "samples per second over all ranks, without validation, sampling and saving",
+    "speed/step_time_s": "seconds per optimiser step, mean",
+    "speed/data_wait_share": "share of the step time spent waiting for data, 0 to 1",
+    "speed/mfu": "model FLOP/s over the data-sheet peak of the devices, 0 to 1",
+    "memory/peak_gib": "peak memory of this process in GiB: allocated on the GPU, or resident without one",
+    "host/cpu_percent": "CPU use of the whole host in percent, mean since the last row",
+    "host/memory_gib": "memory in use on the whole host, GiB",
+    "host/process_memory_gib": "resident memory of this process, GiB",
+    "validation/loss": "held-out loss with noise fixed for the whole run",
+}
+
+VALIDATION_BIN_PREFIX = "validation/loss_bin_"
+
+
+def validation_bin(index: int) -> str:
+    """Name of the held-out loss of time bin `index` (0 = nearest to the data), e.g. validation/loss_bin_00."""
+    return f"{VALIDATION_BIN_PREFIX}{index:02d}"
+
+
+def describe(name: str) -> str:
+    """Meaning and unit of a metric; empty for a name that this list does not know."""
+    if name.startswith(VALIDATION_BIN_PREFIX):
+        return f"held-out loss of time bin {int(name.removeprefix(VALIDATION_BIN_PREFIX))} (0 = nearest to the data)"
+    return METRICS.get(name, "")

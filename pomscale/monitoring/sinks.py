@@ -1,0 +1,146 @@
+"""Where metrics go: metrics.jsonl (the truth) and the console. wandb has its own module.
+
+A sink never raises because its destination is away or full: a run is worth more than its log.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from pomscale.monitoring.text import format_count, format_duration
+
+METRICS_FILE = "metrics.jsonl"
+
+logger = logging.getLogger(__name__)
+
+
+class MetricSink(Protocol):
+    """One destination. `samples` is the clock of the run: samples seen by the optimiser so far."""
+
+    def log(self, samples: int, metrics: dict[str, float | str]) -> None: ...
+
+    def log_image(self, samples: int, name: str, png_path: Path) -> None: ...
+
+    def close(self, failed: bool = False) -> None:
+        """Write out what is left. `failed`: the run ends with an error."""
+
+
+class JsonlSink:
+    """Appends one JSON object per line to RUN/metrics.jsonl: samples, time_unix_s, incarnation, then the metrics.
+
+    A row is handed to the kernel before `log` returns, so a kill -9 loses none. Numbers that JSON lacks are the
+    strings "nan", "inf" and "-inf". An image is a row that holds its path, relative to the run folder where it
+    lies inside. On a full disk rows are kept in memory and tried again with the next one.
+
+    Raises OSError when the file cannot be opened.
+    """
+
+    def __init__(self, run_folder: Path, incarnation: int) -> None:
+        self._run_folder = run_folder
+        self._incarnation = incarnation
+        self._warned = False
+        # Unbuffered: what write() did not take is known to the byte and is kept in _pending, so a full disk can
+        # never leave half a row in the middle of the file.
+        self._file = (run_folder / METRICS_FILE).open("a+b", buffering=0)
+        # A node that died while writing leaves half a line; start on a fresh one, or the next row would be lost too.
+        self._pending = b"" if self._ends_with_newline() else b"\n"
+
+    def _ends_with_newline(self) -> bool:
+        size = self._file.seek(0, 2)
+        if size == 0:
+            return True
+        self._file.seek(size - 1)
+        return self._file.read(1) == b"\n"
+
+    def log(self, samples: int, metrics: dict[str, float | str]) -> None:
+        row: dict[str, float | str] = {
+            "samples": samples,
+            "time_unix_s": round(time.time(), 3),
+            "incarnation": self._incarnation,
+        }
+        for name, value in metrics.items():
+            row[name] = value if isinstance(value, str) or math.isfinite(value) else str(float(value))
+        self._pending += json.dumps(row, allow_nan=False).encode() + b"\n"
+        self._write_pending()
+
+    def _write_pending(self) -> None:
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "%s cannot be written (%s): rows are kept in memory and tried again; they are lost if the "
+                    "process is killed before there is space",
+                    self._run_folder / METRICS_FILE,
+                    error,
+                )
+
+    def log_image(self, samples: int, name: str, png_path: Path) -> None:
+        inside = png_path.is_relative_to(self._run_folder)
+        self.log(samples, {name: str(png_path.relative_to(self._run_folder) if inside else png_path)})
+
+    def close(self, failed: bool = False) -> None:
+        self._write_pending()
+        if self._pending:
+            logger.error("%d bytes of metrics are lost: the disk is still full", len(self._pending))
+        self._file.close()
+
+
+class ConsoleSink:
+    """One line per row: progress, what training does, how fast, and when it will be done.
+
+    The ETA is that of this incarnation's own throughput, validation and saving included, so it is known from the
+    second row on.
+    """
+
+    # In the order of the line; a row shows those it has.
+    _FIELDS: tuple[tuple[str, str], ...] = (
+        ("train/loss", "loss {:.4f}"),
+        ("validation/loss", "validation loss {:.4f}"),
+        ("train/grad_norm", "grad norm {:.3g}"),
+        ("train/learning_rate", "lr {:.2e}"),
+        ("speed/samples_per_s", "{:.4g} samples/s"),
+        ("speed/data_wait_share", "data wait {:.0%}"),
+    )
+
+    def __init__(
+        self, total_samples: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._total_samples = total_samples
+        self._stream = stream or sys.stdout
+        self._clock = clock
+        self._first: tuple[int, float] | None = None
+
+    def log(self, samples: int, metrics: dict[str, float | str]) -> None:
+        shown = [form.format(metrics[name]) for name, form in self._FIELDS if name in metrics]
+        if shown:
+            self._print(samples, [*shown, f"ETA {self._eta(samples)}"])
+
+    def _print(self, samples: int, parts: list[str]) -> None:
+        progress = f"{samples / self._total_samples:6.1%}  {format_count(samples)}/{format_count(self._total_samples)}"
+        print("  ".join([progress, *parts]), file=self._stream, flush=True)
+
+    def _eta(self, samples: int) -> str:
+        now = self._clock()
+        if self._first is None:
+            self._first = samples, now
+        first_samples, first_time = self._first
+        if samples == first_samples:
+            return "?"
+        seconds_per_sample = (now - first_time) / (samples - first_samples)
+        return format_duration((self._total_samples - samples) * seconds_per_sample)
+
+    def log_image(self, samples: int, name: str, png_path: Path) -> None:
+        self._print(samples, [f"{name}: {png_path}"])
+
+    def close(self, failed: bool = False) -> None:
+        self._stream.flush()

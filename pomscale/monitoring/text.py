@@ -1,0 +1,25 @@
+"""Numbers as people read them, the same on the console and in the report."""
+
+from __future__ import annotations
+
+
+def format_count(count: float) -> str:
+    """A count with three significant digits: 950, 8.19k, 1.28M, 2.5B."""
+    for factor, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        # 999.5 thousand would round to "1e+03k": it belongs to the next unit.
+        if abs(count) >= 0.9995 * factor:
+            return f"{count / factor:.3g}{suffix}"
+    return f"{count:.3g}"
+
+
+def format_duration(seconds: float) -> str:
+    """The two largest units of a duration: 42s, 3m 20s, 5h 07m, 2d 04h."""
+    total = round(seconds)
+    days, hours, minutes = total // 86400, total // 3600 % 24, total // 60 % 60
+    if days:
+        return f"{days}d {hours:02d}h"
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    if minutes:
+        return f"{minutes}m {total % 60:02d}s"
+    return f"{total}s"

@@ -1,0 +1,1 @@
+"""Operators: pure functions of tensors, without parameters, models or process groups."""

@@ -1,0 +1,5 @@
+"""Formulas about runs that need no torch: what a model costs, before a GPU is asked for."""
+
+from pomscale.plan.model_cost import forward_flops, num_parameters, training_flops
+
+__all__ = ["forward_flops", "num_parameters", "training_flops"]

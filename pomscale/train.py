@@ -1,0 +1,340 @@
+"""Recipe -> everything the training loop uses -> the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pomscale.checkpoint.store import CheckpointStore, latest_checkpoint, read_meta
+from pomscale.codecs.base import Codec
+from pomscale.config.schema import TrainRecipe, ValidationConfig
+from pomscale.data.dataset import LatentDataset
+from pomscale.data.loader import Loader, MicroBatch
+from pomscale.data.schema import check_compatible
+from pomscale.diffusion.draws import draw
+from pomscale.diffusion.loss import per_sample_loss
+from pomscale.diffusion.objectives import Objective, build_objective
+from pomscale.distributed.stop import StopRequest
+from pomscale.distributed.world import World, join_world
+from pomscale.engine.ema import ema_weight
+from pomscale.engine.fsdp2 import Fsdp2Engine
+from pomscale.engine.optim import learning_rate
+from pomscale.errors import InputError
+from pomscale.evaluation.heldout import heldout_loss
+from pomscale.evaluation.sampling import generate_on_all_ranks, grid_classes
+from pomscale.models import DiPoM, init_weights
+from pomscale.monitoring.host import HostStats
+from pomscale.monitoring.media import save_grid
+from pomscale.monitoring.monitor import Monitor, open_monitor
+from pomscale.monitoring.names import validation_bin
+from pomscale.monitoring.profiler import ProfileWindow
+from pomscale.monitoring.throughput import mfu, peak_flops
+from pomscale.plan.model_cost import num_parameters, training_flops
+from pomscale.pretrained import ModelCard
+from pomscale.run_folder import open_run_folder, versions, write_outcome
+from pomscale.trainer import Event, Trainer
+
+EXIT_STOPPED = 75
+"""Stopped on request after saving: run the same command again to go on."""
+
+# What a run cannot change on its way: the samples, the noise or the network would no longer be those it began with.
+_FIXED_FOR_A_RUN = (("seed",), ("codec",), ("model",), ("diffusion",), ("training", "global_batch"))
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """A micro-batch with everything random drawn. Shapes: x0, eps (b, c, h, w); t, condition, weights (b,)."""
+
+    x0: Tensor
+    eps: Tensor
+    t: Tensor
+    condition: Tensor
+    weights: Tensor
+
+    def map(self, function: Any) -> TrainBatch:
+        return TrainBatch(*(function(getattr(self, name)) for name in self.__slots__))
+
+    def pin_memory(self) -> TrainBatch:
+        """Called by the loader's pinning thread."""
+        return self.map(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> TrainBatch:
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def train(recipe: TrainRecipe) -> int:
+    """Train until the recipe's samples are seen, or until asked to stop. Returns the exit code (0, or 75 if stopped).
+
+    Call it in every process of the run, alone or under torchrun. Raises PomscaleError with a message for people;
+    the run folder's outcome.json says how it ended in any case but a kill.
+    """
+    folder = Path(recipe.output) / recipe.name
+    with join_world(recipe.compute.device) as world:
+        try:
+            samples = _train_in(world, recipe, folder)
+        except BaseException as error:
+            if folder.is_dir() and not (folder / "outcome.json").exists():  # the first rank to fail has the cause
+                write_outcome(folder, "failed", None, f"rank {world.rank}: {type(error).__name__}: {error}")
+            raise
+        stopped = samples < recipe.training.total_samples
+        if world.is_main:
+            write_outcome(folder, "stopped" if stopped else "finished", samples)
+            if stopped:
+                print(f"stopped on request at {samples:,} samples, all saved; run the same command again to go on")
+        return EXIT_STOPPED if stopped else 0
+
+
+def _train_in(world: World, recipe: TrainRecipe, folder: Path) -> int:
+    stop = StopRequest()  # first, so that a signal during a long start-up is not lost
+    dataset = open_dataset(recipe, recipe.data.path)
+    objective = build_objective(recipe.diffusion)
+    card = ModelCard.of(recipe, dataset.manifest, dataset.normalization)
+    with torch.device("meta"):
+        model = DiPoM(recipe.model)
+    engine = Fsdp2Engine(
+        model,
+        lambda model, assign: init_weights(model, recipe.seed, assign),
+        world,
+        recipe.compute,
+        recipe.optimizer,
+    )
+    checkpoints = CheckpointStore(
+        folder / "checkpoints",
+        keep_last=recipe.checkpoint.keep_last,
+        asynchronous=recipe.checkpoint.asynchronous,
+    )
+    start = _resume(recipe, folder, card, engine, checkpoints, world)
+
+    with ExitStack() as stack:
+        stack.callback(stop.restore)
+        monitor, incarnation = Monitor([]), 0
+        if world.is_main:
+            incarnation = open_run_folder(folder, recipe, start_samples=start, num_ranks=world.size)
+            monitor = open_monitor(
+                folder,
+                recipe.monitoring,
+                run_name=recipe.name,
+                recipe_dump=recipe.model_dump(mode="json"),
+                total_samples=recipe.training.total_samples,
+                incarnation=incarnation,
+            )
+            _announce(recipe, dataset, world, start)
+        stack.enter_context(monitor)
+        loader = stack.enter_context(
+            Loader(
+                dataset,
+                seed=recipe.seed,
+                shuffle_window=recipe.data.shuffle_window,
+                global_batch=recipe.training.global_batch,
+                micro_batch=recipe.training.micro_batch,
+                rank=world.rank,
+                world_size=world.size,
+                start_position=start,
+                flip_probability=recipe.data.flip_probability,
+                num_threads=recipe.data.num_threads,
+                prefetch=recipe.data.prefetch,
+                finish=partial(_draw, recipe),
+                pin_memory=world.device.type == "cuda",
+            )
+        )
+        trainer = Trainer(
+            engine=engine,
+            batches=_steps(loader),
+            loss=partial(_loss, objective, recipe.training.global_batch),
+            learning_rate=lambda samples: learning_rate(
+                recipe.schedule, recipe.optimizer.lr, samples, recipe.training.total_samples
+            ),
+            ema_weight=lambda samples: ema_weight(recipe.ema, samples, recipe.training.global_batch),
+            checkpoints=checkpoints,
+            checkpoint_meta={"card": card.model_dump(mode="json"), "versions": versions(), "incarnation": incarnation},
+            events=_events(recipe, folder, card, objective, engine, monitor, world),
+            monitor=monitor,
+            host=HostStats(),
+            mfu=_mfu(recipe, world),
+            profiler=ProfileWindow(recipe.profile, folder, world.rank, world.device),
+            world=world,
+            stop=stop,
+            global_batch=recipe.training.global_batch,
+            total_samples=recipe.training.total_samples,
+            log_every_samples=recipe.monitoring.every_samples,
+            checkpoint_every_samples=recipe.checkpoint.every_samples,
+        )
+        return trainer.run(start)
+
+
+def open_dataset(recipe: TrainRecipe, path: str) -> LatentDataset:
+    """The dataset at `path`, checked against the recipe. Raises InputError if it is missing or does not fit."""
+    dataset = LatentDataset.open(path, recipe.data.normalization)
+    check_compatible(path, dataset.manifest, recipe.codec, recipe.model.latent_shape, recipe.model.num_classes)
+    return dataset
+
+
+def _steps(loader: Loader[TrainBatch]) -> Iterator[list[TrainBatch]]:
+    while True:
+        yield [next(loader) for _ in range(loader.num_micro_batches)]
+
+
+def _draw(recipe: TrainRecipe, batch: MicroBatch) -> TrainBatch:
+    """Runs in the loader's threads, so that drawing noise never keeps a GPU waiting."""
+    diffusion = recipe.diffusion
+    draws = draw(
+        recipe.seed, batch.positions.tolist(), tuple(batch.latents.shape[1:]), diffusion.time, diffusion.class_dropout
+    )
+    condition = torch.where(draws.drop_condition, recipe.model.num_classes, batch.condition)
+    return TrainBatch(batch.latents, draws.eps, draws.t, condition, batch.weights)
+
+
+def _loss(objective: Objective, global_batch: int, model: nn.Module, batch: TrainBatch) -> Tensor:
+    """The micro-batch's share of the mean over the global batch, scalar fp32."""
+    batch = batch.to(next(model.parameters()).device)
+    losses = per_sample_loss(objective, model, batch.x0, batch.eps, batch.t, batch.condition)
+    return (losses * batch.weights).sum() / global_batch
+
+
+def _resume(
+    recipe: TrainRecipe,
+    folder: Path,
+    card: ModelCard,
+    engine: Fsdp2Engine,
+    checkpoints: CheckpointStore,
+    world: World,
+) -> int:
+    """Load the newest complete checkpoint, if there is one; returns the samples it has seen."""
+    # Rank 0 looks, all ranks hear: a shared file system may show a new folder to some ranks later than to others.
+    found = latest_checkpoint(folder / "checkpoints") if world.is_main else None
+    latest: Any = world.gather(found)[0]
+    if latest is None:
+        return 0
+    if recipe.resume == "never":
+        raise InputError(f"{folder}: holds checkpoints, and resume is never; choose another name or delete the folder")
+    meta = read_meta(latest)
+    _check_same_run(folder, card, ModelCard.model_validate(meta["card"]))
+    state = engine.state_dict()
+    checkpoints.load(latest, state)
+    engine.load_state_dict(state)
+    if world.is_main:
+        print(f"resuming from {latest} ({meta['samples']:,} samples)")
+    return meta["samples"]
+
+
+def _check_same_run(folder: Path, now: ModelCard, then: ModelCard) -> None:
+    differences = [
+        f"{'.'.join(keys)}: {_get(then.recipe, keys)} then, {_get(now.recipe, keys)} now"
+        for keys in _FIXED_FOR_A_RUN
+        if _get(then.recipe, keys) != _get(now.recipe, keys)
+    ]
+    if now.data_fingerprint != then.data_fingerprint:
+        differences.append(f"the dataset at {now.recipe.data.path}: its shards are not those of the run's start")
+    if differences:
+        raise InputError(
+            f"{folder}: this run began with another recipe, so it cannot go on with this one. "
+            f"Choose another name, or undo: {'; '.join(differences)}"
+        )
+
+
+def _get(recipe: TrainRecipe, keys: tuple[str, ...]) -> Any:
+    value: Any = recipe
+    for key in keys:
+        value = getattr(value, key)
+    return value
+
+
+def _announce(recipe: TrainRecipe, dataset: LatentDataset, world: World, start: int) -> None:
+    training = recipe.training
+    print(
+        f"{recipe.name}: {num_parameters(recipe.model) / 1e6:.1f} M parameters, "
+        f"{training_flops(recipe.model) / 1e9:.2f} GFLOP per sample and step; {len(dataset):,} samples in "
+        f"{recipe.data.path}; {world.size} x {world.device.type}, {recipe.compute.precision}; "
+        f"{start:,} of {training.total_samples:,} samples done"
+    )
+
+
+def _mfu(recipe: TrainRecipe, world: World) -> Any:
+    if world.device.type != "cuda":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(), recipe.compute.precision)
+    flops = training_flops(recipe.model)
+    return None if peak is None else lambda samples_per_s: mfu(samples_per_s, flops, world.size, peak)
+
+
+def _events(
+    recipe: TrainRecipe,
+    folder: Path,
+    card: ModelCard,
+    objective: Objective,
+    engine: Fsdp2Engine,
+    monitor: Monitor,
+    world: World,
+) -> list[Event]:
+    """Validation and the grid of pictures, where the recipe asks for them."""
+    events = []
+    if recipe.validation is not None:
+        heldout = open_dataset(recipe, recipe.validation.path)
+        events.append(
+            Event(
+                recipe.validation.every_samples,
+                partial(_validate, recipe.validation, objective, engine.model, heldout, world),
+            )
+        )
+    if recipe.sampling.every_samples is not None:
+        # Loaded before the first step: a missing codec should fail now, not after an hour of training.
+        codec = card.load_codec(world.device) if world.is_main else None
+        draw_grid = partial(_draw_grid, recipe, folder, card, codec, objective, engine.model, monitor, world)
+        events.append(Event(recipe.sampling.every_samples, draw_grid))
+    return events
+
+
+def _validate(
+    config: ValidationConfig,
+    objective: Objective,
+    model: nn.Module,
+    dataset: LatentDataset,
+    world: World,
+    samples: int,
+) -> dict[str, float | str]:
+    loss = heldout_loss(objective, model, read_in_order(dataset), len(dataset), config, world)
+    bins: dict[str, float | str] = {validation_bin(i): value for i, value in enumerate(loss.by_bin)}
+    return {"validation/loss": loss.mean, **bins}
+
+
+def read_in_order(dataset: LatentDataset) -> Any:
+    """A reader of records by their place in the dataset, without flips; see evaluation.heldout.ReadRecords."""
+
+    def read(indices: list[int]) -> tuple[Tensor, Tensor]:
+        records = np.array(indices)
+        latents, labels = dataset.read(records, records, seed=0, flip_probability=0.0)
+        return torch.from_numpy(latents), torch.from_numpy(labels)
+
+    return read
+
+
+def _draw_grid(
+    recipe: TrainRecipe,
+    folder: Path,
+    card: ModelCard,
+    codec: Codec | None,
+    objective: Objective,
+    model: nn.Module,
+    monitor: Monitor,
+    world: World,
+    samples: int,
+) -> dict[str, float | str]:
+    """A row of pictures per class into samples/: generated by all ranks, decoded by the one that has the codec."""
+    config = recipe.sampling
+    latents = generate_on_all_ranks(
+        objective, model, recipe.model.latent_shape, grid_classes(config), recipe.model.num_classes, config, world
+    )
+    if codec is not None:
+        path = folder / "samples" / f"samples-{samples:012d}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_grid(codec.decode(card.denormalize(latents).to(world.device)), path, config.num_per_class)
+        monitor.log_image(samples, "samples/grid", path)
+    return {}

@@ -1,0 +1,128 @@
+"""The training loop, and nothing else. Everything it uses is built in train.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from pomscale.distributed.stop import StopRequest
+from pomscale.distributed.world import World
+from pomscale.engine.protocol import Engine
+from pomscale.errors import PomscaleError
+from pomscale.monitoring.host import HostStats, peak_memory_gib
+from pomscale.monitoring.monitor import Monitor
+from pomscale.monitoring.profiler import ProfileWindow
+from pomscale.monitoring.throughput import StepTimer
+
+
+class Checkpoints(Protocol):
+    """What the loop asks of a checkpoint store; see checkpoint.store."""
+
+    def save(self, samples: int, state: dict[str, Any], meta: dict[str, Any]) -> None: ...
+    def poll(self) -> None: ...
+    def wait(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happens every so many samples, and at the end: validation, a grid of pictures.
+
+    `run(samples)` is a collective, computes with the averaged weights, and returns metrics to log.
+    """
+
+    every_samples: int
+    run: Callable[[int], dict[str, float | str]]
+
+
+@dataclass
+class Trainer:
+    """See train.py for what is passed in. The clock of everything is samples seen."""
+
+    engine: Engine
+    batches: Iterator[list[Any]]  # the micro-batches of this rank, one list per step
+    loss: Callable[[nn.Module, Any], Tensor]
+    learning_rate: Callable[[int], float]
+    ema_weight: Callable[[int], float]
+    checkpoints: Checkpoints
+    checkpoint_meta: dict[str, Any]
+    events: list[Event]
+    monitor: Monitor
+    host: HostStats
+    mfu: Callable[[float], float] | None  # samples/s -> model FLOPs utilisation, where the device's peak is known
+    profiler: ProfileWindow
+    world: World
+    stop: StopRequest
+    global_batch: int
+    total_samples: int
+    log_every_samples: int
+    checkpoint_every_samples: int
+    timer: StepTimer = field(default_factory=StepTimer)
+
+    def run(self, samples: int) -> int:
+        """Train from `samples` to the end or to a stop that was asked for; returns the samples seen, all saved."""
+        losses: list[float] = []
+        norms: list[float] = []
+        stopping = False
+        while samples < self.total_samples and not stopping:
+            self.profiler.step(samples)
+            with self.timer.data_wait():
+                micro_batches = next(self.batches)
+            share = self.engine.forward_backward(micro_batches, self.loss)
+            # One collective per step carries the loss and the ranks' agreement to stop.
+            loss, stop_votes = self.world.sum([share, float(self.stop.requested)])
+            learning_rate = self.learning_rate(samples)
+            norm = self.engine.step(learning_rate, self.ema_weight(samples + self.global_batch))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise self._diverged(samples, loss, norm)
+            samples += self.global_batch
+            stopping = stop_votes > 0
+            last = stopping or samples >= self.total_samples
+            losses.append(loss)
+            norms.append(norm)
+            self.timer.count_step(self.global_batch)
+            if last or self._due(self.log_every_samples, samples):
+                self._log(samples, losses, norms, learning_rate)
+                losses, norms = [], []
+            with self.timer.paused():
+                for event in self.events:
+                    # A run that is asked to stop has seconds left: it saves and measures after the restart.
+                    if not stopping and (last or self._due(event.every_samples, samples)):
+                        with self.engine.ema_weights():
+                            self.monitor.log(samples, event.run(samples))
+                self.checkpoints.poll()
+                if last or self._due(self.checkpoint_every_samples, samples):
+                    meta = {"samples": samples, **self.checkpoint_meta}
+                    self.checkpoints.save(samples, self.engine.state_dict(), meta)
+        self.profiler.close()
+        self.checkpoints.wait()
+        return samples
+
+    def _due(self, every_samples: int, samples: int) -> bool:
+        """Whether the step that ended at `samples` passed a multiple of every_samples."""
+        return samples // every_samples > (samples - self.global_batch) // every_samples
+
+    def _log(self, samples: int, losses: list[float], norms: list[float], learning_rate: float) -> None:
+        speed = self.timer.metrics()
+        metrics: dict[str, float | str] = {
+            "train/loss": math.fsum(losses) / len(losses),
+            "train/grad_norm": math.fsum(norms) / len(norms),
+            "train/learning_rate": learning_rate,
+            **speed,
+            "memory/peak_gib": peak_memory_gib(),
+            **self.host.metrics(),
+        }
+        if self.mfu is not None:
+            metrics["speed/mfu"] = self.mfu(speed["speed/samples_per_s"])
+        self.monitor.log(samples, metrics)
+
+    def _diverged(self, samples: int, loss: float, norm: float) -> PomscaleError:
+        first, end = samples, samples + self.global_batch
+        return PomscaleError(
+            f"loss {loss} and gradient norm {norm} at global positions {first} to {end - 1}: not finite, so the step "
+            "was not taken and the last checkpoint is good. Check the data (pomscale data verify), lower "
+            "optimizer.lr, or train in fp32, then run the same command again."
+        )

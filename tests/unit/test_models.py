@@ -1,0 +1,242 @@
+"""Networks: sizes and costs by formula against the real modules, initial weights, and what a fresh network does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pomscale.config.presets import PRESETS
+from pomscale.config.schema import ModelConfig
+from pomscale.models import DiPoM, build_model, init_weights
+from pomscale.models.block import Block
+from pomscale.plan import forward_flops, num_parameters, training_flops
+
+TINY: dict[str, Any] = {
+    "latent_shape": (3, 8, 12),
+    "num_classes": 10,
+    "dim": 16,
+    "depth": 2,
+    "patch_size": 2,
+    "num_heads": 4,
+}
+
+
+def tiny(**fields: Any) -> ModelConfig:
+    return ModelConfig(**{**TINY, **fields})
+
+
+def preset(name: str) -> ModelConfig:
+    return ModelConfig(preset=name, latent_shape=(4, 32, 32), num_classes=1000)
+
+
+def build(config: ModelConfig, seed: int = 0) -> DiPoM:
+    model = DiPoM(config)
+    init_weights(model, seed)
+    return model
+
+
+def batch(config: ModelConfig, size: int = 2, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(size, *config.latent_shape, generator=generator).to(device)
+    return latents, torch.rand(size, generator=generator).to(device), torch.arange(size, device=device)
+
+
+def awaken(model: DiPoM) -> DiPoM:
+    """Random weights everywhere: a fresh network is the identity and would hide errors."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.1, generator=generator)
+    return model
+
+
+# --- size and cost ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameter_formula_counts_the_module(name: str) -> None:
+    config = preset(name)
+    with torch.device("meta"):
+        model = DiPoM(config)
+    assert num_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "millions"), [("s", 44), ("b", 177), ("l", 566), ("xl", 833)])
+def test_parameters_match_the_authors_table(name: str, millions: int) -> None:
+    assert round(num_parameters(preset(f"dipom-{name}-2")) / 1e6) == millions
+
+
+@pytest.mark.parametrize(
+    ("name", "giga"), [("dipom-s-2", 16), ("dipom-b-2", 65), ("dipom-l-2", 207), ("dipom-xl-2", 305), ("dit-xl-2", 237)]
+)
+def test_flops_match_the_table(name: str, giga: int) -> None:
+    assert abs(forward_flops(preset(name)) / 1e9 - giga) < 1
+
+
+COUNTED = [
+    tiny(mixer="pom", degree=3, expand=1, ffn_expansion=3),
+    tiny(mixer="attention"),
+    tiny(mixer=["pom", "attention"], patch_size=4),
+]
+
+
+@pytest.mark.parametrize("config", COUNTED, ids=["pom", "attention", "hybrid"])
+def test_flop_formula_counts_what_runs(config: ModelConfig) -> None:
+    model = DiPoM(config)
+    # The counter does not know the CPU's fused attention; the plain one is two products, which it does.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*batch(config, size=3))
+    assert counter.get_total_flops() == 3 * forward_flops(config)
+    assert num_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_training_costs_three_forward_passes_but_for_the_input() -> None:
+    """Nothing needs the gradient of the latents or of the time features, which is all that the formula adds."""
+    config = tiny(mixer="pom")
+    with FlopCounterMode(display=False) as counter:
+        DiPoM(config)(*batch(config, size=1)).sum().backward()
+    patches = config.patch_size**2 * config.latent_shape[0]
+    never_run = 2 * config.dim * (config.num_tokens * patches + 4 * config.dim)
+    assert training_flops(config) - counter.get_total_flops() == never_run
+
+
+@pytest.mark.parametrize("name", ["dipom-xl-2", "dit-xl-2"])
+def test_flop_formula_counts_xl(name: str) -> None:
+    config = preset(name)
+    with torch.device("meta"):
+        model = DiPoM(config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*batch(config, size=1, device="meta"))
+    assert counter.get_total_flops() == forward_flops(config)
+
+
+# --- initial weights -------------------------------------------------------------------------------------------------
+
+
+def test_init_rules() -> None:
+    model = build(tiny(dim=64, mixer=["pom", "attention"]))
+    block = model.trunk[0]
+    assert isinstance(block, Block)
+    assert bool((block.gates.bias == -1).all())
+    for zero in (block.gates.weight, block.modulation.weight, block.modulation.bias, block.ffn[0].bias):
+        assert not bool(zero.any())
+    for zero in (model.head.weight, model.head.bias, model.modulation.weight, model.modulation.bias):
+        assert not bool(zero.any())
+    for normal in (model.class_embedding, model.time_embedding.expand, model.time_embedding.contract):
+        assert float(normal.weight.detach().std()) == pytest.approx(0.02, rel=0.2)
+    convolution = model.patch_embedding.projection.weight
+    fans = {block.ffn[0].weight: 64 + 128, block.mixer.gate.weight: 64 + 256, convolution: 4 * (3 + 64)}
+    for weight, fan in fans.items():
+        bound = (6 / fan) ** 0.5
+        assert 0.9 * bound < float(weight.detach().abs().max()) <= bound
+
+
+def test_init_does_not_depend_on_what_was_built_before_or_where() -> None:
+    config = tiny(mixer=["pom", "attention"])
+    expected = build(config, seed=3).state_dict()
+    torch.manual_seed(99)
+    with torch.device("meta"):
+        deferred = DiPoM(config)
+    deferred.to_empty(device="cpu")
+    init_weights(deferred, 3)
+    for name, value in deferred.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_init_depends_on_seed_and_name() -> None:
+    first, second = build(tiny(), seed=0), build(tiny(), seed=1)
+    assert not torch.equal(first.trunk[0].ffn[0].weight, second.trunk[0].ffn[0].weight)
+    assert not torch.equal(first.trunk[0].ffn[0].weight, first.trunk[1].ffn[0].weight)
+
+
+def test_deeper_models_share_the_weights_of_the_same_names() -> None:
+    shallow, deep = build(tiny(depth=1)).state_dict(), build(tiny(depth=3)).state_dict()
+    assert all(torch.equal(value, deep[name]) for name, value in shallow.items())
+
+
+def test_init_sees_through_wrappers() -> None:
+    expected = [value.clone() for value in build(tiny()).parameters()]
+    wrapped = DiPoM(tiny())
+    for index, block in enumerate(wrapped.blocks()):
+        wrapped.blocks()[index] = torch.compile(block)
+    init_weights(wrapped, 0)
+    assert any("_orig_mod" in name for name, _ in wrapped.named_parameters())
+    for ours, theirs in zip(wrapped.parameters(), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_init_gives_assign_whole_fp32_parameters() -> None:
+    model = DiPoM(tiny()).bfloat16()
+    seen: list[torch.nn.Parameter] = []
+
+    def assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
+        assert value.dtype == torch.float32
+        assert value.shape == parameter.shape
+        seen.append(parameter)
+
+    init_weights(model, 0, assign)
+    assert {id(parameter) for parameter in seen} == {id(parameter) for parameter in model.parameters()}
+
+
+def test_init_refuses_parameters_without_a_rule() -> None:
+    with pytest.raises(ValueError, match=r"norm\.weight"):
+        init_weights(torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(4)}), 0)
+
+
+# --- behaviour -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mixer", ["pom", "attention"])
+def test_block_starts_as_the_identity(mixer: str) -> None:
+    block = build(tiny(mixer=mixer)).blocks()[0]
+    x, c = torch.randn(2, 5, 16), torch.randn(2, 1, 16)
+    assert torch.equal(block(x, c), x)
+
+
+def test_network_starts_with_zero_output() -> None:
+    latents, t, condition = batch(tiny())
+    assert not bool(build(tiny())(latents, t, condition).any())
+
+
+@pytest.mark.parametrize("mixer", ["pom", "attention"])
+def test_output_has_the_shape_of_the_latents_and_depends_on_everything(mixer: str) -> None:
+    config = tiny(mixer=mixer)
+    model = awaken(DiPoM(config))
+    latents, t, condition = batch(config)
+    y = model(latents, t, condition)
+    assert y.shape == latents.shape
+    assert y.is_contiguous()
+    assert not y._is_view(), "FSDP2 cannot hook a view"
+    for changed in ((latents + 0.1, t, condition), (latents, t * 0.9, condition), (latents, t, condition + 1)):
+        assert not torch.allclose(model(*changed), y)
+    other_resolution = torch.randn(2, 3, 4, 20)
+    assert model(other_resolution, t, condition).shape == other_resolution.shape
+
+
+def test_samples_do_not_see_each_other() -> None:
+    model = awaken(DiPoM(tiny()))
+    latents, t, condition = batch(tiny())
+    together = model(latents, t, condition)
+    torch.testing.assert_close(model(latents[1:], t[1:], condition[1:]), together[1:])
+
+
+def test_null_condition_is_the_last_row() -> None:
+    model = awaken(DiPoM(tiny()))
+    null = model.null_condition(2, "cpu")
+    assert null.tolist() == [10, 10]
+    assert null.dtype == torch.int64
+    latents, t, _ = batch(tiny())
+    model(latents, t, null).sum().backward()
+    gradient = model.class_embedding.weight.grad
+    assert gradient is not None
+    assert gradient.abs().sum(1).nonzero().flatten().tolist() == [10]
+
+
+def test_bf16_weights_take_fp32_latents() -> None:
+    model = awaken(DiPoM(tiny())).bfloat16()
+    assert model(*batch(tiny())).dtype == torch.bfloat16

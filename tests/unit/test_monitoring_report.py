@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pomscale.errors import InputError
+from pomscale.monitoring.names import validation_bin
+from pomscale.monitoring.report import write_report
+from pomscale.monitoring.sinks import JsonlSink
+
+VOID = {"meta", "img", "br", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load and checks that tags are balanced."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.resources: list[str] = []
+        self.tags: set[str] = set()
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.resources += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    run = tmp_path / "a&b $x$"
+    (run / "samples").mkdir(parents=True)
+    for incarnation, start in ((0, 1), (1, 100)):
+        sink = JsonlSink(run, incarnation)
+        for step in range(start, start + 150):
+            metrics: dict[str, float | str] = {
+                "train/loss": 100.0 / step,
+                "train/grad_norm": float("nan") if step == 9 else 1.0,
+                "speed/samples_per_s": 500.0,
+            }
+            if step % 50 == 0:
+                metrics |= {"validation/loss": 0.5, **{validation_bin(index): 0.1 * index + 0.1 for index in range(8)}}
+            sink.log(64 * step, metrics)
+        sink.close()
+    for samples in range(6):
+        Image.new("L", (8, 8), color=40 * samples).save(run / "samples" / f"{samples:012d}.png")
+    (run / "recipe.yaml").write_text("name: <script>alert(1)</script>\n")
+    (run / "code.json").write_text(json.dumps({"git": {"commit": "47ab44a", "dirty": True}}))
+    (run / "outcome.json").write_text(json.dumps({"outcome": "<i>done</i>"}))
+    (run / "versions.json").write_text('{"torch": ')
+    (run / "checkpoints" / "000000006400").mkdir(parents=True)
+    return run
+
+
+def test_page_is_self_contained_and_escaped(run_folder: Path) -> None:
+    paths = write_report(run_folder)
+    assert (paths.png, paths.html) == (run_folder / "report.png", run_folder / "report.html")
+    text = paths.html.read_text()
+    page = Page(text)
+    assert page.open == []
+    assert not page.tags & {"script", "link", "iframe", "i"}
+    assert len(page.resources) == 4 + 4  # the newest grids; loss, bins, gradient norm, speed
+    assert all(resource.startswith("data:image/png;base64,") for resource in page.resources)
+    assert not re.search(r"url\(|@import", text)
+    assert "a&amp;b $x$" in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "&lt;i&gt;done&lt;/i&gt;" in text
+    for expected in ("git.commit", "47ab44a", "000000006400", "unreadable", "resumes: 1", "000000000005.png"):
+        assert expected in text
+    assert text.index("000000000005.png") < text.index("000000000004.png")
+    assert "000000000001.png" not in text
+    with Image.open(paths.png) as picture:
+        assert picture.size[0] == 1800
+
+
+def test_report_of_a_young_run_into_another_folder(tmp_path: Path) -> None:
+    run = tmp_path / "young"
+    run.mkdir()
+    sink = JsonlSink(run, 0)
+    sink.log(8, {"train/loss": 1.0})
+    sink.close()
+    paths = write_report(run, tmp_path / "new" / "folder")
+    assert paths.html.parent == tmp_path / "new" / "folder"
+    assert "running or killed" in paths.html.read_text()
+    assert paths.png.exists()
+    assert not (run / "report.html").exists()
+
+
+def test_report_without_metrics_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no metrics in"):
+        write_report(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(InputError, match="no metrics in"):
+        write_report(tmp_path)
