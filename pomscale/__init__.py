@@ -1,5 +1,39 @@
-"""pomscale: large-scale training of attention-free diffusion models (Polymorphers)."""
+"""pomscale: large-scale training of attention-free diffusion models (Polymorphers).
+
+The public face; everything else may move:
+
+    pomscale.PoM, pomscale.BlockCausal              the mixer as a layer
+    pomscale.build_model                            a named network with initial weights
+    pomscale.load_pretrained, sample, decode        trained models
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pomscale.layers import PoM
+    from pomscale.models import build_model
+    from pomscale.ops.pom import BlockCausal
+    from pomscale.pretrained import decode, load_pretrained, sample
+
 __version__ = "0.1.0"
+
+__all__ = ["BlockCausal", "PoM", "__version__", "build_model", "decode", "load_pretrained", "sample"]
+
+_HOMES = {
+    "BlockCausal": "pomscale.ops.pom",
+    "PoM": "pomscale.layers",
+    "build_model": "pomscale.models",
+    "decode": "pomscale.pretrained",
+    "load_pretrained": "pomscale.pretrained",
+    "sample": "pomscale.pretrained",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `pomscale --help` and a login node should not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pomscale' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

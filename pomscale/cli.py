@@ -15,10 +15,6 @@ from pathlib import Path
 from pomscale import __version__
 from pomscale.errors import InputError, PomscaleError
 
-EXIT_SKIPPED = 3
-"""Done, but some items were skipped and listed."""
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 failed, 2 wrong input, 3 done with skipped items, 75 stopped on request."""
     parsed = _parser().parse_args(arguments)
@@ -167,11 +163,14 @@ def _data_encode(arguments: argparse.Namespace) -> int:
 
     recipe = load_encode_recipe(arguments.recipe, arguments.overrides)
 
-    from data_pipelines.common.encode import encode
+    from data_pipelines.common.encode import describe, encode
 
-    report = encode(recipe, dry_run=arguments.dry_run)
+    if arguments.dry_run:
+        print(describe(recipe))
+        return 0
+    report = encode(recipe)
     print(report)
-    return EXIT_SKIPPED if report.num_failures else 0
+    return report.exit_code
 
 
 def _data_verify(arguments: argparse.Namespace) -> int:
@@ -179,7 +178,7 @@ def _data_verify(arguments: argparse.Namespace) -> int:
 
     report = verify(arguments.dataset)
     print(report)
-    return 1 if report.problems else 0
+    return report.exit_code
 
 
 def _data_info(arguments: argparse.Namespace) -> int:
@@ -192,8 +191,7 @@ def _data_info(arguments: argparse.Namespace) -> int:
 def _data_show(arguments: argparse.Namespace) -> int:
     from data_pipelines.common.show import show
 
-    show(arguments.dataset, arguments.num, arguments.out, seed=arguments.seed)
-    print(f"wrote {arguments.out}")
+    print(show(arguments.dataset, arguments.num, arguments.out, seed=arguments.seed))
     return 0
 
 

@@ -92,7 +92,9 @@ class Trainer:
                     # A run that is asked to stop has seconds left: it saves and measures after the restart.
                     if not stopping and (last or self._due(event.every_samples, samples)):
                         with self.engine.ema_weights():
-                            self.monitor.log(samples, event.run(samples))
+                            metrics = event.run(samples)
+                        if metrics:
+                            self.monitor.log(samples, metrics)
                 self.checkpoints.poll()
                 if last or self._due(self.checkpoint_every_samples, samples):
                     meta = {"samples": samples, **self.checkpoint_meta}

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def read_tensors(folder: Path, state: dict[str, Any]) -> None:
     """Fill `state` in place, in this process alone: for sampling and tools, outside of training."""
-    dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    with warnings.catch_warnings():
+        # dcp warns that it loads in a single process, which is what no_dist asks for
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
 
 
 def _write_durably(path: Path, text: str) -> None:

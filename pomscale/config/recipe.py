@@ -7,11 +7,10 @@ import re
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pomscale.config.schema import EncodeRecipe, Recipe, Section, TrainRecipe
-from pomscale.config.source import KeyPath, RecipeError, RecipeSource, read_source
+from pomscale.config.source import KeyPath, RecipeError, RecipeSource, dump_yaml, read_source
 
 _ADAPTER: TypeAdapter[TrainRecipe | EncodeRecipe] = TypeAdapter(Recipe)
 _KINDS: dict[str, type[Section]] = {"train": TrainRecipe, "encode": EncodeRecipe}
@@ -50,7 +49,7 @@ def load_encode_recipe(path: str | Path, overrides: list[str] | None = None) -> 
 
 def dump_recipe(recipe: TrainRecipe | EncodeRecipe) -> str:
     """The resolved recipe as YAML that load_recipe reads back to an equal object."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+    return dump_yaml(recipe.model_dump(mode="json"))
 
 
 def json_schema() -> dict[str, Any]:
@@ -79,7 +78,7 @@ def _relax(node: Any) -> None:
 def _explain(error: ValidationError, source: RecipeSource) -> list[str]:
     problems: dict[KeyPath, list[str]] = {}
     for item in error.errors(include_url=False):
-        path = _key_path(item["loc"], source.values)
+        path = _key_path(item["loc"][1:], source.values, missing=item["type"] == "missing")
         message = _message(item, path, source.values)
         # A validator over a whole section names the key it means: `key: what is wrong`.
         named = re.match(r"([a-z_.]+): (?=\S)", message)
@@ -93,16 +92,16 @@ def _explain(error: ValidationError, source: RecipeSource) -> list[str]:
     ]
 
 
-def _key_path(loc: tuple[int | str, ...], values: Any) -> KeyPath:
-    """pydantic's location without the union tags it inserts, which no user wrote."""
+def _key_path(loc: tuple[int | str, ...], values: Any, *, missing: bool) -> KeyPath:
+    """pydantic's location below the recipe's kind, without the union tags it inserts, which no user wrote."""
     path: list[str] = []
     current = values
     for i, part in enumerate(loc):
         in_dict = isinstance(current, dict) and part in current
         if in_dict or (isinstance(current, list) and isinstance(part, int) and part < len(current)):
             current = current[part]
-        elif isinstance(current, dict) and i == len(loc) - 1:  # a missing key
-            current = None
+        elif missing and i == len(loc) - 1:
+            pass
         else:
             continue
         path.append(str(part))

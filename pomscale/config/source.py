@@ -43,11 +43,21 @@ class _Yaml12Loader(yaml.SafeLoader):
     """SafeLoader that reads `1e-4` as a number, as YAML 1.2 does; PyYAML's YAML 1.1 makes it a string."""
 
 
-_Yaml12Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Yaml12Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes the string '1e-4', so that _Yaml12Loader reads it back as a string."""
+
+
+for _resolver in (_Yaml12Loader, _Yaml12Dumper):
+    _resolver.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """YAML that read_source reads back to equal values."""
+    return yaml.dump(values, Dumper=_Yaml12Dumper, sort_keys=False, default_flow_style=None, width=120)
 
 
 def read_source(path: str | Path, overrides: list[str] | None = None) -> RecipeSource:
@@ -84,9 +94,14 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> RecipeSource:
 def _read_file(path: Path) -> RecipeSource:
     try:
         text = path.read_text(encoding="utf-8")
-    except (IsADirectoryError, UnicodeDecodeError) as error:
+    except FileNotFoundError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
         raise RecipeError([f"{path}: not a readable recipe file ({error})"]) from error
-    loader = _Yaml12Loader(text)
+    try:
+        loader = _Yaml12Loader(text)
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        raise RecipeError([f"{path}: not valid YAML: {error}"]) from error
     try:
         node = loader.get_single_node()
         origins: dict[KeyPath, str] = {(): f"{path}:1"}
@@ -107,7 +122,10 @@ def _construct(loader: yaml.SafeLoader, node: yaml.Node, path: KeyPath, file: Pa
     if isinstance(node, yaml.SequenceNode):
         return [_construct(loader, item, (*path, str(i)), file, origins) for i, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
+        try:
+            return loader.construct_object(node)
+        except ValueError as error:  # looks like a date or a number, but is none: 2024-13-45
+            raise RecipeError([f"{file}:{node.start_mark.line + 1}: {'.'.join(path)}: {error}"]) from error
     loader.flatten_mapping(node)
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
@@ -137,7 +155,7 @@ def _apply_override(source: RecipeSource, override: str) -> None:
         raise RecipeError([f"override {override!r}: must look like section.key=value"])
     try:
         value = yaml.load(text, Loader=_Yaml12Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError([f"override {override!r}: the value is not valid YAML: {error}"]) from error
     section = source.values
     for depth, key in enumerate(keys[:-1]):
@@ -147,4 +165,6 @@ def _apply_override(source: RecipeSource, override: str) -> None:
         if not isinstance(section, dict):
             raise RecipeError([f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a section"])
     section[keys[-1]] = value
+    # What the files said below this key is gone; so is where they said it.
+    source.origins = {path: origin for path, origin in source.origins.items() if path[: len(keys)] != keys}
     source.origins[keys] = f"override {override!r}"

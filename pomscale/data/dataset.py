@@ -113,7 +113,7 @@ class LatentDataset:
         path = self.folder / INDEX_NAME
         try:
             index = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{path}: cannot be read: {error}. {self._remedy()}") from error
         if index.dtype != INDEX_DTYPE or len(index) != self.manifest.num_samples:
             raise InputError(f"{path}: does not belong to this dataset's manifest. {self._remedy()}")

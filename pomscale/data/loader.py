@@ -143,8 +143,8 @@ class Loader(Generic[T]):
             latents, labels = self._dataset.read(
                 self.order.records(positions), positions, seed=self._seed, flip_probability=self._flip_probability
             )
+            arrays = (latents, labels, positions, weights)
+            return self._finish(MicroBatch(*(torch.from_numpy(array) for array in arrays)))
         except PomscaleError as error:
             # Returned, not raised: torchdata would bury the message for people in a traceback of its own.
             return error
-        arrays = (latents, labels, positions, weights)
-        return self._finish(MicroBatch(*(torch.from_numpy(array) for array in arrays)))

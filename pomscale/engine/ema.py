@@ -21,21 +21,21 @@ def ema_weight(config: EmaConfig, samples: int, batch: int) -> float:
 
 
 class Ema:
-    """fp32 averages beside the model's parameters, sharded as they are."""
+    """fp32 averages beside (sharded) parameters, by name, sharded as they are."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.averages: dict[str, Tensor] = {name: p.detach().clone() for name, p in model.named_parameters()}
-        self._model = model
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.averages: dict[str, Tensor] = {name: p.detach().clone() for name, p in parameters.items()}
+        self._parameters = list(parameters.values())
 
     @torch.no_grad()
     def update(self, weight: float) -> None:
         """average += weight (parameter - average)."""
-        parameters = [_local(p) for p in self._model.parameters()]
+        parameters = [_local(p) for p in self._parameters]
         torch._foreach_lerp_([_local(a) for a in self.averages.values()], parameters, weight)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within the block the model holds the averages. Costs one parameter of extra memory, not a second model."""
+        """Within the block the parameters hold the averages. Costs one parameter of extra memory, not a second model."""
         self._swap()
         try:
             yield
@@ -44,7 +44,7 @@ class Ema:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for parameter, average in zip(self._model.parameters(), self.averages.values(), strict=True):
+        for parameter, average in zip(self._parameters, self.averages.values(), strict=True):
             held, averaged = _local(parameter), _local(average)
             kept = held.clone()
             held.copy_(averaged)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,7 +51,9 @@ class Fsdp2Engine:
         shard_model(model, world, compute)
         model.to_empty(device=world.device)
         init_weights(model, assign_shard)
-        self.ema = Ema(model)
+        # The sharded parameters. While a module's parameters are gathered, model.parameters() gives other tensors.
+        self._parameters = dict(model.named_parameters())
+        self.ema = Ema(self._parameters)
         self.optimizer = build_optimizer(model, optimizer)
 
     def forward_backward(
@@ -69,12 +71,13 @@ class Fsdp2Engine:
         return total.item()
 
     def step(self, learning_rate: float, ema_weight: float) -> float:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        parameters = self._parameters.values()
+        gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         value = norm.item()
         if math.isfinite(value):
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._grad_clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._grad_clip, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
@@ -82,12 +85,19 @@ class Fsdp2Engine:
         self.optimizer.zero_grad()
         return value
 
-    def ema_weights(self) -> AbstractContextManager[None]:
-        return self.ema.swapped_in()
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        assert isinstance(self.model, FSDPModule)
+        with self.ema.swapped_in():
+            try:
+                yield
+            finally:
+                # Without a backward pass FSDP keeps the root's gathered parameters: they would be the averages.
+                self.model.reshard()
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "model": {name: p.detach() for name, p in self.model.named_parameters()},
+            "model": {name: p.detach() for name, p in self._parameters.items()},
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
             "ema": dict(self.ema.averages),
         }

@@ -39,7 +39,7 @@ class Engine(Protocol):
         ...
 
     def ema_weights(self) -> AbstractContextManager[None]:
-        """Within the block the model computes with the averaged weights."""
+        """Within the block the model computes with the averaged weights. All ranks enter it."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

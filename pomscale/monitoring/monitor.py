@@ -23,9 +23,10 @@ class Monitor:
         self._sinks = sinks
 
     def log(self, samples: int, metrics: dict[str, float | str]) -> None:
-        """One row. samples: seen by the optimiser so far; metrics: names of `names.py` -> numbers."""
-        for sink in self._sinks:
-            sink.log(samples, metrics)
+        """One row, unless it is empty. samples: seen by the optimiser; metrics: names of `names.py` -> numbers."""
+        if metrics:
+            for sink in self._sinks:
+                sink.log(samples, metrics)
 
     def log_image(self, samples: int, name: str, png_path: Path) -> None:
         """A PNG that lies on disk already, e.g. a sample grid; name: e.g. "samples/grid"."""

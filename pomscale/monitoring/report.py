@@ -1,8 +1,8 @@
 """`pomscale report`: a run folder as one picture and one self-contained HTML page.
 
 Only files of the run folder are read, so it works without a network, on a run that is still going, and on one that
-was killed. Next to metrics.jsonl these are shown where they exist: recipe.yaml; samples/*.png; checkpoints/*/; and
-the JSON objects outcome.json (its key `outcome` names the state), code.json, data.json, versions.json.
+was killed. Next to metrics.jsonl these are shown where they exist: recipe.yaml, outcome.json, code.json,
+incarnations.jsonl, samples/*.png and checkpoints/*/.
 """
 
 from __future__ import annotations
@@ -184,7 +184,8 @@ tr:last-child td { border-bottom: 0; }
 th { color: #6b7686; font-weight: 600; }
 .keys th { width: 25%; min-width: 8em; }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.meaning { color: #6b7686; }
+td small { display: block; color: #6b7686; }
+.keys td { overflow-wrap: anywhere; }
 pre { margin: 0; font: .82rem/1.45 ui-monospace, Menlo, Consolas, monospace; }
 """
 
@@ -200,10 +201,11 @@ def _render_page(run_folder: Path, history: History, panels: list[Panel]) -> str
         _section("Curves", _plots(panels, history.resumed_at)),
         _section("Last metrics", _metrics_table(history)),
         _section("Outcome", _key_values(outcome)),
+        _section("Starts", _starts(history)),
         _section("Checkpoints", _checkpoints(run_folder)),
+        _section("Data", _key_values(_data_card(run_folder))),
         _section("Code", _key_values(_read_json(run_folder / "code.json"))),
-        _section("Data", _key_values(_read_json(run_folder / "data.json"))),
-        _section("Versions", _key_values(_read_json(run_folder / "versions.json"))),
+        _section("Versions", _key_values(history.incarnations[-1].get("versions", {}) if history.incarnations else {})),
         _section("Recipe", _recipe(run_folder)),
     ]
     return (
@@ -222,11 +224,10 @@ def _section(title: str, body: str) -> str:
 
 
 def _header(name: str, outcome: dict[str, Any], history: History) -> str:
-    state = str(outcome.get("outcome", "see outcome")) if outcome else "no outcome yet: running or killed"
+    state = str(outcome.get("state", "outcome unreadable")) if outcome else "no outcome yet: running or killed"
     facts = [f"resumes: {len(history.resumed_at)}"]
     if history.last_time_unix_s is not None:
-        written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(history.last_time_unix_s))
-        facts.insert(0, f"last metrics {written}")
+        facts.insert(0, f"last metrics {_utc(history.last_time_unix_s)}")
     note = ""
     if history.num_unreadable:
         note = f'<p class="note">{history.num_unreadable} unreadable lines of metrics.jsonl are left out.</p>'
@@ -234,6 +235,10 @@ def _header(name: str, outcome: dict[str, Any], history: History) -> str:
         f'<h1>{escape(name)}<span class="badge">{escape(state)}</span></h1>'
         f'<p class="sub">{escape(" · ".join(facts))}</p>{note}'
     )
+
+
+def _utc(time_unix_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(time_unix_s))
 
 
 def _tiles(history: History) -> str:
@@ -275,11 +280,11 @@ def _sample_grids(run_folder: Path) -> str:
 
 def _metrics_table(history: History) -> str:
     rows = "".join(
-        f'<tr><td>{escape(name)}</td><td class="number">{values[-1]:.6g}</td>'
-        f'<td class="number">{format_count(samples[-1])}</td><td class="meaning">{escape(describe(name))}</td></tr>'
+        f"<tr><td>{escape(name)}<small>{escape(describe(name))}</small></td>"
+        f'<td class="number">{values[-1]:.5g}</td><td class="number">{format_count(samples[-1])}</td></tr>'
         for name, (samples, values) in sorted(history.series.items())
     )
-    head = "<tr><th>metric</th><th>last value</th><th>at samples</th><th>meaning</th></tr>"
+    head = "<tr><th>metric</th><th>last value</th><th>at samples</th></tr>"
     return f'<div class="card"><table>{head}{rows}</table></div>'
 
 
@@ -300,13 +305,45 @@ def _flatten(content: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]
     return rows
 
 
+def _starts(history: History) -> str:
+    rows = [
+        [_utc(start["started_unix_s"]), format_count(start["start_samples"]), str(start["num_ranks"]), start["host"]]
+        for start in history.incarnations
+    ]
+    return _table(["started", "from samples", "ranks", "host"], rows)
+
+
 def _checkpoints(run_folder: Path) -> str:
-    folders = sorted(path for path in (run_folder / "checkpoints").glob("*") if path.is_dir())
-    rows = ""
-    for folder in folders:
-        size_mib = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
-        rows += f'<tr><td>{escape(folder.name)}</td><td class="number">{size_mib:.1f} MiB</td></tr>'
-    return f'<div class="card"><table><tr><th>folder</th><th>size</th></tr>{rows}</table></div>' if rows else ""
+    rows = []
+    for folder in _checkpoint_folders(run_folder):
+        try:
+            size_mib = sum(file.stat().st_size for file in folder.rglob("*")) / 2**20
+        except FileNotFoundError:
+            continue  # the run that is going on has just replaced it by a newer one
+        state = "complete" if (folder / "COMPLETE").exists() else "incomplete, never loaded"
+        rows.append([folder.name, f"{size_mib:.1f} MiB", state])
+    return _table(["folder", "size", "state"], rows)
+
+
+def _checkpoint_folders(run_folder: Path) -> list[Path]:
+    return sorted(path for path in (run_folder / "checkpoints").glob("*") if path.is_dir())
+
+
+def _data_card(run_folder: Path) -> dict[str, Any]:
+    """Fingerprint and normalisation of the training data, as the newest checkpoint that has them records them."""
+    for folder in reversed(_checkpoint_folders(run_folder)):
+        card = _read_json(folder / "checkpoint.json").get("card", {})
+        if card:
+            return {key: value for key, value in card.items() if key != "recipe"}
+    return {}
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return ""
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    return f'<div class="card"><table><tr>{cells}</tr>{body}</table></div>'
 
 
 def _recipe(run_folder: Path) -> str:

@@ -54,8 +54,9 @@ class WandbSink:
                 tags=config.tags,
                 config=recipe_dump,
                 allow_val_change=True,
-                # The launcher keeps stdout and stderr of every rank; wandb would wrap them once more.
-                settings=wandb.Settings(console="off", init_timeout=INIT_TIMEOUT_S),
+                # The launcher keeps stdout and stderr of every rank; wandb would wrap them once more. quiet: its
+                # closing summary repeats the console's last lines.
+                settings=wandb.Settings(console="off", quiet=True, init_timeout=INIT_TIMEOUT_S),
             )
 
         try:

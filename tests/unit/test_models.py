@@ -159,14 +159,10 @@ def test_deeper_models_share_the_weights_of_the_same_names() -> None:
     assert all(torch.equal(value, deep[name]) for name, value in shallow.items())
 
 
-def test_init_sees_through_wrappers() -> None:
-    expected = [value.clone() for value in build(tiny()).parameters()]
-    wrapped = DiPoM(tiny())
-    for index, block in enumerate(wrapped.blocks()):
-        wrapped.blocks()[index] = torch.compile(block)
-    init_weights(wrapped, 0)
-    assert any("_orig_mod" in name for name, _ in wrapped.named_parameters())
-    for ours, theirs in zip(wrapped.parameters(), expected, strict=True):
+def test_public_build_model_is_initialised_and_takes_changes() -> None:
+    model = build_model("dipom-s-2", num_classes=10, latent_shape=(4, 4, 4), depth=1, seed=3)
+    expected = build(ModelConfig(preset="dipom-s-2", num_classes=10, latent_shape=(4, 4, 4), depth=1), seed=3)
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 

@@ -42,6 +42,10 @@ def run_folder(tmp_path: Path) -> Path:
     run = tmp_path / "a&b $x$"
     (run / "samples").mkdir(parents=True)
     for incarnation, start in ((0, 1), (1, 100)):
+        record = {"incarnation": incarnation, "started_unix_s": 1.8e9, "start_samples": 64 * (start - 1)}
+        record |= {"num_ranks": 2, "host": f"node-{incarnation}<", "versions": {"torch": "2.13.0"}}
+        with (run / "incarnations.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
         sink = JsonlSink(run, incarnation)
         for step in range(start, start + 150):
             metrics: dict[str, float | str] = {
@@ -56,10 +60,15 @@ def run_folder(tmp_path: Path) -> Path:
     for samples in range(6):
         Image.new("L", (8, 8), color=40 * samples).save(run / "samples" / f"{samples:012d}.png")
     (run / "recipe.yaml").write_text("name: <script>alert(1)</script>\n")
-    (run / "code.json").write_text(json.dumps({"git": {"commit": "47ab44a", "dirty": True}}))
-    (run / "outcome.json").write_text(json.dumps({"outcome": "<i>done</i>"}))
-    (run / "versions.json").write_text('{"torch": ')
-    (run / "checkpoints" / "000000006400").mkdir(parents=True)
+    (run / "code.json").write_text(json.dumps({"git_commit": "47ab44a", "dirty": True}))
+    (run / "outcome.json").write_text(json.dumps({"state": "<i>finished</i>"}))
+    for samples, committed in ((6400, True), (9600, False)):
+        folder = run / "checkpoints" / f"samples-{samples:012d}"
+        folder.mkdir(parents=True)
+        card = {"data_fingerprint": "abc123", "codec": {"name": "pixel"}, "recipe": {"seed": "not again"}}
+        (folder / "checkpoint.json").write_text(json.dumps({"card": card}) if committed else '{"card": ')
+        if committed:
+            (folder / "COMPLETE").touch()
     return run
 
 
@@ -75,9 +84,11 @@ def test_page_is_self_contained_and_escaped(run_folder: Path) -> None:
     assert not re.search(r"url\(|@import", text)
     assert "a&amp;b $x$" in text
     assert "&lt;script&gt;alert(1)" in text
-    assert "&lt;i&gt;done&lt;/i&gt;" in text
-    for expected in ("git.commit", "47ab44a", "000000006400", "unreadable", "resumes: 1", "000000000005.png"):
+    assert "&lt;i&gt;finished&lt;/i&gt;" in text
+    for expected in ("47ab44a", "2.13.0", "node-1&lt;", "abc123", "codec.name", "resumes: 1", "000000000005.png"):
         assert expected in text
+    assert "not again" not in text
+    assert text.count("<td>complete</td>") == text.count("<td>incomplete, never loaded</td>") == 1
     assert text.index("000000000005.png") < text.index("000000000004.png")
     assert "000000000001.png" not in text
     with Image.open(paths.png) as picture:

@@ -35,7 +35,10 @@ def _rows(run_folder: Path) -> list[dict[str, float | str]]:
     return [json.loads(line, parse_constant=_refuse_constants) for line in lines]
 
 
-def _log(run_folder: Path, incarnation: int, losses: dict[int, float]) -> None:
+def _log(run_folder: Path, incarnation: int, losses: dict[int, float], start_samples: int | None = None) -> None:
+    if start_samples is not None:
+        with (run_folder / "incarnations.jsonl").open("a") as file:
+            file.write(json.dumps({"incarnation": incarnation, "start_samples": start_samples}) + "\n")
     sink = JsonlSink(run_folder, incarnation)
     for samples, loss in losses.items():
         sink.log(samples, {"train/loss": loss})
@@ -111,16 +114,26 @@ def test_rows_wait_in_memory_while_the_disk_is_full(tmp_path: Path, caplog: pyte
 
 
 def test_a_resumed_run_supersedes_what_its_predecessor_did_after_the_checkpoint(tmp_path: Path) -> None:
-    _log(tmp_path, 0, {8: 1.0, 16: 0.9, 24: 0.8, 32: 0.7})
-    _log(tmp_path, 1, {24: 0.81})  # resumed from a checkpoint at 16; 32 belongs to a future that was given up
+    _log(tmp_path, 0, {8: 1.0, 16: 0.9, 20: 0.8, 24: 0.7, 32: 0.6}, start_samples=0)
+    # From the checkpoint at 16: 20 was logged out of turn, 32 is not reached again yet; both were given up.
+    _log(tmp_path, 1, {24: 0.71}, start_samples=16)
     history = read_history(tmp_path)
-    assert history.series["train/loss"] == ([8, 16, 24], [1.0, 0.9, 0.81])
+    assert history.series["train/loss"] == ([8, 16, 24], [1.0, 0.9, 0.71])
     assert history.resumed_at == [16]
-    _log(tmp_path, 3, {8: 1.01})  # incarnation 2 died before its first row; 3 found only the start
+    _log(tmp_path, 2, {}, start_samples=24)  # killed before its first row
+    _log(tmp_path, 3, {16: 0.91}, start_samples=8)
     _log(tmp_path, 1, {32: 9.0})  # a process that outlived its replacement
     history = read_history(tmp_path)
-    assert history.series["train/loss"] == ([8], [1.01])
-    assert history.resumed_at == [0]
+    assert history.series["train/loss"] == ([8, 16], [1.0, 0.91])
+    assert history.resumed_at == [8]
+    assert [start["incarnation"] for start in history.incarnations] == [0, 1, 2, 3]
+
+
+def test_a_start_that_was_not_recorded_lies_before_its_first_row(tmp_path: Path) -> None:
+    _log(tmp_path, 0, {8: 1.0, 16: 0.9, 24: 0.8}, start_samples=0)
+    (tmp_path / "incarnations.jsonl").open("a").write('{"incarnation": 1, "sta')
+    _log(tmp_path, 1, {16: 0.91})
+    assert read_history(tmp_path).series["train/loss"] == ([8, 16], [1.0, 0.91])
 
 
 def test_history_of_a_folder_without_metrics(tmp_path: Path) -> None:

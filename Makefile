@@ -1,0 +1,41 @@
+# Everything runs in a virtual environment of its own, .venv, made on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch's CPU build is enough for the quickstart and the tests; set TORCH to install another.
+TORCH ?= torch==2.13.0
+
+.PHONY: help setup quickstart test test-fast lint schema clean
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@# torch first: otherwise a package that needs it brings gigabytes of CUDA to machines without a GPU
+	$(BIN)/pip install -q -c constraints.txt "$(TORCH)"
+	$(BIN)/pip install -q -c constraints.txt -e '.[vae,quickstart,slurm,dev]'
+	touch $@
+
+setup: $(VENV)/.ready  ## the virtual environment
+
+quickstart: setup  ## raw pictures -> shards -> training, kill, resume -> samples and curves, in minutes on a CPU
+	$(BIN)/python -m pomscale.quickstart
+
+test: setup  ## all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-fast: setup  ## the tests that take seconds
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+lint: setup  ## style, types, who imports whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+schema: setup  ## recipes/schema.json, after a change of pomscale/config/schema.py
+	$(BIN)/pomscale config schema > recipes/schema.json
+
+clean:  ## the virtual environment and caches; runs/ and data/ stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

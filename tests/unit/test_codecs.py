@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pomscale.codecs import build_codec
+from pomscale.config.schema import PixelCodecConfig, SdVaeCodecConfig
+from pomscale.errors import InputError
+
+
+@pytest.mark.parametrize(("block", "channels"), [(1, 3), (2, 1), (4, 3)])
+def test_pixel_is_exact_for_every_8_bit_value_after_fp16(block: int, channels: int) -> None:
+    codec = build_codec(PixelCodecConfig(name="pixel", block=block, channels=channels))
+    values = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, channels, 16, 16)
+    stored = codec.encode(values.float() / 255).half()
+    assert stored.shape[1:] == codec.latent_shape(16, 16)
+    assert torch.equal((codec.decode(stored.float()) * 255).round().to(torch.uint8), values)
+
+
+def test_pixel_refuses_sizes_that_do_not_fold() -> None:
+    codec = build_codec(PixelCodecConfig(name="pixel", block=2, channels=1))
+    with pytest.raises(InputError, match=r"7x8 pixels.*multiple of codec\.block"):
+        codec.encode(torch.zeros(1, 1, 7, 8))
+
+
+def test_pixel_identity_depends_on_what_changes_the_latents() -> None:
+    configs = [PixelCodecConfig(name="pixel", block=b, channels=c) for b in (1, 2) for c in (1, 3)]
+    assert len({build_codec(config).identity() for config in configs}) == 4
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return folder
+
+
+def sd_vae(folder: Path, **changes: str) -> SdVaeCodecConfig:
+    return SdVaeCodecConfig.model_validate({"name": "sd_vae", "path": str(folder)} | changes)
+
+
+def test_sd_vae_moments_sample_and_decode(vae_folder: Path) -> None:
+    images = torch.rand(3, 3, 16, 24)
+    codec = build_codec(sd_vae(vae_folder))
+    moments = codec.encode(images)
+    assert codec.latent_shape(16, 24) == (4, 8, 12)
+    assert codec.stores_moments
+    assert moments.shape == (3, 8, 8, 12)
+
+    mean, logvar = moments.chunk(2, dim=1)
+    noise = torch.randn_like(mean)
+    sampled = build_codec(sd_vae(vae_folder, store="sample"))
+    assert sampled.needs_noise
+    torch.testing.assert_close(sampled.encode(images, noise), mean + (0.5 * logvar).exp() * noise)
+
+    decoded = codec.decode(mean)
+    assert decoded.shape == images.shape
+    assert 0.0 <= decoded.min() <= decoded.max() <= 1.0
+    reference = (codec.vae.decode(mean).sample.detach() + 1) / 2  # type: ignore[attr-defined]
+    torch.testing.assert_close(decoded, reference.clamp(0, 1))
+
+
+def test_sd_vae_bf16_is_close_to_fp32(vae_folder: Path) -> None:
+    images = torch.rand(2, 3, 16, 16)
+    exact = build_codec(sd_vae(vae_folder)).encode(images)
+    rough = build_codec(sd_vae(vae_folder, precision="bf16")).encode(images)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, atol=0.05, rtol=0.05)
+
+
+def test_sd_vae_identity_follows_weights_not_the_folder(vae_folder: Path, tmp_path: Path) -> None:
+    codec = build_codec(sd_vae(vae_folder))
+    codec.vae.save_pretrained(tmp_path / "copy")  # type: ignore[attr-defined]
+    assert build_codec(sd_vae(tmp_path / "copy")).identity() == codec.identity()
+    assert build_codec(sd_vae(vae_folder, store="sample")).identity() != codec.identity()
+    with torch.no_grad():
+        next(codec.vae.parameters()).view(-1)[0] += 1e-3  # type: ignore[attr-defined]
+    assert build_codec(sd_vae(vae_folder)).identity() != codec.identity()
+
+
+def test_sd_vae_refuses_bad_folders_and_sizes(vae_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"codec\.path.*no-such-folder"):
+        build_codec(sd_vae(tmp_path / "no-such-folder"))
+    (tmp_path / "config.json").write_text("{ this is no json")
+    with pytest.raises(InputError, match=r"codec\.path"):
+        build_codec(sd_vae(tmp_path))
+    with pytest.raises(InputError, match="multiple of 2"):
+        build_codec(sd_vae(vae_folder)).encode(torch.zeros(1, 3, 15, 16))
+
+
+def test_decode_of_numpy_made_latents_needs_no_grad(vae_folder: Path) -> None:
+    codec = build_codec(sd_vae(vae_folder))
+    decoded = codec.decode(torch.from_numpy(np.zeros((1, 4, 4, 4), np.float32)))
+    assert not decoded.requires_grad
