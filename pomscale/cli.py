@@ -15,6 +15,7 @@ from pathlib import Path
 from pomscale import __version__
 from pomscale.errors import InputError, PomscaleError
 
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 failed, 2 wrong input, 3 done with skipped items, 75 stopped on request."""
     parsed = _parser().parse_args(arguments)
@@ -190,8 +191,11 @@ def _data_info(arguments: argparse.Namespace) -> int:
 
 def _data_show(arguments: argparse.Namespace) -> int:
     from data_pipelines.common.show import show
+    from pomscale.codecs import build_codec
+    from pomscale.data.schema import read_manifest
 
-    print(show(arguments.dataset, arguments.num, arguments.out, seed=arguments.seed))
+    codec = build_codec(read_manifest(arguments.dataset).codec.config)
+    print(show(arguments.dataset, codec, arguments.num, arguments.out, seed=arguments.seed))
     return 0
 
 

@@ -25,6 +25,7 @@ class Stream(IntEnum):
     WINDOW_ORDER = 6
     SAMPLING_NOISE = 7
     VALIDATION_NOISE = 8
+    DATASET = 9
 
 
 def keyed_generator(seed: int, stream: Stream, index: int, subindex: int = 0) -> np.random.Generator:

@@ -95,12 +95,12 @@ def train_and_kill(folder: Path) -> None:
         if process.poll() is not None:
             sys.exit(f"quickstart stopped: training ended by itself with exit code {process.returncode}")
         time.sleep(0.1)
-    victims = psutil.Process(process.pid).children(recursive=True)
-    for victim in [process, *victims]:
+    launcher = psutil.Process(process.pid)
+    victims = [launcher, *launcher.children(recursive=True)]
+    for victim in victims:
         victim.send_signal(signal.SIGKILL)
-    process.wait()
     psutil.wait_procs(victims)
-    print(f"--- killed {1 + len(victims)} processes with SIGKILL at {samples_seen(folder):,} samples", flush=True)
+    print(f"--- killed {len(victims)} processes with SIGKILL at {samples_seen(folder):,} samples", flush=True)
 
 
 def samples_seen(folder: Path) -> int:

@@ -217,9 +217,7 @@ def _resume(
         raise InputError(f"{folder}: holds checkpoints, and resume is never; choose another name or delete the folder")
     meta = read_meta(latest)
     _check_same_run(folder, card, ModelCard.model_validate(meta["card"]))
-    state = engine.state_dict()
-    checkpoints.load(latest, state)
-    engine.load_state_dict(state)
+    checkpoints.load(latest, engine.state_dict())
     if world.is_main:
         print(f"resuming from {latest} ({meta['samples']:,} samples)")
     return meta["samples"]

@@ -74,7 +74,8 @@ class Trainer:
             share = self.engine.forward_backward(micro_batches, self.loss)
             # One collective per step carries the loss and the ranks' agreement to stop.
             loss, stop_votes = self.world.sum([share, float(self.stop.requested)])
-            learning_rate = self.learning_rate(samples)
+            # In the middle of the step: at its start a warm-up would give 0, at its end a cooldown would.
+            learning_rate = self.learning_rate(samples + self.global_batch // 2)
             norm = self.engine.step(learning_rate, self.ema_weight(samples + self.global_batch))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise self._diverged(samples, loss, norm)

@@ -42,7 +42,7 @@ from pomscale.data.schema import (
 from pomscale.errors import PomscaleError
 from pomscale.keyed_random import Stream, keyed_generator
 
-# Item order shares its stream with the loader's shard order, which uses subindex 0.
+# Subindex of Stream.DATASET; `show` uses 2.
 _ITEM_ORDER = 1
 
 
@@ -152,7 +152,7 @@ class _Job:
         self.num_parts = -(-len(self.source.items) // recipe.shard_samples)
         # Sources are sorted by class. Shuffled once here, every shard holds a fair draw of the classes, and so does
         # the loader's shuffle window, which spans only a few shards.
-        order = keyed_generator(recipe.seed, Stream.SHARD_ORDER, 0, _ITEM_ORDER)
+        order = keyed_generator(recipe.seed, Stream.DATASET, 0, _ITEM_ORDER)
         self._order = order.permutation(len(self.source.items))
 
     @property

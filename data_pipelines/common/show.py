@@ -53,8 +53,8 @@ def show(folder: str | Path, codec: Codec, num_samples: int, path: Path, seed: i
     unscaled = Normalization((0.0,) * channels, (1.0,) * channels)
     dataset = LatentDataset(folder, manifest, unscaled)
     count = min(num_samples, len(dataset))
-    # Subindex 2 keeps this draw apart from the loader's shard order and the encoder's item order.
-    chosen = keyed_generator(seed, Stream.SHARD_ORDER, 0, 2).choice(len(dataset), count, replace=False)
+    # Subindex 2 keeps this draw apart from the encoder's item order.
+    chosen = keyed_generator(seed, Stream.DATASET, 0, 2).choice(len(dataset), count, replace=False)
     latents, labels = dataset.read(chosen, np.arange(count), seed=seed, flip_probability=0.0)
     by_class = np.argsort(labels, kind="stable")
     images = codec.decode(torch.from_numpy(latents[by_class]))

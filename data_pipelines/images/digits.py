@@ -35,7 +35,7 @@ def write_digits(folder: Path) -> dict[str, int]:
     counts = {"train": 0, "heldout": 0}
     for label in range(10):
         members = np.flatnonzero(digits.target == label)
-        members = keyed_generator(_SPLIT_SEED, Stream.SHARD_ORDER, label).permutation(members)
+        members = keyed_generator(_SPLIT_SEED, Stream.DATASET, label).permutation(members)
         for half, indices in zip(counts, np.array_split(members, 2), strict=True):
             target = folder / half / str(label)
             target.mkdir(parents=True, exist_ok=True)

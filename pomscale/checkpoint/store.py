@@ -89,9 +89,10 @@ class CheckpointStore:
                 _write_durably(folder / MARKER, "")
                 self._prune()
         except (CheckpointException, OSError, RuntimeError) as error:
+            message = _save_error(folder, error)
             if self._is_main:
                 shutil.rmtree(folder, ignore_errors=True)  # on a full disk, half a checkpoint only takes room
-            raise _save_error(folder, error) from error
+            raise PomscaleError(message) from error
 
     def _prune(self) -> None:
         for folder in complete_checkpoints(self.root)[: -self._keep_last]:
@@ -159,10 +160,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _save_error(folder: Path, error: BaseException) -> PomscaleError:
+def _save_error(folder: Path, error: BaseException) -> str:
     failures = error.failures if isinstance(error, CheckpointException) else {}
     causes = [f"rank {rank}: {failure[0]}" for rank, failure in sorted(failures.items())] or [str(error)]
-    return PomscaleError(
-        f"{folder}: the checkpoint could not be written ({'; '.join(causes)}). Earlier checkpoints are intact: "
-        "free some space or fix the file system, then run the same command again."
+    # torch's writer may hide a full disk behind an error about file positions; the free space tells.
+    free_mib = shutil.disk_usage(folder.parent).free / 2**20
+    return (
+        f"{folder}: the checkpoint could not be written; {free_mib:,.1f} MiB are free there ({'; '.join(causes)}). "
+        "Earlier checkpoints are intact: free some space or fix the file system, then run the same command again."
     )

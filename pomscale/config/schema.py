@@ -16,6 +16,7 @@ from pomscale.config.presets import PRESETS
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 MixerName = Literal["pom", "attention"]
 
 
@@ -43,7 +44,7 @@ class ModelConfig(Section):
     depth: PositiveInt = Field(description="Number of blocks.")
     patch_size: PositiveInt = Field(2, description="Latent pixels per side of one token.")
     ffn_expansion: PositiveInt = Field(2, description="Feed-forward width over dim.")
-    mixer: MixerName | list[MixerName] = Field(
+    mixer: MixerName | Annotated[list[MixerName], Field(min_length=1)] = Field(
         "pom", description="One mixer for all blocks, or a list that is repeated until depth is reached (a hybrid)."
     )
     degree: PositiveInt = Field(2, description="PoM: degree k of the polynomial.")
@@ -199,7 +200,7 @@ class SamplingConfig(Section):
     )
     num_steps: PositiveInt = 50
     guidance: float = Field(0.0, description="w in pred_c + w (pred_c - pred_u); 0 = off.")
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
 
 class ValidationConfig(Section):
@@ -210,7 +211,7 @@ class ValidationConfig(Section):
     num_samples: PositiveInt = 1024
     num_time_bins: PositiveInt = 8
     batch: PositiveInt = 64
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
 
 class WandbConfig(Section):
@@ -239,7 +240,7 @@ class TrainRecipe(Section):
     kind: Literal["train"]
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Run folder: output/name.")
     output: str = Field("runs", description="Folder of run folders.")
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     resume: Literal["auto", "never"] = Field("auto", description="auto: go on from the last complete checkpoint.")
     codec: CodecConfig
     data: DataConfig
@@ -291,7 +292,7 @@ class EncodeRecipe(Section):
     kind: Literal["encode"]
     name: str = Field(min_length=1)
     output: str = Field(description="Folder that receives shards and manifest.json.")
-    seed: NonNegativeInt = Field(0, description="Seed of posterior draws (store: sample).")
+    seed: Seed = Field(0, description="Seed of posterior draws (store: sample).")
     source: ImageSourceConfig
     codec: CodecConfig
     transform: ImageTransformConfig

@@ -43,8 +43,11 @@ def draw(seed: int, positions: list[int], shape: tuple[int, ...], time: TimeConf
     """Noise, time and condition dropout of the samples at global `positions`; shape is one sample's latent shape."""
     return Draws(
         eps=keyed_normal(seed, Stream.NOISE, positions, shape),
-        t=torch.tensor([draw_time(time, keyed_generator(seed, Stream.TIME, p)) for p in positions]),
+        t=torch.tensor(
+            [draw_time(time, keyed_generator(seed, Stream.TIME, p)) for p in positions], dtype=torch.float32
+        ),
         drop_condition=torch.tensor(
-            [keyed_generator(seed, Stream.CONDITION_DROPOUT, p).random() < condition_dropout for p in positions]
+            [keyed_generator(seed, Stream.CONDITION_DROPOUT, p).random() < condition_dropout for p in positions],
+            dtype=torch.bool,
         ),
     )

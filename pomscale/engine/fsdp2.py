@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -98,13 +97,9 @@ class Fsdp2Engine:
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": {name: p.detach() for name, p in self._parameters.items()},
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            "optimizer": {name: self.optimizer.state[p] for name, p in self._parameters.items()},
             "ema": dict(self.ema.averages),
         }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        # Model and average were filled in place: state_dict hands out the very tensors.
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
 
 
 def shard_model(model: nn.Module, world: World, compute: ComputeConfig) -> None:

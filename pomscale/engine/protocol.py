@@ -43,9 +43,8 @@ class Engine(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """{"model", "optimizer", "ema"} with fully qualified names and sharded tensors. A collective."""
-        ...
+        """{"model", "optimizer", "ema"}: by fully qualified parameter name, the live, sharded tensors.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of state_dict. A collective."""
+        A checkpoint is loaded by filling them in place.
+        """
         ...

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+
 def _copy(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.copy_(value)
 

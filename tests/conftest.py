@@ -1,0 +1,31 @@
+"""What tests of several rooms share: a real dataset of digits, a tiny recipe, and the real commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from running import write_tiny_recipe
+
+from data_pipelines.common.encode import encode
+from data_pipelines.images.digits import write_digits
+from pomscale.config.recipe import load_encode_recipe
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with digits/{train,heldout} (PNGs) and latents/{train,heldout} (shards)."""
+    root = tmp_path_factory.mktemp("digits")
+    write_digits(root / "digits")
+    for half in ("train", "heldout"):
+        overrides = [f"source.path={root}/digits/{half}", f"output={root}/latents/{half}"]
+        encode(load_encode_recipe(RECIPES / "data" / "digits.yaml", overrides), progress=False)
+    return root
+
+
+@pytest.fixture
+def tiny_recipe(digits: Path, tmp_path: Path) -> Path:
+    """A run of 50 steps that takes seconds; its run folder is tmp_path/runs/tiny."""
+    return write_tiny_recipe(tmp_path, digits)

@@ -1,0 +1,120 @@
+"""One rank of test_engine.py: Fsdp2Engine against a plain loop that knows nothing of shards."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from pomscale.config.schema import ComputeConfig, ModelConfig, OptimizerConfig
+from pomscale.distributed.world import World, join_world
+from pomscale.engine.fsdp2 import Fsdp2Engine
+from pomscale.engine.optim import build_optimizer
+from pomscale.models import DiPoM, init_weights
+
+MODEL = ModelConfig(
+    latent_shape=(4, 4, 4), num_classes=3, patch_size=1, dim=20, depth=2, num_heads=2, mixer=["pom", "attention"]
+)
+OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, grad_clip=0.05)
+GLOBAL_BATCH, NUM_STEPS, EMA_WEIGHT = 6, 5, 0.3
+
+
+def batch(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x, target = torch.randn(2, GLOBAL_BATCH, *MODEL.latent_shape, generator=generator)
+    return x, torch.rand(GLOBAL_BATCH, generator=generator), torch.arange(GLOBAL_BATCH) % 4, target
+
+
+def share(model: nn.Module, part: tuple[Tensor, ...]) -> Tensor:
+    x, t, condition, target = part
+    return (model(x, t, condition) - target).square().flatten(1).mean(1).sum() / GLOBAL_BATCH
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def initialise(model: nn.Module, assign: object) -> None:
+    init_weights(model, 7, assign)  # type: ignore[arg-type]
+
+
+def compare(world: World) -> None:
+    plain = DiPoM(MODEL)
+    init_weights(plain, 7)
+    with torch.device("meta"):
+        model = DiPoM(MODEL)
+    engine = Fsdp2Engine(model, initialise, world, ComputeConfig(precision="fp32"), OPTIMIZER)
+    for name, parameter in engine.state_dict()["model"].items():
+        assert full(parameter).equal(plain.get_parameter(name)), f"{name}: another initial weight"
+
+    optimizer, average = build_optimizer(plain, OPTIMIZER), copy.deepcopy(plain)
+    for step in range(NUM_STEPS):
+        # Two micro-batches per rank, of unequal sizes where the ranks do not divide the batch.
+        begin, end = (GLOBAL_BATCH * r // world.size for r in (world.rank, world.rank + 1))
+        middle = (begin + end) // 2 if end - begin > 1 else end
+        parts = [tuple(value[a:b] for value in batch(step)) for a, b in ((begin, middle), (middle, end)) if b > a]
+        (loss,) = world.sum([engine.forward_backward(parts, share)])
+        norm = engine.step(OPTIMIZER.lr / (step + 1), EMA_WEIGHT)
+
+        expected = share(plain, batch(step))
+        expected.backward()
+        expected_norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
+        for group in optimizer.param_groups:
+            group["lr"] = OPTIMIZER.lr / (step + 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for mean, parameter in zip(average.parameters(), plain.parameters(), strict=True):
+                mean.lerp_(parameter, EMA_WEIGHT)
+        torch.testing.assert_close(loss, expected.item(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(norm, expected_norm.item(), rtol=1e-4, atol=0)
+
+    state = engine.state_dict()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(full(state["model"][name]), parameter.detach(), rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(full(state["ema"][name]), average.get_parameter(name).detach(), rtol=1e-3, atol=2e-5)
+
+    check_swap(engine)
+    check_not_finite(engine, parts)
+
+
+def check_swap(engine: Fsdp2Engine) -> None:
+    """Within the block the model computes with the averages; after it, to the bit, as before."""
+    x, t, condition, _ = batch(99)
+    before = {name: full(p).clone() for name, p in engine.state_dict()["model"].items()}
+    averages = {name: full(p).clone() for name, p in engine.state_dict()["ema"].items()}
+    reference = DiPoM(MODEL)
+    with torch.no_grad():
+        trained = engine.model(x, t, condition)
+        engine.model.reshard()  # type: ignore[operator]
+        with engine.ema_weights():
+            averaged = engine.model(x, t, condition)
+        again = engine.model(x, t, condition)
+        engine.model.reshard()  # type: ignore[operator]
+        for name, value in averages.items():
+            reference.get_parameter(name).copy_(value)
+        torch.testing.assert_close(averaged, reference(x, t, condition))
+    assert again.equal(trained)
+    assert not again.equal(averaged)
+    assert all(full(p).equal(before[name]) for name, p in engine.state_dict()["model"].items())
+    assert all(full(p).equal(averages[name]) for name, p in engine.state_dict()["ema"].items())
+
+
+def check_not_finite(engine: Fsdp2Engine, parts: list[tuple[Tensor, ...]]) -> None:
+    """A step with a gradient that is not finite changes nothing."""
+    before = {name: full(p).clone() for name, p in engine.state_dict()["model"].items()}
+    engine.forward_backward(parts, lambda model, part: share(model, part) * float("nan"))
+    norm = engine.step(1.0, 1.0)
+    assert math.isnan(norm)
+    assert all(full(p).equal(before[name]) for name, p in engine.state_dict()["model"].items())
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")  # FSDP warns of mistakes that only corrupt gradients
+    with join_world("cpu") as world:
+        compare(world)
+        print("engine equals plain loop", flush=True)

@@ -1,0 +1,75 @@
+"""The same run on any layout: equal losses on 1, 2, 3 and 4 processes, with and without accumulation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from running import GLOBAL_BATCH, NUM_STEPS, final_weights, losses, train, write_tiny_recipe
+
+
+def assert_same_curve(ours: dict[int, float], reference: dict[int, float], first_changed_step: int = 0) -> None:
+    """DESIGN's tolerance: relative 1e-5 for 10 steps after a change of layout, 1e-3 to step 50 (fp32)."""
+    assert list(ours) == list(reference) == [GLOBAL_BATCH * step for step in range(1, NUM_STEPS + 1)]
+    for step, (our, their) in enumerate(zip(ours.values(), reference.values(), strict=True)):
+        tolerance = 1e-5 if step < first_changed_step + 10 else 1e-3
+        assert our == pytest.approx(their, rel=tolerance), f"step {step}"
+
+
+@pytest.fixture(scope="module")
+def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one process without accumulation: what all others are held against."""
+    folder = tmp_path_factory.mktemp("alone")
+    train(write_tiny_recipe(folder, digits))
+    return folder / "runs" / "tiny"
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "overrides"),
+    [
+        pytest.param(2, [], id="2 processes"),
+        pytest.param(4, [], id="4 processes", marks=pytest.mark.slow),
+        # 16 samples on 3 ranks are 5, 5 and 6; in micro-batches of at most 2, some of 1 and some of 2
+        pytest.param(3, ["training.micro_batch=2"], id="3 uneven processes, accumulation", marks=pytest.mark.slow),
+        # slices of 2 and 3 samples in 3 micro-batches: some ranks have an empty one
+        pytest.param(7, ["training.micro_batch=1"], id="7 processes with empty micro-batches", marks=pytest.mark.slow),
+        pytest.param(1, ["training.micro_batch=5"], id="accumulation on one"),
+    ],
+)
+def test_loss_curve_does_not_depend_on_the_layout(
+    alone: Path, tiny_recipe: Path, num_processes: int, overrides: list[str]
+) -> None:
+    train(tiny_recipe, *overrides, num_processes=num_processes)
+    assert_same_curve(losses(tiny_recipe.parent / "runs" / "tiny"), losses(alone))
+
+
+@pytest.mark.slow
+def test_losses_of_attention_agree_too(tiny_recipe: Path) -> None:
+    train(tiny_recipe, "model.mixer=attention", "name=one")
+    train(tiny_recipe, "model.mixer=attention", "name=two", num_processes=2)
+    runs = tiny_recipe.parent / "runs"
+    assert_same_curve(losses(runs / "two"), losses(runs / "one"))
+
+
+@pytest.mark.slow
+def test_activation_checkpointing_changes_no_bit(alone: Path, tiny_recipe: Path) -> None:
+    train(tiny_recipe, "compute.activation_checkpointing=full")
+    folder = tiny_recipe.parent / "runs" / "tiny"
+    assert losses(folder) == losses(alone)
+    ours, reference = final_weights(folder), final_weights(alone)
+    assert all(ours[name].equal(reference[name]) for name in reference)
+
+
+@pytest.mark.slow
+def test_bf16_follows_fp32(alone: Path, tiny_recipe: Path) -> None:
+    train(tiny_recipe, "compute.precision=bf16", num_processes=2)
+    for ours, reference in zip(
+        losses(tiny_recipe.parent / "runs" / "tiny").values(), losses(alone).values(), strict=True
+    ):
+        assert ours == pytest.approx(reference, rel=2e-2)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_follow_eager_ones(alone: Path, tiny_recipe: Path) -> None:
+    train(tiny_recipe, "compute.compile=true", num_processes=2)
+    assert_same_curve(losses(tiny_recipe.parent / "runs" / "tiny"), losses(alone))

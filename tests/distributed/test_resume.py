@@ -1,0 +1,111 @@
+"""A run that was killed, stopped or moved to other ranks ends as one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from running import (
+    GLOBAL_BATCH,
+    NUM_STEPS,
+    checkpoint_samples,
+    final_weights,
+    losses,
+    rows,
+    start_and_signal,
+    train,
+    write_tiny_recipe,
+)
+from test_layouts import assert_same_curve
+
+TOTAL = NUM_STEPS * GLOBAL_BATCH
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of two processes that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(write_tiny_recipe(folder, digits), num_processes=2)
+    return folder / "runs" / "tiny"
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    """Every loss and every number of the last checkpoint, to the last bit."""
+    assert losses(folder) == losses(reference)
+    ours, theirs = final_weights(folder), final_weights(reference)
+    different = [name for name in theirs if not ours[name].equal(theirs[name])]
+    assert not different
+
+
+def test_kill_and_resume_is_exact(undisturbed: Path, tiny_recipe: Path) -> None:
+    folder = tiny_recipe.parent / "runs" / "tiny"
+    start_and_signal(tiny_recipe, after_samples=TOTAL // 2, number=signal.SIGKILL, num_processes=2)
+    assert checkpoint_samples(folder) < TOTAL
+    resumed = train(tiny_recipe, num_processes=2)
+    assert "resuming from" in resumed.stdout
+    assert_same_run(folder, undisturbed)
+    assert json.loads((folder / "outcome.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_many_kills_at_random_moments_while_saving_at_every_step(
+    undisturbed: Path, tiny_recipe: Path, asynchronous: str
+) -> None:
+    """With a save at every step, most kills fall into one."""
+    folder = tiny_recipe.parent / "runs" / "tiny"
+    overrides = [f"checkpoint.every_samples={GLOBAL_BATCH}", f"checkpoint.asynchronous={asynchronous}"]
+    moments = sorted(random.Random(0).sample(range(2, NUM_STEPS - 2), 4))
+    for step in moments:
+        start_and_signal(
+            tiny_recipe, *overrides, after_samples=step * GLOBAL_BATCH, number=signal.SIGKILL, num_processes=2
+        )
+    train(tiny_recipe, *overrides, num_processes=2)
+    assert_same_run(folder, undisturbed)
+    assert {row["incarnation"] for row in rows(folder)} == set(range(len(moments) + 1))
+
+
+@pytest.mark.slow
+def test_moving_between_numbers_of_ranks(undisturbed: Path, tiny_recipe: Path) -> None:
+    """2 -> 4 -> 3 -> 1 processes in the middle of an epoch, with other micro-batches and reader threads each time."""
+    folder = tiny_recipe.parent / "runs" / "tiny"
+    legs = [
+        (2, 15, []),
+        (4, 25, ["training.micro_batch=2", "data.num_threads=1"]),
+        (3, 35, ["training.micro_batch=3", "data.num_threads=3"]),
+    ]
+    for num_processes, step, overrides in legs:
+        start_and_signal(
+            tiny_recipe,
+            *overrides,
+            after_samples=step * GLOBAL_BATCH,
+            number=signal.SIGTERM,
+            num_processes=num_processes,
+        )
+    train(tiny_recipe)
+    # The layout changes first at the save of the first leg: tight until 10 steps after it.
+    assert_same_curve(losses(folder), losses(undisturbed), first_changed_step=15)
+
+
+def test_a_stop_request_saves_and_exits_with_75(tiny_recipe: Path) -> None:
+    folder = tiny_recipe.parent / "runs" / "tiny"
+    process = start_and_signal(tiny_recipe, after_samples=12 * GLOBAL_BATCH, number=signal.SIGTERM)
+    assert process.returncode == 75
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert outcome["state"] == "stopped"
+    # Nothing is lost: the checkpoint is at the last step done, not at the last multiple of every_samples.
+    assert outcome["samples"] == checkpoint_samples(folder) == max(losses(folder)) >= 12 * GLOBAL_BATCH
+    train(tiny_recipe)
+    assert list(losses(folder)) == [GLOBAL_BATCH * step for step in range(1, NUM_STEPS + 1)]
+
+
+def test_a_finished_run_is_left_as_it_is(tiny_recipe: Path) -> None:
+    folder = tiny_recipe.parent / "runs" / "tiny"
+    short = f"training.total_samples={20 * GLOBAL_BATCH}"
+    train(tiny_recipe, short)
+    before = (folder / "metrics.jsonl").read_text()
+    train(tiny_recipe, short)
+    assert (folder / "metrics.jsonl").read_text() == before

@@ -1,0 +1,195 @@
+"""Train, look, sample, measure: what a user does with one run, through the real commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import GLOBAL_BATCH, checkpoint_samples, pomscale, rows, run, train, write_tiny_recipe
+
+import pomscale as public
+from pomscale.checkpoint.store import complete_checkpoints
+from pomscale.config.recipe import load_train_recipe
+from pomscale.diffusion.objectives import OBJECTIVES
+
+STEPS = 20
+EXTRAS = """
+validation: {{path: {digits}/latents/heldout, every_samples: {every}, num_samples: 50, num_time_bins: 4, batch: 8}}
+sampling: {{every_samples: {every}, num_classes: 3, num_per_class: 2, num_steps: 4, guidance: 1.0}}
+profile: {{start_samples: {every}, num_steps: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with everything on, on two ranks, resumed once."""
+    path = write_tiny_recipe(tmp_path_factory.mktemp("life"), digits)
+    path.write_text(path.read_text() + EXTRAS.format(digits=digits, every=10 * GLOBAL_BATCH))
+    overrides = ["schedule={}", "monitoring.wandb.mode=offline"]
+    train(path, *overrides, f"training.total_samples={STEPS // 2 * GLOBAL_BATCH}", num_processes=2)
+    train(path, *overrides, f"training.total_samples={STEPS * GLOBAL_BATCH}", num_processes=2)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(recipe: Path) -> Path:
+    return recipe.parent / "runs" / "tiny"
+
+
+def test_the_run_folder_tells_the_whole_story(folder: Path, recipe: Path) -> None:
+    assert json.loads((folder / "outcome.json").read_text())["samples"] == STEPS * GLOBAL_BATCH
+    assert load_train_recipe(folder / "recipe.yaml").training.total_samples == STEPS * GLOBAL_BATCH
+    assert "git_commit" in json.loads((folder / "code.json").read_text())
+    starts = [json.loads(line)["start_samples"] for line in (folder / "incarnations.jsonl").read_text().splitlines()]
+    assert starts == [0, STEPS // 2 * GLOBAL_BATCH]
+    names = {name for row in rows(folder) for name in row}
+    assert names >= {
+        "train/loss", "train/grad_norm", "train/learning_rate", "speed/samples_per_s", "speed/step_time_s",
+        "speed/data_wait_share", "memory/peak_gib", "host/cpu_percent", "host/memory_gib", "validation/loss",
+        "validation/loss_bin_00", "validation/loss_bin_03",
+    }  # fmt: skip
+    grids = sorted((folder / "samples").glob("*.png"))
+    assert [grid.name for grid in grids] == [f"samples-{n * GLOBAL_BATCH:012d}.png" for n in (STEPS // 2, STEPS)]
+    assert len(list((folder / "profile").glob("rank-*-trace.json.gz"))) == 2
+
+
+def test_a_resumed_run_is_one_wandb_run(folder: Path) -> None:
+    identity = (folder / "wandb_id.txt").read_text().strip()
+    files = list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    assert {file.stem for file in files} == {f"run-{identity}"}
+
+
+def test_checkpoints_are_kept_as_the_recipe_says(folder: Path) -> None:
+    kept = [path.name for path in complete_checkpoints(folder / "checkpoints")]
+    assert kept == [f"samples-{n * GLOBAL_BATCH:012d}" for n in (STEPS // 2, STEPS)]
+
+
+def test_grid_does_not_depend_on_batch_size_or_number_of_classes(folder: Path, tmp_path: Path) -> None:
+    common = ["--num", "3", "--steps", "5", "--guidance", "0.5", "--sampler", "heun"]
+    pomscale("sample", folder, "--classes", "0,2", *common, "--npz", tmp_path / "a.npz", "--out", tmp_path / "a.png")
+    pomscale(
+        "sample", folder, "--classes", "0", *common, "--batch", "1",
+        "--npz", tmp_path / "b.npz", "--out", tmp_path / "b.png",
+    )  # fmt: skip
+    ours, theirs = np.load(tmp_path / "a.npz"), np.load(tmp_path / "b.npz")
+    assert ours["classes"].tolist() == [0, 0, 0, 2, 2, 2]
+    assert ours["images"].shape == (6, 8, 8, 1)
+    # One batch or many: matrix products of other shapes may round the last bit of a pixel differently.
+    assert np.abs(ours["images"][:3].astype(int) - theirs["images"]).max() <= 1
+    with Image.open(tmp_path / "a.png") as grid:
+        assert grid.width > grid.height
+
+
+def test_training_grid_is_what_sample_draws(folder: Path, tmp_path: Path) -> None:
+    """The grid drawn by two sharded ranks in training, again by one process from the checkpoint."""
+    out = tmp_path / "grid.png"
+    pomscale("sample", folder, "--classes", "0-2", "--num", "2", "--out", out)
+    with Image.open(out) as ours, Image.open(max((folder / "samples").glob("*.png"))) as theirs:
+        difference = np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int))
+    assert difference.max() <= 1
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun"])
+def test_public_functions(folder: Path, objective: str, sampler: str) -> None:
+    model = public.load_pretrained(folder, device="cpu")
+    recipe = model.card.recipe
+    changed = recipe.model_copy(update={"diffusion": recipe.diffusion.model_copy(update={"objective": objective})})
+    model.card = model.card.model_copy(update={"recipe": changed})
+    latents = public.sample(model, [1, 10], seeds=range(2), sampler=sampler, steps=3, guidance=1.0)
+    pictures = public.decode(model, latents)
+    assert latents.shape == (2, 4, 4, 4)
+    assert pictures.shape == (2, 1, 8, 8)
+    assert torch.isfinite(pictures).all()
+    assert pictures.min() >= 0
+    assert pictures.max() <= 1
+
+
+def test_averaged_and_trained_weights_differ(folder: Path) -> None:
+    average, trained = (public.load_pretrained(folder, weights=weights, device="cpu") for weights in ("ema", "model"))
+    assert not average.head.weight.equal(trained.head.weight)
+
+
+def test_heldout_loss_from_the_command_line_is_the_one_logged(folder: Path) -> None:
+    logged = [row for row in rows(folder) if "validation/loss" in row][-1]
+    measured = json.loads(pomscale("evaluate", "heldout", folder).stdout)
+    assert measured["mean"] == pytest.approx(logged["validation/loss"], rel=1e-5)
+    assert measured["by_bin"] == pytest.approx([logged[f"validation/loss_bin_{i:02d}"] for i in range(4)], rel=1e-5)
+    other = json.loads(pomscale("evaluate", "heldout", folder, "--weights", "model").stdout)
+    assert other["mean"] != measured["mean"]
+
+
+def test_report(folder: Path, tmp_path: Path) -> None:
+    pomscale("report", folder, "--out", tmp_path)
+    with Image.open(tmp_path / "report.png") as picture:
+        assert picture.width > 500
+    page = (tmp_path / "report.html").read_text()
+    assert "tiny" in page
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_data_commands(digits: Path, tmp_path: Path) -> None:
+    dataset = digits / "latents" / "train"
+    assert "901" in pomscale("data", "info", dataset).stdout
+    pomscale("data", "verify", dataset)
+    pomscale("data", "show", dataset, "--num", "9", "--out", tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.width == grid.height
+
+
+def test_an_unreadable_picture_among_good_ones(digits: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    shutil.copytree(digits / "digits" / "heldout", pictures)
+    (pictures / "3" / "0000-broken.png").write_bytes(b"not a picture")
+    command = ["data", "encode", "recipes/data/digits.yaml", f"source.path={pictures}", f"output={tmp_path}/out"]
+    root = Path(__file__).parent.parent.parent
+    done = pomscale(*command, expect=3, cwd=root)
+    assert "896 samples" in done.stdout
+    (failure,) = (json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines())
+    assert "0000-broken" in json.dumps(failure)
+    pomscale("data", "verify", tmp_path / "out")
+
+
+def test_an_empty_class_folder_is_named(digits: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    shutil.copytree(digits / "digits" / "heldout", pictures)
+    (pictures / "unicorn").mkdir()
+    root = Path(__file__).parent.parent.parent
+    command = ["data", "encode", "recipes/data/digits.yaml", f"source.path={pictures}", f"output={tmp_path}/out"]
+    assert "unicorn" in pomscale(*command, expect=2, cwd=root).stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_writes_nothing(digits: Path, tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent.parent
+    overrides = [f"source.path={digits}/digits/train", f"output={tmp_path}/out"]
+    done = pomscale("data", "encode", "recipes/data/digits.yaml", *overrides, "--dry-run", cwd=root)
+    assert "901" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_quickstart_reaches_its_figures(tmp_path: Path) -> None:
+    """The tour of `make quickstart`, in a folder of its own."""
+    (tmp_path / "recipes").symlink_to(Path(__file__).parent.parent.parent / "recipes")
+    done = run([sys.executable, "-m", "pomscale.quickstart"], cwd=tmp_path, timeout=600)
+    assert "killed" in done.stdout
+    assert f"resuming from runs/quickstart/checkpoints/samples-{12_800:012d}" in done.stdout
+    for name in ("quickstart", "quickstart-attention"):
+        folder = tmp_path / "runs" / name
+        figures = json.loads((folder / "digits.json").read_text())
+        assert figures["accuracy_generated"] >= 0.95
+        assert figures["accuracy_real"] >= 0.97
+        # No copies: generated digits are as far from the training half as real ones that were never seen.
+        assert figures["nearest_generated_mean"] >= 0.9 * figures["nearest_heldout_mean"]
+        assert checkpoint_samples(folder) == 38_400
+        assert (folder / "grid.png").is_file()
+        assert (folder / "report.html").is_file()

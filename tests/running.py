@@ -1,0 +1,136 @@
+"""Start the real commands as users do, and read what they leave in the run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from pomscale.checkpoint.store import find_checkpoint, read_meta, read_tensors
+from pomscale.pretrained import load_pretrained
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+TIMEOUT_S = 240
+GLOBAL_BATCH = 16
+NUM_STEPS = 50
+
+
+def write_tiny_recipe(folder: Path, digits: Path) -> Path:
+    """Every step is logged, so that runs can be compared step by step."""
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(
+        f"""
+kind: train
+name: tiny
+output: {folder}/runs
+codec: {{name: pixel, block: 2, channels: 1}}
+data: {{path: {digits}/latents/train, normalization: dataset, flip_probability: 0}}
+model: {{latent_shape: [4, 4, 4], num_classes: 10, patch_size: 1, dim: 32, depth: 2, num_heads: 2}}
+optimizer: {{lr: 3e-3, weight_decay: 0.01}}
+schedule: {{warmup_samples: {5 * GLOBAL_BATCH}, cooldown_samples: {10 * GLOBAL_BATCH}}}
+training: {{total_samples: {NUM_STEPS * GLOBAL_BATCH}, global_batch: {GLOBAL_BATCH}}}
+compute: {{precision: fp32, device: cpu}}
+ema: {{halflife_samples: 200}}
+checkpoint: {{every_samples: {10 * GLOBAL_BATCH}}}
+monitoring: {{every_samples: {GLOBAL_BATCH}, wandb: {{mode: disabled}}}}
+"""
+    )
+    return recipe
+
+
+def train_command(recipe: Path, *overrides: str, num_processes: int = 1) -> list[str]:
+    launcher = ["-m", "pomscale"]
+    if num_processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}", *launcher]
+    return [sys.executable, *launcher, "train", str(recipe), *overrides]
+
+
+def run(command: list[str], expect: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run to the end; the test fails with the command's own output if it ends in another way than expected."""
+    done = subprocess.run(
+        command, env=ENVIRONMENT, capture_output=True, text=True, check=False, **{"timeout": TIMEOUT_S, **options}
+    )
+    assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done
+
+
+def pomscale(*arguments: str | Path, expect: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, "-m", "pomscale", *map(str, arguments)], expect, **options)
+
+
+def train(recipe: Path, *overrides: str, num_processes: int = 1, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    return run(train_command(recipe, *overrides, num_processes=num_processes), expect)
+
+
+def start_and_signal(
+    recipe: Path, *overrides: str, after_samples: int, number: signal.Signals, num_processes: int = 1
+) -> subprocess.Popen[str]:
+    """Start training, send a signal to every training process once `after_samples` are logged, wait for the end.
+
+    SIGKILL goes to the launcher too, as when a node loses power.
+    """
+    folder = recipe.parent / "runs" / "tiny"
+    process = subprocess.Popen(
+        train_command(recipe, *overrides, num_processes=num_processes),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + TIMEOUT_S
+    while samples_seen(folder) < after_samples:
+        assert process.poll() is None, f"ended before the signal: {process.stdout.read()}"  # type: ignore[union-attr]
+        assert time.monotonic() < deadline, "training did not get to the signal in time"
+        time.sleep(0.005)
+    children = psutil.Process(process.pid).children(recursive=True)
+    if number == signal.SIGKILL or not children:
+        process.send_signal(number)
+    for child in children:
+        child.send_signal(number)
+    process.wait(TIMEOUT_S)
+    psutil.wait_procs(children, timeout=30)
+    return process
+
+
+def samples_seen(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().split("\n")[:-1] if metrics.is_file() else []
+    return json.loads(lines[-1])["samples"] if lines else 0
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Samples -> loss of the step that ended there; what was done again after a resume counts as last done."""
+    return {row["samples"]: row["train/loss"] for row in rows(folder) if "train/loss" in row}
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights, averages and optimiser moments of the newest complete checkpoint, by name."""
+    checkpoint = find_checkpoint(folder)
+    found = {}
+    for weights in ("model", "ema"):
+        for name, value in load_pretrained(checkpoint, weights=weights, device="cpu").named_parameters():
+            found[f"{weights}.{name}"] = value
+    moments = {
+        name: {"exp_avg": torch.empty_like(value), "exp_avg_sq": torch.empty_like(value)}
+        for name, value in load_pretrained(checkpoint, device="cpu").named_parameters()
+    }
+    read_tensors(checkpoint, {"optimizer": moments})
+    for name, state in moments.items():
+        found.update({f"{key}.{name}": value for key, value in state.items()})
+    return found
+
+
+def checkpoint_samples(folder: Path) -> int:
+    return read_meta(find_checkpoint(folder))["samples"]
