@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
+from pomscale.config.schema import SamplerName
 from pomscale.monitoring.media import save_grid
 from pomscale.pretrained import PretrainedDiPoM, decode, sample
 
@@ -17,7 +17,7 @@ def draw_pictures(
     *,
     num_per_class: int,
     seed: int,
-    sampler: Literal["ddim", "euler", "heun"] | None,
+    sampler: SamplerName | None,
     steps: int | None,
     guidance: float | None,
     batch: int,
@@ -36,6 +36,7 @@ def draw_pictures(
         steps=steps or defaults.num_steps,
         guidance=defaults.guidance if guidance is None else guidance,
         batch=batch,
+        show_progress=True,
     )
     images = decode(model, latents).clamp(0, 1).cpu()
     save_grid(images, out, num_per_class)

@@ -7,12 +7,13 @@ from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from rich.progress import track
 from torch import Tensor
 
 from pomscale.checkpoint.store import find_checkpoint, read_meta, read_tensors
 from pomscale.codecs import build_codec
 from pomscale.codecs.base import Codec
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.schema import SamplerName, TrainRecipe
 from pomscale.data.schema import CodecInfo, Manifest, Normalization
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.objectives import build_objective
@@ -89,10 +90,11 @@ def sample(
     condition: list[int] | Tensor,
     *,
     seeds: list[int] | range,
-    sampler: Literal["ddim", "euler", "heun"] | None = None,
+    sampler: SamplerName | None = None,
     steps: int = 50,
     guidance: float = 0.0,
     batch: int = 64,
+    show_progress: bool = False,
 ) -> Tensor:
     """Normalised latents (n c h w) fp32 for n class ids and n seeds; the batch size does not change the pictures.
 
@@ -108,7 +110,7 @@ def sample(
     device = next(model.parameters()).device
     objective = build_objective(model.card.recipe.diffusion)
     parts = []
-    for start in range(0, len(classes), batch):
+    for start in track(range(0, len(classes), batch), "sampling", disable=not show_progress, transient=True):
         part = classes[start : start + batch].to(device)
         parts.append(
             generate(

@@ -46,7 +46,16 @@ EXIT_STOPPED = 75
 """Stopped on request after saving: run the same command again to go on."""
 
 # What a run cannot change on its way: the samples, the noise or the network would no longer be those it began with.
-_FIXED_FOR_A_RUN = (("seed",), ("codec",), ("model",), ("diffusion",), ("training", "global_batch"))
+_FIXED_FOR_A_RUN = (
+    ("seed",),
+    ("codec",),
+    ("model",),
+    ("diffusion",),
+    ("data", "normalization"),
+    ("data", "flip_probability"),
+    ("data", "shuffle_window"),
+    ("training", "global_batch"),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,19 @@ from pomscale.config.recipe import load_encode_recipe
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with digits/{train,heldout} (PNGs) and latents/{train,heldout} (shards)."""
-    root = tmp_path_factory.mktemp("digits")
+def make_digits(root: Path) -> None:
+    """Write root/digits/{train,heldout} (PNGs) and root/latents/{train,heldout} (shards)."""
     write_digits(root / "digits")
     for half in ("train", "heldout"):
         overrides = [f"source.path={root}/digits/{half}", f"output={root}/latents/{half}"]
         encode(load_encode_recipe(RECIPES / "data" / "digits.yaml", overrides), progress=False)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that make_digits fills."""
+    root = tmp_path_factory.mktemp("digits")
+    make_digits(root)
     return root
 
 

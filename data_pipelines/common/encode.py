@@ -39,6 +39,7 @@ from pomscale.data.schema import (
     Manifest,
     ShardInfo,
 )
+from pomscale.distributed.world import resolve_device
 from pomscale.errors import PomscaleError
 from pomscale.keyed_random import Stream, keyed_generator
 
@@ -134,10 +135,7 @@ class _Job:
     def __init__(self, recipe: EncodeRecipe) -> None:
         self.recipe = recipe
         self.source: ImageFolder = scan_image_folder(Path(recipe.source.path))
-        device = recipe.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.codec: Codec = build_codec(recipe.codec).to(device)
+        self.codec: Codec = build_codec(recipe.codec).to(resolve_device(recipe.device))
         self.latent_shape = self.codec.latent_shape(recipe.transform.size, recipe.transform.size)
         self.plan = Plan(
             source_fingerprint=self.source.fingerprint,

@@ -18,6 +18,7 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 MixerName = Literal["pom", "attention"]
+SamplerName = Literal["ddim", "euler", "heun"]
 
 
 def _nearest_preset(name: str) -> str:
@@ -195,9 +196,7 @@ class SamplingConfig(Section):
     every_samples: PositiveInt | None = Field(None, description="Draw a grid into the run folder; null = never.")
     num_classes: PositiveInt = Field(8, description="Classes in the grid, from class 0 on.")
     num_per_class: PositiveInt = 4
-    sampler: Literal["ddim", "euler", "heun"] | None = Field(
-        None, description="null follows the objective: euler for flow, ddim for eps."
-    )
+    sampler: SamplerName | None = Field(None, description="null follows the objective: euler for flow, ddim for eps.")
     num_steps: PositiveInt = 50
     guidance: float = Field(0.0, description="w in pred_c + w (pred_c - pred_u); 0 = off.")
     seed: Seed = 0

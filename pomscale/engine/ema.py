@@ -35,7 +35,7 @@ class Ema:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within the block the parameters hold the averages. Costs one parameter of extra memory, not a second model."""
+        """Within the block the parameters hold the averages. Costs memory for one more parameter, not for a model."""
         self._swap()
         try:
             yield

@@ -26,9 +26,10 @@ class PatchEmbedding(nn.Module):
 def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:
     """tokens (b, height * width, p * p * c), channels (patch row, patch column, c) -> (b, c, height p, width p).
 
-    height and width count tokens. The order of the channels is that of the authors' head. The result is contiguous
-    and never a view of `tokens`, on which FSDP hangs its backward hooks.
+    height and width count tokens. The order of the channels is that of the authors' head.
     """
     grid = tokens.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (height, width))  # (b h w p q c)
     pixels = grid.permute(0, 5, 1, 3, 2, 4)  # (b c h p w q)
-    return pixels.flatten(4, 5).flatten(2, 3).contiguous()
+    pictures = pixels.reshape(pixels.shape[0], pixels.shape[1], height * patch_size, width * patch_size)
+    # With patch_size 1 the reshape is a view of `tokens`, on which FSDP could not hang its backward hooks.
+    return pictures.contiguous()

@@ -177,10 +177,11 @@ def test_dry_run_writes_nothing(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_quickstart_reaches_its_figures(tmp_path: Path) -> None:
     """The tour of `make quickstart`, in a folder of its own."""
     (tmp_path / "recipes").symlink_to(Path(__file__).parent.parent.parent / "recipes")
-    done = run([sys.executable, "-m", "pomscale.quickstart"], cwd=tmp_path, timeout=600)
+    done = run([sys.executable, "-m", "pomscale.quickstart"], cwd=tmp_path, timeout=850)
     assert "killed" in done.stdout
     assert f"resuming from runs/quickstart/checkpoints/samples-{12_800:012d}" in done.stdout
     for name in ("quickstart", "quickstart-attention"):
