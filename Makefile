@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# torch's CPU build is enough for the quickstart and the tests; set TORCH to install another.
-TORCH ?= torch==2.13.0
 
 .PHONY: help setup quickstart test test-fast lint schema clean
 
@@ -12,8 +10,9 @@ help:  ## what there is
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	@# torch first: otherwise a package that needs it brings gigabytes of CUDA to machines without a GPU
-	$(BIN)/pip install -q -c constraints.txt "$(TORCH)"
+	@echo "installing into $(VENV), a few minutes"
+	@# torch by itself first: pip then never considers another build of it for a package that needs it
+	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[vae,quickstart,slurm,dev]'
 	touch $@
 

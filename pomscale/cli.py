@@ -18,13 +18,22 @@ from pomscale.errors import InputError, PomscaleError
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 failed, 2 wrong input, 3 done with skipped items, 75 stopped on request."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse takes no positional arguments after an option: `encode RECIPE --dry-run a.b=c` leaves a.b=c over.
+    if rest and not (hasattr(parsed, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides += rest
     try:
         code = parsed.run(parsed)
     except PomscaleError as error:
-        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         print(f"{rank}error: {error}", file=sys.stderr)
         code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        code = 130  # as shells report Ctrl-C
     sys.exit(code)
 
 
@@ -71,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = verbs.add_parser("sample", help="draw pictures from a trained model")
     sample.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
-    sample.add_argument("--classes", default="all", help="class ids, e.g. 0,5,7-9 (default all)")
+    sample.add_argument("--classes", help="class ids, e.g. 0,5,7-9, or all (default: those of the recipe's grid)")
     sample.add_argument("--num", type=_positive, default=8, help="pictures per class (default 8)")
     sample.add_argument("--sampler", choices=["ddim", "euler", "heun"], help="default: as the recipe says")
     sample.add_argument("--steps", type=_positive, help="default: as the recipe says")
@@ -79,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="picture i has seed + i (default 0)")
     sample.add_argument("--batch", type=_positive, default=64, help="does not change the pictures (default 64)")
     sample.add_argument("--weights", choices=["ema", "model"], default="ema")
-    sample.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sample.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    sample.add_argument("--codec-path", help="folder of the codec's weights on this machine, if they have moved")
     sample.add_argument("--out", type=Path, default=Path("grid.png"), help="PNG grid, one row per class")
     sample.add_argument("--npz", type=Path, help="also write pictures (uint8 n h w c), classes and seeds")
     sample.set_defaults(run=_sample)
@@ -92,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     heldout.add_argument("--num-samples", type=_positive, help="default: the recipe's, or 1024")
     heldout.add_argument("--num-time-bins", type=_positive, help="default: the recipe's, or 8")
     heldout.add_argument("--weights", choices=["ema", "model"], default="ema")
-    heldout.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    heldout.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     heldout.set_defaults(run=_evaluate_heldout)
     digits = evaluate_verbs.add_parser("digits", help="are generated digits recognised, and are they no copies?")
     digits.add_argument("npz", type=Path, help="from pomscale sample --npz")
@@ -203,10 +213,12 @@ def _sample(arguments: argparse.Namespace) -> int:
     from pomscale.drawing import draw_pictures
     from pomscale.pretrained import load_pretrained
 
-    model = load_pretrained(arguments.model, weights=arguments.weights, device=arguments.device)
+    model = load_pretrained(
+        arguments.model, weights=arguments.weights, device=arguments.device, codec_path=arguments.codec_path
+    )
     draw_pictures(
         model,
-        parse_classes(arguments.classes, model.config.num_classes),
+        parse_classes(arguments.classes, model.config.num_classes) if arguments.classes else None,
         num_per_class=arguments.num,
         seed=arguments.seed,
         sampler=arguments.sampler,

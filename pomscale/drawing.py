@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from pomscale.config.schema import SamplerName
+from pomscale.evaluation.sampling import grid_classes
+from pomscale.files import make_folder
 from pomscale.monitoring.media import save_grid
 from pomscale.pretrained import PretrainedDiPoM, decode, sample
 
 
 def draw_pictures(
     model: PretrainedDiPoM,
-    classes: list[int],
+    classes: list[int] | None,
     *,
     num_per_class: int,
     seed: int,
@@ -24,8 +26,15 @@ def draw_pictures(
     out: Path,
     npz: Path | None,
 ) -> None:
-    """One row of pictures per class; picture i has seed + i. None means what the model's recipe says."""
-    defaults = model.card.recipe.sampling
+    """One row of pictures per class; picture i has seed + i. None means what the model's recipe says.
+
+    Raises InputError if the folder of `out` or `npz` cannot be made, before any work.
+    """
+    for path in filter(None, (out, npz)):
+        make_folder(path.parent)
+    defaults = model.card.sampling
+    if classes is None:
+        classes = sorted(set(grid_classes(defaults, model.config.num_classes)))
     condition = [c for c in classes for _ in range(num_per_class)]
     seeds = range(seed, seed + len(condition))
     latents = sample(

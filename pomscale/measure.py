@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from pomscale.checkpoint.store import find_checkpoint, read_meta
 from pomscale.config.schema import ValidationConfig
 from pomscale.diffusion.objectives import build_objective
 from pomscale.distributed.world import join_world
 from pomscale.errors import InputError
 from pomscale.evaluation.heldout import HeldoutLoss, heldout_loss
 from pomscale.pretrained import load_pretrained
-from pomscale.train import open_dataset, read_in_order
+from pomscale.train import open_heldout, read_in_order
 
 
 def measure_heldout(
@@ -25,17 +26,18 @@ def measure_heldout(
 ) -> HeldoutLoss:
     """Loss of the model at `path`; what is None is taken from the recipe's validation section, or its defaults.
 
-    With the recipe's own settings this is the very figure that training logs as validation/loss.
+    Computed in fp32. For a run that trains in fp32, the recipe's own settings give the very figure that training logs.
     Raises InputError if neither `data` nor the recipe names a dataset, or if it does not fit the model.
     """
     model = load_pretrained(path, weights=weights, device=device)
-    recipe = model.card.recipe
-    if data is None and recipe.validation is None:
+    section = read_meta(find_checkpoint(path))["recipe"]["validation"]
+    if data is None and section is None:
         raise InputError(f"{path}: its recipe has no validation section; name a dataset with --data")
-    base = recipe.validation or ValidationConfig(path=str(data), every_samples=1)
     changes = {"path": data, "num_samples": num_samples, "num_time_bins": num_time_bins}
-    config = base.model_copy(update={key: value for key, value in changes.items() if value is not None})
-    dataset = open_dataset(recipe, config.path)
+    config = ValidationConfig.model_validate(
+        {"every_samples": 1, **(section or {}), **{key: value for key, value in changes.items() if value is not None}}
+    )
+    dataset = open_heldout(config.path, model.card)
     with join_world(device) as world:
-        objective = build_objective(recipe.diffusion)
+        objective = build_objective(model.card.diffusion)
         return heldout_loss(objective, model, read_in_order(dataset), len(dataset), config, world)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from rich.progress import track
 from torch import Tensor
 
-from pomscale.checkpoint.store import find_checkpoint, read_meta, read_tensors
-from pomscale.codecs import build_codec
+from pomscale.card import ModelCard
+from pomscale.checkpoint.store import find_checkpoint, read_tensors
 from pomscale.codecs.base import Codec
-from pomscale.config.schema import SamplerName, TrainRecipe
-from pomscale.data.schema import CodecInfo, Manifest, Normalization
+from pomscale.config.schema import SamplerName, SdVaeCodecConfig
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.objectives import build_objective
 from pomscale.distributed.world import resolve_device
@@ -22,64 +21,38 @@ from pomscale.errors import InputError
 from pomscale.models import DiPoM
 
 
-class ModelCard(BaseModel):
-    """What must travel with weights to use them: stored in every checkpoint, attached to every loaded model."""
-
-    model_config = ConfigDict(frozen=True)
-
-    recipe: TrainRecipe
-    codec: CodecInfo
-    class_names: tuple[str, ...]
-    latent_mean: tuple[float, ...]
-    latent_std: tuple[float, ...]
-    data_fingerprint: str
-
-    @classmethod
-    def of(cls, recipe: TrainRecipe, manifest: Manifest, normalization: Normalization) -> ModelCard:
-        return cls(
-            recipe=recipe,
-            codec=manifest.codec,
-            class_names=manifest.class_names,
-            latent_mean=normalization.mean,
-            latent_std=normalization.std,
-            data_fingerprint=manifest.fingerprint,
-        )
-
-    def denormalize(self, latents: Tensor) -> Tensor:
-        """Normalised latents (b c h w), as the network sees them -> unscaled latents, as the codec decodes them."""
-        mean, std = (latents.new_tensor(v)[:, None, None] for v in (self.latent_mean, self.latent_std))
-        return latents * std + mean
-
-    def load_codec(self, device: torch.device) -> Codec:
-        """The codec of the training latents. Raises InputError if the weights found now are not those."""
-        codec = build_codec(self.recipe.codec).to(device)
-        if codec.identity() != self.codec.identity:
-            raise InputError(
-                f"codec {codec.name}: its weights are not those that made the training latents; "
-                "pictures would come out wrong. Point the recipe's codec.path to the right weights"
-            )
-        return codec
-
-
 class PretrainedDiPoM(DiPoM):
     """A DiPoM with its card, so that sampling and decoding know the objective, the normalisation and the codec."""
 
     def __init__(self, card: ModelCard) -> None:
-        super().__init__(card.recipe.model)
+        super().__init__(card.model)
         self.card = card
+
+    @cached_property
+    def codec(self) -> Codec:
+        """The codec of the training latents, on the model's device. Raises InputError as ModelCard.load_codec."""
+        return self.card.load_codec(self.head.weight.device)
 
 
 def load_pretrained(
-    path: str | Path, *, weights: Literal["ema", "model"] = "ema", device: str = "auto"
+    path: str | Path,
+    *,
+    weights: Literal["ema", "model"] = "ema",
+    device: str = "auto",
+    codec_path: str | None = None,
 ) -> PretrainedDiPoM:
     """The model of a run folder (newest complete checkpoint) or of one checkpoint folder; fp32, in eval mode.
 
-    weights: "ema" (the moving average) or "model" (as last trained). device: "auto", "cpu" or "cuda".
+    weights: "ema" (the moving average) or "model" (as last trained). device: "auto", "cpu" or "cuda". codec_path: where
+    the codec's weights lie on this machine, if not where they lay in training.
     Raises InputError if there is no complete checkpoint at `path`.
     """
     folder = find_checkpoint(Path(path))
+    card = ModelCard.read(folder)
+    if codec_path is not None and isinstance(card.codec, SdVaeCodecConfig):
+        card = card.model_copy(update={"codec": card.codec.model_copy(update={"path": codec_path})})
     with torch.device("meta"):
-        model = PretrainedDiPoM(ModelCard.model_validate(read_meta(folder)["card"]))
+        model = PretrainedDiPoM(card)
     model.to_empty(device="cpu")
     read_tensors(folder, {weights: {name: p.detach() for name, p in model.named_parameters()}})
     return model.requires_grad_(False).eval().to(resolve_device(device))
@@ -101,6 +74,8 @@ def sample(
     sampler None follows the model's objective. guidance w: pred_c + w (pred_c - pred_u), 0 is off,
     w = diffusers' guidance_scale - 1. Raises InputError for unknown classes or a wrong number of seeds.
     """
+    if not isinstance(model, PretrainedDiPoM):
+        raise InputError("sample: this network does not know its objective; use one of pomscale.load_pretrained")
     classes = torch.as_tensor(condition, dtype=torch.int64)
     num_classes = model.config.num_classes
     if len(classes) != len(seeds):
@@ -108,7 +83,7 @@ def sample(
     if len(classes) and not (int(classes.min()) >= 0 and int(classes.max()) <= num_classes):
         raise InputError(f"sample: classes must lie in 0..{num_classes - 1} ({num_classes} = no class)")
     device = next(model.parameters()).device
-    objective = build_objective(model.card.recipe.diffusion)
+    objective = build_objective(model.card.diffusion)
     parts = []
     for start in track(range(0, len(classes), batch), "sampling", disable=not show_progress, transient=True):
         part = classes[start : start + batch].to(device)
@@ -131,6 +106,6 @@ def sample(
 def decode(model: PretrainedDiPoM, latents: Tensor) -> Tensor:
     """Pictures (b 3|1 h w) fp32 in [0, 1] from normalised latents, with the codec the model was trained on.
 
-    Raises InputError as ModelCard.load_codec.
+    Raises InputError if the codec found now is not the one that made the training latents.
     """
-    return model.card.load_codec(latents.device).decode(model.card.denormalize(latents))
+    return model.codec.decode(model.card.denormalize(latents))

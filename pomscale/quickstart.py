@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def train_and_kill(folder: Path) -> None:
     launcher = psutil.Process(process.pid)
     victims = [launcher, *launcher.children(recursive=True)]
     for victim in victims:
-        victim.send_signal(signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):  # a helper process may just have ended by itself
+            victim.send_signal(signal.SIGKILL)
     psutil.wait_procs(victims)
     print(f"--- killed {len(victims)} processes with SIGKILL at {samples_seen(folder):,} samples", flush=True)
 

@@ -9,7 +9,6 @@ outcome.json           how the newest incarnation ended; absent while it runs, o
 from __future__ import annotations
 
 import json
-import os
 import platform
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 import pomscale
 from pomscale.config.recipe import dump_recipe
 from pomscale.config.schema import TrainRecipe
+from pomscale.files import make_folder, write_text
 
 _RECORDED_PACKAGES = ("torch", "numpy", "torchdata", "webdataset", "wandb", "diffusers", "transformers")
 
@@ -44,12 +44,12 @@ def num_incarnations(folder: Path) -> int:
 
 def open_run_folder(folder: Path, recipe: TrainRecipe, *, start_samples: int, num_ranks: int) -> int:
     """Record the start of an incarnation; returns its number, 0 for the first. Called by rank 0 alone."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     incarnation = num_incarnations(folder)
-    write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
+    write_text(folder / "recipe.yaml", dump_recipe(recipe))
     code, diff = code_state()
-    write_atomically(folder / "code.json", json.dumps(code, indent=1))
-    write_atomically(folder / "code.diff", diff)
+    write_text(folder / "code.json", json.dumps(code, indent=1))
+    write_text(folder / "code.diff", diff)
     (folder / "outcome.json").unlink(missing_ok=True)
     line = {
         "incarnation": incarnation,
@@ -64,14 +64,20 @@ def open_run_folder(folder: Path, recipe: TrainRecipe, *, start_samples: int, nu
     return incarnation
 
 
-def write_outcome(folder: Path, state: str, samples: int | None, reason: str | None = None) -> None:
-    """state: "finished", "stopped" (on request, saved; run again to go on) or "failed" (reason says why)."""
-    outcome: dict[str, Any] = {"state": state, "ended_unix_s": time.time()}
+def write_outcome(folder: Path, incarnation: int, state: str, *, samples: int | None = None, reason: str = "") -> None:
+    """How an incarnation ended: "finished", "stopped" (on request, saved; run again to go on) or "failed" (reason)."""
+    outcome = {"state": state, "incarnation": incarnation, "ended_unix_s": time.time()}
     if samples is not None:
         outcome["samples"] = samples
-    if reason is not None:
+    if reason:
         outcome["reason"] = reason
-    write_atomically(folder / "outcome.json", json.dumps(outcome, indent=1))
+    write_text(folder / "outcome.json", json.dumps(outcome, indent=1))
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the newest incarnation came to the end of its recipe, validation and all."""
+    path = folder / "outcome.json"
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["state"] == "finished"
 
 
 def code_state() -> tuple[dict[str, Any], str]:
@@ -79,19 +85,15 @@ def code_state() -> tuple[dict[str, Any], str]:
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=30)
-        return done.stdout
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=True, timeout=30)
+        return done.stdout.decode(errors="replace")
 
+    unknown = {"pomscale": pomscale.__version__, "git_commit": None}
     try:
+        if Path(git("rev-parse", "--show-toplevel").strip()) != root:  # installed inside somebody else's repository
+            return unknown, ""
         commit, diff = git("rev-parse", "HEAD").strip(), git("diff", "HEAD", "--", "*.py", "*.yaml")
         status = git("status", "--porcelain").splitlines()
     except (OSError, subprocess.SubprocessError):  # installed from a wheel, or git is not there
-        return {"pomscale": pomscale.__version__, "git_commit": None}, ""
+        return unknown, ""
     return {"pomscale": pomscale.__version__, "git_commit": commit, "dirty": bool(status), "changed": status}, diff
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Readers see the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pomscale.card import ModelCard
 from pomscale.checkpoint.store import CheckpointStore, latest_checkpoint, read_meta
 from pomscale.codecs.base import Codec
 from pomscale.config.schema import TrainRecipe, ValidationConfig
 from pomscale.data.dataset import LatentDataset
 from pomscale.data.loader import Loader, MicroBatch
-from pomscale.data.schema import check_compatible
+from pomscale.data.schema import check_compatible, read_manifest
 from pomscale.diffusion.draws import draw
 from pomscale.diffusion.loss import per_sample_loss
 from pomscale.diffusion.objectives import Objective, build_objective
@@ -27,7 +29,7 @@ from pomscale.distributed.world import World, join_world
 from pomscale.engine.ema import ema_weight
 from pomscale.engine.fsdp2 import Fsdp2Engine
 from pomscale.engine.optim import learning_rate
-from pomscale.errors import InputError
+from pomscale.errors import InputError, PomscaleError
 from pomscale.evaluation.heldout import heldout_loss
 from pomscale.evaluation.sampling import generate_on_all_ranks, grid_classes
 from pomscale.models import DiPoM, init_weights
@@ -37,13 +39,15 @@ from pomscale.monitoring.monitor import Monitor, open_monitor
 from pomscale.monitoring.names import validation_bin
 from pomscale.monitoring.profiler import ProfileWindow
 from pomscale.monitoring.throughput import mfu, peak_flops
+from pomscale.monitoring.wandb_sink import read_wandb_id
 from pomscale.plan.model_cost import num_parameters, training_flops
-from pomscale.pretrained import ModelCard
-from pomscale.run_folder import open_run_folder, versions, write_outcome
+from pomscale.run_folder import is_finished, open_run_folder, versions, write_outcome
 from pomscale.trainer import Event, Trainer
 
 EXIT_STOPPED = 75
 """Stopped on request after saving: run the same command again to go on."""
+
+CHECKPOINT_FORMAT = 1
 
 # What a run cannot change on its way: the samples, the noise or the network would no longer be those it began with.
 _FIXED_FOR_A_RUN = (
@@ -82,29 +86,22 @@ class TrainBatch:
 def train(recipe: TrainRecipe) -> int:
     """Train until the recipe's samples are seen, or until asked to stop. Returns the exit code (0, or 75 if stopped).
 
-    Call it in every process of the run, alone or under torchrun. Raises PomscaleError with a message for people;
-    the run folder's outcome.json says how it ended in any case but a kill.
+    Call it in every process of the run, alone or under torchrun. Raises PomscaleError with a message for people. Once
+    the run is accepted as this folder's, outcome.json says how this incarnation ended, in any case but a kill.
     """
-    folder = Path(recipe.output) / recipe.name
-    with join_world(recipe.compute.device) as world:
-        try:
-            samples = _train_in(world, recipe, folder)
-        except BaseException as error:
-            if folder.is_dir() and not (folder / "outcome.json").exists():  # the first rank to fail has the cause
-                write_outcome(folder, "failed", None, f"rank {world.rank}: {type(error).__name__}: {error}")
-            raise
-        stopped = samples < recipe.training.total_samples
-        if world.is_main:
-            write_outcome(folder, "stopped" if stopped else "finished", samples)
-            if stopped:
-                print(f"stopped on request at {samples:,} samples, all saved; run the same command again to go on")
-        return EXIT_STOPPED if stopped else 0
+    stop = StopRequest()  # before anything slow, so that a signal during the start-up is not lost
+    try:
+        with join_world(recipe.compute.device) as world:
+            return _train_in(world, recipe, Path(recipe.output) / recipe.name, stop)
+    finally:
+        stop.restore()
 
 
-def _train_in(world: World, recipe: TrainRecipe, folder: Path) -> int:
-    stop = StopRequest()  # first, so that a signal during a long start-up is not lost
-    dataset = open_dataset(recipe, recipe.data.path)
-    objective = build_objective(recipe.diffusion)
+def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest) -> int:
+    dataset = LatentDataset.open(recipe.data.path, recipe.data.normalization)
+    check_compatible(
+        recipe.data.path, dataset.manifest, recipe.codec, recipe.model.latent_shape, recipe.model.num_classes
+    )
     card = ModelCard.of(recipe, dataset.manifest, dataset.normalization)
     with torch.device("meta"):
         model = DiPoM(recipe.model)
@@ -120,70 +117,141 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path) -> int:
         keep_last=recipe.checkpoint.keep_last,
         asynchronous=recipe.checkpoint.asynchronous,
     )
-    start = _resume(recipe, folder, card, engine, checkpoints, world)
-
-    with ExitStack() as stack:
-        stack.callback(stop.restore)
-        monitor, incarnation = Monitor([]), 0
+    identity = _identity(recipe, dataset)
+    start = _resume(recipe, folder, identity, engine, checkpoints, world)
+    if start >= recipe.training.total_samples and world.gather(is_finished(folder))[0]:
         if world.is_main:
-            incarnation = open_run_folder(folder, recipe, start_samples=start, num_ranks=world.size)
-            monitor = open_monitor(
-                folder,
-                recipe.monitoring,
-                run_name=recipe.name,
-                recipe_dump=recipe.model_dump(mode="json"),
-                total_samples=recipe.training.total_samples,
-                incarnation=incarnation,
-            )
-            _announce(recipe, dataset, world, start)
-        stack.enter_context(monitor)
-        loader = stack.enter_context(
-            Loader(
-                dataset,
-                seed=recipe.seed,
-                shuffle_window=recipe.data.shuffle_window,
-                global_batch=recipe.training.global_batch,
-                micro_batch=recipe.training.micro_batch,
-                rank=world.rank,
-                world_size=world.size,
-                start_position=start,
-                flip_probability=recipe.data.flip_probability,
-                num_threads=recipe.data.num_threads,
-                prefetch=recipe.data.prefetch,
-                finish=partial(_draw, recipe),
-                pin_memory=world.device.type == "cuda",
-            )
-        )
-        trainer = Trainer(
-            engine=engine,
-            batches=_steps(loader),
-            loss=partial(_loss, objective, recipe.training.global_batch),
-            learning_rate=lambda samples: learning_rate(
-                recipe.schedule, recipe.optimizer.lr, samples, recipe.training.total_samples
-            ),
-            ema_weight=lambda samples: ema_weight(recipe.ema, samples, recipe.training.global_batch),
-            checkpoints=checkpoints,
-            checkpoint_meta={"card": card.model_dump(mode="json"), "versions": versions(), "incarnation": incarnation},
-            events=_events(recipe, folder, card, objective, engine, monitor, world),
-            monitor=monitor,
-            host=HostStats(),
-            mfu=_mfu(recipe, world),
-            profiler=ProfileWindow(recipe.profile, folder, world.rank, world.device),
-            world=world,
-            stop=stop,
-            global_batch=recipe.training.global_batch,
-            total_samples=recipe.training.total_samples,
-            log_every_samples=recipe.monitoring.every_samples,
-            checkpoint_every_samples=recipe.checkpoint.every_samples,
-        )
-        return trainer.run(start)
+            print(f"{folder}: finished already, {start:,} samples")
+        return 0
+
+    incarnation: Any = None
+    if world.is_main:
+        incarnation = open_run_folder(folder, recipe, start_samples=start, num_ranks=world.size)
+    incarnation = world.gather(incarnation)[0]
+    try:
+        with ExitStack() as stack:
+            monitor = stack.enter_context(_monitor(recipe, folder, incarnation, world))
+            if world.is_main:
+                _announce(recipe, dataset, world, start)
+            loader = stack.enter_context(_loader(recipe, dataset, start, world))
+            meta = {
+                "format": CHECKPOINT_FORMAT,
+                "card": card.model_dump(mode="json"),
+                **identity,
+                "incarnation": incarnation,
+                "wandb_id": read_wandb_id(folder),
+                "versions": versions(),
+            }
+            samples = _trainer(recipe, folder, card, engine, checkpoints, meta, loader, monitor, world, stop).run(start)
+    except BaseException as error:
+        _record_failure(folder, incarnation, world, error)
+        raise
+    stopped = samples < recipe.training.total_samples
+    if world.is_main:
+        write_outcome(folder, incarnation, "stopped" if stopped else "finished", samples=samples)
+        if stopped:
+            print(f"stopped on request at {samples:,} samples, all saved; run the same command again to go on")
+    # A launcher may end all processes as soon as the first is gone: not before the outcome is written.
+    world.barrier()
+    return EXIT_STOPPED if stopped else 0
 
 
-def open_dataset(recipe: TrainRecipe, path: str) -> LatentDataset:
-    """The dataset at `path`, checked against the recipe. Raises InputError if it is missing or does not fit."""
-    dataset = LatentDataset.open(path, recipe.data.normalization)
-    check_compatible(path, dataset.manifest, recipe.codec, recipe.model.latent_shape, recipe.model.num_classes)
-    return dataset
+def _record_failure(folder: Path, incarnation: int, world: World, error: BaseException) -> None:
+    """outcome.json says why; the first rank to fail has the cause. Never hides the error itself."""
+    try:
+        if not (folder / "outcome.json").exists():
+            reason = f"rank {world.rank}: {type(error).__name__}: {error}"
+            write_outcome(folder, incarnation, "failed", reason=reason)
+    except PomscaleError as problem:
+        print(f"warning: {problem}", file=sys.stderr)
+
+
+def _identity(recipe: TrainRecipe, dataset: LatentDataset) -> dict[str, Any]:
+    """What decides every number of a run: goes into each checkpoint, and must be the same when it is resumed."""
+    data = {"path": recipe.data.path, "fingerprint": dataset.manifest.fingerprint}
+    return {"recipe": recipe.model_dump(mode="json"), "data": data}
+
+
+def _monitor(recipe: TrainRecipe, folder: Path, incarnation: int, world: World) -> Monitor:
+    """Rank 0 logs for all."""
+    if not world.is_main:
+        return Monitor([])
+    return open_monitor(
+        folder,
+        recipe.monitoring,
+        run_name=recipe.name,
+        recipe_dump=recipe.model_dump(mode="json"),
+        total_samples=recipe.training.total_samples,
+        incarnation=incarnation,
+    )
+
+
+def _loader(recipe: TrainRecipe, dataset: LatentDataset, start: int, world: World) -> Loader[TrainBatch]:
+    return Loader(
+        dataset,
+        seed=recipe.seed,
+        shuffle_window=recipe.data.shuffle_window,
+        global_batch=recipe.training.global_batch,
+        micro_batch=recipe.training.micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        start_position=start,
+        flip_probability=recipe.data.flip_probability,
+        num_threads=recipe.data.num_threads,
+        prefetch=recipe.data.prefetch,
+        finish=partial(_draw, recipe),
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def _trainer(
+    recipe: TrainRecipe,
+    folder: Path,
+    card: ModelCard,
+    engine: Fsdp2Engine,
+    checkpoints: CheckpointStore,
+    checkpoint_meta: dict[str, Any],
+    loader: Loader[TrainBatch],
+    monitor: Monitor,
+    world: World,
+    stop: StopRequest,
+) -> Trainer:
+    training = recipe.training
+    objective = build_objective(recipe.diffusion)
+    return Trainer(
+        engine=engine,
+        batches=_steps(loader),
+        loss=partial(_loss, objective, training.global_batch, world.device),
+        learning_rate=lambda samples: learning_rate(
+            recipe.schedule, recipe.optimizer.lr, samples, training.total_samples
+        ),
+        ema_weight=lambda samples: ema_weight(recipe.ema, samples, training.global_batch),
+        checkpoints=checkpoints,
+        checkpoint_meta=checkpoint_meta,
+        events=_events(recipe, folder, card, objective, engine, monitor, world),
+        monitor=monitor,
+        host=HostStats(),
+        mfu=_mfu(recipe, world),
+        profiler=ProfileWindow(recipe.profile, folder, world.rank, world.device),
+        world=world,
+        stop=stop,
+        global_batch=training.global_batch,
+        total_samples=training.total_samples,
+        log_every_samples=recipe.monitoring.every_samples,
+        checkpoint_every_samples=recipe.checkpoint.every_samples,
+    )
+
+
+def open_heldout(path: str, card: ModelCard) -> LatentDataset:
+    """A held-out set for the model of `card`, normalised as its training set was: the network knows no other space.
+
+    Raises InputError if it is missing or was encoded in another way.
+    """
+    manifest = read_manifest(path)
+    check_compatible(path, manifest, card.codec, card.model.latent_shape, card.model.num_classes)
+    if manifest.codec.identity != card.codec_identity:
+        raise InputError(f"dataset {path}: encoded with other weights than the training set; encode it again")
+    return LatentDataset(path, manifest, card.normalization)
 
 
 def _steps(loader: Loader[TrainBatch]) -> Iterator[list[TrainBatch]]:
@@ -201,9 +269,9 @@ def _draw(recipe: TrainRecipe, batch: MicroBatch) -> TrainBatch:
     return TrainBatch(batch.latents, draws.eps, draws.t, condition, batch.weights)
 
 
-def _loss(objective: Objective, global_batch: int, model: nn.Module, batch: TrainBatch) -> Tensor:
+def _loss(objective: Objective, global_batch: int, device: torch.device, model: nn.Module, batch: TrainBatch) -> Tensor:
     """The micro-batch's share of the mean over the global batch, scalar fp32."""
-    batch = batch.to(next(model.parameters()).device)
+    batch = batch.to(device)
     losses = per_sample_loss(objective, model, batch.x0, batch.eps, batch.t, batch.condition)
     return (losses * batch.weights).sum() / global_batch
 
@@ -211,7 +279,7 @@ def _loss(objective: Objective, global_batch: int, model: nn.Module, batch: Trai
 def _resume(
     recipe: TrainRecipe,
     folder: Path,
-    card: ModelCard,
+    identity: dict[str, Any],
     engine: Fsdp2Engine,
     checkpoints: CheckpointStore,
     world: World,
@@ -225,21 +293,21 @@ def _resume(
     if recipe.resume == "never":
         raise InputError(f"{folder}: holds checkpoints, and resume is never; choose another name or delete the folder")
     meta = read_meta(latest)
-    _check_same_run(folder, card, ModelCard.model_validate(meta["card"]))
+    _check_same_run(folder, identity, meta)
     checkpoints.load(latest, engine.state_dict())
     if world.is_main:
         print(f"resuming from {latest} ({meta['samples']:,} samples)")
     return meta["samples"]
 
 
-def _check_same_run(folder: Path, now: ModelCard, then: ModelCard) -> None:
+def _check_same_run(folder: Path, now: dict[str, Any], then: dict[str, Any]) -> None:
     differences = [
-        f"{'.'.join(keys)}: {_get(then.recipe, keys)} then, {_get(now.recipe, keys)} now"
+        f"{'.'.join(keys)}: {_fixed(then, keys)} then, {_fixed(now, keys)} now"
         for keys in _FIXED_FOR_A_RUN
-        if _get(then.recipe, keys) != _get(now.recipe, keys)
+        if _fixed(then, keys) != _fixed(now, keys)
     ]
-    if now.data_fingerprint != then.data_fingerprint:
-        differences.append(f"the dataset at {now.recipe.data.path}: its shards are not those of the run's start")
+    if now["data"]["fingerprint"] != then["data"]["fingerprint"]:
+        differences.append(f"the dataset at {now['data']['path']}: its shards are not those of the run's start")
     if differences:
         raise InputError(
             f"{folder}: this run began with another recipe, so it cannot go on with this one. "
@@ -247,11 +315,12 @@ def _check_same_run(folder: Path, now: ModelCard, then: ModelCard) -> None:
         )
 
 
-def _get(recipe: TrainRecipe, keys: tuple[str, ...]) -> Any:
-    value: Any = recipe
+def _fixed(identity: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    """The part of the recipe at `keys`, without where a codec lies and in which precision it would encode."""
+    value = identity["recipe"]
     for key in keys:
-        value = getattr(value, key)
-    return value
+        value = value.get(key)
+    return {k: v for k, v in value.items() if k not in ("path", "precision")} if keys == ("codec",) else value
 
 
 def _announce(recipe: TrainRecipe, dataset: LatentDataset, world: World, start: int) -> None:
@@ -284,7 +353,7 @@ def _events(
     """Validation and the grid of pictures, where the recipe asks for them."""
     events = []
     if recipe.validation is not None:
-        heldout = open_dataset(recipe, recipe.validation.path)
+        heldout = open_heldout(recipe.validation.path, card)
         events.append(
             Event(
                 recipe.validation.every_samples,
@@ -336,12 +405,16 @@ def _draw_grid(
 ) -> dict[str, float | str]:
     """A row of pictures per class into samples/: generated by all ranks, decoded by the one that has the codec."""
     config = recipe.sampling
+    num_classes = recipe.model.num_classes
     latents = generate_on_all_ranks(
-        objective, model, recipe.model.latent_shape, grid_classes(config), recipe.model.num_classes, config, world
+        objective, model, recipe.model.latent_shape, grid_classes(config, num_classes), num_classes, config, world
     )
     if codec is not None:
         path = folder / "samples" / f"samples-{samples:012d}.png"
-        path.parent.mkdir(exist_ok=True)
-        save_grid(codec.decode(card.denormalize(latents).to(world.device)), path, config.num_per_class)
-        monitor.log_image(samples, "samples/grid", path)
+        try:
+            save_grid(codec.decode(card.denormalize(latents).to(world.device)), path, config.num_per_class)
+        except OSError as error:  # a full disk costs a picture, not the run
+            print(f"warning: {path} could not be written ({error}); training goes on", file=sys.stderr)
+        else:
+            monitor.log_image(samples, "samples/grid", path)
     return {}

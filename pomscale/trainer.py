@@ -67,6 +67,8 @@ class Trainer:
         losses: list[float] = []
         norms: list[float] = []
         stopping = False
+        if samples:
+            self._run_events(samples)  # those of the last save, which a stop or a kill may have cut off
         while samples < self.total_samples and not stopping:
             self.profiler.step(samples)
             with self.timer.data_wait():
@@ -78,9 +80,10 @@ class Trainer:
             learning_rate = self.learning_rate(samples + self.global_batch // 2)
             norm = self.engine.step(learning_rate, self.ema_weight(samples + self.global_batch))
             if not (math.isfinite(loss) and math.isfinite(norm)):
+                self.checkpoints.wait()
                 raise self._diverged(samples, loss, norm)
             samples += self.global_batch
-            stopping = stop_votes > 0
+            stopping = stop_votes > 0 and samples < self.total_samples
             last = stopping or samples >= self.total_samples
             losses.append(loss)
             norms.append(norm)
@@ -89,20 +92,25 @@ class Trainer:
                 self._log(samples, losses, norms, learning_rate)
                 losses, norms = [], []
             with self.timer.paused():
-                for event in self.events:
-                    # A run that is asked to stop has seconds left: it saves and measures after the restart.
-                    if not stopping and (last or self._due(event.every_samples, samples)):
-                        with self.engine.ema_weights():
-                            metrics = event.run(samples)
-                        if metrics:
-                            self.monitor.log(samples, metrics)
                 self.checkpoints.poll()
                 if last or self._due(self.checkpoint_every_samples, samples):
                     meta = {"samples": samples, **self.checkpoint_meta}
                     self.checkpoints.save(samples, self.engine.state_dict(), meta)
+                # After the save, so that what fails in them costs no training. A run that is asked to stop has
+                # seconds left: its events happen after the restart.
+                if not stopping:
+                    self._run_events(samples)
         self.profiler.close()
         self.checkpoints.wait()
         return samples
+
+    def _run_events(self, samples: int) -> None:
+        for event in self.events:
+            if samples >= self.total_samples or self._due(event.every_samples, samples):
+                with self.engine.ema_weights():
+                    metrics = event.run(samples)
+                if metrics:
+                    self.monitor.log(samples, metrics)
 
     def _due(self, every_samples: int, samples: int) -> bool:
         """Whether the step that ended at `samples` passed a multiple of every_samples."""

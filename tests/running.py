@@ -8,10 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 
 from pomscale.checkpoint.store import find_checkpoint, read_meta, read_tensors
@@ -19,8 +23,15 @@ from pomscale.pretrained import load_pretrained
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TIMEOUT_S = 240
-GLOBAL_BATCH = 16
-NUM_STEPS = 50
+GLOBAL_BATCH = 32
+NUM_STEPS = 50  # 1,600 samples: into the second epoch of 901 digits
+
+
+@dataclass(frozen=True)
+class Finished:
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 def write_tiny_recipe(folder: Path, digits: Path) -> Path:
@@ -53,51 +64,63 @@ def train_command(recipe: Path, *overrides: str, num_processes: int = 1) -> list
     return [sys.executable, *launcher, "train", str(recipe), *overrides]
 
 
-def run(command: list[str], expect: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], expect: int = 0, timeout: float = TIMEOUT_S, **options: Any) -> Finished:
     """Run to the end; the test fails with the command's own output if it ends in another way than expected."""
-    done = subprocess.run(
-        command, env=ENVIRONMENT, capture_output=True, text=True, check=False, **{"timeout": TIMEOUT_S, **options}
-    )
-    assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return done
+    with started(command, stderr=subprocess.PIPE, **options) as process:
+        out, err = process.communicate(timeout=timeout)
+    assert process.returncode == expect, f"exit code {process.returncode}\n{out[-4000:]}\n{err[-4000:]}"
+    return Finished(process.returncode, out, err)
 
 
-def pomscale(*arguments: str | Path, expect: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+@contextmanager
+def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A command under way. Whatever happens to the test, no process of it is left behind."""
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, **options)
+    known = {process.pid: psutil.Process(process.pid)}
+    try:
+        yield process
+    finally:
+        # torchrun's workers have sessions of their own: only the tree tells whose they are.
+        with suppress(psutil.NoSuchProcess):
+            known.update({child.pid: child for child in known[process.pid].children(recursive=True)})
+        for left in known.values():
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
+        process.wait(30)
+
+
+def pomscale(*arguments: str | Path, expect: int = 0, **options: Any) -> Finished:
     return run([sys.executable, "-m", "pomscale", *map(str, arguments)], expect, **options)
 
 
-def train(recipe: Path, *overrides: str, num_processes: int = 1, expect: int = 0) -> subprocess.CompletedProcess[str]:
+def train(recipe: Path, *overrides: str, num_processes: int = 1, expect: int = 0) -> Finished:
     return run(train_command(recipe, *overrides, num_processes=num_processes), expect)
 
 
 def start_and_signal(
     recipe: Path, *overrides: str, after_samples: int, number: signal.Signals, num_processes: int = 1
-) -> subprocess.Popen[str]:
-    """Start training, send a signal to every training process once `after_samples` are logged, wait for the end.
+) -> int:
+    """Start training, send a signal to every training process once `after_samples` are logged; the exit code.
 
     SIGKILL goes to the launcher too, as when a node loses power.
     """
     folder = recipe.parent / "runs" / "tiny"
-    process = subprocess.Popen(
-        train_command(recipe, *overrides, num_processes=num_processes),
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + TIMEOUT_S
-    while samples_seen(folder) < after_samples:
-        assert process.poll() is None, f"ended before the signal: {process.stdout.read()}"  # type: ignore[union-attr]
-        assert time.monotonic() < deadline, "training did not get to the signal in time"
-        time.sleep(0.005)
-    children = psutil.Process(process.pid).children(recursive=True)
-    if number == signal.SIGKILL or not children:
-        process.send_signal(number)
-    for child in children:
-        child.send_signal(number)
-    process.wait(TIMEOUT_S)
-    psutil.wait_procs(children, timeout=30)
-    return process
+    command = train_command(recipe, *overrides, num_processes=num_processes)
+    with started(command, stderr=subprocess.STDOUT) as process:
+        deadline = time.monotonic() + TIMEOUT_S
+        while samples_seen(folder) < after_samples:
+            assert process.poll() is None, f"ended before the signal: {process.stdout.read()}"  # type: ignore[union-attr]
+            assert time.monotonic() < deadline, "training did not get to the signal in time"
+            time.sleep(0.005)
+        launcher = psutil.Process(process.pid)
+        children = launcher.children(recursive=True)
+        targets = [launcher, *children] if number == signal.SIGKILL or not children else children
+        for target in targets:
+            with suppress(psutil.NoSuchProcess):
+                target.send_signal(number)
+        process.communicate(timeout=TIMEOUT_S)
+        psutil.wait_procs(children, timeout=30)
+    return process.returncode
 
 
 def samples_seen(folder: Path) -> int:
@@ -134,3 +157,17 @@ def final_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def checkpoint_samples(folder: Path) -> int:
     return read_meta(find_checkpoint(folder))["samples"]
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "outcome.json").read_text())
+
+
+def assert_same_curve(
+    ours: dict[int, float], reference: dict[int, float], first_changed_step: int = 0, late: float = 1e-3
+) -> None:
+    """Relative 1e-5 for 10 steps after a change of layout, then `late`, to step 50 (fp32)."""
+    assert list(ours) == list(reference) == [GLOBAL_BATCH * step for step in range(1, NUM_STEPS + 1)]
+    for step, (our, their) in enumerate(zip(ours.values(), reference.values(), strict=True)):
+        tolerance = 1e-5 if step < first_changed_step + 10 else late
+        assert our == pytest.approx(their, rel=tolerance), f"step {step}"

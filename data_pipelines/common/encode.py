@@ -2,7 +2,7 @@
 
 Items are dealt to fixed parts in a shuffled order; a part becomes one shard and is a pure function of (source
 fingerprint, part number, recipe). So an encode that was killed goes on where it stopped, and ends with the same bytes
-as one that was not.
+as one that was not (with a VAE: on the same device, with the same batch).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data_pipelines.common.files import atomic_write
 from data_pipelines.common.parts import Failure, PartRecord, PartStore, Plan
 from data_pipelines.common.progress import EncodeProgress
 from data_pipelines.common.shards import Record, ShardWriter
@@ -29,18 +29,20 @@ from data_pipelines.images.transform import Picture, UnreadablePictureError, loa
 from pomscale import __version__
 from pomscale.codecs import Codec, build_codec
 from pomscale.config.schema import EncodeRecipe
-from pomscale.data.index import INDEX_DTYPE
+from pomscale.data.index import INDEX_DTYPE, npy_header
 from pomscale.data.schema import (
     FAILURES_NAME,
     INDEX_NAME,
     MANIFEST_NAME,
     CodecInfo,
+    IndexInfo,
     LatentInfo,
     Manifest,
     ShardInfo,
 )
 from pomscale.distributed.world import resolve_device
 from pomscale.errors import PomscaleError
+from pomscale.files import atomic_write, write_text
 from pomscale.keyed_random import Stream, keyed_generator
 
 # Subindex of Stream.DATASET; `show` uses 2.
@@ -78,23 +80,23 @@ def encode(recipe: EncodeRecipe, *, progress: bool = True) -> EncodeReport:
     """Encodes what is missing in `recipe.output`, then writes index and manifest.
 
     Items that cannot be encoded are listed in failures.jsonl and the rest goes on. InputError for a wrong source or
-    an output that holds another encode; PomscaleError if nothing could be encoded or the disk is full.
+    an output that another encode has or had; PomscaleError if nothing could be encoded, the disk is full or a
+    picture cannot be read.
     """
     job = _Job(recipe)
-    job.store.claim(job.plan)
     num_resumed = 0
-    with (
-        EncodeProgress(len(job.source.items), enabled=progress) as display,
-        ThreadPoolExecutor(recipe.num_workers, "decode") as pool,
-    ):
-        for part in range(job.num_parts):
-            done = job.store.read(part)
-            if done is None:
-                _encode_part(job, part, pool, display)
-            else:
-                num_resumed += 1
-                display.skip(len(job.part_numbers(part)))
-    manifest = _finish(job)
+    with job.store.claim(job.plan):
+        with (
+            EncodeProgress(len(job.source.items), enabled=progress) as display,
+            ThreadPoolExecutor(recipe.num_workers, "decode") as pool,
+        ):
+            for part in range(job.num_parts):
+                if job.store.read(part) is None:
+                    _encode_part(job, part, pool, display)
+                else:
+                    num_resumed += 1
+                    display.skip(len(job.part_numbers(part)))
+        manifest = _finish(job)
     return EncodeReport(
         output=job.store.output,
         num_samples=manifest.num_samples,
@@ -192,11 +194,16 @@ def _encode_part(job: _Job, part: int, pool: ThreadPoolExecutor, display: Encode
                 statistics = mine if statistics is None else statistics.merge(mine)
                 display.advance(stream.tell() - begin)
             rows = writer.finish()
-            num_bytes = stream.tell()
-            stream.seek(0)
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            num_bytes, sha256 = _num_bytes_and_sha256(stream)
         shard = ShardInfo(name=path.name, num_samples=len(rows), num_bytes=num_bytes, sha256=sha256)
     job.store.commit(part, PartRecord(shard=shard, statistics=statistics, failures=tuple(failures)), rows)
+
+
+def _num_bytes_and_sha256(stream: BufferedRandom) -> tuple[int, str]:
+    """Of all that was written to the stream so far."""
+    num_bytes = stream.tell()
+    stream.seek(0)
+    return num_bytes, hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _statistics(record: Record, stores_moments: bool) -> ChannelStatistics:
@@ -286,13 +293,16 @@ def _to_stored(job: _Job, images: torch.Tensor, numbers: list[int], *, mirrored:
 def _finish(job: _Job) -> Manifest:
     """Puts the parts together: failures, index, and last the manifest, which declares the dataset complete."""
     parts = [(part, record) for part in range(job.num_parts) if (record := job.store.read(part)) is not None]
-    assert len(parts) == job.num_parts, "a part vanished while its neighbours were encoded"
+    if len(parts) != job.num_parts:
+        raise PomscaleError(f"{job.store.output}: a part vanished while others were made; run the same command again")
     failures = [failure for _, record in parts for failure in record.failures]
     whole = [(part, record.shard, record.statistics) for part, record in parts if record.shard and record.statistics]
     output = job.store.output
     if failures:
         with atomic_write(output / FAILURES_NAME) as stream:
             stream.writelines(f"{failure.model_dump_json()}\n".encode() for failure in failures)
+    else:
+        (output / FAILURES_NAME).unlink(missing_ok=True)
     if not whole:
         raise PomscaleError(
             f"none of the {len(failures):,} items could be encoded; the reasons are in {output / FAILURES_NAME}, "
@@ -302,8 +312,7 @@ def _finish(job: _Job) -> Manifest:
     statistics = whole[0][2]
     for _, _, more in whole[1:]:
         statistics = statistics.merge(more)
-    num_samples = sum(shard.num_samples for shard in shards)
-    _write_index(job, [part for part, _, _ in whole], num_samples)
+    index = _write_index(job, [(part, shard.num_samples) for part, shard, _ in whole])
     manifest = Manifest(
         pomscale_version=__version__,
         modality="image",
@@ -322,23 +331,25 @@ def _finish(job: _Job) -> Manifest:
         ),
         transform=job.recipe.transform,
         class_names=job.source.class_names,
-        num_samples=num_samples,
+        num_samples=sum(shard.num_samples for shard in shards),
         num_failures=len(failures),
         source_fingerprint=job.source.fingerprint,
         shards=tuple(shards),
+        index=index,
         recipe=job.recipe.model_dump(mode="json"),
     )
-    with atomic_write(output / MANIFEST_NAME) as stream:
-        stream.write(manifest.model_dump_json(indent=2).encode())
+    write_text(output / MANIFEST_NAME, manifest.model_dump_json(indent=2))
     return manifest
 
 
-def _write_index(job: _Job, parts: list[int], num_samples: int) -> None:
-    """One .npy, written part by part: no more than one part's rows are in memory."""
-    header = {"descr": np.lib.format.dtype_to_descr(INDEX_DTYPE), "fortran_order": False, "shape": (num_samples,)}
+def _write_index(job: _Job, parts: list[tuple[int, int]]) -> IndexInfo:
+    """One .npy of parts and their numbers of samples, written part by part: only one part's rows are in memory."""
+    num_samples = sum(num_rows for _, num_rows in parts)
     with atomic_write(job.store.output / INDEX_NAME) as stream:
-        np.lib.format.write_array_header_1_0(stream, header)
-        for shard, part in enumerate(parts):
-            rows = job.store.read_rows(part)
+        stream.write(npy_header((num_samples,), INDEX_DTYPE))
+        for shard, (part, num_rows) in enumerate(parts):
+            rows = job.store.read_rows(part, num_rows)
             rows["shard"] = shard
             stream.write(rows.tobytes())
+        num_bytes, sha256 = _num_bytes_and_sha256(stream)
+    return IndexInfo(num_bytes=num_bytes, sha256=sha256)

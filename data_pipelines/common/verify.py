@@ -10,10 +10,21 @@ from pathlib import Path
 
 import numpy as np
 
-from pomscale.data.index import INDEX_DTYPE, npy_header, scan_shard
-from pomscale.data.schema import FLIP_MEMBER, INDEX_NAME, LATENT_MEMBER, Manifest, ShardInfo, read_manifest
+from pomscale.data.index import INDEX_DTYPE, map_index, npy_header, scan_shard
+from pomscale.data.schema import (
+    CLASS_MEMBER,
+    FLIP_MEMBER,
+    INDEX_NAME,
+    INFO_MEMBER,
+    LATENT_MEMBER,
+    REMEDY,
+    IndexInfo,
+    Manifest,
+    ShardInfo,
+    read_manifest,
+)
 
-_MEMBERS = {"latent": LATENT_MEMBER, "flip": FLIP_MEMBER}
+_ARRAYS = {LATENT_MEMBER: "latent", FLIP_MEMBER: "flip"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class VerifyReport:
         checked = f"{self.folder}: {self.num_samples:,} samples in {self.num_shards:,} shards"
         if not self.problems:
             return f"{checked}: whole"
-        return "\n".join([*self.problems, f"{checked}: {len(self.problems):,} problems"])
+        return "\n".join([*self.problems, f"{checked}: {len(self.problems):,} problems; {REMEDY}"])
 
 
 def verify(folder: str | Path) -> VerifyReport:
@@ -41,7 +52,8 @@ def verify(folder: str | Path) -> VerifyReport:
     folder = Path(folder)
     manifest = read_manifest(folder)
     problems = list(_verify_index(folder, manifest))
-    index = None if problems else np.load(folder / INDEX_NAME, mmap_mode="r")
+    # A damaged index is made anew by the next encode; it says nothing about the shards.
+    index = None if problems else map_index(folder / INDEX_NAME, manifest.num_samples)
     problems += _verify_listing(folder, manifest)
     keys: dict[str, str] = {}
     first = 0
@@ -53,15 +65,25 @@ def verify(folder: str | Path) -> VerifyReport:
 
 
 def _verify_index(folder: Path, manifest: Manifest) -> Iterator[str]:
+    path = folder / INDEX_NAME
     try:
-        index = np.load(folder / INDEX_NAME, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+        problem = _verify_bytes(path, manifest.index)
+        if problem:
+            yield f"{INDEX_NAME}: {problem}"
+        else:
+            map_index(path, manifest.num_samples)
+    except (OSError, ValueError) as error:
         yield f"{INDEX_NAME}: cannot be read: {error}"
-        return
-    if index.dtype != INDEX_DTYPE:
-        yield f"{INDEX_NAME}: has other columns than this version of pomscale"
-    elif len(index) != manifest.num_samples:
-        yield f"{INDEX_NAME}: has {len(index):,} records, the manifest {manifest.num_samples:,}"
+
+
+def _verify_bytes(path: Path, expected: ShardInfo | IndexInfo) -> str | None:
+    num_bytes = path.stat().st_size
+    if num_bytes != expected.num_bytes:
+        return f"has {num_bytes:,} bytes instead of {expected.num_bytes:,}: cut off or overwritten"
+    with path.open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != expected.sha256:
+            return "its sha256 differs from the manifest's"
+    return None
 
 
 def _verify_listing(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -76,49 +98,46 @@ def _verify_shard(
 ) -> Iterator[str]:
     shard = manifest.shards[number]
     path = folder / shard.name
-    if not path.is_file():
-        yield f"{shard.name}: is missing"
-        return
-    if path.stat().st_size != shard.num_bytes:
-        yield f"{shard.name}: has {path.stat().st_size:,} bytes instead of {shard.num_bytes:,}: cut off or overwritten"
-    else:
-        with path.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != shard.sha256:
-                yield f"{shard.name}: its sha256 differs from the manifest's"
     try:
-        found_keys, found = scan_shard(path, number)
-    except (tarfile.ReadError, OSError, ValueError) as error:
-        yield f"{shard.name}: is no readable tar: {error}"
-        return
-    if len(found_keys) != shard.num_samples:
-        last = found_keys[-1] if found_keys else "none"
-        yield f"{shard.name}: {len(found_keys):,} readable records instead of {shard.num_samples:,}, last key {last}"
-    for key in found_keys:
-        other = keys.setdefault(key, shard.name)
-        if other != shard.name:
-            yield f"{shard.name}: {key}: is also a key of {other}"
-    yield from _verify_records(path, manifest, shard, found_keys, found)
-    if rows is not None:
-        yield from _compare_with_index(shard, found_keys, found, rows)
+        problem = _verify_bytes(path, shard)
+        if problem:
+            yield f"{shard.name}: {problem}"
+        suffixes, found = scan_shard(path, number)
+        found_keys = list(suffixes)
+        if len(found_keys) != shard.num_samples:
+            count, last = len(found_keys), found_keys[-1] if found_keys else "none"
+            yield f"{shard.name}: {count:,} readable records instead of {shard.num_samples:,}, last key {last}"
+        for key in found_keys:
+            other = keys.setdefault(key, shard.name)
+            if other != shard.name:
+                yield f"{shard.name}: {key}: is also a key of {other}"
+        yield from _verify_records(path, manifest, shard, suffixes, found)
+        if rows is not None:
+            yield from _compare_with_index(shard, found_keys, found, rows)
+    except FileNotFoundError:
+        yield f"{shard.name}: is missing"
+    except (tarfile.ReadError, OSError, ValueError, OverflowError) as error:
+        yield f"{shard.name}: cannot be read: {error}"
 
 
 def _verify_records(
-    path: Path, manifest: Manifest, shard: ShardInfo, keys: list[str], rows: np.ndarray
+    path: Path, manifest: Manifest, shard: ShardInfo, suffixes: dict[str, set[str]], rows: np.ndarray
 ) -> Iterator[str]:
     shape = manifest.latent.stored_shape
     header = npy_header(shape, "<f2")
     expected_length = len(header) + 2 * int(np.prod(shape))
+    required = [LATENT_MEMBER, *([FLIP_MEMBER] if manifest.has_flip else []), CLASS_MEMBER, INFO_MEMBER]
     with path.open("rb") as stream:
-        for key, row in zip(keys, rows, strict=True):
+        for (key, present), row in zip(suffixes.items(), rows, strict=True):
+            for suffix in required:
+                if suffix not in present:
+                    yield f"{shard.name}: {key}{suffix}: is missing"
             if not 0 <= row["label"] < manifest.num_classes:
                 yield f"{shard.name}: {key}: class {row['label']} is not among the {manifest.num_classes} classes"
-            for prefix, suffix in _MEMBERS.items():
+            for suffix, prefix in _ARRAYS.items():
+                if suffix not in present:
+                    continue
                 length = int(row[f"{prefix}_length"])
-                if prefix == "flip" and not manifest.has_flip and length == 0:
-                    continue
-                if length == 0:
-                    yield f"{shard.name}: {key}{suffix}: is missing"
-                    continue
                 stream.seek(int(row[f"{prefix}_offset"]))
                 payload = stream.read(length)
                 if length != expected_length or not payload.startswith(header):

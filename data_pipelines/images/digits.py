@@ -29,7 +29,7 @@ def write_digits(folder: Path) -> dict[str, int]:
     try:
         from sklearn.datasets import load_digits  # noqa: PLC0415  an extra, needed by the quickstart only
     except ImportError as error:
-        raise InputError("the digits come with scikit-learn: pip install 'pomscale[quickstart]'") from error
+        raise InputError("the digits come with scikit-learn: pip install -e '.[quickstart]'") from error
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / _WHITE)).astype(np.uint8)
     counts = {"train": 0, "heldout": 0}

@@ -40,8 +40,16 @@ def scan_image_folder(root: Path) -> ImageFolder:
 
     The fingerprint is a sha256 over relative paths and file sizes. Contents are not hashed: that would read the whole
     raw set once more, and times are left out since copying a set changes them.
-    InputError if the folder is missing, has no class folders, one is empty, or two pictures get the same key.
+    InputError if the folder is missing or cannot be read, has no class folders, one is empty, or a picture has a name
+    that cannot be stored or gives two pictures the same key.
     """
+    try:
+        return _scan(root)
+    except OSError as error:
+        raise InputError(f"source.path: cannot read {error.filename}: {error.strerror}; mend or remove it") from error
+
+
+def _scan(root: Path) -> ImageFolder:
     if not root.is_dir():
         raise InputError(f"source.path: there is no folder {root}")
     class_names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
@@ -60,7 +68,7 @@ def scan_image_folder(root: Path) -> ImageFolder:
         for path, size in pictures:
             relative = path.relative_to(root).as_posix()
             items.append(Item(_key(relative), relative, label))
-            digest.update(f"{relative}\0{size}\n".encode(errors="surrogateescape"))
+            digest.update(f"{relative}\0{size}\n".encode())
     if empty:
         raise InputError(
             f"source.path: no PNG, JPEG or WebP in class folder(s) {', '.join(empty)} of {root}; "
@@ -73,7 +81,7 @@ def scan_image_folder(root: Path) -> ImageFolder:
 def _list_pictures(folder: Path) -> tuple[list[tuple[Path, int]], int]:
     """Pictures below a folder, sorted, with their sizes in bytes; and the number of other files."""
     pictures, num_others = [], 0
-    for parent, _, names in os.walk(folder, onerror=_refuse_unreadable):
+    for parent, _, names in os.walk(folder, onerror=_raise):
         for name in names:
             path = Path(parent, name)
             if path.suffix.lower() in EXTENSIONS:
@@ -83,15 +91,19 @@ def _list_pictures(folder: Path) -> tuple[list[tuple[Path, int]], int]:
     return sorted(pictures), num_others
 
 
-def _refuse_unreadable(error: OSError) -> NoReturn:
-    raise InputError(f"source.path: cannot list {error.filename}: {error.strerror}") from error
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _key(relative: str) -> str:
     """Relative path without extension. WebDataset splits a name at its first dot, so a key has none."""
+    try:
+        relative.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"source.path: the name {os.fsencode(relative)!r} is not UTF-8; rename it") from None
     key = os.path.splitext(relative)[0].replace(".", "_")
     folder, _, name = key.rpartition("/")
-    if len(os.fsencode(name)) > _MAX_NAME_BYTES or len(os.fsencode(folder)) > _MAX_FOLDER_BYTES:
+    if len(name.encode()) > _MAX_NAME_BYTES or len(folder.encode()) > _MAX_FOLDER_BYTES:
         raise InputError(
             f"source.path: the name of {relative} is too long for a tar header; at most {_MAX_NAME_BYTES} bytes "
             f"of file name and {_MAX_FOLDER_BYTES} of folders"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from dataclasses import dataclass
@@ -9,15 +10,39 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from pomscale.config.schema import ImageTransformConfig
+from pomscale.errors import PomscaleError
 
+_FORMATS = ("PNG", "JPEG", "WEBP")
 _FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 
-# What Pillow's decoders raise for files that are damaged, cut off, or no pictures at all.
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+# What turns a picture of each EXIF orientation upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# What Pillow raises for files that are damaged or cut off, and for damaged EXIF and XMP.
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 class UnreadablePictureError(Exception):
@@ -32,15 +57,25 @@ class Picture:
 
 
 def load_picture(path: Path, transform: ImageTransformConfig, num_channels: int) -> Picture:
-    """Reads, turns upright (EXIF), converts to grey or RGB, resizes the shorter side, crops the centre.
+    """Reads, converts to grey or RGB, turns upright (EXIF), resizes the central square.
 
-    Smaller pictures are enlarged. Transparency is laid on white. UnreadablePictureError if that is impossible.
+    Smaller pictures are enlarged. Transparency is laid on white. UnreadablePictureError if that is impossible,
+    PomscaleError if the disk does not give the file's bytes, which says nothing about the picture.
     """
     try:
-        with Image.open(path) as file:
+        content = path.read_bytes()
+    except OSError as error:
+        raise PomscaleError(f"cannot read {path}: {error}. Run the same command again, it goes on from here") from error
+    try:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as file:
             width, height = file.size
-            upright = ImageOps.exif_transpose(file)
-            image = _crop(_resize(_flatten(upright, num_channels), transform), transform.size)
+            flat = _flatten(file, num_channels)
+            # Only the tag is read: ImageOps.exif_transpose writes EXIF anew as well, and fails where it is damaged.
+            orientation = file.getexif().get(ExifTags.Base.Orientation)
+        upright = flat.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else flat
+        image = _resize(upright, transform)
+    except UnidentifiedImageError as error:
+        raise UnreadablePictureError("no PNG, JPEG or WebP picture") from error
     except _DECODER_ERRORS as error:
         raise UnreadablePictureError(" ".join(f"{type(error).__name__}: {error}".split())) from error
     return Picture(np.asarray(image).reshape(transform.size, transform.size, num_channels), width, height)
@@ -64,13 +99,8 @@ def _flatten(image: Image.Image, num_channels: int) -> Image.Image:
 
 
 def _resize(image: Image.Image, transform: ImageTransformConfig) -> Image.Image:
-    shorter = min(image.size)
-    if shorter == transform.size:
-        return image
-    width, height = (max(transform.size, round(side * transform.size / shorter)) for side in image.size)
-    return image.resize((width, height), _FILTERS[transform.filter])
-
-
-def _crop(image: Image.Image, size: int) -> Image.Image:
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    """The central square, cut and resized in one go: a long strip, resized as a whole, takes any amount of memory."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return image.resize((transform.size, transform.size), _FILTERS[transform.filter], box)

@@ -14,7 +14,6 @@ Every name and shape in a checkpoint is global, so it loads on any number of ran
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -28,6 +27,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pomscale.errors import InputError, PomscaleError
+from pomscale.files import sync_folder, write_text
 
 MARKER = "COMPLETE"
 META = "checkpoint.json"
@@ -35,7 +35,7 @@ _NAME = re.compile(r"samples-(\d{12})$")
 
 
 class CheckpointStore:
-    """Saves and finds the checkpoints below `root`. Every method but the static ones is called by all ranks."""
+    """Saves and loads the checkpoints below `root`. Every method is called by all ranks."""
 
     def __init__(self, root: Path, *, keep_last: int, asynchronous: bool) -> None:
         self.root = root
@@ -55,9 +55,7 @@ class CheckpointStore:
         self.wait()
         folder = self.root / f"samples-{samples:012d}"
         if self._is_main:
-            shutil.rmtree(folder, ignore_errors=True)  # remains of a killed save: it has no marker
-            folder.mkdir(parents=True)
-            _write_durably(folder / META, json.dumps(meta, indent=1))
+            self._begin(folder, meta)
         dist.barrier(self._group)
         writer = dcp.FileSystemWriter(folder, sync_files=True, overwrite=False)
         if self._asynchronous:
@@ -85,19 +83,34 @@ class CheckpointStore:
         try:
             future.result()
             if self._is_main:
-                _sync_folder(folder)
-                _write_durably(folder / MARKER, "")
-                self._prune()
-        except (CheckpointException, OSError, RuntimeError) as error:
+                sync_folder(folder)
+                write_text(folder / MARKER, "")
+        except (CheckpointException, PomscaleError, OSError, RuntimeError) as error:
             message = _save_error(folder, error)
             if self._is_main:
-                shutil.rmtree(folder, ignore_errors=True)  # on a full disk, half a checkpoint only takes room
+                _remove(folder)  # on a full disk, half a checkpoint only takes room
             raise PomscaleError(message) from error
+        if self._is_main:
+            self._prune()
+
+    def _begin(self, folder: Path, meta: dict[str, Any]) -> None:
+        try:
+            _remove(folder)  # remains of a killed save: it has no marker
+            folder.mkdir(parents=True)
+            write_text(folder / META, json.dumps(meta, indent=1))
+        except (PomscaleError, OSError) as error:
+            raise PomscaleError(_save_error(folder, error)) from error
 
     def _prune(self) -> None:
-        for folder in complete_checkpoints(self.root)[: -self._keep_last]:
-            (folder / MARKER).unlink()  # first, so that a kill in between leaves an ignored folder, not a torn one
-            shutil.rmtree(folder)
+        """Delete what is older than the last `keep_last`, and the remains of saves that were killed before them."""
+        complete = complete_checkpoints(self.root)
+        keep = set(complete[-self._keep_last :])
+        for folder in sorted(self.root.glob("samples-*")):
+            if folder not in keep and folder < complete[-1]:
+                try:
+                    _remove(folder)
+                except OSError as error:  # a file held open on NFS, say: the run matters more than its garbage
+                    print(f"warning: {folder} could not be deleted ({error}) and takes up space", file=sys.stderr)
 
     def load(self, folder: Path, state: dict[str, Any]) -> None:
         """Fill `state` (as from Engine.state_dict) in place from a complete checkpoint."""
@@ -143,28 +156,19 @@ def read_tensors(folder: Path, state: dict[str, Any]) -> None:
         dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, not only the files' contents."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint folder. The marker goes first: a kill in between leaves an ignored folder, not a torn one."""
+    if folder.exists():
+        (folder / MARKER).unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def _save_error(folder: Path, error: BaseException) -> str:
     failures = error.failures if isinstance(error, CheckpointException) else {}
     causes = [f"rank {rank}: {failure[0]}" for rank, failure in sorted(failures.items())] or [str(error)]
     # torch's writer may hide a full disk behind an error about file positions; the free space tells.
-    free_mib = shutil.disk_usage(folder.parent).free / 2**20
+    existing = next(parent for parent in folder.parents if parent.exists())
+    free_mib = shutil.disk_usage(existing).free / 2**20
     return (
         f"{folder}: the checkpoint could not be written; {free_mib:,.1f} MiB are free there ({'; '.join(causes)}). "
         "Earlier checkpoints are intact: free some space or fix the file system, then run the same command again."

@@ -51,7 +51,10 @@ class Codec(Protocol):
         """Pictures (b, 1|3, H, W), float32 in [0, 1], of unscaled latents (b, c, h, w)."""
 
     def identity(self) -> str:
-        """sha256 (hex) over everything that changes the latents: equal identities, interchangeable latents."""
+        """sha256 (hex) of the network: equal identities decode each other's latents.
+
+        What is stored of a picture, and in which precision it was encoded, are the config's to tell.
+        """
 
     def to(self, device: torch.device | str) -> Codec:
         """Moves the codec and returns it."""

@@ -13,8 +13,32 @@ from pomscale.errors import InputError
 
 try:
     from diffusers import AutoencoderKL
-except ImportError as error:
-    raise InputError("codec sd_vae needs the package diffusers: pip install 'pomscale[vae]'") from error
+except (ImportError, RuntimeError) as error:  # RuntimeError: diffusers is there, but something that it imports is not
+    raise InputError(f"codec sd_vae needs the package diffusers: {error}. Run: pip install -e '.[vae]'") from error
+
+# The keys of config.json that change the arithmetic. Listed, since every version of diffusers adds keys of its own.
+_ARITHMETIC_KEYS = (
+    "act_fn",
+    "block_out_channels",
+    "down_block_types",
+    "in_channels",
+    "latent_channels",
+    "layers_per_block",
+    "mid_block_add_attention",
+    "norm_num_groups",
+    "out_channels",
+    "scaling_factor",
+    "shift_factor",
+    "up_block_types",
+    "use_post_quant_conv",
+    "use_quant_conv",
+)
+
+# What diffusers raises for folders that hold no weights, or a config.json with wrong values.
+_LOAD_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+
+# Decoding takes many times the memory of the pictures that come out.
+_DECODE_BATCH = 8
 
 
 class SdVaeCodec:
@@ -26,16 +50,24 @@ class SdVaeCodec:
     def __init__(self, config: SdVaeCodecConfig) -> None:
         self.config = config
         try:
-            self.vae = (
-                AutoencoderKL.from_pretrained(config.path, torch_dtype=torch.float32).eval().requires_grad_(False)
+            vae, loading = AutoencoderKL.from_pretrained(
+                config.path, torch_dtype=torch.float32, output_loading_info=True
             )
-        except (OSError, ValueError) as error:
+            self.scaling_factor = float(vae.config.scaling_factor)
+            self.shift = float(vae.config.shift_factor or 0.0)
+        except _LOAD_ERRORS as error:
             raise InputError(
                 f"codec.path: cannot load an AutoencoderKL from {config.path!r}: {error}. "
                 f"Give a folder with config.json and weights, or a hub id that this machine can reach"
             ) from error
-        self.scaling_factor: float = self.vae.config.scaling_factor
-        self.shift: float = self.vae.config.shift_factor or 0.0
+        # diffusers only warns of these, and gives missing tensors random values.
+        misfits = {kind: names for kind, names in loading.items() if names}
+        if misfits:
+            raise InputError(
+                f"codec.path: the weights in {config.path!r} do not fit its config.json: {misfits}. "
+                f"Get them again; the copy is incomplete or of another model"
+            )
+        self.vae = vae.eval().requires_grad_(False)
         self.stores_moments = config.store == "moments"
         self.needs_noise = config.store == "sample"
         self.device = torch.device("cpu")
@@ -63,14 +95,13 @@ class SdVaeCodec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        images = self.vae.decode(latents.to(self.device, torch.float32)).sample
+        chunks = latents.to(self.device, torch.float32).split(_DECODE_BATCH)
+        images = torch.cat([self.vae.decode(chunk).sample for chunk in chunks])
         return ((images + 1.0) / 2.0).clamp(0.0, 1.0)
 
     def identity(self) -> str:
-        # Keys that start with "_" record where the weights came from, not what they are.
-        architecture = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
-        digest = hashlib.sha256(f"sd_vae store={self.config.store} precision={self.config.precision}".encode())
-        digest.update(json.dumps(architecture, sort_keys=True, default=str).encode())
+        architecture = {key: self.vae.config[key] for key in _ARITHMETIC_KEYS}
+        digest = hashlib.sha256(f"sd_vae {json.dumps(architecture, sort_keys=True)}".encode())
         for name, tensor in sorted(self.vae.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().cpu().numpy())

@@ -16,6 +16,7 @@ from pomscale.config.presets import PRESETS
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+AdamBeta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 MixerName = Literal["pom", "attention"]
 SamplerName = Literal["ddim", "euler", "heun"]
@@ -149,7 +150,7 @@ class OptimizerConfig(Section):
     """AdamW; biases and embeddings are not decayed."""
 
     lr: PositiveFloat = 1e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     grad_clip: PositiveFloat | None = Field(1.0, description="Largest global gradient norm; null = no clipping.")
@@ -194,7 +195,7 @@ class SamplingConfig(Section):
     """How pictures are drawn; also the defaults of `pomscale sample`."""
 
     every_samples: PositiveInt | None = Field(None, description="Draw a grid into the run folder; null = never.")
-    num_classes: PositiveInt = Field(8, description="Classes in the grid, from class 0 on.")
+    num_classes: PositiveInt | None = Field(None, description="Classes in the grid, from class 0 on; null = up to 8.")
     num_per_class: PositiveInt = 4
     sampler: SamplerName | None = Field(None, description="null follows the objective: euler for flow, ddim for eps.")
     num_steps: PositiveInt = 50
@@ -267,7 +268,7 @@ class TrainRecipe(Section):
             )
         if schedule.warmup_samples + schedule.cooldown_samples > training.total_samples:
             raise ValueError("schedule: warmup_samples + cooldown_samples exceed training.total_samples")
-        if self.sampling.num_classes > self.model.num_classes:
+        if self.sampling.num_classes is not None and self.sampling.num_classes > self.model.num_classes:
             raise ValueError("sampling.num_classes: more than model.num_classes")
         return self
 
@@ -291,7 +292,7 @@ class EncodeRecipe(Section):
     kind: Literal["encode"]
     name: str = Field(min_length=1)
     output: str = Field(description="Folder that receives shards and manifest.json.")
-    seed: Seed = Field(0, description="Seed of posterior draws (store: sample).")
+    seed: Seed = Field(0, description="Deals items to shards; and posterior draws (store: sample).")
     source: ImageSourceConfig
     codec: CodecConfig
     transform: ImageTransformConfig

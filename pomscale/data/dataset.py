@@ -10,13 +10,14 @@ from typing import Literal
 
 import numpy as np
 
-from pomscale.data.index import INDEX_DTYPE, npy_header
-from pomscale.data.schema import INDEX_NAME, Manifest, Normalization, read_manifest
+from pomscale.data.index import map_index, npy_header
+from pomscale.data.schema import INDEX_NAME, REMEDY, Manifest, Normalization, read_manifest
 from pomscale.errors import InputError
 from pomscale.keyed_random import Stream, keyed_generator
 
-# Every mapped shard holds a file descriptor; the usual limit of a process is 1,024 of them.
-_MAX_OPEN_SHARDS = 512
+# Every mapped shard holds a file descriptor; the usual limit of a process is 1,024 of them, and training opens two
+# datasets.
+_MAX_OPEN_SHARDS = 256
 
 _TAR_BLOCK = 512
 _PLACE_FIELDS = ("offset", "length", "crc32")
@@ -51,9 +52,10 @@ class LatentDataset:
 
         Which of original and flip is read, and the posterior draw where moments are stored, are keyed by
         (seed, position). flip_probability has no effect on a dataset without flipped copies.
-        InputError, naming shard, record and remedy, where a shard is missing, cut off or damaged.
+        InputError, naming file, record and remedy, where a shard is missing, cut off or damaged, or the index is wrong.
         """
         rows = self._index[records]
+        self._check_rows(records, rows)
         flips = self._flips(positions, seed, flip_probability)
         places = [np.where(flips, rows[f"flip_{field}"], rows[f"latent_{field}"]) for field in _PLACE_FIELDS]
         stored = np.empty((len(records), *self.manifest.latent.stored_shape), np.float32)
@@ -64,6 +66,17 @@ class LatentDataset:
         latents -= self._mean
         latents /= self._std
         return latents, rows["label"].astype(np.int64)
+
+    def _check_rows(self, records: np.ndarray, rows: np.ndarray) -> None:
+        wrong = np.zeros(len(rows), bool)
+        for field, count in (("shard", len(self.manifest.shards)), ("label", self.manifest.num_classes)):
+            wrong |= (rows[field] < 0) | (rows[field] >= count)
+        if wrong.any():
+            row = rows[wrong][0]
+            raise InputError(
+                f"{self.folder / INDEX_NAME}: record {records[wrong][0]}: there is no shard {row['shard']} or no class "
+                f"{row['label']}. {self._remedy()}"
+            )
 
     def _flips(self, positions: np.ndarray, seed: int, probability: float) -> np.ndarray:
         if not self.manifest.has_flip:
@@ -112,12 +125,12 @@ class LatentDataset:
     def _open_index(self) -> np.ndarray:
         path = self.folder / INDEX_NAME
         try:
-            index = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
+            num_bytes = path.stat().st_size
+            if num_bytes != self.manifest.index.num_bytes:
+                raise ValueError(f"has {num_bytes:,} bytes, but the manifest says {self.manifest.index.num_bytes:,}")
+            return map_index(path, self.manifest.num_samples)
+        except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read: {error}. {self._remedy()}") from error
-        if index.dtype != INDEX_DTYPE or len(index) != self.manifest.num_samples:
-            raise InputError(f"{path}: does not belong to this dataset's manifest. {self._remedy()}")
-        return index
 
     def _damaged(self, record: int, shard: int, offset: int, what: str) -> InputError:
         header = self._shard(shard)[offset - _TAR_BLOCK : offset].tobytes()
@@ -128,4 +141,4 @@ class LatentDataset:
         return InputError(f"{path}: record {record}, {name}: {what}. {self._remedy()}")
 
     def _remedy(self) -> str:
-        return f"Run `pomscale data verify {self.folder}` for the whole list, then encode again what it names"
+        return f"Run `pomscale data verify {self.folder}` for the whole list, then {REMEDY}"

@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from pomscale.data.schema import CLASS_MEMBER, FLIP_MEMBER, LATENT_MEMBER
 
@@ -39,23 +40,38 @@ def to_npy(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
+def npy_header(shape: tuple[int, ...], dtype: npt.DTypeLike) -> bytes:
     """The header that `to_npy` writes for arrays of this shape and dtype."""
-    array = np.empty(shape, dtype)
-    return to_npy(array)[: -array.nbytes]
+    stream = io.BytesIO()
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
+    return stream.getvalue()
 
 
-def scan_shard(path: Path, shard: int) -> tuple[list[str], np.ndarray]:
-    """Reads a tar from its headers and payloads: keys in order, and their index rows (see INDEX_DTYPE).
+def map_index(path: Path, num_rows: int) -> np.ndarray:
+    """The rows (see INDEX_DTYPE) of an index, memory-mapped. OSError, or ValueError if it is not one of `num_rows`."""
+    content = np.memmap(path, np.uint8, "r")
+    header = npy_header((num_rows,), INDEX_DTYPE)
+    num_bytes = len(header) + num_rows * INDEX_DTYPE.itemsize
+    if len(content) != num_bytes or content[: len(header)].tobytes() != header:
+        raise ValueError(f"it is no index of {num_rows:,} records")
+    return content[len(header) :].view(INDEX_DTYPE)
 
-    Raises tarfile.ReadError or OSError where the tar is damaged or cut off, ValueError for a class that is no number.
+
+def scan_shard(path: Path, shard: int) -> tuple[dict[str, set[str]], np.ndarray]:
+    """Reads a tar from its headers and payloads: keys in order, each with its members' suffixes, and the index rows.
+
+    Raises tarfile.ReadError or OSError where the tar is damaged or cut off, ValueError or OverflowError for a class
+    that is no number or too large for the index.
     """
+    suffixes: dict[str, set[str]] = {}
     rows: dict[str, np.ndarray] = {}
     with tarfile.open(path, "r:") as tar:
         for member in tar:
             folder, slash, name = member.name.rpartition("/")
             stem, dot, extensions = name.partition(".")
             key, suffix = folder + slash + stem, dot + extensions
+            suffixes.setdefault(key, set()).add(suffix)
             row = rows.setdefault(key, np.zeros((), INDEX_DTYPE))
             row["shard"] = shard
             if suffix in _FIELD_PREFIX:
@@ -66,7 +82,7 @@ def scan_shard(path: Path, shard: int) -> tuple[list[str], np.ndarray]:
                 row[f"{prefix}_crc32"] = zlib.crc32(payload)
             elif suffix == CLASS_MEMBER:
                 row["label"] = int(_read(tar, member))
-    return list(rows), np.array(list(rows.values()), INDEX_DTYPE)
+    return suffixes, np.array(list(rows.values()), INDEX_DTYPE)
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -37,10 +37,6 @@ class SampleOrder:
         self._shards = functools.lru_cache(maxsize=2)(self._permute_shards)
         self._permutation = functools.lru_cache(maxsize=_CACHED_WINDOWS)(self._permute_window)
 
-    def epoch(self, positions: np.ndarray) -> np.ndarray:
-        """Epoch, from 0, of each global position. int64 -> int64, same shape."""
-        return positions // self.num_records
-
     def records(self, positions: np.ndarray) -> np.ndarray:
         """Record number at each global position. int64 (b,) -> int64 (b,)."""
         records = np.empty_like(positions)

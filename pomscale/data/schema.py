@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from pomscale.config.schema import CodecConfig, ImageTransformConfig
 from pomscale.errors import InputError
@@ -20,6 +20,9 @@ SCHEMA_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
 FAILURES_NAME = "failures.jsonl"
+
+# What to do when the dataset is damaged; finished shards are not encoded again while they have their name and size.
+REMEDY = "delete the named shards and run the same `pomscale data encode` again"
 
 # Members of a record are named KEY + one of these.
 LATENT_MEMBER = ".latent.npy"
@@ -67,6 +70,11 @@ class ShardInfo(_Part):
     sha256: str
 
 
+class IndexInfo(_Part):
+    num_bytes: int
+    sha256: str
+
+
 class Manifest(_Part):
     """Everything a reader must know of a dataset. Written last: a folder that has one is complete."""
 
@@ -81,7 +89,15 @@ class Manifest(_Part):
     num_failures: int
     source_fingerprint: str
     shards: tuple[ShardInfo, ...]
+    index: IndexInfo
     recipe: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        in_shards = sum(shard.num_samples for shard in self.shards)
+        if self.num_samples != in_shards:
+            raise ValueError(f"num_samples is {self.num_samples:,}, but the shards have {in_shards:,} samples")
+        return self
 
     @property
     def num_classes(self) -> int:
@@ -104,14 +120,16 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not path.parent.is_dir():
         raise InputError(f"dataset {folder}: there is no such folder; make it with `pomscale data encode RECIPE`")
     try:
-        text = path.read_text()
+        content = path.read_bytes()
     except FileNotFoundError:
         raise InputError(
             f"dataset {folder}: no {MANIFEST_NAME}; is the encode finished? "
             f"Run `pomscale data encode RECIPE` again, it goes on where it stopped"
         ) from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
     try:
-        return Manifest.model_validate_json(text)
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "the file"

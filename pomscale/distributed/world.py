@@ -45,14 +45,17 @@ class World:
         return gathered
 
     def barrier(self) -> None:
+        """Wait for all ranks. A collective."""
         self.sum([0.0])
 
 
 def resolve_device(device: str) -> torch.device:
     """ "auto" (cuda where there is one), "cpu" or "cuda" -> this process's device.
 
-    Raises InputError when cuda is asked for and absent.
+    Raises InputError for another word, and when cuda is asked for and absent.
     """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device: must be auto, cpu or cuda, got {device!r}")
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise InputError("device: cuda was asked for, but torch sees no GPU here; use auto or cpu")

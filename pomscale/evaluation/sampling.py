@@ -13,10 +13,13 @@ from pomscale.diffusion.loss import Network
 from pomscale.diffusion.objectives import Objective
 from pomscale.distributed.world import World
 
+DEFAULT_NUM_ROWS = 8
 
-def grid_classes(config: SamplingConfig) -> list[int]:
-    """Class of every picture in the grid, one row per class."""
-    return [c for c in range(config.num_classes) for _ in range(config.num_per_class)]
+
+def grid_classes(config: SamplingConfig, num_classes: int) -> list[int]:
+    """Class of every picture in the grid, one row per class, for a model of `num_classes`."""
+    num_rows = config.num_classes or min(num_classes, DEFAULT_NUM_ROWS)
+    return [c for c in range(num_rows) for _ in range(config.num_per_class)]
 
 
 def generate_on_all_ranks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -22,8 +23,12 @@ class PoM(nn.Module):
     process holds with the others'. Raises ValueError unless degree and expand are at least 1.
     """
 
-    def __init__(self, dim: int, degree: int = 2, expand: int = 2, bias: bool = True) -> None:
+    def __init__(
+        self, dim: int, degree: int = 2, expand: int = 2, bias: bool = True, form: Literal["product"] = "product"
+    ) -> None:
         super().__init__()
+        if form != "product":
+            raise ValueError(f"PoM: form must be 'product' (PoM v1), got {form!r}")
         if degree < 1 or expand < 1:
             raise ValueError(f"PoM: degree and expand must be at least 1, got {degree} and {expand}")
         width = degree * expand * dim

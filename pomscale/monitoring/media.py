@@ -26,4 +26,4 @@ def save_grid(images: Tensor | np.ndarray, path: Path, num_columns: int) -> None
         top, left = (i // num_columns) * height + _GAP, (i % num_columns) * width + _GAP
         grid[top : top + tile.shape[1], left : left + tile.shape[2]] = tile.transpose(1, 2, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid[..., 0] if channels == 1 else grid).save(path)
+    Image.fromarray(grid[..., 0] if channels == 1 else grid).save(path, format="PNG")

@@ -330,11 +330,12 @@ def _checkpoint_folders(run_folder: Path) -> list[Path]:
 
 
 def _data_card(run_folder: Path) -> dict[str, Any]:
-    """Fingerprint and normalisation of the training data, as the newest checkpoint that has them records them."""
+    """Where the training data lay, its fingerprint and how it was normalised, by the newest readable checkpoint."""
     for folder in reversed(_checkpoint_folders(run_folder)):
-        card = _read_json(folder / "checkpoint.json").get("card", {})
-        if card:
-            return {key: value for key, value in card.items() if key != "recipe"}
+        meta = _read_json(folder / "checkpoint.json")
+        if "data" in meta:
+            shown = ("codec", "codec_identity", "latent_mean", "latent_std")
+            return {**meta["data"], **{key: meta["card"][key] for key in shown if key in meta["card"]}}
     return {}
 
 

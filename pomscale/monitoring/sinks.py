@@ -119,6 +119,7 @@ class ConsoleSink:
         self._stream = stream or sys.stdout
         self._clock = clock
         self._first: tuple[int, float] | None = None
+        self._warned = False
 
     def log(self, samples: int, metrics: dict[str, float | str]) -> None:
         shown = [form.format(metrics[name]) for name, form in self._FIELDS if name in metrics]
@@ -127,7 +128,12 @@ class ConsoleSink:
 
     def _print(self, samples: int, parts: list[str]) -> None:
         progress = f"{samples / self._total_samples:6.1%}  {format_count(samples)}/{format_count(self._total_samples)}"
-        print("  ".join([progress, *parts]), file=self._stream, flush=True)
+        try:
+            print("  ".join([progress, *parts]), file=self._stream, flush=True)
+        except OSError as error:  # the job's log is on a full disk, or its reader has gone
+            if not self._warned:
+                self._warned = True
+                logger.warning("the console cannot be written (%s): lines are lost; metrics.jsonl goes on", error)
 
     def _eta(self, samples: int) -> str:
         now = self._clock()
@@ -143,4 +149,4 @@ class ConsoleSink:
         self._print(samples, [f"{name}: {png_path}"])
 
     def close(self, failed: bool = False) -> None:
-        self._stream.flush()
+        """Nothing is held back: every line was flushed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pomscale.config.schema import WandbConfig
 from pomscale.errors import InputError
+from pomscale.files import write_text
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -38,7 +38,7 @@ class WandbSink:
         self._image = wandb.Image
         self._failures: tuple[type[Exception], ...] = (wandb.Error, OSError)  # OSError: its service process is gone
         self._num_failed = 0
-        run_id = _wandb_id(run_folder)
+        run_id = _make_wandb_id(run_folder)
 
         def open_run(mode: Literal["online", "offline", "disabled"]) -> Run:
             return wandb.init(
@@ -95,10 +95,16 @@ class WandbSink:
                 logger.warning("wandb fails (%r): rows are missing there; metrics.jsonl has every row", error)
 
 
-def _wandb_id(run_folder: Path) -> str:
+def read_wandb_id(run_folder: Path) -> str | None:
+    """The wandb run of this folder; None if it has none."""
     path = run_folder / ID_FILE
-    if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(secrets.token_hex(8) + "\n")
-        os.replace(temporary, path)
-    return path.read_text().strip()
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+def _make_wandb_id(run_folder: Path) -> str:
+    """The wandb run of this folder, drawn at the first call."""
+    found = read_wandb_id(run_folder)
+    if found is None:
+        found = secrets.token_hex(8)
+        write_text(run_folder / ID_FILE, found + "\n")
+    return found

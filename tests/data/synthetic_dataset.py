@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 
 from data_pipelines.common.shards import Record, ShardWriter
 from pomscale.config.schema import ImageTransformConfig, PixelCodecConfig
-from pomscale.data.schema import INDEX_NAME, MANIFEST_NAME, CodecInfo, LatentInfo, Manifest, ShardInfo
+from pomscale.data.index import to_npy
+from pomscale.data.schema import INDEX_NAME, MANIFEST_NAME, CodecInfo, IndexInfo, LatentInfo, Manifest, ShardInfo
 
 LATENT_SHAPE = (4, 2, 3)
 
@@ -38,7 +40,7 @@ def write_dataset(folder: Path, shard_sizes: list[int], *, flip: bool = False, m
                 name=path.name, num_samples=size, num_bytes=len(payload), sha256=hashlib.sha256(payload).hexdigest()
             )
         )
-    np.save(folder / INDEX_NAME, np.concatenate(rows))
+    index = write_index(folder, np.concatenate(rows))
     manifest = Manifest(
         pomscale_version="test",
         modality="image",
@@ -54,7 +56,28 @@ def write_dataset(folder: Path, shard_sizes: list[int], *, flip: bool = False, m
         num_failures=0,
         source_fingerprint="x",
         shards=tuple(shards),
+        index=index,
         recipe={},
     )
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json())
     return manifest
+
+
+def write_index(folder: Path, rows: np.ndarray) -> IndexInfo:
+    payload = to_npy(rows)
+    (folder / INDEX_NAME).write_bytes(payload)
+    return IndexInfo(num_bytes=len(payload), sha256=hashlib.sha256(payload).hexdigest())
+
+
+def replace_index(folder: Path, rows: np.ndarray) -> None:
+    """As if the encoder itself had written other rows."""
+    change_manifest(folder, "index", value=write_index(folder, rows).model_dump())
+
+
+def change_manifest(folder: Path, *keys: str | int, value: object) -> None:
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    place = manifest
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))

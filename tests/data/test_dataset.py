@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import resource
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_dataset import LATENT_SHAPE, write_dataset
+from synthetic_dataset import LATENT_SHAPE, replace_index, write_dataset
 
 from pomscale.data.dataset import LatentDataset
 from pomscale.data.index import INDEX_DTYPE
@@ -90,17 +91,44 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     corrupt(tmp_path / "shard-000000.tar", offset + length - 2, np.float16(np.nan).tobytes())
     payload = (tmp_path / "shard-000000.tar").read_bytes()[offset : offset + length]
     index["latent_crc32"][1] = zlib.crc32(payload)
-    np.save(tmp_path / INDEX_NAME, index)
+    replace_index(tmp_path, index)
     with pytest.raises(InputError, match=r"record 1, .*not finite"):
         read(LatentDataset.open(tmp_path, "codec"), [1])
 
 
 def test_an_index_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     write_dataset(tmp_path, [3])
-    np.save(tmp_path / INDEX_NAME, np.zeros(2, INDEX_DTYPE))
-    with pytest.raises(InputError, match=r"index\.npy: does not belong"):
-        LatentDataset.open(tmp_path, "codec")
-    for content in (b"no index", b""):
+    whole = (tmp_path / INDEX_NAME).read_bytes()
+    for content in (b"no index", b"", whole[:-1], whole + b"x", whole.replace(b"'fortran_order'", b"'((((((((((((('")):
         (tmp_path / INDEX_NAME).write_bytes(content)
-        with pytest.raises(InputError, match=r"index\.npy: cannot be read"):
+        with pytest.raises(InputError, match=r"index\.npy: cannot be read.*delete the named shards and run the same"):
             LatentDataset.open(tmp_path, "codec")
+    replace_index(tmp_path, np.zeros(2, INDEX_DTYPE))
+    with pytest.raises(InputError, match=r"index\.npy: cannot be read: it is no index of 3 records"):
+        LatentDataset.open(tmp_path, "codec")
+    (tmp_path / INDEX_NAME).unlink()
+    with pytest.raises(InputError, match=r"index\.npy: cannot be read"):
+        LatentDataset.open(tmp_path, "codec")
+
+
+@pytest.mark.parametrize(("field", "value"), [("label", 5), ("label", -1), ("shard", 1), ("shard", -1)])
+def test_index_rows_of_no_shard_or_class_are_refused(tmp_path: Path, field: str, value: int) -> None:
+    write_dataset(tmp_path, [3])
+    index = np.load(tmp_path / INDEX_NAME)
+    index[field][1] = value
+    replace_index(tmp_path, index)
+    with pytest.raises(InputError, match=rf"index\.npy: record 1: .*{field if field == 'shard' else 'class'} {value}"):
+        read(LatentDataset.open(tmp_path, "codec"), [0, 1])
+    read(LatentDataset.open(tmp_path, "codec"), [0, 2])
+
+
+def test_two_datasets_of_many_shards_fit_a_process(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [1] * 600)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
+    try:
+        datasets = [LatentDataset.open(tmp_path, "codec") for _ in range(2)]
+        for dataset in datasets:
+            read(dataset, list(range(600)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

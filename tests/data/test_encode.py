@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
+from tiny_vae import save_vae
 
 from data_pipelines.common import encode as encode_module
 from data_pipelines.common.encode import describe, encode
@@ -228,14 +231,7 @@ def test_info_and_show(pictures: Path, make_recipe: MakeRecipe, tmp_path: Path) 
 
 @pytest.mark.parametrize("store", ["moments", "sample"])
 def test_with_a_real_vae(pictures: Path, make_recipe: MakeRecipe, tmp_path: Path, store: str) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    diffusers.AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-    ).save_pretrained(tmp_path / "vae")
-    codec = {"name": "sd_vae", "path": str(tmp_path / "vae"), "store": store}
+    codec = {"name": "sd_vae", "path": str(save_vae(tmp_path / "vae", seed=0)), "store": store}
     recipe = make_recipe(pictures, codec=codec)
     encode(recipe, progress=False)
     assert verify(recipe.output).problems == []
@@ -289,6 +285,114 @@ def test_a_file_size_limit_is_told_like_a_full_disk(pictures: Path, make_recipe:
 
 def test_a_folder_that_cannot_be_made_is_named(pictures: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(InputError, match="output: cannot make the folder"):
+    with pytest.raises(InputError, match="this folder cannot be made"):
         encode(make_recipe(pictures, output=str(tmp_path / "file" / "latents")), progress=False)
     assert os.path.getsize(tmp_path / "file") == 0
+
+
+def test_two_encodes_of_one_output_do_not_meet(pictures: Path, make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(pictures)
+    encode(recipe, progress=False)
+    before = contents(Path(recipe.output))
+    holder = (
+        "import fcntl, sys; lock = open(sys.argv[1]); fcntl.flock(lock, fcntl.LOCK_EX); print('held', flush=True); "
+        "sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", holder, str(Path(recipe.output) / "parts" / "lock")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=r"another encode is at work in .*latents"):
+            encode(recipe, progress=False)
+        assert contents(Path(recipe.output)) == before
+    finally:
+        process.kill()
+        process.communicate()
+    encode(recipe, progress=False)
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    pictures: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    assert encode(make_recipe(pictures), progress=False).num_samples == 21
+    assert "do not start a second encode on this output" in capsys.readouterr().err
+
+
+def test_what_a_killed_writer_left_is_removed(pictures: Path, make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(pictures)
+    encode(recipe, progress=False)
+    output = Path(recipe.output)
+    before = contents(output)
+    for name in ("shard-000001.tar.123-0a1b2c3d.tmp", "parts/part-000001.npy.9-00000000.tmp"):
+        (output / name).write_bytes(b"half")
+    encode(recipe, progress=False)
+    assert contents(output) == before
+    (output / "mine.tmp").write_bytes(b"of somebody else")
+    encode(recipe, progress=False)
+    assert (output / "mine.tmp").exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", None])
+def test_a_part_whose_files_were_lost_is_made_again(
+    pictures: Path, make_recipe: MakeRecipe, damage: bytes | None
+) -> None:
+    recipe = make_recipe(pictures)
+    encode(recipe, progress=False)
+    before = contents(Path(recipe.output))
+    for name in ("part-000001.npy", "part-000003.json"):
+        path = Path(recipe.output) / "parts" / name
+        path.unlink() if damage is None else path.write_bytes(damage)
+    assert encode(recipe, progress=False).num_resumed_parts == 3
+    assert contents(Path(recipe.output)) == before
+
+
+def test_the_remedy_of_verify_mends_the_dataset(pictures: Path, make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(pictures)
+    encode(recipe, progress=False)
+    output = Path(recipe.output)
+    before = contents(output)
+    for name in ("shard-000002.tar", "index.npy"):
+        content = bytearray(before[name])
+        content[700] ^= 1
+        (output / name).write_bytes(content)
+    named = {problem.split(":")[0] for problem in verify(output).problems}
+    assert named == {"shard-000002.tar", "index.npy"}
+    (output / "shard-000002.tar").unlink()
+    encode(recipe, progress=False)
+    assert contents(output) == before
+    assert verify(output).problems == []
+
+
+def test_a_disk_that_fails_for_a_moment_costs_no_picture(
+    pictures: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(pictures)
+    real = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path.name == "03.jpg":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        with pytest.raises(PomscaleError, match=r"cannot read .*dog/03\.jpg.*again"):
+            encode(recipe, progress=False)
+    report = encode(recipe, progress=False)
+    assert (report.num_samples, report.num_failures) == (21, 0)
+
+
+def test_failures_that_are_gone_are_no_longer_listed(pictures: Path, make_recipe: MakeRecipe) -> None:
+    good = (pictures / "cat" / "00.png").read_bytes()
+    (pictures / "cat" / "00.png").write_bytes(b"x" * len(good))
+    recipe = make_recipe(pictures, shard_samples=100)
+    assert encode(recipe, progress=False).num_failures == 1
+    (pictures / "cat" / "00.png").write_bytes(good)
+    (Path(recipe.output) / "shard-000000.tar").unlink()
+    assert encode(recipe, progress=False).num_failures == 0
+    assert not (Path(recipe.output) / FAILURES_NAME).exists()

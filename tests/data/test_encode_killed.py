@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from PIL import Image
 from data_pipelines.common.encode import encode
 from pomscale.config.schema import EncodeRecipe
 
-NUM_PARTS = 12
+NUM_PARTS = 60
 
 # The encode of the command line, with pictures that take their time so that there is a middle to kill it in.
 SLOW_ENCODE = """
@@ -39,7 +38,7 @@ def test_resumed_shards_are_byte_identical(
     rng = np.random.default_rng(0)
     for class_name in "ab":
         (tmp_path / "in" / class_name).mkdir(parents=True)
-        for i in range(60):
+        for i in range(300):
             pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "in" / class_name / f"{i:03d}.png")
     (tmp_path / "in" / "a" / "005.png").write_bytes(b"damaged")
@@ -50,11 +49,14 @@ def test_resumed_shards_are_byte_identical(
         folder.mkdir()
     for num_parts in (2, 7):
         process = subprocess.Popen([sys.executable, "-c", SLOW_ENCODE, recipe.model_dump_json()], cwd=killed)
-        while len(list(killed.glob("latents/parts/part-*.json"))) < num_parts:
-            assert process.poll() is None, "the encode ended before it could be killed"
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        try:
+            while len(list(killed.glob("latents/parts/part-*.json"))) < num_parts:
+                assert process.poll() is None, "the encode ended before it could be killed"
+                time.sleep(0.002)
+        finally:
+            process.kill()
+            process.wait()
+        assert process.returncode == -signal.SIGKILL
         assert not (killed / "latents" / "manifest.json").exists()
         assert len(list(killed.glob("latents/parts/part-*.json"))) < NUM_PARTS
 

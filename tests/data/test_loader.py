@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -172,9 +173,12 @@ def test_starting_far_into_training_costs_nothing(dataset: LatentDataset) -> Non
 
 @pytest.fixture
 def no_leaked_threads() -> Iterator[None]:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     yield
-    assert threading.active_count() == before
+    deadline = time.monotonic() + 10
+    while set(threading.enumerate()) - before:
+        assert time.monotonic() < deadline, f"still running: {set(threading.enumerate()) - before}"
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("num_threads", [0, 1, 3])

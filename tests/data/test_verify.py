@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
 import json
+import tarfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
-from synthetic_dataset import write_dataset
+from synthetic_dataset import change_manifest, replace_index, write_dataset
 
 from data_pipelines.common.verify import verify
-from pomscale.data.schema import INDEX_NAME, MANIFEST_NAME
+from pomscale.data.schema import INDEX_NAME, MANIFEST_NAME, REMEDY
 from pomscale.errors import InputError
 
 
@@ -73,20 +78,70 @@ def test_the_index_is_held_against_the_shards(dataset: Path) -> None:
     index = np.load(dataset / INDEX_NAME)
     index["label"][5] += 1
     np.save(dataset / INDEX_NAME, index)
+    assert verify(dataset).problems == ["index.npy: its sha256 differs from the manifest's"]
+    replace_index(dataset, index)
     assert verify(dataset).problems == ["shard-000001.tar: c/00005: label differ from index.npy"]
-    np.save(dataset / INDEX_NAME, index[:-1])
-    assert verify(dataset).problems == ["index.npy: has 6 records, the manifest 7"]
+    (dataset / INDEX_NAME).write_bytes((dataset / INDEX_NAME).read_bytes()[:-1])
+    (problem,) = verify(dataset).problems
+    assert problem.startswith("index.npy: has ")
+    replace_index(dataset, index[:-1])
+    assert verify(dataset).problems == ["index.npy: cannot be read: it is no index of 7 records"]
     (dataset / INDEX_NAME).unlink()
     assert "index.npy: cannot be read" in verify(dataset).problems[0]
 
 
-def change_manifest(dataset: Path, *keys: str, value: object) -> None:
-    manifest = json.loads((dataset / MANIFEST_NAME).read_text())
-    place = manifest
-    for key in keys[:-1]:
-        place = place[key]
-    place[keys[-1]] = value
-    (dataset / MANIFEST_NAME).write_text(json.dumps(manifest))
+def test_members_that_are_missing_are_named(dataset: Path) -> None:
+    shard = dataset / "shard-000000.tar"
+    with tarfile.open(shard) as tar:
+        members = [(member, tar.extractfile(member)) for member in tar]
+        payloads = [(member, stream.read()) for member, stream in members if stream]
+    suffixes = (".latent.npy", ".latent_flip.npy", ".cls", ".json")
+    for suffix in suffixes:
+        with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for member, payload in payloads:
+                if member.name != f"c/00001{suffix}":
+                    tar.addfile(member, io.BytesIO(payload))
+        content = shard.read_bytes()
+        change_manifest(dataset, "shards", 0, "num_bytes", value=len(content))
+        change_manifest(dataset, "shards", 0, "sha256", value=hashlib.sha256(content).hexdigest())
+        missing = [problem for problem in verify(dataset).problems if "is missing" in problem]
+        assert missing == [f"shard-000000.tar: c/00001{suffix}: is missing"]
+
+
+@pytest.mark.parametrize("name", ["shard-000001.tar", "index.npy"])
+def test_bytes_that_cannot_be_read_are_a_problem_not_the_end(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    real = hashlib.file_digest
+
+    def failing(stream: BinaryIO, digest: str) -> object:
+        if Path(stream.name).name == name:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(stream, digest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(hashlib, "file_digest", failing)
+    (problem,) = verify(dataset).problems
+    assert problem == f"{name}: cannot be read: [Errno 5] Input/output error"
+
+
+def test_the_report_ends_with_the_remedy_once(dataset: Path) -> None:
+    for shard in dataset.glob("*.tar"):
+        shard.write_bytes(flipped(shard.read_bytes(), 600))
+    text = str(verify(dataset))
+    assert text.count(REMEDY) == 1
+    assert text.endswith(REMEDY)
+
+
+def test_classes_that_are_no_numbers_are_named(dataset: Path) -> None:
+    shard = dataset / "shard-000000.tar"
+    content = shard.read_bytes()
+    for text in (b"x", b"9" * 12):
+        with shard.open("wb") as stream, tarfile.open(fileobj=stream, mode="w:") as tar:
+            member = tarfile.TarInfo("c/00000.cls")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
+        assert any("shard-000000.tar: cannot be read" in problem for problem in verify(dataset).problems)
+    shard.write_bytes(content)
 
 
 def test_classes_shapes_and_flips_are_held_against_the_manifest(dataset: Path) -> None:

@@ -5,17 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from running import GLOBAL_BATCH, NUM_STEPS, final_weights, losses, train, write_tiny_recipe
-
-
-def assert_same_curve(
-    ours: dict[int, float], reference: dict[int, float], first_changed_step: int = 0, late: float = 1e-3
-) -> None:
-    """Relative 1e-5 for 10 steps after a change of layout, then `late`, to step 50 (fp32)."""
-    assert list(ours) == list(reference) == [GLOBAL_BATCH * step for step in range(1, NUM_STEPS + 1)]
-    for step, (our, their) in enumerate(zip(ours.values(), reference.values(), strict=True)):
-        tolerance = 1e-5 if step < first_changed_step + 10 else late
-        assert our == pytest.approx(their, rel=tolerance), f"step {step}"
+from running import assert_same_curve, final_weights, losses, train, write_tiny_recipe
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +21,9 @@ def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         pytest.param(2, [], id="2 processes"),
         pytest.param(4, [], id="4 processes", marks=pytest.mark.slow),
-        # 16 samples on 3 ranks are 5, 5 and 6; in micro-batches of at most 2, some of 1 and some of 2
-        pytest.param(3, ["training.micro_batch=2"], id="3 uneven processes, accumulation", marks=pytest.mark.slow),
-        # slices of 2 and 3 samples in 3 micro-batches: some ranks have an empty one
+        # 32 samples on 3 ranks are 10, 11 and 11; in micro-batches of at most 4, some of 3 and some of 4
+        pytest.param(3, ["training.micro_batch=4"], id="3 uneven processes, accumulation", marks=pytest.mark.slow),
+        # slices of 4 and 5 samples in 5 micro-batches: some ranks have an empty one
         pytest.param(7, ["training.micro_batch=1"], id="7 processes with empty micro-batches", marks=pytest.mark.slow),
         pytest.param(1, ["training.micro_batch=5"], id="accumulation on one"),
     ],

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import ENVIRONMENT, GLOBAL_BATCH, losses, pomscale, train, train_command
+from running import GLOBAL_BATCH, Finished, losses, outcome, pomscale, run, train, train_command
 
 from pomscale.checkpoint.store import MARKER, complete_checkpoints
 
@@ -83,6 +85,7 @@ def test_a_run_folder_of_another_recipe_is_refused(tiny_recipe: Path) -> None:
     train(tiny_recipe, short, "schedule.warmup_samples=0", "schedule.cooldown_samples=0")
     done = pomscale("train", tiny_recipe, "seed=1", "model.depth=1", expect=2)
     assert "seed: 0 then, 1 now" in done.stderr
+    assert outcome(tiny_recipe.parent / "runs" / "tiny")["state"] == "finished"  # the other run's folder is untouched
     assert "model:" in done.stderr
 
 
@@ -91,11 +94,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 6 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], capture_output=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip("needs the right to mount a tmpfs")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs; the test with a file size limit runs everywhere")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 
@@ -104,32 +105,47 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_disk_full_while_saving_keeps_the_previous_checkpoint(
     tiny_recipe: Path, small_disk: Path, asynchronous: str
 ) -> None:
-    checkpoints = small_disk / "tiny" / "checkpoints"
     overrides = [f"output={small_disk}", f"checkpoint.asynchronous={asynchronous}"]
-    train(tiny_recipe, *overrides, f"training.total_samples={20 * GLOBAL_BATCH}", "checkpoint.keep_last=1")
-    (saved,) = complete_checkpoints(checkpoints)
-    content = {path.name: path.read_bytes() for path in saved.iterdir()}
+    saved, content = _train_to_one_checkpoint(tiny_recipe, small_disk / "tiny", overrides)
     filler = small_disk / "filler"
-    free = shutil.disk_usage(small_disk).free
-    filler.write_bytes(bytes(free - 60_000))
-
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 600_000))
     done = train(tiny_recipe, *overrides, expect=1)
-    assert "could not be written" in done.stderr
-    assert "0.1 MiB are free there" in done.stderr or "0.0 MiB are free there" in done.stderr
-    assert str(checkpoints) in done.stderr
-    assert "Traceback" not in done.stderr
-    assert complete_checkpoints(checkpoints) == [saved]
-    assert {path.name: path.read_bytes() for path in saved.iterdir()} == content
+    assert re.search(r"0\.\d MiB are free there", done.stderr)
+    _assert_kept(saved, content, done)
 
     filler.unlink()
     assert "resuming from" in train(tiny_recipe, *overrides).stdout
 
 
+def test_a_write_that_fails_while_saving_keeps_the_previous_checkpoint(tiny_recipe: Path) -> None:
+    """As above on any machine: the kernel refuses files of more than 600 kB."""
+    saved, content = _train_to_one_checkpoint(tiny_recipe, tiny_recipe.parent / "runs" / "tiny", [])
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))  # noqa: E731
+    done = run(train_command(tiny_recipe), expect=1, preexec_fn=limit)
+    _assert_kept(saved, content, done)
+    assert "resuming from" in train(tiny_recipe).stdout
+
+
+def _train_to_one_checkpoint(recipe: Path, folder: Path, overrides: list[str]) -> tuple[Path, dict[str, bytes]]:
+    train(recipe, *overrides, f"training.total_samples={20 * GLOBAL_BATCH}", "checkpoint.keep_last=1")
+    (saved,) = complete_checkpoints(folder / "checkpoints")
+    return saved, {path.name: path.read_bytes() for path in saved.iterdir()}
+
+
+def _assert_kept(saved: Path, content: dict[str, bytes], done: Finished) -> None:
+    assert "could not be written" in done.stderr
+    assert str(saved.parent) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert complete_checkpoints(saved.parent) == [saved]
+    assert list(saved.parent.iterdir()) == [saved], "half a checkpoint still takes up space"
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == content
+    assert outcome(saved.parent.parent)["state"] == "failed"
+    assert "could not be written" in outcome(saved.parent.parent)["reason"]
+
+
 def test_more_ranks_than_samples_per_step(tiny_recipe: Path) -> None:
     overrides = ["training.global_batch=1", "training.total_samples=1", "schedule={}"]
-    command = train_command(tiny_recipe, *overrides, num_processes=2)
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
+    done = run(train_command(tiny_recipe, *overrides, num_processes=2), expect=1)  # torchrun's own exit code
     assert "training.global_batch: 1 samples cannot be shared by 2 ranks" in done.stderr
 
 

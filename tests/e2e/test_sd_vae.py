@@ -6,26 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from running import losses, pomscale, train, write_tiny_recipe
+from tiny_vae import save_vae
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-def save_vae(folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.5,
-    )
-    vae.save_pretrained(folder)
-    return folder
 
 
 def test_from_colour_pictures_to_decoded_samples(tmp_path: Path) -> None:
@@ -39,7 +24,7 @@ def test_from_colour_pictures_to_decoded_samples(tmp_path: Path) -> None:
     for half in ("train", "heldout"):
         pomscale(
             "data", "encode", "recipes/data/imagenet-256.yaml", f"source.path={tmp_path}/pictures",
-            f"output={tmp_path}/latents/{half}", f"codec.path={vae}", "transform.size=16", "transform.flip=true",
+            f"output={tmp_path}/latents/{half}", f"codec.path={vae}", "codec.precision=bf16", "transform.size=16", "transform.flip=true",
             cwd=ROOT,
         )  # fmt: skip
     pomscale("data", "verify", tmp_path / "latents" / "train")
@@ -53,6 +38,12 @@ def test_from_colour_pictures_to_decoded_samples(tmp_path: Path) -> None:
     pomscale("sample", run_folder, "--classes", "0-1", "--num", "2", "--steps", "3", "--out", tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.mode == "RGB"
+
+    # The weights have moved: named on the command line they are found.
+    moved = vae.rename(tmp_path / "moved")
+    done = pomscale("sample", run_folder, "--num", "1", "--out", tmp_path / "lost.png", expect=2)
+    assert "codec.path" in done.stderr
+    pomscale("sample", run_folder, "--num", "1", "--codec-path", moved, "--out", tmp_path / "found.png")
 
     # Other weights at the same place would decode to wrong colours: refused.
     save_vae(vae, seed=1)

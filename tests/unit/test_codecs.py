@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny_vae import save_vae
 
 from pomscale.codecs import build_codec
 from pomscale.config.schema import PixelCodecConfig, SdVaeCodecConfig
@@ -33,19 +37,11 @@ def test_pixel_identity_depends_on_what_changes_the_latents() -> None:
 
 @pytest.fixture(scope="module")
 def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=16,
-    )
-    folder = tmp_path_factory.mktemp("vae")
-    vae.save_pretrained(folder)
-    return folder
+    return save_vae(tmp_path_factory.mktemp("vae"), seed=0)
+
+
+def random_images(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
 
 def sd_vae(folder: Path, **changes: str) -> SdVaeCodecConfig:
@@ -53,15 +49,15 @@ def sd_vae(folder: Path, **changes: str) -> SdVaeCodecConfig:
 
 
 def test_sd_vae_moments_sample_and_decode(vae_folder: Path) -> None:
-    images = torch.rand(3, 3, 16, 24)
+    images = random_images(10, 3, 16, 24)  # more than are decoded at once
     codec = build_codec(sd_vae(vae_folder))
     moments = codec.encode(images)
     assert codec.latent_shape(16, 24) == (4, 8, 12)
     assert codec.stores_moments
-    assert moments.shape == (3, 8, 8, 12)
+    assert moments.shape == (10, 8, 8, 12)
 
     mean, logvar = moments.chunk(2, dim=1)
-    noise = torch.randn_like(mean)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
     sampled = build_codec(sd_vae(vae_folder, store="sample"))
     assert sampled.needs_noise
     torch.testing.assert_close(sampled.encode(images, noise), mean + (0.5 * logvar).exp() * noise)
@@ -74,7 +70,7 @@ def test_sd_vae_moments_sample_and_decode(vae_folder: Path) -> None:
 
 
 def test_sd_vae_bf16_is_close_to_fp32(vae_folder: Path) -> None:
-    images = torch.rand(2, 3, 16, 16)
+    images = random_images(2, 3, 16, 16)
     exact = build_codec(sd_vae(vae_folder)).encode(images)
     rough = build_codec(sd_vae(vae_folder, precision="bf16")).encode(images)
     assert rough.dtype == torch.float32
@@ -85,10 +81,59 @@ def test_sd_vae_identity_follows_weights_not_the_folder(vae_folder: Path, tmp_pa
     codec = build_codec(sd_vae(vae_folder))
     codec.vae.save_pretrained(tmp_path / "copy")  # type: ignore[attr-defined]
     assert build_codec(sd_vae(tmp_path / "copy")).identity() == codec.identity()
-    assert build_codec(sd_vae(vae_folder, store="sample")).identity() != codec.identity()
+    # What is stored is the recipe's business; any of it is decoded by the same network.
+    for change in ({"store": "sample"}, {"precision": "bf16"}):
+        assert build_codec(sd_vae(vae_folder, **change)).identity() == codec.identity()
     with torch.no_grad():
         next(codec.vae.parameters()).view(-1)[0] += 1e-3  # type: ignore[attr-defined]
     assert build_codec(sd_vae(vae_folder)).identity() != codec.identity()
+
+
+def test_sd_vae_identity_does_not_know_the_version_of_diffusers(vae_folder: Path) -> None:
+    codec = build_codec(sd_vae(vae_folder))
+    identity = codec.identity()
+    codec.vae.register_to_config(a_key_of_a_later_version=1, force_upcast=False)  # type: ignore[attr-defined]
+    assert codec.identity() == identity
+    codec.vae.register_to_config(mid_block_add_attention=False)  # type: ignore[attr-defined]
+    assert codec.identity() != identity
+
+
+@pytest.mark.parametrize(("change", "told"), [("remove", "missing_keys"), ("add", "unexpected_keys"), ("cut", "shape")])
+def test_sd_vae_refuses_weights_that_do_not_fit(vae_folder: Path, tmp_path: Path, change: str, told: str) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    shutil.copytree(vae_folder, tmp_path, dirs_exist_ok=True)
+    (path,) = tmp_path.glob("*.safetensors")
+    weights = safetensors.load_file(path)
+    if change == "remove":
+        del weights["decoder.conv_in.bias"]
+    elif change == "add":
+        weights["decoder.conv_between.bias"] = torch.zeros(1)
+    else:
+        weights["decoder.conv_in.bias"] = torch.zeros(1)
+    safetensors.save_file(weights, path)
+    with pytest.raises(
+        InputError, match=rf"(?s)codec\.path.*{told}.*decoder\.conv_|codec\.path.*decoder\.conv_in.*{told}"
+    ):
+        build_codec(sd_vae(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("block_out_channels", None), ("latent_channels", "4"), ("norm_num_groups", 0), ("scaling_factor", None)],
+)
+def test_sd_vae_refuses_a_wrong_config(vae_folder: Path, tmp_path: Path, key: str, value: object) -> None:
+    shutil.copytree(vae_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(InputError, match=r"codec\.path: cannot load"):
+        build_codec(sd_vae(tmp_path))
+
+
+def test_without_diffusers_the_cause_and_the_command_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "pomscale.codecs.sd_vae", raising=False)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(InputError, match=r"diffusers.*import of diffusers halted.*pip install -e '\.\[vae\]'"):
+        build_codec(SdVaeCodecConfig(name="sd_vae"))
 
 
 def test_sd_vae_refuses_bad_folders_and_sizes(vae_folder: Path, tmp_path: Path) -> None:

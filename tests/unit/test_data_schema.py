@@ -11,6 +11,7 @@ from pomscale.config.schema import PixelCodecConfig, SdVaeCodecConfig
 from pomscale.data.schema import (
     MANIFEST_NAME,
     CodecInfo,
+    IndexInfo,
     LatentInfo,
     Manifest,
     Normalization,
@@ -36,6 +37,7 @@ def manifest() -> Manifest:
         num_failures=0,
         source_fingerprint="f",
         shards=(ShardInfo(name="s", num_samples=2, num_bytes=1, sha256="h"),),
+        index=IndexInfo(num_bytes=1, sha256="h"),
         recipe={},
     )
 
@@ -55,8 +57,17 @@ def test_missing_unfinished_and_foreign_datasets(manifest: Manifest, tmp_path: P
     (tmp_path / MANIFEST_NAME).write_text(json.dumps(values))
     with pytest.raises(InputError, match=r"schema_version.*version 1"):
         read_manifest(tmp_path)
-    (tmp_path / MANIFEST_NAME).write_text("{")
-    with pytest.raises(InputError, match=r"manifest\.json"):
+    values = json.loads(manifest.model_dump_json()) | {"num_samples": 3}
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"num_samples is 3, but the shards have 2 samples"):
+        read_manifest(tmp_path)
+    for content in (b"{", b"\xff"):
+        (tmp_path / MANIFEST_NAME).write_bytes(content)
+        with pytest.raises(InputError, match=r"manifest\.json"):
+            read_manifest(tmp_path)
+    (tmp_path / MANIFEST_NAME).unlink()
+    (tmp_path / MANIFEST_NAME).mkdir()
+    with pytest.raises(InputError, match=r"manifest\.json: cannot be read"):
         read_manifest(tmp_path)
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +52,30 @@ def test_wrong_sources_are_named(tmp_path: Path) -> None:
     touch(tmp_path / "cat" / "1.png")
     (tmp_path / "dog").mkdir()
     with pytest.raises(InputError, match=r"class folder\(s\) dog"):
+        scan_image_folder(tmp_path)
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path / "cat" / "1.png")
+    (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"cannot read .*cat/gone\.png: No such file"):
+        scan_image_folder(tmp_path)
+
+    def forbidden(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.scandir", forbidden)
+    with pytest.raises(InputError, match=rf"cannot read {tmp_path}: Permission denied"):
+        scan_image_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", [b"cat/\xff.png", b"c\xe4t/1.png"])
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path, name: bytes) -> None:
+    try:
+        touch(tmp_path / os.fsdecode(name))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    with pytest.raises(InputError, match=re.escape(f"{name!r} is not UTF-8")):
         scan_image_folder(tmp_path)
 
 

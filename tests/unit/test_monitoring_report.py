@@ -65,8 +65,8 @@ def run_folder(tmp_path: Path) -> Path:
     for samples, committed in ((6400, True), (9600, False)):
         folder = run / "checkpoints" / f"samples-{samples:012d}"
         folder.mkdir(parents=True)
-        card = {"data_fingerprint": "abc123", "codec": {"name": "pixel"}, "recipe": {"seed": "not again"}}
-        (folder / "checkpoint.json").write_text(json.dumps({"card": card}) if committed else '{"card": ')
+        meta = {"data": {"fingerprint": "abc123"}, "card": {"codec": {"name": "pixel"}, "model": {"dim": "not again"}}}
+        (folder / "checkpoint.json").write_text(json.dumps(meta) if committed else '{"card": ')
         if committed:
             (folder / "COMPLETE").touch()
     return run

@@ -22,7 +22,6 @@ def test_every_epoch_is_a_permutation(sizes: list[int], window: int, seed: int, 
     positions = epoch * total + np.arange(total)
     records = order.records(positions)
     assert sorted(records.tolist()) == list(range(total))
-    assert (order.epoch(positions) == epoch).all()
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,0 +1,76 @@
+"""What must travel with weights to use them: stored in every checkpoint, attached to every loaded model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from pomscale import __version__
+from pomscale.checkpoint.store import read_meta
+from pomscale.codecs import build_codec
+from pomscale.codecs.base import Codec
+from pomscale.config.schema import CodecConfig, DiffusionConfig, ModelConfig, SamplingConfig, TrainRecipe
+from pomscale.data.schema import Manifest, Normalization
+from pomscale.errors import InputError
+
+
+class ModelCard(BaseModel):
+    """The network, how it was noised, and how its latents become pictures. Nothing about data paths or schedules."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    sampling: SamplingConfig
+    codec: CodecConfig
+    codec_identity: str
+    class_names: tuple[str, ...]
+    latent_mean: tuple[float, ...]
+    latent_std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, recipe: TrainRecipe, manifest: Manifest, normalization: Normalization) -> ModelCard:
+        return cls(
+            model=recipe.model,
+            diffusion=recipe.diffusion,
+            sampling=recipe.sampling,
+            codec=recipe.codec,
+            codec_identity=manifest.codec.identity,
+            class_names=manifest.class_names,
+            latent_mean=normalization.mean,
+            latent_std=normalization.std,
+        )
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> ModelCard:
+        """The card of a complete checkpoint. Raises InputError if this version of pomscale cannot read it."""
+        meta = read_meta(checkpoint)
+        try:
+            return cls.model_validate(meta["card"])
+        except ValidationError as error:
+            raise InputError(
+                f"{checkpoint}: written by pomscale {meta['versions']['pomscale']}; this version ({__version__}) does "
+                f"not understand {error.errors()[0]['loc']} in its card; use that version"
+            ) from error
+
+    @property
+    def normalization(self) -> Normalization:
+        return Normalization(self.latent_mean, self.latent_std)
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """Normalised latents (b c h w), as the network sees them -> unscaled latents, as the codec decodes them."""
+        mean, std = (latents.new_tensor(v)[:, None, None] for v in (self.latent_mean, self.latent_std))
+        return latents * std + mean
+
+    def load_codec(self, device: torch.device) -> Codec:
+        """The codec of the training latents. Raises InputError if the weights found now are not those."""
+        codec = build_codec(self.codec).to(device)
+        if codec.identity() != self.codec_identity:
+            raise InputError(
+                f"codec {codec.name}: its weights are not those that made the training latents, so pictures would "
+                "come out wrong. Name the folder of the right ones: codec.path in a recipe, --codec-path when sampling"
+            )
+        return codec
