@@ -24,7 +24,8 @@ def test_from_colour_pictures_to_decoded_samples(tmp_path: Path) -> None:
     for half in ("train", "heldout"):
         pomscale(
             "data", "encode", "recipes/data/imagenet-256.yaml", f"source.path={tmp_path}/pictures",
-            f"output={tmp_path}/latents/{half}", f"codec.path={vae}", "codec.precision=bf16", "transform.size=16", "transform.flip=true",
+            f"output={tmp_path}/latents/{half}", f"codec.path={vae}", "codec.precision=bf16",
+            "transform.size=16", "transform.flip=true",
             cwd=ROOT,
         )  # fmt: skip
     pomscale("data", "verify", tmp_path / "latents" / "train")
