@@ -24,8 +24,8 @@ quickstart: setup  ## raw pictures -> shards -> training, kill, resume -> sample
 test: setup  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-test-fast: setup  ## the tests that take seconds
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+test-fast: setup  ## one process at a time: units, numerics, data; about a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/unit tests/numerics tests/data
 
 lint: setup  ## style, types, who imports whom
 	$(BIN)/ruff check .
