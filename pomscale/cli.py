@@ -34,6 +34,13 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         code = 130  # as shells report Ctrl-C
+    if parsed.run is _train:
+        # All is saved, closed and written by now. What is left is the interpreter taking down torch's background
+        # threads, which once in a few hundred exits aborts ("terminate called without an active exception") and turns
+        # a finished run into a crashed one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
