@@ -20,6 +20,7 @@ import torch
 
 from pomscale.checkpoint.store import find_checkpoint, read_meta, read_tensors
 from pomscale.pretrained import load_pretrained
+from pomscale.quickstart import samples_seen
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TIMEOUT_S = 240
@@ -121,12 +122,6 @@ def start_and_signal(
         process.communicate(timeout=TIMEOUT_S)
         psutil.wait_procs(children, timeout=30)
     return process.returncode
-
-
-def samples_seen(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text().split("\n")[:-1] if metrics.is_file() else []
-    return json.loads(lines[-1])["samples"] if lines else 0
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

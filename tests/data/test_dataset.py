@@ -129,6 +129,7 @@ def test_two_datasets_of_many_shards_fit_a_process(tmp_path: Path) -> None:
     try:
         datasets = [LatentDataset.open(tmp_path, "codec") for _ in range(2)]
         for dataset in datasets:
-            read(dataset, list(range(600)))
+            latents, labels = read(dataset, list(range(600)))
+            assert len(latents) == len(labels) == 600
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
