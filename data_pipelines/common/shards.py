@@ -6,21 +6,27 @@ import io
 import json
 import tarfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from pomscale.data.index import INDEX_DTYPE, to_npy
-from pomscale.data.schema import CLASS_MEMBER, FLIP_MEMBER, INFO_MEMBER, LATENT_MEMBER
+from pomscale.data.index import NO_LABEL, index_dtype, key_hash, to_npy
+from pomscale.data.schema import ARRAY_MEMBERS, CAPTION_MEMBER, CLASS_MEMBER, INFO_MEMBER, ArrayName
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
+    """One sample as it is stored. All records of a dataset have the same arrays.
+
+    latent, flip: (c, h, w) or (c, f, h, w), moments with 2c, float16, unscaled; text: (tokens, dim) float16.
+    """
+
     key: str
-    latent: np.ndarray  # (c, h, w) or moments (2c, h, w), float16, unscaled
-    flip: np.ndarray | None  # the same of the mirrored picture
-    label: int
+    arrays: Mapping[ArrayName, np.ndarray]  # in the order of Manifest.arrays
+    label: int | None
+    caption: str | None
     info: dict[str, Any]  # provenance, stored as JSON
 
 
@@ -30,21 +36,26 @@ class ShardWriter:
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._tar = tarfile.open(fileobj=stream, mode="w:", format=tarfile.USTAR_FORMAT)  # noqa: SIM115  closed by finish
+        self._arrays: tuple[ArrayName, ...] = ()
         self._rows: list[tuple[int, ...]] = []
 
     def add(self, record: Record) -> None:
-        latent = self._add_member(record.key + LATENT_MEMBER, to_npy(record.latent))
-        flip = (0, 0, 0)
-        if record.flip is not None:
-            flip = self._add_member(record.key + FLIP_MEMBER, to_npy(record.flip))
-        self._add_member(record.key + CLASS_MEMBER, str(record.label).encode())
+        self._arrays = tuple(record.arrays)
+        places: list[int] = []
+        for name, array in record.arrays.items():
+            places += self._add_member(record.key + ARRAY_MEMBERS[name], to_npy(array))
+        if record.label is not None:
+            self._add_member(record.key + CLASS_MEMBER, str(record.label).encode())
+        if record.caption is not None:
+            self._add_member(record.key + CAPTION_MEMBER, record.caption.encode())
         self._add_member(record.key + INFO_MEMBER, json.dumps(record.info, sort_keys=True).encode())
-        self._rows.append((0, record.label, *latent, *flip))
+        label = NO_LABEL if record.label is None else record.label
+        self._rows.append((key_hash(record.key), 0, label, *places))
 
     def finish(self) -> np.ndarray:
         """Ends the tar. Returns the index rows; their shard number, 0 here, is set when shards are put together."""
         self._tar.close()
-        return np.array(self._rows, INDEX_DTYPE)
+        return np.array(self._rows, index_dtype(self._arrays))
 
     def _add_member(self, name: str, payload: bytes) -> tuple[int, int, int]:
         """Offset, length and crc32 of the payload."""

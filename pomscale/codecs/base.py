@@ -1,20 +1,22 @@
-"""The interface of every image codec."""
+"""The interfaces of codecs (pictures and clips to latents and back) and of text encoders."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pomscale.config.schema import CodecConfig
+from pomscale.config.schema import CodecConfig, TextEncoderConfig
 
 
 class Codec(Protocol):
-    """Pictures (b, 1|3, H, W), float32 in [0, 1], to latents (b, c, h, w) and back.
+    """Pictures (b, 1|3, H, W) or clips (b, 3, f, H, W), float32 in [0, 1], to latents (b, c, ...) and back.
 
-    Stored latents are unscaled. They are either one sample per picture (b, c, h, w), or, where `stores_moments`,
-    the posterior's mean and log-variance stacked on the channel axis (b, 2c, h, w). A network is trained on
+    Stored latents are unscaled. They are either one sample per picture (b, c, ...), or, where `stores_moments`,
+    the posterior's mean and log-variance stacked on the channel axis (b, 2c, ...). A network is trained on
     (latent - shift) * scaling_factor.
     """
 
@@ -41,14 +43,20 @@ class Codec(Protocol):
     def needs_noise(self) -> bool:
         """Whether `encode` draws from a posterior, with noise that the caller keys and passes in."""
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(c, h, w) of one latent of a picture of height x width pixels. InputError for sizes that do not fit."""
+    @property
+    def device(self) -> torch.device: ...
+
+    def latent_shape(self, *size: int) -> tuple[int, ...]:
+        """Shape of one latent, (c, h, w) or (c, f, h, w), of (height, width) or (frames, height, width) pixels.
+
+        InputError for sizes that do not fit.
+        """
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Stored latents, float32, on the codec's device. `noise`: (b, c, h, w) standard normal if `needs_noise`."""
+        """Stored latents, float32, on the codec's device. `noise`: (b, c, ...) standard normal if `needs_noise`."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (b, 1|3, H, W), float32 in [0, 1], of unscaled latents (b, c, h, w)."""
+        """Pictures or clips, float32 in [0, 1], of unscaled latents (b, c, ...)."""
 
     def identity(self) -> str:
         """sha256 (hex) of the network: equal identities decode each other's latents.
@@ -58,3 +66,25 @@ class Codec(Protocol):
 
     def to(self, device: torch.device | str) -> Codec:
         """Moves the codec and returns it."""
+
+
+class TextEncoder(Protocol):
+    """Captions to sequences of embeddings."""
+
+    @property
+    def config(self) -> TextEncoderConfig: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    def encode(self, captions: Sequence[str]) -> list[np.ndarray]:
+        """Per caption (n, dim) float32, without padding; n is 1 to max_length. The empty caption is allowed."""
+
+    def num_cut(self, captions: Sequence[str]) -> int:
+        """How many captions have more than max_length tokens, so that `encode` cuts them."""
+
+    def identity(self) -> str:
+        """sha256 (hex) of network and tokenizer: equal identities give equal embeddings."""
+
+    def to(self, device: torch.device | str) -> TextEncoder:
+        """Moves the encoder and returns it."""

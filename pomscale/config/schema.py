@@ -9,7 +9,16 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveInt,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from pomscale.config.presets import PRESETS
 
@@ -114,13 +123,60 @@ class SdVaeCodecConfig(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Arithmetic of the encoder.")
 
 
-CodecConfig = Annotated[Union[PixelCodecConfig, SdVaeCodecConfig], Field(discriminator="name")]
+class CogVideoXVaeCodecConfig(Section):
+    """CogVideoX's 3-D causal AutoencoderKL for clips, from a local folder or a hub id."""
+
+    name: Literal["cogvideox_vae"]
+    path: str = Field("THUDM/CogVideoX-5b", description="Local folder or hub id for from_pretrained.")
+    subfolder: str = Field("vae", description="Folder inside `path` that holds config.json; '' = path itself.")
+    store: Literal["moments", "sample"] = Field(
+        "sample", description="sample = one posterior draw; moments = mean and log-variance, twice the bytes."
+    )
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="Arithmetic of the encoder.")
+    tiling: bool = Field(False, description="Encode and decode in overlapping tiles: less memory, not the same bits.")
+
+
+CodecConfig = Annotated[
+    Union[PixelCodecConfig, SdVaeCodecConfig, CogVideoXVaeCodecConfig], Field(discriminator="name")
+]
+
+
+class TextEncoderConfig(Section):
+    """T5's encoder, from a local folder or a hub id. Embeddings are stored without padding, in float16."""
+
+    name: Literal["t5"] = "t5"
+    path: str = Field("google/t5-v1_1-xxl", description="Local folder or hub id for from_pretrained.")
+    subfolder: str = Field("", description="Folder inside `path` that holds the encoder's config.json.")
+    tokenizer: Literal["pretrained", "bytes"] = Field(
+        "pretrained", description="pretrained: the tokenizer beside the weights; bytes: ByT5's, needs no vocabulary."
+    )
+    max_length: PositiveInt = Field(120, description="Most tokens kept of a caption, the end token included.")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="Arithmetic of the encoder.")
+
+
+class MixtureComponentConfig(Section):
+    """One dataset of a mixture."""
+
+    path: str = Field(description="Folder or URL with manifest.json.")
+    weight: PositiveFloat = Field(1.0, description="Share of the samples, relative to the other components.")
+    text: str | None = Field(None, description="Companion set of text embeddings, joined by key.")
+
+
+class CacheConfig(Section):
+    """Whole shards kept on a disk of the node. Needed for datasets that lie behind a URL."""
+
+    path: str = Field(description="Folder on this node's own disk; processes of the node share it.")
+    max_gib: PositiveFloat = Field(100.0, description="Least recently used shards go when this is exceeded.")
 
 
 class DataConfig(Section):
     """Which latents to train on and how to read them."""
 
-    path: str = Field(description="Folder with manifest.json, as written by `pomscale data encode`.")
+    path: str | None = Field(
+        None, description="Folder or URL with manifest.json, as written by `pomscale data encode`."
+    )
+    text: str | None = Field(None, description="Companion set of text embeddings for `path`, joined by key.")
+    mixture: list[MixtureComponentConfig] = Field([], description="Several datasets instead of `path`.")
     normalization: Literal["codec", "dataset"] = Field(
         "codec", description="codec: the codec's scaling factor; dataset: the measured per-channel mean and std."
     )
@@ -130,6 +186,29 @@ class DataConfig(Section):
     )
     num_threads: PositiveInt = Field(2, description="Reader threads per process.")
     prefetch: PositiveInt = Field(4, description="Micro-batches read ahead per process.")
+    reading: Literal["mapped", "streamed"] = Field(
+        "mapped", description="mapped: from disk or cache; streamed: shards pass through memory, for object stores."
+    )
+    cache: CacheConfig | None = Field(None, description="Node-local copies of shards.")
+    bad_samples: Literal["raise", "skip"] = Field(
+        "raise", description="A sample that cannot be read ends the run, or is counted, listed and given weight 0."
+    )
+    max_bad_samples: NonNegativeInt = Field(100, description="skip: a run with more of them ends with an error.")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if (self.path is None) == (not self.mixture):
+            raise ValueError("data: give either `path` or `mixture`")
+        if self.text is not None and self.mixture:
+            raise ValueError("data.text: belongs to `path`; a mixture names `text` per component")
+        return self
+
+    @property
+    def components(self) -> list[MixtureComponentConfig]:
+        """The datasets; `path` is a mixture of one."""
+        if self.path is not None:
+            return [MixtureComponentConfig(path=self.path, text=self.text)]
+        return self.mixture
 
 
 class TimeConfig(Section):
@@ -273,33 +352,179 @@ class TrainRecipe(Section):
         return self
 
 
-class ImageSourceConfig(Section):
+class ImageFolderConfig(Section):
     """A folder with one subfolder of pictures (PNG, JPEG, WebP) per class; classes in sorted order."""
 
     kind: Literal["image_folder"]
-    path: str
+    path: str = Field(description="Local folder or fsspec URL.")
+
+
+class VideoFolderConfig(Section):
+    """A folder of clips (mp4, webm, mkv, mov, avi), at any depth."""
+
+    kind: Literal["video_folder"]
+    path: str = Field(description="Local folder or fsspec URL.")
+    captions: bool = Field(False, description="Beside every clip lies NAME.txt with its caption.")
+
+
+class TarSourceConfig(Section):
+    """WebDataset tars of pictures or clips with their labels and captions, e.g. as img2dataset writes them."""
+
+    kind: Literal["tars"]
+    path: str | list[str] = Field(description="Local paths or fsspec URLs; wildcards and {000..012} are expanded.")
+    label: str | None = Field(None, description="Member with the class id: cls, or json:FIELD.")
+    caption: str | None = Field(None, description="Member with the caption: txt, or json:FIELD.")
+    class_names: str | None = Field(None, description="Text file with one class name per line, in the order of ids.")
+
+
+class TableSourceConfig(Section):
+    """A Parquet, CSV or JSONL table: one row is one picture or clip, named by a path or held as bytes."""
+
+    kind: Literal["table"]
+    path: str | list[str] = Field(description="Local paths or fsspec URLs (.parquet, .csv, .jsonl); wildcards.")
+    media: str | None = Field(
+        None, description="Path of the file, relative to `root`, with columns in braces: '{page_dir}/{videoid}.mp4'."
+    )
+    bytes_column: str | None = Field(None, description="Parquet: column that holds the file itself.")
+    root: str = Field("", description="Folder or URL that `media` is relative to; '' = as it stands.")
+    key: str | None = Field(None, description="Column with a unique key; null = the row's number.")
+    caption: str | None = Field(None, description="Column with the caption.")
+    label: str | None = Field(None, description="Column with the class id.")
+    class_names: str | None = Field(None, description="Text file with one class name per line, in the order of ids.")
+
+    @model_validator(mode="after")
+    def _check(self) -> TableSourceConfig:
+        if self.media is not None and self.bytes_column is not None:
+            raise ValueError("source: give `media` or `bytes_column`, not both")
+        return self
+
+
+class LatentsSourceConfig(Section):
+    """The captions of an existing dataset: a companion set of text embeddings leaves its latents untouched."""
+
+    kind: Literal["latents"]
+    path: str = Field(description="Dataset whose records carry captions.")
+
+
+SourceConfig = Annotated[
+    Union[ImageFolderConfig, VideoFolderConfig, TarSourceConfig, TableSourceConfig, LatentsSourceConfig],
+    Field(discriminator="kind"),
+]
 
 
 class ImageTransformConfig(Section):
-    size: PositiveInt = Field(description="Shorter side after resizing, then centre crop to size x size, in pixels.")
+    """From a picture to pixels: resize so that the target is just covered, cut its centre out."""
+
+    kind: Literal["image"] = "image"
+    size: PositiveInt | None = Field(None, description="Square pictures of this side, in pixels.")
+    sizes: list[PositiveInt] = Field([], description="Several square sizes in one pass: datasets OUTPUT/SIZE.")
+    buckets: list[tuple[PositiveInt, PositiveInt]] = Field(
+        [], description="(height, width) in pixels; a picture goes to the nearest aspect ratio."
+    )
     filter: Literal["lanczos", "area"] = "lanczos"
     flip: bool = Field(False, description="Also store the latent of the horizontally flipped picture.")
 
+    @model_validator(mode="after")
+    def _check(self) -> ImageTransformConfig:
+        if sum([self.size is not None, bool(self.sizes), bool(self.buckets)]) != 1:
+            raise ValueError("transform: give exactly one of `size`, `sizes`, `buckets`")
+        for name in ("sizes", "buckets"):
+            if len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise ValueError(f"{name}: a value is there twice")
+        return self
+
+    @property
+    def targets(self) -> list[tuple[int, ...]]:
+        """(height, width) in pixels that a picture may get, without `sizes`: those are datasets of their own."""
+        return [(self.size, self.size)] if self.size is not None else list(self.buckets)
+
+
+class VideoTransformConfig(Section):
+    """From a clip to frames: resample in time from its start, resize to cover the target, cut the centre out."""
+
+    kind: Literal["video"]
+    fps: PositiveFloat = Field(16.0, description="Frames per second after resampling.")
+    buckets: list[tuple[PositiveInt, PositiveInt, PositiveInt]] = Field(
+        [(80, 240, 384)],
+        min_length=1,
+        description="(frames, height, width); a clip goes to the longest it can fill, then the nearest aspect ratio.",
+    )
+    filter: Literal["lanczos", "area"] = "area"
+    flip: bool = Field(False, description="Also store the latent of the horizontally flipped clip.")
+
+    @field_validator("buckets")
+    @classmethod
+    def _distinct(cls, buckets: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+        if len(set(buckets)) != len(buckets):
+            raise ValueError("a bucket is there twice")
+        return buckets
+
+    @property
+    def targets(self) -> list[tuple[int, ...]]:
+        """(frames, height, width) that a clip may get."""
+        return list(self.buckets)
+
+
+def _transform_kind(value: Any) -> str:
+    return value.get("kind", "image") if isinstance(value, dict) else getattr(value, "kind", "image")
+
+
+TransformConfig = Annotated[
+    Union[
+        Annotated[ImageTransformConfig, Tag("image")],
+        Annotated[VideoTransformConfig, Tag("video")],
+    ],
+    Discriminator(_transform_kind),
+]
+
 
 class EncodeRecipe(Section):
-    """One dataset of latent shards."""
+    """One dataset of latents, of text embeddings, or of both in the same shards."""
 
     kind: Literal["encode"]
     name: str = Field(min_length=1)
     output: str = Field(description="Folder that receives shards and manifest.json.")
     seed: Seed = Field(0, description="Deals items to shards; and posterior draws (store: sample).")
-    source: ImageSourceConfig
-    codec: CodecConfig
-    transform: ImageTransformConfig
+    source: SourceConfig
+    codec: CodecConfig | None = Field(None, description="null: no latents, text embeddings only.")
+    transform: TransformConfig | None = Field(None, description="How media become the codec's pixels.")
+    text: TextEncoderConfig | None = Field(None, description="Also store embeddings of the captions.")
     shard_samples: PositiveInt = Field(4096, description="Items per shard.")
-    batch: PositiveInt = Field(64, description="Pictures per encoder call.")
-    num_workers: PositiveInt = Field(2, description="Threads that decode pictures.")
+    batch: PositiveInt = Field(64, description="Items per encoder call.")
+    num_workers: PositiveInt = Field(2, description="Threads that decode pictures and clips.")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    wandb: WandbConfig = WandbConfig(mode="disabled")
+
+    @model_validator(mode="after")
+    def _check(self) -> EncodeRecipe:
+        if (self.codec is None) != (self.transform is None):
+            raise ValueError("codec, transform: give both, or neither for a set of text embeddings only")
+        if self.codec is None and self.text is None:
+            raise ValueError("codec, text: give at least one of them, or there is nothing to encode")
+        video = isinstance(self.transform, VideoTransformConfig)
+        if self.codec is not None and video != (self.codec.name == "cogvideox_vae"):
+            raise ValueError(f"codec.name: {self.codec.name} does not encode a transform of kind {self.transform.kind}")
+        if isinstance(self.source, LatentsSourceConfig) and self.codec is not None:
+            raise ValueError("codec: a source of kind latents has captions only")
+        if self.text is not None and not has_captions(self.source):
+            raise ValueError("text: the source has no captions; set source.caption (or source.captions)")
+        return self
+
+
+def has_captions(source: SourceConfig) -> bool:
+    """Whether every item of the source has to have a caption."""
+    if isinstance(source, ImageFolderConfig):
+        return False
+    if isinstance(source, VideoFolderConfig):
+        return source.captions
+    return isinstance(source, LatentsSourceConfig) or source.caption is not None
+
+
+def has_labels(source: SourceConfig) -> bool:
+    """Whether every item of the source has to have a class."""
+    if isinstance(source, ImageFolderConfig):
+        return True
+    return isinstance(source, TarSourceConfig | TableSourceConfig) and source.label is not None
 
 
 Recipe = Annotated[Union[TrainRecipe, EncodeRecipe], Field(discriminator="kind")]

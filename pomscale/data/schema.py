@@ -5,6 +5,7 @@ This module imports neither torch nor numpy, so that login nodes and planners ca
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,21 +14,22 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from pomscale.config.schema import CodecConfig, ImageTransformConfig
+from pomscale.config.schema import CodecConfig, TextEncoderConfig, TransformConfig
 from pomscale.errors import InputError
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
 FAILURES_NAME = "failures.jsonl"
 
-# What to do when the dataset is damaged; finished shards are not encoded again while they have their name and size.
-REMEDY = "delete the named shards and run the same `pomscale data encode` again"
+# What to do when the dataset is damaged.
+REMEDY = "run `pomscale data repair` on it"
 
-# Members of a record are named KEY + one of these.
-LATENT_MEMBER = ".latent.npy"
-FLIP_MEMBER = ".latent_flip.npy"
+# Arrays that a record may have: its name in the index, and what its member in the tar is called after the key.
+ArrayName = Literal["latent", "flip", "text"]
+ARRAY_MEMBERS: dict[ArrayName, str] = {"latent": ".latent.npy", "flip": ".latent_flip.npy", "text": ".text.npy"}
 CLASS_MEMBER = ".cls"
+CAPTION_MEMBER = ".txt"
 INFO_MEMBER = ".json"
 
 
@@ -45,22 +47,49 @@ class CodecInfo(_Part):
 
 
 class LatentInfo(_Part):
-    """What one stored latent is, and the statistics of the set.
+    """What is stored of a latent, and the statistics of the set.
 
-    `shape` is that of one latent, (c, h, w); with `stores_moments` the array in the shard is (2c, h, w), mean and
-    log-variance. `mean` and `std` (c values each) are those of unscaled latents; of posterior samples for moments.
+    With `stores_moments` an array in a shard is (2c, ...), mean and log-variance. `mean` and `std` (c values each) are
+    those of unscaled latents, over `num_values` values per channel; of posterior samples for moments. float16 and not
+    bfloat16: three more bits of mantissa, latents are small numbers (what does not fit is refused), and .npy has it.
     """
 
-    shape: tuple[int, int, int]
-    dtype: Literal["float16"]
+    dtype: Literal["float16"] = "float16"
     stores_moments: bool
+    has_flip: bool
+    num_values: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @property
-    def stored_shape(self) -> tuple[int, int, int]:
-        channels, height, width = self.shape
-        return (2 * channels if self.stores_moments else channels), height, width
+    def num_channels(self) -> int:
+        return len(self.mean)
+
+
+class TextInfo(_Part):
+    """The text encoder and what it makes of an empty caption: (null_length, dim) float16, base64."""
+
+    config: TextEncoderConfig
+    identity: str
+    dim: int
+    dtype: Literal["float16"] = "float16"
+    null_length: int
+    null_embedding: str
+
+    @property
+    def null_bytes(self) -> bytes:
+        """Little-endian float16, row by row."""
+        return base64.b64decode(self.null_embedding)
+
+
+class GroupInfo(_Part):
+    """Shards whose latents have one shape, (c, h, w) or (c, f, h, w); () in a set without latents.
+
+    `target` is what the codec was given: (height, width) or (frames, height, width) in pixels.
+    """
+
+    shape: tuple[int, ...]
+    target: tuple[int, ...]
 
 
 class ShardInfo(_Part):
@@ -68,6 +97,7 @@ class ShardInfo(_Part):
     num_samples: int
     num_bytes: int
     sha256: str
+    group: int = 0
 
 
 class IndexInfo(_Part):
@@ -75,20 +105,35 @@ class IndexInfo(_Part):
     sha256: str
 
 
-class Manifest(_Part):
-    """Everything a reader must know of a dataset. Written last: a folder that has one is complete."""
+class SourceInfo(_Part):
+    """Where the items came from. `num_items` is what the source lists: samples and failures together."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    fingerprint: str
+    num_items: int
+
+
+class Manifest(_Part):
+    """Everything a reader must know of a dataset. Written last: a folder that has one is complete.
+
+    Shards are sorted by group, so the records of a group are neighbours in the index. `keys_sha256` is that of all keys
+    in the order of the index, each followed by a line feed: two sets with the same one have the same records in the
+    same order.
+    """
+
+    schema_version: Literal[2] = SCHEMA_VERSION
     pomscale_version: str
-    modality: Literal["image"]
-    codec: CodecInfo
-    latent: LatentInfo
-    transform: ImageTransformConfig
+    codec: CodecInfo | None
+    latent: LatentInfo | None
+    transform: TransformConfig | None
+    text: TextInfo | None
+    has_captions: bool
     class_names: tuple[str, ...]
     num_samples: int
     num_failures: int
-    source_fingerprint: str
+    source: SourceInfo
+    groups: tuple[GroupInfo, ...]
     shards: tuple[ShardInfo, ...]
+    keys_sha256: str
     index: IndexInfo
     recipe: dict[str, Any]
 
@@ -97,15 +142,50 @@ class Manifest(_Part):
         in_shards = sum(shard.num_samples for shard in self.shards)
         if self.num_samples != in_shards:
             raise ValueError(f"num_samples is {self.num_samples:,}, but the shards have {in_shards:,} samples")
+        if len({self.codec is None, self.latent is None, self.transform is None}) != 1:
+            raise ValueError("codec, latent and transform belong together")
+        groups = [shard.group for shard in self.shards]
+        if groups != sorted(groups) or any(not 0 <= group < len(self.groups) for group in groups):
+            raise ValueError("the shards are not sorted by group, or name a group that is not there")
         return self
 
     @property
+    def arrays(self) -> tuple[ArrayName, ...]:
+        """The arrays that every record has, in the order of the index's columns."""
+        present: list[ArrayName] = []
+        if self.latent is not None:
+            present += ["latent", "flip"] if self.latent.has_flip else ["latent"]
+        if self.text is not None:
+            present.append("text")
+        return tuple(present)
+
+    @property
+    def modality(self) -> Literal["image", "video", "text"]:
+        return "text" if self.transform is None else self.transform.kind
+
+    @property
     def num_classes(self) -> int:
+        """0 = records have no class."""
         return len(self.class_names)
 
     @property
-    def has_flip(self) -> bool:
-        return self.transform.flip
+    def latents(self) -> LatentInfo:
+        """`latent`, for readers that need latents."""
+        if self.latent is None:
+            raise InputError("this is a set of text embeddings without latents; name the dataset that has the latents")
+        return self.latent
+
+    @property
+    def latent_codec(self) -> CodecInfo:
+        """`codec`, for readers that need latents."""
+        if self.codec is None:
+            raise InputError("this is a set of text embeddings without latents; name the dataset that has the latents")
+        return self.codec
+
+    def stored_shape(self, group: int) -> tuple[int, ...]:
+        """Shape of a latent array in the shards of a group: with moments twice the channels."""
+        channels, *size = self.groups[group].shape
+        return (2 * channels if self.latents.stores_moments else channels), *size
 
     @property
     def fingerprint(self) -> str:
@@ -149,9 +229,9 @@ class Normalization:
     @classmethod
     def of(cls, manifest: Manifest, rule: Literal["codec", "dataset"]) -> Normalization:
         """rule "codec": the codec's shift and scaling factor. rule "dataset": the measured mean and std."""
-        latent, codec = manifest.latent, manifest.codec
+        latent, codec = manifest.latents, manifest.latent_codec
         if rule == "codec":
-            channels = latent.shape[0]
+            channels = latent.num_channels
             return cls((codec.shift,) * channels, (1.0 / codec.scaling_factor,) * channels)
         if min(latent.std) <= 0.0:
             raise InputError(
@@ -171,16 +251,18 @@ def check_compatible(
     """InputError, naming both values and the remedy, if the dataset does not fit the recipe's codec and model."""
     # The same weights may lie elsewhere on another machine, and the arithmetic of the encoder concerns nobody
     # who only reads latents.
-    elsewhere = {"path", "precision"}
-    stored, wanted = (config.model_dump(exclude=elsewhere) for config in (manifest.codec.config, codec_config))
+    elsewhere = {"path", "subfolder", "precision", "tiling"}
+    made_with = manifest.latent_codec.config
+    stored, wanted = (config.model_dump(exclude=elsewhere) for config in (made_with, codec_config))
     remedy = "Change the recipe, or encode the pictures again with `pomscale data encode`"
     if stored != wanted:
         raise InputError(f"dataset {folder}: made with codec {stored}, but the recipe's codec is {wanted}. {remedy}")
-    if manifest.latent.shape != tuple(latent_shape):
-        raise InputError(
-            f"dataset {folder}: latents have shape {manifest.latent.shape} (channels, height, width), "
-            f"but model.latent_shape is {tuple(latent_shape)}. {remedy}"
-        )
+    for group in manifest.groups:
+        if group.shape != tuple(latent_shape):
+            raise InputError(
+                f"dataset {folder}: has latents of shape {group.shape} (channels, height, width), "
+                f"but model.latent_shape is {tuple(latent_shape)}. {remedy}"
+            )
     if manifest.num_classes != num_classes:
         raise InputError(
             f"dataset {folder}: has {manifest.num_classes} classes, but model.num_classes is {num_classes}. {remedy}"

@@ -2,61 +2,114 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from data_pipelines.common.shards import Record, ShardWriter
-from pomscale.config.schema import ImageTransformConfig, PixelCodecConfig
+from pomscale.config.schema import ImageTransformConfig, PixelCodecConfig, TextEncoderConfig
 from pomscale.data.index import to_npy
-from pomscale.data.schema import INDEX_NAME, MANIFEST_NAME, CodecInfo, IndexInfo, LatentInfo, Manifest, ShardInfo
+from pomscale.data.schema import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    ArrayName,
+    CodecInfo,
+    GroupInfo,
+    IndexInfo,
+    LatentInfo,
+    Manifest,
+    ShardInfo,
+    SourceInfo,
+    TextInfo,
+)
 
 LATENT_SHAPE = (4, 2, 3)
+TEXT_DIM = 5
 
 
-def write_dataset(folder: Path, shard_sizes: list[int], *, flip: bool = False, moments: bool = False) -> Manifest:
-    """Record number r has label r % 5 and latent r everywhere; its flipped copy is -r - 1; log-variances are 0."""
+def write_dataset(
+    folder: Path,
+    shard_sizes: Sequence[int],
+    *,
+    flip: bool = False,
+    moments: bool = False,
+    text: bool = False,
+    latents: bool = True,
+    shapes: Sequence[tuple[int, ...]] = (LATENT_SHAPE,),
+    shard_groups: Sequence[int] | None = None,
+    first_record: int = 0,
+) -> Manifest:
+    """Record r has key c/r (five digits), label r % 5 and latent r everywhere; its flipped copy is -r - 1.
+
+    Log-variances are 0. With `text`, its embedding is r in 1 + r % 3 rows, and its caption "caption r". Shard i has
+    latents of shape shapes[shard_groups[i]]; without latents it is a companion set. r counts from `first_record`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    shards, rows, record = [], [], 0
+    shards, rows, keys, record = [], [], [], first_record
+    groups = shard_groups or [0] * len(shard_sizes)
     for number, size in enumerate(shard_sizes):
         path = folder / f"shard-{number:06d}.tar"
         with path.open("w+b") as stream:
             writer = ShardWriter(stream)
             for _ in range(size):
-                latent = np.full(LATENT_SHAPE, record, np.float16)
-                mirrored = -latent - 1
-                if moments:
-                    latent, mirrored = (np.concatenate([x, np.zeros_like(x)]) for x in (latent, mirrored))
-                writer.add(Record(f"c/{record:05d}", latent, mirrored if flip else None, record % 5, {}))
+                arrays: dict[ArrayName, np.ndarray] = {}
+                if latents:
+                    latent = np.full(shapes[groups[number]], record, np.float16)
+                    mirrored = -latent - 1
+                    if moments:
+                        latent, mirrored = (np.concatenate([x, np.zeros_like(x)]) for x in (latent, mirrored))
+                    arrays["latent"] = latent
+                    if flip:
+                        arrays["flip"] = mirrored
+                if text:
+                    arrays["text"] = np.full((1 + record % 3, TEXT_DIM), record, np.float16)
+                keys.append(f"c/{record:05d}")
+                caption = f"caption {record}" if text else None
+                writer.add(Record(keys[-1], arrays, record % 5 if latents else None, caption, {}))
                 record += 1
             shard_rows = writer.finish()
         shard_rows["shard"] = number
         rows.append(shard_rows)
         payload = path.read_bytes()
+        sha256 = hashlib.sha256(payload).hexdigest()
         shards.append(
-            ShardInfo(
-                name=path.name, num_samples=size, num_bytes=len(payload), sha256=hashlib.sha256(payload).hexdigest()
-            )
+            ShardInfo(name=path.name, num_samples=size, num_bytes=len(payload), sha256=sha256, group=groups[number])
         )
-    index = write_index(folder, np.concatenate(rows))
+    num_samples = record - first_record
+    codec = PixelCodecConfig(name="pixel", block=2, channels=1)
     manifest = Manifest(
         pomscale_version="test",
-        modality="image",
-        codec=CodecInfo(
-            config=PixelCodecConfig(name="pixel", block=2, channels=1), identity="x", scaling_factor=1.0, shift=0.0
-        ),
+        codec=CodecInfo(config=codec, identity="x", scaling_factor=1.0, shift=0.0) if latents else None,
         latent=LatentInfo(
-            shape=LATENT_SHAPE, dtype="float16", stores_moments=moments, mean=(0.0,) * 4, std=(1.0, 2.0, 4.0, 8.0)
-        ),
-        transform=ImageTransformConfig(size=4, flip=flip),
-        class_names=tuple("abcde"),
-        num_samples=record,
+            stores_moments=moments, has_flip=flip, num_values=record, mean=(0.0,) * 4, std=(1.0, 2.0, 4.0, 8.0)
+        )
+        if latents
+        else None,
+        transform=ImageTransformConfig(size=4, flip=flip) if latents else None,
+        text=TextInfo(
+            config=TextEncoderConfig(path="x"),
+            identity="t",
+            dim=TEXT_DIM,
+            null_length=1,
+            null_embedding=base64.b64encode(np.full((1, TEXT_DIM), -1, "<f2").tobytes()).decode(),
+        )
+        if text
+        else None,
+        has_captions=text,
+        class_names=tuple("abcde") if latents else (),
+        num_samples=num_samples,
         num_failures=0,
-        source_fingerprint="x",
+        source=SourceInfo(fingerprint="x", num_items=num_samples),
+        groups=tuple(GroupInfo(shape=shape, target=(4, 4)) for shape in shapes)
+        if latents
+        else (GroupInfo(shape=(), target=()),),
         shards=tuple(shards),
-        index=index,
+        keys_sha256=hashlib.sha256("".join(f"{key}\n" for key in keys).encode()).hexdigest(),
+        index=write_index(folder, np.concatenate(rows)),
         recipe={},
     )
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json())
