@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         code = 130  # as shells report Ctrl-C
-    if parsed.run is _train:
+    if parsed.run in (_train, _data_encode):
         # All is saved, closed and written by now. What is left is the interpreter taking down torch's background
         # threads, which once in a few hundred exits aborts ("terminate called without an active exception") and turns
         # a finished run into a crashed one.
@@ -68,9 +68,12 @@ def _parser() -> argparse.ArgumentParser:
 
     data = verbs.add_parser("data", help="make and check datasets of latent shards")
     data_verbs = data.add_subparsers(metavar="VERB", required=True)
-    encode = data_verbs.add_parser("encode", help="raw pictures -> latent shards; goes on where it stopped")
+    encode = data_verbs.add_parser("encode", help="pictures, clips, captions -> shards; goes on where it stopped")
     _add_recipe(encode)
-    encode.add_argument("--dry-run", action="store_true", help="say what would be written, write nothing")
+    encode.add_argument("--dry-run", action="store_true", help="encode a short sample; say sizes and time; keep nothing")
+    encode.add_argument("--task", help="INDEX/COUNT, one of several on one output (default: from SLURM or torchrun)")
+    encode.add_argument("--only-failed", action="store_true", help="make the parts again that list failed items")
+    encode.add_argument("--rescan", action="store_true", help="list the source again; refuse if it has changed")
     encode.set_defaults(run=_data_encode)
     verify = data_verbs.add_parser("verify", help="prove a dataset whole: checksums, shapes, finite values, keys")
     verify.add_argument("dataset", type=Path)
@@ -182,11 +185,21 @@ def _data_encode(arguments: argparse.Namespace) -> int:
     recipe = load_encode_recipe(arguments.recipe, arguments.overrides)
 
     from data_pipelines.common.encode import describe, encode
+    from data_pipelines.common.tasks import this_task
+    from pomscale.distributed.stop import StopRequest
 
+    task = this_task(arguments.task)
     if arguments.dry_run:
-        print(describe(recipe))
+        print(describe(recipe, task=task))
         return 0
-    report = encode(recipe)
+    stop = StopRequest()
+    report = encode(
+        recipe,
+        task=task,
+        only_failed=arguments.only_failed,
+        rescan=arguments.rescan,
+        stop=lambda: stop.requested,
+    )
     print(report)
     return report.exit_code
 

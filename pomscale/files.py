@@ -68,9 +68,9 @@ def write_text(path: Path, text: str) -> None:
         stream.write(text.encode())
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed writers left in a folder. Only for a folder that nobody else writes to at this time."""
-    for path in folder.glob(_TEMPORARIES):
+def remove_leftovers(folder: Path, start: str = "") -> None:
+    """Delete what killed writers of files `start`... left in a folder. Only where nobody else writes those now."""
+    for path in folder.glob(start + _TEMPORARIES):
         path.unlink(missing_ok=True)
 
 

@@ -1,49 +1,62 @@
-"""What an encode keeps on disk while it runs: its plan, and one record per finished part.
+"""What an encode keeps on disk while it runs: its plan, who is at work on what, and one record per finished part.
 
-OUTPUT/shard-000007.tar          committed first
-OUTPUT/parts/part-000007.npy     index rows of the shard
+OUTPUT/shard-000007.tar          committed first; with several groups shard-000007-GG.tar, one per group
+OUTPUT/parts/part-000007.npy     index rows of the part's shards, one after the other
 OUTPUT/parts/part-000007.json    the record: committed last, so a part that has one is whole
 OUTPUT/parts/plan.json           what all of this was made from
-OUTPUT/parts/lock                held by the encode that is at work
+OUTPUT/parts/claims              empty: byte N is locked by the task that is at work on part N
 """
 
 from __future__ import annotations
 
 import fcntl
+import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipelines.common.statistics import ChannelStatistics
-from pomscale.config.schema import ImageTransformConfig
-from pomscale.data.index import map_index, to_npy
-from pomscale.data.schema import ShardInfo
+from pomscale.config.schema import TransformConfig
+from pomscale.data.index import index_dtype, map_index, to_npy
+from pomscale.data.schema import ArrayName, ShardInfo
 from pomscale.errors import InputError, PomscaleError
 from pomscale.files import atomic_write, make_folder, remove_leftovers, write_text
+
+PARTS_FOLDER = "parts"
+
+# Bytes of the file of claims beyond any part.
+_SETUP = 2**40
+_FINISH = 2**40 + 1
+
+_RECORD_NAME = re.compile(r"part-(\d+)\.json")
 
 
 class Plan(BaseModel):
     """Everything that decides the bytes of the shards. Two encodes with equal plans may share an output folder.
 
-    What is not here (paths, batch, threads, device) may change between the start of an encode and its resumption.
-    With a VAE the last bits of a latent depend on batch and device too: its bytes repeat only where those are the same.
+    What is not here (paths, threads, device, number of tasks) may change between the start of an encode and its
+    resumption. With a network the last bits of a latent depend on batch and device too: its bytes repeat only where
+    those are the same.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     source_fingerprint: str
     num_items: int
     shard_samples: int
     seed: int
-    codec: dict[str, Any]
-    codec_identity: str
-    transform: ImageTransformConfig
+    codec: dict[str, Any] | None
+    codec_identity: str | None
+    transform: TransformConfig | None
+    text: dict[str, Any] | None
+    text_identity: str | None
 
 
 class Failure(BaseModel):
@@ -57,49 +70,97 @@ class Failure(BaseModel):
 
 
 class PartRecord(BaseModel):
-    """The outcome of one part. `shard` and `statistics` are null where every item failed."""
+    """The outcome of one part. Its shards are sorted by group; `shards` is empty where every item failed.
+
+    A shard's `group` counts the targets of the transform. `statistics` are those of all latents of the part.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    shard: ShardInfo | None
+    shards: tuple[ShardInfo, ...]
     statistics: ChannelStatistics | None
     failures: tuple[Failure, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
+
+class Claims:
+    """Which task is at work on what: POSIX record locks, which end with the process that holds them.
+
+    Parallel file systems have them across nodes; where they were mounted without, two tasks may do the same part
+    twice over, which costs time, and is told.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        make_folder(folder)
+        path = folder / "claims"
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written: {error}; choose another output") from error
+        self._path = path
+        self._warned = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._file)  # drops all locks
+
+    def claim(self, part: int) -> bool:
+        """Whether the part is now this process's."""
+        return self._lock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def release(self, part: int) -> None:
+        self._lock(part, fcntl.LOCK_UN)
+
+    @contextmanager
+    def setup(self) -> Iterator[None]:
+        """One task at a time, the others wait: for listing the source."""
+        with self._alone(_SETUP):
+            yield
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """One task at a time, the others wait: for putting the parts together."""
+        with self._alone(_FINISH):
+            yield
+
+    @contextmanager
+    def _alone(self, byte: int) -> Iterator[None]:
+        self._lock(byte, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            self._lock(byte, fcntl.LOCK_UN)
+
+    def _lock(self, byte: int, operation: int) -> bool:
+        try:
+            fcntl.lockf(self._file, operation, 1, byte)
+        except (BlockingIOError, PermissionError):  # POSIX allows either for a lock that somebody else has
+            return False
+        except OSError as error:
+            if not self._warned:
+                print(f"warning: {self._path}: {error}; tasks cannot see each other's parts here", file=sys.stderr)
+            self._warned = True
+        return True
 
 
 class PartStore:
     """The files of an encode in its output folder."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, arrays: Sequence[ArrayName], num_groups: int) -> None:
         self.output = output
-        self._folder = output / "parts"
+        self.folder = output / PARTS_FOLDER
+        self._dtype = index_dtype(arrays)
+        self._num_groups = num_groups
 
-    @contextmanager
-    def claim(self, plan: Plan) -> Iterator[None]:
-        """Makes the output folder this plan's, and this process's while the block runs.
-
-        InputError if another process is at work there, or, naming what differs, if it is another plan's.
-        """
-        make_folder(self._folder)
-        path = self._folder / "lock"
-        try:
-            lock = path.open("w")
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error}; choose another output") from error
-        with lock:  # closing it, also by the death of the process, releases it
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"output: another encode is at work in {self.output}; wait for its end") from None
-            except OSError as error:  # a parallel file system that was mounted without locks
-                print(f"warning: {path}: {error}; do not start a second encode on this output", file=sys.stderr)
-            else:
-                remove_leftovers(self.output)
-                remove_leftovers(self._folder)
-            self._compare_or_write(plan)
-            yield
-
-    def _compare_or_write(self, plan: Plan) -> None:
-        path = self._folder / "plan.json"
+    def adopt(self, plan: Plan) -> None:
+        """Makes the folder this plan's. InputError, naming what differs, if it is another plan's."""
+        make_folder(self.folder)
+        path = self.folder / "plan.json"
         if not path.exists():
             write_text(path, plan.model_dump_json(indent=2))
             return
@@ -117,40 +178,54 @@ class PartStore:
                 f"output: {self.output} holds parts of another encode: {'; '.join(differences)}; {self._remedy()}"
             )
 
-    def shard_path(self, part: int) -> Path:
-        return self.output / f"shard-{part:06d}.tar"
+    def shard_path(self, part: int, group: int) -> Path:
+        suffix = f"-{group:02d}" if self._num_groups > 1 else ""
+        return self.output / f"shard-{part:06d}{suffix}.tar"
 
     def commit(self, part: int, record: PartRecord, rows: np.ndarray) -> None:
-        """Marks a part, whose shard already has its final name, as done."""
+        """Marks a part, whose shards already have their final names, as done."""
         with atomic_write(self._rows_path(part)) as stream:
             stream.write(to_npy(rows))
         write_text(self._record_path(part), record.model_dump_json(indent=2))
 
+    def clear(self, part: int) -> None:
+        """Removes what a killed task left of a part. Only for the task that has claimed it."""
+        remove_leftovers(self.output, f"shard-{part:06d}")
+        remove_leftovers(self.folder, f"part-{part:06d}")
+
+    def forget(self, part: int) -> None:
+        """The part counts as not done; its shards stay until they are replaced."""
+        self._record_path(part).unlink(missing_ok=True)
+
+    def recorded(self) -> set[int]:
+        """Parts that have a record, by one look at the folder; `read` tells whether all of it is there."""
+        names = (_RECORD_NAME.fullmatch(entry.name) for entry in os.scandir(self.folder))
+        return {int(match[1]) for match in names if match}
+
     def read(self, part: int) -> PartRecord | None:
-        """The record of a part; None if it is not done, or record, rows or shard is missing or has another size."""
+        """The record of a part; None if it is not done, or record, rows or a shard is missing or has another size."""
         try:
             record = PartRecord.model_validate_json(self._record_path(part).read_bytes())
-            if record.shard is not None:
-                map_index(self._rows_path(part), record.shard.num_samples)
-                if self.shard_path(part).stat().st_size != record.shard.num_bytes:
-                    return None
+            map_index(self._rows_path(part), record.num_samples, self._dtype)
+            if any((self.output / shard.name).stat().st_size != shard.num_bytes for shard in record.shards):
+                return None
         except (OSError, ValueError):
             return None
         return record
 
     def read_rows(self, part: int, num_rows: int) -> np.ndarray:
         try:
-            return map_index(self._rows_path(part), num_rows).copy()
+            return map_index(self._rows_path(part), num_rows, self._dtype).copy()
         except (OSError, ValueError) as error:
             raise PomscaleError(
                 f"{self._rows_path(part)}: cannot be read: {error}; run the same command again, it makes it anew"
             ) from error
 
     def _record_path(self, part: int) -> Path:
-        return self._folder / f"part-{part:06d}.json"
+        return self.folder / f"part-{part:06d}.json"
 
     def _rows_path(self, part: int) -> Path:
-        return self._folder / f"part-{part:06d}.npy"
+        return self.folder / f"part-{part:06d}.npy"
 
     def _remedy(self) -> str:
         return "choose another output, or delete that folder"

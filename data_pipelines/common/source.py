@@ -11,15 +11,20 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
 
+class SourceChangedError(Exception):
+    """An item is no longer as the scan saw it, or may not be read. The item is listed as failed, the rest goes on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One picture, clip or caption of a source.
 
-    A `problem` is why it cannot be encoded, on one line (e.g. a caption is missing): it is listed as failed.
+    A `problem` is why it cannot be encoded, on one line (e.g. a caption is missing): it is listed as failed. All texts
+    can be written as UTF-8, also where the names of the source cannot.
     """
 
     key: str  # name in the shards: unique, no dots, fits a ustar header (see `checked_key`)
-    where: str  # for people: path, tar and member, or table and row
+    where: str  # for people: path, tar and member, or table and row, relative to the source
     place: Any = None  # where the source finds it again: anything that JSON holds
     label: int | None = None
     caption: str | None = None
@@ -53,6 +58,7 @@ class Source(Protocol):
     def open(self, item: Item) -> BinaryIO:
         """The item's picture or clip as a seekable stream, to be closed by the caller. Called by many threads at once.
 
-        PomscaleError where storage fails in a way that says nothing about the item (it is tried again in another run);
-        FileNotFoundError where it is gone.
+        FileNotFoundError where the item is gone, SourceChangedError where it is another one now or may not be read.
+        PomscaleError, also from the stream, where storage fails in a way that says nothing about the item: it is tried
+        again in another run. InputError if the source has captions only.
         """

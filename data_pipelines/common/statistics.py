@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 
 class ChannelStatistics(BaseModel):
-    """Count, mean and sum of squared deviations per channel, in float64.
-
-    Parts are merged pairwise (Chan, Golub, LeVeque 1979), which loses no digits where sums of squares would.
-    """
+    """What is kept of a part: values per channel, and each channel's mean and sum of squared deviations, in float64."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -20,29 +17,55 @@ class ChannelStatistics(BaseModel):
     mean: tuple[float, ...]
     squares: tuple[float, ...]
 
-    @classmethod
-    def of(cls, latents: np.ndarray, stores_moments: bool) -> Self:
-        """Of latents (b, c, h, w); or of moments (b, 2c, h, w), then of samples from those posteriors."""
-        values = np.moveaxis(latents.astype(np.float64), 1, 0)
-        values = values.reshape(len(values), -1)
-        logvar = None
-        if stores_moments:
-            values, logvar = np.split(values, 2)
-        mean = values.mean(axis=1)
-        squares = ((values - mean[:, None]) ** 2).sum(axis=1)
-        if logvar is not None:
-            # Law of total variance: variance of the means plus mean of the variances.
-            squares += np.exp(logvar).sum(axis=1)
-        return cls(count=values.shape[1], mean=tuple(mean.tolist()), squares=tuple(squares.tolist()))
-
     def merge(self, other: ChannelStatistics) -> ChannelStatistics:
-        count = self.count + other.count
-        mine, theirs = np.array(self.mean), np.array(other.mean)
-        delta = theirs - mine
-        mean = mine + delta * (other.count / count)
-        squares = np.array(self.squares) + np.array(other.squares) + delta**2 * (self.count * other.count / count)
-        return ChannelStatistics(count=count, mean=tuple(mean.tolist()), squares=tuple(squares.tolist()))
+        """Of both together."""
+        mine, theirs = (_Reduced(part.count, np.array(part.mean), np.array(part.squares)) for part in (self, other))
+        return mine.merge(theirs).stored()
 
     @property
     def std(self) -> tuple[float, ...]:
         return tuple(np.sqrt(np.array(self.squares) / self.count).tolist())
+
+
+class RunningStatistics:
+    """Takes one array after the other; the result depends on them and their order alone."""
+
+    def __init__(self) -> None:
+        self._reduced: _Reduced | None = None
+
+    def add(self, array: np.ndarray, stores_moments: bool) -> None:
+        """A latent (c, ...); or the moments (2c, ...) of a posterior, which count as samples from it would."""
+        values = array.astype(np.float64).reshape(len(array), -1)
+        logvar = None
+        if stores_moments:
+            values, logvar = np.split(values, 2)
+        mean = values.mean(axis=1)
+        squares = np.square(values - mean[:, None]).sum(axis=1)
+        if logvar is not None:
+            # Law of total variance: variance of the means plus mean of the variances.
+            squares += np.exp(logvar).sum(axis=1)
+        mine = _Reduced(values.shape[1], mean, squares)
+        self._reduced = mine if self._reduced is None else self._reduced.merge(mine)
+
+    def result(self) -> ChannelStatistics | None:
+        """None before the first value."""
+        return None if self._reduced is None else self._reduced.stored()
+
+
+class _Reduced(NamedTuple):
+    """ChannelStatistics as arrays (c,)."""
+
+    count: int
+    mean: np.ndarray
+    squares: np.ndarray
+
+    def merge(self, other: _Reduced) -> _Reduced:
+        """Chan, Golub, LeVeque 1979: loses no digits where sums of squares would."""
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.count / count)
+        squares = self.squares + other.squares + delta**2 * (self.count * other.count / count)
+        return _Reduced(count, mean, squares)
+
+    def stored(self) -> ChannelStatistics:
+        return ChannelStatistics(count=self.count, mean=tuple(self.mean.tolist()), squares=tuple(self.squares.tolist()))

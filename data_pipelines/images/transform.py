@@ -1,4 +1,4 @@
-"""From a picture file to square pixels of one size."""
+"""From a picture file to pixels of one size."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
-from torch import Tensor
 
-from pomscale.config.schema import ImageTransformConfig
-from pomscale.errors import PomscaleError
+from data_pipelines.common.media import FILTERS, Filter, UnreadableMediaError, central_box
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
-_FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 
 # What turns a picture of each EXIF orientation upright.
 _UPRIGHT = {
@@ -45,46 +41,50 @@ _DECODER_ERRORS = (
 )
 
 
-class UnreadablePictureError(Exception):
-    """One picture cannot be used. The message is the reason, on one line."""
+# Larger files are no pictures that anyone meant to train on, and would fill the memory of a decode thread.
+MAX_PICTURE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    pixels: np.ndarray  # (size, size, 1|3) uint8
-    width: int  # of the file, before orientation and resizing
+class DecodedPicture:
+    image: Image.Image  # upright, mode L or RGB
+    width: int  # of the file, before it was turned upright
     height: int
 
 
-def load_picture(path: Path, transform: ImageTransformConfig, num_channels: int) -> Picture:
-    """Reads, converts to grey or RGB, turns upright (EXIF), resizes the central square.
+def decode_picture(stream: BinaryIO, num_channels: int) -> DecodedPicture:
+    """Reads a PNG, JPEG or WebP file, turns it upright (EXIF) and converts it to grey (1 channel) or RGB (3).
 
-    Smaller pictures are enlarged. Transparency is laid on white. UnreadablePictureError if that is impossible,
-    PomscaleError if the disk does not give the file's bytes, which says nothing about the picture.
+    Transparency is laid on white. UnreadableMediaError if that is impossible or the file is larger than
+    MAX_PICTURE_BYTES; what `stream.read` raises is passed on, for it says nothing about the picture.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise PomscaleError(f"cannot read {path}: {error}. Run the same command again, it goes on from here") from error
+    content = stream.read(MAX_PICTURE_BYTES + 1)
+    if len(content) > MAX_PICTURE_BYTES:
+        raise UnreadableMediaError(f"has more than {MAX_PICTURE_BYTES >> 20} MiB")
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as file:
             width, height = file.size
             flat = _flatten(file, num_channels)
             # Only the tag is read: ImageOps.exif_transpose writes EXIF anew as well, and fails where it is damaged.
             orientation = file.getexif().get(ExifTags.Base.Orientation)
-        upright = flat.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else flat
-        image = _resize(upright, transform)
+        image = flat.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else flat
     except UnidentifiedImageError as error:
-        raise UnreadablePictureError("no PNG, JPEG or WebP picture") from error
+        raise UnreadableMediaError("no PNG, JPEG or WebP picture") from error
     except _DECODER_ERRORS as error:
-        raise UnreadablePictureError(" ".join(f"{type(error).__name__}: {error}".split())) from error
-    return Picture(np.asarray(image).reshape(transform.size, transform.size, num_channels), width, height)
+        raise UnreadableMediaError.of(error) from error
+    return DecodedPicture(image, width, height)
 
 
-def to_images(pictures: list[Picture]) -> Tensor:
-    """(b, 1|3, size, size) float32 in [0, 1]."""
-    pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
-    return pixels.permute(0, 3, 1, 2).float() / 255.0
+def fit_picture(image: Image.Image, target: tuple[int, int], filter: Filter) -> np.ndarray:
+    """(height, width, channels) uint8 of `target` = (height, width): the central box of its aspect ratio, resized.
+
+    Smaller pictures are enlarged.
+    """
+    height, width = target
+    # Cut and resized in one go: a long strip, resized as a whole, takes any amount of memory.
+    box = central_box((image.height, image.width), target)
+    fitted = image.resize((width, height), FILTERS[filter], box)
+    return np.asarray(fitted).reshape(height, width, len(image.getbands()))
 
 
 def _flatten(image: Image.Image, num_channels: int) -> Image.Image:
@@ -96,11 +96,3 @@ def _flatten(image: Image.Image, num_channels: int) -> Image.Image:
         return image.convert(mode)
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)
-
-
-def _resize(image: Image.Image, transform: ImageTransformConfig) -> Image.Image:
-    """The central square, cut and resized in one go: a long strip, resized as a whole, takes any amount of memory."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    return image.resize((transform.size, transform.size), _FILTERS[transform.filter], box)

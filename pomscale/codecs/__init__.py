@@ -1,12 +1,15 @@
-"""Codecs: what turns pictures into latents and back."""
+"""Codecs: what turns pictures, clips and captions into latents and embeddings, and latents back."""
 
 from __future__ import annotations
 
-from pomscale.codecs.base import Codec
+from pomscale.codecs.base import Codec, TextEncoder
 from pomscale.codecs.pixel import PixelCodec
-from pomscale.config.schema import CodecConfig, PixelCodecConfig
+from pomscale.config.schema import CodecConfig, PixelCodecConfig, SdVaeCodecConfig, TextEncoderConfig
 
-__all__ = ["Codec", "build_codec"]
+__all__ = ["Codec", "TextEncoder", "build_codec", "build_text_encoder"]
+
+# diffusers and transformers are optional and take seconds to import: their adapters are imported where they are built.
+# ruff: noqa: PLC0415
 
 
 def build_codec(config: CodecConfig) -> Codec:
@@ -16,6 +19,17 @@ def build_codec(config: CodecConfig) -> Codec:
     """
     if isinstance(config, PixelCodecConfig):
         return PixelCodec(config)
-    from pomscale.codecs.sd_vae import SdVaeCodec  # noqa: PLC0415  diffusers is optional and takes seconds to import
+    if isinstance(config, SdVaeCodecConfig):
+        from pomscale.codecs.sd_vae import SdVaeCodec
 
-    return SdVaeCodec(config)
+        return SdVaeCodec(config)
+    from pomscale.codecs.cogvideox_vae import CogVideoXVaeCodec
+
+    return CogVideoXVaeCodec(config)
+
+
+def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
+    """The text encoder that a recipe names, on the CPU. Raises InputError as `build_codec` does."""
+    from pomscale.codecs.t5 import T5TextEncoder
+
+    return T5TextEncoder(config)

@@ -26,17 +26,18 @@ class PixelCodec:
         self.num_channels_in: int = config.channels
         self.device = torch.device("cpu")
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+    def latent_shape(self, *size: int) -> tuple[int, int, int]:
+        height, width = size
         block = self.config.block
         if height % block or width % block:
             raise InputError(
                 f"codec pixel: {height}x{width} pixels cannot be folded into blocks of {block}x{block}; "
-                f"set transform.size to a multiple of codec.block"
+                f"set transform.size, sizes or buckets to multiples of codec.block"
             )
         return self.config.channels * block * block, height // block, width // block
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        self.latent_shape(*images.shape[-2:])
+        self.latent_shape(*images.shape[2:])
         return pixel_unshuffle(2.0 * images.to(self.device, torch.float32) - 1.0, self.config.block)
 
     def decode(self, latents: Tensor) -> Tensor:

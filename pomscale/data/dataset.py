@@ -1,144 +1,139 @@
-"""Reads normalised latents out of memory-mapped shards."""
+"""One dataset: normalised latents, labels and text embeddings of any of its records."""
 
 from __future__ import annotations
 
-import functools
-import mmap
-import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from pomscale.data.index import map_index, npy_header
-from pomscale.data.schema import INDEX_NAME, REMEDY, Manifest, Normalization, read_manifest
-from pomscale.errors import InputError
-from pomscale.keyed_random import Stream, keyed_generator
+from pomscale.config.schema import CacheConfig
+from pomscale.data.array_reader import ArrayReader, Faults, Members
+from pomscale.data.bad_samples import BadSample
+from pomscale.data.index import NO_LABEL
+from pomscale.data.schema import Manifest, Normalization, read_manifest
+from pomscale.data.text_reader import TextReader
+from pomscale.keyed_random import Stream, keyed_generator, keyed_uniforms
 
-# Every mapped shard holds a file descriptor; the usual limit of a process is 1,024 of them, and training opens two
-# datasets.
-_MAX_OPEN_SHARDS = 256
 
-_TAR_BLOCK = 512
-_PLACE_FIELDS = ("offset", "length", "crc32")
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Records of one shape. Rows of bad samples hold zeros, class 0 if there are classes, and the null embedding."""
+
+    latents: Tensor  # (b, c, ...) float32, normalised
+    labels: Tensor  # (b,) int64, NO_LABEL where the dataset has no classes
+    text: Tensor | None  # (b, n, dim) float16, zero after each row's length
+    text_lengths: Tensor | None  # (b,) int64
+    bad: dict[int, BadSample]  # by row
 
 
 class LatentDataset:
-    """Random access to the records of a dataset folder. Safe to share between threads."""
+    """Random access to the records of a dataset, in a folder or behind a URL. Safe to share between threads.
 
-    def __init__(self, folder: str | Path, manifest: Manifest, normalization: Normalization) -> None:
-        self.folder = Path(folder)
+    text: location of the set that has the text embeddings, which may be this very dataset; None = they are not read.
+    bad_samples: "raise" ends with the error of the first record that cannot be read, "skip" tells which those are.
+    """
+
+    def __init__(
+        self,
+        location: str | Path,
+        manifest: Manifest,
+        normalization: Normalization,
+        *,
+        text: str | None = None,
+        reading: Literal["mapped", "streamed"] = "mapped",
+        cache: CacheConfig | None = None,
+        bad_samples: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        self.location = str(location)
         self.manifest = manifest
         self.normalization = normalization
-        self._mean = np.asarray(normalization.mean, np.float32)[:, None, None]
-        self._std = np.asarray(normalization.std, np.float32)[:, None, None]
-        self._header = npy_header(manifest.latent.stored_shape, "<f2")
-        self._index = self._open_index()
-        self._shard = functools.lru_cache(maxsize=_MAX_OPEN_SHARDS)(self._map_shard)
+        self._bad_samples = bad_samples
+        self._mean, self._std = torch.tensor(normalization.mean), torch.tensor(normalization.std)
+        self._reader = ArrayReader(self.location, manifest, reading, cache)
+        self._text = None
+        if text is not None:
+            is_own = text == self.location
+            source = self._reader if is_own else ArrayReader(text, read_manifest(text), reading, cache)
+            self._text = TextReader(self._reader, source)
+        self._ends = np.cumsum([shard.num_samples for shard in manifest.shards])
 
     @classmethod
-    def open(cls, folder: str | Path, normalization: Literal["codec", "dataset"]) -> LatentDataset:
-        """Opens a finished dataset. InputError if it is missing, unfinished or its index does not fit."""
-        manifest = read_manifest(folder)
-        return cls(folder, manifest, Normalization.of(manifest, normalization))
+    def open(cls, location: str | Path, normalization: Literal["codec", "dataset"]) -> LatentDataset:
+        """A finished dataset, without text. InputError if it is missing, unfinished or its index does not fit."""
+        manifest = read_manifest(location)
+        return cls(location, manifest, Normalization.of(manifest, normalization))
 
     def __len__(self) -> int:
         return self.manifest.num_samples
 
-    def read(
-        self, records: np.ndarray, positions: np.ndarray, *, seed: int, flip_probability: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Normalised latents (b, c, h, w) float32 and labels (b,) int64 of records (b,) int64.
+    def read(self, records: np.ndarray, positions: np.ndarray, *, seed: int, flip_probability: float) -> Samples:
+        """The records (b,) int64, all of one group, for the global positions (b,) int64.
 
         Which of original and flip is read, and the posterior draw where moments are stored, are keyed by
         (seed, position). flip_probability has no effect on a dataset without flipped copies.
-        InputError, naming file, record and remedy, where a shard is missing, cut off or damaged, or the index is wrong.
+        InputError, naming file, record and remedy, where `bad_samples` is "raise" and a record cannot be read.
         """
-        rows = self._index[records]
-        self._check_rows(records, rows)
-        flips = self._flips(positions, seed, flip_probability)
-        places = [np.where(flips, rows[f"flip_{field}"], rows[f"latent_{field}"]) for field in _PLACE_FIELDS]
-        stored = np.empty((len(records), *self.manifest.latent.stored_shape), np.float32)
-        members = zip(stored, records.tolist(), rows["shard"].tolist(), *(p.tolist() for p in places), strict=True)
-        for out, record, shard, offset, length, crc32 in members:
-            self._read_member(out, record, shard, offset, length, crc32)
-        latents = self._sample_posterior(stored, positions, seed) if self.manifest.latent.stores_moments else stored
-        latents -= self._mean
-        latents /= self._std
-        return latents, rows["label"].astype(np.int64)
+        faults: Faults = {}
+        rows = self._reader.index[records]
+        self._reader.check_rows(records, rows, faults)
+        members = Members.of(records, rows, "latent", instead=self._flips(positions, seed, flip_probability))
+        latents = self._reader.same_shape(members, self._stored_shape(records), faults)
+        if self.manifest.latents.stores_moments:
+            latents = _sample_posterior(latents, positions, seed)
+        size = (-1, *[1] * (latents.ndim - 2))
+        latents.sub_(self._mean.view(size)).div_(self._std.view(size))
+        labels = torch.from_numpy(rows["label"].astype(np.int64))
+        text, text_lengths = (None, None) if self._text is None else self._text.read(members, faults)
+        samples = Samples(latents, labels, text, text_lengths, faults)
+        if faults:
+            self._treat_bad(samples)
+        return samples
 
-    def _check_rows(self, records: np.ndarray, rows: np.ndarray) -> None:
-        wrong = np.zeros(len(rows), bool)
-        for field, count in (("shard", len(self.manifest.shards)), ("label", self.manifest.num_classes)):
-            wrong |= (rows[field] < 0) | (rows[field] >= count)
-        if wrong.any():
-            row = rows[wrong][0]
-            raise InputError(
-                f"{self.folder / INDEX_NAME}: record {records[wrong][0]}: there is no shard {row['shard']} or no class "
-                f"{row['label']}. {self._remedy()}"
-            )
+    def will_need(self, shards: Sequence[int]) -> None:
+        """The shards of the records that are read from now on, soonest first; replaces what was said before."""
+        self._reader.files.will_need(shards)
+        if self._text is not None and self._text.source is not self._reader:
+            ranges = [np.arange(self._ends[s] - self.manifest.shards[s].num_samples, self._ends[s]) for s in shards]
+            needed = [shard for records in ranges for shard in self._text.shards(records).tolist()]
+            self._text.source.files.will_need(list(dict.fromkeys(needed)))
 
-    def _flips(self, positions: np.ndarray, seed: int, probability: float) -> np.ndarray:
-        if not self.manifest.has_flip:
-            return np.zeros(len(positions), bool)
-        draws = [keyed_generator(seed, Stream.FLIP, position).random() for position in positions.tolist()]
-        return np.array(draws) < probability
+    def close(self) -> None:
+        """Ends what reads ahead in the background."""
+        self._reader.files.close()
+        if self._text is not None:
+            self._text.source.files.close()
 
-    def _sample_posterior(self, moments: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
-        mean, logvar = np.split(moments, 2, axis=1)
-        noise = np.stack(
-            [
-                keyed_generator(seed, Stream.POSTERIOR, position).standard_normal(mean.shape[1:], np.float32)
-                for position in positions.tolist()
-            ]
-        )
-        noise *= np.exp(0.5 * logvar)
-        noise += mean
-        return noise
+    def _treat_bad(self, samples: Samples) -> None:
+        bad = sorted(samples.bad)
+        if self._bad_samples == "raise":
+            raise samples.bad[bad[0]].error()
+        samples.latents[bad] = 0
+        samples.labels[bad] = 0 if self.manifest.num_classes else NO_LABEL
+        if self._text is not None:
+            self._text.set_null(bad, samples.text, samples.text_lengths)
 
-    def _read_member(self, out: np.ndarray, record: int, shard: int, offset: int, length: int, crc32: int) -> None:
-        payload = self._shard(shard)[offset : offset + length]
-        header, data = payload[: len(self._header)], payload[len(self._header) :]
-        if header.tobytes() != self._header or data.nbytes != 2 * out.size:
-            raise self._damaged(record, shard, offset, f"it is not a float16 array of shape {out.shape}")
-        if zlib.crc32(payload.data) != crc32:
-            raise self._damaged(record, shard, offset, "its checksum is wrong")
-        # The only copy of the samples: page cache to batch, widened to float32 on the way.
-        out[:] = data.view("<f2").reshape(out.shape)
-        if not np.isfinite(out).all():
-            raise self._damaged(record, shard, offset, "it holds a value that is not finite")
+    def _stored_shape(self, records: np.ndarray) -> tuple[int, ...]:
+        # By the record's number, not by what its row says of its shard, which may be what is wrong with it.
+        first, last = np.searchsorted(self._ends, [records.min(), records.max()], side="right").tolist()
+        group = self.manifest.shards[first].group
+        assert group == self.manifest.shards[last].group, "one batch, one shape"
+        return self.manifest.stored_shape(group)
 
-    def _map_shard(self, number: int) -> np.ndarray:
-        info = self.manifest.shards[number]
-        path = self.folder / info.name
-        try:
-            with path.open("rb") as file:
-                shard = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read: {error}. {self._remedy()}") from error
-        if len(shard) != info.num_bytes:
-            raise InputError(
-                f"{path}: has {len(shard):,} bytes, but the manifest says {info.num_bytes:,}. {self._remedy()}"
-            )
-        return shard
+    def _flips(self, positions: np.ndarray, seed: int, probability: float) -> np.ndarray | None:
+        if not self.manifest.latents.has_flip:
+            return None
+        return keyed_uniforms(seed, Stream.FLIP, positions) < probability
 
-    def _open_index(self) -> np.ndarray:
-        path = self.folder / INDEX_NAME
-        try:
-            num_bytes = path.stat().st_size
-            if num_bytes != self.manifest.index.num_bytes:
-                raise ValueError(f"has {num_bytes:,} bytes, but the manifest says {self.manifest.index.num_bytes:,}")
-            return map_index(path, self.manifest.num_samples)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read: {error}. {self._remedy()}") from error
 
-    def _damaged(self, record: int, shard: int, offset: int, what: str) -> InputError:
-        header = self._shard(shard)[offset - _TAR_BLOCK : offset].tobytes()
-        # ustar: the name in bytes 0-99, the folders that do not fit in there in bytes 345-499.
-        parts = (part.rstrip(b"\0").decode(errors="replace") for part in (header[345:500], header[:100]))
-        name = "/".join(part for part in parts if part)
-        path = self.folder / self.manifest.shards[shard].name
-        return InputError(f"{path}: record {record}, {name}: {what}. {self._remedy()}")
-
-    def _remedy(self) -> str:
-        return f"Run `pomscale data verify {self.folder}` for the whole list, then {REMEDY}"
+def _sample_posterior(moments: Tensor, positions: np.ndarray, seed: int) -> Tensor:
+    """mean + std * noise of (b, 2c, ...), mean and log-variance: (b, c, ...)."""
+    mean, logvar = moments.chunk(2, dim=1)
+    noise = np.empty(mean.shape, np.float32)
+    for row, position in zip(noise, positions.tolist(), strict=True):
+        keyed_generator(seed, Stream.POSTERIOR, position).standard_normal(out=row, dtype=np.float32)
+    return torch.from_numpy(noise).mul_(logvar.mul(0.5).exp_()).add_(mean)

@@ -1,4 +1,4 @@
-"""From dataset and order to the micro-batches of one rank, read ahead by threads.
+"""From a mixture of datasets to the micro-batches of one rank, read ahead by threads.
 
 torchdata.nodes carries threads, prefetch and pinning; the order is ours, so the loader has no state to save beyond
 the number of samples consumed, and starting at any position costs the same.
@@ -16,21 +16,30 @@ import torch
 from torch import Tensor
 from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, PinMemory, Prefetcher
 
-from pomscale.data.dataset import LatentDataset
-from pomscale.data.order import SampleOrder
+from pomscale.data.bad_samples import BadSample
+from pomscale.data.mixture import Mixture
 from pomscale.errors import InputError, PomscaleError
 
 T = TypeVar("T")
 
+Piece = tuple[np.ndarray, np.ndarray]
+"""Positions (b,) int64 and weights (b,) float32 of a micro-batch."""
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One forward pass of one rank, on the CPU. A sample of weight 0 is padding: it takes no part in the loss."""
+    """One forward pass of one rank, on the CPU, all latents of one shape.
 
-    latents: Tensor  # (b, c, h, w) float32, normalised
-    condition: Tensor  # (b,) int64, class ids
+    A sample of weight 0 takes no part in the loss: it is padding, or it is bad (and listed, once, in `bad`).
+    """
+
+    latents: Tensor  # (b, c, h, w) or (b, c, f, h, w) float32, normalised
+    condition: Tensor  # (b,) int64, class ids; NO_LABEL (-1) where the datasets have no classes
+    text: Tensor | None  # (b, n, dim) float16, zero after each row's length
+    text_lengths: Tensor | None  # (b,) int64
     positions: Tensor  # (b,) int64, global positions
     weights: Tensor  # (b,) float32, 1 or 0
+    bad: tuple[BadSample, ...]
 
 
 def num_micro_batches(global_batch: int, world_size: int, micro_batch: int | None) -> int:
@@ -49,8 +58,8 @@ def num_micro_batches(global_batch: int, world_size: int, micro_batch: int | Non
 
 def micro_batch_positions(
     start: int, *, global_batch: int, micro_batch: int | None, rank: int, world_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Endless (positions (b,) int64, weights (b,) float32) of one rank's micro-batches, from position `start` on.
+) -> Iterator[Piece]:
+    """One rank's micro-batches, endless, from position `start` on.
 
     Step s covers positions [s G, (s+1) G). Rank r takes the slice [r G // R, (r+1) G // R) of it, cut into
     `num_micro_batches` near-even pieces. Slices differ by at most one sample, so a piece may be empty on some
@@ -77,38 +86,32 @@ class Loader(Generic[T]):
 
     def __init__(
         self,
-        dataset: LatentDataset,
+        mixture: Mixture,
         *,
-        seed: int,
-        shuffle_window: int,
-        global_batch: int,
         micro_batch: int | None,
         rank: int,
         world_size: int,
         start_position: int,
-        flip_probability: float,
         num_threads: int,
         prefetch: int,
         finish: Callable[[MicroBatch], T],
         pin_memory: bool,
     ) -> None:
+        global_batch = mixture.order.global_batch
         if start_position % global_batch:
             raise InputError(
                 f"the run has seen {start_position:,} samples, which is no multiple of training.global_batch "
                 f"{global_batch}; the global batch is fixed for a run, so resume with the one it started with"
             )
         self.num_micro_batches = num_micro_batches(global_batch, world_size, micro_batch)
-        self.order = SampleOrder([shard.num_samples for shard in dataset.manifest.shards], seed, shuffle_window)
-        self._dataset = dataset
-        self._seed = seed
-        self._flip_probability = flip_probability
+        self._mixture = mixture
         self._finish = finish
 
         pieces = micro_batch_positions(
             start_position, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size
         )
         # snapshot_frequency=0: torchdata need not track a state that one integer describes.
-        node: BaseNode = IterableWrapper(pieces)
+        node: BaseNode = IterableWrapper(self._announced(pieces, start_position))
         node = ParallelMapper(node, self._read, num_threads, in_order=True, method="thread", snapshot_frequency=0)
         if pin_memory:
             node = PinMemory(node, "cuda", snapshot_frequency=0)
@@ -137,14 +140,28 @@ class Loader(Generic[T]):
         # torchdata's nodes stop and join their threads when the last reference to them goes.
         self._node = None
 
-    def _read(self, piece: tuple[np.ndarray, np.ndarray]) -> T | PomscaleError:
+    def _announced(self, pieces: Iterator[Piece], start: int) -> Iterator[Piece]:
+        """The pieces; at the first one of every step the datasets hear what comes next."""
+        for step_start in itertools.count(start, self._mixture.order.global_batch):
+            self._mixture.will_need(step_start)
+            yield from itertools.islice(pieces, self.num_micro_batches)
+
+    def _read(self, piece: Piece) -> T | PomscaleError:
         positions, weights = piece
         try:
-            latents, labels = self._dataset.read(
-                self.order.records(positions), positions, seed=self._seed, flip_probability=self._flip_probability
-            )
-            arrays = (latents, labels, positions, weights)
-            return self._finish(MicroBatch(*(torch.from_numpy(array) for array in arrays)))
+            samples = self._mixture.read(positions)
         except PomscaleError as error:
             # Returned, not raised: torchdata would bury the message for people in a traceback of its own.
             return error
+        bad = tuple(sample for row, sample in samples.bad.items() if weights[row])
+        weights[list(samples.bad)] = 0
+        batch = MicroBatch(
+            latents=samples.latents,
+            condition=samples.labels,
+            text=samples.text,
+            text_lengths=samples.text_lengths,
+            positions=torch.from_numpy(positions),
+            weights=torch.from_numpy(weights),
+            bad=bad,
+        )
+        return self._finish(batch)

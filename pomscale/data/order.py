@@ -1,4 +1,4 @@
-"""The sample order: which record stands at which global position.
+"""The sample order of records of one shape: which of them stands at which position.
 
 A pure function of (seed, position, shard sizes, window), so a run's whole reading state is one number, whatever the
 ranks, threads and micro-batches. In each epoch the shards are permuted and laid end to end, the result is cut into
@@ -23,16 +23,18 @@ _CACHED_WINDOWS = 4
 class SampleOrder:
     """Positions count samples from the start of training and never wrap: epoch = position // num_records.
 
-    Memory is O(window + number of shards). Safe to share between threads.
+    Memory is O(window + number of shards). Safe to share between threads. Orders of different `component` are
+    independent of each other.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int, window: int) -> None:
+    def __init__(self, shard_sizes: Sequence[int], seed: int, window: int, component: int = 0) -> None:
         self.num_records = sum(shard_sizes)
         if self.num_records == 0:
             raise InputError("the dataset has no records, so there is nothing to train on")
         self._sizes = np.asarray(shard_sizes, np.int64)
         self._first_record = np.cumsum(self._sizes) - self._sizes
         self._seed = seed
+        self._first_key = component << 32  # an epoch never has as many windows
         self._window = min(window, self.num_records)
         self._shards = functools.lru_cache(maxsize=2)(self._permute_shards)
         self._permutation = functools.lru_cache(maxsize=_CACHED_WINDOWS)(self._permute_window)
@@ -51,12 +53,27 @@ class SampleOrder:
             records[here] = self._first_record[shards[slots]] + ranks - starts
         return records
 
+    def window_at(self, position: int) -> tuple[int, int]:
+        """Epoch of a position, and its window in that epoch."""
+        epoch, offset = divmod(position, self.num_records)
+        return epoch, offset // self._window
+
+    def window_shards(self, epoch: int, window: int) -> list[int]:
+        """The shards that a window has records of. A window after the epoch's last one is the next epoch's first."""
+        begin = window * self._window
+        if begin >= self.num_records:
+            return self.window_shards(epoch + 1, 0)
+        shards, ends = self._shards(epoch)
+        first = np.searchsorted(ends, begin, side="right")
+        last = np.searchsorted(ends, min(begin + self._window, self.num_records) - 1, side="right")
+        return shards[first : last + 1].tolist()
+
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in the order of this epoch, and where each ends when they are laid end to end."""
-        generator = keyed_generator(self._seed, Stream.SHARD_ORDER, epoch)
+        generator = keyed_generator(self._seed, Stream.SHARD_ORDER, epoch, self._first_key)
         shards = generator.permutation(len(self._sizes))
         return shards, np.cumsum(self._sizes[shards])
 
     def _permute_window(self, epoch: int, window: int) -> np.ndarray:
-        generator = keyed_generator(self._seed, Stream.WINDOW_ORDER, epoch, window)
+        generator = keyed_generator(self._seed, Stream.WINDOW_ORDER, epoch, self._first_key + window)
         return generator.permutation(min(self._window, self.num_records - window * self._window))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from pomscale.config.schema import CodecConfig, TextEncoderConfig, TransformConfig
+from pomscale.data.location import join, local_folder, read_bytes
 from pomscale.errors import InputError
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -115,8 +117,8 @@ class SourceInfo(_Part):
 class Manifest(_Part):
     """Everything a reader must know of a dataset. Written last: a folder that has one is complete.
 
-    Shards are sorted by group, so the records of a group are neighbours in the index. `keys_sha256` is that of all keys
-    in the order of the index, each followed by a line feed: two sets with the same one have the same records in the
+    Shards are sorted by group, so the records of a group are neighbours in the index. `keys_sha256` is that of the
+    index's key column (8 bytes each, little-endian, in order): two sets with the same one have the same records in the
     same order.
     """
 
@@ -194,16 +196,20 @@ class Manifest(_Part):
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a dataset folder. InputError if the folder or the manifest is missing or of another version."""
-    path = Path(folder) / MANIFEST_NAME
-    if not path.parent.is_dir():
-        raise InputError(f"dataset {folder}: there is no such folder; make it with `pomscale data encode RECIPE`")
+def read_manifest(location: str | Path) -> Manifest:
+    """The manifest of a dataset, a folder or any URL that fsspec knows (as a str).
+
+    InputError if the folder or the manifest is missing or of another version, PomscaleError if the network fails.
+    """
+    path = join(location, MANIFEST_NAME)
+    folder = local_folder(location)
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"dataset {location}: there is no such folder; make it with `pomscale data encode RECIPE`")
     try:
-        content = path.read_bytes()
+        content = read_bytes(location, MANIFEST_NAME)
     except FileNotFoundError:
         raise InputError(
-            f"dataset {folder}: no {MANIFEST_NAME}; is the encode finished? "
+            f"dataset {location}: no {MANIFEST_NAME}; is the encode finished? "
             f"Run `pomscale data encode RECIPE` again, it goes on where it stopped"
         ) from None
     except OSError as error:
@@ -229,16 +235,45 @@ class Normalization:
     @classmethod
     def of(cls, manifest: Manifest, rule: Literal["codec", "dataset"]) -> Normalization:
         """rule "codec": the codec's shift and scaling factor. rule "dataset": the measured mean and std."""
-        latent, codec = manifest.latents, manifest.latent_codec
+        return cls.of_mixture([manifest], [1.0], rule)
+
+    @classmethod
+    def of_mixture(
+        cls, manifests: Sequence[Manifest], weights: Sequence[float], rule: Literal["codec", "dataset"]
+    ) -> Normalization:
+        """One for all: the codec's, or mean and std of samples drawn with these weights (law of total variance).
+
+        InputError if the codecs disagree, or a channel is constant.
+        """
         if rule == "codec":
-            channels = latent.num_channels
-            return cls((codec.shift,) * channels, (1.0 / codec.scaling_factor,) * channels)
-        if min(latent.std) <= 0.0:
+            scalings = {(m.latent_codec.shift, m.latent_codec.scaling_factor, m.latents.num_channels) for m in manifests}
+            if len(scalings) > 1:
+                raise InputError(
+                    f"data.mixture: the codecs of the datasets shift and scale latents differently (shift, factor, "
+                    f"channels: {sorted(scalings)}); encode them with one codec, or use normalization: dataset"
+                )
+            ((shift, factor, channels),) = scalings
+            return cls((shift,) * channels, (1.0 / factor,) * channels)
+        total = math.fsum(weights)
+        shares = [weight / total for weight in weights]
+        channels_of = [list(zip(m.latents.mean, m.latents.std, strict=True)) for m in manifests]
+        pooled = [_pool(shares, channel) for channel in zip(*channels_of, strict=True)]
+        mean, std = (tuple(values) for values in zip(*pooled, strict=True))
+        if min(std) <= 0.0:
             raise InputError(
-                f"data.normalization: channel {latent.std.index(min(latent.std))} of the dataset is constant, "
+                f"data.normalization: channel {std.index(min(std))} of the dataset is constant, "
                 f"so it cannot be divided by its standard deviation; use normalization: codec"
             )
-        return cls(latent.mean, latent.std)
+        return cls(mean, std)
+
+
+def _pool(shares: Sequence[float], moments: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Mean and standard deviation of a mixture, of those of its parts."""
+    if len(moments) == 1:
+        return moments[0]  # to the last digit
+    mean = math.fsum(share * m for share, (m, _) in zip(shares, moments, strict=True))
+    variance = math.fsum(share * (s * s + (m - mean) ** 2) for share, (m, s) in zip(shares, moments, strict=True))
+    return mean, math.sqrt(variance)
 
 
 def check_compatible(
@@ -249,6 +284,8 @@ def check_compatible(
     num_classes: int,
 ) -> None:
     """InputError, naming both values and the remedy, if the dataset does not fit the recipe's codec and model."""
+    if manifest.latent is None:
+        raise InputError(f"dataset {folder}: has text embeddings and no latents; name the dataset that has the latents")
     # The same weights may lie elsewhere on another machine, and the arithmetic of the encoder concerns nobody
     # who only reads latents.
     elsewhere = {"path", "subfolder", "precision", "tiling"}
@@ -257,10 +294,11 @@ def check_compatible(
     remedy = "Change the recipe, or encode the pictures again with `pomscale data encode`"
     if stored != wanted:
         raise InputError(f"dataset {folder}: made with codec {stored}, but the recipe's codec is {wanted}. {remedy}")
-    for group in manifest.groups:
-        if group.shape != tuple(latent_shape):
+    for number in sorted({shard.group for shard in manifest.shards}):
+        shape = manifest.groups[number].shape
+        if shape != tuple(latent_shape):
             raise InputError(
-                f"dataset {folder}: has latents of shape {group.shape} (channels, height, width), "
+                f"dataset {folder}: has latents of shape {shape} (channels, [frames,] height, width), "
                 f"but model.latent_shape is {tuple(latent_shape)}. {remedy}"
             )
     if manifest.num_classes != num_classes:

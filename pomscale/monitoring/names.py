@@ -14,6 +14,12 @@ METRICS: dict[str, str] = {
     "host/cpu_percent": "CPU use of the whole host in percent, mean since the last row",
     "host/memory_gib": "memory in use on the whole host, GiB",
     "host/process_memory_gib": "resident memory of this process, GiB",
+    "encode/seconds": "seconds since this task began with its items",
+    "encode/items_per_s": "items encoded or given up per second by this task, since it started",
+    "encode/gigabytes": "bytes of shards written by this task, in GB",
+    "encode/failed": "items that this task could not encode",
+    "encode/busy_share": "share of the time in which this task's encoder did not wait for decoded items, 0 to 1",
+    "encode/eta_s": "seconds until this task's items are done, at the speed so far",
     "validation/loss": "held-out loss with noise fixed for the whole run",
 }
 

@@ -49,7 +49,7 @@ def write_dataset(
     latents of shape shapes[shard_groups[i]]; without latents it is a companion set. r counts from `first_record`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shards, rows, keys, record = [], [], [], first_record
+    shards, rows, record = [], [], first_record
     groups = shard_groups or [0] * len(shard_sizes)
     for number, size in enumerate(shard_sizes):
         path = folder / f"shard-{number:06d}.tar"
@@ -67,9 +67,8 @@ def write_dataset(
                         arrays["flip"] = mirrored
                 if text:
                     arrays["text"] = np.full((1 + record % 3, TEXT_DIM), record, np.float16)
-                keys.append(f"c/{record:05d}")
                 caption = f"caption {record}" if text else None
-                writer.add(Record(keys[-1], arrays, record % 5 if latents else None, caption, {}))
+                writer.add(Record(f"c/{record:05d}", arrays, record % 5 if latents else None, caption, {}))
                 record += 1
             shard_rows = writer.finish()
         shard_rows["shard"] = number
@@ -108,7 +107,7 @@ def write_dataset(
         if latents
         else (GroupInfo(shape=(), target=()),),
         shards=tuple(shards),
-        keys_sha256=hashlib.sha256("".join(f"{key}\n" for key in keys).encode()).hexdigest(),
+        keys_sha256=hashlib.sha256(np.concatenate(rows)["key"].tobytes()).hexdigest(),
         index=write_index(folder, np.concatenate(rows)),
         recipe={},
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from running import losses, pomscale, train, write_tiny_recipe
-from tiny_vae import save_vae
+from tiny_models import save_vae
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_vae import save_vae
+from tiny_models import save_vae, save_video_vae
 
 from pomscale.codecs import build_codec
-from pomscale.config.schema import PixelCodecConfig, SdVaeCodecConfig
+from pomscale.config.schema import CogVideoXVaeCodecConfig, PixelCodecConfig, SdVaeCodecConfig
 from pomscale.errors import InputError
 
 
@@ -26,7 +26,7 @@ def test_pixel_is_exact_for_every_8_bit_value_after_fp16(block: int, channels: i
 
 def test_pixel_refuses_sizes_that_do_not_fold() -> None:
     codec = build_codec(PixelCodecConfig(name="pixel", block=2, channels=1))
-    with pytest.raises(InputError, match=r"7x8 pixels.*multiple of codec\.block"):
+    with pytest.raises(InputError, match=r"7x8 pixels.*multiples of codec\.block"):
         codec.encode(torch.zeros(1, 1, 7, 8))
 
 
@@ -130,7 +130,8 @@ def test_sd_vae_refuses_a_wrong_config(vae_folder: Path, tmp_path: Path, key: st
 
 
 def test_without_diffusers_the_cause_and_the_command_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "pomscale.codecs.sd_vae", raising=False)
+    for module in ("sd_vae", "diffusers_vae"):
+        monkeypatch.delitem(sys.modules, f"pomscale.codecs.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(InputError, match=r"diffusers.*import of diffusers halted.*pip install -e '\.\[vae\]'"):
         build_codec(SdVaeCodecConfig(name="sd_vae"))
@@ -150,3 +151,100 @@ def test_decode_of_numpy_made_latents_needs_no_grad(vae_folder: Path) -> None:
     codec = build_codec(sd_vae(vae_folder))
     decoded = codec.decode(torch.from_numpy(np.zeros((1, 4, 4, 4), np.float32)))
     assert not decoded.requires_grad
+
+
+@pytest.fixture(scope="module")
+def video_vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As CogVideoX lies on the hub: the VAE in a folder inside the model's."""
+    folder = tmp_path_factory.mktemp("video")
+    save_video_vae(folder / "vae", seed=0)
+    return folder
+
+
+def video_vae(folder: Path, **changes: object) -> CogVideoXVaeCodecConfig:
+    settings = {"name": "cogvideox_vae", "path": str(folder), "store": "moments", "precision": "fp32"}
+    return CogVideoXVaeCodecConfig.model_validate(settings | changes)
+
+
+@pytest.mark.parametrize("frames", [1, 8, 9, 16, 17, 24, 80, 81])
+def test_video_vae_shape_is_that_of_the_network_and_lengths_come_back(video_vae_folder: Path, frames: int) -> None:
+    codec = build_codec(video_vae(video_vae_folder))
+    clips = random_images(1, 3, frames, 8, 12)
+    moments = codec.encode(clips)
+    latent_shape = codec.latent_shape(frames, 8, 12)
+    assert moments.shape == (1, 2 * latent_shape[0], *latent_shape[1:])
+    decoded = codec.decode(moments.chunk(2, dim=1)[0])
+    assert decoded.shape == clips.shape
+    assert 0.0 <= decoded.min() <= decoded.max() <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"),
+    [
+        ((84, 240, 384), "81 or 88 x 240 x 384"),
+        ((5, 240, 384), "1 or 8 x 240 x 384"),
+        ((80, 242, 3), "80 x 240 or 244 x 4"),
+    ],
+)
+def test_video_vae_names_the_nearest_sizes_that_fit(
+    video_vae_folder: Path, size: tuple[int, int, int], nearest: str
+) -> None:
+    codec = build_codec(video_vae(video_vae_folder))
+    with pytest.raises(InputError, match=rf"clips of {size[0]} x {size[1]} .* nearest are {nearest}; change"):
+        codec.latent_shape(*size)
+    with pytest.raises(InputError, match="nearest"):
+        codec.encode(torch.zeros(1, 3, 10, 8, 8))
+
+
+def test_video_vae_carries_nothing_from_clip_to_clip(video_vae_folder: Path) -> None:
+    codec = build_codec(video_vae(video_vae_folder))
+    clips = random_images(3, 3, 17, 8, 8)
+    together = codec.encode(clips)
+    for clip, moments in zip(clips, together, strict=True):
+        assert torch.equal(codec.encode(clip[None])[0], moments)
+    latents = together.chunk(2, dim=1)[0]
+    decoded = codec.decode(latents)
+    for latent, clip in zip(latents.flip(0), decoded.flip(0), strict=True):
+        assert torch.equal(codec.decode(latent[None])[0], clip)
+
+
+def test_video_vae_sample_precision_and_identity(video_vae_folder: Path, tmp_path: Path) -> None:
+    clips = random_images(2, 3, 8, 8, 8)
+    codec = build_codec(video_vae(video_vae_folder))
+    assert (codec.scaling_factor, codec.shift, codec.num_channels_in) == (0.7, 0.0, 3)
+    mean, logvar = codec.encode(clips).chunk(2, dim=1)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
+    sampled = build_codec(video_vae(video_vae_folder, store="sample", precision="bf16"))
+    assert sampled.needs_noise
+    assert not sampled.stores_moments
+    rough = sampled.encode(clips, noise)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, mean + (0.5 * logvar).exp() * noise, atol=0.05, rtol=0.05)
+
+    assert sampled.identity() == codec.identity()
+    assert build_codec(video_vae(save_video_vae(tmp_path, seed=1), subfolder="")).identity() != codec.identity()
+
+
+def test_video_vae_tiles(video_vae_folder: Path, tmp_path: Path) -> None:
+    """Tiles of 24x40 pixels: a clip of one tile is encoded as without them; of several, to about the same latent."""
+    whole, tiled = (build_codec(video_vae(video_vae_folder, tiling=tiling)) for tiling in (False, True))
+    clips = random_images(1, 3, 8, 24, 40)
+    assert torch.equal(tiled.encode(clips), whole.encode(clips))
+    clips = random_images(1, 3, 8, 48, 72)
+    moments = tiled.encode(clips)
+    assert moments.shape == whole.encode(clips).shape
+    assert not torch.equal(moments, whole.encode(clips))
+    assert tiled.decode(moments.chunk(2, dim=1)[0]).shape == clips.shape
+
+    save_video_vae(tmp_path, seed=0, sample_width=50)
+    build_codec(video_vae(tmp_path, subfolder=""))
+    with pytest.raises(InputError, match=r"sample_width.*set codec\.tiling=false"):
+        build_codec(video_vae(tmp_path, subfolder="", tiling=True))
+
+
+def test_video_vae_refuses_networks_that_it_cannot_run(video_vae_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"codec\.path: cannot load an AutoencoderKLCogVideoX"):
+        build_codec(video_vae(video_vae_folder, subfolder="no-such-folder"))
+    save_video_vae(tmp_path, seed=0, temporal_compression_ratio=2)
+    with pytest.raises(InputError, match="temporal_compression_ratio is 2"):
+        build_codec(video_vae(tmp_path, subfolder=""))

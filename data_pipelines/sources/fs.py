@@ -1,0 +1,314 @@
+"""Local files and fsspec URLs: which there are, and what is in them.
+
+Streams from here explain their own errors: while they are read, only PomscaleError is raised, and it says that storage
+failed, not that the content is wrong.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import io
+import itertools
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import fsspec
+from braceexpand import braceexpand
+
+from data_pipelines.common.source import SourceChangedError
+from data_pipelines.sources.sorting import sorted_on_disk
+from pomscale.errors import InputError, PomscaleError
+
+_READ_AHEAD_BYTES = 2**16
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def join(root: str, relative: str) -> str:
+    """The path or URL of what lies at `relative` under `root`; root '' = as it stands."""
+    return f"{root.rstrip('/')}/{relative}" if root else relative
+
+
+# -- files by name -----------------------------------------------------------------------------------------------------
+
+
+def expand(paths: str | list[str], example: str) -> list[str]:
+    """Files that paths name: braces {000..012} and {a,b} expanded, then wildcards, sorted, each once.
+
+    http(s) servers cannot list, so wildcards in their URLs are taken as they are. InputError, with `example` (a pattern
+    for files of this kind) where a folder is named, or if a path or pattern names nothing.
+    """
+    found: set[str] = set()
+    for path in [paths] if isinstance(paths, str) else paths:
+        found.update(_expand(_native(path), example))
+    if not found:
+        raise InputError(f"source.path: names no file; give paths or patterns such as {example}")
+    return sorted(found)
+
+
+def _expand(path: str, example: str) -> Iterator[str]:
+    if os.path.exists(path):  # also where its name has braces or brackets
+        if os.path.isdir(path):
+            raise InputError(f"source.path: {path} is a folder; name the files in it, e.g. {join(path, example)}")
+        yield path
+        return
+    try:
+        names = list(braceexpand(path))
+    except ValueError as error:  # UnbalancedBracesError
+        raise InputError(f"source.path: {path}: {error}; close every brace") from error
+    for name in names:
+        if name.startswith(("http://", "https://")):
+            yield name
+        elif any(wildcard in name for wildcard in "*?["):
+            matches = _glob(name)
+            if not matches:
+                raise InputError(f"source.path: no file matches {name}")
+            yield from matches
+        elif is_url(name) or os.path.exists(name):
+            yield name
+        else:
+            raise InputError(f"source.path: there is no file {name}")
+
+
+def _glob(pattern: str) -> list[str]:
+    if not is_url(pattern):
+        return glob.glob(pattern, recursive=True)
+    with _explained(pattern):
+        storage, path = fsspec.core.url_to_fs(pattern)
+        return [storage.unstrip_protocol(match) for match in storage.glob(path)]
+
+
+def relative_names(paths: list[str]) -> list[str]:
+    """The paths relative to the deepest folder that holds them all."""
+    parts = [path.split("/") for path in paths]
+    levels = zip(*(names[:-1] for names in parts), strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
+    return ["/".join(names[common:]) for names in parts]
+
+
+def _native(path: str) -> str:
+    return path.removeprefix("file://")
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a folder lists. `path` is relative to where the listing began, with slashes.
+
+    `size` in bytes; None for folders, where storage does not tell it, and where there is a `problem`.
+    """
+
+    path: str
+    is_folder: bool
+    size: int | None = None
+    problem: str | None = None
+
+
+def list_folder(root: str, folder: str = "") -> Iterator[Entry]:
+    """What lies in root/folder, sorted by name. Links are followed. InputError if it is missing or cannot be read."""
+    root = _native(root)
+    try:
+        yield from (_list_remote if is_url(root) else _list_local)(root, folder)
+    except OSError as error:
+        # What cannot be listed might hold a whole class: no reason to go on with the rest.
+        place = error.filename or join(root, folder)
+        raise InputError(f"source.path: cannot read {place}: {error.strerror or error}; mend or remove it") from error
+
+
+def walk(root: str, folder: str = "") -> Iterator[Entry]:
+    """All files below root/folder, sorted by the parts of their paths. Same errors as `list_folder`."""
+    for entry in list_folder(root, folder):
+        if entry.is_folder:
+            yield from walk(root, entry.path)
+        else:
+            yield entry
+
+
+def _list_local(root: str, folder: str) -> Iterator[Entry]:
+    with os.scandir(join(root, folder) if folder else root) as entries:
+        names = sorted_on_disk(entry.name for entry in entries)
+    for name in names:
+        path = join(folder, name)
+        try:
+            found = os.stat(join(root, path))
+        except OSError as error:
+            yield Entry(path, is_folder=False, problem=f"cannot be read: {error.strerror}")
+        else:
+            is_folder = stat.S_ISDIR(found.st_mode)
+            yield Entry(path, is_folder, None if is_folder else found.st_size)
+
+
+def _list_remote(root: str, folder: str) -> Iterator[Entry]:
+    url = join(root, folder)
+    with _explained(url):
+        storage, path = fsspec.core.url_to_fs(url)
+        found = storage.ls(path, detail=True)
+        storage.invalidate_cache(path)  # or fsspec keeps all that was ever listed
+    entries = []
+    for info in found:
+        if info["name"].rstrip("/") != path.rstrip("/"):  # object stores may list the folder itself
+            name = info["name"].rstrip("/").rpartition("/")[2]
+            is_folder = info["type"] == "directory"
+            entries.append(Entry(join(folder, name), is_folder, None if is_folder else info.get("size")))
+    yield from sorted(entries, key=lambda entry: entry.path)
+
+
+# -- contents ----------------------------------------------------------------------------------------------------------
+
+
+def open_stream(path: str) -> BinaryIO:
+    """A file to scan, seekable. InputError if there is none or it may not be read, PomscaleError if storage fails."""
+    path = _native(path)
+    try:
+        with _explained(path):
+            raw = _RemoteFile(path) if is_url(path) else _LocalFile(path)
+    except OSError as error:
+        raise InputError(f"source: cannot read {path}: {error.strerror or error}") from error
+    return io.BufferedReader(raw, _READ_AHEAD_BYTES)
+
+
+def read_file(path: str) -> bytes:
+    """A whole file. Same errors as `open_stream`."""
+    with open_stream(path) as stream:
+        return stream.read()
+
+
+def size_of(stream: BinaryIO) -> int:
+    """In bytes, of a stream from `open_stream`; it is at its beginning afterwards."""
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    return size
+
+
+def open_item(path: str, size: int | None) -> BinaryIO:
+    """An item's own file, `Source.open`. `size` is what the scan saw, in bytes, or None where it did not look.
+
+    A file behind a URL is read at once and whole: so errors of storage are told from those of the content.
+    """
+    path = _native(path)
+    if is_url(path):
+        content = _read_remote(path)
+        _check_size(len(content), size)
+        return io.BytesIO(content)
+    return _open_checked(path, size)
+
+
+class RangeReader:
+    """Items that lie within larger files. A thread keeps the file that it read last open: neighbours are in it too."""
+
+    def __init__(self) -> None:
+        self._last = threading.local()
+
+    def read(self, path: str, offset: int, length: int, file_size: int) -> bytes:
+        """Same errors as `open_item`; `file_size`, in bytes, is what the scan saw."""
+        path = _native(path)
+        if is_url(path):
+            content = _read_remote(path, offset, offset + length)
+        else:
+            if getattr(self._last, "path", None) != path:
+                self._last.stream = _open_checked(path, file_size)
+                self._last.path = path
+            self._last.stream.seek(offset)
+            content = self._last.stream.read(length)
+        _check_size(len(content), length)
+        return content
+
+
+def _open_checked(path: str, size: int | None) -> BinaryIO:
+    with _forbidden_is_changed(), _explained(path):
+        raw = _LocalFile(path)
+    try:
+        _check_size(os.fstat(raw.fileno()).st_size, size)
+    except SourceChangedError:
+        raw.close()
+        raise
+    return io.BufferedReader(raw, _READ_AHEAD_BYTES)
+
+
+def _read_remote(url: str, start: int | None = None, end: int | None = None) -> bytes:
+    """Bytes start to end of a file behind a URL."""
+    with _forbidden_is_changed(), _explained(url):
+        storage, path = fsspec.core.url_to_fs(url)
+        return storage.cat_file(path, start=start, end=end)
+
+
+def _check_size(num_bytes: int, expected: int | None) -> None:
+    if expected is not None and num_bytes != expected:
+        raise SourceChangedError(
+            f"has {num_bytes:,} bytes instead of {expected:,}: changed since the scan; run with --rescan"
+        )
+
+
+class _LocalFile(io.FileIO):
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "r")
+        self._path = path
+
+    def readinto(self, buffer: Any) -> int | None:
+        with _explained(self._path):
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        with _explained(self._path):
+            return super().readall()
+
+
+class _RemoteFile(io.RawIOBase):
+    def __init__(self, url: str) -> None:
+        self._url = url
+        storage, path = fsspec.core.url_to_fs(url)
+        self._file = storage.open(path, "rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with _explained(self._url):
+            content = self._file.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with _explained(self._url):
+            return self._file.seek(offset, whence)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, PomscaleError):
+        raise
+    except Exception as error:  # every storage has errors of its own
+        status = getattr(error, "status", 0)  # aiohttp's: 4xx is about this file, but for time-outs and rate limits
+        if 400 <= status < 500 and status not in {408, 429}:
+            raise PermissionError(errno.EACCES, f"the server answers {status}", path) from error
+        raise PomscaleError(
+            f"{path}: cannot be read: {error}. What was finished before is kept; run the same command again to go on"
+        ) from error
+
+
+@contextmanager
+def _forbidden_is_changed() -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise SourceChangedError(f"cannot be read: {error.strerror or error}") from error

@@ -1,0 +1,84 @@
+"""A folder of clips, with or without captions beside them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
+
+from data_pipelines.common.source import Item, SourceChangedError
+from data_pipelines.sources import fs
+from data_pipelines.sources.annotations import checked_caption, decode_text
+from data_pipelines.sources.keys import checked_key, readable
+from data_pipelines.sources.media import CLIP_EXTENSIONS, extension
+from pomscale.config.schema import VideoFolderConfig
+from pomscale.errors import InputError
+
+_CAPTION_EXTENSION = ".txt"
+_NUM_CAPTION_READERS = 32
+
+
+class VideoFolderSource:
+    """ROOT/**/*.{mp4,webm,mkv,mov,avi,m4v}, sorted by the parts of their paths."""
+
+    shuffled = True
+    class_names = ()
+
+    def __init__(self, config: VideoFolderConfig) -> None:
+        self._root = config.path
+        self._captions = config.captions
+        self._num_ignored = 0
+
+    @property
+    def num_ignored(self) -> int:
+        """Files that are neither clips nor, where captions are read, texts."""
+        return self._num_ignored
+
+    def scan(self) -> Iterator[Item]:
+        """InputError if the folder is missing or cannot be read, or there is no clip in it."""
+        self._num_ignored = 0
+        clips, num_clips = self._clips(), 0
+        # A caption is a small file: what takes time is to wait for each.
+        with ThreadPoolExecutor(_NUM_CAPTION_READERS, "captions") as pool:
+            while batch := list(itertools.islice(clips, 4 * _NUM_CAPTION_READERS)):
+                num_clips += len(batch)
+                yield from pool.map(self._item, batch)
+        if not num_clips:
+            raise InputError(f"source.path: no clip ({', '.join(sorted(CLIP_EXTENSIONS))}) in {self._root}")
+
+    def fingerprint_line(self, item: Item) -> str:
+        """Path, size and caption."""
+        return json.dumps([*item.place, item.caption])
+
+    def open(self, item: Item) -> BinaryIO:
+        path, size = item.place
+        return fs.open_item(fs.join(self._root, path), size)
+
+    def _clips(self) -> Iterator[fs.Entry]:
+        for entry in fs.walk(self._root):
+            if extension(entry.path) in CLIP_EXTENSIONS:
+                yield entry
+            elif not (self._captions and extension(entry.path) == _CAPTION_EXTENSION):
+                self._num_ignored += 1
+
+    def _item(self, clip: fs.Entry) -> Item:
+        name = os.path.splitext(clip.path)[0]
+        key, problem = checked_key(name)
+        problem, caption = clip.problem or problem, None
+        if self._captions:
+            caption, unusable = self._read_caption(name)
+            problem = problem or unusable
+        return Item(key, readable(clip.path), [clip.path, clip.size], caption=caption, problem=problem)
+
+    def _read_caption(self, name: str) -> tuple[str | None, str | None]:
+        """The caption of a clip, and why there is none, or None."""
+        try:
+            with fs.open_item(fs.join(self._root, name + _CAPTION_EXTENSION), None) as stream:
+                return checked_caption(decode_text(stream.read()))
+        except FileNotFoundError:
+            return checked_caption(None)
+        except SourceChangedError as error:
+            return None, f"its caption {error}"

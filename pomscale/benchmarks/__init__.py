@@ -1,0 +1,1 @@
+"""Measurements: each against a named rival in the same run, on checked results."""

@@ -1,0 +1,203 @@
+"""`pomscale bench encode`: what the pipeline costs beyond its network, how tasks scale, and whether memory grows.
+
+- Overhead: pictures on disk through `encode` (decoding, writing, checksums, fsync), against a bare loop of the same
+  VAE over tensors that lie in memory.
+- Scaling: a decode-bound encode by two tasks on one output, each pinned to a core, against one task on one core.
+- Memory: peak private memory of an encode of many items against that of few.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data_pipelines.common.encode import encode
+from pomscale.benchmarks.report import BenchReport
+from pomscale.codecs import build_codec
+from pomscale.config.schema import EncodeRecipe
+from pomscale.errors import PomscaleError
+
+_SIZE = 128
+
+
+def bench_encode(*, num_pictures: int, num_items: int) -> BenchReport:
+    """num_pictures: JPEG files for overhead and scaling; num_items: rows of the large table of the memory part."""
+    report = BenchReport("encode")
+    with tempfile.TemporaryDirectory(prefix="pomscale-bench-") as temporary:
+        folder = Path(temporary)
+        _write_pictures(folder / "pictures", num_pictures)
+        _overhead(report, folder, num_pictures)
+        _scaling(report, folder, num_pictures)
+        _memory(report, folder, num_items)
+    return report
+
+
+def _write_pictures(folder: Path, count: int) -> None:
+    """JPEGs of 500x375, ImageNet's usual size: smooth noise, so that they compress as photographs do."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        target = folder / f"class-{number % 4}" / f"{number:06d}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(target, quality=90)
+
+
+def _recipe(folder: Path, name: str, **changes: Any) -> EncodeRecipe:
+    values: dict[str, Any] = {
+        "kind": "encode",
+        "name": name,
+        "output": str(folder / name),
+        "source": {"kind": "image_folder", "path": str(folder / "pictures")},
+        "codec": {"name": "pixel"},
+        "transform": {"size": _SIZE},
+        "shard_samples": 64,
+        "batch": 8,
+        "num_workers": 1,
+        "device": "auto",
+    }
+    return EncodeRecipe.model_validate(values | changes)
+
+
+def _save_vae(folder: Path) -> Path:
+    """An AutoencoderKL of Stable Diffusion's shape at a quarter of its width: minutes, not hours, on a CPU."""
+    from diffusers import AutoencoderKL  # noqa: PLC0415  optional, and seconds to import
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(32, 64, 128, 128),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        layers_per_block=2,
+        sample_size=_SIZE,
+    )
+    vae.save_pretrained(folder / "vae")
+    return folder / "vae"
+
+
+def _overhead(report: BenchReport, folder: Path, count: int) -> None:
+    codec_values = {"name": "sd_vae", "path": str(_save_vae(folder)), "store": "moments"}
+    recipe = _recipe(folder, "overhead", codec=codec_values)
+    assert recipe.codec is not None
+    codec = build_codec(recipe.codec)
+    images = torch.rand(recipe.batch, 3, _SIZE, _SIZE)
+    codec.encode(images)  # warm-up
+    num_batches = count // recipe.batch
+    start = time.perf_counter()
+    for _ in range(num_batches):
+        codec.encode(images)
+    bare = num_batches * recipe.batch / (time.perf_counter() - start)
+    report.add("bare loop of the VAE over tensors in memory", images_per_s=bare, threads=torch.get_num_threads())
+    start = time.perf_counter()
+    done = encode(recipe, progress=False)
+    # From the report: the display starts with the first item, so loading the VAE counts for neither.
+    ours = done.items_per_s
+    if done.datasets[0].num_samples != count:
+        raise PomscaleError(f"the encode made {done.datasets[0].num_samples} of {count} samples: no figure")
+    report.add("pomscale data encode, JPEG 500x375 on disk", images_per_s=ours, encoder_busy=done.busy_share)
+    report.judge("pipeline overhead over the bare loop", bare / ours - 1.0, 0.10, at_least=False)
+
+
+def _scaling(report: BenchReport, folder: Path, count: int) -> None:
+    """Real processes, as an array of tasks would be, each on a core of its own."""
+    rates = {}
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    for num_tasks in (1, 2):
+        recipe = _recipe(folder, f"scaling-{num_tasks}", shard_samples=32)
+        path = folder / f"scaling-{num_tasks}.yaml"
+        path.write_text(recipe.model_dump_json(), encoding="utf-8")  # JSON is YAML
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", _PINNED, str(core), str(path), f"{index}/{num_tasks}"],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            for index, core in zip(range(num_tasks), cores, strict=False)
+        ]
+        if any([process.wait() for process in processes]):
+            raise PomscaleError("an encode of the benchmark failed: no figure")
+        rates[num_tasks] = count / max(_seconds(Path(recipe.output), index) for index in range(num_tasks))
+        report.add(f"decode-bound encode, {num_tasks} task(s), a core each", images_per_s=rates[num_tasks])
+    if len(cores) < 2:
+        report.verdicts.append("scaling: this machine has one core")
+        return
+    report.judge("two tasks over one", rates[2] / rates[1], 1.6)
+
+
+_PINNED = """
+import os, sys
+os.sched_setaffinity(0, {int(sys.argv[1])})
+from pomscale.cli import main
+main(["data", "encode", sys.argv[2], "--task", sys.argv[3]])
+"""
+
+
+def _seconds(output: Path, task: int) -> float:
+    """How long a task took over its items, by its last row; the import of torch is not part of it."""
+    lines = (output / "parts" / f"task-{task:05d}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return float(json.loads(lines[-1])["encode/seconds"])
+
+
+def _memory(report: BenchReport, folder: Path, num_items: int) -> None:
+    """Items are rows of a table that name the same few pictures over and over: a million files say no more."""
+    peaks = {}
+    for count in (min(10_000, num_items), num_items):
+        table = folder / f"table-{count}.jsonl"
+        with table.open("w", encoding="utf-8") as stream:
+            for number in range(count):
+                stream.write(json.dumps({"file": f"tiny/{number % 64}.png", "label": number % 10}) + "\n")
+        (folder / "tiny").mkdir(exist_ok=True)
+        for number in range(64):
+            Image.new("L", (8, 8), number).save(folder / "tiny" / f"{number}.png")
+        recipe = _recipe(
+            folder,
+            f"memory-{count}",
+            source={"kind": "table", "path": str(table), "root": str(folder), "media": "{file}", "label": "label"},
+            codec={"name": "pixel", "channels": 1},
+            transform={"size": 8},
+            shard_samples=4096,
+            batch=64,
+        )
+        path = folder / f"memory-{count}.yaml"
+        path.write_text(recipe.model_dump_json(), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-c", _PEAK, str(path)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            check=True,
+        )
+        peaks[count] = int(done.stdout.split()[-1]) / 1024
+        report.add(f"encode of {count:,} items", peak_private_mib=peaks[count])
+    few, many = min(peaks), max(peaks)
+    report.judge(f"peak memory at {many:,} items over {few:,}", peaks[many] / peaks[few], 1.1, at_least=False)
+
+
+# Private memory (RssAnon), sampled: pages of mapped files count in RSS, but the kernel takes them back at will.
+_PEAK = """
+import re, sys, threading, time
+peak = 0
+def watch():
+    global peak
+    while True:
+        with open("/proc/self/status") as stream:
+            peak = max(peak, int(re.search(r"RssAnon:\\s+(\\d+)", stream.read())[1]))
+        time.sleep(0.02)
+threading.Thread(target=watch, daemon=True).start()
+from data_pipelines.common.encode import encode
+from pomscale.config.recipe import load_encode_recipe
+encode(load_encode_recipe(sys.argv[1]), progress=False)
+print(peak)
+"""

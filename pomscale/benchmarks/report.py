@@ -1,0 +1,86 @@
+"""What a benchmark says, and where it was said."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "numpy", "torchdata", "webdataset", "diffusers", "megatron-energon")
+
+
+@dataclass
+class BenchReport:
+    """Rows of figures, and lines that judge ratios. Printed as a table, kept as JSON."""
+
+    name: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    verdicts: list[str] = field(default_factory=list)
+
+    def add(self, what: str, **figures: Any) -> None:
+        """One measured thing; shown at once, so that long benchmarks are not silent."""
+        self.rows.append({"what": what, **figures})
+        shown = "  ".join(f"{name} {_shown(value)}" for name, value in figures.items())
+        print(f"{what:<58}{shown}", flush=True)
+
+    def judge(self, what: str, value: float, wanted: float, at_least: bool = True) -> None:
+        """A figure beside the one that was wanted; never changes the exit code: benchmarks measure."""
+        reached = value >= wanted if at_least else value <= wanted
+        relation = "at least" if at_least else "at most"
+        self.verdicts.append(f"{what}: {value:.3g}, wanted {relation} {wanted:g}: {'reached' if reached else 'MISSED'}")
+        print(self.verdicts[-1], flush=True)
+
+    def write(self, path: Path) -> None:
+        """As JSON, with machine, versions and commit."""
+        content = {"benchmark": self.name, **machine(), "rows": self.rows, "verdicts": self.verdicts}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {path}")
+
+
+def machine() -> dict[str, Any]:
+    """Everything that a figure depends on and that is not in it."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    ).stdout.strip()
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit or "unknown",
+        "host": platform.platform(),
+        "num_cpus": os.cpu_count(),
+        "cpu": _cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": sys.version.split()[0],
+        "versions": versions,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)

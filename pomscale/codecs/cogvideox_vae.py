@@ -1,0 +1,98 @@
+"""CogVideoX's causal 3-D video VAE: a thin adapter on diffusers' AutoencoderKLCogVideoX."""
+
+from __future__ import annotations
+
+from pomscale.codecs.diffusers_vae import AutoencoderKLCogVideoX, DiffusersVae
+from pomscale.config.schema import CogVideoXVaeCodecConfig
+from pomscale.errors import InputError
+
+# The network takes frames in batches of 8 and latent frames in batches of 2, whatever its config says; it carries the
+# convolutions' past from batch to batch, and a frame more than whole batches goes with the first.
+_BATCH_FRAMES = 8
+_TIME_COMPRESSION = 4
+
+
+class CogVideoXVaeCodec(DiffusersVae):
+    """Clips (b, 3, f, H, W) to latents (b, 16, f', H / 8, W / 8); channels and factor are what the config.json says.
+
+    f' is f / 4 for f = 8k and (f + 3) / 4 for f = 8k + 1; a picture is a clip of one frame. The network takes other
+    counts too, but decodes them to clips of another length (20 frames to 17), so they are refused.
+
+    A clip is encoded by itself, with no past, so its latent depends neither on the batch it is in nor on earlier calls.
+    """
+
+    name = "cogvideox_vae"
+    arithmetic_keys = (
+        "act_fn",
+        "block_out_channels",
+        "down_block_types",
+        "in_channels",
+        "latent_channels",
+        "layers_per_block",
+        "norm_num_groups",
+        "out_channels",
+        "scaling_factor",
+        "shift_factor",
+        "temporal_compression_ratio",
+        "up_block_types",
+        "use_post_quant_conv",
+        "use_quant_conv",
+    )
+    decode_batch = 1
+
+    def __init__(self, config: CogVideoXVaeCodecConfig) -> None:
+        super().__init__(config, AutoencoderKLCogVideoX, config.subfolder)
+        self.config = config
+        ratio = self.vae.config.temporal_compression_ratio
+        if ratio != _TIME_COMPRESSION:
+            raise InputError(
+                f"codec.path: temporal_compression_ratio is {ratio} in the config.json of {config.path!r}; diffusers "
+                f"takes {_BATCH_FRAMES} frames or 2 latent frames at a time, which suits {_TIME_COMPRESSION} only"
+            )
+        # Activations of one clip at a time: those of a batch would not fit.
+        self.vae.enable_slicing()
+        if config.tiling:
+            self.vae.enable_tiling()
+            self._check_tiles()
+
+    @property
+    def _factor(self) -> int:
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def latent_shape(self, *size: int) -> tuple[int, int, int, int]:
+        frames, height, width = size
+        fitting = (_fitting_frames(frames), _multiples(height, self._factor), _multiples(width, self._factor))
+        if fitting != ([frames], [height], [width]):
+            nearest = " x ".join(" or ".join(map(str, numbers)) for numbers in fitting)
+            raise InputError(
+                f"codec cogvideox_vae: clips of {frames} x {height} x {width} (frames, height, width) do not fit; it "
+                f"takes 8k or 8k + 1 frames and multiples of {self._factor} pixels, the nearest are {nearest}; "
+                f"change transform.buckets"
+            )
+        latent_frames = frames // _TIME_COMPRESSION + frames % _BATCH_FRAMES
+        return self.vae.config.latent_channels, latent_frames, height // self._factor, width // self._factor
+
+    def _check_tiles(self) -> None:
+        """diffusers places tiles by rounding: where pixels and latents round apart, the latent has a wrong shape."""
+        vae = self.vae
+        for side, overlap in (("height", vae.tile_overlap_factor_height), ("width", vae.tile_overlap_factor_width)):
+            pixels, latents = getattr(vae, f"tile_sample_min_{side}"), getattr(vae, f"tile_latent_min_{side}")
+            strides = [int(pixels * (1 - overlap)), int(latents * (1 - overlap)) * self._factor]
+            kept = [pixels - int(pixels * overlap), (latents - int(latents * overlap)) * self._factor]
+            if len({*strides, *kept}) != 1:
+                raise InputError(
+                    f"codec.tiling: tiles of {side} {pixels}, from sample_{side} in the config.json of "
+                    f"{self.config.path!r}, do not meet; set codec.tiling=false"
+                )
+
+
+def _fitting_frames(frames: int) -> list[int]:
+    """`frames` if that count fits, else the nearest below and above."""
+    extra = frames % _BATCH_FRAMES
+    return [frames] if extra <= 1 else [frames - extra + 1, frames - extra + _BATCH_FRAMES]
+
+
+def _multiples(pixels: int, factor: int) -> list[int]:
+    """`pixels` if it is a multiple of `factor`, else the nearest below, unless that is 0, and above."""
+    extra = pixels % factor
+    return [pixels] if extra == 0 else [side for side in (pixels - extra, pixels - extra + factor) if side]

@@ -1,0 +1,110 @@
+"""What the codecs on diffusers' KL autoencoders share: loading, moments or a sample, decode, identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from pomscale.config.schema import CogVideoXVaeCodecConfig, SdVaeCodecConfig
+from pomscale.errors import InputError
+
+try:
+    from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
+except (ImportError, RuntimeError) as error:  # RuntimeError: diffusers is there, but something that it imports is not
+    raise InputError(f"codec.name: a VAE needs the package diffusers: {error}. Run: pip install -e '.[vae]'") from error
+
+# What diffusers raises for folders that hold no weights, or a config.json with wrong values.
+_LOAD_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+
+
+class DiffusersVae:
+    """An autoencoder in evaluation mode, without gradients. Encodes in `config.precision`, decodes in float32."""
+
+    name: ClassVar[str]
+    num_channels_in = 3
+
+    # The keys of config.json that change the arithmetic. Listed, since every version of diffusers adds keys of its own.
+    arithmetic_keys: ClassVar[tuple[str, ...]]
+
+    # Pictures or clips decoded at once: decoding takes many times the memory of what comes out.
+    decode_batch: ClassVar[int]
+
+    def __init__(
+        self,
+        config: SdVaeCodecConfig | CogVideoXVaeCodecConfig,
+        vae_class: type[AutoencoderKL] | type[AutoencoderKLCogVideoX],
+        subfolder: str = "",
+    ) -> None:
+        """InputError if `config.path` holds no such network, or weights that do not fit it."""
+        self.vae = _load(config.path, subfolder, vae_class)
+        self.scaling_factor = float(self.vae.config.scaling_factor)
+        self.shift = float(self.vae.config.shift_factor or 0.0)
+        self.stores_moments = config.store == "moments"
+        self.needs_noise = config.store == "sample"
+        self.device = torch.device("cpu")
+        self._autocast = config.precision == "bf16"
+
+    def latent_shape(self, *size: int) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        self.latent_shape(*images.shape[2:])
+        pixels = 2.0 * images.to(self.device, torch.float32) - 1.0
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            posterior = self.vae.encode(pixels).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        if self.stores_moments:
+            return torch.cat([mean, logvar], dim=1)
+        assert noise is not None, "store: sample needs the caller's noise"
+        return mean + torch.exp(0.5 * logvar) * noise.to(mean)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        chunks = latents.to(self.device, torch.float32).split(self.decode_batch)
+        images = torch.cat([self.vae.decode(chunk).sample for chunk in chunks])
+        return ((images + 1.0) / 2.0).clamp(0.0, 1.0)
+
+    def identity(self) -> str:
+        architecture = {key: self.vae.config[key] for key in self.arithmetic_keys}
+        digest = hashlib.sha256(f"{self.name} {json.dumps(architecture, sort_keys=True)}".encode())
+        for name, tensor in sorted(self.vae.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().cpu().numpy())
+        return digest.hexdigest()
+
+    def to(self, device: torch.device | str) -> Self:
+        self.device = torch.device(device)
+        self.vae.to(self.device)
+        return self
+
+
+def _load(path: str, subfolder: str, vae_class: Any) -> Any:
+    """The network in float32, for inference only."""
+    place = f"{path}/{subfolder}" if subfolder else path
+    try:
+        vae, loading = vae_class.from_pretrained(
+            path,
+            subfolder=subfolder or None,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,  # the other way needs a package more, accelerate
+            output_loading_info=True,
+        )
+        float(vae.config.scaling_factor)
+    except _LOAD_ERRORS as error:
+        raise InputError(
+            f"codec.path: cannot load an {vae_class.__name__} from {place!r}: {error}. "
+            f"Give a folder with config.json and weights, or a hub id that this machine can reach"
+        ) from error
+    # diffusers only warns of these, and gives missing tensors random values.
+    misfits = {kind: names for kind, names in loading.items() if names}
+    if misfits:
+        raise InputError(
+            f"codec.path: the weights in {place!r} do not fit its config.json: {misfits}. "
+            f"Get them again; the copy is incomplete or of another model"
+        )
+    return vae.eval().requires_grad_(False)

@@ -1,0 +1,199 @@
+"""From record numbers to the arrays of a batch, straight out of the shards: every byte is checked, and copied once."""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pomscale.config.schema import CacheConfig
+from pomscale.data.bad_samples import BadSample
+from pomscale.data.index import index_dtype, key_hash, map_index, npy_header, split_member_name
+from pomscale.data.location import join
+from pomscale.data.schema import INDEX_NAME, REMEDY, Manifest
+from pomscale.data.shard_cache import local_index
+from pomscale.data.shard_files import open_shard_files
+from pomscale.errors import InputError
+
+_TAR_BLOCK = 512
+
+Faults = dict[int, BadSample]
+"""What is wrong with which row of a batch. A reader leaves out the rows that are in it and adds those it cannot read;
+what a batch holds in such rows means nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """One member of the tar per row of a batch. All (b,)."""
+
+    records: np.ndarray
+    keys: np.ndarray  # key_hash
+    shards: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+    crc32s: np.ndarray
+
+    @classmethod
+    def of(cls, records: np.ndarray, rows: np.ndarray, array: str, instead: np.ndarray | None = None) -> Members:
+        """The members of an array, by their rows of the index; the flipped copies where `instead` (b,) bool says so."""
+        places = [rows[f"{array}_{field}"] for field in ("offset", "length", "crc32")]
+        if instead is not None:
+            flips = (rows[f"flip_{field}"] for field in ("offset", "length", "crc32"))
+            places = [np.where(instead, flip, place) for flip, place in zip(flips, places, strict=True)]
+        return cls(records, rows["key"], rows["shard"], *places)
+
+
+class ArrayReader:
+    """The stored arrays of the dataset at `location`. Safe to share between threads."""
+
+    def __init__(
+        self, location: str, manifest: Manifest, reading: Literal["mapped", "streamed"], cache: CacheConfig | None
+    ) -> None:
+        self.location = location
+        self.manifest = manifest
+        self.files = open_shard_files(location, manifest, reading, cache)
+        self._remedy = f"Run `pomscale data verify {location}` for the whole list, then {REMEDY}"
+        self._shard_bytes = np.array([shard.num_bytes for shard in manifest.shards], np.int64)
+        self.index = self._open_index(local_index(location, manifest, cache))
+
+    def _open_index(self, path: Path) -> np.ndarray:
+        """The rows of the index, memory-mapped: a process pays for those it reads."""
+        expected = self.manifest.index.num_bytes
+        try:
+            num_bytes = path.stat().st_size
+            if num_bytes != expected:
+                raise ValueError(f"has {num_bytes:,} bytes, but the manifest says {expected:,}")
+            # A plain array over the map: fancy indexing of np.memmap costs twice the time.
+            return np.asarray(map_index(path, self.manifest.num_samples, index_dtype(self.manifest.arrays)))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read: {error}. {self._remedy}") from error
+
+    def same_shape(self, members: Members, shape: tuple[int, ...], faults: Faults) -> Tensor:
+        """Arrays of one shape: (b, *shape) float32."""
+        header = npy_header(shape, "<f2")
+        length = len(header) + 2 * math.prod(shape)
+        content = np.empty((len(members.records), length), np.uint8)
+        flat = memoryview(content.reshape(-1))
+        for row, payload in self._payloads(members, faults):
+            if len(payload) != length:
+                faults[row] = self._wrong_array(members, row, shape)
+            else:
+                flat[row * length : (row + 1) * length] = payload
+        wrong = (content[:, : len(header)] != np.frombuffer(header, np.uint8)).any(axis=1)
+        for row in np.flatnonzero(wrong).tolist():
+            faults.setdefault(row, self._wrong_array(members, row, shape))
+        stored = torch.from_numpy(content)[:, len(header) :].view(torch.float16)
+        values = stored.float()
+        self._find_non_finite(members, values.sum(1), faults)
+        return values.unflatten(1, shape)
+
+    def sequences(
+        self, members: Members, dim: int, max_length: int, room: int, faults: Faults
+    ) -> tuple[Tensor, Tensor]:
+        """Arrays (n, dim) of n = 1 to max_length: (b, longest, dim) float16, zero after each row's n, and n (b,) int64.
+
+        There is room for `room` at least.
+        """
+        header_bytes = len(_sequence_header(1, dim))
+        lengths = (members.lengths - header_bytes) // (2 * dim)
+        longest = max(room, int(np.clip(lengths, 0, max_length).max()))
+        values = np.zeros((len(lengths), longest, dim), np.float16)
+        for row, payload in self._payloads(members, faults):
+            length = int(lengths[row])
+            header, data = payload[:header_bytes], payload[header_bytes:]
+            if (
+                not 1 <= length <= max_length
+                or header != _sequence_header(length, dim)
+                or len(data) != 2 * dim * length
+            ):
+                faults[row] = self._wrong_array(members, row, ("n", dim))
+            else:
+                values[row, :length] = np.frombuffer(data, "<f2").reshape(length, dim)
+        tensor = torch.from_numpy(values)
+        self._find_non_finite(members, tensor.sum((1, 2), dtype=torch.float32), faults)
+        return tensor, torch.from_numpy(lengths.astype(np.int64))
+
+    def check_rows(self, records: np.ndarray, rows: np.ndarray, faults: Faults) -> None:
+        """Whether the index names shards and classes that there are."""
+        num_classes, num_shards = self.manifest.num_classes, len(self.manifest.shards)
+        # Without classes the only label is NO_LABEL, -1.
+        lowest_label = 0 if num_classes else -1
+        wrong = (rows["shard"] < 0) | (rows["shard"] >= num_shards)
+        wrong |= (rows["label"] < lowest_label) | (rows["label"] >= num_classes)
+        for row in np.flatnonzero(wrong).tolist():
+            what = f"there is no shard {rows['shard'][row]} or no class {rows['label'][row]}"
+            key = _hashed(rows["key"][row])
+            reason = f"{join(self.location, INDEX_NAME)}: record {records[row]}: {what}. {self._remedy}"
+            faults[row] = BadSample(self.location, int(records[row]), key, reason)
+
+    def member_name(self, members: Members, row: int) -> str | None:
+        """What the tar calls a member; None where its header is not that of this record."""
+        try:
+            shard = self.files.open(int(members.shards[row]))
+        except InputError:
+            return None
+        header = shard[max(0, int(members.offsets[row]) - _TAR_BLOCK) :][:_TAR_BLOCK].tobytes()
+        # ustar: the name in bytes 0-99, the folders that do not fit in there in bytes 345-499.
+        parts = (part.rstrip(b"\0").decode(errors="replace") for part in (header[345:500], header[:100]))
+        name = "/".join(part for part in parts if part)
+        return name if key_hash(split_member_name(name)[0]) == members.keys[row] else None
+
+    def fault(self, members: Members, row: int, what: str) -> BadSample:
+        """Something that is wrong with a member of a shard."""
+        file = join(self.location, self.manifest.shards[members.shards[row]].name)
+        record, name = int(members.records[row]), self.member_name(members, row)
+        key = _hashed(members.keys[row]) if name is None else split_member_name(name)[0]
+        reason = f"{file}: record {record}, {name or f'key {key}'}: {what}. {self._remedy}"
+        return BadSample(self.location, record, key, reason)
+
+    def _payloads(self, members: Members, faults: Faults) -> Iterator[tuple[int, memoryview]]:
+        """Row and bytes of every member that is there and has its checksum."""
+        shards: dict[int, memoryview | InputError] = {}
+        places = (members.shards, members.offsets, members.lengths, members.crc32s)
+        for row, (shard, offset, length, crc32) in enumerate(zip(*(p.tolist() for p in places), strict=True)):
+            if row in faults:
+                continue
+            if shard not in shards:
+                shards[shard] = self._open(shard)
+            content = shards[shard]
+            if isinstance(content, InputError):
+                key = _hashed(members.keys[row])
+                faults[row] = BadSample(self.location, int(members.records[row]), key, str(content))
+            elif offset < 0 or not 0 < length <= len(content) - offset:
+                faults[row] = self.fault(members, row, f"{length:,} bytes at {offset:,} are not in the shard")
+            elif zlib.crc32(payload := content[offset : offset + length]) != crc32:
+                faults[row] = self.fault(members, row, "its checksum is wrong")
+            else:
+                yield row, payload
+
+    def _open(self, shard: int) -> memoryview | InputError:
+        try:
+            return memoryview(self.files.open(shard))
+        except InputError as error:
+            return error
+
+    def _wrong_array(self, members: Members, row: int, shape: tuple[int | str, ...]) -> BadSample:
+        return self.fault(members, row, f"it is not a float16 array of shape ({', '.join(map(str, shape))})")
+
+    def _find_non_finite(self, members: Members, sums: Tensor, faults: Faults) -> None:
+        """sums (b,) float32 of values that were float16: too small to overflow, so finite if and only if all values are."""
+        for row in torch.nonzero(~torch.isfinite(sums)).flatten().tolist():
+            if row not in faults:
+                faults[row] = self.fault(members, row, "it holds a value that is not finite")
+
+
+def _hashed(key: int) -> str:
+    return f"#{key:016x}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _sequence_header(length: int, dim: int) -> bytes:
+    return npy_header((length, dim), "<f2")

@@ -1,0 +1,112 @@
+"""Shards that have to be brought before they can be read: once for all threads, ahead of their use where it is known."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import numpy as np
+
+# Shards kept of those that nobody announced.
+_NUM_UNANNOUNCED = 2
+
+# fetch(shard, stop, ahead) -> all bytes of the shard, (num_bytes,) uint8. It raises soon after `stop` is set; None says
+# that the shard cannot be fetched ahead at this moment.
+Fetch = Callable[[int, threading.Event, bool], np.ndarray | None]
+
+
+class FetchedShards:
+    """`ShardFiles` over a function that fetches one shard.
+
+    Kept are the shards of the last two announcements and the last _NUM_UNANNOUNCED of the others.
+    """
+
+    def __init__(self, fetch: Fetch, num_threads: int) -> None:
+        self._fetch = fetch
+        self._num_threads = num_threads
+        self._threads: list[threading.Thread] = []
+        self._stop = threading.Event()
+        # Guards what follows. The background threads wait on it.
+        self._changed = threading.Condition()
+        self._shards: OrderedDict[int, Future[np.ndarray | None]] = OrderedDict()  # opened last comes last
+        self._announced: tuple[int, ...] = ()
+        self._announced_before: tuple[int, ...] = ()
+        self._ahead: deque[int] = deque()
+
+    def open(self, shard: int) -> np.ndarray:
+        while True:
+            with self._changed:
+                is_new = shard not in self._shards
+                future = self._start(shard) if is_new else self._shards[shard]
+                self._shards.move_to_end(shard)
+            if is_new:
+                self._run(shard, future, ahead=False)
+            content = future.result()
+            if content is not None:  # else a background thread had begun, and could not
+                return content
+
+    def will_need(self, shards: Sequence[int]) -> None:
+        with self._changed:
+            # The same list again says nothing new, and must not push out the one before it.
+            if self._stop.is_set() or tuple(shards) == self._announced:
+                return
+            self._announced_before, self._announced = self._announced, tuple(shards)
+            self._ahead = deque(shards)
+            self._drop_unneeded()
+            self._changed.notify_all()
+            if not self._threads:
+                # Daemons: a process that ends without `close` does not wait for what it no longer needs.
+                self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._num_threads)]
+                for thread in self._threads:
+                    thread.start()
+
+    def close(self) -> None:
+        with self._changed:
+            self._stop.set()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        with self._changed:
+            self._shards.clear()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ahead or self._stop.is_set())
+                if self._stop.is_set():
+                    return
+                shard = self._ahead.popleft()
+                if shard in self._shards:
+                    continue
+                future = self._start(shard)
+            self._run(shard, future, ahead=True)
+
+    def _start(self, shard: int) -> Future[np.ndarray | None]:
+        future: Future[np.ndarray | None] = Future()
+        self._shards[shard] = future
+        self._drop_unneeded()
+        return future
+
+    def _run(self, shard: int, future: Future[np.ndarray | None], *, ahead: bool) -> None:
+        """Fetch a shard for all who wait for it. After a failure the next to open it tries again."""
+        try:
+            content = self._fetch(shard, self._stop, ahead)
+        except BaseException as error:  # noqa: BLE001  raised where the shard is opened
+            self._forget(shard)
+            future.set_exception(error)
+            return
+        if content is None:
+            self._forget(shard)
+        future.set_result(content)
+
+    def _forget(self, shard: int) -> None:
+        with self._changed:
+            self._shards.pop(shard, None)
+
+    def _drop_unneeded(self) -> None:
+        needed = {*self._announced, *self._announced_before}
+        others = [shard for shard, future in self._shards.items() if future.done() and shard not in needed]
+        for shard in others[: max(0, len(others) - _NUM_UNANNOUNCED)]:
+            del self._shards[shard]

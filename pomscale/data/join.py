@@ -1,0 +1,44 @@
+"""Which row of a companion set (text embeddings) belongs to which record of a dataset.
+
+Sets with the same keys in the same order need nothing. Others need a table, which `pomscale data join` leaves in the
+companion's folder: one row number of the companion per record of the main set, NO_ROW where it has none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pomscale.data.schema import Manifest
+from pomscale.errors import InputError
+
+NO_ROW = -1
+
+
+def join_path(companion_folder: str | Path, main: Manifest) -> Path:
+    """Where the table for a main set lies."""
+    return Path(companion_folder) / f"join-{main.keys_sha256[:12]}.npy"
+
+
+def open_join(main_location: str, main: Manifest, companion_location: str, companion: Manifest) -> np.ndarray | None:
+    """The table, memory-mapped, int64 (records of main,); None where row i belongs to record i.
+
+    InputError, naming the remedy, if a table is needed and missing, or has another size.
+    """
+    if main.keys_sha256 == companion.keys_sha256:
+        return None
+    path = join_path(companion_location, main)
+    try:
+        table = np.load(path, mmap_mode="r", allow_pickle=False)
+        if table.shape != (main.num_samples,) or table.dtype != np.int64:
+            raise ValueError(f"it is no table of {main.num_samples:,} rows")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: cannot be read: {error}; {join_remedy(main_location, companion_location)}"
+        ) from error
+    return table
+
+
+def join_remedy(main_location: str, companion_location: str) -> str:
+    return f"run `pomscale data join {main_location} {companion_location}`"

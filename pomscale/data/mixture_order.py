@@ -1,0 +1,138 @@
+"""The sample order of any number of datasets and shapes: which record of which dataset stands at a global position.
+
+A pure function of (seed, position, manifests, weights, global batch, window). Three choices, each exact and each
+found at once for any position:
+
+1. A step gets a *lane*: all records of one latent shape, in whatever dataset, so that a global batch has one shape.
+2. A place in a lane gets a *component*: the records of one dataset that have the lane's shape.
+3. A place in a component's endless stream gets a record (`SampleOrder`).
+
+So batches straddle epochs, what a shape has left over at the end of an epoch begins the next one, and each component
+counts epochs of its own. One dataset of one shape keeps the order of `SampleOrder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pomscale.data.interleave import Interleave
+from pomscale.data.order import SampleOrder
+from pomscale.data.schema import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """The records of one dataset that have one latent shape; they are neighbours in its index."""
+
+    dataset: int
+    shape: tuple[int, ...]
+    weight: float  # share of the samples that come from here
+    first_shard: int
+    first_record: int
+    order: SampleOrder
+
+    def window_shards(self, epoch: int, window: int) -> list[int]:
+        """Shards of the dataset that have records of a window."""
+        return [self.first_shard + shard for shard in self.order.window_shards(epoch, window)]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one component contributes to a batch. Arrays (k,) int64."""
+
+    component: int
+    rows: np.ndarray  # places in the batch
+    indices: np.ndarray  # places in the component's endless stream
+    records: np.ndarray  # record numbers in its dataset
+
+
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    components: list[int]
+    interleave: Interleave
+
+
+class MixtureOrder:
+    """Positions count samples from the start of training; position p belongs to step p // global_batch.
+
+    `weights`: share of the samples per dataset, relative to each other. Inside a dataset every record is as frequent
+    as any other. Memory does not grow with the number of records. Safe to share between threads.
+    """
+
+    def __init__(
+        self, manifests: Sequence[Manifest], weights: Sequence[float], *, seed: int, global_batch: int, window: int
+    ) -> None:
+        self.num_datasets = len(manifests)
+        self.global_batch = global_batch
+        self.components = _components(manifests, weights, seed, window)
+        self._lanes = []
+        for number, shape in enumerate(dict.fromkeys(component.shape for component in self.components)):
+            members = [c for c, component in enumerate(self.components) if component.shape == shape]
+            interleave = Interleave([self.components[c].weight for c in members], seed, subindex=1 + number)
+            self._lanes.append(_Lane(members, interleave))
+        lane_weights = [sum(self.components[c].weight for c in lane.components) for lane in self._lanes]
+        self._steps = Interleave(lane_weights, seed, subindex=0)
+
+    def shares(self, positions: np.ndarray) -> list[Share]:
+        """Who fills which of these positions, int64 (b,), with which records. The rows of all shares make up b."""
+        steps, offsets = np.divmod(positions, self.global_batch)
+        lanes, batches = self._steps.places(steps)
+        shares = []
+        for number in np.unique(lanes).tolist():
+            in_lane = np.flatnonzero(lanes == number)
+            lane = self._lanes[number]
+            streams, indices = lane.interleave.places(batches[in_lane] * self.global_batch + offsets[in_lane])
+            for stream in np.unique(streams).tolist():
+                here = streams == stream
+                component = self.components[lane.components[stream]]
+                records = component.first_record + component.order.records(indices[here])
+                shares.append(Share(lane.components[stream], in_lane[here], indices[here], records))
+        return shares
+
+    def counts(self, num_samples: int) -> list[int]:
+        """How many of the first samples of training come from each component."""
+        num_steps, rest = divmod(num_samples, self.global_batch)
+        lane_samples = self._steps.counts(num_steps) * self.global_batch
+        lane_samples[self._steps.places(np.array([num_steps]))[0]] += rest
+        counts = [0] * len(self.components)
+        for lane, num_places in zip(self._lanes, lane_samples.tolist(), strict=True):
+            for component, count in zip(lane.components, lane.interleave.counts(num_places).tolist(), strict=True):
+                counts[component] = count
+        return counts
+
+    def shards_ahead(self, position: int) -> list[list[int]]:
+        """Per dataset, the shards that are read from a position on: those in use, then those of the next windows."""
+        in_use: list[list[int]] = [[] for _ in range(self.num_datasets)]
+        soon: list[list[int]] = [[] for _ in range(self.num_datasets)]
+        for component, count in zip(self.components, self.counts(position), strict=True):
+            epoch, window = component.order.window_at(count)
+            in_use[component.dataset] += component.window_shards(epoch, window)
+            soon[component.dataset] += component.window_shards(epoch, window + 1)
+        return [list(dict.fromkeys(now + then)) for now, then in zip(in_use, soon, strict=True)]
+
+    def epochs(self, num_samples: int) -> list[float]:
+        """How often each dataset was gone through when `num_samples` were seen."""
+        seen, size = [0] * self.num_datasets, [0] * self.num_datasets
+        for component, count in zip(self.components, self.counts(num_samples), strict=True):
+            seen[component.dataset] += count
+            size[component.dataset] += component.order.num_records
+        return [s / n for s, n in zip(seen, size, strict=True)]
+
+
+def _components(manifests: Sequence[Manifest], weights: Sequence[float], seed: int, window: int) -> list[Component]:
+    components: list[Component] = []
+    for dataset, (manifest, weight) in enumerate(zip(manifests, weights, strict=True)):
+        first_shard = first_record = 0
+        for group, info in enumerate(manifest.groups):
+            sizes = [shard.num_samples for shard in manifest.shards if shard.group == group]
+            if not sizes:
+                continue
+            order = SampleOrder(sizes, seed, window, component=len(components))
+            share = weight / sum(weights) * order.num_records / manifest.num_samples
+            components.append(Component(dataset, info.shape, share, first_shard, first_record, order))
+            first_shard += len(sizes)
+            first_record += order.num_records
+    return components

@@ -1,0 +1,63 @@
+"""Text embeddings of a dataset's records: from its own shards, or from a companion set joined by key."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pomscale.data.array_reader import ArrayReader, Faults, Members
+from pomscale.data.join import join_remedy, open_join
+from pomscale.errors import InputError
+
+
+class TextReader:
+    """`source` may be `main` itself. InputError if it has no embeddings, or no table says which row belongs to which."""
+
+    def __init__(self, main: ArrayReader, source: ArrayReader) -> None:
+        if source.manifest.text is None:
+            raise InputError(
+                f"dataset {source.location}: has no text embeddings; encode them with a `text` section in the recipe"
+            )
+        self.source = source
+        self.info = source.manifest.text
+        self._main = main
+        self._table = open_join(main.location, main.manifest, source.location, source.manifest)
+        null = np.frombuffer(self.info.null_bytes, "<f2").reshape(self.info.null_length, self.info.dim)
+        self._null = torch.from_numpy(null.astype(np.float16))
+
+    def read(self, members: Members, faults: Faults) -> tuple[Tensor, Tensor]:
+        """Embeddings (b, n, dim) float16, zero after each row's length, and lengths (b,) int64.
+
+        `members`: any array of the records in the main set. There is always room for the null embedding.
+        """
+        records, rows = self._rows(members, faults)
+        text = Members.of(records, rows, "text")
+        return self.source.sequences(text, self.info.dim, self.info.config.max_length, self.info.null_length, faults)
+
+    def set_null(self, rows: list[int], values: Tensor, lengths: Tensor) -> None:
+        """Give these rows the embedding of the empty caption."""
+        values[rows] = 0
+        values[rows, : self.info.null_length] = self._null
+        lengths[rows] = self.info.null_length
+
+    def shards(self, records: np.ndarray) -> np.ndarray:
+        """The source's shards that have the embeddings of these records of the main set."""
+        rows = records if self._table is None else self._table[records]
+        return np.unique(self.source.index["shard"][rows[rows >= 0]])
+
+    def _rows(self, members: Members, faults: Faults) -> tuple[np.ndarray, np.ndarray]:
+        """Record numbers and index rows in the source; those of rows with faults are of any record."""
+        records = members.records if self._table is None else self._table[members.records]
+        inside = (records >= 0) & (records < len(self.source.index))
+        records = np.where(inside, records, 0)
+        rows = self.source.index[records]
+        fits = inside & (rows["key"] == members.keys)
+        for row in np.flatnonzero(~fits).tolist():
+            if row not in faults:
+                remedy = join_remedy(self._main.location, self.source.location)
+                problem = f"it has no text embedding in {self.source.location}, or the sets have changed: {remedy}"
+                faults[row] = self._main.fault(members, row, problem)
+        if self.source is not self._main:
+            self.source.check_rows(records, rows, faults)
+        return records, rows

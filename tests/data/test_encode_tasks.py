@@ -1,0 +1,161 @@
+"""Several encodes of one recipe on one output."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from encoding import contents, only
+from PIL import Image
+
+from data_pipelines.common.encode import encode
+from data_pipelines.common.parts import Claims
+from data_pipelines.common.tasks import Task, this_task
+from data_pipelines.common.verify import verify
+from pomscale.config.schema import EncodeRecipe
+from pomscale.data.schema import MANIFEST_NAME
+from pomscale.errors import InputError
+
+MakeRecipe = Callable[..., EncodeRecipe]
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+# Claims a part as another task would, and holds it until its input ends.
+HOLDER = """
+import sys
+from pathlib import Path
+from data_pipelines.common.parts import Claims
+with Claims(Path(sys.argv[1])) as claims:
+    assert claims.claim(int(sys.argv[2]))
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def start_task(recipe: Path, task: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pomscale", "data", "encode", str(recipe), "--task", task]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    for class_name in "ab":
+        (folder / class_name).mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (20, 20), (i % 256, i // 256, 7)).save(folder / "ab"[i % 2] / f"{i:04d}.png")
+
+
+@pytest.mark.slow
+def test_tasks_share_the_work_and_the_last_one_finishes(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    write_pictures(tmp_path / "in", 600)
+    alone = make_recipe(tmp_path / "in", output=str(tmp_path / "alone"))
+    encode(alone, progress=False)
+    recipe = make_recipe(tmp_path / "in")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.model_dump_json())
+    # Task 2 is there twice, as after a requeue that came too early.
+    tasks = [start_task(path, text) for text in ("0/3", "1/3", "2/3", "2/3")]
+    outputs = [task.communicate(timeout=240) for task in tasks]
+    assert [task.returncode for task in tasks] == [0] * 4, outputs
+    made = [int(out.split(" of 120 parts made")[0].splitlines()[-1]) for out, _ in outputs]
+    assert sum(made) == 120
+    assert any("600 samples in 120 shards" in out for out, _ in outputs)
+    assert verify(recipe.output).problems == []
+    together, reference = contents(Path(recipe.output)), contents(Path(alone.output))
+    del together[MANIFEST_NAME], reference[MANIFEST_NAME]  # hold the recipe, with its output
+    assert together == reference
+
+
+def test_a_part_that_another_task_has_claimed_is_left_to_it(pictures: Path, make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(pictures)
+    folder = Path(recipe.output) / "parts"
+    command = [sys.executable, "-c", HOLDER, str(folder), "2"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        report = encode(recipe, progress=False)
+        assert (report.datasets, report.num_made, report.num_elsewhere, report.exit_code) == ((), 4, 1, 0)
+        assert "the last one will finish the dataset" in str(report)
+        assert not (Path(recipe.output) / MANIFEST_NAME).exists()
+    finally:
+        process.kill()  # its claim dies with it
+        process.communicate()
+    assert only(encode(recipe, progress=False)).num_samples == 21
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    pictures: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    assert only(encode(make_recipe(pictures), progress=False)).num_samples == 21
+    assert capsys.readouterr().err.count("tasks cannot see each other's parts") == 1
+
+
+def test_a_stop_keeps_what_was_finished(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    write_pictures(tmp_path / "in", 400)
+    recipe = make_recipe(tmp_path / "in")
+    calls = iter(range(10**9))
+    report = encode(recipe, progress=False, stop=lambda: next(calls) >= 100)
+    assert (report.stopped, report.exit_code) == (True, 75)
+    assert 1 <= report.num_made < 80
+    assert not [name for name in contents(Path(recipe.output)) if name.endswith(".tmp")]
+    assert only(encode(recipe, progress=False)).num_samples == 400
+    assert verify(recipe.output).problems == []
+
+
+@pytest.mark.slow
+def test_a_signal_stops_the_command(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    write_pictures(tmp_path / "in", 3000)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(make_recipe(tmp_path / "in").model_dump_json())
+    process = start_task(path, "0/1")
+    try:
+        while not list((tmp_path / "latents" / "parts").glob("part-*.json")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGUSR1)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, err
+    assert "stopped on request" in out
+
+
+def test_which_task_is_this(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT", "SLURM_PROCID", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert this_task(None) == Task(0, 1)
+    assert this_task("3/1000") == Task(3, 1000)
+    for wrong in ("3", "4/4", "-1/4", "a/b"):
+        with pytest.raises(InputError, match="--task"):
+            this_task(wrong)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "10")
+    assert this_task(None) == Task(2, 10)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert this_task(None) == Task(19, 80)
+
+
+def test_tasks_begin_apart_and_cover_everything() -> None:
+    orders = [Task(index, 3).order(8) for index in range(3)]
+    assert orders[1] == [1, 4, 7, 2, 5, 0, 3, 6]
+    assert all(sorted(order) == list(range(8)) for order in orders)
+
+
+def test_claims_of_one_process_do_not_stop_itself(tmp_path: Path) -> None:
+    with Claims(tmp_path) as claims:
+        assert claims.claim(3)
+        assert claims.claim(3)
+        claims.release(3)

@@ -1,0 +1,66 @@
+"""Real video files, written with PyAV, whose frames show their own number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+_NUM_BITS = 10
+
+
+def numbered_frame(number: int, height: int, width: int) -> np.ndarray:
+    """(height, width, 3) uint8: the bits of `number` as black and white rows, so that columns may be cut away."""
+    bits = np.array([number >> bit & 1 for bit in range(_NUM_BITS)], np.uint8)
+    rows = bits[np.arange(height) * _NUM_BITS // height] * 255
+    return np.broadcast_to(rows[:, None, None], (height, width, 3)).copy()
+
+
+def read_number(frame: np.ndarray) -> int:
+    """The number that `numbered_frame` wrote, after compression and resizing."""
+    middles = ((np.arange(_NUM_BITS) + 0.5) * frame.shape[0] / _NUM_BITS).astype(int)
+    return sum(int(frame[row].mean() > 127) << bit for bit, row in enumerate(middles))
+
+
+def write_video(
+    path: Path,
+    frames: Iterable[np.ndarray],
+    fps: float | Fraction = 30,
+    *,
+    times: Sequence[float] | None = None,
+    codec: str = "libx264",
+    codec_options: dict[str, str] | None = None,
+    pix_fmt: str = "yuv420p",
+    rotation: float | None = None,
+    sample_aspect_ratio: Fraction | None = None,
+    **stream_settings: Any,
+) -> Path:
+    """One video stream of `frames` (h, w, 3) uint8. `times`: presentation times in seconds, else constant `fps`.
+
+    `rotation` in degrees clockwise is what a player has to do; `stream_settings` are attributes of PyAV's stream.
+    """
+    frames = list(frames)
+    rate = Fraction(fps).limit_denominator(1001)
+    time_base = Fraction(1, 30_000)  # the frames of all usual rates lie on it, and MPEG-4 allows no finer one
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=codec_options or {})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        stream.codec_context.time_base = time_base
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        if sample_aspect_ratio is not None:
+            stream.sample_aspect_ratio = sample_aspect_ratio
+        for name, value in stream_settings.items():
+            setattr(stream, name, value)
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            seconds = number / rate if times is None else Fraction(times[number])
+            frame.pts, frame.time_base = round(seconds / time_base), time_base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
