@@ -38,7 +38,7 @@ class ModelCard(BaseModel):
             diffusion=recipe.diffusion,
             sampling=recipe.sampling,
             codec=recipe.codec,
-            codec_identity=manifest.codec.identity,
+            codec_identity=manifest.latent_codec.identity,
             class_names=manifest.class_names,
             latent_mean=normalization.mean,
             latent_std=normalization.std,
@@ -61,8 +61,9 @@ class ModelCard(BaseModel):
         return Normalization(self.latent_mean, self.latent_std)
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        """Normalised latents (b c h w), as the network sees them -> unscaled latents, as the codec decodes them."""
-        mean, std = (latents.new_tensor(v)[:, None, None] for v in (self.latent_mean, self.latent_std))
+        """Normalised latents (b c ...), as the network sees them -> unscaled latents, as the codec decodes them."""
+        size = (-1, *[1] * (latents.ndim - 2))
+        mean, std = (latents.new_tensor(v).view(size) for v in (self.latent_mean, self.latent_std))
         return latents * std + mean
 
     def load_codec(self, device: torch.device) -> Codec:

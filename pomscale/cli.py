@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     data_verbs = data.add_subparsers(metavar="VERB", required=True)
     encode = data_verbs.add_parser("encode", help="pictures, clips, captions -> shards; goes on where it stopped")
     _add_recipe(encode)
-    encode.add_argument("--dry-run", action="store_true", help="encode a short sample; say sizes and time; keep nothing")
+    encode.add_argument("--dry-run", action="store_true", help="encode a short sample, tell sizes and time")
     encode.add_argument("--task", help="INDEX/COUNT, one of several on one output (default: from SLURM or torchrun)")
     encode.add_argument("--only-failed", action="store_true", help="make the parts again that list failed items")
     encode.add_argument("--rescan", action="store_true", help="list the source again; refuse if it has changed")
@@ -120,6 +120,23 @@ def _parser() -> argparse.ArgumentParser:
     digits.add_argument("--heldout", type=Path, default=Path("data/digits/heldout"), help="pictures not trained on")
     digits.add_argument("--out", type=Path, help="also write the figures as JSON")
     digits.set_defaults(run=_evaluate_digits)
+
+    bench = verbs.add_parser("bench", help="measure this machine, beside named rivals")
+    bench_verbs = bench.add_subparsers(metavar="WHAT", required=True)
+    bench_loader = bench_verbs.add_parser("loader", help="samples per second, resume, memory of the training loader")
+    bench_loader.add_argument("--num-samples", type=_positive, default=20_000, help="in the set that is read (20,000)")
+    bench_loader.add_argument(
+        "--num-resume", type=_positive, default=1_000_000, help="in the set that is resumed (1 M)"
+    )
+    bench_loader.add_argument("--seconds", type=float, default=5.0, help="per reader and setting (default 5)")
+    bench_loader.add_argument("--folder", type=Path, help="keep the datasets here (default: a temporary folder)")
+    bench_loader.set_defaults(run=_bench_loader)
+    bench_encode = bench_verbs.add_parser("encode", help="overhead, scaling and memory of `data encode`")
+    bench_encode.add_argument("--num-pictures", type=_positive, default=512, help="JPEG files (default 512)")
+    bench_encode.add_argument("--num-items", type=_positive, default=1_000_000, help="for memory (default 1 M)")
+    bench_encode.set_defaults(run=_bench_encode)
+    for one in (bench_loader, bench_encode):
+        one.add_argument("--out", type=Path, help="also write the figures as JSON, with machine, versions and commit")
 
     report = verbs.add_parser("report", help="curves of a run: report.png and a self-contained report.html")
     report.add_argument("run_folder", type=Path, metavar="RUN")
@@ -184,7 +201,8 @@ def _data_encode(arguments: argparse.Namespace) -> int:
 
     recipe = load_encode_recipe(arguments.recipe, arguments.overrides)
 
-    from data_pipelines.common.encode import describe, encode
+    from data_pipelines.common.dry_run import describe
+    from data_pipelines.common.encode import encode
     from data_pipelines.common.tasks import this_task
     from pomscale.distributed.stop import StopRequest
 
@@ -288,6 +306,29 @@ def _evaluate_digits(arguments: argparse.Namespace) -> int:
     print(report.table())
     if arguments.out:
         arguments.out.write_text(report.to_json(), encoding="utf-8")
+    return 0
+
+
+def _bench_loader(arguments: argparse.Namespace) -> int:
+    from pomscale.benchmarks.loader import bench_loader
+
+    report = bench_loader(
+        num_samples=arguments.num_samples,
+        num_resume=arguments.num_resume,
+        seconds=arguments.seconds,
+        folder=arguments.folder,
+    )
+    if arguments.out:
+        report.write(arguments.out)
+    return 0
+
+
+def _bench_encode(arguments: argparse.Namespace) -> int:
+    from pomscale.benchmarks.encode import bench_encode
+
+    report = bench_encode(num_pictures=arguments.num_pictures, num_items=arguments.num_items)
+    if arguments.out:
+        report.write(arguments.out)
     return 0
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from pomscale.checkpoint.store import find_checkpoint, read_meta
-from pomscale.config.schema import ValidationConfig
+from pomscale.config.schema import DataConfig, ValidationConfig
 from pomscale.diffusion.objectives import build_objective
 from pomscale.distributed.world import join_world
 from pomscale.errors import InputError
@@ -30,14 +30,15 @@ def measure_heldout(
     Raises InputError if neither `data` nor the recipe names a dataset, or if it does not fit the model.
     """
     model = load_pretrained(path, weights=weights, device=device)
-    section = read_meta(find_checkpoint(path))["recipe"]["validation"]
+    recipe = read_meta(find_checkpoint(path))["recipe"]
+    section, reading = recipe["validation"], DataConfig.model_validate(recipe["data"])
     if data is None and section is None:
         raise InputError(f"{path}: its recipe has no validation section; name a dataset with --data")
     changes = {"path": data, "num_samples": num_samples, "num_time_bins": num_time_bins}
     config = ValidationConfig.model_validate(
         {"every_samples": 1, **(section or {}), **{key: value for key, value in changes.items() if value is not None}}
     )
-    dataset = open_heldout(config.path, model.card)
+    dataset = open_heldout(config.path, model.card, reading=reading.reading, cache=reading.cache)
     with join_world(device) as world:
         objective = build_objective(model.card.diffusion)
         return heldout_loss(objective, model, read_in_order(dataset), len(dataset), config, world)

@@ -3,6 +3,7 @@
 recipe.yaml            resolved recipe of the newest incarnation
 code.json, code.diff   git commit and what differed from it
 incarnations.jsonl     one line per start: when, where, from which sample, on how many ranks, which versions
+bad_samples.jsonl      one line per sample that could not be read and was left out (data.bad_samples: skip)
 outcome.json           how the newest incarnation ended; absent while it runs, or if it was killed
 """
 
@@ -21,6 +22,8 @@ import pomscale
 from pomscale.config.recipe import dump_recipe
 from pomscale.config.schema import TrainRecipe
 from pomscale.files import make_folder, write_text
+
+BAD_SAMPLES = "bad_samples.jsonl"
 
 _RECORDED_PACKAGES = ("torch", "numpy", "torchdata", "webdataset", "wandb", "diffusers", "transformers")
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pomscale import __version__
 from pomscale.card import ModelCard
 from pomscale.checkpoint.store import CheckpointStore, latest_checkpoint, read_meta
 from pomscale.codecs.base import Codec
-from pomscale.config.schema import TrainRecipe, ValidationConfig
+from pomscale.config.schema import CacheConfig, TrainRecipe, ValidationConfig
+from pomscale.data.bad_samples import BadSample, BadSampleList
 from pomscale.data.dataset import LatentDataset
 from pomscale.data.loader import Loader, MicroBatch
+from pomscale.data.mixture import Mixture
 from pomscale.data.schema import check_compatible, read_manifest
 from pomscale.diffusion.draws import draw
 from pomscale.diffusion.loss import per_sample_loss
@@ -36,18 +39,18 @@ from pomscale.models import DiPoM, init_weights
 from pomscale.monitoring.host import HostStats
 from pomscale.monitoring.media import save_grid
 from pomscale.monitoring.monitor import Monitor, open_monitor
-from pomscale.monitoring.names import validation_bin
+from pomscale.monitoring.names import epoch, validation_bin
 from pomscale.monitoring.profiler import ProfileWindow
 from pomscale.monitoring.throughput import mfu, peak_flops
 from pomscale.monitoring.wandb_sink import read_wandb_id
 from pomscale.plan.model_cost import num_parameters, training_flops
-from pomscale.run_folder import is_finished, open_run_folder, versions, write_outcome
+from pomscale.run_folder import BAD_SAMPLES, is_finished, open_run_folder, versions, write_outcome
 from pomscale.trainer import Event, Trainer
 
 EXIT_STOPPED = 75
 """Stopped on request after saving: run the same command again to go on."""
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 # What a run cannot change on its way: the samples, the noise or the network would no longer be those it began with.
 _FIXED_FOR_A_RUN = (
@@ -64,16 +67,27 @@ _FIXED_FOR_A_RUN = (
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """A micro-batch with everything random drawn. Shapes: x0, eps (b, c, h, w); t, condition, weights (b,)."""
+    """A micro-batch with everything random drawn. Shapes: x0, eps (b, c, h, w); t, condition, weights (b,).
+
+    `bad`: the samples that could not be read; their weight is 0.
+    """
 
     x0: Tensor
     eps: Tensor
     t: Tensor
     condition: Tensor
     weights: Tensor
+    bad: tuple[BadSample, ...]
 
-    def map(self, function: Any) -> TrainBatch:
-        return TrainBatch(*(function(getattr(self, name)) for name in self.__slots__))
+    def map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
+        return TrainBatch(
+            function(self.x0),
+            function(self.eps),
+            function(self.t),
+            function(self.condition),
+            function(self.weights),
+            self.bad,
+        )
 
     def pin_memory(self) -> TrainBatch:
         """Called by the loader's pinning thread."""
@@ -98,11 +112,8 @@ def train(recipe: TrainRecipe) -> int:
 
 
 def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest) -> int:
-    dataset = LatentDataset.open(recipe.data.path, recipe.data.normalization)
-    check_compatible(
-        recipe.data.path, dataset.manifest, recipe.codec, recipe.model.latent_shape, recipe.model.num_classes
-    )
-    card = ModelCard.of(recipe, dataset.manifest, dataset.normalization)
+    mixture = _open_mixture(recipe)
+    card = ModelCard.of(recipe, mixture.datasets[0].manifest, mixture.normalization)
     with torch.device("meta"):
         model = DiPoM(recipe.model)
     engine = Fsdp2Engine(
@@ -117,8 +128,8 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
         keep_last=recipe.checkpoint.keep_last,
         asynchronous=recipe.checkpoint.asynchronous,
     )
-    identity = _identity(recipe, dataset)
-    start = _resume(recipe, folder, identity, engine, checkpoints, world)
+    identity = _identity(recipe, mixture)
+    start, known_bad = _resume(recipe, folder, identity, engine, checkpoints, world)
     if start >= recipe.training.total_samples and world.gather(is_finished(folder))[0]:
         if world.is_main:
             print(f"{folder}: finished already, {start:,} samples")
@@ -132,8 +143,12 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
         with ExitStack() as stack:
             monitor = stack.enter_context(_monitor(recipe, folder, incarnation, world))
             if world.is_main:
-                _announce(recipe, dataset, world, start)
-            loader = stack.enter_context(_loader(recipe, dataset, start, world))
+                _announce(recipe, mixture, world, start)
+            stack.callback(mixture.close)
+            loader = stack.enter_context(_loader(recipe, mixture, start, world))
+            bad_samples = BadSampleList(
+                recipe.data.max_bad_samples, known_bad, folder / BAD_SAMPLES if world.is_main else None
+            )
             meta = {
                 "format": CHECKPOINT_FORMAT,
                 "card": card.model_dump(mode="json"),
@@ -142,7 +157,10 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
                 "wandb_id": read_wandb_id(folder),
                 "versions": versions(),
             }
-            samples = _trainer(recipe, folder, card, engine, checkpoints, meta, loader, monitor, world, stop).run(start)
+            trainer = _trainer(
+                recipe, folder, card, engine, checkpoints, meta, mixture, loader, bad_samples, monitor, world, stop
+            )
+            samples = trainer.run(start)
     except BaseException as error:
         _record_failure(folder, incarnation, world, error)
         raise
@@ -166,9 +184,24 @@ def _record_failure(folder: Path, incarnation: int, world: World, error: BaseExc
         print(f"warning: {problem}", file=sys.stderr)
 
 
-def _identity(recipe: TrainRecipe, dataset: LatentDataset) -> dict[str, Any]:
+def _open_mixture(recipe: TrainRecipe) -> Mixture:
+    """The datasets of the recipe. InputError if they do not fit its codec and model."""
+    if any(component.text is not None for component in recipe.data.components):
+        raise InputError("data.text: this model is told classes, not captions, so it has no use for text embeddings")
+    mixture = Mixture.open(recipe.data, seed=recipe.seed, global_batch=recipe.training.global_batch, read_text=False)
+    for dataset in mixture.datasets:
+        check_compatible(
+            dataset.location, dataset.manifest, recipe.codec, recipe.model.latent_shape, recipe.model.num_classes
+        )
+    return mixture
+
+
+def _identity(recipe: TrainRecipe, mixture: Mixture) -> dict[str, Any]:
     """What decides every number of a run: goes into each checkpoint, and must be the same when it is resumed."""
-    data = {"path": recipe.data.path, "fingerprint": dataset.manifest.fingerprint}
+    data = [
+        {"path": dataset.location, "share": share, "fingerprint": dataset.manifest.fingerprint}
+        for dataset, share in zip(mixture.datasets, mixture.shares, strict=True)
+    ]
     return {"recipe": recipe.model_dump(mode="json"), "data": data}
 
 
@@ -186,17 +219,13 @@ def _monitor(recipe: TrainRecipe, folder: Path, incarnation: int, world: World) 
     )
 
 
-def _loader(recipe: TrainRecipe, dataset: LatentDataset, start: int, world: World) -> Loader[TrainBatch]:
+def _loader(recipe: TrainRecipe, mixture: Mixture, start: int, world: World) -> Loader[TrainBatch]:
     return Loader(
-        dataset,
-        seed=recipe.seed,
-        shuffle_window=recipe.data.shuffle_window,
-        global_batch=recipe.training.global_batch,
+        mixture,
         micro_batch=recipe.training.micro_batch,
         rank=world.rank,
         world_size=world.size,
         start_position=start,
-        flip_probability=recipe.data.flip_probability,
         num_threads=recipe.data.num_threads,
         prefetch=recipe.data.prefetch,
         finish=partial(_draw, recipe),
@@ -211,7 +240,9 @@ def _trainer(
     engine: Fsdp2Engine,
     checkpoints: CheckpointStore,
     checkpoint_meta: dict[str, Any],
+    mixture: Mixture,
     loader: Loader[TrainBatch],
+    bad_samples: BadSampleList,
     monitor: Monitor,
     world: World,
     stop: StopRequest,
@@ -228,6 +259,8 @@ def _trainer(
         ema_weight=lambda samples: ema_weight(recipe.ema, samples, training.global_batch),
         checkpoints=checkpoints,
         checkpoint_meta=checkpoint_meta,
+        bad_samples=bad_samples,
+        epochs=partial(_epochs, mixture),
         events=_events(recipe, folder, card, objective, engine, monitor, world),
         monitor=monitor,
         host=HostStats(),
@@ -242,16 +275,30 @@ def _trainer(
     )
 
 
-def open_heldout(path: str, card: ModelCard) -> LatentDataset:
+def open_heldout(
+    path: str,
+    card: ModelCard,
+    *,
+    reading: Literal["mapped", "streamed"] = "mapped",
+    cache: CacheConfig | None = None,
+) -> LatentDataset:
     """A held-out set for the model of `card`, normalised as its training set was: the network knows no other space.
 
     Raises InputError if it is missing or was encoded in another way.
     """
     manifest = read_manifest(path)
     check_compatible(path, manifest, card.codec, card.model.latent_shape, card.model.num_classes)
-    if manifest.codec.identity != card.codec_identity:
+    if manifest.latent_codec.identity != card.codec_identity:
         raise InputError(f"dataset {path}: encoded with other weights than the training set; encode it again")
-    return LatentDataset(path, manifest, card.normalization)
+    return LatentDataset(path, manifest, card.normalization, reading=reading, cache=cache)
+
+
+def _epochs(mixture: Mixture, samples: int) -> dict[str, float | str]:
+    """To log: how often each dataset was gone through."""
+    epochs = mixture.epochs(samples)
+    if len(epochs) == 1:
+        return {"data/epoch": epochs[mixture.names[0]]}
+    return {epoch(name): value for name, value in epochs.items()}
 
 
 def _steps(loader: Loader[TrainBatch]) -> Iterator[list[TrainBatch]]:
@@ -266,7 +313,7 @@ def _draw(recipe: TrainRecipe, batch: MicroBatch) -> TrainBatch:
         recipe.seed, batch.positions.tolist(), tuple(batch.latents.shape[1:]), diffusion.time, diffusion.class_dropout
     )
     condition = torch.where(draws.drop_condition, recipe.model.num_classes, batch.condition)
-    return TrainBatch(batch.latents, draws.eps, draws.t, condition, batch.weights)
+    return TrainBatch(batch.latents, draws.eps, draws.t, condition, batch.weights, batch.bad)
 
 
 def _loss(objective: Objective, global_batch: int, device: torch.device, model: nn.Module, batch: TrainBatch) -> Tensor:
@@ -283,21 +330,26 @@ def _resume(
     engine: Fsdp2Engine,
     checkpoints: CheckpointStore,
     world: World,
-) -> int:
-    """Load the newest complete checkpoint, if there is one; returns the samples it has seen."""
+) -> tuple[int, list[tuple[str, int]]]:
+    """Load the newest complete checkpoint, if there is one; returns the samples it has seen, and the bad ones."""
     # Rank 0 looks, all ranks hear: a shared file system may show a new folder to some ranks later than to others.
     found = latest_checkpoint(folder / "checkpoints") if world.is_main else None
     latest: Any = world.gather(found)[0]
     if latest is None:
-        return 0
+        return 0, []
     if recipe.resume == "never":
         raise InputError(f"{folder}: holds checkpoints, and resume is never; choose another name or delete the folder")
     meta = read_meta(latest)
+    if meta["format"] != CHECKPOINT_FORMAT:
+        raise InputError(
+            f"{latest}: written by pomscale {meta['versions']['pomscale']}, whose runs this version ({__version__}) "
+            f"cannot go on with; use that version, or choose another name"
+        )
     _check_same_run(folder, identity, meta)
     checkpoints.load(latest, engine.state_dict())
     if world.is_main:
         print(f"resuming from {latest} ({meta['samples']:,} samples)")
-    return meta["samples"]
+    return meta["samples"], meta["bad_samples"]
 
 
 def _check_same_run(folder: Path, now: dict[str, Any], then: dict[str, Any]) -> None:
@@ -306,8 +358,15 @@ def _check_same_run(folder: Path, now: dict[str, Any], then: dict[str, Any]) -> 
         for keys in _FIXED_FOR_A_RUN
         if _fixed(then, keys) != _fixed(now, keys)
     ]
-    if now["data"]["fingerprint"] != then["data"]["fingerprint"]:
-        differences.append(f"the dataset at {now['data']['path']}: its shards are not those of the run's start")
+    shares_then, shares_now = ([data["share"] for data in identity["data"]] for identity in (then, now))
+    if shares_then != shares_now:
+        differences.append(f"data.mixture: shares of the samples {shares_then} then, {shares_now} now")
+    else:
+        differences += [
+            f"the dataset at {new['path']}: its shards are not those of the run's start"
+            for new, old in zip(now["data"], then["data"], strict=True)
+            if new["fingerprint"] != old["fingerprint"]
+        ]
     if differences:
         raise InputError(
             f"{folder}: this run began with another recipe, so it cannot go on with this one. "
@@ -323,12 +382,13 @@ def _fixed(identity: dict[str, Any], keys: tuple[str, ...]) -> Any:
     return {k: v for k, v in value.items() if k not in ("path", "precision")} if keys == ("codec",) else value
 
 
-def _announce(recipe: TrainRecipe, dataset: LatentDataset, world: World, start: int) -> None:
+def _announce(recipe: TrainRecipe, mixture: Mixture, world: World, start: int) -> None:
     training = recipe.training
+    datasets = ", ".join(f"{len(dataset):,} samples in {dataset.location}" for dataset in mixture.datasets)
     print(
         f"{recipe.name}: {num_parameters(recipe.model) / 1e6:.1f} M parameters, "
-        f"{training_flops(recipe.model) / 1e9:.2f} GFLOP per sample and step; {len(dataset):,} samples in "
-        f"{recipe.data.path}; {world.size} x {world.device.type}, {recipe.compute.precision}; "
+        f"{training_flops(recipe.model) / 1e9:.2f} GFLOP per sample and step; {datasets}; "
+        f"{world.size} x {world.device.type}, {recipe.compute.precision}; "
         f"{start:,} of {training.total_samples:,} samples done"
     )
 
@@ -353,7 +413,7 @@ def _events(
     """Validation and the grid of pictures, where the recipe asks for them."""
     events = []
     if recipe.validation is not None:
-        heldout = open_heldout(recipe.validation.path, card)
+        heldout = open_heldout(recipe.validation.path, card, reading=recipe.data.reading, cache=recipe.data.cache)
         events.append(
             Event(
                 recipe.validation.every_samples,
@@ -386,8 +446,8 @@ def read_in_order(dataset: LatentDataset) -> Any:
 
     def read(indices: list[int]) -> tuple[Tensor, Tensor]:
         records = np.array(indices)
-        latents, labels = dataset.read(records, records, seed=0, flip_probability=0.0)
-        return torch.from_numpy(latents), torch.from_numpy(labels)
+        samples = dataset.read(records, records, seed=0, flip_probability=0.0)
+        return samples.latents, samples.labels
 
     return read
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +28,17 @@ class Checkpoints(Protocol):
     def wait(self) -> None: ...
 
 
+class BadSamples(Protocol):
+    """The samples that this run went on without; see data.bad_samples. The same on every rank."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def known(self) -> list[tuple[str, int]]: ...
+
+    def add(self, samples: int, met: Iterable[Any]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Event:
     """Something that happens every so many samples, and at the end: validation, a grid of pictures.
@@ -43,12 +55,14 @@ class Trainer:
     """See train.py for what is passed in. The clock of everything is samples seen."""
 
     engine: Engine
-    batches: Iterator[list[Any]]  # the micro-batches of this rank, one list per step
+    batches: Iterator[list[Any]]  # the micro-batches of this rank, one list per step; `bad`: those it could not read
     loss: Callable[[nn.Module, Any], Tensor]
     learning_rate: Callable[[int], float]
     ema_weight: Callable[[int], float]
     checkpoints: Checkpoints
     checkpoint_meta: dict[str, Any]
+    bad_samples: BadSamples
+    epochs: Callable[[int], dict[str, float | str]]  # samples seen -> how often each dataset was gone through, to log
     events: list[Event]
     monitor: Monitor
     host: HostStats
@@ -74,8 +88,11 @@ class Trainer:
             with self.timer.data_wait():
                 micro_batches = next(self.batches)
             share = self.engine.forward_backward(micro_batches, self.loss)
-            # One collective per step carries the loss and the ranks' agreement to stop.
-            loss, stop_votes = self.world.sum([share, float(self.stop.requested)])
+            bad = [sample for batch in micro_batches for sample in batch.bad]
+            # One collective per step carries the loss, the ranks' agreement to stop, and word of bad samples.
+            loss, stop_votes, num_bad = self.world.sum([share, float(self.stop.requested), float(len(bad))])
+            if num_bad:
+                self._note_bad(samples, bad)
             # In the middle of the step: at its start a warm-up would give 0, at its end a cooldown would.
             learning_rate = self.learning_rate(samples + self.global_batch // 2)
             norm = self.engine.step(learning_rate, self.ema_weight(samples + self.global_batch))
@@ -94,7 +111,7 @@ class Trainer:
             with self.timer.paused():
                 self.checkpoints.poll()
                 if last or self._due(self.checkpoint_every_samples, samples):
-                    meta = {"samples": samples, **self.checkpoint_meta}
+                    meta = {"samples": samples, "bad_samples": self.bad_samples.known, **self.checkpoint_meta}
                     self.checkpoints.save(samples, self.engine.state_dict(), meta)
                 # After the save, so that what fails in them costs no training. A run that is asked to stop has
                 # seconds left: its events happen after the restart.
@@ -103,6 +120,15 @@ class Trainer:
         self.profiler.close()
         self.checkpoints.wait()
         return samples
+
+    def _note_bad(self, samples: int, bad: list[Any]) -> None:
+        """A collective: every rank hears of every bad sample, and all end the run together if there are too many."""
+        met: list[Any] = self.world.gather(bad)
+        try:
+            self.bad_samples.add(samples, itertools.chain.from_iterable(met))
+        except PomscaleError:
+            self.checkpoints.wait()  # the last checkpoint is good: it must not be lost as well
+            raise
 
     def _run_events(self, samples: int) -> None:
         for event in self.events:
@@ -122,6 +148,8 @@ class Trainer:
             "train/loss": math.fsum(losses) / len(losses),
             "train/grad_norm": math.fsum(norms) / len(norms),
             "train/learning_rate": learning_rate,
+            **self.epochs(samples),
+            "data/bad_samples": len(self.bad_samples),
             **speed,
             "memory/peak_gib": peak_memory_gib(),
             **self.host.metrics(),

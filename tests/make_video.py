@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -35,13 +34,12 @@ def write_video(
     codec: str = "libx264",
     codec_options: dict[str, str] | None = None,
     pix_fmt: str = "yuv420p",
-    rotation: float | None = None,
+    display_matrix: tuple[int, int, int, int] | None = None,
     sample_aspect_ratio: Fraction | None = None,
-    **stream_settings: Any,
 ) -> Path:
     """One video stream of `frames` (h, w, 3) uint8. `times`: presentation times in seconds, else constant `fps`.
 
-    `rotation` in degrees clockwise is what a player has to do; `stream_settings` are attributes of PyAV's stream.
+    `display_matrix` (a, b, c, d) of 1, 0 and -1 puts pixel (x, y) at (a x + c y, b x + d y).
     """
     frames = list(frames)
     rate = Fraction(fps).limit_denominator(1001)
@@ -51,12 +49,11 @@ def write_video(
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pix_fmt
         stream.codec_context.time_base = time_base
-        if rotation is not None:
-            stream.set_display_rotation(rotation)
+        if display_matrix is not None:
+            a, b, c, d = (number << 16 for number in display_matrix)
+            stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
         if sample_aspect_ratio is not None:
-            stream.sample_aspect_ratio = sample_aspect_ratio
-        for name, value in stream_settings.items():
-            setattr(stream, name, value)
+            stream.codec_context.sample_aspect_ratio = sample_aspect_ratio
         for number, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             seconds = number / rate if times is None else Fraction(times[number])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +23,9 @@ from data_pipelines.common.tasks import Task
 from data_pipelines.sources import build_source
 from pomscale.config.schema import EncodeRecipe, MonitoringConfig
 from pomscale.data.schema import FAILURES_NAME, MANIFEST_NAME, Manifest
-from pomscale.errors import InputError, PomscaleError
+from pomscale.errors import InputError
 from pomscale.files import make_folder
 from pomscale.monitoring.monitor import Monitor, open_monitor
-from pomscale.monitoring.text import format_duration
-
-# Items of the dry run's sample: enough for a few batches.
-_SAMPLE_BATCHES = 3
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,10 @@ def encode(
     with Claims(table_folder(recipe)) as claims:
         with claims.setup():
             job = _open_job(recipe, encoders, rescan)
-        with _monitor(recipe, task, len(job.table)) as monitor, EncodeProgress(len(job.table), progress, monitor) as display:
+        with (
+            _monitor(recipe, task, len(job.table)) as monitor,
+            EncodeProgress(len(job.table), progress, monitor) as display,
+        ):
             chosen = _Chosen(job, claims, task, only_failed, display)
             Pipeline(job, display, stop).run(chosen, chosen.finished)
         datasets: tuple[Encoded, ...] = ()
@@ -154,9 +152,7 @@ def _open_job(recipe: EncodeRecipe, encoders: Encoders, rescan: bool) -> EncodeJ
 class _Chosen:
     """The parts that this task makes, claimed one by one as the pipeline asks for them."""
 
-    def __init__(
-        self, job: EncodeJob, claims: Claims, task: Task, only_failed: bool, display: EncodeProgress
-    ) -> None:
+    def __init__(self, job: EncodeJob, claims: Claims, task: Task, only_failed: bool, display: EncodeProgress) -> None:
         self._job = job
         self._claims = claims
         self._task = task
@@ -219,47 +215,3 @@ def _encoded(output: Path, manifest: Manifest) -> Encoded:
         num_shards=len(manifest.shards),
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),
     )
-
-
-def describe(recipe: EncodeRecipe, *, task: Task = Task()) -> str:  # noqa: B008  frozen
-    """What `encode` would write, with sizes and time from a short sample that is really encoded (the dry run).
-
-    Leaves nothing behind; same errors for a wrong source or codec.
-    """
-    encoders = Encoders(recipe)
-    with ExitStack() as stack:
-        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pomscale-dry-run-")))
-        source = build_source(recipe.source)
-        table = ItemTable.open(table_folder(recipe)) or ItemTable.build(source, temporary / "items")
-        num_sampled = min(len(table), _SAMPLE_BATCHES * recipe.batch)
-        changes = {"output": str(temporary / "sample"), "shard_samples": num_sampled}
-        sample = EncodeJob(recipe.model_copy(update=changes), source, table, encoders)
-        display = EncodeProgress(num_sampled, False, Monitor([]))
-        for store in sample.stores:
-            make_folder(store.folder)
-        Pipeline(sample, display).run([(0, list(range(len(sample.variants))))], lambda part: None)
-        num_parts = -(-len(table) // recipe.shard_samples)
-        lines = [
-            f"source   {recipe.source.kind}: {len(table):,} items"
-            + (f" in {len(table.class_names):,} classes" if table.class_names else "")
-            + (f", {table.num_problems:,} of them cannot be used" if table.num_problems else "")
-            + (f", {table.num_ignored:,} other files ignored" if table.num_ignored else "")
-        ]
-        for variant, store in zip(variants_of(recipe, encoders), sample.stores, strict=True):
-            record = store.read(0)
-            if record is None or not record.num_samples:
-                raise PomscaleError(f"none of the {num_sampled:,} sampled items could be encoded: {record}")
-            per_item = sum(shard.num_bytes for shard in record.shards) / record.num_samples
-            lines.append(
-                f"output   {variant.output}: {', '.join(encoders.arrays)} of "
-                f"{', '.join(str(shape) for shape in variant.latent_shapes)}, {num_parts:,} parts, "
-                f"{per_item:,.0f} bytes per sample, {per_item * len(table) / 1e9:.3f} GB in all"
-            )
-            if record.failures:
-                lines.append(f"failed   {len(record.failures):,} of {num_sampled:,} sampled: {record.failures[0].reason}")
-    seconds = len(table) / display.items_per_s / task.count
-    lines.append(
-        f"time     about {format_duration(seconds)} with {task.count:,} task(s) like this one: {display.items_per_s:,.1f} items/s, "
-        f"encoder busy {display.busy_share:.0%}"
-    )
-    return "\n".join(lines)

@@ -125,7 +125,10 @@ def _codec_info(job: EncodeJob) -> CodecInfo | None:
     if codec is None or job.encoders.codec_identity is None:
         return None
     return CodecInfo(
-        config=codec.config, identity=job.encoders.codec_identity, scaling_factor=codec.scaling_factor, shift=codec.shift
+        config=codec.config,
+        identity=job.encoders.codec_identity,
+        scaling_factor=codec.scaling_factor,
+        shift=codec.shift,
     )
 
 

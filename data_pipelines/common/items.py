@@ -238,7 +238,7 @@ def _find_duplicates(keys: np.ndarray, lines: _Lines, scratch_path: Path) -> Ite
         for begin in range(0, len(keys), _BLOCK):
             stream.write(keys[begin : begin + _BLOCK].tobytes())
     try:
-        scratch = np.asarray(np.load(scratch_path, mmap_mode="r+"))
+        scratch = np.asarray(np.lib.format.open_memmap(scratch_path, mode="r+"))
         scratch.sort()
         count = _keep_repeated(scratch)
         if count:
@@ -286,4 +286,4 @@ def _compare_keys(
 
 def _map_array(path: Path) -> np.ndarray:
     # As a plain array: slices of numpy.memmap are slow to make.
-    return np.asarray(np.load(path, mmap_mode="r"))
+    return np.asarray(np.lib.format.open_memmap(path, mode="r"))

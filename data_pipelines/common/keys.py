@@ -81,7 +81,7 @@ def _with_rows(keys: np.ndarray, first_row: int) -> np.ndarray:
 
 def _temporary_array(num_rows: int, files: ExitStack) -> np.ndarray:
     try:
-        file = files.enter_context(tempfile.TemporaryFile())
+        file = files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  closed with the stack
         # Without its blocks, a disk that fills up would kill the process where it writes to the map.
         os.posix_fallocate(file.fileno(), 0, num_rows * KEY_ROW.itemsize)
     except OSError as error:

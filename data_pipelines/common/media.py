@@ -1,4 +1,4 @@
-"""What pictures and clips have in common: how one of them is told to be unusable, and what is cut out of it."""
+"""What pictures and clips have in common: how one is told to be unusable, and which shape it gets."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from PIL import Image
-
 Filter = Literal["lanczos", "area"]
-FILTERS: dict[Filter, Image.Resampling] = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 
 
 class UnreadableMediaError(Exception):
@@ -35,17 +32,3 @@ def nearest_bucket(size: tuple[float, ...], targets: Sequence[tuple[int, ...]]) 
         return round(distance, 9), -height * width, index
 
     return min(range(len(targets)), key=rank)
-
-
-def central_box(size: tuple[float, float], target: tuple[int, int]) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of the largest central box with the target's aspect ratio.
-
-    Sizes are (height, width). Its corner lies on whole pixels, so that what has the right size already is not blurred.
-    """
-    height, width = size
-    if height * target[1] <= width * target[0]:
-        box_height, box_width = height, height * target[1] / target[0]
-    else:
-        box_height, box_width = width * target[0] / target[1], width
-    left, top = (width - box_width) // 2, (height - box_height) // 2
-    return left, top, left + box_width, top + box_height

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from io import BufferedRandom
 
@@ -16,6 +16,7 @@ from data_pipelines.common.source import Item
 from data_pipelines.common.statistics import ChannelStatistics, RunningStatistics
 from pomscale.data.index import index_dtype
 from pomscale.data.schema import ArrayName, ShardInfo
+from pomscale.errors import PomscaleError
 from pomscale.files import atomic_write
 
 
@@ -64,9 +65,7 @@ class PartWriter:
             rows = shard.writer.finish()
             num_bytes, sha256 = num_bytes_and_sha256(shard.stream)
             name = self._store.shard_path(self._part, group).name
-            shards.append(
-                ShardInfo(name=name, num_samples=len(rows), num_bytes=num_bytes, sha256=sha256, group=group)
-            )
+            shards.append(ShardInfo(name=name, num_samples=len(rows), num_bytes=num_bytes, sha256=sha256, group=group))
             all_rows.append(rows)
             mine = shard.statistics.result()
             statistics = mine if statistics is None or mine is None else statistics.merge(mine)
@@ -77,7 +76,9 @@ class PartWriter:
 
     def abandon(self) -> None:
         """Leaves nothing behind; of no effect after `commit`."""
-        self._files.__exit__(InterruptedError, InterruptedError(), None)
+        # On a full disk closing a file fails once more, after it is gone; the first error is the one that is told.
+        with suppress(PomscaleError):
+            self._files.__exit__(InterruptedError, InterruptedError(), None)
 
 
 def num_bytes_and_sha256(stream: BufferedRandom) -> tuple[int, str]:

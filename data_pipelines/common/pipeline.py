@@ -113,7 +113,7 @@ class Pipeline:
                 self._writes.popleft().result()
         finally:
             self._decoder.shutdown(cancel_futures=True)
-            self._writer.shutdown()
+            self._writer.shutdown(cancel_futures=True)
             for work in self._open:
                 for writer in work.writers.values():
                     writer.abandon()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -52,7 +52,8 @@ class RunningStatistics:
         return None if self._reduced is None else self._reduced.stored()
 
 
-class _Reduced(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Reduced:
     """ChannelStatistics as arrays (c,)."""
 
     count: int

@@ -11,9 +11,10 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from data_pipelines.common.media import FILTERS, Filter, UnreadableMediaError, central_box
+from data_pipelines.common.media import Filter, UnreadableMediaError
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
+_FILTERS: dict[Filter, Image.Resampling] = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 
 # What turns a picture of each EXIF orientation upright.
 _UPRIGHT = {
@@ -39,7 +40,6 @@ _DECODER_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-
 
 # Larger files are no pictures that anyone meant to train on, and would fill the memory of a decode thread.
 MAX_PICTURE_BYTES = 256 * 2**20
@@ -82,9 +82,23 @@ def fit_picture(image: Image.Image, target: tuple[int, int], filter: Filter) -> 
     """
     height, width = target
     # Cut and resized in one go: a long strip, resized as a whole, takes any amount of memory.
-    box = central_box((image.height, image.width), target)
-    fitted = image.resize((width, height), FILTERS[filter], box)
+    box = _central_box((image.height, image.width), target)
+    fitted = image.resize((width, height), _FILTERS[filter], box)
     return np.asarray(fitted).reshape(height, width, len(image.getbands()))
+
+
+def _central_box(size: tuple[float, float], target: tuple[int, int]) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of the largest central box with the target's aspect ratio.
+
+    Sizes are (height, width). Its corner lies on whole pixels, so that what has the right size already is not blurred.
+    """
+    height, width = size
+    if height * target[1] <= width * target[0]:
+        box_height, box_width = height, height * target[1] / target[0]
+    else:
+        box_height, box_width = width * target[0] / target[1], width
+    left, top = (width - box_width) // 2, (height - box_height) // 2
+    return left, top, left + box_width, top + box_height
 
 
 def _flatten(image: Image.Image, num_channels: int) -> Image.Image:

@@ -184,7 +184,7 @@ def read_file(path: str) -> bytes:
 
 
 def size_of(stream: BinaryIO) -> int:
-    """In bytes, of a stream from `open_stream`; it is at its beginning afterwards."""
+    """In bytes. The stream is at its beginning afterwards."""
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
     return size
@@ -198,7 +198,7 @@ def open_item(path: str, size: int | None) -> BinaryIO:
     path = _native(path)
     if is_url(path):
         content = _read_remote(path)
-        _check_size(len(content), size)
+        check_size(len(content), size)
         return io.BytesIO(content)
     return _open_checked(path, size)
 
@@ -220,7 +220,7 @@ class RangeReader:
                 self._last.path = path
             self._last.stream.seek(offset)
             content = self._last.stream.read(length)
-        _check_size(len(content), length)
+        check_size(len(content), length)
         return content
 
 
@@ -228,7 +228,7 @@ def _open_checked(path: str, size: int | None) -> BinaryIO:
     with _forbidden_is_changed(), _explained(path):
         raw = _LocalFile(path)
     try:
-        _check_size(os.fstat(raw.fileno()).st_size, size)
+        check_size(os.fstat(raw.fileno()).st_size, size)
     except SourceChangedError:
         raw.close()
         raise
@@ -242,7 +242,8 @@ def _read_remote(url: str, start: int | None = None, end: int | None = None) -> 
         return storage.cat_file(path, start=start, end=end)
 
 
-def _check_size(num_bytes: int, expected: int | None) -> None:
+def check_size(num_bytes: int, expected: int | None) -> None:
+    """SourceChangedError if a file has not the size that the scan saw."""
     if expected is not None and num_bytes != expected:
         raise SourceChangedError(
             f"has {num_bytes:,} bytes instead of {expected:,}: changed since the scan; run with --rescan"

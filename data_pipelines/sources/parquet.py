@@ -1,45 +1,122 @@
-"""Parquet tables: rows to list, and files that rows hold as bytes."""
+"""Parquet tables: their rows, and the files that rows hold as bytes. Fields of structs are columns: image.bytes."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.common.source import SourceChangedError
 from data_pipelines.sources import fs
+from data_pipelines.sources.rows import check_columns
 from pomscale.errors import InputError
 
-# Rows, and for the files in them fewer, that are in memory at once.
-_LISTED_ROWS = 4096
-_CHECKED_ROWS = 64
+_BUFFER_BYTES = 2**20
+
+# Rows in memory at once; fewer where the files in them have to be read as well.
+_BATCH_ROWS = 4096
+_BATCH_ROWS_WITH_BYTES = 64
+
+# Threads work on neighbouring rows: on one row group, or on two at its end.
+_NUM_CACHED_GROUPS = 2
 
 
-def read_rows(path: str, columns: list[str], bytes_column: str | None) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Place and columns of every row. In them, `bytes_column` is whether the row has bytes.
+def read_rows(path: str, columns: list[str], bytes_column: str | None) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """Place (for `BytesReader`) and columns of every row, in constant memory.
 
-    InputError if it is no Parquet file, a column is missing, or `bytes_column` has no bytes.
+    Of `bytes_column` the rows say only whether they have it: True or None. InputError if the file is no whole Parquet
+    file, or a column is missing or of the wrong type.
     """
-    with fs.open_stream(path) as stream, _named(path):
+    with fs.open_stream(path) as stream, _readable(path):
         num_bytes = fs.size_of(stream)
-        with pq.ParquetFile(stream, pre_buffer=False) as table:
-            wanted = [*columns, *([] if bytes_column is None else [bytes_column])]
-            check_columns(path, wanted, table.schema_arrow.names)
-            if bytes_column is not None:
-                kind = table.schema_arrow.field(bytes_column).type
-                if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-                    raise InputError(f"source.bytes_column: {path}: column {bytes_column} is {kind}, not binary")
+        with pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
+            schema = _flat(table.schema_arrow.empty_table()).schema
+            check_columns(path, columns if bytes_column is None else [*columns, bytes_column], schema.names)
+            if bytes_column is not None and not _is_binary(schema.field(bytes_column).type):
+                kind = schema.field(bytes_column).type
+                raise InputError(f"source.bytes_column: column {bytes_column!r} of {path} is {kind}, not binary")
             for group in range(table.num_row_groups):
                 for row, values in enumerate(_read_group(table, group, columns, bytes_column)):
                     yield [path, num_bytes, group, row], values
 
 
-def check_columns(path: str, wanted: list[str], there: list[str]) -> None:
-    """InputError if a column is missing."""
-    for column in wanted:
-        if column not in there:
-            raise InputError(f"source: {path} has no column {column!r}; its columns are {', '.join(there)}")
+class BytesReader:
+    """Files in rows. The row groups in use are kept in memory, shared by all threads."""
+
+    def __init__(self, column: str) -> None:
+        self._column = column
+        self._lock = threading.Lock()
+        self._recent: dict[tuple[str, int], pa.ChunkedArray] = {}
+
+    def read(self, path: str, num_bytes: int, group: int, row: int) -> bytes:
+        """Same errors as `Source.open`."""
+        with self._lock:
+            values = self._recent.pop((path, group), None)
+            if values is None:
+                values = self._load(path, num_bytes, group)
+            self._recent[path, group] = values  # the latest is last
+            if len(self._recent) > _NUM_CACHED_GROUPS:
+                del self._recent[next(iter(self._recent))]
+        return values[row].as_py()
+
+    def _load(self, path: str, num_bytes: int, group: int) -> pa.ChunkedArray:
+        with fs.open_item(path, num_bytes) as stream:
+            try:
+                with pq.ParquetFile(stream, pre_buffer=False) as table:
+                    content = table.read_row_group(group, [self._column], use_threads=False)
+            except (pa.ArrowException, OSError) as error:  # what storage itself raises is a PomscaleError
+                raise SourceChangedError(f"its row group {group} is damaged: {_first_line(error)}") from error
+        return _flat(content).column(self._column)
+
+
+def _read_group(
+    table: pq.ParquetFile, group: int, columns: list[str], bytes_column: str | None
+) -> Iterator[dict[str, Any]]:
+    check_bytes = bytes_column is not None and _may_have_nulls(table, group, bytes_column)
+    wanted = [*columns, bytes_column] if check_bytes else columns
+    num_rows = _BATCH_ROWS_WITH_BYTES if check_bytes else _BATCH_ROWS
+    for batch in table.iter_batches(num_rows, row_groups=[group], columns=wanted, use_threads=False):
+        flat = _flat(pa.Table.from_batches([batch]))
+        rows = flat.select(columns).to_pylist()
+        if bytes_column is not None:
+            present = flat.column(bytes_column).is_valid().to_pylist() if check_bytes else [True] * len(rows)
+            for row, has_bytes in zip(rows, present, strict=True):
+                row[bytes_column] = has_bytes or None
+        yield from rows
+
+
+def _may_have_nulls(table: pq.ParquetFile, group: int, column: str) -> bool:
+    """False only where the file says so: then the column, which is nearly all of the file, need not be read."""
+    chunks = table.metadata.row_group(group)
+    for i in range(chunks.num_columns):
+        chunk = chunks.column(i)
+        if chunk.path_in_schema == column and chunk.statistics is not None and chunk.statistics.has_null_count:
+            return chunk.statistics.null_count > 0
+    return True
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _flat(table: pa.Table) -> pa.Table:
+    """With every field of a struct as a column of its own."""
+    while any(pa.types.is_struct(field.type) for field in table.schema):
+        table = table.flatten()
+    return table
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"source.path: {path} cannot be read: {_first_line(error)}; mend or remove it") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

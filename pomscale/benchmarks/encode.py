@@ -23,6 +23,7 @@ from PIL import Image
 
 from data_pipelines.common.encode import encode
 from pomscale.benchmarks.report import BenchReport
+from pomscale.benchmarks.synthetic import table_recipe
 from pomscale.codecs import build_codec
 from pomscale.config.schema import EncodeRecipe
 from pomscale.errors import PomscaleError
@@ -73,7 +74,7 @@ def _save_vae(folder: Path) -> Path:
     from diffusers import AutoencoderKL  # noqa: PLC0415  optional, and seconds to import
 
     torch.manual_seed(0)
-    vae = AutoencoderKL(
+    vae: Any = AutoencoderKL(
         block_out_channels=(32, 64, 128, 128),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -150,25 +151,9 @@ def _seconds(output: Path, task: int) -> float:
 
 
 def _memory(report: BenchReport, folder: Path, num_items: int) -> None:
-    """Items are rows of a table that name the same few pictures over and over: a million files say no more."""
     peaks = {}
     for count in (min(10_000, num_items), num_items):
-        table = folder / f"table-{count}.jsonl"
-        with table.open("w", encoding="utf-8") as stream:
-            for number in range(count):
-                stream.write(json.dumps({"file": f"tiny/{number % 64}.png", "label": number % 10}) + "\n")
-        (folder / "tiny").mkdir(exist_ok=True)
-        for number in range(64):
-            Image.new("L", (8, 8), number).save(folder / "tiny" / f"{number}.png")
-        recipe = _recipe(
-            folder,
-            f"memory-{count}",
-            source={"kind": "table", "path": str(table), "root": str(folder), "media": "{file}", "label": "label"},
-            codec={"name": "pixel", "channels": 1},
-            transform={"size": 8},
-            shard_samples=4096,
-            batch=64,
-        )
+        recipe = table_recipe(folder, f"memory-{count}", count, side=8, flip=False, shard_samples=4096)
         path = folder / f"memory-{count}.yaml"
         path.write_text(recipe.model_dump_json(), encoding="utf-8")
         done = subprocess.run(

@@ -81,7 +81,7 @@ class ArrayReader:
         header = npy_header(shape, "<f2")
         length = len(header) + 2 * math.prod(shape)
         content = np.empty((len(members.records), length), np.uint8)
-        flat = memoryview(content.reshape(-1))
+        flat = content.reshape(-1).data
         for row, payload in self._payloads(members, faults):
             if len(payload) != length:
                 faults[row] = self._wrong_array(members, row, shape)
@@ -109,14 +109,11 @@ class ArrayReader:
         for row, payload in self._payloads(members, faults):
             length = int(lengths[row])
             header, data = payload[:header_bytes], payload[header_bytes:]
-            if (
-                not 1 <= length <= max_length
-                or header != _sequence_header(length, dim)
-                or len(data) != 2 * dim * length
-            ):
-                faults[row] = self._wrong_array(members, row, ("n", dim))
-            else:
+            fits = 1 <= length <= max_length and len(data) == 2 * dim * length
+            if fits and header == _sequence_header(length, dim):
                 values[row, :length] = np.frombuffer(data, "<f2").reshape(length, dim)
+            else:
+                faults[row] = self._wrong_array(members, row, (f"1 to {max_length}", dim))
         tensor = torch.from_numpy(values)
         self._find_non_finite(members, tensor.sum((1, 2), dtype=torch.float32), faults)
         return tensor, torch.from_numpy(lengths.astype(np.int64))
@@ -176,7 +173,7 @@ class ArrayReader:
 
     def _open(self, shard: int) -> memoryview | InputError:
         try:
-            return memoryview(self.files.open(shard))
+            return self.files.open(shard).data
         except InputError as error:
             return error
 
@@ -184,7 +181,7 @@ class ArrayReader:
         return self.fault(members, row, f"it is not a float16 array of shape ({', '.join(map(str, shape))})")
 
     def _find_non_finite(self, members: Members, sums: Tensor, faults: Faults) -> None:
-        """sums (b,) float32 of values that were float16: too small to overflow, so finite if and only if all values are."""
+        """sums (b,) float32 of what was float16, so none overflows: finite exactly where all values are finite."""
         for row in torch.nonzero(~torch.isfinite(sums)).flatten().tolist():
             if row not in faults:
                 faults[row] = self.fault(members, row, "it holds a value that is not finite")

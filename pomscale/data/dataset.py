@@ -89,10 +89,13 @@ class LatentDataset:
         latents.sub_(self._mean.view(size)).div_(self._std.view(size))
         labels = torch.from_numpy(rows["label"].astype(np.int64))
         text, text_lengths = (None, None) if self._text is None else self._text.read(members, faults)
-        samples = Samples(latents, labels, text, text_lengths, faults)
         if faults:
-            self._treat_bad(samples)
-        return samples
+            bad = sorted(faults)
+            if self._bad_samples == "raise":
+                raise faults[bad[0]].error()
+            latents[bad] = 0
+            labels[bad] = 0 if self.manifest.num_classes else NO_LABEL
+        return Samples(latents, labels, text, text_lengths, faults)
 
     def will_need(self, shards: Sequence[int]) -> None:
         """The shards of the records that are read from now on, soonest first; replaces what was said before."""
@@ -107,15 +110,6 @@ class LatentDataset:
         self._reader.files.close()
         if self._text is not None:
             self._text.source.files.close()
-
-    def _treat_bad(self, samples: Samples) -> None:
-        bad = sorted(samples.bad)
-        if self._bad_samples == "raise":
-            raise samples.bad[bad[0]].error()
-        samples.latents[bad] = 0
-        samples.labels[bad] = 0 if self.manifest.num_classes else NO_LABEL
-        if self._text is not None:
-            self._text.set_null(bad, samples.text, samples.text_lengths)
 
     def _stored_shape(self, records: np.ndarray) -> tuple[int, ...]:
         # By the record's number, not by what its row says of its shard, which may be what is wrong with it.

@@ -11,10 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-
-import aiohttp
-from fsspec.implementations.http import HTTPFileSystem
+from typing import Any, BinaryIO
 
 from pomscale.data.location import join, local_folder, open_filesystem, retried
 from pomscale.data.schema import REMEDY
@@ -25,8 +22,8 @@ _CHUNK_BYTES = 2**20
 # Bytes per request to object stores, which are read range by range.
 _RANGE_BYTES = 2**24
 
-# fsspec gives a whole download five minutes. What counts is that bytes keep coming.
-_HTTP_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+_CONNECT_TIMEOUT_S = 30
+_READ_TIMEOUT_S = 60
 
 # Takes the bytes that belong at an offset: in order from 0 on, and from 0 again when an attempt has failed.
 Write = Callable[[int, bytes], object]
@@ -76,13 +73,19 @@ def fetch(file: DatasetFile, write: Write, stop: threading.Event, *, check_sha25
 
 def _download(file: DatasetFile, write: Write, stop: threading.Event, check_sha256: bool) -> None:
     filesystem, path = open_filesystem(file.source)
-    if isinstance(filesystem, HTTPFileSystem):
-        options = {"block_size": 0, "timeout": _HTTP_TIMEOUT}  # 0: one request for all of it, ranges or no ranges
-    else:
-        options = {"block_size": _RANGE_BYTES}
+    options = _http_options() if "http" in filesystem.protocol else {"block_size": _RANGE_BYTES}
     # Telling the size spares the request that asks for it.
     with filesystem.open(path, "rb", size=file.num_bytes, **options) as stream:
         _copy(file, stream, write, stop, check_sha256)
+
+
+def _http_options() -> dict[str, Any]:
+    import aiohttp  # noqa: PLC0415  here, as it is there only for those who have fsspec's http
+
+    # fsspec gives a whole download five minutes. What counts is that bytes keep coming.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_READ_TIMEOUT_S)
+    # Block size 0 is one request for all of the file, from servers with and without ranges.
+    return {"block_size": 0, "timeout": timeout}
 
 
 def _copy(file: DatasetFile, stream: BinaryIO, write: Write, stop: threading.Event, check_sha256: bool) -> None:

@@ -1,4 +1,4 @@
-"""Shards that have to be brought before they can be read: once for all threads, ahead of their use where it is known."""
+"""Shards that must be brought before they can be read: once for all threads, and ahead of their use."""
 
 from __future__ import annotations
 
@@ -72,16 +72,19 @@ class FetchedShards:
             self._shards.clear()
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._ahead or self._stop.is_set())
-                if self._stop.is_set():
-                    return
-                shard = self._ahead.popleft()
-                if shard in self._shards:
-                    continue
-                future = self._start(shard)
-            self._run(shard, future, ahead=True)
+        while not self._stop.is_set():
+            self._fetch_next()  # a function of its own, so that a waiting thread holds on to no shard
+
+    def _fetch_next(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ahead or self._stop.is_set())
+            if self._stop.is_set():
+                return
+            shard = self._ahead.popleft()
+            if shard in self._shards:
+                return
+            future = self._start(shard)
+        self._run(shard, future, ahead=True)
 
     def _start(self, shard: int) -> Future[np.ndarray | None]:
         future: Future[np.ndarray | None] = Future()
@@ -107,6 +110,7 @@ class FetchedShards:
 
     def _drop_unneeded(self) -> None:
         needed = {*self._announced, *self._announced_before}
-        others = [shard for shard, future in self._shards.items() if future.done() and shard not in needed]
+        others = [shard for shard in self._shards if shard not in needed]
         for shard in others[: max(0, len(others) - _NUM_UNANNOUNCED)]:
-            del self._shards[shard]
+            if self._shards[shard].done():
+                del self._shards[shard]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, PinMemory, Prefetcher
 
 from pomscale.data.bad_samples import BadSample
+from pomscale.data.dataset import Samples
 from pomscale.data.mixture import Mixture
 from pomscale.errors import InputError, PomscaleError
 
@@ -149,19 +150,21 @@ class Loader(Generic[T]):
     def _read(self, piece: Piece) -> T | PomscaleError:
         positions, weights = piece
         try:
-            samples = self._mixture.read(positions)
+            return self._finish(_micro_batch(self._mixture.read(positions), positions, weights))
         except PomscaleError as error:
             # Returned, not raised: torchdata would bury the message for people in a traceback of its own.
             return error
-        bad = tuple(sample for row, sample in samples.bad.items() if weights[row])
-        weights[list(samples.bad)] = 0
-        batch = MicroBatch(
-            latents=samples.latents,
-            condition=samples.labels,
-            text=samples.text,
-            text_lengths=samples.text_lengths,
-            positions=torch.from_numpy(positions),
-            weights=torch.from_numpy(weights),
-            bad=bad,
-        )
-        return self._finish(batch)
+
+
+def _micro_batch(samples: Samples, positions: np.ndarray, weights: np.ndarray) -> MicroBatch:
+    bad = tuple(sample for row, sample in samples.bad.items() if weights[row])
+    weights[list(samples.bad)] = 0
+    return MicroBatch(
+        latents=samples.latents,
+        condition=samples.labels,
+        text=samples.text,
+        text_lengths=samples.text_lengths,
+        positions=torch.from_numpy(positions),
+        weights=torch.from_numpy(weights),
+        bad=bad,
+    )

@@ -29,11 +29,6 @@ def local_folder(location: str | Path) -> Path | None:
     return None if "://" in path else Path(path)
 
 
-def is_url(location: str | Path) -> bool:
-    """Whether files must be fetched before they can be opened."""
-    return local_folder(location) is None
-
-
 def join(location: str | Path, name: str) -> str:
     """What a file of a dataset is called in messages, and to fsspec."""
     folder = local_folder(location)

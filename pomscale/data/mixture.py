@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
@@ -30,10 +31,11 @@ class Mixture:
         flip_probability: float,
     ) -> None:
         self.datasets = datasets
+        self.shares = [weight / math.fsum(weights) for weight in weights]
         self.names = _names([dataset.location for dataset in datasets])
         self.order = MixtureOrder(
             [dataset.manifest for dataset in datasets],
-            weights,
+            self.shares,
             seed=seed,
             global_batch=global_batch,
             window=shuffle_window,
@@ -81,12 +83,12 @@ class Mixture:
     def read(self, positions: np.ndarray) -> Samples:
         """The samples at these global positions (b,) int64, all of one step. Errors as `LatentDataset.read`."""
         parts: list[tuple[np.ndarray, Samples]] = []
-        for share in self.order.shares(positions):
-            dataset = self.datasets[self.order.components[share.component].dataset]
+        for part in self.order.parts(positions):
+            dataset = self.datasets[self.order.components[part.component].dataset]
             samples = dataset.read(
-                share.records, positions[share.rows], seed=self._seed, flip_probability=self._flip_probability
+                part.records, positions[part.rows], seed=self._seed, flip_probability=self._flip_probability
             )
-            parts.append((share.rows, samples))
+            parts.append((part.rows, samples))
         return parts[0][1] if len(parts) == 1 else _merge(len(positions), parts)
 
     def will_need(self, position: int) -> None:
@@ -139,10 +141,8 @@ def _check_belong_together(locations: Sequence[str], manifests: Sequence[Manifes
     """One network and one codec serve all datasets of a mixture."""
     first = manifests[0]
     for location, manifest in zip(locations[1:], manifests[1:], strict=True):
-        together = f"datasets {locations[0]} and {location} cannot be mixed: "
+        both = f"data.mixture: {locations[0]} and {location}"
         if manifest.latent_codec.identity != first.latent_codec.identity:
-            raise InputError(f"{together}other weights of the codec made their latents. Encode one of them again")
+            raise InputError(f"{both}: their codecs differ in weights. Encode one of them again with the other's")
         if manifest.class_names != first.class_names:
-            raise InputError(
-                f"{together}their classes differ. Encode one of them again with the class names of the other"
-            )
+            raise InputError(f"{both}: their classes differ. Encode one of them again with the other's class names")

@@ -21,6 +21,7 @@ import numpy as np
 from pomscale.data.interleave import Interleave
 from pomscale.data.order import SampleOrder
 from pomscale.data.schema import Manifest
+from pomscale.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Component:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Part:
     """What one component contributes to a batch. Arrays (k,) int64."""
 
     component: int
@@ -58,16 +59,16 @@ class _Lane:
 class MixtureOrder:
     """Positions count samples from the start of training; position p belongs to step p // global_batch.
 
-    `weights`: share of the samples per dataset, relative to each other. Inside a dataset every record is as frequent
-    as any other. Memory does not grow with the number of records. Safe to share between threads.
+    `shares`: share of the samples per dataset, in sum 1. Inside a dataset every record is as frequent as any other.
+    Memory does not grow with the number of records. Safe to share between threads.
     """
 
     def __init__(
-        self, manifests: Sequence[Manifest], weights: Sequence[float], *, seed: int, global_batch: int, window: int
+        self, manifests: Sequence[Manifest], shares: Sequence[float], *, seed: int, global_batch: int, window: int
     ) -> None:
         self.num_datasets = len(manifests)
         self.global_batch = global_batch
-        self.components = _components(manifests, weights, seed, window)
+        self.components = _components(manifests, shares, seed, window)
         self._lanes = []
         for number, shape in enumerate(dict.fromkeys(component.shape for component in self.components)):
             members = [c for c, component in enumerate(self.components) if component.shape == shape]
@@ -76,11 +77,11 @@ class MixtureOrder:
         lane_weights = [sum(self.components[c].weight for c in lane.components) for lane in self._lanes]
         self._steps = Interleave(lane_weights, seed, subindex=0)
 
-    def shares(self, positions: np.ndarray) -> list[Share]:
-        """Who fills which of these positions, int64 (b,), with which records. The rows of all shares make up b."""
+    def parts(self, positions: np.ndarray) -> list[Part]:
+        """Who fills which of these positions, int64 (b,), with which records. The rows of all parts make up b."""
         steps, offsets = np.divmod(positions, self.global_batch)
         lanes, batches = self._steps.places(steps)
-        shares = []
+        parts = []
         for number in np.unique(lanes).tolist():
             in_lane = np.flatnonzero(lanes == number)
             lane = self._lanes[number]
@@ -89,8 +90,8 @@ class MixtureOrder:
                 here = streams == stream
                 component = self.components[lane.components[stream]]
                 records = component.first_record + component.order.records(indices[here])
-                shares.append(Share(lane.components[stream], in_lane[here], indices[here], records))
-        return shares
+                parts.append(Part(lane.components[stream], in_lane[here], indices[here], records))
+        return parts
 
     def counts(self, num_samples: int) -> list[int]:
         """How many of the first samples of training come from each component."""
@@ -122,17 +123,18 @@ class MixtureOrder:
         return [s / n for s, n in zip(seen, size, strict=True)]
 
 
-def _components(manifests: Sequence[Manifest], weights: Sequence[float], seed: int, window: int) -> list[Component]:
+def _components(manifests: Sequence[Manifest], shares: Sequence[float], seed: int, window: int) -> list[Component]:
     components: list[Component] = []
-    for dataset, (manifest, weight) in enumerate(zip(manifests, weights, strict=True)):
+    for dataset, (manifest, share) in enumerate(zip(manifests, shares, strict=True)):
+        if manifest.num_samples == 0:
+            raise InputError("the dataset has no records, so there is nothing to train on")
         first_shard = first_record = 0
         for group, info in enumerate(manifest.groups):
             sizes = [shard.num_samples for shard in manifest.shards if shard.group == group]
-            if not sizes:
-                continue
-            order = SampleOrder(sizes, seed, window, component=len(components))
-            share = weight / sum(weights) * order.num_records / manifest.num_samples
-            components.append(Component(dataset, info.shape, share, first_shard, first_record, order))
+            if sum(sizes) > 0:
+                order = SampleOrder(sizes, seed, window, component=len(components))
+                weight = share * order.num_records / manifest.num_samples
+                components.append(Component(dataset, info.shape, weight, first_shard, first_record, order))
             first_shard += len(sizes)
-            first_record += order.num_records
+            first_record += sum(sizes)
     return components

@@ -246,13 +246,14 @@ class Normalization:
         InputError if the codecs disagree, or a channel is constant.
         """
         if rule == "codec":
-            scalings = {(m.latent_codec.shift, m.latent_codec.scaling_factor, m.latents.num_channels) for m in manifests}
+            scalings = {(m.latent_codec.shift, m.latent_codec.scaling_factor) for m in manifests}
             if len(scalings) > 1:
                 raise InputError(
-                    f"data.mixture: the codecs of the datasets shift and scale latents differently (shift, factor, "
-                    f"channels: {sorted(scalings)}); encode them with one codec, or use normalization: dataset"
+                    f"data.mixture: the codecs of the datasets scale latents differently (shift, factor: "
+                    f"{sorted(scalings)}); encode them with one codec, or use normalization: dataset"
                 )
-            ((shift, factor, channels),) = scalings
+            ((shift, factor),) = scalings
+            channels = manifests[0].latents.num_channels
             return cls((shift,) * channels, (1.0 / factor,) * channels)
         total = math.fsum(weights)
         shares = [weight / total for weight in weights]

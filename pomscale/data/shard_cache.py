@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from io import BufferedRandom
@@ -43,7 +44,8 @@ class ShardCache:
     """The shards of one dataset in the cache of this node. Safe to share between threads.
 
     The limit is that of the folder, all datasets together: room is made by deleting the shards that were opened
-    longest ago. Indexes count but stay, since processes map them for as long as they run.
+    longest ago, those in use last. The disk has the room of one of these again when it is no longer mapped. Indexes
+    count but stay, since processes map them for as long as they run.
     """
 
     def __init__(self, location: str, manifest: Manifest, config: CacheConfig) -> None:
@@ -168,7 +170,8 @@ def _open_in_use(path: Path, num_bytes: int) -> BinaryIO | None:
     if status.st_size != num_bytes:
         file.close()
         return None
-    os.utime(file.fileno())  # the time by which shards are evicted
+    now = time.time_ns()  # by the kernel's own clock shards that are opened together would tie
+    os.utime(file.fileno(), ns=(now, now))
     return file
 
 

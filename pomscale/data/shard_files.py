@@ -54,7 +54,8 @@ def open_shard_files(
 ) -> ShardFiles:
     """The shards of the dataset at `location`, a folder or a URL, read as `data.reading` and `data.cache` say.
 
-    InputError where they do not go together.
+    Mapped, memory is the page cache's. Streamed, each process fetches every shard it needs for itself, and has those of
+    the last two announcements in memory. InputError for a URL that is to be mapped without a cache.
     """
     folder = local_folder(location)
     if reading == "streamed":

@@ -12,7 +12,7 @@ from pomscale.errors import InputError
 
 
 class TextReader:
-    """`source` may be `main` itself. InputError if it has no embeddings, or no table says which row belongs to which."""
+    """`source` may be `main` itself. InputError if it has no embeddings, or if a table to join them is missing."""
 
     def __init__(self, main: ArrayReader, source: ArrayReader) -> None:
         if source.manifest.text is None:
@@ -29,17 +29,17 @@ class TextReader:
     def read(self, members: Members, faults: Faults) -> tuple[Tensor, Tensor]:
         """Embeddings (b, n, dim) float16, zero after each row's length, and lengths (b,) int64.
 
-        `members`: any array of the records in the main set. There is always room for the null embedding.
+        `members`: any array of the records in the main set. Rows with faults get the embedding of the empty caption;
+        there is always room for it, so that a caption can be dropped.
         """
         records, rows = self._rows(members, faults)
-        text = Members.of(records, rows, "text")
-        return self.source.sequences(text, self.info.dim, self.info.config.max_length, self.info.null_length, faults)
-
-    def set_null(self, rows: list[int], values: Tensor, lengths: Tensor) -> None:
-        """Give these rows the embedding of the empty caption."""
-        values[rows] = 0
-        values[rows, : self.info.null_length] = self._null
-        lengths[rows] = self.info.null_length
+        text, info = Members.of(records, rows, "text"), self.info
+        values, lengths = self.source.sequences(text, info.dim, info.config.max_length, info.null_length, faults)
+        bad = list(faults)
+        values[bad] = 0
+        values[bad, : info.null_length] = self._null
+        lengths[bad] = info.null_length
+        return values, lengths
 
     def shards(self, records: np.ndarray) -> np.ndarray:
         """The source's shards that have the embeddings of these records of the main set."""

@@ -6,6 +6,8 @@ METRICS: dict[str, str] = {
     "train/loss": "training loss, mean over the samples since the last row",
     "train/grad_norm": "global gradient norm before clipping, mean over the steps since the last row",
     "train/learning_rate": "learning rate of the last step",
+    "data/epoch": "how often the dataset was gone through; of a mixture, data/epoch/NAME for each dataset",
+    "data/bad_samples": "samples of this run that could not be read and were left out, each counted once",
     "speed/samples_per_s": "samples per second over all ranks, without validation, sampling and saving",
     "speed/step_time_s": "seconds per optimiser step, mean",
     "speed/data_wait_share": "share of the step time spent waiting for data, 0 to 1",
@@ -24,6 +26,7 @@ METRICS: dict[str, str] = {
 }
 
 VALIDATION_BIN_PREFIX = "validation/loss_bin_"
+EPOCH_PREFIX = "data/epoch/"
 
 
 def validation_bin(index: int) -> str:
@@ -31,8 +34,15 @@ def validation_bin(index: int) -> str:
     return f"{VALIDATION_BIN_PREFIX}{index:02d}"
 
 
+def epoch(dataset: str) -> str:
+    """Name of the epochs of one dataset of a mixture."""
+    return f"{EPOCH_PREFIX}{dataset}"
+
+
 def describe(name: str) -> str:
     """Meaning and unit of a metric; empty for a name that this list does not know."""
     if name.startswith(VALIDATION_BIN_PREFIX):
         return f"held-out loss of time bin {int(name.removeprefix(VALIDATION_BIN_PREFIX))} (0 = nearest to the data)"
+    if name.startswith(EPOCH_PREFIX):
+        return f"how often dataset {name.removeprefix(EPOCH_PREFIX)} was gone through"
     return METRICS.get(name, "")

@@ -96,8 +96,10 @@ def test_one_flipped_bit_anywhere_is_found_and_named_with_its_record(tmp_path: P
         text = "\n".join(report.problems)
         inside = [m for m in members if m.offset <= place < m.offset_data + -(-m.size // 512) * 512]
         assert "shard-000001.tar: its sha256 differs from the manifest's" in text
-        if inside and inside[0].offset_data <= place < inside[0].offset_data + inside[0].size and (
-            inside[0].name.endswith((".json", ".txt"))
+        if (
+            inside
+            and inside[0].offset_data <= place < inside[0].offset_data + inside[0].size
+            and (inside[0].name.endswith((".json", ".txt")))
         ):
             # Neither has a checksum of its own.
             assert "the damage is in a caption or in a .json member" in text or inside[0].name in text

@@ -1,0 +1,97 @@
+"""Makes the bad shards of a dataset anew, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipelines.common.derived import is_derived
+from data_pipelines.common.encode import EncodeReport, encode, forget_shards
+from data_pipelines.common.parts import PARTS_FOLDER
+from data_pipelines.common.verify import VerifyReport, verify
+from pomscale.config.recipe import load_encode_recipe
+from pomscale.config.schema import EncodeRecipe
+from pomscale.config.source import dump_yaml
+from pomscale.data.schema import MANIFEST_NAME, Manifest, read_manifest
+from pomscale.errors import InputError
+from pomscale.files import make_folder, write_text
+
+# The recipe of a repair under way. While shards are missing there is no manifest that could tell it.
+_RECIPE_NAME = "repair.yaml"
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """`found`: what was wrong (None where an earlier repair was taken up again); `left`: what still is."""
+
+    found: VerifyReport | None
+    encoded: EncodeReport | None
+    left: VerifyReport
+
+    @property
+    def exit_code(self) -> int:
+        """As that of an encode: 3 where items of the source failed."""
+        return self.left.exit_code or (self.encoded.exit_code if self.encoded else 0)
+
+    def __str__(self) -> str:
+        if self.encoded is None:
+            return f"{self.left}; nothing to repair"
+        lines = (
+            [*self.found.problems, f"made anew: {', '.join(self.found.bad_shards) or 'index'}"] if self.found else []
+        )
+        return "\n".join([*lines, str(self.encoded), f"after the repair: {self.left}"])
+
+
+def repair(
+    folder: str | Path, overrides: Sequence[str] = (), *, num_workers: int | None = None, progress: bool = True
+) -> RepairReport:
+    """Verifies, encodes what is bad by the recipe in the manifest, and verifies that. May be killed and run again.
+
+    overrides: changes to that recipe, e.g. where the source lies now. What the encoder noted in FOLDER/parts says
+    which items are in which shard; where that is gone, everything is made anew. Tars that are not the dataset's are
+    told and left. InputError for a set made by merge or split, or whatever `encode` refuses.
+    """
+    folder = Path(folder)
+    saved = folder / PARTS_FOLDER / _RECIPE_NAME
+    if saved.exists() and not (folder / MANIFEST_NAME).exists():
+        encoded = encode(load_encode_recipe(saved, list(overrides)), progress=progress)
+        return _finished(saved, RepairReport(None, encoded, verify(folder, num_workers=num_workers, progress=progress)))
+    manifest = read_manifest(folder)
+    recipe = _read_recipe(folder, manifest, saved, overrides)
+    found = verify(folder, num_workers=num_workers, progress=progress)
+    if not found.num_problems:
+        return _finished(saved, RepairReport(found, None, found))
+    forget_shards(folder, found.bad_shards)
+    encoded = encode(recipe, progress=progress)
+    # A part is made anew as a whole: with several groups it has several shards.
+    parts = {_part(name) for name in found.bad_shards}
+    names = [shard.name for shard in read_manifest(folder).shards if _part(shard.name) in parts]
+    left = verify(folder, num_workers=num_workers, progress=progress, only=names)
+    return _finished(saved, RepairReport(found, encoded, left))
+
+
+def _read_recipe(folder: Path, manifest: Manifest, saved: Path, overrides: Sequence[str]) -> EncodeRecipe:
+    if is_derived(manifest):
+        sets = ", ".join(one["path"] for one in manifest.recipe["of"])
+        raise InputError(
+            f"dataset {folder}: was made by `pomscale data {manifest.recipe['kind']}`, so it has no source to encode "
+            f"again; repair {sets} and do it again"
+        )
+    make_folder(saved.parent)
+    write_text(saved, dump_yaml({**manifest.recipe, "output": str(folder)}))
+    recipe = load_encode_recipe(saved, list(overrides))
+    if Path(recipe.output) != folder:
+        raise InputError(f"override output={recipe.output}: a repair mends {folder} where it is")
+    write_text(saved, dump_yaml(recipe.model_dump(mode="json")))
+    return recipe
+
+
+def _part(shard_name: str) -> str:
+    """shard-000007-01.tar -> shard-000007"""
+    return "-".join(shard_name.removesuffix(".tar").split("-")[:2])
+
+
+def _finished(saved: Path, report: RepairReport) -> RepairReport:
+    saved.unlink(missing_ok=True)
+    return report

@@ -1,0 +1,306 @@
+"""`pomscale bench loader`: batches per second beside other readers of the same shards, and the time to resume.
+
+Latents 4x32x32 float16 with flipped copies and classes, batch 256, warm page cache. Every reader shuffles, picks
+original or flip, and collates; each is shown at every number of threads or processes tried, and compared at its best.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from torch.utils.data import DataLoader, IterableDataset
+
+from pomscale.benchmarks.report import BenchReport
+from pomscale.benchmarks.synthetic import make_dataset
+from pomscale.config.schema import DataConfig
+from pomscale.data.loader import Loader
+from pomscale.data.mixture import Mixture
+from pomscale.data.schema import read_manifest
+from pomscale.errors import PomscaleError
+
+_BATCH = 256
+_SHAPE = (4, 32, 32)
+_WARM_UP_BATCHES = 8
+_SEED = 0
+
+
+def bench_loader(*, num_samples: int, num_resume: int, seconds: float, folder: Path | None) -> BenchReport:
+    """num_samples: in the set that is read; num_resume: in the set that is resumed (smaller latents).
+
+    `folder` keeps the datasets for another time; None = a temporary folder.
+    """
+    report = BenchReport("loader")
+    with tempfile.TemporaryDirectory(prefix="pomscale-bench-") as temporary:
+        root = folder or Path(temporary)
+        dataset = _dataset(root, f"loader-{num_samples}", num_samples, side=64, flip=True, shard_samples=2048)
+        _check(dataset)
+        best = {
+            name: max(_measure(report, name, label, make, seconds) for label, make in variants.items())
+            for name, variants in _readers(dataset).items()
+        }
+        report.judge("pomscale over stock webdataset", best["pomscale"] / best["webdataset"], 10.0)
+        report.judge("pomscale over the bare mmap reader", best["pomscale"] / best["bare mmap"], 0.5)
+        if "energon" in best:
+            report.judge("pomscale over Megatron-Energon", best["pomscale"] / best["energon"], 1.0)
+        if num_resume:
+            large = _dataset(root, f"resume-{num_resume}", num_resume, side=8, flip=False, shard_samples=8192)
+            _resume(report, large, num_resume, seconds)
+            _memory(report, {num_samples: dataset, num_resume: large})
+    return report
+
+
+def _dataset(root: Path, name: str, count: int, *, side: int, flip: bool, shard_samples: int) -> Path:
+    if not (root / name / "manifest.json").exists():
+        make_dataset(root, name, count, side, flip=flip, shard_samples=shard_samples)
+    for shard in sorted((root / name).glob("*.tar")):  # into the page cache
+        shard.read_bytes()
+    return root / name
+
+
+def _open(dataset: Path, num_threads: int, start: int = 0) -> Loader[Any]:
+    config = DataConfig(path=str(dataset), num_threads=num_threads)
+    mixture = Mixture.open(config, seed=_SEED, global_batch=_BATCH, read_text=False)
+    return Loader(
+        mixture,
+        micro_batch=None,
+        rank=0,
+        world_size=1,
+        start_position=start,
+        num_threads=num_threads,
+        prefetch=config.prefetch,
+        finish=lambda batch: batch,
+        pin_memory=False,
+    )
+
+
+def _check(dataset: Path) -> None:
+    """No figure for a loader that reads something else than what stock webdataset reads."""
+    stock = {}
+    for sample in webdataset.WebDataset(_shards(dataset), shardshuffle=False).decode():
+        stock[sample["latent.npy"].tobytes()] = sample["cls"]
+        stock[sample["latent_flip.npy"].tobytes()] = sample["cls"]
+    with _open(dataset, 2) as loader:
+        for batch in itertools.islice(loader, 20):
+            for latent, label in zip(batch.latents, batch.condition.tolist(), strict=True):
+                if latent.half().numpy().tobytes() not in stock:
+                    raise PomscaleError("the loader gave a latent that is not in the shards: no figure")
+                if not 0 <= label < 10:
+                    raise PomscaleError("the loader gave a class that is not in the shards: no figure")
+
+
+def _shards(dataset: Path) -> list[str]:
+    return [str(dataset / shard.name) for shard in read_manifest(dataset).shards]
+
+
+def _measure(report: BenchReport, name: str, label: str, make: Callable[[], Any], seconds: float) -> float:
+    """Samples per second over about `seconds`, after a warm-up."""
+    loader = make()
+    batches = iter(loader)
+    for _ in range(_WARM_UP_BATCHES):
+        next(batches)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        count += len(next(batches)[0]) if name != "pomscale" else len(next(batches).latents)
+    rate = count / (time.perf_counter() - start)
+    if isinstance(loader, Loader):
+        loader.close()
+    del batches, loader
+    report.add(f"{name}, {label}", samples_per_s=rate)
+    return rate
+
+
+def _readers(dataset: Path) -> dict[str, dict[str, Callable[[], Any]]]:
+    shards = _shards(dataset)
+    readers: dict[str, dict[str, Callable[[], Any]]] = {
+        "bare mmap": {
+            **{f"{n} thread(s)": partial(_threaded, _BareReader(dataset), n) for n in (1, 2)},
+            **{
+                f"DataLoader, {n} process(es)": partial(DataLoader, _BareReader(dataset), None, num_workers=n)
+                for n in (0, 1, 2)
+            },
+        },
+        "webdataset": {
+            **{f"DataLoader, {n} process(es)": partial(_stock_loader, shards, n) for n in (0, 1, 2)},
+            **{f"batched, WebLoader, {n} process(es)": partial(_stock_batched, shards, n) for n in (1, 2)},
+        },
+        "pomscale": {f"{n} thread(s)": partial(_open, dataset, n) for n in (1, 2, 3)},
+    }
+    energon = _energon(dataset)
+    if energon is not None:
+        readers["energon"] = energon
+    return readers
+
+
+def _stock(shards: list[str]) -> Any:
+    """As its documentation shows: shuffled shards, a buffer of samples, decoded, in tuples."""
+
+    def pick(sample: tuple[np.ndarray, np.ndarray, int]) -> tuple[np.ndarray, int]:
+        return (sample[1] if np.random.rand() < 0.5 else sample[0]), sample[2]
+
+    return (
+        webdataset.WebDataset(shards * 50, shardshuffle=100)
+        .shuffle(1000)
+        .decode()
+        .to_tuple("latent.npy", "latent_flip.npy", "cls")
+        .map(pick)
+    )
+
+
+def _stock_loader(shards: list[str], num_workers: int) -> Any:
+    return DataLoader(_stock(shards), _BATCH, num_workers=num_workers)
+
+
+def _stock_batched(shards: list[str], num_workers: int) -> Any:
+    return webdataset.WebLoader(_stock(shards).batched(_BATCH), batch_size=None, num_workers=num_workers)
+
+
+class _BareReader(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+    """The least that random access to these shards can be: offsets, mmap, copy. No checks, no normalisation."""
+
+    def __init__(self, dataset: Path) -> None:
+        self._shards = _shards(dataset)
+        self._index = np.load(dataset / "index.npy")
+        self._header = int(self._index["latent_length"][0]) - 2 * int(np.prod(_SHAPE))
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        rng = np.random.default_rng()
+        while True:
+            yield self.batch(rng)
+
+    def batch(self, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        maps = self._maps()
+        rows = self._index[rng.integers(len(self._index), size=_BATCH)]
+        flips = rng.random(_BATCH) < 0.5
+        offsets = np.where(flips, rows["flip_offset"], rows["latent_offset"]) + self._header
+        out = np.empty((_BATCH, int(np.prod(_SHAPE))), np.float16)
+        for i, (shard, offset) in enumerate(zip(rows["shard"].tolist(), offsets.tolist(), strict=True)):
+            out[i] = np.frombuffer(maps[shard], "<f2", out.shape[1], offset)
+        return torch.from_numpy(out).view(_BATCH, *_SHAPE), torch.from_numpy(rows["label"].astype(np.int64))
+
+    def _maps(self) -> list[mmap.mmap]:
+        if not hasattr(self, "_opened"):
+            files = [open(shard, "rb") for shard in self._shards]  # noqa: SIM115
+            self._opened = [mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) for file in files]
+            for file in files:
+                file.close()
+        return self._opened
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_opened"}
+
+
+def _threaded(reader: _BareReader, num_threads: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    reader._maps()
+    with ThreadPoolExecutor(num_threads) as pool:
+        pending = [pool.submit(reader.batch, np.random.default_rng(i)) for i in range(num_threads + 2)]
+        for number in itertools.count():
+            yield pending.pop(0).result()
+            pending.append(pool.submit(reader.batch, np.random.default_rng(number)))
+
+
+def _energon(dataset: Path) -> dict[str, Callable[[], Any]] | None:
+    """Megatron-Energon, where it is installed (a rival only: no dependency of ours)."""
+    try:
+        from megatron import energon  # noqa: PLC0415
+    except ImportError:
+        return None
+    return _energon_readers(energon, dataset)
+
+
+def _energon_readers(energon: Any, dataset: Path) -> dict[str, Callable[[], Any]]:
+    """Its CrudeWebdataset with a cooker that picks original or flip, as its documentation shows for raw tars."""
+    meta = dataset / ".nv-meta"
+    if not meta.exists():
+        subprocess.run(
+            [sys.executable, "-m", "megatron.energon.cli.main", "prepare", str(dataset), "--non-interactive",
+             "--split-ratio", "1,0,0"],
+            check=True,
+        )  # fmt: skip
+        (meta / "dataset.yaml").write_text(
+            "__module__: megatron.energon\n__class__: CrudeWebdataset\n", encoding="utf-8"
+        )
+
+    def cook(sample: dict[str, Any]) -> dict[str, Any]:
+        array = sample["latent_flip.npy" if np.random.rand() < 0.5 else "latent.npy"]
+        return {"__key__": sample["__key__"], "latent": torch.as_tensor(array), "label": int(sample["cls"])}
+
+    class Task(energon.DefaultTaskEncoder):
+        cookers = [energon.Cooker(cook)]  # noqa: RUF012
+
+        def batch(self, samples: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+            labels = torch.tensor([sample["label"] for sample in samples])
+            return torch.stack([sample["latent"] for sample in samples]), labels
+
+    def make(num_workers: int) -> Any:
+        worker = energon.WorkerConfig(rank=0, world_size=1, num_workers=num_workers)
+        data = energon.get_train_dataset(
+            dataset,
+            batch_size=_BATCH,
+            shuffle_buffer_size=1000,
+            max_samples_per_sequence=100,
+            worker_config=worker,
+            task_encoder=Task(),
+        )
+        return energon.get_loader(data)
+
+    return {f"{n} process(es)": partial(make, n) for n in (0, 1, 2)}
+
+
+def _resume(report: BenchReport, dataset: Path, count: int, seconds: float) -> None:
+    """To the first batch at the last tenth of an epoch, in a process that has everything imported."""
+    start = int(0.9 * count) // _BATCH * _BATCH
+    began = time.perf_counter()
+    with _open(dataset, 2, start) as loader:
+        next(loader)
+        ours = time.perf_counter() - began
+    report.add(f"pomscale: first batch at {start:,} of {count:,}", seconds=ours)
+    stream = iter(webdataset.WebDataset(_shards(dataset), shardshuffle=False))
+    skipped, began = 0, time.perf_counter()
+    while skipped < start and time.perf_counter() - began < 4 * seconds:
+        next(stream)
+        skipped += 1
+    rate = skipped / (time.perf_counter() - began)
+    report.add(f"webdataset: skipping {skipped:,}, the rest at that speed", seconds=start / rate, samples_per_s=rate)
+    report.judge("seconds to resume", ours, 1.0, at_least=False)
+
+
+def _memory(report: BenchReport, datasets: dict[int, Path]) -> None:
+    """Private memory of a process that has read 50 batches: mapped pages belong to the page cache."""
+    peaks = {}
+    for count, dataset in datasets.items():
+        done = subprocess.run(
+            [sys.executable, "-c", _PEAK, str(dataset)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        peaks[count] = int(done.stdout) / 1024
+        report.add(f"a loader process on {count:,} samples", private_mib=peaks[count])
+    few, many = min(peaks), max(peaks)
+    report.judge(f"private memory at {many:,} samples over {few:,}", peaks[many] / peaks[few], 1.1, at_least=False)
+
+
+_PEAK = """
+import itertools, re, sys
+from pathlib import Path
+from pomscale.benchmarks.loader import _open
+with _open(Path(sys.argv[1]), 2) as loader:
+    for _ in itertools.islice(loader, 50):
+        pass
+    print(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""

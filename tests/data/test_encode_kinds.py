@@ -1,0 +1,246 @@
+"""What an encode can make: buckets, several sizes, clips, captions, companion sets; and from what."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from encoding import contents, only, read_all, shard_members
+from make_video import write_video
+from PIL import Image
+from tiny_models import save_t5, save_vae, save_video_vae
+
+from data_pipelines.common.dry_run import describe
+from data_pipelines.common.encode import encode
+from data_pipelines.common.verify import verify
+from pomscale.codecs import build_codec, build_text_encoder
+from pomscale.config.schema import EncodeRecipe
+from pomscale.data.schema import FAILURES_NAME, read_manifest
+
+MakeRecipe = Callable[..., EncodeRecipe]
+
+
+def failures(output: str) -> dict[str, str]:
+    lines = (Path(output) / FAILURES_NAME).read_text().splitlines()
+    return {entry["key"]: entry["reason"] for entry in map(json.loads, lines)}
+
+
+def test_buckets_keep_the_aspect_ratio(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    rng = np.random.default_rng(0)
+    sizes = [(20, 20), (18, 22), (10, 40), (12, 50), (40, 10), (33, 9), (21, 19)]
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    for i, (height, width) in enumerate(sizes * 3):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "in" / "a" / f"{i:02d}-{height}-{width}.png")
+    buckets = [[16, 16], [8, 32], [32, 8], [4, 64]]
+    recipe = make_recipe(tmp_path / "in", transform={"buckets": buckets, "flip": True}, shard_samples=6)
+    report = encode(recipe, progress=False)
+    assert only(report).num_samples == 21
+    assert verify(recipe.output).problems == []
+    manifest = read_manifest(recipe.output)
+    # The bucket that no picture went to is not told.
+    assert [group.target for group in manifest.groups] == [(16, 16), (8, 32), (32, 8)]
+    assert [group.shape for group in manifest.groups] == [(12, 8, 8), (12, 4, 16), (12, 16, 4)]
+    counts = Counter[int]()
+    for shard in manifest.shards:
+        counts[shard.group] += shard.num_samples
+        with tarfile.open(Path(recipe.output) / shard.name) as tar:
+            for name in tar.getnames():
+                if name.endswith(".latent.npy"):
+                    _, height, width = name.removesuffix(".latent.npy").split("-")
+                    shape = np.load(io.BytesIO(tar.extractfile(name).read())).shape  # type: ignore[union-attr]
+                    assert shape == manifest.groups[shard.group].shape
+                    assert (shape[1] < shape[2]) == (int(height) * 1.5 < int(width))
+    assert counts == {0: 9, 1: 6, 2: 6}
+    again = contents(Path(recipe.output))
+    for record in (Path(recipe.output) / "parts").glob("part-*.json"):
+        record.unlink()
+    encode(recipe, progress=False)
+    assert contents(Path(recipe.output)) == again
+
+
+def test_several_sizes_in_one_pass(pictures: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    vae = {"name": "sd_vae", "path": str(save_vae(tmp_path / "vae", seed=0)), "store": "sample"}
+    recipe = make_recipe(pictures, codec=vae, transform={"sizes": [16, 32], "flip": True}, batch=7)
+    report = encode(recipe, progress=False)
+    assert [dataset.output.name for dataset in report.datasets] == ["16", "32"]
+    for size in (16, 32):
+        folder = Path(recipe.output) / str(size)
+        assert verify(folder).problems == []
+        # As if it had been made alone.
+        alone = make_recipe(
+            pictures, codec=vae, transform={"size": size, "flip": True}, batch=7, output=str(tmp_path / f"alone-{size}")
+        )
+        encode(alone, progress=False)
+        ours, reference = contents(folder), contents(Path(alone.output))
+        for files in (ours, reference):
+            del files["manifest.json"], files["parts/claims"]  # the first holds the recipe, with its output
+        assert ours.keys() == reference.keys()
+        assert [name for name in ours if ours[name] != reference[name]] == []
+        assert read_manifest(folder).transform == alone.transform
+    # A size whose shards are lost is made again, and only that one.
+    before = contents(Path(recipe.output))
+    (Path(recipe.output) / "16" / "shard-000002.tar").unlink()
+    assert encode(recipe, progress=False).num_made == 1
+    assert contents(Path(recipe.output)) == before
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    """A WebVid-like table with real mp4 files, and everything that can be wrong with them."""
+    folder = tmp_path / "videos" / "000"
+    folder.mkdir(parents=True)
+    rows = ["videoid,page_dir,name,duration"]
+    for i in range(5):
+        write_video(folder / f"{i}.mp4", num_frames=30, fps=24, height=36, width=64)
+        rows.append(f'{i},000,"clip number {i}, of five",1.25')
+    write_video(folder / "short.mp4", num_frames=3, fps=24, height=36, width=64)
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_bytes(b"this is no film" * 100)
+    write_video(folder / "dumb.mp4", num_frames=30, fps=24, height=36, width=64)
+    rows += ["short,000,too short,0.1", "empty,000,no bytes,0", "text,000,no film,0", "gone,000,not there,0"]
+    rows += ["dumb,000,,1.25", "0,000,the first again,1.25"]
+    (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path
+
+
+def clip_recipe(make_recipe: MakeRecipe, folder: Path, **changes: object) -> EncodeRecipe:
+    t5 = str(save_t5(folder / "t5", seed=0))
+    values: dict[str, object] = {
+        "source": {
+            "kind": "table",
+            "path": str(folder / "table.csv"),
+            "root": str(folder / "videos"),
+            "media": "{page_dir}/{videoid}.mp4",
+            "key": "videoid",
+            "caption": "name",
+        },
+        "codec": {
+            "name": "cogvideox_vae",
+            "path": str(save_video_vae(folder / "vae", seed=0)),
+            "subfolder": "",
+            "precision": "fp32",
+        },
+        "transform": {"kind": "video", "fps": 8, "buckets": [[9, 32, 48]], "flip": True},
+        "text": {
+            "path": t5,
+            "tokenizer": "bytes",
+            "max_length": 16,
+            "precision": "fp32",
+        },
+        "batch": 2,
+        "shard_samples": 4,
+    }
+    return make_recipe(folder, **(values | changes))
+
+
+def test_clips_with_captions(clips: Path, make_recipe: MakeRecipe) -> None:
+    recipe = clip_recipe(make_recipe, clips)
+    assert "text" in describe(recipe)
+    report = encode(recipe, progress=False)
+    assert (only(report).num_samples, report.exit_code) == (5, 3)
+    reasons = failures(recipe.output)
+    assert set(reasons) == {"short", "empty", "text", "gone", "dumb", "0"}
+    assert "needs at least" in reasons["short"]
+    assert "gone" in reasons["gone"]
+    assert "caption" in reasons["dumb"]
+    assert "its key 0 is also that of" in reasons["0"]
+    assert all("\n" not in reason for reason in reasons.values())
+    assert verify(recipe.output).problems == []
+
+    manifest = read_manifest(recipe.output)
+    assert manifest.arrays == ("latent", "flip", "text")
+    assert manifest.modality == "video"
+    assert recipe.codec is not None
+    assert recipe.text is not None
+    codec, encoder = build_codec(recipe.codec), build_text_encoder(recipe.text)
+    assert manifest.groups[0].shape == codec.latent_shape(9, 32, 48)
+    captions = [member.decode() for member in shard_members(Path(recipe.output), ".txt")]
+    assert sorted(captions) == [f"clip number {i}, of five" for i in range(5)]
+    embeddings = [np.load(io.BytesIO(member)) for member in shard_members(Path(recipe.output), ".text.npy")]
+    for caption, embedding in zip(captions, embeddings, strict=True):
+        (expected,) = encoder.encode([caption])
+        np.testing.assert_allclose(embedding, expected, atol=2e-3)
+    assert manifest.text is not None
+    (null,) = encoder.encode([""])
+    stored = np.frombuffer(manifest.text.null_bytes, "<f2").reshape(manifest.text.null_length, manifest.text.dim)
+    np.testing.assert_allclose(stored, null, atol=2e-3)
+
+
+def test_a_companion_set_holds_new_embeddings_of_the_same_records(clips: Path, make_recipe: MakeRecipe) -> None:
+    latents = clip_recipe(make_recipe, clips, text=None)
+    encode(latents, progress=False)
+    manifest = read_manifest(latents.output)
+    assert (manifest.arrays, manifest.has_captions) == (("latent", "flip"), True)
+    companion = clip_recipe(
+        make_recipe,
+        clips,
+        output=str(clips / "text"),
+        source={"kind": "latents", "path": latents.output},
+        codec=None,
+        transform=None,
+    )
+    report = encode(companion, progress=False)
+    assert (only(report).num_samples, report.exit_code) == (5, 0)
+    assert verify(companion.output).problems == []
+    other = read_manifest(companion.output)
+    assert (other.arrays, other.modality) == (("text",), "text")
+    assert other.keys_sha256 == manifest.keys_sha256
+    assert shard_members(Path(companion.output), ".txt") == shard_members(Path(latents.output), ".txt")
+
+
+def test_tars_of_stock_webdataset(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    rng = np.random.default_rng(0)
+    with webdataset.ShardWriter(str(tmp_path / "raw-%03d.tar"), maxcount=6, verbose=0) as writer:
+        for i in range(14):
+            picture = Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
+            writer.write({"__key__": f"{i:05d}", "jpg": picture, "cls": i % 3, "txt": f"picture {i}"})
+    source = {"kind": "tars", "path": str(tmp_path / "raw-{000..002}.tar"), "label": "cls", "caption": "txt"}
+    recipe = make_recipe(tmp_path, source=source, shard_samples=4)
+    assert only(encode(recipe, progress=False)).num_samples == 14
+    assert verify(recipe.output).problems == []
+    assert read_manifest(recipe.output).num_classes == 3
+    # Neighbours stay neighbours: tars are read from front to back.
+    assert [member.decode() for member in shard_members(Path(recipe.output), ".txt")] == [
+        f"picture {i}" for i in range(14)
+    ]
+    assert read_all(Path(recipe.output))[1].tolist() == [i % 3 for i in range(14)]
+
+
+def test_a_network_that_gives_nan_costs_only_what_it_spoiled(
+    clips: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pomscale.codecs.t5 import T5TextEncoder  # noqa: PLC0415  transformers takes seconds to import
+
+    real = T5TextEncoder.encode
+
+    def spoiled(self: T5TextEncoder, captions: list[str]) -> list[np.ndarray]:
+        embeddings = real(self, captions)
+        return [e * np.nan if "number 3" in c else e for c, e in zip(captions, embeddings, strict=True)]
+
+    monkeypatch.setattr(T5TextEncoder, "encode", spoiled)
+    recipe = clip_recipe(make_recipe, clips)
+    assert only(encode(recipe, progress=False)).num_samples == 4
+    assert failures(recipe.output)["3"] == "its text is not finite in float16"
+
+
+def test_a_batch_that_does_not_fit_is_told(
+    pictures: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pomscale.codecs.pixel import PixelCodec  # noqa: PLC0415
+    from pomscale.errors import PomscaleError  # noqa: PLC0415
+
+    def too_large(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PixelCodec, "encode", too_large)
+    with pytest.raises(PomscaleError, match=r"no room for a batch of 3.*Lower `batch`"):
+        encode(make_recipe(pictures), progress=False)

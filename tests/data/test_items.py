@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipelines.common import items as items_module
+from data_pipelines.common.items import ItemTable
+from data_pipelines.common.source import Item
+from pomscale.data.index import key_hash
+from pomscale.errors import InputError
+
+
+@dataclass
+class ListedSource:
+    """A source whose items are given."""
+
+    items: list[Item]
+    shuffled: bool = True
+    class_names: tuple[str, ...] = ("a", "b")
+    num_ignored: int = 3
+
+    def scan(self) -> Iterator[Item]:
+        yield from self.items
+
+    def fingerprint_line(self, item: Item) -> str:
+        return f"{item.key} {item.place}"
+
+    def open(self, item: Item) -> BinaryIO:
+        raise NotImplementedError
+
+
+def some_items(keys: list[str]) -> list[Item]:
+    return [Item(key, f"file {i}", [f"d\udcff/{i}", i], i % 2, f"héllo {i}\n") for i, key in enumerate(keys)]
+
+
+def test_items_come_back_as_the_source_told_them(tmp_path: Path) -> None:
+    items = [*some_items([f"k/{i}" for i in range(100)]), Item("bad", "file x", problem="has no caption")]
+    source = ListedSource(items)
+    built = ItemTable.build(source, tmp_path / "table")
+    opened = ItemTable.open(tmp_path / "table")
+    assert opened is not None
+    for table in (built, opened):
+        assert [table[i] for i in range(len(table))] == items
+        assert (table.class_names, table.num_ignored, table.num_problems, table.shuffled) == (("a", "b"), 3, 1, True)
+        assert table.key_hashes().tolist() == [key_hash(item.key) for item in items]
+    assert built.fingerprint == opened.fingerprint
+    with pytest.raises(IndexError):
+        built[101]
+    with pytest.raises(IndexError):
+        built[-1]
+
+
+def test_the_fingerprint_follows_every_line_and_their_order(tmp_path: Path) -> None:
+    items = some_items(["a", "b"])
+    changed = [items[0], replace(items[1], place=["d/1", 7])]
+    prints = [ItemTable.build(ListedSource(x), tmp_path).fingerprint for x in (items, items[::-1], changed, items)]
+    assert len(set(prints)) == 3
+    assert prints[0] == prints[3]
+
+
+def test_many_threads_read_one_table(tmp_path: Path) -> None:
+    items = some_items([str(i) for i in range(2000)])
+    table = ItemTable.build(ListedSource(items), tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(table.__getitem__, range(2000))) == items
+
+
+def test_every_later_item_of_a_key_has_a_problem(tmp_path: Path) -> None:
+    items = some_items(["a", "b", "a", "c", "a", "b"])
+    items[5] = replace(items[5], problem="has no caption")
+    table = ItemTable.build(ListedSource(items), tmp_path)
+    assert [table[i].problem for i in range(6)] == [
+        None,
+        None,
+        "its key a is also that of file 0",
+        None,
+        "its key a is also that of file 0",
+        "has no caption",
+    ]
+    assert table.num_problems == 3
+
+
+@settings(deadline=None, max_examples=60)
+@given(keys=st.lists(st.integers(0, 30), min_size=1, max_size=80), block=st.integers(1, 9), bits=st.integers(0, 64))
+def test_duplicates_are_exact_also_where_hashes_collide_and_blocks_end(
+    tmp_path_factory: pytest.TempPathFactory, keys: list[int], block: int, bits: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(items_module, "_BLOCK", block)
+        patch.setattr(items_module, "key_hash", lambda key: key_hash(key) >> bits)  # the fewer bits, the more collide
+        items = some_items(list(map(str, keys)))
+        table = ItemTable.build(ListedSource(items), tmp_path_factory.mktemp("table"))
+    first: dict[int, int] = {}
+    for i, key in enumerate(keys):
+        other = first.setdefault(key, i)
+        assert table[i].problem == (None if other == i else f"its key {key} is also that of file {other}")
+    assert table.num_problems == len(keys) - len(first)
+
+
+def test_what_cannot_be_encoded_at_all_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no items"):
+        ItemTable.build(ListedSource([]), tmp_path)
+    with pytest.raises(InputError, match=r"none of its 2 items.*file 0: has no caption"):
+        ItemTable.build(ListedSource([replace(x, problem="has no caption") for x in some_items(["a", "b"])]), tmp_path)
+    assert ItemTable.open(tmp_path) is None
+
+
+def test_an_incomplete_table_is_none(tmp_path: Path) -> None:
+    class FailingSource(ListedSource):
+        def scan(self) -> Iterator[Item]:
+            yield from self.items
+            raise InputError("the tenth tar is missing")
+
+    assert ItemTable.open(tmp_path / "nowhere") is None
+    items = some_items(["a", "b"])
+    ItemTable.build(ListedSource(items), tmp_path)
+    with pytest.raises(InputError, match="tenth"):
+        ItemTable.build(FailingSource(items), tmp_path)
+    assert ItemTable.open(tmp_path) is None
+    ItemTable.build(ListedSource(items), tmp_path)
+    for name in ("items.jsonl", "items.npy", "keys.npy", "duplicates.npy"):
+        content = (tmp_path / name).read_bytes()
+        for cut in (content[:-1], b""):
+            (tmp_path / name).write_bytes(cut)
+            assert ItemTable.open(tmp_path) is None
+        (tmp_path / name).write_bytes(content)
+    table = json.loads((tmp_path / "items.json").read_text())
+    (tmp_path / "items.json").write_text(json.dumps({**table, "format": 0}))
+    assert ItemTable.open(tmp_path) is None
+
+
+_MEASURE = """
+import sys, threading
+from pathlib import Path
+from data_pipelines.common.dealing import Dealing
+from data_pipelines.common.items import ItemTable
+from data_pipelines.sources import build_source
+from pomscale.config.schema import TableSourceConfig
+
+def anonymous_kib():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def watch():
+    while not done.wait(0.01):
+        peaks.append(max(peaks.pop(), anonymous_kib()))
+
+path, folder = sys.argv[1:]
+config = TableSourceConfig(kind="table", path=path, media="{page_dir}/{videoid}.mp4", key="videoid", caption="name")
+before = anonymous_kib()
+peaks, done = [before], threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
+table = ItemTable.build(build_source(config), Path(folder))
+dealing = Dealing(len(table), 0, True)
+for place in range(0, len(table), 97):
+    table[dealing.item(place)]
+done.set()
+watcher.join()
+print(len(table), table.num_problems, peaks[0] - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_items(tmp_path: Path) -> None:
+    """Anonymous memory; what is mapped from files is the kernel's to drop. Every 50th key is there twice."""
+    grown = {}
+    for num_items in (10_000, 1_000_000):
+        path = tmp_path / f"{num_items}.jsonl"
+        with path.open("w") as stream:
+            for i in range(num_items):
+                key = i - 1 if i % 50 == 49 else i
+                stream.write(f'{{"videoid": {key}, "page_dir": "0001_0050", "name": "a man walks a dog, {i}"}}\n')
+        command = [sys.executable, "-c", _MEASURE, str(path), str(tmp_path / "table")]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found, num_problems, grown[num_items] = map(int, out.split())
+        assert (found, num_problems) == (num_items, num_items // 50)
+    print(f"KiB of anonymous memory by number of items: {grown}")
+    assert grown[1_000_000] < grown[10_000] + 16 * 1024
