@@ -31,16 +31,22 @@ def origin_of(folder: Path, manifest: Manifest) -> dict[str, str]:
     return {"path": str(folder.resolve()), "fingerprint": manifest.fingerprint}
 
 
-def open_checked_index(folder: Path, manifest: Manifest) -> np.ndarray:
-    """The index, memory-mapped. PomscaleError if it is damaged: what is made from it would hide that."""
+def open_index(folder: Path, manifest: Manifest) -> np.ndarray:
+    """The index, memory-mapped. PomscaleError if it is not there, or of another size."""
     path = folder / INDEX_NAME
     try:
-        with path.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != manifest.index.sha256:
-                raise ValueError("its sha256 differs from the manifest's")
         return map_index(path, manifest.num_samples, index_dtype(manifest.arrays))
     except (OSError, ValueError) as error:
-        raise PomscaleError(f"{path}: {error}; {REMEDY}") from error
+        raise PomscaleError(f"{path}: cannot be read: {error}; {REMEDY}") from error
+
+
+def open_checked_index(folder: Path, manifest: Manifest) -> np.ndarray:
+    """As open_index, with its checksum: what is made from a damaged index would hide the damage."""
+    index = open_index(folder, manifest)
+    with (folder / INDEX_NAME).open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != manifest.index.sha256:
+            raise PomscaleError(f"{folder / INDEX_NAME}: its sha256 differs from the manifest's; {REMEDY}")
+    return index
 
 
 def failure_lines(folder: Path, manifest: Manifest) -> Iterator[bytes]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipelines.common.finish import finish
-from data_pipelines.common.items import ItemTable
+from data_pipelines.common.items import ItemTable, share_table
 from data_pipelines.common.job import EncodeJob, Encoders, table_folder, variants_of
 from data_pipelines.common.parts import PARTS_FOLDER, Claims
 from data_pipelines.common.pipeline import Pipeline
@@ -146,6 +146,7 @@ def _open_job(recipe: EncodeRecipe, encoders: Encoders, rescan: bool) -> EncodeJ
     job = EncodeJob(recipe, source, table, encoders)
     for variant, store in zip(job.variants, job.stores, strict=True):
         store.adopt(job.plan(variant))
+        share_table(folder, store.folder)  # each size is a dataset of its own, to be verified and repaired alone
     return job
 
 

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import mmap
+import os
 from bisect import bisect_left
 from collections.abc import Iterator
 from io import BufferedRandom
@@ -143,6 +144,13 @@ class ItemTable:
     def key_hashes(self) -> np.ndarray:
         """(n,) uint64, `key_hash` of each item's key, memory-mapped."""
         return self._keys
+
+
+def share_table(folder: Path, other: Path) -> None:
+    """The table of one folder in another of the same file system as well, without copying it."""
+    for name in (_LINES_NAME, _OFFSETS_NAME, _KEYS_NAME, _DUPLICATES_NAME, _TABLE_NAME):
+        if not (other / name).exists():
+            os.link(folder / name, other / name)
 
 
 class _Lines:

@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipelines.common.derived import failure_lines, new_dataset, open_checked_index, origin_of, write_index
 from data_pipelines.common.keys import sorted_buckets
-from data_pipelines.common.records import read_record
+from data_pipelines.common.records import read_records
 from data_pipelines.common.statistics import ChannelStatistics
 from data_pipelines.common.workers import over_shards
 from pomscale import __version__
@@ -154,7 +154,8 @@ def _refuse_common_keys(sets: Sequence[_Set]) -> None:
         for place in (order[same[0]], order[same[0] + 1]):
             number = int(np.searchsorted(begins, place, side="right")) - 1
             one, row = sets[number], columns[number]["row"][place - begins[number]]
-            found.append((read_record(one.folder, one.manifest, one.index[row]).key, one.folder))
+            (record,) = read_records(one.folder, one.manifest, one.index[[row]])
+            found.append((record.key, one.folder))
         (key, folder), (other_key, other_folder) = found
         and_key = f"and {other_key} (of equal hash) of" if key != other_key else "and of"
         raise InputError(f"merge: {key} is a key of {folder} {and_key} {other_folder}; keys must be unique")

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from data_pipelines.common.derived import failure_lines, new_dataset, open_checked_index, origin_of, write_index
 from data_pipelines.common.part_writer import num_bytes_and_sha256
-from data_pipelines.common.records import TarRecord, TarWriter, open_shard, read_record_at, record_offset, stored_array
+from data_pipelines.common.records import TarRecord, read_records, stored_array, tar_end
 from data_pipelines.common.statistics import ChannelStatistics, RunningStatistics
 from data_pipelines.common.workers import over_shards
 from pomscale import __version__
@@ -112,10 +112,13 @@ def split(
     for share, shards in zip(shares, cuts, strict=True):
         if not shards:
             raise InputError(f"split: {share.output} would get none of the {manifest.num_samples:,} samples")
-    parts = [
-        _make(folder, manifest, share, shards, seed, num_workers, progress)
-        for share, shards in zip(shares, cuts, strict=True)
-    ]
+    with ExitStack() as outputs_at_work:
+        for share in shares:  # all are looked at before any is filled
+            outputs_at_work.enter_context(new_dataset(share.output, _recipe(folder, manifest, share, seed)))
+        parts = [
+            _make(folder, manifest, share, shards, seed, num_workers, progress)
+            for share, shards in zip(shares, cuts, strict=True)
+        ]
     return SplitReport(folder, manifest.num_samples, manifest.class_names, tuple(parts))
 
 
@@ -139,7 +142,7 @@ class _Cut:
     begin: int
     end: int
     num_samples: int
-    num_bytes: int  # of the rows that it is cut from, in proportion
+    num_bytes: int  # about
 
 
 def _cut(manifest: Manifest, index: np.ndarray, share: _Share, seed: int) -> list[_Cut]:
@@ -148,21 +151,18 @@ def _cut(manifest: Manifest, index: np.ndarray, share: _Share, seed: int) -> lis
     per_sample = sum(shard.num_bytes for shard in manifest.shards) // manifest.num_samples
     cuts: list[_Cut] = []
     for group, (first, last) in _group_rows(manifest).items():
-        begin, count = first, 0
+        begin, count = first, 0  # of the shard that is being filled
+        ends: list[tuple[int, int]] = []
         for block in range(first, last, _ROWS_AT_ONCE):
             keys = index["key"][block : min(block + _ROWS_AT_ONCE, last)]
-            for row in block + np.flatnonzero(share.chosen(keys, seed)):
-                count += 1
-                if count == most:
-                    cuts.append(_Cut(_name(cuts), group, begin, int(row) + 1, count, count * per_sample))
-                    begin, count = int(row) + 1, 0
-        if count:
-            cuts.append(_Cut(_name(cuts), group, begin, last, count, count * per_sample))
+            rows = block + np.flatnonzero(share.chosen(keys, seed))
+            ends += [(int(row) + 1, most) for row in rows[most - 1 - count :: most]]
+            count = (count + len(rows)) % most
+        for end, num_samples in [*ends, *([(last, count)] if count else [])]:
+            name = f"shard-{len(cuts):06d}.tar"
+            cuts.append(_Cut(name, group, begin, end, num_samples, num_samples * per_sample))
+            begin = end
     return cuts
-
-
-def _name(cuts: list[_Cut]) -> str:
-    return f"shard-{len(cuts):06d}.tar"
 
 
 def _group_rows(manifest: Manifest) -> dict[int, tuple[int, int]]:
@@ -185,29 +185,32 @@ def _make(
     num_workers: int | None,
     progress: bool,
 ) -> SplitPart:
-    recipe = {
+    written = over_shards(
+        partial(_write_shard, folder, manifest, share, seed),
+        cuts,
+        [cut.num_bytes for cut in cuts],
+        label=f"split {share.output.name}",
+        num_workers=num_workers,
+        progress=progress,
+    )
+    part = _Part(manifest)
+    num_samples = sum(cut.num_samples for cut in cuts)
+    index, keys_sha256 = write_index(share.output, manifest.arrays, num_samples, part.collect(written))
+    num_failures = _write_failures(folder, manifest, share, seed)
+    made = part.manifest(index, keys_sha256, num_failures, _recipe(folder, manifest, share, seed))
+    write_text(share.output / MANIFEST_NAME, made.model_dump_json(indent=2))
+    return SplitPart(share.output, num_samples, len(cuts), tuple(part.class_counts.tolist()))
+
+
+def _recipe(folder: Path, manifest: Manifest, share: _Share, seed: int) -> dict[str, Any]:
+    """How a part was made. Its share of the records begins at `begin` in [0, 1)."""
+    return {
         "kind": "split",
         "of": [origin_of(folder, manifest)],
         "share": share.end - share.begin,
         "begin": share.begin,
         "seed": seed,
     }
-    with new_dataset(share.output, recipe):
-        written = over_shards(
-            partial(_write_shard, folder, manifest, share, seed),
-            cuts,
-            [cut.num_bytes for cut in cuts],
-            label=f"split {share.output.name}",
-            num_workers=num_workers,
-            progress=progress,
-        )
-        part = _Part(manifest)
-        num_samples = sum(cut.num_samples for cut in cuts)
-        index, keys_sha256 = write_index(share.output, manifest.arrays, num_samples, part.collect(written))
-        num_failures = _write_failures(folder, manifest, share, seed)
-        made = part.manifest(index, keys_sha256, num_failures, recipe)
-        write_text(share.output / MANIFEST_NAME, made.model_dump_json(indent=2))
-    return SplitPart(share.output, num_samples, len(cuts), tuple(part.class_counts.tolist()))
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,9 @@ class _Part:
                 mine = self._statistics
                 self._statistics = one.statistics if mine is None else mine.merge(one.statistics)
             if len(self.class_counts):
-                self.class_counts += np.bincount(one.rows["label"], minlength=len(self.class_counts))
+                self.class_counts += np.bincount(one.rows["label"], minlength=len(self.class_counts))[
+                    : len(self.class_counts)
+                ]
             yield one.rows
 
     def manifest(self, index: IndexInfo, keys_sha256: str, num_failures: int, recipe: dict[str, Any]) -> Manifest:
@@ -284,28 +289,27 @@ def _write_failures(folder: Path, manifest: Manifest, share: _Share, seed: int) 
 def _write_shard(folder: Path, manifest: Manifest, share: _Share, seed: int, cut: _Cut) -> _Written:
     index = map_index(folder / INDEX_NAME, manifest.num_samples, index_dtype(manifest.arrays))
     candidates = index[cut.begin : cut.end]
+    mine = candidates[share.chosen(candidates["key"], seed)]
     statistics = RunningStatistics()
     rows: list[tuple[int, ...]] = []
     with atomic_write(share.output / cut.name) as stream:
-        writer = TarWriter(stream)
-        for record, row in _records(folder, manifest, candidates[share.chosen(candidates["key"], seed)]):
-            for array in _checked_arrays(folder, manifest, cut.group, record, row):
+        for record in read_records(folder, manifest, mine):
+            for array in _latents(folder, manifest, cut.group, record):
                 statistics.add(array, manifest.latents.stores_moments)
-            rows.append(writer.copy(record).row(0, int(row["label"]), manifest.arrays))
-        writer.finish()
+            rows.append(replace(record, offset=stream.tell()).row(0, record.label(), manifest.arrays))
+            stream.write(record.blocks)
+        stream.write(tar_end(stream.tell()))
         num_bytes, sha256 = num_bytes_and_sha256(stream)
     info = ShardInfo(name=cut.name, num_samples=len(rows), num_bytes=num_bytes, sha256=sha256, group=cut.group)
     return _Written(info, np.array(rows, index_dtype(manifest.arrays)), statistics.result())
 
 
-def _records(folder: Path, manifest: Manifest, rows: np.ndarray) -> Iterator[tuple[TarRecord, np.void]]:
-    """The records of index rows, with every shard opened once."""
-    for number in np.unique(rows["shard"]):
-        with ExitStack() as files:
-            path = folder / manifest.shards[number].name
+def _latents(folder: Path, manifest: Manifest, group: int, record: TarRecord) -> Iterator[np.ndarray]:
+    """The arrays that the statistics of a dataset are made of, in the encoder's order."""
+    for name in ("latent", "flip"):
+        if name in manifest.arrays:
+            suffix = ARRAY_MEMBERS[name]
             try:
-                stream = files.enter_context(open_shard(path))
-            except OSError as error:
-                raise PomscaleError(f"{path}: cannot be read: {error}; {REMEDY}") from error
-            for row in rows[rows["shard"] == number]:
-                yield read_record_at(path, stream, record_offset(row, manifest.arrays), row), row
+                yield stored_array(manifest, group, name, record.payload(suffix))
+            except ValueError as error:
+                raise PomscaleError(f"{folder}: {record.key}{suffix}: {error}; {REMEDY}") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.common.keys import equal_keys
-from data_pipelines.common.records import read_record
+from data_pipelines.common.records import read_records
 from data_pipelines.common.shard_check import (
     WRONG_SHA256,
     CheckedShard,
@@ -202,7 +202,7 @@ def _find_duplicates(folder: Path, manifest: Manifest, rows: np.ndarray) -> Iter
     for first, second in equal_keys(rows["key"]):
         shards = [manifest.shards[rows[row]["shard"]].name for row in (first, second)]
         try:
-            keys = [read_record(folder, manifest, rows[row]).key for row in (first, second)]
+            keys = [record.key for record in read_records(folder, manifest, rows[[first, second]])]
         except PomscaleError:
             continue  # the shard is damaged there, which is told
         what = "is also a key of" if keys[0] == keys[1] else f"has the 64-bit hash of {keys[0]} in"

@@ -44,7 +44,8 @@ def over_shards(
 
     Processes and not threads: small records are more headers than hashes, and at those two threads take longer than one
     (measured: 1.7 times). num_workers None: as many as there are cores and the data is worth. Work, tasks and results
-    are pickled; `work` once per process. Errors of `work` are raised here; PomscaleError if a process dies.
+    are pickled; `work` once per process; a script that calls this needs the `__main__` guard of multiprocessing. Errors
+    of `work` are raised here; PomscaleError if a process dies.
     """
     if num_workers is None:
         num_workers = min(default_num_workers(), 1 + sum(num_bytes) // _BYTES_PER_PROCESS)

@@ -142,6 +142,8 @@ def _list_local(root: str, folder: str) -> Iterator[Entry]:
         try:
             found = os.stat(join(root, path))
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise  # a link that leads back to a folder above it: the same files without end
             yield Entry(path, is_folder=False, problem=f"cannot be read: {error.strerror}")
         else:
             is_folder = stat.S_ISDIR(found.st_mode)

@@ -25,7 +25,6 @@ def checked_key(name: str) -> tuple[str, str | None]:
     if not is_text(name):
         problem = f"the name {key} is not UTF-8; rename it"
     elif _CONTROL.search(name):
-        key = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", key)
         problem = f"the name {key} has control characters; rename it"
     elif not base or key[0] == "/" or "//" in key:
         problem = f"the name {key!r} has an empty part; rename it"
@@ -47,5 +46,6 @@ def is_text(value: str) -> bool:
 
 
 def readable(value: str) -> str:
-    r"""The text, with every byte that is not UTF-8 as \xNN."""
-    return value.encode(errors="backslashreplace").decode().replace(r"\udc", r"\x") if not is_text(value) else value
+    r"""The text on one line: what is not UTF-8, and control characters, as \xNN."""
+    text = value if is_text(value) else value.encode(errors="backslashreplace").decode().replace(r"\udc", r"\x")
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)

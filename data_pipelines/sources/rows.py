@@ -27,9 +27,8 @@ def read_csv(path: str, columns: Collection[str]) -> Iterator[Row]:
             check_columns(path, columns, reader.fieldnames or ())
             yield from reader
         except csv.Error as error:
-            raise InputError(
-                f"source.path: {path} line {reader.line_num:,}: {error}; is a quote not closed?"
-            ) from error
+            where = f"{path} after line {reader.line_num:,}"
+            raise InputError(f"source.path: {where}: {error}; is a quote not closed?") from error
 
 
 def read_jsonl(path: str, columns: Collection[str]) -> Iterator[Row]:

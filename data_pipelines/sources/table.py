@@ -98,6 +98,7 @@ class TableSource:
             problem = problem or f"its {', '.join(missing)} is missing"
         elif config.media is not None:
             place = _COLUMN.sub(lambda match: str(row[match[1]]), config.media)
+            where = f"{where}: {readable(place)}"
         if config.label is not None:
             label, unusable = self._classes.checked(row.get(config.label))
             problem = problem or unusable

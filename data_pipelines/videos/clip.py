@@ -2,8 +2,8 @@
 
 **Time.** Frame k of the result is the source frame whose presentation time is nearest to k / fps seconds after the
 first frame's, the earlier of two equally near ones. So it is right to half a source frame at a constant rate, and as
-near as can be at a variable one. A clip fills f frames if the last of them lies at most half a frame's duration after
-the last frame of the source. Only as much is decoded as that needs.
+near as can be at a variable one. A clip fills f frames if it lasts f / fps seconds, or if the last of them lies no more
+than half a frame's duration after the last of the source. Only as much is decoded as that needs.
 
 **Space.** A frame is scaled to just cover the target and its centre cut out, in the shape it is shown in: turned and
 mirrored as the display matrix says, with pixels that need not be square. swscale does it from the decoder's colours in
@@ -16,6 +16,7 @@ Times come from the frames alone, never from a rate in a header. Containers that
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -63,9 +64,9 @@ def decode_clip(stream: BinaryIO, targets: Sequence[tuple[int, int, int]], fps: 
     """
     try:
         with av.open(stream, "r", options={"format_whitelist": _FORMATS}, metadata_errors="ignore") as container:
-            if not container.streams.video:
+            video = container.streams.best("video")
+            if not isinstance(video, av.VideoStream):
                 raise UnreadableMediaError("has no video stream")
-            video = container.streams.video[0]
             if video.codec_context is None:
                 raise UnreadableMediaError("its codec is unknown")
             # The recipe's threads decode a clip each; more inside each of them would only get in their way.
@@ -75,6 +76,11 @@ def decode_clip(stream: BinaryIO, targets: Sequence[tuple[int, int, int]], fps: 
             seconds = _header_seconds(container, video)
     except av.FFmpegError as error:
         raise UnreadableMediaError(f"no video that can be read: {error.strerror}") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # Damaged tables make FFmpeg seek to before the start of the file.
+        raise UnreadableMediaError("no video that can be read: it points outside of the file") from error
     return DecodedClip(frames, target, {"duration_s": seconds} | reader.info())
 
 
@@ -147,8 +153,8 @@ class _FrameReader:
     def nearest(self, interval: Fraction) -> Iterator[tuple[av.VideoFrame, Fraction]]:
         """Every frame with the time up to which it is the nearest, in seconds after the first frame's.
 
-        That of the last one is half its duration on; or, where that is more, what makes a clip of n intervals
-        have n times that are multiples of `interval`.
+        The last one counts for half its duration, or until an `interval` before it ends if that is later: so a clip
+        that lasts n intervals fills n frames at any rate.
         """
         previous: av.VideoFrame | None = None
         for frame, time in self._timed():

@@ -504,11 +504,17 @@ class EncodeRecipe(Section):
         video = isinstance(self.transform, VideoTransformConfig)
         if self.codec is not None and video != (self.codec.name == "cogvideox_vae"):
             raise ValueError(f"codec.name: {self.codec.name} does not encode a transform of kind {self.transform.kind}")
-        if isinstance(self.source, LatentsSourceConfig) and self.codec is not None:
-            raise ValueError("codec: a source of kind latents has captions only")
+        if self.codec is not None and not _has_media(self.source):
+            raise ValueError(f"codec: a source of kind {self.source.kind} without files has captions only")
         if self.text is not None and not has_captions(self.source):
             raise ValueError("text: the source has no captions; set source.caption (or source.captions)")
         return self
+
+
+def _has_media(source: SourceConfig) -> bool:
+    if isinstance(source, TableSourceConfig):
+        return source.media is not None or source.bytes_column is not None
+    return not isinstance(source, LatentsSourceConfig)
 
 
 def has_captions(source: SourceConfig) -> bool:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from pomscale.config.schema import CacheConfig
 from pomscale.data.bad_samples import BadSample
+from pomscale.data.fetch import remedy
 from pomscale.data.index import index_dtype, key_hash, map_index, npy_header, split_member_name
 from pomscale.data.location import join
-from pomscale.data.schema import INDEX_NAME, REMEDY, Manifest
+from pomscale.data.schema import INDEX_NAME, Manifest
 from pomscale.data.shard_cache import local_index
 from pomscale.data.shard_files import open_shard_files
 from pomscale.errors import InputError
@@ -60,8 +61,7 @@ class ArrayReader:
         self.location = location
         self.manifest = manifest
         self.files = open_shard_files(location, manifest, reading, cache)
-        self._remedy = f"Run `pomscale data verify {location}` for the whole list, then {REMEDY}"
-        self._shard_bytes = np.array([shard.num_bytes for shard in manifest.shards], np.int64)
+        self._remedy = remedy(location)
         self.index = self._open_index(local_index(location, manifest, cache))
 
     def _open_index(self, path: Path) -> np.ndarray:
@@ -89,7 +89,8 @@ class ArrayReader:
                 flat[row * length : (row + 1) * length] = payload
         wrong = (content[:, : len(header)] != np.frombuffer(header, np.uint8)).any(axis=1)
         for row in np.flatnonzero(wrong).tolist():
-            faults.setdefault(row, self._wrong_array(members, row, shape))
+            if row not in faults:
+                faults[row] = self._wrong_array(members, row, shape)
         stored = torch.from_numpy(content)[:, len(header) :].view(torch.float16)
         values = stored.float()
         self._find_non_finite(members, values.sum(1), faults)
@@ -143,12 +144,12 @@ class ArrayReader:
         name = "/".join(part for part in parts if part)
         return name if key_hash(split_member_name(name)[0]) == members.keys[row] else None
 
-    def fault(self, members: Members, row: int, what: str) -> BadSample:
-        """Something that is wrong with a member of a shard."""
+    def fault(self, members: Members, row: int, what: str, remedy: str | None = None) -> BadSample:
+        """Something that is wrong with a member of a shard. The remedy is to mend the shard, if no other is given."""
         file = join(self.location, self.manifest.shards[members.shards[row]].name)
         record, name = int(members.records[row]), self.member_name(members, row)
         key = _hashed(members.keys[row]) if name is None else split_member_name(name)[0]
-        reason = f"{file}: record {record}, {name or f'key {key}'}: {what}. {self._remedy}"
+        reason = f"{file}: record {record}, {name or f'key {key}'}: {what}. {remedy or self._remedy}"
         return BadSample(self.location, record, key, reason)
 
     def _payloads(self, members: Members, faults: Faults) -> Iterator[tuple[int, memoryview]]:

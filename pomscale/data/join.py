@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pomscale.data.location import local_folder
 from pomscale.data.schema import Manifest
 from pomscale.errors import InputError
 
@@ -28,7 +29,13 @@ def open_join(main_location: str, main: Manifest, companion_location: str, compa
     """
     if main.keys_sha256 == companion.keys_sha256:
         return None
-    path = join_path(companion_location, main)
+    folder = local_folder(companion_location)
+    if folder is None:
+        raise InputError(
+            f"dataset {companion_location}: its records are not those of {main_location}, so a table has to join them, "
+            f"which must lie on a disk; copy the companion to a folder and {join_remedy(main_location, 'FOLDER')}"
+        )
+    path = join_path(folder, main)
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
         if table.shape != (main.num_samples,) or table.dtype != np.int64:

@@ -81,7 +81,7 @@ class Loader(Generic[T]):
 
     `finish` turns a MicroBatch into what the trainer wants, inside the reader threads; with `pin_memory` its
     result must be something torch can pin (a tensor, a container of tensors, or an object with pin_memory()).
-    An InputError met by a reader thread is raised by `next`, once the batches before it were handed out.
+    A PomscaleError met by a reader thread is raised by `next`, once the batches before it were handed out.
     Use as a context manager, or call `close`, to end the threads.
     """
 

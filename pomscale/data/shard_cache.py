@@ -19,7 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedRandom
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -35,6 +35,10 @@ _GIB = 2**30
 _LOCK = ".lock"
 _TEMPORARY = ".tmp"
 _INDEX = ".npy"
+
+# Nothing else in the folder that the user named is counted or deleted.
+_NUM_DIGITS = 16
+_DATASET_FOLDERS = _NUM_DIGITS * "[0-9a-f]"
 
 # How often to look for room again while all of it belongs to shards that others are fetching.
 _ROOM_POLL_S = 0.05
@@ -114,6 +118,11 @@ class ShardCache:
             while excess > 0:
                 victim = next(candidates, None)
                 if victim is None:
+                    if take_in_use and not any(cached.path.suffix == _TEMPORARY for cached in present):
+                        raise InputError(
+                            f"data.cache.max_gib: {self._limit / _GIB:.3g} GiB leave no room for a shard beside the "
+                            f"indexes in {self._root}; raise it, or delete the folders of datasets no longer in use"
+                        )
                     return False
                 victims.append(victim)
                 excess -= victim.num_bytes
@@ -146,7 +155,7 @@ def local_index(location: str, manifest: Manifest, cache: CacheConfig | None) ->
 
 
 def _make_dataset_folder(root: Path, manifest: Manifest) -> Path:
-    folder = root / manifest.fingerprint[:16]
+    folder = root / manifest.fingerprint[:_NUM_DIGITS]
     make_folder(folder)
     return folder
 
@@ -176,7 +185,10 @@ def _open_in_use(path: Path, num_bytes: int) -> BinaryIO | None:
 
 
 def _is_whole(path: Path, num_bytes: int) -> bool:
-    return path.exists() and path.stat().st_size == num_bytes
+    try:
+        return path.stat().st_size == num_bytes
+    except FileNotFoundError:
+        return False
 
 
 class _Cached(NamedTuple):
@@ -186,18 +198,17 @@ class _Cached(NamedTuple):
 
 
 def _scan(root: Path) -> list[_Cached]:
-    """All that fills the cache, opened longest ago first."""
-    present = []
-    for folder in root.iterdir():
-        if not folder.is_dir():
-            continue
+    """All that fills the cache, opened longest ago first.
+
+    In two passes: of a file that is renamed in the meantime, one pass over its folder may see neither name.
+    """
+    present: dict[Path, _Cached] = {}
+    for folder in 2 * list(root.glob(_DATASET_FOLDERS)):
         for entry in os.scandir(folder):
-            try:
-                status = entry.stat()
-            except FileNotFoundError:  # a fetch has just renamed it
-                continue
-            present.append(_Cached(status.st_mtime_ns, status.st_size, Path(entry.path)))
-    return sorted(present)
+            with suppress(FileNotFoundError):
+                path, status = Path(entry.path), entry.stat()
+                present[_final(path)] = _Cached(status.st_mtime_ns, status.st_size, path)
+    return sorted(present.values())
 
 
 def _evictable(present: list[_Cached], take_in_use: bool) -> Iterator[_Cached]:
@@ -215,8 +226,7 @@ def _evictable(present: list[_Cached], take_in_use: bool) -> Iterator[_Cached]:
 
 def _is_idle(path: Path) -> bool:
     """Whether no living process has a shard open, or is fetching it."""
-    name = path.name
-    lock = _lock_of(path.with_name(name.rsplit(".", 2)[0])) if name.endswith(_TEMPORARY) else path
+    lock = _lock_of(_final(path)) if path.suffix == _TEMPORARY else path
     try:
         with lock.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -225,6 +235,11 @@ def _is_idle(path: Path) -> bool:
     except FileNotFoundError:  # a fetch has just renamed it
         return True
     return True
+
+
+def _final(path: Path) -> Path:
+    """What a file that is being fetched will be."""
+    return path.with_name(path.name.rsplit(".", 2)[0]) if path.suffix == _TEMPORARY else path
 
 
 def _lock_of(path: Path) -> Path:

@@ -55,9 +55,9 @@ class TextReader:
         fits = inside & (rows["key"] == members.keys)
         for row in np.flatnonzero(~fits).tolist():
             if row not in faults:
-                remedy = join_remedy(self._main.location, self.source.location)
-                problem = f"it has no text embedding in {self.source.location}, or the sets have changed: {remedy}"
-                faults[row] = self._main.fault(members, row, problem)
+                problem = f"it has no text embedding in {self.source.location}, or the sets have changed"
+                remedy = f"If they have, {join_remedy(self._main.location, self.source.location)}"
+                faults[row] = self._main.fault(members, row, problem, remedy)
         if self.source is not self._main:
             self.source.check_rows(records, rows, faults)
         return records, rows

@@ -29,12 +29,12 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_recipe(tmp_path: Path) -> Callable[..., EncodeRecipe]:
-    def make(source: Path, **changes: object) -> EncodeRecipe:
+    def make(pictures: Path, **changes: object) -> EncodeRecipe:
         values = {
             "kind": "encode",
             "name": "test",
             "output": str(tmp_path / "latents"),
-            "source": {"kind": "image_folder", "path": str(source)},
+            "source": {"kind": "image_folder", "path": str(pictures)},
             "codec": {"name": "pixel", "block": 2, "channels": 3},
             "transform": {"size": 16, "flip": True},
             "shard_samples": 5,

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import io
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +19,7 @@ from make_video import numbered_frame, read_number, write_video  # noqa: E402
 
 from data_pipelines.common.media import UnreadableMediaError  # noqa: E402
 from data_pipelines.videos.clip import DecodedClip, decode_clip  # noqa: E402
+from pomscale.errors import InputError  # noqa: E402
 
 TARGET = (16, 60, 96)  # one second at 16 fps
 
@@ -313,3 +316,10 @@ def test_many_threads_decode_what_one_does(tmp_path: Path) -> None:
         together = list(pool.map(lambda source: decode(source).frames, sources * 4))
     for i, frames in enumerate(together):
         np.testing.assert_array_equal(frames, alone[i % 6])
+
+
+def test_without_pyav_the_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "data_pipelines.videos.clip")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(InputError, match=r"clips need the package av: .*pip install -e '\.\[video\]'"):
+        importlib.import_module("data_pipelines.videos.clip")

@@ -1,77 +1,169 @@
 from __future__ import annotations
 
 import resource
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_dataset import LATENT_SHAPE, replace_index, write_dataset
+import torch
+from damage import HEADER_BYTES, fix_checksum, flip_bit, overwrite
+from synthetic_dataset import LATENT_SHAPE, TEXT_DIM, change_manifest, replace_index, write_dataset
 
-from pomscale.data.dataset import LatentDataset
-from pomscale.data.index import INDEX_DTYPE
-from pomscale.data.schema import INDEX_NAME
+from pomscale.data.dataset import LatentDataset, Samples
+from pomscale.data.index import index_dtype
+from pomscale.data.join import join_path, open_join
+from pomscale.data.schema import INDEX_NAME, Normalization, read_manifest
 from pomscale.errors import InputError
 
 
-def read(dataset: LatentDataset, records: list[int], flip: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def read(dataset: LatentDataset, records: list[int], flip: float = 0.0) -> Samples:
     numbers = np.array(records)
     return dataset.read(numbers, 1000 + numbers, seed=3, flip_probability=flip)
 
 
+def open_skipping(folder: Path, text: str | None = None) -> LatentDataset:
+    manifest = read_manifest(folder)
+    normalization = Normalization.of(manifest, "codec")
+    return LatentDataset(folder, manifest, normalization, text=text, bad_samples="skip")
+
+
+def open_with_text(folder: Path, text: Path) -> LatentDataset:
+    manifest = read_manifest(folder)
+    return LatentDataset(folder, manifest, Normalization.of(manifest, "codec"), text=str(text))
+
+
+def values(latents: torch.Tensor) -> list[int]:
+    """What the synthetic latents, the same everywhere, are."""
+    flat = latents.flatten(1)
+    assert (flat == flat[:, :1]).all()
+    return flat[:, 0].int().tolist()
+
+
 def test_records_come_normalised_with_their_labels(tmp_path: Path) -> None:
     write_dataset(tmp_path, [3, 4])
-    latents, labels = read(LatentDataset.open(tmp_path, "dataset"), [6, 0, 2])
-    assert latents.dtype == np.float32
-    assert labels.tolist() == [1, 0, 2]
-    expected = np.array([6, 0, 2])[:, None] / np.array([1, 2, 4, 8])
-    np.testing.assert_array_equal(latents, np.broadcast_to(expected[..., None, None], (3, *LATENT_SHAPE)))
+    samples = read(LatentDataset.open(tmp_path, "dataset"), [6, 0, 2])
+    assert samples.latents.dtype == torch.float32
+    assert samples.labels.tolist() == [1, 0, 2]
+    assert samples.text is None
+    assert not samples.bad
+    expected = torch.tensor([6.0, 0.0, 2.0])[:, None] / torch.tensor([1.0, 2.0, 4.0, 8.0])
+    assert samples.latents.equal(expected[..., None, None].expand(3, *LATENT_SHAPE))
+
+
+def test_a_batch_has_the_shape_of_its_group(tmp_path: Path) -> None:
+    clip = (4, 3, 2, 2)
+    write_dataset(tmp_path, [3, 4, 2], shapes=[LATENT_SHAPE, clip], shard_groups=[0, 0, 1])
+    dataset = LatentDataset.open(tmp_path, "codec")
+    assert read(dataset, [6, 0]).latents.shape == (2, *LATENT_SHAPE)
+    assert read(dataset, [8, 7]).latents.shape == (2, *clip)
+    assert values(read(dataset, [8, 7]).latents) == [8, 7]
 
 
 def test_flips_are_keyed_by_position_and_as_frequent_as_asked(tmp_path: Path) -> None:
     write_dataset(tmp_path, [500], flip=True)
     dataset = LatentDataset.open(tmp_path, "codec")
     records = list(range(500))
-    assert (read(dataset, records, 1.0)[0][:, 0, 0, 0] == -np.arange(500) - 1).all()
-    some = read(dataset, records, 0.3)[0]
-    assert 0.2 < (some[:, 0, 0, 0] < 0).mean() < 0.4
-    np.testing.assert_array_equal(read(dataset, records[100:110], 0.3)[0], some[100:110])
+    assert values(read(dataset, records, 1.0).latents) == [-r - 1 for r in records]
+    some = read(dataset, records, 0.3).latents
+    assert 0.2 < (some[:, 0, 0, 0] < 0).float().mean() < 0.4
+    assert read(dataset, records[100:110], 0.3).latents.equal(some[100:110])
 
 
 def test_moments_are_sampled_by_position(tmp_path: Path) -> None:
     write_dataset(tmp_path, [64], moments=True)
     dataset = LatentDataset.open(tmp_path, "codec")
-    latents, _ = read(dataset, list(range(64)))
+    latents = read(dataset, list(range(64))).latents
     assert latents.shape == (64, *LATENT_SHAPE)
-    noise = latents - np.arange(64)[:, None, None, None]
+    noise = latents - torch.arange(64.0)[:, None, None, None]
     assert abs(noise.mean()) < 0.1
     assert abs(noise.std() - 1.0) < 0.1
-    np.testing.assert_array_equal(read(dataset, [9, 5])[0], latents[[9, 5]])
+    assert read(dataset, [9, 5]).latents.equal(latents[[9, 5]])
 
 
-def corrupt(path: Path, offset: int, value: bytes) -> None:
-    content = bytearray(path.read_bytes())
-    content[offset : offset + len(value)] = value
-    path.write_bytes(content)
+def test_a_set_without_classes_has_no_labels(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [3])
+    change_manifest(tmp_path, "class_names", value=[])
+    index = np.load(tmp_path / INDEX_NAME)
+    index["label"] = -1
+    replace_index(tmp_path, index)
+    assert read(LatentDataset.open(tmp_path, "codec"), [2, 1]).labels.tolist() == [-1, -1]
+
+
+def assert_embeddings(samples: Samples, records: list[int]) -> None:
+    """The synthetic embedding of record r is r, in 1 + r % 3 rows."""
+    assert samples.text is not None
+    assert samples.text_lengths is not None
+    assert samples.text.dtype == torch.float16
+    lengths = [1 + record % 3 for record in records]
+    assert samples.text_lengths.tolist() == lengths
+    assert samples.text.shape == (len(records), max(lengths), TEXT_DIM)
+    for text, record, length in zip(samples.text, records, lengths, strict=True):
+        assert (text[:length] == record).all()
+        assert (text[length:] == 0).all()
+
+
+def test_texts_of_the_same_shards_are_padded_to_the_longest(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [3, 4], text=True)
+    dataset = open_with_text(tmp_path, tmp_path)
+    for records in ([0, 3], [6, 0, 2], [4]):
+        samples = read(dataset, records)
+        assert values(samples.latents) == records
+        assert_embeddings(samples, records)
+
+
+def test_a_companion_with_the_same_keys_is_joined_by_row(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "main", [3, 4])
+    write_dataset(tmp_path / "text", [5, 2], text=True, latents=False)
+    assert_embeddings(read(open_with_text(tmp_path / "main", tmp_path / "text"), [6, 0, 2]), [6, 0, 2])
+
+
+def test_a_companion_with_other_keys_is_joined_by_its_table(tmp_path: Path) -> None:
+    main = write_dataset(tmp_path / "main", [3, 4])
+    # Has texts of the records 2 to 9.
+    companion = write_dataset(tmp_path / "text", [5, 3], text=True, latents=False, first_record=2)
+    with pytest.raises(
+        InputError, match=r"join-[0-9a-f]{12}\.npy: cannot be read.*`pomscale data join \S+main \S+text`"
+    ):
+        open_with_text(tmp_path / "main", tmp_path / "text")
+    table = np.array([-1, -1, 0, 1, 2, 3, 4])
+    path = join_path(tmp_path / "text", main)
+    np.save(path, table)
+    dataset = open_with_text(tmp_path / "main", tmp_path / "text")
+    assert_embeddings(read(dataset, [6, 2, 5]), [6, 2, 5])
+    with pytest.raises(InputError, match=r"record 1, c/00001\.latent\.npy: it has no text embedding in \S+text, or"):
+        read(dataset, [2, 1])
+    assert isinstance(open_join("main", main, str(tmp_path / "text"), companion), np.memmap)
+
+    np.save(path, table[[0, 1, 3, 2, 4, 5, 6]])  # left from when the companion had another order
+    stale = open_skipping(tmp_path / "main", text=str(tmp_path / "text"))
+    samples = read(stale, [2, 3, 4])
+    assert sorted(samples.bad) == [0, 1]
+    assert "pomscale data join" in samples.bad[0].reason
+    assert samples.text_lengths is not None
+    assert samples.text_lengths.tolist() == [1, 1, 2]  # the null embedding has one row
+
+    for wrong in (table[:-1], table.astype(np.int32), table.reshape(1, -1)):
+        np.save(path, wrong)
+        with pytest.raises(InputError, match=r"no table of 7 rows.*pomscale data join"):
+            open_with_text(tmp_path / "main", tmp_path / "text")
+
+
+def test_a_set_without_texts_is_no_companion(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [3])
+    with pytest.raises(InputError, match="has no text embeddings"):
+        open_with_text(tmp_path, tmp_path)
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
     write_dataset(tmp_path, [3, 4])
-    row = np.load(tmp_path / INDEX_NAME)[5]
-    offset, length = int(row["latent_offset"]), int(row["latent_length"])
     shard = tmp_path / "shard-000001.tar"
     whole = shard.read_bytes()
 
-    corrupt(shard, offset + length - 1, bytes([whole[offset + length - 1] ^ 1]))
+    flip_bit(tmp_path, 5)
     message = r"shard-000001\.tar: record 5, c/00005\.latent\.npy: its checksum is wrong.*pomscale data verify"
     with pytest.raises(InputError, match=message):
         read(LatentDataset.open(tmp_path, "codec"), [4, 5])
     read(LatentDataset.open(tmp_path, "codec"), [0, 4, 6])
-
-    shard.write_bytes(whole)
-    corrupt(shard, offset, b"junk")
-    with pytest.raises(InputError, match=r"record 5.*not a float16 array"):
-        read(LatentDataset.open(tmp_path, "codec"), [5])
 
     shard.write_bytes(whole[:-600])
     with pytest.raises(InputError, match=r"shard-000001\.tar: has .* bytes, but the manifest says"):
@@ -84,16 +176,58 @@ def test_damage_is_named(tmp_path: Path) -> None:
         read(LatentDataset.open(tmp_path, "codec"), [5])
 
 
-def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    write_dataset(tmp_path, [3])
+def test_members_that_are_whole_and_wrong_are_refused(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [8], text=True)
+    nan = np.float16(np.nan).tobytes()
+    overwrite(tmp_path, 1, -2, nan)
+    overwrite(tmp_path, 2, 0, b"junk")
+    overwrite(tmp_path, 3, HEADER_BYTES, nan, array="text")
+    overwrite(tmp_path, 4, 0, b"junk", array="text")
+    for record, array in ((1, "latent"), (2, "latent"), (3, "text"), (4, "text")):
+        fix_checksum(tmp_path, record, array=array)
     index = np.load(tmp_path / INDEX_NAME)
-    offset, length = int(index[1]["latent_offset"]), int(index[1]["latent_length"])
-    corrupt(tmp_path / "shard-000000.tar", offset + length - 2, np.float16(np.nan).tobytes())
-    payload = (tmp_path / "shard-000000.tar").read_bytes()[offset : offset + length]
-    index["latent_crc32"][1] = zlib.crc32(payload)
+    index["latent_length"][5] -= 2
+    index["latent_offset"][6] = 10**9
     replace_index(tmp_path, index)
-    with pytest.raises(InputError, match=r"record 1, .*not finite"):
-        read(LatentDataset.open(tmp_path, "codec"), [1])
+    fix_checksum(tmp_path, 5)
+    dataset = open_skipping(tmp_path, text=str(tmp_path))
+    samples = read(dataset, list(range(8)))
+    reasons = {row: sample.reason for row, sample in samples.bad.items()}
+    assert reasons.keys() == {1, 2, 3, 4, 5, 6}
+    assert "record 1, c/00001.latent.npy: it holds a value that is not finite" in reasons[1]
+    assert "record 2, c/00002.latent.npy: it is not a float16 array of shape (4, 2, 3)" in reasons[2]
+    assert "record 3, c/00003.text.npy: it holds a value that is not finite" in reasons[3]
+    assert "record 4, c/00004.text.npy: it is not a float16 array of shape (1 to 120, 5)" in reasons[4]
+    assert "record 5, c/00005.latent.npy: it is not a float16 array" in reasons[5]
+    assert "record 6, key #" in reasons[6]
+    assert "bytes at 1,000,000,000 are not in the shard" in reasons[6]
+
+
+def test_bad_samples_can_be_skipped(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [3, 4, 2], text=True, flip=True)
+    flip_bit(tmp_path, 1)
+    flip_bit(tmp_path, 5, array="text")
+    (tmp_path / "shard-000002.tar").unlink()
+    index = np.load(tmp_path / INDEX_NAME)
+    index["label"][4] = 9
+    replace_index(tmp_path, index)
+    records = [0, 1, 4, 5, 6, 7, 8]
+    samples = read(open_skipping(tmp_path, text=str(tmp_path)), records)
+    bad = {records[row]: sample for row, sample in samples.bad.items()}
+    keys = {record: sample.key for record, sample in bad.items()}
+    assert (keys[1], keys[5]) == ("c/00001", "c/00005")
+    assert all(keys[record].startswith("#") for record in (4, 7, 8))
+    assert all(sample.record == record for record, sample in bad.items())
+    assert bad.keys() == {1, 4, 5, 7, 8}
+    assert {sample.location for sample in bad.values()} == {str(tmp_path)}
+    assert "no class 9" in bad[4].reason
+    assert "shard-000002.tar: cannot be read" in bad[7].reason
+    assert values(samples.latents) == [0, 0, 0, 0, 6, 0, 0]
+    assert samples.labels.tolist() == [0, 0, 0, 0, 1, 0, 0]
+    assert samples.text is not None
+    assert samples.text_lengths is not None
+    assert samples.text_lengths.tolist() == [1] * 7
+    assert samples.text[:, 0, 0].tolist() == [0, -1, -1, -1, 6, -1, -1]
 
 
 def test_an_index_that_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -101,13 +235,13 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     whole = (tmp_path / INDEX_NAME).read_bytes()
     for content in (b"no index", b"", whole[:-1], whole + b"x", whole.replace(b"'fortran_order'", b"'((((((((((((('")):
         (tmp_path / INDEX_NAME).write_bytes(content)
-        with pytest.raises(InputError, match=r"index\.npy: cannot be read.*delete the named shards and run the same"):
+        with pytest.raises(InputError, match=r"index\.npy: cannot be read.*pomscale data verify.*pomscale data repair"):
             LatentDataset.open(tmp_path, "codec")
-    replace_index(tmp_path, np.zeros(2, INDEX_DTYPE))
+    replace_index(tmp_path, np.zeros(2, index_dtype(["latent"])))
     with pytest.raises(InputError, match=r"index\.npy: cannot be read: it is no index of 3 records"):
         LatentDataset.open(tmp_path, "codec")
     (tmp_path / INDEX_NAME).unlink()
-    with pytest.raises(InputError, match=r"index\.npy: cannot be read"):
+    with pytest.raises(InputError, match=r"index\.npy"):
         LatentDataset.open(tmp_path, "codec")
 
 
@@ -129,7 +263,6 @@ def test_two_datasets_of_many_shards_fit_a_process(tmp_path: Path) -> None:
     try:
         datasets = [LatentDataset.open(tmp_path, "codec") for _ in range(2)]
         for dataset in datasets:
-            latents, labels = read(dataset, list(range(600)))
-            assert len(latents) == len(labels) == 600
+            assert values(read(dataset, list(range(600))).latents) == list(range(600))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -3,19 +3,24 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from damage import flip_bit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from synthetic_dataset import write_dataset
+from synthetic_dataset import LATENT_SHAPE, write_dataset
 
 from pomscale.data.dataset import LatentDataset
 from pomscale.data.loader import Loader, MicroBatch, micro_batch_positions, num_micro_batches
+from pomscale.data.mixture import Mixture
 from pomscale.data.order import SampleOrder
+from pomscale.data.schema import Normalization
 from pomscale.errors import InputError
 
 SHARD_SIZES = [10, 17, 10]
@@ -30,27 +35,34 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> LatentDataset:
     return LatentDataset.open(folder, "codec")
 
 
-def open_loader(dataset: LatentDataset, **changes: object) -> Loader[MicroBatch]:
+def mix(*datasets: LatentDataset, weights: list[float] | None = None, global_batch: int = 6) -> Mixture:
+    return Mixture(
+        datasets,
+        weights or [1.0] * len(datasets),
+        seed=0,
+        global_batch=global_batch,
+        shuffle_window=WINDOW,
+        flip_probability=0.5,
+    )
+
+
+def open_loader(mixture: Mixture, **changes: object) -> Loader[MicroBatch]:
     options = {
-        "seed": 0,
-        "shuffle_window": WINDOW,
-        "global_batch": 6,
         "micro_batch": None,
         "rank": 0,
         "world_size": 1,
         "start_position": 0,
-        "flip_probability": 0.5,
         "num_threads": 2,
         "prefetch": 3,
         "finish": lambda batch: batch,
         "pin_memory": False,
     }
-    return Loader(dataset, **(options | changes))  # type: ignore[arg-type]
+    return Loader(mixture, **(options | changes))  # type: ignore[arg-type]
 
 
 def records_of(batch: MicroBatch) -> list[int]:
     """The synthetic latents of record r are r everywhere."""
-    return batch.latents[:, 0, 0, 0].long().tolist()
+    return batch.latents.flatten(1)[:, 0].long().tolist()
 
 
 Leg = tuple[int, int | None, int, int]  # ranks, micro-batch, threads, steps
@@ -82,18 +94,47 @@ def test_any_layout_covers_every_position_once(global_batch: int, schedule: list
     assert sorted(seen) == list(range(start))
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(global_batch=st.integers(8, 30), schedule=legs(4))
-def test_no_sample_is_lost_or_doubled_when_the_layout_changes(
-    dataset: LatentDataset, global_batch: int, schedule: list[Leg]
-) -> None:
+@dataclass(frozen=True)
+class Data:
+    """What is trained on. Records are told apart by their values: dataset d has those from 1000 d on."""
+
+    datasets: list[LatentDataset]
+    weights: list[float]
+    components: list[set[int]]  # the records that have one shape in one dataset
+
+    def mixture(self, global_batch: int) -> Mixture:
+        return mix(*self.datasets, weights=self.weights, global_batch=global_batch)
+
+
+CLIP = (4, 2, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def all_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Data]:
+    root = tmp_path_factory.mktemp("all")
+    write_dataset(root / "a", SHARD_SIZES)
+    write_dataset(root / "b", [6, 9, 4, 8], shapes=[LATENT_SHAPE, (4, 3, 2)], shard_groups=[0, 0, 1, 1])
+    write_dataset(root / "c", [6, 9, 4, 3], shapes=[CLIP, LATENT_SHAPE], shard_groups=[0, 0, 0, 1], first_record=1000)
+    write_dataset(root / "d", [5, 2], first_record=2000)
+    a, b, c, d = (LatentDataset.open(root / name, "codec") for name in "abcd")
+    in_b = [set(range(15)), set(range(15, 27))]
+    in_c = [set(range(1000, 1019)), set(range(1019, 1022))]
+    return {
+        "one shape": Data([a], [1.0], [set(range(NUM_RECORDS))]),
+        "buckets": Data([b], [1.0], in_b),
+        "mixture": Data([b, c, d], [3.0, 1.5, 0.5], [*in_b, *in_c, set(range(2000, 2007))]),
+    }
+
+
+def check_schedule(data: Data, global_batch: int, schedule: list[Leg]) -> None:
+    """Whatever the layouts: the order that one process alone would read, and in it every epoch whole."""
     start = 0
     seen: dict[int, int] = {}
+    shapes: dict[int, set[torch.Size]] = defaultdict(set)
     for world_size, micro_batch, num_threads, num_steps in schedule:
         loaders = [
             open_loader(
-                dataset,
-                global_batch=global_batch,
+                data.mixture(global_batch),
                 micro_batch=micro_batch,
                 rank=rank,
                 world_size=world_size,
@@ -105,18 +146,55 @@ def test_no_sample_is_lost_or_doubled_when_the_layout_changes(
         for loader in loaders:
             for batch in itertools.islice(loader, num_steps * loader.num_micro_batches):
                 kept = batch.weights == 1
-                new = dict(
-                    zip(batch.positions[kept].tolist(), batch.latents[kept, 0, 0, 0].int().tolist(), strict=True)
-                )
+                new = {p: r for p, r, k in zip(batch.positions.tolist(), records_of(batch), kept, strict=True) if k}
                 assert new.keys().isdisjoint(seen)
                 seen |= new
+                shapes[int(batch.positions[0]) // global_batch].add(batch.latents.shape[1:])
         close_all(loaders)
         start += num_steps * global_batch
     assert sorted(seen) == list(range(start))
-    in_order = [seen[position] for position in range(start)]
-    assert in_order == SampleOrder(SHARD_SIZES, 0, WINDOW).records(np.arange(start)).tolist()
-    for epoch in range(start // NUM_RECORDS):
-        assert sorted(in_order[epoch * NUM_RECORDS : (epoch + 1) * NUM_RECORDS]) == list(range(NUM_RECORDS))
+    assert all(len(of_step) == 1 for of_step in shapes.values())
+
+    alone = data.mixture(global_batch)
+    steps = (alone.read(np.arange(step, step + global_batch)) for step in range(0, start, global_batch))
+    in_order = [int(record) for samples in steps for record in samples.latents.flatten(1)[:, 0]]
+    assert [seen[position] for position in range(start)] == in_order
+    for records in data.components:
+        of_component = [record for record in in_order if record in records]
+        for epoch in range(0, len(of_component), len(records)):
+            block = of_component[epoch : epoch + len(records)]
+            assert len(set(block)) == len(block)
+    for dataset, epochs in zip(data.datasets, alone.epochs(start).values(), strict=True):
+        first = dataset.read(np.arange(1), np.arange(1), seed=0, flip_probability=0).latents.flatten()[0]
+        of_dataset = [record for record in in_order if first <= record < first + len(dataset)]
+        assert epochs == pytest.approx(len(of_dataset) / len(dataset))
+
+
+KINDS = ("one shape", "buckets", "mixture")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(global_batch=st.integers(8, 30), schedule=legs(4))
+def test_no_sample_is_lost_or_doubled_when_the_layout_changes(
+    all_data: dict[str, Data], kind: str, global_batch: int, schedule: list[Leg]
+) -> None:
+    check_schedule(all_data[kind], global_batch, schedule)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kind=st.sampled_from(KINDS), global_batch=st.integers(8, 30), schedule=legs(4))
+def test_no_sample_is_lost_or_doubled_in_200_schedules(
+    all_data: dict[str, Data], kind: str, global_batch: int, schedule: list[Leg]
+) -> None:
+    check_schedule(all_data[kind], global_batch, schedule)
+
+
+def test_one_dataset_of_one_shape_is_read_in_the_order_of_its_records(dataset: LatentDataset) -> None:
+    with open_loader(mix(dataset)) as loader:
+        seen = [record for batch in itertools.islice(loader, 20) for record in records_of(batch)]
+    assert seen == SampleOrder(SHARD_SIZES, 0, WINDOW).records(np.arange(120)).tolist()
 
 
 def close_all(loaders: list[Loader[MicroBatch]]) -> None:
@@ -129,7 +207,7 @@ def close_all(loaders: list[Loader[MicroBatch]]) -> None:
 
 
 def test_a_batch_has_the_promised_shapes(dataset: LatentDataset) -> None:
-    with open_loader(dataset, global_batch=7, micro_batch=4) as loader:
+    with open_loader(mix(dataset, global_batch=7), micro_batch=4) as loader:
         assert loader.num_micro_batches == 2
         first, second = itertools.islice(loader, 2)
     assert [len(batch.positions) for batch in (first, second)] == [3, 4]
@@ -142,7 +220,7 @@ def test_a_batch_has_the_promised_shapes(dataset: LatentDataset) -> None:
 def test_every_rank_has_the_same_number_of_micro_batches(dataset: LatentDataset) -> None:
     weights = []
     for rank in range(2):
-        with open_loader(dataset, global_batch=5, micro_batch=1, rank=rank, world_size=2) as loader:
+        with open_loader(mix(dataset, global_batch=5), micro_batch=1, rank=rank, world_size=2) as loader:
             assert loader.num_micro_batches == 3
             weights.append([batch.weights.tolist() for batch in itertools.islice(loader, 3)])
     assert weights == [[[0.0], [1.0], [1.0]], [[1.0], [1.0], [1.0]]]
@@ -152,7 +230,7 @@ def test_finish_runs_in_the_reader_threads(dataset: LatentDataset) -> None:
     def finish(batch: MicroBatch) -> tuple[str, torch.Tensor]:
         return threading.current_thread().name, batch.positions
 
-    with open_loader(dataset, finish=finish) as loader:
+    with open_loader(mix(dataset), finish=finish) as loader:
         name, positions = next(loader)  # type: ignore[misc]
     assert name != threading.main_thread().name
     assert positions.tolist() == list(range(6))
@@ -160,15 +238,47 @@ def test_finish_runs_in_the_reader_threads(dataset: LatentDataset) -> None:
 
 def test_impossible_layouts_are_refused(dataset: LatentDataset) -> None:
     with pytest.raises(InputError, match="cannot be shared by 7 ranks"):
-        open_loader(dataset, world_size=7)
+        open_loader(mix(dataset), world_size=7)
     with pytest.raises(InputError, match=r"seen 8 samples.*global_batch 6"):
-        open_loader(dataset, start_position=8)
+        open_loader(mix(dataset), start_position=8)
 
 
 def test_starting_far_into_training_costs_nothing(dataset: LatentDataset) -> None:
     start = 6 * 10**12
-    with open_loader(dataset, start_position=start) as loader:
+    with open_loader(mix(dataset), start_position=start) as loader:
         assert next(loader).positions.tolist() == list(range(start, start + 6))
+
+
+def test_starting_far_into_training_on_a_mixture_costs_nothing(all_data: dict[str, Data]) -> None:
+    start = 6 * 10**12
+    mixture = all_data["mixture"].mixture(6)
+    with open_loader(mixture, start_position=start) as loader:
+        assert next(loader).positions.tolist() == list(range(start, start + 6))
+    shares = [start * share / len(d) for share, d in zip(mixture.shares, mixture.datasets, strict=True)]
+    assert list(mixture.epochs(start).values()) == pytest.approx(shares, rel=1e-3)
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_bad_samples_keep_their_positions_with_weight_0(tmp_path: Path, num_threads: int) -> None:
+    manifest = write_dataset(tmp_path, SHARD_SIZES, text=True)
+    flip_bit(tmp_path, 3)
+    flip_bit(tmp_path, 30, array="text")
+    normalization = Normalization.of(manifest, "codec")
+    skipping = LatentDataset(tmp_path, manifest, normalization, text=str(tmp_path), bad_samples="skip")
+    met: list[int] = []
+    # 5 samples on 3 ranks in micro-batches of 1: rank 0 has one piece of padding, which repeats a sample.
+    for rank in range(3):
+        layout = {"micro_batch": 1, "rank": rank, "world_size": 3, "num_threads": num_threads}
+        with open_loader(mix(skipping, global_batch=5), **layout) as loader:
+            for batch in itertools.islice(loader, 2 * 8):  # one epoch, and three samples of the next
+                is_bad = [sample.record for sample in batch.bad]
+                met += is_bad
+                (weight,), (value,), (length,) = batch.weights.tolist(), records_of(batch), batch.text_lengths.tolist()
+                if is_bad:
+                    assert (weight, value, length) == (0, 0, 1)
+                    assert (batch.text == -1).all()
+    order = SampleOrder(SHARD_SIZES, 0, WINDOW).records(np.arange(40)).tolist()
+    assert sorted(met) == sorted(record for record in order if record in (3, 30))
 
 
 @pytest.fixture
@@ -183,12 +293,12 @@ def no_leaked_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("num_threads", [0, 1, 3])
 def test_close_ends_the_threads(dataset: LatentDataset, num_threads: int, no_leaked_threads: None) -> None:
-    loader = open_loader(dataset, num_threads=num_threads)
+    loader = open_loader(mix(dataset), num_threads=num_threads)
     next(loader)
     loader.close()
     loader.close()
     assert list(loader) == []
-    open_loader(dataset, num_threads=num_threads).close()  # never read
+    open_loader(mix(dataset), num_threads=num_threads).close()  # never read
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
@@ -196,7 +306,7 @@ def test_damage_met_by_a_thread_reaches_the_trainer(tmp_path: Path, num_threads:
     write_dataset(tmp_path, SHARD_SIZES)
     shard = tmp_path / "shard-000001.tar"
     shard.write_bytes(shard.read_bytes()[:-512])
-    with open_loader(LatentDataset.open(tmp_path, "codec"), num_threads=num_threads) as loader:
+    with open_loader(mix(LatentDataset.open(tmp_path, "codec")), num_threads=num_threads) as loader:
         with pytest.raises(InputError, match=r"^\S*shard-000001\.tar: has ") as caught:
             list(itertools.islice(loader, 10))
         assert "Traceback" not in str(caught.value)
@@ -205,7 +315,7 @@ def test_damage_met_by_a_thread_reaches_the_trainer(tmp_path: Path, num_threads:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning needs CUDA")
 def test_batches_are_pinned(dataset: LatentDataset) -> None:
-    with open_loader(dataset, finish=lambda batch: (batch.latents, batch.positions), pin_memory=True) as loader:
+    with open_loader(mix(dataset), finish=lambda batch: (batch.latents, batch.positions), pin_memory=True) as loader:
         assert all(tensor.is_pinned() for tensor in next(loader))
 
 
@@ -214,7 +324,7 @@ def test_a_bug_in_finish_keeps_its_traceback(dataset: LatentDataset) -> None:
         raise ZeroDivisionError("a bug")
 
     with (
-        open_loader(dataset, finish=finish) as loader,
+        open_loader(mix(dataset), finish=finish) as loader,
         pytest.raises(ZeroDivisionError, match=r"(?s)test_loader\.py.*a bug"),
     ):
         next(loader)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import subprocess
@@ -118,6 +119,8 @@ def test_a_killed_fetcher_leaves_nothing_half_and_blocks_nobody(
             victim.wait()
             thread.join(60)
             assert waiting[0].tobytes() == (folder / shard_name(1)).read_bytes()
+            for shard in range(NUM_SHARDS):  # any other one it may have been fetching when it died
+                assert files.open(shard).tobytes() == (folder / shard_name(shard)).read_bytes()
         assert not [name for name in cached(cache_folder) if name.endswith(".tmp")]
 
 
@@ -197,7 +200,7 @@ def test_announcing_more_than_the_cache_holds(folder: Path, cache_folder: Path) 
 def test_processes_share_a_cache_that_holds_one_shard(folder: Path, cache_folder: Path) -> None:
     manifest = read_manifest(folder)
     config = limited(cache_folder, 1.5 * manifest.shards[0].num_bytes)
-    sizes: list[int] = []
+    held: list[set[str]] = []
     wrong: list[int] = []
 
     def read(files: ShardFiles, shards: range) -> None:
@@ -205,7 +208,9 @@ def test_processes_share_a_cache_that_holds_one_shard(folder: Path, cache_folder
             for shard in shards:
                 if files.open(shard).tobytes() != (folder / shard_name(shard)).read_bytes():
                     wrong.append(shard)
-                sizes.append(len(cached(cache_folder)))
+                with (cache_folder / "room.lock").open() as lock:  # else the listing mixes two moments
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    held.append({name.partition(".tar")[0] for name in cached(cache_folder)})
 
     # Locks belong to the opened file, so caches in one process meet as those of several do.
     caches = [open_shard_files(str(folder), manifest, "mapped", config) for _ in range(3)]
@@ -218,8 +223,8 @@ def test_processes_share_a_cache_that_holds_one_shard(folder: Path, cache_folder
     for files in caches:
         files.close()
     assert wrong == []
-    assert len(sizes) == 5 * (6 + 6 + 3)
-    assert max(sizes) == 1
+    assert len(held) == 5 * (6 + 6 + 3)
+    assert max(map(len, held)) == 1
 
 
 def test_a_damaged_copy_is_fetched_again(folder: Path, cache_folder: Path) -> None:
@@ -235,6 +240,35 @@ def test_a_limit_below_one_shard_is_refused(folder: Path, cache_folder: Path) ->
         open_shard_files(str(folder), read_manifest(folder), "mapped", limited(cache_folder, 1000))
 
 
+def test_indexes_stay_and_may_leave_no_room(folder: Path, cache_folder: Path) -> None:
+    manifest = read_manifest(folder)
+    num_bytes = manifest.shards[0].num_bytes
+    index = cache_folder / "0123456789abcdef" / "index-x.npy"
+    index.parent.mkdir(parents=True)
+    index.write_bytes(bytes(num_bytes))
+    with closing(open_shard_files(str(folder), manifest, "mapped", limited(cache_folder, 2 * num_bytes))) as files:
+        for shard in (0, 1):
+            files.open(shard)
+            assert cached(cache_folder) == sorted(["index-x.npy", shard_name(shard)])
+    with closing(open_shard_files(str(folder), manifest, "mapped", limited(cache_folder, 1.5 * num_bytes))) as files:
+        files.will_need([2])
+        with pytest.raises(InputError, match=rf"no room for a shard beside the indexes in {cache_folder}; raise it"):
+            files.open(2)
+
+
+def test_files_of_others_are_left_alone(folder: Path, cache_folder: Path) -> None:
+    manifest = read_manifest(folder)
+    theirs = [cache_folder / "mine.tar", cache_folder / "results" / "mine.tar"]
+    theirs[1].parent.mkdir(parents=True)
+    for path in theirs:
+        path.write_bytes(bytes(manifest.shards[0].num_bytes))
+    config = limited(cache_folder, 1.5 * manifest.shards[0].num_bytes)
+    with closing(open_shard_files(str(folder), manifest, "mapped", config)) as files:
+        for shard in range(NUM_SHARDS):
+            files.open(shard)
+    assert all(path.exists() for path in theirs)
+
+
 def test_a_cache_folder_that_cannot_be_used_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match=r"file/.*: this folder cannot be made"):
@@ -246,8 +280,7 @@ def full_disk_is_told(folder: Path, manifest: Manifest, cache_folder: Path) -> N
         files.will_need(range(NUM_SHARDS))
         match = rf"data\.cache\.path {cache_folder}: no room for shard-00000\d\.tar, .* Lower data\.cache\.max_gib"
         with pytest.raises(PomscaleError, match=match):
-            for shard in range(NUM_SHARDS):
-                files.open(shard)
+            _ = [files.open(shard) for shard in range(NUM_SHARDS)]
     assert not [name for name in cached(cache_folder) if name.endswith(".tmp")]
 
 

@@ -6,16 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from pomscale.config.schema import PixelCodecConfig, SdVaeCodecConfig
+from pomscale.config.schema import ImageTransformConfig, PixelCodecConfig, SdVaeCodecConfig
 from pomscale.data.schema import (
     MANIFEST_NAME,
     CodecInfo,
+    GroupInfo,
     IndexInfo,
     LatentInfo,
     Manifest,
     Normalization,
     ShardInfo,
+    SourceInfo,
     check_compatible,
     read_manifest,
 )
@@ -24,28 +27,50 @@ from pomscale.errors import InputError
 
 @pytest.fixture
 def manifest() -> Manifest:
+    """Two buckets; the second one has no shards."""
     return Manifest(
         pomscale_version="0",
-        modality="image",
         codec=CodecInfo(
             config=SdVaeCodecConfig(name="sd_vae", path="/here"), identity="i", scaling_factor=0.5, shift=0.25
         ),
-        latent=LatentInfo(shape=(2, 4, 4), dtype="float16", stores_moments=True, mean=(1.0, 2.0), std=(3.0, 4.0)),
-        transform={"size": 32},
+        latent=LatentInfo(stores_moments=True, has_flip=False, num_values=32, mean=(1.0, 2.0), std=(3.0, 4.0)),
+        transform=ImageTransformConfig(buckets=[(32, 32), (32, 64)]),
+        text=None,
+        has_captions=False,
         class_names=("a", "b"),
         num_samples=2,
         num_failures=0,
-        source_fingerprint="f",
+        source=SourceInfo(fingerprint="f", num_items=2),
+        groups=(GroupInfo(shape=(2, 4, 4), target=(32, 32)), GroupInfo(shape=(2, 4, 8), target=(32, 64))),
         shards=(ShardInfo(name="s", num_samples=2, num_bytes=1, sha256="h"),),
+        keys_sha256="k",
         index=IndexInfo(num_bytes=1, sha256="h"),
         recipe={},
     )
 
 
+def changed(manifest: Manifest, **values: object) -> Manifest:
+    """Read from JSON, so that it is checked."""
+    return Manifest.model_validate_json(json.dumps(json.loads(manifest.model_dump_json()) | values))
+
+
 def test_manifest_survives_the_disk(manifest: Manifest, tmp_path: Path) -> None:
     (tmp_path / MANIFEST_NAME).write_text(manifest.model_dump_json())
     assert read_manifest(tmp_path) == manifest
-    assert manifest.latent.stored_shape == (4, 4, 4)
+    assert [manifest.stored_shape(group) for group in range(2)] == [(4, 4, 4), (4, 4, 8)]
+    assert manifest.arrays == ("latent",)
+    assert manifest.modality == "image"
+
+
+def test_what_a_manifest_cannot_say(manifest: Manifest) -> None:
+    shard = manifest.shards[0].model_dump()
+    for values, message in (
+        ({"codec": None}, "belong together"),
+        ({"shards": [shard | {"group": 2}]}, "a group that is not there"),
+        ({"shards": [shard | {"group": 1}, shard], "num_samples": 4}, "not sorted by group"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            changed(manifest, **values)
 
 
 def test_missing_unfinished_and_foreign_datasets(manifest: Manifest, tmp_path: Path) -> None:
@@ -53,9 +78,9 @@ def test_missing_unfinished_and_foreign_datasets(manifest: Manifest, tmp_path: P
         read_manifest(tmp_path / "nowhere")
     with pytest.raises(InputError, match="is the encode finished"):
         read_manifest(tmp_path)
-    values = json.loads(manifest.model_dump_json()) | {"schema_version": 2}
+    values = json.loads(manifest.model_dump_json()) | {"schema_version": 1}
     (tmp_path / MANIFEST_NAME).write_text(json.dumps(values))
-    with pytest.raises(InputError, match=r"schema_version.*version 1"):
+    with pytest.raises(InputError, match=r"schema_version.*version 2"):
         read_manifest(tmp_path)
     values = json.loads(manifest.model_dump_json()) | {"num_samples": 3}
     (tmp_path / MANIFEST_NAME).write_text(json.dumps(values))
@@ -74,7 +99,7 @@ def test_missing_unfinished_and_foreign_datasets(manifest: Manifest, tmp_path: P
 def test_normalization_rules(manifest: Manifest) -> None:
     assert Normalization.of(manifest, "codec") == Normalization((0.25, 0.25), (2.0, 2.0))
     assert Normalization.of(manifest, "dataset") == Normalization((1.0, 2.0), (3.0, 4.0))
-    flat = manifest.model_copy(update={"latent": manifest.latent.model_copy(update={"std": (1.0, 0.0)})})
+    flat = manifest.model_copy(update={"latent": manifest.latents.model_copy(update={"std": (1.0, 0.0)})})
     with pytest.raises(InputError, match="channel 1 of the dataset is constant"):
         Normalization.of(flat, "dataset")
 
@@ -96,6 +121,12 @@ def test_datasets_that_do_not_fit_the_recipe_are_refused(manifest: Manifest) -> 
         check_compatible("d", manifest, elsewhere, (2, 8, 8), 2)
     with pytest.raises(InputError, match=r"2 classes.*num_classes is 3"):
         check_compatible("d", manifest, elsewhere, (2, 4, 4), 3)
+    both = changed(manifest, shards=[{**manifest.shards[0].model_dump(), "group": i} for i in range(2)], num_samples=4)
+    with pytest.raises(InputError, match=r"\(2, 4, 8\).*\(2, 4, 4\)"):
+        check_compatible("d", both, elsewhere, (2, 4, 4), 2)
+    text_only = changed(manifest, codec=None, latent=None, transform=None)
+    with pytest.raises(InputError, match=r"dataset d: has text embeddings and no latents"):
+        check_compatible("d", text_only, elsewhere, (2, 4, 4), 2)
 
 
 def test_reading_a_manifest_imports_neither_torch_nor_numpy() -> None:

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from synthetic_dataset import LATENT_SHAPE, TEXT_DIM, change_manifest, write_dataset
+
+from pomscale.config.schema import DataConfig
+from pomscale.data.interleave import PERIOD, Interleave
+from pomscale.data.mixture import Mixture
+from pomscale.data.mixture_order import MixtureOrder
+from pomscale.data.schema import Manifest, Normalization
+from pomscale.errors import InputError
+
+WIDE, CLIP = (4, 3, 2), (4, 2, 2, 2)
+GLOBAL_BATCH = 8
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures in two buckets, clips with some pictures, and a few pictures: all shapes in more than one dataset."""
+    root = tmp_path_factory.mktemp("mixture")
+    write_dataset(root / "pictures", [60, 9, 40, 8], shapes=[LATENT_SHAPE, WIDE], shard_groups=[0, 0, 1, 1])
+    write_dataset(root / "clips", [60, 30, 5], shapes=[CLIP, WIDE], shard_groups=[0, 0, 1], first_record=1000)
+    write_dataset(root / "more", [5, 6], first_record=2000)
+    return root
+
+
+def config(root: Path, **weights: float) -> DataConfig:
+    components = [{"path": str(root / name), "weight": weight} for name, weight in weights.items()]
+    return DataConfig.model_validate({"mixture": components, "shuffle_window": 32})
+
+
+def open_mixture(data: DataConfig, read_text: bool = False) -> Mixture:
+    return Mixture.open(data, seed=SEED, global_batch=GLOBAL_BATCH, read_text=read_text)
+
+
+def in_order(order: MixtureOrder, start: int, stop: int) -> list[tuple[int, int, int]]:
+    """Component, place in its stream, and record, at each position; asked for in one go."""
+    found: dict[int, tuple[int, int, int]] = {}
+    for part in order.parts(np.arange(start, stop)):
+        rows = zip(part.rows.tolist(), part.indices.tolist(), part.records.tolist(), strict=True)
+        found |= {row: (part.component, index, record) for row, index, record in rows}
+    return [found[row] for row in range(stop - start)]
+
+
+def test_the_order_is_that_of_counting_one_by_one(root: Path) -> None:
+    """Against a walk from the first sample, which counts what each lane and component has given so far."""
+    mixture = open_mixture(config(root, pictures=2, clips=1, more=0.5))
+    order, num_steps = mixture.order, 300
+    components = order.components
+    assert [(c.dataset, c.shape) for c in components] == [
+        (0, LATENT_SHAPE), (0, WIDE), (1, CLIP), (1, WIDE), (2, LATENT_SHAPE),
+    ]  # fmt: skip
+    weights = [2 / 3.5 * 69 / 117, 2 / 3.5 * 48 / 117, 1 / 3.5 * 90 / 95, 1 / 3.5 * 5 / 95, 0.5 / 3.5]
+    assert [c.weight for c in components] == pytest.approx(weights)
+    lanes = [[0, 4], [1, 3], [2]]
+
+    lane_of = Interleave([sum(weights[c] for c in lane) for lane in lanes], SEED, 0).places(np.arange(num_steps))[0]
+    inside = [Interleave([weights[c] for c in lane], SEED, 1 + i) for i, lane in enumerate(lanes)]
+    given_by_lane, given_by_component = [0] * 3, [0] * 5
+    expected = []
+    for lane in lane_of.tolist():
+        for _ in range(GLOBAL_BATCH):
+            stream = int(inside[lane].places(np.array([given_by_lane[lane]]))[0][0])
+            component = lanes[lane][stream]
+            index = given_by_component[component]
+            record = components[component].first_record + components[component].order.records(np.array([index]))[0]
+            expected.append((component, index, int(record)))
+            given_by_lane[lane] += 1
+            given_by_component[component] += 1
+    assert in_order(order, 0, num_steps * GLOBAL_BATCH) == expected
+    for samples in (0, GLOBAL_BATCH, 1000, 1003, num_steps * GLOBAL_BATCH):
+        seen = Counter(component for component, _, _ in expected[:samples])
+        assert order.counts(samples) == [seen[component] for component in range(5)]
+
+
+def test_shares_are_exact_in_every_period(root: Path) -> None:
+    mixture = open_mixture(config(root, pictures=2, clips=1, more=0.5))
+    period = PERIOD * GLOBAL_BATCH
+    per_period = np.diff([mixture.order.counts(i * period) for i in range(3)], axis=0)
+    weights = np.array([c.weight for c in mixture.order.components])
+    # Lanes have exactly their places in every period of steps. Components share a lane exactly in periods of its
+    # samples, which begin and end elsewhere.
+    for lane in ([0, 4], [1, 3], [2]):
+        first, second = per_period[:, lane].sum(axis=1).tolist()
+        assert first == second
+        assert first / period == pytest.approx(weights[lane].sum(), abs=1 / PERIOD)
+    assert per_period[0] / period == pytest.approx(weights, abs=2e-4)
+    epochs = mixture.epochs(period)
+    assert epochs == pytest.approx(
+        {"pictures": 2 / 3.5 * period / 117, "clips": period / 3.5 / 95, "more": 0.5 / 3.5 * period / 11}, rel=1e-3
+    )
+
+
+def test_components_are_not_shuffled_alike(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [32])
+    mixture = open_mixture(DataConfig.model_validate({"mixture": [{"path": str(tmp_path)}, {"path": str(tmp_path)}]}))
+    assert mixture.names == [f"0-{tmp_path.name}", f"1-{tmp_path.name}"]
+    first: list[list[int]] = [[], []]
+    for component, _, record in in_order(mixture.order, 0, 128):
+        first[component].append(record)
+    assert sorted(first[0][:32]) == sorted(first[1][:32])
+    assert first[0][:32] != first[1][:32]
+
+
+def test_what_is_announced_is_what_is_read(root: Path) -> None:
+    mixture = open_mixture(config(root, pictures=2, clips=1, more=0.5))
+    for start in (*range(0, 800, GLOBAL_BATCH), 6 * 10**12):
+        ahead = mixture.order.shards_ahead(start)
+        for part in mixture.order.parts(np.arange(start, start + GLOBAL_BATCH)):
+            dataset = mixture.order.components[part.component].dataset
+            sizes = [shard.num_samples for shard in mixture.datasets[dataset].manifest.shards]
+            shards = np.searchsorted(np.cumsum(sizes), part.records, side="right")
+            assert set(shards.tolist()) <= set(ahead[dataset])
+
+
+def test_a_batch_of_several_datasets_is_put_together(tmp_path: Path) -> None:
+    for name, first in (("a", 0), ("b", 1000)):
+        write_dataset(tmp_path / name, [30], text=True, first_record=first)
+    write_dataset(tmp_path / "texts", [30], text=True, latents=False, first_record=1000)
+    components = [{"path": str(tmp_path / "a")}, {"path": str(tmp_path / "b"), "text": str(tmp_path / "texts")}]
+    mixture = open_mixture(DataConfig.model_validate({"mixture": components}), read_text=True)
+    samples = mixture.read(np.arange(GLOBAL_BATCH))
+    expected = [1000 * component + record for component, _, record in in_order(mixture.order, 0, GLOBAL_BATCH)]
+    assert len({record // 1000 for record in expected}) == 2
+    assert samples.latents[:, 0, 0, 0].int().tolist() == expected
+    assert samples.labels.tolist() == [record % 5 for record in expected]
+    assert samples.text is not None
+    assert samples.text_lengths is not None
+    assert samples.text_lengths.tolist() == [1 + record % 3 for record in expected]
+    assert samples.text.shape[2] == TEXT_DIM
+    for text, record in zip(samples.text, expected, strict=True):
+        rows = 1 + record % 3
+        assert (text[:rows] == record).all()
+        assert (text[rows:] == 0).all()
+
+
+def test_bad_samples_of_a_mixture_keep_their_rows(tmp_path: Path) -> None:
+    for name, first in (("a", 0), ("b", 1000)):
+        write_dataset(tmp_path / name, [8], first_record=first)
+    (tmp_path / "b" / "shard-000000.tar").unlink()
+    components = [{"path": str(tmp_path / name)} for name in "ab"]
+    mixture = open_mixture(DataConfig.model_validate({"mixture": components, "bad_samples": "skip"}))
+    samples = mixture.read(np.arange(GLOBAL_BATCH))
+    where = in_order(mixture.order, 0, GLOBAL_BATCH)
+    assert sorted(samples.bad) == [row for row, (component, _, _) in enumerate(where) if component == 1]
+    assert [samples.bad[row].record for row in sorted(samples.bad)] == [record for c, _, record in where if c == 1]
+    assert samples.latents[sorted(samples.bad)].equal(torch.zeros(len(samples.bad), *LATENT_SHAPE))
+
+
+@pytest.fixture
+def manifests(tmp_path: Path) -> list[Manifest]:
+    return [write_dataset(tmp_path / name, [4]) for name in "ab"]
+
+
+def with_moments(manifest: Manifest, mean: float, std: float) -> Manifest:
+    latent = manifest.latents.model_copy(update={"mean": (mean,) * 4, "std": (std,) * 4})
+    return manifest.model_copy(update={"latent": latent})
+
+
+def test_one_normalisation_for_all(manifests: list[Manifest]) -> None:
+    codec = Normalization.of_mixture(manifests, [1.0, 3.0], "codec")
+    assert codec == Normalization.of(manifests[0], "codec")
+    scaled = manifests[1].latent_codec.model_copy(update={"scaling_factor": 0.5})
+    with pytest.raises(InputError, match=r"scale latents differently .*0\.5"):
+        Normalization.of_mixture([manifests[0], manifests[1].model_copy(update={"codec": scaled})], [1, 1], "codec")
+
+    values = np.random.default_rng(0).normal([[1.0], [-2.0]], [[0.5], [2.0]], (2, 200_000))
+    parts = [with_moments(m, v.mean(), v.std()) for m, v in zip(manifests, values, strict=True)]
+    pooled = Normalization.of_mixture(parts, [1.0, 3.0], "dataset")
+    drawn = np.concatenate([values[0], *[values[1]] * 3])
+    assert pooled.mean == pytest.approx((drawn.mean(),) * 4)
+    assert pooled.std == pytest.approx((drawn.std(),) * 4)
+    assert Normalization.of_mixture(parts[:1], [1.0], "dataset") == Normalization.of(parts[0], "dataset")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (("codec", "identity"), "other", "their codecs differ in weights"),
+        (("class_names",), list("vwxyz"), "their classes differ"),
+    ],
+)
+def test_datasets_that_do_not_belong_together_are_refused(
+    manifests: list[Manifest], tmp_path: Path, keys: tuple[str, ...], value: object, message: str
+) -> None:
+    change_manifest(tmp_path / "b", *keys, value=value)
+    with pytest.raises(InputError, match=rf"data\.mixture: \S+a and \S+b: {message}"):
+        open_mixture(config(tmp_path, a=1, b=1))
+
+
+def test_an_empty_dataset_is_refused(manifests: list[Manifest]) -> None:
+    empty = manifests[1].model_copy(update={"shards": (), "num_samples": 0})
+    with pytest.raises(InputError, match="no records"):
+        MixtureOrder([manifests[0], empty], [0.5, 0.5], seed=0, global_batch=4, window=8)

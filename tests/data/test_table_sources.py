@@ -1,0 +1,306 @@
+"""Tables of paths, of bytes and of captions: Parquet, CSV and JSONL."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipelines.common.items import ItemTable
+from data_pipelines.common.source import Item, Source, SourceChangedError
+from data_pipelines.sources import build_source
+from pomscale.config.schema import TableSourceConfig
+from pomscale.errors import InputError, PomscaleError
+
+Rows = Sequence[dict[str, Any]]
+
+
+def table(path: Path | str | list[str], **options: Any) -> Source:
+    paths = path if isinstance(path, list) else str(path)
+    return build_source(TableSourceConfig(kind="table", path=paths, **options))
+
+
+def scan(source: Source) -> list[Item]:
+    return list(source.scan())
+
+
+def content(source: Source, item: Item) -> bytes:
+    with source.open(item) as stream:
+        return stream.read()
+
+
+def write_csv(path: Path, rows: Rows) -> None:
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_jsonl(path: Path, rows: Rows) -> None:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def write_parquet(path: Path, rows: Rows, row_group_size: int = 3) -> None:
+    pq.write_table(pa.Table.from_pylist(list(rows)), path, row_group_size=row_group_size)
+
+
+WRITERS: dict[str, Callable[[Path, Rows], None]] = {"csv": write_csv, "jsonl": write_jsonl, "parquet": write_parquet}
+
+WEBVID = [
+    {
+        "videoid": 1021,
+        "page_dir": "000001_000050",
+        "name": 'A man, walking his "dog".\nSlowly',
+        "duration": "PT00H00M05S",
+    },
+    {"videoid": 7, "page_dir": "000051_000100", "name": " Über die Brücke ", "duration": None},
+    {"videoid": 8, "page_dir": "000051_000100", "name": None, "duration": None},
+    {"videoid": 9, "page_dir": None, "name": "no folder", "duration": None},
+    {"videoid": None, "page_dir": "000051_000100", "name": "no id", "duration": None},
+]
+
+
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_webvid(tmp_path: Path, kind: str) -> None:
+    WRITERS[kind](tmp_path / f"results.{kind}", WEBVID)
+    (tmp_path / "videos" / "000001_000050").mkdir(parents=True)
+    (tmp_path / "videos" / "000001_000050" / "1021.mp4").write_bytes(b"clip")
+    source = table(
+        tmp_path / f"results.{kind}",
+        media="{page_dir}/{videoid}.mp4",
+        root=f"{tmp_path}/videos",
+        key="videoid",
+        caption="name",
+    )
+    items = scan(source)
+    missing = "its caption is empty" if kind == "csv" else "its caption is missing"
+    assert [(item.key, item.place, item.caption, item.problem) for item in items] == [
+        ("1021", "000001_000050/1021.mp4", 'A man, walking his "dog".\nSlowly', None),
+        ("7", "000051_000100/7.mp4", "Über die Brücke", None),
+        ("8", "000051_000100/8.mp4", None, missing),
+        ("9", None, "no folder", "its page_dir is missing"),
+        ("000000000004", None, "no id", "its key is missing"),
+    ]
+    assert items[1].where == f"results.{kind} row 1: 000051_000100/7.mp4"
+    assert items[3].where == f"results.{kind} row 3"
+    assert (source.shuffled, source.class_names, source.num_ignored) == (True, (), 0)
+    assert content(source, items[0]) == b"clip"
+    with pytest.raises(FileNotFoundError):
+        source.open(items[1])
+
+
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_several_tables_are_one_in_the_order_of_their_paths(tmp_path: Path, kind: str) -> None:
+    for i in (1, 0, 2):
+        WRITERS[kind](tmp_path / f"part-{i}.{kind}", [{"path": f"{i}{k}.jpg", "label": k} for k in range(5)])
+    source = table(f"{tmp_path}/part-{{0..1}}.{kind}", media="{path}", label="label")
+    items = scan(source)
+    assert [item.key for item in items] == [f"{i:012d}" for i in range(10)]
+    assert [item.place for item in items] == [f"{i}{k}.jpg" for i in range(2) for k in range(5)]
+    assert items[7].where == f"part-1.{kind} row 2: 12.jpg"
+    assert source.class_names == ("0", "1", "2", "3", "4")
+    assert [item.label for item in items] == [0, 1, 2, 3, 4] * 2
+
+
+def test_all_kinds_of_a_table_have_one_fingerprint_and_every_value_counts(tmp_path: Path) -> None:
+    rows = [{"path": "a.jpg", "text": "one", "label": 0}, {"path": "b.jpg", "text": "two", "label": 1}]
+
+    def fingerprint(kind: str, rows: Rows) -> str:
+        WRITERS[kind](tmp_path / f"t.{kind}", rows)
+        source = table(tmp_path / f"t.{kind}", media="{path}", caption="text", label="label")
+        return ItemTable.build(source, tmp_path / "table").fingerprint
+
+    changed = [[rows[0], rows[1] | change] for change in ({"path": "c.jpg"}, {"text": "three"}, {"label": 2})]
+    assert len({fingerprint(kind, rows) for kind in WRITERS}) == 1
+    assert len({fingerprint("csv", more) for more in (rows, *changed, rows[::-1])}) == 5
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("with_nulls", [False, True])
+def test_files_in_parquet(tmp_path: Path, nested: bool, with_nulls: bool) -> None:
+    """Also as Hugging Face lays pictures out: a struct of bytes and path."""
+    pictures = [None if with_nulls and i % 5 == 2 else f"picture {i}".encode() for i in range(20)]
+    column: list[Any] = [None if p is None else {"bytes": p, "path": "x.jpg"} for p in pictures] if nested else pictures
+    for name, part in (("a", slice(0, 11)), ("b", slice(11, 20))):
+        rows = [{"image": image, "label": 1.0} for image in column[part]]
+        write_parquet(tmp_path / f"{name}.parquet", rows, row_group_size=4)
+    source = table(tmp_path / "*.parquet", bytes_column="image.bytes" if nested else "image", label="label")
+    items = scan(source)
+    name = "image.bytes" if nested else "image"
+    assert [item.problem for item in items] == [None if p else f"its {name} is missing" for p in pictures]
+    assert not source.shuffled
+    assert source.class_names == ("0", "1")
+    good = [(item, picture) for item, picture in zip(items, pictures, strict=True) if picture]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda pair: content(source, pair[0]), good * 5)) == [p for _, p in good] * 5
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes())
+    again = table(tmp_path / "*.parquet", bytes_column=name)
+    with pytest.raises(SourceChangedError, match="--rescan"):
+        again.open(good[-1][0])
+
+
+def test_a_row_group_that_is_damaged_after_the_scan(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [{"jpg": bytes([i]) * 999} for i in range(6)])
+    source = table(tmp_path / "a.parquet", bytes_column="jpg")
+    items = scan(source)
+    damaged = bytearray((tmp_path / "a.parquet").read_bytes())
+    damaged[4:40] = b"\xff" * 36
+    (tmp_path / "a.parquet").write_bytes(damaged)
+    with pytest.raises(SourceChangedError, match="its row group 0 is damaged"):
+        source.open(items[0])
+    assert content(source, items[3]) == bytes([3]) * 999
+
+
+def test_tables_of_captions_only(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "t.parquet", [{"id": "a.b", "text": "one"}, {"id": "/abs", "text": "two"}])
+    source = table(tmp_path / "t.parquet", key="id", caption="text")
+    items = scan(source)
+    assert [(item.key, item.caption, item.place) for item in items] == [("a_b", "one", None), ("/abs", "two", None)]
+    assert "empty part" in (items[1].problem or "")
+    with pytest.raises(InputError, match=r"captions only.*source\.media"):
+        source.open(items[0])
+
+
+def test_bad_lines_of_jsonl_are_problems_of_their_own(tmp_path: Path) -> None:
+    lines = [
+        b'{"path": "a.jpg", "text": "good"}',
+        b"",
+        b'{"path": "b.jpg", "te',
+        b'["b.jpg"]',
+        b'{"path": "b.jpg", "text": "latin \xe9"}',
+        b'{"path": "c.jpg"}',
+        b'{"path": "d.jpg", "text": "lone surrogate \\ud800"}',
+    ]
+    (tmp_path / "t.jsonl").write_bytes(b"\r\n".join(lines))
+    items = scan(table(tmp_path / "t.jsonl", media="{path}", caption="text"))
+    assert [(item.key[-1], item.problem) for item in items] == [
+        ("0", None),
+        ("1", "the line is no JSON"),
+        ("2", "the line is no JSON object"),
+        ("3", "the line is no JSON"),
+        ("4", "its caption is missing"),
+        ("5", "its caption is not UTF-8"),
+    ]
+
+
+def test_bad_lines_of_csv(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"\xef\xbb\xbfpath,text\r\na.jpg,good\r\nb.jpg\r\nc.jpg,latin \xe9\r\n\xff.jpg,d\r\n")
+    items = scan(table(path, media="{path}", caption="text", key="path"))
+    assert [(item.key, item.problem) for item in items] == [
+        ("a_jpg", None),
+        ("b_jpg", "its caption is missing"),
+        ("c_jpg", "its caption is not UTF-8"),
+        (r"\xff_jpg", r"the name \xff_jpg is not UTF-8; rename it"),
+    ]
+    path.write_bytes(b'path,text\na.jpg,"' + b"never closed " * 20_000)
+    with pytest.raises(InputError, match=r"t\.csv after line 1: .*is a quote not closed"):
+        scan(table(path, media="{path}"))
+
+
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_missing_columns_are_named_with_those_there_are(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"t.{kind}"
+    WRITERS[kind](path, [{"path": "a.jpg", "text": "one"}])
+    with pytest.raises(InputError, match=rf"t\.{kind} has no column 'caption'; its columns are path, text"):
+        scan(table(path, media="{path}", caption="caption"))
+
+
+def test_wrong_tables_are_named(tmp_path: Path) -> None:
+    (tmp_path / "t.xlsx").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"t\.xlsx: tables are \.parquet, \.csv or \.jsonl"):
+        scan(table(tmp_path / "t.xlsx"))
+    (tmp_path / "t.parquet").write_bytes(b"no parquet at all")
+    with pytest.raises(InputError, match=r"t\.parquet cannot be read: .*mend or remove it"):
+        scan(table(tmp_path / "t.parquet"))
+    write_parquet(tmp_path / "t.parquet", [{"jpg": "text"}])
+    with pytest.raises(InputError, match=r"column 'jpg' of .* is string, not binary"):
+        scan(table(tmp_path / "t.parquet", bytes_column="jpg"))
+    write_csv(tmp_path / "t.csv", [{"jpg": "x"}])
+    with pytest.raises(InputError, match="only Parquet can"):
+        scan(table(tmp_path / "t.csv", bytes_column="jpg"))
+    (tmp_path / "t.csv").write_bytes(b"")
+    with pytest.raises(InputError, match="its columns are none"):
+        scan(table(tmp_path / "t.csv", caption="text"))
+    with pytest.raises(InputError, match=r"source\.media: .*a brace has no partner"):
+        table(tmp_path / "t.csv", media="{page_dir/{videoid}.mp4")
+
+
+def test_tables_and_files_behind_urls(tmp_path: Path) -> None:
+    storage = fsspec.filesystem("memory")
+    rows = [{"path": f"{i}.jpg"} for i in range(10)]
+    for kind, write in WRITERS.items():
+        write(tmp_path / f"t.{kind}", rows)
+        storage.put(str(tmp_path / f"t.{kind}"), f"/set/t.{kind}")
+        storage.pipe("/pictures/3.jpg", b"picture")
+        source = table(f"memory://set/*.{kind}", media="{path}", root="memory://pictures/")
+        items = scan(source)
+        assert [item.place for item in items] == [row["path"] for row in rows]
+        assert content(source, items[3]) == b"picture"
+        with pytest.raises(FileNotFoundError):
+            source.open(items[4])
+    write_parquet(tmp_path / "bytes.parquet", [{"jpg": b"in the row"}])
+    storage.put(str(tmp_path / "bytes.parquet"), "/set/bytes.parquet")
+    source = table("memory://set/bytes.parquet", bytes_column="jpg")
+    assert content(source, next(iter(source.scan()))) == b"in the row"
+    storage.rm("/", recursive=True)
+
+
+def test_one_dead_link_is_told_from_a_server_that_fails(tmp_path: Path) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status = int(self.path.removeprefix("/").removesuffix(".jpg"))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"picture")
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        root = f"http://127.0.0.1:{server.server_port}"
+        write_jsonl(tmp_path / "t.jsonl", [{"url": f"{root}/{s}.jpg"} for s in (200, 404, 403, 410, 429, 503)])
+        source = table(tmp_path / "t.jsonl", media="{url}")
+        items = scan(source)
+        assert content(source, items[0]) == b"picture"
+        errors: list[type[Exception]] = []
+        for item in items[1:]:
+            with pytest.raises((FileNotFoundError, SourceChangedError, PomscaleError)) as caught:
+                source.open(item)
+            errors.append(caught.type)
+        assert errors == [FileNotFoundError, SourceChangedError, SourceChangedError, PomscaleError, PomscaleError]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_parquet_asks_for_pyarrow_and_nothing_else_does(tmp_path: Path) -> None:
+    write_csv(tmp_path / "t.csv", [{"path": "a.jpg"}])
+    script = f"""
+import sys
+sys.modules["pyarrow"] = None  # as where it is not installed
+from data_pipelines.sources import build_source
+from pomscale.config.schema import TableSourceConfig
+print(len(list(build_source(TableSourceConfig(kind="table", path="{tmp_path}/t.csv", media="{{path}}")).scan())))
+(list(build_source(TableSourceConfig(kind="table", path="{tmp_path}/*.parquet")).scan()))
+"""
+    (tmp_path / "t.parquet").write_bytes(b"x")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "1\n"
+    assert "InputError: source: Parquet tables need pyarrow: pip install -e '.[table]'" in done.stderr

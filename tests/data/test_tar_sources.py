@@ -1,0 +1,339 @@
+"""WebDataset tars, as other tools write them, and the shards of our own datasets."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import tarfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from synthetic_dataset import write_dataset
+
+from data_pipelines.common.items import ItemTable
+from data_pipelines.common.source import Item, Source, SourceChangedError
+from data_pipelines.sources import build_source
+from pomscale.config.schema import LatentsSourceConfig, TarSourceConfig
+from pomscale.data.index import key_hash
+from pomscale.errors import InputError
+
+
+def tars(path: Path | str | list[str], **options: Any) -> Source:
+    paths = path if isinstance(path, list) else str(path)
+    return build_source(TarSourceConfig(kind="tars", path=paths, **options))
+
+
+def scan(source: Source) -> list[Item]:
+    return list(source.scan())
+
+
+def problems(source: Source) -> dict[str, str | None]:
+    return {item.key: item.problem for item in source.scan()}
+
+
+def content(source: Source, item: Item) -> bytes:
+    with source.open(item) as stream:
+        return stream.read()
+
+
+def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, payload in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(payload)
+            tar.addfile(header, io.BytesIO(payload))
+
+
+def img2dataset_sample(key: str, payload: bytes, caption: str | None, **fields: object) -> list[tuple[str, bytes]]:
+    """Picture, caption and metadata in the order and with the names that img2dataset gives them."""
+    text = [] if caption is None else [(f"{key}.txt", caption.encode())]
+    metadata = {"caption": caption, "url": f"http://x/{key}", "key": key, "status": "success", **fields}
+    return [(f"{key}.jpg", payload), *text, (f"{key}.json", json.dumps(metadata).encode())]
+
+
+def test_tars_of_stock_webdataset_are_read(tmp_path: Path) -> None:
+    """ShardWriter writes PAX headers: its times are fractions of a second."""
+    rng = np.random.default_rng(0)
+    written: dict[str, Mapping[str, Any]] = {}
+    with webdataset.ShardWriter(str(tmp_path / "train-%06d.tar"), maxcount=4, verbose=0) as writer:
+        for i in range(10):
+            pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
+            writer.write({"__key__": f"n0{i % 3}/{i:04d}", "jpg": pixels, "cls": i % 3, "json": {"name": f"cat {i}"}})
+            written[f"train-{i // 4:06d}/n0{i % 3}/{i:04d}"] = {"label": i % 3, "caption": f"cat {i}"}
+    assert b"mtime" in (tmp_path / "train-000000.tar").read_bytes()  # a PAX header
+    source = tars(tmp_path / "train-*.tar", label="cls", caption="json:name")
+    items = scan(source)
+    assert {item.key: {"label": item.label, "caption": item.caption} for item in items} == written
+    assert [item.problem for item in items] == [None] * 10
+    assert source.class_names == ("0", "1", "2")
+    assert not source.shuffled
+    stock = {
+        sample["__key__"]: sample["jpg"]
+        for sample in webdataset.WebDataset(sorted(map(str, tmp_path.glob("*.tar"))), shardshuffle=False)
+    }
+    for item in items:
+        picture = content(source, item)
+        assert picture == stock[item.key.partition("/")[2]]
+        assert Image.open(io.BytesIO(picture)).size == (8, 8)
+
+
+def test_tars_of_gnu_tar_are_read(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a.cls", "b.jpg", "b.cls", "README", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"1")
+    subprocess.run("tar cf set.tar --sort=name ./*.* ./README ./.DS_Store", shell=True, check=True, cwd=tmp_path)
+    source = tars(tmp_path / "set.tar", label="cls")
+    assert [(item.key, item.label, item.problem) for item in source.scan()] == [
+        ("set/a", 1, None),
+        ("set/b", 1, None),
+    ]
+    assert source.num_ignored == 2
+    assert source.class_names == ("0", "1")
+
+
+def test_the_img2dataset_layout(tmp_path: Path) -> None:
+    """Keys start anew in every tar; what could not be downloaded is only in the parquet beside it."""
+    for shard in range(2):
+        samples = [
+            img2dataset_sample("000000000", b"first", "a dog", width=10, class_id=7),
+            img2dataset_sample("000000003", b"second", None, class_id=None),
+            img2dataset_sample("000000005", b"third", "", class_id="seven"),
+        ]
+        write_tar(tmp_path / f"{shard:05d}.tar", [member for sample in samples for member in sample])
+        (tmp_path / f"{shard:05d}_stats.json").write_text("{}")
+    source = tars(f"{tmp_path}/{{00000..00001}}.tar", caption="txt", label="json:class_id")
+    items = scan(source)
+    assert [(item.key, item.where, item.label, item.caption, item.problem) for item in items[:3]] == [
+        ("00000/000000000", "00000.tar/000000000.jpg", 7, "a dog", None),
+        ("00000/000000003", "00000.tar/000000003.jpg", None, None, "its class is missing"),
+        ("00000/000000005", "00000.tar/000000005.jpg", None, None, "its class 'seven' is no class id (0, 1, ...)"),
+    ]
+    assert len({item.key for item in items}) == 6
+    assert [content(source, item) for item in items[3:]] == [b"first", b"second", b"third"]
+    assert problems(tars(f"{tmp_path}/00000.tar", caption="txt")) == {
+        "00000/000000000": None,
+        "00000/000000003": "its caption is missing",
+        "00000/000000005": "its caption is empty",
+    }
+
+
+def test_what_samples_may_lack(tmp_path: Path) -> None:
+    samples = {
+        "nothing": [("json", b"{}")],
+        "broken": [("jpg", b"x"), ("json", b"{")],
+        "list": [("jpg", b"x"), ("json", b"[]")],
+        "number": [("jpg", b"x"), ("json", b'{"text": 5}')],
+        "latin": [("jpg", b"x"), ("json", b'{"text": "\\udc80"}')],
+        "good": [("seg.png", b"x"), ("MP4", b"clip"), ("jpg", b"second"), ("json", b'{"text": " a \\u00e9 "}')],
+    }
+    members = [(f"d/{key}.{suffix}", payload) for key, parts in samples.items() for suffix, payload in parts]
+    write_tar(tmp_path / "x.y.tar", members)
+    source = tars(tmp_path / "x.y.tar", caption="json:text")
+    items = {item.key.removeprefix("x_y/d/"): item for item in source.scan()}
+    assert {key: item.problem for key, item in items.items()} == {
+        "nothing": "none of its members (json) is a picture or a clip",
+        "broken": "its json member is no JSON",
+        "list": "its json member has no fields",
+        "number": "its caption is no text but 5",
+        "latin": "its caption is not UTF-8",
+        "good": None,
+    }
+    assert content(source, items["good"]) == b"clip"
+    assert items["good"].caption == "a é"
+
+
+def test_class_names_from_a_file(tmp_path: Path) -> None:
+    labels = [b"0", b" 1\n", b"2", b"-1", b"1.5", b"", b"99999999999999999999"]
+    members = [
+        (f"{i}.{suffix}", payload)
+        for i, label in enumerate(labels)
+        for suffix, payload in (("jpg", b"x"), ("cls", label))
+    ]
+    write_tar(tmp_path / "set.tar", members)
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ntabby dog\n\n")
+    source = tars(tmp_path / "set.tar", label="cls", class_names=str(names))
+    items = scan(source)
+    assert [item.label for item in items] == [0, 1, None, None, None, None, None]
+    assert items[2].problem == f"its class 2 is not among the 2 classes of {names}"
+    assert "is no class id" in (items[3].problem or "")
+    assert "is no class id" in (items[4].problem or "")
+    assert items[5].problem == "its class is missing"
+    assert source.class_names == ("cat", "tabby dog")
+    counted = tars(tmp_path / "set.tar", label="cls")
+    assert "if it is an id, name the classes in source.class_names" in (scan(counted)[6].problem or "")
+    assert counted.class_names == ("0", "1", "2")
+    names.write_text("cat\n\ndog\n")
+    with pytest.raises(InputError, match=r"names\.txt must have one class name"):
+        scan(source)
+    with pytest.raises(InputError, match=r"cannot read .*nowhere\.txt"):
+        scan(tars(tmp_path / "set.tar", label="cls", class_names=str(tmp_path / "nowhere.txt")))
+
+
+def test_keys_stay_apart_in_folders_of_tars(tmp_path: Path) -> None:
+    for place in ("a/0.tar", "b/0.tar"):
+        write_tar(tmp_path / place, [("1.jpg", b"x")])
+    assert list(problems(tars(tmp_path / "*" / "*.tar"))) == ["a/0/1", "b/0/1"]
+    assert list(problems(tars([f"{tmp_path}/b/0.tar", f"{tmp_path}/{{a,b}}/0.tar"]))) == ["a/0/1", "b/0/1"]
+    assert list(problems(tars(tmp_path / "a" / "0.tar"))) == ["0/1"]
+
+
+def test_a_key_twice_in_one_tar_is_a_problem_of_the_second(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("1.jpg", b"x"), ("1.jpg", b"y"), ("2.jpg", b"z"), ("1.jpg", b"w")])
+    table = ItemTable.build(tars(tmp_path / "0.tar"), tmp_path / "table")
+    twice = "its key 0/1 is also that of 0.tar/1.jpg"
+    assert [table[i].problem for i in range(4)] == [None, twice, None, twice]
+
+
+@pytest.mark.parametrize("damage", ["middle of a picture", "before the end mark", "a header", "in a header"])
+def test_a_damaged_tar_gives_what_is_whole_and_one_problem(tmp_path: Path, damage: str) -> None:
+    members = [(f"{i}.jpg", bytes([i]) * 600) for i in range(5)]
+    for name in ("0.tar", "1.tar", "2.tar"):
+        write_tar(tmp_path / name, members)
+    size = 512 + 1024  # of a member, with its header
+    whole = (tmp_path / "1.tar").read_bytes()
+    broken, num_whole, reason = {
+        "middle of a picture": (whole[: 2 * size + 700], 2, "2.jpg is cut off"),
+        "before the end mark": (whole[: 5 * size], 5, "it has no end mark, so it may be cut off"),
+        "a header": (whole[: 3 * size] + b"\xaa" * 512 + whole[3 * size + 512 :], 3, "the header at byte 4,608"),
+        "in a header": (whole[: 3 * size + 100], 3, "the header at byte 4,608 is damaged"),
+    }[damage]
+    (tmp_path / "1.tar").write_bytes(broken)
+    source = tars(tmp_path / "*.tar")
+    table = ItemTable.build(source, tmp_path / "table")
+    items = [table[i] for i in range(len(table))]
+    good = [item for item in items if item.problem is None]
+    expected = [f"{tar}/{i}" for tar in range(3) for i in range(num_whole if tar == 1 else 5)]
+    assert [item.key for item in good] == expected
+    assert [content(source, item) for item in good] == [bytes([int(item.key[-1])]) * 600 for item in good]
+    (bad,) = (item for item in items if item.problem is not None)
+    assert (bad.key, bad.where) == ("1", "1.tar")
+    assert f"the tar is damaged: {reason}" in (bad.problem or "")
+    assert f"its {num_whole} samples before that are read" in (bad.problem or "")
+
+
+@pytest.mark.parametrize("garbage", [b"", b"<html>404</html>" * 100])
+def test_what_is_no_tar_is_a_problem_of_its_own(tmp_path: Path, garbage: bytes) -> None:
+    write_tar(tmp_path / "0.tar", [("1.jpg", b"x")])
+    (tmp_path / "1.tar").write_bytes(garbage)
+    found = problems(tars(tmp_path / "*.tar"))
+    assert found.pop("0/1") is None
+    assert "the tar is damaged" in (found.pop("1") or "")
+
+
+def test_wrong_sources_are_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("1.jpg", b"x")])
+    with pytest.raises(InputError, match=rf"{tmp_path} is a folder; name the files in it, e\.g\. {tmp_path}/\*\.tar"):
+        scan(tars(tmp_path))
+    with pytest.raises(InputError, match=r"there is no file .*/1\.tar"):
+        scan(tars(f"{tmp_path}/{{0..1}}.tar"))
+    with pytest.raises(InputError, match=r"no file matches .*/x\*\.tar"):
+        scan(tars(f"{tmp_path}/x*.tar"))
+    with pytest.raises(InputError, match="close every brace"):
+        scan(tars(f"{tmp_path}/{{0..1.tar"))
+    with pytest.raises(InputError, match="names no file"):
+        scan(tars([]))
+    with tarfile.open(tmp_path / "0.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "0.tar", "1.jpg")
+    with pytest.raises(InputError, match=r"0\.tar\.gz is compressed.*gunzip"):
+        scan(tars(tmp_path / "0.tar.gz"))
+    for rule in ("json", "json:", "txt:name", ":x", ""):
+        with pytest.raises(InputError, match=r"source\.caption: .* neither"):
+            tars(tmp_path / "0.tar", caption=rule)
+
+
+def test_names_with_brackets_are_taken_as_they_are(tmp_path: Path) -> None:
+    write_tar(tmp_path / "[new] {a,b}.tar", [("1.jpg", b"x")])
+    assert list(problems(tars(tmp_path / "[new] {a,b}.tar"))) == ["[new] {a,b}/1"]
+
+
+def test_tars_behind_urls_are_the_same_source(tmp_path: Path) -> None:
+    storage = fsspec.filesystem("memory")
+    for i in range(3):
+        members = [
+            (f"{k}.{suffix}", f"{i} {k} {suffix}".encode() * 900) for k in range(20) for suffix in ("jpg", "txt")
+        ]
+        write_tar(tmp_path / f"{i}.tar", members)
+        storage.pipe(f"/tars/{i}.tar", (tmp_path / f"{i}.tar").read_bytes())
+    local = tars(tmp_path / "*.tar", caption="txt")
+    items = scan(local)
+    for pattern in ("memory://tars/*.tar", "memory://tars/{0..2}.tar"):
+        remote = tars(pattern, caption="txt")
+        assert [(item.key, item.where, item.caption) for item in remote.scan()] == [
+            (item.key, item.where, item.caption) for item in items
+        ]
+        assert [content(remote, item) for item in remote.scan()] == [content(local, item) for item in items]
+    tables = [ItemTable.build(source, tmp_path / str(i)) for i, source in enumerate((local, remote))]
+    assert tables[0].fingerprint == tables[1].fingerprint
+    storage.pipe("/tars/2.tar", b"short")
+    with pytest.raises(SourceChangedError, match="--rescan"):
+        remote.open(scan_last := tables[1][len(tables[1]) - 1])
+    storage.rm("/tars", recursive=True)
+    with pytest.raises(FileNotFoundError):
+        remote.open(scan_last)
+
+
+def test_many_threads_read_many_tars(tmp_path: Path) -> None:
+    for i in range(4):
+        write_tar(tmp_path / f"{i}.tar", [(f"{k}.jpg", f"{i}/{k}".encode()) for k in range(200)])
+    source = tars(tmp_path / "*.tar")
+    items = scan(source)[::7] * 3
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda item: content(source, item).decode(), items)) == [item.key for item in items]
+
+
+def test_a_tar_that_changed_since_the_scan(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("1.jpg", b"x")])
+    (item,) = scan(tars(tmp_path / "0.tar"))
+    write_tar(tmp_path / "0.tar", [("1.jpg", b"x"), *((f"{i}.jpg", bytes(5000)) for i in range(5))])
+    with pytest.raises(SourceChangedError, match="--rescan"):
+        tars(tmp_path / "0.tar").open(item)
+    (tmp_path / "0.tar").unlink()
+    with pytest.raises(FileNotFoundError):
+        tars(tmp_path / "0.tar").open(item)
+
+
+# -- our own shards ----------------------------------------------------------------------------------------------------
+
+
+def latents(path: Path) -> Source:
+    return build_source(LatentsSourceConfig(kind="latents", path=str(path)))
+
+
+def test_captions_of_a_dataset_in_the_order_of_its_index(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "set", [3, 2], text=True)
+    source = latents(tmp_path / "set")
+    items = scan(source)
+    assert [(item.key, item.caption, item.problem) for item in items] == [
+        (f"c/{i:05d}", f"caption {i}", None) for i in range(5)
+    ]
+    table = ItemTable.build(source, tmp_path / "table")
+    assert table.key_hashes().tolist() == [key_hash(item.key) for item in items]
+    assert not table.shuffled
+    with pytest.raises(InputError, match="captions only"):
+        source.open(items[0])
+
+
+def test_a_damaged_shard_and_missing_captions(tmp_path: Path) -> None:
+    manifest = write_dataset(tmp_path / "set", [3, 2], text=True)
+    shard = tmp_path / "set" / manifest.shards[0].name
+    shard.write_bytes(shard.read_bytes()[: manifest.shards[0].num_bytes // 2])
+    items = scan(latents(tmp_path / "set"))
+    (bad,) = (item for item in items if item.problem)
+    assert bad.key == "shard-000000"
+    assert "is damaged" in (bad.problem or "")
+    assert "repair" in (bad.problem or "")
+    assert [item.caption for item in items[-2:]] == ["caption 3", "caption 4"]
+    write_dataset(tmp_path / "plain", [2])
+    with pytest.raises(InputError, match="have no captions"):
+        scan(latents(tmp_path / "plain"))
+    with pytest.raises(InputError, match="there is no such folder"):
+        scan(latents(tmp_path / "nowhere"))

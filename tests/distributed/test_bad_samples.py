@@ -1,0 +1,67 @@
+"""A run on a dataset that is damaged in places: it goes on without the bad samples, counts them, and stops in time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from running import GLOBAL_BATCH, NUM_STEPS, losses, run, train, train_command, write_tiny_recipe
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
+
+from damage import flip_bit
+
+BAD = (3, 100, 500)
+
+
+@pytest.fixture
+def recipe(digits: Path, tmp_path: Path) -> Path:
+    """The tiny run on a damaged copy of its dataset: 1,600 samples of 901."""
+    shutil.copytree(digits / "latents" / "train", tmp_path / "latents" / "train")
+    for record in BAD:
+        flip_bit(tmp_path / "latents" / "train", record)
+    return write_tiny_recipe(tmp_path, tmp_path)
+
+
+def rows(recipe: Path) -> list[dict[str, float]]:
+    lines = (recipe.parent / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "data/bad_samples" in row]
+
+
+def bad_records(recipe: Path) -> list[int]:
+    lines = (recipe.parent / "runs" / "tiny" / "bad_samples.jsonl").read_text().splitlines()
+    return [json.loads(line)["record"] for line in lines]
+
+
+def test_bad_samples_are_left_out_counted_and_listed(recipe: Path) -> None:
+    train(recipe, "data.bad_samples=skip", "data.max_bad_samples=3", num_processes=2)
+    last = rows(recipe)[-1]
+    assert last["samples"] == NUM_STEPS * GLOBAL_BATCH
+    assert last["data/bad_samples"] == len(BAD)  # though the second epoch met some of them again
+    assert last["data/epoch"] == pytest.approx(NUM_STEPS * GLOBAL_BATCH / 901)
+    assert sorted(bad_records(recipe)) == sorted(BAD)
+
+
+@pytest.mark.slow
+def test_the_limit_holds_over_a_resume_and_on_all_ranks(recipe: Path) -> None:
+    limit = ["data.bad_samples=skip", "data.max_bad_samples=2", "checkpoint.every_samples=32"]
+    first = run(train_command(recipe, *limit, num_processes=2), expect=1)
+    assert "3 samples could not be read, more than data.max_bad_samples 2" in first.stderr
+    assert sorted(bad_records(recipe)) == sorted(BAD)
+    stopped_at = rows(recipe)[-1]["samples"]
+    # It goes on from the last step before, and what it has met before then counts.
+    second = run(train_command(recipe, *limit), expect=1)
+    assert f"({stopped_at:,.0f} samples)" in second.stdout
+    assert "3 samples could not be read" in second.stderr
+    train(recipe, "data.bad_samples=skip", "data.max_bad_samples=3")
+    assert len(losses(recipe.parent / "runs" / "tiny")) == NUM_STEPS
+    assert rows(recipe)[-1]["data/bad_samples"] == 3
+
+
+def test_without_leave_the_first_one_ends_the_run(recipe: Path) -> None:
+    finished = run(train_command(recipe), expect=2)
+    assert "its checksum is wrong" in finished.stderr
+    assert "pomscale data repair" in finished.stderr
