@@ -13,7 +13,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "installing into $(VENV), a few minutes"
 	@# torch by itself first: pip then never considers another build of it for a package that needs it
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[vae,video,text,table,quickstart,slurm,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[vae,video,text,table,http,quickstart,slurm,dev]'
 	touch $@
 
 setup: $(VENV)/.ready  ## the virtual environment

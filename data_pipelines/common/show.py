@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -184,7 +185,8 @@ def _padded(pictures: list[np.ndarray]) -> np.ndarray:
 
 def _save_sheet(clips: list[np.ndarray], captions: list[str], path: Path) -> None:
     """One row per clip (3, f, h, w): evenly spaced frames, first and last among them, and the caption below."""
-    font = ImageFont.load_default(_FONT_SIZE)
+    # Pillow's own font has ASCII only; matplotlib's has the letters of most of Europe.
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", _FONT_SIZE)
     line_height = math.ceil(1.3 * _FONT_SIZE)
     row_heights = [clip.shape[2] + _CAPTION_LINES * line_height + 2 * _GAP for clip in clips]
     width = max(_NUM_FRAMES * (clip.shape[3] + _GAP) + _GAP for clip in clips)
@@ -203,7 +205,7 @@ def _save_sheet(clips: list[np.ndarray], captions: list[str], path: Path) -> Non
     sheet.save(path, format="PNG")
 
 
-def _wrapped(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _wrapped(caption: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """As many characters per line as the widest letters leave room for."""
     num_characters = max(8, int(width / font.getlength("n")))
     return textwrap.wrap(caption, num_characters, max_lines=_CAPTION_LINES, placeholder=" ...")

@@ -224,7 +224,7 @@ def _member_lines(report: DatasetStats) -> list[str]:
     manifest = report.manifest
     num_bytes = sum(shard.num_bytes for shard in manifest.shards)
     payload = report.counts.members.total()
-    parts = {**report.counts.members, "headers": num_bytes - payload}
+    parts = {**report.counts.members, "tar": num_bytes - payload}
     per_sample = ", ".join(f"{name.lstrip('.')} {size / manifest.num_samples:,.1f}" for name, size in parts.items())
     return [
         f"{'dataset':<15}{report.folder}: {manifest.num_samples:,} samples, {num_bytes / 1e9:.3f} GB",

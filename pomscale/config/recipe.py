@@ -115,10 +115,10 @@ def _message(item: Any, path: KeyPath, values: dict[str, Any]) -> str:  # noqa: 
         case "missing":
             return "missing; set it here or in the base recipe"
         case "union_tag_not_found":
-            return f"{item['ctx']['discriminator'].strip(chr(39))}: missing; it says what kind of section this is"
+            return f"{_discriminator(item)}: missing; it says what kind of section this is"
         case "union_tag_invalid":
             tag, known = item["ctx"]["tag"], item["ctx"]["expected_tags"]
-            return f"{item['ctx']['discriminator'].strip(chr(39))}: {tag!r} is none of {known}{_suggest(tag, known)}"
+            return f"{_discriminator(item)}: {tag!r} is none of {known}{_suggest(tag, known)}"
         case "literal_error":
             wrong, known = item["input"], item["ctx"]["expected"]
             return f"must be {known}, got {wrong!r}{_suggest(str(wrong), known)}"
@@ -126,6 +126,11 @@ def _message(item: Any, path: KeyPath, values: dict[str, Any]) -> str:  # noqa: 
             return str(item["ctx"]["error"])
         case _:
             return f"{item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
+
+
+def _discriminator(item: Any) -> str:
+    """The key that tells a section's kind: pydantic quotes a key, and calls a function of that name."""
+    return item["ctx"]["discriminator"].strip("'").removesuffix("()")
 
 
 def _suggest(word: str, quoted: str) -> str:
@@ -159,16 +164,23 @@ def _sections_of(annotation: Any) -> list[type[BaseModel]]:
 def _section_at(root: type[BaseModel], path: KeyPath, values: Any) -> type[BaseModel] | None:
     section = root
     for key in path:
+        if isinstance(values, list):  # the sections of a list are of one kind
+            values = values[int(key)]
+            continue
         values = values.get(key) if isinstance(values, dict) else None
         candidates = _sections_of(section.model_fields[key].annotation) if key in section.model_fields else []
         if not candidates:
             return None
-        tag = values.get("name") if isinstance(values, dict) else None
-        tagged = [
-            c for c in candidates if "name" in c.model_fields and tag in get_args(c.model_fields["name"].annotation)
-        ]
-        section = (tagged or candidates)[0]
+        section = next((c for c in candidates if _is_tagged(c, values)), candidates[0])
     return section
+
+
+def _is_tagged(section: type[BaseModel], values: Any) -> bool:
+    """Whether `name` or `kind` in the values says that they are this kind of section."""
+    fields = section.model_fields
+    return isinstance(values, dict) and any(
+        tag in fields and values.get(tag) in get_args(fields[tag].annotation) for tag in ("name", "kind")
+    )
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

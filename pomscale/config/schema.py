@@ -198,9 +198,9 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         if (self.path is None) == (not self.mixture):
-            raise ValueError("data: give either `path` or `mixture`")
+            raise ValueError("give either `path` or `mixture`")
         if self.text is not None and self.mixture:
-            raise ValueError("data.text: belongs to `path`; a mixture names `text` per component")
+            raise ValueError("text: belongs to `path`; a mixture names `text` per component")
         return self
 
     @property
@@ -395,7 +395,7 @@ class TableSourceConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TableSourceConfig:
         if self.media is not None and self.bytes_column is not None:
-            raise ValueError("source: give `media` or `bytes_column`, not both")
+            raise ValueError("give `media` or `bytes_column`, not both")
         return self
 
 
@@ -427,7 +427,7 @@ class ImageTransformConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> ImageTransformConfig:
         if sum([self.size is not None, bool(self.sizes), bool(self.buckets)]) != 1:
-            raise ValueError("transform: give exactly one of `size`, `sizes`, `buckets`")
+            raise ValueError("give exactly one of `size`, `sizes`, `buckets`")
         for name in ("sizes", "buckets"):
             if len(set(getattr(self, name))) != len(getattr(self, name)):
                 raise ValueError(f"{name}: a value is there twice")
@@ -465,7 +465,8 @@ class VideoTransformConfig(Section):
         return list(self.buckets)
 
 
-def _transform_kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """Which transform is meant; named like its key, since errors name it."""
     return value.get("kind", "image") if isinstance(value, dict) else getattr(value, "kind", "image")
 
 
@@ -474,7 +475,7 @@ TransformConfig = Annotated[
         Annotated[ImageTransformConfig, Tag("image")],
         Annotated[VideoTransformConfig, Tag("video")],
     ],
-    Discriminator(_transform_kind),
+    Discriminator(kind),
 ]
 
 
@@ -501,9 +502,10 @@ class EncodeRecipe(Section):
             raise ValueError("codec, transform: give both, or neither for a set of text embeddings only")
         if self.codec is None and self.text is None:
             raise ValueError("codec, text: give at least one of them, or there is nothing to encode")
-        video = isinstance(self.transform, VideoTransformConfig)
-        if self.codec is not None and video != (self.codec.name == "cogvideox_vae"):
-            raise ValueError(f"codec.name: {self.codec.name} does not encode a transform of kind {self.transform.kind}")
+        if self.codec is not None and self.transform is not None:
+            takes = "video" if isinstance(self.codec, CogVideoXVaeCodecConfig) else "image"
+            if self.transform.kind != takes:
+                raise ValueError(f"codec.name: {self.codec.name} takes a transform of kind {takes}")
         if self.codec is not None and not _has_media(self.source):
             raise ValueError(f"codec: a source of kind {self.source.kind} without files has captions only")
         if self.text is not None and not has_captions(self.source):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pomscale.config.schema import CodecConfig, TextEncoderConfig, TransformConfig
 from pomscale.data.location import join, local_folder, read_bytes
@@ -95,7 +95,8 @@ class GroupInfo(_Part):
 
 
 class ShardInfo(_Part):
-    name: str
+    # A plain file name: a manifest may come from elsewhere, and says what is written into a cache.
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")
     num_samples: int
     num_bytes: int
     sha256: str

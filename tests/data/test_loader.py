@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from synthetic_dataset import LATENT_SHAPE, write_dataset
 
+from pomscale.config.schema import CacheConfig
 from pomscale.data.dataset import LatentDataset
 from pomscale.data.loader import Loader, MicroBatch, micro_batch_positions, num_micro_batches
 from pomscale.data.mixture import Mixture
@@ -195,6 +197,25 @@ def test_one_dataset_of_one_shape_is_read_in_the_order_of_its_records(dataset: L
     with open_loader(mix(dataset)) as loader:
         seen = [record for batch in itertools.islice(loader, 20) for record in records_of(batch)]
     assert seen == SampleOrder(SHARD_SIZES, 0, WINDOW).records(np.arange(120)).tolist()
+
+
+@pytest.mark.parametrize("reading", ["streamed", "cached"])
+def test_where_shards_are_read_from_changes_nothing(tmp_path: Path, reading: str) -> None:
+    manifest = write_dataset(tmp_path / "data", SHARD_SIZES, text=True)
+    normalization = Normalization.of(manifest, "codec")
+    folder = str(tmp_path / "data")
+    ways: list[dict[str, Any]] = [
+        {},
+        {"reading": "streamed"} if reading == "streamed" else {"cache": CacheConfig(path=str(tmp_path / "cache"))},
+    ]
+    seen = []
+    for way in ways:
+        mixture = mix(LatentDataset(folder, manifest, normalization, text=folder, **way))
+        with open_loader(mixture, start_position=600) as loader:
+            batches = list(itertools.islice(loader, 20))
+        mixture.close()
+        seen.append([(batch.latents.tolist(), batch.text.tolist(), batch.positions.tolist()) for batch in batches])
+    assert seen[0] == seen[1]
 
 
 def close_all(loaders: list[Loader[MicroBatch]]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from running import GLOBAL_BATCH, NUM_STEPS, assert_same_curve, losses, run, train, train_command, write_tiny_recipe
 
 
+@pytest.mark.slow
 def test_a_mixture_trains_alike_on_any_layout(digits: Path, tmp_path: Path) -> None:
     recipe = write_tiny_recipe(tmp_path, digits)
     latents = digits / "latents"
