@@ -75,13 +75,34 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--only-failed", action="store_true", help="make the parts again that list failed items")
     encode.add_argument("--rescan", action="store_true", help="list the source again; refuse if it has changed")
     encode.set_defaults(run=_data_encode)
-    verify = data_verbs.add_parser("verify", help="prove a dataset whole: checksums, shapes, finite values, keys")
-    verify.add_argument("dataset", type=Path)
+    verify = data_verbs.add_parser("verify", help="prove a dataset whole: every byte, record and item")
     verify.set_defaults(run=_data_verify)
+    repair = data_verbs.add_parser("repair", help="make the damaged shards of a dataset again, and only those")
+    repair.set_defaults(run=_data_repair)
+    stats = data_verbs.add_parser("stats", help="means, ranges, classes and lengths, from one pass over the shards")
+    stats.set_defaults(run=_data_stats)
+    stats.add_argument("--out", type=Path, help="also a PNG of the distributions")
+    split = data_verbs.add_parser("split", help="deal the records to several datasets, by key")
+    split.set_defaults(run=_data_split)
+    for one in (verify, repair, stats, split):
+        one.add_argument("dataset", type=Path)
+    split.add_argument("parts", nargs="+", metavar="FOLDER=SHARE", help="e.g. data/train=0.99 data/heldout=0.01")
+    split.add_argument("--seed", type=int, default=0)
+    repair.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to its recipe, e.g. source.path=/new")
+    merge = data_verbs.add_parser("merge", help="several datasets of one kind as one; shards are linked, not copied")
+    merge.set_defaults(run=_data_merge)
+    merge.add_argument("datasets", nargs="+", type=Path, metavar="DATASET")
+    merge.add_argument("--out", type=Path, required=True, help="folder of the new dataset")
+    for one in (verify, repair, stats, split, merge):
+        one.add_argument("--num-workers", type=_positive, help="processes (default: as many as there are cores)")
+    join = data_verbs.add_parser("join", help="match text embeddings of a companion set with a dataset, by key")
+    join.set_defaults(run=_data_join)
+    join.add_argument("dataset", type=Path, help="the set with the latents")
+    join.add_argument("companion", type=Path, help="the set with the embeddings; the table is written there")
     info = data_verbs.add_parser("info", help="what a dataset is")
     info.add_argument("dataset", type=Path)
     info.set_defaults(run=_data_info)
-    data_show = data_verbs.add_parser("show", help="decode samples into a PNG grid")
+    data_show = data_verbs.add_parser("show", help="pictures as a PNG grid, clips as a contact sheet, captions as text")
     data_show.add_argument("dataset", type=Path)
     data_show.add_argument("--num", type=_positive, default=64, help="number of samples (default 64)")
     data_show.add_argument("--seed", type=int, default=0, help="chooses the samples (default 0)")
@@ -225,7 +246,64 @@ def _data_encode(arguments: argparse.Namespace) -> int:
 def _data_verify(arguments: argparse.Namespace) -> int:
     from data_pipelines.common.verify import verify
 
-    report = verify(arguments.dataset)
+    report = verify(arguments.dataset, num_workers=arguments.num_workers)
+    print(report)
+    return report.exit_code
+
+
+def _data_repair(arguments: argparse.Namespace) -> int:
+    from data_pipelines.common.repair import repair
+
+    report = repair(arguments.dataset, arguments.overrides, num_workers=arguments.num_workers)
+    print(report)
+    return report.exit_code
+
+
+def _data_stats(arguments: argparse.Namespace) -> int:
+    from data_pipelines.common.stats import stats
+    from data_pipelines.common.stats_picture import draw_stats
+
+    report = stats(arguments.dataset, num_workers=arguments.num_workers)
+    print(report)
+    if arguments.out:
+        draw_stats(report, arguments.out)
+    return report.exit_code
+
+
+def _data_split(arguments: argparse.Namespace) -> int:
+    from data_pipelines.common.split import split
+
+    parts = parse_shares(arguments.parts)
+    print(split(arguments.dataset, parts, seed=arguments.seed, num_workers=arguments.num_workers))
+    return 0
+
+
+def parse_shares(words: list[str]) -> dict[str | Path, float]:
+    """FOLDER=SHARE words. Raises InputError for what is none, and for a folder that is there twice."""
+    shares: dict[str | Path, float] = {}
+    for word in words:
+        folder, _, share = word.rpartition("=")
+        try:
+            value = float(share)
+        except ValueError:
+            value = 0.0
+        if not folder or not 0.0 < value < 1.0 or folder in shares:
+            raise InputError(f"{word!r}: give each folder once, as FOLDER=SHARE with a share between 0 and 1")
+        shares[folder] = value
+    return shares
+
+
+def _data_merge(arguments: argparse.Namespace) -> int:
+    from data_pipelines.common.merge import merge
+
+    print(merge(arguments.datasets, arguments.out, num_workers=arguments.num_workers))
+    return 0
+
+
+def _data_join(arguments: argparse.Namespace) -> int:
+    from data_pipelines.common.join import join
+
+    report = join(arguments.dataset, arguments.companion)
     print(report)
     return report.exit_code
 
@@ -242,7 +320,8 @@ def _data_show(arguments: argparse.Namespace) -> int:
     from pomscale.codecs import build_codec
     from pomscale.data.schema import read_manifest
 
-    codec = build_codec(read_manifest(arguments.dataset).codec.config)
+    made_with = read_manifest(arguments.dataset).codec
+    codec = None if made_with is None else build_codec(made_with.config)
     print(show(arguments.dataset, codec, arguments.num, arguments.out, seed=arguments.seed))
     return 0
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from data_pipelines.common.finish import finish
@@ -19,6 +20,7 @@ from data_pipelines.common.job import EncodeJob, Encoders, table_folder, variant
 from data_pipelines.common.parts import PARTS_FOLDER, Claims
 from data_pipelines.common.pipeline import Pipeline
 from data_pipelines.common.progress import EncodeProgress
+from data_pipelines.common.source import Source, SourceChangedError
 from data_pipelines.common.tasks import Task
 from data_pipelines.sources import build_source
 from pomscale.config.schema import EncodeRecipe, MonitoringConfig
@@ -26,6 +28,9 @@ from pomscale.data.schema import FAILURES_NAME, MANIFEST_NAME, Manifest
 from pomscale.errors import InputError
 from pomscale.files import make_folder
 from pomscale.monitoring.monitor import Monitor, open_monitor
+
+# Items that are looked for before an encode begins.
+_MAX_TRIED = 16
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,8 @@ def encode(
             _monitor(recipe, task, len(job.table)) as monitor,
             EncodeProgress(len(job.table), progress, monitor) as display,
         ):
+            if job.unrecorded(range(job.num_parts)):
+                _check_in_place(recipe, job.source, job.table)
             chosen = _Chosen(job, claims, task, only_failed, display)
             Pipeline(job, display, stop).run(chosen, chosen.finished)
         datasets: tuple[Encoded, ...] = ()
@@ -121,6 +128,32 @@ def encode(
         stopped=stop(),
         busy_share=display.busy_share,
         items_per_s=display.items_per_s,
+    )
+
+
+def check_source(recipe: EncodeRecipe) -> None:
+    """InputError if the items that were listed are no longer where the recipe says.
+
+    To the encoder an item that is gone is a failure: a source that has moved would make failures of them all.
+    """
+    table = ItemTable.open(table_folder(recipe))
+    if table is not None:  # else it will be listed, and told then
+        _check_in_place(recipe, build_source(recipe.source), table)
+
+
+def _check_in_place(recipe: EncodeRecipe, source: Source, table: ItemTable) -> None:
+    if recipe.codec is None:  # captions are in the list; no item is opened
+        return
+    usable = (item for item in map(table.__getitem__, range(len(table))) if item.problem is None)
+    for item in islice(usable, _MAX_TRIED):
+        try:
+            source.open(item).close()
+        except (FileNotFoundError, SourceChangedError):
+            continue
+        return
+    raise InputError(
+        f"source: the items that were listed are not in {recipe.source.path} as they were; "
+        f"if it has moved, say where it is: source.path=FOLDER"
     )
 
 

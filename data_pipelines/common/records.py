@@ -54,7 +54,7 @@ class TarRecord:
                 places += (self.offset + begin, end - begin, zlib.crc32(self.payload(suffix)))
             else:
                 places += (0, 0, 0)
-        return key_hash(self.key), shard, label, *places
+        return key_hash(self.key), shard, label, *places, zlib.crc32(self.blocks)
 
     def label(self) -> int:
         """The class, or NO_LABEL where there is none. ValueError if it is no number that the index can hold."""
@@ -166,11 +166,6 @@ def _parse_header(block: bytes) -> _Header | None:
 def open_shard(path: Path) -> BinaryIO:
     """With a buffer that makes small members cost few system calls."""
     return path.open("rb", buffering=_READ_BYTES)
-
-
-def tar_end(num_bytes: int) -> bytes:
-    """What ends a tar whose members take this many bytes: two empty blocks, and zeros up to a whole tar record."""
-    return bytes(2 * _BLOCK + -(num_bytes + 2 * _BLOCK) % tarfile.RECORDSIZE)
 
 
 def read_records(folder: Path, manifest: Manifest, rows: np.ndarray) -> Iterator[TarRecord]:

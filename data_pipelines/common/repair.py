@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from data_pipelines.common.derived import is_derived
-from data_pipelines.common.encode import EncodeReport, encode, forget_shards
-from data_pipelines.common.items import ItemTable
-from data_pipelines.common.job import table_folder
+from data_pipelines.common.encode import EncodeReport, check_source, encode, forget_shards
 from data_pipelines.common.parts import PARTS_FOLDER
-from data_pipelines.common.source import SourceChangedError
 from data_pipelines.common.verify import VerifyReport, verify
-from data_pipelines.sources import build_source
 from pomscale.config.recipe import load_encode_recipe
 from pomscale.config.schema import EncodeRecipe
 from pomscale.config.source import dump_yaml
@@ -24,8 +19,6 @@ from pomscale.files import make_folder, write_text
 
 # The recipe of a repair under way. While shards are missing there is no manifest that could tell it.
 _RECIPE_NAME = "repair.yaml"
-
-_MAX_TRIED = 16
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,6 @@ def repair(
     saved = folder / PARTS_FOLDER / _RECIPE_NAME
     if saved.exists() and not (folder / MANIFEST_NAME).exists():
         recipe = load_encode_recipe(saved, list(overrides))
-        _check_source(recipe)
         encoded = encode(recipe, progress=progress)
         return _finished(saved, RepairReport(None, encoded, verify(folder, num_workers=num_workers, progress=progress)))
     manifest = read_manifest(folder)
@@ -71,7 +63,7 @@ def repair(
     found = verify(folder, num_workers=num_workers, progress=progress)
     if not found.num_problems:
         return _finished(saved, RepairReport(found, None, found))
-    _check_source(recipe)
+    check_source(recipe)  # before anything is forgotten
     forget_shards(folder, found.bad_shards)
     encoded = encode(recipe, progress=progress)
     # A part is made anew as a whole: with several groups it has several shards.
@@ -95,25 +87,6 @@ def _read_recipe(folder: Path, manifest: Manifest, saved: Path, overrides: Seque
         raise InputError(f"override output={recipe.output}: a repair mends {folder} where it is")
     write_text(saved, dump_yaml(recipe.model_dump(mode="json")))
     return recipe
-
-
-def _check_source(recipe: EncodeRecipe) -> None:
-    """To the encoder, items that are gone are failures; here that would turn whole shards into failures."""
-    table = ItemTable.open(table_folder(recipe))
-    if table is None or recipe.codec is None:  # it will be listed anew; or no item is opened at all
-        return
-    source = build_source(recipe.source)
-    for item in islice(
-        (item for item in map(table.__getitem__, range(len(table))) if item.problem is None), _MAX_TRIED
-    ):
-        try:
-            source.open(item).close()
-        except (FileNotFoundError, SourceChangedError):
-            continue
-        return
-    raise InputError(
-        f"source: the first items are not in {recipe.source.path}; if it has moved, say where it is: source.path=FOLDER"
-    )
 
 
 def _part(shard_name: str) -> str:

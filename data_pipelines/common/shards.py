@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 import zlib
@@ -35,33 +34,48 @@ class ShardWriter:
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
-        self._tar = tarfile.open(fileobj=stream, mode="w:", format=tarfile.USTAR_FORMAT)  # noqa: SIM115  closed by finish
+        self._begin = stream.tell()
         self._arrays: tuple[ArrayName, ...] = ()
         self._rows: list[tuple[int, ...]] = []
 
     def add(self, record: Record) -> None:
         self._arrays = tuple(record.arrays)
+        offset, blocks = self._stream.tell(), bytearray()
         places: list[int] = []
         for name, array in record.arrays.items():
-            places += self._add_member(record.key + ARRAY_MEMBERS[name], to_npy(array))
+            payload = to_npy(array)
+            _append_member(blocks, record.key + ARRAY_MEMBERS[name], payload)
+            end = offset + len(blocks) - _padding(len(payload))
+            places += (end - len(payload), len(payload), zlib.crc32(payload))
         if record.label is not None:
-            self._add_member(record.key + CLASS_MEMBER, str(record.label).encode())
+            _append_member(blocks, record.key + CLASS_MEMBER, str(record.label).encode())
         if record.caption is not None:
-            self._add_member(record.key + CAPTION_MEMBER, record.caption.encode())
-        self._add_member(record.key + INFO_MEMBER, json.dumps(record.info, sort_keys=True).encode())
+            _append_member(blocks, record.key + CAPTION_MEMBER, record.caption.encode())
+        _append_member(blocks, record.key + INFO_MEMBER, json.dumps(record.info, sort_keys=True).encode())
+        self._stream.write(blocks)
         label = NO_LABEL if record.label is None else record.label
-        self._rows.append((key_hash(record.key), 0, label, *places))
+        self._rows.append((key_hash(record.key), 0, label, *places, zlib.crc32(blocks)))
 
     def finish(self) -> np.ndarray:
         """Ends the tar. Returns the index rows; their shard number, 0 here, is set when shards are put together."""
-        self._tar.close()
+        self._stream.write(tar_end(self._stream.tell() - self._begin))
         return np.array(self._rows, index_dtype(self._arrays))
 
-    def _add_member(self, name: str, payload: bytes) -> tuple[int, int, int]:
-        """Offset, length and crc32 of the payload."""
-        header = tarfile.TarInfo(name)
-        header.size = len(payload)
-        header.mode = 0o644
-        offset = self._stream.tell() + tarfile.BLOCKSIZE
-        self._tar.addfile(header, io.BytesIO(payload))
-        return offset, len(payload), zlib.crc32(payload)
+
+def _append_member(blocks: bytearray, name: str, payload: bytes) -> None:
+    header = tarfile.TarInfo(name)
+    header.size = len(payload)
+    header.mode = 0o644
+    blocks += header.tobuf(tarfile.USTAR_FORMAT)
+    blocks += payload
+    blocks += bytes(_padding(len(payload)))
+
+
+def _padding(num_bytes: int) -> int:
+    """Zeros that follow a payload, up to a whole block."""
+    return -num_bytes % tarfile.BLOCKSIZE
+
+
+def tar_end(num_bytes: int) -> bytes:
+    """What ends a tar whose members take this many bytes: two empty blocks, and zeros up to a whole tar record."""
+    return bytes(2 * tarfile.BLOCKSIZE + -(num_bytes + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)

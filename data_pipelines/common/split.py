@@ -15,7 +15,8 @@ import numpy as np
 
 from data_pipelines.common.derived import failure_lines, new_dataset, open_checked_index, origin_of, write_index
 from data_pipelines.common.part_writer import num_bytes_and_sha256
-from data_pipelines.common.records import TarRecord, read_records, stored_array, tar_end
+from data_pipelines.common.records import TarRecord, read_records, stored_array
+from data_pipelines.common.shards import tar_end
 from data_pipelines.common.statistics import ChannelStatistics, RunningStatistics
 from data_pipelines.common.workers import over_shards
 from pomscale import __version__

@@ -335,7 +335,8 @@ def _data_card(run_folder: Path) -> dict[str, Any]:
         meta = _read_json(folder / "checkpoint.json")
         if "data" in meta:
             shown = ("codec", "codec_identity", "latent_mean", "latent_std")
-            return {**meta["data"], **{key: meta["card"][key] for key in shown if key in meta["card"]}}
+            datasets = {f"dataset {number}": dataset for number, dataset in enumerate(meta["data"])}
+            return {**datasets, **{key: meta["card"][key] for key in shown if key in meta["card"]}}
     return {}
 
 

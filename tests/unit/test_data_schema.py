@@ -42,7 +42,7 @@ def manifest() -> Manifest:
         num_failures=0,
         source=SourceInfo(fingerprint="f", num_items=2),
         groups=(GroupInfo(shape=(2, 4, 4), target=(32, 32)), GroupInfo(shape=(2, 4, 8), target=(32, 64))),
-        shards=(ShardInfo(name="s", num_samples=2, num_bytes=1, sha256="h"),),
+        shards=(ShardInfo(name="s.tar", num_samples=2, num_bytes=1, sha256="h"),),
         keys_sha256="k",
         index=IndexInfo(num_bytes=1, sha256="h"),
         recipe={},

@@ -65,7 +65,10 @@ def run_folder(tmp_path: Path) -> Path:
     for samples, committed in ((6400, True), (9600, False)):
         folder = run / "checkpoints" / f"samples-{samples:012d}"
         folder.mkdir(parents=True)
-        meta = {"data": {"fingerprint": "abc123"}, "card": {"codec": {"name": "pixel"}, "model": {"dim": "not again"}}}
+        meta = {
+            "data": [{"fingerprint": "abc123"}],
+            "card": {"codec": {"name": "pixel"}, "model": {"dim": "not again"}},
+        }
         (folder / "checkpoint.json").write_text(json.dumps(meta) if committed else '{"card": ')
         if committed:
             (folder / "COMPLETE").touch()
