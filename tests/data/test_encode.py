@@ -340,3 +340,17 @@ def test_members_are_named_as_the_contract_says(pictures: Path, make_recipe: Mak
     with tarfile.open(Path(recipe.output) / "shard-000000.tar") as tar:
         suffixes = [name.partition(".")[2] for name in tar.getnames()]
     assert suffixes == ["latent.npy", "latent_flip.npy", "cls", "json"] * 5
+
+
+def test_a_source_that_has_moved_is_not_a_source_of_failures(pictures: Path, make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(pictures)
+    encode(recipe, progress=False)
+    before = contents(Path(recipe.output))
+    (Path(recipe.output) / "parts" / "part-000001.json").unlink()
+    moved = pictures.rename(pictures.parent / "elsewhere")
+    with pytest.raises(InputError, match=r"are not in .*pictures.*source\.path="):
+        encode(recipe, progress=False)
+    encode(make_recipe(moved), progress=False)
+    after = contents(Path(recipe.output))
+    del before[MANIFEST_NAME], after[MANIFEST_NAME]  # hold the recipe, with the path of its source
+    assert after == before

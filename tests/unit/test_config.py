@@ -222,7 +222,11 @@ def test_a_typo_is_told_with_its_line_and_a_remedy(write: Write, line: str, expe
     [
         ("kind: train", "kind: trian", "kind: 'trian' is none of 'train', 'encode'; did you mean 'train'?"),
         ("kind: train\n", "", "kind: missing; it says what kind of section this is"),
-        ("name: pixel", "name: pixle", "codec.name: 'pixle' is none of 'pixel', 'sd_vae', 'cogvideox_vae'; did you mean 'pixel'?"),
+        (
+            "name: pixel",
+            "name: pixle",
+            "codec.name: 'pixle' is none of 'pixel', 'sd_vae', 'cogvideox_vae'; did you mean 'pixel'?",
+        ),
         ("name: pixel", "block: 2", "codec.name: missing; it says what kind of section this is"),
         ("name: pixel", "name: pixel, blok: 2", "codec.blok: unknown key; did you mean 'block'?"),
         ("name: pixel", "name: sd_vae, blok: 2", "codec.blok: unknown key; the nearest valid key is 'store'"),
