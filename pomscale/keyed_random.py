@@ -43,36 +43,32 @@ def keyed_uniforms(seed: int, stream: Stream, indices: np.ndarray, subindex: int
     Value i equals `keyed_generator(seed, stream, indices[i], subindex).random()` to the last bit, for a fiftieth of
     the time where there are many.
     """
-    ones = np.ones(len(indices), np.uint64)
     # NumPy counts on before it draws its first block, hence the 1.
-    counter = (ones, 0 * ones, subindex * ones, int(stream) * ones)
-    block = _philox_4x64_10(counter, (seed * ones, np.asarray(indices).astype(np.uint64)))
-    return (block[0] >> np.uint64(11)) * 2.0**-53
+    first = _philox_4x64_10((1, 0, subindex, int(stream)), seed, np.asarray(indices).astype(np.uint64))
+    return (first >> np.uint64(11)) * 2.0**-53
 
-
-_Block = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 # Salmon et al. 2011, table 2 (multipliers) and section 4.3 (Weyl constants of the key schedule).
-_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
-_WEYL = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B))
+_MULTIPLIERS = np.array([[0xD2E7470EE14C6C93], [0xCA5A826395121157]], np.uint64)
+_WEYL = np.array([[0x9E3779B97F4A7C15], [0xBB67AE8584CAA73B]], np.uint64)
 _LOW_HALF, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
-def _philox_4x64_10(counter: _Block, key: tuple[np.ndarray, np.ndarray]) -> _Block:
-    """Philox4x64 with 10 rounds, for many counters and keys at once. All arrays (b,) uint64."""
+def _philox_4x64_10(counter: tuple[int, int, int, int], seed: int, indices: np.ndarray) -> np.ndarray:
+    """The first word of a Philox4x64 block of 10 rounds, for many keys (seed, index) at once: uint64 (b,) -> (b,)."""
     c0, c1, c2, c3 = counter
-    k0, k1 = key
+    key = np.stack([np.full_like(indices, seed), indices])
+    even, odd = (np.repeat(np.array(words, np.uint64)[:, None], len(indices), 1) for words in ([c0, c2], [c1, c3]))
     for _ in range(10):
-        (high0, low0), (high1, low1) = _multiply(_MULTIPLIERS[0], c0), _multiply(_MULTIPLIERS[1], c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = k0 + _WEYL[0], k1 + _WEYL[1]
-    return c0, c1, c2, c3
+        high, low = _multiply(_MULTIPLIERS, even)
+        even, odd = high[::-1] ^ odd ^ key, low[::-1]
+        key = key + _WEYL
+    return even[0]
 
 
-def _multiply(a: int, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _multiply(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """High and low 64 bits of the 128-bit products a * b: by 32-bit halves, for NumPy has no wider integer."""
-    a_high, a_low = np.uint64(a >> 32), np.uint64(a & 0xFFFFFFFF)
-    b_high, b_low = b >> _HALF, b & _LOW_HALF
+    a_high, a_low, b_high, b_low = a >> _HALF, a & _LOW_HALF, b >> _HALF, b & _LOW_HALF
     middle = a_high * b_low + (a_low * b_low >> _HALF)  # at most 2**64 - 2**32
     carry = a_low * b_high + (middle & _LOW_HALF)
-    return a_high * b_high + (middle >> _HALF) + (carry >> _HALF), np.uint64(a) * b
+    return a_high * b_high + (middle >> _HALF) + (carry >> _HALF), a * b

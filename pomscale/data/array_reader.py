@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pomscale.config.schema import CacheConfig
 from pomscale.data.bad_samples import BadSample
+from pomscale.data.checksums import wrong_rows
 from pomscale.data.fetch import remedy
 from pomscale.data.index import index_dtype, key_hash, map_index, npy_header, split_member_name
 from pomscale.data.location import join
@@ -87,6 +88,9 @@ class ArrayReader:
                 faults[row] = self._wrong_array(members, row, shape)
             else:
                 flat[row * length : (row + 1) * length] = payload
+        for row in wrong_rows(content, members.crc32s):
+            if row not in faults:
+                faults[row] = self._wrong_checksum(members, row)
         wrong = (content[:, : len(header)] != np.frombuffer(header, np.uint8)).any(axis=1)
         for row in np.flatnonzero(wrong).tolist():
             if row not in faults:
@@ -111,10 +115,12 @@ class ArrayReader:
             length = int(lengths[row])
             header, data = payload[:header_bytes], payload[header_bytes:]
             fits = 1 <= length <= max_length and len(data) == 2 * dim * length
-            if fits and header == _sequence_header(length, dim):
-                values[row, :length] = np.frombuffer(data, "<f2").reshape(length, dim)
-            else:
+            if zlib.crc32(payload) != members.crc32s[row]:
+                faults[row] = self._wrong_checksum(members, row)
+            elif not fits or header != _sequence_header(length, dim):
                 faults[row] = self._wrong_array(members, row, (f"1 to {max_length}", dim))
+            else:
+                values[row, :length] = np.frombuffer(data, "<f2").reshape(length, dim)
         tensor = torch.from_numpy(values)
         self._find_non_finite(members, tensor.sum((1, 2), dtype=torch.float32), faults)
         return tensor, torch.from_numpy(lengths.astype(np.int64))
@@ -153,10 +159,10 @@ class ArrayReader:
         return BadSample(self.location, record, key, reason)
 
     def _payloads(self, members: Members, faults: Faults) -> Iterator[tuple[int, memoryview]]:
-        """Row and bytes of every member that is there and has its checksum."""
+        """Row and bytes of every member that is there; their checksums are the caller's to check."""
         shards: dict[int, memoryview | InputError] = {}
-        places = (members.shards, members.offsets, members.lengths, members.crc32s)
-        for row, (shard, offset, length, crc32) in enumerate(zip(*(p.tolist() for p in places), strict=True)):
+        places = (members.shards, members.offsets, members.lengths)
+        for row, (shard, offset, length) in enumerate(zip(*(p.tolist() for p in places), strict=True)):
             if row in faults:
                 continue
             if shard not in shards:
@@ -167,16 +173,17 @@ class ArrayReader:
                 faults[row] = BadSample(self.location, int(members.records[row]), key, str(content))
             elif offset < 0 or not 0 < length <= len(content) - offset:
                 faults[row] = self.fault(members, row, f"{length:,} bytes at {offset:,} are not in the shard")
-            elif zlib.crc32(payload := content[offset : offset + length]) != crc32:
-                faults[row] = self.fault(members, row, "its checksum is wrong")
             else:
-                yield row, payload
+                yield row, content[offset : offset + length]
 
     def _open(self, shard: int) -> memoryview | InputError:
         try:
             return self.files.open(shard).data
         except InputError as error:
             return error
+
+    def _wrong_checksum(self, members: Members, row: int) -> BadSample:
+        return self.fault(members, row, "its checksum is wrong")
 
     def _wrong_array(self, members: Members, row: int, shape: tuple[int | str, ...]) -> BadSample:
         return self.fault(members, row, f"it is not a float16 array of shape ({', '.join(map(str, shape))})")

@@ -36,6 +36,7 @@ class SampleOrder:
         self._seed = seed
         self._first_key = component << 32  # an epoch never has as many windows
         self._window = min(window, self.num_records)
+        self._windows_per_epoch = -(-self.num_records // self._window)
         self._shards = functools.lru_cache(maxsize=2)(self._permute_shards)
         self._permutation = functools.lru_cache(maxsize=_CACHED_WINDOWS)(self._permute_window)
 
@@ -44,8 +45,10 @@ class SampleOrder:
         records = np.empty_like(positions)
         epochs, offsets = np.divmod(positions, self.num_records)
         windows, places = np.divmod(offsets, self._window)
-        for epoch, window in np.unique(np.stack([epochs, windows]), axis=1).T.tolist():
-            here = (epochs == epoch) & (windows == window)
+        numbers = epochs * self._windows_per_epoch + windows
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            epoch, window = divmod(number, self._windows_per_epoch)
             shards, ends = self._shards(epoch)
             ranks = window * self._window + self._permutation(epoch, window)[places[here]]
             slots = np.searchsorted(ends, ranks, side="right")

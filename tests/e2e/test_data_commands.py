@@ -69,7 +69,7 @@ def test_the_life_of_a_dataset(recipe: Path, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "stats.png").size[0] > 100
     assert "60 pictures in 2 classes" in pomscale("data", "info", pets).stdout
     pomscale("data", "show", pets, "--num", "9", "--out", tmp_path / "grid.png")
-    assert Image.open(tmp_path / "grid.png").size == (3 * 18 + 2, 3 * 18 + 2)
+    assert Image.open(tmp_path / "grid.png").size == (3 * 34 + 2, 3 * 34 + 2)
     pomscale("data", "split", pets, "half", expect=2)
 
 
