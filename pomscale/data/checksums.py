@@ -20,7 +20,7 @@ def wrong_rows(content: np.ndarray, crc32s: np.ndarray) -> list[int]:
     wrong = []
     for begin in range(0, len(content), _ROWS_AT_ONCE):
         rows, expected = content[begin : begin + _ROWS_AT_ONCE], crc32s[begin : begin + _ROWS_AT_ONCE]
-        if zlib.crc32(rows.reshape(-1)) != _of_concatenation(expected, content.shape[1]):
+        if zlib.crc32(rows.reshape(-1).data) != _of_concatenation(expected, content.shape[1]):
             is_wrong = np.array([zlib.crc32(row) for row in rows], np.uint32) != expected
             wrong += (begin + np.flatnonzero(is_wrong)).tolist()
     return wrong
@@ -33,7 +33,7 @@ def _of_concatenation(crc32s: np.ndarray, num_bytes: int) -> int:
 
 
 def _times(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Products over GF(2) of matrices, by their columns (..., 32) uint32, and vectors of bits (..., 1), not yet summed."""
+    """Matrices over GF(2), by columns (..., 32) uint32, times vectors of bits (..., 1); the terms, not yet summed."""
     bits = values >> np.arange(32, dtype=np.uint32) & np.uint32(1)
     return columns * bits
 
