@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.synthetic import make_dataset
 from pomscale.config.schema import DataConfig
-from pomscale.data.loader import Loader
+from pomscale.data.loader import Loader, MicroBatch
 from pomscale.data.mixture import Mixture
 from pomscale.data.schema import read_manifest
 from pomscale.errors import PomscaleError
@@ -49,8 +49,8 @@ def bench_loader(*, num_samples: int, num_resume: int, seconds: float, folder: P
         dataset = _dataset(root, f"loader-{num_samples}", num_samples, side=64, flip=True, shard_samples=2048)
         _check(dataset)
         best = {
-            name: max(_measure(report, name, label, make, seconds) for label, make in variants.items())
-            for name, variants in _readers(dataset).items()
+            name: max(_measure(report, dataset, name, setting, seconds) for setting in settings)
+            for name, settings in _readers(dataset).items()
         }
         report.judge("pomscale over stock webdataset", best["pomscale"] / best["webdataset"], 10.0)
         report.judge("pomscale over the bare mmap reader", best["pomscale"] / best["bare mmap"], 0.5)
@@ -106,21 +106,39 @@ def _shards(dataset: Path) -> list[str]:
     return [str(dataset / shard.name) for shard in read_manifest(dataset).shards]
 
 
-def _measure(report: BenchReport, name: str, label: str, make: Callable[[], Any], seconds: float) -> float:
-    """Samples per second over about `seconds`, after a warm-up."""
-    loader = make()
-    batches = iter(loader)
+def _measure(report: BenchReport, dataset: Path, name: str, setting: str, seconds: float) -> float:
+    """In a process of its own: what one reader leaves behind in memory slows down the next."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _ONE_READER, str(dataset), name, setting, str(seconds)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    rate = float(done.stdout.split()[-1])
+    report.add(f"{name}, {setting}", samples_per_s=rate)
+    return rate
+
+
+_ONE_READER = """
+import os, sys
+from pathlib import Path
+from pomscale.benchmarks.loader import samples_per_s
+print(samples_per_s(Path(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])), flush=True)
+os._exit(0)  # worker processes are not waited for
+"""
+
+
+def samples_per_s(dataset: Path, name: str, setting: str, seconds: float) -> float:
+    """Of one reader over about `seconds`, after a warm-up."""
+    batches = iter(_readers(dataset)[name][setting]())
     for _ in range(_WARM_UP_BATCHES):
         next(batches)
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
-        count += len(next(batches)[0]) if name != "pomscale" else len(next(batches).latents)
-    rate = count / (time.perf_counter() - start)
-    if isinstance(loader, Loader):
-        loader.close()
-    del batches, loader
-    report.add(f"{name}, {label}", samples_per_s=rate)
-    return rate
+        batch = next(batches)
+        count += len(batch.latents if isinstance(batch, MicroBatch) else batch[0])
+    return count / (time.perf_counter() - start)
 
 
 def _readers(dataset: Path) -> dict[str, dict[str, Callable[[], Any]]]:

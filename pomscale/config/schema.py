@@ -136,9 +136,7 @@ class CogVideoXVaeCodecConfig(Section):
     tiling: bool = Field(False, description="Encode and decode in overlapping tiles: less memory, not the same bits.")
 
 
-CodecConfig = Annotated[
-    Union[PixelCodecConfig, SdVaeCodecConfig, CogVideoXVaeCodecConfig], Field(discriminator="name")
-]
+CodecConfig = Annotated[Union[PixelCodecConfig, SdVaeCodecConfig, CogVideoXVaeCodecConfig], Field(discriminator="name")]
 
 
 class TextEncoderConfig(Section):

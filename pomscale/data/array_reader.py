@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import zlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from isal import isal_zlib
 from torch import Tensor
 
 from pomscale.config.schema import CacheConfig
@@ -20,6 +21,7 @@ from pomscale.data.checksums import wrong_rows
 from pomscale.data.fetch import remedy
 from pomscale.data.index import index_dtype, key_hash, map_index, npy_header, split_member_name
 from pomscale.data.location import join
+from pomscale.data.recycling import Recycler
 from pomscale.data.schema import INDEX_NAME, Manifest
 from pomscale.data.shard_cache import local_index
 from pomscale.data.shard_files import open_shard_files
@@ -63,6 +65,8 @@ class ArrayReader:
         self.manifest = manifest
         self.files = open_shard_files(location, manifest, reading, cache)
         self._remedy = remedy(location)
+        self._local = threading.local()
+        self._recycler = Recycler()
         self.index = self._open_index(local_index(location, manifest, cache))
 
     def _open_index(self, path: Path) -> np.ndarray:
@@ -81,7 +85,7 @@ class ArrayReader:
         """Arrays of one shape: (b, *shape) float32."""
         header = npy_header(shape, "<f2")
         length = len(header) + 2 * math.prod(shape)
-        content = np.empty((len(members.records), length), np.uint8)
+        content = self._scratch(len(members.records), length)
         flat = content.reshape(-1).data
         for row, payload in self._payloads(members, faults):
             if len(payload) != length:
@@ -96,9 +100,16 @@ class ArrayReader:
             if row not in faults:
                 faults[row] = self._wrong_array(members, row, shape)
         stored = torch.from_numpy(content)[:, len(header) :].view(torch.float16)
-        values = stored.float()
+        values = self._recycler.empty(*stored.shape).copy_(stored)
         self._find_non_finite(members, values.sum(1), faults)
         return values.unflatten(1, shape)
+
+    def _scratch(self, num_rows: int, num_bytes: int) -> np.ndarray:
+        """Room for a batch as it is stored, one per thread: fresh memory for each would cost as much as the copy."""
+        if getattr(self._local, "room", np.empty(0)).size < num_rows * num_bytes:
+            self._local.room = np.empty(num_rows * num_bytes, np.uint8)
+        room: np.ndarray = self._local.room
+        return room[: num_rows * num_bytes].reshape(num_rows, num_bytes)
 
     def sequences(
         self, members: Members, dim: int, max_length: int, room: int, faults: Faults
@@ -115,7 +126,7 @@ class ArrayReader:
             length = int(lengths[row])
             header, data = payload[:header_bytes], payload[header_bytes:]
             fits = 1 <= length <= max_length and len(data) == 2 * dim * length
-            if zlib.crc32(payload) != members.crc32s[row]:
+            if isal_zlib.crc32(payload) != members.crc32s[row]:
                 faults[row] = self._wrong_checksum(members, row)
             elif not fits or header != _sequence_header(length, dim):
                 faults[row] = self._wrong_array(members, row, (f"1 to {max_length}", dim))

@@ -1,15 +1,16 @@
 """The CRC-32s of many rows of equal length, checked with a few calls.
 
 One call per row would give up and take back Python's global lock every few microseconds, and reader threads would spend
-their time on handing it around.
+their time on handing it around. isal's CRC-32 is that of zlib at ten times the speed: on every record, every time, it
+then costs less than copying the record.
 """
 
 from __future__ import annotations
 
 import functools
-import zlib
 
 import numpy as np
+from isal import isal_zlib
 
 # Few enough that the rows of an image batch stay in a core's cache on their way from the copy to the checksum.
 _ROWS_AT_ONCE = 32
@@ -20,8 +21,8 @@ def wrong_rows(content: np.ndarray, crc32s: np.ndarray) -> list[int]:
     wrong = []
     for begin in range(0, len(content), _ROWS_AT_ONCE):
         rows, expected = content[begin : begin + _ROWS_AT_ONCE], crc32s[begin : begin + _ROWS_AT_ONCE]
-        if zlib.crc32(rows.reshape(-1).data) != _of_concatenation(expected, content.shape[1]):
-            is_wrong = np.array([zlib.crc32(row) for row in rows], np.uint32) != expected
+        if isal_zlib.crc32(rows.reshape(-1).data) != _of_concatenation(expected, content.shape[1]):
+            is_wrong = np.array([isal_zlib.crc32(row) for row in rows], np.uint32) != expected
             wrong += (begin + np.flatnonzero(is_wrong)).tolist()
     return wrong
 
@@ -42,8 +43,8 @@ def _times(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
 def _powers(num_bytes: int) -> np.ndarray:
     """Columns of M**31, ..., M, 1 for rows of `num_bytes`: (_ROWS_AT_ONCE, 32) uint32."""
     zeros = bytes(num_bytes)
-    nothing = zlib.crc32(zeros)  # CRC-32 is linear but for this constant
-    past_a_row = np.array([zlib.crc32(zeros, 1 << bit) ^ nothing for bit in range(32)], np.uint32)
+    nothing = isal_zlib.crc32(zeros)  # CRC-32 is linear but for this constant
+    past_a_row = np.array([isal_zlib.crc32(zeros, 1 << bit) ^ nothing for bit in range(32)], np.uint32)
     powers = [np.uint32(1) << np.arange(32, dtype=np.uint32)]
     while len(powers) < _ROWS_AT_ONCE:
         powers.append(np.bitwise_xor.reduce(_times(past_a_row, powers[-1][:, None]), axis=1))

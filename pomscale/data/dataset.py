@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from pomscale.data.index import NO_LABEL
 from pomscale.data.schema import Manifest, Normalization, read_manifest
 from pomscale.data.text_reader import TextReader
 from pomscale.keyed_random import Stream, keyed_generator, keyed_uniforms
+
+# A micro-batch is too short for the vectorised draw to be at its best; the next one needs its neighbours.
+_FLIPS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +125,19 @@ class LatentDataset:
     def _flips(self, positions: np.ndarray, seed: int, probability: float) -> np.ndarray | None:
         if not self.manifest.latents.has_flip:
             return None
-        return keyed_uniforms(seed, Stream.FLIP, positions) < probability
+        blocks, places = np.divmod(positions, _FLIPS_AT_ONCE)
+        flips = np.empty(len(positions), bool)
+        for block in np.unique(blocks).tolist():
+            here = blocks == block
+            flips[here] = _draw_flips(seed, block)[places[here]] < probability
+        return flips
+
+
+@functools.lru_cache(maxsize=8)
+def _draw_flips(seed: int, block: int) -> np.ndarray:
+    """Uniform numbers of the positions of a block."""
+    positions = np.arange(block * _FLIPS_AT_ONCE, (block + 1) * _FLIPS_AT_ONCE)
+    return keyed_uniforms(seed, Stream.FLIP, positions)
 
 
 def _sample_posterior(moments: Tensor, positions: np.ndarray, seed: int) -> Tensor:
