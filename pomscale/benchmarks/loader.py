@@ -241,20 +241,22 @@ def _energon(dataset: Path) -> dict[str, Callable[[], Any]] | None:
 
 def _energon_readers(energon: Any, dataset: Path) -> dict[str, Callable[[], Any]]:
     """Its CrudeWebdataset with a cooker that picks original or flip, as its documentation shows for raw tars."""
-    meta = dataset / ".nv-meta"
-    if not meta.exists():
-        subprocess.run(
-            [sys.executable, "-m", "megatron.energon.cli.main", "prepare", str(dataset), "--non-interactive",
-             "--split-ratio", "1,0,0"],
-            check=True,
-        )  # fmt: skip
-        (meta / "dataset.yaml").write_text(
+    folder = dataset.with_name(f"{dataset.name}-energon")  # it writes its notes beside the tars
+    if not (folder / ".nv-meta" / "dataset.yaml").exists():
+        folder.mkdir(exist_ok=True)
+        for shard in dataset.glob("*.tar"):
+            (folder / shard.name).hardlink_to(shard)
+        prepare = ["prepare", str(folder), "--non-interactive", "--split-ratio", "1,0,0", "--skip-dataset-yaml"]
+        subprocess.run([sys.executable, "-m", "megatron.energon.cli.main", *prepare], check=True, stdout=sys.stderr)
+        (folder / ".nv-meta" / "dataset.yaml").write_text(
             "__module__: megatron.energon\n__class__: CrudeWebdataset\n", encoding="utf-8"
         )
 
+    @energon.stateless
     def cook(sample: dict[str, Any]) -> dict[str, Any]:
         array = sample["latent_flip.npy" if np.random.rand() < 0.5 else "latent.npy"]
-        return {"__key__": sample["__key__"], "latent": torch.as_tensor(array), "label": int(sample["cls"])}
+        kept = energon.basic_sample_keys(sample)
+        return {**kept, "latent": torch.as_tensor(array), "label": int(sample["cls"])}
 
     class Task(energon.DefaultTaskEncoder):
         cookers = [energon.Cooker(cook)]  # noqa: RUF012
@@ -266,7 +268,7 @@ def _energon_readers(energon: Any, dataset: Path) -> dict[str, Callable[[], Any]
     def make(num_workers: int) -> Any:
         worker = energon.WorkerConfig(rank=0, world_size=1, num_workers=num_workers)
         data = energon.get_train_dataset(
-            dataset,
+            folder,
             batch_size=_BATCH,
             shuffle_buffer_size=1000,
             max_samples_per_sequence=100,

@@ -159,3 +159,13 @@ def test_claims_of_one_process_do_not_stop_itself(tmp_path: Path) -> None:
         assert claims.claim(3)
         assert claims.claim(3)
         claims.release(3)
+
+
+@pytest.mark.slow
+def test_wandb_gets_what_the_console_shows(pictures: Path, make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(pictures, wandb={"mode": "offline", "project": "encodes"})
+    encode(recipe, progress=False)
+    (run,) = (Path(recipe.output) / "parts" / "task-00000" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = run.read_bytes()
+    for name in (b"encode/items_per_s", b"encode/failed", b"encode/busy_share", b"test-00000"):
+        assert name in content
