@@ -231,14 +231,15 @@ def _data_encode(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(describe(recipe, task=task))
         return 0
-    stop = StopRequest()
-    report = encode(
-        recipe,
-        task=task,
-        only_failed=arguments.only_failed,
-        rescan=arguments.rescan,
-        stop=lambda: stop.requested,
-    )
+    requests: list[StopRequest] = []
+
+    def stop() -> bool:
+        # Asked for the first time with the first item: until then a signal ends the process, and nothing is lost.
+        if not requests:
+            requests.append(StopRequest())
+        return requests[0].requested
+
+    report = encode(recipe, task=task, only_failed=arguments.only_failed, rescan=arguments.rescan, stop=stop)
     print(report)
     return report.exit_code
 

@@ -11,26 +11,21 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from data_pipelines.common.finish import finish
 from data_pipelines.common.items import ItemTable, share_table
-from data_pipelines.common.job import EncodeJob, Encoders, table_folder, variants_of
-from data_pipelines.common.parts import PARTS_FOLDER, Claims
+from data_pipelines.common.job import EncodeJob, Encoders, check_in_place, table_folder, variants_of
+from data_pipelines.common.parts import PARTS_FOLDER, Claims, part_of
 from data_pipelines.common.pipeline import Pipeline
 from data_pipelines.common.progress import EncodeProgress
-from data_pipelines.common.source import Source, SourceChangedError
 from data_pipelines.common.tasks import Task
 from data_pipelines.sources import build_source
 from pomscale.config.schema import EncodeRecipe, MonitoringConfig
-from pomscale.data.schema import FAILURES_NAME, MANIFEST_NAME, Manifest
+from pomscale.data.schema import FAILURES_NAME, MANIFEST_NAME, Manifest, read_manifest
 from pomscale.errors import InputError
 from pomscale.files import make_folder
 from pomscale.monitoring.monitor import Monitor, open_monitor
-
-# Items that are looked for before an encode begins.
-_MAX_TRIED = 16
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,10 @@ class EncodeReport:
     num_parts: int
     num_made: int  # parts made by this task
     num_resumed: int  # parts that were there when it came to them
-    num_elsewhere: int  # parts that other tasks are at work on
+    num_elsewhere: int  # parts that are not done: other tasks are at work on them, or a stop came
+    num_failed: int  # items that this task could not encode
+    num_cut: int  # captions that this task cut to max_length tokens
+    num_ignored: int  # files of the source that are no items
     stopped: bool
     busy_share: float
     items_per_s: float
@@ -69,7 +67,7 @@ class EncodeReport:
     def exit_code(self) -> int:
         if self.stopped:
             return 75
-        return 3 if any(dataset.num_failures for dataset in self.datasets) else 0
+        return 3 if self.num_failed or any(dataset.num_failures for dataset in self.datasets) else 0
 
     def __str__(self) -> str:
         parts = f"{self.num_made:,} of {self.num_parts:,} parts made"
@@ -77,6 +75,12 @@ class EncodeReport:
             parts += f", {self.num_resumed:,} were there"
         if self.num_made:
             parts += f"; {self.items_per_s:,.1f} items/s, encoder busy {self.busy_share:.0%}"
+        if self.num_failed:
+            parts += f"; {self.num_failed:,} items of them failed"
+        if self.num_cut:
+            parts += f"; {self.num_cut:,} captions were cut to max_length tokens"
+        if self.num_ignored:
+            parts += f"; {self.num_ignored:,} files of the source were ignored"
         if self.stopped:
             return f"stopped on request: {parts}; finished parts are kept, run the same command again to go on"
         if self.num_elsewhere:
@@ -103,64 +107,47 @@ def encode(
     encoders = Encoders(recipe)
     variants_of(recipe, encoders)
     make_folder(table_folder(recipe))
-    with Claims(table_folder(recipe)) as claims:
+    with Claims(table_folder(recipe), several=task.count > 1) as claims:
         with claims.setup():
             job = _open_job(recipe, encoders, rescan)
         with (
             _monitor(recipe, task, len(job.table)) as monitor,
             EncodeProgress(len(job.table), progress, monitor) as display,
         ):
-            if job.unrecorded(range(job.num_parts)):
-                _check_in_place(recipe, job.source, job.table)
             chosen = _Chosen(job, claims, task, only_failed, display)
             Pipeline(job, display, stop).run(chosen, chosen.finished)
         datasets: tuple[Encoded, ...] = ()
         num_elsewhere = len(job.unrecorded(range(job.num_parts)))
-        if not stop() and not num_elsewhere:
+        stopped = stop() and num_elsewhere > 0
+        if not num_elsewhere:
             with claims.finishing():
-                datasets = _finish(job, rewrite=task.count == 1 or chosen.num_made > 0)
+                datasets = _finish(job, rewrite=chosen.num_made > 0)
     return EncodeReport(
         datasets=datasets,
         num_parts=job.num_parts,
         num_made=chosen.num_made,
         num_resumed=chosen.num_resumed,
         num_elsewhere=num_elsewhere,
-        stopped=stop(),
+        num_failed=display.num_failed,
+        num_cut=display.num_cut,
+        num_ignored=job.table.num_ignored,
+        stopped=stopped,
         busy_share=display.busy_share,
         items_per_s=display.items_per_s,
     )
 
 
 def check_source(recipe: EncodeRecipe) -> None:
-    """InputError if the items that were listed are no longer where the recipe says.
-
-    To the encoder an item that is gone is a failure: a source that has moved would make failures of them all.
-    """
+    """InputError if the items that were listed are no longer where the recipe says."""
     table = ItemTable.open(table_folder(recipe))
     if table is not None:  # else it will be listed, and told then
-        _check_in_place(recipe, build_source(recipe.source), table)
-
-
-def _check_in_place(recipe: EncodeRecipe, source: Source, table: ItemTable) -> None:
-    if recipe.codec is None:  # captions are in the list; no item is opened
-        return
-    usable = (item for item in map(table.__getitem__, range(len(table))) if item.problem is None)
-    for item in islice(usable, _MAX_TRIED):
-        try:
-            source.open(item).close()
-        except (FileNotFoundError, SourceChangedError):
-            continue
-        return
-    raise InputError(
-        f"source: the items that were listed are not in {recipe.source.path} as they were; "
-        f"if it has moved, say where it is: source.path=FOLDER"
-    )
+        check_in_place(recipe, build_source(recipe.source), table)
 
 
 def forget_shards(output: Path, shard_names: list[str]) -> None:
-    """The parts of these shards count as not done; the shards stay until the next encode replaces them."""
-    for name in shard_names:
-        part = int(name.removeprefix("shard-").removesuffix(".tar").split("-")[0])
+    """The dataset is no longer complete, nor are the parts of these shards; the shards stay until they are replaced."""
+    (output / MANIFEST_NAME).unlink(missing_ok=True)
+    for part in {part_of(name) for name in shard_names}:
         (output / PARTS_FOLDER / f"part-{part:06d}.json").unlink(missing_ok=True)
 
 
@@ -192,6 +179,7 @@ class _Chosen:
         self._task = task
         self._only_failed = only_failed
         self._display = display
+        self._has_checked = False
         self.num_made = self.num_resumed = 0
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
@@ -199,9 +187,10 @@ class _Chosen:
             if not self._claims.claim(part):
                 self._display.skip(len(self._job.places(part)))
                 continue
-            missing = self._job.missing(part, self._only_failed)
+            # Failures that last would otherwise be tried again by every task that comes by.
+            missing = self._job.missing(part, self._only_failed and self._task.owns(part))
             if missing:
-                self._unfinish(missing)
+                self._begin(part, missing)
                 yield part, missing
             else:
                 self._claims.release(part)
@@ -212,10 +201,15 @@ class _Chosen:
         self.num_made += 1
         self._claims.release(part)
 
-    def _unfinish(self, variants: list[int]) -> None:
-        """A folder that has a manifest is complete; these no longer are."""
-        for number in variants:
-            (self._job.variants[number].output / MANIFEST_NAME).unlink(missing_ok=True)
+    def _begin(self, part: int, variants: list[int]) -> None:
+        """Nothing may call the dataset or the part complete while its shards are being replaced."""
+        if not self._has_checked:
+            self._job.check_in_place()
+            self._has_checked = True
+        with self._claims.finishing():
+            for number in variants:
+                (self._job.variants[number].output / MANIFEST_NAME).unlink(missing_ok=True)
+                self._job.stores[number].forget(part)
 
 
 def _monitor(recipe: EncodeRecipe, task: Task, num_items: int) -> Monitor:
@@ -233,11 +227,12 @@ def _monitor(recipe: EncodeRecipe, task: Task, num_items: int) -> Monitor:
 
 
 def _finish(job: EncodeJob, rewrite: bool) -> tuple[Encoded, ...]:
+    """All datasets; those that have a manifest are written again only if parts of them were made."""
     datasets = []
     for variant, store in zip(job.variants, job.stores, strict=True):
-        if not rewrite and (variant.output / MANIFEST_NAME).exists():
-            continue  # by another task; this one made nothing
-        datasets.append(_encoded(variant.output, finish(job, variant, store)))
+        is_there = (variant.output / MANIFEST_NAME).exists()
+        manifest = read_manifest(variant.output) if is_there and not rewrite else finish(job, variant, store)
+        datasets.append(_encoded(variant.output, manifest))
     return tuple(datasets)
 
 

@@ -9,11 +9,15 @@ from pathlib import Path
 from data_pipelines.common.dealing import Dealing
 from data_pipelines.common.items import ItemTable
 from data_pipelines.common.parts import PARTS_FOLDER, PartStore, Plan
-from data_pipelines.common.source import Item, Source
+from data_pipelines.common.source import Item, Source, SourceChangedError
 from pomscale.codecs import Codec, TextEncoder, build_codec, build_text_encoder
-from pomscale.config.schema import EncodeRecipe, ImageTransformConfig, TransformConfig
+from pomscale.config.schema import EncodeRecipe, ImageTransformConfig, TableSourceConfig, TransformConfig
 from pomscale.data.schema import ArrayName
 from pomscale.distributed.world import resolve_device
+from pomscale.errors import InputError
+
+# Items that are looked for, all over the list, to tell whether a source is still in its place.
+_NUM_TRIED = 16
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class EncodeJob:
     def plan(self, variant: Variant) -> Plan:
         recipe, elsewhere = self.recipe, {"path", "subfolder"}
         return Plan(
+            source=recipe.source.model_dump(mode="json", exclude={"path", "root"}),
             source_fingerprint=self.table.fingerprint,
             num_items=len(self.table),
             shard_samples=recipe.shard_samples,
@@ -106,6 +111,14 @@ class EncodeJob:
             text=None if recipe.text is None else recipe.text.model_dump(exclude=elsewhere),
             text_identity=self.encoders.text_identity,
         )
+
+    def check_in_place(self) -> None:
+        """InputError if the items that were listed are no longer where the recipe says.
+
+        To the encoder an item that is gone is a failure: a source that was moved or unmounted would make failures of
+        them all.
+        """
+        check_in_place(self.recipe, self.source, self.table)
 
     def missing(self, part: int, only_failed: bool) -> list[int]:
         """Variants (their numbers) that lack a part; with only_failed also those that list failures in it."""
@@ -120,6 +133,29 @@ class EncodeJob:
         """Those of `parts` that some variant has no record of, by one look at each folder."""
         recorded = set.intersection(*(store.recorded() for store in self.stores))
         return [part for part in parts if part not in recorded]
+
+
+def check_in_place(recipe: EncodeRecipe, source: Source, table: ItemTable) -> None:
+    """See EncodeJob.check_in_place."""
+    if recipe.codec is None:  # captions are in the list; no item is opened
+        return
+    tried = 0
+    for number in range(0, len(table), max(1, len(table) // _NUM_TRIED)):
+        item = table[number]
+        if item.problem is not None:
+            continue
+        tried += 1
+        try:
+            source.open(item).close()
+        except (FileNotFoundError, SourceChangedError):
+            continue
+        return
+    if tried:
+        key = "root" if isinstance(recipe.source, TableSourceConfig) and recipe.source.root else "path"
+        raise InputError(
+            f"source: none of {tried} listed items that were looked for is in {getattr(recipe.source, key)} as it was; "
+            f"if they have moved, say where they are: source.{key}=..."
+        )
 
 
 def table_folder(recipe: EncodeRecipe) -> Path:

@@ -48,6 +48,7 @@ class Plan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: Literal[2] = 2
+    source: dict[str, Any]  # without where it lies
     source_fingerprint: str
     num_items: int
     shard_samples: int
@@ -89,11 +90,11 @@ class PartRecord(BaseModel):
 class Claims:
     """Which task is at work on what: POSIX record locks, which end with the process that holds them.
 
-    Parallel file systems have them across nodes; where they were mounted without, two tasks may do the same part
-    twice over, which costs time, and is told.
+    Parallel file systems have them across nodes. Where they were mounted without, one task alone is warned, and
+    `several` tasks are refused: they would remove each other's files.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, several: bool) -> None:
         make_folder(folder)
         path = folder / "claims"
         try:
@@ -101,6 +102,7 @@ class Claims:
         except OSError as error:
             raise InputError(f"{path}: cannot be written: {error}; choose another output") from error
         self._path = path
+        self._several = several
         self._warned = False
 
     def __enter__(self) -> Self:
@@ -142,10 +144,18 @@ class Claims:
         except (BlockingIOError, PermissionError):  # POSIX allows either for a lock that somebody else has
             return False
         except OSError as error:
+            problem = f"{self._path}: {error}: this file system has no locks, so tasks cannot see each other's parts"
+            if self._several:
+                raise InputError(f"{problem}; choose another output, or use one task") from error
             if not self._warned:
-                print(f"warning: {self._path}: {error}; tasks cannot see each other's parts here", file=sys.stderr)
+                print(f"warning: {problem}; do not start a second encode on this output", file=sys.stderr)
             self._warned = True
         return True
+
+
+def part_of(shard_name: str) -> int:
+    """shard-000007-01.tar -> 7"""
+    return int(shard_name.removeprefix("shard-").removesuffix(".tar").split("-")[0])
 
 
 class PartStore:
@@ -187,11 +197,17 @@ class PartStore:
         with atomic_write(self._rows_path(part)) as stream:
             stream.write(to_npy(rows))
         write_text(self._record_path(part), record.model_dump_json(indent=2))
+        names = {shard.name for shard in record.shards}
+        for path in self.output.glob(f"shard-{part:06d}*.tar"):
+            # Made before, of a group that has no sample any more.
+            if part_of(path.name) == part and path.name not in names:
+                path.unlink()
 
     def clear(self, part: int) -> None:
         """Removes what a killed task left of a part. Only for the task that has claimed it."""
-        remove_leftovers(self.output, f"shard-{part:06d}")
-        remove_leftovers(self.folder, f"part-{part:06d}")
+        for start in (f"shard-{part:06d}.", f"shard-{part:06d}-"):
+            remove_leftovers(self.output, start)
+        remove_leftovers(self.folder, f"part-{part:06d}.")
 
     def forget(self, part: int) -> None:
         """The part counts as not done; its shards stay until they are replaced."""

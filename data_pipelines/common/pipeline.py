@@ -51,6 +51,7 @@ class Loaded:
     info: dict[str, Any] = field(default_factory=dict)
     text: np.ndarray | None = None  # (n, dim) float16, set by the text stage
     failure: str | None = None
+    is_gone: bool = False
 
 
 @dataclass
@@ -61,6 +62,7 @@ class PartWork:
     writers: dict[int, PartWriter]
     captioned: list[Loaded] = field(default_factory=list)
     batches: dict[tuple[int, int], list[Loaded]] = field(default_factory=dict)  # by variant and group
+    has_gone: bool = False  # whether files were not where they were listed
 
     @property
     def first_variant(self) -> int:
@@ -90,6 +92,7 @@ class Pipeline:
         self._stop = stop
         self._launched: _Launched | None = None
         self._writes: deque[Future[None]] = deque()
+        self._broken = False
         self._open: list[PartWork] = []
         self._decoder = ThreadPoolExecutor(self._recipe.num_workers, "decode")
         self._writer = ThreadPoolExecutor(1, "write")
@@ -112,8 +115,9 @@ class Pipeline:
             while self._writes:
                 self._writes.popleft().result()
         finally:
+            self._broken = True
             self._decoder.shutdown(cancel_futures=True)
-            self._writer.shutdown(cancel_futures=True)
+            self._writer.shutdown()
             for work in self._open:
                 for writer in work.writers.values():
                     writer.abandon()
@@ -154,7 +158,7 @@ class Pipeline:
             except (UnreadableMediaError, SourceChangedError) as error:
                 loaded.failure = str(error)
             except FileNotFoundError:
-                loaded.failure = "the file is gone"
+                loaded.failure, loaded.is_gone = "the file is gone", True
         return loaded
 
     def _decode(self, stream: Any, loaded: Loaded, variants: list[int]) -> None:
@@ -173,10 +177,10 @@ class Pipeline:
         assert isinstance(transform, VideoTransformConfig)
         from data_pipelines.videos.clip import decode_clip  # noqa: PLC0415  PyAV is optional
 
-        for number in variants:
-            clip = decode_clip(stream, transform.buckets, transform.fps, transform.filter)
-            loaded.info = clip.info
-            loaded.media[number] = Pixels(clip.target, clip.frames)
+        clip = decode_clip(stream, transform.buckets, transform.fps, transform.filter)
+        loaded.info = clip.info
+        (only,) = variants  # pictures alone come in several sizes
+        loaded.media[only] = Pixels(clip.target, clip.frames)
 
     # -- encode ----------------------------------------------------------------------------------------------------
 
@@ -185,6 +189,7 @@ class Pipeline:
         stores, arrays = self._job.stores, self._job.encoders.arrays
         work = PartWork(part, {number: PartWriter(stores[number], part, arrays, moments) for number in variants})
         self._open.append(work)
+        self._display.begin()
         return work
 
     def _add(self, work: PartWork, entry: Loaded) -> None:
@@ -201,6 +206,7 @@ class Pipeline:
         if not entries or self._text is None:
             return
         captions = [entry.item.caption or "" for entry in entries]
+        self._display.cut(self._text.num_cut(captions))
         for entry, embedding in zip(entries, self._on_device(self._text.encode, captions), strict=True):
             with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is listed by the writer
                 entry.text = embedding.astype(np.float16)
@@ -284,6 +290,8 @@ class Pipeline:
             self._display.advance(writer.add(batch.group, record), num_items=int(counts))
 
     def _give_up(self, work: PartWork, entry: Loaded, reason: str) -> None:
+        work.has_gone |= entry.is_gone
+
         def write() -> None:
             for writer in work.writers.values():
                 writer.fail(entry.place, entry.item, reason)
@@ -293,6 +301,8 @@ class Pipeline:
 
     def _finish(self, work: PartWork, done: Callable[[int], None]) -> None:
         """What is left of a part, then its commit."""
+        if work.has_gone:
+            self._job.check_in_place()  # a file was removed, or the storage of them all was unmounted?
         self._embed(work)
         for variant, group in sorted(work.batches):
             self._encode(work, variant, group)
@@ -308,7 +318,23 @@ class Pipeline:
         self._write(commit)
 
     def _write(self, task: Callable[[], None]) -> None:
-        """In order, by the writing thread; its errors come back here."""
-        self._writes.append(self._writer.submit(task))
+        """In order, by the writing thread; its errors come back here.
+
+        After the first error, or a stop, nothing that still waits is written: the commit of a part must never follow a
+        record of it that was lost.
+        """
+
+        def guarded() -> None:
+            if self._broken:
+                return
+            try:
+                task()
+            except BaseException:
+                self._broken = True
+                raise
+
+        self._writes.append(self._writer.submit(guarded))
         while self._writes and (len(self._writes) > _MAX_WAITING_WRITES or self._writes[0].done()):
+            start = time.monotonic()
             self._writes.popleft().result()
+            self._display.waited(time.monotonic() - start)

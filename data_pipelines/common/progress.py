@@ -28,6 +28,8 @@ class EncodeProgress:
         self._num_encoded = self._num_failed = self._num_skipped = self._num_bytes = 0
         self._waited_s = 0.0
         self._start = self._last_report = time.monotonic()
+        self._has_begun = False
+        self.num_cut = 0
         self._lock = threading.Lock()
         self._monitor = monitor
         self._lines = enabled and not sys.stderr.isatty()
@@ -45,6 +47,15 @@ class EncodeProgress:
         self._bar.stop()
         if kind is None:
             self._report()
+
+    def begin(self) -> None:
+        """The first part is begun. What came before, e.g. looking at finished ones, does not count in the speed."""
+        if not self._has_begun:
+            self._has_begun, self._start = True, time.monotonic()
+
+    def cut(self, num_captions: int) -> None:
+        """Captions that had more tokens than are kept."""
+        self.num_cut += num_captions
 
     def advance(self, num_bytes: int, num_items: int = 1) -> None:
         """A record was written; `num_items` is 0 where its item was counted already."""
@@ -66,13 +77,17 @@ class EncodeProgress:
             self._show()
 
     def waited(self, seconds: float) -> None:
-        """The networks had nothing to do, since decoding did not keep up."""
+        """The networks had nothing to do, since decoding or writing did not keep up."""
         self._waited_s += seconds
 
     @property
     def busy_share(self) -> float:
-        """Share of the time since the start in which the networks were not waiting for decoded items."""
+        """Share of the time since the start in which the networks were not waiting for decoding or writing."""
         return max(0.0, 1.0 - self._waited_s / self._elapsed_s)
+
+    @property
+    def num_failed(self) -> int:
+        return self._num_failed
 
     @property
     def items_per_s(self) -> float:
@@ -107,6 +122,7 @@ class EncodeProgress:
                 "encode/items_per_s": self.items_per_s,
                 "encode/gigabytes": self._num_bytes / 1e9,
                 "encode/failed": self._num_failed,
+                "encode/captions_cut": self.num_cut,
                 "encode/busy_share": self.busy_share,
                 "encode/eta_s": self._eta_s,
             },

@@ -16,6 +16,10 @@ class Task:
     index: int = 0
     count: int = 1
 
+    def owns(self, part: int) -> bool:
+        """Whether the part is one of those that this task begins with."""
+        return part % self.count == self.index
+
     def order(self, num_parts: int) -> list[int]:
         """All parts, those of this task first; tasks then meet as late as possible."""
         return sorted(range(num_parts), key=lambda part: ((part - self.index) % self.count, part))
@@ -32,8 +36,10 @@ def this_task(text: str | None) -> Task:
             raise InputError(f"--task {text!r}: give INDEX/COUNT with INDEX from 0 to COUNT - 1, e.g. 3/1000")
         return Task(int(match[1]), int(match[2]))
     first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
+    step = int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1"))
     array = Task(
-        int(os.environ.get("SLURM_ARRAY_TASK_ID", first)) - first, int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
+        (int(os.environ.get("SLURM_ARRAY_TASK_ID", first)) - first) // step,
+        int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1")),
     )
     if "RANK" in os.environ:
         process = Task(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))

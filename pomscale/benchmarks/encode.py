@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from data_pipelines.common.encode import encode
+from pomscale.benchmarks.memory import peak_private_mib
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.synthetic import table_recipe
 from pomscale.codecs import build_codec
@@ -128,7 +129,8 @@ def _scaling(report: BenchReport, folder: Path, count: int) -> None:
         ]
         if any([process.wait() for process in processes]):
             raise PomscaleError("an encode of the benchmark failed: no figure")
-        rates[num_tasks] = count / max(_seconds(Path(recipe.output), index) for index in range(num_tasks))
+        spans = [_span(Path(recipe.output), index) for index in range(num_tasks)]
+        rates[num_tasks] = count / (max(end for _, end in spans) - min(start for start, _ in spans))
         report.add(f"decode-bound encode, {num_tasks} task(s), a core each", images_per_s=rates[num_tasks])
     if len(cores) < 2:
         report.verdicts.append("scaling: this machine has one core")
@@ -144,10 +146,11 @@ main(["data", "encode", sys.argv[2], "--task", sys.argv[3]])
 """
 
 
-def _seconds(output: Path, task: int) -> float:
-    """How long a task took over its items, by its last row; the import of torch is not part of it."""
+def _span(output: Path, task: int) -> tuple[float, float]:
+    """When a task began with its items and when it was done, by its last row; the import of torch is not part of it."""
     lines = (output / "parts" / f"task-{task:05d}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return float(json.loads(lines[-1])["encode/seconds"])
+    row = json.loads(lines[-1])
+    return row["time_unix_s"] - row["encode/seconds"], row["time_unix_s"]
 
 
 def _memory(report: BenchReport, folder: Path, num_items: int) -> None:
@@ -156,33 +159,15 @@ def _memory(report: BenchReport, folder: Path, num_items: int) -> None:
         recipe = table_recipe(folder, f"memory-{count}", count, side=8, flip=False, shard_samples=4096)
         path = folder / f"memory-{count}.yaml"
         path.write_text(recipe.model_dump_json(), encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, "-c", _PEAK, str(path)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            check=True,
-        )
-        peaks[count] = int(done.stdout.split()[-1]) / 1024
+        peaks[count] = peak_private_mib(_ENCODE, str(path))
         report.add(f"encode of {count:,} items", peak_private_mib=peaks[count])
     few, many = min(peaks), max(peaks)
     report.judge(f"peak memory at {many:,} items over {few:,}", peaks[many] / peaks[few], 1.1, at_least=False)
 
 
-# Private memory (RssAnon), sampled: pages of mapped files count in RSS, but the kernel takes them back at will.
-_PEAK = """
-import re, sys, threading, time
-peak = 0
-def watch():
-    global peak
-    while True:
-        with open("/proc/self/status") as stream:
-            peak = max(peak, int(re.search(r"RssAnon:\\s+(\\d+)", stream.read())[1]))
-        time.sleep(0.02)
-threading.Thread(target=watch, daemon=True).start()
+_ENCODE = """
+import sys
 from data_pipelines.common.encode import encode
 from pomscale.config.recipe import load_encode_recipe
 encode(load_encode_recipe(sys.argv[1]), progress=False)
-print(peak)
 """

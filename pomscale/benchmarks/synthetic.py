@@ -11,7 +11,7 @@ from PIL import Image
 from data_pipelines.common.encode import encode
 from pomscale.config.schema import EncodeRecipe
 
-_NUM_PICTURES = 64
+_NUM_PICTURES = 2048
 
 
 def table_recipe(folder: Path, name: str, num_items: int, side: int, *, flip: bool, shard_samples: int) -> EncodeRecipe:

@@ -20,9 +20,11 @@ METRICS: dict[str, str] = {
     "encode/items_per_s": "items encoded or given up per second by this task, since it started",
     "encode/gigabytes": "bytes of shards written by this task, in GB",
     "encode/failed": "items that this task could not encode",
-    "encode/busy_share": "share of the time in which this task's encoder did not wait for decoded items, 0 to 1",
+    "encode/captions_cut": "captions of which only the first max_length tokens were kept",
+    "encode/busy_share": "share of the time in which this task's encoder did not wait for decoding or writing, 0 to 1",
     "encode/eta_s": "seconds until this task's items are done, at the speed so far",
     "validation/loss": "held-out loss with noise fixed for the whole run",
+    "validation/bad_samples": "held-out samples that could not be read and do not count in the held-out loss",
 }
 
 VALIDATION_BIN_PREFIX = "validation/loss_bin_"

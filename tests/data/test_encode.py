@@ -21,6 +21,9 @@ from tiny_models import save_vae
 
 from data_pipelines.common.dry_run import describe
 from data_pipelines.common.encode import encode
+from data_pipelines.common.part_writer import PartWriter
+from data_pipelines.common.parts import PartStore
+from data_pipelines.common.shards import Record
 from data_pipelines.common.verify import verify
 from data_pipelines.images.transform import decode_picture, fit_picture
 from pomscale.codecs import build_codec
@@ -348,9 +351,104 @@ def test_a_source_that_has_moved_is_not_a_source_of_failures(pictures: Path, mak
     before = contents(Path(recipe.output))
     (Path(recipe.output) / "parts" / "part-000001.json").unlink()
     moved = pictures.rename(pictures.parent / "elsewhere")
-    with pytest.raises(InputError, match=r"are not in .*pictures.*source\.path="):
+    with pytest.raises(InputError, match=r"none of 21 listed items .*pictures as it was.*source\.path="):
         encode(recipe, progress=False)
     encode(make_recipe(moved), progress=False)
     after = contents(Path(recipe.output))
     del before[MANIFEST_NAME], after[MANIFEST_NAME]  # hold the recipe, with the path of its source
     assert after == before
+
+
+def test_a_write_that_fails_is_never_followed_by_the_commit_of_its_part(
+    pictures: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, reference = make_recipe(pictures), make_recipe(pictures, output=str(pictures.parent / "undisturbed"))
+    encode(reference, progress=False)
+    real, calls = PartWriter.add, iter(range(10**6))
+
+    def failing(self: PartWriter, group: int, record: Record) -> int:
+        if next(calls) == 9:  # the last record of the second part: its commit is next in the queue
+            raise PomscaleError("the disk was full for a moment")
+        return real(self, group, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartWriter, "add", failing)
+        with pytest.raises(PomscaleError, match="for a moment"):
+            encode(recipe, progress=False)
+    assert {path.name for path in (Path(recipe.output) / "parts").glob("part-*.json")} == {"part-000000.json"}
+    encode(recipe, progress=False)
+    files = [contents(Path(one.output)) for one in (recipe, reference)]
+    for one in files:
+        del one[MANIFEST_NAME]  # holds the recipe, with its output
+    assert files[0] == files[1]
+
+
+def test_a_part_that_is_made_again_does_not_count_until_it_is_whole(
+    pictures: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = (pictures / "cat" / "00.png").read_bytes()
+    (pictures / "cat" / "00.png").write_bytes(b"x" * len(good))
+    recipe = make_recipe(pictures)
+    encode(recipe, progress=False)
+    (pictures / "cat" / "00.png").write_bytes(good)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartStore, "commit", killed)  # the shard has its name, the record is not written
+        with pytest.raises(KeyboardInterrupt):
+            encode(recipe, progress=False, only_failed=True)
+    assert not (Path(recipe.output) / MANIFEST_NAME).exists()
+    report = encode(recipe, progress=False)
+    assert (report.num_made, only(report).num_failures) == (1, 0)
+    assert verify(recipe.output).problems == []
+
+
+def test_another_source_is_another_encode(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    write_blank(tmp_path / "in" / "a", 6)
+    (tmp_path / "table.jsonl").write_text("".join(f'{{"file": "a/{i}.png", "name": "n{i}"}}\n' for i in range(6)))
+    source = {"kind": "table", "path": str(tmp_path / "table.jsonl"), "root": str(tmp_path / "in"), "media": "{file}"}
+    encode(make_recipe(tmp_path, source=source), progress=False)
+    with pytest.raises(InputError, match=r"source is .*'caption': None.*there and .*'caption': 'name'.* here"):
+        encode(make_recipe(tmp_path, source=source | {"caption": "name"}), progress=False)
+
+
+def test_failures_are_not_tried_again_where_the_source_is_away(pictures: Path, make_recipe: MakeRecipe) -> None:
+    (pictures / "cat" / "00.png").write_bytes(b"damaged")
+    recipe = make_recipe(pictures)
+    encode(recipe, progress=False)
+    before = contents(Path(recipe.output))
+    pictures.rename(pictures.parent / "unmounted")
+    with pytest.raises(InputError, match="none of 21 listed items"):
+        encode(recipe, progress=False, only_failed=True)
+    assert contents(Path(recipe.output)) == before
+
+
+def test_a_source_that_vanishes_on_the_way_is_not_a_source_of_failures(pictures: Path, make_recipe: MakeRecipe) -> None:
+    recipe, away = make_recipe(pictures, num_workers=1), pictures.parent / "unmounted"
+    calls = iter(range(10**6))
+
+    def unmount_after_a_while() -> bool:
+        if next(calls) == 8:
+            pictures.rename(away)
+        return False
+
+    with pytest.raises(InputError, match="none of 21 listed items"):
+        encode(recipe, progress=False, stop=unmount_after_a_while)
+    assert list((Path(recipe.output) / "parts").glob("part-*.json"))
+    away.rename(pictures)
+    assert (only(encode(recipe, progress=False)).num_samples, verify(recipe.output).problems) == (21, [])
+
+
+def test_a_shard_whose_group_has_no_sample_left_is_removed(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    write_blank(tmp_path / "in" / "a", 5, side=16)
+    wide = tmp_path / "in" / "a" / "wide.png"
+    Image.new("RGB", (40, 10)).save(wide)
+    recipe = make_recipe(tmp_path / "in", transform={"buckets": [[16, 16], [8, 32]]}, shard_samples=10)
+    encode(recipe, progress=False)
+    assert len(list(Path(recipe.output).glob("shard-*.tar"))) == 2
+    wide.write_bytes(b"x" * wide.stat().st_size)
+    (Path(recipe.output) / "parts" / "part-000000.json").unlink()
+    assert only(encode(recipe, progress=False)).num_failures == 1
+    assert verify(recipe.output).problems == []

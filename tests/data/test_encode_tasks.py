@@ -32,7 +32,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 from data_pipelines.common.parts import Claims
-with Claims(Path(sys.argv[1])) as claims:
+with Claims(Path(sys.argv[1]), several=True) as claims:
     assert claims.claim(int(sys.argv[2]))
     print("held", flush=True)
     sys.stdin.read()
@@ -98,7 +98,9 @@ def test_a_file_system_without_locks_is_warned_of(
 
     monkeypatch.setattr("fcntl.lockf", no_locks)
     assert only(encode(make_recipe(pictures), progress=False)).num_samples == 21
-    assert capsys.readouterr().err.count("tasks cannot see each other's parts") == 1
+    assert capsys.readouterr().err.count("do not start a second encode") == 1
+    with pytest.raises(InputError, match=r"has no locks.*use one task"):
+        encode(make_recipe(pictures, output=str(pictures.parent / "other")), progress=False, task=Task(0, 2))
 
 
 def test_a_stop_keeps_what_was_finished(tmp_path: Path, make_recipe: MakeRecipe) -> None:
@@ -155,7 +157,7 @@ def test_tasks_begin_apart_and_cover_everything() -> None:
 
 
 def test_claims_of_one_process_do_not_stop_itself(tmp_path: Path) -> None:
-    with Claims(tmp_path) as claims:
+    with Claims(tmp_path, several=True) as claims:
         assert claims.claim(3)
         assert claims.claim(3)
         claims.release(3)
@@ -169,3 +171,25 @@ def test_wandb_gets_what_the_console_shows(pictures: Path, make_recipe: MakeReci
     content = run.read_bytes()
     for name in (b"encode/items_per_s", b"encode/failed", b"encode/busy_share", b"test-00000"):
         assert name in content
+
+
+def test_failures_are_tried_again_by_one_task_each(pictures: Path, make_recipe: MakeRecipe) -> None:
+    for name in ("cat/00.png", "dog/03.jpg", "eel/05.webp"):
+        (pictures / name).write_bytes(b"damaged")
+    recipe = make_recipe(pictures)
+    assert only(encode(recipe, progress=False)).num_failures == 3
+    parts = {path for path in (Path(recipe.output) / "parts").glob("part-*.json") if "damaged" in path.read_text()}
+    parts |= {
+        path for path in (Path(recipe.output) / "parts").glob("part-*.json") if '"failures": []' not in path.read_text()
+    }
+    made = [encode(recipe, progress=False, task=Task(i, 3), only_failed=True).num_made for i in range(3)]
+    assert sum(made) == len(parts)
+    assert verify(recipe.output).problems == []
+
+
+def test_a_task_that_comes_late_tells_of_failures_too(pictures: Path, make_recipe: MakeRecipe) -> None:
+    (pictures / "cat" / "00.png").write_bytes(b"damaged")
+    recipe = make_recipe(pictures)
+    encode(recipe, progress=False, task=Task(0, 2))
+    late = encode(recipe, progress=False, task=Task(1, 2))
+    assert (late.num_made, only(late).num_failures, late.exit_code) == (0, 1, 3)
