@@ -61,7 +61,7 @@ def bench_loader(*, num_samples: int, num_resume: int, seconds: float, folder: P
         if num_resume:
             large = _dataset(root, f"resume-{num_resume}", num_resume, side=8, flip=False, shard_samples=8192)
             _resume(report, large, num_resume, seconds)
-            few = min(10_000, num_resume)
+            few = max(num_resume // 100, 1)
             small = _dataset(root, f"resume-{few}", few, side=8, flip=False, shard_samples=8192)
             _memory(report, {few: small, num_resume: large})
     return report
@@ -165,7 +165,7 @@ def _readers(dataset: Path) -> dict[str, dict[str, Callable[[], Any]]]:
         },
         "webdataset": {
             **{f"DataLoader, {n} process(es)": partial(_stock_loader, shards, n) for n in (0, 1, 2)},
-            **{f"batched, WebLoader, {n} process(es)": partial(_stock_batched, shards, n) for n in (1, 2)},
+            **{f"batched, WebLoader, {n} process(es)": partial(_stock_batched, shards, n) for n in (0, 1, 2)},
         },
         "pomscale": {f"{n} thread(s)": partial(_open, dataset, n) for n in (1, 2, 3)},
     }
