@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedRandom, FileIO
@@ -14,6 +16,9 @@ from pomscale.errors import InputError, PomscaleError
 
 _TEMPORARY = ".{pid}-{token}.tmp"
 _TEMPORARIES = "*.*-" + 8 * "[0-9a-f]" + ".tmp"
+
+# Why a file system will not link: another one, no links at all, or too many of them.
+_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 @contextmanager
@@ -72,6 +77,24 @@ def remove_leftovers(folder: Path, start: str = "") -> None:
     """Delete what killed writers of files `start`... left in a folder. Only where nobody else writes those now."""
     for path in folder.glob(start + _TEMPORARIES):
         path.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path) -> bool:
+    """Make `target`, which is replaced, a hard link to `source`; a copy where there are no links. Whether it is a copy.
+
+    PomscaleError, naming both, if neither can be made.
+    """
+    try:
+        target.unlink(missing_ok=True)
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise PomscaleError(f"{source}: cannot be linked to {target}: {error}") from error
+    else:
+        return False
+    with source.open("rb") as stream, atomic_write(target) as copy:
+        shutil.copyfileobj(stream, copy, 1 << 20)
+    return True
 
 
 def sync_folder(folder: Path) -> None:

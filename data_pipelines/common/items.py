@@ -17,6 +17,7 @@ import hashlib
 import json
 import mmap
 import os
+import tempfile
 from bisect import bisect_left
 from collections.abc import Iterator
 from io import BufferedRandom
@@ -24,19 +25,20 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipelines.common.source import Item, Source
 from pomscale.data.index import key_hash, npy_header
-from pomscale.errors import InputError
-from pomscale.files import atomic_write, make_folder, write_text
+from pomscale.errors import InputError, PomscaleError
+from pomscale.files import atomic_write, link_or_copy, make_folder, remove_leftovers, write_text
 
 _TABLE_NAME = "items.json"
 _LINES_NAME = "items.jsonl"
 _OFFSETS_NAME = "items.npy"
 _KEYS_NAME = "keys.npy"
 _DUPLICATES_NAME = "duplicates.npy"
-_SCRATCH_NAME = "sorted.npy"
+# In the order in which they are written.
+_FILE_NAMES = (_LINES_NAME, _OFFSETS_NAME, _KEYS_NAME, _DUPLICATES_NAME, _TABLE_NAME)
 
 # Rows that are in memory at once where an array is written or read from end to end.
 _BLOCK = 65536
@@ -47,7 +49,7 @@ class _Totals(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     fingerprint: str
     num_items: int
     num_ignored: int
@@ -66,7 +68,7 @@ class ItemTable:
         self._keys = _map_array(folder / _KEYS_NAME)
         self._duplicates = _map_array(folder / _DUPLICATES_NAME)
         if not len(self._lines) == len(self._keys) == totals.num_items:
-            raise ValueError("the files of the table do not belong together")
+            raise ValueError(f"{_LINES_NAME}, {_KEYS_NAME} and {_TABLE_NAME} do not belong together")
 
     @classmethod
     def build(cls, source: Source, folder: Path) -> Self:
@@ -75,6 +77,8 @@ class ItemTable:
         InputError if the source is unusable (`Source.scan`), has no items or none that could be encoded.
         """
         make_folder(folder)
+        for name in _FILE_NAMES:
+            remove_leftovers(folder, name)
         (folder / _TABLE_NAME).unlink(missing_ok=True)
         num_items, num_problems, fingerprint = _write_items(source, folder)
         if num_items == 0:
@@ -98,11 +102,25 @@ class ItemTable:
 
     @classmethod
     def open(cls, folder: Path) -> Self | None:
-        """The table in a folder; None if there is no complete one."""
+        """The table in a folder; None if there is none, or one that was never finished.
+
+        PomscaleError if it cannot be read: others may be at work with it, so it is not for this task to replace.
+        """
+        path = folder / _TABLE_NAME
         try:
-            return cls(folder, _Totals.model_validate_json((folder / _TABLE_NAME).read_bytes()))
-        except (OSError, ValueError):  # pydantic's ValidationError is a ValueError
+            content = path.read_bytes()
+        except FileNotFoundError:
             return None
+        except OSError as error:
+            raise _unreadable(path, str(error)) from error
+        try:
+            return cls(folder, _Totals.model_validate_json(content))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "the file"
+            raise _unreadable(path, f"{where}: {problem['msg']}") from error
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, str(error)) from error
 
     @property
     def fingerprint(self) -> str:
@@ -147,10 +165,17 @@ class ItemTable:
 
 
 def share_table(folder: Path, other: Path) -> None:
-    """The table of one folder in another of the same file system as well, without copying it."""
-    for name in (_LINES_NAME, _OFFSETS_NAME, _KEYS_NAME, _DUPLICATES_NAME, _TABLE_NAME):
-        if not (other / name).exists():
-            os.link(folder / name, other / name)
+    """The table of one folder in another as well, if it has none, without copying it where that can be helped."""
+    if not (other / _TABLE_NAME).exists():
+        for name in _FILE_NAMES:
+            link_or_copy(folder / name, other / name)
+
+
+def _unreadable(path: Path, reason: str) -> PomscaleError:
+    return PomscaleError(
+        f"{path}: the list of items cannot be read: {reason}; "
+        f"run the same command again, and if that does not help delete this file: the source is then listed anew"
+    )
 
 
 class _Lines:
@@ -159,9 +184,10 @@ class _Lines:
     def __init__(self, folder: Path) -> None:
         self._offsets = _map_array(folder / _OFFSETS_NAME)
         with (folder / _LINES_NAME).open("rb") as stream:
-            self._content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        if self._offsets[-1] != len(self._content):
-            raise ValueError(f"{_LINES_NAME} does not end where {_OFFSETS_NAME} says")
+            num_bytes = stream.seek(0, os.SEEK_END)
+            if num_bytes == 0 or self._offsets[-1] != num_bytes:
+                raise ValueError(f"{_LINES_NAME} does not end where {_OFFSETS_NAME} says")
+            self._content = mmap.mmap(stream.fileno(), num_bytes, access=mmap.ACCESS_READ)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -229,32 +255,39 @@ def _write_duplicates(folder: Path) -> int:
     lines, num_problems = _Lines(folder), 0
     with atomic_write(folder / _DUPLICATES_NAME) as stream:
         duplicates = _ArrayWriter(stream, "<i8", (2,))
-        for item, other in _find_duplicates(_map_array(folder / _KEYS_NAME), lines, folder / _SCRATCH_NAME):
+        for item, other in _find_duplicates(_map_array(folder / _KEYS_NAME), lines, folder):
             duplicates.append((item, other))
             num_problems += lines[item].problem is None
         duplicates.finish()
     return num_problems
 
 
-def _find_duplicates(keys: np.ndarray, lines: _Lines, scratch_path: Path) -> Iterator[tuple[int, int]]:
+def _find_duplicates(keys: np.ndarray, lines: _Lines, folder: Path) -> Iterator[tuple[int, int]]:
     """Items with the key of an earlier item, in order, each with the first item that has it.
 
-    The hashes are sorted in a file. Only where a hash is there twice are keys compared.
+    The hashes are sorted in a file in `folder`. Only where a hash is there twice are keys compared.
     """
-    with atomic_write(scratch_path) as stream:
-        stream.write(npy_header(keys.shape, keys.dtype))
-        for begin in range(0, len(keys), _BLOCK):
-            stream.write(keys[begin : begin + _BLOCK].tobytes())
+    scratch = _copy_on_disk(keys, folder)
+    scratch.sort()
+    count = _keep_repeated(scratch)
+    if count:
+        # Each is there twice at least, so there is room for as many numbers behind them.
+        firsts = scratch[count : 2 * count].view(np.int64)
+        yield from _compare_keys(keys, lines, scratch[:count], firsts)
+
+
+def _copy_on_disk(array: np.ndarray, folder: Path) -> np.ndarray:
+    """In a file without a name: it goes with the copy, also where the process is killed."""
     try:
-        scratch = np.asarray(np.lib.format.open_memmap(scratch_path, mode="r+"))
-        scratch.sort()
-        count = _keep_repeated(scratch)
-        if count:
-            # Each is there twice at least, so there is room for as many numbers behind them.
-            firsts = scratch[count : 2 * count].view(np.int64)
-            yield from _compare_keys(keys, lines, scratch[:count], firsts)
-    finally:
-        scratch_path.unlink()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for begin in range(0, len(array), _BLOCK):
+                file.write(array[begin : begin + _BLOCK].tobytes())
+            file.flush()
+            return np.asarray(np.memmap(file, array.dtype, "r+"))  # holds the file for itself
+    except OSError as error:
+        raise PomscaleError(
+            f"{folder}: no room to sort {len(array):,} keys: {error}; make room and run the same command again"
+        ) from error
 
 
 def _keep_repeated(values: np.ndarray) -> int:
@@ -293,5 +326,8 @@ def _compare_keys(
 
 
 def _map_array(path: Path) -> np.ndarray:
-    # As a plain array: slices of numpy.memmap are slow to make.
-    return np.asarray(np.lib.format.open_memmap(path, mode="r"))
+    try:
+        # As a plain array: slices of numpy.memmap are slow to make.
+        return np.asarray(np.lib.format.open_memmap(path, mode="r"))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -32,11 +29,8 @@ from pomscale.data.schema import (
     SourceInfo,
     read_manifest,
 )
-from pomscale.errors import InputError, PomscaleError
-from pomscale.files import atomic_write, write_text
-
-# Why a file system will not link: another one, no links at all, or too many of them.
-_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK}
+from pomscale.errors import InputError
+from pomscale.files import atomic_write, link_or_copy, write_text
 
 
 @dataclass(frozen=True)
@@ -184,18 +178,7 @@ def _place(sets: Sequence[_Set], groups: list[GroupInfo]) -> list[_Placed]:
 
 def _link_or_copy(task: tuple[Path, Path]) -> bool:
     """Whether a shard had to be copied. What an earlier run left at its place is replaced."""
-    old, new = task
-    new.unlink(missing_ok=True)
-    try:
-        os.link(old, new)
-    except OSError as error:
-        if error.errno not in _NO_LINK:
-            raise PomscaleError(f"{old}: cannot be linked to {new}: {error}") from error
-    else:
-        return False
-    with old.open("rb") as source, atomic_write(new) as copy:
-        shutil.copyfileobj(source, copy, 1 << 20)
-    return True
+    return link_or_copy(*task)
 
 
 def _write(

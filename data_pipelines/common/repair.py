@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,7 @@ def repair(
     folder = Path(folder)
     saved = folder / PARTS_FOLDER / _RECIPE_NAME
     if saved.exists() and not (folder / MANIFEST_NAME).exists():
-        recipe = load_encode_recipe(saved, list(overrides))
-        encoded = encode(recipe, progress=progress)
+        encoded = encode(_load_recipe(folder, saved, overrides), progress=progress)
         return _finished(saved, RepairReport(None, encoded, verify(folder, num_workers=num_workers, progress=progress)))
     manifest = read_manifest(folder)
     recipe = _read_recipe(folder, manifest, saved, overrides)
@@ -81,8 +81,13 @@ def _read_recipe(folder: Path, manifest: Manifest, saved: Path, overrides: Seque
             f"again; repair {sets} and do it again"
         )
     make_folder(saved.parent)
-    write_text(saved, dump_yaml({**manifest.recipe, "output": str(folder)}))
-    recipe = load_encode_recipe(saved, list(overrides))
+    write_text(saved, dump_yaml(manifest.recipe))
+    return _load_recipe(folder, saved, overrides)
+
+
+def _load_recipe(folder: Path, saved: Path, overrides: Sequence[str]) -> EncodeRecipe:
+    """The saved recipe, for the place where the dataset is now, with overrides; these are saved as well."""
+    recipe = load_encode_recipe(saved, [f"output={json.dumps(str(folder), ensure_ascii=False)}", *overrides])
     if Path(recipe.output) != folder:
         raise InputError(f"override output={recipe.output}: a repair mends {folder} where it is")
     write_text(saved, dump_yaml(recipe.model_dump(mode="json")))

@@ -40,21 +40,50 @@ def join(root: str, relative: str) -> str:
 # -- files by name -----------------------------------------------------------------------------------------------------
 
 
-def expand(paths: str | list[str], example: str) -> list[str]:
-    """Files that paths name: braces {000..012} and {a,b} expanded, then wildcards, sorted, each once.
+class NamedFiles:
+    """The files that `source.path` names, each known by its path relative to the deepest folder that holds them all.
 
-    http(s) servers cannot list, so wildcards in their URLs are taken as they are. InputError, with `example` (a pattern
-    for files of this kind) where a folder is named, or if a path or pattern names nothing.
+    That is what an item's place tells, so items are found again where all of their files have moved.
     """
-    found: set[str] = set()
-    for path in [paths] if isinstance(paths, str) else paths:
-        found.update(_expand(_native(path), example))
-    if not found:
-        raise InputError(f"source.path: names no file; give paths or patterns such as {example}")
-    return sorted(found)
+
+    def __init__(self, paths: str | list[str], example: str) -> None:
+        """`example`: a pattern for files of this kind, for messages."""
+        self._paths = [paths] if isinstance(paths, str) else paths
+        self._example = example
+        self._lock = threading.Lock()
+        self._folder: str | None = None
+
+    def find(self) -> list[tuple[str, str]]:
+        """Path and relative path: braces {000..012} and {a,b} expanded, then wildcards, sorted, each file once.
+
+        http(s) servers cannot list, so wildcards in their URLs are taken as they are. InputError where a folder is
+        named, or if a path or pattern names nothing.
+        """
+        found = self._expand(must_exist=True)
+        if not found:
+            raise InputError(f"source.path: names no file; give paths or patterns such as {self._example}")
+        self._folder = _common_folder(found)
+        return [(path, path.removeprefix(self._folder)) for path in found]
+
+    def path(self, name: str) -> str:
+        """Where a file now is of which `find` said the relative path, also in an earlier run. It may be gone.
+
+        FileNotFoundError if `source.path` names no file any more.
+        """
+        with self._lock:  # so that many threads look once
+            if self._folder is None:
+                found = self._expand(must_exist=False)
+                if not found:
+                    raise FileNotFoundError(errno.ENOENT, "no file matches source.path", name)
+                self._folder = _common_folder(found)
+            return f"{self._folder}{name}"
+
+    def _expand(self, must_exist: bool) -> list[str]:
+        found = (found for path in self._paths for found in _expand(_native(path), self._example, must_exist))
+        return sorted(set(found))
 
 
-def _expand(path: str, example: str) -> Iterator[str]:
+def _expand(path: str, example: str, must_exist: bool) -> Iterator[str]:
     if os.path.exists(path):  # also where its name has braces or brackets
         if os.path.isdir(path):
             raise InputError(f"source.path: {path} is a folder; name the files in it, e.g. {join(path, example)}")
@@ -69,10 +98,10 @@ def _expand(path: str, example: str) -> Iterator[str]:
             yield name
         elif any(wildcard in name for wildcard in "*?["):
             matches = _glob(name)
-            if not matches:
+            if must_exist and not matches:
                 raise InputError(f"source.path: no file matches {name}")
             yield from matches
-        elif is_url(name) or os.path.exists(name):
+        elif is_url(name) or not must_exist or os.path.exists(name):
             yield name
         else:
             raise InputError(f"source.path: there is no file {name}")
@@ -81,17 +110,18 @@ def _expand(path: str, example: str) -> Iterator[str]:
 def _glob(pattern: str) -> list[str]:
     if not is_url(pattern):
         return glob.glob(pattern, recursive=True)
-    with _explained(pattern):
-        storage, path = fsspec.core.url_to_fs(pattern)
-        return [storage.unstrip_protocol(match) for match in storage.glob(path)]
+    try:
+        with _opening(pattern):
+            storage, path = fsspec.core.url_to_fs(pattern)
+            return [storage.unstrip_protocol(match) for match in storage.glob(path)]
+    except OSError as error:
+        raise InputError(f"source.path: cannot read {pattern}: {error.strerror or error}") from error
 
 
-def relative_names(paths: list[str]) -> list[str]:
-    """The paths relative to the deepest folder that holds them all."""
-    parts = [path.split("/") for path in paths]
-    levels = zip(*(names[:-1] for names in parts), strict=False)
-    common = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
-    return ["/".join(names[common:]) for names in parts]
+def _common_folder(paths: list[str]) -> str:
+    """The deepest folder that holds all paths, with a slash at its end; '' if there is none."""
+    levels = zip(*(path.split("/")[:-1] for path in paths), strict=False)
+    return "".join(f"{level[0]}/" for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 def _native(path: str) -> str:
@@ -135,7 +165,8 @@ def walk(root: str, folder: str = "") -> Iterator[Entry]:
 
 
 def _list_local(root: str, folder: str) -> Iterator[Entry]:
-    with os.scandir(join(root, folder) if folder else root) as entries:
+    place = join(root, folder) if folder else root
+    with _opening(place), os.scandir(place) as entries:
         names = sorted_on_disk(entry.name for entry in entries)
     for name in names:
         path = join(folder, name)
@@ -152,7 +183,7 @@ def _list_local(root: str, folder: str) -> Iterator[Entry]:
 
 def _list_remote(root: str, folder: str) -> Iterator[Entry]:
     url = join(root, folder)
-    with _explained(url):
+    with _opening(url):
         storage, path = fsspec.core.url_to_fs(url)
         found = storage.ls(path, detail=True)
         storage.invalidate_cache(path)  # or fsspec keeps all that was ever listed
@@ -172,7 +203,7 @@ def open_stream(path: str) -> BinaryIO:
     """A file to scan, seekable. InputError if there is none or it may not be read, PomscaleError if storage fails."""
     path = _native(path)
     try:
-        with _explained(path):
+        with _opening(path):
             raw = _RemoteFile(path) if is_url(path) else _LocalFile(path)
     except OSError as error:
         raise InputError(f"source: cannot read {path}: {error.strerror or error}") from error
@@ -205,6 +236,21 @@ def open_item(path: str, size: int | None) -> BinaryIO:
     return _open_checked(path, size)
 
 
+def open_large_item(path: str, size: int) -> BinaryIO:
+    """As `open_item`, of a file of which little is read: behind a URL, too, only what is asked for is fetched."""
+    path = _native(path)
+    if not is_url(path):
+        return _open_checked(path, size)
+    with _about_item(), _opening(path):
+        stream = io.BufferedReader(_RemoteFile(path), _READ_AHEAD_BYTES)
+    try:
+        check_size(size_of(stream), size)
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
 class RangeReader:
     """Items that lie within larger files. A thread keeps the file that it read last open: neighbours are in it too."""
 
@@ -227,7 +273,7 @@ class RangeReader:
 
 
 def _open_checked(path: str, size: int | None) -> BinaryIO:
-    with _forbidden_is_changed(), _explained(path):
+    with _about_item(), _opening(path):
         raw = _LocalFile(path)
     try:
         check_size(os.fstat(raw.fileno()).st_size, size)
@@ -239,7 +285,7 @@ def _open_checked(path: str, size: int | None) -> BinaryIO:
 
 def _read_remote(url: str, start: int | None = None, end: int | None = None) -> bytes:
     """Bytes start to end of a file behind a URL."""
-    with _forbidden_is_changed(), _explained(url):
+    with _about_item(), _opening(url):
         storage, path = fsspec.core.url_to_fs(url)
         return storage.cat_file(path, start=start, end=end)
 
@@ -248,7 +294,8 @@ def check_size(num_bytes: int, expected: int | None) -> None:
     """SourceChangedError if a file has not the size that the scan saw."""
     if expected is not None and num_bytes != expected:
         raise SourceChangedError(
-            f"has {num_bytes:,} bytes instead of {expected:,}: changed since the scan; run with --rescan"
+            f"changed since it was listed ({expected:,} bytes then, {num_bytes:,} now); "
+            f"encode into another output to take it in"
         )
 
 
@@ -279,14 +326,17 @@ class _RemoteFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        with _explained(self._url):
+        with _parts(self._url):
             content = self._file.read(len(buffer))
         buffer[: len(content)] = content
         return len(content)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        with _explained(self._url):
+        with _parts(self._url):
             return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
     def close(self) -> None:
         if not self.closed:
@@ -295,10 +345,48 @@ class _RemoteFile(io.RawIOBase):
 
 
 @contextmanager
+def _parts(url: str) -> Iterator[None]:
+    """Around reads of parts of a file behind a URL, which not every HTTP server sends."""
+    with _explained(url):
+        try:
+            yield
+        except ValueError as error:  # fsspec's, where it gets the whole file instead
+            raise InputError(f"{url}: its server does not send parts of files; download it first ({error})") from error
+
+
+# What is wrong with a path or with what lies there; storage is well.
+_PATH_ERRORS = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+
+
+@contextmanager
+def _opening(path: str) -> Iterator[None]:
+    """OSError if the path is at fault: nothing is there, it may not be read, it is none of a file.
+
+    PomscaleError if storage fails, InputError if there is no package for it.
+    """
+    with _explained(path):
+        try:
+            yield
+        except ImportError as error:
+            raise InputError(f"{path}: this kind of URL cannot be read here: {error}") from error
+        except ValueError as error:  # a zero byte, half a surrogate pair, a kind of URL that does not exist
+            raise _PathError(errno.EINVAL, str(error), path) from error
+        except OSError as error:
+            if error.errno not in _PATH_ERRORS:
+                raise
+            raise _PathError(error.errno, error.strerror, path) from error
+
+
+class _PathError(OSError):
+    """One of _PATH_ERRORS."""
+
+
+@contextmanager
 def _explained(path: str) -> Iterator[None]:
+    """PomscaleError if storage fails; OSError if it works, and this file is not there or not to be had."""
     try:
         yield
-    except (FileNotFoundError, PermissionError, PomscaleError):
+    except (FileNotFoundError, PermissionError, _PathError, PomscaleError):
         raise
     except Exception as error:  # every storage has errors of its own
         status = getattr(error, "status", 0)  # aiohttp's: 4xx is about this file, but for time-outs and rate limits
@@ -310,8 +398,9 @@ def _explained(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def _forbidden_is_changed() -> Iterator[None]:
+def _about_item() -> Iterator[None]:
+    """Around `_opening` of an item's file."""
     try:
         yield
-    except PermissionError as error:
+    except (PermissionError, _PathError) as error:
         raise SourceChangedError(f"cannot be read: {error.strerror or error}") from error

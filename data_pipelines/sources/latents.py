@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO
 
+from data_pipelines.common.records import TarReader
 from data_pipelines.common.source import Item
 from data_pipelines.sources import fs
 from data_pipelines.sources.annotations import checked_caption, decode_text
-from data_pipelines.sources.tar_scan import DamagedTarError, TarScan
 from pomscale.config.schema import LatentsSourceConfig
+from pomscale.data.location import join
 from pomscale.data.schema import CAPTION_MEMBER, REMEDY, read_manifest
 from pomscale.errors import InputError
 
@@ -24,15 +24,15 @@ class LatentsSource:
     num_ignored = 0
 
     def __init__(self, config: LatentsSourceConfig) -> None:
-        self._folder = Path(config.path)
+        self._path = config.path
 
     def scan(self) -> Iterator[Item]:
         """InputError if it is no dataset or has no captions. A damaged shard is an item with a problem."""
-        manifest = read_manifest(self._folder)
+        manifest = read_manifest(self._path)
         if not manifest.has_captions:
-            raise InputError(f"source.path: the records of {self._folder} have no captions; encode it with captions")
+            raise InputError(f"source.path: the records of {self._path} have no captions; encode it with captions")
         for shard in manifest.shards:
-            with fs.open_stream(str(self._folder / shard.name)) as stream:
+            with fs.open_stream(join(self._path, shard.name)) as stream:
                 yield from _scan_shard(stream, shard.name)
 
     def fingerprint_line(self, item: Item) -> str:
@@ -44,10 +44,10 @@ class LatentsSource:
 
 
 def _scan_shard(stream: BinaryIO, name: str) -> Iterator[Item]:
-    try:
-        for sample in TarScan(stream, {CAPTION_MEMBER}):
-            content = sample.contents.get(CAPTION_MEMBER)
-            caption, problem = checked_caption(None if content is None else decode_text(content))
-            yield Item(sample.key, f"{name}/{sample.key}{CAPTION_MEMBER}", caption=caption, problem=problem)
-    except DamagedTarError as error:
-        yield Item(name.removesuffix(".tar"), name, problem=f"the shard is damaged: {error}; {REMEDY}")
+    reader = TarReader(stream)
+    for record in reader:
+        text = decode_text(bytes(record.payload(CAPTION_MEMBER))) if CAPTION_MEMBER in record.members else None
+        caption, problem = checked_caption(text)
+        yield Item(record.key, f"{name}/{record.key}{CAPTION_MEMBER}", caption=caption, problem=problem)
+    if reader.damages:
+        yield Item(name.removesuffix(".tar"), name, problem=f"the shard is damaged: {reader.damages[0]}; {REMEDY}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,8 +26,8 @@ _BATCH_ROWS_WITH_BYTES = 64
 _NUM_CACHED_GROUPS = 2
 
 
-def read_rows(path: str, columns: list[str], bytes_column: str | None) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """Place (for `BytesReader`) and columns of every row, in constant memory.
+def read_rows(path: str, columns: list[str], bytes_column: str | None) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Place in the table (for `BytesReader`) and columns of every row, in constant memory.
 
     Of `bytes_column` the rows say only whether they have it: True or None. InputError if the file is no whole Parquet
     file, or a column is missing or of the wrong type.
@@ -41,30 +42,38 @@ def read_rows(path: str, columns: list[str], bytes_column: str | None) -> Iterat
                 raise InputError(f"source.bytes_column: column {bytes_column!r} of {path} is {kind}, not binary")
             for group in range(table.num_row_groups):
                 for row, values in enumerate(_read_group(table, group, columns, bytes_column)):
-                    yield [path, num_bytes, group, row], values
+                    yield [num_bytes, group, row], values
 
 
 class BytesReader:
-    """Files in rows. The row groups in use are kept in memory, shared by all threads."""
+    """Files in rows. The row groups in use are kept in memory, shared by all threads; one loads, the others wait."""
 
     def __init__(self, column: str) -> None:
         self._column = column
         self._lock = threading.Lock()
-        self._recent: dict[tuple[str, int], pa.ChunkedArray] = {}
+        self._recent: dict[tuple[str, int], Future[pa.ChunkedArray]] = {}
 
     def read(self, path: str, num_bytes: int, group: int, row: int) -> bytes:
         """Same errors as `Source.open`."""
         with self._lock:
-            values = self._recent.pop((path, group), None)
-            if values is None:
-                values = self._load(path, num_bytes, group)
+            found = self._recent.pop((path, group), None)
+            values: Future[pa.ChunkedArray] = Future() if found is None else found
             self._recent[path, group] = values  # the latest is last
             if len(self._recent) > _NUM_CACHED_GROUPS:
                 del self._recent[next(iter(self._recent))]
-        return values[row].as_py()
+        if found is None:
+            try:
+                values.set_result(self._load(path, num_bytes, group))
+            except BaseException as error:
+                with self._lock:  # who asks from now on tries again
+                    if self._recent.get((path, group)) is values:
+                        del self._recent[path, group]
+                values.set_exception(error)
+                raise
+        return values.result()[row].as_py()
 
     def _load(self, path: str, num_bytes: int, group: int) -> pa.ChunkedArray:
-        with fs.open_item(path, num_bytes) as stream:
+        with fs.open_large_item(path, num_bytes) as stream:
             try:
                 with pq.ParquetFile(stream, pre_buffer=False) as table:
                     content = table.read_row_group(group, [self._column], use_threads=False)

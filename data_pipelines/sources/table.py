@@ -32,6 +32,7 @@ class TableSource:
 
     def __init__(self, config: TableSourceConfig) -> None:
         self._config = config
+        self._files = fs.NamedFiles(config.path, "*.parquet")
         self._classes = ClassIds(config.class_names)
         media = [] if config.media is None else _COLUMN.findall(config.media)
         if config.media is not None and re.search("[{}]", _COLUMN.sub("", config.media)):
@@ -53,11 +54,10 @@ class TableSource:
         """InputError if a table is missing, of an unknown kind or damaged, or lacks a column."""
         self._classes.begin()
         number = 0
-        paths = fs.expand(self._config.path, "*.parquet")
-        for path, name in zip(paths, fs.relative_names(paths), strict=True):
+        for path, name in self._files.find():
             for row_number, (place, row) in enumerate(self._rows(path)):
                 where = f"{readable(name)} row {row_number}"
-                yield self._item(f"{number:012d}", where, place, row)
+                yield self._item(f"{number:012d}", where, None if place is None else [name, *place], row)
                 number += 1
 
     def fingerprint_line(self, item: Item) -> str:
@@ -67,7 +67,8 @@ class TableSource:
 
     def open(self, item: Item) -> BinaryIO:
         if self._bytes is not None:
-            return io.BytesIO(self._bytes.read(*item.place))
+            name, *place = item.place
+            return io.BytesIO(self._bytes.read(self._files.path(name), *place))
         if self._config.media is None:
             raise InputError("source: the table has captions only; name its files with source.media or bytes_column")
         return fs.open_item(fs.join(self._config.root, item.place), None)

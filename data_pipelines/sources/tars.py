@@ -30,7 +30,7 @@ class TarSource:
     shuffled = False
 
     def __init__(self, config: TarSourceConfig) -> None:
-        self._paths = config.path
+        self._files = fs.NamedFiles(config.path, "*.tar")
         self._label = None if config.label is None else _Annotation("source.label", config.label)
         self._caption = None if config.caption is None else _Annotation("source.caption", config.caption)
         self._classes = ClassIds(config.class_names)
@@ -50,8 +50,7 @@ class TarSource:
         """InputError if a tar is missing or compressed. One that is damaged is an item with a problem."""
         self._num_ignored = 0
         self._classes.begin()
-        paths = fs.expand(self._paths, "*.tar")
-        for path, name in zip(paths, fs.relative_names(paths), strict=True):
+        for path, name in self._files.find():
             with fs.open_stream(path) as stream:
                 yield from self._scan_tar(stream, path, name)
 
@@ -61,7 +60,8 @@ class TarSource:
         return json.dumps([item.key, place, item.label, item.caption])
 
     def open(self, item: Item) -> BinaryIO:
-        return io.BytesIO(self._reader.read(*item.place))
+        name, *place = item.place
+        return io.BytesIO(self._reader.read(self._files.path(name), *place))
 
     def _scan_tar(self, stream: BinaryIO, path: str, name: str) -> Iterator[Item]:
         if stream.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC:
@@ -73,13 +73,13 @@ class TarSource:
         try:
             for sample in samples:
                 num_samples += 1
-                yield self._item(sample, path, name, prefix, num_bytes)
+                yield self._item(sample, name, prefix, num_bytes)
         except DamagedTarError as error:
             problem = f"the tar is damaged: {readable(str(error))}; its {num_samples:,} samples before that are read"
             yield Item(checked_key(prefix)[0], readable(name), problem=problem)
         self._num_ignored += samples.num_ignored
 
-    def _item(self, sample: Sample, path: str, name: str, prefix: str, num_bytes: int) -> Item:
+    def _item(self, sample: Sample, name: str, prefix: str, num_bytes: int) -> Item:
         key, problem = checked_key(f"{prefix}/{sample.key}")
         where, place, label, caption = f"{name}/{sample.key}", None, None, None
         media = next((suffix for suffix in sample.places if suffix.lower() in _MEDIA_SUFFIXES), None)
@@ -88,7 +88,7 @@ class TarSource:
             problem = problem or f"none of its members ({readable(there)}) is a picture or a clip"
         else:
             where += media
-            place = [path, *sample.places[media], num_bytes]
+            place = [name, *sample.places[media], num_bytes]
         if self._label is not None:
             value, missing = self._label.find(sample)
             label, unusable = self._classes.checked(value)

@@ -317,7 +317,7 @@ def test_a_file_that_is_not_what_was_listed_is_a_failure(pictures: Path, make_re
     report = encode(recipe, progress=False)
     assert (only(report).num_failures, report.exit_code) == (1, 3)
     reason = json.loads((Path(recipe.output) / FAILURES_NAME).read_text())["reason"]
-    assert ("the file is gone" if name == "gone" else "changed since the scan") in reason
+    assert ("the file is gone" if name == "gone" else "changed since it was listed") in reason
 
 
 def test_only_failed_tries_failures_again(pictures: Path, make_recipe: MakeRecipe) -> None:
@@ -436,7 +436,6 @@ def test_a_source_that_vanishes_on_the_way_is_not_a_source_of_failures(pictures:
 
     with pytest.raises(InputError, match="none of 21 listed items"):
         encode(recipe, progress=False, stop=unmount_after_a_while)
-    assert list((Path(recipe.output) / "parts").glob("part-*.json"))
     away.rename(pictures)
     assert (only(encode(recipe, progress=False)).num_samples, verify(recipe.output).problems) == (21, [])
 

@@ -12,7 +12,7 @@ import pytest
 
 from data_pipelines.common.items import ItemTable
 from data_pipelines.common.source import Item, Source, SourceChangedError
-from data_pipelines.sources import build_source
+from data_pipelines.sources import build_source, fs
 from data_pipelines.sources.keys import checked_key
 from data_pipelines.sources.sorting import sorted_on_disk
 from pomscale.config.schema import ImageFolderConfig, VideoFolderConfig
@@ -176,7 +176,7 @@ def test_items_that_changed_since_the_scan_are_told_from_failing_storage(
         (item,) = source.scan()
         touch(tmp_path / "a" / "1.png", b"changed")
         memory.pipe("/set/a/1.png", b"changed")
-        with pytest.raises(SourceChangedError, match=r"has 7 bytes instead of 6.*--rescan"):
+        with pytest.raises(SourceChangedError, match=r"changed since it was listed \(6 bytes then, 7 now\); encode"):
             source.open(item)
         (tmp_path / "a" / "1.png").unlink()
         memory.rm("/set/a/1.png")
@@ -193,6 +193,38 @@ def test_items_that_changed_since_the_scan_are_told_from_failing_storage(
         PomscaleError, match=r"memory://set/a/1.png: cannot be read: .*Connection reset.*again to go on"
     ):
         source.open(item)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("a\0b.png", "embedded null byte"),
+        ("half of a pair \ud800.png", "surrogates not allowed"),
+        ("n" * 300 + ".png", "File name too long"),
+        ("cat", "Is a directory"),
+        ("cat/1.png/x.png", "Not a directory"),
+        ("round.png", "Too many levels of symbolic links"),
+    ],
+)
+def test_a_path_that_is_none_of_a_file_concerns_one_item_or_ends_the_scan(
+    tmp_path: Path, name: str, reason: str
+) -> None:
+    touch(tmp_path / "cat" / "1.png")
+    (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
+    with pytest.raises(SourceChangedError, match=f"cannot be read: .*{reason}"):
+        image_folder(tmp_path).open(Item("key", "where", [name, None]))
+    with pytest.raises(InputError, match=f"cannot read .*{reason}"):
+        fs.read_file(f"{tmp_path}/{name}")
+    if name != "cat":
+        with pytest.raises(InputError, match=f"cannot read .*({reason}|Not a directory)"):
+            scan(image_folder(f"{tmp_path}/{name}"))
+
+
+def test_a_kind_of_url_that_does_not_exist_is_told() -> None:
+    with pytest.raises(SourceChangedError, match=r"cannot be read: .*nokind"):
+        image_folder("nokind://set").open(Item("key", "where", ["cat", None]))
+    with pytest.raises(InputError, match=r"cannot read nokind://set.*: .*nokind"):
+        scan(image_folder("nokind://set"))
 
 
 def test_a_read_that_fails_says_so_by_name() -> None:

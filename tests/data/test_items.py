@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.common import items as items_module
-from data_pipelines.common.items import ItemTable
+from data_pipelines.common.items import ItemTable, share_table
 from data_pipelines.common.source import Item
 from pomscale.data.index import key_hash
-from pomscale.errors import InputError
+from pomscale.errors import InputError, PomscaleError
 
 
 @dataclass
@@ -115,7 +117,7 @@ def test_what_cannot_be_encoded_at_all_is_refused(tmp_path: Path) -> None:
     assert ItemTable.open(tmp_path) is None
 
 
-def test_an_incomplete_table_is_none(tmp_path: Path) -> None:
+def test_an_incomplete_table_is_none_and_a_damaged_one_is_told(tmp_path: Path) -> None:
     class FailingSource(ListedSource):
         def scan(self) -> Iterator[Item]:
             yield from self.items
@@ -132,11 +134,75 @@ def test_an_incomplete_table_is_none(tmp_path: Path) -> None:
         content = (tmp_path / name).read_bytes()
         for cut in (content[:-1], b""):
             (tmp_path / name).write_bytes(cut)
-            assert ItemTable.open(tmp_path) is None
+            with pytest.raises(PomscaleError, match=rf"items\.json: the list of items .*{name}.* delete this file"):
+                ItemTable.open(tmp_path)
         (tmp_path / name).write_bytes(content)
     table = json.loads((tmp_path / "items.json").read_text())
     (tmp_path / "items.json").write_text(json.dumps({**table, "format": 0}))
-    assert ItemTable.open(tmp_path) is None
+    with pytest.raises(PomscaleError, match=r"items\.json: the list of items cannot be read: format: .* delete this"):
+        ItemTable.open(tmp_path)
+
+
+def test_a_disk_that_fails_is_no_reason_to_list_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ItemTable.build(ListedSource(some_items(["a"])), tmp_path)
+
+    def stale(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", stale)
+        with pytest.raises(PomscaleError, match=r"items\.json: .*Stale file handle.*run the same command again"):
+            ItemTable.open(tmp_path)
+    (tmp_path / "keys.npy").unlink()
+    with pytest.raises(PomscaleError, match=r"No such file.*keys\.npy"):
+        ItemTable.open(tmp_path)
+
+
+def test_what_a_killed_listing_left_is_removed(tmp_path: Path) -> None:
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_items import ListedSource, some_items
+from data_pipelines.common.items import ItemTable
+
+class Killed(ListedSource):
+    def scan(self):
+        yield from self.items
+        os._exit(9)
+
+ItemTable.build(Killed(some_items(["a", "b"])), Path({str(tmp_path)!r}))
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    assert len(list(tmp_path.glob("*.tmp"))) == 3
+    others = tmp_path / "part-000000.json.7-00000000.tmp"
+    others.touch()
+    ItemTable.build(ListedSource(some_items(["a", "a"])), tmp_path)
+    names = {"items.jsonl", "items.npy", "keys.npy", "duplicates.npy", "items.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {*names, others.name}
+
+
+@pytest.mark.parametrize("no_links", [None, errno.ENOSYS, errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP, errno.EMLINK])
+def test_a_table_is_shared_also_where_there_are_no_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_links: int | None
+) -> None:
+    items = some_items(["a", "b", "a"])
+    ItemTable.build(ListedSource(items), tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "items.jsonl").write_text("of an earlier table, never finished")
+
+    def refused(*arguments: object) -> None:
+        raise OSError(no_links, os.strerror(no_links or 0))
+
+    if no_links is not None:
+        monkeypatch.setattr(os, "link", refused)
+    for _ in range(2):
+        share_table(tmp_path / "one", tmp_path / "two")
+        share_table(tmp_path / "one", tmp_path / "one")
+    table = ItemTable.open(tmp_path / "two")
+    assert table is not None
+    assert [table[i].key for i in range(3)] == ["a", "b", "a"]
+    assert (tmp_path / "two" / "keys.npy").samefile(tmp_path / "one" / "keys.npy") == (no_links is None)
 
 
 _MEASURE = """

@@ -88,7 +88,7 @@ def test_a_source_that_moved_is_named_by_an_override(encoded: Path, pictures: Pa
     before = files_of(encoded)
     flip_bit(encoded / "shard-000000.tar", 700)
     shutil.move(pictures, tmp_path / "moved")
-    with pytest.raises(InputError, match=r"if it has moved, say where it is: source.path="):
+    with pytest.raises(InputError, match=r"if they have moved, say where they are: source.path="):
         repair(encoded, progress=False)
     assert (encoded / MANIFEST_NAME).exists()
     with pytest.raises(InputError, match="num_workers"):
@@ -109,6 +109,8 @@ def test_a_repair_that_was_broken_off_goes_on(encoded: Path) -> None:
         repair(encoded, progress=False)
     assert not (encoded / MANIFEST_NAME).exists()
     shard.rmdir()
+    with pytest.raises(InputError, match="a repair mends"):
+        repair(encoded, ["output=elsewhere"], progress=False)
     report = repair(encoded, progress=False)
     assert report.exit_code == 0
     assert "after the repair" in str(report)

@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, Thread
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
 from data_pipelines.common.items import ItemTable
 from data_pipelines.common.source import Item, Source, SourceChangedError
@@ -147,8 +149,58 @@ def test_files_in_parquet(tmp_path: Path, nested: bool, with_nulls: bool) -> Non
         assert list(pool.map(lambda pair: content(source, pair[0]), good * 5)) == [p for _, p in good] * 5
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes())
     again = table(tmp_path / "*.parquet", bytes_column=name)
-    with pytest.raises(SourceChangedError, match="--rescan"):
+    with pytest.raises(SourceChangedError, match="changed since it was listed"):
         again.open(good[-1][0])
+
+
+def test_a_row_group_behind_a_url_is_read_once_and_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    pictures = [rng.bytes(50_000) for _ in range(400)]
+    write_parquet(tmp_path / "a.parquet", [{"jpg": picture} for picture in pictures], row_group_size=100)
+    storage = fsspec.filesystem("memory")
+    storage.put(str(tmp_path / "a.parquet"), "/set/a.parquet")
+    source = table("memory://set/a.parquet", bytes_column="jpg")
+    items = scan(source)
+    num_read = 0
+    read = MemoryFile.read
+
+    def counted(self: MemoryFile, size: int = -1) -> bytes:
+        nonlocal num_read
+        found = read(self, size)
+        num_read += len(found)
+        return found
+
+    monkeypatch.setattr(MemoryFile, "read", counted, raising=False)
+    monkeypatch.setattr(type(storage), "cat_file", None)  # the whole file at once
+    barrier = Barrier(8)
+
+    def first_of(i: int) -> bytes:
+        barrier.wait()
+        return content(source, items[100 + i])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(first_of, range(8))) == pictures[100:108]
+    assert 100 * 50_000 < num_read < 1.2 * 100 * 50_000
+    storage.rm("/set", recursive=True)
+    with pytest.raises(FileNotFoundError):
+        content(source, items[300])
+    assert content(source, items[199]) == pictures[199]  # a group that failed leaves the others
+    storage.put(str(tmp_path / "a.parquet"), "/set/a.parquet")
+    assert content(source, items[300]) == pictures[300]
+    storage.pipe("/set/a.parquet", b"short")
+    with pytest.raises(SourceChangedError, match="changed since it was listed"):
+        content(source, items[0])
+    storage.rm("/set", recursive=True)
+
+
+def test_tables_of_files_that_moved(tmp_path: Path) -> None:
+    for i in range(2):
+        (tmp_path / "old" / str(i)).mkdir(parents=True)
+        write_parquet(tmp_path / "old" / str(i) / "t.parquet", [{"jpg": f"{i}".encode()}])
+    items = scan(table(f"{tmp_path}/old/*/*.parquet", bytes_column="jpg"))
+    (tmp_path / "old").rename(tmp_path / "moved")
+    moved = table(f"{tmp_path}/moved/*/*.parquet", bytes_column="jpg")
+    assert [content(moved, item) for item in items] == [b"0", b"1"]
 
 
 def test_a_row_group_that_is_damaged_after_the_scan(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import fsspec
 import numpy as np
 import pytest
 import webdataset
+from file_server import FileServer
 from PIL import Image
 from synthetic_dataset import write_dataset
 
@@ -274,11 +275,46 @@ def test_tars_behind_urls_are_the_same_source(tmp_path: Path) -> None:
     tables = [ItemTable.build(source, tmp_path / str(i)) for i, source in enumerate((local, remote))]
     assert tables[0].fingerprint == tables[1].fingerprint
     storage.pipe("/tars/2.tar", b"short")
-    with pytest.raises(SourceChangedError, match="--rescan"):
+    with pytest.raises(SourceChangedError, match="changed since it was listed"):
         remote.open(scan_last := tables[1][len(tables[1]) - 1])
     storage.rm("/tars", recursive=True)
     with pytest.raises(FileNotFoundError):
         remote.open(scan_last)
+
+
+def test_tars_that_moved_are_found_where_they_are_named_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/0.tar", "a/1.tar", "b/0.tar"):
+        write_tar(tmp_path / "old" / name, [("1.jpg", name.encode())])
+    monkeypatch.chdir(tmp_path)
+    tables = [
+        ItemTable.build(tars(pattern), tmp_path / str(i))
+        for i, pattern in enumerate(("old/*/*.tar", str(tmp_path / "old/{a/0,a/1,b/0}.tar")))
+    ]
+    assert tables[0].fingerprint == tables[1].fingerprint
+    (tmp_path / "old").rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for table in tables:
+        for moved in (f"{tmp_path}/moved/*/*.tar", "../moved/**/*.tar", [f"{tmp_path}/moved/{x}/*.tar" for x in "ba"]):
+            source = tars(moved)
+            with ThreadPoolExecutor(8) as pool:
+                found = pool.map(lambda i, source=source, table=table: content(source, table[i]), range(len(table)))
+                assert [f"{name.decode().removesuffix('.tar')}/1" for name in found] == [
+                    table[i].key for i in range(len(table))
+                ]
+        with pytest.raises(FileNotFoundError):
+            tars(f"{tmp_path}/old/*/*.tar").open(table[0])
+
+
+def test_a_tar_that_is_gone_does_not_hide_the_others(tmp_path: Path) -> None:
+    for i in range(2):
+        write_tar(tmp_path / f"{i}.tar", [("1.jpg", b"x")])
+    pattern = f"{tmp_path}/{{0..1}}.tar"
+    gone, there = scan(tars(pattern))
+    (tmp_path / "0.tar").unlink()
+    assert content(tars(pattern), there) == b"x"
+    with pytest.raises(FileNotFoundError):
+        tars(pattern).open(gone)
 
 
 def test_many_threads_read_many_tars(tmp_path: Path) -> None:
@@ -294,7 +330,7 @@ def test_a_tar_that_changed_since_the_scan(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", [("1.jpg", b"x")])
     (item,) = scan(tars(tmp_path / "0.tar"))
     write_tar(tmp_path / "0.tar", [("1.jpg", b"x"), *((f"{i}.jpg", bytes(5000)) for i in range(5))])
-    with pytest.raises(SourceChangedError, match="--rescan"):
+    with pytest.raises(SourceChangedError, match="changed since it was listed"):
         tars(tmp_path / "0.tar").open(item)
     (tmp_path / "0.tar").unlink()
     with pytest.raises(FileNotFoundError):
@@ -304,7 +340,7 @@ def test_a_tar_that_changed_since_the_scan(tmp_path: Path) -> None:
 # -- our own shards ----------------------------------------------------------------------------------------------------
 
 
-def latents(path: Path) -> Source:
+def latents(path: Path | str) -> Source:
     return build_source(LatentsSourceConfig(kind="latents", path=str(path)))
 
 
@@ -320,6 +356,21 @@ def test_captions_of_a_dataset_in_the_order_of_its_index(tmp_path: Path) -> None
     assert not table.shuffled
     with pytest.raises(InputError, match="captions only"):
         source.open(items[0])
+
+
+def test_captions_of_a_dataset_behind_a_url(tmp_path: Path) -> None:
+    """Python's own server knows no ranges: it serves what is small enough to be fetched at once."""
+    write_dataset(tmp_path / "set", [3, 2], text=True)
+    storage = fsspec.filesystem("memory")
+    storage.put(str(tmp_path / "set"), "/set", recursive=True)
+    expected = scan(latents(tmp_path / "set"))
+    with FileServer(tmp_path) as server:
+        for url in ("memory://set", f"file://{tmp_path}/set", f"{server.url}/set"):
+            assert scan(latents(url)) == expected
+        write_tar(tmp_path / "0.tar", [("1.jpg", bytes(30_000_000))])
+        with pytest.raises(InputError, match=r"/0\.tar: its server does not send parts of files; download it"):
+            scan(tars(f"{server.url}/0.tar"))
+    storage.rm("/set", recursive=True)
 
 
 def test_a_damaged_shard_and_missing_captions(tmp_path: Path) -> None:
