@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +39,12 @@ def measure_heldout(
     config = ValidationConfig.model_validate(
         {"every_samples": 1, **(section or {}), **{key: value for key, value in changes.items() if value is not None}}
     )
-    dataset = open_heldout(config.path, model.card, reading=reading.reading, cache=reading.cache)
+    dataset = open_heldout(
+        config.path, model.card, reading=reading.reading, cache=reading.cache, bad_samples=reading.bad_samples
+    )
     with join_world(device) as world:
         objective = build_objective(model.card.diffusion)
-        return heldout_loss(objective, model, read_in_order(dataset), len(dataset), config, world)
+        loss = heldout_loss(objective, model, read_in_order(dataset), len(dataset), config, world)
+    if loss.num_bad:
+        print(f"warning: {config.path}: {loss.num_bad} samples could not be read and do not count", file=sys.stderr)
+    return loss

@@ -23,7 +23,7 @@ from pomscale.data.bad_samples import BadSample, BadSampleList
 from pomscale.data.dataset import LatentDataset
 from pomscale.data.loader import Loader, MicroBatch
 from pomscale.data.mixture import Mixture
-from pomscale.data.schema import check_compatible, read_manifest
+from pomscale.data.schema import NOT_OF_THE_LATENTS, check_compatible, read_manifest
 from pomscale.diffusion.draws import draw
 from pomscale.diffusion.loss import per_sample_loss
 from pomscale.diffusion.objectives import Objective, build_objective
@@ -33,13 +33,13 @@ from pomscale.engine.ema import ema_weight
 from pomscale.engine.fsdp2 import Fsdp2Engine
 from pomscale.engine.optim import learning_rate
 from pomscale.errors import InputError, PomscaleError
-from pomscale.evaluation.heldout import heldout_loss
+from pomscale.evaluation.heldout import ReadRecords, heldout_loss
 from pomscale.evaluation.sampling import generate_on_all_ranks, grid_classes
 from pomscale.models import DiPoM, init_weights
 from pomscale.monitoring.host import HostStats
 from pomscale.monitoring.media import save_grid
 from pomscale.monitoring.monitor import Monitor, open_monitor
-from pomscale.monitoring.names import epoch, validation_bin
+from pomscale.monitoring.names import validation_bin
 from pomscale.monitoring.profiler import ProfileWindow
 from pomscale.monitoring.throughput import mfu, peak_flops
 from pomscale.monitoring.wandb_sink import read_wandb_id
@@ -63,6 +63,13 @@ _FIXED_FOR_A_RUN = (
     ("data", "shuffle_window"),
     ("training", "global_batch"),
 )
+
+# What the card says of the space that the network has learned, and what to call it.
+_LATENT_SPACE = {
+    "codec_identity": "the weights of the codec that encoded the dataset",
+    "latent_mean": "the mean that normalises latents",
+    "latent_std": "the standard deviation that normalises latents",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +120,7 @@ def train(recipe: TrainRecipe) -> int:
 
 def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest) -> int:
     mixture = _open_mixture(recipe)
+    _check_indexes(mixture, world)
     card = ModelCard.of(recipe, mixture.datasets[0].manifest, mixture.normalization)
     with torch.device("meta"):
         model = DiPoM(recipe.model)
@@ -129,7 +137,7 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
         asynchronous=recipe.checkpoint.asynchronous,
     )
     identity = _identity(recipe, mixture)
-    start, known_bad = _resume(recipe, folder, identity, engine, checkpoints, world)
+    start, known_bad = _resume(recipe, folder, identity, card, engine, checkpoints, world)
     if start >= recipe.training.total_samples and world.gather(is_finished(folder))[0]:
         if world.is_main:
             print(f"{folder}: finished already, {start:,} samples")
@@ -196,10 +204,28 @@ def _open_mixture(recipe: TrainRecipe) -> Mixture:
     return mixture
 
 
+def _check_indexes(mixture: Mixture, world: World) -> None:
+    """A collective: rank 0 hashes, all hear. InputError if the index of a dataset is damaged."""
+    problem = None
+    if world.is_main:
+        try:
+            mixture.check_indexes()
+        except InputError as error:
+            problem = str(error)
+    verdict = world.gather(problem)[0]
+    if verdict is not None:
+        raise InputError(str(verdict))
+
+
 def _identity(recipe: TrainRecipe, mixture: Mixture) -> dict[str, Any]:
     """What decides every number of a run: goes into each checkpoint, and must be the same when it is resumed."""
     data = [
-        {"path": dataset.location, "share": share, "fingerprint": dataset.manifest.fingerprint}
+        {
+            "path": dataset.location,
+            "share": share,
+            "fingerprint": dataset.manifest.fingerprint,
+            "index": dataset.manifest.index.sha256,
+        }
         for dataset, share in zip(mixture.datasets, mixture.shares, strict=True)
     ]
     return {"recipe": recipe.model_dump(mode="json"), "data": data}
@@ -281,24 +307,30 @@ def open_heldout(
     *,
     reading: Literal["mapped", "streamed"] = "mapped",
     cache: CacheConfig | None = None,
+    bad_samples: Literal["raise", "skip"] = "raise",
 ) -> LatentDataset:
     """A held-out set for the model of `card`, normalised as its training set was: the network knows no other space.
 
-    Raises InputError if it is missing or was encoded in another way.
+    `reading`, `cache` and `bad_samples` as in DataConfig. Raises InputError if it is missing or was encoded in another
+    way.
     """
     manifest = read_manifest(path)
     check_compatible(path, manifest, card.codec, card.model.latent_shape, card.model.num_classes)
     if manifest.latent_codec.identity != card.codec_identity:
         raise InputError(f"dataset {path}: encoded with other weights than the training set; encode it again")
-    return LatentDataset(path, manifest, card.normalization, reading=reading, cache=cache)
+    return LatentDataset(path, manifest, card.normalization, reading=reading, cache=cache, bad_samples=bad_samples)
 
 
 def _epochs(mixture: Mixture, samples: int) -> dict[str, float | str]:
-    """To log: how often each dataset was gone through."""
-    epochs = mixture.epochs(samples)
-    if len(epochs) == 1:
-        return {"data/epoch": epochs[mixture.names[0]]}
-    return {epoch(name): value for name, value in epochs.items()}
+    """To log: how often each dataset was gone through, and each bucket at least and at most."""
+    metrics: dict[str, float | str] = {}
+    for name, epochs in mixture.epochs(samples).items():
+        of_this = f"/{name}" if len(mixture.names) > 1 else ""
+        metrics[f"data/epoch{of_this}"] = epochs.mean
+        if epochs.num_buckets > 1:
+            metrics[f"data/epoch_min{of_this}"] = epochs.lowest
+            metrics[f"data/epoch_max{of_this}"] = epochs.highest
+    return metrics
 
 
 def _steps(loader: Loader[TrainBatch]) -> Iterator[list[TrainBatch]]:
@@ -327,6 +359,7 @@ def _resume(
     recipe: TrainRecipe,
     folder: Path,
     identity: dict[str, Any],
+    card: ModelCard,
     engine: Fsdp2Engine,
     checkpoints: CheckpointStore,
     world: World,
@@ -345,14 +378,15 @@ def _resume(
             f"{latest}: written by pomscale {meta['versions']['pomscale']}, whose runs this version ({__version__}) "
             f"cannot go on with; use that version, or choose another name"
         )
-    _check_same_run(folder, identity, meta)
+    _check_same_run(folder, identity, card, meta)
     checkpoints.load(latest, engine.state_dict())
     if world.is_main:
         print(f"resuming from {latest} ({meta['samples']:,} samples)")
     return meta["samples"], meta["bad_samples"]
 
 
-def _check_same_run(folder: Path, now: dict[str, Any], then: dict[str, Any]) -> None:
+def _check_same_run(folder: Path, now: dict[str, Any], card: ModelCard, then: dict[str, Any]) -> None:
+    """`now`: the identity of the run that is started; `then`: the checkpoint's meta."""
     differences = [
         f"{'.'.join(keys)}: {_fixed(then, keys)} then, {_fixed(now, keys)} now"
         for keys in _FIXED_FOR_A_RUN
@@ -366,7 +400,17 @@ def _check_same_run(folder: Path, now: dict[str, Any], then: dict[str, Any]) -> 
             f"the dataset at {new['path']}: its shards are not those of the run's start"
             for new, old in zip(now["data"], then["data"], strict=True)
             if new["fingerprint"] != old["fingerprint"]
+        ] + [
+            f"the dataset at {new['path']}: its index (labels, keys) is not that of the run's start"
+            for new, old in zip(now["data"], then["data"], strict=True)
+            if new["fingerprint"] == old["fingerprint"] and new["index"] != old["index"]
         ]
+    latents_now = card.model_dump(mode="json", include=set(_LATENT_SPACE))
+    differences += [
+        f"{meaning}: {then['card'][key]} then, {latents_now[key]} now"
+        for key, meaning in _LATENT_SPACE.items()
+        if then["card"][key] != latents_now[key]
+    ]
     if differences:
         raise InputError(
             f"{folder}: this run began with another recipe, so it cannot go on with this one. "
@@ -379,7 +423,7 @@ def _fixed(identity: dict[str, Any], keys: tuple[str, ...]) -> Any:
     value = identity["recipe"]
     for key in keys:
         value = value.get(key)
-    return {k: v for k, v in value.items() if k not in ("path", "precision")} if keys == ("codec",) else value
+    return {k: v for k, v in value.items() if k not in NOT_OF_THE_LATENTS} if keys == ("codec",) else value
 
 
 def _announce(recipe: TrainRecipe, mixture: Mixture, world: World, start: int) -> None:
@@ -413,7 +457,10 @@ def _events(
     """Validation and the grid of pictures, where the recipe asks for them."""
     events = []
     if recipe.validation is not None:
-        heldout = open_heldout(recipe.validation.path, card, reading=recipe.data.reading, cache=recipe.data.cache)
+        data = recipe.data
+        heldout = open_heldout(
+            recipe.validation.path, card, reading=data.reading, cache=data.cache, bad_samples=data.bad_samples
+        )
         events.append(
             Event(
                 recipe.validation.every_samples,
@@ -437,17 +484,19 @@ def _validate(
     samples: int,
 ) -> dict[str, float | str]:
     loss = heldout_loss(objective, model, read_in_order(dataset), len(dataset), config, world)
-    bins: dict[str, float | str] = {validation_bin(i): value for i, value in enumerate(loss.by_bin)}
-    return {"validation/loss": loss.mean, **bins}
+    bins = {validation_bin(i): value for i, value in enumerate(loss.by_bin) if value is not None}
+    return {"validation/loss": loss.mean, "validation/bad_samples": loss.num_bad, **bins}
 
 
-def read_in_order(dataset: LatentDataset) -> Any:
+def read_in_order(dataset: LatentDataset) -> ReadRecords:
     """A reader of records by their place in the dataset, without flips; see evaluation.heldout.ReadRecords."""
 
-    def read(indices: list[int]) -> tuple[Tensor, Tensor]:
+    def read(indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         records = np.array(indices)
         samples = dataset.read(records, records, seed=0, flip_probability=0.0)
-        return samples.latents, samples.labels
+        weights = torch.ones(len(indices))
+        weights[list(samples.bad)] = 0
+        return samples.latents, samples.labels, weights
 
     return read
 

@@ -78,6 +78,14 @@ class Trainer:
 
     def run(self, samples: int) -> int:
         """Train from `samples` to the end or to a stop that was asked for; returns the samples seen, all saved."""
+        try:
+            return self._train(samples)
+        except Exception:
+            # Whatever has failed, here or (then it is torch's own error) at another rank: the save before it is good.
+            self.checkpoints.wait()
+            raise
+
+    def _train(self, samples: int) -> int:
         losses: list[float] = []
         norms: list[float] = []
         stopping = False
@@ -97,7 +105,6 @@ class Trainer:
             learning_rate = self.learning_rate(samples + self.global_batch // 2)
             norm = self.engine.step(learning_rate, self.ema_weight(samples + self.global_batch))
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                self.checkpoints.wait()
                 raise self._diverged(samples, loss, norm)
             samples += self.global_batch
             stopping = stop_votes > 0 and samples < self.total_samples
@@ -124,11 +131,7 @@ class Trainer:
     def _note_bad(self, samples: int, bad: list[Any]) -> None:
         """A collective: every rank hears of every bad sample, and all end the run together if there are too many."""
         met: list[Any] = self.world.gather(bad)
-        try:
-            self.bad_samples.add(samples, itertools.chain.from_iterable(met))
-        except PomscaleError:
-            self.checkpoints.wait()  # the last checkpoint is good: it must not be lost as well
-            raise
+        self.bad_samples.add(samples, itertools.chain.from_iterable(met))
 
     def _run_events(self, samples: int) -> None:
         for event in self.events:

@@ -183,7 +183,10 @@ class DataConfig(Section):
         65536, description="Records shuffled together; larger is more random, smaller reads more sequentially."
     )
     num_threads: PositiveInt = Field(2, description="Reader threads per process.")
-    prefetch: PositiveInt = Field(4, description="Micro-batches read ahead per process.")
+    prefetch: PositiveInt = Field(
+        4,
+        description="Micro-batches kept ready per process; besides, each thread has up to min(4, prefetch) in hand.",
+    )
     reading: Literal["mapped", "streamed"] = Field(
         "mapped", description="mapped: from disk or cache; streamed: shards pass through memory, for object stores."
     )

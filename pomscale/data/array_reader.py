@@ -18,9 +18,9 @@ from torch import Tensor
 from pomscale.config.schema import CacheConfig
 from pomscale.data.bad_samples import BadSample
 from pomscale.data.checksums import wrong_rows
-from pomscale.data.fetch import remedy
+from pomscale.data.fetch import DamagedFile, remedy
 from pomscale.data.index import index_dtype, key_hash, map_index, npy_header, split_member_name
-from pomscale.data.location import join
+from pomscale.data.location import join, unreadable
 from pomscale.data.recycling import Recycler
 from pomscale.data.schema import INDEX_NAME, Manifest
 from pomscale.data.shard_cache import local_index
@@ -75,11 +75,13 @@ class ArrayReader:
         try:
             num_bytes = path.stat().st_size
             if num_bytes != expected:
-                raise ValueError(f"has {num_bytes:,} bytes, but the manifest says {expected:,}")
+                raise ValueError(f"it has {num_bytes:,} bytes, but the manifest says {expected:,}")
             # A plain array over the map: fancy indexing of np.memmap costs twice the time.
             return np.asarray(map_index(path, self.manifest.num_samples, index_dtype(self.manifest.arrays)))
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             raise InputError(f"{path}: cannot be read: {error}. {self._remedy}") from error
+        except OSError as error:
+            raise unreadable(path, error) from error
 
     def same_shape(self, members: Members, shape: tuple[int, ...], faults: Faults) -> Tensor:
         """Arrays of one shape: (b, *shape) float32."""
@@ -93,8 +95,8 @@ class ArrayReader:
             else:
                 flat[row * length : (row + 1) * length] = payload
         for row in wrong_rows(content, members.crc32s):
-            if row not in faults:
-                faults[row] = self._wrong_checksum(members, row)
+            if row not in faults and (fresh := self._fetched_again(members, row, faults)) is not None:
+                flat[row * length : (row + 1) * length] = fresh
         wrong = (content[:, : len(header)] != np.frombuffer(header, np.uint8)).any(axis=1)
         for row in np.flatnonzero(wrong).tolist():
             if row not in faults:
@@ -124,11 +126,14 @@ class ArrayReader:
         values = np.zeros((len(lengths), longest, dim), np.float16)
         for row, payload in self._payloads(members, faults):
             length = int(lengths[row])
-            header, data = payload[:header_bytes], payload[header_bytes:]
-            fits = 1 <= length <= max_length and len(data) == 2 * dim * length
+            content: memoryview | None = payload
             if isal_zlib.crc32(payload) != members.crc32s[row]:
-                faults[row] = self._wrong_checksum(members, row)
-            elif not fits or header != _sequence_header(length, dim):
+                content = self._fetched_again(members, row, faults)
+            if content is None:
+                continue
+            header, data = content[:header_bytes], content[header_bytes:]
+            fits = 1 <= length <= max_length and len(data) == 2 * dim * length
+            if not fits or header != _sequence_header(length, dim):
                 faults[row] = self._wrong_array(members, row, (f"1 to {max_length}", dim))
             else:
                 values[row, :length] = np.frombuffer(data, "<f2").reshape(length, dim)
@@ -144,16 +149,18 @@ class ArrayReader:
         wrong = (rows["shard"] < 0) | (rows["shard"] >= num_shards)
         wrong |= (rows["label"] < lowest_label) | (rows["label"] >= num_classes)
         for row in np.flatnonzero(wrong).tolist():
+            if row in faults:
+                continue
             what = f"there is no shard {rows['shard'][row]} or no class {rows['label'][row]}"
             key = _hashed(rows["key"][row])
             reason = f"{join(self.location, INDEX_NAME)}: record {records[row]}: {what}. {self._remedy}"
-            faults[row] = BadSample(self.location, int(records[row]), key, reason)
+            faults[row] = BadSample(self.manifest.fingerprint, self.location, int(records[row]), key, reason)
 
     def member_name(self, members: Members, row: int) -> str | None:
         """What the tar calls a member; None where its header is not that of this record."""
         try:
             shard = self.files.open(int(members.shards[row]))
-        except InputError:
+        except DamagedFile:
             return None
         header = shard[max(0, int(members.offsets[row]) - _TAR_BLOCK) :][:_TAR_BLOCK].tobytes()
         # ustar: the name in bytes 0-99, the folders that do not fit in there in bytes 345-499.
@@ -167,11 +174,11 @@ class ArrayReader:
         record, name = int(members.records[row]), self.member_name(members, row)
         key = _hashed(members.keys[row]) if name is None else split_member_name(name)[0]
         reason = f"{file}: record {record}, {name or f'key {key}'}: {what}. {remedy or self._remedy}"
-        return BadSample(self.location, record, key, reason)
+        return BadSample(self.manifest.fingerprint, self.location, record, key, reason)
 
     def _payloads(self, members: Members, faults: Faults) -> Iterator[tuple[int, memoryview]]:
         """Row and bytes of every member that is there; their checksums are the caller's to check."""
-        shards: dict[int, memoryview | InputError] = {}
+        shards: dict[int, memoryview | DamagedFile] = {}
         places = (members.shards, members.offsets, members.lengths)
         for row, (shard, offset, length) in enumerate(zip(*(p.tolist() for p in places), strict=True)):
             if row in faults:
@@ -179,22 +186,36 @@ class ArrayReader:
             if shard not in shards:
                 shards[shard] = self._open(shard)
             content = shards[shard]
-            if isinstance(content, InputError):
-                key = _hashed(members.keys[row])
-                faults[row] = BadSample(self.location, int(members.records[row]), key, str(content))
+            if isinstance(content, DamagedFile):
+                faults[row] = self._damaged(members, row, content)
             elif offset < 0 or not 0 < length <= len(content) - offset:
                 faults[row] = self.fault(members, row, f"{length:,} bytes at {offset:,} are not in the shard")
             else:
                 yield row, content[offset : offset + length]
 
-    def _open(self, shard: int) -> memoryview | InputError:
+    def _open(self, shard: int) -> memoryview | DamagedFile:
         try:
             return self.files.open(shard).data
-        except InputError as error:
+        except DamagedFile as error:
             return error
 
-    def _wrong_checksum(self, members: Members, row: int) -> BadSample:
-        return self.fault(members, row, "its checksum is wrong")
+    def _fetched_again(self, members: Members, row: int, faults: Faults) -> memoryview | None:
+        """The bytes of a member whose checksum is wrong, where a fresh copy of its shard has them right."""
+        shard, offset, length = (int(place[row]) for place in (members.shards, members.offsets, members.lengths))
+        if self.files.renew(shard):
+            content = self._open(shard)
+            if isinstance(content, DamagedFile):
+                faults[row] = self._damaged(members, row, content)
+                return None
+            fresh = content[offset : offset + length]
+            if isal_zlib.crc32(fresh) == members.crc32s[row]:
+                return fresh
+        faults[row] = self.fault(members, row, "its checksum is wrong")
+        return None
+
+    def _damaged(self, members: Members, row: int, error: DamagedFile) -> BadSample:
+        key = _hashed(members.keys[row])
+        return BadSample(self.manifest.fingerprint, self.location, int(members.records[row]), key, str(error))
 
     def _wrong_array(self, members: Members, row: int, shape: tuple[int | str, ...]) -> BadSample:
         return self.fault(members, row, f"it is not a float16 array of shape ({', '.join(map(str, shape))})")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from pomscale.errors import InputError, PomscaleError
 
@@ -15,9 +18,11 @@ from pomscale.errors import InputError, PomscaleError
 class BadSample:
     """`reason` is a whole line for people: file, record, what is wrong with it, and the remedy.
 
-    `record` is its number in the dataset at `location`; `key` is "#" and its hash where the shard cannot tell it.
+    `record` is its number in the dataset at `location`, whose fingerprint is `dataset`; `key` is "#" and its hash where
+    the shard cannot tell it.
     """
 
+    dataset: str
     location: str
     record: int
     key: str
@@ -30,41 +35,67 @@ class BadSample:
 class BadSampleList:
     """The bad samples of a run, each once, however often training comes by.
 
-    Every rank holds the same list; the one that has a `path` also appends each new sample to that file, a line of JSON.
-    What is known goes into checkpoints, so that a resumed run counts on.
+    Every rank holds the same list; the one that has a `path` also appends each sample to that file, a line of JSON, if
+    it is not in it yet. What is known goes into checkpoints, so that a resumed run counts on.
     """
 
     def __init__(self, limit: int, known: Iterable[tuple[str, int]] = (), path: Path | None = None) -> None:
         self._limit = limit
         self._path = path
-        self._known = {(location, record) for location, record in known}
+        self._known = {(dataset, record) for dataset, record in known}
+        self._listed = set() if path is None else _read_list(path)
 
     def __len__(self) -> int:
         return len(self._known)
 
     @property
     def known(self) -> list[tuple[str, int]]:
-        """Location and record number of each, sorted."""
+        """Fingerprint of the dataset and record number of each, sorted."""
         return sorted(self._known)
 
     def add(self, samples: int, met: Iterable[BadSample]) -> None:
         """Note those that are new; `samples` is the run's clock. PomscaleError if there are more than allowed."""
-        new = {(sample.location, sample.record): sample for sample in met}
-        fresh = [sample for name, sample in new.items() if name not in self._known]
+        new = {(sample.dataset, sample.record): sample for sample in met}
+        # A run that fell back to an older checkpoint meets some that are in the file, but not in the checkpoint.
+        unlisted = [sample for name, sample in new.items() if name not in self._known | self._listed]
         self._known |= new.keys()
-        if self._path is not None and fresh:
-            self._append(self._path, samples, fresh)
+        if self._path is not None and unlisted:
+            _append(self._path, samples, unlisted)
         if len(self) > self._limit:
             raise PomscaleError(
                 f"{len(self)} samples could not be read, more than data.max_bad_samples {self._limit}. The last is: "
                 f"{next(reversed(new.values())).reason}"
             )
 
-    @staticmethod
-    def _append(path: Path, samples: int, fresh: list[BadSample]) -> None:
-        lines = "".join(json.dumps({"samples": samples, **asdict(sample)}) + "\n" for sample in fresh)
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(lines)
-        except OSError as error:  # a full disk costs a line of a list, not the run
-            print(f"warning: {path} could not be written ({error}); training goes on", file=sys.stderr)
+
+def _read_list(path: Path) -> set[tuple[str, int]]:
+    """Dataset and record number of the samples in the file."""
+    listed = set()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return set()
+    except OSError as error:
+        print(f"warning: {path} could not be read ({error}); samples may be listed twice", file=sys.stderr)
+        return set()
+    for line in lines:
+        with suppress(ValueError):  # a line that a kill has cut off
+            sample = json.loads(line)
+            listed.add((sample["dataset"], sample["record"]))
+    return listed
+
+
+def _append(path: Path, samples: int, unlisted: list[BadSample]) -> None:
+    lines = "".join(json.dumps({"samples": samples, **asdict(sample)}) + "\n" for sample in unlisted)
+    try:
+        with path.open("a+b") as file:
+            if file.tell() and not _ends_a_line(file):
+                lines = "\n" + lines
+            file.write(lines.encode())
+    except OSError as error:  # a full disk costs a line of a list, not the run
+        print(f"warning: {path} could not be written ({error}); training goes on", file=sys.stderr)
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

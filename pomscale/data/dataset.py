@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,12 @@ from torch import Tensor
 from pomscale.config.schema import CacheConfig
 from pomscale.data.array_reader import ArrayReader, Faults, Members
 from pomscale.data.bad_samples import BadSample
+from pomscale.data.fetch import remedy
 from pomscale.data.index import NO_LABEL
 from pomscale.data.schema import Manifest, Normalization, read_manifest
+from pomscale.data.shard_cache import local_index
 from pomscale.data.text_reader import TextReader
+from pomscale.errors import InputError
 from pomscale.keyed_random import Stream, keyed_generator, keyed_uniforms
 
 # A micro-batch is too short for the vectorised draw to be at its best; the next one needs its neighbours.
@@ -57,13 +61,14 @@ class LatentDataset:
         self.manifest = manifest
         self.normalization = normalization
         self._bad_samples = bad_samples
+        self._cache = cache
         self._mean, self._std = torch.tensor(normalization.mean), torch.tensor(normalization.std)
         self._reader = ArrayReader(self.location, manifest, reading, cache)
-        self._text = None
+        self.text: TextReader | None = None
         if text is not None:
             is_own = text == self.location
             source = self._reader if is_own else ArrayReader(text, read_manifest(text), reading, cache)
-            self._text = TextReader(self._reader, source)
+            self.text = TextReader(self._reader, source)
         self._ends = np.cumsum([shard.num_samples for shard in manifest.shards])
 
     @classmethod
@@ -92,7 +97,7 @@ class LatentDataset:
         size = (-1, *[1] * (latents.ndim - 2))
         latents.sub_(self._mean.view(size)).div_(self._std.view(size))
         labels = torch.from_numpy(rows["label"].astype(np.int64))
-        text, text_lengths = (None, None) if self._text is None else self._text.read(members, faults)
+        text, text_lengths = (None, None) if self.text is None else self.text.read(members, faults)
         if faults:
             bad = sorted(faults)
             if self._bad_samples == "raise":
@@ -104,16 +109,42 @@ class LatentDataset:
     def will_need(self, shards: Sequence[int]) -> None:
         """The shards of the records that are read from now on, soonest first; replaces what was said before."""
         self._reader.files.will_need(shards)
-        if self._text is not None and self._text.source is not self._reader:
-            ranges = [np.arange(self._ends[s] - self.manifest.shards[s].num_samples, self._ends[s]) for s in shards]
-            needed = [shard for records in ranges for shard in self._text.shards(records).tolist()]
-            self._text.source.files.will_need(list(dict.fromkeys(needed)))
+        if self.text is not None and self.text.source is not self._reader:
+            self.text.source.files.will_need(self._text_shards(self.text, shards))
+
+    def num_bytes(self, shards: Sequence[int]) -> int:
+        """Size of these shards, and of those of the companion set that have their texts."""
+        needed = [self.manifest.shards[shard] for shard in shards]
+        if self.text is not None and self.text.source is not self._reader:
+            of_text = self.text.source.manifest.shards
+            needed += [of_text[shard] for shard in self._text_shards(self.text, shards)]
+        return sum(shard.num_bytes for shard in needed)
+
+    def check_indexes(self) -> None:
+        """Hash the index, and that of the texts. InputError, naming the remedy, if one is not what its manifest says.
+
+        Nothing else would notice a wrong label, since the checksums of the records are in the index too.
+        """
+        for reader in {self._reader, self._reader if self.text is None else self.text.source}:
+            path = local_index(reader.location, reader.manifest, self._cache)
+            try:
+                with path.open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read: {error}. {remedy(reader.location)}") from error
+            if found != reader.manifest.index.sha256:
+                raise InputError(f"{path}: its checksum is not that of the manifest. {remedy(reader.location)}")
 
     def close(self) -> None:
         """Ends what reads ahead in the background."""
         self._reader.files.close()
-        if self._text is not None:
-            self._text.source.files.close()
+        if self.text is not None:
+            self.text.source.files.close()
+
+    def _text_shards(self, text: TextReader, shards: Sequence[int]) -> list[int]:
+        """Shards of the companion set that have the texts of all records in these shards."""
+        ranges = [np.arange(self._ends[s] - self.manifest.shards[s].num_samples, self._ends[s]) for s in shards]
+        return list(dict.fromkeys(shard for records in ranges for shard in text.shards(records).tolist()))
 
     def _stored_shape(self, records: np.ndarray) -> tuple[int, ...]:
         # By the record's number, not by what its row says of its shard, which may be what is wrong with it.

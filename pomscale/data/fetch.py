@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pomscale.data.location import join, local_folder, open_filesystem, retried
+from pomscale.data.location import join, local_folder, open_filesystem, retried, unreadable
 from pomscale.data.schema import REMEDY
 from pomscale.errors import InputError, PomscaleError
 
@@ -29,6 +29,10 @@ _READ_TIMEOUT_S = 60
 Write = Callable[[int, bytes], object]
 
 
+class DamagedFile(InputError):
+    """A file of a dataset is missing, or is not what the manifest says. No other failure to read it is damage."""
+
+
 @dataclass(frozen=True, slots=True)
 class DatasetFile:
     """A file of a dataset, as the manifest describes it."""
@@ -42,9 +46,8 @@ class DatasetFile:
     def source(self) -> str:
         return join(self.location, self.name)
 
-    def refused(self, reason: object) -> InputError:
-        """The error for a file that is missing or is not what the manifest says."""
-        return InputError(f"{self.source}: {reason}. {remedy(self.location)}")
+    def refused(self, reason: object) -> DamagedFile:
+        return DamagedFile(f"{self.source}: {reason}. {remedy(self.location)}")
 
 
 def remedy(location: str | Path) -> str:
@@ -57,8 +60,8 @@ def remedy(location: str | Path) -> str:
 def fetch(file: DatasetFile, write: Write, stop: threading.Event, *, check_sha256: bool) -> None:
     """Pass a file's bytes to `write`. Its size is always checked.
 
-    InputError, naming file and remedy, if it is missing or is not what the manifest says; PomscaleError if the
-    connection keeps failing, or soon after `stop` is set; and whatever PomscaleError `write` raises.
+    DamagedFile, naming file and remedy, if it is missing or is not what the manifest says; PomscaleError if it cannot
+    be read for any other reason, or soon after `stop` is set; and whatever PomscaleError `write` raises.
     """
     folder = local_folder(file.location)
     try:
@@ -67,8 +70,10 @@ def fetch(file: DatasetFile, write: Write, stop: threading.Event, *, check_sha25
                 _copy(file, stream, write, stop, check_sha256)
         else:
             retried(file.source, lambda: _download(file, write, stop, check_sha256), stop.wait)
-    except OSError as error:
+    except FileNotFoundError as error:
         raise file.refused(f"cannot be read: {error}") from error
+    except OSError as error:
+        raise unreadable(file.source, error) from error
 
 
 def _download(file: DatasetFile, write: Write, stop: threading.Event, check_sha256: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
@@ -12,19 +13,24 @@ import numpy as np
 # Shards kept of those that nobody announced.
 _NUM_UNANNOUNCED = 2
 
-# fetch(shard, stop, ahead) -> all bytes of the shard, (num_bytes,) uint8. It raises soon after `stop` is set; None says
-# that the shard cannot be fetched ahead at this moment.
-Fetch = Callable[[int, threading.Event, bool], np.ndarray | None]
+# drop(num_bytes) lets go of so many bytes of shards, opened longest ago first, to make room; False: there are none.
+Drop = Callable[[int], bool]
+
+# fetch(shard, stop, ahead, drop) -> all bytes of the shard, (num_bytes,) uint8. It raises soon after `stop` is set;
+# None says that the shard cannot be fetched ahead at this moment.
+Fetch = Callable[[int, threading.Event, bool, Drop], np.ndarray | None]
 
 
 class FetchedShards:
     """`ShardFiles` over a function that fetches one shard.
 
     Kept are the shards of the last two announcements and the last _NUM_UNANNOUNCED of the others.
+    discard: deletes the copy of a shard, so that the next fetch brings a fresh one; None = there are no copies.
     """
 
-    def __init__(self, fetch: Fetch, num_threads: int) -> None:
+    def __init__(self, fetch: Fetch, num_threads: int, discard: Callable[[int], None] | None = None) -> None:
         self._fetch = fetch
+        self._discard = discard
         self._num_threads = num_threads
         self._threads: list[threading.Thread] = []
         self._stop = threading.Event()
@@ -34,6 +40,7 @@ class FetchedShards:
         self._announced: tuple[int, ...] = ()
         self._announced_before: tuple[int, ...] = ()
         self._ahead: deque[int] = deque()
+        self._renewed: set[int] = set()
 
     def open(self, shard: int) -> np.ndarray:
         while True:
@@ -61,6 +68,17 @@ class FetchedShards:
                 self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._num_threads)]
                 for thread in self._threads:
                     thread.start()
+
+    def renew(self, shard: int) -> bool:
+        if self._discard is None:
+            return False
+        with self._changed:
+            # Once: bytes that are wrong again are wrong in the dataset. Others may still hold what was there before.
+            if shard not in self._renewed:
+                self._discard(shard)
+                self._renewed.add(shard)
+                self._shards.pop(shard, None)
+        return True
 
     def close(self) -> None:
         with self._changed:
@@ -95,7 +113,7 @@ class FetchedShards:
     def _run(self, shard: int, future: Future[np.ndarray | None], *, ahead: bool) -> None:
         """Fetch a shard for all who wait for it. After a failure the next to open it tries again."""
         try:
-            content = self._fetch(shard, self._stop, ahead)
+            content = self._fetch(shard, self._stop, ahead, functools.partial(self._drop, ahead))
         except BaseException as error:  # noqa: BLE001  raised where the shard is opened
             self._forget(shard)
             future.set_exception(error)
@@ -107,6 +125,20 @@ class FetchedShards:
     def _forget(self, shard: int) -> None:
         with self._changed:
             self._shards.pop(shard, None)
+
+    def _drop(self, ahead: bool, num_bytes: int) -> bool:
+        """`Drop`: shards that are announced go last, and not at all for one that is fetched ahead."""
+        with self._changed:
+            idle = [shard for shard, future in self._shards.items() if future.done()]
+            announced = set(self._announced)
+            others = [shard for shard in idle if shard not in announced]
+            dropped = 0
+            for shard in others if ahead else others + [shard for shard in idle if shard in announced]:
+                if dropped >= num_bytes:
+                    break
+                content = self._shards.pop(shard).result()
+                dropped += 0 if content is None else content.nbytes
+        return dropped > 0
 
     def _drop_unneeded(self) -> None:
         needed = {*self._announced, *self._announced_before}

@@ -6,8 +6,12 @@ the number of samples consumed, and starting at any position costs the same.
 
 from __future__ import annotations
 
+import heapq
 import itertools
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -23,8 +27,8 @@ from pomscale.errors import InputError, PomscaleError
 
 T = TypeVar("T")
 
-# Micro-batches that a thread takes at a time: handing work from thread to thread costs as much as a third of one.
-_PIECES_AT_ONCE = 4
+# Most micro-batches that a thread takes at a time: handing work from thread to thread costs as much as a third of one.
+_MOST_AT_ONCE = 4
 
 Piece = tuple[np.ndarray, np.ndarray]
 """Positions (b,) int64 and weights (b,) float32 of a micro-batch."""
@@ -86,6 +90,9 @@ class Loader(Generic[T]):
     result must be something torch can pin (a tensor, a container of tensors, or an object with pin_memory()).
     A PomscaleError met by a reader thread is raised by `next`, once the batches before it were handed out.
     Use as a context manager, or call `close`, to end the threads.
+
+    Read and not yet handed out are at most `prefetch` micro-batches, and what is between the threads and that queue: at
+    most min(4, prefetch) for each of the `num_threads`, as many again on their way, and one that is being pinned.
     """
 
     def __init__(
@@ -110,20 +117,22 @@ class Loader(Generic[T]):
         self.num_micro_batches = num_micro_batches(global_batch, world_size, micro_batch)
         self._mixture = mixture
         self._finish = finish
+        self._reading = _Reading(mixture)
 
         pieces = micro_batch_positions(
             start_position, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size
         )
         # snapshot_frequency=0: torchdata need not track a state that one integer describes.
-        node: BaseNode = IterableWrapper(self._announced(pieces, start_position))
+        node: BaseNode = IterableWrapper(self._reading.noted(pieces))
         node = ParallelMapper(
             node,
             self._read,
             num_threads,
             in_order=True,
             method="thread",
+            max_concurrent=num_threads,
             snapshot_frequency=0,
-            prebatch=_PIECES_AT_ONCE,
+            prebatch=min(_MOST_AT_ONCE, prefetch),
         )
         if pin_memory:
             node = PinMemory(node, "cuda", snapshot_frequency=0)
@@ -152,19 +161,52 @@ class Loader(Generic[T]):
         # torchdata's nodes stop and join their threads when the last reference to them goes.
         self._node = None
 
-    def _announced(self, pieces: Iterator[Piece], start: int) -> Iterator[Piece]:
-        """The pieces; at the first one of every step the datasets hear what comes next."""
-        for step_start in itertools.count(start, self._mixture.order.global_batch):
-            self._mixture.will_need(step_start)
-            yield from itertools.islice(pieces, self.num_micro_batches)
-
     def _read(self, piece: Piece) -> T | PomscaleError:
         positions, weights = piece
         try:
-            return self._finish(_micro_batch(self._mixture.read(positions), positions, weights))
+            with self._reading.of(positions):
+                samples = self._mixture.read(positions)
+            return self._finish(_micro_batch(samples, positions, weights))
         except PomscaleError as error:
             # Returned, not raised: torchdata would bury the message for people in a traceback of its own.
             return error
+
+
+class _Reading:
+    """Which steps are being read, by several threads at once: the datasets hear of it whenever it changes.
+
+    From the moment of reading and not of queuing, and from the oldest step on: a dataset may drop the shards that are
+    no longer announced.
+    """
+
+    def __init__(self, mixture: Mixture) -> None:
+        self._mixture = mixture
+        self._lock = threading.Lock()
+        self._unread: deque[int] = deque()  # first positions of the pieces that are queued or being read
+        self._read: list[int] = []  # a heap: those of them that are read, though pieces before them are not
+        self._newest = -1
+
+    def noted(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """The pieces, on their way to the threads. Called by one thread."""
+        for piece in pieces:
+            with self._lock:
+                self._unread.append(int(piece[0][0]))
+            yield piece
+
+    @contextmanager
+    def of(self, positions: np.ndarray) -> Iterator[None]:
+        """While a piece is read."""
+        position, global_batch = int(positions[0]), self._mixture.order.global_batch
+        with self._lock:
+            self._newest = max(self._newest, position)
+            oldest, newest = (p // global_batch * global_batch for p in (self._unread[0], self._newest))
+            self._mixture.will_need(oldest, newest)
+        yield
+        with self._lock:
+            heapq.heappush(self._read, position)
+            while self._read and self._read[0] == self._unread[0]:
+                self._unread.popleft()
+                heapq.heappop(self._read)
 
 
 def _micro_batch(samples: Samples, positions: np.ndarray, weights: np.ndarray) -> MicroBatch:

@@ -5,6 +5,7 @@ A location is a str: a Path would swallow a slash of "s3://". This module import
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,17 @@ RETRY_DELAYS_S = (0.5, 2.0, 8.0)
 
 # No use in asking again.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+# Answers 4xx that are worth another request: the server took too long to listen, or has too many of them.
+_BUSY = (408, 429)
+
+# What to do about failures of this machine, which say nothing about the file that was to be read.
+_MACHINE_REMEDIES = {
+    errno.EMFILE: "Raise this process's limit of open files (`ulimit -n 65536`) and run the same command again",
+    errno.ENFILE: "Raise this machine's limit of open files (sysctl fs.file-max) and run the same command again",
+    errno.ENOMEM: "Free memory, or raise sysctl vm.max_map_count, and run the same command again",
+    errno.EACCES: "Give this user the right to read it and run the same command again",
+}
 
 
 def local_folder(location: str | Path) -> Path | None:
@@ -64,6 +76,11 @@ def retried(source: str, attempt: Callable[[], T], sleep: Callable[[float], obje
         except (PomscaleError, *_FINAL):
             raise
         except Exception as error:  # every backend has errors of its own: aiohttp's, botocore's, gcsfs's
+            if _is_refusal(error):
+                raise PomscaleError(
+                    f"{source}: the server refuses it: {type(error).__name__}: {error}. "
+                    f"Check the URL and the credentials, and run the same command again"
+                ) from error
             if delay_s is None:
                 raise PomscaleError(
                     f"{source}: cannot be read, {1 + len(RETRY_DELAYS_S)} attempts failed: "
@@ -71,3 +88,16 @@ def retried(source: str, attempt: Callable[[], T], sleep: Callable[[float], obje
                 ) from error
             sleep(delay_s)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether it is an answer of the server that will be the same the next time. gcsfs's errors call it `code`."""
+    status = error.status if hasattr(error, "status") else getattr(error, "code", None)
+    return isinstance(status, int) and 400 <= status < 500 and status not in _BUSY
+
+
+def unreadable(source: str | Path, error: OSError) -> PomscaleError:
+    """The error for a file that cannot be read, though nothing says that the file is at fault."""
+    default = "When the disk or the file server is back, run the same command again"
+    remedy = _MACHINE_REMEDIES.get(error.errno or 0, default)
+    return PomscaleError(f"{source}: cannot be read: {error}. {remedy}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -13,12 +14,35 @@ from torch import Tensor
 from pomscale.config.schema import DataConfig
 from pomscale.data.dataset import LatentDataset, Samples
 from pomscale.data.mixture_order import MixtureOrder
-from pomscale.data.schema import Manifest, Normalization, read_manifest
+from pomscale.data.schema import Manifest, Normalization, check_has_latents, read_manifest
+from pomscale.data.shard_files import check_room
 from pomscale.errors import InputError
+
+_SAME_TEXT = "Encode one of them again with the other's text encoder"
+
+
+@dataclass(frozen=True, slots=True)
+class Epochs:
+    """Passes through a dataset, and through the buckets (latent shapes) that had the fewest and the most."""
+
+    mean: float
+    lowest: float
+    highest: float
+    num_buckets: int
+
+    @classmethod
+    def of(cls, buckets: Sequence[tuple[int, int]]) -> Epochs:
+        """Of the samples drawn from each bucket, and its records."""
+        drawn, sizes = zip(*buckets, strict=True)
+        passes = [count / size for count, size in buckets]
+        return cls(sum(drawn) / sum(sizes), min(passes), max(passes), len(passes))
 
 
 class Mixture:
-    """Samples by their global position. `weights`: share of the samples per dataset, relative to each other."""
+    """Samples by their global position. `weights`: share of the samples per dataset, relative to each other.
+
+    InputError if a dataset is empty.
+    """
 
     def __init__(
         self,
@@ -30,25 +54,30 @@ class Mixture:
         shuffle_window: int,
         flip_probability: float,
     ) -> None:
+        for dataset in datasets:
+            if len(dataset) == 0:
+                raise InputError(f"dataset {dataset.location}: has no records, so there is nothing to train on")
         self.datasets = datasets
         self.shares = [weight / math.fsum(weights) for weight in weights]
         self.names = _names([dataset.location for dataset in datasets])
         self.order = MixtureOrder(
             [dataset.manifest for dataset in datasets],
-            self.shares,
+            weights,
             seed=seed,
             global_batch=global_batch,
             window=shuffle_window,
         )
         self._seed = seed
         self._flip_probability = flip_probability
+        self._reading: tuple[int, int] | None = None
         self._announced: list[list[int]] = [[] for _ in datasets]
 
     @classmethod
     def open(cls, config: DataConfig, *, seed: int, global_batch: int, read_text: bool) -> Mixture:
         """The datasets of a recipe, all normalised in the same way.
 
-        InputError if one is missing, unfinished or damaged, or if they do not belong together.
+        InputError if one is missing, unfinished or damaged, if they do not belong together, or if the shards of a
+        window and the next do not fit into the cache, or into memory where they are streamed.
         """
         components = config.components
         manifests = [read_manifest(component.path) for component in components]
@@ -67,7 +96,8 @@ class Mixture:
             )
             for component, manifest in zip(components, manifests, strict=True)
         ]
-        return cls(
+        _check_same_text(datasets)
+        mixture = cls(
             datasets,
             weights,
             seed=seed,
@@ -75,6 +105,10 @@ class Mixture:
             shuffle_window=config.shuffle_window,
             flip_probability=config.flip_probability,
         )
+        two_windows = zip(datasets, mixture.order.shards_ahead(0, 0), strict=True)
+        num_bytes = sum(dataset.num_bytes(shards) for dataset, shards in two_windows)
+        check_room(num_bytes, config.shuffle_window, config.reading, config.cache)
+        return mixture
 
     @property
     def normalization(self) -> Normalization:
@@ -91,17 +125,29 @@ class Mixture:
             parts.append((part.rows, samples))
         return parts[0][1] if len(parts) == 1 else _merge(len(positions), parts)
 
-    def will_need(self, position: int) -> None:
-        """Tell the datasets what training reads from here on. Returns at once. Called by one thread."""
-        ahead = self.order.shards_ahead(position)
+    def will_need(self, oldest: int, newest: int) -> None:
+        """Tell the datasets that the steps at positions `oldest` to `newest` are being read.
+
+        Returns at once. Called by one thread at a time.
+        """
+        if (oldest, newest) == self._reading:
+            return
+        self._reading = (oldest, newest)
+        ahead = self.order.shards_ahead(oldest, newest)
         for dataset, now, before in zip(self.datasets, ahead, self._announced, strict=True):
             if now != before:
                 dataset.will_need(now)
         self._announced = ahead
 
-    def epochs(self, num_samples: int) -> dict[str, float]:
+    def epochs(self, num_samples: int) -> dict[str, Epochs]:
         """How often each dataset, by name, was gone through when `num_samples` were seen."""
-        return dict(zip(self.names, self.order.epochs(num_samples), strict=True))
+        counts = self.order.epochs(num_samples)
+        return {name: Epochs.of(of_buckets) for name, of_buckets in zip(self.names, counts, strict=True)}
+
+    def check_indexes(self) -> None:
+        """Hash the indexes. InputError, naming the remedy, if one is not what its manifest says."""
+        for dataset in self.datasets:
+            dataset.check_indexes()
 
     def close(self) -> None:
         for dataset in self.datasets:
@@ -139,10 +185,34 @@ def _names(locations: Sequence[str]) -> list[str]:
 
 def _check_belong_together(locations: Sequence[str], manifests: Sequence[Manifest]) -> None:
     """One network and one codec serve all datasets of a mixture."""
+    for location, manifest in zip(locations, manifests, strict=True):
+        check_has_latents(location, manifest)
     first = manifests[0]
     for location, manifest in zip(locations[1:], manifests[1:], strict=True):
         both = f"data.mixture: {locations[0]} and {location}"
+        channels = [m.latents.num_channels for m in (first, manifest)]
+        if channels[0] != channels[1]:
+            raise InputError(
+                f"{both}: their latents have {channels[0]} and {channels[1]} channels. "
+                f"Encode one of them again with the other's codec"
+            )
         if manifest.latent_codec.identity != first.latent_codec.identity:
             raise InputError(f"{both}: their codecs differ in weights. Encode one of them again with the other's")
         if manifest.class_names != first.class_names:
             raise InputError(f"{both}: their classes differ. Encode one of them again with the other's class names")
+
+
+def _check_same_text(datasets: Sequence[LatentDataset]) -> None:
+    """One network reads all embeddings of a mixture."""
+    first = datasets[0].text
+    for dataset in datasets[1:]:
+        other = dataset.text
+        if first is None or other is None:
+            continue
+        both = f"data.mixture: the texts in {first.source.location} and {other.source.location}"
+        if other.info.dim != first.info.dim:
+            raise InputError(
+                f"{both}: their embeddings have {first.info.dim} and {other.info.dim} values per token. {_SAME_TEXT}"
+            )
+        if other.info.identity != first.info.identity:
+            raise InputError(f"{both}: their text encoders differ in weights. {_SAME_TEXT}")

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
 from pomscale.data.interleave import Interleave
 from pomscale.data.order import SampleOrder
 from pomscale.data.schema import Manifest
-from pomscale.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +30,14 @@ class Component:
 
     dataset: int
     shape: tuple[int, ...]
-    weight: float  # share of the samples that come from here
+    share: Fraction  # of all samples
     first_shard: int
     first_record: int
     order: SampleOrder
 
-    def window_shards(self, epoch: int, window: int) -> list[int]:
+    def window_shards(self, window: int) -> list[int]:
         """Shards of the dataset that have records of a window."""
-        return [self.first_shard + shard for shard in self.order.window_shards(epoch, window)]
+        return [self.first_shard + shard for shard in self.order.window_shards(window)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,6 @@ class Part:
 
     component: int
     rows: np.ndarray  # places in the batch
-    indices: np.ndarray  # places in the component's endless stream
     records: np.ndarray  # record numbers in its dataset
 
 
@@ -59,23 +58,24 @@ class _Lane:
 class MixtureOrder:
     """Positions count samples from the start of training; position p belongs to step p // global_batch.
 
-    `shares`: share of the samples per dataset, in sum 1. Inside a dataset every record is as frequent as any other.
-    Memory does not grow with the number of records. Safe to share between threads.
+    `weights`: share of the samples per dataset, relative to each other, kept to the last record (`Interleave`). Inside
+    a dataset, which must not be empty, every record is as frequent as any other. Memory does not grow with the number
+    of records. Safe to share between threads.
     """
 
     def __init__(
-        self, manifests: Sequence[Manifest], shares: Sequence[float], *, seed: int, global_batch: int, window: int
+        self, manifests: Sequence[Manifest], weights: Sequence[float], *, seed: int, global_batch: int, window: int
     ) -> None:
         self.num_datasets = len(manifests)
         self.global_batch = global_batch
-        self.components = _components(manifests, shares, seed, window)
+        self.components = _components(manifests, weights, seed, window)
         self._lanes = []
         for number, shape in enumerate(dict.fromkeys(component.shape for component in self.components)):
             members = [c for c, component in enumerate(self.components) if component.shape == shape]
-            interleave = Interleave([self.components[c].weight for c in members], seed, subindex=1 + number)
+            interleave = Interleave([self.components[c].share for c in members], seed, subindex=1 + number)
             self._lanes.append(_Lane(members, interleave))
-        lane_weights = [sum(self.components[c].weight for c in lane.components) for lane in self._lanes]
-        self._steps = Interleave(lane_weights, seed, subindex=0)
+        lane_shares = [sum((self.components[c].share for c in lane.components), Fraction(0)) for lane in self._lanes]
+        self._steps = Interleave(lane_shares, seed, subindex=0)
 
     def parts(self, positions: np.ndarray) -> list[Part]:
         """Who fills which of these positions, int64 (b,), with which records. The rows of all parts make up b."""
@@ -90,7 +90,7 @@ class MixtureOrder:
                 here = streams == stream
                 component = self.components[lane.components[stream]]
                 records = component.first_record + component.order.records(indices[here])
-                parts.append(Part(lane.components[stream], in_lane[here], indices[here], records))
+                parts.append(Part(lane.components[stream], in_lane[here], records))
         return parts
 
     def counts(self, num_samples: int) -> list[int]:
@@ -104,37 +104,41 @@ class MixtureOrder:
                 counts[component] = count
         return counts
 
-    def shards_ahead(self, position: int) -> list[list[int]]:
-        """Per dataset, the shards that are read from a position on: those in use, then those of the next windows."""
+    def shards_ahead(self, oldest: int, newest: int) -> list[list[int]]:
+        """Per dataset, the shards that are read while the steps at positions `oldest` to `newest` are under way.
+
+        Those of the windows in use come first, then those of the windows after them.
+        """
         in_use: list[list[int]] = [[] for _ in range(self.num_datasets)]
         soon: list[list[int]] = [[] for _ in range(self.num_datasets)]
-        for component, count in zip(self.components, self.counts(position), strict=True):
-            epoch, window = component.order.window_at(count)
-            in_use[component.dataset] += component.window_shards(epoch, window)
-            soon[component.dataset] += component.window_shards(epoch, window + 1)
+        counts = (self.counts(position) for position in (oldest, newest, newest + self.global_batch - 1))
+        for component, *reached in zip(self.components, *counts, strict=True):
+            first, last, end = (component.order.window_at(count) for count in reached)
+            for window in range(first, last + 1):
+                in_use[component.dataset] += component.window_shards(window)
+            for window in range(last + 1, max(last + 1, end) + 1):
+                soon[component.dataset] += component.window_shards(window)
         return [list(dict.fromkeys(now + then)) for now, then in zip(in_use, soon, strict=True)]
 
-    def epochs(self, num_samples: int) -> list[float]:
-        """How often each dataset was gone through when `num_samples` were seen."""
-        seen, size = [0] * self.num_datasets, [0] * self.num_datasets
+    def epochs(self, num_samples: int) -> list[list[tuple[int, int]]]:
+        """Samples drawn and records there are, of each component of each dataset, when `num_samples` were seen."""
+        found: list[list[tuple[int, int]]] = [[] for _ in range(self.num_datasets)]
         for component, count in zip(self.components, self.counts(num_samples), strict=True):
-            seen[component.dataset] += count
-            size[component.dataset] += component.order.num_records
-        return [s / n for s, n in zip(seen, size, strict=True)]
+            found[component.dataset].append((count, component.order.num_records))
+        return found
 
 
-def _components(manifests: Sequence[Manifest], shares: Sequence[float], seed: int, window: int) -> list[Component]:
+def _components(manifests: Sequence[Manifest], weights: Sequence[float], seed: int, window: int) -> list[Component]:
+    exact = [Fraction(weight) for weight in weights]
     components: list[Component] = []
-    for dataset, (manifest, share) in enumerate(zip(manifests, shares, strict=True)):
-        if manifest.num_samples == 0:
-            raise InputError("the dataset has no records, so there is nothing to train on")
+    for dataset, (manifest, weight) in enumerate(zip(manifests, exact, strict=True)):
         first_shard = first_record = 0
         for group, info in enumerate(manifest.groups):
             sizes = [shard.num_samples for shard in manifest.shards if shard.group == group]
             if sum(sizes) > 0:
                 order = SampleOrder(sizes, seed, window, component=len(components))
-                weight = share * order.num_records / manifest.num_samples
-                components.append(Component(dataset, info.shape, weight, first_shard, first_record, order))
+                share = weight / sum(exact) * order.num_records / manifest.num_samples
+                components.append(Component(dataset, info.shape, share, first_shard, first_record, order))
             first_shard += len(sizes)
             first_record += sum(sizes)
     return components

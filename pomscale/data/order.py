@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pomscale.errors import InputError
 from pomscale.keyed_random import Stream, keyed_generator
 
 # A batch that straddles a window border, read by a few threads, touches this many windows at a time.
@@ -23,14 +22,12 @@ _CACHED_WINDOWS = 4
 class SampleOrder:
     """Positions count samples from the start of training and never wrap: epoch = position // num_records.
 
-    Memory is O(window + number of shards). Safe to share between threads. Orders of different `component` are
-    independent of each other.
+    There must be a record. Memory is O(window + number of shards). Safe to share between threads. Orders of different
+    `component` are independent of each other.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, window: int, component: int = 0) -> None:
         self.num_records = sum(shard_sizes)
-        if self.num_records == 0:
-            raise InputError("the dataset has no records, so there is nothing to train on")
         self._sizes = np.asarray(shard_sizes, np.int64)
         self._first_record = np.cumsum(self._sizes) - self._sizes
         self._seed = seed
@@ -56,16 +53,15 @@ class SampleOrder:
             records[here] = self._first_record[shards[slots]] + ranks - starts
         return records
 
-    def window_at(self, position: int) -> tuple[int, int]:
-        """Epoch of a position, and its window in that epoch."""
+    def window_at(self, position: int) -> int:
+        """The window of a position, counted from the start of training."""
         epoch, offset = divmod(position, self.num_records)
-        return epoch, offset // self._window
+        return epoch * self._windows_per_epoch + offset // self._window
 
-    def window_shards(self, epoch: int, window: int) -> list[int]:
-        """The shards that a window has records of. A window after the epoch's last one is the next epoch's first."""
+    def window_shards(self, number: int) -> list[int]:
+        """The shards that a window has records of."""
+        epoch, window = divmod(number, self._windows_per_epoch)
         begin = window * self._window
-        if begin >= self.num_records:
-            return self.window_shards(epoch + 1, 0)
         shards, ends = self._shards(epoch)
         first = np.searchsorted(ends, begin, side="right")
         last = np.searchsorted(ends, min(begin + self._window, self.num_records) - 1, side="right")

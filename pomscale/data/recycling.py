@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# More batches than a loader has under way at once; beyond, memory is simply fresh.
-_MAX_KEPT = 16
+# Arrays that stay, when a fresh one is made, of those that nobody looks at: they are of other sizes, and batches of
+# several shapes and the last, smaller pieces of steps take turns. Arrays in use cost nothing: they are alive anyway.
+_MAX_IDLE = 16
 
 # What `sys.getrefcount` gives for an array that only the list, the loop and the call itself hold.
 _REFERENCES_OF_OURS = 3
@@ -23,7 +24,8 @@ class Recycler:
     """Hands out float32 memory. Safe to share between threads.
 
     A tensor made from an array holds it for as long as the tensor, or any view of its memory, lives: CPython's count of
-    references to the array says when that is over.
+    references to the array says when that is over. Memory is at most that of all batches that were in use at one time,
+    and of _MAX_IDLE more.
     """
 
     def __init__(self) -> None:
@@ -34,9 +36,13 @@ class Recycler:
         """(num_rows, num_columns) float32, with anything in it."""
         size = num_rows * num_columns
         with self._lock:
+            in_use: list[np.ndarray] = []
+            idle: list[np.ndarray] = []
             for array in self._arrays:
-                if array.size == size and sys.getrefcount(array) == _REFERENCES_OF_OURS:
+                is_idle = sys.getrefcount(array) == _REFERENCES_OF_OURS
+                if is_idle and array.size == size:
                     return torch.from_numpy(array).view(num_rows, num_columns)
+                (idle if is_idle else in_use).append(array)
             fresh = np.empty(size, np.float32)
-            self._arrays = [*self._arrays[-_MAX_KEPT + 1 :], fresh]
+            self._arrays = [*idle[-_MAX_IDLE:], *in_use, fresh]
             return torch.from_numpy(fresh).view(num_rows, num_columns)

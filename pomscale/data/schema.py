@@ -24,6 +24,9 @@ MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
 FAILURES_NAME = "failures.jsonl"
 
+# Settings of a codec that its latents do not depend on: where the weights lie, and the arithmetic of the encoder.
+NOT_OF_THE_LATENTS = frozenset({"path", "subfolder", "precision", "tiling"})
+
 # What to do when the dataset is damaged.
 REMEDY = "run `pomscale data repair` on it"
 
@@ -36,7 +39,7 @@ INFO_MEMBER = ".json"
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CodecInfo(_Part):
@@ -44,7 +47,7 @@ class CodecInfo(_Part):
 
     config: CodecConfig
     identity: str
-    scaling_factor: float
+    scaling_factor: float = Field(gt=0)
     shift: float
 
 
@@ -59,7 +62,7 @@ class LatentInfo(_Part):
     dtype: Literal["float16"] = "float16"
     stores_moments: bool
     has_flip: bool
-    num_values: int
+    num_values: int = Field(ge=0)
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -73,10 +76,16 @@ class TextInfo(_Part):
 
     config: TextEncoderConfig
     identity: str
-    dim: int
+    dim: int = Field(gt=0)
     dtype: Literal["float16"] = "float16"
-    null_length: int
+    null_length: int = Field(gt=0)
     null_embedding: str
+
+    @model_validator(mode="after")
+    def _check(self) -> TextInfo:
+        if len(self.null_bytes) != 2 * self.null_length * self.dim:
+            raise ValueError(f"null_embedding is no float16 array of shape ({self.null_length}, {self.dim})")
+        return self
 
     @property
     def null_bytes(self) -> bytes:
@@ -97,14 +106,14 @@ class GroupInfo(_Part):
 class ShardInfo(_Part):
     # A plain file name: a manifest may come from elsewhere, and says what is written into a cache.
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")
-    num_samples: int
-    num_bytes: int
+    num_samples: int = Field(gt=0)
+    num_bytes: int = Field(gt=0)
     sha256: str
     group: int = 0
 
 
 class IndexInfo(_Part):
-    num_bytes: int
+    num_bytes: int = Field(gt=0)
     sha256: str
 
 
@@ -112,7 +121,7 @@ class SourceInfo(_Part):
     """Where the items came from. `num_items` is what the source lists: samples and failures together."""
 
     fingerprint: str
-    num_items: int
+    num_items: int = Field(ge=0)
 
 
 class Manifest(_Part):
@@ -131,8 +140,8 @@ class Manifest(_Part):
     text: TextInfo | None
     has_captions: bool
     class_names: tuple[str, ...]
-    num_samples: int
-    num_failures: int
+    num_samples: int = Field(ge=0)
+    num_failures: int = Field(ge=0)
     source: SourceInfo
     groups: tuple[GroupInfo, ...]
     shards: tuple[ShardInfo, ...]
@@ -278,6 +287,14 @@ def _pool(shares: Sequence[float], moments: Sequence[tuple[float, float]]) -> tu
     return mean, math.sqrt(variance)
 
 
+def check_has_latents(location: str | Path, manifest: Manifest) -> None:
+    """InputError for a set of text embeddings alone."""
+    if manifest.latent is None:
+        raise InputError(
+            f"dataset {location}: has text embeddings and no latents; name the dataset that has the latents"
+        )
+
+
 def check_compatible(
     folder: str | Path,
     manifest: Manifest,
@@ -286,13 +303,9 @@ def check_compatible(
     num_classes: int,
 ) -> None:
     """InputError, naming both values and the remedy, if the dataset does not fit the recipe's codec and model."""
-    if manifest.latent is None:
-        raise InputError(f"dataset {folder}: has text embeddings and no latents; name the dataset that has the latents")
-    # The same weights may lie elsewhere on another machine, and the arithmetic of the encoder concerns nobody
-    # who only reads latents.
-    elsewhere = {"path", "subfolder", "precision", "tiling"}
+    check_has_latents(folder, manifest)
     made_with = manifest.latent_codec.config
-    stored, wanted = (config.model_dump(exclude=elsewhere) for config in (made_with, codec_config))
+    stored, wanted = (config.model_dump(exclude=set(NOT_OF_THE_LATENTS)) for config in (made_with, codec_config))
     remedy = "Change the recipe, or encode the pictures again with `pomscale data encode`"
     if stored != wanted:
         raise InputError(f"dataset {folder}: made with codec {stored}, but the recipe's codec is {wanted}. {remedy}")

@@ -17,18 +17,23 @@ from pomscale.diffusion.draws import keyed_normal
 from pomscale.diffusion.loss import Network, per_sample_loss
 from pomscale.diffusion.objectives import Objective
 from pomscale.distributed.world import World
+from pomscale.errors import InputError
 from pomscale.keyed_random import Stream, keyed_generator
 
-ReadRecords = Callable[[list[int]], tuple[Tensor, Tensor]]
-"""Places in the held-out set -> (normalised latents (b, ...) fp32, classes (b,) int64), on the CPU."""
+ReadRecords = Callable[[list[int]], tuple[Tensor, Tensor, Tensor]]
+"""Places in the held-out set -> (normalised latents (b, ...) fp32, classes (b,) int64, weights (b,) fp32), on the CPU.
+
+Weight 0: the record cannot be read, and what stands for it does not count. Otherwise 1.
+"""
 
 
 @dataclass(frozen=True)
 class HeldoutLoss:
-    """Mean over all samples, and per time bin (bin 0 is nearest to the data)."""
+    """Mean over all samples that could be read, and per time bin (bin 0 is nearest to the data; None if none could)."""
 
     mean: float
-    by_bin: list[float]
+    by_bin: list[float | None]
+    num_bad: int
 
 
 @torch.no_grad()
@@ -42,25 +47,28 @@ def heldout_loss(
 ) -> HeldoutLoss:
     """The loss of the first `config.num_samples` held-out samples. A collective: all ranks share the work.
 
-    Sample i always falls in bin i mod num_time_bins, at the same t and with the same noise.
+    Sample i always falls in bin i mod num_time_bins, at the same t and with the same noise. InputError if none of the
+    samples can be read.
     """
     num_samples, num_bins = min(config.num_samples, num_available), config.num_time_bins
-    sums = torch.zeros(2, num_bins, dtype=torch.float64)  # loss and count by bin
+    sums = torch.zeros(2, num_bins, dtype=torch.float64)  # loss and weight by bin
     for start in range(0, num_samples, config.batch * world.size):
         first = start + world.rank * config.batch
         indices = list(range(first, min(first + config.batch, num_samples)))
         # A sharded network computes on all ranks or on none: a rank that has run out repeats sample 0, uncounted.
-        latents, condition = (part.to(world.device) for part in read(indices or [0]))
+        latents, condition, weights = read(indices or [0])
+        latents, condition = latents.to(world.device), condition.to(world.device)
         loss = _fixed_loss(objective, network, latents, condition, indices or [0], config).double().cpu()
         if indices:
-            bins = torch.tensor(indices) % num_bins
-            sums.index_add_(1, bins, torch.stack([loss, torch.ones_like(loss)]))
+            bins, weights = torch.tensor(indices) % num_bins, weights.double()
+            sums.index_add_(1, bins, torch.stack([loss * weights, weights]))
     flat = world.sum(sums.flatten().tolist())
     losses, counts = flat[:num_bins], flat[num_bins:]
-    return HeldoutLoss(
-        mean=sum(losses) / sum(counts),
-        by_bin=[loss / count for loss, count in zip(losses, counts, strict=True) if count],
-    )
+    num_read = round(sum(counts))
+    if num_read == 0:
+        raise InputError(f"validation: none of the {num_samples:,} held-out samples can be read; repair the dataset")
+    by_bin = [loss / count if count else None for loss, count in zip(losses, counts, strict=True)]
+    return HeldoutLoss(sum(losses) / num_read, by_bin[:num_samples], num_samples - num_read)
 
 
 def _fixed_loss(

@@ -7,6 +7,8 @@ METRICS: dict[str, str] = {
     "train/grad_norm": "global gradient norm before clipping, mean over the steps since the last row",
     "train/learning_rate": "learning rate of the last step",
     "data/epoch": "how often the dataset was gone through; of a mixture, data/epoch/NAME for each dataset",
+    "data/epoch_min": "the same for the latent shape that was gone through least, where there are several",
+    "data/epoch_max": "the same for the latent shape that was gone through most, where there are several",
     "data/bad_samples": "samples of this run that could not be read and were left out, each counted once",
     "speed/samples_per_s": "samples per second over all ranks, without validation, sampling and saving",
     "speed/step_time_s": "seconds per optimiser step, mean",
@@ -28,7 +30,11 @@ METRICS: dict[str, str] = {
 }
 
 VALIDATION_BIN_PREFIX = "validation/loss_bin_"
-EPOCH_PREFIX = "data/epoch/"
+EPOCH_PREFIXES = {
+    "data/epoch/": "how often dataset {} was gone through",
+    "data/epoch_min/": "how often the latent shape of dataset {} that was gone through least was gone through",
+    "data/epoch_max/": "how often the latent shape of dataset {} that was gone through most was gone through",
+}
 
 
 def validation_bin(index: int) -> str:
@@ -36,15 +42,11 @@ def validation_bin(index: int) -> str:
     return f"{VALIDATION_BIN_PREFIX}{index:02d}"
 
 
-def epoch(dataset: str) -> str:
-    """Name of the epochs of one dataset of a mixture."""
-    return f"{EPOCH_PREFIX}{dataset}"
-
-
 def describe(name: str) -> str:
     """Meaning and unit of a metric; empty for a name that this list does not know."""
     if name.startswith(VALIDATION_BIN_PREFIX):
         return f"held-out loss of time bin {int(name.removeprefix(VALIDATION_BIN_PREFIX))} (0 = nearest to the data)"
-    if name.startswith(EPOCH_PREFIX):
-        return f"how often dataset {name.removeprefix(EPOCH_PREFIX)} was gone through"
+    for prefix, meaning in EPOCH_PREFIXES.items():
+        if name.startswith(prefix):
+            return meaning.format(name.removeprefix(prefix))
     return METRICS.get(name, "")

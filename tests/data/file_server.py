@@ -12,13 +12,13 @@ from typing import Literal
 class FileServer:
     """As a context manager it serves `folder` at `url`; afterwards no thread of it is left.
 
-    plan: by file name, what happens to the next requests for it: "503" refuses, "cut" hangs up after half of the
-    bytes, "hold" sends half of them and then nothing until `release` is set. When a plan is used up all is well.
+    plan: by file name, what happens to the next requests for it: "403" and "503" refuse, "cut" hangs up after half of
+    the bytes, "hold" sends half of them and then nothing until `release` is set. When a plan is used up all is well.
     """
 
     def __init__(self, folder: Path) -> None:
         self.num_requests: Counter[str] = Counter()
-        self.plan: dict[str, list[Literal["503", "cut", "hold"]]] = defaultdict(list)
+        self.plan: dict[str, list[Literal["403", "503", "cut", "hold"]]] = defaultdict(list)
         self.holding = threading.Event()
         self.release = threading.Event()
         self._lock = threading.Lock()
@@ -56,8 +56,8 @@ class FileServer:
             trouble = self.plan[name].pop(0) if self.plan[name] else None
         if trouble is None:
             SimpleHTTPRequestHandler.do_GET(handler)
-        elif trouble == "503":
-            handler.send_error(503)
+        elif trouble in ("403", "503"):
+            handler.send_error(int(trouble))
         else:
             content = (folder / handler.path.lstrip("/")).read_bytes()
             handler.send_response(200)

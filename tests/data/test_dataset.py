@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import resource
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +12,12 @@ import torch
 from damage import HEADER_BYTES, fix_checksum, flip_bit, overwrite
 from synthetic_dataset import LATENT_SHAPE, TEXT_DIM, change_manifest, replace_index, write_dataset
 
+from pomscale.config.schema import CacheConfig
 from pomscale.data.dataset import LatentDataset, Samples
 from pomscale.data.index import index_dtype
 from pomscale.data.join import join_path, open_join
-from pomscale.data.schema import INDEX_NAME, Normalization, read_manifest
-from pomscale.errors import InputError
+from pomscale.data.schema import INDEX_NAME, ArrayName, Normalization, read_manifest
+from pomscale.errors import InputError, PomscaleError
 
 
 def read(dataset: LatentDataset, records: list[int], flip: float = 0.0) -> Samples:
@@ -169,7 +173,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"shard-000001\.tar: has .* bytes, but the manifest says"):
         read(LatentDataset.open(tmp_path, "codec"), [5])
     shard.write_bytes(b"")
-    with pytest.raises(InputError, match=r"shard-000001\.tar: cannot be read"):
+    with pytest.raises(InputError, match=r"shard-000001\.tar: has 0 bytes, but the manifest says"):
         read(LatentDataset.open(tmp_path, "codec"), [5])
     shard.unlink()
     with pytest.raises(InputError, match=r"shard-000001\.tar: cannot be read"):
@@ -256,13 +260,81 @@ def test_index_rows_of_no_shard_or_class_are_refused(tmp_path: Path, field: str,
     read(LatentDataset.open(tmp_path, "codec"), [0, 2])
 
 
-def test_two_datasets_of_many_shards_fit_a_process(tmp_path: Path) -> None:
-    write_dataset(tmp_path, [1] * 600)
+@contextmanager
+def limit_of_open_files(number: int) -> Iterator[None]:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, limits[1]))
     try:
-        datasets = [LatentDataset.open(tmp_path, "codec") for _ in range(2)]
-        for dataset in datasets:
-            assert values(read(dataset, list(range(600))).latents) == list(range(600))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_shards_in_use_need_no_descriptors(tmp_path: Path, is_cached: bool) -> None:
+    manifest = write_dataset(tmp_path / "set", [1] * 600)
+    cache = CacheConfig(path=str(tmp_path / "cache")) if is_cached else None
+    normalization = Normalization.of(manifest, "codec")
+    with limit_of_open_files(len(os.listdir("/proc/self/fd")) + 20):
+        datasets = [LatentDataset(tmp_path / "set", manifest, normalization, cache=cache) for _ in range(3)]
+        for dataset in datasets:
+            with closing(dataset):
+                dataset.will_need(range(600))
+                assert values(read(dataset, list(range(600))).latents) == list(range(600))
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_limits_of_the_machine_are_no_bad_samples(tmp_path: Path, is_cached: bool) -> None:
+    manifest = write_dataset(tmp_path / "set", [3, 4])
+    cache = CacheConfig(path=str(tmp_path / "cache")) if is_cached else None
+    normalization = Normalization.of(manifest, "codec")
+    with closing(LatentDataset(tmp_path / "set", manifest, normalization, cache=cache, bad_samples="skip")) as dataset:
+        with limit_of_open_files(3), pytest.raises(PomscaleError, match=r"shard-000000\.tar.*ulimit -n") as raised:
+            read(dataset, [0])
+        assert not isinstance(raised.value, InputError)
+        assert values(read(dataset, [0, 5]).latents) == [0, 5]
+
+
+@pytest.mark.parametrize("array", ["latent", "text"])
+def test_a_damaged_copy_in_the_cache_is_replaced(tmp_path: Path, array: ArrayName) -> None:
+    folder, cache = tmp_path / "set", CacheConfig(path=str(tmp_path / "cache"))
+    manifest = write_dataset(folder, [8], text=True)
+
+    def opened() -> LatentDataset:
+        normalization = Normalization.of(manifest, "codec")
+        return LatentDataset(folder, manifest, normalization, text=str(folder), cache=cache)
+
+    with closing(opened()) as dataset:
+        read(dataset, [0])
+    (copy,) = (tmp_path / "cache").rglob("*.tar")
+    whole = copy.read_bytes()
+    flip_bit(folder, 2, array=array)
+    flip_bit(folder, 5, array=array)
+    damaged = (folder / copy.name).read_bytes()
+    (folder / copy.name).write_bytes(whole)
+    copy.write_bytes(damaged)
+    with closing(opened()) as dataset:
+        samples = read(dataset, list(range(8)))
+        assert values(samples.latents) == list(range(8))
+        assert_embeddings(samples, list(range(8)))
+    assert copy.read_bytes() == whole
+
+    copy.write_bytes(damaged)
+    (folder / copy.name).write_bytes(damaged)
+    with closing(opened()) as dataset:
+        for _ in range(2):
+            with pytest.raises(InputError, match=rf"{folder}/shard-000000\.tar: its sha256 is not the manifest's"):
+                read(dataset, [2])
+
+
+def test_the_first_fault_of_a_sample_is_told(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "main", [3])
+    write_dataset(tmp_path / "text", [3], text=True, latents=False)
+    flip_bit(tmp_path / "main", 1)
+    index = np.load(tmp_path / "text" / INDEX_NAME)
+    index["label"][:2] = 3
+    replace_index(tmp_path / "text", index)
+    bad = read(open_skipping(tmp_path / "main", text=str(tmp_path / "text")), [0, 1, 2]).bad
+    assert "no class 3" in bad[0].reason
+    assert "its checksum is wrong" in bad[1].reason
+    assert bad.keys() == {0, 1}

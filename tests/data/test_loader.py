@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from synthetic_dataset import LATENT_SHAPE, write_dataset
 
 from pomscale.config.schema import CacheConfig
+from pomscale.data import shard_files
 from pomscale.data.dataset import LatentDataset
+from pomscale.data.fetch import DatasetFile, fetch
 from pomscale.data.loader import Loader, MicroBatch, micro_batch_positions, num_micro_batches
 from pomscale.data.mixture import Mixture
 from pomscale.data.order import SampleOrder
@@ -169,7 +171,7 @@ def check_schedule(data: Data, global_batch: int, schedule: list[Leg]) -> None:
     for dataset, epochs in zip(data.datasets, alone.epochs(start).values(), strict=True):
         first = dataset.read(np.arange(1), np.arange(1), seed=0, flip_probability=0).latents.flatten()[0]
         of_dataset = [record for record in in_order if first <= record < first + len(dataset)]
-        assert epochs == pytest.approx(len(of_dataset) / len(dataset))
+        assert epochs.mean == pytest.approx(len(of_dataset) / len(dataset))
 
 
 KINDS = ("one shape", "buckets", "mixture")
@@ -276,7 +278,7 @@ def test_starting_far_into_training_on_a_mixture_costs_nothing(all_data: dict[st
     with open_loader(mixture, start_position=start) as loader:
         assert next(loader).positions.tolist() == list(range(start, start + 6))
     shares = [start * share / len(d) for share, d in zip(mixture.shares, mixture.datasets, strict=True)]
-    assert list(mixture.epochs(start).values()) == pytest.approx(shares, rel=1e-3)
+    assert [epochs.mean for epochs in mixture.epochs(start).values()] == pytest.approx(shares)
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
@@ -300,6 +302,48 @@ def test_bad_samples_keep_their_positions_with_weight_0(tmp_path: Path, num_thre
                     assert (batch.text == -1).all()
     order = SampleOrder(SHARD_SIZES, 0, WINDOW).records(np.arange(40)).tolist()
     assert sorted(met) == sorted(record for record in order if record in (3, 30))
+
+
+@pytest.mark.parametrize(("num_threads", "prefetch"), [(1, 1), (2, 2), (3, 12)])
+def test_no_more_is_read_ahead_than_was_asked_for(dataset: LatentDataset, num_threads: int, prefetch: int) -> None:
+    read: list[int] = []
+
+    def finish(batch: MicroBatch) -> MicroBatch:
+        read.append(int(batch.positions[0]))
+        return batch
+
+    with open_loader(mix(dataset), num_threads=num_threads, prefetch=prefetch, finish=finish) as loader:
+        next(loader)
+        at_rest = -1
+        while len(read) != at_rest:
+            at_rest = len(read)
+            time.sleep(0.3)
+    at_once = min(4, prefetch)
+    assert prefetch <= at_rest - 1 <= prefetch + (num_threads + 1) * at_once
+
+
+def test_shards_that_are_still_needed_are_not_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that read other steps at the same time, each with other windows ahead of it."""
+    num_shards, window = 48, 64
+    manifest = write_dataset(tmp_path, [16] * num_shards)
+    fetched: list[str] = []
+
+    def counted(file: DatasetFile, *arguments: Any, **options: Any) -> None:
+        fetched.append(file.name)
+        fetch(file, *arguments, **options)
+
+    monkeypatch.setattr(shard_files, "fetch", counted)
+    streamed = LatentDataset(tmp_path, manifest, Normalization.of(manifest, "codec"), reading="streamed")
+    mixture = Mixture([streamed], [1.0], seed=0, global_batch=16, shuffle_window=window, flip_probability=0.5)
+    # One epoch, and no look beyond it but that of the threads.
+    with open_loader(mixture, num_threads=4, prefetch=4) as loader:
+        for _ in itertools.islice(loader, num_shards):
+            pass
+    mixture.close()
+    # A shard that straddles two windows is needed twice at most; the second epoch's first windows come on top.
+    ahead = (4 + 5 * 4) * 16 // window + 2
+    assert len(fetched) <= num_shards + ahead * (window // 16 + 1)
+    assert max(Counter(fetched).values()) <= 2
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -76,6 +77,10 @@ def cached(cache_folder: Path) -> list[str]:
     return sorted(path.name for path in cache_folder.glob("*/*") if path.suffix != ".lock")
 
 
+def nothing_to_drop(_num_bytes: int) -> bool:
+    return False
+
+
 def shard_name(shard: int) -> str:
     return f"shard-{shard:06d}.tar"
 
@@ -132,9 +137,7 @@ def test_what_a_dead_process_left_makes_room(folder: Path, cache_folder: Path) -
     for name in (f"{shard_name(5)}.123-0123abcd.tmp", f"{shard_name(0)}.123-0123abcd.tmp"):
         (dataset_folder / name).write_bytes(bytes(num_bytes))
     for shard in (0, 1):
-        opened = shards.open(shard, threading.Event(), ahead=True)
-        assert opened is not None
-        opened.close()
+        assert shards.open(shard, threading.Event(), True, nothing_to_drop) is not None
     assert cached(cache_folder) == [shard_name(0), shard_name(1)]
 
 
@@ -172,7 +175,7 @@ def test_shards_in_use_give_way_to_what_is_needed_but_not_to_what_is_fetched_ahe
         views = [files.open(shard) for shard in (0, 1, 2)]
         # Another process would see the same: the lock is that of the mapping.
         others = ShardCache(str(folder), manifest, config)
-        assert others.open(3, threading.Event(), ahead=True) is None
+        assert others.open(3, threading.Event(), True, nothing_to_drop) is None
         assert cached(cache_folder) == [shard_name(shard) for shard in (0, 1, 2)]
         for shard in (3, 4, 5):
             views.append(files.open(shard))
@@ -180,9 +183,7 @@ def test_shards_in_use_give_way_to_what_is_needed_but_not_to_what_is_fetched_ahe
         assert [view.tobytes() for view in views] == expected
         assert cached(cache_folder) == [shard_name(shard) for shard in (3, 4, 5)]
         del views
-    opened = others.open(0, threading.Event(), ahead=True)
-    assert opened is not None
-    opened.close()
+    assert others.open(0, threading.Event(), True, nothing_to_drop) is not None
 
 
 def test_announcing_more_than_the_cache_holds(folder: Path, cache_folder: Path) -> None:
@@ -225,6 +226,61 @@ def test_processes_share_a_cache_that_holds_one_shard(folder: Path, cache_folder
     assert wrong == []
     assert len(held) == 5 * (6 + 6 + 3)
     assert max(map(len, held)) == 1
+
+
+def test_evicted_shards_give_their_room_back(folder: Path, cache_folder: Path) -> None:
+    manifest = read_manifest(folder)
+    config = limited(cache_folder, 2.5 * manifest.shards[0].num_bytes)
+    with closing(open_shard_files(str(folder), manifest, "mapped", config)) as files:
+        files.will_need(range(NUM_SHARDS))
+        for shard in range(NUM_SHARDS):
+            files.open(shard)
+            maps = Path("/proc/self/maps").read_text()
+            assert f"{cache_folder}" in maps
+            assert not [line for line in maps.splitlines() if str(cache_folder) in line and "(deleted)" in line]
+
+
+def test_what_is_taken_is_known_and_counted_when_the_limit_would_be_passed(folder: Path, cache_folder: Path) -> None:
+    manifest = read_manifest(folder)
+    num_bytes = manifest.shards[0].num_bytes
+
+    def taken() -> int:
+        return int((cache_folder / "room.lock").read_bytes())
+
+    with closing(open_shard_files(str(folder), manifest, "mapped", limited(cache_folder, 2.5 * num_bytes))) as files:
+        for shard in (0, 1):
+            files.open(shard)
+            assert taken() == (shard + 1) * num_bytes
+        shutil.rmtree(cache_folder / manifest.fingerprint[:16])
+        files.open(2)
+        assert taken() == num_bytes
+        for shard in (3, 4, 5):
+            files.open(shard)
+            assert taken() == 2 * num_bytes
+        locks = {path.name for path in cache_folder.glob("*/*.lock")}
+        assert locks == {f"{name}.lock" for name in cached(cache_folder)}
+
+
+def test_waiting_for_another_process_can_be_stopped(folder: Path, cache_folder: Path) -> None:
+    manifest = read_manifest(folder)
+    files = open_shard_files(str(folder), manifest, "mapped", CacheConfig(path=str(cache_folder)))
+    lock = cache_folder / manifest.fingerprint[:16] / f"{shard_name(0)}.lock"
+    told: list[PomscaleError] = []
+
+    def read() -> None:
+        try:
+            files.open(0)
+        except PomscaleError as error:
+            told.append(error)
+
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        thread = threading.Thread(target=read)
+        thread.start()
+        files.close()
+        thread.join(60)
+        assert not thread.is_alive()
+    assert "reading was stopped" in str(told[0])
 
 
 def test_a_damaged_copy_is_fetched_again(folder: Path, cache_folder: Path) -> None:

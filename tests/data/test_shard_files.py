@@ -18,7 +18,7 @@ from pomscale.config.schema import CacheConfig
 from pomscale.data import location as location_module
 from pomscale.data.schema import INDEX_NAME, MANIFEST_NAME, read_manifest
 from pomscale.data.shard_cache import local_index
-from pomscale.data.shard_files import ShardFiles, open_shard_files
+from pomscale.data.shard_files import ShardFiles, check_room, open_shard_files
 from pomscale.errors import InputError, PomscaleError
 
 SHARD_SIZES = (3, 5, 2, 4, 4, 3)
@@ -176,6 +176,30 @@ def test_a_failing_server_is_asked_again(
         files.open(2)
     assert not isinstance(raised.value, InputError)
     assert files.open(2).tobytes() == contents(folder)[2]
+
+
+@pytest.mark.parametrize("way", ["cached", "streamed"])
+def test_a_server_that_refuses_is_not_asked_again(
+    way: str, server: FileServer, open_files: Callable[[str, str], ShardFiles]
+) -> None:
+    files = open_files(f"{server.url}/set", way)
+    server.plan["shard-000000.tar"] = ["403"]
+    with pytest.raises(PomscaleError, match=r"shard-000000\.tar: the server refuses it: .*403.*credentials") as raised:
+        files.open(0)
+    assert not isinstance(raised.value, InputError)
+    assert server.num_requests["shard-000000.tar"] == 1
+
+
+def test_windows_that_do_not_fit_are_refused() -> None:
+    gib = 2**30
+    cache = CacheConfig(path="x", max_gib=8)
+    check_room(8 * gib, 65_536, "mapped", cache)
+    check_room(800 * gib, 65_536, "mapped", None)
+    with pytest.raises(InputError, match=r"data\.shuffle_window: .*65,536 records take 9 GiB.*data\.cache\.max_gib 8;"):
+        check_room(9 * gib, 65_536, "mapped", cache)
+    check_room(16 * gib, 65_536, "streamed", cache)
+    with pytest.raises(InputError, match=r"data\.shuffle_window: .*take 17 GiB, more than the 16 GiB of memory"):
+        check_room(17 * gib, 65_536, "streamed", cache)
 
 
 def test_places_that_cannot_be_read(folder: Path, server: FileServer) -> None:
