@@ -113,7 +113,7 @@ class ShardInfo(_Part):
 
 
 class IndexInfo(_Part):
-    num_bytes: int = Field(gt=0)
+    num_bytes: int = Field(ge=0)
     sha256: str
 
 
