@@ -24,7 +24,7 @@ quickstart: setup  ## raw pictures -> shards -> training, kill, resume -> sample
 test: setup  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-test-fast: setup  ## one process at a time: units, numerics, data; about a minute
+test-fast: setup  ## one process at a time: units, numerics, data; a few minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/unit tests/numerics tests/data
 
 lint: setup  ## style, types, who imports whom
