@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from pomscale import __version__
 from pomscale.errors import InputError, PomscaleError
@@ -54,7 +55,19 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="train a model from a recipe; resumes by itself")
     _add_recipe(train)
     train.set_defaults(run=_train)
+    _add_config(verbs)
+    _add_data(verbs)
+    _add_sample(verbs)
+    _add_evaluate(verbs)
+    _add_bench(verbs)
+    report = verbs.add_parser("report", help="curves of a run: report.png and a self-contained report.html")
+    report.add_argument("run_folder", type=Path, metavar="RUN")
+    report.add_argument("--out", type=Path, help="folder; default: the run folder")
+    report.set_defaults(run=_report)
+    return parser
 
+
+def _add_config(verbs: Any) -> None:
     config = verbs.add_parser("config", help="look at recipes")
     config_verbs = config.add_subparsers(metavar="VERB", required=True)
     show = config_verbs.add_parser("show", help="print the resolved recipe: defaults, bases and overrides applied")
@@ -66,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     schema = config_verbs.add_parser("schema", help="print the JSON schema of recipes")
     schema.set_defaults(run=_config_schema)
 
+
+def _add_data(verbs: Any) -> None:
     data = verbs.add_parser("data", help="make and check datasets of latent shards")
     data_verbs = data.add_subparsers(metavar="VERB", required=True)
     encode = data_verbs.add_parser("encode", help="pictures, clips, captions -> shards; goes on where it stopped")
@@ -109,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     data_show.add_argument("--out", type=Path, default=Path("grid.png"))
     data_show.set_defaults(run=_data_show)
 
+
+def _add_sample(verbs: Any) -> None:
     sample = verbs.add_parser("sample", help="draw pictures from a trained model")
     sample.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
     sample.add_argument("--classes", help="class ids, e.g. 0,5,7-9, or all (default: those of the recipe's grid)")
@@ -125,6 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--npz", type=Path, help="also write pictures (uint8 n h w c), classes and seeds")
     sample.set_defaults(run=_sample)
 
+
+def _add_evaluate(verbs: Any) -> None:
     evaluate = verbs.add_parser("evaluate", help="measure a trained model")
     evaluate_verbs = evaluate.add_subparsers(metavar="VERB", required=True)
     heldout = evaluate_verbs.add_parser("heldout", help="held-out loss by time bin, noise fixed")
@@ -142,6 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     digits.add_argument("--out", type=Path, help="also write the figures as JSON")
     digits.set_defaults(run=_evaluate_digits)
 
+
+def _add_bench(verbs: Any) -> None:
     bench = verbs.add_parser("bench", help="measure this machine, beside named rivals")
     bench_verbs = bench.add_subparsers(metavar="WHAT", required=True)
     bench_loader = bench_verbs.add_parser("loader", help="samples per second, resume, memory of the training loader")
@@ -158,12 +179,6 @@ def _parser() -> argparse.ArgumentParser:
     bench_encode.set_defaults(run=_bench_encode)
     for one in (bench_loader, bench_encode):
         one.add_argument("--out", type=Path, help="also write the figures as JSON, with machine, versions and commit")
-
-    report = verbs.add_parser("report", help="curves of a run: report.png and a self-contained report.html")
-    report.add_argument("run_folder", type=Path, metavar="RUN")
-    report.add_argument("--out", type=Path, help="folder; default: the run folder")
-    report.set_defaults(run=_report)
-    return parser
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -262,11 +277,12 @@ def _data_repair(arguments: argparse.Namespace) -> int:
 
 def _data_stats(arguments: argparse.Namespace) -> int:
     from data_pipelines.common.stats import stats
-    from data_pipelines.common.stats_picture import draw_stats
 
     report = stats(arguments.dataset, num_workers=arguments.num_workers)
     print(report)
     if arguments.out:
+        from data_pipelines.common.stats_picture import draw_stats  # matplotlib, a second
+
         draw_stats(report, arguments.out)
     return report.exit_code
 

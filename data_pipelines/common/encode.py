@@ -16,7 +16,7 @@ from pathlib import Path
 from data_pipelines.common.finish import finish
 from data_pipelines.common.items import ItemTable, share_table
 from data_pipelines.common.job import EncodeJob, Encoders, check_in_place, table_folder, variants_of
-from data_pipelines.common.parts import PARTS_FOLDER, Claims, part_of
+from data_pipelines.common.parts import PARTS_FOLDER, Claims, part_of, record_path
 from data_pipelines.common.pipeline import Pipeline
 from data_pipelines.common.progress import EncodeProgress
 from data_pipelines.common.tasks import Task
@@ -117,7 +117,7 @@ def encode(
             chosen = _Chosen(job, claims, task, only_failed, display)
             Pipeline(job, display, stop).run(chosen, chosen.finished)
         datasets: tuple[Encoded, ...] = ()
-        num_elsewhere = len(job.unrecorded(range(job.num_parts)))
+        num_elsewhere = job.num_unrecorded()
         stopped = stop() and num_elsewhere > 0
         if not num_elsewhere:
             with claims.finishing():
@@ -148,7 +148,7 @@ def forget_shards(output: Path, shard_names: list[str]) -> None:
     """The dataset is no longer complete, nor are the parts of these shards; the shards stay until they are replaced."""
     (output / MANIFEST_NAME).unlink(missing_ok=True)
     for part in {part_of(name) for name in shard_names}:
-        (output / PARTS_FOLDER / f"part-{part:06d}.json").unlink(missing_ok=True)
+        record_path(output / PARTS_FOLDER, part).unlink(missing_ok=True)
 
 
 def _open_job(recipe: EncodeRecipe, encoders: Encoders, rescan: bool) -> EncodeJob:
@@ -204,7 +204,7 @@ class _Chosen:
     def _begin(self, part: int, variants: list[int]) -> None:
         """Nothing may call the dataset or the part complete while its shards are being replaced."""
         if not self._has_checked:
-            self._job.check_in_place()
+            check_in_place(self._job.recipe, self._job.source, self._job.table)
             self._has_checked = True
         with self._claims.finishing():
             for number in variants:

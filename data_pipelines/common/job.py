@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,14 +111,6 @@ class EncodeJob:
             text_identity=self.encoders.text_identity,
         )
 
-    def check_in_place(self) -> None:
-        """InputError if the items that were listed are no longer where the recipe says.
-
-        To the encoder an item that is gone is a failure: a source that was moved or unmounted would make failures of
-        them all.
-        """
-        check_in_place(self.recipe, self.source, self.table)
-
     def missing(self, part: int, only_failed: bool) -> list[int]:
         """Variants (their numbers) that lack a part; with only_failed also those that list failures in it."""
         missing = []
@@ -129,14 +120,17 @@ class EncodeJob:
                 missing.append(number)
         return missing
 
-    def unrecorded(self, parts: Sequence[int]) -> list[int]:
-        """Those of `parts` that some variant has no record of, by one look at each folder."""
-        recorded = set.intersection(*(store.recorded() for store in self.stores))
-        return [part for part in parts if part not in recorded]
+    def num_unrecorded(self) -> int:
+        """Parts that some variant has no record of, by one look at each folder."""
+        return self.num_parts - len(set.intersection(*(store.recorded() for store in self.stores)))
 
 
 def check_in_place(recipe: EncodeRecipe, source: Source, table: ItemTable) -> None:
-    """See EncodeJob.check_in_place."""
+    """InputError if the items that were listed are no longer where the recipe says.
+
+    To the encoder an item that is gone is a failure: a source that was moved or unmounted would make failures of them
+    all.
+    """
     if recipe.codec is None:  # captions are in the list; no item is opened
         return
     tried = 0

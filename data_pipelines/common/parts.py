@@ -158,6 +158,11 @@ def part_of(shard_name: str) -> int:
     return int(shard_name.removeprefix("shard-").removesuffix(".tar").split("-")[0])
 
 
+def record_path(folder: Path, part: int) -> Path:
+    """The record of a part in OUTPUT/parts."""
+    return folder / f"part-{part:06d}.json"
+
+
 class PartStore:
     """The files of an encode in its output folder."""
 
@@ -196,7 +201,7 @@ class PartStore:
         """Marks a part, whose shards already have their final names, as done."""
         with atomic_write(self._rows_path(part)) as stream:
             stream.write(to_npy(rows))
-        write_text(self._record_path(part), record.model_dump_json(indent=2))
+        write_text(record_path(self.folder, part), record.model_dump_json(indent=2))
         names = {shard.name for shard in record.shards}
         for path in self.output.glob(f"shard-{part:06d}*.tar"):
             # Made before, of a group that has no sample any more.
@@ -211,7 +216,7 @@ class PartStore:
 
     def forget(self, part: int) -> None:
         """The part counts as not done; its shards stay until they are replaced."""
-        self._record_path(part).unlink(missing_ok=True)
+        record_path(self.folder, part).unlink(missing_ok=True)
 
     def recorded(self) -> set[int]:
         """Parts that have a record, by one look at the folder; `read` tells whether all of it is there."""
@@ -221,7 +226,7 @@ class PartStore:
     def read(self, part: int) -> PartRecord | None:
         """The record of a part; None if it is not done, or record, rows or a shard is missing or has another size."""
         try:
-            record = PartRecord.model_validate_json(self._record_path(part).read_bytes())
+            record = PartRecord.model_validate_json(record_path(self.folder, part).read_bytes())
             map_index(self._rows_path(part), record.num_samples, self._dtype)
             if any((self.output / shard.name).stat().st_size != shard.num_bytes for shard in record.shards):
                 return None
@@ -236,9 +241,6 @@ class PartStore:
             raise PomscaleError(
                 f"{self._rows_path(part)}: cannot be read: {error}; run the same command again, it makes it anew"
             ) from error
-
-    def _record_path(self, part: int) -> Path:
-        return self.folder / f"part-{part:06d}.json"
 
     def _rows_path(self, part: int) -> Path:
         return self.folder / f"part-{part:06d}.npy"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.common.job import EncodeJob
+from data_pipelines.common.job import EncodeJob, check_in_place
 from data_pipelines.common.media import UnreadableMediaError, nearest_bucket
 from data_pipelines.common.part_writer import PartWriter
 from data_pipelines.common.progress import EncodeProgress
@@ -302,7 +302,8 @@ class Pipeline:
     def _finish(self, work: PartWork, done: Callable[[int], None]) -> None:
         """What is left of a part, then its commit."""
         if work.has_gone:
-            self._job.check_in_place()  # a file was removed, or the storage of them all was unmounted?
+            # A file was removed, or the storage of them all was unmounted?
+            check_in_place(self._recipe, self._job.source, self._job.table)
         self._embed(work)
         for variant, group in sorted(work.batches):
             self._encode(work, variant, group)

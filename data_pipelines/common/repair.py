@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_pipelines.common.derived import is_derived
 from data_pipelines.common.encode import EncodeReport, check_source, encode, forget_shards
-from data_pipelines.common.parts import PARTS_FOLDER
+from data_pipelines.common.parts import PARTS_FOLDER, part_of
 from data_pipelines.common.verify import VerifyReport, verify
 from pomscale.config.recipe import load_encode_recipe
 from pomscale.config.schema import EncodeRecipe
@@ -67,8 +67,8 @@ def repair(
     forget_shards(folder, found.bad_shards)
     encoded = encode(recipe, progress=progress)
     # A part is made anew as a whole: with several groups it has several shards.
-    parts = {_part(name) for name in found.bad_shards}
-    names = [shard.name for shard in read_manifest(folder).shards if _part(shard.name) in parts]
+    parts = {part_of(name) for name in found.bad_shards}
+    names = [shard.name for shard in read_manifest(folder).shards if part_of(shard.name) in parts]
     left = verify(folder, num_workers=num_workers, progress=progress, only=names)
     return _finished(saved, RepairReport(found, encoded, left))
 
@@ -92,11 +92,6 @@ def _load_recipe(folder: Path, saved: Path, overrides: Sequence[str]) -> EncodeR
         raise InputError(f"override output={recipe.output}: a repair mends {folder} where it is")
     write_text(saved, dump_yaml(recipe.model_dump(mode="json")))
     return recipe
-
-
-def _part(shard_name: str) -> str:
-    """shard-000007-01.tar -> shard-000007"""
-    return "-".join(shard_name.removesuffix(".tar").split("-")[:2])
 
 
 def _finished(saved: Path, report: RepairReport) -> RepairReport:

@@ -22,22 +22,7 @@ class CogVideoXVaeCodec(DiffusersVae):
     """
 
     name = "cogvideox_vae"
-    arithmetic_keys = (
-        "act_fn",
-        "block_out_channels",
-        "down_block_types",
-        "in_channels",
-        "latent_channels",
-        "layers_per_block",
-        "norm_num_groups",
-        "out_channels",
-        "scaling_factor",
-        "shift_factor",
-        "temporal_compression_ratio",
-        "up_block_types",
-        "use_post_quant_conv",
-        "use_quant_conv",
-    )
+    own_arithmetic_keys = ("temporal_compression_ratio",)
     decode_batch = 1
 
     def __init__(self, config: CogVideoXVaeCodecConfig) -> None:

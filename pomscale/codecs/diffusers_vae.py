@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,14 +22,32 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: diffusers is there
 _LOAD_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
-class DiffusersVae:
+# The keys of config.json that change the arithmetic. Listed, since every version of diffusers adds keys of its own.
+_ARITHMETIC_KEYS = (
+    "act_fn",
+    "block_out_channels",
+    "down_block_types",
+    "in_channels",
+    "latent_channels",
+    "layers_per_block",
+    "norm_num_groups",
+    "out_channels",
+    "scaling_factor",
+    "shift_factor",
+    "up_block_types",
+    "use_post_quant_conv",
+    "use_quant_conv",
+)
+
+
+class DiffusersVae(ABC):
     """An autoencoder in evaluation mode, without gradients. Encodes in `config.precision`, decodes in float32."""
 
     name: ClassVar[str]
     num_channels_in = 3
 
-    # The keys of config.json that change the arithmetic. Listed, since every version of diffusers adds keys of its own.
-    arithmetic_keys: ClassVar[tuple[str, ...]]
+    # Those of `_ARITHMETIC_KEYS`' kind that only this network has.
+    own_arithmetic_keys: ClassVar[tuple[str, ...]]
 
     # Pictures or clips decoded at once: decoding takes many times the memory of what comes out.
     decode_batch: ClassVar[int]
@@ -48,8 +67,9 @@ class DiffusersVae:
         self.device = torch.device("cpu")
         self._autocast = config.precision == "bf16"
 
+    @abstractmethod
     def latent_shape(self, *size: int) -> tuple[int, ...]:
-        raise NotImplementedError
+        """As `Codec.latent_shape`."""
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -70,7 +90,7 @@ class DiffusersVae:
         return ((images + 1.0) / 2.0).clamp(0.0, 1.0)
 
     def identity(self) -> str:
-        architecture = {key: self.vae.config[key] for key in self.arithmetic_keys}
+        architecture = {key: self.vae.config[key] for key in (*_ARITHMETIC_KEYS, *self.own_arithmetic_keys)}
         digest = hashlib.sha256(f"{self.name} {json.dumps(architecture, sort_keys=True)}".encode())
         for name, tensor in sorted(self.vae.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -11,22 +11,7 @@ class SdVaeCodec(DiffusersVae):
     """Pictures (b, 3, H, W) to latents (b, c, H / 8, W / 8); the factor is that of the network's config."""
 
     name = "sd_vae"
-    arithmetic_keys = (
-        "act_fn",
-        "block_out_channels",
-        "down_block_types",
-        "in_channels",
-        "latent_channels",
-        "layers_per_block",
-        "mid_block_add_attention",
-        "norm_num_groups",
-        "out_channels",
-        "scaling_factor",
-        "shift_factor",
-        "up_block_types",
-        "use_post_quant_conv",
-        "use_quant_conv",
-    )
+    own_arithmetic_keys = ("mid_block_add_attention",)
     decode_batch = 8
 
     def __init__(self, config: SdVaeCodecConfig) -> None:

@@ -529,11 +529,4 @@ def has_captions(source: SourceConfig) -> bool:
     return isinstance(source, LatentsSourceConfig) or source.caption is not None
 
 
-def has_labels(source: SourceConfig) -> bool:
-    """Whether every item of the source has to have a class."""
-    if isinstance(source, ImageFolderConfig):
-        return True
-    return isinstance(source, TarSourceConfig | TableSourceConfig) and source.label is not None
-
-
 Recipe = Annotated[Union[TrainRecipe, EncodeRecipe], Field(discriminator="kind")]

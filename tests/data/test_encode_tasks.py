@@ -178,8 +178,7 @@ def test_failures_are_tried_again_by_one_task_each(pictures: Path, make_recipe: 
         (pictures / name).write_bytes(b"damaged")
     recipe = make_recipe(pictures)
     assert only(encode(recipe, progress=False)).num_failures == 3
-    parts = {path for path in (Path(recipe.output) / "parts").glob("part-*.json") if "damaged" in path.read_text()}
-    parts |= {
+    parts = {
         path for path in (Path(recipe.output) / "parts").glob("part-*.json") if '"failures": []' not in path.read_text()
     }
     made = [encode(recipe, progress=False, task=Task(i, 3), only_failed=True).num_made for i in range(3)]
