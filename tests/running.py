@@ -50,7 +50,7 @@ optimizer: {{lr: 3e-3, weight_decay: 0.01}}
 schedule: {{warmup_samples: {5 * GLOBAL_BATCH}, cooldown_samples: {10 * GLOBAL_BATCH}}}
 training: {{total_samples: {NUM_STEPS * GLOBAL_BATCH}, global_batch: {GLOBAL_BATCH}}}
 compute: {{precision: fp32, device: cpu}}
-ema: {{halflife_samples: 200}}
+ema: {{halflives_samples: [200]}}
 checkpoint: {{every_samples: {10 * GLOBAL_BATCH}}}
 monitoring: {{every_samples: {GLOBAL_BATCH}, wandb: {{mode: disabled}}}}
 """

@@ -9,7 +9,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from pomscale.config.schema import EncodeRecipe, Recipe, Section, TrainRecipe
+from pomscale.config.schema import EncodeRecipe, Recipe, TrainRecipe
+from pomscale.config.section import Section
 from pomscale.config.source import KeyPath, RecipeError, RecipeSource, dump_yaml, read_source
 
 _ADAPTER: TypeAdapter[TrainRecipe | EncodeRecipe] = TypeAdapter(Recipe)

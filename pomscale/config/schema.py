@@ -10,8 +10,6 @@ import difflib
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     PositiveInt,
@@ -20,25 +18,25 @@ from pydantic import (
     model_validator,
 )
 
+from pomscale.config.engine import (
+    CheckpointConfig,
+    ComputeConfig,
+    DeepSpeedConfig,
+    EmaConfig,
+    FaultsConfig,
+    Fsdp2Config,
+    OptimizerConfig,
+    ScheduleConfig,
+)
 from pomscale.config.presets import PRESETS
+from pomscale.config.section import Fraction, NonNegativeInt, PositiveFloat, Section, Seed
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-AdamBeta = Annotated[float, Field(ge=0.0, lt=1.0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 MixerName = Literal["pom", "attention"]
 SamplerName = Literal["ddim", "euler", "heun"]
 
 
 def _nearest_preset(name: str) -> str:
     return difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, values never change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -226,49 +224,10 @@ class DiffusionConfig(Section):
     class_dropout: Fraction = Field(0.1, description="Chance that a sample is trained without its class.")
 
 
-class OptimizerConfig(Section):
-    """AdamW; biases and embeddings are not decayed."""
-
-    lr: PositiveFloat = 1e-4
-    betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    grad_clip: PositiveFloat | None = Field(1.0, description="Largest global gradient norm; null = no clipping.")
-
-
-class ScheduleConfig(Section):
-    """Learning rate over samples: linear warm-up, constant, then lr (1 - sqrt(u)) to zero."""
-
-    warmup_samples: NonNegativeInt = 0
-    cooldown_samples: NonNegativeInt = 0
-
-
 class TrainingConfig(Section):
     total_samples: PositiveInt
     global_batch: PositiveInt = Field(description="Samples per optimiser step over all ranks; fixed for the run.")
     micro_batch: PositiveInt | None = Field(None, description="Most samples per rank and forward; null = no split.")
-
-
-class ComputeConfig(Section):
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: bf16 compute, fp32 master and reduction.")
-    activation_checkpointing: Literal["none", "full"] = "none"
-    compile: bool = Field(False, description="torch.compile each block.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda where there is one.")
-
-
-class EmaConfig(Section):
-    """Exponential moving average of the weights; its length is a half-life in samples (EDM2, appendix C)."""
-
-    halflife_samples: PositiveInt = 500_000
-    rampup_ratio: PositiveFloat | None = Field(
-        0.05, description="Half-life is at most this share of the samples seen; null = no warm-up."
-    )
-
-
-class CheckpointConfig(Section):
-    every_samples: PositiveInt
-    keep_last: PositiveInt = 2
-    asynchronous: bool = Field(True, description="Write while training goes on.")
 
 
 class SamplingConfig(Section):
@@ -299,7 +258,7 @@ class WandbConfig(Section):
     project: str = "pomscale"
     entity: str | None = None
     group: str | None = None
-    tags: list[str] = []
+    tags: list[str] = Field([], description="Labels of the run in wandb.")
 
 
 class MonitoringConfig(Section):
@@ -312,6 +271,13 @@ class ProfileConfig(Section):
 
     start_samples: NonNegativeInt
     num_steps: PositiveInt = 3
+
+
+class InitFromConfig(Section):
+    """Fine-tuning: the network is the same, but for the size of its latents and its classes."""
+
+    path: str = Field(description="Run folder, checkpoint or exported folder.")
+    weights: str = Field("ema", description="ema: the average that stands for the model; model: as last trained.")
 
 
 class TrainRecipe(Section):
@@ -329,10 +295,14 @@ class TrainRecipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig
-    engine: Literal["fsdp2"] = "fsdp2"
+    init_from: InitFromConfig | None = Field(None, description="Begin with the weights of a trained model.")
+    engine: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    fsdp2: Fsdp2Config = Fsdp2Config()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     compute: ComputeConfig = ComputeConfig()
     ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig
+    faults: FaultsConfig = FaultsConfig()
     validation: ValidationConfig | None = None
     sampling: SamplingConfig = SamplingConfig()
     monitoring: MonitoringConfig = MonitoringConfig()

@@ -1,57 +1,66 @@
-"""Exponential moving average of sharded weights: each rank averages the shards it holds, without communication."""
+"""Moving averages of sharded weights: each rank averages what it holds, without communication.
+
+Two profiles (Karras et al. 2024, "EDM2", arXiv 2312.02696): exponential, by half-life in samples, with a warm-up; and
+power functions, of which snapshots give any other profile after training (`checkpoint.post_hoc`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
-from pomscale.config.schema import EmaConfig
+from pomscale.config.engine import EmaConfig
 
 
-def ema_weight(config: EmaConfig, samples: int, batch: int) -> float:
-    """How much of the new weights enters at a step that ends at `samples` (EDM2, appendix C: half-life in samples)."""
-    halflife = float(config.halflife_samples)
-    if config.rampup_ratio is not None:
-        halflife = min(halflife, samples * config.rampup_ratio)
-    return 1 - 0.5 ** (batch / halflife)
+def ema_weights(config: EmaConfig, samples: int, batch: int) -> dict[str, float]:
+    """How much of the new weights enters each average at a step that ends at `samples` seen."""
+    longest = math.inf if config.rampup_ratio is None else samples * config.rampup_ratio
+    weights = [1 - 0.5 ** (batch / min(halflife, longest)) for halflife in config.halflives_samples]
+    if config.post_hoc is not None:
+        # beta(t) = (1 - 1/t)^(gamma + 1), equation 127, t counted in steps of `batch` samples.
+        weights += [1 - (1 - batch / samples) ** (power_exponent(width) + 1) for width in config.post_hoc.widths]
+    return dict(zip(config.averages, weights, strict=True))
+
+
+def power_exponent(width: float) -> float:
+    """gamma of the power function t^gamma on [0, 1] whose standard deviation is `width` (EDM2, algorithm 2).
+
+    sigma^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)); the largest real root of that cubic in gamma.
+    """
+    inverse = width**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
 class Ema:
-    """fp32 averages beside (sharded) parameters, by name, sharded as they are."""
+    """Averages of `tensors`, fp32, which this rank holds and the optimiser changes in place."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        self.averages: dict[str, Tensor] = {name: p.detach().clone() for name, p in parameters.items()}
-        self._parameters = list(parameters.values())
+    def __init__(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self.averages: dict[str, list[Tensor]] = {name: [t.clone() for t in tensors] for name in names}
 
     @torch.no_grad()
-    def update(self, weight: float) -> None:
-        """average += weight (parameter - average)."""
-        parameters = [_local(p) for p in self._parameters]
-        torch._foreach_lerp_([_local(a) for a in self.averages.values()], parameters, weight)
+    def update(self, weights: Mapping[str, float]) -> None:
+        """average += weight (tensor - average), for each average; `weights` by name."""
+        for name, average in self.averages.items():
+            torch._foreach_lerp_(average, self._tensors, weights[name])
 
     @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """Within the block the parameters hold the averages. Costs memory for one more parameter, not for a model."""
-        self._swap()
+    def swapped_in(self, name: str) -> Iterator[None]:
+        """Within the block the tensors hold this average. Costs memory for one more tensor, not for a model."""
+        self._swap(self.averages[name])
         try:
             yield
         finally:
-            self._swap()
+            self._swap(self.averages[name])
 
     @torch.no_grad()
-    def _swap(self) -> None:
-        for parameter, average in zip(self._parameters, self.averages.values(), strict=True):
-            held, averaged = _local(parameter), _local(average)
+    def _swap(self, average: list[Tensor]) -> None:
+        for held, averaged in zip(self._tensors, average, strict=True):
             kept = held.clone()
             held.copy_(averaged)
             averaged.copy_(kept)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard. detach first: to_local() of a parameter would be part of the autograd graph."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

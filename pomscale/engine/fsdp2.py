@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from pomscale.config.schema import ComputeConfig, OptimizerConfig
+from pomscale.config.engine import ComputeConfig, OptimizerConfig
 from pomscale.distributed.activation_checkpointing import checkpoint_blocks
 from pomscale.distributed.world import World
 from pomscale.engine.ema import Ema

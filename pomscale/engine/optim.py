@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from pomscale.config.schema import OptimizerConfig, ScheduleConfig
+from pomscale.config.engine import OptimizerConfig, ScheduleConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

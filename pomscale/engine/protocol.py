@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 MicroBatch = TypeVar("MicroBatch")
+
+Assign = Callable[[nn.Parameter, Tensor], None]
+InitWeights = Callable[[nn.Module, Assign], None]
+"""init_weights(model, assign) calls assign(parameter, its whole value as fp32 on the CPU) once for every parameter, in
+the same order and with the same values on every rank."""
 
 
 class ShardableModel(Protocol):
@@ -20,31 +27,57 @@ class ShardableModel(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Replicas:
+    """What has to be the same, bit for bit, on all ranks of a group."""
+
+    group: dist.ProcessGroup
+    tensors: Mapping[str, Tensor]
+
+
 class Engine(Protocol):
-    """A sharded model with its optimiser and its moving average."""
+    """A sharded model with its optimiser and its moving averages."""
 
     model: nn.Module
     device: torch.device
 
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], loss: Callable[[nn.Module, MicroBatch], Tensor]
-    ) -> float:
+    ) -> Tensor:
         """Accumulate gradients. `loss` gives the micro-batch's share of the global mean loss, so that the sum over
-        micro-batches and ranks is the loss of the global batch. Returns this rank's share."""
+        micro-batches and ranks is the loss of the global batch. Returns this rank's share, fp32 scalar on `device`:
+        reading it waits for the device, so that is left to the caller."""
         ...
 
-    def step(self, learning_rate: float, ema_weight: float) -> float:
-        """Clip, step the optimiser, update the moving average, clear gradients; returns the global gradient norm
-        before clipping. Nothing is changed when the norm is not finite."""
+    def step(self, learning_rate: float, ema_weights: Mapping[str, float]) -> float:
+        """Clip, step the optimiser, update the moving averages, clear gradients; returns the global gradient norm
+        before clipping. Nothing is changed, but for the cleared gradients, when the norm is not finite."""
         ...
 
-    def ema_weights(self) -> AbstractContextManager[None]:
-        """Within the block the model computes with the averaged weights. All ranks enter it."""
+    def averaged(self, average: str) -> AbstractContextManager[None]:
+        """Within the block the model computes with this average of the weights. All ranks enter it."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """{"model", "optimizer", "ema"}: by fully qualified parameter name, the live, sharded tensors.
+        """The live, sharded tensors, by fully qualified parameter name:
 
-        A checkpoint is loaded by filling them in place.
+            {"model": {name: tensor},
+             "optimizer": {name: {"exp_avg": tensor, "exp_avg_sq": tensor, "step": tensor}},
+             "ema": {average: {name: tensor}}}
+
+        A tensor is a DTensor or a FlatShard (distributed.flat_shard) of the parameter's global shape, or, if every rank
+        has the whole of it, a Tensor. The layout is the same for every engine, so each loads what another has saved.
         """
+        ...
+
+    def loading(self) -> AbstractContextManager[dict[str, Any]]:
+        """Gives `state_dict()`, to be filled in place within the block; it counts after it. All ranks enter it."""
+        ...
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Bytes of storage that this rank holds between steps: "parameters", "optimizer", "ema"."""
+        ...
+
+    def replicas(self) -> Replicas | None:
+        """What several ranks hold copies of; None where every number is on one rank only."""
         ...

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pomscale.config.schema import ComputeConfig, ModelConfig, OptimizerConfig
+from pomscale.config.engine import ComputeConfig, OptimizerConfig
+from pomscale.config.schema import ModelConfig
 from pomscale.distributed.world import World, join_world
 from pomscale.engine.fsdp2 import Fsdp2Engine
 from pomscale.engine.optim import build_optimizer

@@ -209,7 +209,7 @@ def test_all_problems_are_listed_each_at_the_file_and_line_that_wrote_it(write: 
             "diffusion: {objective: flwo}",
             "diffusion.objective: must be 'flow' or 'eps', got 'flwo'; did you mean 'flow'?",
         ),
-        ("engine: fdsp2", "engine: must be 'fsdp2', got 'fdsp2'; did you mean 'fsdp2'?"),
+        ("engine: fdsp2", "engine: must be 'fsdp2' or 'deepspeed', got 'fdsp2'; did you mean 'fsdp2'?"),
         ("optimizer: {lr: .nan}", "optimizer.lr: input should be a finite number, got nan"),
     ],
 )

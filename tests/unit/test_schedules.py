@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from pomscale.config.schema import EmaConfig, ModelConfig, OptimizerConfig, ScheduleConfig
-from pomscale.engine.ema import ema_weight
+from pomscale.config.engine import EmaConfig, OptimizerConfig, ScheduleConfig
+from pomscale.config.schema import ModelConfig
+from pomscale.engine.ema import ema_weights
 from pomscale.engine.optim import build_optimizer, learning_rate
 from pomscale.models import DiPoM
 
@@ -54,29 +55,33 @@ def test_warm_up_may_meet_cooldown() -> None:
 # --- EMA -------------------------------------------------------------------------------------------------------------
 
 
+def weight(config: EmaConfig, samples: int, batch: int) -> float:
+    return ema_weights(config, samples, batch)[config.main]
+
+
 def kept(config: EmaConfig, first: int, last: int, batch: int) -> float:
     """The share of the average at `first` that is left in the average at `last`."""
-    return math.prod(1 - ema_weight(config, samples, batch) for samples in range(first + batch, last + 1, batch))
+    return math.prod(1 - weight(config, samples, batch) for samples in range(first + batch, last + 1, batch))
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64, 640])
 @pytest.mark.parametrize("first", [0, 128_000])
 def test_after_a_half_life_half_of_the_old_average_is_left_at_any_batch_size(first: int, batch: int) -> None:
-    config = EmaConfig(halflife_samples=6400, rampup_ratio=None)
+    config = EmaConfig(halflives_samples=[6400], rampup_ratio=None)
     assert kept(config, first, first + 6400, batch) == pytest.approx(0.5, rel=1e-9)
 
 
 def test_ramp_up_shortens_the_half_life_to_its_share_of_the_samples_seen() -> None:
-    config = EmaConfig(halflife_samples=1000, rampup_ratio=0.1)
-    assert ema_weight(config, 2000, 8) == pytest.approx(1 - 0.5 ** (8 / 200))
-    steady = ema_weight(EmaConfig(halflife_samples=1000, rampup_ratio=None), 2000, 8)
-    assert ema_weight(config, 10_000, 8) == ema_weight(config, 50_000, 8) == pytest.approx(steady)
+    config = EmaConfig(halflives_samples=[1000], rampup_ratio=0.1)
+    assert weight(config, 2000, 8) == pytest.approx(1 - 0.5 ** (8 / 200))
+    steady = weight(EmaConfig(halflives_samples=[1000], rampup_ratio=None), 2000, 8)
+    assert weight(config, 10_000, 8) == weight(config, 50_000, 8) == pytest.approx(steady)
 
 
 def test_ramp_up_forgets_the_initial_weights() -> None:
     """Even when the run is much shorter than the half-life."""
-    assert kept(EmaConfig(halflife_samples=10**9), 0, 6400, 64) < 1e-9
-    assert kept(EmaConfig(halflife_samples=10**9, rampup_ratio=None), 0, 6400, 64) > 0.99
+    assert kept(EmaConfig(halflives_samples=[10**9]), 0, 6400, 64) < 1e-9
+    assert kept(EmaConfig(halflives_samples=[10**9], rampup_ratio=None), 0, 6400, 64) > 0.99
 
 
 # --- weight decay ----------------------------------------------------------------------------------------------------
