@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from pomscale import __version__
-from pomscale.checkpoint.store import read_meta
 from pomscale.codecs import build_codec
 from pomscale.codecs.base import Codec
 from pomscale.config.schema import CodecConfig, DiffusionConfig, ModelConfig, SamplingConfig, TrainRecipe
@@ -26,10 +27,14 @@ class ModelCard(BaseModel):
     diffusion: DiffusionConfig
     sampling: SamplingConfig
     codec: CodecConfig
-    codec_identity: str
+    codec_identity: str | None
+    """None = not known, for an imported model: any codec of this kind is taken for the one."""
     class_names: tuple[str, ...]
+    """By class id; empty = not known."""
     latent_mean: tuple[float, ...]
     latent_std: tuple[float, ...]
+    averages: tuple[str, ...]
+    """Averages of the weights that there are beside them; the first, if any, stands for the model."""
 
     @classmethod
     def of(cls, recipe: TrainRecipe, manifest: Manifest, normalization: Normalization) -> ModelCard:
@@ -42,19 +47,24 @@ class ModelCard(BaseModel):
             class_names=manifest.class_names,
             latent_mean=normalization.mean,
             latent_std=normalization.std,
+            averages=tuple(recipe.ema.averages),
         )
 
     @classmethod
-    def read(cls, checkpoint: Path) -> ModelCard:
-        """The card of a complete checkpoint. Raises InputError if this version of pomscale cannot read it."""
-        meta = read_meta(checkpoint)
+    def read(cls, folder: Path, meta: Mapping[str, Any]) -> ModelCard:
+        """The card in the JSON of a checkpoint or an exported folder. InputError if this pomscale cannot read it."""
         try:
             return cls.model_validate(meta["card"])
         except ValidationError as error:
             raise InputError(
-                f"{checkpoint}: written by pomscale {meta['versions']['pomscale']}; this version ({__version__}) does "
+                f"{folder}: written by pomscale {meta['versions']['pomscale']}; this version ({__version__}) does "
                 f"not understand {error.errors()[0]['loc']} in its card; use that version"
             ) from error
+
+    @property
+    def main_weights(self) -> str:
+        """Name of the weights that stand for the model: sampled from, measured, exported."""
+        return self.averages[0] if self.averages else "model"
 
     @property
     def normalization(self) -> Normalization:
@@ -69,7 +79,7 @@ class ModelCard(BaseModel):
     def load_codec(self, device: torch.device) -> Codec:
         """The codec of the training latents. Raises InputError if the weights found now are not those."""
         codec = build_codec(self.codec).to(device)
-        if codec.identity() != self.codec_identity:
+        if self.codec_identity is not None and codec.identity() != self.codec_identity:
             raise InputError(
                 f"codec {codec.name}: its weights are not those that made the training latents, so pictures would "
                 "come out wrong. Name the folder of the right ones: codec.path in a recipe, --codec-path when sampling"

@@ -237,22 +237,22 @@ def _data_encode(arguments: argparse.Namespace) -> int:
 
     recipe = load_encode_recipe(arguments.recipe, arguments.overrides)
 
+    from pomscale.distributed.stop import StopRequest
+
+    request = StopRequest(nothing_to_save=True)  # before torch, so that no signal finds nobody there
+
     from data_pipelines.common.dry_run import describe
     from data_pipelines.common.encode import encode
     from data_pipelines.common.tasks import this_task
-    from pomscale.distributed.stop import StopRequest
 
     task = this_task(arguments.task)
     if arguments.dry_run:
         print(describe(recipe, task=task))
         return 0
-    requests: list[StopRequest] = []
 
     def stop() -> bool:
-        # Asked for the first time with the first item: until then a signal ends the process, and nothing is lost.
-        if not requests:
-            requests.append(StopRequest())
-        return requests[0].requested
+        request.nothing_to_save = False  # asked with every item: from the first on, there is something to finish
+        return request.requested
 
     report = encode(recipe, task=task, only_failed=arguments.only_failed, rescan=arguments.rescan, stop=stop)
     print(report)

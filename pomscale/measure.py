@@ -12,8 +12,8 @@ from pomscale.diffusion.objectives import build_objective
 from pomscale.distributed.world import join_world
 from pomscale.errors import InputError
 from pomscale.evaluation.heldout import HeldoutLoss, heldout_loss
+from pomscale.events import open_heldout, read_in_order
 from pomscale.pretrained import load_pretrained
-from pomscale.train import open_heldout, read_in_order
 
 
 def measure_heldout(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from rich.progress import track
 from torch import Tensor
 
 from pomscale.card import ModelCard
-from pomscale.checkpoint.store import find_checkpoint, read_tensors
 from pomscale.codecs.base import Codec
 from pomscale.config.schema import SamplerName, SdVaeCodecConfig
 from pomscale.diffusion.generate import generate
@@ -19,6 +18,7 @@ from pomscale.diffusion.objectives import build_objective
 from pomscale.distributed.world import resolve_device
 from pomscale.errors import InputError
 from pomscale.models import DiPoM
+from pomscale.weights import open_weights
 
 
 class PretrainedDiPoM(DiPoM):
@@ -27,6 +27,11 @@ class PretrainedDiPoM(DiPoM):
     def __init__(self, card: ModelCard) -> None:
         super().__init__(card.model)
         self.card = card
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> PretrainedDiPoM:
+        """`load_pretrained` under the name that other libraries have taught people to look for."""
+        return load_pretrained(path, **options)
 
     @cached_property
     def codec(self) -> Codec:
@@ -37,24 +42,25 @@ class PretrainedDiPoM(DiPoM):
 def load_pretrained(
     path: str | Path,
     *,
-    weights: Literal["ema", "model"] = "ema",
+    weights: str = "ema",
     device: str = "auto",
     codec_path: str | None = None,
 ) -> PretrainedDiPoM:
-    """The model of a run folder (newest complete checkpoint) or of one checkpoint folder; fp32, in eval mode.
+    """The model of a run folder (newest complete checkpoint), a checkpoint or an exported folder; fp32, in eval mode.
 
-    weights: "ema" (the moving average) or "model" (as last trained). device: "auto", "cpu" or "cuda". codec_path: where
-    the codec's weights lie on this machine, if not where they lay in training.
-    Raises InputError if there is no complete checkpoint at `path`.
+    weights: "ema" (the average that stands for the model), "model" (as last trained) or the name of an average, such as
+    "halflife-500000" or "power-0.05". device: "auto", "cpu" or "cuda". codec_path: where the codec's weights lie on
+    this machine, if not where they lay in training.
+    Raises InputError if there are no such weights at `path`, or if they are damaged.
     """
-    folder = find_checkpoint(Path(path))
-    card = ModelCard.read(folder)
+    source = open_weights(Path(path))
+    card = source.card
     if codec_path is not None and isinstance(card.codec, SdVaeCodecConfig):
         card = card.model_copy(update={"codec": card.codec.model_copy(update={"path": codec_path})})
     with torch.device("meta"):
         model = PretrainedDiPoM(card)
     model.to_empty(device="cpu")
-    read_tensors(folder, {weights: {name: p.detach() for name, p in model.named_parameters()}})
+    source.read(source.resolve(weights), {name: p.detach() for name, p in model.named_parameters()})
     return model.requires_grad_(False).eval().to(resolve_device(device))
 
 

@@ -3,8 +3,11 @@
 recipe.yaml            resolved recipe of the newest incarnation
 code.json, code.diff   git commit and what differed from it
 incarnations.jsonl     one line per start: when, where, from which sample, on how many ranks, which versions
+generations/           one file per start, by which a newer one takes over (distributed.generation)
 bad_samples.jsonl      one line per sample that could not be read and was left out (data.bad_samples: skip)
 outcome.json           how the newest incarnation ended; absent while it runs, or if it was killed
+outcomes/              the same by rank, for every incarnation: of rank 0, and of those that failed
+stacks/                what the threads of a rank that hung were doing
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from pomscale.files import make_folder, write_text
 
 BAD_SAMPLES = "bad_samples.jsonl"
 
-_RECORDED_PACKAGES = ("torch", "numpy", "torchdata", "webdataset", "wandb", "diffusers", "transformers")
+_RECORDED_PACKAGES = ("torch", "numpy", "torchdata", "webdataset", "wandb", "deepspeed", "diffusers", "transformers")
 
 
 def versions() -> dict[str, str]:
@@ -39,16 +42,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def num_incarnations(folder: Path) -> int:
-    """How often this run has been started before."""
-    path = folder / "incarnations.jsonl"
-    return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
-
-
-def open_run_folder(folder: Path, recipe: TrainRecipe, *, start_samples: int, num_ranks: int) -> int:
-    """Record the start of an incarnation; returns its number, 0 for the first. Called by rank 0 alone."""
-    make_folder(folder)
-    incarnation = num_incarnations(folder)
+def open_run_folder(folder: Path, recipe: TrainRecipe, incarnation: int, *, start_samples: int, num_ranks: int) -> None:
+    """Record the start of an incarnation. Called by rank 0 alone."""
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
     code, diff = code_state()
     write_text(folder / "code.json", json.dumps(code, indent=1))
@@ -64,17 +59,36 @@ def open_run_folder(folder: Path, recipe: TrainRecipe, *, start_samples: int, nu
     }
     with (folder / "incarnations.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-    return incarnation
 
 
-def write_outcome(folder: Path, incarnation: int, state: str, *, samples: int | None = None, reason: str = "") -> None:
-    """How an incarnation ended: "finished", "stopped" (on request, saved; run again to go on) or "failed" (reason)."""
-    outcome = {"state": state, "incarnation": incarnation, "ended_unix_s": time.time()}
+def write_outcome(
+    folder: Path, incarnation: int, rank: int, state: str, *, samples: int | None = None, reason: str = ""
+) -> None:
+    """How an incarnation ended, as far as one rank knows. PomscaleError if it cannot be written.
+
+    state: "finished"; "stopped" (on request, saved); "quit" (a second signal: at once, without a save); "hung"; or
+    "failed" (reason). outcome.json is that of rank 0 where all went well, else of the first rank to tell: it has the
+    cause, while the others mostly have lost their connection to it.
+    """
+    outcome = {"state": state, "incarnation": incarnation, "rank": rank, "ended_unix_s": time.time()}
     if samples is not None:
         outcome["samples"] = samples
     if reason:
         outcome["reason"] = reason
-    write_text(folder / "outcome.json", json.dumps(outcome, indent=1))
+    text = json.dumps(outcome, indent=1)
+    make_folder(folder / "outcomes")
+    write_text(folder / "outcomes" / f"{_incarnation_and_rank(incarnation, rank)}.json", text)
+    if not (folder / "outcome.json").exists():
+        write_text(folder / "outcome.json", text)
+
+
+def stacks_path(folder: Path, incarnation: int, rank: int) -> Path:
+    """Where the stacks of a rank are written when it hangs."""
+    return folder / "stacks" / f"{_incarnation_and_rank(incarnation, rank)}.txt"
+
+
+def _incarnation_and_rank(incarnation: int, rank: int) -> str:
+    return f"incarnation-{incarnation:04d}-rank-{rank:05d}"
 
 
 def is_finished(folder: Path) -> bool:

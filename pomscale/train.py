@@ -3,105 +3,59 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from pomscale import __version__
+from pomscale.batches import TrainBatch, draw_batch, share_of_loss, steps
 from pomscale.card import ModelCard
 from pomscale.checkpoint.store import CheckpointStore, latest_checkpoint, read_meta
-from pomscale.codecs.base import Codec
-from pomscale.config.schema import CacheConfig, TrainRecipe, ValidationConfig
-from pomscale.data.bad_samples import BadSample, BadSampleList
-from pomscale.data.dataset import LatentDataset
-from pomscale.data.loader import Loader, MicroBatch
+from pomscale.clock import Clock
+from pomscale.config.engine import CheckpointConfig
+from pomscale.config.schema import TrainRecipe
+from pomscale.data.bad_samples import BadSampleList
+from pomscale.data.loader import Loader
 from pomscale.data.mixture import Mixture
-from pomscale.data.schema import NOT_OF_THE_LATENTS, check_compatible, read_manifest
-from pomscale.diffusion.draws import draw
-from pomscale.diffusion.loss import per_sample_loss
-from pomscale.diffusion.objectives import Objective, build_objective
-from pomscale.distributed.stop import StopRequest
+from pomscale.data.schema import check_compatible
+from pomscale.diffusion.objectives import build_objective
+from pomscale.distributed.compile_cache import CompileCache
+from pomscale.distributed.generation import Generation, Superseded
+from pomscale.distributed.preflight import preflight
+from pomscale.distributed.stop import EXIT_STOPPED, StopRequest
+from pomscale.distributed.stragglers import Stragglers
+from pomscale.distributed.watchdog import Watchdog
 from pomscale.distributed.world import World, join_world
-from pomscale.engine.ema import ema_weight
-from pomscale.engine.fsdp2 import Fsdp2Engine
+from pomscale.engine import build_engine
+from pomscale.engine.divergence import Divergence
+from pomscale.engine.ema import ema_weights
 from pomscale.engine.optim import learning_rate
+from pomscale.engine.out_of_memory import explained_out_of_memory
+from pomscale.engine.protocol import Engine, InitWeights
 from pomscale.errors import InputError, PomscaleError
-from pomscale.evaluation.heldout import ReadRecords, heldout_loss
-from pomscale.evaluation.sampling import generate_on_all_ranks, grid_classes
+from pomscale.events import open_events
+from pomscale.finetune import FineTuning, fine_tuning
 from pomscale.models import DiPoM, init_weights
 from pomscale.monitoring.host import HostStats
-from pomscale.monitoring.media import save_grid
+from pomscale.monitoring.ledger import Ledger
 from pomscale.monitoring.monitor import Monitor, open_monitor
-from pomscale.monitoring.names import validation_bin
 from pomscale.monitoring.profiler import ProfileWindow
 from pomscale.monitoring.throughput import mfu, peak_flops
 from pomscale.monitoring.wandb_sink import read_wandb_id
 from pomscale.plan.model_cost import num_parameters, training_flops
-from pomscale.run_folder import BAD_SAMPLES, is_finished, open_run_folder, versions, write_outcome
-from pomscale.trainer import Event, Trainer
-
-EXIT_STOPPED = 75
-"""Stopped on request after saving: run the same command again to go on."""
-
-CHECKPOINT_FORMAT = 2
-
-# What a run cannot change on its way: the samples, the noise or the network would no longer be those it began with.
-_FIXED_FOR_A_RUN = (
-    ("seed",),
-    ("codec",),
-    ("model",),
-    ("diffusion",),
-    ("data", "normalization"),
-    ("data", "flip_probability"),
-    ("data", "shuffle_window"),
-    ("training", "global_batch"),
+from pomscale.resume import CHECKPOINT_FORMAT, check_same_run, identity
+from pomscale.run_folder import (
+    BAD_SAMPLES,
+    is_finished,
+    open_run_folder,
+    stacks_path,
+    versions,
+    write_outcome,
 )
-
-# What the card says of the space that the network has learned, and what to call it.
-_LATENT_SPACE = {
-    "codec_identity": "the weights of the codec that encoded the dataset",
-    "latent_mean": "the mean that normalises latents",
-    "latent_std": "the standard deviation that normalises latents",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TrainBatch:
-    """A micro-batch with everything random drawn. Shapes: x0, eps (b, c, h, w); t, condition, weights (b,).
-
-    `bad`: the samples that could not be read; their weight is 0.
-    """
-
-    x0: Tensor
-    eps: Tensor
-    t: Tensor
-    condition: Tensor
-    weights: Tensor
-    bad: tuple[BadSample, ...]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
-        return TrainBatch(
-            function(self.x0),
-            function(self.eps),
-            function(self.t),
-            function(self.condition),
-            function(self.weights),
-            self.bad,
-        )
-
-    def pin_memory(self) -> TrainBatch:
-        """Called by the loader's pinning thread."""
-        return self.map(Tensor.pin_memory)
-
-    def to(self, device: torch.device) -> TrainBatch:
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+from pomscale.trainer import Saving, Trainer
 
 
 def train(recipe: TrainRecipe) -> int:
@@ -119,62 +73,26 @@ def train(recipe: TrainRecipe) -> int:
 
 
 def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest) -> int:
+    """Looks before it writes: a run that another recipe may not go on with is left alone."""
     mixture = _open_mixture(recipe)
-    _check_indexes(mixture, world)
     card = ModelCard.of(recipe, mixture.datasets[0].manifest, mixture.normalization)
-    with torch.device("meta"):
-        model = DiPoM(recipe.model)
-    engine = Fsdp2Engine(
-        model,
-        lambda model, assign: init_weights(model, recipe.seed, assign),
-        world,
-        recipe.compute,
-        recipe.optimizer,
-    )
-    checkpoints = CheckpointStore(
-        folder / "checkpoints",
-        keep_last=recipe.checkpoint.keep_last,
-        asynchronous=recipe.checkpoint.asynchronous,
-    )
-    identity = _identity(recipe, mixture)
-    start, known_bad = _resume(recipe, folder, identity, card, engine, checkpoints, world)
-    if start >= recipe.training.total_samples and world.gather(is_finished(folder))[0]:
+    this_run = identity(recipe, mixture)
+    initial = _initial_weights(recipe)
+    finished_at = world.on_main(lambda: _look(recipe, folder, mixture, this_run, card))
+    if finished_at is not None:
         if world.is_main:
-            print(f"{folder}: finished already, {start:,} samples")
+            print(f"{folder}: finished already, {finished_at:,} samples")
         return 0
-
-    incarnation: Any = None
-    if world.is_main:
-        incarnation = open_run_folder(folder, recipe, start_samples=start, num_ranks=world.size)
-    incarnation = world.gather(incarnation)[0]
+    number = world.on_main(lambda: Generation.claim(folder).number)
+    run = _Run(world, recipe, folder, Generation(folder, number), stop)
     try:
-        with ExitStack() as stack:
-            monitor = stack.enter_context(_monitor(recipe, folder, incarnation, world))
-            if world.is_main:
-                _announce(recipe, mixture, world, start)
-            stack.callback(mixture.close)
-            loader = stack.enter_context(_loader(recipe, mixture, start, world))
-            bad_samples = BadSampleList(
-                recipe.data.max_bad_samples, known_bad, folder / BAD_SAMPLES if world.is_main else None
-            )
-            meta = {
-                "format": CHECKPOINT_FORMAT,
-                "card": card.model_dump(mode="json"),
-                **identity,
-                "incarnation": incarnation,
-                "wandb_id": read_wandb_id(folder),
-                "versions": versions(),
-            }
-            trainer = _trainer(
-                recipe, folder, card, engine, checkpoints, meta, mixture, loader, bad_samples, monitor, world, stop
-            )
-            samples = trainer.run(start)
+        samples = run.train(mixture, card, this_run, initial)
     except BaseException as error:
-        _record_failure(folder, incarnation, world, error)
+        run.record_failure(error)
         raise
     stopped = samples < recipe.training.total_samples
     if world.is_main:
-        write_outcome(folder, incarnation, "stopped" if stopped else "finished", samples=samples)
+        run.record("stopped" if stopped else "finished", samples=samples)
         if stopped:
             print(f"stopped on request at {samples:,} samples, all saved; run the same command again to go on")
     # A launcher may end all processes as soon as the first is gone: not before the outcome is written.
@@ -182,14 +100,18 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
     return EXIT_STOPPED if stopped else 0
 
 
-def _record_failure(folder: Path, incarnation: int, world: World, error: BaseException) -> None:
-    """outcome.json says why; the first rank to fail has the cause. Never hides the error itself."""
-    try:
-        if not (folder / "outcome.json").exists():
-            reason = f"rank {world.rank}: {type(error).__name__}: {error}"
-            write_outcome(folder, incarnation, "failed", reason=reason)
-    except PomscaleError as problem:
-        print(f"warning: {problem}", file=sys.stderr)
+def _look(recipe: TrainRecipe, folder: Path, mixture: Mixture, this_run: dict[str, Any], card: ModelCard) -> int | None:
+    """By rank 0. The samples seen if the run is finished. InputError if it cannot go on in this way."""
+    mixture.check_indexes()
+    latest = latest_checkpoint(folder / "checkpoints")
+    if latest is None:
+        return None
+    if recipe.resume == "never":
+        raise InputError(f"{folder}: holds checkpoints, and resume is never; choose another name or delete the folder")
+    meta = read_meta(latest)
+    check_same_run(folder, latest, this_run, card, meta)
+    samples: int = meta["samples"]
+    return samples if samples >= recipe.training.total_samples and is_finished(folder) else None
 
 
 def _open_mixture(recipe: TrainRecipe) -> Mixture:
@@ -204,127 +126,220 @@ def _open_mixture(recipe: TrainRecipe) -> Mixture:
     return mixture
 
 
-def _check_indexes(mixture: Mixture, world: World) -> None:
-    """A collective: rank 0 hashes, all hear. InputError if the index of a dataset is damaged."""
-    problem = None
-    if world.is_main:
+def _initial_weights(recipe: TrainRecipe) -> InitWeights:
+    if recipe.init_from is not None:
+        return fine_tuning(recipe.init_from, recipe.model, recipe.seed)
+    return lambda model, assign: init_weights(model, recipe.seed, assign)
+
+
+class _Run:
+    """One incarnation of a run, on one rank."""
+
+    def __init__(
+        self, world: World, recipe: TrainRecipe, folder: Path, generation: Generation, stop: StopRequest
+    ) -> None:
+        self.world = world
+        self.recipe = recipe
+        self.folder = folder
+        self.generation = generation
+        self.stop = stop
+        stop.on_quit = lambda reason: self.record("quit", reason=reason)
+
+    def record(self, state: str, *, samples: int | None = None, reason: str = "") -> None:
+        """How this incarnation ended, as far as this rank knows."""
+        write_outcome(self.folder, self.generation.number, self.world.rank, state, samples=samples, reason=reason)
+
+    def record_failure(self, error: BaseException) -> None:
+        """Never hides the error itself, and never writes into a folder that a newer start has taken over."""
+        if isinstance(error, Superseded):
+            return
         try:
-            mixture.check_indexes()
-        except InputError as error:
-            problem = str(error)
-    verdict = world.gather(problem)[0]
-    if verdict is not None:
-        raise InputError(str(verdict))
+            self.generation.check()
+            self.record("failed", reason=f"rank {self.world.rank}: {type(error).__name__}: {error}")
+        except PomscaleError as problem:
+            print(f"warning: {problem}", file=sys.stderr)
 
+    def train(self, mixture: Mixture, card: ModelCard, this_run: dict[str, Any], initial: InitWeights) -> int:
+        """Returns the samples seen."""
+        recipe, world, faults = self.recipe, self.world, self.recipe.faults
+        with ExitStack() as stack:
+            watchdog = stack.enter_context(
+                Watchdog(
+                    faults.hang_timeout_s,
+                    faults.slow_hang_timeout_s,
+                    stacks_path(self.folder, self.generation.number, world.rank),
+                    lambda reason: self.record("hung", reason=reason),
+                )
+            )
+            compile_cache = CompileCache(self.folder if recipe.compute.compile else None, is_main=world.is_main)
+            compile_cache.load()
+            engine = self._engine(initial)
+            checkpoints = CheckpointStore(self.folder / "checkpoints", recipe.checkpoint, self.generation)
+            restore = partial(_restore, engine, checkpoints)
+            latest = checkpoints.newest()
+            meta = None if latest is None else restore(latest)
+            clock = Clock() if meta is None else Clock.of(meta)
+            if world.is_main:
+                open_run_folder(
+                    self.folder, recipe, self.generation.number, start_samples=clock.samples, num_ranks=world.size
+                )
+            ledger = stack.enter_context(
+                Ledger(self.folder if world.is_main else None, self.generation.number, clock.samples)
+            )
+            for damaged in checkpoints.damaged:
+                ledger.event("damaged_checkpoint", clock.samples, path=str(damaged.folder), reason=damaged.reason)
+            monitor = stack.enter_context(self._monitor())
+            self._announce(mixture, clock, latest, initial)
+            self._preflight(clock, monitor)
+            stack.callback(mixture.close)
+            loader = stack.enter_context(self._loader(mixture, clock))
+            known_bad = [] if meta is None else meta["bad_samples"]
+            trainer = Trainer(
+                engine=engine,
+                batches=steps(loader),
+                **self._schedules(),
+                **self._evaluation(card, engine, monitor),
+                **self._saving(checkpoints, card, this_run),
+                restore=restore,
+                bad_samples=BadSampleList(
+                    recipe.data.max_bad_samples, known_bad, self.folder / BAD_SAMPLES if world.is_main else None
+                ),
+                epochs=partial(_epochs, mixture),
+                monitor=monitor,
+                ledger=ledger,
+                host=HostStats(),
+                mfu=_mfu(recipe, world),
+                profiler=ProfileWindow(recipe.profile, self.folder, world.rank, world.device),
+                world=world,
+                stop=self.stop,
+                watchdog=watchdog,
+                divergence=Divergence(faults, 0 if meta is None else meta["num_rollbacks"]),
+                stragglers=Stragglers(world),
+                still_ours=self.generation.check if world.is_main else lambda: None,
+                first_step_done=compile_cache.save,
+                consistency_every_samples=faults.consistency_every_samples,
+            )
+            ledger.charge("start_up")
+            with explained_out_of_memory(recipe, world.device, engine.resident_bytes):
+                trainer.run(clock)
+            compile_cache.save()
+            return clock.samples
 
-def _identity(recipe: TrainRecipe, mixture: Mixture) -> dict[str, Any]:
-    """What decides every number of a run: goes into each checkpoint, and must be the same when it is resumed."""
-    data = [
-        {
-            "path": dataset.location,
-            "share": share,
-            "fingerprint": dataset.manifest.fingerprint,
-            "index": dataset.manifest.index.sha256,
+    def _engine(self, initial: InitWeights) -> Engine:
+        with explained_out_of_memory(self.recipe, self.world.device, dict):
+            with torch.device("meta"):
+                model = DiPoM(self.recipe.model)
+            return build_engine(self.recipe, model, initial, self.world)
+
+    def _monitor(self) -> Monitor:
+        """Rank 0 logs for all."""
+        if not self.world.is_main:
+            return Monitor([])
+        return open_monitor(
+            self.folder,
+            self.recipe.monitoring,
+            run_name=self.recipe.name,
+            recipe_dump=self.recipe.model_dump(mode="json"),
+            total_samples=self.recipe.training.total_samples,
+            incarnation=self.generation.number,
+        )
+
+    def _announce(self, mixture: Mixture, clock: Clock, latest: Path | None, initial: InitWeights) -> None:
+        if not self.world.is_main:
+            return
+        recipe, total = self.recipe, self.recipe.training.total_samples
+        datasets = ", ".join(f"{len(dataset):,} samples in {dataset.location}" for dataset in mixture.datasets)
+        print(
+            f"{recipe.name}: {num_parameters(recipe.model) / 1e6:.1f} M parameters, "
+            f"{training_flops(recipe.model) / 1e9:.2f} GFLOP per sample and step; {datasets}; "
+            f"{self.world.size} x {self.world.device.type}, {recipe.engine}, {recipe.compute.precision}; "
+            f"{clock.samples:,} of {total:,} samples done"
+        )
+        if latest is not None:
+            print(f"resuming from {latest} ({clock.samples:,} samples)")
+        elif isinstance(initial, FineTuning):
+            print(initial.note)
+
+    def _preflight(self, clock: Clock, monitor: Monitor) -> None:
+        if not self.recipe.faults.preflight:
+            return
+        found = preflight(self.world, self.folder, self.recipe.compute.precision)
+        if self.world.is_main:
+            print(found.line)
+            for warning in found.warnings:
+                print(f"warning: {warning}", file=sys.stderr)
+        monitor.log(clock.samples, dict(found.metrics))
+
+    def _loader(self, mixture: Mixture, clock: Clock) -> Loader[TrainBatch]:
+        return Loader(
+            mixture,
+            micro_batch=self.recipe.training.micro_batch,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            start_position=clock.position,
+            num_threads=self.recipe.data.num_threads,
+            prefetch=self.recipe.data.prefetch,
+            finish=partial(draw_batch, self.recipe),
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+    def _schedules(self) -> dict[str, Any]:
+        """What goes by samples seen."""
+        recipe, training = self.recipe, self.recipe.training
+        return {
+            "learning_rate": lambda samples: learning_rate(
+                recipe.schedule, recipe.optimizer.lr, samples, training.total_samples
+            ),
+            "ema_weights": lambda samples: ema_weights(recipe.ema, samples, training.global_batch),
+            "global_batch": training.global_batch,
+            "total_samples": training.total_samples,
+            "log_every_samples": recipe.monitoring.every_samples,
         }
-        for dataset, share in zip(mixture.datasets, mixture.shares, strict=True)
-    ]
-    return {"recipe": recipe.model_dump(mode="json"), "data": data}
+
+    def _evaluation(self, card: ModelCard, engine: Engine, monitor: Monitor) -> dict[str, Any]:
+        objective = build_objective(self.recipe.diffusion)
+        global_batch = self.recipe.training.global_batch
+        return {
+            "loss": partial(share_of_loss, objective, card.normalization, global_batch, self.world.device),
+            "events": open_events(self.recipe, self.folder, card, objective, engine.model, monitor, self.world),
+            "main_average": self.recipe.ema.main,
+        }
+
+    def _saving(self, checkpoints: CheckpointStore, card: ModelCard, this_run: dict[str, Any]) -> dict[str, Any]:
+        post_hoc = self.recipe.ema.post_hoc
+        snapshots = None
+        if post_hoc is not None:
+            powers = self.recipe.ema.averages[-len(post_hoc.widths) :]
+            all_of_them = CheckpointConfig(every_samples=post_hoc.every_samples, keep_every_samples=1)
+            store = CheckpointStore(self.folder / "ema", all_of_them, self.generation)
+            snapshots = Saving(
+                store, post_hoc.every_samples, lambda state: {"ema": {name: state["ema"][name] for name in powers}}
+            )
+        return {
+            "checkpoints": Saving(checkpoints, self.recipe.checkpoint.every_samples),
+            "snapshots": snapshots,
+            "checkpoint_meta": {
+                "format": CHECKPOINT_FORMAT,
+                "card": card.model_dump(mode="json"),
+                **this_run,
+                "incarnation": self.generation.number,
+                "wandb_id": read_wandb_id(self.folder),
+                "versions": versions(),
+            },
+        }
 
 
-def _monitor(recipe: TrainRecipe, folder: Path, incarnation: int, world: World) -> Monitor:
-    """Rank 0 logs for all."""
-    if not world.is_main:
-        return Monitor([])
-    return open_monitor(
-        folder,
-        recipe.monitoring,
-        run_name=recipe.name,
-        recipe_dump=recipe.model_dump(mode="json"),
-        total_samples=recipe.training.total_samples,
-        incarnation=incarnation,
-    )
+def _restore(engine: Engine, checkpoints: CheckpointStore, folder: Path) -> dict[str, Any]:
+    """Fill the engine from a checkpoint; returns its meta."""
+    with engine.loading() as state:
+        checkpoints.load(folder, state)
+    return read_meta(folder)
 
 
-def _loader(recipe: TrainRecipe, mixture: Mixture, start: int, world: World) -> Loader[TrainBatch]:
-    return Loader(
-        mixture,
-        micro_batch=recipe.training.micro_batch,
-        rank=world.rank,
-        world_size=world.size,
-        start_position=start,
-        num_threads=recipe.data.num_threads,
-        prefetch=recipe.data.prefetch,
-        finish=partial(_draw, recipe),
-        pin_memory=world.device.type == "cuda",
-    )
-
-
-def _trainer(
-    recipe: TrainRecipe,
-    folder: Path,
-    card: ModelCard,
-    engine: Fsdp2Engine,
-    checkpoints: CheckpointStore,
-    checkpoint_meta: dict[str, Any],
-    mixture: Mixture,
-    loader: Loader[TrainBatch],
-    bad_samples: BadSampleList,
-    monitor: Monitor,
-    world: World,
-    stop: StopRequest,
-) -> Trainer:
-    training = recipe.training
-    objective = build_objective(recipe.diffusion)
-    return Trainer(
-        engine=engine,
-        batches=_steps(loader),
-        loss=partial(_loss, objective, training.global_batch, world.device),
-        learning_rate=lambda samples: learning_rate(
-            recipe.schedule, recipe.optimizer.lr, samples, training.total_samples
-        ),
-        ema_weight=lambda samples: ema_weight(recipe.ema, samples, training.global_batch),
-        checkpoints=checkpoints,
-        checkpoint_meta=checkpoint_meta,
-        bad_samples=bad_samples,
-        epochs=partial(_epochs, mixture),
-        events=_events(recipe, folder, card, objective, engine, monitor, world),
-        monitor=monitor,
-        host=HostStats(),
-        mfu=_mfu(recipe, world),
-        profiler=ProfileWindow(recipe.profile, folder, world.rank, world.device),
-        world=world,
-        stop=stop,
-        global_batch=training.global_batch,
-        total_samples=training.total_samples,
-        log_every_samples=recipe.monitoring.every_samples,
-        checkpoint_every_samples=recipe.checkpoint.every_samples,
-    )
-
-
-def open_heldout(
-    path: str,
-    card: ModelCard,
-    *,
-    reading: Literal["mapped", "streamed"] = "mapped",
-    cache: CacheConfig | None = None,
-    bad_samples: Literal["raise", "skip"] = "raise",
-) -> LatentDataset:
-    """A held-out set for the model of `card`, normalised as its training set was: the network knows no other space.
-
-    `reading`, `cache` and `bad_samples` as in DataConfig. Raises InputError if it is missing or was encoded in another
-    way.
-    """
-    manifest = read_manifest(path)
-    check_compatible(path, manifest, card.codec, card.model.latent_shape, card.model.num_classes)
-    if manifest.latent_codec.identity != card.codec_identity:
-        raise InputError(f"dataset {path}: encoded with other weights than the training set; encode it again")
-    return LatentDataset(path, manifest, card.normalization, reading=reading, cache=cache, bad_samples=bad_samples)
-
-
-def _epochs(mixture: Mixture, samples: int) -> dict[str, float | str]:
+def _epochs(mixture: Mixture, position: int) -> dict[str, float | str]:
     """To log: how often each dataset was gone through, and each bucket at least and at most."""
     metrics: dict[str, float | str] = {}
-    for name, epochs in mixture.epochs(samples).items():
+    for name, epochs in mixture.epochs(position).items():
         of_this = f"/{name}" if len(mixture.names) > 1 else ""
         metrics[f"data/epoch{of_this}"] = epochs.mean
         if epochs.num_buckets > 1:
@@ -333,197 +348,9 @@ def _epochs(mixture: Mixture, samples: int) -> dict[str, float | str]:
     return metrics
 
 
-def _steps(loader: Loader[TrainBatch]) -> Iterator[list[TrainBatch]]:
-    while True:
-        yield [next(loader) for _ in range(loader.num_micro_batches)]
-
-
-def _draw(recipe: TrainRecipe, batch: MicroBatch) -> TrainBatch:
-    """Runs in the loader's threads, so that drawing noise never keeps a GPU waiting."""
-    diffusion = recipe.diffusion
-    draws = draw(
-        recipe.seed, batch.positions.tolist(), tuple(batch.latents.shape[1:]), diffusion.time, diffusion.class_dropout
-    )
-    condition = torch.where(draws.drop_condition, recipe.model.num_classes, batch.condition)
-    return TrainBatch(batch.latents, draws.eps, draws.t, condition, batch.weights, batch.bad)
-
-
-def _loss(objective: Objective, global_batch: int, device: torch.device, model: nn.Module, batch: TrainBatch) -> Tensor:
-    """The micro-batch's share of the mean over the global batch, scalar fp32."""
-    batch = batch.to(device)
-    losses = per_sample_loss(objective, model, batch.x0, batch.eps, batch.t, batch.condition)
-    return (losses * batch.weights).sum() / global_batch
-
-
-def _resume(
-    recipe: TrainRecipe,
-    folder: Path,
-    identity: dict[str, Any],
-    card: ModelCard,
-    engine: Fsdp2Engine,
-    checkpoints: CheckpointStore,
-    world: World,
-) -> tuple[int, list[tuple[str, int]]]:
-    """Load the newest complete checkpoint, if there is one; returns the samples it has seen, and the bad ones."""
-    # Rank 0 looks, all ranks hear: a shared file system may show a new folder to some ranks later than to others.
-    found = latest_checkpoint(folder / "checkpoints") if world.is_main else None
-    latest: Any = world.gather(found)[0]
-    if latest is None:
-        return 0, []
-    if recipe.resume == "never":
-        raise InputError(f"{folder}: holds checkpoints, and resume is never; choose another name or delete the folder")
-    meta = read_meta(latest)
-    if meta["format"] != CHECKPOINT_FORMAT:
-        raise InputError(
-            f"{latest}: written by pomscale {meta['versions']['pomscale']}, whose runs this version ({__version__}) "
-            f"cannot go on with; use that version, or choose another name"
-        )
-    _check_same_run(folder, identity, card, meta)
-    checkpoints.load(latest, engine.state_dict())
-    if world.is_main:
-        print(f"resuming from {latest} ({meta['samples']:,} samples)")
-    return meta["samples"], meta["bad_samples"]
-
-
-def _check_same_run(folder: Path, now: dict[str, Any], card: ModelCard, then: dict[str, Any]) -> None:
-    """`now`: the identity of the run that is started; `then`: the checkpoint's meta."""
-    differences = [
-        f"{'.'.join(keys)}: {_fixed(then, keys)} then, {_fixed(now, keys)} now"
-        for keys in _FIXED_FOR_A_RUN
-        if _fixed(then, keys) != _fixed(now, keys)
-    ]
-    shares_then, shares_now = ([data["share"] for data in identity["data"]] for identity in (then, now))
-    if shares_then != shares_now:
-        differences.append(f"data.mixture: shares of the samples {shares_then} then, {shares_now} now")
-    else:
-        differences += [
-            f"the dataset at {new['path']}: its shards are not those of the run's start"
-            for new, old in zip(now["data"], then["data"], strict=True)
-            if new["fingerprint"] != old["fingerprint"]
-        ] + [
-            f"the dataset at {new['path']}: its index (labels, keys) is not that of the run's start"
-            for new, old in zip(now["data"], then["data"], strict=True)
-            if new["fingerprint"] == old["fingerprint"] and new["index"] != old["index"]
-        ]
-    latents_now = card.model_dump(mode="json", include=set(_LATENT_SPACE))
-    differences += [
-        f"{meaning}: {then['card'][key]} then, {latents_now[key]} now"
-        for key, meaning in _LATENT_SPACE.items()
-        if then["card"][key] != latents_now[key]
-    ]
-    if differences:
-        raise InputError(
-            f"{folder}: this run began with another recipe, so it cannot go on with this one. "
-            f"Choose another name, or undo: {'; '.join(differences)}"
-        )
-
-
-def _fixed(identity: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    """The part of the recipe at `keys`, without where a codec lies and in which precision it would encode."""
-    value = identity["recipe"]
-    for key in keys:
-        value = value.get(key)
-    return {k: v for k, v in value.items() if k not in NOT_OF_THE_LATENTS} if keys == ("codec",) else value
-
-
-def _announce(recipe: TrainRecipe, mixture: Mixture, world: World, start: int) -> None:
-    training = recipe.training
-    datasets = ", ".join(f"{len(dataset):,} samples in {dataset.location}" for dataset in mixture.datasets)
-    print(
-        f"{recipe.name}: {num_parameters(recipe.model) / 1e6:.1f} M parameters, "
-        f"{training_flops(recipe.model) / 1e9:.2f} GFLOP per sample and step; {datasets}; "
-        f"{world.size} x {world.device.type}, {recipe.compute.precision}; "
-        f"{start:,} of {training.total_samples:,} samples done"
-    )
-
-
-def _mfu(recipe: TrainRecipe, world: World) -> Any:
+def _mfu(recipe: TrainRecipe, world: World) -> Callable[[float], float] | None:
     if world.device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(), recipe.compute.precision)
     flops = training_flops(recipe.model)
     return None if peak is None else lambda samples_per_s: mfu(samples_per_s, flops, world.size, peak)
-
-
-def _events(
-    recipe: TrainRecipe,
-    folder: Path,
-    card: ModelCard,
-    objective: Objective,
-    engine: Fsdp2Engine,
-    monitor: Monitor,
-    world: World,
-) -> list[Event]:
-    """Validation and the grid of pictures, where the recipe asks for them."""
-    events = []
-    if recipe.validation is not None:
-        data = recipe.data
-        heldout = open_heldout(
-            recipe.validation.path, card, reading=data.reading, cache=data.cache, bad_samples=data.bad_samples
-        )
-        events.append(
-            Event(
-                recipe.validation.every_samples,
-                partial(_validate, recipe.validation, objective, engine.model, heldout, world),
-            )
-        )
-    if recipe.sampling.every_samples is not None:
-        # Loaded before the first step: a missing codec should fail now, not after an hour of training.
-        codec = card.load_codec(world.device) if world.is_main else None
-        draw_grid = partial(_draw_grid, recipe, folder, card, codec, objective, engine.model, monitor, world)
-        events.append(Event(recipe.sampling.every_samples, draw_grid))
-    return events
-
-
-def _validate(
-    config: ValidationConfig,
-    objective: Objective,
-    model: nn.Module,
-    dataset: LatentDataset,
-    world: World,
-    samples: int,
-) -> dict[str, float | str]:
-    loss = heldout_loss(objective, model, read_in_order(dataset), len(dataset), config, world)
-    bins = {validation_bin(i): value for i, value in enumerate(loss.by_bin) if value is not None}
-    return {"validation/loss": loss.mean, "validation/bad_samples": loss.num_bad, **bins}
-
-
-def read_in_order(dataset: LatentDataset) -> ReadRecords:
-    """A reader of records by their place in the dataset, without flips; see evaluation.heldout.ReadRecords."""
-
-    def read(indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        records = np.array(indices)
-        samples = dataset.read(records, records, seed=0, flip_probability=0.0)
-        weights = torch.ones(len(indices))
-        weights[list(samples.bad)] = 0
-        return samples.latents, samples.labels, weights
-
-    return read
-
-
-def _draw_grid(
-    recipe: TrainRecipe,
-    folder: Path,
-    card: ModelCard,
-    codec: Codec | None,
-    objective: Objective,
-    model: nn.Module,
-    monitor: Monitor,
-    world: World,
-    samples: int,
-) -> dict[str, float | str]:
-    """A row of pictures per class into samples/: generated by all ranks, decoded by the one that has the codec."""
-    config = recipe.sampling
-    num_classes = recipe.model.num_classes
-    latents = generate_on_all_ranks(
-        objective, model, recipe.model.latent_shape, grid_classes(config, num_classes), num_classes, config, world
-    )
-    if codec is not None:
-        path = folder / "samples" / f"samples-{samples:012d}.png"
-        try:
-            save_grid(codec.decode(card.denormalize(latents).to(world.device)), path, config.num_per_class)
-        except OSError as error:  # a full disk costs a picture, not the run
-            print(f"warning: {path} could not be written ({error}); training goes on", file=sys.stderr)
-        else:
-            monitor.log_image(samples, "samples/grid", path)
-    return {}

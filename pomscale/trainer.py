@@ -4,28 +4,47 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from pomscale.clock import Clock
+from pomscale.distributed.consistency import check_replicas
 from pomscale.distributed.stop import StopRequest
+from pomscale.distributed.stragglers import Stragglers
+from pomscale.distributed.watchdog import Watchdog
 from pomscale.distributed.world import World
+from pomscale.engine.divergence import Divergence
 from pomscale.engine.protocol import Engine
-from pomscale.errors import PomscaleError
 from pomscale.monitoring.host import HostStats, peak_memory_gib
+from pomscale.monitoring.ledger import Ledger
 from pomscale.monitoring.monitor import Monitor
 from pomscale.monitoring.profiler import ProfileWindow
 from pomscale.monitoring.throughput import StepTimer
 
 
-class Checkpoints(Protocol):
+class Saved(Protocol):
+    """A save that is complete: how long it took in all, and how long training stood still for it."""
+
+    @property
+    def stall_s(self) -> float: ...
+    @property
+    def total_s(self) -> float: ...
+
+
+class Store(Protocol):
     """What the loop asks of a checkpoint store; see checkpoint.store."""
 
-    def save(self, samples: int, state: dict[str, Any], meta: dict[str, Any]) -> None: ...
-    def poll(self) -> None: ...
-    def wait(self) -> None: ...
+    def save(self, samples: int, state: dict[str, Any], meta: dict[str, Any]) -> float: ...
+    def poll(self) -> Saved | None: ...
+    def wait(self) -> Saved | None: ...
+    def newest(self) -> Path | None: ...
+    def judge(self, samples: int, metrics: Mapping[str, float | str]) -> None: ...
+    def forget_after(self, samples: int) -> None: ...
 
 
 class BadSamples(Protocol):
@@ -46,8 +65,18 @@ class Event:
     `run(samples)` is a collective, computes with the averaged weights, and returns metrics to log.
     """
 
+    what: str
     every_samples: int
     run: Callable[[int], dict[str, float | str]]
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A store, how often it gets something, and which part of the engine's state that is."""
+
+    store: Store
+    every_samples: int
+    part: Callable[[dict[str, Any]], dict[str, Any]] = lambda state: state
 
 
 @dataclass
@@ -58,113 +87,216 @@ class Trainer:
     batches: Iterator[list[Any]]  # the micro-batches of this rank, one list per step; `bad`: those it could not read
     loss: Callable[[nn.Module, Any], Tensor]
     learning_rate: Callable[[int], float]
-    ema_weight: Callable[[int], float]
-    checkpoints: Checkpoints
+    ema_weights: Callable[[int], Mapping[str, float]]
+    main_average: str
+    checkpoints: Saving
+    snapshots: Saving | None  # of averages, for `pomscale ema`
     checkpoint_meta: dict[str, Any]
+    restore: Callable[[Path], dict[str, Any]]  # fills the engine from a checkpoint; gives its meta
     bad_samples: BadSamples
-    epochs: Callable[[int], dict[str, float | str]]  # samples seen -> how often each dataset was gone through, to log
+    epochs: Callable[[int], dict[str, float | str]]  # position -> how often each dataset was gone through, to log
     events: list[Event]
     monitor: Monitor
+    ledger: Ledger
     host: HostStats
     mfu: Callable[[float], float] | None  # samples/s -> model FLOPs utilisation, where the device's peak is known
     profiler: ProfileWindow
     world: World
     stop: StopRequest
+    watchdog: Watchdog
+    divergence: Divergence
+    stragglers: Stragglers
+    still_ours: Callable[[], None]  # raises when a newer start of this run has taken over
+    first_step_done: Callable[[], None]
     global_batch: int
     total_samples: int
     log_every_samples: int
-    checkpoint_every_samples: int
+    consistency_every_samples: int | None
     timer: StepTimer = field(default_factory=StepTimer)
+    losses: list[float] = field(default_factory=list)  # since the last row of metrics
+    norms: list[float] = field(default_factory=list)
+    _is_warm: bool = False  # after the first step of this process, which compiles and allocates
 
-    def run(self, samples: int) -> int:
-        """Train from `samples` to the end or to a stop that was asked for; returns the samples seen, all saved."""
+    def run(self, clock: Clock) -> None:
+        """Train from `clock`, which goes on, to the end or to a stop that was asked for; all is saved then."""
         try:
-            return self._train(samples)
+            self._train(clock)
         except Exception:
             # Whatever has failed, here or (then it is torch's own error) at another rank: the save before it is good.
-            self.checkpoints.wait()
+            self.checkpoints.store.wait()
             raise
 
-    def _train(self, samples: int) -> int:
-        losses: list[float] = []
-        norms: list[float] = []
-        stopping = False
-        if samples:
-            self._run_events(samples)  # those of the last save, which a stop or a kill may have cut off
-        while samples < self.total_samples and not stopping:
-            self.profiler.step(samples)
-            with self.timer.data_wait():
-                micro_batches = next(self.batches)
-            share = self.engine.forward_backward(micro_batches, self.loss)
-            bad = [sample for batch in micro_batches for sample in batch.bad]
-            # One collective per step carries the loss, the ranks' agreement to stop, and word of bad samples.
-            loss, stop_votes, num_bad = self.world.sum([share, float(self.stop.requested), float(len(bad))])
-            if num_bad:
-                self._note_bad(samples, bad)
-            # In the middle of the step: at its start a warm-up would give 0, at its end a cooldown would.
-            learning_rate = self.learning_rate(samples + self.global_batch // 2)
-            norm = self.engine.step(learning_rate, self.ema_weight(samples + self.global_batch))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise self._diverged(samples, loss, norm)
-            samples += self.global_batch
-            stopping = stop_votes > 0 and samples < self.total_samples
-            last = stopping or samples >= self.total_samples
-            losses.append(loss)
-            norms.append(norm)
-            self.timer.count_step(self.global_batch)
-            if last or self._due(self.log_every_samples, samples):
-                self._log(samples, losses, norms, learning_rate)
-                losses, norms = [], []
+    def _train(self, clock: Clock) -> None:
+        self._forget_what_was_given_up(clock.samples)
+        if clock.samples:
+            self._run_events(clock.samples)  # those of the last save, which a stop or a kill may have cut off
+        saved_at, stopping = clock.samples, False
+        while clock.samples < self.total_samples and not stopping:
+            taken, stopping = self._step(clock)
+            last = stopping or clock.samples >= self.total_samples
+            if last or (taken and self._due(self.log_every_samples, clock.samples)):
+                self._log(clock)
             with self.timer.paused():
-                self.checkpoints.poll()
-                if last or self._due(self.checkpoint_every_samples, samples):
-                    meta = {"samples": samples, "bad_samples": self.bad_samples.known, **self.checkpoint_meta}
-                    self.checkpoints.save(samples, self.engine.state_dict(), meta)
+                if taken:
+                    self._check_replicas(clock.samples)
+                self._report(clock.samples, self.checkpoints.store.poll())
+                if clock.samples != saved_at and (
+                    last or (taken and self._due(self.checkpoints.every_samples, clock.samples))
+                ):
+                    self._save(clock, self.checkpoints)
+                    saved_at = clock.samples
+                if taken and self.snapshots is not None and self._due(self.snapshots.every_samples, clock.samples):
+                    self._save(clock, self.snapshots)
                 # After the save, so that what fails in them costs no training. A run that is asked to stop has
                 # seconds left: its events happen after the restart.
-                if not stopping:
-                    self._run_events(samples)
-        self.profiler.close()
-        self.checkpoints.wait()
-        return samples
+                if taken and not stopping:
+                    self._run_events(clock.samples)
+        self._finish(clock)
+
+    def _step(self, clock: Clock) -> tuple[bool, bool]:
+        """One global batch; returns whether the clock has moved on, and whether a stop was asked for."""
+        self.profiler.step(clock.samples)
+        with self.timer.data_wait():
+            micro_batches = next(self.batches)
+        self.ledger.charge("data_wait")
+        share = self.engine.forward_backward(micro_batches, self.loss)
+        # In the middle of the step: at its start a warm-up would give 0, at its end a cooldown would.
+        learning_rate = self.learning_rate(clock.samples + self.global_batch // 2)
+        norm = self.engine.step(learning_rate, self.ema_weights(clock.samples + self.global_batch))
+        bad = [sample for batch in micro_batches for sample in batch.bad]
+        # One collective per step carries the loss, the ranks' agreement to stop, and word of bad samples.
+        loss, stop_votes, num_bad = self.world.sum([share, float(self.stop.requested), float(len(bad))])
+        if num_bad:
+            self._note_bad(clock.samples, bad)
+        verdict = self.divergence.judge(loss, norm)
+        self.ledger.charge("step" if self._is_warm else "compile")
+        self.watchdog.beat()
+        if not self._is_warm:
+            self._is_warm = True
+            self.first_step_done()
+        if verdict == "rollback":
+            self._roll_back(clock)
+        elif verdict == "skip":
+            self._leave_out(clock)
+        else:
+            clock.take(self.global_batch)
+            self.losses.append(loss)
+            self.norms.append(norm)
+            self.timer.count_step(self.global_batch)
+        return verdict == "ok", stop_votes > 0 and clock.samples < self.total_samples
 
     def _note_bad(self, samples: int, bad: list[Any]) -> None:
         """A collective: every rank hears of every bad sample, and all end the run together if there are too many."""
         met: list[Any] = self.world.gather(bad)
         self.bad_samples.add(samples, itertools.chain.from_iterable(met))
 
+    def _leave_out(self, clock: Clock) -> None:
+        self._warn(f"the step at position {clock.position:,} is left out: {self.divergence.reason}")
+        self.ledger.event("skipped_step", clock.samples, position=clock.position, reason=self.divergence.reason)
+        clock.leave_out(self.global_batch)
+
+    def _roll_back(self, clock: Clock) -> None:
+        """To the last checkpoint, past the data since: its noise and its samples are not met again."""
+        now = clock.position
+        clock.leave_out(self.global_batch)
+        with self.watchdog.slow("going back to a checkpoint"):
+            self.checkpoints.store.wait()
+            latest = self.checkpoints.store.newest()
+            if latest is None or not self.divergence.may_roll_back:
+                raise self.divergence.give_up(now, clock.position, latest is not None)
+            then = Clock.of(self.restore(latest))
+            self._warn(f"back to {latest}, and on past position {clock.position:,}: {self.divergence.reason}")
+            self.ledger.write(clock.samples)
+            self.ledger.event("rollback", clock.samples, to_samples=then.samples, reason=self.divergence.reason)
+            clock.go_back(then)
+            self.divergence.rolled_back()
+            self._forget_what_was_given_up(clock.samples)
+        self.losses, self.norms = [], []
+        self.ledger.charge("rollback")
+        self.monitor.log(clock.samples, {"faults/rollbacks": self.divergence.num_rollbacks})
+
+    def _forget_what_was_given_up(self, samples: int) -> None:
+        if self.snapshots is not None:
+            self.snapshots.store.wait()
+            self.snapshots.store.forget_after(samples)
+
+    def _check_replicas(self, samples: int) -> None:
+        every = self.consistency_every_samples
+        replicas = self.engine.replicas()
+        if every is not None and replicas is not None and self._due(every, samples):
+            check_replicas(self.world, replicas.group, replicas.tensors)
+
+    def _save(self, clock: Clock, saving: Saving) -> None:
+        meta = {
+            **clock.dump(),
+            "bad_samples": self.bad_samples.known,
+            "num_rollbacks": self.divergence.num_rollbacks,
+            **self.checkpoint_meta,
+        }
+        with self.watchdog.slow("saving"):
+            saving.store.save(clock.samples, saving.part(self.engine.state_dict()), meta)
+        self.ledger.charge("checkpoint_stall")
+
+    def _report(self, samples: int, saved: Saved | None) -> None:
+        if saved is not None:
+            metrics: dict[str, float | str] = {"checkpoint/stall_s": saved.stall_s, "checkpoint/total_s": saved.total_s}
+            self.monitor.log(samples, metrics)
+
     def _run_events(self, samples: int) -> None:
         for event in self.events:
             if samples >= self.total_samples or self._due(event.every_samples, samples):
-                with self.engine.ema_weights():
+                with self.watchdog.slow(event.what), self.engine.averaged(self.main_average):
                     metrics = event.run(samples)
-                if metrics:
-                    self.monitor.log(samples, metrics)
+                self.monitor.log(samples, metrics)
+                self.checkpoints.store.judge(samples, metrics)
+                self.ledger.charge("evaluation")
 
     def _due(self, every_samples: int, samples: int) -> bool:
         """Whether the step that ended at `samples` passed a multiple of every_samples."""
         return samples // every_samples > (samples - self.global_batch) // every_samples
 
-    def _log(self, samples: int, losses: list[float], norms: list[float], learning_rate: float) -> None:
+    def _log(self, clock: Clock) -> None:
+        self.still_ours()
         speed = self.timer.metrics()
         metrics: dict[str, float | str] = {
-            "train/loss": math.fsum(losses) / len(losses),
-            "train/grad_norm": math.fsum(norms) / len(norms),
-            "train/learning_rate": learning_rate,
-            **self.epochs(samples),
+            **self._means(),
+            "train/learning_rate": self.learning_rate(clock.samples - self.global_batch // 2),
+            **self.epochs(clock.position),
             "data/bad_samples": len(self.bad_samples),
+            "faults/skipped_steps": self.divergence.num_skipped,
             **speed,
             "memory/peak_gib": peak_memory_gib(),
             **self.host.metrics(),
         }
-        if self.mfu is not None:
-            metrics["speed/mfu"] = self.mfu(speed["speed/samples_per_s"])
-        self.monitor.log(samples, metrics)
+        if speed:
+            step_time_s = speed["speed/step_time_s"]
+            report = self.stragglers.report(step_time_s, step_time_s * speed["speed/data_wait_share"])
+            metrics.update(report.metrics)
+            if report.warning is not None:
+                self._warn(report.warning)
+            if self.mfu is not None:
+                metrics["speed/mfu"] = self.mfu(speed["speed/samples_per_s"])
+        self.ledger.write(clock.samples)
+        self.monitor.log(clock.samples, {**metrics, **self.ledger.metrics()})
 
-    def _diverged(self, samples: int, loss: float, norm: float) -> PomscaleError:
-        first, end = samples, samples + self.global_batch
-        return PomscaleError(
-            f"loss {loss} and gradient norm {norm} at global positions {first} to {end - 1}: not finite, so the step "
-            "was not taken and the last checkpoint is good. Check the data (pomscale data verify), lower "
-            "optimizer.lr, or train in fp32, then run the same command again."
-        )
+    def _means(self) -> dict[str, float]:
+        """Of the steps since the last row, if any was taken."""
+        losses, norms, self.losses, self.norms = self.losses, self.norms, [], []
+        if not losses:
+            return {}
+        return {"train/loss": math.fsum(losses) / len(losses), "train/grad_norm": math.fsum(norms) / len(norms)}
+
+    def _finish(self, clock: Clock) -> None:
+        if self.stop.requested:
+            self.ledger.event("stop_requested", clock.samples, signal=self.stop.signal_name or "at another rank")
+        self.profiler.close()
+        with self.watchdog.slow("the last save"):
+            self._report(clock.samples, self.checkpoints.store.wait())
+            if self.snapshots is not None:
+                self.snapshots.store.wait()
+        self.ledger.charge("checkpoint_stall")
+        self.ledger.write(clock.samples)
+
+    def _warn(self, message: str) -> None:
+        if self.world.is_main:
+            print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -104,7 +104,7 @@ def _check(dataset: Path, count: int) -> None:
     with _open(dataset, 2) as loader:
         for batch in loader:
             here = min(len(batch.latents), count - num_seen)  # the last batch of the epoch holds some of the next
-            latents = batch.latents[:here].half().numpy()
+            latents = batch.latents[:here].numpy()
             labels = batch.condition[:here].tolist()
             ours.update((original_of[x.tobytes()], label) for x, label in zip(latents, labels, strict=True))
             num_seen += here

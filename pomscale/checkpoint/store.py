@@ -4,137 +4,287 @@
         __0_0.distcp ...   shards of model, optimiser and EMA (torch.distributed.checkpoint), by parameter name
         .metadata          where every tensor lies; written after all shards
         checkpoint.json    clock, recipe, data fingerprint, codec and normalisation, versions
+        checksums.json     length and CRC-32 of each of these files (checkpoint.integrity)
         COMPLETE           the marker, written last, after everything else has reached the disk
 
-A folder without the marker is the remains of a save that was killed: it is never loaded. A folder is never
-written to twice: a kill in the middle of an overwrite could leave the old .metadata over new, torn shards.
-Every name and shape in a checkpoint is global, so it loads on any number of ranks.
+A folder without the marker never counts (checkpoint.folder). Every name and shape in a checkpoint is global, so it
+loads on any number of ranks.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
+import time
 import warnings
-from concurrent.futures import Future
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial as bind
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from pomscale.checkpoint.agreement import on_all_ranks, on_main_rank
+from pomscale.checkpoint.folder import (
+    META,
+    begin,
+    commit,
+    complete_checkpoints,
+    final_folder,
+    incomplete_checkpoints,
+    is_complete,
+    partial_folder,
+    remains,
+    remove,
+    samples_of,
+    set_aside,
+)
+from pomscale.checkpoint.integrity import MARKER, Checksum, find_damage, find_damage_of, seal
+from pomscale.checkpoint.retention import expendable, read_judged, write_judged
+from pomscale.checkpoint.staging import CopyPlanner, HostCopy, leaves
+from pomscale.checkpoint.summed_writer import SummedWriter
+from pomscale.config.engine import CheckpointConfig
+from pomscale.distributed.generation import Generation, Superseded
 from pomscale.errors import InputError, PomscaleError
-from pomscale.files import sync_folder, write_text
 
-MARKER = "COMPLETE"
-META = "checkpoint.json"
-_NAME = re.compile(r"samples-(\d{12})$")
+
+@dataclass(frozen=True)
+class Saved:
+    """A save that is complete. stall_s: training stood still; total_s: from the call to the commit; of this rank."""
+
+    samples: int
+    stall_s: float
+    total_s: float
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A checkpoint that is not what was written. folder: where it lies now; it is not loaded any more."""
+
+    folder: Path
+    reason: str
 
 
 class CheckpointStore:
-    """Saves and loads the checkpoints below `root`. Every method is called by all ranks."""
+    """Saves and loads the checkpoints below `root`. Every method but `poll` and `judge` is a collective.
 
-    def __init__(self, root: Path, *, keep_last: int, asynchronous: bool) -> None:
+    generation: of this start of the run; None where nobody else writes there. `damaged`: what `newest` has found.
+    """
+
+    def __init__(self, root: Path, config: CheckpointConfig, generation: Generation | None) -> None:
         self.root = root
-        self._keep_last = keep_last
-        self._asynchronous = asynchronous
-        self._is_main = dist.get_rank() == 0
+        self.damaged: list[Damaged] = []
+        self._config = config
+        self._generation = generation
+        self._number = 0 if generation is None else generation.number
         # Saving goes on while training does; on the training's own group their collectives would mix.
         self._group = dist.new_group(backend="gloo")
-        self._pending: tuple[Path, Future[Any]] | None = None
+        self._is_main = dist.get_rank() == 0
+        self._host_copy = HostCopy()
+        self._writer_thread = _start_thread()
+        self._last_samples: int | None = None
+        self._pending: _Pending | None = None
+        self._saved: Saved | None = None
 
-    def save(self, samples: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Begin to save; returns when the state may change again. meta must be JSON-serialisable.
+    # Saving
 
-        Raises PomscaleError if this or the previous save failed, for instance on a full disk; earlier
-        checkpoints stay as they are.
+    def save(self, samples: int, state: dict[str, Any], meta: Mapping[str, Any]) -> float:
+        """Begin to save; returns when the state may change again: the seconds that training stood still.
+
+        state: as from Engine.state_dict; meta: what JSON can hold. Raises PomscaleError if this save or the one before
+        it failed, for instance on a full disk: earlier checkpoints stay as they are. Superseded, and nothing is
+        written, where a newer start of the run has taken over.
         """
-        self.wait()
-        folder = self.root / f"samples-{samples:012d}"
-        if self._is_main:
-            self._begin(folder, meta)
-        dist.barrier(self._group)
-        writer = dcp.FileSystemWriter(folder, sync_files=True, overwrite=False)
-        if self._asynchronous:
-            future = dcp.async_save(state, storage_writer=writer, process_group=self._group)
-            assert isinstance(future, Future)
+        start_s = time.perf_counter()
+        self._finish()
+        self._last_samples = samples
+        if self._config.asynchronous:
+            planner = CopyPlanner(self._host_copy.take(state))
+            written = self._writer_thread.submit(self._write, samples, state, meta, planner)
+            stall_s = time.perf_counter() - start_s
+            self._pending = _Pending(samples, start_s, stall_s, written)
         else:
-            future = Future()
-            try:
-                future.set_result(dcp.save(state, storage_writer=writer, process_group=self._group))
-            except (CheckpointException, OSError) as error:
-                future.set_exception(error)
-        self._pending = (folder, future)
+            num_bytes, end_s = self._write(samples, state, meta, dcp.DefaultSavePlanner())
+            stall_s = end_s - start_s
+            self._saved = Saved(samples, stall_s, stall_s, num_bytes)
+        return stall_s
 
-    def poll(self) -> None:
-        """Commit a save that has finished; costs nothing otherwise. Not a collective."""
-        if self._pending is not None and self._pending[1].done():
-            self.wait()
+    def poll(self) -> Saved | None:
+        """The save that has finished since the last call, once, or its error. Costs nothing; not a collective."""
+        if self._pending is not None and self._pending.written.done():
+            self._finish()
+        saved, self._saved = self._saved, None
+        return saved
 
-    def wait(self) -> None:
-        """Finish the save under way, if there is one, and delete what is older than the last `keep_last`."""
+    def wait(self) -> Saved | None:
+        """Finish the save under way, if there is one; otherwise as `poll`."""
+        self._finish()
+        return self.poll()
+
+    def _finish(self) -> None:
         if self._pending is None:
             return
-        folder, future = self._pending
-        self._pending = None
+        pending, self._pending = self._pending, None
+        num_bytes, end_s = pending.written.result()
+        self._saved = Saved(pending.samples, pending.stall_s, end_s - pending.start_s, num_bytes)
+
+    def _write(
+        self, samples: int, state: dict[str, Any], meta: Mapping[str, Any], planner: dcp.SavePlanner
+    ) -> tuple[int, float]:
+        """From nothing to a complete checkpoint; (bytes written by this rank, when it was complete)."""
+        folder = final_folder(self.root, samples)
+        partial = partial_folder(folder, self._number)
         try:
-            future.result()
-            if self._is_main:
-                sync_folder(folder)
-                write_text(folder / MARKER, "")
+            of_meta = on_main_rank(lambda: self._begin(folder, partial, meta), self._group)
+            writer = SummedWriter(partial)
+            dcp.save(state, storage_writer=writer, planner=planner, process_group=self._group)
+            of_ranks = on_all_ranks(lambda: writer.checksums, self._group)
+            on_main_rank(lambda: self._commit(folder, partial, [{META: of_meta}, *of_ranks]), self._group)
+        except Superseded:
+            raise
         except (CheckpointException, PomscaleError, OSError, RuntimeError) as error:
-            message = _save_error(folder, error)
             if self._is_main:
-                _remove(folder)  # on a full disk, half a checkpoint only takes room
-            raise PomscaleError(message) from error
+                shutil.rmtree(partial, ignore_errors=True)  # on a full disk, half a checkpoint only takes room
+            raise PomscaleError(_save_error(folder, error)) from error
+        end_s = time.perf_counter()
         if self._is_main:
             self._prune()
+        return sum(checksum.num_bytes for checksum in writer.checksums.values()), end_s
 
-    def _begin(self, folder: Path, meta: dict[str, Any]) -> None:
-        try:
-            _remove(folder)  # remains of a killed save: it has no marker
-            folder.mkdir(parents=True)
-            write_text(folder / META, json.dumps(meta, indent=1))
-        except (PomscaleError, OSError) as error:
-            raise PomscaleError(_save_error(folder, error)) from error
+    def _begin(self, folder: Path, partial: Path, meta: Mapping[str, Any]) -> Checksum:
+        self._check_generation()
+        if is_complete(folder):
+            raise PomscaleError("it is complete already, and a checkpoint is never overwritten")
+        _delete(remains(self.root, self._number))
+        return begin(partial, meta)
+
+    def _commit(self, folder: Path, partial: Path, checksums: Iterable[Mapping[str, Checksum]]) -> None:
+        seal(partial, {name: checksum for part in checksums for name, checksum in part.items()})
+        self._check_generation()
+        commit(partial, folder)
 
     def _prune(self) -> None:
-        """Delete what is older than the last `keep_last`, and the remains of saves that were killed before them."""
-        complete = complete_checkpoints(self.root)
-        keep = set(complete[-self._keep_last :])
-        for folder in sorted(self.root.glob("samples-*")):
-            if folder not in keep and folder < complete[-1]:
-                try:
-                    _remove(folder)
-                except OSError as error:  # a file held open on NFS, say: the run matters more than its garbage
-                    print(f"warning: {folder} could not be deleted ({error}) and takes up space", file=sys.stderr)
+        """Delete what need not be kept. What goes wrong here costs room on the disk, not the run."""
+        try:
+            self._check_generation()
+            complete = {samples_of(folder): folder for folder in complete_checkpoints(self.root)}
+            _delete([complete[n] for n in expendable(list(complete), read_judged(self.root), self._config)])
+        except PomscaleError as problem:
+            print(f"warning: {problem}", file=sys.stderr)
+
+    def _check_generation(self) -> None:
+        if self._generation is not None:
+            self._generation.check()
+
+    # Judging
+
+    def judge(self, samples: int, metrics: Mapping[str, float | str]) -> None:
+        """Tell what was measured of the checkpoint at `samples`, which may still be under way. Not a collective."""
+        value = metrics.get(self._config.best_metric)
+        if not self._is_main or value is None:
+            return
+        known = {samples_of(folder) for folder in complete_checkpoints(self.root)} | {self._last_samples}
+        try:
+            self._check_generation()
+            write_judged(self.root, {**read_judged(self.root), samples: float(value)}, known)
+        except PomscaleError as problem:
+            print(f"warning: {problem}", file=sys.stderr)
+
+    # Loading
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint whose files are what was written; every byte is read, shared by the ranks.
+
+        Damaged ones are set aside, warned of and added to `damaged`. Raises PomscaleError if the save under way fails,
+        or if a file cannot be read that may be good.
+        """
+        self._finish()
+        while True:
+            folder = on_main_rank(lambda: latest_checkpoint(self.root), self._group)
+            reason = None if folder is None else self._find_damage(folder)
+            if folder is None or reason is None:
+                return folder
+            self.damaged.append(on_main_rank(bind(self._set_aside, folder, reason), self._group))
+
+    def check(self, folder: Path) -> None:
+        """Raises InputError, naming the file, if this checkpoint is not what was written."""
+        self._finish()
+        _refuse_damaged(folder, self._find_damage(folder))
 
     def load(self, folder: Path, state: dict[str, Any]) -> None:
-        """Fill `state` (as from Engine.state_dict) in place from a complete checkpoint."""
-        dcp.load(state, storage_reader=dcp.FileSystemReader(folder), process_group=self._group)
+        """Fill `state` in place from a checkpoint of `newest`, or one that went through `check`.
+
+        Raises InputError if the checkpoint has not all of its tensors in the same shapes; it may have more.
+        """
+        self._finish()
+        on_main_rank(lambda: _check_fits(folder, state), self._group)
+        try:
+            dcp.load(state, storage_reader=dcp.FileSystemReader(folder), process_group=self._group)
+        except CheckpointException as error:
+            raise PomscaleError(f"{folder} could not be read ({_causes(error)}); run the same command again") from error
+
+    def forget_after(self, samples: int) -> None:
+        """Delete what was saved beyond `samples`, in a future of the run that it has given up."""
+        self._finish()
+        on_main_rank(lambda: self._forget_after(samples), self._group)
+
+    def _forget_after(self, samples: int) -> None:
+        self._check_generation()
+        _delete(folder for folder in complete_checkpoints(self.root) if samples_of(folder) > samples)
+
+    def _find_damage(self, folder: Path) -> str | None:
+        share = lambda: find_damage(folder, dist.get_rank(), dist.get_world_size())  # noqa: E731
+        return next((reason for reason in on_all_ranks(share, self._group) if reason is not None), None)
+
+    def _set_aside(self, folder: Path, reason: str) -> Damaged:
+        self._check_generation()
+        aside = set_aside(folder)
+        print(
+            f"warning: {reason}. This checkpoint is DAMAGED and is not used; it is kept as {aside}. "
+            "Going on with the one before it: the training since then is lost. Check the disk.",
+            file=sys.stderr,
+        )
+        return Damaged(aside, reason)
 
 
-def complete_checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints below `root`, oldest first."""
-    folders = [p for p in root.glob("samples-*") if _NAME.match(p.name)]
-    return sorted(p for p in folders if (p / MARKER).is_file())
+@dataclass(frozen=True)
+class _Pending:
+    samples: int
+    start_s: float
+    stall_s: float
+    written: Future[tuple[int, float]]
+
+
+def _start_thread() -> ThreadPoolExecutor:
+    """One thread, so that saves follow each other in the same order on every rank."""
+    if torch.cuda.is_initialized():  # a new thread's GPU would be the node's first
+        return ThreadPoolExecutor(1, "checkpoint", torch.cuda.set_device, (torch.cuda.current_device(),))
+    return ThreadPoolExecutor(1, "checkpoint")
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest complete checkpoint, or None. Warns of folders without a marker, which are ignored."""
+    """The newest complete checkpoint, or None. Its content is not looked at. Warns of what is incomplete."""
     complete = complete_checkpoints(root)
-    for folder in sorted(set(root.glob("samples-*")) - set(complete)):
-        print(f"warning: {folder} has no {MARKER} marker: its save did not finish; ignored", file=sys.stderr)
+    for folder in incomplete_checkpoints(root):
+        print(
+            f"warning: {folder} is not complete: it is being written, or its save or deletion was cut off; ignored",
+            file=sys.stderr,
+        )
     return complete[-1] if complete else None
 
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest one of a run folder. Raises InputError if none."""
     if (path / META).is_file():
-        if not (path / MARKER).is_file():
+        if not is_complete(path):
             raise InputError(f"{path}: this checkpoint has no {MARKER} marker: its save did not finish; use another")
         return path
     latest = latest_checkpoint(path / "checkpoints")
@@ -144,32 +294,64 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The checkpoint.json of a complete checkpoint."""
-    return json.loads((folder / META).read_text(encoding="utf-8"))
+    """The checkpoint.json of a complete checkpoint. Raises InputError if it is not what was written."""
+    path = folder / META
+    _refuse_damaged(folder, find_damage_of(path))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_tensors(folder: Path, state: dict[str, Any]) -> None:
-    """Fill `state` in place, in this process alone: for sampling and tools, outside of training."""
+def read_tensors(folder: Path, state: dict[str, Any], *, check: bool = True) -> None:
+    """Fill `state` in place, in this process alone: for sampling and tools, outside of training.
+
+    Raises InputError if any file of the checkpoint is damaged, or as CheckpointStore.load. check: False leaves out the
+    first, which reads every byte, for one who reads a checkpoint part by part and has had it checked.
+    """
+    if check:
+        _refuse_damaged(folder, find_damage(folder))
+    _check_fits(folder, state)
     with warnings.catch_warnings():
         # dcp warns that it loads in a single process, which is what no_dist asks for
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
 
 
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint folder. The marker goes first: a kill in between leaves an ignored folder, not a torn one."""
-    if folder.exists():
-        (folder / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+def _refuse_damaged(folder: Path, reason: str | None) -> None:
+    if reason is not None:
+        raise InputError(f"{reason}. The checkpoint {folder} is damaged and is not loaded; use another one")
+
+
+def _check_fits(folder: Path, state: Mapping[str, Any]) -> None:
+    """Raises InputError unless every tensor of `state` is in the checkpoint, in its shape."""
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    problems = []
+    for name, tensor in leaves(state):
+        there = saved.get(name)
+        if not isinstance(there, TensorStorageMetadata):
+            problems.append(f"{name} is not in it")
+        elif there.size != tensor.shape:
+            problems.append(f"{name} has shape {tuple(there.size)} in it, not {tuple(tensor.shape)}")
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise InputError(f"{folder} is of another model, optimizer or ema: {'; '.join(problems[:3])}{more}")
+
+
+def _delete(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        try:
+            remove(folder)
+        except OSError as error:  # a file held open on NFS, say: the run matters more than its garbage
+            print(f"warning: {folder} could not be deleted ({error}) and takes up space", file=sys.stderr)
+
+
+def _causes(error: BaseException) -> str:
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(failures.items())) or str(error)
 
 
 def _save_error(folder: Path, error: BaseException) -> str:
-    failures = error.failures if isinstance(error, CheckpointException) else {}
-    causes = [f"rank {rank}: {failure[0]}" for rank, failure in sorted(failures.items())] or [str(error)]
-    # torch's writer may hide a full disk behind an error about file positions; the free space tells.
     existing = next(parent for parent in folder.parents if parent.exists())
     free_mib = shutil.disk_usage(existing).free / 2**20
     return (
-        f"{folder}: the checkpoint could not be written; {free_mib:,.1f} MiB are free there ({'; '.join(causes)}). "
+        f"{folder}: the checkpoint could not be written; {free_mib:,.1f} MiB are free there ({_causes(error)}). "
         "Earlier checkpoints are intact: free some space or fix the file system, then run the same command again."
     )

@@ -1,4 +1,4 @@
-"""One dataset: normalised latents, labels and text embeddings of any of its records."""
+"""One dataset: latents as they are stored, labels and text embeddings of any of its records."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pomscale.data.array_reader import ArrayReader, Faults, Members
 from pomscale.data.bad_samples import BadSample
 from pomscale.data.fetch import remedy
 from pomscale.data.index import NO_LABEL
+from pomscale.data.order import groups
 from pomscale.data.schema import Manifest, Normalization, read_manifest
 from pomscale.data.shard_cache import local_index
 from pomscale.data.text_reader import TextReader
@@ -25,14 +26,14 @@ from pomscale.errors import InputError
 from pomscale.keyed_random import Stream, keyed_generator, keyed_uniforms
 
 # A micro-batch is too short for the vectorised draw to be at its best; the next one needs its neighbours.
-_FLIPS_AT_ONCE = 4096
+_FLIPS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
     """Records of one shape. Rows of bad samples hold zeros, class 0 if there are classes, and the null embedding."""
 
-    latents: Tensor  # (b, c, ...) float32, normalised
+    latents: Tensor  # (b, c, ...) not normalised; float16 with gaps between rows, or float32 where drawn from moments
     labels: Tensor  # (b,) int64, NO_LABEL where the dataset has no classes
     text: Tensor | None  # (b, n, dim) float16, zero after each row's length
     text_lengths: Tensor | None  # (b,) int64
@@ -62,7 +63,6 @@ class LatentDataset:
         self.normalization = normalization
         self._bad_samples = bad_samples
         self._cache = cache
-        self._mean, self._std = torch.tensor(normalization.mean), torch.tensor(normalization.std)
         self._reader = ArrayReader(self.location, manifest, reading, cache)
         self.text: TextReader | None = None
         if text is not None:
@@ -88,14 +88,12 @@ class LatentDataset:
         InputError, naming file, record and remedy, where `bad_samples` is "raise" and a record cannot be read.
         """
         faults: Faults = {}
-        rows = self._reader.index[records]
+        rows = self._reader.index.take(records)
         self._reader.check_rows(records, rows, faults)
         members = Members.of(records, rows, "latent", instead=self._flips(positions, seed, flip_probability))
         latents = self._reader.same_shape(members, self._stored_shape(records), faults)
         if self.manifest.latents.stores_moments:
             latents = _sample_posterior(latents, positions, seed)
-        size = (-1, *[1] * (latents.ndim - 2))
-        latents.sub_(self._mean.view(size)).div_(self._std.view(size))
         labels = torch.from_numpy(rows["label"].astype(np.int64))
         text, text_lengths = (None, None) if self.text is None else self.text.read(members, faults)
         if faults:
@@ -105,6 +103,11 @@ class LatentDataset:
             latents[bad] = 0
             labels[bad] = 0 if self.manifest.num_classes else NO_LABEL
         return Samples(latents, labels, text, text_lengths, faults)
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether it matters what `will_need` says."""
+        return self._reader.files.reads_ahead or (self.text is not None and self.text.source.files.reads_ahead)
 
     def will_need(self, shards: Sequence[int]) -> None:
         """The shards of the records that are read from now on, soonest first; replaces what was said before."""
@@ -158,8 +161,7 @@ class LatentDataset:
             return None
         blocks, places = np.divmod(positions, _FLIPS_AT_ONCE)
         flips = np.empty(len(positions), bool)
-        for block in np.unique(blocks).tolist():
-            here = blocks == block
+        for block, here in groups(blocks):
             flips[here] = _draw_flips(seed, block)[places[here]] < probability
         return flips
 
@@ -173,7 +175,7 @@ def _draw_flips(seed: int, block: int) -> np.ndarray:
 
 def _sample_posterior(moments: Tensor, positions: np.ndarray, seed: int) -> Tensor:
     """mean + std * noise of (b, 2c, ...), mean and log-variance: (b, c, ...)."""
-    mean, logvar = moments.chunk(2, dim=1)
+    mean, logvar = moments.float().chunk(2, dim=1)
     noise = np.empty(mean.shape, np.float32)
     for row, position in zip(noise, positions.tolist(), strict=True):
         keyed_generator(seed, Stream.POSTERIOR, position).standard_normal(out=row, dtype=np.float32)

@@ -28,6 +28,8 @@ class FetchedShards:
     discard: deletes the copy of a shard, so that the next fetch brings a fresh one; None = there are no copies.
     """
 
+    reads_ahead = True
+
     def __init__(self, fetch: Fetch, num_threads: int, discard: Callable[[int], None] | None = None) -> None:
         self._fetch = fetch
         self._discard = discard

@@ -41,7 +41,7 @@ class MicroBatch:
     A sample of weight 0 takes no part in the loss: it is padding, or it is bad (and listed, once, in `bad`).
     """
 
-    latents: Tensor  # (b, c, h, w) or (b, c, f, h, w) float32, normalised
+    latents: Tensor  # (b, c, h, w) or (b, c, f, h, w), not normalised; float16, or float32 where drawn from moments
     condition: Tensor  # (b,) int64, class ids; NO_LABEL (-1) where the datasets have no classes
     text: Tensor | None  # (b, n, dim) float16, zero after each row's length
     text_lengths: Tensor | None  # (b,) int64

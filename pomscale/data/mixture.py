@@ -69,6 +69,7 @@ class Mixture:
         )
         self._seed = seed
         self._flip_probability = flip_probability
+        self._reads_ahead = any(dataset.reads_ahead for dataset in datasets)
         self._reading: tuple[int, int] | None = None
         self._announced: list[list[int]] = [[] for _ in datasets]
 
@@ -130,7 +131,7 @@ class Mixture:
 
         Returns at once. Called by one thread at a time.
         """
-        if (oldest, newest) == self._reading:
+        if not self._reads_ahead or (oldest, newest) == self._reading:
             return
         self._reading = (oldest, newest)
         ahead = self.order.shards_ahead(oldest, newest)

@@ -20,7 +20,7 @@ from fractions import Fraction
 import numpy as np
 
 from pomscale.data.interleave import Interleave
-from pomscale.data.order import SampleOrder
+from pomscale.data.order import SampleOrder, groups
 from pomscale.data.schema import Manifest
 
 
@@ -82,15 +82,15 @@ class MixtureOrder:
         steps, offsets = np.divmod(positions, self.global_batch)
         lanes, batches = self._steps.places(steps)
         parts = []
-        for number in np.unique(lanes).tolist():
-            in_lane = np.flatnonzero(lanes == number)
+        rows = np.arange(len(positions))
+        for number, here in groups(lanes):
+            in_lane = rows[here]
             lane = self._lanes[number]
             streams, indices = lane.interleave.places(batches[in_lane] * self.global_batch + offsets[in_lane])
-            for stream in np.unique(streams).tolist():
-                here = streams == stream
+            for stream, of_stream in groups(streams):
                 component = self.components[lane.components[stream]]
-                records = component.first_record + component.order.records(indices[here])
-                parts.append(Part(lane.components[stream], in_lane[here], records))
+                records = component.first_record + component.order.records(indices[of_stream])
+                parts.append(Part(lane.components[stream], in_lane[of_stream], records))
         return parts
 
     def counts(self, num_samples: int) -> list[int]:

@@ -9,7 +9,7 @@ large neighbouring reads; a window of at least the dataset is a full shuffle.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -17,6 +17,15 @@ from pomscale.keyed_random import Stream, keyed_generator
 
 # A batch that straddles a window border, read by a few threads, touches this many windows at a time.
 _CACHED_WINDOWS = 4
+
+
+def groups(numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray | slice]]:
+    """Each number that is in `numbers` (b,), b > 0, and an index of the rows that have it."""
+    if (numbers == numbers[0]).all():  # of a batch nearly always, so it should cost nearly nothing
+        yield int(numbers[0]), slice(None)
+        return
+    for number in np.unique(numbers).tolist():
+        yield number, numbers == number
 
 
 class SampleOrder:
@@ -43,8 +52,7 @@ class SampleOrder:
         epochs, offsets = np.divmod(positions, self.num_records)
         windows, places = np.divmod(offsets, self._window)
         numbers = epochs * self._windows_per_epoch + windows
-        for number in np.unique(numbers).tolist():
-            here = numbers == number
+        for number, here in groups(numbers):
             epoch, window = divmod(number, self._windows_per_epoch)
             shards, ends = self._shards(epoch)
             ranks = window * self._window + self._permutation(epoch, window)[places[here]]

@@ -34,7 +34,12 @@ _NUM_STREAM_FETCHERS = 4
 
 
 class ShardFiles(Protocol):
-    """The bytes of a dataset's shards, by their number in the manifest. Safe to share between threads."""
+    """The bytes of a dataset's shards, by their number in the manifest. Safe to share between threads.
+
+    `reads_ahead`: whether `will_need` does something.
+    """
+
+    reads_ahead: bool
 
     def open(self, shard: int) -> np.ndarray:
         """All bytes of a shard, (num_bytes,) uint8, read-only; they stay readable for as long as the array lives.
@@ -100,6 +105,8 @@ def check_room(
 
 class MappedShards:
     """A local folder: shards are memory-mapped, so only what is read of them costs."""
+
+    reads_ahead = False
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder = folder

@@ -51,13 +51,12 @@ class TextReader:
         records = members.records if self._table is None else self._table[members.records]
         inside = (records >= 0) & (records < len(self.source.index))
         records = np.where(inside, records, 0)
-        rows = self.source.index[records]
+        rows = self.source.index.take(records)
         fits = inside & (rows["key"] == members.keys)
         for row in np.flatnonzero(~fits).tolist():
             if row not in faults:
                 problem = f"it has no text embedding in {self.source.location}, or the sets have changed"
                 remedy = f"If they have, {join_remedy(self._main.location, self.source.location)}"
                 faults[row] = self._main.fault(members, row, problem, remedy)
-        if self.source is not self._main:
-            self.source.check_rows(records, rows, faults)
+        self.source.check_rows(records, rows, faults)
         return records, rows

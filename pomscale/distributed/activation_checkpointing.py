@@ -1,21 +1,69 @@
-"""Trade compute for memory: recompute a block's activations in the backward pass."""
+"""Trade compute for memory: recompute a block's activations in the backward pass, all of them or the cheap ones."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from pomscale.config.recomputation import is_recomputed
+
+_aten = torch.ops.aten
+
+# Matrix products are nearly all of a block's arithmetic. What is left, elementwise work and reductions, is bound by
+# memory bandwidth: to run it again costs little. Linear maps arrive here as (add)mm, attention as the fused operator
+# of whichever backend was chosen; its plain backend is made of bmm, and a softmax that runs again.
+_KEPT = frozenset(
+    {
+        _aten.mm.default,
+        _aten.addmm.default,
+        _aten.bmm.default,
+        _aten.baddbmm.default,
+        _aten.convolution.default,
+        _aten._scaled_mm.default,  # float8
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
 
 
 def checkpoint_blocks(blocks: nn.ModuleList, mode: str) -> None:
-    """Change every block in place. mode: "none" keeps all activations, "full" keeps only each block's input.
+    """Change the blocks in place, before they are compiled or sharded. mode: as ComputeConfig.activation_checkpointing
+
+        none       all activations are kept
+        full       of every block its input is kept, the rest is recomputed
+        every-N    the same for blocks 0, N, 2N, ...; the others keep all
+        selective  of every block its input and the outputs of `kept_operators()` are kept
 
     Replaces `forward` rather than wrapping the module, so that parameter names are the same in every mode and a
     checkpoint of one loads in another.
     """
-    if mode == "none":
-        return
-    for block in blocks:
-        # The blocks draw no random numbers, so there is no generator state to save and restore.
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    for number, block in enumerate(blocks):
+        if is_recomputed(mode, number):
+            block.forward = _recomputing(block)
+        elif mode == "selective":
+            block.forward = _recomputing(block, context_fn=partial(create_selective_checkpoint_contexts, _policy))
+
+
+def kept_operators() -> list[str]:
+    """Names of the operators whose outputs "selective" keeps, e.g. "aten.addmm"."""
+    return sorted(str(operator).removesuffix(".default") for operator in _KEPT)
+
+
+def _recomputing(block: nn.Module, **how: Any) -> Any:
+    # The blocks draw no random numbers, so there is no generator state to save and restore.
+    return partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **how)
+
+
+def _policy(context: SelectiveCheckpointContext, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,26 +1,76 @@
-"""Requests to stop: the signal handler only sets a flag; ranks agree on it at a step boundary.
+"""Requests to stop: a signal only sets a flag; ranks agree on it at a step boundary.
 
 A save inside a handler would be a collective entered by one rank alone, and would hang the others.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
 from types import FrameType
+
+from pomscale.distributed.last_words import last_words
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
+EXIT_STOPPED = 75
+"""Stopped on request, nothing lost: run the same command again to go on."""
+
+# Where a scheduler signals all processes of a job, torchrun sends its own children the signal once more, at once.
+_DUPLICATE_S = 2.0
+
+_current: StopRequest | None = None
+
 
 class StopRequest:
-    """Set by SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C. A second signal of the same kind ends the process at once."""
+    """Set by SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C. To be made in the main thread.
 
-    def __init__(self) -> None:
+    The same signal a second time, 2 s or more after the first, ends the process at once with code 128 + its number:
+    what was complete on disk stays so. This works while the main thread computes, compiles or waits in a collective,
+    where Python's own handlers do not run: a thread reads the signals from a pipe.
+
+    `on_quit(reason)` is called before such an end, for at most 10 s. While `nothing_to_save`, the first signal ends the
+    process, with code 75.
+    """
+
+    def __init__(self, *, nothing_to_save: bool = False) -> None:
+        global _current  # noqa: PLW0603  signals belong to the process, and so does their one handler
         self.signal_name: str | None = None
+        self.nothing_to_save = nothing_to_save
+        self.on_quit: Callable[[str], None] | None = None
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._previous_pipe = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._read, args=(reader,), name="stop request", daemon=True).start()
+        _current = self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+
+    def _read(self, reader: int) -> None:
+        """Every signal of the process, one byte each, until the pipe is closed."""
+        first: dict[int, float] = {}
+        with os.fdopen(reader, "rb", buffering=0) as signals:
+            while received := signals.read(1):
+                number, now = received[0], time.monotonic()
+                if number not in SIGNALS:
+                    continue
+                self._handle(number, None)
+                if self.nothing_to_save:
+                    last_words(f"{self.signal_name}: stopped before the work began; run the same command again", None)
+                    os._exit(EXIT_STOPPED)
+                if now - first.setdefault(number, now) >= _DUPLICATE_S:
+                    self._quit(number)
+
+    def _quit(self, number: int) -> None:
+        reason = f"{self.signal_name} twice: ended at once, without a save"
+        last_words(reason, partial(self.on_quit, reason) if self.on_quit is not None else None)
+        os._exit(128 + number)
 
     @property
     def requested(self) -> bool:
@@ -28,5 +78,18 @@ class StopRequest:
 
     def restore(self) -> None:
         """Give the signals back to whoever handled them before."""
+        global _current  # noqa: PLW0603
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_pipe)
+        os.close(self._writer)
+        _current = None
+
+
+def _in_forked_child() -> None:
+    """A fork has the parent's pipe: a signal to the child would stop the parent."""
+    if _current is not None:
+        _current.restore()
+
+
+os.register_at_fork(after_in_child=_in_forked_child)

@@ -1,4 +1,4 @@
-"""The processes of a run: who am I, which device is mine, which mesh are we.
+"""The processes of a run: who am I, which device is mine.
 
 Works the same alone and under torchrun, SLURM or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK,
 MASTER_ADDR and MASTER_PORT.
@@ -7,34 +7,40 @@ MASTER_ADDR and MASTER_PORT.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import Tensor
 
-from pomscale.errors import InputError
+from pomscale.errors import InputError, PomscaleError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` processes. `mesh` is one-dimensional, named ("shard",)."""
+    """This process among `size` processes."""
 
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Elementwise sum over all ranks, in float64. A collective: every rank calls it with the same length."""
+    def sum(self, values: Sequence[float | Tensor]) -> list[float]:
+        """Elementwise sum of numbers and scalar tensors over all ranks, in float64.
+
+        A collective: every rank calls it with the same length. Waits for the device once, for all of them.
+        """
         # float64 on every backend, so that a count or a loss never loses digits on the way.
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        scalars = [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
+        tensor = torch.stack(scalars)
         dist.all_reduce(tensor)
         return tensor.tolist()
 
@@ -43,6 +49,22 @@ class World:
         gathered: list[object] = [None] * self.size
         dist.all_gather_object(gathered, value)
         return gathered
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What `function` gives on rank 0, picklable, on every rank; or, on every rank, the PomscaleError it raises.
+
+        A collective. What one rank looks up, all agree on: a shared file system may show a new file to some later.
+        """
+        outcome: object = None
+        if self.is_main:
+            try:
+                outcome = function()
+            except PomscaleError as error:
+                outcome = error
+        found: Any = self.gather(outcome)[0]
+        if isinstance(found, PomscaleError):
+            raise found
+        return found
 
     def barrier(self) -> None:
         """Wait for all ranks. A collective."""
@@ -80,7 +102,6 @@ def join_world(device: str) -> Iterator[World]:
     else:  # alone: a store in memory needs no port, so any number of runs fit on one machine
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        mesh = init_device_mesh(this_device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
-        yield World(dist.get_rank(), dist.get_world_size(), this_device, mesh)
+        yield World(dist.get_rank(), dist.get_world_size(), this_device)
     finally:
         dist.destroy_process_group()

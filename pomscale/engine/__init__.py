@@ -1,1 +1,38 @@
 """Engines: how a model is sharded, stepped and saved. They never know which model it is."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from pomscale.config.schema import TrainRecipe
+from pomscale.distributed.world import World
+from pomscale.engine.protocol import Engine, InitWeights
+
+
+def build_engine(recipe: TrainRecipe, model: nn.Module, init_weights: InitWeights, world: World) -> Engine:
+    """The engine that the recipe asks for. `model` is on the meta device; see the engines for their errors.
+
+    InputError if a package that the recipe needs is not installed.
+    """
+    compute, optimizer, averages = recipe.compute, recipe.optimizer, recipe.ema.averages
+    if compute.float8:
+        from pomscale.engine.float8 import to_float8  # torchao is optional
+
+        to_float8(model, world.device)
+    if recipe.engine == "deepspeed":
+        from pomscale.engine.deepspeed import DeepSpeedEngine  # deepspeed is optional, and takes seconds to import
+
+        return DeepSpeedEngine(
+            model,
+            init_weights,
+            world,
+            deepspeed=recipe.deepspeed,
+            compute=compute,
+            optimizer=optimizer,
+            averages=averages,
+        )
+    from pomscale.engine.fsdp2 import Fsdp2Engine
+
+    return Fsdp2Engine(
+        model, init_weights, world, fsdp2=recipe.fsdp2, compute=compute, optimizer=optimizer, averages=averages
+    )

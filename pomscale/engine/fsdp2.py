@@ -1,25 +1,29 @@
-"""FSDP2: every block and the root are sharded over the mesh; parameters are fp32, compute is fp32 or bf16."""
+"""FSDP2: every block and the root are sharded; parameters are fp32, compute is fp32 or bf16.
+
+Parameters are sharded along their first axis over the mesh's "shard" dimension. With HSDP there is a "replicate"
+dimension beside it: each row of ranks holds a whole copy, gradients are reduced within a copy, then over the copies.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from pomscale.config.engine import ComputeConfig, OptimizerConfig
+from pomscale.config.engine import ComputeConfig, Fsdp2Config, OptimizerConfig
 from pomscale.distributed.activation_checkpointing import checkpoint_blocks
 from pomscale.distributed.world import World
 from pomscale.engine.ema import Ema
 from pomscale.engine.optim import build_optimizer
-from pomscale.engine.protocol import MicroBatch, ShardableModel
-
-Assign = Callable[[nn.Parameter, Tensor], None]
+from pomscale.engine.protocol import InitWeights, MicroBatch, Replicas, ShardableModel
+from pomscale.errors import InputError
 
 
 def assign_shard(parameter: nn.Parameter, full: Tensor) -> None:
@@ -37,39 +41,45 @@ class Fsdp2Engine:
     def __init__(
         self,
         model: nn.Module,
-        init_weights: Callable[[nn.Module, Assign], None],
+        init_weights: InitWeights,
         world: World,
+        *,
+        fsdp2: Fsdp2Config,
         compute: ComputeConfig,
         optimizer: OptimizerConfig,
+        averages: Sequence[str],
     ) -> None:
-        """init_weights(model, assign) must call assign(parameter, full tensor) once for every parameter."""
+        """averages: names of the moving averages to keep. InputError if the ranks do not make whole copies."""
         self.model = model
         self.device = world.device
         self._num_ranks = world.size
         self._grad_clip = optimizer.grad_clip if optimizer.grad_clip is not None else math.inf
-        shard_model(model, world, compute)
-        model.to_empty(device=world.device)
+        self._mesh = _mesh(world, fsdp2.shard_size)
+        shard_model(model, self._mesh, fsdp2, compute)
+        model.to_empty(device="cpu" if fsdp2.cpu_offload else world.device)
         init_weights(model, assign_shard)
         # The sharded parameters. While a module's parameters are gathered, model.parameters() gives other tensors.
-        self._parameters = dict(model.named_parameters())
-        self.ema = Ema(self._parameters)
-        self.optimizer = build_optimizer(model, optimizer)
+        self._parameters = {name: _as_dtensor(p) for name, p in model.named_parameters()}
+        self._ema = Ema(averages, [_local(p) for p in self._parameters.values()])
+        self._optimizer = build_optimizer(model, optimizer)
 
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], loss: Callable[[nn.Module, MicroBatch], Tensor]
-    ) -> float:
+    ) -> Tensor:
         assert isinstance(self.model, FSDPModule)
         total = torch.zeros((), device=self.device)
         for i, micro_batch in enumerate(micro_batches):
             # Gradients are reduced over ranks once per step, with the last micro-batch.
-            self.model.set_requires_gradient_sync(i == len(micro_batches) - 1)
+            is_last = i == len(micro_batches) - 1
+            self.model.set_requires_gradient_sync(is_last)
+            self.model.set_is_last_backward(is_last)
             share = loss(self.model, micro_batch)
             # FSDP averages gradients over ranks; our shares already add up to the global mean.
             (share * self._num_ranks).backward()
             total += share.detach()
-        return total.item()
+        return total
 
-    def step(self, learning_rate: float, ema_weight: float) -> float:
+    def step(self, learning_rate: float, ema_weights: Mapping[str, float]) -> float:
         parameters = self._parameters.values()
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -77,43 +87,129 @@ class Fsdp2Engine:
         value = norm.item()
         if math.isfinite(value):
             torch.nn.utils.clip_grads_with_norm_(parameters, self._grad_clip, norm)
-            for group in self.optimizer.param_groups:
+            for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
-            self.optimizer.step()
-            self.ema.update(ema_weight)
-        self.optimizer.zero_grad()
+            self._optimizer.step()
+            self._ema.update(ema_weights)
+        self._optimizer.zero_grad()
         return value
 
     @contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        assert isinstance(self.model, FSDPModule)
-        with self.ema.swapped_in():
+    def averaged(self, average: str) -> Iterator[None]:
+        self._free_gathered()
+        with self._ema.swapped_in(average):
             try:
                 yield
             finally:
-                # Without a backward pass FSDP keeps the root's gathered parameters: they would be the averages.
-                self.model.reshard()
+                self._free_gathered()
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": {name: p.detach() for name, p in self._parameters.items()},
-            "optimizer": {name: self.optimizer.state[p] for name, p in self._parameters.items()},
-            "ema": dict(self.ema.averages),
+            "optimizer": {name: dict(self._optimizer.state[p]) for name, p in self._parameters.items()},
+            "ema": {
+                average: {
+                    name: _like(local, parameter)
+                    for (name, parameter), local in zip(self._parameters.items(), tensors, strict=True)
+                }
+                for average, tensors in self._ema.averages.items()
+            },
         }
 
+    @contextmanager
+    def loading(self) -> Iterator[dict[str, Any]]:
+        yield self.state_dict()
+        self._free_gathered()
 
-def shard_model(model: nn.Module, world: World, compute: ComputeConfig) -> None:
+    def resident_bytes(self) -> dict[str, int]:
+        moments = [t for state in self._optimizer.state.values() for t in state.values()]
+        averages = [t for tensors in self._ema.averages.values() for t in tensors]
+        held = {"parameters": self._parameters.values(), "optimizer": moments, "ema": averages}
+        return {part: sum(_local(t).untyped_storage().nbytes() for t in tensors) for part, tensors in held.items()}
+
+    def replicas(self) -> Replicas | None:
+        if self._mesh.ndim == 1:
+            return None
+        tensors = {name: _local(p) for name, p in self._parameters.items()}
+        return Replicas(self._mesh.get_group("replicate"), tensors)
+
+    def _free_gathered(self) -> None:
+        """Without a backward pass FSDP may keep gathered parameters, always the root's: they are out of date now."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def shard_model(model: nn.Module, mesh: DeviceMesh, fsdp2: Fsdp2Config, compute: ComputeConfig) -> None:
     """Activation checkpointing, compile, FSDP, in this order: each wraps what the one before made."""
     shardable: ShardableModel = model  # type: ignore[assignment]  # nn.Module hides attributes from protocols
-    checkpoint_blocks(shardable.blocks(), compute.activation_checkpointing)
+    blocks = shardable.blocks()
+    checkpoint_blocks(blocks, compute.activation_checkpointing)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if compute.precision == "bf16" else None,
         reduce_dtype=torch.float32,
         # The model casts for itself: a bf16 t would have 3 digits, and 1000 t none after the point.
         cast_forward_inputs=False,
     )
-    for block in shardable.blocks():
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if fsdp2.cpu_offload else OffloadPolicy()
+    for block in blocks:
         if compute.compile:
             block.compile()
-        fully_shard(block, mesh=world.mesh, mp_policy=policy)
-    fully_shard(model, mesh=world.mesh, mp_policy=policy)
+        fully_shard(
+            block,
+            mesh=mesh,
+            reshard_after_forward=fsdp2.reshard_after_forward,
+            mp_policy=policy,
+            offload_policy=offload,
+        )
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    if fsdp2.prefetch:
+        _prefetch(list(blocks), fsdp2.prefetch)
+
+
+def _prefetch(blocks: list[nn.Module], num_ahead: int) -> None:
+    """Gather blocks' weights ahead, while another computes: the next ones in the forward, in the backward those before."""
+    for direction in (blocks, blocks[::-1]):
+        for i, block in enumerate(direction):
+            following: list[Any] = direction[i + 1 : i + 1 + num_ahead]
+            assert isinstance(block, FSDPModule)
+            if direction is blocks:
+                block.set_modules_to_forward_prefetch(following)
+            else:
+                block.set_modules_to_backward_prefetch(following)
+
+
+def _mesh(world: World, shard_size: int | None) -> DeviceMesh:
+    device_type = world.device.type
+    if shard_size is None or shard_size == world.size:
+        return init_device_mesh(device_type, (world.size,), mesh_dim_names=("shard",))
+    if world.size % shard_size:
+        raise InputError(
+            f"fsdp2.shard_size: {world.size} ranks do not make whole copies of {shard_size}; "
+            f"use a multiple of {shard_size} ranks, or another shard_size"
+        )
+    shape = (world.size // shard_size, shard_size)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _as_dtensor(parameter: nn.Parameter) -> DTensor:
+    assert isinstance(parameter, DTensor)
+    return parameter
+
+
+def _like(local: Tensor, parameter: DTensor) -> DTensor:
+    """The sharded tensor of which `local` is this rank's part, laid out as the parameter is."""
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's shard. detach first: to_local() of a parameter would be part of the autograd graph."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from pomscale.config.engine import OptimizerConfig, ScheduleConfig
+from pomscale.engine.adamw_bf16 import AdamWBf16
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW that leaves biases and embeddings undecayed.
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW that leaves biases and embeddings undecayed; its state is there from the start.
 
     Decay would pull the gate biases from their start at -1 towards 0, that is, open every block; and a class
     embedding would shrink at every step in which its class does not occur.
@@ -22,24 +23,29 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     for name, parameter in model.named_parameters():
         is_bias = name.rsplit(".", 1)[-1] == "bias"
         (undecayed if is_bias or id(parameter) in embeddings else decayed).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": undecayed, "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+    optimizer: torch.optim.Optimizer
+    if config.moments == "bf16":
+        optimizer = AdamWBf16(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     for parameter in (*decayed, *undecayed):
-        # AdamW's own initial state, which it would make at the first step: a checkpoint can be loaded into it before.
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-        }
+        init_adam_state(optimizer, parameter, config)
     return optimizer
+
+
+def init_adam_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, config: OptimizerConfig) -> None:
+    """AdamW's own initial state, which it would make at the first step: a checkpoint can be loaded into it before."""
+    dtype = torch.bfloat16 if config.moments == "bf16" else torch.float32
+    optimizer.state[parameter] = {
+        # The fused kernel counts on the device, the other reads the count.
+        "step": torch.zeros((), device="cpu" if config.moments == "bf16" else parameter.device),
+        "exp_avg": torch.zeros_like(parameter, dtype=dtype, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype, requires_grad=False),
+    }
 
 
 def learning_rate(config: ScheduleConfig, peak: float, samples: int, total_samples: int) -> float:

@@ -15,7 +15,8 @@ _NUM_TIMESTEPS = 1000
 def timestep_features(t: Tensor, dim: int) -> Tensor:
     """t (..) in [0, 1], dim even -> fp32 (.. dim): [cos, sin](1000 t f_i), f_i = 1000^(-2i / dim), i < dim / 2."""
     index = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
-    frequencies = torch.exp(-2 * math.log(_NUM_TIMESTEPS) / dim * index)
+    # In HoMM's order of operations: angles go up to 1000, where the last bit of a frequency shows in an output.
+    frequencies = torch.exp(-2 * math.log(_NUM_TIMESTEPS) * index / dim)
     angles = _NUM_TIMESTEPS * t.float()[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -41,10 +42,11 @@ def sincos_positions_2d(height: int, width: int, dim: int, device: torch.device,
     """
     if dim % 4:
         raise ValueError(f"dim: 2-D positions need a multiple of 4, got {dim}")
-    frequencies = math.pi * (2 * torch.arange(dim // 4, dtype=torch.float32, device=device) + 1)
+    odd = 2 * torch.arange(dim // 4, dtype=torch.float32, device=device) + 1
 
     def features(length: int) -> Tensor:
-        angles = torch.linspace(0, 1, length, dtype=torch.float32, device=device)[:, None] * frequencies
+        # In HoMM's order of operations, for the same reason as the frequencies of time.
+        angles = torch.linspace(0, 1, length, dtype=torch.float32, device=device)[:, None] * odd * math.pi
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
     x = features(width)[None, :].expand(height, width, dim // 2)

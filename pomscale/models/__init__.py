@@ -6,9 +6,9 @@ from typing import Any
 
 from pomscale.config.schema import ModelConfig
 from pomscale.models.image import DiPoM
-from pomscale.models.init import init_weights
+from pomscale.models.init import init_weights, initial_value
 
-__all__ = ["DiPoM", "build_model", "init_weights"]
+__all__ = ["DiPoM", "build_model", "init_weights", "initial_value"]
 
 
 def build_model(

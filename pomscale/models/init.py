@@ -24,12 +24,18 @@ def init_weights(model: nn.Module, seed: int, assign: Callable[[nn.Parameter, Te
     assign(parameter, value) receives the whole parameter as fp32 on the CPU; an engine passes one that keeps its
     shard. The parameters must have storage (not the meta device). Raises ValueError for a parameter without a rule.
     """
-    for module_name, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            name = f"{module_name}.{leaf}"
-            value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            _fill(value, module, name.split("."), _generator(seed, name))
-            assign(parameter, value)
+    for name, parameter in model.named_parameters():
+        assign(parameter, initial_value(model, name, seed))
+
+
+@torch.no_grad()
+def initial_value(model: nn.Module, name: str, seed: int) -> Tensor:
+    """What `init_weights` gives to the parameter `name`: all of it, fp32 on the CPU."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    value = torch.empty(module.get_parameter(leaf).shape, dtype=torch.float32, device="cpu")
+    _fill(value, module, [*owner.split("."), leaf], _generator(seed, f"{owner}.{leaf}"))
+    return value
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

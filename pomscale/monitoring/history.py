@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pomscale.errors import InputError
+from pomscale.monitoring.jsonl import read_json_lines
 from pomscale.monitoring.sinks import METRICS_FILE
 
 INCARNATIONS_FILE = "incarnations.jsonl"
@@ -44,9 +44,9 @@ def read_history(run_folder: Path) -> History:
     path = run_folder / METRICS_FILE
     if not path.exists():
         raise InputError(f"no metrics in {run_folder}: {METRICS_FILE} is missing. Is it a run folder, has it started?")
-    incarnations, _ = _read_lines(run_folder / INCARNATIONS_FILE)
+    incarnations, _ = read_json_lines(run_folder / INCARNATIONS_FILE)
     start_samples = {start["incarnation"]: start["start_samples"] for start in incarnations}
-    written, num_unreadable = _read_lines(path)
+    written, num_unreadable = read_json_lines(path)
     rows: list[dict[str, Any]] = []
     resumed_at: list[int] = []
     for row in written:
@@ -70,18 +70,3 @@ def read_history(run_folder: Path) -> History:
     series = {name: (sorted(points), [points[at] for at in sorted(points)]) for name, points in values.items()}
     last_time_unix_s = rows[-1]["time_unix_s"] if rows else None
     return History(series, incarnations, resumed_at, num_unreadable, last_time_unix_s)
-
-
-def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The JSON objects of a file, one per line (none without the file), and the number of unreadable lines.
-
-    Half an object is never valid JSON, so whatever parses was written whole.
-    """
-    objects: list[dict[str, Any]] = []
-    num_unreadable = 0
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            objects.append(json.loads(line))
-        except ValueError:
-            num_unreadable += bool(line.strip())
-    return objects, num_unreadable

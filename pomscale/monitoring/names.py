@@ -25,11 +25,39 @@ METRICS: dict[str, str] = {
     "encode/captions_cut": "captions of which only the first max_length tokens were kept",
     "encode/busy_share": "share of the time in which this task's encoder did not wait for decoding or writing, 0 to 1",
     "encode/eta_s": "seconds until this task's items are done, at the speed so far",
+    "faults/skipped_steps": "steps of this incarnation that were left out, since loss or gradient was not finite",
+    "faults/rollbacks": "how often this run went back to a checkpoint, since it diverged",
+    "ranks/compute_slowdown": "seconds of a fixed computation on the slowest rank over those of the median rank",
+    "ranks/slowest_rank": "the rank that is slowest at it",
+    "ranks/slowest_host": "its host",
+    "ranks/data_wait_excess_share": "how much longer than the median rank one waits for data, over the step time",
+    "ranks/data_wait_rank": "the rank that waits longest for data",
+    "preflight/matmul_tflops": "matrix products at the start, TFLOP/s of the median rank",
+    "preflight/matmul_slowest_tflops": "the same of the slowest rank",
+    "preflight/write_gb_per_s": "writing into the run folder at the start, with fsync, GB/s of the median host",
+    "preflight/write_slowest_gb_per_s": "the same of the slowest host",
+    "preflight/all_reduce_gb_per_s": "all-reduce over all ranks at the start, bus bandwidth in GB/s",
     "validation/loss": "held-out loss with noise fixed for the whole run",
     "validation/bad_samples": "held-out samples that could not be read and do not count in the held-out loss",
 }
 
+WALL_TIME: dict[str, str] = {
+    "productive": "steps that count",
+    "lost": "steps done again, since the run went back to a checkpoint",
+    "queue": "waiting for machines",
+    "down": "between two incarnations; after a kill also the seconds before it that were not written yet",
+    "start_up": "from the start of the process to its first batch",
+    "compile": "the first step of an incarnation",
+    "data_wait": "waiting for data",
+    "checkpoint_stall": "training held up by saving",
+    "evaluation": "validation and pictures",
+    "rollback": "going back to a checkpoint",
+    "other": "anything else",
+}
+"""What the wall time of a run is spent on, in the order in which it is shown."""
+
 VALIDATION_BIN_PREFIX = "validation/loss_bin_"
+GOODPUT_PREFIX, GOODPUT_SUFFIX = "goodput/", "_share"
 EPOCH_PREFIXES = {
     "data/epoch/": "how often dataset {} was gone through",
     "data/epoch_min/": "how often the latent shape of dataset {} that was gone through least was gone through",
@@ -42,10 +70,21 @@ def validation_bin(index: int) -> str:
     return f"{VALIDATION_BIN_PREFIX}{index:02d}"
 
 
+def goodput_share(kind: str) -> str:
+    """Name of the share of all wall time, queue and pauses included, that went into a kind of WALL_TIME.
+
+    goodput/productive_share is how much of it went into steps that count.
+    """
+    return f"{GOODPUT_PREFIX}{kind}{GOODPUT_SUFFIX}"
+
+
 def describe(name: str) -> str:
     """Meaning and unit of a metric; empty for a name that this list does not know."""
     if name.startswith(VALIDATION_BIN_PREFIX):
         return f"held-out loss of time bin {int(name.removeprefix(VALIDATION_BIN_PREFIX))} (0 = nearest to the data)"
+    if name.startswith(GOODPUT_PREFIX):
+        kind = name.removeprefix(GOODPUT_PREFIX).removesuffix(GOODPUT_SUFFIX)
+        return f"share of the run's wall time, over all incarnations: {WALL_TIME.get(kind, kind)}"
     for prefix, meaning in EPOCH_PREFIXES.items():
         if name.startswith(prefix):
             return meaning.format(name.removeprefix(prefix))

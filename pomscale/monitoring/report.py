@@ -2,7 +2,7 @@
 
 Only files of the run folder are read, so it works without a network, on a run that is still going, and on one that
 was killed. Next to metrics.jsonl these are shown where they exist: recipe.yaml, outcome.json, code.json,
-incarnations.jsonl, samples/*.png and checkpoints/*/.
+incarnations.jsonl, events.jsonl, samples/*.png and checkpoints/*/.
 """
 
 from __future__ import annotations
@@ -24,13 +24,28 @@ from matplotlib.ticker import FuncFormatter
 
 from pomscale.errors import InputError
 from pomscale.monitoring.history import History, read_history
-from pomscale.monitoring.names import VALIDATION_BIN_PREFIX, describe
-from pomscale.monitoring.text import format_count
+from pomscale.monitoring.ledger import Goodput, goodput
+from pomscale.monitoring.names import VALIDATION_BIN_PREFIX, WALL_TIME, describe
+from pomscale.monitoring.text import format_count, format_duration
 
 NUM_SAMPLE_GRIDS = 4
 
 _INK, _MUTED, _RULE = "#1f2733", "#6b7686", "#e3e7ed"
 _LINE_COLORS = ("#2563c9", "#d9622b", "#2a9d6f", "#8a4fbf")
+# Green is what counts; everything else is told apart by hue, what is nobody's fault in greys.
+_TIME_COLORS = {
+    "productive": "#2a9d6f",
+    "lost": "#b3261e",
+    "queue": "#c9d0da",
+    "down": "#9aa4b2",
+    "start_up": "#2563c9",
+    "compile": "#7aa2e8",
+    "data_wait": "#d9622b",
+    "checkpoint_stall": "#8a4fbf",
+    "evaluation": "#e3b341",
+    "rollback": "#e58a8a",
+    "other": "#56606f",
+}
 
 
 @dataclass(frozen=True)
@@ -60,8 +75,9 @@ def write_report(run_folder: Path, out: Path | None = None) -> ReportPaths:
     out.mkdir(parents=True, exist_ok=True)
     paths = ReportPaths(png=out / "report.png", html=out / "report.html")
     panels = _panels(history)
-    paths.png.write_bytes(_render_overview(run_folder.resolve().name, panels, history.resumed_at))
-    paths.html.write_text(_render_page(run_folder.resolve(), history, panels), encoding="utf-8")
+    times = goodput(run_folder)
+    paths.png.write_bytes(_render_overview(run_folder.resolve().name, panels, history.resumed_at, times))
+    paths.html.write_text(_render_page(run_folder.resolve(), history, panels, times), encoding="utf-8")
     return paths
 
 
@@ -93,12 +109,22 @@ def _panels(history: History) -> list[Panel]:
 # --- plots ---------------------------------------------------------------------------------------------------------
 
 
-def _render_overview(name: str, panels: list[Panel], resumed_at: list[int]) -> bytes:
+def _render_overview(name: str, panels: list[Panel], resumed_at: list[int], times: Goodput | None) -> bytes:
     num_rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(12, 0.6 + 3.1 * num_rows), layout="constrained")
+    heights = [3.1] * num_rows + ([1.3] if times is not None else [])
+    figure = Figure(figsize=(12, 0.6 + sum(heights)), layout="constrained")
     figure.suptitle(name, color=_INK, fontsize=14, fontweight="bold", parse_math=False)
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     for index, panel in enumerate(panels):
-        _draw(figure.add_subplot(num_rows, 2, index + 1), panel, resumed_at)
+        _draw(figure.add_subplot(grid[index // 2, index % 2]), panel, resumed_at)
+    if times is not None:
+        _draw_times(figure.add_subplot(grid[-1, :]), times)
+    return _png(figure)
+
+
+def _render_times(times: Goodput) -> bytes:
+    figure = Figure(figsize=(10.6, 1.3), layout="constrained")
+    _draw_times(figure.add_subplot(), times)
     return _png(figure)
 
 
@@ -149,6 +175,22 @@ def _draw_line(axes: Axes, label: str, samples: np.ndarray, values: np.ndarray, 
     axes.plot(samples, values, color=color, linewidth=1.6, label=label, marker=marker, markersize=3)
 
 
+def _draw_times(axes: Axes, times: Goodput) -> None:
+    """All wall time as one bar."""
+    total, begin = sum(times.seconds.values()), 0.0
+    for kind, seconds in times.seconds.items():
+        if not seconds:
+            continue
+        label = f"{kind.replace('_', ' ')} {seconds / total:.1%}"
+        axes.barh(0, seconds / total, left=begin, color=_TIME_COLORS[kind], label=label)
+        begin += seconds / total
+    title = f"wall time {format_duration(total)}, productive {times.productive_share:.1%}"
+    axes.set_title(title, loc="left", color=_INK, fontsize=10, fontweight="bold")
+    axes.set_xlim(0, 1)
+    axes.set_axis_off()
+    axes.legend(frameon=False, fontsize=7, labelcolor=_MUTED, ncols=6, loc="upper left", bbox_to_anchor=(0, 0))
+
+
 def _spans_decades(lines: list[list[float]]) -> bool:
     """Whether a logarithmic axis shows more: all values positive, the largest 30 times the smallest."""
     values = np.concatenate(lines)
@@ -190,15 +232,16 @@ pre { margin: 0; font: .82rem/1.45 ui-monospace, Menlo, Consolas, monospace; }
 """
 
 
-def _render_page(run_folder: Path, history: History, panels: list[Panel]) -> str:
+def _render_page(run_folder: Path, history: History, panels: list[Panel], times: Goodput | None) -> str:
     """The page. Its content security policy forbids everything but inline styles and inline pictures."""
     title = escape(run_folder.name)
     outcome = _read_json(run_folder / "outcome.json")
     sections = [
         _header(run_folder.name, outcome, history),
-        _tiles(history),
+        _tiles(history, times),
         _section("Samples", _sample_grids(run_folder)),
         _section("Curves", _plots(panels, history.resumed_at)),
+        _section("Wall time", _wall_time(times)),
         _section("Last metrics", _metrics_table(history)),
         _section("Outcome", _key_values(outcome)),
         _section("Starts", _starts(history)),
@@ -241,7 +284,7 @@ def _utc(time_unix_s: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(time_unix_s))
 
 
-def _tiles(history: History) -> str:
+def _tiles(history: History, times: Goodput | None) -> str:
     last_samples = max(samples[-1] for samples, _ in history.series.values())
     shown = [("samples seen", format_count(last_samples))]
     for label, name in (
@@ -252,6 +295,8 @@ def _tiles(history: History) -> str:
     ):
         if name in history.series:
             shown.append((label, f"{history.series[name][1][-1]:.4g}"))
+    if times is not None:
+        shown.append(("of the wall time was productive", f"{times.productive_share:.1%}"))
     tiles = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in shown
     )
@@ -276,6 +321,24 @@ def _sample_grids(run_folder: Path) -> str:
     paths = sorted((run_folder / "samples").glob("*.png"))[: -NUM_SAMPLE_GRIDS - 1 : -1]
     grids = "".join(_picture(path.read_bytes(), f"sample grid {path.stem}", path.name) for path in paths)
     return f'<div class="grids">{grids}</div>' if grids else ""
+
+
+def _wall_time(times: Goodput | None) -> str:
+    """Where the time went, over all incarnations, and what happened."""
+    if times is None:
+        return ""
+    total = sum(times.seconds.values())
+    rows = "".join(
+        f"<tr><td>{kind.replace('_', ' ')}<small>{WALL_TIME[kind]}</small></td>"
+        f'<td class="number">{format_duration(seconds)}</td><td class="number">{seconds / total:.2%}</td></tr>'
+        for kind, seconds in times.seconds.items()
+        if seconds
+    )
+    events = ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in sorted(times.events.items()))
+    note = f'<p class="note">{escape(events)}</p>' if events else ""
+    bar = _picture(_render_times(times), f"productive {times.productive_share:.1%} of the wall time")
+    head = "<tr><th>spent on</th><th>time</th><th>share</th></tr>"
+    return f'{bar}{note}<div class="card"><table>{head}{rows}</table></div>'
 
 
 def _metrics_table(history: History) -> str:

@@ -5,7 +5,6 @@ A sink never raises because its destination is away or full: a run is worth more
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TextIO
 
+from pomscale.monitoring.jsonl import JsonLines
 from pomscale.monitoring.text import format_count, format_duration
 
 METRICS_FILE = "metrics.jsonl"
@@ -35,29 +35,15 @@ class MetricSink(Protocol):
 class JsonlSink:
     """Appends one JSON object per line to RUN/metrics.jsonl: samples, time_unix_s, incarnation, then the metrics.
 
-    A row is handed to the kernel before `log` returns, so a kill -9 loses none. Numbers that JSON lacks are the
-    strings "nan", "inf" and "-inf". An image is a row that holds its path, relative to the run folder where it
-    lies inside. On a full disk rows are kept in memory and tried again with the next one.
-
-    Raises OSError when the file cannot be opened.
+    Numbers that JSON lacks are the strings "nan", "inf" and "-inf". An image is a row that holds its path, relative to
+    the run folder where it lies inside. For kills and full disks see JsonLines. Raises OSError when the file cannot be
+    opened.
     """
 
     def __init__(self, run_folder: Path, incarnation: int) -> None:
         self._run_folder = run_folder
         self._incarnation = incarnation
-        self._warned = False
-        # Unbuffered: what write() did not take is known to the byte and is kept in _pending, so a full disk can
-        # never leave half a row in the middle of the file.
-        self._file = (run_folder / METRICS_FILE).open("a+b", buffering=0)
-        # A node that died while writing leaves half a line; start on a fresh one, or the next row would be lost too.
-        self._pending = b"" if self._ends_with_newline() else b"\n"
-
-    def _ends_with_newline(self) -> bool:
-        size = self._file.seek(0, 2)
-        if size == 0:
-            return True
-        self._file.seek(size - 1)
-        return self._file.read(1) == b"\n"
+        self._rows = JsonLines(run_folder / METRICS_FILE)
 
     def log(self, samples: int, metrics: dict[str, float | str]) -> None:
         row: dict[str, float | str] = {
@@ -67,32 +53,14 @@ class JsonlSink:
         }
         for name, value in metrics.items():
             row[name] = value if isinstance(value, str) or math.isfinite(value) else str(float(value))
-        self._pending += json.dumps(row, allow_nan=False).encode() + b"\n"
-        self._write_pending()
-
-    def _write_pending(self) -> None:
-        try:
-            while self._pending:
-                self._pending = self._pending[self._file.write(self._pending) :]
-        except OSError as error:
-            if not self._warned:
-                self._warned = True
-                logger.warning(
-                    "%s cannot be written (%s): rows are kept in memory and tried again; they are lost if the "
-                    "process is killed before there is space",
-                    self._run_folder / METRICS_FILE,
-                    error,
-                )
+        self._rows.append(row)
 
     def log_image(self, samples: int, name: str, png_path: Path) -> None:
         inside = png_path.is_relative_to(self._run_folder)
         self.log(samples, {name: str(png_path.relative_to(self._run_folder) if inside else png_path)})
 
     def close(self, failed: bool = False) -> None:
-        self._write_pending()
-        if self._pending:
-            logger.error("%d bytes of metrics are lost: the disk is still full", len(self._pending))
-        self._file.close()
+        self._rows.close()
 
 
 class ConsoleSink:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 
 class StepTimer:
@@ -58,25 +57,6 @@ class StepTimer:
             }
         self._restart()
         return metrics
-
-
-# Peak FLOP/s without sparsity, from NVIDIA's data sheets (A100 80 GB; H100 and H200 Tensor Core GPU; Blackwell
-# architecture technical brief, HGX B200). bf16 is the tensor cores' figure with fp32 accumulation, fp32 that of the
-# CUDA cores (TF32 off, torch's default). First match wins, so variants stand before their family.
-_PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
-    ("A100", {"bf16": 312e12, "fp32": 19.5e12}),
-    ("H100 NVL", {"bf16": 835e12, "fp32": 60e12}),
-    ("H100 PCIe", {"bf16": 756e12, "fp32": 51e12}),
-    ("H100", {"bf16": 989e12, "fp32": 67e12}),
-    ("H200 NVL", {"bf16": 835e12, "fp32": 60e12}),
-    ("H200", {"bf16": 989e12, "fp32": 67e12}),
-    ("B200", {"bf16": 2250e12, "fp32": 80e12}),
-)
-
-
-def peak_flops(device_name: str, precision: Literal["fp32", "bf16"]) -> float | None:
-    """Dense peak in FLOP/s of a device, by torch.cuda.get_device_name(); None for a CPU or an unknown device."""
-    return next((peaks[precision] for name, peaks in _PEAK_FLOPS if name in device_name), None)
 
 
 def mfu(samples_per_s: float, training_flops_per_sample: float, num_devices: int, peak: float) -> float:

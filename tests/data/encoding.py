@@ -11,6 +11,7 @@ import numpy as np
 from data_pipelines.common.encode import Encoded, EncodeReport
 from pomscale.data.dataset import LatentDataset
 from pomscale.data.index import split_member_name
+from pomscale.data.normalize import normalize
 from pomscale.data.schema import read_manifest
 
 
@@ -48,4 +49,4 @@ def read_all(
     dataset = LatentDataset.open(folder, normalization)
     records = np.arange(len(dataset))
     samples = dataset.read(records, records + first_position, seed=0, flip_probability=float(flip))
-    return np.asarray(samples.latents), np.asarray(samples.labels)
+    return np.asarray(normalize(samples.latents, dataset.normalization)), np.asarray(samples.labels)

@@ -16,6 +16,7 @@ from pomscale.config.schema import CacheConfig
 from pomscale.data.dataset import LatentDataset, Samples
 from pomscale.data.index import index_dtype
 from pomscale.data.join import join_path, open_join
+from pomscale.data.normalize import normalize
 from pomscale.data.schema import INDEX_NAME, ArrayName, Normalization, read_manifest
 from pomscale.errors import InputError, PomscaleError
 
@@ -43,15 +44,19 @@ def values(latents: torch.Tensor) -> list[int]:
     return flat[:, 0].int().tolist()
 
 
-def test_records_come_normalised_with_their_labels(tmp_path: Path) -> None:
+def test_records_come_as_they_are_stored_with_their_labels(tmp_path: Path) -> None:
     write_dataset(tmp_path, [3, 4])
-    samples = read(LatentDataset.open(tmp_path, "dataset"), [6, 0, 2])
-    assert samples.latents.dtype == torch.float32
+    dataset = LatentDataset.open(tmp_path, "dataset")
+    samples = read(dataset, [6, 0, 2])
+    assert samples.latents.dtype == torch.float16
+    assert values(samples.latents) == [6, 0, 2]
     assert samples.labels.tolist() == [1, 0, 2]
     assert samples.text is None
     assert not samples.bad
     expected = torch.tensor([6.0, 0.0, 2.0])[:, None] / torch.tensor([1.0, 2.0, 4.0, 8.0])
-    assert samples.latents.equal(expected[..., None, None].expand(3, *LATENT_SHAPE))
+    normalised = normalize(samples.latents, dataset.normalization)
+    assert normalised.dtype == torch.float32
+    assert normalised.equal(expected[..., None, None].expand(3, *LATENT_SHAPE))
 
 
 def test_a_batch_has_the_shape_of_its_group(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,14 @@ def all_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Data]:
     }
 
 
-def check_schedule(data: Data, global_batch: int, schedule: list[Leg]) -> None:
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[ThreadPoolExecutor]:
+    """Threads to read in, and to close loaders in while the test goes on: starting and stopping them is waiting."""
+    with ThreadPoolExecutor(64) as pool:
+        yield pool
+
+
+def check_schedule(data: Data, global_batch: int, schedule: list[Leg], ranks: ThreadPoolExecutor) -> None:
     """Whatever the layouts: the order that one process alone would read, and in it every epoch whole."""
     start = 0
     seen: dict[int, int] = {}
@@ -147,14 +155,15 @@ def check_schedule(data: Data, global_batch: int, schedule: list[Leg]) -> None:
             )
             for rank in range(world_size)
         ]
+        leg = [itertools.islice(loader, num_steps * loader.num_micro_batches) for loader in loaders]
+        for batch in itertools.chain.from_iterable(ranks.map(list, leg)):
+            kept = batch.weights == 1
+            new = {p: r for p, r, k in zip(batch.positions.tolist(), records_of(batch), kept, strict=True) if k}
+            assert new.keys().isdisjoint(seen)
+            seen |= new
+            shapes[int(batch.positions[0]) // global_batch].add(batch.latents.shape[1:])
         for loader in loaders:
-            for batch in itertools.islice(loader, num_steps * loader.num_micro_batches):
-                kept = batch.weights == 1
-                new = {p: r for p, r, k in zip(batch.positions.tolist(), records_of(batch), kept, strict=True) if k}
-                assert new.keys().isdisjoint(seen)
-                seen |= new
-                shapes[int(batch.positions[0]) // global_batch].add(batch.latents.shape[1:])
-        close_all(loaders)
+            ranks.submit(loader.close)
         start += num_steps * global_batch
     assert sorted(seen) == list(range(start))
     assert all(len(of_step) == 1 for of_step in shapes.values())
@@ -181,18 +190,18 @@ KINDS = ("one shape", "buckets", "mixture")
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(global_batch=st.integers(8, 30), schedule=legs(4))
 def test_no_sample_is_lost_or_doubled_when_the_layout_changes(
-    all_data: dict[str, Data], kind: str, global_batch: int, schedule: list[Leg]
+    all_data: dict[str, Data], ranks: ThreadPoolExecutor, kind: str, global_batch: int, schedule: list[Leg]
 ) -> None:
-    check_schedule(all_data[kind], global_batch, schedule)
+    check_schedule(all_data[kind], global_batch, schedule, ranks)
 
 
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(KINDS), global_batch=st.integers(8, 30), schedule=legs(4))
 def test_no_sample_is_lost_or_doubled_in_200_schedules(
-    all_data: dict[str, Data], kind: str, global_batch: int, schedule: list[Leg]
+    all_data: dict[str, Data], ranks: ThreadPoolExecutor, kind: str, global_batch: int, schedule: list[Leg]
 ) -> None:
-    check_schedule(all_data[kind], global_batch, schedule)
+    check_schedule(all_data[kind], global_batch, schedule, ranks)
 
 
 def test_one_dataset_of_one_shape_is_read_in_the_order_of_its_records(dataset: LatentDataset) -> None:
@@ -220,22 +229,13 @@ def test_where_shards_are_read_from_changes_nothing(tmp_path: Path, reading: str
     assert seen[0] == seen[1]
 
 
-def close_all(loaders: list[Loader[MicroBatch]]) -> None:
-    """At once, since each waits up to a tenth of a second for its threads."""
-    threads = [threading.Thread(target=loader.close) for loader in loaders]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
 def test_a_batch_has_the_promised_shapes(dataset: LatentDataset) -> None:
     with open_loader(mix(dataset, global_batch=7), micro_batch=4) as loader:
         assert loader.num_micro_batches == 2
         first, second = itertools.islice(loader, 2)
     assert [len(batch.positions) for batch in (first, second)] == [3, 4]
     assert first.latents.shape == (3, 4, 2, 3)
-    assert first.latents.dtype == first.weights.dtype == torch.float32
+    assert (first.latents.dtype, first.weights.dtype) == (torch.float16, torch.float32)
     assert first.condition.dtype == first.positions.dtype == torch.int64
     assert first.condition.tolist() == [record % 5 for record in records_of(first)]
 

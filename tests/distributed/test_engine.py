@@ -11,7 +11,7 @@ from running import run
 WORKER = Path(__file__).with_name("engine_worker.py")
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, 3])
+@pytest.mark.parametrize("num_processes", [1, 3, 4])
 def test_engine_equals_a_plain_loop(tmp_path: Path, num_processes: int) -> None:
     """The worker trains the same model by a plain PyTorch loop and compares; see engine_worker.py."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]

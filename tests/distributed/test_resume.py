@@ -66,7 +66,7 @@ def test_many_kills_at_random_moments_while_saving_at_every_step(
         )
     train(tiny_recipe, *overrides, num_processes=2)
     assert_same_run(folder, undisturbed)
-    assert {row["incarnation"] for row in rows(folder)} == set(range(len(moments) + 1))
+    assert {row["incarnation"] for row in rows(folder)} == set(range(1, len(moments) + 2))
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_moving_between_numbers_of_ranks(undisturbed: Path, tiny_recipe: Path) -
         assert outcome(folder)["samples"] == checkpoint_samples(folder) >= step * GLOBAL_BATCH
         stopped_at.append(outcome(folder)["samples"])
     train(tiny_recipe)
-    assert outcome(folder)["incarnation"] == len(legs)
+    assert outcome(folder)["incarnation"] == len(legs) + 1
     assert stopped_at == sorted(set(stopped_at))
     assert_same_curve(losses(folder), losses(undisturbed), first_changed_step=stopped_at[0] // GLOBAL_BATCH)
 

@@ -19,7 +19,7 @@ from pomscale.config.recipe import load_train_recipe
 from pomscale.data.dataset import LatentDataset
 from pomscale.diffusion.objectives import OBJECTIVES
 from pomscale.errors import InputError
-from pomscale.train import open_heldout
+from pomscale.events import open_heldout
 
 STEPS = 20
 EXTRAS = """

@@ -93,7 +93,7 @@ def test_a_torn_last_line_spoils_neither_the_file_nor_the_next_row(tmp_path: Pat
 def test_rows_wait_in_memory_while_the_disk_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class FullAfterHalfARow:
         def __init__(self, sink: JsonlSink) -> None:
-            self.real, self.full = sink._file, False
+            self.real, self.full = sink._rows._file, False
 
         def write(self, data: bytes) -> int:
             if self.full:
@@ -103,11 +103,11 @@ def test_rows_wait_in_memory_while_the_disk_is_full(tmp_path: Path, caplog: pyte
 
     sink = JsonlSink(tmp_path, 0)
     full = FullAfterHalfARow(sink)
-    sink._file = full  # type: ignore[assignment]
+    sink._rows._file = full  # type: ignore[assignment]
     sink.log(8, {"train/loss": 1.0})
     sink.log(16, {"train/loss": 0.9})
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    sink._file = full.real
+    sink._rows._file = full.real
     sink.log(24, {"train/loss": 0.8})
     sink.close()
     assert [row["samples"] for row in _rows(tmp_path)] == [8, 16, 24]

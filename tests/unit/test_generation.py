@@ -1,0 +1,60 @@
+"""Split brain: of all starts of a run, only the newest goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pomscale.distributed.generation import Generation, Superseded
+from pomscale.errors import PomscaleError
+
+CLAIM = "import sys, pathlib; from pomscale.distributed.generation import Generation as G; "
+CLAIM += "print([G.claim(pathlib.Path(sys.argv[1])).number for _ in range(20)], 'torch' in sys.modules)"
+
+
+def test_starts_at_the_same_time_get_different_numbers_and_only_the_highest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    with ThreadPoolExecutor(8) as pool:
+        claimed = list(pool.map(lambda _: Generation.claim(tmp_path), range(64)))
+    assert sorted(generation.number for generation in claimed) == list(range(1, 65))
+    for generation in claimed:
+        if generation.number == 64:
+            generation.check()
+        else:
+            with pytest.raises(Superseded, match=r"a newer start \(.*SLURM job 4711.*\) of this run has taken over"):
+                generation.check()
+    Generation(tmp_path, 64).check()  # another rank of the newest start
+
+
+def test_processes_race_without_torch(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", CLAIM, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    numbers: list[int] = []
+    for process in processes:
+        out, _ = process.communicate(timeout=60)
+        listed, _, has_torch = out.strip().rpartition(" ")
+        numbers += [int(number) for number in listed.strip("[]").split(",")]
+        assert has_torch == "False"
+    assert sorted(numbers) == list(range(1, 61))
+
+
+def test_a_claim_that_was_killed_before_it_said_who_it_is_counts(tmp_path: Path) -> None:
+    first = Generation.claim(tmp_path)
+    (tmp_path / "generations" / "000002").touch()
+    with pytest.raises(Superseded, match=r"a newer start \(just now\)"):
+        first.check()
+    assert Generation.claim(tmp_path).number == 3
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "generations").write_text("a file where the folder should be")
+    with pytest.raises(PomscaleError, match=r"generations: this start of the run cannot be recorded"):
+        Generation.claim(tmp_path)
