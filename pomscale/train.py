@@ -16,6 +16,7 @@ from pomscale.card import ModelCard
 from pomscale.checkpoint.store import CheckpointStore, latest_checkpoint, read_meta
 from pomscale.clock import Clock
 from pomscale.config.engine import CheckpointConfig
+from pomscale.config.hardware import peak_flops
 from pomscale.config.schema import TrainRecipe
 from pomscale.data.bad_samples import BadSampleList
 from pomscale.data.loader import Loader
@@ -43,7 +44,7 @@ from pomscale.monitoring.host import HostStats
 from pomscale.monitoring.ledger import Ledger
 from pomscale.monitoring.monitor import Monitor, open_monitor
 from pomscale.monitoring.profiler import ProfileWindow
-from pomscale.monitoring.throughput import mfu, peak_flops
+from pomscale.monitoring.throughput import mfu
 from pomscale.monitoring.wandb_sink import read_wandb_id
 from pomscale.plan.model_cost import num_parameters, training_flops
 from pomscale.resume import CHECKPOINT_FORMAT, check_same_run, identity

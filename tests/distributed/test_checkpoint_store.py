@@ -224,7 +224,9 @@ def test_a_full_disk_or_a_read_only_one_keeps_what_is_there(small_disk: Path, as
     store = open_store(small_disk / "checkpoints", asynchronous=asynchronous)
     save(store, 10)
     save(store, 20)
-    message = r"samples-000000000030: the checkpoint could not be written; [\d.]+ MiB are free there \(rank 0: \[Errno 28\].*Earlier"
+    message = (
+        r"samples-000000000030: the checkpoint could not be written; [\d.]+ MiB are free there \(rank 0: \[Errno 28\]"
+    )
     with pytest.raises(PomscaleError, match=message):
         save(store, 30)
     assert names(store.root) == ["samples-000000000010", "samples-000000000020"]

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from pomscale.config.schema import ProfileConfig
+from pomscale.config.hardware import peak_flops
 from pomscale.monitoring.host import HostStats, peak_memory_gib
 from pomscale.monitoring.names import METRICS
 from pomscale.monitoring.profiler import ProfileWindow
 from pomscale.monitoring.text import format_count, format_duration
-from pomscale.monitoring.throughput import StepTimer, mfu, peak_flops
+from pomscale.monitoring.throughput import StepTimer, mfu
 
 
 def test_step_timer_arithmetic() -> None:

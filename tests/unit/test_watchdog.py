@@ -11,6 +11,7 @@ import pytest
 
 PROGRAM = """
 import ctypes, sys, time
+from pathlib import Path
 from pomscale.distributed.watchdog import Watchdog
 
 def sleeping():
@@ -40,6 +41,12 @@ def long_first_step():
     time.sleep(2.5)
     training()
 
+def compilation():  # holds Python's lock past the shorter limit, for which the timer is set by then
+    time.sleep(0.5)
+    with watchdog.slow("compilation"):
+        ctypes.PyDLL(None).poll(None, 0, 3700)
+    print("alive", flush=True)
+
 def broken_record():
     sleeping()
 
@@ -66,7 +73,7 @@ class Watched:
     stacks: str
 
 
-LEFT_ALONE = ("training", "long_first_step", "unwatched")
+LEFT_ALONE = ("training", "long_first_step", "compilation", "unwatched")
 HANGS = {
     "sleeping": ("sleeping", "no step for 2 s"),
     "stuck_in_c": ("stuck_in_c", "no step for 2 s"),

@@ -1,0 +1,55 @@
+"""Which checkpoints stay: the last few, one per so many samples, and the best by a metric.
+
+judged.json   {samples: value of the metric}, beside the checkpoints: measured after they are complete, and those
+              are never written to again
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from pomscale.config.engine import CheckpointConfig
+from pomscale.errors import PomscaleError
+from pomscale.files import write_text
+
+JUDGED = "judged.json"
+
+
+def expendable(complete: Sequence[int], judged: Mapping[int, float], config: CheckpointConfig) -> list[int]:
+    """Which of the checkpoints `complete` (their samples, ascending) may be deleted, in the same order.
+
+    Kept are the last `keep_last`; the first at or after each multiple of `keep_every_samples`, since batches need not
+    end on a multiple; the `keep_best` of lowest value among those that were judged, of equals the newer. Deleting
+    what is returned changes nothing for the rest: asked again, the answer is [].
+    """
+    keep = set(complete[-config.keep_last :])
+    if config.keep_every_samples is not None:
+        every = config.keep_every_samples
+        before = [0, *complete]
+        keep |= {samples for last, samples in zip(before, complete, strict=False) if samples // every > last // every}
+    candidates = [samples for samples in complete if math.isfinite(judged.get(samples, math.nan))]
+    keep.update(sorted(candidates, key=lambda samples: (judged[samples], -samples))[: config.keep_best])
+    return [samples for samples in complete if samples not in keep]
+
+
+def read_judged(root: Path) -> dict[int, float]:
+    """Values by samples; empty where nothing was judged. PomscaleError if the file cannot be read."""
+    path = root / JUDGED
+    if not path.exists():
+        return {}
+    try:
+        return {int(samples): float(value) for samples, value in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError) as error:
+        raise PomscaleError(
+            f"{path} cannot be read ({error}), so it is not known which checkpoints are the best, and none is deleted; "
+            "delete this file to go on without"
+        ) from error
+
+
+def write_judged(root: Path, judged: Mapping[int, float], known: Collection[int | None]) -> None:
+    """Keep the values of the checkpoints `known`. PomscaleError if that cannot be written."""
+    kept = {str(samples): value for samples, value in sorted(judged.items()) if samples in known}
+    write_text(root / JUDGED, json.dumps(kept, indent=1))

@@ -1,0 +1,87 @@
+"""Which start of a run is the newest: only that one may write.
+
+    RUN/generations/000003     made by the third start of the run: host, process, time, SLURM job
+
+A scheduler may take a node for dead and start the run again elsewhere while a rank of the start before lives on, behind
+a network that was cut or a file system that hung. When it wakes up it must not commit, delete or overwrite anything.
+So every start claims the next number, and whoever is about to write looks whether there is a higher one. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pomscale.errors import PomscaleError
+
+FOLDER = "generations"
+
+
+class Superseded(PomscaleError):
+    """A newer start of this run has taken over; nothing was written by this one since it noticed."""
+
+
+class Generation:
+    """One start of a run. Rank 0 claims it; the other ranks are told its number."""
+
+    def __init__(self, run_folder: Path, number: int) -> None:
+        self.number = number
+        self._folder = run_folder / FOLDER
+
+    @classmethod
+    def claim(cls, run_folder: Path) -> Generation:
+        """A number above all others of this run, which no other process has or will get. Called by rank 0 alone.
+
+        Raises PomscaleError if the run folder cannot be written.
+        """
+        folder = run_folder / FOLDER
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            while True:
+                number = _newest(folder) + 1
+                try:
+                    # Exclusive: of two that start at once, one has the lower number, and will stop.
+                    with (folder / f"{number:06d}").open("x", encoding="utf-8") as file:
+                        json.dump(_this_process(), file)
+                except FileExistsError:
+                    continue
+                return cls(run_folder, number)
+        except OSError as error:
+            raise PomscaleError(
+                f"{folder}: this start of the run cannot be recorded: {error}; free some space or fix the file system"
+            ) from error
+
+    def check(self) -> None:
+        """One look into a small folder, before every commit. Raises Superseded if this is not the newest start."""
+        newest = _newest(self._folder)
+        if newest > self.number:
+            raise Superseded(
+                f"a newer start ({_who(self._folder / f'{newest:06d}')}) of this run has taken over "
+                f"{self._folder.parent}; this process stops without writing"
+            )
+
+
+def _newest(folder: Path) -> int:
+    return max((int(name) for name in os.listdir(folder) if name.isdecimal()), default=0)
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def _who(path: Path) -> str:
+    try:
+        claim = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it has the number already, and is about to say who it is
+        return "just now"
+    job = "" if claim["slurm_job_id"] is None else f", SLURM job {claim['slurm_job_id']}"
+    return f"{claim['host']}, process {claim['pid']}{job}, {claim['time']}"

@@ -1,0 +1,94 @@
+"""Which rank holds the others up?
+
+Sharded training waits for all ranks several times a step, so every rank's step takes as long as the slowest one's: step
+times tell that a run is slow and never who makes it slow. What is a rank's own is measured instead, at the logging
+interval: a fixed amount of computation with nobody to wait for (a throttled GPU, a busy core), and how long it waited
+for its data (a slow disk or network). One all-gather of a few numbers.
+"""
+
+from __future__ import annotations
+
+import socket
+import statistics
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from pomscale.distributed.probe import MatmulProbe
+from pomscale.distributed.world import World
+
+_FACTOR = 1.3  # times the median: slower than this is worth a warning
+_NUM_IN_A_ROW = 3  # reports: anything can be slow once
+
+
+@dataclass(frozen=True)
+class StragglerReport:
+    """The same on all ranks. metrics: ranks/*, see monitoring.names; warning: for people, when it is due."""
+
+    metrics: dict[str, float | str]
+    warning: str | None
+
+
+class Stragglers:
+    """Made by all ranks together: it gathers the host names."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._hosts = [str(host) for host in world.gather(socket.gethostname())]
+        on_gpu = world.device.type == "cuda"
+        self._probe = MatmulProbe(world.device, torch.bfloat16 if on_gpu else torch.float32)
+        self._slow_rank: int | None = None
+        self._in_a_row = 0
+
+    def report(self, step_time_s: float, data_wait_s: float) -> StragglerReport:
+        """A collective of a few milliseconds; waits for the device.
+
+        Both arguments: this rank's mean per step since the last report. A world of one has nothing to report.
+        """
+        if self._world.size == 1:
+            return StragglerReport({}, None)
+        mine = torch.tensor(
+            [self._probe.seconds(), data_wait_s, step_time_s], dtype=torch.float64, device=self._world.device
+        )
+        gathered = [torch.empty_like(mine) for _ in range(self._world.size)]
+        dist.all_gather(gathered, mine)
+        return self.judge(*(list(column) for column in zip(*(row.tolist() for row in gathered), strict=True)))
+
+    def judge(self, probe_s: list[float], data_wait_s: list[float], step_time_s: list[float]) -> StragglerReport:
+        """The report on figures of all ranks, in rank order. Remembers who was slow."""
+        step = statistics.median(step_time_s)
+        compute = _excess(probe_s, statistics.median(probe_s))
+        data = _excess(data_wait_s, step)  # a rank that waits for data for half a step makes the step half longer
+        metrics: dict[str, float | str] = {
+            "ranks/compute_slowdown": 1.0 + compute.excess,
+            "ranks/slowest_rank": compute.rank,
+            "ranks/slowest_host": self._hosts[compute.rank],
+            "ranks/data_wait_excess_share": data.excess,
+            "ranks/data_wait_rank": data.rank,
+        }
+        worst, what = max((compute, "computes"), (data, "waits for its data"), key=lambda found: found[0].excess)
+        if 1.0 + worst.excess <= _FACTOR:
+            self._slow_rank, self._in_a_row = None, 0
+            return StragglerReport(metrics, None)
+        self._in_a_row = self._in_a_row + 1 if worst.rank == self._slow_rank else 1
+        self._slow_rank = worst.rank
+        warning = None
+        if self._in_a_row == _NUM_IN_A_ROW:  # once, not at every report from here on
+            warning = (
+                f"rank {worst.rank} on {self._hosts[worst.rank]} {what} {1.0 + worst.excess:.2f} times as long as the "
+                f"median rank, {_NUM_IN_A_ROW} reports in a row: all {self._world.size} ranks wait for it"
+            )
+        return StragglerReport(metrics, warning)
+
+
+@dataclass(frozen=True)
+class _Excess:
+    rank: int
+    excess: float
+
+
+def _excess(values: list[float], unit: float) -> _Excess:
+    """The largest value, and by how many units it is above the median."""
+    rank = max(range(len(values)), key=values.__getitem__)
+    return _Excess(rank, (values[rank] - statistics.median(values)) / unit)

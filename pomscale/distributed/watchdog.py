@@ -1,0 +1,132 @@
+"""Ends a process that hangs, with the stacks of its threads on disk.
+
+One rank that is stuck holds all others in a collective, until NCCL gives up half an hour later without saying where
+anybody was. Here every rank watches itself: its stacks are written while the hang lasts, and it ends, so that the run
+starts again.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, NoReturn
+
+from pomscale.distributed.last_words import last_words
+from pomscale.errors import PomscaleError
+
+_EXIT_HUNG = 1
+
+
+class Watchdog:
+    """As a context manager: from entering to leaving it, `beat()` must come every `timeout_s`, else the process ends.
+
+    timeout_s: None watches nothing. slow_timeout_s: holds instead until the first beat, and inside `slow()`.
+    stacks_path: of this rank and incarnation alone; it is there while watched, and stays if something was written.
+    on_hang(reason) is called after the stacks are written, for at most 10 s in all; then the process ends with code 1.
+
+    A thread looks at the clock. One that holds Python's lock for good (a C extension, a regular expression) would stop
+    that thread too: faulthandler has a timer that needs no lock, set a little later each time the thread looks. It
+    writes the stacks and ends the process with code 1, but cannot call on_hang.
+
+    Raises PomscaleError when stacks_path cannot be written.
+    """
+
+    def __init__(
+        self, timeout_s: float | None, slow_timeout_s: float, stacks_path: Path, on_hang: Callable[[str], None]
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._slow_timeout_s = slow_timeout_s
+        self._stacks_path = stacks_path
+        self._on_hang = on_hang
+        self._look_every_s = min(5.0, (timeout_s or 0.0) / 20)
+        self._stacks: IO[bytes] | None = None
+        self._last_s = 0.0
+        self._has_begun = False
+        self._slow: list[str] = []
+        self._leaving = threading.Event()
+        self._arming = threading.Lock()
+
+    def __enter__(self) -> Watchdog:
+        if self._timeout_s is not None:
+            try:
+                self._stacks_path.parent.mkdir(parents=True, exist_ok=True)
+                self._stacks = self._stacks_path.open("wb", buffering=0)
+            except OSError as error:
+                raise PomscaleError(f"cannot write {self._stacks_path}: {error}") from error
+            self._last_s = time.monotonic()
+            self._arm()
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._stacks is None:
+            return
+        with self._arming:
+            self._leaving.set()
+            faulthandler.cancel_dump_traceback_later()
+        self._stacks.close()
+        if not self._stacks_path.stat().st_size:
+            self._stacks_path.unlink()
+
+    def beat(self) -> None:
+        """A step is done. Costs less than a microsecond: the clock is all that is touched."""
+        self._last_s = time.monotonic()
+        self._has_begun = True
+
+    @contextmanager
+    def slow(self, what: str) -> Iterator[None]:
+        """Around what may take `slow_timeout_s`, e.g. "validation"."""
+        self._slow.append(what)
+        self._last_s = time.monotonic()
+        self._arm()  # the timer still has the shorter limit, and the thread may not get to change it
+        try:
+            yield
+        finally:
+            self._last_s = time.monotonic()
+            self._slow.pop()
+
+    def _limit(self) -> tuple[float, str]:
+        """(seconds, what it means that they are over)."""
+        assert self._timeout_s is not None
+        if self._slow:
+            return self._slow_timeout_s, f"{self._slow[-1]} takes longer than {self._slow_timeout_s:g} s"
+        if not self._has_begun:
+            return self._slow_timeout_s, f"start-up and first step take longer than {self._slow_timeout_s:g} s"
+        return self._timeout_s, f"no step for {self._timeout_s:g} s"
+
+    def _watch(self) -> None:
+        while not self._leaving.wait(self._look_every_s):
+            limit_s, reason = self._limit()
+            if time.monotonic() - self._last_s > limit_s:
+                self._abort(reason)
+            self._arm()
+
+    def _arm(self) -> None:
+        """Set faulthandler's timer past the moment at which the thread would have ended the process."""
+        with self._arming:
+            if self._stacks is not None and not self._leaving.is_set():
+                left_s = max(0.0, self._last_s + self._limit()[0] - time.monotonic())
+                later_s = left_s + 2 * self._look_every_s + 1.0
+                faulthandler.dump_traceback_later(later_s, file=self._stacks, exit=True)
+
+    def _abort(self, reason: str) -> NoReturn:
+        faulthandler.cancel_dump_traceback_later()  # the lock is free, this thread has it: no timer is needed any more
+        last_words(f"hung: {reason}; stacks in {self._stacks_path}", lambda: self._record(reason))
+        # A launcher ends all processes when the first is gone: let the other ranks write their stacks as well.
+        time.sleep(2 * self._look_every_s)
+        os._exit(_EXIT_HUNG)
+
+    def _record(self, reason: str) -> None:
+        assert self._stacks is not None
+        names = "".join(f"Thread 0x{thread.ident or 0:016x}: {thread.name}\n" for thread in threading.enumerate())
+        self._stacks.write(f"{reason}\n\n{names}\n".encode())
+        faulthandler.dump_traceback(self._stacks)
+        self._on_hang(reason)

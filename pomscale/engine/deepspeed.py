@@ -1,0 +1,302 @@
+"""DeepSpeed's ZeRO 1, 2 and 3: what the ranks share out is cut from flattened tensors, wherever that falls.
+
+Every rank holds fp32 master weights and Adam's moments for flat ranges of the parameters ("partitions"); the moving
+averages live over the same ranges. The working parameters, fp32 or bf16, are made from the masters after every step:
+with stages 1 and 2 every rank has all of them, with stage 3 they are gathered module by module while they are used.
+
+Importing this module raises InputError if DeepSpeed is not installed.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pomscale.config.engine import ComputeConfig, DeepSpeedConfig, OptimizerConfig
+from pomscale.distributed.activation_checkpointing import checkpoint_blocks
+from pomscale.distributed.flat_shard import FlatShard
+from pomscale.distributed.world import World
+from pomscale.engine.ema import Ema
+from pomscale.engine.optim import build_optimizer, init_adam_state
+from pomscale.engine.protocol import InitWeights, MicroBatch, Replicas, ShardableModel
+from pomscale.errors import InputError
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no GPU
+try:
+    import deepspeed
+except ImportError as error:
+    raise InputError(
+        f"engine: deepspeed cannot be imported ({error}); run `pip install 'pomscale[deepspeed]'`, or use engine: fsdp2"
+    ) from error
+
+# Or the first use on CPUs spends a minute on compiling a shared-memory all-reduce; gloo is there.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# DeepSpeed calls collectives by names that torch 2.13 has replaced; it would say so at every call.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+# Elements that are reduced or gathered at once. DeepSpeed's own 5e8 make buffers of 2 GB.
+BUCKET_ELEMENTS = 50_000_000
+
+
+class _Range(NamedTuple):
+    """Elements [start, start + size) of a flattened parameter are [offset, offset + size) of a partition."""
+
+    partition: int
+    offset: int
+    size: int
+    start: int
+
+
+class DeepSpeedEngine:
+    """See protocol.Engine. Takes a model on the meta device; with stage 3 no rank ever holds the whole of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        init_weights: InitWeights,
+        world: World,
+        *,
+        deepspeed: DeepSpeedConfig,
+        compute: ComputeConfig,
+        optimizer: OptimizerConfig,
+        averages: Sequence[str],
+    ) -> None:
+        """averages: names of the moving averages to keep. InputError if DeepSpeed was set up for another device."""
+        self.device = world.device
+        self._num_ranks = world.size
+        self._stage = deepspeed.zero_stage
+        _use_device(world.device)
+        on_meta = copy.deepcopy(model)
+        zero_config = _zero_config(deepspeed, compute, optimizer, world.device)
+        _materialize(model, zero_config, deepspeed.zero_stage, compute, world.device)
+        self._deepspeed = _initialize(model, _optimizer_of(model, on_meta, optimizer), zero_config)
+        # DeepSpeed's wrapper, not the model: it has to know of every forward pass.
+        self.model: nn.Module = self._deepspeed
+        self._zero = self._deepspeed.optimizer
+        self._optimizer: torch.optim.Optimizer = self._zero.optimizer
+        self._parameters = dict(model.named_parameters())
+        self._shapes = {name: p.shape for name, p in on_meta.named_parameters()}
+        self._partitions = _partitions(self._zero, deepspeed.zero_stage)
+        self._ranges = {name: _range_of(self._zero, p) for name, p in self._parameters.items()}
+        for partition in self._partitions:
+            init_adam_state(self._optimizer, partition, optimizer)
+        self._init_weights(on_meta, init_weights)
+        self._ema = Ema(averages, [partition.detach() for partition in self._partitions])
+
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], loss: Callable[[nn.Module, MicroBatch], Tensor]
+    ) -> Tensor:
+        """Gradients are reduced over ranks with the last micro-batch by stage 1, with each by stages 2 and 3: between
+        micro-batches these hold only this rank's part of them."""
+        total = torch.zeros((), device=self.device)
+        for i, micro_batch in enumerate(micro_batches):
+            self._deepspeed.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+            share = loss(self.model, micro_batch)
+            # DeepSpeed averages gradients over ranks; our shares already add up to the global mean.
+            self._deepspeed.backward(share * self._num_ranks)
+            total += share.detach()
+        return total
+
+    def step(self, learning_rate: float, ema_weights: Mapping[str, float]) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        # Leaves everything as it is if the norm is not finite, and reports it as infinite.
+        self._deepspeed.step()
+        norm = float(self._deepspeed.get_global_grad_norm())
+        if math.isfinite(norm):
+            self._ema.update(ema_weights)
+        return norm
+
+    @contextmanager
+    def averaged(self, average: str) -> Iterator[None]:
+        """An exception that leaves the block leaves the model with the average, too: setting it right would wait for
+        ranks that may not come."""
+        with self._ema.swapped_in(average):
+            self._refresh_working()
+            yield
+        self._refresh_working()
+
+    def state_dict(self) -> dict[str, Any]:
+        moments = [self._optimizer.state[partition] for partition in self._partitions]
+        return {
+            "model": self._shards(self._partitions),
+            "optimizer": {
+                name: {
+                    "exp_avg": self._shard(name, [state["exp_avg"] for state in moments]),
+                    "exp_avg_sq": self._shard(name, [state["exp_avg_sq"] for state in moments]),
+                    "step": moments[of.partition]["step"],
+                }
+                for name, of in self._ranges.items()
+            },
+            "ema": {average: self._shards(tensors) for average, tensors in self._ema.averages.items()},
+        }
+
+    @contextmanager
+    def loading(self) -> Iterator[dict[str, Any]]:
+        yield self.state_dict()
+        self._refresh_working()
+
+    def resident_bytes(self) -> dict[str, int]:
+        moments = [t for p in self._partitions for t in self._optimizer.state[p].values()]
+        averages = [t for tensors in self._ema.averages.values() for t in tensors]
+        held = {"parameters": [*self._partitions, *self._working()], "optimizer": moments, "ema": averages}
+        return {part: _storage_bytes(tensors) for part, tensors in held.items()}
+
+    def replicas(self) -> Replicas | None:
+        if self._stage == 3:
+            return None
+        assert dist.group.WORLD is not None
+        return Replicas(dist.group.WORLD, {name: p.detach() for name, p in self._parameters.items()})
+
+    @torch.no_grad()
+    def _init_weights(self, on_meta: nn.Module, init_weights: InitWeights) -> None:
+        """Into the fp32 masters, one whole parameter at a time; from bf16 working parameters they would lose digits."""
+        names = {parameter: name for name, parameter in on_meta.named_parameters()}
+        masters = self._shards(self._partitions)
+
+        def assign(parameter: nn.Parameter, full: Tensor) -> None:
+            shard = masters[names[parameter]]
+            shard.values.copy_(full.flatten()[shard.start :][: shard.values.numel()])
+
+        init_weights(on_meta, assign)
+        self._refresh_working()
+
+    @torch.no_grad()
+    def _refresh_working(self) -> None:
+        """Make the working parameters from the masters, which have changed. All ranks."""
+        if self._stage < 3:
+            self._zero.update_lp_params()
+            return
+        self._deepspeed.empty_partition_cache()  # what is still gathered is out of date
+        for working, master in zip(self._zero.fp16_partitioned_groups_flat, self._partitions, strict=True):
+            working.copy_(master)
+
+    def _working(self) -> list[Tensor]:
+        return [p.ds_tensor if self._stage == 3 else p for p in self._parameters.values()]
+
+    def _shards(self, tensors: list[Tensor]) -> dict[str, FlatShard]:
+        return {name: self._shard(name, tensors) for name in self._ranges}
+
+    def _shard(self, name: str, tensors: list[Tensor]) -> FlatShard:
+        """This rank's part of a parameter, or of what belongs to it; `tensors` are laid out like the partitions."""
+        of = self._ranges[name]
+        return FlatShard(self._shapes[name], of.start, tensors[of.partition][of.offset :][: of.size])
+
+
+def _use_device(device: torch.device) -> None:
+    accelerator = deepspeed.accelerator.get_accelerator().device_name()
+    if accelerator != device.type:
+        raise InputError(
+            f"compute.device: {device.type}, but DeepSpeed is set up for {accelerator}; "
+            f"run with DS_ACCELERATOR={device.type} in the environment"
+        )
+    # DeepSpeed takes its device from here. Launchers differ in whether they set it, and in what they count.
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+
+
+def _zero_config(
+    config: DeepSpeedConfig, compute: ComputeConfig, optimizer: OptimizerConfig, device: torch.device
+) -> dict[str, Any]:
+    in_host_memory = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+        # Small parameters would stay gathered, to be kept up to date in two places. A module's are gathered together.
+        "stage3_param_persistence_threshold": 0,
+        # Its F.linear adds the bias in place to a product that "selective" has kept: recomputed, the bias counts twice.
+        # Without it a linear map holds its gathered weight until the backward pass, unless it is recomputed.
+        "memory_efficient_linear": compute.activation_checkpointing != "selective",
+    }
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = in_host_memory
+    if config.offload_parameters:
+        zero["offload_param"] = in_host_memory
+    return {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its own takes minutes to compile; torch's is fused on CPUs, too
+        "bf16": {"enabled": compute.precision == "bf16", "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "gradient_clipping": optimizer.grad_clip or 0.0,
+        # Batches are the caller's business; DeepSpeed only wants them to multiply up.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+    }
+
+
+def _materialize(
+    model: nn.Module, zero_config: dict[str, Any], stage: int, compute: ComputeConfig, device: torch.device
+) -> None:
+    """Activation checkpointing, compile, and storage for the parameters, uninitialised."""
+    shardable: ShardableModel = model  # type: ignore[assignment]  # nn.Module hides attributes from protocols
+    checkpoint_blocks(shardable.blocks(), compute.activation_checkpointing)
+    for block in shardable.blocks():
+        # Gathered and freed as a whole, by hooks around it. Inside, they would cut what is compiled to pieces.
+        deepspeed.utils.set_z3_leaf_module(block, True)
+        if compute.compile:
+            block.forward = torch.compile(block.forward)
+    # The model casts for itself, by the dtype of its weights.
+    dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    if stage < 3:
+        model.to_empty(device=device)
+        return
+    for module in reversed(list(model.modules())):  # children before their parents: Init takes all below a module
+        module.to_empty(device=device, recurse=False)
+        deepspeed.zero.Init(module=module, config_dict_or_path=zero_config)
+
+
+def _optimizer_of(model: nn.Module, on_meta: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over `model`'s parameters, without a state: that belongs to the partitions that DeepSpeed makes of them."""
+    names = {parameter: name for name, parameter in on_meta.named_parameters()}
+    optimizer = build_optimizer(on_meta, config)
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group["params"] = [model.get_parameter(names[parameter]) for parameter in group["params"]]
+    return optimizer
+
+
+def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, zero_config: dict[str, Any]) -> Any:
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero_config)
+    return engine
+
+
+def _partitions(zero: Any, stage: int) -> list[Tensor]:
+    """The flat fp32 tensors that the optimiser steps on this rank."""
+    if stage == 3:
+        return list(zero.fp32_partitioned_groups_flat)
+    return [group["params"][0] for group in zero.optimizer.param_groups]
+
+
+def _range_of(zero: Any, parameter: Any) -> _Range:
+    """Where this rank's part of a parameter lies; padding left out."""
+    if hasattr(parameter, "ds_tensor"):  # stage 3 cuts every parameter into equal parts
+        partition, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+        start = min(dist.get_rank() * size, parameter.ds_numel)
+        return _Range(partition, offset, min(size, parameter.ds_numel - start), start)
+    place = parameter._hp_mapping  # stages 1 and 2 cut a whole group of parameters, one after the other
+    if place is None:
+        return _Range(0, 0, 0, 0)
+    inside, of_parameter = place.hp_fragment_address, place.lp_fragment_address
+    return _Range(place.param_group_index, inside.start, inside.numel, of_parameter.start)
+
+
+def _storage_bytes(tensors: Sequence[Tensor]) -> int:
+    """Many of them are views of one flat tensor."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

@@ -1,0 +1,36 @@
+"""Blocks' linear maps in float8, by torchao: about twice the matmul speed of bf16 on GPUs that have it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pomscale.engine.protocol import ShardableModel
+from pomscale.errors import InputError
+
+try:
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+except ImportError as error:
+    raise InputError("compute.float8: needs torchao: pip install 'pomscale[float8]'") from error
+
+_FIRST_CAPABILITY = (8, 9)  # Ada; H100 is (9, 0)
+_MULTIPLE = 16  # of both sizes of a matrix, asked for by the float8 kernels
+
+
+def to_float8(model: nn.Module, device: torch.device) -> None:
+    """Exchange, in place, the linear maps of the blocks; names and master weights stay as they are.
+
+    Inputs, weights and gradients are scaled per tensor at every step. On a CPU the arithmetic is emulated, for tests.
+    InputError where the GPU has no float8.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FIRST_CAPABILITY:
+        raise InputError(f"compute.float8: {torch.cuda.get_device_name(device)} has no float8; H100 and newer have")
+    shardable: ShardableModel = model  # type: ignore[assignment]  # nn.Module hides attributes from protocols
+    for block in shardable.blocks():
+        convert_to_float8_training(
+            block, module_filter_fn=_has_kernels, config=Float8LinearConfig(emulate=device.type == "cpu")
+        )
+
+
+def _has_kernels(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and not (module.in_features % _MULTIPLE or module.out_features % _MULTIPLE)

@@ -1,0 +1,159 @@
+"""A training step of engine/fsdp2.py: when torch's FSDP2 gathers, frees and reduces (torch.distributed.fsdp).
+
+Weights rest as fp32 shards. A group is gathered through one flat buffer in the precision of compute, from which its
+weights are copied out; gradients are copied into one flat fp32 buffer, which is reduced and scattered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pomscale.config.engine import ComputeConfig, Fsdp2Config
+from pomscale.config.schema import ModelConfig
+from pomscale.plan.shadow.ledger import Part, Storage
+from pomscale.plan.shadow.network import Block
+from pomscale.plan.shadow.operators import FP32, Weight
+from pomscale.plan.shadow.step import StepShadow, num_elements
+from pomscale.plan.shadow.tensor import Tensor
+
+_BF16 = 2
+# Of AdamWBf16, per element of the weight that is being stepped: two moments in fp32, random bits, and two sums of bits.
+_BF16_STEP_BYTES = 20
+
+
+class _Group:
+    """Weights that are gathered and reduced together."""
+
+    def __init__(self, step: Fsdp2Shadow, weights: Sequence[Weight]) -> None:
+        self.step, self.weights = step, weights
+        self.num_local = num_elements(weights, step.num_shards)
+        self.num_padded = self.num_local * step.num_shards
+        self.buffer: Storage | None = None
+        self.gathered = False
+        self.accumulated: list[Tensor] = []
+        self.reduced: Storage | None = None
+
+    def gather(self) -> None:
+        """Start: the flat buffer. Alone there is nobody to gather from."""
+        step, itemsize = self.step, self.step.tape.itemsize
+        if step.num_shards > 1 and not self.gathered and self.buffer is None:
+            cast = None if itemsize == FP32 else step.allocate("gathered", self.num_local * itemsize)
+            self.buffer = step.allocate("gathered", self.num_padded * itemsize)
+            del cast
+
+    def finish_gathering(self, *, forward: bool) -> None:
+        """Copy the weights out. In the forward pass the buffer stays until the next group's, to overlap with it."""
+        if self.gathered:
+            return
+        self.gather()
+        before = self.step.last_buffer  # noqa: F841  # FSDP2 has let go of it, but for a local name
+        tape = self.step.tape
+        storage = self.step.allocate("gathered", self.num_padded * tape.itemsize)
+        for weight in self.weights:
+            weight.tensor = Tensor(tape, weight.shape, tape.itemsize, storage)
+        self.gathered = True
+        self.step.last_buffer = self.buffer if forward else None
+        self.buffer = None
+
+    def free(self) -> None:
+        for weight in self.weights:
+            weight.tensor = None
+        self.gathered = False
+
+    def hold_whole_gradients(self) -> None:
+        """Those of earlier micro-batches, whole and in fp32: between micro-batches nothing is reduced."""
+        for weight in self.weights:
+            gradient = self.step.tape.new(weight.shape, FP32, "gradients")
+            if self.step.tape.itemsize == FP32:
+                weight.leaf.gradient = gradient
+            else:  # those of the micro-batch are in another precision, and added to it
+                self.accumulated.append(gradient)
+
+    def reduce(self) -> None:
+        """Average the gradients over the shards; this rank's part stays."""
+        if self.accumulated:
+            for weight in self.weights:
+                weight.leaf.gradient = None
+        self.step.last_reduction = None
+        self.step.last_reduction = self.step.allocate("reduction", self.num_padded * FP32)
+        for weight in self.weights:
+            weight.leaf.gradient = None
+        self.accumulated = []
+        self.reduced = self.step.allocate("gradients", self.num_local * FP32)
+        if self.step.offload:
+            self.reduced = None
+
+
+class Fsdp2Shadow(StepShadow):
+    """num_shards: ranks that share one copy of the model. `run` once; the ledger then knows the peak of a step."""
+
+    def __init__(
+        self, model: ModelConfig, compute: ComputeConfig, fsdp2: Fsdp2Config, *, num_shards: int,
+        num_averages: int, moments: str,
+    ) -> None:  # fmt: skip
+        super().__init__(model, _BF16 if compute.precision == "bf16" else FP32, compute.activation_checkpointing)
+        self.num_shards, self.num_averages, self.moments = num_shards, num_averages, moments
+        self.reshard, self.offload, self.prefetch = fsdp2.reshard_after_forward, fsdp2.cpu_offload, fsdp2.prefetch
+        self.groups = [_Group(self, block.weights()) for block in self.network.blocks]
+        self.root = _Group(self, self.network.root_weights())
+        self.last_buffer: Storage | None = None
+        self.last_reduction: Storage | None = None
+
+    def allocate(self, part: Part, num_bytes: int) -> Storage:
+        return Storage(self.ledger, part, num_bytes)
+
+    def run(self, micro_batch: int, num_micro_batches: int) -> None:
+        """One step. Its last micro-batch needs most: whole gradients of those before it are held from its start."""
+        resident = self._resident()
+        if num_micro_batches > 1:
+            for group in (self.root, *self.groups):
+                group.hold_whole_gradients()
+        self.micro_batch(micro_batch)
+        self.ledger.now = "optimizer"
+        if self.moments == "bf16" and not self.offload:
+            largest = max(num_elements([weight], self.num_shards) for weight in self.network.weights())
+            self.allocate("optimizer", largest * _BF16_STEP_BYTES)
+        del resident
+
+    def _resident(self) -> list[Storage]:
+        """Held on the device between steps."""
+        if self.offload:
+            return []
+        num_local = num_elements(list(self.network.weights()), self.num_shards)
+        moments = 2 * (_BF16 if self.moments == "bf16" else FP32)
+        return [
+            self.allocate("parameters", num_local * FP32),
+            self.allocate("optimizer", num_local * moments),
+            self.allocate("ema", num_local * FP32 * self.num_averages),
+        ]
+
+    def before_forward(self, block: Block | None) -> None:
+        if block is None:
+            self.root.finish_gathering(forward=True)
+            return
+        number = self.numbers[block]
+        self.groups[number].finish_gathering(forward=True)
+        for ahead in self.groups[number + 1 : number + 1 + self.prefetch]:
+            ahead.gather()
+
+    def after_forward(self, block: Block) -> None:
+        if self.reshard:
+            self.groups[self.numbers[block]].free()
+        if block is self.network.blocks[-1]:
+            self.last_buffer = None
+
+    def before_backward(self, block: Block | None) -> None:
+        number = len(self.groups) if block is None else self.numbers[block]
+        if block is not None:
+            self.groups[number].finish_gathering(forward=False)
+        # FSDP2 itself gathers one group ahead where it is not told otherwise.
+        ahead = 1 if block is None else max(self.prefetch, 1)
+        for group in self.groups[max(number - ahead, 0) : number][::-1]:
+            group.gather()
+
+    def after_backward(self, block: Block | None) -> None:
+        group = self.root if block is None else self.groups[self.numbers[block]]
+        group.free()
+        group.reduce()
+        if block is None:
+            self.last_reduction = None

@@ -1,0 +1,187 @@
+"""torch's operators as `shadow.tensor` sees them: what they allocate, keep for the backward pass, and allocate there.
+
+Each is written after the operator's line in torch's derivatives.yaml. Vectors of a few numbers per sample (counts,
+positions) are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pomscale.plan.shadow.tensor import Leaf, Shape, Tensor, broadcast, product, record
+
+FP32 = 4
+
+
+class Weight:
+    """A parameter; `tensor` is what operators read, and may be replaced (gathered, given up) by an engine."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.leaf = Leaf()
+        self.tensor: Tensor | None = None
+
+    def read(self) -> Tensor:
+        assert self.tensor is not None, "the engine has not gathered this weight"
+        return Tensor(self.tensor.tape, self.shape, self.tensor.itemsize, self.tensor.storage, self.leaf)
+
+
+def linear(x: Tensor, weight: Weight, bias: Weight) -> Tensor:
+    """x (.. i), weight (o i), bias (o) -> (.. o)."""
+    w, b = weight.read(), bias.read()
+    result = product(x.tape, (*x.shape[:-1], w.shape[0]))
+    needs_input, shape = x.node is not None, x.shape
+
+    def backward(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
+        tape = saved[0].tape
+        return [
+            tape.new(shape) if needs_input else None,
+            tape.new(w_shape, w_itemsize),
+            tape.new(w_shape[:1], w_itemsize),
+        ]
+
+    w_shape, w_itemsize = w.shape, w.itemsize
+    record([x, w, b], [result], [x], backward)
+    return result
+
+
+def convolution(x: Tensor, weight: Weight, bias: Weight, positions: int) -> Tensor:
+    """x of any shape (b ..), as patches -> (b, positions, o); the gradient of x is not needed."""
+    w, b = weight.read(), bias.read()
+    result = product(x.tape, (x.shape[0], positions, w.shape[0]))
+    w_shape, w_itemsize = w.shape, w.itemsize
+
+    def backward(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
+        tape = saved[0].tape
+        return [None, tape.new(w_shape, w_itemsize), tape.new(w_shape[:1], w_itemsize)]
+
+    record([x, w, b], [result], [x], backward)
+    return result
+
+
+def embedding(weight: Weight, batch: int) -> Tensor:
+    """A row of weight (n d) for each sample -> (b d). Its gradient is dense."""
+    w = weight.read()
+    result = w.tape.new((batch, w.shape[1]))
+    shape, itemsize, tape = w.shape, w.itemsize, w.tape
+    record([w], [result], [], lambda gradients, saved: [tape.new(shape, itemsize)])
+    return result
+
+
+def activation(x: Tensor) -> Tensor:
+    """GELU, SiLU, square: elementwise, differentiated from the input."""
+    result = x.tape.new(x.shape, x.itemsize)
+    record([x], [result], [x], lambda gradients, saved: [saved[0].tape.new(saved[0].shape, saved[0].itemsize)])
+    return result
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """Differentiated from the output."""
+    result = x.tape.new(x.shape, x.itemsize)
+    record([x], [result], [result], lambda gradients, saved: [saved[0].tape.new(saved[0].shape, saved[0].itemsize)])
+    return result
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """Without weights; keeps its input, and mean and deviation of each token in fp32."""
+    result = x.tape.new(x.shape, x.itemsize)
+    rows = (*x.shape[:-1], 1)
+    statistics = [x.tape.new(rows, FP32), x.tape.new(rows, FP32)]
+    record(
+        [x],
+        [result],
+        [x, *statistics],
+        lambda gradients, saved: [saved[0].tape.new(saved[0].shape, saved[0].itemsize)],
+    )
+    return result
+
+
+def chunk(x: Tensor, pieces: int) -> list[Tensor]:
+    """Views of x along its last axis; their gradients are joined."""
+    shape = (*x.shape[:-1], x.shape[-1] // pieces)
+    views = [Tensor(x.tape, shape, x.itemsize, x.storage) for _ in range(pieces)]
+    whole, itemsize, tape = x.shape, x.itemsize, x.tape
+    record([x], views, [], lambda gradients, saved: [tape.new(whole, itemsize)])
+    return views
+
+
+def concatenate(pieces: Sequence[Tensor]) -> Tensor:
+    """Along the last axis; the gradients are views."""
+    first, shapes = pieces[0], [piece.shape for piece in pieces]
+    result = first.tape.new((*first.shape[:-1], sum(shape[-1] for shape in shapes)), first.itemsize)
+
+    def backward(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
+        (gradient,) = gradients
+        assert gradient is not None
+        return [Tensor(gradient.tape, shape, gradient.itemsize, gradient.storage) for shape in shapes]
+
+    record(pieces, [result], [], backward)
+    return result
+
+
+def sum_tokens(x: Tensor) -> Tensor:
+    """(b n d) -> (b 1 d) fp32. The gradient is a broadcast view, which becomes a tensor when it is cast."""
+    result = x.tape.new((x.shape[0], 1, x.shape[2]), FP32)
+    shape, itemsize = x.shape, x.itemsize
+
+    def backward(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
+        (gradient,) = gradients
+        assert gradient is not None
+        if itemsize != FP32:
+            return [gradient.tape.new(shape, itemsize)]
+        return [Tensor(gradient.tape, shape, FP32, gradient.storage)]
+
+    record([x], [result], [], backward)
+    return result
+
+
+def cast(x: Tensor, itemsize: int) -> Tensor:
+    """A copy in another precision; x itself if it has it."""
+    if x.itemsize == itemsize:
+        return x
+    result = x.tape.new(x.shape, itemsize)
+    shape, before, tape = x.shape, x.itemsize, x.tape
+    record([x], [result], [], lambda gradients, saved: [tape.new(shape, before)])
+    return result
+
+
+def scaled(x: Tensor) -> Tensor:
+    """x times or over a number that needs no gradient; a reordering that copies."""
+    result = x.tape.new(x.shape, x.itemsize)
+    shape, itemsize, tape = x.shape, x.itemsize, x.tape
+    record([x], [result], [], lambda gradients, saved: [tape.new(shape, itemsize)])
+    return result
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """Fused: (b n d) each -> (b n d). Keeps its operands, its output and a log-sum-exp per head and query, not n x n."""
+    tape, (batch, num_queries, _) = query.tape, query.shape
+    # One operator with two outputs: where its output is kept, so is the other.
+    result = product(tape, query.shape)
+    normalizer = product(tape, (batch, num_queries, num_heads), FP32)
+    record(
+        [query, key, value],
+        [result],
+        [query, key, value, result, normalizer],
+        lambda gradients, saved: [tape.new(tensor.shape) for tensor in saved[:3]],
+    )
+    return result
+
+
+def mean_squared(error: Tensor) -> Tensor:
+    """(b ..) fp32 -> a number: the gradient is as large as the error, twice."""
+    result = error.tape.new((1,), FP32)
+
+    def backward(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
+        first = saved[0].tape.new(saved[0].shape, FP32)
+        second = first.tape.new(first.shape, FP32)
+        return [second]
+
+    record([error], [result], [error], backward)
+    return result
+
+
+__all__ = [
+    "FP32", "Weight", "activation", "attention", "broadcast", "cast", "chunk", "concatenate", "convolution",
+    "embedding", "layer_norm", "linear", "mean_squared", "scaled", "sigmoid", "sum_tokens",
+]  # fmt: skip

@@ -1,0 +1,88 @@
+"""What every engine's step has in common: the weights of a network by group, and its loss over micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from pomscale.config.recomputation import is_recomputed
+from pomscale.config.schema import ModelConfig
+from pomscale.plan.shadow.ledger import Ledger
+from pomscale.plan.shadow.network import Block, Network, loss
+from pomscale.plan.shadow.operators import FP32, Weight
+from pomscale.plan.shadow.tensor import Tape, Tensor, backward, checkpoint, record
+
+
+class StepShadow:
+    """Runs the forward and the backward pass of micro-batches, and tells the engine when a group of weights is needed.
+
+    A group is what an engine gathers and reduces together: each block, and the root, which is all the rest. Engines
+    override the hooks, in the order in which they are called.
+    """
+
+    def __init__(self, model: ModelConfig, itemsize: int, checkpointing: str) -> None:
+        self.tape = Tape(itemsize)
+        self.network = Network(model)
+        self.checkpointing = checkpointing
+        self.numbers = {block: number for number, block in enumerate(self.network.blocks)}
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.tape.ledger
+
+    def before_forward(self, block: Block | None) -> None:
+        """The weights of `block` (None: of the root) will be read."""
+
+    def after_forward(self, block: Block) -> None: ...
+
+    def before_backward(self, block: Block | None) -> None: ...
+
+    def after_backward(self, block: Block | None) -> None:
+        """All gradients of the group's weights are there."""
+
+    def micro_batch(self, size: int) -> None:
+        """Forward and backward of `size` samples."""
+        tape = self.tape
+        latents = tape.new((size, *self.network.config.latent_shape), FP32)
+        tape.ledger.now = "forward"
+        self.before_forward(None)
+        total = loss(self.network, latents, self._call)
+        del latents
+        self.before_backward(None)
+        backward(total)
+        self.after_backward(None)
+
+    def _call(self, block: Block, x: Tensor, c: Tensor) -> Tensor:
+        number = self.numbers[block]
+        self.ledger.now = f"forward, block {number + 1}"
+        self.before_forward(block)
+        x, c = _hooked([x, c], lambda: self.after_backward(block))
+        keep_products = self.checkpointing == "selective"
+        if keep_products or is_recomputed(self.checkpointing, number):
+            y = checkpoint(block, x, c, keep_products=keep_products)
+        else:
+            y = block(x, c)
+        self.after_forward(block)
+        (y,) = _hooked([y], lambda: self._enter_backward(block, number))
+        return y
+
+    def _enter_backward(self, block: Block, number: int) -> None:
+        self.ledger.now = f"backward, block {number + 1}"
+        self.before_backward(block)
+
+
+def _hooked(tensors: Sequence[Tensor], hook: Callable[[], None]) -> list[Tensor]:
+    """The same tensors; `hook` runs once their gradients are there."""
+    passed = [tensor.detached() for tensor in tensors]
+
+    def backward(gradients: Sequence[Tensor | None], _: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        hook()
+        return gradients
+
+    record(tensors, passed, [], backward)
+    return passed
+
+
+def num_elements(weights: Sequence[Weight], num_shards: int = 1) -> int:
+    """Of the largest shard, if each weight is cut along its first axis."""
+    return sum(-(-weight.shape[0] // num_shards) * math.prod(weight.shape[1:]) for weight in weights)
