@@ -28,16 +28,17 @@ def state(value: float) -> dict[str, dict[str, torch.Tensor]]:
     return {"model": {"weight": torch.full((30, 20), value), "bias": torch.full((20,), value)}}
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, CheckpointStore]]:
-    """A run with checkpoints at 10 and 20 samples, in a world of one."""
-    folder = tmp_path_factory.mktemp("run")
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[CheckpointStore]:
+    """Of a run with checkpoints at 10 and 20 samples, in a world of one."""
     with join_world("cpu"):
-        store = CheckpointStore(folder / "checkpoints", CheckpointConfig(every_samples=10), Generation.claim(folder))
+        store = CheckpointStore(
+            tmp_path / "checkpoints", CheckpointConfig(every_samples=10), Generation.claim(tmp_path)
+        )
         for samples in (10, 20):
             store.save(samples, state(samples), {"samples": samples})
         store.wait()
-        yield folder, store
+        yield store
 
 
 def damages() -> Iterator[tuple[str, Callable[[Path, random.Random], None]]]:
@@ -69,23 +70,22 @@ def zero(path: Path, places: random.Random) -> None:
 
 
 def test_every_damage_to_every_file_is_found_and_the_one_before_is_loaded(
-    saved: tuple[Path, CheckpointStore], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: CheckpointStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, store = saved
-    names = sorted(path.name for path in (store.root / "samples-000000000020").iterdir())
+    older, torn = complete_checkpoints(store.root)
+    good = shutil.copytree(torn, tmp_path / "good")
+    names = sorted(path.name for path in good.iterdir())
     assert names == [".metadata", MARKER, "__0_0.distcp", "checkpoint.json", "checksums.json"]
     places = random.Random(0)
     for name in names:
         for what, damage in damages():
-            root = tmp_path / f"{name} {what}" / "checkpoints"
-            shutil.copytree(store.root, root)
-            torn = root / "samples-000000000020"
+            shutil.rmtree(torn, ignore_errors=True)
+            shutil.copytree(good, torn)
+            store.damaged = []
+            assert store.newest() == torn
             damage(torn / name, places)
-            _assert_refused(torn, f"{name} {what}")
-
-            store.root, store.damaged = root, []
-            older = store.newest()
-            assert older == root / "samples-000000000010", (name, what)
+            _assert_refused(torn, name)
+            assert store.newest() == older, (name, what)
             store.load(older, loaded := state(0.0))
             assert loaded["model"]["weight"].eq(10).all()
             if (name, what) == (MARKER, "removed"):  # not a damage: a save that did not finish
@@ -93,19 +93,18 @@ def test_every_damage_to_every_file_is_found_and_the_one_before_is_loaded(
                 continue
             (found,) = store.damaged
             assert name in found.reason
-            assert found.folder == root / "samples-000000000020.damaged"
+            assert found.folder == torn.with_name(f"{torn.name}.damaged")
             assert (found.folder.exists(), torn.exists()) == (True, False)
-            assert complete_checkpoints(root) == [older]
+            assert complete_checkpoints(store.root) == [older]
             assert f"{found.reason}. This checkpoint is DAMAGED" in capsys.readouterr().err
-            shutil.rmtree(root)
-    store.root = folder / "checkpoints"
+            shutil.rmtree(found.folder)
 
 
-def _assert_refused(torn: Path, what: str) -> None:
+def _assert_refused(torn: Path, name: str) -> None:
     """As who samples from exactly this folder meets it: one clear message, no other checkpoint instead."""
     with pytest.raises(InputError, match=re.escape(str(torn))):
         read_tensors(_asked_for(torn), state(0.0))
-    if what.startswith("checkpoint.json"):
+    if name == "checkpoint.json":
         with pytest.raises(InputError, match=r"checkpoint\.json"):
             read_meta(torn)
 
@@ -114,20 +113,15 @@ def _asked_for(torn: Path) -> Path:
     return find_checkpoint(torn) if (torn / "checkpoint.json").exists() else torn
 
 
-def test_two_damaged_ones_and_nothing_left(saved: tuple[Path, CheckpointStore], tmp_path: Path) -> None:
-    folder, store = saved
-    root = tmp_path / "checkpoints"
-    shutil.copytree(store.root, root)
-    (root / "samples-000000000020.damaged").mkdir()  # from another time
-    for checkpoint in complete_checkpoints(root):
+def test_two_damaged_ones_and_nothing_left(store: CheckpointStore) -> None:
+    (store.root / "samples-000000000020.damaged").mkdir()  # from another time
+    for checkpoint in complete_checkpoints(store.root):
         cut(checkpoint / "__0_0.distcp", random.Random(0))
-    store.root, store.damaged = root, []
     assert store.newest() is None
     assert [damaged.folder.name for damaged in store.damaged] == [
         "samples-000000000020.damaged-2",
         "samples-000000000010.damaged",
     ]
-    store.root = folder / "checkpoints"
 
 
 def test_killed_before_every_step_of_a_save(tmp_path: Path) -> None:

@@ -57,6 +57,12 @@ def run_folder(tmp_path: Path) -> Path:
                 metrics |= {"validation/loss": 0.5, **{validation_bin(index): 0.1 * index + 0.1 for index in range(8)}}
             sink.log(64 * step, metrics)
         sink.close()
+    rows: list[dict[str, object]] = [
+        {"incarnation": 0, "samples": 0, "start": {"submitted_unix_s": 1_000, "process_unix_s": 4_600}},
+        {"incarnation": 0, "samples": 6400, "seconds": {"start_up": 600, "step": 36_000, "data_wait": 1800}},
+        {"incarnation": 0, "samples": 6400, "event": "rollback<", "to_samples": 4800},
+    ]
+    (run / "events.jsonl").write_text("".join(json.dumps({"time_unix_s": 0, **row}) + "\n" for row in rows))
     for samples in range(6):
         Image.new("L", (8, 8), color=40 * samples).save(run / "samples" / f"{samples:012d}.png")
     (run / "recipe.yaml").write_text("name: <script>alert(1)</script>\n")
@@ -82,7 +88,7 @@ def test_page_is_self_contained_and_escaped(run_folder: Path) -> None:
     page = Page(text)
     assert page.open == []
     assert not page.tags & {"script", "link", "iframe", "i"}
-    assert len(page.resources) == 4 + 4  # the newest grids; loss, bins, gradient norm, speed
+    assert len(page.resources) == 4 + 4 + 1  # the newest grids; loss, bins, gradient norm, speed; wall time
     assert all(resource.startswith("data:image/png;base64,") for resource in page.resources)
     assert not re.search(r"url\(|@import", text)
     assert "a&amp;b $x$" in text
@@ -91,6 +97,14 @@ def test_page_is_self_contained_and_escaped(run_folder: Path) -> None:
     for expected in ("47ab44a", "2.13.0", "node-1&lt;", "abc123", "codec.name", "resumes: 1", "000000000005.png"):
         assert expected in text
     assert "not again" not in text
+    # 11 h 40 min in all, 10 h of them steps, a quarter of which was given up.
+    for kind, duration, share in (("productive", "7h 30m", "64.29%"), ("lost", "2h 30m", "21.43%")):
+        row = re.search(rf"<td>{kind}<small>.*?</tr>", text)
+        assert row is not None
+        assert f">{duration}<" in row[0]
+        assert f">{share}<" in row[0]
+    assert "<b>64.3%</b><span>of the wall time was productive</span>" in text
+    assert "rollback&lt;: 1" in text
     assert text.count("<td>complete</td>") == text.count("<td>incomplete, never loaded</td>") == 1
     assert text.index("000000000005.png") < text.index("000000000004.png")
     assert "000000000001.png" not in text

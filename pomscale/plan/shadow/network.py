@@ -114,9 +114,7 @@ class Network:
     def __call__(self, latents: Tensor, call: BlockCall) -> Tensor:
         batch, dim, itemsize = latents.shape[0], self.config.dim, latents.tape.itemsize
         tokens = self.config.num_tokens
-        x = op.convolution(
-            op.cast(latents, itemsize), self.patch_embedding.weight, self.patch_embedding.bias, tokens
-        )
+        x = op.convolution(op.cast(latents, itemsize), self.patch_embedding.weight, self.patch_embedding.bias, tokens)
         x = x + x.tape.new((tokens, dim))
         c = self.time(latents, batch) + op.embedding(self.class_embedding, batch)
         c.shape = (batch, 1, dim)

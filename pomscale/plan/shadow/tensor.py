@@ -95,9 +95,7 @@ class Node:
         self.backward = backward
 
 
-def record(
-    inputs: Sequence[Tensor], outputs: Sequence[Tensor], saved: Sequence[Tensor], backward: Backward
-) -> None:
+def record(inputs: Sequence[Tensor], outputs: Sequence[Tensor], saved: Sequence[Tensor], backward: Backward) -> None:
     """Make `outputs` differentiable functions of `inputs`, if any of these is one."""
     if all(tensor.node is None for tensor in inputs):
         return

@@ -1,0 +1,56 @@
+"""The `pomscale` command: one verb per wish.
+
+Parsing imports neither torch nor any of our rooms, so that --help, completion and errors in the arguments are
+instant on a login node; each verb imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from pomscale import __version__
+from pomscale.cli import bench, data, models, runs
+from pomscale.errors import PomscaleError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 1 failed, 2 wrong input, 3 done with skipped items, 75 stopped on request."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse takes no positional arguments after an option: `encode RECIPE --dry-run a.b=c` leaves a.b=c over.
+    if rest and not (hasattr(parsed, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides += rest
+    try:
+        code = parsed.run(parsed)
+    except PomscaleError as error:
+        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{rank}error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        code = 130  # as shells report Ctrl-C
+    if parsed.leaves_threads:
+        # All is saved, closed and written by now. What is left is the interpreter taking down torch's background
+        # threads, which once in a few hundred exits aborts ("terminate called without an active exception") and turns
+        # a finished run into a crashed one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pomscale", description="Train attention-free diffusion models from latent shards, on one machine or many."
+    )
+    parser.add_argument("--version", action="version", version=f"pomscale {__version__}")
+    parser.set_defaults(leaves_threads=False)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    for family in (runs, data, models, bench):
+        family.add(verbs)
+    return parser

@@ -1,0 +1,20 @@
+"""Arguments that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """RECIPE and its overrides."""
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file, see recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the recipe, e.g. optimizer.lr=3e-4")
+
+
+def positive(text: str) -> int:
+    """For `type=`: a whole number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value

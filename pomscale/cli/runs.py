@@ -1,0 +1,105 @@
+"""Verbs for runs and their recipes: train, plan, report, config."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pomscale.cli.arguments import add_recipe, positive
+
+
+def add(verbs: Any) -> None:
+    """The verbs."""
+    train = verbs.add_parser("train", help="train a model from a recipe; resumes by itself")
+    add_recipe(train)
+    train.set_defaults(run=_train, leaves_threads=True)
+    plan = verbs.add_parser("plan", help="memory, traffic, time and storage of a run, before a GPU is asked for")
+    add_recipe(plan)
+    plan.add_argument("--nodes", type=positive, default=1, help="default 1")
+    plan.add_argument("--gpus-per-node", type=positive, default=8, help="default 8")
+    plan.add_argument("--gpu", choices=["a100", "h100", "h200"], default="h100", help="default h100")
+    plan.add_argument("--mfu", type=float, default=0.4, help="share of the data sheet's FLOP/s (default 0.4)")
+    plan.set_defaults(run=_plan)
+    report = verbs.add_parser("report", help="curves of a run: report.png and a self-contained report.html")
+    report.add_argument("run_folder", type=Path, metavar="RUN")
+    report.add_argument("--out", type=Path, help="folder; default: the run folder")
+    report.set_defaults(run=_report)
+    _add_config(verbs)
+
+
+def _add_config(verbs: Any) -> None:
+    config = verbs.add_parser("config", help="look at recipes")
+    config_verbs = config.add_subparsers(metavar="VERB", required=True)
+    show = config_verbs.add_parser("show", help="print the resolved recipe: defaults, bases and overrides applied")
+    add_recipe(show)
+    show.set_defaults(run=_config_show)
+    validate = config_verbs.add_parser("validate", help="check recipes; lists every problem with file and line")
+    validate.add_argument("recipes", nargs="+", type=Path, metavar="RECIPE")
+    validate.set_defaults(run=_config_validate)
+    schema = config_verbs.add_parser("schema", help="print the JSON schema of recipes")
+    schema.set_defaults(run=_config_schema)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from pomscale.config.recipe import load_train_recipe
+
+    recipe = load_train_recipe(arguments.recipe, arguments.overrides)  # before torch: a typo is told at once
+
+    from pomscale.train import train
+
+    return train(recipe)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from pomscale.config.recipe import load_train_recipe
+    from pomscale.plan.report import plan, render
+
+    recipe = load_train_recipe(arguments.recipe, arguments.overrides)
+    made = plan(
+        recipe,
+        num_nodes=arguments.nodes,
+        gpus_per_node=arguments.gpus_per_node,
+        gpu=arguments.gpu,
+        mfu=arguments.mfu,
+    )
+    print(render(made))
+    return 0
+
+
+def _config_show(arguments: argparse.Namespace) -> int:
+    from pomscale.config.recipe import dump_recipe, load_recipe
+
+    print(dump_recipe(load_recipe(arguments.recipe, arguments.overrides)), end="")
+    return 0
+
+
+def _config_validate(arguments: argparse.Namespace) -> int:
+    from pomscale.config.recipe import RecipeError, load_recipe
+
+    problems: list[str] = []
+    for recipe in arguments.recipes:
+        try:
+            load_recipe(recipe)
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+    print(f"{len(arguments.recipes)} recipe(s) valid")
+    return 0
+
+
+def _config_schema(arguments: argparse.Namespace) -> int:
+    from pomscale.config.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=1))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from pomscale.monitoring.report import write_report
+
+    paths = write_report(arguments.run_folder, arguments.out)
+    print(f"wrote {paths.png} and {paths.html}")
+    return 0

@@ -1,0 +1,262 @@
+"""One rank of test_deepspeed.py: DeepSpeedEngine against a plain loop that knows nothing of shards.
+
+    deepspeed_worker.py train FOLDER     every setting from the start; ZeRO 2 saves to FOLDER half way
+    deepspeed_worker.py go-on FOLDER     what is in FOLDER is loaded by other engines, and saved again by the last
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from pomscale.config.engine import ComputeConfig, DeepSpeedConfig, Fsdp2Config, OptimizerConfig
+from pomscale.config.schema import ModelConfig
+from pomscale.distributed.flat_shard import FlatShard
+from pomscale.distributed.world import World, join_world
+from pomscale.engine.deepspeed import DeepSpeedEngine
+from pomscale.engine.fsdp2 import Fsdp2Engine
+from pomscale.engine.optim import build_optimizer
+from pomscale.engine.protocol import Engine
+from pomscale.models import DiPoM, init_weights
+
+MODEL = ModelConfig(
+    latent_shape=(4, 4, 4), num_classes=3, patch_size=1, dim=20, depth=2, num_heads=2, mixer=["pom", "attention"]
+)
+OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, grad_clip=0.05)  # every step is clipped
+GLOBAL_BATCH, NUM_STEPS, HALF_WAY = 7, 6, 3
+EMA_WEIGHTS = {"slow": 0.1, "fast": 0.3}
+
+
+@dataclass
+class Plain:
+    """A training run in one process, by plain PyTorch."""
+
+    losses: list[float]
+    norms: list[float]
+    models: list[nn.Module]  # before every step, and after the last
+    averages: dict[str, nn.Module]
+
+
+def batch(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x, target = torch.randn(2, GLOBAL_BATCH, *MODEL.latent_shape, generator=generator)
+    return x, torch.rand(GLOBAL_BATCH, generator=generator), torch.arange(GLOBAL_BATCH) % 4, target
+
+
+def share(model: nn.Module, part: tuple[Tensor, ...]) -> Tensor:
+    x, t, condition, target = part
+    return (model(x, t, condition) - target).square().flatten(1).mean(1).sum() / GLOBAL_BATCH
+
+
+def micro_batches(step: int, world: World) -> list[tuple[Tensor, ...]]:
+    """Two per rank, of sizes that differ within and between ranks."""
+    begin, end = (GLOBAL_BATCH * r // world.size for r in (world.rank, world.rank + 1))
+    middle = (begin + end) // 2
+    return [tuple(value[a:b] for value in batch(step)) for a, b in ((begin, middle), (middle, end))]
+
+
+def initialise(model: nn.Module, assign: object) -> None:
+    init_weights(model, 7, assign)  # type: ignore[arg-type]
+
+
+def train_plain() -> Plain:
+    model = DiPoM(MODEL)
+    init_weights(model, 7)
+    optimizer = build_optimizer(model, OPTIMIZER)
+    run = Plain([], [], [copy.deepcopy(model)], {name: copy.deepcopy(model) for name in EMA_WEIGHTS})
+    for step in range(NUM_STEPS):
+        loss = share(model, batch(step))
+        loss.backward()
+        run.losses.append(loss.item())
+        run.norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.05).item())
+        for group in optimizer.param_groups:
+            group["lr"] = OPTIMIZER.lr / (step + 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.models.append(copy.deepcopy(model))
+        with torch.no_grad():
+            for name, weight in EMA_WEIGHTS.items():
+                for mean, parameter in zip(run.averages[name].parameters(), model.parameters(), strict=True):
+                    mean.lerp_(parameter, weight)
+    return run
+
+
+def build(world: World, *, engine: str = "deepspeed", **options: Any) -> Engine:
+    with torch.device("meta"):
+        model = DiPoM(MODEL)
+    compute = ComputeConfig(
+        precision=options.pop("precision", "fp32"), activation_checkpointing=options.pop("checkpointing", "none")
+    )
+    optimizer = OPTIMIZER.model_copy(update={"moments": options.pop("moments", "fp32")})
+    averages = list(EMA_WEIGHTS)
+    if engine == "fsdp2":
+        return Fsdp2Engine(
+            model, initialise, world, fsdp2=Fsdp2Config(), compute=compute, optimizer=optimizer, averages=averages
+        )
+    deepspeed = DeepSpeedConfig(**options)
+    return DeepSpeedEngine(
+        model, initialise, world, deepspeed=deepspeed, compute=compute, optimizer=optimizer, averages=averages
+    )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of what all ranks hold of it together. A collective."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if not isinstance(tensor, FlatShard):
+        return tensor.clone()
+    filled = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    filled.view(-1)[tensor.start :][: tensor.values.numel()] = tensor.values
+    dist.all_reduce(filled)
+    return filled
+
+
+def whole_state(state: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    flat = {}
+    for key, value in state.items():
+        name = f"{prefix}{key}"
+        flat.update(whole_state(value, f"{name}/") if isinstance(value, dict) else {name: whole(value)})
+    return flat
+
+
+def assert_same_bits(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        assert state[name].equal(value), name
+
+
+def train(engine: Engine, world: World, plain: Plain, steps: range, tolerance: float) -> None:
+    """Train as the plain loop does, with the same losses and norms."""
+    for step in steps:
+        (loss,) = world.sum([engine.forward_backward(micro_batches(step, world), share)])
+        norm = engine.step(OPTIMIZER.lr / (step + 1), EMA_WEIGHTS)
+        torch.testing.assert_close(loss, plain.losses[step], rtol=tolerance, atol=0)
+        torch.testing.assert_close(norm, plain.norms[step], rtol=10 * tolerance, atol=0)
+
+
+def compare(world: World, plain: Plain, folder: Path | None = None, tolerance: float = 1e-5, **options: Any) -> None:
+    """A whole run, interrupted by all that must leave it as it is. Saves half way if there is a folder."""
+    engine = build(world, **options)
+    for name, value in engine.state_dict()["model"].items():
+        assert whole(value).equal(plain.models[0].get_parameter(name)), f"{name}: another initial weight"
+    train(engine, world, plain, range(HALF_WAY), tolerance)
+    state = whole_state(engine.state_dict())
+    check_not_finite(engine, world, state)
+    check_averaged(engine, state)
+    check_resident(engine, world, options)
+    if folder is not None:
+        dcp.save(engine.state_dict(), storage_writer=dcp.FileSystemWriter(folder))
+    train(engine, world, plain, range(HALF_WAY, NUM_STEPS), tolerance)
+    check_end(engine, plain, tolerance)
+
+
+def check_end(engine: Engine, plain: Plain, tolerance: float) -> None:
+    state = engine.state_dict()
+    for name, parameter in plain.models[-1].named_parameters():
+        close = {"rtol": 100 * tolerance, "atol": 2 * tolerance}
+        torch.testing.assert_close(whole(state["model"][name]), parameter.detach(), **close)
+        for average, module in plain.averages.items():
+            mean = module.get_parameter(name).detach()
+            torch.testing.assert_close(whole(state["ema"][average][name]), mean, **close)
+        assert state["optimizer"][name]["step"].item() == NUM_STEPS
+
+
+def check_not_finite(engine: Engine, world: World, state: dict[str, Tensor]) -> None:
+    """One rank's gradient is not finite: the step changes nothing, on no rank."""
+    factor = math.nan if world.rank == world.size - 1 else 1.0
+    engine.forward_backward(micro_batches(0, world), lambda model, part: share(model, part) * factor)
+    assert not math.isfinite(engine.step(1.0, dict.fromkeys(EMA_WEIGHTS, 1.0)))
+    assert_same_bits(whole_state(engine.state_dict()), state)
+
+
+def check_averaged(engine: Engine, state: dict[str, Tensor]) -> None:
+    """Within the block the model computes with the averages; after it, to the bit, as before."""
+    x, t, condition, _ = batch(99)
+    reference = DiPoM(MODEL)
+    with torch.no_grad():
+        before = engine.model(x, t, condition)
+        with engine.averaged("fast"):
+            averaged = engine.model(x, t, condition)
+        after = engine.model(x, t, condition)
+        for name, parameter in reference.named_parameters():
+            parameter.copy_(state[f"ema/fast/{name}"])
+        expected = reference.to(before.dtype)(x, t, condition)
+    torch.testing.assert_close(averaged, expected)
+    assert after.equal(before)
+    assert not after.equal(averaged)
+    assert_same_bits(whole_state(engine.state_dict()), state)
+
+
+def check_resident(engine: Engine, world: World, options: dict[str, Any]) -> None:
+    """A rank's part of the masters and of what goes with them; all of the working parameters below stage 3."""
+    num_parameters = sum(p.numel() for p in DiPoM(MODEL).parameters())
+    working = num_parameters * (2 if options.get("precision") == "bf16" else 4)
+    part = num_parameters * 4 / world.size
+    expected = {
+        "parameters": part + (working / world.size if options["zero_stage"] == 3 else working),
+        "optimizer": 2 * part / (2 if options.get("moments") == "bf16" else 1),
+        "ema": 2 * part,
+    }
+    for name, num_bytes in engine.resident_bytes().items():
+        assert expected[name] <= num_bytes <= expected[name] * 1.01 + 64, f"{name}: {num_bytes}, not {expected[name]}"
+    replicas = engine.replicas()
+    assert (replicas is None) == (options["zero_stage"] == 3)
+    if replicas is not None:
+        held = world.gather(dict(replicas.tensors))
+        for tensors in held:
+            assert_same_bits(tensors, held[0])  # type: ignore[arg-type]
+
+
+def train_all(world: World, plain: Plain, folder: Path) -> None:
+    compare(world, plain, zero_stage=1)
+    compare(world, plain, zero_stage=2, folder=folder)
+    compare(world, plain, zero_stage=1, offload_optimizer=True, checkpointing="full")
+    compare(world, plain, zero_stage=2, offload_optimizer=True)
+    compare(world, plain, zero_stage=3, checkpointing="selective")
+    compare(world, plain, zero_stage=3)
+    compare(world, plain, zero_stage=3, offload_optimizer=True, offload_parameters=True, checkpointing="full")
+    for zero_stage in (1, 2, 3):
+        compare(world, plain, zero_stage=zero_stage, precision="bf16", tolerance=1e-3)
+    compare(world, plain, zero_stage=2, moments="bf16", tolerance=1e-3)
+
+
+def go_on(world: World, plain: Plain, folder: Path) -> None:
+    """Load in place into fresh engines; each goes on as the plain loop does. The last one's state replaces the old."""
+    whole_tensors = {name: torch.empty_like(p) for name, p in plain.models[0].named_parameters()}
+    dcp.load({"model": whole_tensors}, storage_reader=dcp.FileSystemReader(folder))
+    for name, parameter in plain.models[HALF_WAY].named_parameters():
+        torch.testing.assert_close(whole_tensors[name], parameter.detach(), rtol=1e-3, atol=2e-5)
+    saved: dict[str, Tensor] | None = None
+    for options in ({"engine": "fsdp2"}, {"zero_stage": 2}, {"zero_stage": 3}, {"zero_stage": 1}):
+        engine = build(world, **options)  # type: ignore[arg-type]
+        with engine.loading() as state:
+            dcp.load(state, storage_reader=dcp.FileSystemReader(folder))
+        loaded = whole_state(engine.state_dict())
+        assert_same_bits(loaded, saved or loaded)
+        saved = loaded
+        if options == {"zero_stage": 1}:
+            dcp.save(engine.state_dict(), storage_writer=dcp.FileSystemWriter(folder.with_name("again")))
+        train(engine, world, plain, range(HALF_WAY, NUM_STEPS), 1e-5)
+        check_end(engine, plain, 1e-5)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error", UserWarning)
+    mode, folder = sys.argv[1], Path(sys.argv[2])
+    plain = train_plain()  # first: DeepSpeed replaces torch.nn.functional.linear
+    with join_world("cpu") as world:
+        {"train": train_all, "go-on": go_on}[mode](world, plain, folder)
+        print("engines equal the plain loop", flush=True)
+    os._exit(0)  # as the command line does, and for its reason
