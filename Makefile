@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup quickstart test test-fast lint schema clean
+.PHONY: help setup quickstart test test-exhaustive test-fast lint schema clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -13,7 +13,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "installing into $(VENV), a few minutes"
 	@# torch by itself first: pip then never considers another build of it for a package that needs it
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[vae,video,text,table,http,quickstart,slurm,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[vae,video,text,table,http,quickstart,slurm,deepspeed,float8,dev]'
 	touch $@
 
 setup: $(VENV)/.ready  ## the virtual environment
@@ -24,8 +24,11 @@ quickstart: setup  ## raw pictures -> shards -> training, kill, resume -> sample
 test: setup  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+test-exhaustive: setup  ## the rest: the same again, many more times (e.g. kills at 50 random moments)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m exhaustive
+
 test-fast: setup  ## one process at a time: units, numerics, data; a few minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/unit tests/numerics tests/data
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not exhaustive" tests/unit tests/numerics tests/data
 
 lint: setup  ## style, types, who imports whom
 	$(BIN)/ruff check .

@@ -68,7 +68,8 @@ def write_outcome(
 
     state: "finished"; "stopped" (on request, saved); "quit" (a second signal: at once, without a save); "hung"; or
     "failed" (reason). outcome.json is that of rank 0 where all went well, else of the first rank to tell: it has the
-    cause, while the others mostly have lost their connection to it.
+    cause, while the others mostly have lost their connection to it. An incarnation that has failed before its recipe
+    was accepted finds that of the one before it.
     """
     outcome = {"state": state, "incarnation": incarnation, "rank": rank, "ended_unix_s": time.time()}
     if samples is not None:
@@ -78,8 +79,15 @@ def write_outcome(
     text = json.dumps(outcome, indent=1)
     make_folder(folder / "outcomes")
     write_text(folder / "outcomes" / f"{_incarnation_and_rank(incarnation, rank)}.json", text)
-    if not (folder / "outcome.json").exists():
+    newest = read_outcome(folder)
+    if newest is None or newest["incarnation"] < incarnation:
         write_text(folder / "outcome.json", text)
+
+
+def read_outcome(folder: Path) -> dict[str, Any] | None:
+    """outcome.json; None without it."""
+    path = folder / "outcome.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def stacks_path(folder: Path, incarnation: int, rank: int) -> Path:
@@ -93,8 +101,8 @@ def _incarnation_and_rank(incarnation: int, rank: int) -> str:
 
 def is_finished(folder: Path) -> bool:
     """Whether the newest incarnation came to the end of its recipe, validation and all."""
-    path = folder / "outcome.json"
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["state"] == "finished"
+    outcome = read_outcome(folder)
+    return outcome is not None and outcome["state"] == "finished"
 
 
 def code_state() -> tuple[dict[str, Any], str]:

@@ -144,20 +144,22 @@ class _Run:
         self.folder = folder
         self.generation = generation
         self.stop = stop
-        stop.on_quit = lambda reason: self.record("quit", reason=reason)
+        stop.on_quit = partial(self._record_bad_end, "quit")
 
     def record(self, state: str, *, samples: int | None = None, reason: str = "") -> None:
-        """How this incarnation ended, as far as this rank knows."""
+        """How this incarnation ended, as far as this rank knows. Superseded if a newer one has taken over."""
+        self.generation.check()
         write_outcome(self.folder, self.generation.number, self.world.rank, state, samples=samples, reason=reason)
 
     def record_failure(self, error: BaseException) -> None:
-        """Never hides the error itself, and never writes into a folder that a newer start has taken over."""
-        if isinstance(error, Superseded):
-            return
+        if not isinstance(error, Superseded):
+            self._record_bad_end("failed", f"rank {self.world.rank}: {type(error).__name__}: {error}")
+
+    def _record_bad_end(self, state: str, reason: str) -> None:
+        """Never hides what has ended the run."""
         try:
-            self.generation.check()
-            self.record("failed", reason=f"rank {self.world.rank}: {type(error).__name__}: {error}")
-        except PomscaleError as problem:
+            self.record(state, reason=reason)
+        except (PomscaleError, OSError) as problem:
             print(f"warning: {problem}", file=sys.stderr)
 
     def train(self, mixture: Mixture, card: ModelCard, this_run: dict[str, Any], initial: InitWeights) -> int:
@@ -169,7 +171,7 @@ class _Run:
                     faults.hang_timeout_s,
                     faults.slow_hang_timeout_s,
                     stacks_path(self.folder, self.generation.number, world.rank),
-                    lambda reason: self.record("hung", reason=reason),
+                    partial(self._record_bad_end, "hung"),
                 )
             )
             compile_cache = CompileCache(self.folder if recipe.compute.compile else None, is_main=world.is_main)
@@ -181,6 +183,7 @@ class _Run:
             meta = None if latest is None else restore(latest)
             clock = Clock() if meta is None else Clock.of(meta)
             if world.is_main:
+                self.generation.check()
                 open_run_folder(
                     self.folder, recipe, self.generation.number, start_samples=clock.samples, num_ranks=world.size
                 )

@@ -115,6 +115,7 @@ class Trainer:
     timer: StepTimer = field(default_factory=StepTimer)
     losses: list[float] = field(default_factory=list)  # since the last row of metrics
     norms: list[float] = field(default_factory=list)
+    _saved_at: int = 0  # samples of the checkpoint that this process has written or loaded last
     _is_warm: bool = False  # after the first step of this process, which compiles and allocates
 
     def run(self, clock: Clock) -> None:
@@ -130,7 +131,7 @@ class Trainer:
         self._forget_what_was_given_up(clock.samples)
         if clock.samples:
             self._run_events(clock.samples)  # those of the last save, which a stop or a kill may have cut off
-        saved_at, stopping = clock.samples, False
+        self._saved_at, stopping = clock.samples, False
         while clock.samples < self.total_samples and not stopping:
             taken, stopping = self._step(clock)
             last = stopping or clock.samples >= self.total_samples
@@ -140,11 +141,11 @@ class Trainer:
                 if taken:
                     self._check_replicas(clock.samples)
                 self._report(clock.samples, self.checkpoints.store.poll())
-                if clock.samples != saved_at and (
+                if clock.samples != self._saved_at and (
                     last or (taken and self._due(self.checkpoints.every_samples, clock.samples))
                 ):
                     self._save(clock, self.checkpoints)
-                    saved_at = clock.samples
+                    self._saved_at = clock.samples
                 if taken and self.snapshots is not None and self._due(self.snapshots.every_samples, clock.samples):
                     self._save(clock, self.snapshots)
                 # After the save, so that what fails in them costs no training. A run that is asked to stop has
@@ -155,11 +156,12 @@ class Trainer:
 
     def _step(self, clock: Clock) -> tuple[bool, bool]:
         """One global batch; returns whether the clock has moved on, and whether a stop was asked for."""
+        self.ledger.charge("other")
         self.profiler.step(clock.samples)
         with self.timer.data_wait():
             micro_batches = next(self.batches)
         self.ledger.charge("data_wait")
-        share = self.engine.forward_backward(micro_batches, self.loss)
+        share = self.engine.forward_backward(micro_batches, self._loss)
         # In the middle of the step: at its start a warm-up would give 0, at its end a cooldown would.
         learning_rate = self.learning_rate(clock.samples + self.global_batch // 2)
         norm = self.engine.step(learning_rate, self.ema_weights(clock.samples + self.global_batch))
@@ -174,16 +176,22 @@ class Trainer:
         if not self._is_warm:
             self._is_warm = True
             self.first_step_done()
-        if verdict == "rollback":
-            self._roll_back(clock)
-        elif verdict == "skip":
-            self._leave_out(clock)
-        else:
+        went_back = verdict == "rollback" and self._roll_back(clock, norm)
+        taken = not went_back and math.isfinite(norm)
+        if taken:
             clock.take(self.global_batch)
             self.losses.append(loss)
             self.norms.append(norm)
             self.timer.count_step(self.global_batch)
-        return verdict == "ok", stop_votes > 0 and clock.samples < self.total_samples
+        elif not went_back:
+            self._leave_out(clock)
+        return taken, stop_votes > 0 and clock.samples < self.total_samples
+
+    def _loss(self, model: nn.Module, micro_batch: Any) -> Tensor:
+        """A loss that is not finite gets a gradient that is not finite, even if only the loss has overflowed: so the
+        engine leaves a step out where the verdict on it will be that."""
+        loss = self.loss(model, micro_batch)
+        return loss * (1 + 0 * loss.detach())  # 0 * inf is nan
 
     def _note_bad(self, samples: int, bad: list[Any]) -> None:
         """A collective: every rank hears of every bad sample, and all end the run together if there are too many."""
@@ -195,25 +203,33 @@ class Trainer:
         self.ledger.event("skipped_step", clock.samples, position=clock.position, reason=self.divergence.reason)
         clock.leave_out(self.global_batch)
 
-    def _roll_back(self, clock: Clock) -> None:
-        """To the last checkpoint, past the data since: its noise and its samples are not met again."""
-        now = clock.position
-        clock.leave_out(self.global_batch)
+    def _roll_back(self, clock: Clock, norm: float) -> bool:
+        """To the last checkpoint, past the data since: its noise and its samples are not met again.
+
+        Returns False, and has done nothing, where a loss spikes before there is a checkpoint: then the step counts.
+        """
         with self.watchdog.slow("going back to a checkpoint"):
             self.checkpoints.store.wait()
             latest = self.checkpoints.store.newest()
+            if latest is None and math.isfinite(norm):
+                self._warn(f"{self.divergence.reason}, and no checkpoint to go back to: going on")
+                return False
+            first = clock.position
+            clock.leave_out(self.global_batch)
             if latest is None or not self.divergence.may_roll_back:
-                raise self.divergence.give_up(now, clock.position, latest is not None)
+                raise self.divergence.give_up(first, clock.position, latest is not None)
             then = Clock.of(self.restore(latest))
             self._warn(f"back to {latest}, and on past position {clock.position:,}: {self.divergence.reason}")
             self.ledger.write(clock.samples)
             self.ledger.event("rollback", clock.samples, to_samples=then.samples, reason=self.divergence.reason)
             clock.go_back(then)
+            self._saved_at = clock.samples
             self.divergence.rolled_back()
             self._forget_what_was_given_up(clock.samples)
         self.losses, self.norms = [], []
         self.ledger.charge("rollback")
         self.monitor.log(clock.samples, {"faults/rollbacks": self.divergence.num_rollbacks})
+        return True
 
     def _forget_what_was_given_up(self, samples: int) -> None:
         if self.snapshots is not None:

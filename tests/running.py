@@ -158,6 +158,14 @@ def outcome(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "outcome.json").read_text())
 
 
+def assert_same_run(folder: Path, reference: Path) -> None:
+    """Every loss and every number of the last checkpoint, to the last bit."""
+    assert losses(folder) == losses(reference)
+    ours, theirs = final_weights(folder), final_weights(reference)
+    different = [name for name in theirs if not ours[name].equal(theirs[name])]
+    assert not different
+
+
 def assert_same_curve(
     ours: dict[int, float], reference: dict[int, float], first_changed_step: int = 0, late: float = 1e-3
 ) -> None:

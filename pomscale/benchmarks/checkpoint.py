@@ -31,7 +31,7 @@ from pomscale.errors import InputError, PomscaleError
 from pomscale.models import DiPoM
 
 _WANTED_STALL = 0.15
-_NUM_FOLDERS = 4  # of each of two stores: one that is kept, and one that is being written
+_NUM_FOLDERS = 4  # one that each of two stores keeps, one that is being written, and some room to spare
 
 
 def bench_checkpoint(*, depth: int, num_saves: int, folder: Path | None) -> BenchReport:

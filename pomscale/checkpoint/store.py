@@ -275,7 +275,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     complete = complete_checkpoints(root)
     for folder in incomplete_checkpoints(root):
         print(
-            f"warning: {folder} is not complete: it is being written, or its save or deletion was cut off; ignored",
+            f"warning: {folder} has no {MARKER} marker and final name: it is being written, or was cut off; ignored",
             file=sys.stderr,
         )
     return complete[-1] if complete else None

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pomscale.cli.arguments import add_recipe, positive
+
+if TYPE_CHECKING:
+    from pomscale.config.schema import TrainRecipe
+    from pomscale.plan.report import DatasetSize
 
 
 def add(verbs: Any) -> None:
@@ -62,10 +66,24 @@ def _plan(arguments: argparse.Namespace) -> int:
         num_nodes=arguments.nodes,
         gpus_per_node=arguments.gpus_per_node,
         gpu=arguments.gpu,
-        mfu=arguments.mfu,
+        utilization=arguments.mfu,
+        dataset=_dataset_size(recipe),
     )
-    print(render(made))
+    print(render(made), end="")
     return 0
+
+
+def _dataset_size(recipe: TrainRecipe) -> DatasetSize | None:
+    """What the manifests say; None if one is not there yet, or lies behind a URL, which a plan does not wait for."""
+    from pomscale.data.schema import MANIFEST_NAME, read_manifest
+    from pomscale.plan.report import DatasetSize
+
+    folders = [Path(component.path) for component in recipe.data.components]
+    if not all((folder / MANIFEST_NAME).is_file() for folder in folders):
+        return None
+    manifests = [read_manifest(folder) for folder in folders]
+    num_bytes = sum(shard.num_bytes for manifest in manifests for shard in manifest.shards)
+    return DatasetSize(sum(manifest.num_samples for manifest in manifests), num_bytes)
 
 
 def _config_show(arguments: argparse.Namespace) -> int:

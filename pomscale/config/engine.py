@@ -115,7 +115,7 @@ class EmaConfig(Section):
 class CheckpointConfig(Section):
     every_samples: PositiveInt
     keep_last: PositiveInt = 2
-    keep_every_samples: PositiveInt | None = Field(None, description="Keep for good those at multiples of this.")
+    keep_every_samples: PositiveInt | None = Field(None, description="Keep for good the first at or after each multiple of this.")
     keep_best: NonNegativeInt = Field(0, description="Keep those with the lowest `best_metric`.")
     best_metric: str = Field("validation/loss", description="Judges a checkpoint where it is measured at its samples.")
     asynchronous: bool = Field(True, description="Write while training goes on.")

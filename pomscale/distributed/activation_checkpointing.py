@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -50,7 +51,7 @@ def checkpoint_blocks(blocks: nn.ModuleList, mode: str) -> None:
     """
     for number, block in enumerate(blocks):
         if is_recomputed(mode, number):
-            block.forward = _recomputing(block)
+            block.forward = _recomputing(block)  # type: ignore[method-assign]
         elif mode == "selective":
             block.forward = _recomputing(block, context_fn=partial(create_selective_checkpoint_contexts, _policy))
 
@@ -60,9 +61,15 @@ def kept_operators() -> list[str]:
     return sorted(str(operator).removesuffix(".default") for operator in _KEPT)
 
 
-def _recomputing(block: nn.Module, **how: Any) -> Any:
-    # The blocks draw no random numbers, so there is no generator state to save and restore.
-    return partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **how)
+def _recomputing(block: nn.Module, **how: Any) -> Callable[..., Any]:
+    forward = block.forward
+
+    # A function of its own and no partial: torch.compile would not look into torch's `checkpoint`, and run all eagerly.
+    def recomputing(*inputs: Any) -> Any:
+        # The blocks draw no random numbers, so there is no generator state to save and restore.
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **how)
+
+    return recomputing
 
 
 def _policy(context: SelectiveCheckpointContext, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:

@@ -10,12 +10,12 @@ Importing this module raises InputError if DeepSpeed is not installed.
 from __future__ import annotations
 
 import copy
-import logging
+import io
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +42,6 @@ except ImportError as error:
 
 # Or the first use on CPUs spends a minute on compiling a shared-memory all-reduce; gloo is there.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # DeepSpeed calls collectives by names that torch 2.13 has replaced; it would say so at every call.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
@@ -80,13 +79,14 @@ class DeepSpeedEngine:
         _use_device(world.device)
         on_meta = copy.deepcopy(model)
         zero_config = _zero_config(deepspeed, compute, optimizer, world.device)
-        _materialize(model, zero_config, deepspeed.zero_stage, compute, world.device)
+        _prepare_blocks(model, compute)
+        _allocate(model, zero_config, compute, world.device)
         self._deepspeed = _initialize(model, _optimizer_of(model, on_meta, optimizer), zero_config)
         # DeepSpeed's wrapper, not the model: it has to know of every forward pass.
         self.model: nn.Module = self._deepspeed
         self._zero = self._deepspeed.optimizer
         self._optimizer: torch.optim.Optimizer = self._zero.optimizer
-        self._parameters = dict(model.named_parameters())
+        self._parameters: dict[str, Any] = dict(model.named_parameters())
         self._shapes = {name: p.shape for name, p in on_meta.named_parameters()}
         self._partitions = _partitions(self._zero, deepspeed.zero_stage)
         self._ranges = {name: _range_of(self._zero, p) for name, p in self._parameters.items()}
@@ -203,7 +203,9 @@ def _use_device(device: torch.device) -> None:
             f"run with DS_ACCELERATOR={device.type} in the environment"
         )
     # DeepSpeed takes its device from here. Launchers differ in whether they set it, and in what they count.
-    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
 
 
 def _zero_config(
@@ -238,22 +240,24 @@ def _zero_config(
     }
 
 
-def _materialize(
-    model: nn.Module, zero_config: dict[str, Any], stage: int, compute: ComputeConfig, device: torch.device
-) -> None:
-    """Activation checkpointing, compile, and storage for the parameters, uninitialised."""
+def _prepare_blocks(model: nn.Module, compute: ComputeConfig) -> None:
+    """Activation checkpointing, then compile: each wraps what the one before made."""
     shardable: ShardableModel = model  # type: ignore[assignment]  # nn.Module hides attributes from protocols
-    checkpoint_blocks(shardable.blocks(), compute.activation_checkpointing)
-    for block in shardable.blocks():
-        # Gathered and freed as a whole, by hooks around it. Inside, they would cut what is compiled to pieces.
+    blocks = shardable.blocks()
+    checkpoint_blocks(blocks, compute.activation_checkpointing)
+    for block in blocks:
+        # Stage 3 gathers and frees the whole block by hooks around it. Hooks inside would cut what is compiled to bits.
         deepspeed.utils.set_z3_leaf_module(block, True)
         if compute.compile:
             block.forward = torch.compile(block.forward)
-    # The model casts for itself, by the dtype of its weights.
+
+
+def _allocate(model: nn.Module, zero_config: dict[str, Any], compute: ComputeConfig, device: torch.device) -> None:
+    """Storage for the working parameters, its content undefined. With stage 3 one module at a time, cut at once."""
     dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    if stage < 3:
+    if zero_config["zero_optimization"]["stage"] < 3:
         model.to_empty(device=device)
         return
     for module in reversed(list(model.modules())):  # children before their parents: Init takes all below a module
@@ -272,7 +276,8 @@ def _optimizer_of(model: nn.Module, on_meta: nn.Module, config: OptimizerConfig)
 
 
 def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, zero_config: dict[str, Any]) -> Any:
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero_config)
+    with redirect_stdout(io.StringIO()):  # stage 1 in bf16 prints the memory in use, its warnings go elsewhere
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero_config)
     return engine
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pomscale.config.engine import OptimizerConfig, ScheduleConfig
 from pomscale.engine.adamw_bf16 import AdamWBf16
@@ -37,7 +37,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     return optimizer
 
 
-def init_adam_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, config: OptimizerConfig) -> None:
+def init_adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor, config: OptimizerConfig) -> None:
     """AdamW's own initial state, which it would make at the first step: a checkpoint can be loaded into it before."""
     dtype = torch.bfloat16 if config.moments == "bf16" else torch.float32
     optimizer.state[parameter] = {

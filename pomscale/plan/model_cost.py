@@ -8,12 +8,21 @@ picture and block.
 
 from __future__ import annotations
 
+from pomscale.config.recomputation import is_recomputed
 from pomscale.config.schema import MixerName, ModelConfig
 
 
 def num_parameters(config: ModelConfig) -> int:
     """Trainable parameters of the network."""
     dim, pixels = config.dim, _patch_values(config)
+    embeddings = _linear(pixels, dim) + _linear(dim, 4 * dim) + _linear(4 * dim, dim) + (config.num_classes + 1) * dim
+    head = _linear(dim, 2 * dim) + _linear(dim, pixels)
+    return embeddings + num_block_parameters(config) + head
+
+
+def num_block_parameters(config: ModelConfig) -> int:
+    """Those of all blocks."""
+    dim = config.dim
     block = _linear(dim, config.ffn_expansion * dim) + _linear(config.ffn_expansion * dim, dim)
     block += _linear(dim, 4 * dim) + _linear(dim, 2 * dim)
     width = config.degree * config.expand * dim
@@ -21,22 +30,15 @@ def num_parameters(config: ModelConfig) -> int:
         "pom": 2 * _linear(dim, width) + _linear(width, dim),
         "attention": _linear(dim, dim) + _linear(dim, 2 * dim) + _linear(dim, dim),
     }
-    embeddings = _linear(pixels, dim) + _linear(dim, 4 * dim) + _linear(4 * dim, dim) + (config.num_classes + 1) * dim
-    head = _linear(dim, 2 * dim) + _linear(dim, pixels)
-    return embeddings + sum(block + mixer[name] for name in config.mixers) + head
+    return sum(block + mixer[name] for name in config.mixers)
 
 
 def forward_flops(config: ModelConfig) -> int:
     """FLOPs of one forward pass of one sample of `config.latent_shape`."""
     dim, tokens = config.dim, config.num_tokens
-    mixer: dict[MixerName, int] = {
-        "pom": 3 * config.degree * config.expand * dim**2,
-        "attention": 4 * dim**2 + 2 * tokens * dim,
-    }
-    per_token = 2 * _patch_values(config) * dim  # patch embedding and head
-    per_token += sum(mixer[name] + 2 * config.ffn_expansion * dim**2 for name in config.mixers)
-    per_sample = 8 * dim**2 + 6 * dim**2 * config.depth + 2 * dim**2  # time embedding, modulation, final modulation
-    return 2 * (tokens * per_token + per_sample)
+    patches = 2 * tokens * _patch_values(config) * dim  # embedding and head
+    per_sample = 8 * dim**2 + 2 * dim**2  # time embedding, final modulation
+    return 2 * (patches + per_sample) + sum(_block_flops(config, name) for name in config.mixers)
 
 
 def training_flops(config: ModelConfig) -> int:
@@ -45,6 +47,25 @@ def training_flops(config: ModelConfig) -> int:
     Recomputation by activation checkpointing is not counted, as is usual for MFU.
     """
     return 3 * forward_flops(config)
+
+
+def recomputed_flops(config: ModelConfig, activation_checkpointing: str) -> int:
+    """FLOPs that one sample's backward pass repeats, by mode of ComputeConfig.activation_checkpointing.
+
+    "selective" repeats none: it keeps what matrix products give.
+    """
+    mixers = enumerate(config.mixers)
+    return sum(_block_flops(config, name) for i, name in mixers if is_recomputed(activation_checkpointing, i))
+
+
+def _block_flops(config: ModelConfig, name: MixerName) -> int:
+    dim, tokens = config.dim, config.num_tokens
+    mixer: dict[MixerName, int] = {
+        "pom": 3 * config.degree * config.expand * dim**2,
+        "attention": 4 * dim**2 + 2 * tokens * dim,
+    }
+    modulation = 6 * dim**2  # once per sample
+    return 2 * (tokens * (mixer[name] + 2 * config.ffn_expansion * dim**2) + modulation)
 
 
 def _linear(inputs: int, outputs: int) -> int:

@@ -104,6 +104,11 @@ def check_stragglers(world: World) -> None:
         assert report.metrics["ranks/compute_slowdown"] > 2
     assert [report.warning is not None for report in reports] == [False, False, True, False, False]
     assert str(reports[2].warning).startswith(f"rank 2 on {HOST} computes ")
+    if world.rank == 2:
+        stragglers._probe._num_products //= 6
+    waits = [stragglers.report(step_time_s=0.1, data_wait_s=1.0 if world.rank == 0 else 0.01) for _ in range(3)]
+    assert waits[0].metrics["ranks/data_wait_rank"] == 0
+    assert str(waits[2].warning).startswith(f"rank 0 on {HOST} waits for its data ")
 
 
 def check_consistency(world: World) -> None:

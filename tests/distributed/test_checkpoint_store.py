@@ -12,10 +12,16 @@ import pytest
 import torch
 from running import run
 
-from pomscale.checkpoint import staging
-from pomscale.checkpoint.folder import complete_checkpoints, samples_of
+from pomscale.checkpoint import folder, staging
+from pomscale.checkpoint.integrity import find_damage, seal
 from pomscale.checkpoint.staging import HostCopy
-from pomscale.checkpoint.store import CheckpointStore, find_checkpoint, latest_checkpoint, read_meta
+from pomscale.checkpoint.store import (
+    CheckpointStore,
+    complete_checkpoints,
+    find_checkpoint,
+    latest_checkpoint,
+    read_meta,
+)
 from pomscale.config.engine import CheckpointConfig
 from pomscale.distributed.flat_shard import FlatShard
 from pomscale.distributed.generation import Generation, Superseded
@@ -45,7 +51,7 @@ def save(store: CheckpointStore, samples: int) -> None:
 
 
 def samples(root: Path) -> list[int]:
-    return [samples_of(folder) for folder in complete_checkpoints(root)]
+    return [folder.samples_of(path) for path in complete_checkpoints(root)]
 
 
 def names(root: Path) -> list[str]:
@@ -136,13 +142,13 @@ def test_the_remains_of_killed_saves_and_deletions_are_ignored_and_cleared(
     Generation.claim(tmp_path)
     half_written, half_deleted = root / "samples-000000000020.g00001.partial", root / "samples-000000000010"
     damaged = root / "samples-000000000005.damaged"
-    for folder in (half_written, half_deleted, damaged):
-        folder.mkdir(parents=True)
-        (folder / "__0_0.distcp").write_bytes(b"torn")
+    for path in (half_written, half_deleted, damaged):
+        path.mkdir(parents=True)
+        (path / "__0_0.distcp").write_bytes(b"torn")
     assert latest_checkpoint(root) is None
     errors = capsys.readouterr().err
-    assert f"{half_written} is not complete" in errors
-    assert f"{half_deleted} is not complete" in errors
+    assert f"{half_written} has no COMPLETE marker" in errors
+    assert f"{half_deleted} has no COMPLETE marker" in errors
     save(open_store(root, Generation.claim(tmp_path)), 10)
     assert names(root) == [damaged.name, half_deleted.name]  # the one deleted by half is replaced
     assert samples(root) == [10]
@@ -169,6 +175,29 @@ def test_a_stale_start_changes_nothing(tmp_path: Path) -> None:
     assert (root / "samples-000000000010.damaged").is_dir()
 
 
+def test_two_starts_that_write_the_same_samples_never_mix(tmp_path: Path) -> None:
+    """The stale one has passed its last look at the generations when the newer one commits: the rename itself fails."""
+    final = folder.final_folder(tmp_path, 10)
+    stale, newer = (folder.partial_folder(final, generation) for generation in (1, 2))
+    for partial in (stale, newer):
+        seal(partial, {folder.META: folder.begin(partial, {"by": partial.name})})
+    folder.commit(newer, final)
+    with pytest.raises(OSError, match="not empty"):
+        folder.commit(stale, final)
+    assert find_damage(final) is None
+    assert read_meta(final) == {"by": newer.name}
+
+
+def test_what_training_went_back_from_is_forgotten(tmp_path: Path) -> None:
+    store = open_store(tmp_path, keep_last=9)
+    for n in (10, 20, 30):
+        store.save(n, state(n), {"samples": n})
+    store.forget_after(10)
+    assert samples(tmp_path) == [10]
+    save(store, 20)
+    assert samples(tmp_path) == [10, 20]
+
+
 def test_a_folder_that_is_asked_for_is_refused_when_damaged(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     save(store, 10)
@@ -183,12 +212,12 @@ def test_a_folder_that_is_asked_for_is_refused_when_damaged(tmp_path: Path) -> N
 @pytest.fixture
 def undeletable(tmp_path: Path) -> Iterator[Path]:
     """A folder that even root cannot delete: a file system is mounted on it. For others, one without rights."""
-    folder = tmp_path / "checkpoints" / "samples-000000000010" / "busy"
-    yield folder
-    if os.path.ismount(folder):
-        subprocess.run(["umount", folder], check=True)
-    elif folder.exists():
-        folder.parent.chmod(0o755)
+    inside = tmp_path / "checkpoints" / "samples-000000000010" / "busy"
+    yield inside
+    if os.path.ismount(inside):
+        subprocess.run(["umount", inside], check=True)
+    elif inside.exists():
+        inside.parent.chmod(0o755)
 
 
 def test_garbage_that_cannot_be_deleted_costs_a_warning_and_nothing_else(
@@ -210,13 +239,13 @@ def test_garbage_that_cannot_be_deleted_costs_a_warning_and_nothing_else(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MiB: room for two checkpoints and a half, and for each of their small files."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", folder]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", disk]
     if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("needs the right to mount a tmpfs; test_two_ranks has a file size limit, everywhere")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

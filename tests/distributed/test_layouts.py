@@ -1,11 +1,14 @@
-"""The same run on any layout: equal losses on 1, 2, 3 and 4 processes, with and without accumulation."""
+"""The same run on any layout: equal losses on 1, 2, 3 and 4 processes, with and without accumulation.
+
+Other engines and modes: test_parity.py.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from running import assert_same_curve, final_weights, losses, train, write_tiny_recipe
+from running import assert_same_curve, losses, train, write_tiny_recipe
 
 
 @pytest.fixture(scope="module")
@@ -41,28 +44,3 @@ def test_losses_of_attention_agree_too(tiny_recipe: Path) -> None:
     train(tiny_recipe, "model.mixer=attention", "name=two", num_processes=2)
     runs = tiny_recipe.parent / "runs"
     assert_same_curve(losses(runs / "two"), losses(runs / "one"))
-
-
-@pytest.mark.slow
-def test_activation_checkpointing_changes_no_bit(alone: Path, tiny_recipe: Path) -> None:
-    train(tiny_recipe, "compute.activation_checkpointing=full")
-    folder = tiny_recipe.parent / "runs" / "tiny"
-    assert losses(folder) == losses(alone)
-    ours, reference = final_weights(folder), final_weights(alone)
-    assert all(ours[name].equal(reference[name]) for name in reference)
-
-
-@pytest.mark.slow
-def test_bf16_follows_fp32(alone: Path, tiny_recipe: Path) -> None:
-    train(tiny_recipe, "compute.precision=bf16", num_processes=2)
-    for ours, reference in zip(
-        losses(tiny_recipe.parent / "runs" / "tiny").values(), losses(alone).values(), strict=True
-    ):
-        assert ours == pytest.approx(reference, rel=2e-2)
-
-
-@pytest.mark.slow
-def test_compiled_blocks_follow_eager_ones(alone: Path, tiny_recipe: Path) -> None:
-    train(tiny_recipe, "compute.compile=true", num_processes=2)
-    # Fused kernels round other intermediates than eager ones, so the curves part sooner than on another layout.
-    assert_same_curve(losses(tiny_recipe.parent / "runs" / "tiny"), losses(alone), late=1e-2)

@@ -11,8 +11,8 @@ from running import (
     GLOBAL_BATCH,
     NUM_STEPS,
     assert_same_curve,
+    assert_same_run,
     checkpoint_samples,
-    final_weights,
     losses,
     outcome,
     rows,
@@ -30,14 +30,6 @@ def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     train(write_tiny_recipe(folder, digits), num_processes=2)
     return folder / "runs" / "tiny"
-
-
-def assert_same_run(folder: Path, reference: Path) -> None:
-    """Every loss and every number of the last checkpoint, to the last bit."""
-    assert losses(folder) == losses(reference)
-    ours, theirs = final_weights(folder), final_weights(reference)
-    different = [name for name in theirs if not ours[name].equal(theirs[name])]
-    assert not different
 
 
 def test_kill_and_resume_is_exact(undisturbed: Path, tiny_recipe: Path) -> None:

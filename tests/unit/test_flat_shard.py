@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 import warnings
@@ -33,7 +34,7 @@ def shapes_and_cuts(draw: st.DrawFn) -> tuple[tuple[int, ...], list[int], list[i
 
 
 def cut(flat: Tensor, shape: tuple[int, ...], at: list[int]) -> list[FlatShard]:
-    return [FlatShard(shape, a, flat[a:b].clone()) for a, b in zip(at, at[1:], strict=False)]
+    return [FlatShard(shape, a, flat[a:b].clone()) for a, b in itertools.pairwise(at)]
 
 
 @given(shapes_and_cuts())

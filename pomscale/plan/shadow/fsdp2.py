@@ -12,11 +12,10 @@ from pomscale.config.engine import ComputeConfig, Fsdp2Config
 from pomscale.config.schema import ModelConfig
 from pomscale.plan.shadow.ledger import Part, Storage
 from pomscale.plan.shadow.network import Block
-from pomscale.plan.shadow.operators import FP32, Weight
+from pomscale.plan.shadow.operators import BF16, FP32, Weight
 from pomscale.plan.shadow.step import StepShadow, num_elements
 from pomscale.plan.shadow.tensor import Tensor
 
-_BF16 = 2
 # Of AdamWBf16, per element of the weight that is being stepped: two moments in fp32, random bits, and two sums of bits.
 _BF16_STEP_BYTES = 20
 
@@ -91,7 +90,7 @@ class Fsdp2Shadow(StepShadow):
         self, model: ModelConfig, compute: ComputeConfig, fsdp2: Fsdp2Config, *, num_shards: int,
         num_averages: int, moments: str,
     ) -> None:  # fmt: skip
-        super().__init__(model, _BF16 if compute.precision == "bf16" else FP32, compute.activation_checkpointing)
+        super().__init__(model, BF16 if compute.precision == "bf16" else FP32, compute.activation_checkpointing)
         self.num_shards, self.num_averages, self.moments = num_shards, num_averages, moments
         self.reshard, self.offload, self.prefetch = fsdp2.reshard_after_forward, fsdp2.cpu_offload, fsdp2.prefetch
         self.groups = [_Group(self, block.weights()) for block in self.network.blocks]
@@ -120,7 +119,7 @@ class Fsdp2Shadow(StepShadow):
         if self.offload:
             return []
         num_local = num_elements(list(self.network.weights()), self.num_shards)
-        moments = 2 * (_BF16 if self.moments == "bf16" else FP32)
+        moments = 2 * (BF16 if self.moments == "bf16" else FP32)
         return [
             self.allocate("parameters", num_local * FP32),
             self.allocate("optimizer", num_local * moments),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from pomscale.plan.shadow.tensor import Leaf, Shape, Tensor, broadcast, product, record
 
-FP32 = 4
+FP32, BF16 = 4, 2
 
 
 class Weight:
@@ -182,6 +182,6 @@ def mean_squared(error: Tensor) -> Tensor:
 
 
 __all__ = [
-    "FP32", "Weight", "activation", "attention", "broadcast", "cast", "chunk", "concatenate", "convolution",
+    "BF16", "FP32", "Weight", "activation", "attention", "broadcast", "cast", "chunk", "concatenate", "convolution",
     "embedding", "layer_norm", "linear", "mean_squared", "scaled", "sigmoid", "sum_tokens",
 ]  # fmt: skip

@@ -1,0 +1,190 @@
+"""`pomscale bench plan`: the memory that a plan predicts, beside that of real training steps.
+
+On the CPU, storages are counted (`storage_tracker`), and ranks that are not there are played by torch's fake process
+group: each collective returns at once, so one process has the memory of one rank of many. On a GPU the allocator's
+peak is compared, alone. DeepSpeed has processes of its own, since it can be set up once per process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from pomscale.benchmarks.report import BenchReport
+from pomscale.benchmarks.storage_tracker import step_peak_bytes
+from pomscale.config.schema import TrainRecipe
+from pomscale.diffusion.loss import per_sample_loss
+from pomscale.diffusion.objectives import FlowMatching
+from pomscale.distributed.flat_shard import FlatShard
+from pomscale.distributed.world import World, join_world
+from pomscale.engine import build_engine
+from pomscale.models import DiPoM, init_weights
+from pomscale.plan.batch import batch_share
+from pomscale.plan.memory import step_memory
+
+_MIB = 2**20
+_MODES = ("none", "selective", "every-2", "full")
+# Widths of the presets; depth, latents and batch such that a step takes seconds on two cores.
+_SIZES: dict[str, dict[str, Any]] = {
+    "S": {"size": "s-2", "depth": 4, "latent_shape": [4, 32, 32], "batch": 3},
+    "B": {"size": "b-2", "depth": 4, "latent_shape": [4, 24, 24], "batch": 4},
+    "L": {"size": "l-2", "depth": 4, "latent_shape": [4, 16, 16], "batch": 8},
+}
+_GPU_SIZES: dict[str, dict[str, Any]] = {
+    "S/2": {"size": "s-2", "depth": 12, "latent_shape": [4, 32, 32], "batch": 64},
+    "L/2": {"size": "l-2", "depth": 24, "latent_shape": [4, 32, 32], "batch": 32},
+    "XL/2": {"size": "xl-2", "depth": 28, "latent_shape": [4, 32, 32], "batch": 32},
+}
+_LAYOUTS: dict[str, dict[str, Any]] = {
+    "shards of 4, 2 micro-batches": {"fsdp2": {"shard_size": 4}, "training": {"micro_batch": 2}},
+    "prefetch 2, kept gathered": {"fsdp2": {"reshard_after_forward": False, "prefetch": 2}},
+    "bf16 moments, 3 averages": {"optimizer": {"moments": "bf16"}, "ema": {"halflives_samples": [100, 200, 300]}},
+}
+_NUM_RANKS = 8
+
+
+def bench_plan() -> BenchReport:
+    """A row per setting: the measured peak, the planned one, and the error of both the whole and of what a step adds to
+    what is resident between steps."""
+    report = BenchReport("plan")
+    if torch.cuda.is_available():
+        with join_world("cuda") as world:
+            _compare_modes(report, _GPU_SIZES, world)
+    else:
+        with pretended_world(_NUM_RANKS) as world:
+            _compare_modes(report, _SIZES, world)
+            for layout, changes in _LAYOUTS.items():
+                _compare(report, f"dipom-B, {layout}", make_recipe("dipom", _SIZES["B"], changes, world.size), world)
+        with join_world("cpu") as world:
+            _compare(report, "dipom-B, one rank", make_recipe("dipom", _SIZES["B"], {}, 1), world)
+        for stage in (1, 2, 3):
+            _compare_deepspeed(report, stage)
+    errors = [abs(row["error"]) for row in report.rows]
+    report.judge("largest error of the planned peak", max(errors), 0.1, at_least=False)
+    return report
+
+
+def _compare_modes(report: BenchReport, sizes: Mapping[str, Mapping[str, Any]], world: World) -> None:
+    for size, mixer, precision, mode in itertools.product(sizes, ("dipom", "dit"), ("fp32", "bf16"), _MODES):
+        changes = {"compute": {"precision": precision, "activation_checkpointing": mode}}
+        recipe = make_recipe(mixer, sizes[size], changes, world.size)
+        _compare(report, f"{mixer}-{size}, {precision}, {mode}", recipe, world)
+
+
+def make_recipe(
+    mixer: str, size: Mapping[str, Any], changes: Mapping[str, Mapping[str, Any]], num_ranks: int
+) -> TrainRecipe:
+    """mixer: dipom or dit; size: as _SIZES, `batch` per rank; changes: section -> fields."""
+    batch = size["batch"] * num_ranks
+    fields: dict[str, dict[str, Any]] = {
+        "codec": {"name": "sd_vae"},
+        "data": {"path": "none"},
+        "model": {
+            "preset": f"{mixer}-{size['size']}",
+            "depth": size["depth"],
+            "latent_shape": size["latent_shape"],
+            "num_classes": 100,
+        },
+        "training": {"total_samples": 1000 * batch, "global_batch": batch},
+        "checkpoint": {"every_samples": 1000},
+    }
+    for section, change in changes.items():
+        fields[section] = {**fields.get(section, {}), **change}
+    engine = "deepspeed" if "deepspeed" in changes else "fsdp2"
+    return TrainRecipe.model_validate({"kind": "train", "name": "plan", "engine": engine, **fields})
+
+
+@contextmanager
+def pretended_world(num_ranks: int) -> Iterator[World]:
+    """Rank 0 of `num_ranks`, on the CPU; the others are not there, and what they would send is not set."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    try:
+        yield World(0, num_ranks, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def measure(recipe: TrainRecipe, world: World) -> tuple[int, int]:
+    """Bytes at the peak of a step of the real engine, and between steps; of the second step, as every later one."""
+    with torch.device("meta"):
+        model = DiPoM(recipe.model)
+    engine = build_engine(recipe, model, lambda model, assign: init_weights(model, 0, assign), world)
+    share = batch_share(recipe.training, world.size)
+    weights = dict.fromkeys(recipe.ema.averages, 0.1)
+
+    def loss(network: nn.Module, _: None) -> Tensor:
+        shape = (share.micro_batch, *recipe.model.latent_shape)
+        x0, eps = torch.randn(shape, device=world.device), torch.randn(shape, device=world.device)
+        t = torch.rand(share.micro_batch, device=world.device)
+        classes = torch.zeros(share.micro_batch, dtype=torch.int64, device=world.device)
+        return per_sample_loss(FlowMatching(), network, x0, eps, t, classes).mean()
+
+    def step() -> None:
+        engine.forward_backward([None] * share.num_micro_batches, loss)
+        engine.step(1e-4, weights)
+
+    step()
+    held = [*engine.model.parameters(), *_tensors(engine.state_dict())]
+    return step_peak_bytes(step, world.device, held), sum(engine.resident_bytes().values())
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, dict):
+        for value in state.values():
+            yield from _tensors(value)
+    else:
+        yield state.values if isinstance(state, FlatShard) else state
+
+
+def _compare(report: BenchReport, what: str, recipe: TrainRecipe, world: World) -> None:
+    _add(report, what, recipe, world.size, *measure(recipe, world))
+
+
+def _compare_deepspeed(report: BenchReport, stage: int) -> None:
+    """Skipped, and said so, where DeepSpeed is not installed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _ONE_STAGE, str(stage), str(_NUM_RANKS)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        print(f"ZeRO-{stage}: not measured: {done.stderr.strip().splitlines()[-1]}")
+        return
+    peak, resident = map(int, done.stdout.split()[-2:])
+    _add(report, f"dipom-B, ZeRO-{stage}", deepspeed_recipe(stage), _NUM_RANKS, peak, resident)
+
+
+_ONE_STAGE = """
+import sys
+from pomscale.benchmarks.plan import deepspeed_recipe, measure, pretended_world
+with pretended_world(int(sys.argv[2])) as world:
+    print(*measure(deepspeed_recipe(int(sys.argv[1])), world))
+"""
+
+
+def deepspeed_recipe(stage: int) -> TrainRecipe:
+    return make_recipe("dipom", _SIZES["B"], {"deepspeed": {"zero_stage": stage}}, _NUM_RANKS)
+
+
+def _add(report: BenchReport, what: str, recipe: TrainRecipe, num_ranks: int, peak: int, resident: int) -> None:
+    planned = step_memory(recipe, num_ranks)
+    report.add(
+        what,
+        measured_mib=peak / _MIB,
+        planned_mib=planned.peak / _MIB,
+        error=planned.peak / peak - 1,
+        error_of_the_step=(planned.peak - resident) / (peak - resident) - 1,
+        moment=planned.moment,
+    )

@@ -1,0 +1,147 @@
+"""What would fit better: the cheapest change that fits where the recipe does not, and else what there is room for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pomscale.config.schema import TrainRecipe
+from pomscale.plan.batch import batch_share
+from pomscale.plan.memory import StepMemory, step_memory
+
+Changes = dict[str, Any]
+
+# Ways to keep fewer activations, by what they cost.
+_CHECKPOINTING = ("none", "selective", "every-2", "full")
+# Smaller micro-batches than this part of the recipe's leave a GPU idle: other changes are cheaper.
+_SMALLEST_SHARE = 8
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Recipe keys with their new values, and the memory with them."""
+
+    changes: Changes
+    memory: StepMemory
+
+    def __str__(self) -> str:
+        return " ".join(f"{key}={_as_override(value)}" for key, value in self.changes.items())
+
+
+def changed(recipe: TrainRecipe, changes: Mapping[str, Any]) -> TrainRecipe:
+    """The recipe with these keys, section.field, set to values that are valid."""
+    for key, value in changes.items():
+        section, field = key.split(".")
+        recipe = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={field: value})})
+    return recipe
+
+
+def cheapest_fit(recipe: TrainRecipe, num_gpus: int, usable: float) -> Advice | None:
+    """For a recipe that needs more than `usable` bytes per GPU. None: no change of this recipe fits.
+
+    In this order: smaller micro-batches; stronger checkpointing, each with the largest micro-batch that fits; then
+    the same with more sharding, bf16 moments, offloading, each on top of the ones before.
+    """
+    asked = batch_share(recipe.training, num_gpus).micro_batch
+    modes = _modes(recipe.compute.activation_checkpointing)
+    sharding: Changes = {}
+    for step in ({}, *_sharding(recipe, num_gpus)):
+        sharding |= step
+        strongest = sharding | {"compute.activation_checkpointing": modes[-1]}
+        if _largest(recipe, num_gpus, usable, strongest, at_most=1) is None:
+            continue
+        for mode in modes:
+            changes = sharding | {"compute.activation_checkpointing": mode}
+            smallest = 1 if mode == modes[-1] else max(asked // _SMALLEST_SHARE, 1)
+            found = _largest(recipe, num_gpus, usable, changes, at_most=asked)
+            if found is not None and found.changes["training.micro_batch"] >= smallest:
+                return _only_what_differs(recipe, found)
+    return None
+
+
+def room_for_more(recipe: TrainRecipe, num_gpus: int, usable: float) -> Advice | None:
+    """For a recipe that fits: less recomputation at the same micro-batch, else the largest micro-batch that fits.
+
+    None if it is as good as it can be.
+    """
+    now = batch_share(recipe.training, num_gpus)
+    for mode in _CHECKPOINTING:
+        if mode == recipe.compute.activation_checkpointing or mode not in _milder(recipe):
+            break
+        changes = {"compute.activation_checkpointing": mode}
+        memory = step_memory(changed(recipe, changes), num_gpus)
+        if memory.peak <= usable:
+            return Advice(changes, memory)
+    if now.num_micro_batches == 1:
+        return None
+    largest = _largest(recipe, num_gpus, usable, {}, at_most=-(-recipe.training.global_batch // num_gpus))
+    if largest is None or largest.changes["training.micro_batch"] <= now.micro_batch:
+        return None
+    return largest
+
+
+def _largest(
+    recipe: TrainRecipe, num_gpus: int, usable: float, changes: Changes, *, at_most: int
+) -> Advice | None:
+    """With the largest micro-batch that fits, as it comes out when a rank's samples are cut into even pieces.
+
+    The peak is the largest of functions that are linear in the micro-batch, so the tangent at one that is too large
+    reaches `usable` at or above the largest that fits: Newton's method, from above, in a few steps.
+    """
+    size = at_most
+    while True:
+        candidate = changed(recipe, changes | {"training.micro_batch": size})
+        share = batch_share(candidate.training, num_gpus)
+        memory = step_memory(candidate, num_gpus, share)
+        if memory.peak <= usable:
+            return Advice(changes | {"training.micro_batch": share.micro_batch}, memory)
+        if size == 1:
+            return None
+        per_sample = memory.by_part["activations"] / share.micro_batch
+        tangent = int((usable - memory.peak) // per_sample) + share.micro_batch
+        size = max(min(tangent, share.micro_batch - 1, size - 1), 1)
+
+
+def _modes(current: str) -> list[str]:
+    """The current mode and all that keep less."""
+    if current in _CHECKPOINTING:
+        return list(_CHECKPOINTING[_CHECKPOINTING.index(current) :])
+    return [current, "every-2", "full"]  # every-N, N > 2
+
+
+def _milder(recipe: TrainRecipe) -> tuple[str, ...]:
+    """Modes that recompute less than the recipe's."""
+    current = recipe.compute.activation_checkpointing
+    return _CHECKPOINTING[: _CHECKPOINTING.index(current)] if current in _CHECKPOINTING else ("none", "selective")
+
+
+def _sharding(recipe: TrainRecipe, num_gpus: int) -> Iterator[Changes]:
+    """Further changes, by what they cost."""
+    deepspeed, fsdp2 = recipe.deepspeed, recipe.fsdp2
+    if recipe.engine == "deepspeed":
+        for stage in range(deepspeed.zero_stage + 1, 4):
+            yield {"deepspeed.zero_stage": stage}
+    else:
+        if not fsdp2.reshard_after_forward:
+            yield {"fsdp2.reshard_after_forward": True}
+        if fsdp2.shard_size not in (None, num_gpus):
+            yield {"fsdp2.shard_size": None}
+    if recipe.optimizer.moments == "fp32":
+        yield {"optimizer.moments": "bf16"}
+    if recipe.engine == "deepspeed" and not deepspeed.offload_optimizer:
+        yield {"deepspeed.offload_optimizer": True}
+    if recipe.engine == "fsdp2" and not fsdp2.cpu_offload:
+        yield {"fsdp2.cpu_offload": True}
+
+
+def _only_what_differs(recipe: TrainRecipe, advice: Advice) -> Advice:
+    def current(key: str) -> Any:
+        section, field = key.split(".")
+        return getattr(getattr(recipe, section), field)
+
+    return Advice({key: value for key, value in advice.changes.items() if value != current(key)}, advice.memory)
+
+
+def _as_override(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,43 @@
+"""Whether recipe and machine fit together, apart from memory."""
+
+from __future__ import annotations
+
+from pomscale.config.hardware import Gpu
+from pomscale.config.schema import TrainRecipe
+from pomscale.errors import InputError
+
+
+def check_layout(recipe: TrainRecipe, num_gpus: int, gpu: Gpu) -> None:
+    """InputError, naming the key, for what the job would be refused for."""
+    shard_size = recipe.fsdp2.shard_size
+    if recipe.engine == "fsdp2" and shard_size is not None and num_gpus % shard_size:
+        raise InputError(
+            f"fsdp2.shard_size: {num_gpus} GPUs do not make whole copies of {shard_size}; "
+            f"use a multiple of {shard_size} GPUs, or another shard_size"
+        )
+    if recipe.compute.float8 and not gpu.has_float8:
+        raise InputError(f"compute.float8: {gpu.name} has no float8 arithmetic; set it to false, or use H100 or newer")
+
+
+def notes(recipe: TrainRecipe, num_nodes: int, gpus_per_node: int) -> list[str]:
+    """What works and costs something, and what the figures leave out; each names its key."""
+    num_gpus, batch = num_nodes * gpus_per_node, recipe.training.global_batch
+    found = []
+    if batch < num_gpus:
+        found.append(f"training.global_batch: {batch} samples for {num_gpus} GPUs; {num_gpus - batch} do nothing useful")
+    elif batch % num_gpus:
+        found.append(
+            f"training.global_batch: {batch} over {num_gpus} GPUs gives some {batch // num_gpus} samples and some "
+            f"{batch // num_gpus + 1}; the former wait for the latter"
+        )
+    shard_size = recipe.fsdp2.shard_size
+    if recipe.engine == "fsdp2" and shard_size is not None and num_nodes > 1 and shard_size > gpus_per_node:
+        found.append(
+            f"fsdp2.shard_size: {shard_size} spans nodes of {gpus_per_node} GPUs, so weights are gathered over the "
+            f"network; {gpus_per_node} would keep that inside a node"
+        )
+    if recipe.compute.compile:
+        found.append("compute.compile: memory is that of an eager step; a compiled one keeps less")
+    if recipe.compute.float8:
+        found.append("compute.float8: memory and speed are those of bf16")
+    return found

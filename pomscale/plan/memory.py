@@ -1,0 +1,82 @@
+"""Memory of one GPU at its fullest moment in a training step, and what rests in host memory for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pomscale.config.schema import TrainRecipe
+from pomscale.plan.batch import BatchShare, batch_share
+from pomscale.plan.model_cost import num_parameters
+from pomscale.plan.shadow.fsdp2 import Fsdp2Shadow
+from pomscale.plan.shadow.ledger import Part
+from pomscale.plan.shadow.zero import ZeroShadow
+
+_FP32, _BF16 = 4, 2
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes. `by_part` adds up to `peak`; `moment` says when that is. Not in it: the CUDA context, communication
+    buffers and what the allocator loses to fragments, which is why not all of a GPU's memory counts as usable."""
+
+    peak: int
+    by_part: dict[Part, int]
+    moment: str
+
+
+def step_memory(recipe: TrainRecipe, num_gpus: int, share: BatchShare | None = None) -> StepMemory:
+    """Of an eager step; torch.compile fuses elementwise work, so a compiled one needs at most that.
+
+    share: another one than the recipe's. `num_gpus` is a multiple of fsdp2.shard_size (`checks.check_layout`).
+    """
+    share = share or batch_share(recipe.training, num_gpus)
+    shadow: Fsdp2Shadow | ZeroShadow
+    if recipe.engine == "deepspeed":
+        shadow = ZeroShadow(
+            recipe.model,
+            recipe.compute,
+            recipe.deepspeed,
+            num_ranks=num_gpus,
+            num_averages=len(recipe.ema.averages),
+            moments=recipe.optimizer.moments,
+        )
+    else:
+        shadow = Fsdp2Shadow(
+            recipe.model,
+            recipe.compute,
+            recipe.fsdp2,
+            num_shards=num_shards(recipe, num_gpus),
+            num_averages=len(recipe.ema.averages),
+            moments=recipe.optimizer.moments,
+        )
+    shadow.run(share.micro_batch, share.num_micro_batches)
+    by_part = {part: num_bytes for part, num_bytes in shadow.ledger.at_peak.items() if num_bytes}
+    return StepMemory(shadow.ledger.peak, by_part, shadow.ledger.moment)
+
+
+def num_shards(recipe: TrainRecipe, num_gpus: int) -> int:
+    """GPUs that share one copy of the training state."""
+    return num_gpus if recipe.engine == "deepspeed" else recipe.fsdp2.shard_size or num_gpus
+
+
+def state_bytes(recipe: TrainRecipe) -> int:
+    """Of a checkpoint: weights, Adam's two moments, moving averages."""
+    moments = 2 * (_BF16 if recipe.optimizer.moments == "bf16" else _FP32)
+    return num_parameters(recipe.model) * (_FP32 + moments + _FP32 * len(recipe.ema.averages))
+
+
+def host_bytes(recipe: TrainRecipe, num_gpus: int) -> int:
+    """Of host memory per GPU: what is offloaded, and the copy that an asynchronous save writes from."""
+    shards = num_shards(recipe, num_gpus)
+    parameters = num_parameters(recipe.model)
+    num_bytes = 0
+    if recipe.engine == "deepspeed":
+        if recipe.deepspeed.offload_optimizer:
+            num_bytes += (state_bytes(recipe) + parameters * _FP32) // shards  # with the gradients
+        if recipe.deepspeed.offload_parameters:
+            num_bytes += parameters * (_BF16 if recipe.compute.precision == "bf16" else _FP32) // shards
+    elif recipe.fsdp2.cpu_offload:
+        num_bytes += (state_bytes(recipe) + parameters * _FP32) // shards
+    if recipe.checkpoint.asynchronous:
+        num_bytes += state_bytes(recipe) // num_gpus  # of replicas each saves a part
+    return num_bytes

@@ -1,0 +1,219 @@
+"""`pomscale plan`: everything about a run that can be said before it starts, in a table for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pomscale.config.hardware import GPUS, Gpu
+from pomscale.config.schema import TrainRecipe
+from pomscale.errors import InputError
+from pomscale.plan.advice import Advice, cheapest_fit, room_for_more
+from pomscale.plan.batch import BatchShare, batch_share
+from pomscale.plan.checks import check_layout, notes
+from pomscale.plan.memory import StepMemory, host_bytes, step_memory
+from pomscale.plan.model_cost import forward_flops, num_parameters
+from pomscale.plan.shadow.ledger import Part
+from pomscale.plan.speed import Speed, speed
+from pomscale.plan.storage import Storage, storage
+from pomscale.plan.traffic import traffic
+
+USABLE_SHARE = 0.9
+"""Of a GPU's memory: the rest is the CUDA context, NCCL's and cuBLAS's buffers, and what the allocator cannot join."""
+
+DEFAULT_MFU = 0.4
+
+_GIB = 2**30
+_PARTS: dict[Part, str] = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimiser",
+    "ema": "averages (EMA)",
+    "gathered": "gathered weights",
+    "reduction": "reduction buffers",
+    "activations": "activations",
+}
+
+
+@dataclass(frozen=True)
+class DatasetSize:
+    """What the manifests of the training data add up to."""
+
+    num_samples: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See `plan`. Memory and traffic in bytes, per GPU; `advice` is None if nothing better is known."""
+
+    recipe: TrainRecipe
+    num_nodes: int
+    gpus_per_node: int
+    gpu: Gpu
+    mfu: float
+    share: BatchShare
+    memory: StepMemory
+    host_bytes: int
+    speed: Speed
+    traffic: dict[str, int]
+    storage: Storage
+    dataset: DatasetSize | None
+    advice: Advice | None
+    notes: list[str]
+
+    @property
+    def num_gpus(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+    @property
+    def usable_bytes(self) -> float:
+        return USABLE_SHARE * self.gpu.memory_gib * _GIB
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.usable_bytes
+
+
+def plan(
+    recipe: TrainRecipe,
+    *,
+    num_nodes: int,
+    gpus_per_node: int,
+    gpu: str,
+    mfu: float = DEFAULT_MFU,
+    dataset: DatasetSize | None = None,
+) -> Plan:
+    """What the run needs and how long it takes on num_nodes x gpus_per_node GPUs of the kind `gpu`, a key of GPUS.
+
+    mfu: share of the data sheet's peak, 0 to 1, that the run would reach without recomputation; with it, that is what
+    the GPUs reach, and the run's own figure is lower. dataset: None = there is none yet.
+    Raises InputError for a machine that is not known, or that the recipe does not fit in other ways than memory.
+    """
+    if gpu not in GPUS:
+        raise InputError(f"--gpu {gpu!r}: is none of {', '.join(GPUS)}")
+    if not 0.0 < mfu <= 1.0:
+        raise InputError(f"--mfu: a share of the peak between 0 and 1 is meant, got {mfu:g}")
+    kind, num_gpus = GPUS[gpu], num_nodes * gpus_per_node
+    check_layout(recipe, num_gpus, kind)
+    memory, usable = step_memory(recipe, num_gpus), USABLE_SHARE * kind.memory_gib * _GIB
+    better = room_for_more if memory.peak <= usable else cheapest_fit
+    return Plan(
+        recipe=recipe,
+        num_nodes=num_nodes,
+        gpus_per_node=gpus_per_node,
+        gpu=kind,
+        mfu=mfu,
+        share=batch_share(recipe.training, num_gpus),
+        memory=memory,
+        host_bytes=host_bytes(recipe, num_gpus),
+        speed=speed(recipe, num_gpus, kind, mfu),
+        traffic=traffic(recipe, num_gpus),
+        storage=storage(recipe),
+        dataset=dataset,
+        advice=better(recipe, num_gpus, usable),
+        notes=notes(recipe, num_nodes, gpus_per_node),
+    )
+
+
+def render(plan: Plan) -> str:
+    """The plan as text, one line per figure."""
+    lines = [_heading(plan), "", *_model(plan), *_memory(plan), *_speed(plan), *_traffic(plan), *_storage(plan)]
+    lines += [f"{'note':<10}{note}" for note in plan.notes]
+    return "\n".join([*lines, *_verdict(plan)])
+
+
+def _heading(plan: Plan) -> str:
+    recipe, compute = plan.recipe, plan.recipe.compute
+    sharding = f"ZeRO-{recipe.deepspeed.zero_stage}" if recipe.engine == "deepspeed" else recipe.engine
+    if recipe.engine == "fsdp2" and recipe.fsdp2.shard_size not in (None, plan.num_gpus):
+        sharding += f", shards of {recipe.fsdp2.shard_size}"
+    return (
+        f"{recipe.name} on {plan.num_nodes} x {plan.gpus_per_node} {plan.gpu.name}: {sharding}, {compute.precision}, "
+        f"activation checkpointing {compute.activation_checkpointing}"
+    )
+
+
+def _model(plan: Plan) -> list[str]:
+    model, training, share = plan.recipe.model, plan.recipe.training, plan.share
+    parameters, flops = num_parameters(model), forward_flops(model)
+    return [
+        f"{'model':<10}{_count(parameters)} parameters, {_count(flops)}FLOP forward per sample, {model.num_tokens} tokens",
+        f"{'step':<10}{training.global_batch} samples: up to {share.num_micro_batches} x {share.micro_batch} per GPU, "
+        f"{plan.speed.step_time_s:.3g} s",
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    held = plan.memory.by_part
+    rows = [f"{'':<10}{name:<20}{held[part] / _GIB:8.2f} GiB" for part, name in _PARTS.items() if part in held]
+    rows[0] = f"{'memory':<10}{rows[0][10:]}"
+    total, usable = plan.memory.peak / _GIB, plan.usable_bytes / _GIB
+    rows.append(
+        f"{'':<10}{'peak per GPU':<20}{total:8.2f} GiB of {usable:.1f} usable ({USABLE_SHARE:.0%} of "
+        f"{plan.gpu.memory_gib:g}), {plan.memory.moment}"
+    )
+    return [*rows, f"{'':<10}{'host, per GPU':<20}{plan.host_bytes / _GIB:8.2f} GiB"]
+
+
+def _speed(plan: Plan) -> list[str]:
+    at = plan.speed
+    line = f"{'speed':<10}{at.samples_per_s:,.0f} samples/s at {plan.mfu:.0%} of {_count(_peak(plan))}FLOP/s"
+    if at.recomputed_share:
+        line += f"; {at.recomputed_share:.0%} more arithmetic by recomputation, MFU {at.mfu:.1%}"
+    total = plan.recipe.training.total_samples
+    return [
+        line,
+        f"{'':<10}{_time(at.days(total))} for {_count(total).strip()} samples, "
+        f"{at.days(total) * plan.num_gpus * 24:,.0f} GPU-hours",
+    ]
+
+
+def _traffic(plan: Plan) -> list[str]:
+    if not plan.traffic:
+        return []
+    sent = sum(plan.traffic.values())
+    lines = [f"{'':<10}{name:<28}{num_bytes / _GIB:8.2f} GiB" for name, num_bytes in plan.traffic.items()]
+    lines[0] = f"{'traffic':<10}{lines[0][10:]}"
+    rate = sent / plan.speed.step_time_s / 1e9
+    return [*lines, f"{'':<10}{'sent per GPU and step':<28}{sent / _GIB:8.2f} GiB; takes {rate:.1f} GB/s to hide behind the arithmetic"]
+
+
+def _storage(plan: Plan) -> list[str]:
+    disk = plan.storage
+    line = f"{'storage':<10}{disk.num_checkpoints} checkpoints of {disk.checkpoint / _GIB:.1f} GiB"
+    if disk.num_ema_snapshots:
+        line += f", {disk.num_ema_snapshots} EMA snapshots of {disk.ema_snapshot / _GIB:.1f} GiB"
+    lines = [f"{line}: {disk.total / _GIB:,.0f} GiB"]
+    if plan.dataset is not None:
+        epochs = plan.recipe.training.total_samples / plan.dataset.num_samples
+        size = plan.dataset.num_bytes / _GIB
+        samples = _count(plan.dataset.num_samples).strip()
+        lines.append(f"{'dataset':<10}{samples} samples, {size:,.1f} GiB, seen {epochs:.1f} times")
+    return lines
+
+
+def _verdict(plan: Plan) -> list[str]:
+    if plan.advice is not None:
+        with_it = f"{plan.advice.memory.peak / _GIB:.1f} GiB"
+    if plan.fits:
+        better = "" if plan.advice is None else f"; there is room for {plan.advice} ({with_it})"
+        return [f"{'FITS':<10}{plan.memory.peak / plan.usable_bytes:.0%} of the usable memory{better}"]
+    if plan.advice is None:
+        return [f"{'NO FIT':<10}whatever is changed; use more GPUs, larger ones, or a smaller model"]
+    return [f"{'NO FIT':<10}cheapest change that fits: {plan.advice} ({with_it})"]
+
+
+def _peak(plan: Plan) -> float:
+    return plan.gpu.peak(plan.recipe.compute.precision) * plan.num_gpus
+
+
+def _time(days: float) -> str:
+    return f"{days:,.1f} days" if days >= 1 else f"{24 * days:.1f} hours"
+
+
+def _count(count: float) -> str:
+    """Three significant digits: 833 M, 305 G, 2.5 P."""
+    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= 0.9995 * factor:
+            return f"{count / factor:.3g} {prefix}"
+    return f"{count:.3g} "

@@ -1,0 +1,101 @@
+"""A training step of engine/deepspeed.py: what each stage of ZeRO holds, as DeepSpeed 0.19 does it.
+
+Working weights, fp32 or bf16, are made from fp32 masters; masters, moments and averages are shared out over the ranks.
+    stage 1    every rank has all working weights, and all gradients until the end of the backward pass
+    stage 2    gradients are reduced through a bucket as they come; this rank's part of them stays
+    stage 3    so are working weights, which are gathered ahead of their use and stay, up to 1e9 of them
+"""
+
+from __future__ import annotations
+
+from pomscale.config.engine import ComputeConfig, DeepSpeedConfig
+from pomscale.config.schema import ModelConfig
+from pomscale.plan.shadow.ledger import Part, Storage
+from pomscale.plan.shadow.network import Block
+from pomscale.plan.shadow.operators import BF16, FP32, Weight
+from pomscale.plan.shadow.step import StepShadow, num_elements
+from pomscale.plan.shadow.tensor import Tensor
+
+BUCKET_ELEMENTS = 50_000_000
+"""As the engine sets reduce_bucket_size and allgather_bucket_size; stage 3 prefetches as many by default."""
+_MAX_FLAT_ELEMENTS = 500_000_000  # stage 1 in bf16 reduces its fp32 gradients in pieces of this size
+_MAX_LIVE_ELEMENTS = 1_000_000_000  # stage3_max_live_parameters, stage3_max_reuse_distance
+
+
+class ZeroShadow(StepShadow):
+    """`run` once; the ledger then knows the peak of a step. num_ranks: that share what the stage shares out."""
+
+    def __init__(
+        self, model: ModelConfig, compute: ComputeConfig, deepspeed: DeepSpeedConfig, *, num_ranks: int,
+        num_averages: int, moments: str,
+    ) -> None:  # fmt: skip
+        super().__init__(model, BF16 if compute.precision == "bf16" else FP32, compute.activation_checkpointing)
+        self.stage, self.num_averages, self.moments = deepspeed.zero_stage, num_averages, moments
+        self.offload_optimizer, self.offload_parameters = deepspeed.offload_optimizer, deepspeed.offload_parameters
+        self.root_weights = self.network.root_weights()
+        self.num_whole = num_elements(list(self.network.weights()))
+        self.num_local = -(-self.num_whole // num_ranks)
+        self.num_ranks = num_ranks
+        self.held: list[Storage] = []
+
+    def hold(self, part: Part, num_bytes: int) -> None:
+        self.held.append(Storage(self.ledger, part, num_bytes))
+
+    def run(self, micro_batch: int, num_micro_batches: int) -> None:
+        """One step, its last micro-batch."""
+        self._hold_resident()
+        self._hold_working()
+        bucket = min(BUCKET_ELEMENTS, self.num_whole)
+        if self.stage == 1 and self.tape.itemsize != FP32:
+            self.hold("gradients", self.num_whole * FP32)
+        elif self.stage == 3 or (self.stage == 2 and num_micro_batches > 1):
+            self._hold_local_gradients(self.num_local)
+        if self.stage == 3:
+            self.hold("reduction", BUCKET_ELEMENTS * FP32)
+        elif self.stage == 2 or self.tape.itemsize == FP32:
+            # The bucket and, in the precision of the reduction, what is in it; in stage 2 also by rank.
+            self.hold("reduction", BUCKET_ELEMENTS * self.tape.itemsize + self.stage * bucket * FP32)
+        self.micro_batch(micro_batch)
+
+    def _hold_resident(self) -> None:
+        if self.offload_optimizer:
+            return
+        self.hold("parameters", self.num_local * FP32)
+        self.hold("optimizer", self.num_local * 2 * (BF16 if self.moments == "bf16" else FP32))
+        self.hold("ema", self.num_local * FP32 * self.num_averages)
+
+    def _hold_working(self) -> None:
+        itemsize = self.tape.itemsize
+        if self.stage < 3:
+            self.hold("parameters", self.num_whole * itemsize)
+        else:
+            if not self.offload_parameters:
+                self.hold("parameters", self.num_local * itemsize)
+            self.hold("gathered", min(self.num_whole, _MAX_LIVE_ELEMENTS) * itemsize)
+            self.hold("gathered", min(self.num_whole, BUCKET_ELEMENTS) * itemsize)
+        nothing = Storage(self.ledger, "parameters", 0)
+        for weight in self.network.weights():
+            weight.tensor = Tensor(self.tape, weight.shape, itemsize, nothing)
+
+    def _hold_local_gradients(self, num_local: int) -> None:
+        if not self.offload_optimizer:
+            self.hold("gradients", num_local * FP32)
+
+    def after_backward(self, block: Block | None) -> None:
+        if self.stage > 1:
+            weights = self.root_weights if block is None else block.weights()
+            self._reduce(weights)
+        elif block is None:
+            self._reduce_all()
+
+    def _reduce(self, weights: list[Weight]) -> None:
+        if self.stage == 2:
+            self._hold_local_gradients(-(-num_elements(weights) // self.num_ranks))
+        for weight in weights:
+            weight.leaf.gradient = None
+
+    def _reduce_all(self) -> None:
+        if self.tape.itemsize == FP32:
+            self._hold_local_gradients(self.num_local)
+        else:
+            self.hold("reduction", min(self.num_whole, _MAX_FLAT_ELEMENTS) * FP32)

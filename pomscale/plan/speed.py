@@ -1,0 +1,36 @@
+"""How fast a run would be, at a stated share of what the data sheet says of the GPUs' arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pomscale.config.hardware import Gpu
+from pomscale.config.schema import TrainRecipe
+from pomscale.plan.model_cost import recomputed_flops, training_flops
+
+
+@dataclass(frozen=True)
+class Speed:
+    """`mfu`: what monitoring would show. It counts the model's arithmetic alone, so recomputation lowers it."""
+
+    samples_per_s: float
+    step_time_s: float
+    mfu: float
+    recomputed_share: float
+    """Arithmetic done again by activation checkpointing, over the model's own."""
+
+    def days(self, num_samples: int) -> float:
+        return num_samples / self.samples_per_s / 86400
+
+
+def speed(recipe: TrainRecipe, num_gpus: int, gpu: Gpu, attained: float) -> Speed:
+    """attained: share of the peak that the GPUs reach while they compute, recomputation included."""
+    model = training_flops(recipe.model)
+    again = recomputed_flops(recipe.model, recipe.compute.activation_checkpointing)
+    samples_per_s = attained * gpu.peak(recipe.compute.precision) * num_gpus / (model + again)
+    return Speed(
+        samples_per_s=samples_per_s,
+        step_time_s=recipe.training.global_batch / samples_per_s,
+        mfu=attained * model / (model + again),
+        recomputed_share=again / model,
+    )

@@ -1,0 +1,119 @@
+"""`pomscale train` with faults in it: faulty_train.py FAULTS RECIPE [a.b=c ...]; FAULTS is a JSON list of
+
+{"missing": "deepspeed"}                                      the package is not installed
+{"factor": "nan", "positions": [160, 192]}                    samples at these global positions weigh so much more
+{"do": "sleep", "at": "step", "nth": 3, "rank": 1, ...}       in that rank, just before the third step of this process
+
+at: "step"; "validation" (just before it); or "commit": the thread that writes a checkpoint is about to commit it.
+do: a function below, which is given the rest of the fault, and the arguments of what it comes before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import pomscale.checkpoint.store
+import pomscale.events
+import pomscale.train
+from pomscale.batches import TrainBatch
+from pomscale.checkpoint.store import complete_checkpoints
+from pomscale.cli import main
+from pomscale.config.schema import TrainRecipe
+from pomscale.data.loader import MicroBatch
+
+RANK = int(os.environ.get("RANK", "0"))
+PLACES = {
+    "step": (pomscale.train, "share_of_loss"),
+    "validation": (pomscale.events, "heldout_loss"),
+    "commit": (pomscale.checkpoint.store, "seal"),
+}
+
+
+def sleep(*_: Any) -> None:
+    time.sleep(10_000)
+
+
+def hold_the_lock(*_: Any) -> None:
+    ctypes.PyDLL(None).poll(None, 0, 10_000_000)  # PyDLL keeps Python's lock during the call
+
+
+def allocate(*_: Any) -> None:
+    torch.empty(1 << 50, dtype=torch.uint8)
+
+
+def send(*_: Any, number: str, after_s: float = 0.0, to_group: bool = False, then_wait_s: float = 0.0) -> None:
+    """A signal to this process, or, as schedulers do, to all processes of its group; at once, or a little later."""
+    target, how = (os.getpgrp(), os.killpg) if to_group else (os.getpid(), os.kill)
+    if after_s:
+        threading.Timer(after_s, how, (target, signal.Signals[number])).start()
+    else:
+        how(target, signal.Signals[number])
+    time.sleep(then_wait_s)
+
+
+def flip_a_bit(*arguments: Any, parameter: str) -> None:
+    model = next(argument for argument in arguments if isinstance(argument, nn.Module))
+    local = model.get_parameter(parameter).detach().to_local()  # type: ignore[operator]  # a DTensor
+    local.view(torch.int32).flatten()[0] ^= 1 << 12
+
+
+def damage_the_newest_checkpoint(*_: Any, root: str) -> None:
+    (shard,) = complete_checkpoints(Path(root))[-1].glob("__0_*.distcp")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+def inject(fault: dict[str, Any]) -> None:
+    if "missing" in fault:
+        sys.modules[fault["missing"]] = None  # type: ignore[assignment]  # importing it raises ImportError
+    elif "factor" in fault:
+        change_weights(float(fault["factor"]), *fault["positions"])
+    elif fault.pop("rank", RANK) == RANK:
+        inject_before(**fault)
+
+
+def change_weights(factor: float, begin: int, end: int) -> None:
+    draw_batch = pomscale.train.draw_batch
+
+    def with_other_weights(recipe: TrainRecipe, batch: MicroBatch) -> TrainBatch:
+        drawn = draw_batch(recipe, batch)
+        drawn.weights[(batch.positions >= begin) & (batch.positions < end)] *= factor
+        return drawn
+
+    pomscale.train.draw_batch = with_other_weights
+
+
+def inject_before(do: str, at: str, nth: int, **options: Any) -> None:
+    place, name = PLACES[at]
+    right: Callable[..., Any] = getattr(place, name)
+    calls = itertools.count(1)
+
+    def faulty(*arguments: Any) -> Any:
+        if next(calls) != nth:
+            return right(*arguments)
+        if do == "make_the_loss_infinite":
+            return right(*arguments) + torch.inf
+        globals()[do](*arguments, **options)
+        return right(*arguments)
+
+    setattr(place, name, faulty)
+
+
+if __name__ == "__main__":
+    for each in json.loads(sys.argv[1]):
+        inject(each)
+    main(["train", *sys.argv[2:]])

@@ -1,0 +1,129 @@
+"""The same run by every engine and in every mode: its losses, held against those of one process by FSDP2, eager, fp32.
+
+FSDP2 on other numbers of ranks, and accumulation: test_layouts.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from running import (
+    GLOBAL_BATCH,
+    NUM_STEPS,
+    assert_same_curve,
+    assert_same_run,
+    checkpoint_samples,
+    losses,
+    outcome,
+    rows,
+    run,
+    train,
+    write_tiny_recipe,
+)
+
+from pomscale.config.recipe import load_train_recipe
+from pomscale.train import train as train_here
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+FAULTY_TRAIN = Path(__file__).with_name("faulty_train.py")
+
+
+def train_alone(recipe: Path, *overrides: str) -> Path:
+    """In this process; returns the run folder."""
+    loaded = load_train_recipe(recipe, [*overrides, "faults.preflight=false", "faults.hang_timeout_s=null"])
+    assert train_here(loaded) == 0
+    return Path(loaded.output) / loaded.name
+
+
+@pytest.fixture(scope="module")
+def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder that all others are held against."""
+    return train_alone(write_tiny_recipe(tmp_path_factory.mktemp("alone"), digits))
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "overrides"),
+    [
+        pytest.param(
+            4,
+            # The copies are compared on the way: they must be the same to the bit.
+            ["fsdp2.shard_size=2", f"faults.consistency_every_samples={10 * GLOBAL_BATCH}"],
+            id="HSDP 2x2",
+            marks=pytest.mark.slow,
+        ),
+        *(
+            pytest.param(
+                2,
+                ["engine=deepspeed", f"deepspeed.zero_stage={stage}"],
+                id=f"ZeRO-{stage} x2",
+                marks=[needs_deepspeed, pytest.mark.slow],
+            )
+            for stage in (1, 2, 3)
+        ),
+    ],
+)
+def test_engines_agree_in_fp32(alone: Path, tiny_recipe: Path, num_processes: int, overrides: list[str]) -> None:
+    train(tiny_recipe, *overrides, num_processes=num_processes)
+    folder = tiny_recipe.parent / "runs" / "tiny"
+    report_difference(folder, alone)
+    assert_same_curve(losses(folder), losses(alone))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("deepspeed", marks=needs_deepspeed)])
+def test_bf16_follows_fp32(alone: Path, tiny_recipe: Path, engine: str) -> None:
+    train(tiny_recipe, f"engine={engine}", "compute.precision=bf16", num_processes=2)
+    folder = tiny_recipe.parent / "runs" / "tiny"
+    report_difference(folder, alone)
+    for ours, reference in zip(losses(folder).values(), losses(alone).values(), strict=True):
+        assert ours == pytest.approx(reference, rel=2e-2)
+
+
+@pytest.mark.parametrize("mode", ["full", "every-2", "selective"])
+def test_activation_checkpointing_changes_no_bit(alone: Path, tiny_recipe: Path, mode: str) -> None:
+    folder = train_alone(tiny_recipe, f"compute.activation_checkpointing={mode}")
+    assert_same_run(folder, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "every-2", "selective"])
+def test_compiled_blocks_follow_eager_ones(alone: Path, tiny_recipe: Path, mode: str) -> None:
+    overrides = ["compute.compile=true", f"compute.activation_checkpointing={mode}"]
+    train(tiny_recipe, *overrides, num_processes=2 if mode == "none" else 1)
+    folder = tiny_recipe.parent / "runs" / "tiny"
+    report_difference(folder, alone)
+    # Fused kernels round other intermediates than eager ones, so the curves part sooner than on another layout.
+    assert_same_curve(losses(folder), losses(alone), late=1e-2)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_a_run_moves_between_engines(alone: Path, tiny_recipe: Path) -> None:
+    """Each leg goes on from the checkpoint of the one before it, which another engine has written."""
+    folder = tiny_recipe.parent / "runs" / "tiny"
+    zero_2, zero_3 = (["engine=deepspeed", f"deepspeed.zero_stage={stage}"] for stage in (2, 3))
+    stopped_at = 0
+    for num_processes, num_steps, overrides in ((2, 14, []), (2, 11, zero_2), (1, 12, zero_3)):
+        stop = {"do": "send", "number": "SIGTERM", "at": "step", "nth": num_steps}
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+        program = [str(FAULTY_TRAIN), json.dumps([stop]), str(tiny_recipe), *overrides]
+        run([sys.executable, *launcher, *program], expect=1)  # torchrun's own exit code
+        stopped_at += num_steps * GLOBAL_BATCH
+        assert outcome(folder)["state"] == "stopped"
+        assert checkpoint_samples(folder) == stopped_at
+    train(tiny_recipe)
+    report_difference(folder, alone)
+    assert {row["incarnation"] for row in rows(folder)} == {1, 2, 3, 4}
+    assert_same_curve(losses(folder), losses(alone))
+
+
+def report_difference(folder: Path, reference: Path) -> None:
+    """Shown with `pytest -rA`: the figures of the table in README.md."""
+    pairs = list(zip(losses(folder).values(), losses(reference).values(), strict=True))
+    differences = [abs(ours / theirs - 1) for ours, theirs in pairs]
+    assert len(differences) == NUM_STEPS
+    print(f"relative difference of the loss: {max(differences[:10]):.1e} to step 10, {max(differences):.1e} to step 50")
