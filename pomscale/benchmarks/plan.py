@@ -7,6 +7,7 @@ peak is compared, alone. DeepSpeed has processes of its own, since it can be set
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -151,19 +152,23 @@ def _compare(report: BenchReport, what: str, recipe: TrainRecipe, world: World) 
 
 
 def _compare_deepspeed(report: BenchReport, stage: int) -> None:
-    """Skipped, and said so, where DeepSpeed is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        print(f"ZeRO-{stage}: DeepSpeed is not installed, so this is not measured")
+        return
+    _add(report, f"dipom-B, ZeRO-{stage}", deepspeed_recipe(stage), _NUM_RANKS, *measure_deepspeed(stage))
+
+
+def measure_deepspeed(stage: int) -> tuple[int, int]:
+    """`measure` for `deepspeed_recipe(stage)`, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _ONE_STAGE, str(stage), str(_NUM_RANKS)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE,
         text=True,
-        check=False,
+        check=True,
     )
-    if done.returncode:
-        print(f"ZeRO-{stage}: not measured: {done.stderr.strip().splitlines()[-1]}")
-        return
-    peak, resident = map(int, done.stdout.split()[-2:])
-    _add(report, f"dipom-B, ZeRO-{stage}", deepspeed_recipe(stage), _NUM_RANKS, peak, resident)
+    peak, resident = done.stdout.split()[-2:]
+    return int(peak), int(resident)
 
 
 _ONE_STAGE = """

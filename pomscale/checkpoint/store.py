@@ -152,6 +152,7 @@ class CheckpointStore:
             raise
         except (CheckpointException, PomscaleError, OSError, RuntimeError) as error:
             if self._is_main:
+                self._check_generation()  # what a newer start has cleared away cannot be written, either
                 shutil.rmtree(partial, ignore_errors=True)  # on a full disk, half a checkpoint only takes room
             raise PomscaleError(_save_error(folder, error)) from error
         end_s = time.perf_counter()

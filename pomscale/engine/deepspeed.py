@@ -2,7 +2,7 @@
 
 Every rank holds fp32 master weights and Adam's moments for flat ranges of the parameters ("partitions"); the moving
 averages live over the same ranges. The working parameters, fp32 or bf16, are made from the masters after every step:
-with stages 1 and 2 every rank has all of them, with stage 3 they are gathered module by module while they are used.
+with stages 1 and 2 every rank has all of them, with stage 3 they are gathered block by block while they are used.
 
 Importing this module raises InputError if DeepSpeed is not installed.
 """
@@ -216,7 +216,7 @@ def _zero_config(
         "stage": config.zero_stage,
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
-        # Small parameters would stay gathered, to be kept up to date in two places. A module's are gathered together.
+        # Small parameters would stay gathered, to be kept up to date in two places. A block's are gathered together.
         "stage3_param_persistence_threshold": 0,
         # Its F.linear adds the bias in place to a product that "selective" has kept: recomputed, the bias counts twice.
         # Without it a linear map holds its gathered weight until the backward pass, unless it is recomputed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -81,26 +82,31 @@ def room_for_more(recipe: TrainRecipe, num_gpus: int, usable: float) -> Advice |
     return largest
 
 
-def _largest(
-    recipe: TrainRecipe, num_gpus: int, usable: float, changes: Changes, *, at_most: int
-) -> Advice | None:
-    """With the largest micro-batch that fits, as it comes out when a rank's samples are cut into even pieces.
+def _largest(recipe: TrainRecipe, num_gpus: int, usable: float, changes: Changes, *, at_most: int) -> Advice | None:
+    """With the largest micro-batch that fits. There are as many sizes as numbers of micro-batches, since a rank's
+    samples are cut into even pieces.
 
-    The peak is the largest of functions that are linear in the micro-batch, so the tangent at one that is too large
-    reaches `usable` at or above the largest that fits: Newton's method, from above, in a few steps.
+    The peak is nearly linear in the size, so where one is too large the next to try is known well enough; then back to
+    larger ones, up to one that is known to be too large.
     """
-    size = at_most
+    most = -(-recipe.training.global_batch // num_gpus)
+    number = fewest = -(-most // at_most)
+    found = None
     while True:
+        size = -(-most // number)
         candidate = changed(recipe, changes | {"training.micro_batch": size})
-        share = batch_share(candidate.training, num_gpus)
-        memory = step_memory(candidate, num_gpus, share)
+        memory = step_memory(candidate, num_gpus)
         if memory.peak <= usable:
-            return Advice(changes | {"training.micro_batch": share.micro_batch}, memory)
-        if size == 1:
-            return None
-        per_sample = memory.by_part["activations"] / share.micro_batch
-        tangent = int((usable - memory.peak) // per_sample) + share.micro_batch
-        size = max(min(tangent, share.micro_batch - 1, size - 1), 1)
+            found = Advice(changes | {"training.micro_batch": size}, memory)
+            if number == fewest:
+                return found
+            number -= 1
+        elif found is not None or number == most:
+            return found
+        else:
+            fewest = number + 1
+            over = (memory.peak - usable) / memory.by_part["activations"]
+            number = min(max(math.ceil(number / (1 - over)), fewest), most) if over < 1 else most
 
 
 def _modes(current: str) -> list[str]:

@@ -9,7 +9,12 @@ from pomscale.errors import InputError
 
 def check_layout(recipe: TrainRecipe, num_gpus: int, gpu: Gpu) -> None:
     """InputError, naming the key, for what the job would be refused for."""
-    shard_size = recipe.fsdp2.shard_size
+    batch, shard_size = recipe.training.global_batch, recipe.fsdp2.shard_size
+    if batch < num_gpus:
+        raise InputError(
+            f"training.global_batch: {batch} samples cannot be shared by {num_gpus} GPUs; "
+            f"use at most {batch} GPUs or a larger global batch"
+        )
     if recipe.engine == "fsdp2" and shard_size is not None and num_gpus % shard_size:
         raise InputError(
             f"fsdp2.shard_size: {num_gpus} GPUs do not make whole copies of {shard_size}; "
@@ -23,9 +28,7 @@ def notes(recipe: TrainRecipe, num_nodes: int, gpus_per_node: int) -> list[str]:
     """What works and costs something, and what the figures leave out; each names its key."""
     num_gpus, batch = num_nodes * gpus_per_node, recipe.training.global_batch
     found = []
-    if batch < num_gpus:
-        found.append(f"training.global_batch: {batch} samples for {num_gpus} GPUs; {num_gpus - batch} do nothing useful")
-    elif batch % num_gpus:
+    if batch % num_gpus:
         found.append(
             f"training.global_batch: {batch} over {num_gpus} GPUs gives some {batch // num_gpus} samples and some "
             f"{batch // num_gpus + 1}; the former wait for the latter"

@@ -20,7 +20,7 @@ from pomscale.plan.traffic import traffic
 USABLE_SHARE = 0.9
 """Of a GPU's memory: the rest is the CUDA context, NCCL's and cuBLAS's buffers, and what the allocator cannot join."""
 
-DEFAULT_MFU = 0.4
+DEFAULT_UTILIZATION = 0.4
 
 _GIB = 2**30
 _PARTS: dict[Part, str] = {
@@ -50,7 +50,7 @@ class Plan:
     num_nodes: int
     gpus_per_node: int
     gpu: Gpu
-    mfu: float
+    utilization: float
     share: BatchShare
     memory: StepMemory
     host_bytes: int
@@ -80,19 +80,19 @@ def plan(
     num_nodes: int,
     gpus_per_node: int,
     gpu: str,
-    mfu: float = DEFAULT_MFU,
+    utilization: float = DEFAULT_UTILIZATION,
     dataset: DatasetSize | None = None,
 ) -> Plan:
     """What the run needs and how long it takes on num_nodes x gpus_per_node GPUs of the kind `gpu`, a key of GPUS.
 
-    mfu: share of the data sheet's peak, 0 to 1, that the run would reach without recomputation; with it, that is what
-    the GPUs reach, and the run's own figure is lower. dataset: None = there is none yet.
+    utilization: share of the data sheet's peak that the GPUs reach, 0 to 1, whatever they compute: the run's MFU is
+    lower by what is recomputed. dataset: None = there is none yet.
     Raises InputError for a machine that is not known, or that the recipe does not fit in other ways than memory.
     """
     if gpu not in GPUS:
         raise InputError(f"--gpu {gpu!r}: is none of {', '.join(GPUS)}")
-    if not 0.0 < mfu <= 1.0:
-        raise InputError(f"--mfu: a share of the peak between 0 and 1 is meant, got {mfu:g}")
+    if not 0.0 < utilization <= 1.0:
+        raise InputError(f"--mfu: a share of the peak between 0 and 1 is meant, got {utilization:g}")
     kind, num_gpus = GPUS[gpu], num_nodes * gpus_per_node
     check_layout(recipe, num_gpus, kind)
     memory, usable = step_memory(recipe, num_gpus), USABLE_SHARE * kind.memory_gib * _GIB
@@ -102,11 +102,11 @@ def plan(
         num_nodes=num_nodes,
         gpus_per_node=gpus_per_node,
         gpu=kind,
-        mfu=mfu,
+        utilization=utilization,
         share=batch_share(recipe.training, num_gpus),
         memory=memory,
         host_bytes=host_bytes(recipe, num_gpus),
-        speed=speed(recipe, num_gpus, kind, mfu),
+        speed=speed(recipe, num_gpus, kind, utilization),
         traffic=traffic(recipe, num_gpus),
         storage=storage(recipe),
         dataset=dataset,
@@ -116,10 +116,10 @@ def plan(
 
 
 def render(plan: Plan) -> str:
-    """The plan as text, one line per figure."""
+    """The plan as text, one line per figure, ending in a newline."""
     lines = [_heading(plan), "", *_model(plan), *_memory(plan), *_speed(plan), *_traffic(plan), *_storage(plan)]
     lines += [f"{'note':<10}{note}" for note in plan.notes]
-    return "\n".join([*lines, *_verdict(plan)])
+    return "\n".join([*lines, *_verdict(plan)]) + "\n"
 
 
 def _heading(plan: Plan) -> str:
@@ -157,7 +157,7 @@ def _memory(plan: Plan) -> list[str]:
 
 def _speed(plan: Plan) -> list[str]:
     at = plan.speed
-    line = f"{'speed':<10}{at.samples_per_s:,.0f} samples/s at {plan.mfu:.0%} of {_count(_peak(plan))}FLOP/s"
+    line = f"{'speed':<10}{at.samples_per_s:,.0f} samples/s at {plan.utilization:.0%} of {_count(_peak(plan))}FLOP/s"
     if at.recomputed_share:
         line += f"; {at.recomputed_share:.0%} more arithmetic by recomputation, MFU {at.mfu:.1%}"
     total = plan.recipe.training.total_samples

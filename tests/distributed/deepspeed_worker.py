@@ -254,6 +254,11 @@ def train_all(world: World, plain: Plain, folder: Path) -> None:
     for zero_stage in (1, 2, 3):
         compare(world, plain, zero_stage=zero_stage, precision="bf16", tolerance=1e-3)
     compare(world, plain, zero_stage=2, moments="bf16", tolerance=1e-3)
+    # What stage 3 could break, by freeing weights, is what is traced; generated code would take minutes of g++.
+    torch.compiler.set_default_backend("aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # the tracer looks at gradients that are not there
+        compare(world, plain, zero_stage=3, compiled=True, checkpointing="full")
 
 
 def go_on(world: World, plain: Plain, folder: Path, following: Path) -> None:
@@ -281,16 +286,11 @@ def go_on(world: World, plain: Plain, folder: Path, following: Path) -> None:
         assert tensor.equal(saved[f"model/{name}"]), name
 
 
-def train_compiled(world: World, plain: Plain) -> None:
-    train(build(world, zero_stage=3, compiled=True, checkpointing="full"), world, plain, range(2), 1e-5)
-
-
 if __name__ == "__main__":
     mode, *folders = sys.argv[1:]
-    if mode != "compile":  # which warns of itself
-        warnings.simplefilter("error", UserWarning)
+    warnings.simplefilter("error", UserWarning)
     plain = train_plain()  # first: DeepSpeed replaces torch.nn.functional.linear
     with join_world("cpu") as world:
-        {"train": train_all, "go-on": go_on, "compile": train_compiled}[mode](world, plain, *map(Path, folders))
+        {"train": train_all, "go-on": go_on}[mode](world, plain, *map(Path, folders))
         print("engines equal the plain loop", flush=True)
     os._exit(0)  # as the command line does, and for its reason

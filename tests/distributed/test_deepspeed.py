@@ -13,7 +13,6 @@ from running import run
 from pomscale.errors import InputError
 
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
 
 def work(num_processes: int, *arguments: str | Path) -> None:
@@ -23,19 +22,13 @@ def work(num_processes: int, *arguments: str | Path) -> None:
     assert "MA " not in done.stdout, "DeepSpeed prints what memory is in use"
 
 
-@needs_deepspeed
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 @pytest.mark.slow
 def test_engines_equal_a_plain_loop_and_load_each_other(tmp_path: Path) -> None:
     """ZeRO 2 on two ranks -> FSDP2, ZeRO 1, 2 and 3 on one; from there ZeRO 1 -> all of them on three."""
     work(2, "train", tmp_path / "zero2-x2")
     work(1, "go-on", tmp_path / "zero2-x2", tmp_path / "zero1-x1")
     work(3, "go-on", tmp_path / "zero1-x1", tmp_path / "zero1-x3")
-
-
-@needs_deepspeed
-@pytest.mark.slow
-def test_compiled() -> None:
-    work(1, "compile")
 
 
 def test_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:

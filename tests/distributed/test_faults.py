@@ -309,22 +309,22 @@ def test_starts_that_were_taken_for_dead_change_nothing(undisturbed: Path, tiny_
             return process
 
         at_once = "checkpoint.asynchronous=false"
-        # In a step; when it wakes up, its watchdog finds that it took too long.
-        first = start({**pause, "at": "step", "nth": 13}, "faults.hang_timeout_s=1", at_once)
+        # In a step, where it goes on to hang.
+        first = start({**pause, "at": "step", "nth": 13, "then_wait_s": 1000.0}, at_once)
         assert saved(folder) == [10 * GLOBAL_BATCH]
         # In the middle of a save, of which the newest start has found half, and deleted it.
-        second = start({**pause, "at": "commit", "nth": 1}, "faults.hang_timeout_s=null")
-        newest = start({**pause, "at": "step", "nth": 15}, "faults.hang_timeout_s=null", at_once)
+        second = start({**pause, "at": "commit", "nth": 1})
+        newest = start({**pause, "at": "step", "nth": 15}, at_once)
         assert saved(folder) == [10 * GLOBAL_BATCH, 20 * GLOBAL_BATCH]
         before = contents(folder)
-        time.sleep(1.5)  # longer than the first one's limit
-        assert wake_up(first)[0] == 1
+        assert wake_up(first, and_send=signal.SIGTERM)[0] == 128 + signal.SIGTERM
         code, told = wake_up(second)
         assert code == 1
-        assert f"a newer start ({HOST}, process {newest.pid}, " in told
+        (error,) = [line for line in told.splitlines() if line.startswith("error: ")]
+        assert error.startswith(f"error: a newer start ({HOST}, process {newest.pid}, ")
         # Rows of processes that outlived their replacement are left out when they are read; nothing else has changed.
         changed = {path for path, content in contents(folder).items() if before.get(path) != content}
-        assert {path.name for path in changed if path.parent.name != "stacks"} <= {"events.jsonl"}
+        assert {path.name for path in changed if path.parent.name != "stacks"} <= {"events.jsonl", "metrics.jsonl"}
         assert wake_up(newest)[0] == 0
     assert_same_run(folder, undisturbed)
     assert outcome(folder)["incarnation"] == 3
@@ -345,9 +345,13 @@ def wait_until_paused(process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-def wake_up(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and stderr."""
+def wake_up(process: subprocess.Popen[str], *, and_send: signal.Signals | None = None) -> tuple[int, str]:
+    """Exit code and stderr. and_send: every few seconds, so that the second one ends it."""
     process.send_signal(signal.SIGCONT)
+    deadline = time.monotonic() + TIMEOUT_S
+    while and_send is not None and process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(and_send)
+        time.sleep(2.5)
     _, told = process.communicate(timeout=TIMEOUT_S)
     return process.returncode, told
 

@@ -121,7 +121,9 @@ class Network:
         for block in self.blocks:
             x = call(block, x, c)
         scale, shift = op.chunk(self.modulation(op.activation(c)), 2)
-        return op.scaled(self.head(modulate(op.layer_norm(x), shift, scale)))
+        prediction = op.scaled(self.head(modulate(op.layer_norm(x), shift, scale)))
+        prediction.shape = latents.shape
+        return prediction
 
     def time(self, latents: Tensor, batch: int) -> Tensor:
         features = latents.tape.new((batch, self.config.dim))

@@ -170,7 +170,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tens
 
 def mean_squared(error: Tensor) -> Tensor:
     """(b ..) fp32 -> a number: the gradient is as large as the error, twice."""
+    squares = error.tape.new(error.shape, FP32)
     result = error.tape.new((1,), FP32)
+    del squares
 
     def backward(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
         first = saved[0].tape.new(saved[0].shape, FP32)
