@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import torch
 
 from pomscale.batches import TrainBatch, draw_batch, share_of_loss, steps
 from pomscale.card import ModelCard
-from pomscale.checkpoint.store import CheckpointStore, latest_checkpoint, read_meta
+from pomscale.checkpoint.folder import META, complete_checkpoints, final_folder, is_complete
+from pomscale.checkpoint.integrity import find_damage_of
+from pomscale.checkpoint.store import CheckpointStore, read_meta
 from pomscale.clock import Clock
 from pomscale.config.engine import CheckpointConfig
 from pomscale.config.hardware import peak_flops
@@ -46,6 +50,7 @@ from pomscale.monitoring.monitor import Monitor, open_monitor
 from pomscale.monitoring.profiler import ProfileWindow
 from pomscale.monitoring.throughput import mfu
 from pomscale.monitoring.wandb_sink import read_wandb_id
+from pomscale.plan.checks import check_layout
 from pomscale.plan.model_cost import num_parameters, training_flops
 from pomscale.resume import CHECKPOINT_FORMAT, check_same_run, identity
 from pomscale.run_folder import (
@@ -67,23 +72,33 @@ def train(recipe: TrainRecipe) -> int:
     """
     stop = StopRequest()  # before anything slow, so that a signal during the start-up is not lost
     try:
-        with join_world(recipe.compute.device) as world:
+        with join_world(recipe.compute.device, timeout=_collective_timeout(recipe)) as world:
             return _train_in(world, recipe, Path(recipe.output) / recipe.name, stop)
     finally:
         stop.restore()
 
 
+def _collective_timeout(recipe: TrainRecipe) -> timedelta | None:
+    """Later than the watchdog, which writes the stacks before it ends the run."""
+    faults = recipe.faults
+    if faults.hang_timeout_s is None:
+        return None
+    return timedelta(seconds=max(faults.hang_timeout_s, faults.slow_hang_timeout_s) + 600)
+
+
 def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest) -> int:
     """Looks before it writes: a run that another recipe may not go on with is left alone."""
+    check_layout(recipe, world.size)
     mixture = _open_mixture(recipe)
     card = ModelCard.of(recipe, mixture.datasets[0].manifest, mixture.normalization)
     this_run = identity(recipe, mixture)
-    initial = _initial_weights(recipe)
-    finished_at = world.on_main(lambda: _look(recipe, folder, mixture, this_run, card))
-    if finished_at is not None:
+    standing = world.on_main(lambda: _look(recipe, folder, mixture, this_run, card))
+    if standing.is_finished:
         if world.is_main:
-            print(f"{folder}: finished already, {finished_at:,} samples")
+            print(f"{folder}: finished already, {standing.samples:,} samples")
         return 0
+    # A run that has begun does not need what it was fine-tuned from, which may be gone by now.
+    initial = _seeded(recipe) if standing.samples or recipe.init_from is None else _fine_tuned(recipe)
     number = world.on_main(lambda: Generation.claim(folder).number)
     run = _Run(world, recipe, folder, Generation(folder, number), stop)
     try:
@@ -101,18 +116,28 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
     return EXIT_STOPPED if stopped else 0
 
 
-def _look(recipe: TrainRecipe, folder: Path, mixture: Mixture, this_run: dict[str, Any], card: ModelCard) -> int | None:
-    """By rank 0. The samples seen if the run is finished. InputError if it cannot go on in this way."""
+@dataclass(frozen=True)
+class _Standing:
+    """How far a run is. samples: of its newest checkpoint, 0 without one."""
+
+    samples: int
+    is_finished: bool
+
+
+def _look(recipe: TrainRecipe, folder: Path, mixture: Mixture, this_run: dict[str, Any], card: ModelCard) -> _Standing:
+    """By rank 0. InputError if the run cannot go on in this way."""
     mixture.check_indexes()
-    latest = latest_checkpoint(folder / "checkpoints")
-    if latest is None:
-        return None
-    if recipe.resume == "never":
+    complete = complete_checkpoints(folder / "checkpoints")
+    if complete and recipe.resume == "never":
         raise InputError(f"{folder}: holds checkpoints, and resume is never; choose another name or delete the folder")
-    meta = read_meta(latest)
-    check_same_run(folder, latest, this_run, card, meta)
-    samples: int = meta["samples"]
-    return samples if samples >= recipe.training.total_samples and is_finished(folder) else None
+    for checkpoint in reversed(complete):
+        if find_damage_of(checkpoint / META) is not None:
+            continue  # CheckpointStore.newest sets it aside, and says so
+        meta = read_meta(checkpoint)
+        check_same_run(folder, checkpoint, this_run, card, meta)
+        samples: int = meta["samples"]
+        return _Standing(samples, samples >= recipe.training.total_samples and is_finished(folder))
+    return _Standing(0, False)
 
 
 def _open_mixture(recipe: TrainRecipe) -> Mixture:
@@ -127,10 +152,13 @@ def _open_mixture(recipe: TrainRecipe) -> Mixture:
     return mixture
 
 
-def _initial_weights(recipe: TrainRecipe) -> InitWeights:
-    if recipe.init_from is not None:
-        return fine_tuning(recipe.init_from, recipe.model, recipe.seed)
+def _seeded(recipe: TrainRecipe) -> InitWeights:
     return lambda model, assign: init_weights(model, recipe.seed, assign)
+
+
+def _fine_tuned(recipe: TrainRecipe) -> InitWeights:
+    assert recipe.init_from is not None
+    return fine_tuning(recipe.init_from, recipe.model, recipe.seed)
 
 
 class _Run:
@@ -165,21 +193,24 @@ class _Run:
     def train(self, mixture: Mixture, card: ModelCard, this_run: dict[str, Any], initial: InitWeights) -> int:
         """Returns the samples seen."""
         recipe, world, faults = self.recipe, self.world, self.recipe.faults
-        with ExitStack() as stack:
-            watchdog = stack.enter_context(
-                Watchdog(
-                    faults.hang_timeout_s,
-                    faults.slow_hang_timeout_s,
-                    stacks_path(self.folder, self.generation.number, world.rank),
-                    partial(self._record_bad_end, "hung"),
-                )
-            )
+        watchdog = Watchdog(
+            faults.hang_timeout_s,
+            faults.slow_hang_timeout_s,
+            stacks_path(self.folder, self.generation.number, world.rank),
+            partial(self._record_bad_end, "hung"),
+        )
+        # The watchdog leaves first: what a log needs to be closed (wandb's upload) is no hang.
+        with ExitStack() as stack, watchdog:
             compile_cache = CompileCache(self.folder if recipe.compute.compile else None, is_main=world.is_main)
             compile_cache.load()
             engine = self._engine(initial)
             checkpoints = CheckpointStore(self.folder / "checkpoints", recipe.checkpoint, self.generation)
             restore = partial(_restore, engine, checkpoints)
             latest = checkpoints.newest()
+            if latest is None and recipe.init_from is not None and not isinstance(initial, FineTuning):
+                raise PomscaleError(
+                    f"{self.folder}: all of its checkpoints are damaged; run the same command again to begin anew"
+                )
             meta = None if latest is None else restore(latest)
             clock = Clock() if meta is None else Clock.of(meta)
             if world.is_main:
@@ -219,7 +250,7 @@ class _Run:
                 watchdog=watchdog,
                 divergence=Divergence(faults, 0 if meta is None else meta["num_rollbacks"]),
                 stragglers=Stragglers(world),
-                still_ours=self.generation.check if world.is_main else lambda: None,
+                still_ours=self._still_ours,
                 first_step_done=compile_cache.save,
                 consistency_every_samples=faults.consistency_every_samples,
             )
@@ -228,6 +259,15 @@ class _Run:
                 trainer.run(clock)
             compile_cache.save()
             return clock.samples
+
+    def _still_ours(self) -> None:
+        """Superseded if a newer start has taken over. A file system that stutters is no reason to end: whoever is about
+        to commit something looks again."""
+        if self.world.is_main:
+            try:
+                self.generation.check()
+            except OSError as problem:
+                print(f"warning: {self.folder}: {problem}", file=sys.stderr)
 
     def _engine(self, initial: InitWeights) -> Engine:
         with explained_out_of_memory(self.recipe, self.world.device, dict):
@@ -314,10 +354,17 @@ class _Run:
         snapshots = None
         if post_hoc is not None:
             powers = self.recipe.ema.averages[-len(post_hoc.widths) :]
-            all_of_them = CheckpointConfig(every_samples=post_hoc.every_samples, keep_every_samples=1)
+            all_of_them = CheckpointConfig(
+                every_samples=post_hoc.every_samples,
+                keep_every_samples=1,
+                asynchronous=self.recipe.checkpoint.asynchronous,
+            )
             store = CheckpointStore(self.folder / "ema", all_of_them, self.generation)
             snapshots = Saving(
-                store, post_hoc.every_samples, lambda state: {"ema": {name: state["ema"][name] for name in powers}}
+                store,
+                post_hoc.every_samples,
+                part=lambda state: {"ema": {name: state["ema"][name] for name in powers}},
+                holds=lambda samples: self.world.on_main(lambda: is_complete(final_folder(store.root, samples))),
             )
         return {
             "checkpoints": Saving(checkpoints, self.recipe.checkpoint.every_samples),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +39,8 @@ class Saved(Protocol):
 class Store(Protocol):
     """What the loop asks of a checkpoint store; see checkpoint.store."""
 
+    @property
+    def damaged(self) -> Sequence[Any]: ...
     def save(self, samples: int, state: dict[str, Any], meta: dict[str, Any]) -> float: ...
     def poll(self) -> Saved | None: ...
     def wait(self) -> Saved | None: ...
@@ -72,11 +74,15 @@ class Event:
 
 @dataclass(frozen=True)
 class Saving:
-    """A store, how often it gets something, and which part of the engine's state that is."""
+    """A store, how often it gets something, and which part of the engine's state that is.
+
+    `holds(samples)`: a collective: is that of this moment there? Else it is saved.
+    """
 
     store: Store
     every_samples: int
     part: Callable[[dict[str, Any]], dict[str, Any]] = lambda state: state
+    holds: Callable[[int], bool] = lambda samples: False
 
 
 @dataclass
@@ -124,14 +130,19 @@ class Trainer:
             self._train(clock)
         except Exception:
             # Whatever has failed, here or (then it is torch's own error) at another rank: the save before it is good.
-            self.checkpoints.store.wait()
+            with self.watchdog.slow("saving"):
+                self.checkpoints.store.wait()
             raise
 
     def _train(self, clock: Clock) -> None:
         self._forget_what_was_given_up(clock.samples)
-        if clock.samples:
-            self._run_events(clock.samples)  # those of the last save, which a stop or a kill may have cut off
-        self._saved_at, stopping = clock.samples, False
+        # A signal during the start-up: there is nothing to save, and no time to lose on a first step. At the end only
+        # the events are left, and without them the run would not be whole.
+        stopping = clock.samples < self.total_samples and self._asked_to_stop()
+        if clock.samples and not stopping:  # what belongs to the last save, and a stop or a kill may have cut off
+            self._save_snapshot(clock)
+            self._run_events(clock.samples)
+        self._saved_at = clock.samples
         while clock.samples < self.total_samples and not stopping:
             taken, stopping = self._step(clock)
             last = stopping or clock.samples >= self.total_samples
@@ -146,13 +157,18 @@ class Trainer:
                 ):
                     self._save(clock, self.checkpoints)
                     self._saved_at = clock.samples
-                if taken and self.snapshots is not None and self._due(self.snapshots.every_samples, clock.samples):
-                    self._save(clock, self.snapshots)
+                if taken:
+                    self._save_snapshot(clock)
                 # After the save, so that what fails in them costs no training. A run that is asked to stop has
                 # seconds left: its events happen after the restart.
                 if taken and not stopping:
                     self._run_events(clock.samples)
-        self._finish(clock)
+        self._finish(clock, stopping)
+
+    def _asked_to_stop(self) -> bool:
+        """A collective."""
+        (votes,) = self.world.sum([float(self.stop.requested)])
+        return votes > 0
 
     def _step(self, clock: Clock) -> tuple[bool, bool]:
         """One global batch; returns whether the clock has moved on, and whether a stop was asked for."""
@@ -162,15 +178,18 @@ class Trainer:
             micro_batches = next(self.batches)
         self.ledger.charge("data_wait")
         share = self.engine.forward_backward(micro_batches, self._loss)
+        bad = [sample for batch in micro_batches for sample in batch.bad]
+        # One collective per step carries the loss, the ranks' agreement to stop, and word of bad samples. It waits for
+        # the device, so it comes before the optimiser, which the device works on while the host begins the next step.
+        loss, stop_votes, num_bad = self.world.sum([share, float(self.stop.requested), float(len(bad))])
         # In the middle of the step: at its start a warm-up would give 0, at its end a cooldown would.
         learning_rate = self.learning_rate(clock.samples + self.global_batch // 2)
         norm = self.engine.step(learning_rate, self.ema_weights(clock.samples + self.global_batch))
-        bad = [sample for batch in micro_batches for sample in batch.bad]
-        # One collective per step carries the loss, the ranks' agreement to stop, and word of bad samples.
-        loss, stop_votes, num_bad = self.world.sum([share, float(self.stop.requested), float(len(bad))])
         if num_bad:
             self._note_bad(clock.samples, bad)
         verdict = self.divergence.judge(loss, norm)
+        if verdict != "ok":
+            self.ledger.write(clock.samples)  # or this step's time would count with that of the good ones before it
         self.ledger.charge("step" if self._is_warm else "compile")
         self.watchdog.beat()
         if not self._is_warm:
@@ -208,9 +227,12 @@ class Trainer:
 
         Returns False, and has done nothing, where a loss spikes before there is a checkpoint: then the step counts.
         """
-        with self.watchdog.slow("going back to a checkpoint"):
+        with self.timer.paused(), self.watchdog.slow("going back to a checkpoint"):
             self.checkpoints.store.wait()
+            num_damaged = len(self.checkpoints.store.damaged)
             latest = self.checkpoints.store.newest()
+            for damaged in self.checkpoints.store.damaged[num_damaged:]:
+                self.ledger.event("damaged_checkpoint", clock.samples, reason=damaged.reason)
             if latest is None and math.isfinite(norm):
                 self._warn(f"{self.divergence.reason}, and no checkpoint to go back to: going on")
                 return False
@@ -220,7 +242,6 @@ class Trainer:
                 raise self.divergence.give_up(first, clock.position, latest is not None)
             then = Clock.of(self.restore(latest))
             self._warn(f"back to {latest}, and on past position {clock.position:,}: {self.divergence.reason}")
-            self.ledger.write(clock.samples)
             self.ledger.event("rollback", clock.samples, to_samples=then.samples, reason=self.divergence.reason)
             clock.go_back(then)
             self._saved_at = clock.samples
@@ -238,9 +259,10 @@ class Trainer:
 
     def _check_replicas(self, samples: int) -> None:
         every = self.consistency_every_samples
-        replicas = self.engine.replicas()
-        if every is not None and replicas is not None and self._due(every, samples):
-            check_replicas(self.world, replicas.group, replicas.tensors)
+        if every is not None and self._due(every, samples):
+            replicas = self.engine.replicas()
+            if replicas is not None:
+                check_replicas(self.world, replicas.group, replicas.tensors)
 
     def _save(self, clock: Clock, saving: Saving) -> None:
         meta = {
@@ -252,6 +274,14 @@ class Trainer:
         with self.watchdog.slow("saving"):
             saving.store.save(clock.samples, saving.part(self.engine.state_dict()), meta)
         self.ledger.charge("checkpoint_stall")
+
+    def _save_snapshot(self, clock: Clock) -> None:
+        """Every so many samples, and at the end: that is where most want an average to end."""
+        snapshots, samples = self.snapshots, clock.samples
+        if snapshots is None or not (samples >= self.total_samples or self._due(snapshots.every_samples, samples)):
+            return
+        if not snapshots.holds(samples):
+            self._save(clock, snapshots)
 
     def _report(self, samples: int, saved: Saved | None) -> None:
         if saved is not None:
@@ -276,7 +306,7 @@ class Trainer:
         speed = self.timer.metrics()
         metrics: dict[str, float | str] = {
             **self._means(),
-            "train/learning_rate": self.learning_rate(clock.samples - self.global_batch // 2),
+            "train/learning_rate": self.learning_rate(max(0, clock.samples - self.global_batch // 2)),
             **self.epochs(clock.position),
             "data/bad_samples": len(self.bad_samples),
             "faults/skipped_steps": self.divergence.num_skipped,
@@ -302,8 +332,8 @@ class Trainer:
             return {}
         return {"train/loss": math.fsum(losses) / len(losses), "train/grad_norm": math.fsum(norms) / len(norms)}
 
-    def _finish(self, clock: Clock) -> None:
-        if self.stop.requested:
+    def _finish(self, clock: Clock, stopped: bool) -> None:
+        if stopped:
             self.ledger.event("stop_requested", clock.samples, signal=self.stop.signal_name or "at another rank")
         self.profiler.close()
         with self.watchdog.slow("the last save"):

@@ -37,9 +37,9 @@ _MIB = 2**20
 _MODES = ("none", "selective", "every-2", "full")
 # Widths of the presets; depth, latents and batch such that a step takes seconds on two cores.
 _SIZES: dict[str, dict[str, Any]] = {
-    "S": {"size": "s-2", "depth": 4, "latent_shape": [4, 32, 32], "batch": 3},
-    "B": {"size": "b-2", "depth": 4, "latent_shape": [4, 24, 24], "batch": 4},
-    "L": {"size": "l-2", "depth": 4, "latent_shape": [4, 16, 16], "batch": 8},
+    "S": {"size": "s-2", "depth": 4, "latent_shape": [4, 32, 32], "batch": 2},
+    "B": {"size": "b-2", "depth": 4, "latent_shape": [4, 24, 24], "batch": 2},
+    "L": {"size": "l-2", "depth": 3, "latent_shape": [4, 16, 16], "batch": 4},
 }
 _GPU_SIZES: dict[str, dict[str, Any]] = {
     "S/2": {"size": "s-2", "depth": 12, "latent_shape": [4, 32, 32], "batch": 64},

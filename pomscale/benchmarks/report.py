@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "numpy", "torchdata", "webdataset", "diffusers", "megatron-energon")
+_PACKAGES = ("torch", "numpy", "torchdata", "webdataset", "diffusers", "deepspeed", "megatron-energon")
 
 
 @dataclass

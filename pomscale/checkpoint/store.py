@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial as bind
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,9 @@ from pomscale.config.engine import CheckpointConfig
 from pomscale.distributed.generation import Generation, Superseded
 from pomscale.errors import InputError, PomscaleError
 
+# A rank that is gone breaks the connection; of one that is slow, only the watchdog may say that it hangs.
+_LONGEST_SAVE = timedelta(hours=6)
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -86,7 +90,7 @@ class CheckpointStore:
         self._generation = generation
         self._number = 0 if generation is None else generation.number
         # Saving goes on while training does; on the training's own group their collectives would mix.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=_LONGEST_SAVE)
         self._is_main = dist.get_rank() == 0
         self._host_copy = HostCopy()
         self._writer_thread = _start_thread()
@@ -178,7 +182,7 @@ class CheckpointStore:
             self._check_generation()
             complete = {samples_of(folder): folder for folder in complete_checkpoints(self.root)}
             _delete([complete[n] for n in expendable(list(complete), read_judged(self.root), self._config)])
-        except PomscaleError as problem:
+        except (PomscaleError, OSError) as problem:
             print(f"warning: {problem}", file=sys.stderr)
 
     def _check_generation(self) -> None:

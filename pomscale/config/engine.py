@@ -100,6 +100,12 @@ class EmaConfig(Section):
             raise ValueError("a half-life is there twice")
         return halflives
 
+    @model_validator(mode="after")
+    def _named_apart(self) -> EmaConfig:
+        if len(set(self.averages)) != len(self.averages):
+            raise ValueError("post_hoc.widths: a width is there twice")
+        return self
+
     @property
     def averages(self) -> list[str]:
         """Names of all averages that training keeps, that of `main` first."""
@@ -115,7 +121,9 @@ class EmaConfig(Section):
 class CheckpointConfig(Section):
     every_samples: PositiveInt
     keep_last: PositiveInt = 2
-    keep_every_samples: PositiveInt | None = Field(None, description="Keep for good the first at or after each multiple of this.")
+    keep_every_samples: PositiveInt | None = Field(
+        None, description="Keep for good the first at or after each multiple."
+    )
     keep_best: NonNegativeInt = Field(0, description="Keep those with the lowest `best_metric`.")
     best_metric: str = Field("validation/loss", description="Judges a checkpoint where it is measured at its samples.")
     asynchronous: bool = Field(True, description="Write while training goes on.")

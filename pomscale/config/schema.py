@@ -320,7 +320,29 @@ class TrainRecipe(Section):
             raise ValueError("schedule: warmup_samples + cooldown_samples exceed training.total_samples")
         if self.sampling.num_classes is not None and self.sampling.num_classes > self.model.num_classes:
             raise ValueError("sampling.num_classes: more than model.num_classes")
+        self._check_best()
+        self._check_consistency()
         return self
+
+    def _check_best(self) -> None:
+        if not self.checkpoint.keep_best:
+            return
+        if self.validation is None:
+            raise ValueError("checkpoint.keep_best: nothing is measured to judge checkpoints by; add validation")
+        bins = [f"validation/loss_bin_{index:02d}" for index in range(self.validation.num_time_bins)]
+        if self.checkpoint.best_metric not in ("validation/loss", *bins):
+            raise ValueError(
+                f"checkpoint.best_metric: {self.checkpoint.best_metric!r} is not measured of a checkpoint; "
+                f"use validation/loss or one of {bins[0]} to {bins[-1]}"
+            )
+
+    def _check_consistency(self) -> None:
+        sharded = self.fsdp2.shard_size is None if self.engine == "fsdp2" else self.deepspeed.zero_stage == 3
+        if self.faults.consistency_every_samples is not None and sharded:
+            raise ValueError(
+                "faults.consistency_every_samples: every parameter is on one rank only, so there are no replicas to "
+                "compare; set fsdp2.shard_size, or deepspeed.zero_stage to 1 or 2, or leave it out"
+            )
 
 
 class ImageFolderConfig(Section):

@@ -51,7 +51,7 @@ def checkpoint_blocks(blocks: nn.ModuleList, mode: str) -> None:
     """
     for number, block in enumerate(blocks):
         if is_recomputed(mode, number):
-            block.forward = _recomputing(block)  # type: ignore[method-assign]
+            block.forward = _recomputing(block)
         elif mode == "selective":
             block.forward = _recomputing(block, context_fn=partial(create_selective_checkpoint_contexts, _policy))
 

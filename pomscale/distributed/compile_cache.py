@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.compiler._cache import CacheInfo
 
 from pomscale.errors import PomscaleError
 from pomscale.files import atomic_write
@@ -23,21 +24,32 @@ class CompileCache:
     def __init__(self, run_folder: Path | None, *, is_main: bool) -> None:
         self._path = None if run_folder is None else run_folder / FILE
         self._is_main = is_main
+        self._in_file: set[tuple[str, str]] = set()
 
     def load(self) -> None:
-        """Before the first step."""
-        if self._path is not None and self._path.is_file():
-            torch.compiler.load_cache_artifacts(self._path.read_bytes())
+        """Before the first step. Without the file, or with a damaged one, all is compiled."""
+        if self._path is None or not self._path.is_file():
+            return
+        try:
+            self._in_file = _keys(torch.compiler.load_cache_artifacts(self._path.read_bytes()))
+        except OSError as problem:
+            print(f"warning: {self._path} cannot be read ({problem}); compiling again", file=sys.stderr)
 
     def save(self) -> None:
         """After the first step: most of what is compiled. What goes wrong costs a compilation, not the run."""
         if self._path is None or not self._is_main:
             return
         artifacts = torch.compiler.save_cache_artifacts()
-        if artifacts is None:  # nothing was compiled that was not in the file
+        # What this process has used; the file may have more, for a validation that is still to come.
+        if artifacts is None or _keys(artifacts[1]) <= self._in_file:
             return
         try:
             with atomic_write(self._path) as stream:
                 stream.write(artifacts[0])
+            self._in_file = _keys(artifacts[1])
         except PomscaleError as problem:
             print(f"warning: {problem}; the next start compiles again", file=sys.stderr)
+
+
+def _keys(info: CacheInfo | None) -> set[tuple[str, str]]:
+    return set() if info is None else {(kind, key) for kind, keys in info.artifacts.items() for key in keys}

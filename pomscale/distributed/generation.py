@@ -56,8 +56,17 @@ class Generation:
             ) from error
 
     def check(self) -> None:
-        """One look into a small folder, before every commit. Raises Superseded if this is not the newest start."""
-        newest = _newest(self._folder)
+        """One look into a small folder, before every commit. Raises Superseded if this is not the newest start.
+
+        Raises PomscaleError where that cannot be known.
+        """
+        try:
+            newest = _newest(self._folder)
+        except OSError as error:
+            raise PomscaleError(
+                f"{self._folder} cannot be read ({error}), so a newer start of this run may have taken over; "
+                "fix the file system, then run the same command again"
+            ) from error
         if newest > self.number:
             raise Superseded(
                 f"a newer start ({_who(self._folder / f'{newest:06d}')}) of this run has taken over "

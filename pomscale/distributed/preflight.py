@@ -25,6 +25,7 @@ _SLOW = 0.7  # of the median: slower than this is worth a warning
 _WRITE_CHUNK = 4 << 20
 _MAX_WRITTEN = 64 << 20
 _MAX_WRITE_S = 1.0  # a disk that is slower has shown it by then
+_MARK = ".preflight-"
 _NUM_REDUCES = 4  # the first makes the connections
 
 
@@ -95,7 +96,7 @@ def _all_reduce(world: World) -> tuple[float, str | None]:
 
 def _write(world: World, run_folder: Path, writes: bool) -> tuple[float | None, str | None]:
     """(GB/s with fsync, problem) of a rank that writes for its host. All ranks call it."""
-    mark = run_folder / f".preflight-{world.gather(secrets.token_hex(8))[0]}"
+    mark = run_folder / f"{_MARK}{world.gather(secrets.token_hex(8))[0]}"
     problem = _touch(mark) if world.is_main else None
     could_mark = world.gather(problem)[0] is None
     speed = None
@@ -116,6 +117,8 @@ def _write(world: World, run_folder: Path, writes: bool) -> tuple[float | None, 
 
 def _touch(path: Path) -> str | None:
     try:
+        for left in path.parent.glob(f"{_MARK}*"):  # by a start that was killed here
+            left.unlink(missing_ok=True)
         path.touch()
     except OSError as error:
         return f"cannot write into {path.parent}: {error}"

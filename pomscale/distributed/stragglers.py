@@ -53,7 +53,7 @@ class Stragglers:
         )
         gathered = [torch.empty_like(mine) for _ in range(self._world.size)]
         dist.all_gather(gathered, mine)
-        return self.judge(*(list(column) for column in zip(*(row.tolist() for row in gathered), strict=True)))
+        return self.judge(*torch.stack(gathered, dim=1).tolist())  # waits for the device once, not once per rank
 
     def judge(self, probe_s: list[float], data_wait_s: list[float], step_time_s: list[float]) -> StragglerReport:
         """The report on figures of all ranks, in rank order. Remembers who was slow."""

@@ -79,7 +79,9 @@ class Watchdog:
     def beat(self) -> None:
         """A step is done. Costs less than a microsecond: the clock is all that is touched."""
         self._last_s = time.monotonic()
-        self._has_begun = True
+        if not self._has_begun:
+            self._has_begun = True
+            self._arm()  # the timer has the longer limit until now
 
     @contextmanager
     def slow(self, what: str) -> Iterator[None]:
@@ -92,6 +94,7 @@ class Watchdog:
         finally:
             self._last_s = time.monotonic()
             self._slow.pop()
+            self._arm()
 
     def _limit(self) -> tuple[float, str]:
         """(seconds, what it means that they are over)."""

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -88,20 +89,26 @@ def resolve_device(device: str) -> torch.device:
 
 
 @contextmanager
-def join_world(device: str) -> Iterator[World]:
+def join_world(device: str, *, timeout: timedelta | None = None) -> Iterator[World]:
     """Join (or alone, be) the world for the duration of the block.
 
-    device: as resolve_device, which says what it raises.
+    device: as resolve_device, which says what it raises. timeout: of a collective that other ranks do not enter; None =
+    torch's. After an error on GPUs the world is left to the end of the
+    process: NCCL would wait there for the other ranks, which may be waiting for this one.
     """
     this_device = resolve_device(device)
     if this_device.type == "cuda":
         torch.cuda.set_device(this_device)
     backend = "cpu:gloo,cuda:nccl" if this_device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:  # alone: a store in memory needs no port, so any number of runs fit on one machine
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    world = World(dist.get_rank(), dist.get_world_size(), this_device)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), this_device)
-    finally:
-        dist.destroy_process_group()
+        yield world
+    except BaseException:
+        if world.size == 1 or this_device.type == "cpu":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

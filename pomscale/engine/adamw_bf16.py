@@ -20,8 +20,8 @@ _DROPPED_BITS = 16  # of fp32's 32 bits, bf16 keeps the upper half
 class AdamWBf16(torch.optim.Optimizer):
     """Decoupled weight decay (Loshchilov and Hutter 2019), arithmetic in fp32 on fp32 parameters, moments in bf16.
 
-    The rounding draws from a generator that is seeded with the number of the step: a resumed run is the same, and so
-    are the replicas of a shard.
+    The rounding draws from a generator that is seeded with the number of the step: a run that is resumed with the same
+    shards is the same, and so are the replicas of a shard.
     """
 
     def __init__(

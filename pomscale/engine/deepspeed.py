@@ -182,6 +182,8 @@ class DeepSpeedEngine:
         self._deepspeed.empty_partition_cache()  # what is still gathered is out of date
         for working, master in zip(self._zero.fp16_partitioned_groups_flat, self._partitions, strict=True):
             working.copy_(master)
+        if self.device.type == "cuda":  # DeepSpeed gathers on a stream of its own, which does not wait for this one
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _working(self) -> list[Tensor]:
         return [p.ds_tensor if self._stage == 3 else p for p in self._parameters.values()]

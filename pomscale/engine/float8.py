@@ -26,10 +26,11 @@ def to_float8(model: nn.Module, device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FIRST_CAPABILITY:
         raise InputError(f"compute.float8: {torch.cuda.get_device_name(device)} has no float8; H100 and newer have")
     shardable: ShardableModel = model  # type: ignore[assignment]  # nn.Module hides attributes from protocols
+    # The gradient of a weight is a sum over the micro-batch (of what is computed once per sample) or over its tokens:
+    # padded with zeros where their number is no multiple either.
+    config = Float8LinearConfig(emulate=device.type == "cpu", pad_inner_dim=True)
     for block in shardable.blocks():
-        convert_to_float8_training(
-            block, module_filter_fn=_has_kernels, config=Float8LinearConfig(emulate=device.type == "cpu")
-        )
+        convert_to_float8_training(block, module_filter_fn=_has_kernels, config=config)
 
 
 def _has_kernels(module: nn.Module, name: str) -> bool:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -23,7 +24,6 @@ from pomscale.distributed.world import World
 from pomscale.engine.ema import Ema
 from pomscale.engine.optim import build_optimizer
 from pomscale.engine.protocol import InitWeights, MicroBatch, Replicas, ShardableModel
-from pomscale.errors import InputError
 
 
 def assign_shard(parameter: nn.Parameter, full: Tensor) -> None:
@@ -49,7 +49,7 @@ class Fsdp2Engine:
         optimizer: OptimizerConfig,
         averages: Sequence[str],
     ) -> None:
-        """averages: names of the moving averages to keep. InputError if the ranks do not make whole copies."""
+        """averages: names of the moving averages to keep. world.size is a multiple of shard_size."""
         self.model = model
         self.device = world.device
         self._num_ranks = world.size
@@ -84,6 +84,9 @@ class Fsdp2Engine:
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self._mesh.ndim == 2:
+            # Each copy sums in a communicator of its own, maybe in another order: its last digit would part the copies.
+            dist.broadcast(norm, group=self._mesh.get_group("replicate"), group_src=0)
         value = norm.item()
         if math.isfinite(value):
             torch.nn.utils.clip_grads_with_norm_(parameters, self._grad_clip, norm)
@@ -168,7 +171,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, fsdp2: Fsdp2Config, compute:
 
 
 def _prefetch(blocks: list[nn.Module], num_ahead: int) -> None:
-    """Gather blocks' weights ahead, while another computes: the next ones in the forward, in the backward those before."""
+    """Gather blocks ahead of the one that computes: in the forward the next ones, in the backward those before."""
     for direction in (blocks, blocks[::-1]):
         for i, block in enumerate(direction):
             following: list[Any] = direction[i + 1 : i + 1 + num_ahead]
@@ -183,11 +186,7 @@ def _mesh(world: World, shard_size: int | None) -> DeviceMesh:
     device_type = world.device.type
     if shard_size is None or shard_size == world.size:
         return init_device_mesh(device_type, (world.size,), mesh_dim_names=("shard",))
-    if world.size % shard_size:
-        raise InputError(
-            f"fsdp2.shard_size: {world.size} ranks do not make whole copies of {shard_size}; "
-            f"use a multiple of {shard_size} ranks, or another shard_size"
-        )
+    assert world.size % shard_size == 0, "plan.checks.check_layout"
     shape = (world.size // shard_size, shard_size)
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 

@@ -39,7 +39,8 @@ def read_history(run_folder: Path) -> History:
     incarnation begins to log, every earlier row beyond the samples it started from (incarnations.jsonl) is dropped,
     including those it has not reached again yet: they belong to a future that was given up. Rows of an older
     incarnation that come after a newer one has logged are of a process that outlived its replacement; they are
-    dropped too. Within what is left, the last value of a metric at the same samples wins.
+    dropped too. A row with fewer samples than the one before it tells of a rollback: what lies beyond was given up as
+    well. Within what is left, the last value of a metric at the same samples wins.
     """
     path = run_folder / METRICS_FILE
     if not path.exists():
@@ -58,6 +59,8 @@ def read_history(run_folder: Path) -> History:
             start = start_samples.get(row["incarnation"], row["samples"] - 1)
             rows = [earlier for earlier in rows if earlier["samples"] <= start]
             resumed_at = [*(samples for samples in resumed_at if samples <= start), start]
+        elif rows and row["samples"] < rows[-1]["samples"]:
+            rows = [earlier for earlier in rows if earlier["samples"] <= row["samples"]]
         rows.append(row)
 
     values: dict[str, dict[int, float]] = {}

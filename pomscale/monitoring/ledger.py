@@ -121,7 +121,7 @@ def _start(environment: Mapping[str, str], process_started_unix_s: float) -> dic
     """The moments that lead to an incarnation, in Unix seconds."""
     start = {"process_unix_s": round(process_started_unix_s, 3)}
     for name, variable in (("submitted_unix_s", SUBMITTED), ("job_unix_s", "SLURM_JOB_START_TIME")):
-        if variable in environment:
+        if environment.get(variable):
             start[name] = float(environment[variable])
     return start
 

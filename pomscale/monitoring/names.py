@@ -25,6 +25,8 @@ METRICS: dict[str, str] = {
     "encode/captions_cut": "captions of which only the first max_length tokens were kept",
     "encode/busy_share": "share of the time in which this task's encoder did not wait for decoding or writing, 0 to 1",
     "encode/eta_s": "seconds until this task's items are done, at the speed so far",
+    "checkpoint/stall_s": "seconds that training stood still for the save which has just been completed",
+    "checkpoint/total_s": "seconds from the start of that save until it was complete",
     "faults/skipped_steps": "steps of this incarnation that were left out, since loss or gradient was not finite",
     "faults/rollbacks": "how often this run went back to a checkpoint, since it diverged",
     "ranks/compute_slowdown": "seconds of a fixed computation on the slowest rank over those of the median rank",

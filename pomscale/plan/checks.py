@@ -7,19 +7,23 @@ from pomscale.config.schema import TrainRecipe
 from pomscale.errors import InputError
 
 
-def check_layout(recipe: TrainRecipe, num_gpus: int, gpu: Gpu) -> None:
-    """InputError, naming the key, for what the job would be refused for."""
+def check_layout(recipe: TrainRecipe, num_ranks: int) -> None:
+    """InputError, naming the key, where the recipe cannot be shared by so many ranks."""
     batch, shard_size = recipe.training.global_batch, recipe.fsdp2.shard_size
-    if batch < num_gpus:
+    if batch < num_ranks:
         raise InputError(
-            f"training.global_batch: {batch} samples cannot be shared by {num_gpus} GPUs; "
-            f"use at most {batch} GPUs or a larger global batch"
+            f"training.global_batch: {batch} samples cannot be shared by {num_ranks} ranks; "
+            f"use at most {batch} ranks or a larger global batch"
         )
-    if recipe.engine == "fsdp2" and shard_size is not None and num_gpus % shard_size:
+    if recipe.engine == "fsdp2" and shard_size is not None and num_ranks % shard_size:
         raise InputError(
-            f"fsdp2.shard_size: {num_gpus} GPUs do not make whole copies of {shard_size}; "
-            f"use a multiple of {shard_size} GPUs, or another shard_size"
+            f"fsdp2.shard_size: {num_ranks} ranks do not make whole copies of {shard_size}; "
+            f"use a multiple of {shard_size} ranks, or another shard_size"
         )
+
+
+def check_gpu(recipe: TrainRecipe, gpu: Gpu) -> None:
+    """InputError, naming the key, for what this kind of GPU cannot do."""
     if recipe.compute.float8 and not gpu.has_float8:
         raise InputError(f"compute.float8: {gpu.name} has no float8 arithmetic; set it to false, or use H100 or newer")
 

@@ -9,7 +9,7 @@ from pomscale.config.schema import TrainRecipe
 from pomscale.errors import InputError
 from pomscale.plan.advice import Advice, cheapest_fit, room_for_more
 from pomscale.plan.batch import BatchShare, batch_share
-from pomscale.plan.checks import check_layout, notes
+from pomscale.plan.checks import check_gpu, check_layout, notes
 from pomscale.plan.memory import StepMemory, host_bytes, step_memory
 from pomscale.plan.model_cost import forward_flops, num_parameters
 from pomscale.plan.shadow.ledger import Part
@@ -94,7 +94,8 @@ def plan(
     if not 0.0 < utilization <= 1.0:
         raise InputError(f"--mfu: a share of the peak between 0 and 1 is meant, got {utilization:g}")
     kind, num_gpus = GPUS[gpu], num_nodes * gpus_per_node
-    check_layout(recipe, num_gpus, kind)
+    check_layout(recipe, num_gpus)
+    check_gpu(recipe, kind)
     memory, usable = step_memory(recipe, num_gpus), USABLE_SHARE * kind.memory_gib * _GIB
     better = room_for_more if memory.peak <= usable else cheapest_fit
     return Plan(
@@ -137,7 +138,8 @@ def _model(plan: Plan) -> list[str]:
     model, training, share = plan.recipe.model, plan.recipe.training, plan.share
     parameters, flops = num_parameters(model), forward_flops(model)
     return [
-        f"{'model':<10}{_count(parameters)} parameters, {_count(flops)}FLOP forward per sample, {model.num_tokens} tokens",
+        f"{'model':<10}{_count(parameters)} parameters, {model.num_tokens} tokens, "
+        f"{_count(flops)}FLOP per sample and forward pass",
         f"{'step':<10}{training.global_batch} samples: up to {share.num_micro_batches} x {share.micro_batch} per GPU, "
         f"{plan.speed.step_time_s:.3g} s",
     ]
@@ -145,7 +147,8 @@ def _model(plan: Plan) -> list[str]:
 
 def _memory(plan: Plan) -> list[str]:
     held = plan.memory.by_part
-    rows = [f"{'':<10}{name:<20}{held[part] / _GIB:8.2f} GiB" for part, name in _PARTS.items() if part in held]
+    shown = [part for part in _PARTS if held.get(part, 0) > plan.memory.peak / 1000]
+    rows = [f"{'':<10}{_PARTS[part]:<20}{held[part] / _GIB:8.2f} GiB" for part in shown]
     rows[0] = f"{'memory':<10}{rows[0][10:]}"
     total, usable = plan.memory.peak / _GIB, plan.usable_bytes / _GIB
     rows.append(
@@ -175,7 +178,10 @@ def _traffic(plan: Plan) -> list[str]:
     lines = [f"{'':<10}{name:<28}{num_bytes / _GIB:8.2f} GiB" for name, num_bytes in plan.traffic.items()]
     lines[0] = f"{'traffic':<10}{lines[0][10:]}"
     rate = sent / plan.speed.step_time_s / 1e9
-    return [*lines, f"{'':<10}{'sent per GPU and step':<28}{sent / _GIB:8.2f} GiB; takes {rate:.1f} GB/s to hide behind the arithmetic"]
+    return [
+        *lines,
+        f"{'':<10}{'sent per GPU and step':<28}{sent / _GIB:8.2f} GiB; hidden by arithmetic at {rate:.1f} GB/s",
+    ]
 
 
 def _storage(plan: Plan) -> list[str]:

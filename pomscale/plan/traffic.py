@@ -36,9 +36,9 @@ def _fsdp2(recipe: TrainRecipe, num_gpus: int) -> dict[str, float]:
 
 
 def _zero(recipe: TrainRecipe, num_gpus: int) -> dict[str, float]:
-    """Stage 1 reduces once per step, 2 and 3 for every micro-batch, in fp32. Stages 1 and 2 gather the new weights once;
-    3 gathers them for every micro-batch, and what it had to free again for the backward pass: here nothing is, below
-    1e9 parameters."""
+    """Stage 1 reduces once per step, 2 and 3 for every micro-batch, in fp32. Stages 1 and 2 gather the new weights
+    once; 3 gathers them for every micro-batch, and for the backward pass what it had to free: nothing below 1e9
+    parameters."""
     others = (num_gpus - 1) / num_gpus
     whole = num_parameters(recipe.model)
     num_micro_batches = batch_share(recipe.training, num_gpus).num_micro_batches

@@ -47,7 +47,10 @@ def sleep(*_: Any) -> None:
 
 
 def hold_the_lock(*_: Any) -> None:
-    ctypes.PyDLL(None).poll(None, 0, 10_000_000)  # PyDLL keeps Python's lock during the call
+    """A deadlock in C, which no signal interrupts; PyDLL keeps Python's own lock during the calls."""
+    mutex = ctypes.create_string_buffer(64)
+    ctypes.PyDLL(None).pthread_mutex_lock(mutex)
+    ctypes.PyDLL(None).pthread_mutex_lock(mutex)
 
 
 def allocate(*_: Any) -> None:

@@ -175,6 +175,23 @@ def test_a_stale_start_changes_nothing(tmp_path: Path) -> None:
     assert (root / "samples-000000000010.damaged").is_dir()
 
 
+def test_a_file_system_that_hides_the_generations_stops_what_matters_and_only_that(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, hidden = tmp_path / "checkpoints", tmp_path / "hidden"
+    store = open_store(root, Generation.claim(tmp_path), best_metric="loss")
+    save(store, 10)
+    (tmp_path / "generations").rename(hidden)
+    store.judge(10, {"loss": 1.0})
+    assert "cannot be read" in capsys.readouterr().err
+    store.save(20, state(20), {"samples": 20})
+    with pytest.raises(PomscaleError, match="generations cannot be read"):
+        store.wait()
+    hidden.rename(tmp_path / "generations")
+    save(store, 20)
+    assert samples(root) == [10, 20]
+
+
 def test_two_starts_that_write_the_same_samples_never_mix(tmp_path: Path) -> None:
     """The stale one has passed its last look at the generations when the newer one commits: the rename itself fails."""
     final = folder.final_folder(tmp_path, 10)

@@ -36,6 +36,7 @@ from pomscale.checkpoint.store import complete_checkpoints, find_checkpoint, rea
 from pomscale.monitoring.history import read_history
 from pomscale.monitoring.ledger import goodput
 from pomscale.quickstart import samples_seen
+from pomscale.run_folder import write_outcome
 
 WORKER = Path(__file__).with_name("faulty_train.py")
 HOST = socket.gethostname()
@@ -248,6 +249,11 @@ def test_a_loss_spike_leads_back_past_a_damaged_checkpoint(tiny_recipe: Path) ->
     assert saved(folder) == [20 * GLOBAL_BATCH, 30 * GLOBAL_BATCH]
     assert read_meta(find_checkpoint(folder))["skipped"] == [[10 * GLOBAL_BATCH, 25 * GLOBAL_BATCH]]
     assert max(losses(folder).values()) < 100
+    # The return counts over restarts.
+    longer = f"training.total_samples={(STEPS + 10) * GLOBAL_BATCH}"
+    done = train_with([at_steps(0, 99)], tiny_recipe, longer, "faults.max_rollbacks=1", expect=1)
+    assert "and the run has gone back 1 times already (faults.max_rollbacks)" in the_error(done)
+    assert [event["event"] for event in events(folder)].count("rollback") == 1
 
 
 @pytest.mark.slow
@@ -297,7 +303,7 @@ def test_out_of_memory_is_explained(tiny_recipe: Path) -> None:
 
 @pytest.mark.slow
 def test_starts_that_were_taken_for_dead_change_nothing(undisturbed: Path, tiny_recipe: Path) -> None:
-    """Three starts of one run. The first two are paused and wake up while the third trains, which is paused as well."""
+    """Four starts of one run. The first three are paused, and wake up while the fourth trains, which is paused too."""
     folder = folder_of(tiny_recipe)
     pause = {"do": "send", "number": "SIGSTOP", "rank": 0}
     with ExitStack() as stack:
@@ -309,32 +315,41 @@ def test_starts_that_were_taken_for_dead_change_nothing(undisturbed: Path, tiny_
             return process
 
         at_once = "checkpoint.asynchronous=false"
-        # In a step, where it goes on to hang.
-        first = start({**pause, "at": "step", "nth": 13, "then_wait_s": 1000.0}, at_once)
+        # In a step.
+        first = start({**pause, "at": "step", "nth": 13}, at_once)
         assert saved(folder) == [10 * GLOBAL_BATCH]
         # In the middle of a save, of which the newest start has found half, and deleted it.
         second = start({**pause, "at": "commit", "nth": 1})
+        # In a step, where it goes on to hang until it is told to quit.
+        third = start({**pause, "at": "step", "nth": 3, "then_wait_s": 1000.0})
         newest = start({**pause, "at": "step", "nth": 15}, at_once)
         assert saved(folder) == [10 * GLOBAL_BATCH, 20 * GLOBAL_BATCH]
         before = contents(folder)
-        assert wake_up(first, and_send=signal.SIGTERM)[0] == 128 + signal.SIGTERM
-        code, told = wake_up(second)
-        assert code == 1
-        (error,) = [line for line in told.splitlines() if line.startswith("error: ")]
-        assert error.startswith(f"error: a newer start ({HOST}, process {newest.pid}, ")
+        metrics = (folder / "metrics.jsonl").read_bytes()
+        assert_superseded(wake_up(first), by=newest)
+        assert (folder / "metrics.jsonl").read_bytes() == metrics
+        assert_superseded(wake_up(second), by=newest)
+        assert wake_up(third, and_send=signal.SIGTERM)[0] == 128 + signal.SIGTERM
         # Rows of processes that outlived their replacement are left out when they are read; nothing else has changed.
         changed = {path for path, content in contents(folder).items() if before.get(path) != content}
         assert {path.name for path in changed if path.parent.name != "stacks"} <= {"events.jsonl", "metrics.jsonl"}
         assert wake_up(newest)[0] == 0
     assert_same_run(folder, undisturbed)
-    assert outcome(folder)["incarnation"] == 3
+    assert outcome(folder)["incarnation"] == 4
     assert outcome(folder)["state"] == "finished"
     history = read_history(folder)
-    assert history.resumed_at == [10 * GLOBAL_BATCH, 10 * GLOBAL_BATCH]
+    assert history.resumed_at == [10 * GLOBAL_BATCH] * 3
     assert history.series["train/loss"][0] == list(losses(undisturbed))
     for checkpoint in complete_checkpoints(folder / "checkpoints"):
-        assert read_meta(checkpoint)["incarnation"] == 3
+        assert read_meta(checkpoint)["incarnation"] == 4
     assert len(list((folder / "checkpoints").glob("samples-*"))) == len(saved(folder))
+
+
+def assert_superseded(ended: tuple[int, str], by: subprocess.Popen[str]) -> None:
+    code, told = ended
+    assert code == 1
+    (error,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert error.startswith(f"error: a newer start ({HOST}, process {by.pid}, ")
 
 
 def wait_until_paused(process: subprocess.Popen[str]) -> None:
@@ -406,9 +421,12 @@ def test_a_run_folder_that_has_become_read_only(small_disk: Path, tiny_recipe: P
 def test_a_package_that_is_missing_is_asked_for_where_it_is_needed(
     package: str, override: str, says: str, tiny_recipe: Path
 ) -> None:
+    folder = folder_of(tiny_recipe)
+    write_outcome(folder, 0, 0, "stopped")  # of an earlier start: it must not stand for this one
     done = train_with([{"missing": package}], tiny_recipe, override, expect=2)
     assert says in the_error(done)
-    assert outcome(folder_of(tiny_recipe))["state"] == "failed"
+    assert outcome(folder)["state"] == "failed"
+    assert outcome(folder)["incarnation"] == 1
 
 
 @pytest.mark.exhaustive

@@ -280,11 +280,27 @@ def test_a_recipe_of_the_other_kind_is_refused(write: Write) -> None:
             "model={latent_shape: [4, 8, 8], num_classes: 10, dim: 20, depth: 1, mixer: attention}",
             "model.num_heads: 16",
         ),
+        ("ema={post_hoc: {widths: [0.05, 0.0500000001], every_samples: 64}}", "ema.post_hoc.widths: a width is there"),
+        ("checkpoint={every_samples: 128, keep_best: 2}", "checkpoint.keep_best: nothing is measured"),
+        ("faults.consistency_every_samples=640", "faults.consistency_every_samples: every parameter is on one rank"),
     ],
 )
 def test_values_that_contradict_each_other_are_named(write: Write, override: str, expected: str) -> None:
     (problem,) = problems(write("train.yaml", TRAIN), override)
     assert f": {expected}" in problem
+
+
+def test_what_depends_on_other_sections_is_allowed_where_they_are_there(write: Write) -> None:
+    path = write("train.yaml", TRAIN)
+    validation = "validation={path: x, every_samples: 128, num_time_bins: 4}"
+    best = "checkpoint={every_samples: 128, keep_best: 2, best_metric: validation/loss_bin_03}"
+    train(path, validation, best)
+    (problem,) = problems(path, validation, best.replace("bin_03", "bin_04"))
+    assert ": checkpoint.best_metric: 'validation/loss_bin_04' is not measured of a checkpoint; use " in problem
+    compared = "faults.consistency_every_samples=640"
+    train(path, compared, "fsdp2.shard_size=8")
+    train(path, compared, "engine=deepspeed")
+    assert "deepspeed.zero_stage" in problems(path, compared, "engine=deepspeed", "deepspeed.zero_stage=3")[0]
 
 
 # --- the resolved recipe ---------------------------------------------------------------------------------------------

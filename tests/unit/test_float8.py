@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -67,6 +69,25 @@ def test_only_maps_inside_blocks_whose_sizes_the_kernels_take_are_exchanged() ->
         if isinstance(module, nn.Linear):
             takes = module.in_features % 16 == 0 and module.out_features % 16 == 0
             assert (type(module) is not nn.Linear) == takes
+
+
+def test_any_micro_batch_fits_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They refuse sums over a number of terms that is no multiple of 16; the CPU's and the emulation do not. What is
+    computed once per sample has a gradient that is a sum over the micro-batch."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    model = network(float8=False)
+    to_float8(model, torch.device("cuda"))
+    kernel, sizes = torch._scaled_mm, []
+
+    def spied(a: Tensor, *others: Any, **options: Any) -> Tensor:
+        sizes.append(a.shape[1])
+        return kernel(a, *others, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", spied)
+    x, c = torch.randn(6, 3, MODEL.dim), torch.randn(6, 1, MODEL.dim, requires_grad=True)
+    model.blocks()[0](x, c).sum().backward()
+    assert len(sizes) >= 3 * 4, "the products were made by something else"
+    assert all(size % 16 == 0 for size in sizes)
 
 
 def test_it_learns_as_fp32_does() -> None:

@@ -58,3 +58,10 @@ def test_a_run_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) 
     (tmp_path / "generations").write_text("a file where the folder should be")
     with pytest.raises(PomscaleError, match=r"generations: this start of the run cannot be recorded"):
         Generation.claim(tmp_path)
+
+
+def test_a_look_that_fails_is_one_clear_error(tmp_path: Path) -> None:
+    generation = Generation.claim(tmp_path)
+    (tmp_path / "generations").rename(tmp_path / "gone")
+    with pytest.raises(PomscaleError, match=r"generations cannot be read .* a newer start of this run may have taken"):
+        generation.check()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pomscale.config.schema import ProfileConfig
 from pomscale.config.hardware import peak_flops
+from pomscale.config.schema import ProfileConfig
 from pomscale.monitoring.host import HostStats, peak_memory_gib
 from pomscale.monitoring.names import METRICS
 from pomscale.monitoring.profiler import ProfileWindow

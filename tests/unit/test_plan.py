@@ -66,7 +66,9 @@ def test_tracker_counts_storages_not_tensors() -> None:
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "every-2", "every-3", "full"])
-@pytest.mark.parametrize(("mixer", "precision"), [("dipom", "fp32"), ("dipom", "bf16"), ("dit", "fp32"), ("dit", "bf16")])
+@pytest.mark.parametrize(
+    ("mixer", "precision"), [("dipom", "fp32"), ("dipom", "bf16"), ("dit", "fp32"), ("dit", "bf16")]
+)
 def test_memory_of_every_mode(mixer: str, precision: str, mode: str) -> None:
     recipe = tiny(mixer, compute={"precision": precision, "activation_checkpointing": mode})
     with pretended_world(8) as world:
@@ -176,7 +178,9 @@ def fits(recipe: TrainRecipe, usable: float) -> bool:
 
 
 def largest_by_trying(recipe: TrainRecipe, usable: float) -> int:
-    sizes = (batch_share(recipe.training, 8).micro_batch for recipe in _with_micro_batches(recipe) if fits(recipe, usable))
+    sizes = (
+        batch_share(recipe.training, 8).micro_batch for recipe in _with_micro_batches(recipe) if fits(recipe, usable)
+    )
     return max(sizes, default=0)
 
 
@@ -201,12 +205,16 @@ def test_the_largest_micro_batch_is_found(mode: str, share: float) -> None:
 
 
 def test_advice_climbs_from_the_cheap_to_the_dear() -> None:
-    recipe = tiny(fsdp2={"shard_size": 2}, model={**TINY_MODEL, "dim": 256}, training={"global_batch": 64 * 8, "total_samples": 51200})
+    recipe = tiny(
+        fsdp2={"shard_size": 2},
+        model={**TINY_MODEL, "dim": 256},
+        training={"global_batch": 64 * 8, "total_samples": 51200},
+    )
     keys = []
     usable = step_memory(recipe, 8).peak - 1.0
     while (found := cheapest_fit(recipe, 8, usable)) is not None:
         keys.append(tuple(found.changes))
-        usable = found.memory.peak - 1.0
+        usable = found.memory.peak * 0.9
     order = [key for i, key in enumerate(keys) if key not in keys[:i]]
     assert order[0] == ("training.micro_batch",)
     assert ("compute.activation_checkpointing", "training.micro_batch") in order
@@ -227,7 +235,9 @@ def test_room_is_used_for_less_recomputation_then_for_larger_micro_batches() -> 
 # --- the rest --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("global_batch", "num_gpus", "micro_batch"), [(256, 8, None), (250, 8, 7), (250, 24, 4), (9, 8, 1)])
+@pytest.mark.parametrize(
+    ("global_batch", "num_gpus", "micro_batch"), [(256, 8, None), (250, 8, 7), (250, 24, 4), (9, 8, 1)]
+)
 def test_batches_are_dealt_as_the_loader_does(global_batch: int, num_gpus: int, micro_batch: int | None) -> None:
     share = batch_share(TrainingConfig(total_samples=1, global_batch=global_batch, micro_batch=micro_batch), num_gpus)
     assert share.num_micro_batches == num_micro_batches(global_batch, num_gpus, micro_batch)
@@ -266,9 +276,9 @@ def test_what_does_not_fit_together_is_refused_or_noted() -> None:
     def of(recipe: TrainRecipe, **machine: Any) -> Any:
         return plan(recipe, **{"num_nodes": 3, "gpus_per_node": 8, "gpu": "a100", **machine})
 
-    with pytest.raises(InputError, match=r"fsdp2\.shard_size: 24 GPUs do not make whole copies of 16"):
+    with pytest.raises(InputError, match=r"fsdp2\.shard_size: 24 ranks do not make whole copies of 16"):
         of(tiny(fsdp2={"shard_size": 16}))
-    with pytest.raises(InputError, match=r"training\.global_batch: 8 samples cannot be shared by 24 GPUs"):
+    with pytest.raises(InputError, match=r"training\.global_batch: 8 samples cannot be shared by 24 ranks"):
         of(tiny(training={"global_batch": 8, "total_samples": 80}))
     with pytest.raises(InputError, match=r"compute\.float8: A100"):
         of(tiny(compute={"float8": True}))
@@ -288,10 +298,10 @@ def test_report_is_a_table_that_ends_in_a_verdict() -> None:
     assert "833 M parameters" in text
     assert "1.28 M samples, 40.0 GiB, seen 79.9 times" in text
     assert all(len(line) <= 120 for line in lines)
-    listed = [float(line[30:38]) for line in lines[lines.index("") :] if line[38:] == " GiB" and line[10:14] != "host"]
-    table = [float(line[30:38]) for line in lines[4 : 4 + len(made.memory.by_part)]]
-    assert listed
-    assert math.fsum(table) == pytest.approx(made.memory.peak / 2**30, abs=0.05)
+    start, end = (next(i for i, line in enumerate(lines) if word in line) for word in ("memory  ", "peak per GPU"))
+    table = [float(line[30:38]) for line in lines[start:end]]
+    assert math.fsum(table) == pytest.approx(float(lines[end][30:38]), rel=0.01)
+    assert float(lines[end][30:38]) == pytest.approx(made.memory.peak / 2**30, abs=0.01)
     larger = plan(recipe, num_nodes=8, gpus_per_node=8, gpu="h200")
     assert larger.fits
     assert render(larger).splitlines()[-1].startswith("FITS")
@@ -305,7 +315,8 @@ def test_every_training_recipe_fits_on_a_node_of_h100s(recipe: Path) -> None:
 
 def test_planning_needs_neither_torch_nor_numpy() -> None:
     code = (
-        "import sys; from pomscale.config.recipe import load_train_recipe; from pomscale.plan.report import plan, render;"
+        "import sys; from pomscale.config.recipe import load_train_recipe;"
+        "from pomscale.plan.report import plan, render;"
         "render(plan(load_train_recipe(sys.argv[1]), num_nodes=1, gpus_per_node=8, gpu='h100'));"
         "print({'torch', 'numpy'} & set(sys.modules))"
     )

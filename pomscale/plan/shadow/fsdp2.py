@@ -45,7 +45,7 @@ class _Group:
         if self.gathered:
             return
         self.gather()
-        before = self.step.last_buffer  # noqa: F841  # FSDP2 has let go of it, but for a local name
+        before = self.step.last_buffer
         tape = self.step.tape
         storage = self.step.allocate("gathered", self.num_padded * tape.itemsize)
         for weight in self.weights:
@@ -53,6 +53,7 @@ class _Group:
         self.gathered = True
         self.step.last_buffer = self.buffer if forward else None
         self.buffer = None
+        del before  # FSDP2 lets go of it earlier, but for a local name
 
     def free(self) -> None:
         for weight in self.weights:
@@ -70,7 +71,7 @@ class _Group:
 
     def reduce(self) -> None:
         """Average the gradients over the shards; this rank's part stays."""
-        if self.accumulated:
+        if self.accumulated:  # this micro-batch's have been added to them
             for weight in self.weights:
                 weight.leaf.gradient = None
         self.step.last_reduction = None
@@ -135,11 +136,11 @@ class Fsdp2Shadow(StepShadow):
         for ahead in self.groups[number + 1 : number + 1 + self.prefetch]:
             ahead.gather()
 
-    def after_forward(self, block: Block) -> None:
-        if self.reshard:
-            self.groups[self.numbers[block]].free()
-        if block is self.network.blocks[-1]:
+    def after_forward(self, block: Block | None) -> None:
+        if block is None:
             self.last_buffer = None
+        elif self.reshard:
+            self.groups[self.numbers[block]].free()
 
     def before_backward(self, block: Block | None) -> None:
         number = len(self.groups) if block is None else self.numbers[block]

@@ -140,8 +140,8 @@ class Network:
             yield from block.weights()
 
 
-def loss(network: Network, latents: Tensor, call: BlockCall) -> Tensor:
+def loss(predict: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
     """diffusion/loss.py and the loss of train.py; latents (b ..) fp32, noise of the same size."""
     noise = latents.tape.new(latents.shape, FP32)
-    prediction = network(op.scaled(latents), call)
+    prediction = predict(op.scaled(latents))
     return op.mean_squared(op.cast(prediction, FP32) - (noise - latents))

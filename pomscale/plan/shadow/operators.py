@@ -154,7 +154,7 @@ def scaled(x: Tensor) -> Tensor:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """Fused: (b n d) each -> (b n d). Keeps its operands, its output and a log-sum-exp per head and query, not n x n."""
+    """Fused: (b n d) each -> (b n d). Keeps operands, output and a log-sum-exp per head and query: no n x n."""
     tape, (batch, num_queries, _) = query.tape, query.shape
     # One operator with two outputs: where its output is kept, so is the other.
     result = product(tape, query.shape)

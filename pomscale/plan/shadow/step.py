@@ -33,7 +33,7 @@ class StepShadow:
     def before_forward(self, block: Block | None) -> None:
         """The weights of `block` (None: of the root) will be read."""
 
-    def after_forward(self, block: Block) -> None: ...
+    def after_forward(self, block: Block | None) -> None: ...
 
     def before_backward(self, block: Block | None) -> None: ...
 
@@ -46,11 +46,16 @@ class StepShadow:
         latents = tape.new((size, *self.network.config.latent_shape), FP32)
         tape.ledger.now = "forward"
         self.before_forward(None)
-        total = loss(self.network, latents, self._call)
+        total = loss(self._predict, latents)
         del latents
         self.before_backward(None)
         backward(total)
         self.after_backward(None)
+
+    def _predict(self, noisy: Tensor) -> Tensor:
+        prediction = self.network(noisy, self._call)
+        self.after_forward(None)
+        return prediction
 
     def _call(self, block: Block, x: Tensor, c: Tensor) -> Tensor:
         number = self.numbers[block]

@@ -178,8 +178,8 @@ class Frame:
         self.inputs = []
 
 
-class _AllRecomputed(Exception):  # noqa: N818  # no error: the rest of the function is not needed
-    pass
+class _AllRecomputed(Exception):
+    """The rest of the function is not needed."""
 
 
 _Saved: TypeAlias = "Tensor | tuple[Frame, int]"

@@ -37,6 +37,7 @@ class ZeroShadow(StepShadow):
         self.num_local = -(-self.num_whole // num_ranks)
         self.num_ranks = num_ranks
         self.held: list[Storage] = []
+        self.num_in_bucket = 0
 
     def hold(self, part: Part, num_bytes: int) -> None:
         self.held.append(Storage(self.ledger, part, num_bytes))
@@ -45,16 +46,12 @@ class ZeroShadow(StepShadow):
         """One step, its last micro-batch."""
         self._hold_resident()
         self._hold_working()
-        bucket = min(BUCKET_ELEMENTS, self.num_whole)
         if self.stage == 1 and self.tape.itemsize != FP32:
             self.hold("gradients", self.num_whole * FP32)
         elif self.stage == 3 or (self.stage == 2 and num_micro_batches > 1):
             self._hold_local_gradients(self.num_local)
         if self.stage == 3:
             self.hold("reduction", BUCKET_ELEMENTS * FP32)
-        elif self.stage == 2 or self.tape.itemsize == FP32:
-            # The bucket and, in the precision of the reduction, what is in it; in stage 2 also by rank.
-            self.hold("reduction", BUCKET_ELEMENTS * self.tape.itemsize + self.stage * bucket * FP32)
         self.micro_batch(micro_batch)
 
     def _hold_resident(self) -> None:
@@ -72,7 +69,6 @@ class ZeroShadow(StepShadow):
             if not self.offload_parameters:
                 self.hold("parameters", self.num_local * itemsize)
             self.hold("gathered", min(self.num_whole, _MAX_LIVE_ELEMENTS) * itemsize)
-            self.hold("gathered", min(self.num_whole, BUCKET_ELEMENTS) * itemsize)
         nothing = Storage(self.ledger, "parameters", 0)
         for weight in self.network.weights():
             weight.tensor = Tensor(self.tape, weight.shape, itemsize, nothing)
@@ -81,21 +77,46 @@ class ZeroShadow(StepShadow):
         if not self.offload_optimizer:
             self.hold("gradients", num_local * FP32)
 
+    def before_forward(self, block: Block | None) -> None:
+        if block is None and self.stage == 3:
+            # Fetched together: as many as are prefetched, up to the end of a block. Copied from, and freed.
+            largest = max(num_elements(block.weights()) for block in self.network.blocks)
+            fetched = min(self.num_whole, BUCKET_ELEMENTS + largest)
+            Storage(self.ledger, "gathered", fetched * self.tape.itemsize)
+
+    def before_backward(self, block: Block | None) -> None:
+        if block is None and (self.stage == 2 or (self.stage == 1 and self.tape.itemsize == FP32)):
+            self.hold("reduction", BUCKET_ELEMENTS * self.tape.itemsize)
+
     def after_backward(self, block: Block | None) -> None:
         if self.stage > 1:
-            weights = self.root_weights if block is None else block.weights()
-            self._reduce(weights)
-        elif block is None:
-            self._reduce_all()
+            self._reduce(self.root_weights if block is None else block.weights())
+        if block is None:
+            self._finish()
 
     def _reduce(self, weights: list[Weight]) -> None:
-        if self.stage == 2:
-            self._hold_local_gradients(-(-num_elements(weights) // self.num_ranks))
-        for weight in weights:
+        """Through the bucket, which is emptied when the next gradient does not go in."""
+        for weight in weights[::-1]:
+            size = num_elements([weight])
+            if self.num_in_bucket + size > BUCKET_ELEMENTS:
+                self._empty_bucket()
+            self.num_in_bucket += size
             weight.leaf.gradient = None
 
-    def _reduce_all(self) -> None:
-        if self.tape.itemsize == FP32:
+    def _empty_bucket(self) -> None:
+        """Its gradients joined and, where that is another precision, in that of the reduction. Stage 3 reduces in
+        place; its part of the gradients is there all the time."""
+        if self.stage < 3:
+            copies = FP32 if self.tape.itemsize == FP32 else FP32 + self.tape.itemsize
+            Storage(self.ledger, "reduction", self.num_in_bucket * copies)
+            self._hold_local_gradients(-(-self.num_in_bucket // self.num_ranks))
+        self.num_in_bucket = 0
+
+    def _finish(self) -> None:
+        if self.stage > 1:
+            self._empty_bucket()
+        elif self.tape.itemsize == FP32:
+            Storage(self.ledger, "reduction", min(self.num_whole, BUCKET_ELEMENTS) * FP32)
             self._hold_local_gradients(self.num_local)
         else:
             self.hold("reduction", min(self.num_whole, _MAX_FLAT_ELEMENTS) * FP32)

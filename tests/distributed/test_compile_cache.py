@@ -1,0 +1,47 @@
+"""What one start of a run has compiled, the next one loads, on a machine that has no cache of its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from running import run
+
+from pomscale.distributed.compile_cache import FILE, CompileCache
+
+START = """
+import os, sys
+from pathlib import Path
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = sys.argv[2]
+import torch
+from torch._dynamo.utils import counters
+from pomscale.distributed.compile_cache import CompileCache
+
+cache = CompileCache(Path(sys.argv[1]), is_main=True)
+cache.load()
+for name in sys.argv[3:]:
+    torch.compile(getattr(torch, name))(torch.ones(64))
+cache.save()
+print(f"compiled: {counters['inductor']['fxgraph_cache_miss']}")
+"""
+
+
+@pytest.mark.slow
+def test_a_start_elsewhere_compiles_nothing_again(tmp_path: Path) -> None:
+    """Nor what the start before it had no use for: it may have ended before its first validation."""
+    for node, functions, expected in (("first", ("sin", "cos"), 2), ("second", ("sin",), 0), ("third", ("cos",), 0)):
+        start = [sys.executable, "-c", START, str(tmp_path), str(tmp_path / node), *functions]
+        assert run(start).stdout == f"compiled: {expected}\n", node
+
+
+def test_only_the_main_rank_of_a_run_that_compiles_writes(tmp_path: Path) -> None:
+    CompileCache(tmp_path, is_main=False).save()
+    CompileCache(None, is_main=True).save()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"torn" * 100])
+def test_a_damaged_file_costs_a_compilation_and_not_the_run(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / FILE).write_bytes(content)
+    CompileCache(tmp_path, is_main=False).load()
