@@ -15,6 +15,7 @@ def export(path: Path, out: Path, *, weights: str = "ema", dtype: Precision = "f
     """
     source = open_weights(path)
     name = source.resolve(weights)
+    source.check(name)
     shapes = parameter_shapes(source.card.model)
     card = source.card.model_copy(update={"averages": () if name == "model" else (name,)})
     tensors = (tensor for _, tensor in source.stream(name, shapes))

@@ -39,7 +39,10 @@ class FineTuning:
         return f"{taken}; the class embedding begins anew, for {there} classes there are {self.model.num_classes} here"
 
     def __call__(self, model: nn.Module, assign: Assign) -> None:
-        """Every rank reads all weights, a group of tensors at a time, and holds no more of them than its shard."""
+        """Every rank reads all weights, a group of tensors at a time, and holds no more of them than its shard.
+
+        They have been checked before, by one rank: `source.check(weights)`.
+        """
         parameters = dict(model.named_parameters())
         shapes = parameter_shapes(self.model)
         if not self.keeps_classes:

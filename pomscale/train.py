@@ -98,7 +98,7 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
             print(f"{folder}: finished already, {standing.samples:,} samples")
         return 0
     # A run that has begun does not need what it was fine-tuned from, which may be gone by now.
-    initial = _seeded(recipe) if standing.samples or recipe.init_from is None else _fine_tuned(recipe)
+    initial = _seeded(recipe) if standing.samples or recipe.init_from is None else _fine_tuned(recipe, world)
     number = world.on_main(lambda: Generation.claim(folder).number)
     run = _Run(world, recipe, folder, Generation(folder, number), stop)
     try:
@@ -156,9 +156,11 @@ def _seeded(recipe: TrainRecipe) -> InitWeights:
     return lambda model, assign: init_weights(model, recipe.seed, assign)
 
 
-def _fine_tuned(recipe: TrainRecipe) -> InitWeights:
+def _fine_tuned(recipe: TrainRecipe, world: World) -> InitWeights:
     assert recipe.init_from is not None
-    return fine_tuning(recipe.init_from, recipe.model, recipe.seed)
+    initial = fine_tuning(recipe.init_from, recipe.model, recipe.seed)
+    world.on_main(lambda: initial.source.check(initial.weights))  # once, and not every byte on every rank
+    return initial
 
 
 class _Run:
@@ -248,7 +250,7 @@ class _Run:
                 world=world,
                 stop=self.stop,
                 watchdog=watchdog,
-                divergence=Divergence(faults, 0 if meta is None else meta["num_rollbacks"]),
+                divergence=Divergence(faults, None if meta is None else meta["divergence"]),
                 stragglers=Stragglers(world),
                 still_ours=self._still_ours,
                 first_step_done=compile_cache.save,

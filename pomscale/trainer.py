@@ -268,7 +268,7 @@ class Trainer:
         meta = {
             **clock.dump(),
             "bad_samples": self.bad_samples.known,
-            "num_rollbacks": self.divergence.num_rollbacks,
+            "divergence": self.divergence.dump(),
             **self.checkpoint_meta,
         }
         with self.watchdog.slow("saving"):

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.tensor import DTensor
 
-from pomscale.distributed.flat_shard import FlatShard
+from pomscale.distributed.flat_shard import FlatShard, local_part
 
 # Pinned memory comes in powers of two: pieces of one keep what is lost to rounding small, and calls few.
 _PIECE_BYTES = 1 << 28
@@ -45,7 +44,7 @@ class HostCopy:
         """
         live = dict(leaves(state))
         with torch.no_grad():
-            parts = {name: _part(leaf) for name, leaf in live.items()}
+            parts = {name: local_part(leaf) for name, leaf in live.items()}
         if _layout(parts) != _layout(self._buffers):
             self._buffers = {}  # given back first: two copies may not fit
             self._buffers = dict(zip(parts, _allocate(list(parts.values())), strict=True))
@@ -70,12 +69,6 @@ class CopyPlanner(DefaultSavePlanner):
         """torch's hook: the data of one item of the plan."""
         copy = self._copies[index.fqn]
         return copy.__get_tensor_shard__(index) if isinstance(copy, FlatShard) else copy
-
-
-def _part(leaf: Tensor) -> Tensor:
-    if isinstance(leaf, FlatShard):
-        return leaf.values
-    return leaf.to_local() if isinstance(leaf, DTensor) else leaf
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> list[tuple[str, torch.Size, torch.dtype]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 
 from pomscale import __version__
 from pomscale.cli import bench, data, models, runs
@@ -33,10 +34,15 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         code = 130  # as shells report Ctrl-C
+    except Exception:
+        if not parsed.leaves_threads:
+            raise
+        traceback.print_exc()
+        code = 1
     if parsed.leaves_threads:
         # All is saved, closed and written by now. What is left is the interpreter taking down torch's background
         # threads, which once in a few hundred exits aborts ("terminate called without an active exception") and turns
-        # a finished run into a crashed one.
+        # a finished run into a crashed one; after an error it may wait for ranks that wait for this one.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -13,9 +13,8 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from pomscale.distributed.flat_shard import FlatShard
+from pomscale.distributed.flat_shard import local_part
 from pomscale.distributed.world import World
 from pomscale.errors import PomscaleError
 
@@ -40,7 +39,7 @@ def check_replicas(world: World, group: dist.ProcessGroup, tensors: Mapping[str,
 
 def _difference(group: dist.ProcessGroup, tensors: Mapping[str, Tensor]) -> str | None:
     """What the replicas of a group differ in; the same answer on all of its ranks."""
-    mine = torch.stack([checksum(_local(tensor)) for tensor in tensors.values()])
+    mine = torch.stack([checksum(local_part(tensor)) for tensor in tensors.values()])
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, mine, group=group)
     replicas = [tuple(checksums.tolist()) for checksums in gathered]
@@ -55,12 +54,6 @@ def _difference(group: dist.ProcessGroup, tensors: Mapping[str, Tensor]) -> str 
         odd = [name for name, replica in zip(names, replicas, strict=True) if replica != common]
         return f"rank {', '.join(odd)}: its copy of {first} is not that of the {count} other ranks"
     return f"ranks {', '.join(names)}: their copies of {first} differ, and no majority tells which are wrong"
-
-
-def _local(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, DTensor):
-        return tensor.to_local()
-    return tensor.values if isinstance(tensor, FlatShard) else tensor
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
 
 
 class Box(NamedTuple):
@@ -119,3 +120,11 @@ def _in_row(
     begin = index * math.prod(shape[1:])
     for first, offsets, sizes in _boxes(shape[1:], start - begin, stop - begin):
         yield begin + first, (index, *offsets), (1, *sizes)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a DTensor or a FlatShard, live and without a graph; another tensor is whole."""
+    if isinstance(tensor, FlatShard):
+        return tensor.values
+    tensor = tensor.detach()  # first: to_local() of a parameter would be part of the autograd graph
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

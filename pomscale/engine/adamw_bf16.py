@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from pomscale.distributed.flat_shard import local_part
 
 _DROPPED_BITS = 16  # of fp32's 32 bits, bf16 keeps the upper half
 
@@ -35,15 +36,15 @@ class AdamWBf16(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step(parameter, group)
+                    self._step(parameter, parameter.grad, group)
 
-    def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _step(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, (beta1, beta2) = self.state[parameter], group["betas"]
         state["step"] += 1
         # On the CPU, as torch.optim keeps it, or this would wait for the device.
         step = int(state["step"].item())
-        value, gradient = _local(parameter), _local(parameter.grad)
-        first, second = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
+        held = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
+        value, gradient, first, second = map(local_part, held)
         m = first.float().lerp_(gradient, 1 - beta1)
         v = second.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         generator = torch.Generator(value.device).manual_seed(step)
@@ -60,9 +61,3 @@ def round_to_bf16(x: Tensor, generator: torch.Generator) -> Tensor:
     # Adding below the digits that stay carries into them with the right probability, for either sign.
     bits = (x.view(torch.int32) + noise) & -(1 << _DROPPED_BITS)
     return bits.view(torch.float32).to(torch.bfloat16)
-
-
-def _local(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

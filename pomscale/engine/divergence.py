@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pomscale.config.engine import FaultsConfig
 from pomscale.errors import PomscaleError
@@ -19,20 +20,31 @@ _LEAST_SIGMA = 0.01
 
 
 class Divergence:
-    """Judges each step by its loss and gradient norm. num_rollbacks: of the run so far, from its checkpoint.
+    """Judges each step by its loss and gradient norm. state: of `dump`, from the checkpoint that a run goes on from.
 
     skip: loss or norm is not finite. rollback: that for the `max_non_finite`-th time in a row, or a loss spike: more
     than `z_score` robust standard deviations (1.4826 MAD) above the median of the last `num_steps` good losses, once
     there are so many.
     """
 
-    def __init__(self, faults: FaultsConfig, num_rollbacks: int = 0) -> None:
+    def __init__(self, faults: FaultsConfig, state: Mapping[str, Any] | None = None) -> None:
         self._faults = faults
-        self._good: deque[float] = deque(maxlen=faults.loss_spike.num_steps if faults.loss_spike else 0)
-        self._num_in_a_row = 0
-        self.num_rollbacks = num_rollbacks
-        self.num_skipped = 0  # by this process
+        window = faults.loss_spike.num_steps if faults.loss_spike else 0
+        state = state or {"good": [], "num_in_a_row": 0, "num_rollbacks": 0, "num_skipped": 0}
+        self._good: deque[float] = deque(state["good"], maxlen=window)
+        self._num_in_a_row: int = state["num_in_a_row"]
+        self.num_rollbacks: int = state["num_rollbacks"]  # of the run so far
+        self.num_skipped: int = state["num_skipped"]  # steps of the run so far
         self.reason = ""  # of the last verdict that was not "ok"
+
+    def dump(self) -> dict[str, Any]:
+        """For a checkpoint: a run that is requeued judges as one that is not."""
+        return {
+            "good": list(self._good),
+            "num_in_a_row": self._num_in_a_row,
+            "num_rollbacks": self.num_rollbacks,
+            "num_skipped": self.num_skipped,
+        }
 
     def judge(self, loss: float, norm: float) -> Verdict:
         """Of one step. Call it once per step."""

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pomscale.config.engine import ComputeConfig, Fsdp2Config, OptimizerConfig
 from pomscale.distributed.activation_checkpointing import checkpoint_blocks
+from pomscale.distributed.flat_shard import local_part
 from pomscale.distributed.world import World
 from pomscale.engine.ema import Ema
 from pomscale.engine.optim import build_optimizer
@@ -60,7 +61,7 @@ class Fsdp2Engine:
         init_weights(model, assign_shard)
         # The sharded parameters. While a module's parameters are gathered, model.parameters() gives other tensors.
         self._parameters = {name: _as_dtensor(p) for name, p in model.named_parameters()}
-        self._ema = Ema(averages, [_local(p) for p in self._parameters.values()])
+        self._ema = Ema(averages, [local_part(p) for p in self._parameters.values()])
         self._optimizer = build_optimizer(model, optimizer)
 
     def forward_backward(
@@ -128,12 +129,12 @@ class Fsdp2Engine:
         moments = [t for state in self._optimizer.state.values() for t in state.values()]
         averages = [t for tensors in self._ema.averages.values() for t in tensors]
         held = {"parameters": self._parameters.values(), "optimizer": moments, "ema": averages}
-        return {part: sum(_local(t).untyped_storage().nbytes() for t in tensors) for part, tensors in held.items()}
+        return {part: sum(local_part(t).untyped_storage().nbytes() for t in tensors) for part, tensors in held.items()}
 
     def replicas(self) -> Replicas | None:
         if self._mesh.ndim == 1:
             return None
-        tensors = {name: _local(p) for name, p in self._parameters.items()}
+        tensors = {name: local_part(p) for name, p in self._parameters.items()}
         return Replicas(self._mesh.get_group("replicate"), tensors)
 
     def _free_gathered(self) -> None:
@@ -206,9 +207,3 @@ def _like(local: Tensor, parameter: DTensor) -> DTensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard. detach first: to_local() of a parameter would be part of the autograd graph."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

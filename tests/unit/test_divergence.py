@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import random
 
@@ -30,7 +31,8 @@ def test_steps_that_are_not_finite_are_left_out_until_too_many_come_in_a_row(los
 
 
 def test_the_run_gives_up_after_its_rollbacks_and_they_are_counted_over_restarts() -> None:
-    divergence = Divergence(FaultsConfig(max_rollbacks=2), num_rollbacks=1)
+    divergence = Divergence(FaultsConfig(max_rollbacks=2))
+    divergence.rolled_back()
     assert divergence.may_roll_back
     assert divergence.judge(math.nan, 1.0) == "skip"
     divergence.rolled_back()
@@ -79,3 +81,16 @@ def test_a_falling_loss_with_little_noise_never_spikes() -> None:
     losses = [math.exp(-step / 500) + 0.3 + 0.02 * math.sin(step / 40) for step in range(3000)]
     noise = noisy_losses(3000, 1e-3)
     assert {divergence.judge(a * b, 1.0) for a, b in zip(losses, noise, strict=True)} == {"ok"}
+
+
+def test_what_a_checkpoint_keeps_judges_as_if_it_had_not_been_interrupted() -> None:
+    whole, first = Divergence(SPIKE), Divergence(SPIKE)
+    steps = [(1.0 + 0.01 * (i % 7), 1.0) for i in range(70)] + [(math.nan, 1.0), (50.0, 1.0), (1.0, 1.0)]
+    verdicts = [whole.judge(*step) for step in steps]
+    assert {"ok", "skip", "rollback"} == set(verdicts)
+    for cut in range(len(steps)):
+        first = Divergence(SPIKE)
+        before = [first.judge(*step) for step in steps[:cut]]
+        then = Divergence(SPIKE, json.loads(json.dumps(first.dump())))
+        assert before + [then.judge(*step) for step in steps[cut:]] == verdicts
+    assert then.num_skipped == whole.num_skipped == 1

@@ -265,6 +265,7 @@ def test_storage_counts_what_is_kept() -> None:
         training={"total_samples": 48000, "global_batch": 48},
         checkpoint={"every_samples": 4800, "keep_last": 2, "keep_every_samples": 24000, "keep_best": 1},
         ema={"post_hoc": {"every_samples": 9600, "widths": [0.05, 0.1]}},
+        validation={"path": "heldout", "every_samples": 4800},
     )
     parameters, disk = num_parameters(recipe.model), storage(recipe)
     assert (disk.num_checkpoints, disk.num_ema_snapshots) == (2 + 1 + 1 + 2, 5)
