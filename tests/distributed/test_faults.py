@@ -244,7 +244,9 @@ def test_a_loss_spike_leads_back_past_a_damaged_checkpoint(tiny_recipe: Path) ->
     overrides = ["faults.loss_spike={num_steps: 16}", "checkpoint.asynchronous=false"]
     done = train_with(faults, tiny_recipe, *overrides, expect=0)
     assert "DAMAGED" in done.stderr
-    (rollback,) = events(folder)
+    happened = {event["event"]: event for event in events(folder)}
+    assert happened.keys() == {"damaged_checkpoint", "rollback"}
+    rollback = happened["rollback"]
     assert rollback["to_samples"] == 10 * GLOBAL_BATCH
     assert "robust standard deviations above its median" in rollback["reason"]
     assert saved(folder) == [20 * GLOBAL_BATCH, 30 * GLOBAL_BATCH]
