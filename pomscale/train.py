@@ -268,8 +268,10 @@ class _Run:
         if self.world.is_main:
             try:
                 self.generation.check()
-            except OSError as problem:
-                print(f"warning: {self.folder}: {problem}", file=sys.stderr)
+            except Superseded:
+                raise
+            except PomscaleError as problem:
+                print(f"warning: {problem}", file=sys.stderr)
 
     def _engine(self, initial: InitWeights) -> Engine:
         with explained_out_of_memory(self.recipe, self.world.device, dict):

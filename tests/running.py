@@ -58,6 +58,19 @@ monitoring: {{every_samples: {GLOBAL_BATCH}, wandb: {{mode: disabled}}}}
     return recipe
 
 
+@contextmanager
+def mounted_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A real file system of `size` (640k, 6m) at `folder`; skips the test where none may be made."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
 def train_command(recipe: Path, *overrides: str, num_processes: int = 1) -> list[str]:
     launcher = ["-m", "pomscale"]
     if num_processes > 1:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pomscale.cli.arguments import positive
+
+if TYPE_CHECKING:
+    from pomscale.benchmarks.report import BenchReport
 
 
 def add(verbs: Any) -> None:
@@ -17,78 +20,70 @@ def add(verbs: Any) -> None:
     bench_loader.add_argument("--num-resume", type=positive, default=1_000_000, help="in the set that is resumed (1 M)")
     bench_loader.add_argument("--seconds", type=float, default=5.0, help="per reader and setting (default 5)")
     bench_loader.add_argument("--folder", type=Path, help="keep the datasets here (default: a temporary folder)")
-    bench_loader.set_defaults(run=_bench_loader)
+    bench_loader.set_defaults(run=_run, measure=_loader)
     bench_encode = bench_verbs.add_parser("encode", help="overhead, scaling and memory of `data encode`")
     bench_encode.add_argument("--num-pictures", type=positive, default=512, help="JPEG files (default 512)")
     bench_encode.add_argument("--num-items", type=positive, default=1_000_000, help="for memory (default 1 M)")
-    bench_encode.set_defaults(run=_bench_encode)
+    bench_encode.set_defaults(run=_run, measure=_encode)
     bench_checkpoint = bench_verbs.add_parser("checkpoint", help="stall and time of saves, beside torch's own; loads")
     bench_checkpoint.add_argument("--depth", type=positive, default=15, help="15 = 200 M parameters (default)")
     bench_checkpoint.add_argument("--num-saves", type=positive, default=5, help="of each kind (default 5)")
     bench_checkpoint.add_argument("--folder", type=Path, help="on the disk to measure (default: the temporary folder)")
-    bench_checkpoint.set_defaults(run=_bench_checkpoint)
+    bench_checkpoint.set_defaults(run=_run, measure=_checkpoint)
     bench_engine = bench_verbs.add_parser("engine", help="cost of the trainer, of averages, and of a cold start")
     bench_engine.add_argument("--batch", type=positive, default=16, help="samples per step (default 16)")
     bench_engine.add_argument("--num-steps", type=positive, default=4, help="measured per turn (default 4)")
     bench_engine.add_argument("--num-turns", type=positive, default=3, help="of trainer and rival (default 3)")
     bench_engine.add_argument("--no-compile", action="store_true", help="leave out starts with torch.compile")
-    bench_engine.set_defaults(run=_bench_engine)
+    bench_engine.set_defaults(run=_run, measure=_engine)
     bench_plan = bench_verbs.add_parser("plan", help="what `pomscale plan` says of memory, beside what is allocated")
-    bench_plan.set_defaults(run=_bench_plan)
+    bench_plan.set_defaults(run=_run, measure=_plan)
     for one in (bench_loader, bench_encode, bench_checkpoint, bench_engine, bench_plan):
         one.add_argument("--out", type=Path, help="also write the figures as JSON, with machine, versions and commit")
 
 
-def _bench_loader(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
+    report: BenchReport = arguments.measure(arguments)
+    if arguments.out:
+        report.write(arguments.out)
+    return 0
+
+
+def _loader(arguments: argparse.Namespace) -> BenchReport:
     from pomscale.benchmarks.loader import bench_loader
 
-    report = bench_loader(
+    return bench_loader(
         num_samples=arguments.num_samples,
         num_resume=arguments.num_resume,
         seconds=arguments.seconds,
         folder=arguments.folder,
     )
-    if arguments.out:
-        report.write(arguments.out)
-    return 0
 
 
-def _bench_encode(arguments: argparse.Namespace) -> int:
+def _encode(arguments: argparse.Namespace) -> BenchReport:
     from pomscale.benchmarks.encode import bench_encode
 
-    report = bench_encode(num_pictures=arguments.num_pictures, num_items=arguments.num_items)
-    if arguments.out:
-        report.write(arguments.out)
-    return 0
+    return bench_encode(num_pictures=arguments.num_pictures, num_items=arguments.num_items)
 
 
-def _bench_checkpoint(arguments: argparse.Namespace) -> int:
+def _checkpoint(arguments: argparse.Namespace) -> BenchReport:
     from pomscale.benchmarks.checkpoint import bench_checkpoint
 
-    report = bench_checkpoint(depth=arguments.depth, num_saves=arguments.num_saves, folder=arguments.folder)
-    if arguments.out:
-        report.write(arguments.out)
-    return 0
+    return bench_checkpoint(depth=arguments.depth, num_saves=arguments.num_saves, folder=arguments.folder)
 
 
-def _bench_engine(arguments: argparse.Namespace) -> int:
+def _engine(arguments: argparse.Namespace) -> BenchReport:
     from pomscale.benchmarks.engine import bench_engine
 
-    report = bench_engine(
+    return bench_engine(
         batch=arguments.batch,
         num_steps=arguments.num_steps,
         num_turns=arguments.num_turns,
         compile_start=not arguments.no_compile,
     )
-    if arguments.out:
-        report.write(arguments.out)
-    return 0
 
 
-def _bench_plan(arguments: argparse.Namespace) -> int:
+def _plan(arguments: argparse.Namespace) -> BenchReport:
     from pomscale.benchmarks.plan import bench_plan
 
-    report = bench_plan()
-    if arguments.out:
-        report.write(arguments.out)
-    return 0
+    return bench_plan()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import run
+from running import mounted_disk, run
 
 from pomscale.checkpoint import folder, staging
 from pomscale.checkpoint.integrity import find_damage, seal
@@ -256,13 +256,8 @@ def test_garbage_that_cannot_be_deleted_costs_a_warning_and_nothing_else(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MiB: room for two checkpoints and a half, and for each of their small files."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", disk]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("needs the right to mount a tmpfs; test_two_ranks has a file size limit, everywhere")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
+    with mounted_disk(tmp_path / "disk", "640k") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

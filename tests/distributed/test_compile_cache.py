@@ -45,3 +45,4 @@ def test_only_the_main_rank_of_a_run_that_compiles_writes(tmp_path: Path) -> Non
 def test_a_damaged_file_costs_a_compilation_and_not_the_run(tmp_path: Path, content: bytes) -> None:
     (tmp_path / FILE).write_bytes(content)
     CompileCache(tmp_path, is_main=False).load()
+    assert (tmp_path / FILE).read_bytes() == content  # the main rank replaces it, once it has compiled

@@ -23,6 +23,7 @@ from running import (
     assert_same_run,
     checkpoint_samples,
     losses,
+    mounted_disk,
     outcome,
     rows,
     run,
@@ -392,13 +393,8 @@ def test_a_replica_that_differs_is_found_and_named(tiny_recipe: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with mounted_disk(tmp_path / "disk", "20m") as disk:
+        yield disk
 
 
 def test_a_run_folder_that_has_become_read_only(small_disk: Path, tiny_recipe: Path) -> None:

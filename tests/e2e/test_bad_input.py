@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import resource
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import GLOBAL_BATCH, Finished, losses, outcome, pomscale, run, train, train_command
+from running import GLOBAL_BATCH, Finished, losses, mounted_disk, outcome, pomscale, run, train, train_command
 
 from pomscale.checkpoint.store import MARKER, complete_checkpoints
 
@@ -92,13 +91,8 @@ def test_a_run_folder_of_another_recipe_is_refused(tiny_recipe: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 6 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("needs the right to mount a tmpfs; the test with a file size limit runs everywhere")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with mounted_disk(tmp_path / "disk", "6m") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])

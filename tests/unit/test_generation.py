@@ -8,9 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
+from pomscale.config.recipe import load_train_recipe
 from pomscale.distributed.generation import Generation, Superseded
+from pomscale.distributed.stop import StopRequest
+from pomscale.distributed.world import World
 from pomscale.errors import PomscaleError
+from pomscale.train import _Run
 
 CLAIM = "import sys, pathlib; from pomscale.distributed.generation import Generation as G; "
 CLAIM += "print([G.claim(pathlib.Path(sys.argv[1])).number for _ in range(20)], 'torch' in sys.modules)"
@@ -65,3 +70,21 @@ def test_a_look_that_fails_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "generations").rename(tmp_path / "gone")
     with pytest.raises(PomscaleError, match=r"generations cannot be read .* a newer start of this run may have taken"):
         generation.check()
+
+
+def test_a_stutter_of_the_file_system_while_logging_is_a_warning_and_a_newer_start_is_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_train_recipe(Path("recipes/quickstart.yaml"), [])
+    stop = StopRequest()
+    try:
+        run = _Run(World(0, 1, torch.device("cpu")), recipe, tmp_path, Generation(tmp_path, 1), stop)
+        run._still_ours()  # generations/ is not there
+        assert "cannot be read" in capsys.readouterr().err
+        Generation.claim(tmp_path)
+        run._still_ours()
+        Generation.claim(tmp_path)
+        with pytest.raises(Superseded):
+            run._still_ours()
+    finally:
+        stop.restore()
