@@ -1,0 +1,63 @@
+"""Several jobs as one wish: encode -> verify -> train -> sample -> evaluate."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from pomscale.config.cluster import TimeLimit
+from pomscale.config.section import Section
+
+
+class StageConfig(Section):
+    """One job, or one array of jobs."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    recipe: str | None = Field(None, description="Recipe to train or encode, relative to this file.")
+    overrides: list[str] = Field([], description="Changes to the recipe, a.b=c.")
+    run: list[str] = Field([], description="Or commands of `pomscale`, one after another: 'data verify data/x'.")
+    after: dict[str, Literal["ok", "any"]] | None = Field(
+        None, description="Stages to wait for: ok = only if it succeeded. null = the stage before, ok."
+    )
+    array: PositiveInt | None = Field(None, description="Tasks of an encode that work side by side.")
+    nodes: PositiveInt = 1
+    gpus_per_node: NonNegativeInt | None = Field(None, description="Instead of the profile's; 0 = a job without GPUs.")
+    ranks_per_node: PositiveInt | None = Field(None, description="Instead of the profile's, without GPUs.")
+    time_limit: TimeLimit | None = Field(None, description="Instead of the profile's.")
+
+    @model_validator(mode="after")
+    def _check(self) -> StageConfig:
+        if (self.recipe is None) == (not self.run):
+            raise ValueError("give either `recipe` or `run`")
+        if self.overrides and self.recipe is None:
+            raise ValueError("overrides: only a recipe has something to change")
+        return self
+
+
+class PipelineRecipe(Section):
+    """Stages in order; a stage may wait for any before it."""
+
+    kind: Literal["pipeline"]
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Folder: output/name.")
+    output: str = Field("pipelines", description="Folder of pipelines: jobs, logs, verdicts of their stages.")
+    stages: list[StageConfig] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> PipelineRecipe:
+        known: list[str] = []
+        for stage in self.stages:
+            if stage.name in known:
+                raise ValueError(f"stages: {stage.name!r} is there twice")
+            for name in stage.after or {}:
+                if name not in known:
+                    raise ValueError(f"stages: {stage.name} waits for {name!r}, which is no stage before it")
+            known.append(stage.name)
+        return self
+
+    def waits_for(self, stage: StageConfig) -> dict[str, Literal["ok", "any"]]:
+        """Stages before it -> whether they must have succeeded."""
+        if stage.after is not None:
+            return stage.after
+        place = self.stages.index(stage)
+        return {self.stages[place - 1].name: "ok"} if place else {}
