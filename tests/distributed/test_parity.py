@@ -45,6 +45,17 @@ def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_alone(write_tiny_recipe(tmp_path_factory.mktemp("alone"), digits))
 
 
+# Fused kernels round every intermediate, other layouts only the last sums. Adam divides what is left of a gradient that
+# is zero but for rounding by itself, so at the tiny recipe's high rate of 3e-3 the curves part by 7e-3 within 50 steps.
+CALM = "optimizer.lr=3e-4"
+
+
+@pytest.fixture(scope="module")
+def calm(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same at a learning rate that does not magnify rounding."""
+    return train_alone(write_tiny_recipe(tmp_path_factory.mktemp("calm"), digits), CALM)
+
+
 @pytest.mark.parametrize(
     ("num_processes", "overrides"),
     [
@@ -91,13 +102,12 @@ def test_activation_checkpointing_changes_no_bit(alone: Path, tiny_recipe: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "every-2", "selective"])
-def test_compiled_blocks_follow_eager_ones(alone: Path, tiny_recipe: Path, mode: str) -> None:
-    overrides = ["compute.compile=true", f"compute.activation_checkpointing={mode}"]
+def test_compiled_blocks_follow_eager_ones(calm: Path, tiny_recipe: Path, mode: str) -> None:
+    overrides = ["compute.compile=true", f"compute.activation_checkpointing={mode}", CALM]
     train(tiny_recipe, *overrides, num_processes=2 if mode == "none" else 1)
     folder = tiny_recipe.parent / "runs" / "tiny"
-    report_difference(folder, alone)
-    # Fused kernels round other intermediates than eager ones, so the curves part sooner than on another layout.
-    assert_same_curve(losses(folder), losses(alone), late=1e-2)
+    report_difference(folder, calm)
+    assert_same_curve(losses(folder), losses(calm))
 
 
 @needs_deepspeed

@@ -63,11 +63,11 @@ def test_many_kills_at_random_moments_while_saving_at_every_step(
 
 @pytest.mark.slow
 def test_moving_between_numbers_of_ranks(undisturbed: Path, tiny_recipe: Path) -> None:
-    """2 -> 4 -> 3 -> 1 processes in the middle of an epoch, with other micro-batches and reader threads each time."""
+    """4 -> 2 -> 3 -> 1 processes in the middle of an epoch, with other micro-batches and reader threads each time."""
     folder = tiny_recipe.parent / "runs" / "tiny"
     legs = [
-        (2, 12, []),
-        (4, 22, ["training.micro_batch=2", "data.num_threads=1"]),
+        (4, 12, []),
+        (2, 22, ["training.micro_batch=2", "data.num_threads=1"]),
         (3, 30, ["training.micro_batch=3", "data.num_threads=3"]),
     ]
     stopped_at = []
@@ -86,7 +86,7 @@ def test_moving_between_numbers_of_ranks(undisturbed: Path, tiny_recipe: Path) -
     train(tiny_recipe)
     assert outcome(folder)["incarnation"] == len(legs) + 1
     assert stopped_at == sorted(set(stopped_at))
-    assert_same_curve(losses(folder), losses(undisturbed), first_changed_step=stopped_at[0] // GLOBAL_BATCH)
+    assert_same_curve(losses(folder), losses(undisturbed))
 
 
 def test_a_stop_request_saves_and_exits_with_75(digits: Path, tiny_recipe: Path) -> None:
