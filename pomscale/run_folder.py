@@ -27,6 +27,7 @@ from pomscale.config.schema import TrainRecipe
 from pomscale.files import make_folder, write_text
 
 BAD_SAMPLES = "bad_samples.jsonl"
+CODE_STATE, CODE_DIFF = "code.json", "code.diff"
 
 _RECORDED_PACKAGES = ("torch", "numpy", "torchdata", "webdataset", "wandb", "deepspeed", "diffusers", "transformers")
 
@@ -46,14 +47,15 @@ def open_run_folder(folder: Path, recipe: TrainRecipe, incarnation: int, *, star
     """Record the start of an incarnation. Called by rank 0 alone."""
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
     code, diff = code_state()
-    write_text(folder / "code.json", json.dumps(code, indent=1))
-    write_text(folder / "code.diff", diff)
+    write_text(folder / CODE_STATE, json.dumps(code, indent=1))
+    write_text(folder / CODE_DIFF, diff)
     (folder / "outcome.json").unlink(missing_ok=True)
     line = {
         "incarnation": incarnation,
         "started_unix_s": time.time(),
         "start_samples": start_samples,
         "num_ranks": num_ranks,
+        "total_samples": recipe.training.total_samples,
         "host": socket.gethostname(),
         "versions": versions(),
     }
@@ -90,6 +92,29 @@ def read_outcome(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def outcomes_after(folder: Path, generation: int) -> dict[int, dict[str, Any]]:
+    """By rank, of the newest incarnation after number `generation`; empty if there is none or it has left none.
+
+    A rank that hung in foreign code, with Python's lock held, could leave nothing but its stacks: it counts as hung.
+    """
+    found: dict[int, dict[int, dict[str, Any]]] = {}
+    for path in (folder / "outcomes").glob("incarnation-*-rank-*.json"):
+        incarnation, rank = _of_incarnation_and_rank(path)
+        found.setdefault(incarnation, {})[rank] = json.loads(path.read_text(encoding="utf-8"))
+    for path in (folder / "stacks").glob("incarnation-*-rank-*.txt"):
+        incarnation, rank = _of_incarnation_and_rank(path)
+        hung = {"state": "hung", "incarnation": incarnation, "rank": rank, "reason": f"stacks in {path}"}
+        if path.stat().st_size:
+            found.setdefault(incarnation, {}).setdefault(rank, hung | {"ended_unix_s": path.stat().st_mtime})
+    newest = max(found, default=0)
+    return found[newest] if newest > generation else {}
+
+
+def _of_incarnation_and_rank(path: Path) -> tuple[int, int]:
+    _, incarnation, _, rank = path.stem.split("-")
+    return int(incarnation), int(rank)
+
+
 def stacks_path(folder: Path, incarnation: int, rank: int) -> Path:
     """Where the stacks of a rank are written when it hangs."""
     return folder / "stacks" / f"{_incarnation_and_rank(incarnation, rank)}.txt"
@@ -108,6 +133,9 @@ def is_finished(folder: Path) -> bool:
 def code_state() -> tuple[dict[str, Any], str]:
     """(commit and whether the tree differs from it, the difference). Without git: the version only."""
     root = Path(__file__).resolve().parent.parent
+    if (root / CODE_STATE).is_file():  # a copy that `pomscale launch` has made, and that says what it is a copy of
+        state, diff = (root / CODE_STATE).read_text(encoding="utf-8"), (root / CODE_DIFF).read_text(encoding="utf-8")
+        return json.loads(state), diff
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=True, timeout=30)

@@ -74,6 +74,12 @@ class Generation:
             )
 
 
+def newest_generation(run_folder: Path) -> int:
+    """The number of the newest start of a run; 0 if there was none."""
+    folder = run_folder / FOLDER
+    return _newest(folder) if folder.is_dir() else 0
+
+
 def _newest(folder: Path) -> int:
     return max((int(name) for name in os.listdir(folder) if name.isdecimal()), default=0)
 

@@ -1,0 +1,28 @@
+"""Signals that a guard, or a launcher of guards, hands on to its processes."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+
+
+class Forwarding:
+    """From construction on, requests to stop are noted and handed on by `send(number)`, which may be set later.
+
+    first: name of the first of them, None as long as none came. Takes the place of submitit's handlers, which would
+    requeue the job at once and without a save.
+    """
+
+    def __init__(self) -> None:
+        self.first: str | None = None
+        self.send: Callable[[int], None] | None = None
+        for number in _SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.first = self.first or signal.Signals(number).name
+        if self.send is not None:
+            self.send(number)

@@ -1,0 +1,186 @@
+"""Beside every rank, outside of it: starts its process, keeps what it prints, and tells how it ended.
+
+    python -m launch.guard HOME      in every task of srun, or in every process that torchrun starts
+
+A process that is killed cannot say so, and launchers blur exit codes; its guard saw it. The guard of rank 0 is also the
+supervisor of the job (supervisor.py). Python and SLURM only, no torch: it starts at once and hardly takes memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from launch.forwarding import Forwarding
+from launch.job import CODE, JOB_FILE, Ending, JobSpec, attempt_folder, ending_path, keep, log_path, submissions
+from launch.oom import num_out_of_memory_kills
+from launch.place import Place
+from launch.supervisor import Supervisor
+from launch.verdict import EXIT_STOPPED
+from pomscale.errors import PomscaleError
+from pomscale.files import make_folder
+from pomscale.monitoring.ledger import RESTARTED_BECAUSE, SUBMITTED
+
+_LOOK_EVERY_S = 0.2
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+_TAIL_BYTES = 8192
+
+
+def guard(spec: JobSpec, place: Place) -> int:
+    """Run the commands of the job as one rank. Returns the exit code that this task should have.
+
+    That is 0 for every rank but the first, whatever happened to its process: srun would kill all others for another
+    one before they have told how they ended. Rank 0 gives the exit code of the job.
+    """
+    forwarding = Forwarding()
+    home = Path(spec.home)
+    attempt = attempt_folder(home, place.job_id, place.restart)
+    supervisor = Supervisor(spec, place, attempt, forwarding) if place.rank == 0 else None
+    restarted_because = supervisor.begin() if supervisor is not None else None
+    ending = _Rank(spec, place, forwarding, supervisor, restarted_because).run()
+    try:
+        keep(ending_path(attempt, place.rank), ending)
+    except PomscaleError as problem:  # a full disk: rank 0 will say that nothing was heard of this one
+        print(f"warning: {problem}", file=sys.stderr, flush=True)
+    if supervisor is None:
+        return 0
+    return supervisor.conclude(ending)
+
+
+class _Rank:
+    def __init__(
+        self,
+        spec: JobSpec,
+        place: Place,
+        forwarding: Forwarding,
+        supervisor: Supervisor | None,
+        restarted_because: str | None,
+    ) -> None:
+        self._spec = spec
+        self._restarted_because = restarted_because
+        self._place = place
+        self._forwarding = forwarding
+        self._supervisor = supervisor
+        self._log = log_path(Path(spec.home), place.rank)
+
+    def run(self) -> Ending:
+        started_unix_s = time.time()
+        num_kills = num_out_of_memory_kills()
+        pid, returncode = 0, 0
+        make_folder(self._log.parent)
+        with self._log.open("ab", buffering=0) as log:
+            begin = log.seek(0, os.SEEK_END)
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            place = self._place
+            _say(log.fileno(), f"===== start {place.job_id}-{place.restart} on {place.host}, {now} =====")
+            for words in self._spec.commands:
+                if self._forwarding.first is not None:
+                    returncode = EXIT_STOPPED  # told to end before it began: nothing is lost
+                    break
+                pid, returncode = self._run_command(words, log.fileno())
+                if returncode:
+                    break
+        return Ending(
+            self._place.rank,
+            self._place.host,
+            pid,
+            started_unix_s,
+            time.time(),
+            returncode,
+            out_of_memory=returncode < 0 and num_out_of_memory_kills() > num_kills,
+            told_to_end=self._forwarding.first,
+            last_line=_last_line(self._log, begin) if returncode not in (0, EXIT_STOPPED) else "",
+            log=str(self._log),
+        )
+
+    def _run_command(self, words: list[str], log: int) -> tuple[int, int]:
+        """(process, how it ended)."""
+        place = self._place
+        restarted = {} if self._restarted_because is None else {RESTARTED_BECAUSE: self._restarted_because}
+        _say(log, f"$ pomscale {shlex.join(words)}")
+        child = subprocess.Popen(
+            [sys.executable, "-u", "-m", "pomscale", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=self._spec.cwd,
+            env=os.environ | _environment(self._spec, place) | restarted,
+            process_group=0,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 (one thread)
+        )
+        self._forwarding.send = partial(_hand_on, child)
+        if self._forwarding.first is not None:  # it came between the look above and the line before
+            child.send_signal(signal.Signals[self._forwarding.first])
+        while child.poll() is None:
+            if self._supervisor is not None:
+                self._supervisor.poll(child)
+            time.sleep(_LOOK_EVERY_S)
+        self._forwarding.send = None
+        return child.pid, child.returncode
+
+
+def _say(log: int, line: str) -> None:
+    """A full disk costs a line, not the job."""
+    try:
+        os.write(log, f"{line}\n".encode())
+    except OSError as problem:
+        print(f"warning: the log cannot be written ({problem}): {line}", file=sys.stderr, flush=True)
+
+
+def _hand_on(child: subprocess.Popen[bytes], number: int) -> None:
+    if child.poll() is None:
+        child.send_signal(number)
+
+
+def _environment(spec: JobSpec, place: Place) -> dict[str, str]:
+    """Of the rank. Variables of the job script (modules, NCCL, the profile's) are there already."""
+    environment = {**spec.environment, **place.environment}
+    code = Path(spec.home) / CODE
+    if code.is_dir():
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
+        environment["PYTHONSAFEPATH"] = "1"  # or the working folder's own pomscale would come first
+    submitted = {submission.job_id: submission for submission in submissions(Path(spec.home))}
+    of_this = submitted.get(place.job_id) or submitted.get(place.job_id.split("_")[0])
+    if of_this is not None:
+        environment[SUBMITTED] = str(of_this.submitted_unix_s)
+    return environment
+
+
+def _die_with_parent() -> None:
+    """In the child: a guard that is killed takes its rank with it, or that would go on unseen."""
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+
+
+def _last_line(log: Path, begin: int) -> str:
+    """The line that says why: the last error of pomscale, or of a traceback."""
+    with log.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(begin, size - _TAIL_BYTES))
+        lines = [line.strip() for line in stream.read().decode(errors="replace").splitlines() if line.strip()]
+    for line in reversed(lines):
+        if line.startswith("error: ") or line.partition("] ")[2].startswith("error: "):
+            return line.partition("error: ")[2]
+    return lines[-1][:500] if lines else ""
+
+
+def main() -> None:
+    home = Path(sys.argv[1]).resolve()
+    try:
+        spec = JobSpec.read(home / JOB_FILE)
+        code = guard(spec, Place.here(spec))
+    except PomscaleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The supervisor of a job: outside of the training processes, in the guard of rank 0.
+
+It sees how ranks end, reads what they have left in the run folder, decides (verdict.py), and leaves its verdict. What
+is to be done about it is done outside of the job's own processes: by the job script, which is no part of a container
+and outlives srun (slurm/requeue.sh), or by launch.task on one machine.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from launch import slurm
+from launch.evaluations import Evaluations
+from launch.forwarding import Forwarding
+from launch.job import Attempt, Ending, JobSpec, Start, Verdict, attempts, endings, keep
+from launch.place import Place
+from launch.verdict import EXIT_STOPPED, Evidence, judge
+from pomscale.checkpoint.folder import complete_checkpoints, samples_of
+from pomscale.distributed.generation import newest_generation
+from pomscale.errors import PomscaleError
+from pomscale.files import write_text
+from pomscale.run_folder import outcomes_after
+
+REQUEUE_FILE = "requeue"
+"""In the attempt's folder, where the job is to be started again: hosts to avoid, comma-separated."""
+
+# How long ranks may take to end after the first one, and their guards to say so (a shared file system shows new files
+# late); a rank that waits for another one for good is killed then.
+_SETTLE_S = 20.0
+_LOOK_EVERY_S, _EVALUATE_EVERY_S = 1.0, 5.0
+_CLOCK_SKEW_S = 60.0
+_GOOD_ENDS = (0, EXIT_STOPPED)
+
+
+class Supervisor:
+    def __init__(self, spec: JobSpec, place: Place, attempt: Path, forwarding: Forwarding) -> None:
+        self._spec = spec
+        self._place = place
+        self._attempt = attempt
+        self._forwarding = forwarding
+        self._home = Path(spec.home)
+        self._before: Attempt | None = None
+        self._looked_s = self._evaluated_s = 0.0
+        self._first_bad_s: float | None = None
+        self._left: Verdict | None = None
+        self._evaluations: Evaluations | None = None
+
+    def begin(self) -> str | None:
+        """Record this start. Returns why the job was started again; None if it was not."""
+        earlier = attempts(self._home)
+        if earlier:
+            self._before = self._with_verdict(earlier[-1])
+        start = Start(
+            self._place.job_id,
+            self._place.restart,
+            list(self._place.hosts),
+            self._spec.ranks_per_node,
+            time.time(),
+            newest_generation(self._home),
+        )
+        keep(self._attempt / "start.json", start)
+        self._start = start
+        if self._spec.evaluations:
+            self._evaluations = Evaluations(self._home)
+        return None if self._before is None or self._before.verdict is None else self._before.verdict.reason
+
+    def _with_verdict(self, before: Attempt) -> Attempt:
+        """A start whose supervisor has died with its node, or was killed by the scheduler, has left none."""
+        if before.verdict is not None:
+            return before
+        bad = self._bad_nodes(before.start.hosts)
+        reason = f"node failure: {', '.join(bad)}" if bad else "ended by the scheduler, or with the node of rank 0"
+        verdict = Verdict("leave", reason, 0, time.time(), bad, samples=self._samples())
+        keep(before.folder / "verdict.json", verdict)
+        return Attempt(before.folder, before.start, verdict)
+
+    def poll(self, child: subprocess.Popen[bytes]) -> None:
+        """While the process of rank 0 runs; costs nothing most of the time."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s < _LOOK_EVERY_S:
+            return
+        self._looked_s = now_s
+        self._look_at_the_others(child, now_s)
+        self._look_at_the_scheduler()
+        if self._evaluations is not None and now_s - self._evaluated_s > _EVALUATE_EVERY_S:
+            self._evaluated_s = now_s
+            self._evaluations.poll()
+
+    def _look_at_the_others(self, child: subprocess.Popen[bytes], now_s: float) -> None:
+        """A run cannot go on without one of its ranks. With NCCL the others would wait for it until the watchdog."""
+        if not self._spec.is_run:
+            return
+        if self._first_bad_s is None and any(one.returncode not in _GOOD_ENDS for one in self._endings()):
+            self._first_bad_s = now_s
+        if self._first_bad_s is not None and now_s - self._first_bad_s > _SETTLE_S:
+            self._forwarding.first = self._forwarding.first or "its guard, since another rank has ended"
+            child.kill()
+
+    def _look_at_the_scheduler(self) -> None:
+        """Told to end: by whom? Where SLURM is ending the job itself, seconds are left to say which nodes are bad."""
+        if self._left is not None or self._forwarding.first != "SIGTERM" or not self._place.on_slurm:
+            return
+        if not slurm.is_available():  # in a container: the job script decides
+            return
+        try:
+            state = slurm.state_now(self._place.job_id)
+            if state == "RUNNING":
+                return
+            bad = self._bad_nodes(list(self._place.hosts))
+            reason = f"node failure: {', '.join(bad)}" if bad else f"SLURM ends this start ({state.lower() or 'gone'})"
+            self._left = Verdict("leave", reason, 0, time.time(), bad, samples=self._samples())
+            keep(self._attempt / "verdict.json", self._left)
+            if bad:
+                slurm.exclude(self._place.job_id, bad)
+        except PomscaleError as problem:
+            print(f"warning: {problem}", file=sys.stderr, flush=True)
+
+    def _bad_nodes(self, hosts: list[str]) -> list[str]:
+        if not self._place.on_slurm or not slurm.is_available():
+            return []
+        try:
+            return slurm.bad_nodes(hosts)
+        except PomscaleError as problem:
+            print(f"warning: {problem}", file=sys.stderr, flush=True)
+            return []
+
+    def conclude(self, own: Ending) -> int:
+        """After the process of rank 0 has ended: wait for the others, decide, record. Returns the job's exit code."""
+        known = self._wait_for_the_others(own)
+        self._look_at_the_scheduler()
+        if self._left is not None:
+            return EXIT_STOPPED
+        evidence = Evidence(
+            self._start,
+            self._spec.num_ranks,
+            list(known.values()),
+            outcomes_after(self._home, self._start.newest_generation) if self._spec.is_run else {},
+            self._samples(),
+        )
+        before = None if self._before is None else self._before.verdict
+        verdict = judge(evidence, before, self._spec.max_idle_requeues)
+        keep(self._attempt / "verdict.json", verdict)
+        if self._evaluations is not None:
+            self._evaluations.poll(finished=verdict.action == "done")
+        print(f"{verdict.action}: {verdict.reason}" + (f"; see {verdict.log}" if verdict.log else ""), flush=True)
+        if verdict.action == "requeue":
+            verdicts = [attempt.verdict for attempt in attempts(self._home)]
+            suspects = sorted({host for one in verdicts if one is not None for host in one.suspects})
+            write_text(self._attempt / REQUEUE_FILE, ",".join(suspects) + "\n")
+        return verdict.exit_code
+
+    def _wait_for_the_others(self, own: Ending) -> dict[int, Ending]:
+        """A run's ranks end together, or not at all; those of other jobs have each their own work."""
+        deadline_s = time.monotonic() + _SETTLE_S
+        while True:
+            known = {own.rank: own} | {one.rank: one for one in self._endings()}
+            if len(known) >= self._spec.num_ranks or (self._spec.is_run and time.monotonic() > deadline_s):
+                return known
+            self._look_at_the_scheduler()
+            time.sleep(0.1)
+
+    def _endings(self) -> list[Ending]:
+        """Of this start: a SLURM that was set up anew counts its jobs from 1 again."""
+        since_unix_s = self._start.started_unix_s - _CLOCK_SKEW_S
+        return [one for one in endings(self._attempt) if one.ended_unix_s > since_unix_s]
+
+    def _samples(self) -> int | None:
+        if not self._spec.is_run:
+            return None
+        complete = complete_checkpoints(self._home / "checkpoints")
+        return samples_of(complete[-1]) if complete else None
