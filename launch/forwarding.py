@@ -9,6 +9,17 @@ from types import FrameType
 _SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
+def hold_signals() -> None:
+    """Until a Forwarding is made, also by the program that this process becomes, they wait."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def ignore_requests() -> None:
+    """Also in the program that this process becomes, as long as it handles none of them."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Forwarding:
     """From construction on, requests to stop are noted and handed on by `send(number)`, which may be set later.
 
@@ -21,6 +32,7 @@ class Forwarding:
         self.send: Callable[[int], None] | None = None
         for number in _SIGNALS:
             signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.first = self.first or signal.Signals(number).name

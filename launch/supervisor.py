@@ -15,7 +15,7 @@ from pathlib import Path
 from launch import slurm
 from launch.evaluations import Evaluations
 from launch.forwarding import Forwarding
-from launch.job import Attempt, Ending, JobSpec, Start, Verdict, attempts, endings, keep
+from launch.job import REQUEUE_FILE, Attempt, Ending, JobSpec, Start, Verdict, attempts, endings, keep
 from launch.place import Place
 from launch.verdict import EXIT_STOPPED, Evidence, judge
 from pomscale.checkpoint.folder import complete_checkpoints, samples_of
@@ -23,9 +23,6 @@ from pomscale.distributed.generation import newest_generation
 from pomscale.errors import PomscaleError
 from pomscale.files import write_text
 from pomscale.run_folder import outcomes_after
-
-REQUEUE_FILE = "requeue"
-"""In the attempt's folder, where the job is to be started again: hosts to avoid, comma-separated."""
 
 # How long ranks may take to end after the first one, and their guards to say so (a shared file system shows new files
 # late); a rank that waits for another one for good is killed then.

@@ -11,14 +11,25 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 from submitit.helpers import DelayedSubmission
 
-from launch.forwarding import Forwarding
-from launch.guard import guard
-from launch.job import JOB_FILE, JobSpec, Verdict, attempt_folder, attempts, keep, submissions
-from launch.place import LOCAL_JOB, LOCAL_RESTART, Place, port_of, slurm_job
+from launch.forwarding import Forwarding, hold_signals, ignore_requests
+from launch.job import (
+    JOB_FILE,
+    REQUEUE_FILE,
+    JobSpec,
+    Start,
+    Verdict,
+    attempt_folder,
+    endings,
+    keep,
+    submissions,
+)
+from launch.place import LOCAL_JOB, LOCAL_RESTART, port_of, slurm_job
+from launch.state import ended, is_success
 
 _GUARD = ["-m", "launch.guard"]
 _TORCHRUN = "torch.distributed.run"
@@ -33,16 +44,21 @@ class SlurmTask:
     def __call__(self) -> None:
         """Ends the process with the exit code of the job, where this is its first task."""
         spec = JobSpec.read(Path(self.home) / JOB_FILE)
-        if spec.ranks_by == "srun":
-            sys.exit(guard(spec, Place.here(spec)))
-        _, restart, hosts = slurm_job(os.environ)
+        if spec.ranks_by == "srun" or spec.num_ranks == 1:
+            become_guard(spec)
+        job_id, restart, hosts = slurm_job(os.environ)
         rendezvous = [
             f"--nnodes={spec.num_nodes}",
             f"--node-rank={os.environ['SLURM_NODEID']}",
             f"--master-addr={hosts[0]}",
             f"--master-port={port_of(os.environ['SLURM_JOB_ID'], restart)}",
         ]
-        sys.exit(_start_ranks(spec, rendezvous, {}, Forwarding()))
+        code = _start_ranks(spec, rendezvous, {}, Forwarding())
+        attempt = attempt_folder(Path(self.home), job_id, restart)
+        if os.environ["SLURM_NODEID"] == "0":
+            sys.exit(_exit_code(attempt, code))
+        # srun ends all tasks as soon as one fails: not before rank 0 has judged what the ranks of this node have told.
+        sys.exit(0 if endings(attempt) else code)
 
     def checkpoint(self) -> DelayedSubmission:
         """For a signal so early that only submitit's own handler is there: start again, nothing has begun."""
@@ -60,22 +76,21 @@ class LocalTask:
         home = Path(self.home)
         spec = JobSpec.read(home / JOB_FILE)
         job_id = os.environ.get("SUBMITIT_LOCAL_JOB_ID") or submissions(home)[-1].job_id
+        restart = 0
+        while (attempt := attempt_folder(home, job_id, restart)).exists():  # of another job: process numbers come again
+            restart += 1
         forwarding = Forwarding()
         if (refusal := _wait_for(spec, forwarding)) is not None:
-            keep(attempt_folder(home, job_id, 0) / "verdict.json", refusal)
+            keep(attempt / "start.json", Start(job_id, restart, [], spec.ranks_per_node, time.time(), 0))
+            keep(attempt / "verdict.json", refusal)
             sys.exit(refusal.exit_code)
-        restart = 0
-        while attempt_folder(home, job_id, restart).exists():  # of another job: process numbers come round again
-            restart += 1
         while True:
             variables = {LOCAL_JOB: job_id, LOCAL_RESTART: str(restart)}
             code = _start_ranks(spec, ["--standalone"], variables, forwarding)
-            newest = attempts(home)[-1]
-            if newest.verdict is None:
-                sys.exit(code)
+            attempt = attempt_folder(home, job_id, restart)
             asked_to_end = forwarding.first in ("SIGTERM", "SIGINT")
-            if newest.verdict.action != "requeue" or asked_to_end:
-                sys.exit(newest.verdict.exit_code)
+            if asked_to_end or not (attempt / REQUEUE_FILE).is_file():
+                sys.exit(_exit_code(attempt, code))
             restart += 1
             forwarding.first = None
 
@@ -84,23 +99,29 @@ class LocalTask:
         return DelayedSubmission(self)
 
 
+def _exit_code(attempt: Path, code: int) -> int:
+    """That of the verdict: torchrun knows but 0 and 1."""
+    verdict = attempt / "verdict.json"
+    return Verdict.read(verdict).exit_code if verdict.is_file() else code
+
+
+def become_guard(spec: JobSpec) -> NoReturn:
+    """Replace this process by the guard of its rank. What asks it to stop meanwhile is held back, not lost."""
+    hold_signals()
+    os.execv(sys.executable, [sys.executable, "-u", *_GUARD, spec.home])
+
+
 def _wait_for(spec: JobSpec, forwarding: Forwarding) -> Verdict | None:
     """Until the jobs before this one have ended. Returns the verdict on this job if it may not begin any more."""
     for home, condition in spec.wait_for.items():
-        while (ended := _ended(Path(home))) is None:
+        while (verdict := ended(Path(home))) is None:
             if forwarding.first is not None:
                 return Verdict("fail", f"{forwarding.first} while it waited for {home}", 1, time.time())
             time.sleep(1.0)
-        if condition == "ok" and (ended.action != "done" or ended.exit_code != 0):
-            reason = f"not begun, since the job before it did not succeed: {ended.reason}"
+        if condition == "ok" and not is_success(verdict):
+            reason = f"not begun, since the job before it ({home}) did not succeed: {verdict.reason}"
             return Verdict("fail", reason, 1, time.time())
     return None
-
-
-def _ended(home: Path) -> Verdict | None:
-    newest = attempts(home)[-1:]
-    verdict = newest[0].verdict if newest else None
-    return None if verdict is None or verdict.action == "requeue" else verdict
 
 
 def _start_ranks(spec: JobSpec, rendezvous: list[str], variables: dict[str, str], forwarding: Forwarding) -> int:
@@ -110,8 +131,14 @@ def _start_ranks(spec: JobSpec, rendezvous: list[str], variables: dict[str, str]
     else:
         ranks = f"--nproc-per-node={spec.ranks_per_node}"
         command = [sys.executable, "-m", _TORCHRUN, *rendezvous, ranks, *_GUARD, spec.home]
-    # Out of reach of signals to this process group: torchrun would end all ranks at once, instead of letting them save.
-    launcher = subprocess.Popen(command, env=os.environ | variables, start_new_session=True)
+    # SLURM signals every descendant of a task; torchrun would end all ranks at once, instead of letting them save.
+    variables = {**variables, "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGHUP,SIGQUIT"}
+    launcher = subprocess.Popen(
+        command,
+        env=os.environ | variables,
+        start_new_session=True,
+        preexec_fn=ignore_requests,  # noqa: PLW1509 (one thread)
+    )
     forwarding.send = lambda number: _signal_guards(launcher.pid, number)
     code = launcher.wait()
     forwarding.send = None

@@ -25,6 +25,7 @@ _LOST_PEER = re.compile(
     r"[Ss]ocket|remote process exited|recvValue failed|store->get",
 )
 _CLOCK_SKEW_S = 2.0
+_MOST_CHARACTERS = 500  # of a reason; the log has all of it
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class _Cause:
 def _verdict(evidence: Evidence, cause: _Cause, num_idle: int) -> Verdict:
     return Verdict(
         cause.action,
-        cause.reason,
+        " ".join(cause.reason.split())[:_MOST_CHARACTERS],
         cause.exit_code,
         time.time(),
         sorted(set(cause.suspects)),

@@ -7,26 +7,12 @@ from typing import Any
 
 from pomscale import __version__
 from pomscale.card import ModelCard
+from pomscale.config.identity import differences
 from pomscale.config.schema import TrainRecipe
 from pomscale.data.mixture import Mixture
-from pomscale.data.schema import NOT_OF_THE_LATENTS
 from pomscale.errors import InputError
 
 CHECKPOINT_FORMAT = 3
-
-# What a run cannot change on its way: the samples, the noise, the network or its averages would no longer be those it
-# began with.
-_FIXED_FOR_A_RUN = (
-    ("seed",),
-    ("codec",),
-    ("model",),
-    ("diffusion",),
-    ("ema",),
-    ("data", "normalization"),
-    ("data", "flip_probability"),
-    ("data", "shuffle_window"),
-    ("training", "global_batch"),
-)
 
 # What the card says of the space that the network has learned, and what to call it.
 _LATENT_SPACE = {
@@ -61,12 +47,8 @@ def check_same_run(folder: Path, checkpoint: Path, now: dict[str, Any], card: Mo
             f"({__version__}) cannot go on with; use that version, or choose another name"
         )
     latents_now = card.model_dump(mode="json", include=set(_LATENT_SPACE))
-    differences = [
-        *(
-            f"{'.'.join(keys)}: {_fixed(then, keys)} then, {_fixed(now, keys)} now"
-            for keys in _FIXED_FOR_A_RUN
-            if _fixed(then, keys) != _fixed(now, keys)
-        ),
+    found = [
+        *differences(then["recipe"], now["recipe"]),
         *_data_differences(now["data"], then["data"]),
         *(
             f"{meaning}: {then['card'][key]} then, {latents_now[key]} now"
@@ -74,10 +56,10 @@ def check_same_run(folder: Path, checkpoint: Path, now: dict[str, Any], card: Mo
             if then["card"][key] != latents_now[key]
         ),
     ]
-    if differences:
+    if found:
         raise InputError(
             f"{folder}: this run began with another recipe, so it cannot go on with this one. "
-            f"Choose another name, or undo: {'; '.join(differences)}"
+            f"Choose another name, or undo: {'; '.join(found)}"
         )
 
 
@@ -85,18 +67,10 @@ def _data_differences(now: list[dict[str, Any]], then: list[dict[str, Any]]) -> 
     shares_then, shares_now = ([data["share"] for data in datasets] for datasets in (then, now))
     if shares_then != shares_now:
         return [f"data.mixture: shares of the samples {shares_then} then, {shares_now} now"]
-    differences = []
+    found = []
     for new, old in zip(now, then, strict=True):
         if new["fingerprint"] != old["fingerprint"]:
-            differences.append(f"the dataset at {new['path']}: its shards are not those of the run's start")
+            found.append(f"the dataset at {new['path']}: its shards are not those of the run's start")
         elif new["index"] != old["index"]:
-            differences.append(f"the dataset at {new['path']}: its index (labels, keys) is not that of the run's start")
-    return differences
-
-
-def _fixed(identity: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    """The part of the recipe at `keys`, without where a codec lies and in which precision it would encode."""
-    value = identity["recipe"]
-    for key in keys:
-        value = value.get(key)
-    return {k: v for k, v in value.items() if k not in NOT_OF_THE_LATENTS} if keys == ("codec",) else value
+            found.append(f"the dataset at {new['path']}: its index (labels, keys) is not that of the run's start")
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -44,8 +45,9 @@ from pomscale.errors import InputError, PomscaleError
 from pomscale.events import open_events
 from pomscale.finetune import FineTuning, fine_tuning
 from pomscale.models import DiPoM, init_weights
+from pomscale.monitoring.alerts import Alerts
 from pomscale.monitoring.host import HostStats
-from pomscale.monitoring.ledger import Ledger
+from pomscale.monitoring.ledger import RESTARTED_BECAUSE, Ledger
 from pomscale.monitoring.monitor import Monitor, open_monitor
 from pomscale.monitoring.profiler import ProfileWindow
 from pomscale.monitoring.throughput import mfu
@@ -226,6 +228,9 @@ class _Run:
             for damaged in checkpoints.damaged:
                 ledger.event("damaged_checkpoint", clock.samples, path=str(damaged.folder), reason=damaged.reason)
             monitor = stack.enter_context(self._monitor())
+            alerts = Alerts(recipe.monitoring.alerts, monitor, ledger)
+            alerts.restarted(clock.samples, os.environ.get(RESTARTED_BECAUSE))
+            watchdog.on_late = alerts.late
             self._announce(mixture, clock, latest, initial)
             self._preflight(clock, monitor)
             stack.callback(mixture.close)
@@ -244,6 +249,7 @@ class _Run:
                 epochs=partial(_epochs, mixture),
                 monitor=monitor,
                 ledger=ledger,
+                alerts=alerts,
                 host=HostStats(),
                 mfu=_mfu(recipe, world),
                 profiler=ProfileWindow(recipe.profile, self.folder, world.rank, world.device),

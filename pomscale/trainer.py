@@ -20,6 +20,7 @@ from pomscale.distributed.watchdog import Watchdog
 from pomscale.distributed.world import World
 from pomscale.engine.divergence import Divergence
 from pomscale.engine.protocol import Engine
+from pomscale.monitoring.alerts import Alerts
 from pomscale.monitoring.host import HostStats, peak_memory_gib
 from pomscale.monitoring.ledger import Ledger
 from pomscale.monitoring.monitor import Monitor
@@ -104,6 +105,7 @@ class Trainer:
     events: list[Event]
     monitor: Monitor
     ledger: Ledger
+    alerts: Alerts
     host: HostStats
     mfu: Callable[[float], float] | None  # samples/s -> model FLOPs utilisation, where the device's peak is known
     profiler: ProfileWindow
@@ -220,6 +222,7 @@ class Trainer:
     def _leave_out(self, clock: Clock) -> None:
         self._warn(f"the step at position {clock.position:,} is left out: {self.divergence.reason}")
         self.ledger.event("skipped_step", clock.samples, position=clock.position, reason=self.divergence.reason)
+        self.alerts.left_out(clock.samples, self.divergence.reason)
         clock.leave_out(self.global_batch)
 
     def _roll_back(self, clock: Clock, norm: float) -> bool:
@@ -243,6 +246,7 @@ class Trainer:
             then = Clock.of(self.restore(latest))
             self._warn(f"back to {latest}, and on past position {clock.position:,}: {self.divergence.reason}")
             self.ledger.event("rollback", clock.samples, to_samples=then.samples, reason=self.divergence.reason)
+            self.alerts.went_back(clock.samples, then.samples, self.divergence.reason)
             clock.go_back(then)
             self._saved_at = clock.samples
             self.divergence.rolled_back()
@@ -323,6 +327,7 @@ class Trainer:
             if self.mfu is not None:
                 metrics["speed/mfu"] = self.mfu(speed["speed/samples_per_s"])
         self.ledger.write(clock.samples)
+        self.alerts.judge(clock.samples, speed.get("speed/step_time_s"))
         self.monitor.log(clock.samples, {**metrics, **self.ledger.metrics()})
 
     def _means(self) -> dict[str, float]:

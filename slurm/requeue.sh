@@ -9,7 +9,11 @@ pomscale_end() {
   if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}; fi
   wanted=$home/attempts/$job-${SLURM_RESTART_COUNT:-0}/requeue
   if [ ! -f "$wanted" ]; then exit "$code"; fi
-  state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)
+  for _ in 1 2 3; do # it may say nothing while a node goes down
+    state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)
+    if [ -n "$state" ]; then break; fi
+    sleep 1
+  done
   if [ "$state" != RUNNING ]; then # cancelled, preempted or out of time: SLURM is ending the job, its word counts
     echo "not requeued: SLURM ends this job itself (${state:-gone})"
     exit "$code"

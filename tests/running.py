@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,6 +162,16 @@ def final_weights(folder: Path) -> dict[str, torch.Tensor]:
     for name, state in moments.items():
         found.update({f"{key}.{name}": value for key, value in state.items()})
     return found
+
+
+def damaged_copy(latents: Path, target: Path) -> Path:
+    """A dataset with a hole in the middle of its first shard."""
+    shutil.copytree(latents, target)
+    shard = min(target.glob("*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2 : len(content) * 2 // 3] = b"\xff" * (len(content) * 2 // 3 - len(content) // 2)
+    shard.write_bytes(content)
+    return target
 
 
 def checkpoint_samples(folder: Path) -> int:

@@ -19,9 +19,11 @@ from data_pipelines.common.job import EncodeJob, Encoders, check_in_place, table
 from data_pipelines.common.parts import PARTS_FOLDER, Claims, part_of, record_path
 from data_pipelines.common.pipeline import Pipeline
 from data_pipelines.common.progress import EncodeProgress
+from data_pipelines.common.skipped import max_skipped_of, skipped_exit_code
 from data_pipelines.common.tasks import Task
 from data_pipelines.sources import build_source
-from pomscale.config.schema import EncodeRecipe, MonitoringConfig
+from pomscale.config.monitoring import MonitoringConfig
+from pomscale.config.schema import EncodeRecipe
 from pomscale.data.schema import FAILURES_NAME, MANIFEST_NAME, Manifest, read_manifest
 from pomscale.errors import InputError
 from pomscale.files import make_folder
@@ -62,12 +64,15 @@ class EncodeReport:
     stopped: bool
     busy_share: float
     items_per_s: float
+    max_skipped: int  # of each dataset, says the recipe
 
     @property
     def exit_code(self) -> int:
+        """A task that leaves the dataset to others is judged by its own items: there is nothing else to judge yet."""
         if self.stopped:
             return 75
-        return 3 if self.num_failed or any(dataset.num_failures for dataset in self.datasets) else 0
+        num_skipped = max((dataset.num_failures for dataset in self.datasets), default=self.num_failed)
+        return skipped_exit_code(num_skipped, self.max_skipped)
 
     def __str__(self) -> str:
         parts = f"{self.num_made:,} of {self.num_parts:,} parts made"
@@ -134,6 +139,7 @@ def encode(
         stopped=stopped,
         busy_share=display.busy_share,
         items_per_s=display.items_per_s,
+        max_skipped=recipe.max_skipped,
     )
 
 
@@ -218,7 +224,7 @@ def _monitor(recipe: EncodeRecipe, task: Task, num_items: int) -> Monitor:
     make_folder(folder)
     return open_monitor(
         folder,
-        MonitoringConfig(wandb=recipe.wandb),
+        MonitoringConfig(wandb=recipe.wandb.model_copy(update={"group": recipe.wandb.group or recipe.name})),
         run_name=f"{recipe.name}-{task.index:05d}",
         recipe_dump=recipe.model_dump(mode="json"),
         total_samples=num_items,
@@ -227,11 +233,15 @@ def _monitor(recipe: EncodeRecipe, task: Task, num_items: int) -> Monitor:
 
 
 def _finish(job: EncodeJob, rewrite: bool) -> tuple[Encoded, ...]:
-    """All datasets; those that have a manifest are written again only if parts of them were made."""
+    """All datasets; those that have a manifest are written again only if parts of them were made.
+
+    Or if the recipe now puts up with another number of skipped items: verify goes by what the manifest says.
+    """
     datasets = []
     for variant, store in zip(job.variants, job.stores, strict=True):
-        is_there = (variant.output / MANIFEST_NAME).exists()
-        manifest = read_manifest(variant.output) if is_there and not rewrite else finish(job, variant, store)
+        manifest = read_manifest(variant.output) if (variant.output / MANIFEST_NAME).exists() else None
+        if manifest is None or rewrite or max_skipped_of(manifest) != job.recipe.max_skipped:
+            manifest = finish(job, variant, store)
         datasets.append(_encoded(variant.output, manifest))
     return tuple(datasets)
 

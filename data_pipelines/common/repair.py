@@ -32,7 +32,7 @@ class RepairReport:
 
     @property
     def exit_code(self) -> int:
-        """As that of an encode: 3 where items of the source failed."""
+        """As that of an encode: 3 where more items of the source failed than its recipe puts up with."""
         return self.left.exit_code or (self.encoded.exit_code if self.encoded else 0)
 
     def __str__(self) -> str:

@@ -24,10 +24,20 @@ from data_pipelines.common.shard_check import (
     is_finite,
     wrong_size,
 )
+from data_pipelines.common.skipped import max_skipped_of, skipped_exit_code
 from data_pipelines.common.source_check import check_source
 from data_pipelines.common.workers import over_shards
 from pomscale.data.index import index_dtype, map_index
-from pomscale.data.schema import INDEX_NAME, MANIFEST_NAME, REMEDY, IndexInfo, Manifest, TextInfo, read_manifest
+from pomscale.data.schema import (
+    FAILURES_NAME,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    REMEDY,
+    IndexInfo,
+    Manifest,
+    TextInfo,
+    read_manifest,
+)
 from pomscale.errors import PomscaleError
 
 _ROWS_AT_ONCE = 1 << 20
@@ -37,7 +47,7 @@ _ROWS_AT_ONCE = 1 << 20
 class VerifyReport:
     """`problems`: one line each, naming shard and key; the first 1,000 of `num_problems`. None = the dataset is whole.
 
-    `bad_shards`: those to be made anew, in the manifest's order.
+    `bad_shards`: those to be made anew, in the manifest's order. `num_skipped`: items that the encode could not encode.
     """
 
     folder: Path
@@ -46,15 +56,18 @@ class VerifyReport:
     problems: list[str]
     num_problems: int
     bad_shards: list[str]
+    num_skipped: int
+    max_skipped: int
 
     @property
     def exit_code(self) -> int:
-        return 1 if self.num_problems else 0
+        return 1 if self.num_problems else skipped_exit_code(self.num_skipped, self.max_skipped)
 
     def __str__(self) -> str:
         checked = f"{self.folder}: {self.num_samples:,} samples in {self.num_shards:,} shards"
         if not self.num_problems:
-            return f"{checked}: whole"
+            skipped = f"; {self.num_skipped:,} items were skipped, listed in {self.folder / FAILURES_NAME}"
+            return f"{checked}: whole{skipped if self.num_skipped else ''}"
         more = self.num_problems - len(self.problems)
         told = [*self.problems, *([f"... and {more:,} more"] if more else [])]
         return "\n".join([*told, f"{checked}: {self.num_problems:,} problems; {REMEDY}"])
@@ -100,6 +113,8 @@ def verify(
         problems=problems.lines,
         num_problems=problems.count,
         bad_shards=[manifest.shards[number].name for number in sorted(bad)],
+        num_skipped=manifest.num_failures,
+        max_skipped=max_skipped_of(manifest),
     )
 
 

@@ -12,7 +12,8 @@ import sys
 import traceback
 
 from pomscale import __version__
-from pomscale.cli import bench, data, models, runs
+from pomscale.cli import bench, data, launch, models, runs
+from pomscale.cli.arguments import unknown_words
 from pomscale.errors import PomscaleError
 
 
@@ -20,9 +21,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 failed, 2 wrong input, 3 done with skipped items, 75 stopped on request."""
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
-    # argparse takes no positional arguments after an option: `encode RECIPE --dry-run a.b=c` leaves a.b=c over.
-    if rest and not (hasattr(parsed, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if unknown := unknown_words(parsed, rest):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         parsed.overrides += rest
     try:
@@ -57,6 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(leaves_threads=False)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
-    for family in (runs, data, models, bench):
+    for family in (runs, launch, data, models, bench):
         family.add(verbs)
     return parser

@@ -12,6 +12,13 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the recipe, e.g. optimizer.lr=3e-4")
 
 
+def unknown_words(parsed: argparse.Namespace, rest: list[str]) -> list[str]:
+    """Of those that argparse has left over. Overrides are not: it only takes no positional arguments after an option,
+    as in `encode RECIPE --dry-run a.b=c`."""
+    takes_overrides = hasattr(parsed, "overrides")
+    return [word for word in rest if not takes_overrides or "=" not in word or word.startswith("-")]
+
+
 def positive(text: str) -> int:
     """For `type=`: a whole number from 1 on."""
     value = int(text)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pomscale.cli import record
 from pomscale.cli.arguments import positive
 from pomscale.errors import InputError
 
@@ -50,6 +51,7 @@ def _add_evaluate(verbs: Any) -> None:
     heldout.add_argument("--num-time-bins", type=positive, help="default: the recipe's, or 8")
     heldout.add_argument("--weights", default="ema", help=f"{_WEIGHTS} (default ema)")
     heldout.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    heldout.add_argument("--out", type=Path, help="also write the figures as JSON")
     heldout.set_defaults(run=_evaluate_heldout)
     digits = evaluate_verbs.add_parser("digits", help="are generated digits recognised, and are they no copies?")
     digits.add_argument("npz", type=Path, help="from pomscale sample --npz")
@@ -57,6 +59,7 @@ def _add_evaluate(verbs: Any) -> None:
     digits.add_argument("--heldout", type=Path, default=Path("data/digits/heldout"), help="pictures not trained on")
     digits.add_argument("--out", type=Path, help="also write the figures as JSON")
     digits.set_defaults(run=_evaluate_digits)
+    record.add(evaluate_verbs)
 
 
 def _add_export(verbs: Any) -> None:
@@ -130,8 +133,11 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
 
 
 def _evaluate_heldout(arguments: argparse.Namespace) -> int:
+    from pomscale.files import make_folder, write_text
     from pomscale.measure import measure_heldout
 
+    if arguments.out:
+        make_folder(arguments.out.parent)  # before the work, not after it
     loss = measure_heldout(
         arguments.model,
         data=arguments.data,
@@ -140,7 +146,10 @@ def _evaluate_heldout(arguments: argparse.Namespace) -> int:
         weights=arguments.weights,
         device=arguments.device,
     )
-    print(json.dumps({"mean": loss.mean, "by_bin": loss.by_bin}))
+    figures = json.dumps({"mean": loss.mean, "by_bin": loss.by_bin})
+    print(figures)
+    if arguments.out:
+        write_text(arguments.out, figures)
     return 0
 
 

@@ -26,9 +26,9 @@ def add(verbs: Any) -> None:
     plan.add_argument("--gpu", choices=["a100", "h100", "h200"], default="h100", help="default h100")
     plan.add_argument("--mfu", type=float, default=0.4, help="share of the data sheet's FLOP/s (default 0.4)")
     plan.set_defaults(run=_plan)
-    report = verbs.add_parser("report", help="curves of a run: report.png and a self-contained report.html")
-    report.add_argument("run_folder", type=Path, metavar="RUN")
-    report.add_argument("--out", type=Path, help="folder; default: the run folder")
+    report = verbs.add_parser("report", help="curves of a run, or of several compared: a PNG and a self-contained page")
+    report.add_argument("run_folders", nargs="+", type=Path, metavar="RUN")
+    report.add_argument("--out", type=Path, help="folder; default: the run folder, or that of the first run")
     report.set_defaults(run=_report)
     _add_config(verbs)
 
@@ -48,8 +48,10 @@ def _add_config(verbs: Any) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     from pomscale.config.recipe import load_train_recipe
+    from pomscale.config.sweep import check_is_one_run
 
     recipe = load_train_recipe(arguments.recipe, arguments.overrides)  # before torch: a typo is told at once
+    check_is_one_run(recipe, arguments.recipe)
 
     from pomscale.train import train
 
@@ -118,6 +120,6 @@ def _config_schema(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from pomscale.monitoring.report import write_report
 
-    paths = write_report(arguments.run_folder, arguments.out)
+    paths = write_report(arguments.run_folders, arguments.out)
     print(f"wrote {paths.png} and {paths.html}")
     return 0

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from pomscale.config.section import PositiveFloat, Section
+from pomscale.errors import InputError
 
-TimeLimit = Annotated[
-    str, Field(pattern=r"^(\d+-)?\d{1,3}:\d{2}(:\d{2})?$", description="[DAYS-]HOURS:MINUTES[:SECONDS], as SLURM's.")
-]
+# Not 20:00, which SLURM takes for 20 minutes.
+_TIME_LIMIT = r"^(\d+-\d{1,2}:\d{2}(:\d{2})?|\d{1,3}:\d{2}:\d{2})$"
+
+TimeLimit = Annotated[str, Field(pattern=_TIME_LIMIT, description="HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES.")]
+
+
+def is_time_limit(text: str) -> bool:
+    return re.match(_TIME_LIMIT, text) is not None
 
 
 def minutes_of(limit: str) -> int:
@@ -18,6 +26,21 @@ def minutes_of(limit: str) -> int:
     days, _, rest = limit.rpartition("-")
     hours, minutes, seconds = (*map(int, rest.split(":")), 0)[:3]
     return int(days or 0) * 1440 + hours * 60 + minutes + (seconds > 0)
+
+
+# What only SLURM, or its job script, would do anything about.
+_OF_SLURM = (
+    "partition", "account", "qos", "constraint", "wckey", "exclusive", "sbatch", "srun", "memory_gib", "time_limit",
+    "modules", "setup", "container",
+)  # fmt: skip
+
+
+def expanded(text: str, key: str) -> str:
+    """With the $VARIABLES of this process. InputError, naming the profile's key, for one that is not set."""
+    found = os.path.expandvars(text)
+    if "$" in found:
+        raise InputError(f"{key}: {found}: this variable is not set here; set it, or write the value into the profile")
+    return found
 
 
 class ContainerConfig(Section):
@@ -40,12 +63,12 @@ class ClusterProfile(Section):
     description: str = ""
 
     partition: str | None = None
-    account: str | None = None
+    account: str | None = Field(None, description="$VARIABLES count.")
     qos: str | None = None
     constraint: str | None = None
     wckey: str | None = None
     exclusive: bool = Field(False, description="Ask for whole nodes.")
-    sbatch: dict[str, str] = Field({}, description="Further options of sbatch, without the dashes.")
+    sbatch: dict[str, str] = Field({}, description="Further options of sbatch, without the dashes; '' = no value.")
     srun: list[str] = Field([], description="Further words for srun.")
 
     gpus_per_node: NonNegativeInt = Field(description="0 = train on CPUs. local: those of this machine at most.")
@@ -63,7 +86,9 @@ class ClusterProfile(Section):
 
     modules: list[str] = Field([], description="For `module load`, after `module purge`.")
     setup: list[str] = Field([], description="Lines of the job script before the ranks start.")
-    python: str | None = Field(None, description="Interpreter on the nodes; null = that of this command.")
+    python: str | None = Field(
+        None, description="Interpreter on the nodes; $VARIABLES count; null = that of this command."
+    )
     container: ContainerConfig | None = None
     environment: dict[str, str] = Field({}, description="Variables of every rank, e.g. NCCL_DEBUG.")
     network_interface: str | None = Field(None, description="Between nodes: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME.")
@@ -74,6 +99,10 @@ class ClusterProfile(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ClusterProfile:
+        if self.scheduler != "slurm":
+            for key in _OF_SLURM:
+                if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
+                    raise ValueError(f"{key}: means nothing without SLURM; leave it out, or set it to null")
         if self.scheduler == "slurm" and self.time_limit is None:
             raise ValueError("time_limit: missing; a SLURM job needs one")
         if self.gpus_per_node == 0 and self.ranks_per_node is None:

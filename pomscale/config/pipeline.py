@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from pomscale.config.cluster import TimeLimit
 from pomscale.config.section import Section
+
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+
+
+def fill_in(command: str, homes: Mapping[str, Path]) -> list[str]:
+    """Words of a stage's command, with the folders of stages in place of {STAGE}."""
+    return [_PLACEHOLDER.sub(lambda found: str(homes[found[1]]), word) for word in shlex.split(command)]
 
 
 class StageConfig(Section):
@@ -16,7 +27,11 @@ class StageConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     recipe: str | None = Field(None, description="Recipe to train or encode, relative to this file.")
     overrides: list[str] = Field([], description="Changes to the recipe, a.b=c.")
-    run: list[str] = Field([], description="Or commands of `pomscale`, one after another: 'data verify data/x'.")
+    run: list[str] = Field(
+        [],
+        description="Or commands of `pomscale`, one after another: 'data verify data/x'. {STAGE} is the folder of a "
+        "stage, this one or one before it: of one that trains, its run folder.",
+    )
     after: dict[str, Literal["ok", "any"]] | None = Field(
         None, description="Stages to wait for: ok = only if it succeeded. null = the stage before, ok."
     )
@@ -53,6 +68,14 @@ class PipelineRecipe(Section):
                 if name not in known:
                     raise ValueError(f"stages: {stage.name} waits for {name!r}, which is no stage before it")
             known.append(stage.name)
+            for command in stage.run:
+                try:
+                    shlex.split(command)
+                except ValueError as error:
+                    raise ValueError(f"stages: {stage.name}: {command!r}: {error}") from None
+                wrong = [name for name in _PLACEHOLDER.findall(command) if name not in known]
+                if wrong:
+                    raise ValueError(f"stages: {stage.name}: {command!r}: {{{wrong[0]}}} is no stage up to this one")
         return self
 
     def waits_for(self, stage: StageConfig) -> dict[str, Literal["ok", "any"]]:

@@ -28,6 +28,8 @@ from pomscale.config.engine import (
     OptimizerConfig,
     ScheduleConfig,
 )
+from pomscale.config.evaluation import EvaluationConfig
+from pomscale.config.monitoring import MonitoringConfig, WandbConfig
 from pomscale.config.presets import PRESETS
 from pomscale.config.section import Fraction, NonNegativeInt, PositiveFloat, Section, Seed
 
@@ -253,19 +255,6 @@ class ValidationConfig(Section):
     seed: Seed = 0
 
 
-class WandbConfig(Section):
-    mode: Literal["online", "offline", "disabled"] = "offline"
-    project: str = "pomscale"
-    entity: str | None = None
-    group: str | None = None
-    tags: list[str] = Field([], description="Labels of the run in wandb.")
-
-
-class MonitoringConfig(Section):
-    every_samples: PositiveInt = Field(8192, description="Metrics are averaged and written this often.")
-    wandb: WandbConfig = WandbConfig()
-
-
 class ProfileConfig(Section):
     """A profiler window: Chrome trace and memory snapshot in the run folder."""
 
@@ -284,7 +273,7 @@ class TrainRecipe(Section):
     """One training run."""
 
     kind: Literal["train"]
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Run folder: output/name.")
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$", description="Run folder: output/name.")
     output: str = Field("runs", description="Folder of run folders.")
     seed: Seed = 0
     resume: Literal["auto", "never"] = Field("auto", description="auto: go on from the last complete checkpoint.")
@@ -306,7 +295,11 @@ class TrainRecipe(Section):
     validation: ValidationConfig | None = None
     sampling: SamplingConfig = SamplingConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
+    evaluations: list[EvaluationConfig] = Field([], description="Jobs over checkpoints while training goes on.")
     profile: ProfileConfig | None = None
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        {}, description="Dotted key -> values: `pomscale launch` starts one run per point of the grid."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> TrainRecipe:
@@ -320,6 +313,9 @@ class TrainRecipe(Section):
             raise ValueError("schedule: warmup_samples + cooldown_samples exceed training.total_samples")
         if self.sampling.num_classes is not None and self.sampling.num_classes > self.model.num_classes:
             raise ValueError("sampling.num_classes: more than model.num_classes")
+        names = [evaluation.name for evaluation in self.evaluations]
+        if len(set(names)) < len(names):
+            raise ValueError("evaluations: two of them have the same name")
         self._check_best()
         self._check_consistency()
         return self
@@ -487,6 +483,9 @@ class EncodeRecipe(Section):
     batch: PositiveInt = Field(64, description="Items per encoder call.")
     num_workers: PositiveInt = Field(2, description="Threads that decode pictures and clips.")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_skipped: NonNegativeInt = Field(
+        0, description="Up to so many items that cannot be encoded, exit code 0 instead of 3; they are listed anyway."
+    )
     wandb: WandbConfig = WandbConfig(mode="disabled")
 
     @model_validator(mode="after")
@@ -519,6 +518,3 @@ def has_captions(source: SourceConfig) -> bool:
     if isinstance(source, VideoFolderConfig):
         return source.captions
     return isinstance(source, LatentsSourceConfig) or source.caption is not None
-
-
-Recipe = Annotated[Union[TrainRecipe, EncodeRecipe], Field(discriminator="kind")]

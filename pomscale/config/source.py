@@ -38,9 +38,26 @@ class RecipeSource:
             path = path[:-1]
         return self.origins[path]
 
+    def set(self, keys: KeyPath, value: Any, origin: str) -> None:
+        """Write a value over what is there. RecipeError if the path leads through a value."""
+        section = self.values
+        for depth, key in enumerate(keys[:-1]):
+            if section.get(key) is None:
+                section[key] = {}
+            section = section[key]
+            if not isinstance(section, dict):
+                raise RecipeError([f"{origin}: {'.'.join(keys[: depth + 1])} is a value, not a section"])
+        section[keys[-1]] = value
+        # What the files said below this key is gone; so is where they said it.
+        self.origins = {path: where for path, where in self.origins.items() if path[: len(keys)] != keys}
+        self.origins[keys] = origin
+
 
 class _Yaml12Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-4` as a number, as YAML 1.2 does; PyYAML's YAML 1.1 makes it a string."""
+    """SafeLoader that reads `1e-4` as a number and 20:00:00 as a string, as YAML 1.2 does.
+
+    PyYAML's YAML 1.1 makes a string of the one, and of the other 72000, a number to the base of 60.
+    """
 
 
 class _Yaml12Dumper(yaml.SafeDumper):
@@ -53,6 +70,18 @@ for _resolver in (_Yaml12Loader, _Yaml12Dumper):
         re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
         list("-+.0123456789"),
     )
+
+
+_INT = "tag:yaml.org,2002:int"
+_Yaml12Loader.yaml_implicit_resolvers = {
+    first: [resolver for resolver in resolvers if resolver[0] != _INT]
+    for first, resolvers in _Yaml12Loader.yaml_implicit_resolvers.items()
+}
+_Yaml12Loader.add_implicit_resolver(
+    _INT,
+    re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$"),
+    list("-+0123456789"),
+)
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
@@ -157,14 +186,4 @@ def _apply_override(source: RecipeSource, override: str) -> None:
         value = yaml.load(text, Loader=_Yaml12Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError([f"override {override!r}: the value is not valid YAML: {error}"]) from error
-    section = source.values
-    for depth, key in enumerate(keys[:-1]):
-        if section.get(key) is None:
-            section[key] = {}
-        section = section[key]
-        if not isinstance(section, dict):
-            raise RecipeError([f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a section"])
-    section[keys[-1]] = value
-    # What the files said below this key is gone; so is where they said it.
-    source.origins = {path: origin for path, origin in source.origins.items() if path[: len(keys)] != keys}
-    source.origins[keys] = f"override {override!r}"
+    source.set(keys, value, f"override {override!r}")

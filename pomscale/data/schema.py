@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pomscale.config.identity import NOT_OF_THE_LATENTS
 from pomscale.config.schema import CodecConfig, TextEncoderConfig, TransformConfig
 from pomscale.data.location import join, local_folder, read_bytes
 from pomscale.errors import InputError
@@ -23,9 +24,6 @@ SCHEMA_VERSION: Literal[2] = 2
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
 FAILURES_NAME = "failures.jsonl"
-
-# Settings of a codec that its latents do not depend on: where the weights lie, and the arithmetic of the encoder.
-NOT_OF_THE_LATENTS = frozenset({"path", "subfolder", "precision", "tiling"})
 
 # What to do when the dataset is damaged.
 REMEDY = "run `pomscale data repair` on it"

@@ -77,21 +77,31 @@ def _matmul(world: World, dtype: torch.dtype) -> tuple[float, str | None]:
 
 
 def _all_reduce(world: World) -> tuple[float, str | None]:
-    """(bus bandwidth in GB/s as nccl-tests has it, problem). The sum of small integers is exact in fp32."""
-    num_elements = (64 << 20 if world.device.type == "cuda" else 1 << 20) // 4
-    pattern = torch.arange(num_elements, dtype=torch.float32, device=world.device) % 1024
-    expected = pattern * world.size + world.size * (world.size - 1) / 2
+    """(GB/s, problem)."""
+    gb_per_s, is_right = all_reduce_speed(world.device)
+    return gb_per_s, None if is_right else "an all-reduce gave a wrong sum: a device or the network is damaged there"
+
+
+def all_reduce_speed(device: torch.device, group: dist.ProcessGroup | None = None) -> tuple[float, bool]:
+    """(bus bandwidth in GB/s as nccl-tests has it, whether all sums were right) over all ranks, or those of a group.
+
+    A collective of these ranks. The sum of small integers is exact in fp32.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    num_elements = (64 << 20 if device.type == "cuda" else 1 << 20) // 4
+    pattern = torch.arange(num_elements, dtype=torch.float32, device=device) % 1024
+    expected = pattern * size + size * (size - 1) / 2
     seconds, all_right = [], True
     for _ in range(_NUM_REDUCES):
-        values = pattern + world.rank
-        world.barrier()
+        values = pattern + rank
+        start = torch.zeros(1, device=device)
+        dist.all_reduce(start, group=group)
+        start.item()  # waits for the device: all begin together
         start_s = time.perf_counter()
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=group)
         all_right = bool(values.equal(expected)) and all_right  # waits for the device
         seconds.append(time.perf_counter() - start_s)
-    problem = None if all_right else "an all-reduce gave a wrong sum: a device or the network is damaged there"
-    bus_bytes = 2 * (world.size - 1) / world.size * values.nbytes
-    return bus_bytes / min(seconds) / 1e9, problem
+    return 2 * (size - 1) / size * values.nbytes / min(seconds) / 1e9, all_right
 
 
 def _write(world: World, run_folder: Path, writes: bool) -> tuple[float | None, str | None]:
@@ -106,7 +116,7 @@ def _write(world: World, run_folder: Path, writes: bool) -> tuple[float | None, 
             problem = f"{run_folder} is not rank 0's folder of that name: put it on a file system that all hosts share"
         else:
             try:
-                speed = _write_speed(mark.with_name(f"{mark.name}-{world.rank}"))
+                speed = write_speed(mark.with_name(f"{mark.name}-{world.rank}"))
             except OSError as error:
                 problem = f"cannot write into {run_folder}: {error}"
     world.barrier()
@@ -125,7 +135,7 @@ def _touch(path: Path) -> str | None:
     return None
 
 
-def _write_speed(path: Path) -> float:
+def write_speed(path: Path) -> float:
     """GB/s of a file that is written, made durable and removed."""
     chunk = os.urandom(_WRITE_CHUNK)  # no file system compresses it
     written, start_s = 0, time.perf_counter()

@@ -28,6 +28,7 @@ class Watchdog:
 
     timeout_s: None watches nothing. slow_timeout_s: holds instead until the first beat, and inside `slow()`.
     stacks_path: of this rank and incarnation alone; it is there while watched, and stays if something was written.
+    on_late(reason), which may be set later, is told when half of that is over, once for each wait, by a thread.
     on_hang(reason) is called after the stacks are written, for at most 10 s in all; then the process ends with code 1.
 
     A thread looks at the clock. One that holds Python's lock for good (a C extension, a regular expression) would stop
@@ -44,6 +45,7 @@ class Watchdog:
         self._slow_timeout_s = slow_timeout_s
         self._stacks_path = stacks_path
         self._on_hang = on_hang
+        self.on_late: Callable[[str], None] = lambda reason: None
         self._look_every_s = min(5.0, (timeout_s or 0.0) / 20)
         self._stacks: IO[bytes] | None = None
         self._last_s = 0.0
@@ -96,20 +98,27 @@ class Watchdog:
             self._slow.pop()
             self._arm()
 
-    def _limit(self) -> tuple[float, str]:
-        """(seconds, what it means that they are over)."""
+    def _limit(self, share: float = 1.0) -> tuple[float, str]:
+        """(a share of the seconds, what it means that they are over)."""
         assert self._timeout_s is not None
+        slow_s, limit_s = share * self._slow_timeout_s, share * self._timeout_s
         if self._slow:
-            return self._slow_timeout_s, f"{self._slow[-1]} takes longer than {self._slow_timeout_s:g} s"
+            return slow_s, f"{self._slow[-1]} takes longer than {slow_s:g} s"
         if not self._has_begun:
-            return self._slow_timeout_s, f"start-up and first step take longer than {self._slow_timeout_s:g} s"
-        return self._timeout_s, f"no step for {self._timeout_s:g} s"
+            return slow_s, f"start-up and first step take longer than {slow_s:g} s"
+        return limit_s, f"no step for {limit_s:g} s"
 
     def _watch(self) -> None:
+        told_s = None  # the beat after which nothing came, once that was told
         while not self._leaving.wait(self._look_every_s):
-            limit_s, reason = self._limit()
-            if time.monotonic() - self._last_s > limit_s:
+            last_s, (limit_s, reason) = self._last_s, self._limit()
+            late_s, late = self._limit(0.5)
+            waited_s = time.monotonic() - last_s
+            if waited_s > limit_s:
                 self._abort(reason)
+            if waited_s > late_s and told_s != last_s:
+                told_s = last_s
+                self.on_late(late)
             self._arm()
 
     def _arm(self) -> None:

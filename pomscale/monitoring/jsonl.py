@@ -13,7 +13,8 @@ logger = logging.getLogger(__name__)
 class JsonLines:
     """Appends to a file. A row is handed to the kernel before `append` returns, so a kill -9 loses none.
 
-    On a full disk rows are kept in memory and tried again with the next one: a run is worth more than its log.
+    Training does not wait for that: there a thread appends, see Background. On a full disk rows are kept in memory and
+    tried again with the next one: a run is worth more than its log.
     Raises OSError when the file cannot be opened.
     """
 

@@ -9,16 +9,19 @@ Every line has samples, time_unix_s and incarnation, and one of
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import psutil
 
+from pomscale.monitoring.background import Background
 from pomscale.monitoring.jsonl import JsonLines, read_json_lines
 from pomscale.monitoring.names import WALL_TIME, goodput_share
 
@@ -29,6 +32,11 @@ Kind = Literal["start_up", "compile", "data_wait", "step", "checkpoint_stall", "
 
 SUBMITTED = "POMSCALE_SUBMITTED_UNIX_S"
 """Environment variable: when the job was handed to the scheduler, set by who did so."""
+
+RESTARTED_BECAUSE = "POMSCALE_RESTARTED_BECAUSE"
+"""Environment variable: why the start before this one ended, set by who started this one. Absent at the first."""
+
+_CLOSE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ class Ledger:
     The time since one `charge` is charged by the next, so what is charged adds up to the wall time, and nothing counts
     twice. Kernels run asynchronously on a GPU: charge right after something that waits for the device.
 
-    Never raises for a full disk; OSError when the file cannot be opened.
+    A thread writes the lines, so nobody waits for the disk; see Background. Never raises for a full disk; OSError when
+    the file cannot be opened.
     """
 
     def __init__(self, run_folder: Path | None, incarnation: int, start_samples: int) -> None:
@@ -64,11 +73,13 @@ class Ledger:
         self._file: JsonLines | None = None
         self._seconds: dict[str, float] = {}
         self._balance = _Balance()
+        self._appending = threading.Lock()
         if run_folder is None:
             return
         for row in read_json_lines(run_folder / EVENTS_FILE)[0]:
             self._balance.add(row)
         self._file = JsonLines(run_folder / EVENTS_FILE)
+        self._writer = Background(EVENTS_FILE)
         process_started_unix_s = psutil.Process().create_time()
         self._charged_s = time.monotonic() - max(0.0, time.time() - process_started_unix_s)
         self._append(start_samples, {"start": _start(os.environ, process_started_unix_s)})
@@ -92,21 +103,34 @@ class Ledger:
         self.write(samples)
         self._append(samples, {"event": name, **details})
 
+    def note(self, name: str, samples: int, **details: str | float) -> None:
+        """The same from any thread, for what leaves the steps as they are."""
+        self._append(samples, {"event": name, **details})
+
+    def goodput(self) -> Goodput:
+        """Over all incarnations, up to the last line."""
+        with self._appending:
+            return self._balance.goodput()
+
     def metrics(self) -> dict[str, float]:
         """goodput/* over all incarnations, up to the last line: see Goodput."""
-        return self._balance.goodput().metrics()
+        return self.goodput().metrics()
 
     def _append(self, samples: int, content: dict[str, Any]) -> None:
-        if self._file is not None:
-            row = {"samples": samples, "time_unix_s": round(time.time(), 3), "incarnation": self._incarnation}
-            self._file.append(row | content)
-            self._balance.add(row | content)
+        if self._file is None:
+            return
+        row = {"samples": samples, "time_unix_s": round(time.time(), 3), "incarnation": self._incarnation, **content}
+        with self._appending:
+            self._balance.add(row)
+            self._writer.do(partial(self._file.append, row))
 
     def close(self) -> None:
+        """Takes _CLOSE_TIMEOUT_S at most."""
         if self._file is not None:
             self.charge("other")
             self.write(self._balance.samples)
-            self._file.close()
+            self._writer.finish(self._file.close)
+            self._writer.join(time.monotonic() + _CLOSE_TIMEOUT_S)
 
     def __enter__(self) -> Ledger:
         return self

@@ -2,42 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pomscale.config.schema import MonitoringConfig
-from pomscale.monitoring.sinks import ConsoleSink, JsonlSink, MetricSink
+from pomscale.config.monitoring import MonitoringConfig
+from pomscale.monitoring.background import CLOSE_TIMEOUT_S, Background
+from pomscale.monitoring.sinks import ConsoleSink, JsonlSink, Level, MetricSink
 from pomscale.monitoring.wandb_sink import WandbSink
+
+logger = logging.getLogger(__name__)
 
 
 class Monitor:
-    """Gives every row to all sinks. `Monitor([])` logs nothing: what every rank but 0 holds.
+    """Gives everything to all sinks, each in a thread of its own: nobody waits for one, nor one for another.
 
-    As a context manager it closes the sinks; a run left by an exception is closed as failed.
+    So a row is in metrics.jsonl milliseconds after `log` has returned, and a kill -9 costs at most the rows of those
+    milliseconds. A sink that hangs or fails costs what goes to it; see Background. `Monitor([])` logs nothing: what
+    every rank but 0 holds. As a context manager it closes the sinks; a run left by an exception is closed as failed.
     """
 
     def __init__(self, sinks: Sequence[MetricSink]) -> None:
-        self._sinks = sinks
+        self._sinks = [(sink, Background(sink.name)) for sink in sinks]
 
     def log(self, samples: int, metrics: dict[str, float | str]) -> None:
         """One row, unless it is empty. samples: seen by the optimiser; metrics: names of `names.py` -> numbers."""
         if metrics:
-            for sink in self._sinks:
-                sink.log(samples, metrics)
+            row, now = dict(metrics), time.time()
+            self._give(lambda sink: sink.log(samples, row, now))
 
-    def log_image(self, samples: int, name: str, png_path: Path) -> None:
-        """A PNG that lies on disk already, e.g. a sample grid; name: e.g. "samples/grid"."""
-        for sink in self._sinks:
-            sink.log_image(samples, name, png_path)
+    def log_image(self, samples: int, name: str, path: Path) -> None:
+        """A picture that lies on disk already, e.g. a sample grid; name: e.g. "samples/grid"."""
+        self._give(lambda sink: sink.log_image(samples, name, path))
+
+    def log_video(self, samples: int, name: str, path: Path) -> None:
+        """A clip (mp4, webm) that lies on disk already; name: e.g. "samples/clip"."""
+        self._give(lambda sink: sink.log_video(samples, name, path))
+
+    def alert(self, samples: int, title: str, text: str, level: Level) -> None:
+        """What people should hear of now. From any thread."""
+        self._give(lambda sink: sink.alert(samples, title, text, level))
+
+    def _give(self, call: Callable[[MetricSink], None]) -> None:
+        for sink, background in self._sinks:
+            background.do(partial(call, sink))
 
     def close(self, failed: bool = False) -> None:
-        """Close all sinks, also when one of them raises. `failed`: the run ends with an error."""
-        with ExitStack() as stack:
-            for sink in self._sinks:
-                stack.callback(sink.close, failed)
+        """Close all sinks, at the same time, and go on after CLOSE_TIMEOUT_S. `failed`: the run ends with an error."""
+        deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
+        for sink, background in self._sinks:
+            background.finish(partial(sink.close, failed))
+        for sink, background in self._sinks:
+            if not background.join(deadline_s):
+                logger.warning("%s has not ended within %g s: %s", sink.name, CLOSE_TIMEOUT_S, sink.if_cut_off)
 
     def __enter__(self) -> Monitor:
         return self

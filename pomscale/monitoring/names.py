@@ -34,6 +34,19 @@ METRICS: dict[str, str] = {
     "ranks/slowest_host": "its host",
     "ranks/data_wait_excess_share": "how much longer than the median rank one waits for data, over the step time",
     "ranks/data_wait_rank": "the rank that waits longest for data",
+    "straggler/rank": "the rank that holds the others up; what follows is measured there, once it has been named",
+    "straggler/host": "its host",
+    "straggler/cpu_percent": "CPU use of that host in percent, over half a second",
+    "straggler/load_per_cpu": "its processes that run or wait to, mean of the last minute, over its cores",
+    "straggler/memory_gib": "memory in use on that host, GiB",
+    "straggler/process_memory_gib": "resident memory of that rank's process, GiB",
+    "straggler/gpu_clock_mhz": "clock of that rank's GPU",
+    "straggler/gpu_max_clock_mhz": "its highest clock",
+    "straggler/gpu_temperature_c": "its temperature",
+    "straggler/gpu_power_w": "the power it draws",
+    "straggler/gpu_percent": "share of the time in which it computed, in percent",
+    "straggler/gpu_memory_gib": "its memory in use, GiB",
+    "straggler/gpu_throttled_by": "why its clock is held down, in NVML's words; empty if it is not",
     "preflight/matmul_tflops": "matrix products at the start, TFLOP/s of the median rank",
     "preflight/matmul_slowest_tflops": "the same of the slowest rank",
     "preflight/write_gb_per_s": "writing into the run folder at the start, with fsync, GB/s of the median host",
@@ -60,6 +73,7 @@ WALL_TIME: dict[str, str] = {
 
 VALIDATION_BIN_PREFIX = "validation/loss_bin_"
 GOODPUT_PREFIX, GOODPUT_SUFFIX = "goodput/", "_share"
+EVALUATION_PREFIX = "evaluation/"
 EPOCH_PREFIXES = {
     "data/epoch/": "how often dataset {} was gone through",
     "data/epoch_min/": "how often the latent shape of dataset {} that was gone through least was gone through",
@@ -70,6 +84,11 @@ EPOCH_PREFIXES = {
 def validation_bin(index: int) -> str:
     """Name of the held-out loss of time bin `index` (0 = nearest to the data), e.g. validation/loss_bin_00."""
     return f"{VALIDATION_BIN_PREFIX}{index:02d}"
+
+
+def evaluation_name(evaluation: str, figure: str) -> str:
+    """Name of a figure that jobs measure of checkpoints, e.g. evaluation/digits/accuracy_generated."""
+    return f"{EVALUATION_PREFIX}{evaluation}/{figure}"
 
 
 def goodput_share(kind: str) -> str:
@@ -87,6 +106,9 @@ def describe(name: str) -> str:
     if name.startswith(GOODPUT_PREFIX):
         kind = name.removeprefix(GOODPUT_PREFIX).removesuffix(GOODPUT_SUFFIX)
         return f"share of the run's wall time, over all incarnations: {WALL_TIME.get(kind, kind)}"
+    if name.startswith(EVALUATION_PREFIX) and name.count("/") > 1:
+        evaluation, figure = name.removeprefix(EVALUATION_PREFIX).split("/", 1)
+        return f"{figure} of the checkpoint at these samples, measured by evaluation {evaluation}"
     for prefix, meaning in EPOCH_PREFIXES.items():
         if name.startswith(prefix):
             return meaning.format(name.removeprefix(prefix))

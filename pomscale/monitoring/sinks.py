@@ -1,6 +1,7 @@
 """Where metrics go: metrics.jsonl (the truth) and the console. wandb has its own module.
 
-A sink never raises because its destination is away or full: a run is worth more than its log.
+A sink never raises because its destination is away or full: a run is worth more than its log. It may wait for it:
+Monitor calls every sink in a thread of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Literal, Protocol, TextIO
 
 from pomscale.monitoring.jsonl import JsonLines
 from pomscale.monitoring.text import format_count, format_duration
@@ -21,12 +22,26 @@ METRICS_FILE = "metrics.jsonl"
 logger = logging.getLogger(__name__)
 
 
+Level = Literal["INFO", "WARN", "ERROR"]
+
+
 class MetricSink(Protocol):
-    """One destination. `samples` is the clock of the run: samples seen by the optimiser so far."""
+    """One destination. `samples` is the clock of the run: samples seen by the optimiser so far.
 
-    def log(self, samples: int, metrics: dict[str, float | str]) -> None: ...
+    name: for warnings. if_cut_off: what it means when it has no time to end. time_unix_s: when it happened, where that
+    is not now.
+    """
 
-    def log_image(self, samples: int, name: str, png_path: Path) -> None: ...
+    name: str
+    if_cut_off: str
+
+    def log(self, samples: int, metrics: dict[str, float | str], time_unix_s: float | None = None) -> None: ...
+
+    def log_image(self, samples: int, name: str, path: Path) -> None: ...
+
+    def log_video(self, samples: int, name: str, path: Path) -> None: ...
+
+    def alert(self, samples: int, title: str, text: str, level: Level) -> None: ...
 
     def close(self, failed: bool = False) -> None:
         """Write out what is left. `failed`: the run ends with an error."""
@@ -35,29 +50,37 @@ class MetricSink(Protocol):
 class JsonlSink:
     """Appends one JSON object per line to RUN/metrics.jsonl: samples, time_unix_s, incarnation, then the metrics.
 
-    Numbers that JSON lacks are the strings "nan", "inf" and "-inf". An image is a row that holds its path, relative to
-    the run folder where it lies inside. For kills and full disks see JsonLines. Raises OSError when the file cannot be
-    opened.
+    Numbers that JSON lacks are the strings "nan", "inf" and "-inf". An image or a video is a row that holds its path,
+    relative to the run folder where it lies inside. For kills and full disks see JsonLines. Raises OSError when the
+    file cannot be opened.
     """
+
+    name = METRICS_FILE
+    if_cut_off = "its last rows may be missing"
 
     def __init__(self, run_folder: Path, incarnation: int) -> None:
         self._run_folder = run_folder
         self._incarnation = incarnation
         self._rows = JsonLines(run_folder / METRICS_FILE)
 
-    def log(self, samples: int, metrics: dict[str, float | str]) -> None:
+    def log(self, samples: int, metrics: dict[str, float | str], time_unix_s: float | None = None) -> None:
         row: dict[str, float | str] = {
             "samples": samples,
-            "time_unix_s": round(time.time(), 3),
+            "time_unix_s": round(time.time() if time_unix_s is None else time_unix_s, 3),
             "incarnation": self._incarnation,
         }
         for name, value in metrics.items():
             row[name] = value if isinstance(value, str) or math.isfinite(value) else str(float(value))
         self._rows.append(row)
 
-    def log_image(self, samples: int, name: str, png_path: Path) -> None:
-        inside = png_path.is_relative_to(self._run_folder)
-        self.log(samples, {name: str(png_path.relative_to(self._run_folder) if inside else png_path)})
+    def log_image(self, samples: int, name: str, path: Path) -> None:
+        inside = path.is_relative_to(self._run_folder)
+        self.log(samples, {name: str(path.relative_to(self._run_folder) if inside else path)})
+
+    log_video = log_image
+
+    def alert(self, samples: int, title: str, text: str, level: Level) -> None:
+        """Not here: what happens to a run is in events.jsonl; see alerts.py."""
 
     def close(self, failed: bool = False) -> None:
         self._rows.close()
@@ -80,6 +103,9 @@ class ConsoleSink:
         ("speed/data_wait_share", "data wait {:.0%}"),
     )
 
+    name = "the console"
+    if_cut_off = "its last lines may be missing"
+
     def __init__(
         self, total_samples: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
@@ -89,7 +115,7 @@ class ConsoleSink:
         self._first: tuple[int, float] | None = None
         self._warned = False
 
-    def log(self, samples: int, metrics: dict[str, float | str]) -> None:
+    def log(self, samples: int, metrics: dict[str, float | str], time_unix_s: float | None = None) -> None:
         shown = [form.format(metrics[name]) for name, form in self._FIELDS if name in metrics]
         if shown:
             self._print(samples, [*shown, f"ETA {self._eta(samples)}"])
@@ -97,7 +123,8 @@ class ConsoleSink:
     def _print(self, samples: int, parts: list[str]) -> None:
         progress = f"{samples / self._total_samples:6.1%}  {format_count(samples)}/{format_count(self._total_samples)}"
         try:
-            print("  ".join([progress, *parts]), file=self._stream, flush=True)
+            self._stream.write("  ".join([progress, *parts]) + "\n")  # at once: another thread may print too
+            self._stream.flush()
         except OSError as error:  # the job's log is on a full disk, or its reader has gone
             if not self._warned:
                 self._warned = True
@@ -113,8 +140,13 @@ class ConsoleSink:
         seconds_per_sample = (now - first_time) / (samples - first_samples)
         return format_duration((self._total_samples - samples) * seconds_per_sample)
 
-    def log_image(self, samples: int, name: str, png_path: Path) -> None:
-        self._print(samples, [f"{name}: {png_path}"])
+    def log_image(self, samples: int, name: str, path: Path) -> None:
+        self._print(samples, [f"{name}: {path}"])
+
+    log_video = log_image
+
+    def alert(self, samples: int, title: str, text: str, level: Level) -> None:
+        self._print(samples, [f"{level}  {title}: {text}"])
 
     def close(self, failed: bool = False) -> None:
         """Nothing is held back: every line was flushed."""

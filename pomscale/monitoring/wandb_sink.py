@@ -3,108 +3,238 @@
 from __future__ import annotations
 
 import logging
-import secrets
+import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pomscale.config.schema import WandbConfig
+from pomscale.config.monitoring import WandbConfig
+from pomscale.config.recipe import load_train_recipe
 from pomscale.errors import InputError
-from pomscale.files import write_text
+from pomscale.monitoring.background import CLOSE_TIMEOUT_S, Background
+from pomscale.monitoring.evaluations import VIDEOS, Delivery, Evaluation, read_evaluations
+from pomscale.monitoring.names import EVALUATION_PREFIX
+from pomscale.monitoring.sinks import Level
+from pomscale.monitoring.wandb_run import WandbLock, WandbRun, read_wandb_id
 
 if TYPE_CHECKING:
     from wandb import Run
 
-ID_FILE = "wandb_id.txt"
-INIT_TIMEOUT_S = 30.0  # every rank of the job waits at the start while wandb's server does not answer
+_MOST_WAITING = 4096
+_RETRY_EVERY_S = 30.0
+_LOOK_FOR_ROOM_EVERY_S = 5.0
+_ROOM_BYTES = 256 * 1024
+_UNSURE_S = 20.0  # wandb may not have written yet what it was given so recently: by itself it does every 15 s
 
 logger = logging.getLogger(__name__)
+
+_Call = Callable[["Run"], object]
 
 
 class WandbSink:
     """Logs into one wandb run per run folder, over any number of incarnations, with `samples` as the axis.
 
-    The wandb id is drawn once and kept in RUN/wandb_id.txt. Files go to RUN/wandb. When the server is away at the
-    start, the incarnation is recorded offline under the same id (`wandb sync` joins it later). A failure while
-    logging is counted and reported once.
+    Beside rows, wandb gets the recipe and the code as artifacts, and what is in evaluations.jsonl. While its server is
+    away, wandb's own process keeps on disk what it is given. That process may die; on a full disk it goes on, and
+    drops everything without a word. So it is not given anything while there is no room, and what it cannot be given
+    waits here. It is tried again, in a new process and a new folder of the same wandb run, together with what the old
+    one was given in its last seconds: the same figures twice at the same samples do no harm. What is lost is counted.
 
-    Raises InputError for a set-up only the user can repair (no API key, unknown entity), before any work.
+    lock: for a short session beside training, which has logged recipe and code. Raises InputError for a set-up that
+    only the user can repair (no API key, unknown entity), before any work; offline there is nothing to refuse, and
+    wandb is opened with the first row.
     """
 
-    def __init__(self, run_folder: Path, config: WandbConfig, run_name: str, recipe_dump: dict[str, Any]) -> None:
-        # Here and not above: with wandb disabled, and on every rank but 0, nobody pays its second of import.
-        import wandb  # noqa: PLC0415
+    name = "wandb"
+    if_cut_off = "what was not sent is in RUN/wandb: send it with `pomscale runs sync` or `wandb sync`"
 
-        self._image = wandb.Image
-        self._failures: tuple[type[Exception], ...] = (wandb.Error, OSError)  # OSError: its service process is gone
-        self._num_failed = 0
-        run_id = _make_wandb_id(run_folder)
-
-        def open_run(mode: Literal["online", "offline", "disabled"]) -> Run:
-            return wandb.init(
-                mode=mode,
-                id=run_id,
-                # Offline there is no server to resume from, and wandb warns; the same id does it at sync.
-                resume="allow" if mode == "online" else None,
-                dir=run_folder,
-                name=run_name,
-                project=config.project,
-                entity=config.entity,
-                group=config.group,
-                tags=config.tags,
-                config=recipe_dump,
-                allow_val_change=True,
-                # The launcher keeps stdout and stderr of every rank; wandb would wrap them once more. quiet: its
-                # closing summary repeats the console's last lines.
-                settings=wandb.Settings(console="off", quiet=True, init_timeout=INIT_TIMEOUT_S),
-            )
-
-        try:
-            self._run = open_run(config.mode)
-        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
-            raise InputError(
-                f"wandb refuses to start: {error}. Log in, or set monitoring.wandb.mode to offline or disabled"
-            ) from error
-        except (wandb.Error, OSError) as error:
-            if config.mode != "online":
+    def __init__(
+        self,
+        run_folder: Path,
+        config: WandbConfig,
+        run_name: str,
+        recipe_dump: dict[str, Any],
+        lock: WandbLock | None = None,
+    ) -> None:
+        self._folder = run_folder
+        self._opening = WandbRun(run_folder, config, run_name, recipe_dump, lock)
+        self._wandb = self._opening.wandb
+        self._delivery = Delivery(run_folder)
+        self._waiting: deque[_Call] = deque()
+        self._given: deque[tuple[float, _Call]] = deque()  # in the last _UNSURE_S
+        self._refused: _Call | None = None  # failed last
+        self._tried_s = self._looked_for_room_s = float("-inf")
+        self._has_room = False
+        self._has_warned = False
+        self._num_lost = 0
+        self.num_delivered = 0  # evaluations
+        self._has_files_to_log = lock is None
+        self._run: Run | None = None
+        if config.mode == "online":
+            try:
+                self._run = self._opening.open()
+            except InputError:
                 raise
-            logger.warning("wandb's server is away (%s): recording offline; `wandb sync` will join it", error)
-            wandb.teardown()  # the failed attempt still holds the id in wandb's service process
-            self._run = open_run("offline")
-        self._run.define_metric("samples")
-        # A resumed run writes some samples again, and wandb's own step starts anew offline: samples are the axis.
-        self._run.define_metric("*", step_metric="samples")
+            except Exception as error:  # noqa: BLE001 (whatever wandb raises)
+                self._fail(error)
 
-    def log(self, samples: int, metrics: dict[str, float | str]) -> None:
-        self._guard(lambda: self._run.log({"samples": samples, **metrics}))
+    def log(self, samples: int, metrics: dict[str, float | str], time_unix_s: float | None = None) -> None:
+        self._log(samples, metrics, time_unix_s)
 
-    def log_image(self, samples: int, name: str, png_path: Path) -> None:
-        self._guard(lambda: self._run.log({"samples": samples, name: self._image(str(png_path))}))
+    def log_image(self, samples: int, name: str, path: Path) -> None:
+        self._log(samples, {name: self._medium(path)})
+
+    log_video = log_image
+
+    def alert(self, samples: int, title: str, text: str, level: Level) -> None:
+        self._give(lambda run: run.alert(title, text, level=level))
 
     def close(self, failed: bool = False) -> None:
-        self._guard(lambda: self._run.finish(exit_code=int(failed)))
-        if self._num_failed:
-            logger.warning("wandb missed %d calls; metrics.jsonl has every row", self._num_failed)
+        for _ in range(2):  # if wandb has died meanwhile, once more
+            self._tried_s = float("-inf")
+            self._hand_over()
+            if self._run is None:
+                break
+            try:
+                self._run.finish(exit_code=int(failed))
+                self._wandb.teardown()  # its process writes the last rows after `finish` has returned
+            except Exception as error:  # noqa: BLE001 (whatever wandb raises)
+                self._fail(error)
+            else:
+                break
+        self._num_lost += len(self._waiting)
+        if self._num_lost:
+            logger.warning("wandb missed %d entries; metrics.jsonl has every row", self._num_lost)
+        self._opening.close()
 
-    def _guard(self, call: Callable[[], None]) -> None:
+    def _log(self, samples: int, content: dict[str, Any], time_unix_s: float | None = None) -> None:
+        row = {"samples": samples, "_timestamp": time.time() if time_unix_s is None else time_unix_s, **content}
+        self._give(lambda run: run.log(row))
+
+    def _medium(self, path: Path) -> Any:
+        if path.suffix.lower() in VIDEOS:
+            return self._wandb.Video(str(path), format=path.suffix[1:].lower())
+        return self._wandb.Image(str(path))
+
+    def _give(self, call: _Call) -> None:
+        self._wait_with(call)
+        self._hand_over()
+
+    def _wait_with(self, call: _Call) -> None:
+        if len(self._waiting) < _MOST_WAITING:
+            self._waiting.append(call)
+        else:
+            self._num_lost += 1
+
+    def _hand_over(self) -> None:
+        """All that waits, as far as wandb takes it now."""
         try:
-            call()
-        except self._failures as error:
-            self._num_failed += 1
-            if self._num_failed == 1:
-                logger.warning("wandb fails (%r): rows are missing there; metrics.jsonl has every row", error)
+            self._look_for_room()
+            if self._run is None:
+                if time.monotonic() < self._tried_s + _RETRY_EVERY_S:
+                    return
+                self._tried_s = time.monotonic()
+                self._run = self._opening.open()
+            if self._has_files_to_log:
+                self._has_files_to_log = False  # one try: they are in the run folder
+                self._opening.log_files(self._run)
+            self._queue_evaluations()
+            while self._waiting:
+                call = self._waiting[0]
+                self._hand(self._run, call)
+                self._waiting.popleft()
+                self._given.append((time.monotonic(), call))
+        except Exception as error:  # noqa: BLE001 (whatever wandb raises)
+            self._fail(error)
+
+    def _hand(self, run: Run, call: _Call) -> None:
+        try:
+            call(run)
+        except Exception:
+            if self._refused is call:  # by a new wandb as well: it must not hold up what comes after it
+                self._waiting.popleft()
+                self._num_lost += 1
+            self._refused = call
+            raise
+
+    def _look_for_room(self) -> None:
+        """OSError where the disk is full, or a quota."""
+        now_s = time.monotonic()
+        while self._given and self._given[0][0] < now_s - _UNSURE_S:
+            self._given.popleft()
+        if self._has_room and now_s < self._looked_for_room_s + _LOOK_FOR_ROOM_EVERY_S:
+            return
+        self._has_room = False
+        probe = self._folder / "wandb" / ".room"
+        probe.parent.mkdir(exist_ok=True)
+        try:
+            probe.write_bytes(bytes(_ROOM_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
+        self._has_room, self._looked_for_room_s = True, now_s
+
+    def _fail(self, error: Exception) -> None:
+        """wandb has died, or could not write what it was given last."""
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning("wandb fails (%r): rows wait and are tried again; metrics.jsonl has every row", error)
+        if self._run is None:
+            return
+        self._waiting.extendleft(call for _, call in reversed(self._given))
+        self._given.clear()
+        run, self._run = self._run, None
+        # What is left of it may hold the id, and may be broken in any way.
+        with suppress(Exception):
+            run.finish()
+        with suppress(Exception):
+            self._wandb.teardown()
+
+    def _queue_evaluations(self) -> None:
+        num_waiting = len(self._waiting)
+        for evaluation, place in self._delivery.due():
+            self._wait_with(partial(self._give_evaluation, evaluation, place))
+        if len(self._waiting) > num_waiting:
+            self._wait_with(self._give_table)
+
+    def _give_evaluation(self, evaluation: Evaluation, place: int, run: Run) -> None:
+        media = {name: self._medium(path) for name, path in evaluation.pictures.items() if path.is_file()}
+        run.log({"samples": evaluation.samples, "_timestamp": evaluation.time_unix_s, **evaluation.metrics, **media})
+        self.num_delivered += 1
+        self._delivery.note(place)
+
+    def _give_table(self, run: Run) -> None:
+        columns, rows = _table(read_evaluations(self._folder))
+        run.log({"samples": rows[-1][0], f"{EVALUATION_PREFIX}table": self._wandb.Table(columns=columns, data=rows)})
 
 
-def read_wandb_id(run_folder: Path) -> str | None:
-    """The wandb run of this folder; None if it has none."""
-    path = run_folder / ID_FILE
-    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+def _table(evaluations: list[Evaluation]) -> tuple[list[str], list[list[float | None]]]:
+    """(columns, rows): a row per checkpoint, of its samples and all that was measured; the last of a figure counts."""
+    found: dict[int, dict[str, float]] = {}
+    for evaluation in evaluations:
+        found.setdefault(evaluation.samples, {}).update(evaluation.metrics)
+    names = sorted({name for figures in found.values() for name in figures})
+    rows = [[samples, *(figures.get(name) for name in names)] for samples, figures in sorted(found.items())]
+    return ["samples", *(name.removeprefix(EVALUATION_PREFIX) for name in names)], rows
 
 
-def _make_wandb_id(run_folder: Path) -> str:
-    """The wandb run of this folder, drawn at the first call."""
-    found = read_wandb_id(run_folder)
-    if found is None:
-        found = secrets.token_hex(8)
-        write_text(run_folder / ID_FILE, found + "\n")
-    return found
+def deliver_without_training(run_folder: Path) -> int:
+    """Give evaluations to the run's wandb run in a short session of its own; how many it took.
+
+    None while training is alive, which gives them with its next row; nor where the run has no wandb run, or has them
+    already. InputError where the run's recipe cannot be read, or wandb refuses to start.
+    """
+    recipe = load_train_recipe(run_folder / "recipe.yaml")
+    config, lock = recipe.monitoring.wandb, WandbLock(run_folder)
+    if config.mode == "disabled" or read_wandb_id(run_folder) is None or not Delivery(run_folder).has_more:
+        return 0
+    if not lock.take():
+        return 0
+    sink = WandbSink(run_folder, config, recipe.name, recipe.model_dump(mode="json"), lock)
+    session = Background(sink.name)
+    session.finish(sink.close)
+    if not session.join(time.monotonic() + CLOSE_TIMEOUT_S):
+        logger.warning("wandb has not ended within %g s: %s", CLOSE_TIMEOUT_S, sink.if_cut_off)
+    return sink.num_delivered

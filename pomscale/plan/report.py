@@ -123,6 +123,24 @@ def render(plan: Plan) -> str:
     return "\n".join([*lines, *_verdict(plan)]) + "\n"
 
 
+def summary(plan: Plan) -> list[str]:
+    """The plan in a few lines: speed, and whether it fits."""
+    return [
+        f"{'plan':<10}{_heading(plan)}",
+        *_speed(plan),
+        *(f"{'note':<10}{note}" for note in plan.notes),
+        *_verdict(plan),
+    ]
+
+
+def misfit(plan: Plan) -> str:
+    """Why a plan that does not fit will fail, and the remedy."""
+    return (
+        f"{plan.recipe.name}: needs {plan.memory.peak / _GIB:.1f} GiB per GPU, and {plan.usable_bytes / _GIB:.1f} GiB of "
+        f"an {plan.gpu.name} are usable; {_verdict(plan)[0][10:]}"
+    )
+
+
 def _heading(plan: Plan) -> str:
     recipe, compute = plan.recipe, plan.recipe.compute
     sharding = f"ZeRO-{recipe.deepspeed.zero_stage}" if recipe.engine == "deepspeed" else recipe.engine

@@ -79,4 +79,6 @@ def test_failures_are_told_by_the_exit_code(recipe: Path, tmp_path: Path) -> Non
     assert "1 items failed" in told.stdout
     failure = json.loads((tmp_path / "pets" / "failures.jsonl").read_text())
     assert failure["path"] == "dog/07.png"
-    assert "whole" in pomscale("data", "verify", tmp_path / "pets").stdout
+    assert "whole; 1 items were skipped" in pomscale("data", "verify", tmp_path / "pets", expect=3).stdout
+    pomscale("data", "encode", recipe, "shard_samples=8", "max_skipped=1")
+    pomscale("data", "verify", tmp_path / "pets")

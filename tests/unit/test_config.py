@@ -204,7 +204,7 @@ def test_all_problems_are_listed_each_at_the_file_and_line_that_wrote_it(write: 
         ("train: {total_samples: 10}", "train: unknown key; did you mean 'training'?"),
         ("ema: {zzz: 1}", "ema.zzz: unknown key; the nearest valid key is 'rampup_ratio'"),
         ("monitoring: {wandb: {proejct: x}}", "monitoring.wandb.proejct: unknown key; did you mean 'project'?"),
-        ("validation: {every_samples: 8}", "validation.path: missing; set it here or in the base recipe"),
+        ("validation: {every_samples: 8}", "validation.path: missing; set it here or in a base file"),
         (
             "diffusion: {objective: flwo}",
             "diffusion.objective: must be 'flow' or 'eps', got 'flwo'; did you mean 'flow'?",
@@ -220,7 +220,7 @@ def test_a_typo_is_told_with_its_line_and_a_remedy(write: Write, line: str, expe
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("kind: train", "kind: trian", "kind: 'trian' is none of 'train', 'encode'; did you mean 'train'?"),
+        ("kind: train", "kind: trian", "kind: 'trian' is none of 'train', 'encode', 'pipeline'; did you mean 'train'?"),
         ("kind: train\n", "", "kind: missing; it says what kind of section this is"),
         (
             "name: pixel",
@@ -230,7 +230,7 @@ def test_a_typo_is_told_with_its_line_and_a_remedy(write: Write, line: str, expe
         ("name: pixel", "block: 2", "codec.name: missing; it says what kind of section this is"),
         ("name: pixel", "name: pixel, blok: 2", "codec.blok: unknown key; did you mean 'block'?"),
         ("name: pixel", "name: sd_vae, blok: 2", "codec.blok: unknown key; the nearest valid key is 'store'"),
-        ("data: {path: latents}\n", "", "data: missing; set it here or in the base recipe"),
+        ("data: {path: latents}\n", "", "data: missing; set it here or in a base file"),
         (
             "depth: 2",
             "depth: 2\n  mixer: atention",

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,9 @@ with Ledger(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])) as ledger:
         if samples % 32 == 0:
             ledger.write(samples)
     ledger.event("stop_requested", samples, signal="SIGTERM")
-    print(time.time(), flush=True)
+    ended = time.time()
+    time.sleep(0.1)  # a thread writes
+    print(ended, flush=True)
     if sys.argv[5] == "hang":
         time.sleep(60)
 """
@@ -172,6 +175,9 @@ def test_a_full_disk_stops_nothing_and_no_line_is_lost(tmp_path: Path) -> None:
     ledger.charge("step")
     ledger.write(8)
     ledger.event("rollback", 8, to_samples=0)
+    has_tried = threading.Event()
+    ledger._writer.do(has_tried.set)
+    assert has_tried.wait(10)
     ledger._file._file = real
     ledger.close()
     rows = [json.loads(line) for line in (tmp_path / EVENTS_FILE).read_text().splitlines()]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import pytest
 from PIL import Image
 
 from pomscale.errors import InputError
-from pomscale.monitoring.names import validation_bin
+from pomscale.monitoring.evaluations import record
+from pomscale.monitoring.names import evaluation_name, validation_bin
 from pomscale.monitoring.report import write_report
+from pomscale.monitoring.report_html import MAX_CLIP_BYTES
+from pomscale.monitoring.report_plots import run_styles
 from pomscale.monitoring.sinks import JsonlSink
 
 VOID = {"meta", "img", "br", "link", "input"}
@@ -82,12 +86,13 @@ def run_folder(tmp_path: Path) -> Path:
 
 
 def test_page_is_self_contained_and_escaped(run_folder: Path) -> None:
-    paths = write_report(run_folder)
+    paths = write_report([run_folder])
     assert (paths.png, paths.html) == (run_folder / "report.png", run_folder / "report.html")
     text = paths.html.read_text()
     page = Page(text)
     assert page.open == []
-    assert not page.tags & {"script", "link", "iframe", "i"}
+    assert not page.tags & {"script", "iframe", "i"}
+    assert page.resources.pop(0) == "data:,"  # no icon
     assert len(page.resources) == 4 + 4 + 1  # the newest grids; loss, bins, gradient norm, speed; wall time
     assert all(resource.startswith("data:image/png;base64,") for resource in page.resources)
     assert not re.search(r"url\(|@import", text)
@@ -118,7 +123,7 @@ def test_report_of_a_young_run_into_another_folder(tmp_path: Path) -> None:
     sink = JsonlSink(run, 0)
     sink.log(8, {"train/loss": 1.0})
     sink.close()
-    paths = write_report(run, tmp_path / "new" / "folder")
+    paths = write_report([run], tmp_path / "new" / "folder")
     assert paths.html.parent == tmp_path / "new" / "folder"
     assert "running or killed" in paths.html.read_text()
     assert paths.png.exists()
@@ -127,7 +132,128 @@ def test_report_of_a_young_run_into_another_folder(tmp_path: Path) -> None:
 
 def test_report_without_metrics_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no metrics in"):
-        write_report(tmp_path)
+        write_report([tmp_path])
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(InputError, match="no metrics in"):
-        write_report(tmp_path)
+        write_report([tmp_path])
+
+
+# --- evaluations -----------------------------------------------------------------------------------------------------
+
+
+def evaluate(run: Path, samples: int, accuracy: float) -> None:
+    folder = run / "evaluations" / "digits" / f"samples-{samples:012d}"
+    folder.mkdir(parents=True)
+    Image.new("L", (8, 8)).save(folder / "grid.png")
+    (folder / "clip.mp4").write_bytes(b"not looked at")
+    figures = {"accuracy": accuracy, "accuracy_real": 0.98, "by_class_00": accuracy, "by_class_01": 1.0}
+    record(
+        run,
+        samples,
+        {evaluation_name("digits", name): value for name, value in figures.items()},
+        {evaluation_name("digits", name): folder / f"{name}.{end}" for name, end in (("grid", "png"), ("clip", "mp4"))},
+    )
+
+
+def test_evaluations_have_tables_curves_and_media(run_folder: Path) -> None:
+    evaluate(run_folder, 6400, 0.5)
+    evaluate(run_folder, 9600, 0.75)
+    failed = run_folder / "evaluations" / "digits" / "samples-000000008000" / "failed.json"
+    failed.parent.mkdir()
+    failed.write_text(json.dumps({"reason": "no <disk>"}))
+    text = write_report([run_folder]).html.read_text()
+    page = Page(text)
+    assert page.open == []
+    section = text[text.index("<h2>Evaluations") : text.index("<h2>Wall time")]
+    assert "failed at 8k samples: no &lt;disk&gt;" in section
+    rows = re.findall(r"<tr><td>(.*?)</td><td class=\"number\">(.*?)</td><td class=\"number\">(.*?)</td></tr>", section)
+    assert rows == [("9.6k", "0.75", "0.98"), ("6.4k", "0.5", "0.98"), ("9.6k", "0.75", "1"), ("6.4k", "0.5", "1")]
+    assert "grid at 9.6k samples" in section
+    assert section.count("<video") == section.count("data:video/mp4;base64,") == 1
+    for plotted, expected in (("digits/accuracy", 1), ("digits/by_class", 1), ("digits/accuracy_real", 0)):
+        assert text.count(f'alt="{plotted}"') == expected, "what is always the same is no curve"
+
+
+def test_a_clip_that_is_too_large_is_only_named(run_folder: Path) -> None:
+    (run_folder / "samples" / "a-clip.mp4").write_bytes(bytes(MAX_CLIP_BYTES + 1))
+    text = write_report([run_folder]).html.read_text()
+    assert "<video" not in text
+    assert "a-clip.mp4: 8 MiB, see" in text
+
+
+def test_alerts_are_shown(run_folder: Path) -> None:
+    alert = {"samples": 6400, "time_unix_s": 1.8e9, "incarnation": 1, "event": "alert"}
+    with (run_folder / "events.jsonl").open("a") as file:
+        file.write(json.dumps(alert | {"title": "stalled", "text": "no step for <300> s", "level": "WARN"}) + "\n")
+    assert "stalled<small>no step for &lt;300&gt; s</small>" in write_report([run_folder]).html.read_text()
+
+
+# --- several runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_runs(run_folder: Path, tmp_path: Path) -> list[Path]:
+    """The same run twice, but for its name, learning rate and speed."""
+    other = tmp_path / "other <b>"
+    shutil.copytree(run_folder, other)
+    (run_folder / "recipe.yaml").write_text("name: a\nseed: 0\noptimizer: {lr: 0.001, betas: [0.9, 0.99]}\n")
+    (other / "recipe.yaml").write_text("name: b\nseed: 0\noptimizer: {lr: 0.002, betas: [0.9, 0.99]}\nema: {x: 1}\n")
+    rows = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    faster = (json.dumps(row | {"speed/samples_per_s": 750.0}) for row in rows)
+    (other / "metrics.jsonl").write_text("\n".join(faster) + "\n")
+    evaluate(run_folder, 6400, 0.5)
+    evaluate(other, 6400, 0.75)
+    return [run_folder, other]
+
+
+def cells(text: str, first: str) -> list[str]:
+    """Of the row that begins with a cell."""
+    row = re.search(rf"<tr><td[^>]*>{re.escape(first)}(?:<small>.*?</small>)?</td>(.*?)</tr>", text)
+    assert row is not None, first
+    return [re.sub(r"<small>.*?</small>|<[^>]+>", "", cell) for cell in row[1].split("</td>")[:-1]]
+
+
+def test_runs_are_compared(two_runs: list[Path], tmp_path: Path) -> None:
+    paths = write_report(two_runs, tmp_path / "out")
+    assert (paths.png, paths.html) == (tmp_path / "out" / "comparison.png", tmp_path / "out" / "comparison.html")
+    text = paths.html.read_text()
+    page = Page(text)
+    assert page.open == []
+    assert not page.tags & {"script", "iframe", "b"}
+    assert all(resource.startswith("data:") for resource in page.resources)
+    assert not re.search(r"url\(|@import", text)
+    asked = text[text.index("<h2>What was asked") : text.index("<h2>Newest")]
+    assert cells(asked, "optimizer.lr") == ["0.001", "0.002"]
+    assert cells(asked, "ema.x") == ["–", "1"]
+    assert "seed" not in asked
+    assert "betas" not in asked
+    assert cells(text, "speed/samples_per_s") == ["500", "750"]
+    assert cells(text, "evaluation/digits/accuracy") == ["0.5", "0.75"]
+    assert cells(text, "productive") == ["7h 30m", "7h 30m"]
+    plots = re.findall(r'alt="([^"]+)"', text)
+    assert plots[:3] == ["training loss", "held-out loss", "last held-out loss by time bin, 0 = nearest to the data"]
+    assert "digits/accuracy" in plots
+    assert "digits/accuracy_real" not in plots
+    assert text.count('class="key"') == 2
+    with Image.open(paths.png) as picture:
+        assert picture.size[0] == 1800
+
+
+def test_runs_of_one_name_are_told_apart(two_runs: list[Path], tmp_path: Path) -> None:
+    folders = [tmp_path / place / "run" for place in ("here", "there")]
+    for run, folder in zip(two_runs, folders, strict=True):
+        shutil.copytree(run, folder)
+    text = write_report(folders).html.read_text()
+    assert (folders[0].parent / "comparison.html").is_file()
+    assert "here/run" in text
+    assert "there/run" in text
+
+
+def test_the_same_run_twice_is_an_input_error(run_folder: Path) -> None:
+    with pytest.raises(InputError, match="named twice"):
+        write_report([run_folder, run_folder / ".." / run_folder.name])
+
+
+def test_many_runs_differ_in_colour_or_dash() -> None:
+    styles = run_styles([str(number) for number in range(21)])
+    assert len({(style.color, style.dash) for style in styles.values()}) == 21

@@ -6,24 +6,23 @@ import json
 import logging
 import os
 import signal
+import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NoReturn
 
 import psutil
 import pytest
-import wandb_reader
-from PIL import Image
 
-from pomscale.config.schema import MonitoringConfig, WandbConfig
+from pomscale.config.monitoring import MonitoringConfig, WandbConfig
 from pomscale.errors import InputError
-from pomscale.monitoring import wandb_sink
+from pomscale.monitoring import monitor as monitor_module
 from pomscale.monitoring.history import read_history
 from pomscale.monitoring.monitor import Monitor, open_monitor
 from pomscale.monitoring.sinks import ConsoleSink, JsonlSink
-from pomscale.monitoring.wandb_sink import WandbSink
 
 
 def _refuse_constants(constant: str) -> NoReturn:
@@ -158,127 +157,138 @@ def test_console_line_and_eta_of_this_incarnation() -> None:
     ]
 
 
-# --- wandb, real, offline ------------------------------------------------------------------------------------------
+def test_alerts_videos_and_pictures_on_the_console_and_in_metrics_jsonl(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    console, jsonl = ConsoleSink(total_samples=100, stream=stream, clock=lambda: 0.0), JsonlSink(tmp_path, 0)
+    for sink in (console, jsonl):
+        sink.log_video(50, "samples/clip", tmp_path / "samples" / "50.mp4")
+        sink.alert(50, "not finite", "loss nan", "WARN")
+    jsonl.close()
+    clip, alert = stream.getvalue().splitlines()
+    assert clip == f" 50.0%  50/100  samples/clip: {tmp_path}/samples/50.mp4"
+    assert alert == " 50.0%  50/100  WARN  not finite: loss nan"
+    assert [row.get("samples/clip") for row in _rows(tmp_path)] == ["samples/50.mp4"]  # alerts are in events.jsonl
 
 
-def _open(run_folder: Path, incarnation: int) -> Monitor:
-    return open_monitor(
-        run_folder,
-        MonitoringConfig(wandb=WandbConfig(mode="offline", tags=["test"])),
-        run_name="digits",
-        recipe_dump={"seed": 7, "model": {"dim": 64}},
-        total_samples=64,
-        incarnation=incarnation,
-    )
+# --- Monitor -------------------------------------------------------------------------------------------------------
 
 
-def test_wandb_gets_what_metrics_jsonl_has_and_a_resumed_run_continues_it(tmp_path: Path) -> None:
-    png = tmp_path / "samples" / "000000000016.png"
-    png.parent.mkdir()
-    Image.new("L", (4, 4)).save(png)
-    with _open(tmp_path, 0) as monitor:
-        monitor.log(8, {"train/loss": 1.0, "train/grad_norm": 0.5})
-        monitor.log_image(16, "samples/grid", png)
-    time.sleep(1.0)  # wandb names its folders by the second
-    with _open(tmp_path, 1) as monitor:
-        monitor.log(16, {"train/loss": float("nan")})
+class Recorder:
+    """A sink that keeps what it gets. `block`: its first row waits for that."""
 
-    run_id = (tmp_path / "wandb_id.txt").read_text().strip()
-    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert [path.name for path in files] == [f"run-{run_id}.wandb"] * 2
-    first, second = (wandb_reader.read_rows(path) for path in files)
-    assert {key: first[0][key] for key in ("samples", "train/loss", "train/grad_norm")} == {
-        "samples": 8,
-        "train/loss": 1.0,
-        "train/grad_norm": 0.5,
-    }
-    assert first[1]["samples"] == 16
-    assert any(key.startswith("samples/grid") for key in first[1])
-    assert (second[0]["samples"], str(second[0]["train/loss"])) == (16, "nan")
+    if_cut_off = "nothing"
 
-    records = wandb_reader.read_records(files[0])
-    run = next(record.run for record in records if record.HasField("run"))
-    config = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert (run.run_id, run.display_name, list(run.tags)) == (run_id, "digits", ["test"])
-    assert (config["seed"], config["model"]) == (7, {"dim": 64})
-    axes = [record.metric for record in records if record.HasField("metric")]
-    assert any(metric.glob_name == "*" and metric.step_metric == "samples" for metric in axes)
+    def __init__(self, name: str, block: threading.Event | None = None) -> None:
+        self.name = name
+        self._block = block
+        self.rows: list[int] = []
+        self.closed: list[bool] = []
 
-    rows = _rows(tmp_path)
-    assert [row["samples"] for row in rows] == [8, 16, 16]
-    assert rows[1]["samples/grid"] == "samples/000000000016.png"
+    def log(self, samples: int, metrics: dict[str, float | str], time_unix_s: float | None = None) -> None:
+        if self._block is not None:
+            self._block.wait(60)
+        if self.name == "broken":
+            raise OSError("the disk is gone")
+        self.rows.append(samples)
+
+    def log_image(self, samples: int, name: str, path: Path) -> None: ...
+
+    log_video = log_image
+
+    def alert(self, samples: int, title: str, text: str, level: str) -> None: ...
+
+    def close(self, failed: bool = False) -> None:
+        self.closed.append(failed)
+        if self.name == "broken":
+            raise OSError("it cannot be closed either")
 
 
-def test_a_wandb_that_dies_does_not_kill_the_run(tmp_path: Path) -> None:
-    program = (
-        "import psutil, sys\n"
-        "from pathlib import Path\n"
-        "from pomscale.config.schema import WandbConfig\n"
-        "from pomscale.monitoring.wandb_sink import WandbSink\n"
-        "sink = WandbSink(Path(sys.argv[1]), WandbConfig(mode='offline'), 'digits', {})\n"
-        "for child in psutil.Process().children(recursive=True):\n"
-        "    child.kill()\n"
-        "    child.wait()\n"
-        "for samples in (8, 16, 24):\n"
-        "    sink.log(samples, {'train/loss': 1.0})\n"
-        "sink.close()\n"
-        "print('the run goes on')\n"
-    )
-    own_service = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    done = subprocess.run(command, env=own_service, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "the run goes on" in done.stdout
-    assert done.stderr.count("rows are missing there") == 1
-    assert "wandb missed" in done.stderr
+def test_monitor_closes_every_sink_and_tells_failure_from_a_request_to_stop(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sinks = [Recorder("broken"), Recorder("whole")]
+    monitor = Monitor(sinks)
+    monitor.log(8, {"train/loss": 1.0})
+    monitor.log(16, {})  # nothing to log
+    monitor.log(24, {"train/loss": 1.0})
+    with pytest.raises(ValueError, match="training failed"), monitor:
+        raise ValueError("training failed")
+    assert [sink.closed for sink in sinks] == [[True], [True]]
+    assert sinks[1].rows == [8, 24]
+    assert caplog.text.count("OSError: the disk is gone") == 1  # told once, counted to the end
+    assert "broken lacks 3 entries: 0 were dropped, 3 failed, 0 are left behind" in caplog.text
+    sink = Recorder("whole")
+    with pytest.raises(SystemExit), Monitor([sink]):
+        sys.exit(75)
+    assert sink.closed == [False]
 
 
-def test_wandb_without_a_key_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(InputError, match="offline or disabled"):
-        WandbSink(tmp_path, WandbConfig(mode="online"), "digits", {})
-
-
-def test_wandb_server_away_falls_back_to_offline_under_the_same_id(
+def test_a_sink_that_hangs_holds_up_neither_the_run_nor_the_other_sinks_nor_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setattr(wandb_sink, "INIT_TIMEOUT_S", 1.0)
-    sink = WandbSink(tmp_path, WandbConfig(mode="online"), "digits", {})
-    sink.log(8, {"train/loss": 1.0})
-    sink.close()
-    assert "recording offline" in caplog.text
-    run_id = (tmp_path / "wandb_id.txt").read_text().strip()
-    (path,) = (tmp_path / "wandb").glob(f"offline-run-*/run-{run_id}.wandb")
-    assert wandb_reader.read_rows(path)[0]["train/loss"] == 1.0
+    monkeypatch.setattr(monitor_module, "CLOSE_TIMEOUT_S", 0.5)
+    for_ever = threading.Event()
+    monitor = Monitor([Recorder("hung", for_ever), JsonlSink(tmp_path, 0)])
+    held_s = []
+    for samples in range(1, 5001):
+        start_s = time.perf_counter()
+        monitor.log(samples, {"train/loss": 1.0})
+        held_s.append(time.perf_counter() - start_s)
+        if samples % 1000 == 0:
+            time.sleep(0.05)
+    assert statistics.median(held_s) < 1e-3
+    start_s = time.perf_counter()
+    monitor.close()
+    assert time.perf_counter() - start_s < 2.0
+    assert [row["samples"] for row in _rows(tmp_path)] == list(range(1, 5001))
+    assert caplog.text.count("hung does not keep up") == 1
+    assert "hung lacks 4999 entries: 903 were dropped, 0 failed, 4096 are left behind" in caplog.text
+    assert "hung has not ended within 0.5 s: nothing" in caplog.text
+    for_ever.set()
 
 
-def test_monitor_closes_every_sink_and_tells_failure_from_a_request_to_stop() -> None:
-    closed: list[tuple[str, bool]] = []
+def test_a_console_whose_reader_has_stopped_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor_module, "CLOSE_TIMEOUT_S", 0.5)
+    reader, writer = os.pipe()
+    monitor = Monitor([ConsoleSink(10_000, os.fdopen(writer, "w")), JsonlSink(tmp_path, 0)])
+    for samples in range(2000):  # the pipe takes 64 KiB
+        monitor.log(samples, {"train/loss": 1.0})
+    start_s = time.perf_counter()
+    monitor.close()
+    assert 0.4 < time.perf_counter() - start_s < 2.0
+    assert len(_rows(tmp_path)) == 2000
+    os.close(reader)
 
-    class Sink:
-        def __init__(self, name: str) -> None:
-            self.name = name
 
-        def log(self, samples: int, metrics: dict[str, float | str]) -> None: ...
+def test_rows_bear_the_time_at_which_they_were_logged_not_written(tmp_path: Path) -> None:
+    block = threading.Event()
 
-        def log_image(self, samples: int, name: str, png_path: Path) -> None: ...
+    class Slow(JsonlSink):
+        def log(self, samples: int, metrics: dict[str, float | str], time_unix_s: float | None = None) -> None:
+            block.wait(60)
+            super().log(samples, metrics, time_unix_s)
 
-        def close(self, failed: bool = False) -> None:
-            closed.append((self.name, failed))
-            if self.name == "b":
-                raise OSError("b cannot be closed")
+    monitor = Monitor([Slow(tmp_path, 0)])
+    monitor.log(8, {"train/loss": 1.0})
+    logged = time.time()
+    time.sleep(0.3)
+    block.set()
+    monitor.close()
+    assert _rows(tmp_path)[0]["time_unix_s"] == pytest.approx(logged, abs=0.1)
 
-    with pytest.raises(OSError, match="b cannot"), Monitor([Sink("a"), Sink("b")]):
-        raise ValueError("training failed")
-    assert sorted(closed) == [("a", True), ("b", True)]
-    closed.clear()
-    with pytest.raises(SystemExit), Monitor([Sink("a")]):
-        sys.exit(75)
-    assert closed == [("a", False)]
+
+def test_a_kill_costs_what_is_in_the_queue(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys, time; from pathlib import Path\n"
+        "from pomscale.monitoring.monitor import Monitor; from pomscale.monitoring.sinks import JsonlSink\n"
+        "monitor = Monitor([JsonlSink(Path(sys.argv[1]), 0)])\n"
+        "for samples in range(1, 101):\n"
+        "    monitor.log(samples, {'train/loss': 1.0 / samples})\n"
+        "time.sleep(0.2)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    assert read_history(tmp_path).series["train/loss"][0] == list(range(1, 101))
 
 
 def test_disabled_wandb_starts_no_process(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
+from pomscale.config.identity import NOT_OF_THE_LATENTS
 from pomscale.config.recipe import json_schema, load_recipe
 from pomscale.config.schema import EncodeRecipe, PixelCodecConfig, TrainRecipe
-from pomscale.data.schema import NOT_OF_THE_LATENTS
 from pomscale.models import DiPoM
 from pomscale.plan import num_parameters
 
@@ -64,6 +64,7 @@ def unknown_keys(schema: dict[str, Any], node: Any, values: Any, prefix: str = "
     unknown = []
     for key, value in values.items():
         inner = [option["properties"][key] for option in options if key in option.get("properties", {})]
+        inner += [option["additionalProperties"] for option in options if option.get("additionalProperties")]
         if not inner:
             unknown.append(prefix + key)
         unknown += unknown_keys(schema, {"anyOf": inner}, value, f"{prefix}{key}.") if inner else []

@@ -1,0 +1,61 @@
+"""Start a local job so that it outlives the terminal: its own session, nothing of the terminal open.
+
+    python -m launch.background HOME NUM_GPUS PYTHON      prints the job id
+
+A process of its own, since submitit's controller lives in the session of whoever starts it, and dies of its Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from submitit import LocalExecutor
+
+from launch.job import SUBMITIT
+from launch.task import LocalTask
+from pomscale.errors import InputError
+from pomscale.files import make_folder
+
+_FOREVER_MIN = 10 * 365 * 24 * 60  # submitit's own limit is two minutes
+
+
+def main() -> None:
+    home, num_gpus, python = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    try:
+        executor = LocalExecutor(home / SUBMITIT, python=shlex.quote(python))
+        executor.update_parameters(
+            timeout_min=_FOREVER_MIN, gpus_per_node=num_gpus, visible_gpus=_visible_gpus(num_gpus), tasks_per_node=1
+        )
+        answer = _leave_the_terminal(home / SUBMITIT / "controller.log")
+        job = executor.submit(LocalTask(str(home)))
+        os.write(answer, job.job_id.encode())
+    except InputError as error:
+        sys.exit(str(error))
+
+
+def _leave_the_terminal(log: Path) -> int:
+    """Whatever is started from now on has no terminal. Returns what was standard output."""
+    make_folder(log.parent)
+    answer = os.dup(1)
+    null = os.open(os.devnull, os.O_RDONLY)
+    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for descriptor, target in ((null, 0), (written, 1), (written, 2)):
+        os.dup2(descriptor, target)
+    return answer
+
+
+def _visible_gpus(num_gpus: int) -> tuple[int, ...]:
+    """Those that this process may use, as submitit would take the first ones of the machine. () = no such wish."""
+    words = [word for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word]
+    if not words or not num_gpus:
+        return ()
+    if not all(word.isdecimal() for word in words) or len(words) < num_gpus:
+        raise InputError(f"CUDA_VISIBLE_DEVICES={','.join(words)}: give the numbers of {num_gpus} GPUs, or unset it")
+    return tuple(map(int, words))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Submits the evaluation of one checkpoint: python -m launch.evaluation_job RUN NAME SAMPLES
+
+A process of its own, so that the supervisor of a run neither waits for a scheduler without end nor holds what it takes
+to submit a job.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from launch.evaluations import CHECKPOINT, evaluation_home
+from launch.job import CODE, JOB_FILE, LAUNCH_FILE, JobSpec, LaunchedAs
+from launch.prepare import prepare_commands
+from pomscale.config.cluster import ClusterProfile
+from pomscale.config.evaluation import FIGURES, EvaluationConfig
+from pomscale.config.recipe import load_train_recipe
+from pomscale.errors import PomscaleError
+
+
+def submit_evaluation(run: Path, name: str, samples: int) -> str:
+    """The job's id. The checkpoint is in the evaluation's home already.
+
+    Raises PomscaleError for what the run's folder lacks, and what `launch.submit` raises.
+    """
+    launched = LaunchedAs.read(run / LAUNCH_FILE)
+    profile = ClusterProfile.model_validate(launched.profile)
+    if profile.scheduler == "debug":  # in the foreground, it would hold up the supervisor
+        profile = profile.model_copy(update={"scheduler": "local"})
+    config = _config(run, launched, name)
+    home = evaluation_home(run, name, samples)
+    prepared = prepare_commands(
+        f"{run.name}-{name}-{samples}",
+        home,
+        commands_of(config, run, samples),
+        profile,
+        launched.cluster,
+        ranks_per_node=1,
+        gpus_per_node=min(profile.gpus_per_node, 1),
+        time_limit=config.time_limit or launched.time_limit,
+    )
+    if (run / CODE).is_dir() and not (home / CODE).exists():
+        (home / CODE).symlink_to(os.path.relpath(run / CODE, home))  # the code that the run was launched with
+    cwd = JobSpec.read(run / JOB_FILE).cwd
+    return replace(prepared, spec=replace(prepared.spec, cwd=cwd)).submit()
+
+
+def commands_of(config: EvaluationConfig, run: Path, samples: int) -> list[list[str]]:
+    """Those of the recipe, filled in, and one that records what they have found."""
+    home = evaluation_home(run, config.name, samples)
+    filled = {"checkpoint": str(home / CHECKPOINT), "samples": samples, "folder": str(home)}
+    commands = [[word.format(**filled) for word in shlex.split(command)] for command in config.run]
+    record = ["evaluate", "record", str(run), config.name, str(samples), str(home / FIGURES)]
+    return [*commands, [*record, "--evaluated", str(home / CHECKPOINT)]]
+
+
+def _config(run: Path, launched: LaunchedAs, name: str) -> EvaluationConfig:
+    evaluations = load_train_recipe(run / launched.recipe).evaluations if launched.recipe else []
+    for config in evaluations:
+        if config.name == name:
+            return config
+    raise PomscaleError(f"{run}: its recipe has no evaluation {name!r}")
+
+
+def main() -> None:
+    run, name, samples = sys.argv[1:]
+    try:
+        submit_evaluation(Path(run), name, int(samples))
+    except PomscaleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

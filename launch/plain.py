@@ -1,0 +1,68 @@
+"""`python -m launch.plain RECIPE [a.b=c ...]`, in a job script of one's own (slurm/train.sbatch): get ready.
+
+Does on the first node what `pomscale launch` does on a login node: recipe, dataset and layout are checked, code and
+recipe frozen into the run folder, the submission recorded. Prints the job's home, which every rank's guard is given.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from launch.job import JOB_FILE, Submission, keep, submissions
+from launch.place import slurm_job
+from launch.prepare import prepare_train, resolved_output
+from launch.submit import record
+from pomscale.config.cluster import ClusterProfile
+from pomscale.config.recipe import load_train_recipe
+from pomscale.errors import InputError, PomscaleError
+
+
+def prepare_here(words: list[str], environment: Mapping[str, str] = os.environ) -> Path:
+    """The home of the run that the words ask for. InputError for whatever is wrong, before anything is written."""
+    if not words or "SLURM_JOB_ID" not in environment:
+        raise InputError("start this by `sbatch slurm/train.sbatch RECIPE [a.b=c ...]`")
+    path, overrides = Path(words[0]), words[1:]
+    profile = _profile(environment)
+    recipe = load_train_recipe(path, overrides)
+    home = resolved_output(recipe.output, profile) / recipe.name
+    job_id, _, _ = slurm_job(environment)
+    if any(one.job_id == job_id for one in submissions(home)):
+        return home  # started again by SLURM: it goes on as it was launched
+    num_nodes = int(environment["SLURM_NNODES"])
+    prepared = prepare_train(
+        path, overrides, profile, "sbatch", num_nodes=num_nodes, command_line=["sbatch", "slurm/train.sbatch", *words]
+    )
+    prepared.write_home()
+    keep(home / JOB_FILE, prepared.spec)
+    record(home, Submission(job_id, time.time(), "slurm", num_nodes))
+    return home
+
+
+def _profile(environment: Mapping[str, str]) -> ClusterProfile:
+    """What sbatch has given this job, as a profile. Its time limit is the script's affair."""
+    ranks_per_node = int(environment["SLURM_NTASKS"]) // int(environment["SLURM_NNODES"])
+    gpus = int(environment.get("SLURM_GPUS_ON_NODE", "0"))
+    return ClusterProfile(
+        kind="cluster",
+        scheduler="slurm",
+        gpus_per_node=gpus,
+        ranks_per_node=ranks_per_node,
+        cpus_per_node=max(ranks_per_node, int(environment["SLURM_CPUS_ON_NODE"])),
+        time_limit="1:00:00",
+    )
+
+
+def main() -> None:
+    try:
+        print(prepare_here(sys.argv[1:]))
+    except PomscaleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

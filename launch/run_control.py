@@ -1,0 +1,162 @@
+"""`pomscale runs cancel | requeue | resume`: end a run, have it start again, submit it again."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from launch import slurm
+from launch.checks import check_machine, check_not_in_queue, check_run_folder, check_time_limit
+from launch.job import JOB_FILE, LAUNCH_FILE, JobSpec, LaunchedAs, attempts, keep, submissions
+from launch.run_facts import Facts, read_facts
+from launch.run_state import ACTIVE, LIVE, State, state_of
+from launch.runs import ask_slurm
+from launch.submit import submit
+from pomscale.checkpoint.folder import complete_checkpoints, samples_of
+from pomscale.config.cluster import ClusterProfile
+from pomscale.config.recipe import load_train_recipe
+from pomscale.errors import InputError, PomscaleError
+
+_WAIT_S = 20.0
+"""How long `cancel` watches a run end. A large one may take longer to save; it is not killed for that."""
+_LOOK_EVERY_S = 0.3
+
+
+@dataclass(frozen=True)
+class Done:
+    """done: what was asked for has been done, or is under way. text: a line for people."""
+
+    done: bool
+    text: str
+
+
+def cancel(home: Path, wait_s: float = _WAIT_S) -> Done:
+    """End a run and take it from the queue. It saves first, as far as the scheduler gives it the time.
+
+    PomscaleError where SLURM does not do it, or the run is on a machine that cannot be reached from here.
+    """
+    facts, state = _look(home)
+    if state.word not in LIVE:
+        return Done(False, f"{home}: not in the queue: {state.word}" + (f" ({state.reason})" if state.reason else ""))
+    if facts.slurm_job is not None:
+        slurm.cancel(facts.slurm_job)
+        what = f"job {facts.slurm_job}"
+    else:
+        for process in _processes(facts):
+            process.send_signal(signal.SIGTERM)
+        what = "its processes on this machine"
+    ended = _wait(lambda: _look(home)[1].word not in LIVE, wait_s)
+    if not ended:
+        return Done(
+            True, f"{home}: {what} told to end, and still saving; `pomscale runs status {home}` shows when it is over"
+        )
+    return Done(True, f"{home}: {what} ended; {_saved(home)}")
+
+
+def requeue(home: Path, *, now: bool = False) -> str:
+    """Have a run save and start again; now: start again at once, from its last checkpoint. Returns a line for people.
+
+    InputError for a run that is not running, or that nobody would start again.
+    """
+    facts, state = _look(home)
+    if state.word not in ACTIVE:
+        because = f" ({state.reason})" if state.reason else ""
+        raise InputError(
+            f"{home}: {state.word}{because}: only a job that runs can be requeued; see `pomscale runs resume`"
+        )
+    if facts.slurm_job is not None:
+        if now:
+            slurm.requeue(facts.slurm_job)
+            return f"{home}: job {facts.slurm_job} is requeued; {_saved(home)}"
+        slurm.send_signal(facts.slurm_job, "USR2")
+        return f"{home}: job {facts.slurm_job} was asked to save and start again"
+    if facts.is_by_hand:
+        raise InputError(
+            f"{home}: not started by `pomscale launch`, so nothing would start it again; cancel it instead"
+        )
+    if now:
+        raise InputError(f"{home}: --now is for jobs of SLURM; without it this run saves and starts again")
+    for process in _processes(facts):
+        process.send_signal(signal.SIGUSR2)
+    return f"{home}: its processes on this machine were asked to save and start again"
+
+
+def resume(home: Path, *, num_nodes: int | None = None, time_limit: str | None = None) -> str:
+    """Submit a run again as it was launched, on another number of nodes or for another time if so wished.
+
+    Hosts that the last verdict has named are avoided. Returns the job id. InputError for a run that is in the queue,
+    has finished, was never launched, or does not fit so many nodes.
+    """
+    if not (home / LAUNCH_FILE).is_file() or not (home / JOB_FILE).is_file():
+        raise InputError(
+            f"{home}: not started by `pomscale launch`: type the command again that has started it; it goes on from there"
+        )
+    check_not_in_queue(home)
+    spec, launched = JobSpec.read(home / JOB_FILE), LaunchedAs.read(home / LAUNCH_FILE)
+    profile = ClusterProfile.model_validate(launched.profile)
+    spec = replace(spec, num_nodes=num_nodes or spec.num_nodes, wait_for={})
+    launched = replace(launched, num_nodes=spec.num_nodes, time_limit=time_limit or launched.time_limit)
+    check_time_limit(profile, launched.time_limit)
+    if spec.is_run and launched.recipe is not None:
+        recipe = load_train_recipe(home / launched.recipe)
+        check_run_folder(home, recipe)
+        check_machine(recipe, profile, spec.num_nodes, spec.num_ranks, None)
+    before = submissions(home)
+    array = before[-1].num_tasks if before and before[-1].num_tasks > 1 else None
+    last = attempts(home)[-1:]
+    suspects = last[0].verdict.suspects if last and last[0].verdict is not None else []
+    job_id = submit(
+        spec,
+        profile,
+        time_limit=launched.time_limit,
+        array=array,
+        gpus_per_node=min(profile.gpus_per_node, spec.ranks_per_node),  # a rank has one, unless there are none
+        exclude=suspects,
+    )
+    keep(home / LAUNCH_FILE, launched)
+    return job_id
+
+
+def _look(home: Path) -> tuple[Facts, State]:
+    """PomscaleError where the run is SLURM's affair and SLURM does not answer."""
+    now_unix_s = time.time()
+    facts = read_facts(home)
+    jobs, problem = ask_slurm([facts], now_unix_s)
+    if problem:
+        raise PomscaleError(f"{home}: job {facts.slurm_job} is SLURM's, and {problem}")
+    return facts, state_of(facts, jobs, now_unix_s)
+
+
+def _processes(facts: Facts) -> list[psutil.Process]:
+    """Those that end, or start again, a run of this machine when they get the signal for it."""
+    submission, claim = facts.submission, facts.claim
+    if facts.is_by_hand and claim is not None:
+        if not facts.claim_lives or claim.pid is None:
+            raise PomscaleError(
+                f"{facts.home}: runs on {claim.host}, process {claim.pid}, outside of any job: end it there"
+            )
+        return [psutil.Process(claim.pid)]
+    if submission is None or not facts.local_lives:
+        raise PomscaleError(f"{facts.home}: runs on another machine than this one; type the same command there")
+    job = psutil.Process(int(submission.job_id))
+    # submitit's controller only hands on SIGTERM, and dies of the others.
+    return [job] if submission.scheduler == "debug" else job.children()
+
+
+def _wait(is_over: Callable[[], bool], wait_s: float) -> bool:
+    deadline_s = time.monotonic() + wait_s
+    while not is_over():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(_LOOK_EVERY_S)
+    return True
+
+
+def _saved(home: Path) -> str:
+    complete = complete_checkpoints(home / "checkpoints")
+    return f"saved: {samples_of(complete[-1]):,} samples" if complete else "nothing was saved yet"

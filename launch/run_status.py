@@ -1,0 +1,193 @@
+"""`pomscale runs status`: everything about one run on one screen."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.job import LAUNCH_FILE, Attempt, attempts
+from launch.run_facts import Facts, read_facts
+from launch.run_state import LIVE, state_of
+from launch.run_table import NOTHING, table
+from launch.runs import RunSummary, ask_slurm, summary
+from launch.tail import read_object
+from pomscale.checkpoint.folder import complete_checkpoints, incomplete_checkpoints
+from pomscale.monitoring.history import INCARNATIONS_FILE
+from pomscale.monitoring.jsonl import read_json_lines
+from pomscale.monitoring.ledger import goodput
+from pomscale.monitoring.names import METRICS, WALL_TIME
+from pomscale.monitoring.text import format_count, format_duration
+
+_MAX_STARTS, _MAX_HOSTS = 12, 4
+RECIPE_FILE = "recipe.yaml"
+_METRICS = (
+    "train/loss", "validation/loss", "train/grad_norm", "train/learning_rate", "speed/samples_per_s",
+    "speed/step_time_s", "speed/data_wait_share", "speed/mfu", "memory/peak_gib", "faults/skipped_steps",
+    "data/bad_samples",
+)  # fmt: skip
+
+
+def status(home: Path) -> str:
+    """For people. PomscaleError or OSError for a folder that cannot be read."""
+    now_unix_s = time.time()
+    facts = read_facts(home)
+    jobs, problem = ask_slurm([facts], now_unix_s)
+    state = state_of(facts, jobs, now_unix_s)
+    run = summary(facts, home.resolve().name, state, now_unix_s)
+    parts = [
+        f"{run.name}: {run.state}" + (f" ({problem}; this is what the folder tells)" if problem else ""),
+        _facts(facts, run, now_unix_s),
+        _starts(facts, run),
+        _metrics(facts),
+        _wall_time(home),
+        "next:\n" + "\n".join(f"  {command}" for command in next_commands(home, run)),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _facts(facts: Facts, run: RunSummary, now_unix_s: float) -> str:
+    home = facts.home
+    lines = {"folder": str(home)}
+    if run.reason:
+        lines["why"] = run.reason
+    if run.log:
+        lines["log"] = run.log
+    if run.job_id is not None:
+        lines["job"] = f"{run.job_id} of SLURM"
+    if run.samples is not None:
+        lines["progress"] = _progress(run)
+    if run.last_row_unix_s is not None:
+        lines["last row"] = f"{format_duration(max(0.0, now_unix_s - run.last_row_unix_s))} ago"
+    complete = complete_checkpoints(home / "checkpoints")
+    if complete:
+        age = format_duration(max(0.0, now_unix_s - complete[-1].stat().st_mtime))
+        lines["checkpoint"] = f"{complete[-1]}, {age} ago; {len(complete)} complete"
+    if incomplete_checkpoints(home / "checkpoints"):
+        lines["incomplete"] = ", ".join(path.name for path in incomplete_checkpoints(home / "checkpoints"))
+    suspects = _suspects(home)
+    if suspects:
+        lines["suspects"] = ", ".join(suspects)
+    return "\n".join(f"{name:<12}{value}" for name, value in lines.items())
+
+
+def _progress(run: RunSummary) -> str:
+    samples = run.samples or 0
+    if run.share is None:
+        return f"{samples:,} samples"
+    eta = f", done in {format_duration(run.eta_s)}" if run.eta_s is not None else ""
+    return f"{samples:,} of {run.total_samples:,} samples ({run.share:.1%}){eta}"
+
+
+def _suspects(home: Path) -> list[str]:
+    """Hosts that verdicts have named, the newest first."""
+    named = [host for attempt in reversed(attempts(home)) if attempt.verdict for host in attempt.verdict.suspects]
+    return list(dict.fromkeys(named))
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A start: of a job, of the run, or, mostly, of both."""
+
+    began_unix_s: float
+    attempt: Attempt | None
+    incarnation: dict[str, Any] | None
+
+
+def _starts(facts: Facts, run: RunSummary) -> str:
+    lines = _lines(facts.home)
+    if not lines:
+        return ""
+    rows = [_row(facts.home, line) for line in lines]
+    if not rows[-1][-1]:
+        rows[-1][-1] = run.state
+        if rows[-1][-2] != NOTHING and run.samples is not None:
+            rows[-1][-2] = f"{rows[-1][-2]}{format_count(run.samples)}"
+    earlier = f"\n({len(lines) - _MAX_STARTS} starts before these)" if len(lines) > _MAX_STARTS else ""
+    return table(["started", "job", "hosts", "ranks", "samples", "ended"], rows[-_MAX_STARTS:]) + earlier
+
+
+def _lines(home: Path) -> list[_Line]:
+    """Oldest first."""
+    starts = attempts(home)
+    incarnations, _ = read_json_lines(home / INCARNATIONS_FILE)
+    lines, taken = [], set()
+    for place, attempt in enumerate(starts):
+        until = starts[place + 1].start.newest_generation if place + 1 < len(starts) else float("inf")
+        # What was started by hand, after the job had ended, is not its own.
+        ended_unix_s = attempt.verdict.decided_unix_s if attempt.verdict is not None else float("inf")
+        own = [
+            row
+            for row in incarnations
+            if attempt.start.newest_generation < row["incarnation"] <= until and row["started_unix_s"] < ended_unix_s
+        ]
+        taken |= {row["incarnation"] for row in own}
+        lines.append(_Line(attempt.start.started_unix_s, attempt, own[-1] if own else None))
+    by_hand = [row for row in incarnations if row["incarnation"] not in taken]
+    return sorted(
+        [*lines, *[_Line(row["started_unix_s"], None, row) for row in by_hand]], key=lambda line: line.began_unix_s
+    )
+
+
+def _row(home: Path, line: _Line) -> list[str]:
+    """The last cell is empty where nobody has told how it ended."""
+    attempt, incarnation = line.attempt, line.incarnation
+    verdict = attempt.verdict if attempt is not None else None
+    outcome: dict[str, Any] = {}
+    if incarnation is not None:
+        name = f"incarnation-{incarnation['incarnation']:04d}-rank-00000.json"
+        outcome = read_object(home / "outcomes" / name) or {}
+    ended = outcome.get("state", "")
+    if outcome.get("reason"):
+        ended = f"{ended}: {outcome['reason']}"
+    if verdict is not None:
+        ended = f"{verdict.action}: {verdict.reason}"
+    until = outcome.get("samples", verdict.samples if verdict is not None else None)
+    samples = NOTHING
+    if incarnation is not None:
+        samples = f"{format_count(incarnation['start_samples'])} - {'' if until is None else format_count(until)}"
+    hosts = attempt.start.hosts if attempt is not None else [incarnation["host"]] if incarnation is not None else []
+    return [
+        time.strftime("%Y-%m-%d %H:%M", time.localtime(line.began_unix_s)),
+        NOTHING if attempt is None else attempt.folder.name,
+        ", ".join(hosts[:_MAX_HOSTS]) + (f" and {len(hosts) - _MAX_HOSTS} more" if len(hosts) > _MAX_HOSTS else ""),
+        NOTHING if incarnation is None else str(incarnation["num_ranks"]),
+        samples,
+        ended,
+    ]
+
+
+def _metrics(facts: Facts) -> str:
+    """The last values; what is rarer than the rows that were read is left to the report."""
+    known = [(name, facts.latest(name)) for name in _METRICS]
+    rows = [[name, f"{value:.5g}", METRICS[name]] for name, value in known if value is not None]
+    return table(["metric", "last", ""], rows) if rows else ""
+
+
+def _wall_time(home: Path) -> str:
+    times = goodput(home)
+    total = sum(times.seconds.values()) if times is not None else 0.0
+    if times is None or not total:
+        return ""
+    rows = [
+        [kind.replace("_", " "), f"{seconds / total:.1%}", format_duration(seconds), WALL_TIME[kind]]
+        for kind, seconds in times.seconds.items()
+        if seconds
+    ]
+    events = ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in sorted(times.events.items()))
+    head = ["wall time", "share", "time", ""]
+    return table(head, rows, right={"share", "time"}) + (f"\nevents: {events}" if events else "")
+
+
+def next_commands(home: Path, run: RunSummary) -> list[str]:
+    """What one may want to type now."""
+    launched = (home / LAUNCH_FILE).is_file()
+    logs = [f"pomscale runs logs {home}"] if launched else []
+    again = f"pomscale runs resume {home}" if launched else f"pomscale train {home / RECIPE_FILE}"
+    if run.state in LIVE:
+        follow = f"pomscale runs logs {home} --follow"
+        return [f"pomscale watch {home}", *([follow] if launched else []), f"pomscale runs cancel {home}"]
+    if run.state == "finished":
+        return [f"pomscale report {home}", f"pomscale sample {home} --num 8 --out grid.png"] if run.num_starts else logs
+    return [*logs, again]

@@ -1,0 +1,72 @@
+"""`pomscale evaluate record`: what an evaluation of a checkpoint has found becomes part of its run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pomscale.cli.arguments import positive
+from pomscale.errors import InputError
+
+
+def add(evaluate_verbs: Any) -> None:
+    """The verb, to those of `evaluate`."""
+    record = evaluate_verbs.add_parser(
+        "record", help="figures of a checkpoint, and pictures beside them, into its run's record and wandb"
+    )
+    record.add_argument("run_folder", type=Path, metavar="RUN")
+    record.add_argument("name", metavar="NAME", help="figures are logged as evaluation/NAME/FIGURE")
+    record.add_argument("samples", type=positive, metavar="SAMPLES", help="that the checkpoint had seen")
+    record.add_argument("figures", type=Path, metavar="FIGURES.json", help="an object of numbers and lists of numbers")
+    record.add_argument("--evaluated", type=Path, help="copy of the checkpoint made for this; removed afterwards")
+    record.set_defaults(run=_record)
+
+
+def _record(arguments: argparse.Namespace) -> int:
+    from pomscale.checkpoint.folder import remove
+    from pomscale.monitoring.evaluations import IMAGES, VIDEOS, record
+    from pomscale.monitoring.names import evaluation_name
+    from pomscale.monitoring.wandb_sink import deliver_without_training
+
+    name, figures = arguments.name, read_figures(arguments.figures)
+    media = sorted(path for path in arguments.figures.parent.iterdir() if path.suffix.lower() in IMAGES + VIDEOS)
+    record(
+        arguments.run_folder,
+        arguments.samples,
+        {evaluation_name(name, figure): value for figure, value in figures.items()},
+        {evaluation_name(name, path.stem): path for path in media},
+    )
+    deliver_without_training(arguments.run_folder)
+    if arguments.evaluated is not None:
+        remove(arguments.evaluated)
+    told = ", ".join(f"{figure} {value:.5g}" for figure, value in figures.items())
+    print(f"recorded at {arguments.samples:,} samples of {arguments.run_folder}: {told}")
+    return 0
+
+
+def read_figures(path: Path) -> dict[str, float]:
+    """The numbers of a JSON object; of a list, those of key KEY are KEY_00, KEY_01, ...; text and null are left out.
+
+    InputError if it is not there, no JSON object, or has no number at all.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f'{path}: must be an object of figures, such as {{"fid": 9.6}}')
+    figures: dict[str, float] = {}
+    for key, value in content.items():
+        if isinstance(value, list):
+            figures |= {f"{key}_{place:02d}": float(one) for place, one in enumerate(value) if _is_number(one)}
+        elif _is_number(value):
+            figures[key] = float(value)
+    if not figures:
+        raise InputError(f"{path}: there is no number in it to record")
+    return figures
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,61 @@
+"""`pomscale launch` without SLURM: in the background of this machine, or in the foreground."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from running import ENVIRONMENT, GLOBAL_BATCH, checkpoint_samples, outcome
+
+from launch.job import attempts, submissions
+
+SHORT = [f"training.total_samples={10 * GLOBAL_BATCH}", "schedule={}", "faults.preflight=false"]
+
+
+def test_a_local_run_outlives_the_command_and_its_terminal(tiny_recipe: Path) -> None:
+    home = tiny_recipe.parent / "runs" / "tiny"
+    words = [sys.executable, "-m", "pomscale", "launch", str(tiny_recipe), "--cluster", "local", *SHORT]
+    # In a session of its own, as a terminal's is; a pipe that its processes kept open would never end.
+    done = subprocess.run(
+        words, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, start_new_session=True, check=True
+    )
+    (submission,) = submissions(home)
+    assert submission.scheduler == "local"
+    assert f"job       {submission.job_id}, submitted" in done.stdout
+    controller = psutil.Process(int(submission.job_id))
+    try:
+        assert os.getsid(controller.pid) not in (os.getsid(0), done.returncode)
+        assert controller.terminal() is None
+        for descriptor in (0, 1, 2):
+            assert "pipe:" not in os.readlink(f"/proc/{controller.pid}/fd/{descriptor}")
+        controller.wait(120)
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            controller.send_signal(signal.SIGTERM)
+    assert outcome(home)["state"] == "finished"
+    assert checkpoint_samples(home) == 10 * GLOBAL_BATCH
+    (attempt,) = attempts(home)
+    assert attempt.verdict is not None
+    assert (attempt.verdict.action, attempt.verdict.exit_code) == ("done", 0)
+
+
+@pytest.mark.parametrize(("overrides", "expect"), [([], 0), (["optimizer.lr=1e30", "faults.max_rollbacks=0"], 1)])
+def test_a_debug_run_ends_with_its_own_exit_code(tiny_recipe: Path, overrides: list[str], expect: int) -> None:
+    words = [sys.executable, "-m", "pomscale", "launch", str(tiny_recipe), "--cluster", "debug", *SHORT, *overrides]
+    done = subprocess.run(
+        words, env=ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    home = tiny_recipe.parent / "runs" / "tiny"
+    (submission,) = submissions(home)
+    (attempt,) = attempts(home)
+    assert submission.scheduler == "debug"
+    assert attempt.start.job_id == submission.job_id
+    assert attempt.verdict is not None
+    assert attempt.verdict.exit_code == expect

@@ -1,0 +1,185 @@
+"""`pomscale launch --cluster local`: the life cycle of a job on one machine, without SLURM, with real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from running import (
+    ENVIRONMENT,
+    GLOBAL_BATCH,
+    checkpoint_samples,
+    damaged_copy,
+    losses,
+    outcome,
+    train,
+    write_tiny_recipe,
+)
+
+from launch.job import Attempt, Verdict, attempts, submissions
+from pomscale.quickstart import samples_seen
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+NUM_STEPS = 150
+TOTAL, MIDDLE = NUM_STEPS * GLOBAL_BATCH, 40 * GLOBAL_BATCH
+OVERRIDES = [f"training.total_samples={TOTAL}", "schedule={}", "optimizer.lr=3e-4", "faults.preflight=false"]
+TIMEOUT_S = 100
+GROUPS = Path("/sys/fs/cgroup/memory")
+
+
+@dataclass(frozen=True)
+class Job:
+    folder: Path
+    controller: psutil.Process
+
+    def wait_for_samples(self, samples: int) -> None:
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while samples_seen(self.folder) < samples:
+            assert time.monotonic() < deadline_s, self.told()
+            time.sleep(0.02)
+
+    def process(self, *words: str) -> psutil.Process:
+        """The one below this job whose command line has these words."""
+        for process in self.controller.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if set(words) <= set(process.cmdline()):
+                    return process
+        raise AssertionError(f"no process with {words}\n{self.told()}")
+
+    def rank(self, rank: int) -> psutil.Process:
+        for process in self.controller.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if "train" in process.cmdline() and process.environ().get("RANK", "0") == str(rank):
+                    return process
+        raise AssertionError(f"no rank {rank}\n{self.told()}")
+
+    def finish(self) -> list[Attempt]:
+        psutil.wait_procs([self.controller], timeout=TIMEOUT_S)
+        assert not _lives(self.controller), self.told()
+        return attempts(self.folder)
+
+    def told(self) -> str:
+        kinds = ("logs/*", "submitit/*_log.*", "attempts/*/*.json")
+        files = [path for kind in kinds for path in self.folder.glob(kind)]
+        return "\n".join(f"--- {path}\n{path.read_text(errors='replace')[-2500:]}" for path in sorted(files))
+
+
+def _lives(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture
+def recipe(digits: Path, tmp_path: Path) -> Iterator[Path]:
+    """And no process of the job is left behind."""
+    yield write_tiny_recipe(tmp_path, digits)
+    home = tmp_path / "runs" / "tiny"
+    for submission in submissions(home):
+        with suppress(psutil.NoSuchProcess):
+            controller = psutil.Process(int(submission.job_id))
+            for process in [controller, *controller.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def launch(recipe: Path, *overrides: str, num_ranks: int = 2, **options: Any) -> Job:
+    words = ["launch", str(recipe), "--cluster", "local", "--set", f"ranks_per_node={num_ranks}"]
+    words += ["--set", "cpus_per_node=2", "--set", "gpus_per_node=0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pomscale", *words, *OVERRIDES, *overrides],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        **options,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    home = recipe.parent / "runs" / "tiny"
+    return Job(home, psutil.Process(int(submissions(home)[-1].job_id)))
+
+
+def verdict(attempt: Attempt) -> Verdict:
+    assert attempt.verdict is not None
+    return attempt.verdict
+
+
+def test_a_killed_rank_starts_the_run_again(recipe: Path, tmp_path: Path, digits: Path) -> None:
+    job = launch(recipe)
+    job.wait_for_samples(MIDDLE)
+    job.rank(1).kill()
+    first, second = job.finish()
+    assert verdict(first).action == "requeue"
+    assert "rank 1 on" in verdict(first).reason
+    assert "was killed by SIGKILL" in verdict(first).reason
+    assert verdict(second).action == "done"
+    assert outcome(job.folder)["state"] == "finished"
+    other = tmp_path / "other"
+    other.mkdir()
+    train(write_tiny_recipe(other, digits), *OVERRIDES)
+    reference = losses(other / "runs" / "tiny")
+    assert losses(job.folder) == pytest.approx(reference, rel=1e-3)
+    told = (job.folder / "logs" / "rank-00001.log").read_text()
+    assert told.count("===== start ") == 2
+
+
+def test_usr2_saves_and_starts_again_and_sigterm_saves_and_ends(recipe: Path) -> None:
+    job = launch(recipe)
+    job.wait_for_samples(MIDDLE)
+    # As `pomscale runs requeue` does: the process of the job itself, below submitit's controller.
+    job.process("submitit.core._submit").send_signal(signal.SIGUSR2)
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while len(attempts(job.folder)) < 2:
+        assert time.monotonic() < deadline_s, job.told()
+        time.sleep(0.1)
+    saved = verdict(attempts(job.folder)[0]).samples
+    assert saved is not None
+    assert saved >= MIDDLE
+    job.wait_for_samples(saved + 10 * GLOBAL_BATCH)
+    job.controller.terminate()
+    _, second = job.finish()
+    assert outcome(job.folder)["state"] == "stopped"
+    assert outcome(job.folder)["samples"] == checkpoint_samples(job.folder) > saved
+    assert "SIGTERM" in verdict(second).reason
+
+
+def test_a_guard_that_is_killed_takes_its_rank_with_it(recipe: Path) -> None:
+    job = launch(recipe, num_ranks=1)
+    job.wait_for_samples(MIDDLE)
+    rank = job.rank(0)
+    job.process("launch.guard").kill()
+    psutil.wait_procs([rank], timeout=10)
+    assert not _lives(rank)
+
+
+def test_an_error_of_its_own_is_told_in_one_line_and_not_repeated(recipe: Path, tmp_path: Path, digits: Path) -> None:
+    latents = damaged_copy(digits / "latents" / "train", tmp_path / "latents")
+    job = launch(recipe, f"data.path={latents}")
+    (only,) = job.finish()
+    assert (verdict(only).action, verdict(only).exit_code) == ("fail", 1)
+    assert "checksum" in verdict(only).reason
+    assert "\n" not in verdict(only).reason
+    assert "checksum" in Path(verdict(only).log).read_text()
+
+
+@pytest.mark.skipif(not os.access(GROUPS, os.W_OK), reason="needs a control group of its own (version 1, as root)")
+def test_want_of_memory_is_its_own_fault(recipe: Path) -> None:
+    """The kernel sends SIGKILL, as others do; but here the next start would end like this one."""
+    group = GROUPS / f"pomscale-test-{os.getpid()}"
+    group.mkdir()
+    (group / "memory.limit_in_bytes").write_text(str(150 * 2**20))
+    job = launch(recipe, num_ranks=1, preexec_fn=lambda: (group / "cgroup.procs").write_text("0"))
+    (only,) = job.finish()
+    assert verdict(only).action == "fail", job.told()
+    assert "for want of host memory" in verdict(only).reason
+    group.rmdir()

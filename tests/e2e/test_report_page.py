@@ -1,0 +1,165 @@
+"""The pages of `pomscale report` in a real browser: they load nothing, show everything, and fit a telephone."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import CHROMIUM, Browser, open_browser
+from make_video import numbered_frame, write_video
+from PIL import Image
+
+from pomscale.monitoring.evaluations import record
+from pomscale.monitoring.names import evaluation_name, validation_bin
+from pomscale.monitoring.report import write_report
+from pomscale.monitoring.sinks import JsonlSink
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium: apt-get install --no-install-recommends chromium"
+)
+
+LOOK = """(async () => {
+  const images = [...document.images];
+  await Promise.all(images.map(image => image.decode().catch(() => null)));
+  const videos = [...document.querySelectorAll("video")];
+  await Promise.all(videos.map(video => video.readyState ? null : new Promise(done => {
+    video.addEventListener("loadedmetadata", done); video.addEventListener("error", done); })));
+  const isSeen = element => element.getBoundingClientRect().width > 0;
+  return {
+    images: images.map(image => [image.alt, image.naturalWidth, image.naturalHeight, isSeen(image)]),
+    videos: videos.map(video => [video.videoWidth, video.videoHeight]),
+    headings: [...document.querySelectorAll("h2")].map(heading => heading.textContent),
+    tables: [...document.querySelectorAll("table")].map(table => table.rows.length),
+    background: getComputedStyle(document.body).backgroundColor,
+    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    outside: [...document.querySelectorAll("main *")].filter(element => {
+      const box = element.getBoundingClientRect();
+      return !element.closest(".card") && (box.right > innerWidth + 0.5 || box.left < -0.5);
+    }).map(element => element.outerHTML.slice(0, 80)),
+  };
+})()"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with open_browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+def make_run(folder: Path, number: int) -> Path:
+    """With all that a report may show; names and reasons are as long as they get."""
+    (folder / "samples").mkdir(parents=True)
+    (folder / "evaluations").mkdir()
+    lines = {
+        "recipe.yaml": f"name: run-{number}\noptimizer: {{lr: {0.001 * number}}}\ndata: {{path: {'/long' * 30}}}\n",
+        "outcome.json": json.dumps({"state": "failed", "reason": "word" * 60}),
+        "code.json": json.dumps({"git_commit": 40 * "a", "dirty": True}),
+        "incarnations.jsonl": json.dumps(
+            {"incarnation": 0, "started_unix_s": 1.8e9, "start_samples": 0, "num_ranks": 512, "host": "node" * 20}
+        ),
+        "events.jsonl": "\n".join(
+            json.dumps({"incarnation": 0, "samples": samples, "time_unix_s": 1.8e9, **row})
+            for samples, row in (
+                (0, {"start": {"submitted_unix_s": 1_000, "process_unix_s": 4_600}}),
+                (6400, {"seconds": {"start_up": 600, "step": 36_000 / number, "data_wait": 1800}}),
+                (6400, {"event": "alert", "title": "stalled", "text": "node" * 50, "level": "WARN"}),
+            )
+        ),
+    }
+    for name, text in lines.items():
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+    sink = JsonlSink(folder, 0)
+    for step in range(1, 201):
+        metrics: dict[str, float | str] = {
+            "train/loss": number / math.sqrt(step),
+            "train/grad_norm": float("inf") if step == 7 else 1.0 + 0.1 * math.sin(step),
+            "speed/samples_per_s": 500.0 * number,
+        }
+        if step % 50 == 0:
+            metrics |= {"validation/loss": 1 / step, **{validation_bin(index): index / step for index in range(8)}}
+        sink.log(64 * step, metrics)
+    sink.close()
+    for samples in (6400, 12800):
+        Image.new("L", (89, 89), color=200).save(folder / "samples" / f"samples-{samples:012d}.png")
+        picture = folder / "evaluations" / f"grid-{samples}.png"
+        Image.new("RGB", (640, 480)).save(picture)
+        figures = {f"figure-{letter}": samples * place * number / 1e5 for place, letter in enumerate("abcdefghi")}
+        named = {evaluation_name("fid-50k", name): value for name, value in figures.items()}
+        record(folder, samples, named, {evaluation_name("fid-50k", "grid"): picture})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    runs = [make_run(folder / f"run-{number}-{'with-a-long-name' * 4}", number) for number in (1, 2, 3)]
+    return {"one": write_report(runs[:1]).html, "several": write_report(runs).html}
+
+
+def problems(found: dict[str, Any]) -> list[str]:
+    """Of a page as LOOK saw it."""
+    told = [f"picture {alt!r} is {width}x{height}" for alt, width, height, _ in found["images"] if not width * height]
+    told += [f"picture {alt!r} cannot be seen" for alt, _, _, is_seen in found["images"] if not is_seen]
+    told += ["a table is empty" for rows in found["tables"] if rows < 2]
+    told += [f"outside of the window: {element}" for element in found["outside"]]
+    if found["overflow"] > 0:
+        told.append(f"{found['overflow']} pixels wider than the window")
+    return told
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+@pytest.mark.parametrize(
+    ("which", "sections", "num_images"),
+    [
+        (
+            "one",
+            ["Samples", "Curves", "Evaluations of checkpoints", "Wall time", "Alerts", "Recipe"],
+            2 + 4 + 8 + 1 + 1,  # grids, curves of training, those of evaluations that vary, their picture, wall time
+        ),
+        ("several", ["Runs", "Curves", "Last figures", "What was asked for differently", "Wall time"], 5 + 8 + 3 + 1),
+    ],
+)
+def test_a_page_is_whole(
+    browser: Browser, pages: dict[str, Path], which: str, sections: list[str], num_images: int, width: int
+) -> None:
+    visit = browser.visit(pages[which], LOOK, width=width)
+    assert visit.complaints == []
+    assert [address for address in visit.requested if not address.startswith("data:")] == [pages[which].as_uri()]
+    assert problems(visit.found) == []
+    assert set(sections) <= set(visit.found["headings"])
+    assert len(visit.found["images"]) == num_images
+    assert len(visit.found["tables"]) >= 4
+    assert visit.found["background"] == "rgb(244, 246, 249)", "the policy lets the page's own style in"
+    with Image.open(io.BytesIO(visit.screenshot)) as picture:
+        assert picture.size[0] == width
+        assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 100
+
+
+def test_a_clip_plays(browser: Browser, tmp_path: Path) -> None:
+    pytest.importorskip("av", reason="clips need PyAV: pip install -e '.[video]'")
+    run = make_run(tmp_path / "run", 1)
+    write_video(run / "samples" / "samples-000000012800.mp4", [numbered_frame(number, 48, 64) for number in range(8)])
+    visit = browser.visit(write_report([run]).html, LOOK, width=400)
+    assert visit.complaints == []
+    assert visit.found["videos"] == [[64, 48]]
+
+
+def test_these_tests_can_fail(browser: Browser, pages: dict[str, Path], tmp_path: Path) -> None:
+    """A script, a foreign picture, a broken one and something wide: all of it is noticed."""
+    spoiled = tmp_path / "spoiled.html"
+    insert = (
+        '<main><script>document.title = "x"</script><img alt="foreign" src="http://127.0.0.1:9/x.png">'
+        '<img alt="broken" src="data:image/png;base64,AAAA"><div style="width: 3000px">wide</div>'
+    )
+    spoiled.write_text(pages["one"].read_text(encoding="utf-8").replace("<main>", insert), encoding="utf-8")
+    visit = browser.visit(spoiled, LOOK, width=400)
+    assert any("script" in complaint for complaint in visit.complaints)
+    assert any("127.0.0.1:9" in complaint for complaint in visit.complaints)
+    told = "\n".join(problems(visit.found))
+    for expected in ("'foreign' is 0x0", "'broken' is 0x0", "outside of the window: <div", "pixels wider"):
+        assert expected in told

@@ -1,0 +1,43 @@
+"""A real SLURM cluster for the tests that ask for one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from cluster import SlurmCluster, missing_packages
+
+
+@pytest.fixture(scope="session")
+def _plain_cluster() -> Iterator[SlurmCluster]:
+    yield from _running(accounting=False)
+
+
+@pytest.fixture(scope="session")
+def _accounted_cluster() -> Iterator[SlurmCluster]:
+    yield from _running(accounting=True)
+
+
+@pytest.fixture
+def slurm(_plain_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
+    """Without accounting: sacct fails, as at sites that have none. Commands that this process runs talk to it."""
+    yield from _in_use(_plain_cluster, monkeypatch)
+
+
+@pytest.fixture
+def slurm_accounted(_accounted_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
+    """With a real sacct. Commands that this process runs talk to it."""
+    yield from _in_use(_accounted_cluster, monkeypatch)
+
+
+def _running(*, accounting: bool) -> Iterator[SlurmCluster]:
+    if missing := missing_packages(accounting=accounting):
+        pytest.skip(f"a SLURM cluster needs: apt-get install {' '.join(missing)}")
+    with SlurmCluster(accounting=accounting) as cluster:
+        yield cluster
+
+
+def _in_use(cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    yield cluster
+    cluster.reset()
