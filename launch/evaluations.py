@@ -99,7 +99,7 @@ class Evaluations:
                 _warn(f"evaluation {name} of {checkpoint.name} could not be started, and is tried again: {problem}")
 
     def _give_up_failed(self) -> None:
-        """Those that have ended without figures: say so, and let their checkpoint go."""
+        """Those whose jobs ended without a word of their own, e.g. cancelled or at their time limit."""
         homes = [home for home in self._homes() if (home / CHECKPOINT).is_dir() and (home / JOBS_FILE).is_file()]
         if not homes:
             return
@@ -109,6 +109,12 @@ class Evaluations:
         for run in found.runs:
             if run.state not in (*LIVE, "finished"):
                 _give_up(run.home, run.reason or run.state)
+
+
+def note_failure(home: Path, reason: str) -> None:
+    """Of a job that has failed: if it is an evaluation, say so in its home, and let its checkpoint go."""
+    if home.parent.parent.name == EVALUATIONS and (home / CHECKPOINT).is_dir():
+        _give_up(home, reason)
 
 
 def _is_started(home: Path) -> bool:

@@ -12,7 +12,9 @@ import json
 import os
 import shutil
 from datetime import datetime
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from launch.job import CODE
 from pomscale.errors import InputError
@@ -52,7 +54,7 @@ def _copy_to(folder: Path) -> None:
     for name in _FOLDERS:
         if (_ROOT / name).is_dir():  # an installation from a wheel has no slurm/
             shutil.copytree(_ROOT / name, folder / name, ignore=_NOT_CODE)
-    state, diff = code_state()
+    state, diff = _code_of_now()
     write_text(folder / STATE_FILE, json.dumps(state, indent=1))
     write_text(folder / DIFF_FILE, diff)
 
@@ -61,17 +63,23 @@ def which_code(home: Path, *, new_code: bool = False) -> str:
     """What a job that is launched in this home will run, for people."""
     state_file = home / CODE / STATE_FILE
     if not (home / CODE).exists():
-        return f"code of now, {_name(code_state()[0])}"
+        return f"of now, {_name(_code_of_now()[0])}"
     if new_code:
-        return f"code of now, {_name(code_state()[0])}, instead of what it began with"
+        return f"of now, {_name(_code_of_now()[0])}, instead of what it began with"
     if not state_file.is_file():
-        return f"the code in {home / CODE}"
+        return f"that in {home / CODE}"
     frozen = datetime.fromtimestamp(state_file.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     state = json.loads(state_file.read_text(encoding="utf-8"))
-    return f"the code it began with ({_name(state)}, copied {frozen}); --new-code takes that of now"
+    return f"what it began with ({_name(state)}, copied {frozen}); --new-code takes that of now"
 
 
-def _name(state: dict[str, object]) -> str:
+@cache
+def _code_of_now() -> tuple[dict[str, Any], str]:
+    """Asks git once: a sweep copies it for every run, and git takes its time on a large file system."""
+    return code_state()
+
+
+def _name(state: dict[str, Any]) -> str:
     commit = state["git_commit"]
     if commit is None:
         return f"pomscale {state['pomscale']}"

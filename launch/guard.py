@@ -20,16 +20,28 @@ from functools import partial
 from pathlib import Path
 
 from launch.forwarding import Forwarding
-from launch.job import CODE, JOB_FILE, Ending, JobSpec, attempt_folder, ending_path, keep, log_path, submissions
+from launch.job import (
+    CODE,
+    END_FILE,
+    JOB_FILE,
+    Ending,
+    JobSpec,
+    attempt_folder,
+    ending_path,
+    keep,
+    log_path,
+    submissions,
+)
 from launch.oom import num_out_of_memory_kills
 from launch.place import Place
-from launch.supervisor import Supervisor
+from launch.supervisor import ENDED_BY_SUPERVISOR, LAST_WORDS_S, Supervisor
 from launch.verdict import EXIT_STOPPED
 from pomscale.errors import PomscaleError
 from pomscale.files import make_folder
 from pomscale.monitoring.ledger import RESTARTED_BECAUSE, SUBMITTED
 
 _LOOK_EVERY_S = 0.2
+_OBEY_EVERY_S = 2.0  # a look into the shared file system, by every rank
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 _TAIL_BYTES = 8192
 
@@ -70,6 +82,9 @@ class _Rank:
         self._forwarding = forwarding
         self._supervisor = supervisor
         self._log = log_path(Path(spec.home), place.rank)
+        self._attempt = attempt_folder(Path(spec.home), place.job_id, place.restart)
+        self._looked_s = 0.0
+        self._told_s: float | None = None
 
     def run(self) -> Ending:
         started_unix_s = time.time()
@@ -122,9 +137,23 @@ class _Rank:
         while child.poll() is None:
             if self._supervisor is not None:
                 self._supervisor.poll(child)
+            else:
+                self._obey(child)
             time.sleep(_LOOK_EVERY_S)
         self._forwarding.send = None
         return child.pid, child.returncode
+
+    def _obey(self, child: subprocess.Popen[bytes]) -> None:
+        """End the process if the supervisor says so; with NCCL it would wait for the rank that has gone."""
+        now_s = time.monotonic()
+        if self._told_s is not None:
+            if now_s - self._told_s > LAST_WORDS_S:
+                self._forwarding.first = self._forwarding.first or ENDED_BY_SUPERVISOR
+                child.kill()
+        elif now_s - self._looked_s > _OBEY_EVERY_S:
+            self._looked_s = now_s
+            if (self._attempt / END_FILE).exists():
+                self._told_s = now_s
 
 
 def _say(log: int, line: str) -> None:

@@ -8,6 +8,7 @@
         start.json                 where it runs (Start)
         rank-00000.json            how a rank's process ended, as its guard saw it (Ending)
         verdict.json               what came of it, and what happens next (Verdict)
+        end                        made by the supervisor when one rank of a run has ended badly: all others shall end
         requeue                    if that is another start: hosts it should avoid, comma-separated
     HOME/logs/rank-00000.log       what a rank has printed, over all starts
     HOME/submitit/                 submitit's files, and the output of the guards
@@ -27,7 +28,7 @@ from pomscale.files import make_folder, write_text
 from pomscale.monitoring.jsonl import read_json_lines
 
 JOB_FILE, LAUNCH_FILE, JOBS_FILE = "job.json", "launch.json", "jobs.jsonl"
-REQUEUE_FILE = "requeue"
+REQUEUE_FILE, END_FILE = "requeue", "end"
 ATTEMPTS, LOGS, CODE, SUBMITIT = "attempts", "logs", "code", "submitit"
 
 Action = Literal["done", "requeue", "fail", "leave"]

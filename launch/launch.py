@@ -99,7 +99,7 @@ def _launch_sweep(asked: Launch, profile: ClusterProfile) -> int:
     else:
         folder = _short(new[0].home.parent)
         _tell([("next", f"pomscale runs {folder}"), ("", f"pomscale report {folder}/*")])
-    return 0
+    return max(map(_exit_code, jobs), default=0) if profile.scheduler == "debug" else 0
 
 
 def _launch_job(asked: Launch, prepared: Prepared) -> int:

@@ -92,6 +92,8 @@ class Plan:
         record = Stage(stage.name, str(home), dict(after), _checksum(made_from))
         to_come = set().union(*(self._makes[name] for name in after))
         planned = self._decide(stage, record, recipe, commands, to_come)
+        if planned.prepared is not None:
+            planned.prepared.script()  # refuses here, before the first is submitted, what submit() would refuse
         self._makes[stage.name] = to_come | (_products(home, recipe, commands) if planned.state != "done" else set())
         return planned
 

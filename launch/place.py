@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from launch import slurm
 from launch.job import JobSpec
@@ -51,15 +51,14 @@ class Place:
                 "launch it again rather than changing sbatch's options"
             )
         rank = int(environment["SLURM_PROCID"])
-        ranks: dict[str, str] = {}
+        ranks = {"LOCAL_RANK": environment["SLURM_LOCALID"]}
         if spec.num_ranks > 1 and spec.is_run:
-            ranks = {
+            ranks |= {
                 "RANK": str(rank),
                 "WORLD_SIZE": str(num_tasks),
-                "LOCAL_RANK": environment["SLURM_LOCALID"],
                 "LOCAL_WORLD_SIZE": str(spec.ranks_per_node),
                 "MASTER_ADDR": hosts[0],
-                "MASTER_PORT": str(port_of(environment["SLURM_JOB_ID"], restart)),
+                "MASTER_PORT": str(port_of(spec, job_id, restart)),
             }
         return cls(rank, host, job_id, restart, hosts, on_slurm=True, environment=ranks)
 
@@ -73,6 +72,6 @@ def slurm_job(environment: Mapping[str, str]) -> tuple[str, int, tuple[str, ...]
     return job_id, int(environment.get("SLURM_RESTART_COUNT", "0")), hosts
 
 
-def port_of(job_id: Any, restart: int) -> int:
-    """For the rendezvous. Another one for each job and each restart, or a rank that was left over would join in."""
-    return _FIRST_PORT + (int(job_id) * 16 + restart) % _NUM_PORTS
+def port_of(spec: JobSpec, job_id: str, restart: int) -> int:
+    """For the rendezvous. Another one for each start, or a rank that was left over from the last one would join in."""
+    return _FIRST_PORT + zlib.crc32(f"{spec.home} {job_id} {restart}".encode()) % _NUM_PORTS

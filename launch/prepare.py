@@ -80,7 +80,7 @@ class Prepared:
         try:
             self.write_home(new_code=new_code)
             return submit(self.spec, self.profile, after=after, **self._wishes())
-        except BaseException:
+        except Exception:
             if first_new is not None and not (self.home / JOBS_FILE).exists():
                 shutil.rmtree(first_new, ignore_errors=True)
             raise

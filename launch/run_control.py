@@ -94,7 +94,7 @@ def resume(home: Path, *, num_nodes: int | None = None, time_limit: str | None =
     """
     if not (home / LAUNCH_FILE).is_file() or not (home / JOB_FILE).is_file():
         raise InputError(
-            f"{home}: not started by `pomscale launch`: type the command again that has started it; it goes on from there"
+            f"{home}: not started by `pomscale launch`: type the command again that has started it; it goes on"
         )
     check_not_in_queue(home)
     spec, launched = JobSpec.read(home / JOB_FILE), LaunchedAs.read(home / LAUNCH_FILE)

@@ -153,18 +153,24 @@ def read_facts(home: Path) -> Facts:
 
 
 def _newest_attempts(folder: Path) -> list[Attempt]:
-    """Of each task of the job that was started last, as its folder's time tells."""
+    """Of each task of the job that was started last."""
     try:
-        entries = [(entry.stat().st_mtime, entry.name) for entry in os.scandir(folder)]
+        names = os.listdir(folder)
     except FileNotFoundError:
         return []
     restarts: dict[str, int] = {}
-    for _, name in sorted(entries, reverse=True):
+    for name in sorted(names, key=lambda name: _begun_unix_s(folder / name), reverse=True):
         task, _, restart = name.rpartition("-")
         if not restarts or job_of(task) == job_of(next(iter(restarts))):
             restarts[task] = max(restarts.get(task, 0), int(restart))
     found = [_attempt(folder / f"{task}-{restart}", task, restart) for task, restart in restarts.items()]
     return [attempt for attempt in found if attempt is not None]
+
+
+def _begun_unix_s(attempt: Path) -> float:
+    """Without reading it. Files are added to an old start too, by a rank that outlives it."""
+    start = attempt / "start.json"
+    return (start if start.is_file() else attempt).stat().st_mtime
 
 
 def _attempt(folder: Path, job_id: str, restart: int) -> Attempt | None:

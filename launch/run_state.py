@@ -131,7 +131,7 @@ def _of_claim(facts: Facts, now_unix_s: float) -> State:
     if facts.claim_lives is None:
         return _by_signs_of_life(facts, now_unix_s)
     if facts.claim_lives:
-        return State("stopping" if facts.stop_requested else _word_of_life(facts))
+        return State(_word_of_life(facts))
     return State("stopping") if guarded and facts.local_lives else _gone("its process is gone", facts)
 
 
@@ -140,6 +140,8 @@ def _of_outcome(outcome: Mapping[str, Any]) -> State:
 
 
 def _word_of_life(facts: Facts) -> Word:
+    if facts.stop_requested:
+        return "stopping"
     return "running" if facts.has_logged else "starting"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from launch.job import JOB_FILE
 from launch.run_facts import Facts, read_facts
 from launch.run_state import State, is_settled, state_by_home, state_of
 from launch.slurm import JobState
+from launch.tail import read_object
 from pomscale.distributed.generation import FOLDER as GENERATIONS
 from pomscale.errors import InputError, PomscaleError
 from pomscale.monitoring.history import INCARNATIONS_FILE
@@ -22,6 +23,7 @@ from pomscale.monitoring.sinks import METRICS_FILE
 RUNS = Path("runs")
 """Where runs are looked for by name; recipes put them there unless they say otherwise."""
 
+_PIPELINE_FILE = "pipeline.json"  # launch.pipeline_file, which knows of everything that can be launched
 _MARKS = {JOB_FILE, METRICS_FILE, INCARNATIONS_FILE, GENERATIONS}
 _MAX_DEPTH = 3  # FOLDER/SWEEP/POINT
 
@@ -65,7 +67,7 @@ class Summaries:
 
 
 def find_runs(folder: Path) -> dict[Path, str]:
-    """Homes of jobs and run folders below a folder, or the folder itself -> their names within it.
+    """Homes of jobs, run folders among them, below a folder, or the folder itself -> their names within it.
 
     InputError if there is no such folder.
     """
@@ -75,10 +77,19 @@ def find_runs(folder: Path) -> dict[Path, str]:
         )
     if is_home(folder):
         return {folder: folder.resolve().name}
-    return {home: str(home.relative_to(folder)) for home in _homes_below(folder, _MAX_DEPTH)}
+    return {home: _name_in(folder, home) for home in _homes_below(folder, _MAX_DEPTH)}
 
 
-def _homes_below(folder: Path, depth: int) -> Iterable[Path]:
+def _name_in(folder: Path, home: Path) -> str:
+    inside = home.absolute().is_relative_to(folder.absolute())
+    return str(home.absolute().relative_to(folder.absolute())) if inside else str(home)
+
+
+def _homes_below(folder: Path, depth: int) -> Iterator[Path]:
+    pipeline = read_object(folder / _PIPELINE_FILE)
+    if pipeline is not None:  # the homes of its stages, some of which are run folders elsewhere
+        yield from (Path(stage["home"]) for stage in pipeline["stages"])
+        return
     try:
         below = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir()]
     except PermissionError:

@@ -131,9 +131,45 @@ def bad_nodes(hosts: Iterable[str]) -> list[str]:
     return [name for name in names if name in bad]
 
 
+def configuration() -> dict[str, str]:
+    """How SLURM is set up here, by the names of slurm.conf."""
+    lines = _run(["scontrol", "show", "config"]).splitlines()
+    pairs = (line.partition("=") for line in lines if "=" in line)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def partition(name: str | None) -> dict[str, str]:
+    """A partition by SLURM's own names, such as MaxTime; None = the default one. Empty where there is none such."""
+    for line in _run(["scontrol", "show", "partition", "--oneliner"]).splitlines():
+        values = _values(line)
+        if values.get("PartitionName") == name or (name is None and values.get("Default") == "YES"):
+            return values
+    return {}
+
+
+def details(job_id: str) -> dict[str, str]:
+    """Of a job that the controller knows, by SLURM's own names, such as Requeue."""
+    return _values(_run(["scontrol", "show", "job", job_id, "--oneliner"]))
+
+
+def _values(line: str) -> dict[str, str]:
+    return dict(re.findall(r"(\S+?)=(\S*)", line))
+
+
 def hosts_of(nodelist: str) -> list[str]:
     """ "n[1-2,07],gpu3" -> ["n1", "n2", "n07", "gpu3"], as `scontrol show hostnames` has it, without asking SLURM."""
     return [host for part in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", nodelist) for host in _expanded(part)]
+
+
+def seconds_of(text: str) -> float | None:
+    """ "1-02:03:04", "2:03:04" or "3:04", as SLURM writes times; None for "UNLIMITED" and its like."""
+    if re.fullmatch(r"(\d+-)?(\d+:)*\d+", text) is None:
+        return None
+    days, _, rest = text.rpartition("-")
+    seconds = 0
+    for part in rest.split(":"):
+        seconds = seconds * 60 + int(part)
+    return float(int(days or 0) * 86400 + seconds)
 
 
 def _expanded(name: str) -> Iterator[str]:
@@ -158,7 +194,7 @@ def _in_queue(asked: list[str]) -> Iterator[JobState]:
         if job_id.partition("_")[0] not in asked and number in asked:
             job_id = number
         why = "" if reason == "None" else reason
-        yield JobState(job_id, state, why, hosts_of(nodes), _seconds(used) or 0.0, _seconds(left), int(restarts))
+        yield JobState(job_id, state, why, hosts_of(nodes), seconds_of(used) or 0.0, seconds_of(left), int(restarts))
 
 
 def _squeue(job_ids: list[str], options: list[str]) -> list[str]:
@@ -191,17 +227,6 @@ def _in_accounting(asked: list[str]) -> Iterator[JobState]:
         why = "" if reason == "None" else reason
         # "CANCELLED by 1000"
         yield JobState(job_id, state.split()[0], why, hosts, float(elapsed), None, None)
-
-
-def _seconds(text: str) -> float | None:
-    """ "1-02:03:04", "2:03:04" or "3:04"; None for "UNLIMITED" and its like."""
-    if re.fullmatch(r"(\d+-)?(\d+:)*\d+", text) is None:
-        return None
-    days, _, rest = text.rpartition("-")
-    seconds = 0
-    for part in rest.split(":"):
-        seconds = seconds * 60 + int(part)
-    return float(int(days or 0) * 86400 + seconds)
 
 
 def _run(words: list[str]) -> str:

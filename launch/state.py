@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import psutil
-
 from launch.job import ATTEMPTS, Submission, Verdict, submissions
+from launch.run_facts import process_lives
+
+_STARTED_WITHIN_S = 60.0  # a local job, after its submission; a process that began later has only got the same number
 
 
 def ended(home: Path) -> Verdict | None:
@@ -23,7 +24,7 @@ def ended(home: Path) -> Verdict | None:
     submission = next(iter(submissions(home)[-1:]), None)
     if submission is None:
         return None
-    lives = submission.scheduler == "slurm" or psutil.pid_exists(int(submission.job_id))  # before its last word is read
+    lives = submission.scheduler == "slurm" or _lives(submission)  # before its last word is read
     verdicts = _verdicts(home, submission)
     final = [verdict for verdict in verdicts if verdict.action in ("done", "fail")]
     if len(final) == _num_tasks(submission):
@@ -37,6 +38,10 @@ def ended(home: Path) -> Verdict | None:
 def is_success(verdict: Verdict) -> bool:
     """Whether what waits for it may begin: skipped items beyond what a recipe puts up with are no success."""
     return verdict.action == "done" and verdict.exit_code == 0
+
+
+def _lives(submission: Submission) -> bool:
+    return process_lives(int(submission.job_id), began_before_unix_s=submission.submitted_unix_s + _STARTED_WITHIN_S)
 
 
 def _num_tasks(submission: Submission) -> int:

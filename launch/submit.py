@@ -90,7 +90,7 @@ def _submit_to_slurm(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> str:
     home = Path(spec.home)
     keep(home / JOB_FILE, spec)
     submitted_unix_s = time.time()
-    with _as_on_a_login_node(), _refusal_explained():
+    with _as_on_a_login_node(), _refusal_explained(home):
         tasks = [SlurmTask(spec.home)] * (wish.array or 1)
         job_id = executor.submit_array(tasks)[0].job_id.partition("_")[0]
     record(home, Submission(job_id, submitted_unix_s, "slurm", spec.num_nodes, len(tasks)))
@@ -111,10 +111,12 @@ def _as_on_a_login_node() -> Iterator[None]:
 
 
 @contextmanager
-def _refusal_explained() -> Iterator[None]:
+def _refusal_explained(home: Path) -> Iterator[None]:
     try:
         with redirect_stderr(io.StringIO()):  # submitit prints what it raises
             yield
+    except OSError as error:
+        raise PomscaleError(f"{home}: the job cannot be written there: {error}; make room and launch again") from error
     except FailedJobError as error:
         lines = [line.removeprefix("sbatch: error: ").strip() for line in str(error).splitlines()]
         words = "; ".join(filter(None, lines))

@@ -15,7 +15,7 @@ from pathlib import Path
 from launch import slurm
 from launch.evaluations import Evaluations
 from launch.forwarding import Forwarding
-from launch.job import REQUEUE_FILE, Attempt, Ending, JobSpec, Start, Verdict, attempts, endings, keep
+from launch.job import END_FILE, REQUEUE_FILE, Attempt, Ending, JobSpec, Start, Verdict, attempts, endings, keep
 from launch.place import Place
 from launch.verdict import EXIT_STOPPED, Evidence, judge
 from pomscale.checkpoint.folder import complete_checkpoints, samples_of
@@ -24,9 +24,12 @@ from pomscale.errors import PomscaleError
 from pomscale.files import write_text
 from pomscale.run_folder import outcomes_after
 
-# How long ranks may take to end after the first one, and their guards to say so (a shared file system shows new files
-# late); a rank that waits for another one for good is killed then.
-_SETTLE_S = 20.0
+LAST_WORDS_S = 10.0
+"""For a rank that is to end because another one has; then it is killed, for it may wait for that one for good."""
+ENDED_BY_SUPERVISOR = "the supervisor"
+
+# How long the guards of the others may take to say how theirs has ended: a shared file system shows new files late.
+_SETTLE_S = 40.0
 _LOOK_EVERY_S, _EVALUATE_EVERY_S = 1.0, 5.0
 _CLOCK_SKEW_S = 60.0
 _GOOD_ENDS = (0, EXIT_STOPPED)
@@ -58,6 +61,8 @@ class Supervisor:
             time.time(),
             newest_generation(self._home),
         )
+        for name in ("verdict.json", REQUEUE_FILE, END_FILE):  # of a SLURM that was set up anew and counts from 1 again
+            (self._attempt / name).unlink(missing_ok=True)
         keep(self._attempt / "start.json", start)
         self._start = start
         if self._spec.evaluations:
@@ -92,9 +97,17 @@ class Supervisor:
             return
         if self._first_bad_s is None and any(one.returncode not in _GOOD_ENDS for one in self._endings()):
             self._first_bad_s = now_s
-        if self._first_bad_s is not None and now_s - self._first_bad_s > _SETTLE_S:
-            self._forwarding.first = self._forwarding.first or "its guard, since another rank has ended"
+            self._end_all()
+        if self._first_bad_s is not None and now_s - self._first_bad_s > LAST_WORDS_S:
+            self._forwarding.first = self._forwarding.first or ENDED_BY_SUPERVISOR
             child.kill()
+
+    def _end_all(self) -> None:
+        """Who answers is alive: what is silent then has gone with its node."""
+        try:
+            (self._attempt / END_FILE).touch()
+        except OSError as problem:
+            print(f"warning: {problem}; the other ranks are not told to end", file=sys.stderr, flush=True)
 
     def _look_at_the_scheduler(self) -> None:
         """Told to end: by whom? Where SLURM is ending the job itself, seconds are left to say which nodes are bad."""
@@ -126,6 +139,8 @@ class Supervisor:
 
     def conclude(self, own: Ending) -> int:
         """After the process of rank 0 has ended: wait for the others, decide, record. Returns the job's exit code."""
+        if self._spec.is_run and own.returncode not in _GOOD_ENDS:
+            self._end_all()
         known = self._wait_for_the_others(own)
         self._look_at_the_scheduler()
         if self._left is not None:

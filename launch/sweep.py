@@ -44,13 +44,19 @@ def plan_sweep(
 
 
 def submit_sweep(planned: Collection[PlannedPoint], *, new_code: bool) -> dict[Path, str]:
-    """Home -> job id of the new ones. If one is refused, those before it stay: the same command submits the rest."""
+    """Home -> job id of the new ones. If one is refused, those before it stay: the same command submits the rest.
+
+    On one machine they run one after another, whatever becomes of each.
+    """
     jobs: dict[Path, str] = {}
     for one in planned:
         if one.prepared is None:
             continue
+        prepared = one.prepared
+        if prepared.profile.scheduler == "local" and jobs:
+            prepared = prepared.waiting_for({str(list(jobs)[-1]): "any"})
         try:
-            jobs[one.home] = one.prepared.submit(new_code=new_code)
+            jobs[one.home] = prepared.submit(new_code=new_code)
         except PomscaleError as error:
             if not jobs:
                 raise

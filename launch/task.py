@@ -51,7 +51,7 @@ class SlurmTask:
             f"--nnodes={spec.num_nodes}",
             f"--node-rank={os.environ['SLURM_NODEID']}",
             f"--master-addr={hosts[0]}",
-            f"--master-port={port_of(os.environ['SLURM_JOB_ID'], restart)}",
+            f"--master-port={port_of(spec, job_id, restart)}",
         ]
         code = _start_ranks(spec, rendezvous, {}, Forwarding())
         attempt = attempt_folder(Path(self.home), job_id, restart)

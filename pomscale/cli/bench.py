@@ -38,7 +38,16 @@ def add(verbs: Any) -> None:
     bench_engine.set_defaults(run=_run, measure=_engine)
     bench_plan = bench_verbs.add_parser("plan", help="what `pomscale plan` says of memory, beside what is allocated")
     bench_plan.set_defaults(run=_run, measure=_plan)
-    for one in (bench_loader, bench_encode, bench_checkpoint, bench_engine, bench_plan):
+    bench_logging = bench_verbs.add_parser("logging", help="what a row of metrics costs a step, with all sinks")
+    bench_logging.add_argument("--batch", type=positive, default=2, help="samples per step (default 2)")
+    bench_logging.add_argument("--num-steps", type=positive, default=10, help="per turn (default 10)")
+    bench_logging.add_argument("--num-turns", type=positive, default=10, help="with rows, and without (default 10)")
+    bench_logging.set_defaults(run=_run, measure=_logging)
+    bench_runs = bench_verbs.add_parser("runs", help="seconds of `pomscale runs` with many run folders")
+    bench_runs.add_argument("--num-runs", type=positive, default=200, help="run folders (default 200)")
+    bench_runs.add_argument("--num-rows", type=positive, default=1000, help="of metrics in each (default 1,000)")
+    bench_runs.set_defaults(run=_run, measure=_runs)
+    for one in (bench_loader, bench_encode, bench_checkpoint, bench_engine, bench_plan, bench_logging, bench_runs):
         one.add_argument("--out", type=Path, help="also write the figures as JSON, with machine, versions and commit")
 
 
@@ -87,3 +96,15 @@ def _plan(arguments: argparse.Namespace) -> BenchReport:
     from pomscale.benchmarks.plan import bench_plan
 
     return bench_plan()
+
+
+def _logging(arguments: argparse.Namespace) -> BenchReport:
+    from pomscale.benchmarks.logging import bench_logging
+
+    return bench_logging(batch=arguments.batch, num_steps=arguments.num_steps, num_turns=arguments.num_turns)
+
+
+def _runs(arguments: argparse.Namespace) -> BenchReport:
+    from pomscale.benchmarks.runs import bench_runs
+
+    return bench_runs(num_runs=arguments.num_runs, num_rows=arguments.num_rows)

@@ -15,13 +15,16 @@ from typing import Any
 from pomscale.cli.arguments import add_recipe, positive, unknown_words
 from pomscale.errors import InputError
 
+_PROFILE = "name in slurm/clusters, or the path of a YAML file"
+
 
 def add(verbs: Any) -> None:
     """The verbs."""
     launch = verbs.add_parser("launch", help="submit a run, an encode, a sweep or a pipeline to a cluster")
     add_recipe(launch)
-    _add_cluster_options(launch)
-    launch.add_argument("--nodes", type=positive, help="of a training run (default 1)")
+    launch.add_argument("--cluster", required=True, metavar="PROFILE", help=_PROFILE)
+    _add_changes(launch)
+    launch.add_argument("--nodes", type=positive, help="of the job (default 1)")
     launch.add_argument("--time", metavar="H:MM:SS", help="time limit (default: the profile's)")
     launch.add_argument("--array", type=positive, metavar="N", help="of an encode: N tasks that share the work")
     launch.add_argument("--dry-run", action="store_true", help="check everything, show the job script, submit nothing")
@@ -31,12 +34,19 @@ def add(verbs: Any) -> None:
     cluster_verbs = cluster.add_subparsers(metavar="VERB", required=True)
     known = cluster_verbs.add_parser("list", help="the profiles that are known by name")
     known.set_defaults(run=_list)
+    check = cluster_verbs.add_parser("check", help="submit a one-minute job that tells what works on a cluster")
+    check.add_argument("profile", metavar="PROFILE", help=_PROFILE)
+    check.add_argument("--nodes", type=positive, help="default 2; 1 without SLURM")
+    _add_changes(check)
+    check.set_defaults(run=_check)
+    probe = cluster_verbs.add_parser("probe", help="what `cluster check` runs on the nodes")
+    probe.add_argument("folder", type=Path)
+    probe.add_argument("--offline", action="store_true", help="do not try to reach the internet")
+    probe.add_argument("--signal", action="store_true", help="wait for one")
+    probe.set_defaults(run=_probe, leaves_threads=True)
 
 
-def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--cluster", required=True, metavar="PROFILE", help="name in slurm/clusters, or the path of a YAML file"
-    )
+def _add_changes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change the profile: --set account=abc@h100"
     )
@@ -55,7 +65,7 @@ def _launch(verbs: Mapping[str, argparse.ArgumentParser], arguments: argparse.Na
         array=arguments.array,
         dry_run=arguments.dry_run,
         new_code=arguments.new_code,
-        command_line=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        command_line=["pomscale", *sys.argv[1:]],
     )
     return launch(asked, partial(_check_command, verbs))
 
@@ -82,4 +92,21 @@ def _list(arguments: argparse.Namespace) -> int:
 
     for name, path in known_clusters().items():
         print(f"{name:<16}{load_cluster(path).description}")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from launch.cluster_check import check_cluster
+    from pomscale.config.recipe import load_cluster
+
+    profile = load_cluster(arguments.profile, arguments.set)
+    report = check_cluster(arguments.profile, profile, num_nodes=arguments.nodes)
+    print(report)
+    return report.exit_code
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from pomscale.distributed.cluster_probe import probe
+
+    probe(arguments.folder, offline=arguments.offline, expect_signal=arguments.signal)
     return 0

@@ -1,9 +1,9 @@
 """What `pomscale cluster check` finds on the nodes: written there by cluster_probe, read on the login node. No torch.
 
-    FOLDER/rank-00000.json      a rank alone (RankFacts)
-    FOLDER/world.json           all ranks together (WorldFacts), by rank 0
-    FOLDER/ready-00000          the rank waits for a signal
-    FOLDER/signal-00000         it came
+FOLDER/rank-00000.json      a rank alone (RankFacts)
+FOLDER/world.json           all ranks together (WorldFacts), by rank 0
+FOLDER/ready-00000          the rank waits for a signal
+FOLDER/signal-00000         it came
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ class RankFacts(_Kept):
 
 @dataclass(frozen=True)
 class WorldFacts(_Kept):
-    """problem: what makes a run impossible. warnings: ranks that are slow. matmul_tflops: median and slowest.
+    """problem: what makes a run impossible. warnings: ranks that are slow. matmul_tflops: median and slowest rank.
 
-    inside_gb_per_s: of an all-reduce among the ranks of a node, by node. seen_after_s: until a file that another node
-    has written is seen, the longest of each node; None where it never was. clock_s: ahead of the clock of rank 0.
+    inside_gb_per_s: of an all-reduce among the ranks of each node. across_gb_per_s: among all; None on one node.
+    seen_after_s: until a file that another node has written is seen, the longest of each node; None if it never is.
+    clock_s: ahead of the clock of rank 0.
     """
 
     num_ranks: int
@@ -64,7 +65,7 @@ class WorldFacts(_Kept):
     problem: str | None
     warnings: list[str]
     matmul_tflops: list[float]
-    all_reduce_gb_per_s: float
+    across_gb_per_s: float | None
     inside_gb_per_s: dict[str, float]
     seen_after_s: dict[str, float | None]
     clock_s: dict[str, float]

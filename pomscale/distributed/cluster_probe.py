@@ -5,6 +5,7 @@ Each rank first tells what it finds alone, so that a rendezvous that hangs does 
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import secrets
@@ -13,12 +14,13 @@ import socket
 import statistics
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
 from datetime import timedelta
+from http.client import HTTPException
 from pathlib import Path
+from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -36,39 +38,44 @@ from pomscale.distributed.world import World, join_world, resolve_device
 from pomscale.errors import PomscaleError
 from pomscale.files import make_folder, write_text
 
-_JOIN_S = 120
-_SEE_S = 20.0  # a file that takes longer to be seen is not seen
+_JOIN_S = 120.0
+_SEE_S = 20.0  # a file that takes longer to be seen is never seen
 _SIGNAL_S = 60.0
 _ANSWER_S = 8.0
 _NUM_CLOCK_LOOKS = 9
-_SERVERS = {"WANDB_BASE_URL": "https://api.wandb.ai", "HF_ENDPOINT": "https://huggingface.co"}
 
 
 def probe(folder: Path, *, offline: bool, expect_signal: bool) -> None:
     """Leave in `folder`, shared by all ranks, what cluster_facts describes.
 
-    offline: ask nothing of the internet. expect_signal: then wait for a SIGUSR2, a minute at most. Raises PomscaleError
+    offline: ask nothing of the internet. expect_signal: then wait for SIGUSR2, a minute at most. Raises PomscaleError
     where the folder cannot be written; what else is wrong is told in the files, or ends this process.
     """
-    arrived = threading.Event()
-    signal.signal(signal.SIGUSR2, lambda number, frame: arrived.set())
+    arrived: list[int] = []
+    signal.signal(signal.SIGUSR2, lambda number, frame: arrived.append(number))
     make_folder(folder)
     rank, is_first = int(os.environ.get("RANK", "0")), os.environ.get("LOCAL_RANK", "0") == "0"
     _about_this_rank(folder, rank, is_first=is_first, offline=offline).keep(rank_path(folder, rank))
     start_s = time.perf_counter()
     with join_world("auto", timeout=timedelta(seconds=_JOIN_S)) as world:
-        found = _about_all(world, folder, time.perf_counter() - start_s)
+        facts = _about_all(world, folder, join_s=time.perf_counter() - start_s)
         if world.is_main:
-            found.keep(folder / WORLD_FILE)
+            facts.keep(folder / WORLD_FILE)
         if expect_signal:
-            write_text(ready_path(folder, rank), "")
-            if arrived.wait(_SIGNAL_S):
-                write_text(signal_path(folder, rank), "")
+            _wait_for_signal(arrived, folder, rank)
             world.barrier()
 
 
+def _wait_for_signal(arrived: list[int], folder: Path, rank: int) -> None:
+    write_text(ready_path(folder, rank), "")
+    deadline_s = time.monotonic() + _SIGNAL_S
+    while not arrived and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    if arrived:
+        write_text(signal_path(folder, rank), "")
+
+
 def _about_this_rank(folder: Path, rank: int, *, is_first: bool, offline: bool) -> RankFacts:
-    device, has_cuda = resolve_device("auto"), torch.cuda.is_available()
     folders = {}
     if is_first:
         folders = {"runs": folder, "temporary": Path(tempfile.gettempdir()), "home": Path.home()}
@@ -78,6 +85,7 @@ def _about_this_rank(folder: Path, rank: int, *, is_first: bool, offline: bool) 
             speeds[what] = write_speed(path / f".pomscale-{secrets.token_hex(8)}")
         except OSError as error:
             problems[what] = str(error)
+    has_cuda = torch.cuda.is_available()
     return RankFacts(
         rank,
         _node(),
@@ -85,7 +93,7 @@ def _about_this_rank(folder: Path, rank: int, *, is_first: bool, offline: bool) 
         sys.executable,
         torch.__version__,
         ".".join(map(str, torch.cuda.nccl.version())) if has_cuda else None,
-        (torch.cuda.get_device_name(device), str(torch.cuda.get_device_properties(device).uuid)) if has_cuda else None,
+        _gpu(resolve_device("cuda")) if has_cuda else None,
         torch.cuda.device_count() if has_cuda else 0,
         len(os.sched_getaffinity(0)),
         [name for _, name in socket.if_nameindex()],
@@ -96,41 +104,123 @@ def _about_this_rank(folder: Path, rank: int, *, is_first: bool, offline: bool) 
     )
 
 
+def _gpu(device: torch.device) -> tuple[str, str]:
+    """(its name, which one it is)."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, str(properties.uuid)
+
+
 def _node() -> str:
     """As SLURM calls it."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _silent_servers() -> str | None:
-    """Those of the servers that runs use which do not answer, and why."""
-    problems: dict[str, str] = {}
+    """Those of the servers that runs use that do not answer, with the reason; None if all do."""
+    urls = [os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"), "https://huggingface.co"]
+    answers: dict[str, str] = {}
+    # Threads, since to look up a name where there is no network may take minutes.
+    threads = [Thread(target=_ask, args=(url, answers), daemon=True) for url in urls]
+    for thread in threads:
+        thread.start()
+    deadline_s = time.monotonic() + _ANSWER_S
+    for thread in threads:
+        thread.join(max(0.0, deadline_s - time.monotonic()))
+    silent = {url: answers.get(url, "no answer") for url in urls}
+    return "; ".join(f"{url}: {why}" for url, why in silent.items() if why) or None
 
-    def ask(url: str) -> None:
-        try:
-            urllib.request.urlopen(url, timeout=_ANSWER_S).close()
-        except urllib.error.HTTPError:
-            pass  # it answered
-        except OSError as error:
-            problems[url] = str(error)
-        else:
-            problems.pop(url, None)
-            return
-        ...
 
-    return None
+def _ask(url: str, answers: dict[str, str]) -> None:
+    """url -> why it does not answer, "" if it does. Any status is an answer. By the proxy, where one is set."""
+    try:
+        urllib.request.urlopen(url, timeout=_ANSWER_S).close()
+    except urllib.error.HTTPError:
+        answers[url] = ""
+    except (OSError, HTTPException, ValueError) as error:
+        answers[url] = str(error)
+    else:
+        answers[url] = ""
 
 
 def _about_all(world: World, folder: Path, join_s: float) -> WorldFacts:
     """The same on all ranks. A collective of some seconds."""
     nodes: list[str] = world.gather(_node())  # type: ignore[assignment]
-    seen_after_s = _seen_after_s(world, folder)
-    clock_s = _clock_s(world)
-    inside_gb_per_s = _inside_gb_per_s(world, nodes)
-    problem, warnings, metrics = None, (), {}
+    seen_after_s = _seen_after_s(world, nodes, folder)
+    clock_s = _clock_s(world, nodes)
+    inside_gb_per_s, problem = _inside_gb_per_s(world, nodes)
+    warnings: tuple[str, ...] = ()
+    metrics: dict[str, float] = {}
     try:
         found = preflight(world, folder, "bf16" if world.device.type == "cuda" else "fp32")
+        warnings, metrics = found.warnings, found.metrics
     except PomscaleError as error:
         problem = str(error)
-    else:
-        warnings, metrics = found.warnings, found.metrics
-    ...
+    return WorldFacts(
+        world.size,
+        join_s,
+        problem,
+        list(warnings),
+        [metrics[name] for name in ("preflight/matmul_tflops", "preflight/matmul_slowest_tflops") if metrics],
+        metrics.get("preflight/all_reduce_gb_per_s") if len(set(nodes)) > 1 else None,
+        inside_gb_per_s,
+        seen_after_s,
+        clock_s,
+    )
+
+
+def _seen_after_s(world: World, nodes: list[str], folder: Path) -> dict[str, float | None]:
+    """Each way between the first node and the last."""
+    longest_s = 0.0
+    for writer in sorted({0, world.size - 1}):
+        mark = folder / f"seen-{writer}"
+        if world.rank == writer:
+            write_text(mark, "")
+        world.barrier()
+        longest_s = max(longest_s, _seconds_until(mark))
+    return {
+        node: seconds if math.isfinite(seconds) else None
+        for node, seconds in _worst(nodes, world.gather(longest_s)).items()  # type: ignore[arg-type]
+    }
+
+
+def _seconds_until(path: Path) -> float:
+    """Infinity if it does not come to be."""
+    start_s = time.perf_counter()
+    while not path.exists():
+        if time.perf_counter() - start_s > _SEE_S:
+            return math.inf
+        time.sleep(0.01)
+    return time.perf_counter() - start_s
+
+
+def _worst(nodes: list[str], values: list[float]) -> dict[str, float]:
+    """The largest of the values of each node's ranks."""
+    worst: dict[str, float] = {}
+    for node, value in zip(nodes, values, strict=True):
+        worst[node] = max(value, worst.get(node, value))
+    return worst
+
+
+def _clock_s(world: World, nodes: list[str]) -> dict[str, float]:
+    """All look at once, as near as a collective brings them; the median of some looks."""
+    looks: list[list[float]] = []
+    for _ in range(_NUM_CLOCK_LOOKS):
+        world.barrier()
+        looks.append(world.gather(time.time()))  # type: ignore[arg-type]
+    ahead = [statistics.median(look[rank] - look[0] for look in looks) for rank in range(world.size)]
+    return {node: ahead[nodes.index(node)] for node in dict.fromkeys(nodes)}
+
+
+def _inside_gb_per_s(world: World, nodes: list[str]) -> tuple[dict[str, float], str | None]:
+    """(by node, problem). Nodes of one rank have nothing to reduce."""
+    own = None
+    for node in dict.fromkeys(nodes):
+        ranks = [rank for rank, where in enumerate(nodes) if where == node]
+        group = dist.new_group(ranks)  # by all ranks, members or not
+        if world.rank in ranks and len(ranks) > 1:
+            own = group
+    speed, is_right = (None, True) if own is None else all_reduce_speed(world.device, own)
+    found: list[tuple[float | None, bool]] = world.gather((speed, is_right))  # type: ignore[assignment]
+    speeds = {node: speed for node, (speed, _) in zip(nodes, found, strict=True) if speed is not None}
+    wrong = sorted({node for node, (_, is_right) in zip(nodes, found, strict=True) if not is_right})
+    return speeds, f"an all-reduce inside of {', '.join(wrong)} gave a wrong sum: exclude it" if wrong else None

@@ -3,18 +3,22 @@
 Sharded training waits for all ranks several times a step, so every rank's step takes as long as the slowest one's: step
 times tell that a run is slow and never who makes it slow. What is a rank's own is measured instead, at the logging
 interval: a fixed amount of computation with nobody to wait for (a throttled GPU, a busy core), and how long it waited
-for its data (a slow disk or network). One all-gather of a few numbers.
+for its data (a slow disk or network). One all-gather of a few numbers. Only of a rank that is named, and only then, it
+is asked what its host and its GPU are doing: watching every GPU of a large run all the time would drown the one figure
+that matters.
 """
 
 from __future__ import annotations
 
 import socket
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from pomscale.distributed.own_figures import own_figures
 from pomscale.distributed.probe import MatmulProbe
 from pomscale.distributed.world import World
 
@@ -24,10 +28,14 @@ _NUM_IN_A_ROW = 3  # reports: anything can be slow once
 
 @dataclass(frozen=True)
 class StragglerReport:
-    """The same on all ranks. metrics: ranks/*, see monitoring.names; warning: for people, when it is due."""
+    """The same on all ranks. metrics: ranks/*, see monitoring.names; warning: for people, when it is due.
+
+    named: the rank that has been slowest for a multiple of _NUM_IN_A_ROW reports.
+    """
 
     metrics: dict[str, float | str]
     warning: str | None
+    named: int | None = None
 
 
 class Stragglers:
@@ -44,7 +52,8 @@ class Stragglers:
     def report(self, step_time_s: float, data_wait_s: float) -> StragglerReport:
         """A collective of a few milliseconds; waits for the device.
 
-        Both arguments: this rank's mean per step since the last report. A world of one has nothing to report.
+        Both arguments: this rank's mean per step since the last report. A world of one has nothing to report. Where a
+        rank is named, a second collective brings its straggler/* figures; it takes as long as they do.
         """
         if self._world.size == 1:
             return StragglerReport({}, None)
@@ -53,7 +62,12 @@ class Stragglers:
         )
         gathered = [torch.empty_like(mine) for _ in range(self._world.size)]
         dist.all_gather(gathered, mine)
-        return self.judge(*torch.stack(gathered, dim=1).tolist())  # waits for the device once, not once per rank
+        report = self.judge(*torch.stack(gathered, dim=1).tolist())  # waits for the device once, not once per rank
+        if report.named is None:
+            return report
+        own = own_figures(self._world.device) if self._world.rank == report.named else None
+        figures: Any = self._world.gather(own)[report.named]
+        return replace(report, metrics={**report.metrics, "straggler/rank": report.named, **figures})
 
     def judge(self, probe_s: list[float], data_wait_s: list[float], step_time_s: list[float]) -> StragglerReport:
         """The report on figures of all ranks, in rank order. Remembers who was slow."""
@@ -79,7 +93,7 @@ class Stragglers:
                 f"rank {worst.rank} on {self._hosts[worst.rank]} {what} {1.0 + worst.excess:.2f} times as long as the "
                 f"median rank, {_NUM_IN_A_ROW} reports in a row: all {self._world.size} ranks wait for it"
             )
-        return StragglerReport(metrics, warning)
+        return StragglerReport(metrics, warning, None if self._in_a_row % _NUM_IN_A_ROW else worst.rank)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ METRICS: dict[str, str] = {
     "ranks/data_wait_rank": "the rank that waits longest for data",
     "straggler/rank": "the rank that holds the others up; what follows is measured there, once it has been named",
     "straggler/host": "its host",
-    "straggler/cpu_percent": "CPU use of that host in percent, over half a second",
+    "straggler/cpu_percent": "CPU use of that host in percent, while the other ranks wait",
     "straggler/load_per_cpu": "its processes that run or wait to, mean of the last minute, over its cores",
     "straggler/memory_gib": "memory in use on that host, GiB",
     "straggler/process_memory_gib": "resident memory of that rank's process, GiB",

@@ -60,10 +60,11 @@ thead th { border-bottom: 2px solid #e3e7ed; vertical-align: bottom; }
 .keys th { width: 25%; min-width: 8em; }
 .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 td small { display: block; color: #5f6b7a; }
-.keys td, .beside td { overflow-wrap: anywhere; }
-.beside td, .beside th { min-width: 6.5em; }
-.beside td:first-child, .beside th:first-child { position: sticky; left: 0; min-width: 8em; max-width: 22em;
-                                                 background: #fff; }
+.keys td { overflow-wrap: anywhere; }
+.beside td, .beside th { min-width: 6.5em; max-width: 22em; overflow-wrap: anywhere; }
+.beside th { white-space: normal; }
+.beside td:first-child, .beside th:first-child { position: sticky; left: 0; min-width: 8.5em; background: #fff; }
+@media (min-width: 700px) { .beside td:first-child, .beside th:first-child { min-width: 18em; } }
 figure + .card, .card + .grids, details + .grids { margin-top: 12px; }
 summary { margin-top: 12px; cursor: pointer; color: #1f4e98; }
 pre { margin: 0; font: .82rem/1.45 ui-monospace, Menlo, Consolas, monospace; }

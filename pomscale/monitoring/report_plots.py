@@ -38,6 +38,7 @@ _TIME_COLORS = {
     "other": "#56606f",
 }
 _DPI = 150
+_MAX_LABEL = 28
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def _draw(axes: Axes, panel: Panel, resumed_at: Sequence[int], styles: Mapping[s
         spine.set_color(RULE)
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
+        labels = [_short(label) for label in labels]
         legend = axes.legend(handles, labels, frameon=False, fontsize=8, labelcolor=MUTED, ncols=3 if ordered else 1)
         for text in legend.get_texts():
             text.set_parse_math(False)
@@ -187,12 +189,20 @@ def _draw_times(axes: Axes, times: Mapping[str, Goodput]) -> None:
         axes.set_axis_off()
     else:
         title = "wall time, and how much of it was productive"
-        axes.set_yticks(range(len(times)), [f"{name}\n{words}" for name, words in told.items()], parse_math=False)
+        axes.set_yticks(
+            range(len(times)), [f"{_short(name)}\n{words}" for name, words in told.items()], parse_math=False
+        )
         axes.tick_params(colors=MUTED, labelsize=8.5, length=0, labelbottom=False)
         for spine in axes.spines.values():
             spine.set_visible(False)
     axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
     axes.legend(frameon=False, fontsize=8, labelcolor=MUTED, ncols=6, loc="upper left", bbox_to_anchor=(0, 0))
+
+
+def _short(label: str) -> str:
+    """What runs are called begins and ends in what tells them apart, mostly."""
+    half = _MAX_LABEL // 2
+    return label if len(label) <= _MAX_LABEL else f"{label[:half]}…{label[1 - half :]}"
 
 
 def _spans_decades(lines: Sequence[Sequence[float]]) -> bool:

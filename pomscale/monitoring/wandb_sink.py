@@ -71,7 +71,7 @@ class WandbSink:
         self._has_warned = False
         self._num_lost = 0
         self.num_delivered = 0  # evaluations
-        self._has_files_to_log = lock is None
+        self._has_files_to_give = lock is None
         self._run: Run | None = None
         if config.mode == "online":
             try:
@@ -138,9 +138,7 @@ class WandbSink:
                     return
                 self._tried_s = time.monotonic()
                 self._run = self._opening.open()
-            if self._has_files_to_log:
-                self._has_files_to_log = False  # one try: they are in the run folder
-                self._opening.log_files(self._run)
+            self._give_files(self._run)
             self._queue_evaluations()
             while self._waiting:
                 call = self._waiting[0]
@@ -149,6 +147,16 @@ class WandbSink:
                 self._given.append((time.monotonic(), call))
         except Exception as error:  # noqa: BLE001 (whatever wandb raises)
             self._fail(error)
+
+    def _give_files(self, run: Run) -> None:
+        """Once, and it may fail: the run folder has them."""
+        if not self._has_files_to_give:
+            return
+        self._has_files_to_give = False
+        try:
+            self._opening.log_files(run)
+        except Exception as error:  # noqa: BLE001 (whatever wandb raises)
+            logger.warning("wandb did not take code and recipe: %r", error)
 
     def _hand(self, run: Run, call: _Call) -> None:
         try:

@@ -135,9 +135,10 @@ def summary(plan: Plan) -> list[str]:
 
 def misfit(plan: Plan) -> str:
     """Why a plan that does not fit will fail, and the remedy."""
+    needed, usable = (num_bytes / _GIB for num_bytes in (plan.memory.peak, plan.usable_bytes))
     return (
-        f"{plan.recipe.name}: needs {plan.memory.peak / _GIB:.1f} GiB per GPU, and {plan.usable_bytes / _GIB:.1f} GiB of "
-        f"an {plan.gpu.name} are usable; {_verdict(plan)[0][10:]}"
+        f"{plan.recipe.name}: needs {needed:.1f} GiB per GPU, and {usable:.1f} GiB of an {plan.gpu.name} are usable; "
+        f"{_verdict(plan)[0][10:]}"
     )
 
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,6 +28,7 @@ from pomscale.distributed.stragglers import Stragglers
 from pomscale.distributed.watchdog import Watchdog
 from pomscale.distributed.world import World, join_world
 from pomscale.errors import PomscaleError
+from pomscale.monitoring.names import METRICS
 
 HOST = socket.gethostname()
 
@@ -70,8 +73,8 @@ def check_preflight(world: World, folder: Path) -> None:
         multiply(a, b, out=out)
         out[len(out) // 2, 3] *= 1.5
 
-    def lost_packet(values: Tensor) -> None:
-        reduce(values)
+    def lost_packet(values: Tensor, **options: Any) -> None:
+        reduce(values, **options)
         values[values.numel() // 2 :] += 1
 
     with fault(world.rank == 1, torch, "mm", one_wrong_entry):
@@ -106,6 +109,16 @@ def check_stragglers(world: World) -> None:
         assert report.metrics["ranks/slowest_host"] == HOST
         assert report.metrics["ranks/compute_slowdown"] > 2
     assert [report.warning is not None for report in reports] == [False, False, True, False, False]
+    # Whoever is named tells what its host is doing, and nobody else does; again after as many reports.
+    assert [report.named for report in reports] == [None, None, 2, None, None]
+    told = [{name for name in report.metrics if name.startswith("straggler/")} for report in reports]
+    assert [bool(names) for names in told] == [False, False, True, False, False]
+    assert told[2] <= METRICS.keys()
+    named = reports[2].metrics
+    assert (named["straggler/rank"], named["straggler/host"]) == (2, HOST)
+    resident = world.gather(psutil.Process().memory_info().rss / 2**30)
+    assert named["straggler/process_memory_gib"] == pytest.approx(resident[2], rel=0.2)
+    assert stragglers.report(step_time_s=0.1, data_wait_s=0.01).named == 2
     assert str(reports[2].warning).startswith(f"rank 2 on {HOST} computes ")
     if world.rank == 2:
         stragglers._probe._num_products //= 6

@@ -3,7 +3,6 @@ tests/slurm/test_launch.py."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from pathlib import Path

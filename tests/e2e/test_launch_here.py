@@ -59,3 +59,25 @@ def test_a_debug_run_ends_with_its_own_exit_code(tiny_recipe: Path, overrides: l
     assert attempt.start.job_id == submission.job_id
     assert attempt.verdict is not None
     assert attempt.verdict.exit_code == expect
+
+
+def test_the_runs_of_a_sweep_take_turns_on_one_machine(tiny_recipe: Path) -> None:
+    with tiny_recipe.open("a") as file:
+        file.write("sweep: {seed: [0, 1]}\n")
+    words = [sys.executable, "-m", "pomscale", "launch", str(tiny_recipe), "--cluster", "local", *SHORT]
+    subprocess.run(words, env=ENVIRONMENT, capture_output=True, timeout=60, check=True)
+    first, second = (tiny_recipe.parent / "runs" / f"tiny.seed={seed}" for seed in (0, 1))
+    pids = [int(submissions(home)[-1].job_id) for home in (first, second)]
+    try:
+        for pid in pids:
+            with suppress(psutil.NoSuchProcess):
+                psutil.Process(pid).wait(120)
+    finally:
+        for pid in pids:
+            with suppress(psutil.NoSuchProcess):
+                psutil.Process(pid).send_signal(signal.SIGTERM)
+    (before,), (after,) = attempts(first), attempts(second)
+    assert before.verdict is not None
+    assert after.verdict is not None
+    assert after.start.started_unix_s >= before.verdict.decided_unix_s
+    assert (outcome(first)["state"], outcome(second)["state"]) == ("finished", "finished")

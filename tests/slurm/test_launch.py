@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from cluster import SlurmCluster
 from launched import OVERRIDES, launch, pomscale
-from running import assert_same_run, train, write_tiny_recipe
+from running import GLOBAL_BATCH, assert_same_run, train, write_tiny_recipe
 
 from launch.job import JobSpec, LaunchedAs, submissions
 from launch.prepare import prepare_commands
@@ -46,7 +46,8 @@ def test_two_nodes_train_as_four_processes_do_without_slurm(
 ) -> None:
     for name, value in INSIDE_A_JOB.items():
         monkeypatch.setitem(slurm.environment, name, value)
-    run = launch(slurm, tmp_path, digits, "monitoring.wandb.mode=disabled")
+    short = ["monitoring.wandb.mode=disabled", f"training.total_samples={30 * GLOBAL_BATCH}"]
+    run = launch(slurm, tmp_path, digits, *short)
     for name in INSIDE_A_JOB:
         monkeypatch.delitem(slurm.environment, name)
 
@@ -73,7 +74,7 @@ def test_two_nodes_train_as_four_processes_do_without_slurm(
     without = tmp_path / "without"
     without.mkdir()
     recipe = write_tiny_recipe(without, digits)
-    train(recipe, *OVERRIDES, "monitoring.wandb.mode=disabled", num_processes=4)
+    train(recipe, *OVERRIDES, *short, num_processes=4)
     assert_same_run(run.folder, without / "runs" / "tiny")
 
 

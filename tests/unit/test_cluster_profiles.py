@@ -223,7 +223,7 @@ def test_further_options_and_jobs_to_wait_for(write: Write) -> None:
 def test_containers(write: Write) -> None:
     container = "container: {kind: %s, image: /images/pomscale, mounts: ['/a:/b', '/c'], options: [--writable]}"
     pyxis = srun_words(job_script(spec(), load_cluster(write(container % "pyxis")), Wish()))
-    assert ["--container-image=/images/pomscale", "--container-mounts=/a:/b,/c", "--writable"] == pyxis[6:9]
+    assert pyxis[6:9] == ["--container-image=/images/pomscale", "--container-mounts=/a:/b,/c", "--writable"]
     assert pyxis[9:11] == ["python", "-u"]
     profile = load_cluster(write(container % "apptainer"))
     apptainer = srun_words(job_script(spec(), profile, Wish()))
@@ -238,7 +238,7 @@ def test_the_script_hands_the_environment_on(write: Write, tmp_path: Path) -> No
     (home / "code").mkdir(parents=True)
     tools = tmp_path / "bin"
     tools.mkdir()
-    shown = f"import json, os, sys; print(json.dumps([dict(os.environ), sys.argv[1:]]), file=open({str(tmp_path / 'got')!r}, 'w'))"
+    shown = "import json, os, sys; json.dump([dict(os.environ), sys.argv[1:]], open(os.environ['GOT'], 'w'))"
     (tools / "srun").write_text(f'#!/bin/bash\nexec {sys.executable} -c {shlex.quote(shown)} "$@"\n')
     (tools / "srun").chmod(0o755)
     lines = ["modules: [arch/h100, cuda]", "setup: ['export FROM_SETUP=1']", "local_disk: $NODE_DISK/tmp"]
@@ -249,7 +249,12 @@ def test_the_script_hands_the_environment_on(write: Write, tmp_path: Path) -> No
     )
     loaded = tmp_path / "loaded"
     module = f'module() {{ echo "$@" >> {shlex.quote(str(loaded))}; }}; export -f module\n'
-    environment = {"PATH": f"{tools}:/usr/bin:/bin", "NODE_DISK": "/disk", "PYTHONPATH": "/before"}
+    environment = {
+        "PATH": f"{tools}:/usr/bin:/bin",
+        "NODE_DISK": "/disk",
+        "GOT": str(tmp_path / "got"),
+        "PYTHONPATH": "/before",
+    }
     subprocess.run(["bash", "-c", module + script], env=environment, check=True, timeout=30)
     found, words = json.loads((tmp_path / "got").read_text())
     assert loaded.read_text().split("\n")[:3] == ["purge", "load arch/h100", "load cuda"]

@@ -37,13 +37,13 @@ def test_the_copy_runs_and_says_where_it_comes_from(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_with_its_code_unless_told_otherwise(tmp_path: Path) -> None:
-    assert which_code(tmp_path).startswith("code of now, ")
+    assert which_code(tmp_path).startswith("of now, ")
     freeze(tmp_path)
     marked = tmp_path / "code" / "pomscale" / "__init__.py"
     marked.write_text("# as it was\n")
     freeze(tmp_path)
     assert marked.read_text() == "# as it was\n"
-    assert "the code it began with (" in which_code(tmp_path)
+    assert "what it began with (" in which_code(tmp_path)
     assert "--new-code takes that of now" in which_code(tmp_path)
 
     freeze(tmp_path, new_code=True)

@@ -9,17 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import wandb
 import wandb_reader
 from PIL import Image
 from running import mounted_disk
 from wandb_server import KEY, wandb_server
 
+import wandb
 from pomscale.config.monitoring import MonitoringConfig, WandbConfig
 from pomscale.errors import InputError
 from pomscale.monitoring import monitor as monitor_module
@@ -44,7 +45,8 @@ checkpoint: {every_samples: 32}
 def own_wandb() -> Iterator[None]:
     """A service process of its own for every test: some kill it."""
     yield
-    wandb.teardown()
+    with suppress(ConnectionError):  # it was killed
+        wandb.teardown()
 
 
 @pytest.fixture
@@ -336,7 +338,7 @@ def test_a_disk_that_stays_full_costs_wandb_its_rows_and_no_more(
         monitor.close()
         assert not _files(run)
         assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
-    assert "wandb missed 4 entries" in caplog.text  # recipe and code are one of them
+    assert "wandb missed 3 entries; metrics.jsonl has every row" in caplog.text
 
 
 def test_what_wandb_refuses_for_good_does_not_hold_up_the_rest(

@@ -115,7 +115,7 @@ def test_an_encode_has_one_rank_and_one_gpu_per_task(digits: Path, tmp_path: Pat
     assert "--gpus-per-node=1" in made.script()
     whole = prepare_encode(path, overrides, profile(**ON_GPUS), "test", gpus_per_node=4)
     assert (whole.spec.ranks_per_node, whole.gpus_per_node) == (4, 4)
-    with pytest.raises(InputError, match="source.path: nowhere: there is no such file or folder"):
+    with pytest.raises(InputError, match=r"source\.path: nowhere: there is no such file or folder"):
         prepare_encode(path, ["source.path=nowhere"], profile(), "test")
     prepare_encode(path, ["source.path=nowhere"], profile(), "test", to_come={tmp_path / "nowhere"})
 
@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_refused_with_what_would(tiny_recipe: Path, digits:
     large = ["compute.device=auto", "model.dim=8192", "model.depth=48"]
     with pytest.raises(InputError, match=r"tiny: needs [\d.]+ GiB per GPU, and 71.2 GiB of an H100 are usable"):
         prepare(tiny_recipe, *large, on=profile(**ON_GPUS, gpu="h100"))
-    with pytest.raises(InputError, match="compute.float8: A100 has no float8"):
+    with pytest.raises(InputError, match=r"compute\.float8: A100 has no float8"):
         prepare(tiny_recipe, "compute={device: auto, float8: true}", on=profile(**ON_GPUS, gpu="a100"))
     fits = prepare(tiny_recipe, "compute.device=auto", on=profile(**ON_GPUS, gpu="h100"))
     assert fits.plan[0].startswith("plan      tiny on 1 x 4 H100")
@@ -216,7 +216,7 @@ def test_before_the_first_checkpoint_it_is_the_recipe_that_was_launched(tiny_rec
 def test_a_run_that_has_finished_is_not_launched_again(tiny_recipe: Path, begun: Path) -> None:
     write_checkpoint(begun, load_train_recipe(tiny_recipe), 1600)
     write_outcome(begun, 1, 0, "finished", samples=1600)
-    with pytest.raises(InputError, match="finished already, 1,600 samples; to go on, raise training.total_samples"):
+    with pytest.raises(InputError, match="finished already, 1,600 samples; to go on, raise"):
         prepare(tiny_recipe)
     assert prepare(tiny_recipe, "training.total_samples=3200").home == begun
 

@@ -83,6 +83,15 @@ def test_newest_first_filtered_by_state(copied: Path) -> None:
     assert list(find_runs(copied / "tiny").values()) == ["tiny"]
 
 
+def test_the_stages_of_a_pipeline_wherever_they_are(copied: Path) -> None:
+    pipeline = copied.parent / "pipelines" / "digits"
+    stages = [{"name": "verify", "home": str(pipeline / "verify")}, {"name": "train", "home": str(copied / "tiny")}]
+    shutil.copytree(copied / "tiny", pipeline / "verify")
+    (pipeline / "pipeline.json").write_text(json.dumps({"stages": stages}))
+    assert sorted(find_runs(Path("pipelines")).values()) == [str(copied / "tiny"), "digits/verify"]
+    assert sorted(find_runs(pipeline).values()) == [str(copied / "tiny"), "verify"]
+
+
 def test_a_run_by_path_name_or_beginning(copied: Path) -> None:
     assert resolve_run(str(copied / "tiny")) == copied / "tiny"
     assert resolve_run("tiny") == resolve_run("ti") == Path("runs/tiny")

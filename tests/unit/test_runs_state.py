@@ -29,6 +29,7 @@ from launch.runs import summarize
 from launch.slurm import JobState
 from pomscale.distributed.generation import Generation
 from pomscale.monitoring.jsonl import JsonLines
+from pomscale.monitoring.ledger import Ledger
 from pomscale.monitoring.sinks import JsonlSink
 from pomscale.run_folder import write_outcome
 
@@ -89,6 +90,12 @@ class Home:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return self
 
+    def asked_to_stop(self) -> Home:
+        ledger = Ledger(self.folder, 1, 0)
+        ledger.event("stop_requested", 100, signal="SIGUSR2")
+        ledger.close()
+        return self
+
     def ended(self, state: str, incarnation: int = 1, reason: str = "") -> Home:
         write_outcome(self.folder, incarnation, 0, state, samples=100, reason=reason)
         return self
@@ -119,6 +126,8 @@ def by_hand(home: Home, *, lives: bool | None = True) -> Home:
 ALONE: dict[str, tuple[Callable[[Home], Home], str]] = {
     "a run by hand": (by_hand, "running"),
     "one that has not logged": (lambda home: home.claimed(-80, lives=True, job_id=None), "starting"),
+    "one that saves before it stops": (lambda home: by_hand(home).asked_to_stop(), "stopping"),
+    "one that saves, on another host": (lambda home: by_hand(home, lives=None).asked_to_stop(), "stopping"),
     "one that was killed": (lambda home: by_hand(home, lives=False), "killed"),
     "on another host": (lambda home: by_hand(home, lives=None), "running"),
     "on another host, silent for a day": (

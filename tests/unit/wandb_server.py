@@ -21,6 +21,7 @@ _ANSWERS = {
             "inserted": True,
         }
     },
+    "Viewer": {"viewer": {"id": "viewer", "entity": "e", "flags": "{}", "teams": {"edges": []}}},
     "RunResumeStatus": {"model": {**_PROJECT, "bucket": None}},
     "CreateRunFiles": {"createRunFiles": {"runID": "run", "uploadHeaders": [], "files": []}},
 }

@@ -1,0 +1,132 @@
+"""`pomscale cluster check` on a real cluster: all it promises where all is well, and the cause where it is not."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import SlurmCluster
+
+from launch.cluster_check import CheckReport, check_cluster
+from pomscale.config.recipe import load_cluster
+
+SUBJECTS = [
+    "SLURM",
+    "partition",
+    "accounting",
+    "job",
+    "requeue",
+    "ranks",
+    "Python",
+    "torch",
+    "GPUs",
+    "cores",
+    "folder of runs",
+    "temporary folder",
+    "home folder",
+    "internet",
+    "rendezvous",
+    "computing",
+    "all-reduce inside nodes",
+    "all-reduce across nodes",
+    "shared folder",
+    "clocks",
+    "signals",
+]
+SPEEDS = {"slow rank", "cores", "folder of runs", "temporary folder", "home folder"}  # may warn on a busy machine
+
+
+def test_a_cluster_that_works(slurm: SlurmCluster, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*_command(slurm, tmp_path), "--set", f"local_disk={tmp_path}/disk-$SLURM_JOB_ID"],
+        env=slurm.environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line[:9].strip() in ("ok", "warning", "FAILED")]
+    status = {line[9:33].strip(): line[:9].strip() for line in lines}
+    assert [subject for subject in status if subject != "slow rank"] == SUBJECTS
+    assert {subject for subject in status if status[subject] != "ok"} <= SPEEDS
+    assert "127.0.0.1, 127.0.0.2" in done.stdout
+    assert f"{tmp_path}/disk-1" in done.stdout
+    assert slurm.job_state("1") == "COMPLETED"
+    assert list((tmp_path / "runs").iterdir()) == []  # a check that went well leaves nothing
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"python": "/no/such/python"}, "/no/such/python: No such file"),
+        ({"setup": ["load_modules || exit 7"]}, "load_modules: command not found"),
+    ],
+)
+def test_a_job_that_cannot_even_start(slurm: SlurmCluster, tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    report = _check(slurm, tmp_path, **change)
+    assert report.exit_code == 1
+    assert _failed(report) == ["job", "ranks"]
+    assert words in str(report)
+    log = next(finding for finding in report.findings if finding.subject == "job").remedy.split()[0]
+    assert words in Path(log).read_text()
+
+
+def test_ranks_that_cannot_talk_still_tell_what_they_found(slurm: SlurmCluster, tmp_path: Path) -> None:
+    report = _check(slurm, tmp_path, network_interface="ib7")
+    assert report.exit_code == 1
+    assert _failed(report) == ["job", "network interface", "rendezvous"]
+    assert "has no ib7, but lo" in str(report)
+    assert "correct `network_interface`" in str(report)
+
+
+def test_a_refused_job_is_told_in_sbatchs_words(slurm_accounted: SlurmCluster, tmp_path: Path) -> None:
+    report = _check(slurm_accounted, tmp_path, account="nobody")
+    assert report.exit_code == 1
+    assert _failed(report) == ["job"]
+    assert "Invalid account or account/partition combination specified" in str(report)
+    assert next(finding.found for finding in report.findings if finding.subject == "accounting") == "works"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_partition_that_is_not_there(slurm: SlurmCluster, tmp_path: Path) -> None:
+    report = _check(slurm, tmp_path, partition="low,nowhere")
+    assert _failed(report) == ["partition", "job"]
+    assert "nowhere: no such partition" in str(report)
+
+
+def test_a_slurm_that_does_not_answer(slurm: SlurmCluster, tmp_path: Path) -> None:
+    slurm.kill_controller()
+    report = _check(slurm, tmp_path)
+    assert report.exit_code == 1
+    assert [finding.subject for finding in report.findings] == ["job"]
+    assert "is DOWN" in str(report)
+
+
+def test_ctrl_c_cancels_the_job_that_waits(slurm: SlurmCluster, tmp_path: Path) -> None:
+    command = [*_command(slurm, tmp_path), "--set", "sbatch={hold: ''}"]
+    with subprocess.Popen(command, env=slurm.environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as check:
+        assert check.stderr is not None
+        assert "job 1: queued" in check.stderr.readline()
+        check.send_signal(signal.SIGINT)
+    assert check.returncode == 130
+    slurm.wait_for("1", "CANCELLED")
+
+
+def _command(cluster: SlurmCluster, folder: Path) -> list[str]:
+    profile = cluster.profile(folder, scratch=str(folder))
+    return [sys.executable, "-m", "pomscale", "cluster", "check", str(profile)]
+
+
+def _check(cluster: SlurmCluster, folder: Path, **changes: Any) -> CheckReport:
+    profile = load_cluster(str(cluster.profile(folder, **changes)))
+    return check_cluster("test", profile, folder=folder / "runs")
+
+
+def _failed(report: CheckReport) -> list[str]:
+    return [finding.subject for finding in report.findings if finding.status == "FAILED"]

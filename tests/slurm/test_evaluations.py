@@ -1,0 +1,90 @@
+"""Evaluations of checkpoints as jobs beside a training run, on a real SLURM."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from cluster import SlurmCluster
+from launched import Launched, launch
+from running import GLOBAL_BATCH, rows
+
+from launch.evaluations import CHECKPOINT, FAILED_FILE, evaluation_home
+from launch.job import submissions
+from launch.state import ended
+from pomscale.checkpoint.folder import complete_checkpoints, samples_of
+from pomscale.monitoring.evaluations import read_evaluations
+from pomscale.monitoring.report import write_report
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+NUM_STEPS, EVERY = 60, 20
+EVALUATED = [EVERY * GLOBAL_BATCH * number for number in (1, 2, 3)]
+
+
+def recipe_overrides(digits: Path) -> list[str]:
+    evaluations = [
+        {
+            "name": "heldout",
+            "every_samples": EVERY * GLOBAL_BATCH,
+            "run": [
+                "sample {checkpoint} --classes 0-3 --num 2 --steps 2 --out {folder}/grid.png",
+                "evaluate heldout {checkpoint} --out {folder}/figures.json",
+            ],
+        },
+        {
+            "name": "broken",
+            "every_samples": EVALUATED[-1],
+            "run": ["evaluate digits {folder}/none.npz --out {folder}/figures.json"],
+        },
+    ]
+    return [
+        f"training.total_samples={NUM_STEPS * GLOBAL_BATCH}",
+        f"checkpoint={{every_samples: {EVERY * GLOBAL_BATCH}, keep_last: 1}}",
+        f"validation={{path: {digits}/latents/heldout, every_samples: {EVERY * GLOBAL_BATCH}, num_samples: 64}}",
+        f"evaluations={json.dumps(evaluations)}",
+    ]
+
+
+def wait_for_evaluations(run: Launched, homes: list[Path], timeout_s: float = 200) -> None:
+    """Until all of them have come to an end."""
+    deadline_s = time.monotonic() + timeout_s
+    while any(ended(home) is None for home in homes):
+        told = [path.read_text()[-2000:] for home in homes for path in home.glob("logs/*.log")]
+        assert time.monotonic() < deadline_s, "\n".join([run.told(), *told])
+        time.sleep(0.5)
+
+
+def test_checkpoints_are_evaluated_while_training_goes_on(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> None:
+    run = launch(slurm, tmp_path, digits, *recipe_overrides(digits), num_nodes=1)
+    run.finish()
+    homes = [evaluation_home(run.folder, "heldout", samples) for samples in EVALUATED]
+    broken = evaluation_home(run.folder, "broken", EVALUATED[-1])
+    wait_for_evaluations(run, [*homes, broken])
+
+    # Of each checkpoint, although retention has left only the last: the very loss that training has measured itself.
+    assert [samples_of(path) for path in complete_checkpoints(run.folder / "checkpoints")] == EVALUATED[-1:]
+    measured = {row["samples"]: row["validation/loss"] for row in rows(run.folder) if "validation/loss" in row}
+    found = {one.samples: one for one in read_evaluations(run.folder)}
+    assert sorted(found) == EVALUATED
+    for samples, one in found.items():
+        assert one.metrics["evaluation/heldout/mean"] == pytest.approx(measured[samples], rel=1e-5)
+        assert one.pictures["evaluation/heldout/grid"].is_file()
+    assert not any((home / CHECKPOINT).exists() for home in homes), "the files of the checkpoints are let go"
+
+    jobs = {home: submissions(home)[0] for home in homes}
+    training_ended_unix_s = json.loads((run.folder / "outcome.json").read_text())["ended_unix_s"]
+    assert jobs[homes[0]].submitted_unix_s < training_ended_unix_s
+    assert len({run.job_id, *(job.job_id for job in jobs.values())}) == 1 + len(homes)
+    assert (homes[0] / "code").resolve() == (run.folder / "code").resolve(), "the code of the run"
+
+    # One that fails is listed, and the run knows nothing of it.
+    verdict = ended(broken)
+    assert verdict is not None
+    assert "none.npz" in verdict.reason
+    assert "none.npz" in json.loads((broken / FAILED_FILE).read_text())["reason"]
+    page = write_report([run.folder], tmp_path).html.read_text()
+    assert "evaluation/heldout/mean" in page
+    assert "none.npz" in page
