@@ -84,8 +84,8 @@ def of_ranks(ranks: Mapping[int, RankFacts], num_ranks: int, profile: ClusterPro
         return [heard]
     return [
         heard,
-        _same("Python", {one.node: f"{one.python} ({one.executable})" for one in facts}),
-        _same("torch", {one.node: one.torch + (f", NCCL {one.nccl}" if one.nccl else "") for one in facts}),
+        _same("Python", [(one.node, f"{one.python} ({one.executable})") for one in facts]),
+        _same("torch", [(one.node, one.torch + (f", NCCL {one.nccl}" if one.nccl else "")) for one in facts]),
         _of_gpus(facts, profile),
         _of_cores(facts, profile),
         *_of_interfaces(facts, profile),
@@ -94,11 +94,15 @@ def of_ranks(ranks: Mapping[int, RankFacts], num_ranks: int, profile: ClusterPro
     ]
 
 
-def _same(subject: str, by_node: Mapping[str, str]) -> Finding:
-    if len(set(by_node.values())) == 1:
-        return Finding(subject, "ok", next(iter(by_node.values())))
-    told = "; ".join(f"{value} on {node}" for node, value in by_node.items())
-    return Finding(subject, "FAILED", told, "the nodes must have the same: see `python`, `modules` and `setup`")
+def _same(subject: str, told: Iterable[tuple[str, str]]) -> Finding:
+    """told: (node, what one of its ranks says)."""
+    nodes: dict[str, set[str]] = {}
+    for node, value in told:
+        nodes.setdefault(value, set()).add(node)
+    if len(nodes) == 1:
+        return Finding(subject, "ok", next(iter(nodes)))
+    found = "; ".join(f"{value} on {', '.join(sorted(where))}" for value, where in nodes.items())
+    return Finding(subject, "FAILED", found, "all ranks must have the same: see `python`, `modules` and `setup`")
 
 
 def _of_gpus(facts: list[RankFacts], profile: ClusterProfile) -> Finding:

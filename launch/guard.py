@@ -81,7 +81,7 @@ class _Rank:
         self._place = place
         self._forwarding = forwarding
         self._supervisor = supervisor
-        self._log = log_path(Path(spec.home), place.rank)
+        self._log = log_path(Path(spec.home), place.array_task * spec.num_ranks + place.rank)
         self._attempt = attempt_folder(Path(spec.home), place.job_id, place.restart)
         self._looked_s = 0.0
         self._told_s: float | None = None

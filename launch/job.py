@@ -10,7 +10,7 @@
         verdict.json               what came of it, and what happens next (Verdict)
         end                        made by the supervisor when one rank of a run has ended badly: all others shall end
         requeue                    if that is another start: hosts it should avoid, comma-separated
-    HOME/logs/rank-00000.log       what a rank has printed, over all starts
+    HOME/logs/rank-00000.log       what a rank has printed, over all starts; tasks of an array count on from each other
     HOME/submitit/                 submitit's files, and the output of the guards
 
 The outcomes that training itself leaves are in pomscale.run_folder.

@@ -61,15 +61,20 @@ def launch_pipeline(
         _raise_failure(to_submit)
     lines = [_table(f"pipeline {recipe.name} on {cluster_name}: {folder}", planned, jobs)]
     lines += dict.fromkeys(note for stage in to_submit if stage.prepared is not None for note in stage.prepared.notes)
-    last = planned[-1].record.home
+    first = _short(Path(to_submit[0].record.home))
     lines += [
-        "next:",
-        f"  pomscale runs {shlex.quote(str(folder))}",
-        f"  pomscale runs logs {shlex.quote(to_submit[0].record.home)} --follow",
-        f"  pomscale runs cancel {shlex.quote(last)}      (a stage takes those that wait for it with it)",
-        f"  {shlex.join(command_line)}      (again: goes on with what is not done)",
+        f"next      pomscale runs {_short(folder)}",
+        f"          pomscale runs logs {first} --follow",
+        f"          pomscale runs cancel {first}    # and with it what waits for it",
+        f"          {shlex.join(command_line)}    # again: goes on with what is not done",
     ]
     return "\n".join(lines)
+
+
+def _short(folder: Path) -> str:
+    """As people name it here, for a shell."""
+    here = Path.cwd()
+    return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
 
 
 def _submit(plan: Plan, planned: Sequence[Planned], new_code: bool) -> dict[str, str]:

@@ -20,7 +20,7 @@ _FIRST_PORT, _NUM_PORTS = 20_000, 10_000  # below what the kernel hands out by i
 
 @dataclass(frozen=True)
 class Place:
-    """environment: what torch.distributed and our own processes are told of it."""
+    """array_task: 0 without an array. environment: what torch.distributed and our own processes are told of it."""
 
     rank: int
     host: str
@@ -28,6 +28,7 @@ class Place:
     restart: int
     hosts: tuple[str, ...]
     on_slurm: bool
+    array_task: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -42,8 +43,9 @@ class Place:
             raise PomscaleError("this process belongs to no job: start it by `pomscale launch` or slurm/*.sbatch")
         job_id, restart, hosts = slurm_job(environment)
         host = environment.get("SLURMD_NODENAME", socket.gethostname())
+        array_task = int(environment.get("SLURM_ARRAY_TASK_ID", "0"))
         if by_torchrun:
-            return cls(int(environment["RANK"]), host, job_id, restart, hosts, on_slurm=True)
+            return cls(int(environment["RANK"]), host, job_id, restart, hosts, on_slurm=True, array_task=array_task)
         num_tasks = int(environment["SLURM_NTASKS"])
         if num_tasks != spec.num_ranks:
             raise PomscaleError(
@@ -60,7 +62,7 @@ class Place:
                 "MASTER_ADDR": hosts[0],
                 "MASTER_PORT": str(port_of(spec, job_id, restart)),
             }
-        return cls(rank, host, job_id, restart, hosts, on_slurm=True, environment=ranks)
+        return cls(rank, host, job_id, restart, hosts, on_slurm=True, array_task=array_task, environment=ranks)
 
 
 def slurm_job(environment: Mapping[str, str]) -> tuple[str, int, tuple[str, ...]]:

@@ -125,7 +125,14 @@ class Facts:
 
 
 def read_facts(home: Path) -> Facts:
-    """Raises PomscaleError or OSError where a file that must be whole is not, or may not be read."""
+    """Raises PomscaleError, naming the file, where one that must be whole is not, or may not be read."""
+    try:
+        return _read_facts(home)
+    except OSError as error:
+        raise PomscaleError(f"{home}: cannot be read: {error}") from error
+
+
+def _read_facts(home: Path) -> Facts:
     submissions = objects(tail(home / JOBS_FILE, _EVENTS_BYTES))
     try:
         submission = Submission(**submissions[-1]) if submissions else None

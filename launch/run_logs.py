@@ -13,7 +13,7 @@ from launch.runs import RunSummary, summarize
 from launch.tail import Growing, tail
 from pomscale.errors import InputError
 
-DEFAULT_LINES = 50
+_DEFAULT_LINES = 50
 
 # What a guard writes at each start.
 _START = re.compile(r"^===== start (\S+) on \S+, \S+ =====$")
@@ -30,7 +30,7 @@ def show_logs(
     follow: bool,
     show: Callable[[str], None] = print,
 ) -> RunSummary | None:
-    """rank: None = all, each line with its rank. lines: the last ones; None = all of an attempt, else DEFAULT_LINES.
+    """rank: None = all, each line with its rank. lines: the last ones; None = all of an attempt, else _DEFAULT_LINES.
 
     attempt: only what was printed in that start, JOB-RESTART. follow: then whatever comes, over restarts, until the
     run is over; returns how it ended. InputError where there are no logs, and none to come.
@@ -43,7 +43,7 @@ def show_logs(
     files = {}
     for path in paths:
         prefix = _prefix(path, rank)
-        shown = _last_lines(path, lines or DEFAULT_LINES) if attempt is None else _of_attempt(path, attempt, lines)
+        shown = _last_lines(path, lines or _DEFAULT_LINES) if attempt is None else _of_attempt(path, attempt, lines)
         for line in shown:
             show(prefix + line)
         files[path] = Growing(path, num_bytes=0)
@@ -128,7 +128,9 @@ def _follow(home: Path, rank: int | None, files: dict[Path, Growing], show: Call
         elif now_s - quiet_since_s > _ASK_AFTER_S:
             quiet_since_s = now_s
             run = summarize({home: home.name}).runs[0]
-            if run.state not in (*LIVE, "unknown") and not any(_news(home, rank, files)):
+            if run.state not in (*LIVE, "unknown"):
+                for prefix, line in _news(home, rank, files):  # its last words
+                    show(prefix + line)
                 return run
         time.sleep(_LOOK_EVERY_S)
 

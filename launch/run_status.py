@@ -10,7 +10,7 @@ from typing import Any
 from launch.job import LAUNCH_FILE, Attempt, attempts
 from launch.run_facts import Facts, read_facts
 from launch.run_state import LIVE, state_of
-from launch.run_table import NOTHING, table
+from launch.run_table import NOTHING, few, table
 from launch.runs import RunSummary, ask_slurm, summary
 from launch.tail import read_object
 from pomscale.checkpoint.folder import complete_checkpoints, incomplete_checkpoints
@@ -20,8 +20,7 @@ from pomscale.monitoring.ledger import goodput
 from pomscale.monitoring.names import METRICS, WALL_TIME
 from pomscale.monitoring.text import format_count, format_duration
 
-_MAX_STARTS, _MAX_HOSTS = 12, 4
-RECIPE_FILE = "recipe.yaml"
+_MAX_STARTS = 12
 _METRICS = (
     "train/loss", "validation/loss", "train/grad_norm", "train/learning_rate", "speed/samples_per_s",
     "speed/step_time_s", "speed/data_wait_share", "speed/mfu", "memory/peak_gib", "faults/skipped_steps",
@@ -30,7 +29,7 @@ _METRICS = (
 
 
 def status(home: Path) -> str:
-    """For people. PomscaleError or OSError for a folder that cannot be read."""
+    """For people. PomscaleError for a folder that cannot be read."""
     now_unix_s = time.time()
     facts = read_facts(home)
     jobs, problem = ask_slurm([facts], now_unix_s)
@@ -100,6 +99,8 @@ def _starts(facts: Facts, run: RunSummary) -> str:
     if not lines:
         return ""
     rows = [_row(facts.home, line) for line in lines]
+    for row in rows[:-1]:
+        row[-1] = row[-1] or "without a word"
     if not rows[-1][-1]:
         rows[-1][-1] = run.state
         if rows[-1][-2] != NOTHING and run.samples is not None:
@@ -151,10 +152,10 @@ def _row(home: Path, line: _Line) -> list[str]:
     return [
         time.strftime("%Y-%m-%d %H:%M", time.localtime(line.began_unix_s)),
         NOTHING if attempt is None else attempt.folder.name,
-        ", ".join(hosts[:_MAX_HOSTS]) + (f" and {len(hosts) - _MAX_HOSTS} more" if len(hosts) > _MAX_HOSTS else ""),
+        few(hosts),
         NOTHING if incarnation is None else str(incarnation["num_ranks"]),
         samples,
-        ended,
+        " ".join(ended.split()),
     ]
 
 
@@ -184,7 +185,7 @@ def next_commands(home: Path, run: RunSummary) -> list[str]:
     """What one may want to type now."""
     launched = (home / LAUNCH_FILE).is_file()
     logs = [f"pomscale runs logs {home}"] if launched else []
-    again = f"pomscale runs resume {home}" if launched else f"pomscale train {home / RECIPE_FILE}"
+    again = f"pomscale runs resume {home}" if launched else f"pomscale train {home / 'recipe.yaml'}"
     if run.state in LIVE:
         follow = f"pomscale runs logs {home} --follow"
         return [f"pomscale watch {home}", *([follow] if launched else []), f"pomscale runs cancel {home}"]

@@ -1,7 +1,8 @@
 """`pomscale runs sync`: what wandb has recorded offline -> its server, from a machine that has the internet.
 
 Every start of a run leaves a folder RUN/wandb/offline-run-TIME-ID, all of one wandb run. They are uploaded one after
-the other, oldest first, each once: `wandb sync` marks what it has uploaded, and what is still being written waits.
+the other, oldest first, each once: `wandb sync` marks what it has uploaded, and what is still being written waits. Only
+an upload that is interrupted is begun anew; what it had sent is then there twice, at the same samples.
 
 wandb itself is never imported here: the command of the same environment does the work.
 """
@@ -112,7 +113,12 @@ def _has_begun(folder: Path) -> bool:
 
 
 def _is_synced(folder: Path) -> bool:
-    return any(folder.glob("*.wandb.synced"))
+    return any(_mark_of(file).exists() for file in folder.glob("*.wandb"))
+
+
+def _mark_of(file: Path) -> Path:
+    """wandb makes it, and leaves out what has one."""
+    return file.with_name(f"{file.name}.synced")
 
 
 def _is_being_written(folder: Path, of_run: list[Path], state: str) -> bool:
@@ -155,7 +161,7 @@ def _upload(folder: Path, show: Callable[[str], None]) -> None:
     last = ""
     with subprocess.Popen(
         [*_COMMAND, str(folder)],
-        env=os.environ | _APPEND,
+        env=os.environ | _APPEND | {"WANDB_DIR": str(folder.parent.parent)},  # or its own logs lie where one is
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -170,6 +176,9 @@ def _upload(folder: Path, show: Callable[[str], None]) -> None:
         raise NotLoggedIn(f"wandb: {last}; log in on this machine with `wandb login`, then run the same command again")
     if "Failed to read" in last:
         raise _Unreadable(f"{folder}: left out: {last}; delete it, metrics.jsonl has all of it")
+    if "ends with an incomplete record" in last:  # cut off by a kill: all of it that there is was uploaded
+        for file in folder.glob("*.wandb"):
+            _mark_of(file).touch()
     # Its exit code is 0 also where something has failed: only its mark tells.
-    if command.returncode != 0 or not _is_synced(folder):
+    if not _is_synced(folder):
         raise PomscaleError(f"{folder}: not uploaded, nor what comes after it: {last}")

@@ -69,6 +69,11 @@ def _cells(run: RunSummary, now_unix_s: float) -> list[str]:
     ]
 
 
+def few(words: Sequence[str], most: int = 4) -> str:
+    """The first ones, and how many there are besides."""
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> str:
     """Columns as wide as they must be, with two spaces between them. right: names of columns of numbers."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]

@@ -28,6 +28,10 @@ _MARKS = {JOB_FILE, METRICS_FILE, INCARNATIONS_FILE, GENERATIONS}
 _MAX_DEPTH = 3  # FOLDER/SWEEP/POINT
 
 
+class NoSuchRun(InputError):
+    """Not there, or not yet."""
+
+
 @dataclass(frozen=True)
 class RunSummary:
     """One line of the table. share, eta_s: None where nobody has written how many samples there will be.
@@ -115,7 +119,7 @@ def resolve_run(word: str) -> Path:
     if is_home(path):
         return path
     if path.is_dir() and len(path.parts) > 1:
-        raise InputError(
+        raise NoSuchRun(
             f"{path}: no run folder: it has none of {', '.join(sorted(_MARKS))}; `pomscale runs {path}` looks below"
         )
     named = find_runs(RUNS) if RUNS.is_dir() else {}
@@ -127,9 +131,7 @@ def resolve_run(word: str) -> Path:
     if found:
         several = ", ".join(sorted(str(home) for home in found)[:8])
         raise InputError(f"{word}: several runs are called so: {several}; name the folder of one")
-    raise InputError(
-        f"{word}: no run folder, and no run of that name in {RUNS}/; `pomscale runs` lists those there are"
-    )
+    raise NoSuchRun(f"{word}: no run folder, and no run of that name in {RUNS}/; `pomscale runs` lists those there are")
 
 
 def summarize(homes: Mapping[Path, str]) -> Summaries:
@@ -140,7 +142,7 @@ def summarize(homes: Mapping[Path, str]) -> Summaries:
     for home, name in homes.items():
         try:
             facts[home] = read_facts(home)
-        except (PomscaleError, OSError) as error:
+        except PomscaleError as error:
             unreadable.append(RunSummary(home, name, "unknown", str(error)))
     jobs, problem = ask_slurm(facts.values(), now_unix_s)
     runs = [
@@ -180,7 +182,7 @@ def summary(facts: Facts, name: str, state: State, now_unix_s: float) -> RunSumm
         facts.home,
         name,
         state.word,
-        state.reason,
+        " ".join(state.reason.split()),  # an exception may have said more than a line
         state.log,
         facts.slurm_job,
         facts.num_starts,

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from launch import slurm
-from launch.evaluations import Evaluations
+from launch.evaluations import Evaluations, note_failure
 from launch.forwarding import Forwarding
 from launch.job import END_FILE, REQUEUE_FILE, Attempt, Ending, JobSpec, Start, Verdict, attempts, endings, keep
 from launch.place import Place
@@ -155,6 +155,8 @@ class Supervisor:
         before = None if self._before is None else self._before.verdict
         verdict = judge(evidence, before, self._spec.max_idle_requeues)
         keep(self._attempt / "verdict.json", verdict)
+        if verdict.action == "fail":
+            note_failure(self._home, verdict.reason)
         if self._evaluations is not None:
             self._evaluations.poll(finished=verdict.action == "done")
         print(f"{verdict.action}: {verdict.reason}" + (f"; see {verdict.log}" if verdict.log else ""), flush=True)

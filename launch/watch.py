@@ -20,11 +20,13 @@ from launch.job import log_path
 from launch.plot import plot
 from launch.run_facts import Facts, read_facts
 from launch.run_state import state_of
+from launch.run_table import few
 from launch.runs import RunSummary, ask_slurm, is_home, summary
 from launch.slurm import JobState
 from launch.tail import Growing, objects
 from pomscale.checkpoint.folder import complete_checkpoints, incomplete_checkpoints
 from pomscale.errors import PomscaleError
+from pomscale.monitoring.history import INCARNATIONS_FILE
 from pomscale.monitoring.ledger import EVENTS_FILE
 from pomscale.monitoring.names import GOODPUT_PREFIX, GOODPUT_SUFFIX, WALL_TIME
 from pomscale.monitoring.sinks import METRICS_FILE
@@ -85,9 +87,11 @@ class _View:
         self._home = home
         self._metrics = Growing(home / METRICS_FILE, num_bytes=_METRICS_BYTES)
         self._events_file = Growing(home / EVENTS_FILE, num_bytes=_EVENTS_BYTES)
+        self._incarnations_file = Growing(home / INCARNATIONS_FILE)
         self._log_file = Growing(log_path(home, 0), num_bytes=_LOG_BYTES)
         self._loss, self._speed = _Curve(), _Curve()
         self._incarnation = 0
+        self._start_samples: dict[int, int] = {}
         self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
         self._log: deque[str] = deque(maxlen=_MAX_LOG_LINES)
         self._jobs: Mapping[str, JobState] | None = None
@@ -104,7 +108,7 @@ class _View:
             run = self._summary(facts)
             self._read()
         except (PomscaleError, OSError) as problem:
-            return _message(f"{self._home}: {problem}")
+            return _message(str(problem))
         left = height - _HEADER_HEIGHT - _GOODPUT_HEIGHT - 1
         of_events = min(left // 4, _MAX_EVENTS_HEIGHT)
         of_curves = min((left - of_events) * 3 // 5, _MAX_CURVES_HEIGHT)
@@ -125,6 +129,8 @@ class _View:
         return summary(facts, self._home.resolve().name, state_of(facts, self._jobs, now_unix_s), now_unix_s)
 
     def _read(self) -> None:
+        for start in objects(self._incarnations_file.read()):
+            self._start_samples[start["incarnation"]] = start["start_samples"]
         for row in objects(self._metrics.read()):
             self._add(row)
         self._events.extend(row for row in objects(self._events_file.read()) if "event" in row)
@@ -134,10 +140,13 @@ class _View:
         """As monitoring.history, of a run that goes on."""
         if row.get("incarnation", -1) < self._incarnation or "samples" not in row:
             return
-        if row["incarnation"] > self._incarnation or "faults/rollbacks" in row:
+        back_to = row["samples"] if "faults/rollbacks" in row else None
+        if row["incarnation"] > self._incarnation:
             self._incarnation = row["incarnation"]
+            back_to = self._start_samples.get(self._incarnation, row["samples"] - 1)
+        if back_to is not None:
             for curve in (self._loss, self._speed):
-                curve.go_back(row["samples"])
+                curve.go_back(back_to)
         for name, curve in (("train/loss", self._loss), ("speed/samples_per_s", self._speed)):
             if name in row:
                 curve.add(row["samples"], float(row[name]))
@@ -158,18 +167,25 @@ class _View:
         table.add_column(ratio=2)
         table.add_column(ratio=1)
         events = [_event_line(row) for row in list(self._events)[-(height - 2) :]]
-        root = self._home / "checkpoints"
-        checkpoints = [f"{path.name}, {_age(path.stat().st_mtime)}" for path in complete_checkpoints(root)]
-        checkpoints += [f"{path.name}, not complete" for path in incomplete_checkpoints(root)]
-        table.add_row(
-            _lines_panel("events", events, height), _lines_panel("checkpoints", checkpoints[-(height - 2) :], height)
-        )
+        checkpoints = _checkpoints(self._home / "checkpoints")[-(height - 2) :]
+        table.add_row(_lines_panel("events", events, height), _lines_panel("checkpoints", checkpoints, height))
         return table
 
     def _log_panel(self, height: int) -> RenderableType:
         if not self._log_file.path.is_file():
             return _lines_panel("log", ["none: `pomscale launch` keeps logs, and has printed nothing here yet"], height)
         return _lines_panel(f"log of rank 0: {self._log_file.path}", list(self._log)[-(height - 2) :], height)
+
+
+def _checkpoints(root: Path) -> list[str]:
+    """Oldest first; what is not complete last."""
+    lines = []
+    for path in complete_checkpoints(root):
+        try:
+            lines.append(f"{path.name}, {_age(path.stat().st_mtime)}")
+        except FileNotFoundError:
+            continue  # deleted just now, for a newer one
+    return lines + [f"{path.name}, not complete" for path in incomplete_checkpoints(root)]
 
 
 def _message(text: str) -> Panel:
@@ -183,7 +199,7 @@ def _header(facts: Facts, run: RunSummary, problem: str) -> Panel:
     words = [f"start {run.num_starts}"]
     if facts.incarnation is not None:
         num_ranks = facts.incarnation["num_ranks"]
-        words.append(f"{num_ranks} rank{'s' * (num_ranks > 1)} on {', '.join(hosts) or facts.incarnation['host']}")
+        words.append(f"{num_ranks} rank{'s' * (num_ranks > 1)} on {few(hosts) or facts.incarnation['host']}")
     if run.job_id is not None:
         words.append(f"job {run.job_id}")
     if run.last_row_unix_s is not None:

@@ -194,13 +194,13 @@ def _sync(arguments: argparse.Namespace) -> int:
 
 
 def _watch(arguments: argparse.Namespace) -> int:
-    from launch.runs import resolve_run
+    from launch.runs import RUNS, NoSuchRun, resolve_run
     from launch.watch import watch
-    from pomscale.errors import InputError
 
+    word = arguments.run_folder
     try:
-        home = resolve_run(arguments.run_folder)
-    except InputError:
-        home = Path(arguments.run_folder)
+        home = resolve_run(word)
+    except NoSuchRun:  # it may still begin
+        home = Path(word) if "/" in word else RUNS / word
     watch(home, once=arguments.once)
     return 0

@@ -22,6 +22,7 @@ from pomscale.monitoring.text import format_duration
 _QUIET_S = 3600.0  # an alert of one kind, then none of that kind for so long
 _LEAST_ROWS = 5  # whose median says how long a step takes
 _MOST_ROWS = 1000
+_SLOW_FOR_S = 60.0  # a step may hiccup
 
 
 class Alerts:
@@ -38,6 +39,8 @@ class Alerts:
         self._ledger = ledger
         self._clock = clock
         self._step_times: deque[float] = deque(maxlen=_MOST_ROWS)
+        self._judged_s = clock()
+        self._slow_since_s: float | None = None
         self._samples = 0
         self._told_s: dict[str, float] = {}
         self._num_untold: dict[str, int] = {}
@@ -71,12 +74,17 @@ class Alerts:
         self._judge_goodput()
 
     def _judge_step_time(self, step_time_s: float) -> None:
-        factor = self._config.stall_factor
-        if factor is not None and len(self._step_times) >= _LEAST_ROWS:
-            median = statistics.median(self._step_times)
-            if step_time_s > factor * median:
-                told = f"{step_time_s:.3g} s per step, {step_time_s / median:.1f} times the median of this start"
-                self._tell("slow steps", f"at {self._samples:,} samples: {told}", "WARN")
+        factor, now_s = self._config.stall_factor, self._clock()
+        median = statistics.median(self._step_times) if len(self._step_times) >= _LEAST_ROWS else math.inf
+        if factor is None or step_time_s <= factor * median:
+            self._slow_since_s = None
+        elif self._slow_since_s is None:
+            self._slow_since_s = self._judged_s
+        slow_s = 0.0 if self._slow_since_s is None else now_s - self._slow_since_s
+        if slow_s >= _SLOW_FOR_S:
+            told = f"{step_time_s:.3g} s per step, {step_time_s / median:.1f} times the median of this start"
+            self._tell("slow steps", f"at {self._samples:,} samples, for {slow_s:.0f} s: {told}", "WARN")
+        self._judged_s = now_s
         self._step_times.append(step_time_s)
 
     def _judge_goodput(self) -> None:

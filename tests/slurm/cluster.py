@@ -28,13 +28,8 @@ from typing import Any, Literal
 import psutil
 import yaml
 
-COMMANDS = {
-    "munged": "munge",
-    "slurmctld": "slurmctld",
-    "slurmd": "slurmd",
-    "sbatch": "slurm-client",
-}
-ACCOUNTING_COMMANDS = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
+_PACKAGES = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"}
+_ACCOUNTING_PACKAGES = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
 
 CPUS_PER_NODE = 8
 GPUS_PER_NODE = 4  # to SLURM; no program will find one
@@ -42,14 +37,13 @@ ACCOUNT = "lab"  # the one that may be charged, where there is accounting
 GRACE_S = 30  # between the signal and the end of a job that is preempted
 KILL_WAIT_S = 5  # between SIGTERM and SIGKILL
 
-_FINISHED = "BOOT_FAIL,CANCELLED,COMPLETED,DEADLINE,FAILED,NODE_FAIL,OUT_OF_MEMORY,PREEMPTED,TIMEOUT"
 _START_S = 60
 
 
 def missing_packages(*, accounting: bool) -> list[str]:
     """Debian packages that a cluster needs and this machine lacks."""
-    commands = {**COMMANDS, **(ACCOUNTING_COMMANDS if accounting else {})}
-    return [package for command, package in commands.items() if _found(command) is None]
+    packages = _PACKAGES | (_ACCOUNTING_PACKAGES if accounting else {})
+    return [package for command, package in packages.items() if _found(command) is None]
 
 
 class SlurmCluster:
@@ -341,8 +335,9 @@ def _found(command: str) -> str | None:
 def _free_ports(number: int) -> list[int]:
     """Below those that the system gives to whoever connects, so that nobody else gets one before it is used."""
     found: list[int] = []
+    chance = random.SystemRandom()  # no seed: other workers of the same tests draw at the same time
     while len(found) < number:
-        port = random.randrange(11000, 20000)
+        port = chance.randrange(11000, 20000)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

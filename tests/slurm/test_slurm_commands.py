@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
-from cluster import SlurmCluster
+from cluster import SlurmCluster, processes_in
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +29,7 @@ restart, job_id, host = sys.argv[1:]
 if restart == "0":
     slurm.requeue(job_id)
     slurm.exclude(job_id, [host])
-    states = [slurm.state_now(job_id) for _ in range(50)]  # none of these is hit by SLURM's signals
+    states = [slurm.state_now(job_id) for _ in range(50)]
     print(sorted(set(states)), slurm.job_states([job_id])[job_id].num_restarts, flush=True)
 """
 
@@ -129,6 +132,23 @@ def test_requeue_and_exclude_from_inside_a_job_that_slurm_is_ending(slurm: Slurm
     lines = [line for line in (tmp_path / f"slurm-{job}.out").read_text().splitlines() if line[0] in "1["]
     assert lines == ["127.0.0.[1-2]", "['COMPLETING'] 1", "127.0.0.[1,3]"]
     assert commands.job_states([job])[job].num_restarts == 1
+
+
+def test_what_slurm_sends_to_a_job_does_not_hit_a_question(slurm: SlurmCluster) -> None:
+    job = slurm.submit(SLEEP)
+    slurm.wait_for(job, "RUNNING")
+    (controller,) = (process for process in processes_in(slurm.folder) if process.name() == "slurmctld")
+    with ThreadPoolExecutor(1) as thread:
+        controller.suspend()
+        try:
+            answer = thread.submit(commands.state_now, job)
+            _wait_until(lambda: "squeue" in [child.name() for child in psutil.Process().children()])
+            (question,) = (child for child in psutil.Process().children() if child.name() == "squeue")
+            for number in (signal.SIGCONT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+                question.send_signal(number)
+        finally:
+            controller.resume()
+        assert answer.result(timeout=30) == "RUNNING"
 
 
 def test_excluded_hosts_add_up_and_a_running_job_has_its_hosts(slurm: SlurmCluster) -> None:

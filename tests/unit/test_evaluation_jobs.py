@@ -12,14 +12,19 @@ import pytest
 
 from launch import evaluations
 from launch.evaluation_job import commands_of
-from launch.evaluations import CHECKPOINT, FAILED_FILE, Evaluations, evaluation_home
+from launch.evaluations import CHECKPOINT, FAILED_FILE, Evaluations, evaluation_home, note_failure
 from launch.job import JOB_FILE, JOBS_FILE, LAUNCH_FILE, JobSpec, LaunchedAs, Start, Verdict, attempt_folder, keep
 from pomscale.checkpoint.folder import complete_checkpoints, remove, samples_of
+from pomscale.cli import _parser as command_parser
+from pomscale.cli import main
 from pomscale.cli.record import read_figures
 from pomscale.config.evaluation import EvaluationConfig
+from pomscale.config.pipeline import PipelineRecipe, fill_in
 from pomscale.config.recipe import dump_recipe, load_recipe, load_train_recipe
+from pomscale.config.schema import TrainRecipe
 from pomscale.config.source import RecipeError
 from pomscale.errors import InputError, PomscaleError
+from pomscale.monitoring.evaluations import read_evaluations
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SAMPLE, MEASURE = (
@@ -196,6 +201,20 @@ def test_an_evaluation_that_failed_is_listed_and_its_files_go(
     assert capsys.readouterr().err.count("rank 0: no such folder") == 1
 
 
+def test_an_evaluation_notes_its_own_failure(run: Path, scheduler: Scheduler) -> None:
+    """Its supervisor does, which knows nothing of evaluations: it says so of every job that fails."""
+    save(run, 120)
+    Evaluations(run).poll()
+    home = evaluation_home(run, "a", 120)
+    note_failure(home, "no such folder")
+    assert json.loads((home / FAILED_FILE).read_text()) == {"reason": "no such folder"}
+    assert not (home / CHECKPOINT).exists()
+    (run / CHECKPOINT).mkdir()
+    note_failure(run, "diverged")
+    assert (run / CHECKPOINT).is_dir()
+    assert not (run / FAILED_FILE).exists()
+
+
 def test_a_disk_that_takes_nothing_does_not_end_the_run(
     run: Path, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,6 +262,21 @@ def test_two_evaluations_of_one_name_are_refused() -> None:
         load_recipe(RECIPES / "quickstart.yaml", [asks("a", "a")])
 
 
+def test_shipped_commands_are_commands() -> None:
+    """Of evaluations and of pipelines, as the recipes have them."""
+    commands = []
+    for path in RECIPES.rglob("*.yaml"):
+        recipe = load_recipe(path)
+        if isinstance(recipe, TrainRecipe):
+            commands += [words for config in recipe.evaluations for words in commands_of(config, Path("run"), 1)]
+        elif isinstance(recipe, PipelineRecipe):
+            homes = {stage.name: Path(stage.name) for stage in recipe.stages}
+            commands += [fill_in(command, homes) for stage in recipe.stages for command in stage.run]
+    assert len(commands) > 8
+    for words in commands:
+        assert command_parser().parse_args(words).run, words
+
+
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
@@ -262,3 +296,23 @@ def test_what_is_no_file_of_figures_is_refused(tmp_path: Path, text: str | None,
         path.write_text(text)
     with pytest.raises(InputError, match=expected):
         read_figures(path)
+
+
+def test_record_adds_to_the_run_and_lets_the_checkpoint_go(tmp_path: Path) -> None:
+    folder, evaluated = tmp_path / "evaluation", save(tmp_path, 64)
+    folder.mkdir()
+    recipe = load_recipe(RECIPES / "quickstart.yaml", ["monitoring.wandb.mode=disabled"])
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    (folder / "figures.json").write_text('{"fid": 9.5}')
+    (folder / "grid.png").write_bytes(b"not looked at")
+    (folder / "samples.npz").write_bytes(b"not recorded")
+    words = ["evaluate", "record", str(tmp_path), "fid", "64", str(folder / "figures.json")]
+    with pytest.raises(SystemExit, match="0"):
+        main(words)
+    assert evaluated.is_dir()
+    with pytest.raises(SystemExit, match="0"):
+        main([*words, "--evaluated", str(evaluated)])
+    assert not evaluated.exists()
+    (first, _) = read_evaluations(tmp_path)
+    assert (first.samples, first.metrics) == (64, {"evaluation/fid/fid": 9.5})
+    assert first.pictures == {"evaluation/fid/grid": folder / "grid.png"}

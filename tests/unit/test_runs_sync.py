@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from wandb_store import KEY, WandbStore, wandb_store
 
-from launch.run_sync import NotLoggedIn, Synced, sync
+from launch.run_sync import NotLoggedIn, Synced, sync, watch_and_sync
 from pomscale.distributed.generation import Generation
 from pomscale.errors import PomscaleError
 
@@ -65,8 +65,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def home(recorded: Path, tmp_path: Path) -> Path:
+def home(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it, which nobody has uploaded."""
+    monkeypatch.chdir(tmp_path)
     return Path(shutil.copytree(recorded, tmp_path / "tiny", symlinks=True))
 
 
@@ -84,6 +85,7 @@ def test_all_starts_become_one_run_and_are_uploaded_once(home: Path, server: Wan
     assert server.samples("abc") == list(range(10))
     assert [row["_step"] for _, row in sorted(server.lines["abc"].items())] == list(range(10))
     assert any("(2 of 2)" in line for line in said)
+    assert [path.name for path in Path.cwd().iterdir()] == ["tiny"]  # wandb's own logs lie in the run folder
     uploads = server.uploads
     assert sync({home: "tiny"}, said.append) == Synced(0, 0)
     assert server.uploads == uploads
@@ -101,9 +103,27 @@ def test_what_is_still_being_written_waits(home: Path, server: WandbStore) -> No
     assert server.samples("abc") == list(range(10))
     subprocess.run([sys.executable, "-c", _CLAIM, str(home)], check=True)  # by a process that is gone
     assert sync({home: "tiny"}, print) == Synced(1, 0)
+    assert sync({home: "tiny"}, print) == Synced(0, 0)
     num_samples = len(server.samples("abc"))
     assert num_samples > 10
     assert server.samples("abc") == list(range(num_samples))
+
+
+def test_again_and_again_whatever_happens(home: Path, server: WandbStore) -> None:
+    said: list[str] = []
+    rounds = iter([OSError("the disk is away"), {home: "tiny"}, {home: "tiny"}, KeyboardInterrupt()])
+
+    def find() -> dict[Path, str]:
+        found = next(rounds)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    with pytest.raises(KeyboardInterrupt):
+        watch_and_sync(find, minutes=0.001, show=said.append)
+    told = [line.partition(": ")[2] for line in said if "still being written" in line or "next try" in line]
+    assert told[0].startswith("the disk is away; the next try is in ")
+    assert told[1:] == ["2 uploaded, 0 still being written", "0 uploaded, 0 still being written"]
 
 
 def test_two_at_once_do_not_upload_twice(home: Path, server: WandbStore) -> None:
@@ -143,3 +163,14 @@ def test_a_start_that_was_killed_at_once_has_nothing_to_upload(home: Path, serve
     file = next(first.glob("*.wandb"))
     file.write_bytes(file.read_bytes()[:7])
     assert sync({home: "tiny"}, print) == Synced(1, 0)
+
+
+def test_a_log_that_a_kill_has_cut_off_is_uploaded_once(home: Path, server: WandbStore) -> None:
+    """wandb itself sends what there is, and would send it again."""
+    file = next(min(home.glob("wandb/offline-run-*")).glob("*.wandb"))
+    file.write_bytes(file.read_bytes()[:-3])
+    said: list[str] = []
+    assert sync({home: "tiny"}, said.append) == Synced(2, 0)
+    assert any("ends with an incomplete record" in line for line in said)
+    assert server.samples("abc") == list(range(10))
+    assert sync({home: "tiny"}, said.append) == Synced(0, 0)
