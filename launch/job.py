@@ -79,7 +79,7 @@ class JobSpec(_Stored):
 
 @dataclass(frozen=True)
 class LaunchedAs(_Stored):
-    """recipe: the resolved recipe's path inside the home. profile: the resolved profile."""
+    """recipe: path of the resolved one inside the home. profile: resolved. gpus_per_node: instead of the profile's."""
 
     recipe: str | None
     cluster: str
@@ -87,6 +87,7 @@ class LaunchedAs(_Stored):
     num_nodes: int
     time_limit: str | None
     command_line: list[str]
+    gpus_per_node: int | None = None
 
 
 @dataclass(frozen=True)

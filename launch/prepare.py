@@ -99,7 +99,7 @@ class Prepared:
         if self.recipe is not None:
             make_folder((self.home / RECIPE_FILE).parent)
             write_text(self.home / RECIPE_FILE, dump_recipe(self.recipe))
-        keep(self.home / LAUNCH_FILE, self.launched_as)
+        keep(self.home / LAUNCH_FILE, replace(self.launched_as, gpus_per_node=self.gpus_per_node))
 
 
 def _first_missing(folder: Path) -> Path | None:

@@ -115,7 +115,7 @@ def resume(home: Path, *, num_nodes: int | None = None, time_limit: str | None =
         profile,
         time_limit=launched.time_limit,
         array=array,
-        gpus_per_node=min(profile.gpus_per_node, spec.ranks_per_node),  # a rank has one, unless there are none
+        gpus_per_node=launched.gpus_per_node,
         exclude=suspects,
     )
     keep(home / LAUNCH_FILE, launched)

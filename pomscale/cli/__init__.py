@@ -12,7 +12,7 @@ import sys
 import traceback
 
 from pomscale import __version__
-from pomscale.cli import bench, data, launch, models, runs
+from pomscale.cli import bench, data, jobs, launch, models, runs
 from pomscale.cli.arguments import unknown_words
 from pomscale.errors import PomscaleError
 
@@ -31,6 +31,9 @@ def main(arguments: list[str] | None = None) -> None:
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         print(f"{rank}error: {error}", file=sys.stderr)
         code = error.exit_code
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         code = 130  # as shells report Ctrl-C
@@ -55,8 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pomscale {__version__}")
     parser.set_defaults(leaves_threads=False)
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-
-    for family in (runs, launch, data, models, bench):
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=jobs.VerbParser)
+    for family in (runs, launch, jobs, data, models, bench):
         family.add(verbs)
     return parser
