@@ -152,7 +152,7 @@ class _Rank:
                 child.kill()
         elif now_s - self._looked_s > _OBEY_EVERY_S:
             self._looked_s = now_s
-            if (self._attempt / END_FILE).exists():
+            if os.path.exists(self._attempt / END_FILE):  # Path.exists raises where a file system stutters
                 self._told_s = now_s
 
 

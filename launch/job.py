@@ -19,7 +19,9 @@ The outcomes that training itself leaves are in pomscale.run_folder.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -45,9 +47,17 @@ class _Stored:
     def read(cls, path: Path) -> Self:
         """Raises PomscaleError where it is missing or not what it should be."""
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            return cls.of(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise PomscaleError(f"{path} cannot be read: {error}") from error
+
+    @classmethod
+    def of(cls, content: Any) -> Self:
+        """Passes over what a newer version has added: a job runs the code it was launched with. TypeError for others."""
+        if not isinstance(content, dict):
+            raise TypeError(f"{type(content).__name__} instead of an object")
+        known = {one.name for one in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{name: value for name, value in content.items() if name in known})
 
 
 @dataclass(frozen=True)
@@ -180,24 +190,39 @@ def log_path(home: Path, rank: int) -> Path:
 
 
 def endings(attempt: Path) -> list[Ending]:
-    """Of the ranks that have one so far, by rank."""
-    return [Ending.read(path) for path in sorted(attempt.glob("rank-*.json"))]
+    """Of the ranks that have one so far, by rank. One that cannot be read counts as not there."""
+    found = [_readable(Ending, path) for path in sorted(attempt.glob("rank-*.json"))]
+    return [ending for ending in found if ending is not None]
 
 
 def attempts(home: Path) -> list[Attempt]:
-    """All starts, oldest first."""
+    """All starts, oldest first. One that cannot be read is left out: what an old one has left must not end a new one."""
     found = []
     for folder in (home / ATTEMPTS).glob("*-*"):
         if not (folder / "start.json").is_file():
             continue  # its first process is just writing it
-        verdict = folder / "verdict.json"
-        found.append(
-            Attempt(folder, Start.read(folder / "start.json"), Verdict.read(verdict) if verdict.is_file() else None)
-        )
+        start, verdict = _readable(Start, folder / "start.json"), folder / "verdict.json"
+        if start is not None:
+            found.append(Attempt(folder, start, _readable(Verdict, verdict) if verdict.is_file() else None))
     return sorted(found, key=lambda attempt: attempt.start.started_unix_s)
+
+
+def _readable(kind: type[_Kept], path: Path) -> _Kept | None:
+    """None, and a line on standard error, for a file that cannot be read."""
+    try:
+        return kind.read(path)
+    except PomscaleError as problem:
+        _warn(str(problem))
+        return None
+
+
+@cache
+def _warn(problem: str) -> None:
+    """Once: a supervisor looks every second."""
+    print(f"warning: {problem}", file=sys.stderr, flush=True)
 
 
 def submissions(home: Path) -> list[Submission]:
     """All submissions, oldest first."""
     rows, _ = read_json_lines(home / JOBS_FILE)
-    return [Submission(**row) for row in rows]
+    return [Submission.of(row) for row in rows]

@@ -43,10 +43,11 @@ def show_logs(
     files = {}
     for path in paths:
         prefix = _prefix(path, rank)
+        files[path] = Growing(path, num_bytes=0)
+        files[path].read()  # before the others are shown, which may take seconds: what comes meanwhile is not lost
         shown = _last_lines(path, lines or _DEFAULT_LINES) if attempt is None else _of_attempt(path, attempt, lines)
         for line in shown:
             show(prefix + line)
-        files[path] = Growing(path, num_bytes=0)
     return _follow(home, rank, files, show) if follow else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from launch.job import SUBMITIT, Attempt, Verdict
@@ -25,7 +26,8 @@ ACTIVE: tuple[Word, ...] = ("starting", "running", "stopping")
 LIVE: tuple[Word, ...] = ("queued", *ACTIVE, "requeued")
 """Something will still happen, without anybody doing anything."""
 
-# A row is late after so many times what lies between the last two, but not before a save can be over.
+# A row is late after so many times what lies between two at most (a validation's comes seconds after that of the steps
+# before it), but not before a save can be over.
 _LATE_ROWS, _LATE_S = 10.0, 900.0
 
 _OF_VERDICT: Mapping[str, Word] = {"done": "finished", "fail": "failed", "requeue": "requeued", "leave": "stopped"}
@@ -72,7 +74,14 @@ def state_of(facts: Facts, jobs: Mapping[str, JobState] | None, now_unix_s: floa
     if len(known) == 1 and (facts.submission is None or facts.submission.num_tasks == 1):
         task, job = next(iter(known.items()))
         return _with_slurm(by_home, job, attempts.get(task))
-    return _of_all([_with_slurm(_of_task(attempts.get(task)), job, attempts.get(task)) for task, job in known.items()])
+    # Without accounting SLURM forgets the first tasks while the last ones run.
+    forgotten = [attempt for task, attempt in attempts.items() if task not in known]
+    return _of_all(
+        [
+            *(_with_slurm(_of_task(attempts.get(task)), job, attempts.get(task)) for task, job in known.items()),
+            *map(_of_forgotten_task, forgotten),
+        ]
+    )
 
 
 def is_settled(facts: Facts, by_home: State) -> bool:
@@ -121,6 +130,14 @@ def _of_task(attempt: Attempt | None) -> State:
     return State("running") if attempt.verdict is None else _of_verdict(attempt.verdict, ended=False)
 
 
+def _of_forgotten_task(attempt: Attempt) -> State:
+    if attempt.verdict is None:
+        return State(
+            "killed", f"task {attempt.start.job_id} is not in the queue any more, and has not said how it ended"
+        )
+    return _of_verdict(attempt.verdict, ended=True)
+
+
 def _of_claim(facts: Facts, now_unix_s: float) -> State:
     """By what training itself has left."""
     outcome = facts.current_outcome
@@ -159,8 +176,8 @@ def _by_signs_of_life(facts: Facts, now_unix_s: float) -> State:
 
 
 def _late_after_s(facts: Facts) -> float:
-    times = [row["time_unix_s"] for row in facts.rows[-2:]]
-    return max(_LATE_S, _LATE_ROWS * (times[-1] - times[0])) if times else _LATE_S
+    times = [row["time_unix_s"] for row in facts.rows]
+    return max(_LATE_S, _LATE_ROWS * max((later - earlier for earlier, later in pairwise(times)), default=0.0))
 
 
 def _gone(what: str, facts: Facts) -> State:

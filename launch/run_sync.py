@@ -67,24 +67,26 @@ def sync(homes: Mapping[Path, str], show: Callable[[str], None] = print) -> Sync
     num_ready = sum(map(len, ready.values()))
     num_synced, problems = 0, []
     for home, folders in ready.items():
-        with _alone(home) as alone:
-            if not alone:
-                show(f"{homes[home]}: another `runs sync` is at it")
-                continue
-            for folder in folders:
-                if _is_synced(folder):
+        try:
+            with _alone(home) as alone:
+                if not alone:
+                    show(f"{homes[home]}: another `runs sync` is at it")
                     continue
-                show(f"{homes[home]}: {folder.name} ({num_synced + 1} of {num_ready})")
-                try:
-                    _upload(folder, show)
-                    num_synced += 1
-                except NotLoggedIn:
-                    raise
-                except _Unreadable as problem:
-                    problems.append(str(problem))
-                except PomscaleError as problem:
-                    problems.append(str(problem))
-                    break
+                for folder in folders:
+                    if _is_synced(folder):
+                        continue
+                    show(f"{homes[home]}: {folder.name} ({num_synced + 1} of {num_ready})")
+                    try:
+                        _upload(folder, show)
+                        num_synced += 1
+                    except _Unreadable as problem:
+                        problems.append(str(problem))
+        except NotLoggedIn:
+            raise
+        except PomscaleError as problem:
+            problems.append(str(problem))
+        except OSError as problem:  # somebody else's run
+            problems.append(f"{home}: left out: {problem}")
     if problems:
         raise PomscaleError("\n".join(problems))
     return Synced(num_synced, sum(map(len, recorded.values())) - num_ready)

@@ -90,13 +90,13 @@ def _name_in(folder: Path, home: Path) -> str:
 
 
 def _homes_below(folder: Path, depth: int) -> Iterator[Path]:
-    pipeline = read_object(folder / _PIPELINE_FILE)
+    try:
+        pipeline = read_object(folder / _PIPELINE_FILE)
+        below = [Path(entry.path) for entry in os.scandir(folder) if not entry.is_file(follow_symlinks=False)]
+    except OSError:  # no folder, somebody else's, or deleted just now
+        return
     if pipeline is not None:  # the homes of its stages, some of which are run folders elsewhere
         yield from (Path(stage["home"]) for stage in pipeline["stages"])
-        return
-    try:
-        below = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir()]
-    except PermissionError:
         return
     for path in below:
         if is_home(path):
@@ -109,7 +109,7 @@ def is_home(folder: Path) -> bool:
     """Whether a run has begun there, or a job was launched."""
     try:
         return not _MARKS.isdisjoint(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
+    except OSError:  # not there, no folder, or somebody else's
         return False
 
 

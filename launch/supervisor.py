@@ -45,12 +45,13 @@ class Supervisor:
         self._before: Attempt | None = None
         self._looked_s = self._evaluated_s = 0.0
         self._first_bad_s: float | None = None
+        self._warned = ""
         self._left: Verdict | None = None
         self._evaluations: Evaluations | None = None
 
     def begin(self) -> str | None:
         """Record this start. Returns why the job was started again; None if it was not."""
-        earlier = attempts(self._home)
+        earlier = self._attempts()
         if earlier:
             self._before = self._with_verdict(earlier[-1])
         start = Start(
@@ -66,8 +67,16 @@ class Supervisor:
         keep(self._attempt / "start.json", start)
         self._start = start
         if self._spec.evaluations:
-            self._evaluations = Evaluations(self._home)
+            try:
+                self._evaluations = Evaluations(self._home)
+            except (PomscaleError, OSError) as problem:
+                self._warn(f"{problem}; no checkpoint is evaluated during this start")
         return None if self._before is None or self._before.verdict is None else self._before.verdict.reason
+
+    def _attempts(self) -> list[Attempt]:
+        """Starts so far. Tasks of an array work side by side: for each of them only its own count."""
+        found, job_id = attempts(self._home), self._place.job_id
+        return [one for one in found if one.start.job_id == job_id] if "_" in job_id else found
 
     def _with_verdict(self, before: Attempt) -> Attempt:
         """A start whose supervisor has died with its node, or was killed by the scheduler, has left none."""
@@ -76,7 +85,7 @@ class Supervisor:
         bad = self._bad_nodes(before.start.hosts)
         reason = f"node failure: {', '.join(bad)}" if bad else "ended by the scheduler, or with the node of rank 0"
         verdict = Verdict("leave", reason, 0, time.time(), bad, samples=self._samples())
-        keep(before.folder / "verdict.json", verdict)
+        self._keep(before.folder, verdict)
         return Attempt(before.folder, before.start, verdict)
 
     def poll(self, child: subprocess.Popen[bytes]) -> None:
@@ -85,11 +94,29 @@ class Supervisor:
         if now_s - self._looked_s < _LOOK_EVERY_S:
             return
         self._looked_s = now_s
-        self._look_at_the_others(child, now_s)
-        self._look_at_the_scheduler()
-        if self._evaluations is not None and now_s - self._evaluated_s > _EVALUATE_EVERY_S:
-            self._evaluated_s = now_s
-            self._evaluations.poll()
+        try:
+            self._look_at_the_others(child, now_s)
+            self._look_at_the_scheduler()
+            is_due = now_s - self._evaluated_s > _EVALUATE_EVERY_S
+            # Not in the last minutes of a start, which are for its verdict: a scheduler may take long to answer.
+            if self._evaluations is not None and is_due and self._forwarding.first is None:
+                self._evaluated_s = now_s
+                self._evaluations.poll()
+        except (PomscaleError, OSError) as problem:  # a file system that stutters must not end the run
+            self._warn(str(problem))
+
+    def _warn(self, problem: str) -> None:
+        """Once, of the same again and again."""
+        if problem != self._warned:
+            print(f"warning: {problem}", file=sys.stderr, flush=True)
+        self._warned = problem
+
+    def _keep(self, attempt: Path, verdict: Verdict) -> None:
+        """On a full disk the output of this guard is all that tells it."""
+        try:
+            keep(attempt / "verdict.json", verdict)
+        except PomscaleError as problem:
+            self._warn(str(problem))
 
     def _look_at_the_others(self, child: subprocess.Popen[bytes], now_s: float) -> None:
         """A run cannot go on without one of its ranks. With NCCL the others would wait for it until the watchdog."""
@@ -107,7 +134,7 @@ class Supervisor:
         try:
             (self._attempt / END_FILE).touch()
         except OSError as problem:
-            print(f"warning: {problem}; the other ranks are not told to end", file=sys.stderr, flush=True)
+            self._warn(f"{problem}; the other ranks are not told to end")
 
     def _look_at_the_scheduler(self) -> None:
         """Told to end: by whom? Where SLURM is ending the job itself, seconds are left to say which nodes are bad."""
@@ -122,11 +149,11 @@ class Supervisor:
             bad = self._bad_nodes(list(self._place.hosts))
             reason = f"node failure: {', '.join(bad)}" if bad else f"SLURM ends this start ({state.lower() or 'gone'})"
             self._left = Verdict("leave", reason, 0, time.time(), bad, samples=self._samples())
-            keep(self._attempt / "verdict.json", self._left)
+            self._keep(self._attempt, self._left)
             if bad:
                 slurm.exclude(self._place.job_id, bad)
         except PomscaleError as problem:
-            print(f"warning: {problem}", file=sys.stderr, flush=True)
+            self._warn(str(problem))
 
     def _bad_nodes(self, hosts: list[str]) -> list[str]:
         if not self._place.on_slurm or not slurm.is_available():
@@ -134,7 +161,7 @@ class Supervisor:
         try:
             return slurm.bad_nodes(hosts)
         except PomscaleError as problem:
-            print(f"warning: {problem}", file=sys.stderr, flush=True)
+            self._warn(str(problem))
             return []
 
     def conclude(self, own: Ending) -> int:
@@ -154,17 +181,28 @@ class Supervisor:
         )
         before = None if self._before is None else self._before.verdict
         verdict = judge(evidence, before, self._spec.max_idle_requeues)
-        keep(self._attempt / "verdict.json", verdict)
+        print(f"{verdict.action}: {verdict.reason}" + (f"; see {verdict.log}" if verdict.log else ""), flush=True)
+        self._keep(self._attempt, verdict)
         if verdict.action == "fail":
             note_failure(self._home, verdict.reason)
-        if self._evaluations is not None:
-            self._evaluations.poll(finished=verdict.action == "done")
-        print(f"{verdict.action}: {verdict.reason}" + (f"; see {verdict.log}" if verdict.log else ""), flush=True)
         if verdict.action == "requeue":
-            verdicts = [attempt.verdict for attempt in attempts(self._home)]
-            suspects = sorted({host for one in verdicts if one is not None for host in one.suspects})
-            write_text(self._attempt / REQUEUE_FILE, ",".join(suspects) + "\n")
+            self._ask_for_another_start(verdict)
+        elif self._evaluations is not None:
+            try:
+                self._evaluations.poll(finished=verdict.action == "done")
+            except (PomscaleError, OSError) as problem:
+                self._warn(str(problem))
         return verdict.exit_code
+
+    def _ask_for_another_start(self, verdict: Verdict) -> None:
+        """Without what this job has suspected so far. What others met here before may have been mended since."""
+        job_id = self._place.job_id
+        verdicts = [one.verdict for one in self._attempts() if one.start.job_id == job_id and one.verdict is not None]
+        suspects = {host for one in [*verdicts, verdict] for host in one.suspects}
+        try:
+            write_text(self._attempt / REQUEUE_FILE, ",".join(sorted(suspects)) + "\n")
+        except PomscaleError as problem:
+            self._warn(f"{problem}; the job is not started again: `pomscale runs resume` does it")
 
     def _wait_for_the_others(self, own: Ending) -> dict[int, Ending]:
         """A run's ranks end together, or not at all; those of other jobs have each their own work."""

@@ -7,6 +7,7 @@ instant on a login node; each verb imports what it needs when it runs.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -19,6 +20,8 @@ from pomscale.errors import PomscaleError
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 failed, 2 wrong input, 3 done with skipped items, 75 stopped on request."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character of a log or a curve shows "?"
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     if unknown := unknown_words(parsed, rest):

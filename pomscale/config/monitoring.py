@@ -25,12 +25,12 @@ class AlertsConfig(Section):
 
     min_goodput: Fraction | None = Field(
         0.5,
-        description="Least share of the wall time, waiting in the queue left out, that went into steps that count; "
-        "null = never.",
+        description="Least share of the wall time, that between starts and in the queue left out, that went into steps "
+        "that count; null = never.",
     )
     goodput_after_s: PositiveFloat = Field(3600.0, description="So much wall time before goodput is judged.")
     stall_factor: Annotated[float, Field(gt=1.0)] | None = Field(
-        3.0, description="Steps so many times slower than the median row, for a minute or more; null = never."
+        3.0, description="Steps so many times slower than the median row, for a minute and two rows; null = never."
     )
 
 

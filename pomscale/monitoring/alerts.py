@@ -22,7 +22,8 @@ from pomscale.monitoring.text import format_duration
 _QUIET_S = 3600.0  # an alert of one kind, then none of that kind for so long
 _LEAST_ROWS = 5  # whose median says how long a step takes
 _MOST_ROWS = 1000
-_SLOW_FOR_S = 60.0  # a step may hiccup
+# And two rows at least: a step may hiccup, and a minute of one row may be the validation before its steps.
+_SLOW_FOR_S = 60.0
 
 
 class Alerts:
@@ -80,8 +81,7 @@ class Alerts:
             self._slow_since_s = None
         elif self._slow_since_s is None:
             self._slow_since_s = self._judged_s
-        slow_s = 0.0 if self._slow_since_s is None else now_s - self._slow_since_s
-        if slow_s >= _SLOW_FOR_S:
+        elif (slow_s := now_s - self._slow_since_s) >= _SLOW_FOR_S:
             told = f"{step_time_s:.3g} s per step, {step_time_s / median:.1f} times the median of this start"
             self._tell("slow steps", f"at {self._samples:,} samples, for {slow_s:.0f} s: {told}", "WARN")
         self._judged_s = now_s
@@ -92,11 +92,13 @@ class Alerts:
         if limit is None:
             return
         seconds = self._ledger.goodput().seconds
-        # Nobody can help it that a job waits in the queue, so that is not counted against the run.
-        wall_s = sum(seconds.values()) - seconds["queue"]
+        # A run can not help it that it waits in the queue, or that people have left it alone for a weekend.
+        wall_s = sum(seconds.values()) - seconds["queue"] - seconds["down"]
         if wall_s >= self._config.goodput_after_s and seconds["productive"] < limit * wall_s:
             share = seconds["productive"] / wall_s
-            worst = max((kind for kind in seconds if kind not in ("productive", "queue")), key=seconds.__getitem__)
+            worst = max(
+                (kind for kind in seconds if kind not in ("productive", "queue", "down")), key=seconds.__getitem__
+            )
             self._tell(
                 "goodput",
                 f"{share:.0%} of {format_duration(wall_s)} went into steps that count, wanted {limit:.0%}; "

@@ -3,7 +3,7 @@
 Every line has samples, time_unix_s and incarnation, and one of
     "start": {...}     once per incarnation: when its job was submitted and began, as far as known, and its process
     "seconds": {...}   the wall time since the line before, by what it was spent on (`Kind`)
-    "event": name      something that happened, with its details
+    "event": name      something that happened, with its details; "alert": what people were told of (see alerts.py)
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pomscale.errors import InputError
-from pomscale.files import make_folder, write_text
+from pomscale.files import atomic_write, make_folder, write_text
 from pomscale.monitoring import report_compare, report_run
 from pomscale.monitoring.history import read_history
 from pomscale.monitoring.ledger import goodput
@@ -41,7 +41,8 @@ def write_report(run_folders: Sequence[Path], out: Path | None = None) -> Report
         png, page = report_compare.overview(runs), report_compare.page(runs)
     make_folder(folder)
     paths = ReportPaths(png=folder / f"{name}.png", html=folder / f"{name}.html")
-    paths.png.write_bytes(png)
+    with atomic_write(paths.png) as stream:
+        stream.write(png)
     write_text(paths.html, page)
     return paths
 

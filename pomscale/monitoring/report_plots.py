@@ -84,6 +84,8 @@ def draw_overview(
     heights = [3.1] * num_rows + ([_times_height(len(times))] if times else [])
     figure = Figure(figsize=(12, 0.6 + sum(heights)), layout="constrained")
     figure.suptitle(title, color=INK, fontsize=14, fontweight="bold", parse_math=False)
+    if not heights:  # a run that has not come to its first step
+        return _png(figure)
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     for index, panel in enumerate(panels):
         _draw(figure.add_subplot(grid[index // 2, index % 2]), panel, resumed_at, styles)

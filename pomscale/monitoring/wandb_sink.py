@@ -208,6 +208,7 @@ class WandbSink:
             self._wait_with(self._give_table)
 
     def _give_evaluation(self, evaluation: Evaluation, place: int, run: Run) -> None:
+        # A picture that somebody has deleted since is no reason to hold back the figures.
         media = {name: self._medium(path) for name, path in evaluation.pictures.items() if path.is_file()}
         run.log({"samples": evaluation.samples, "_timestamp": evaluation.time_unix_s, **evaluation.metrics, **media})
         self.num_delivered += 1
@@ -232,7 +233,7 @@ def deliver_without_training(run_folder: Path) -> int:
     """Give evaluations to the run's wandb run in a short session of its own; how many it took.
 
     None while training is alive, which gives them with its next row; nor where the run has no wandb run, or has them
-    already. InputError where the run's recipe cannot be read, or wandb refuses to start.
+    already. What wandb does not take stays for the next who comes by. InputError if the run's recipe cannot be read.
     """
     recipe = load_train_recipe(run_folder / "recipe.yaml")
     config, lock = recipe.monitoring.wandb, WandbLock(run_folder)
@@ -240,7 +241,12 @@ def deliver_without_training(run_folder: Path) -> int:
         return 0
     if not lock.take():
         return 0
-    sink = WandbSink(run_folder, config, recipe.name, recipe.model_dump(mode="json"), lock)
+    try:
+        sink = WandbSink(run_folder, config, recipe.name, recipe.model_dump(mode="json"), lock)
+    except InputError as error:
+        lock.release()
+        logger.warning("%s; the evaluation is in evaluations.jsonl, and not in wandb", error)
+        return 0
     session = Background(sink.name)
     session.finish(sink.close)
     if not session.join(time.monotonic() + CLOSE_TIMEOUT_S):

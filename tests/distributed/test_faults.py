@@ -76,8 +76,15 @@ def saved(folder: Path) -> list[int]:
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "events.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "event" in row]
+    return [row for row in ledger_rows(folder) if row.get("event", "alert") != "alert"]
+
+
+def alerts(folder: Path) -> list[str]:
+    return [row["title"] for row in ledger_rows(folder) if row.get("event") == "alert"]
+
+
+def ledger_rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -174,6 +181,7 @@ def test_steps_that_are_not_finite_are_left_out_and_then_gone_back_from(with_nan
     assert [skip["position"] // GLOBAL_BATCH for skip in skips] == [5, 15, 16]
     assert rollback["to_samples"] == 10 * GLOBAL_BATCH
     assert "not finite" in rollback["reason"]
+    assert alerts(with_nans) == ["not finite", "rollback"]  # each told once
     balance = goodput(with_nans)
     assert balance is not None
     assert balance.seconds["lost"] > 0
@@ -268,6 +276,7 @@ def test_a_hang_ends_with_the_stacks_of_all_ranks(tiny_recipe: Path) -> None:
     train_with([asleep], tiny_recipe, *overrides, expect=1, num_processes=2)
     assert outcome(folder)["state"] == "hung"
     assert outcome(folder)["reason"] == "no step for 5 s"
+    assert alerts(folder) == ["stall"]  # told while it hung, at half of that time
     assert " in sleep\n" in stacks(folder, 1, rank=1)
     assert " in forward_backward\n" in stacks(folder, 1, rank=0)  # it waits for the other
     assert saved(folder) == [10 * GLOBAL_BATCH]

@@ -17,7 +17,7 @@ from running import GLOBAL_BATCH, losses, write_tiny_recipe
 from launch.job import Attempt, attempts
 from pomscale.quickstart import samples_seen
 
-NUM_STEPS = 150  # some seconds on two busy cores: long enough to be met in the middle
+NUM_STEPS = 100  # some seconds on two busy cores: long enough to be met in the middle
 OVERRIDES = [
     f"training.total_samples={NUM_STEPS * GLOBAL_BATCH}",
     "schedule={}",
@@ -79,11 +79,11 @@ def launch(
     num_nodes: int = 2,
     options: tuple[str, ...] = (),
 ) -> Launched:
-    """Two ranks per node; folder/test.yaml is the profile, if the test has made one. options: of the command."""
+    """One rank per node; folder/test.yaml is the profile, if the test has made one. options: of the command."""
     recipe = write_tiny_recipe(folder, digits)
     profile = folder / "test.yaml"
     if not profile.exists():
-        cluster.profile(folder)
+        cluster.profile(folder, ranks_per_node=1)
     words = ["launch", str(recipe), "--cluster", str(profile), "--nodes", str(num_nodes), *options]
     out = pomscale(cluster, *words, *OVERRIDES, *overrides)
     home = folder / "runs" / "tiny"

@@ -46,6 +46,7 @@ def test_two_nodes_train_as_four_processes_do_without_slurm(
 ) -> None:
     for name, value in INSIDE_A_JOB.items():
         monkeypatch.setitem(slurm.environment, name, value)
+    slurm.profile(tmp_path)  # two ranks per node
     short = ["monitoring.wandb.mode=disabled", f"training.total_samples={30 * GLOBAL_BATCH}"]
     run = launch(slurm, tmp_path, digits, *short)
     for name in INSIDE_A_JOB:

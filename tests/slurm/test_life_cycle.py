@@ -23,7 +23,7 @@ from running import GLOBAL_BATCH, checkpoint_samples, damaged_copy, losses, outc
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 TOTAL = NUM_STEPS * GLOBAL_BATCH
-MIDDLE = 40 * GLOBAL_BATCH
+MIDDLE = 30 * GLOBAL_BATCH
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +83,7 @@ def test_preemption_by_another_job(
 
 def test_the_time_limit(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> None:
     """SLURM looks at time limits twice a minute, so the run must be longer than a minute."""
-    slurm.profile(tmp_path, signal_lead_s=30)
+    slurm.profile(tmp_path, signal_lead_s=30, ranks_per_node=1)
     many = f"training.total_samples={40 * TOTAL}"
     run = launch(slurm, tmp_path, digits, many, "checkpoint.every_samples=100000", options=("--time", "0:02:00"))
     run.wait_for_attempt(2, timeout_s=150)
@@ -101,14 +101,14 @@ def test_a_killed_rank_is_started_again_elsewhere(
 ) -> None:
     run = launch(slurm, tmp_path, digits)
     run.wait_for_samples(MIDDLE)
-    victim = run.rank(3)
+    victim = run.rank(1)
     node = victim.environ()["SLURMD_NODENAME"]
     victim.send_signal(signal.SIGKILL)
     run.wait_for_attempt(2)
     assert excluded(slurm, run.job_id) == node
     first, second = run.finish()
     assert first.verdict is not None
-    assert first.verdict.reason == f"rank 3 on {node} was killed by SIGKILL"
+    assert first.verdict.reason == f"rank 1 on {node} was killed by SIGKILL"
     assert node not in second.start.hosts
     assert_one_run(run, reference, 2)
 
@@ -119,7 +119,7 @@ def test_a_node_that_goes_down_and_leaves_a_rank_behind(
     """Its daemon is dead, so nobody ends the ranks there: they must not write any more."""
     run = launch(slurm, tmp_path, digits)
     run.wait_for_samples(MIDDLE)
-    stale = run.rank(2)
+    stale = run.rank(1)
     node = stale.environ()["SLURMD_NODENAME"]
     stale.suspend()  # a network that is cut: it neither ends nor goes on
     slurm.kill_slurmd(node)

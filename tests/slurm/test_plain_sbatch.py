@@ -14,7 +14,7 @@ from launch.job import submissions
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-OPTIONS = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0", "--time=30"]
+OPTIONS = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=30"]
 
 
 def sbatch(slurm: SlurmCluster, tmp_path: Path, *words: str) -> str:
@@ -25,7 +25,7 @@ def sbatch(slurm: SlurmCluster, tmp_path: Path, *words: str) -> str:
 def test_it_saves_requeues_and_finishes(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> None:
     recipe = write_tiny_recipe(tmp_path, digits)
     run = Launched(slurm, sbatch(slurm, tmp_path, str(recipe), *OVERRIDES), tmp_path / "runs" / "tiny")
-    run.wait_for_samples(40 * GLOBAL_BATCH)
+    run.wait_for_samples(30 * GLOBAL_BATCH)
     slurm.run(["scancel", "--signal=USR2", run.job_id])
     attempts = run.finish()
     assert [attempt.verdict and attempt.verdict.action for attempt in attempts] == ["requeue", "done"]
@@ -36,7 +36,7 @@ def test_it_saves_requeues_and_finishes(slurm: SlurmCluster, tmp_path: Path, dig
 
 def test_a_wrong_recipe_ends_the_job_before_a_rank_starts(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> None:
     recipe = write_tiny_recipe(tmp_path, digits)
-    job_id = sbatch(slurm, tmp_path, str(recipe), "training.global_batch=3", "training.total_samples=9", "schedule={}")
+    job_id = sbatch(slurm, tmp_path, str(recipe), "training.global_batch=1", "training.total_samples=9", "schedule={}")
     slurm.wait_for(job_id, "FAILED")
-    assert "cannot be shared by 4 ranks" in (tmp_path / "job.log").read_text()
+    assert "cannot be shared by 2 ranks" in (tmp_path / "job.log").read_text()
     assert not (tmp_path / "runs").exists()

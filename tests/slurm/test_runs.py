@@ -53,7 +53,7 @@ def test_a_run_is_watched_requeued_cancelled_and_resumed(slurm: SlurmCluster, tm
     told = pomscale(slurm, "runs", "status", home)
     assert f"{run.job_id}-0  {', '.join(slurm.nodes[:2])}" in told
     assert f"pomscale runs logs {home} --follow" in told
-    assert "4 ranks on" in pomscale(slurm, "watch", home, "--once")
+    assert "2 ranks on" in pomscale(slurm, "watch", home, "--once")
     assert "running already" in pomscale(slurm, "runs", "resume", home, expect=2)
 
     assert "asked to save and start again" in pomscale(slurm, "runs", "requeue", home)
@@ -83,7 +83,7 @@ def test_a_run_is_watched_requeued_cancelled_and_resumed(slurm: SlurmCluster, tm
     assert f"job {resumed['job_id']}" in told
     assert resumed["job_id"] != run.job_id
     assert incarnations(run.folder)[-1]["start_samples"] == saved
-    assert incarnations(run.folder)[-1]["num_ranks"] == 2
+    assert incarnations(run.folder)[-1]["num_ranks"] == 1
     assert len(attempts(run.folder)[-1].start.hosts) == 1
     assert "TimeLimit=00:30:00" in slurm.run(["scontrol", "show", "job", resumed["job_id"]])
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import psutil
 import pytest
+import wandb
 import wandb_reader
 from PIL import Image
 from running import mounted_disk
 from wandb_server import KEY, wandb_server
 
-import wandb
 from pomscale.config.monitoring import MonitoringConfig, WandbConfig
 from pomscale.errors import InputError
 from pomscale.monitoring import monitor as monitor_module
@@ -224,6 +224,22 @@ def test_without_training_evaluations_go_to_wandb_in_a_session_of_their_own(run:
     (run / "recipe.yaml").write_text(RECIPE + "monitoring: {wandb: {mode: disabled}}\n")
     record(run, 40, {"evaluation/digits/accuracy": 1.0})
     assert deliver_without_training(run) == 0
+
+
+def test_a_wandb_that_refuses_does_not_refuse_the_evaluation(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with _open(run) as monitor:
+        monitor.log(8, {"train/loss": 1.0})
+    (run / "recipe.yaml").write_text(RECIPE + "monitoring: {wandb: {mode: online}}\n")
+    monkeypatch.setenv("HOME", str(run))  # no ~/.netrc
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    record(run, 8, {"evaluation/digits/accuracy": 0.5})
+    assert deliver_without_training(run) == 0
+    assert "wandb refuses to start" in caplog.text
+    monkeypatch.undo()
+    (run / "recipe.yaml").write_text(RECIPE)
+    assert deliver_without_training(run) == 1  # it stayed for whoever comes by
 
 
 def test_while_training_is_alive_it_is_training_that_delivers(run: Path) -> None:

@@ -54,6 +54,12 @@ def test_what_a_gpu_does_not_tell_is_left_out(tmp_path: Path, monkeypatch: pytes
     }
 
 
+@pytest.mark.parametrize("answer", ["No devices were found", "1005, 1980, ERR!, 512.50, 100, 71680, 0x01", ""])
+def test_a_complaint_is_no_figure(answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(tmp_path, monkeypatch, answer)
+    assert gpu_figures("GPU-12") == {}
+
+
 def test_without_nvidia_smi_or_with_one_that_fails_there_are_no_gpu_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,12 @@ def test_the_stages_of_a_pipeline_wherever_they_are(copied: Path) -> None:
     assert sorted(find_runs(pipeline).values()) == [str(copied / "tiny"), "verify"]
 
 
+def test_what_cannot_be_looked_into_hides_no_run(copied: Path) -> None:
+    (copied / "loop").symlink_to("loop")
+    (copied / "odd" / "pipeline.json").mkdir(parents=True)  # as unreadable to root as a private folder is to others
+    assert list(find_runs(copied).values()) == ["tiny"]
+
+
 def test_a_run_by_path_name_or_beginning(copied: Path) -> None:
     assert resolve_run(str(copied / "tiny")) == copied / "tiny"
     assert resolve_run("tiny") == resolve_run("ti") == Path("runs/tiny")

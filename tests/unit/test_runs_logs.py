@@ -109,6 +109,24 @@ def test_follow_goes_on_over_a_restart_until_the_run_is_over(home: Path, monkeyp
     assert (ended[0].state, ended[0].reason) == ("failed", "no disk")  # type: ignore[attr-defined]
 
 
+def test_what_is_printed_while_the_last_lines_are_shown_is_not_lost(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_logs, "_ASK_AFTER_S", 0.0)
+    monkeypatch.setenv("PATH", "")  # no SLURM to ask
+    keep(attempt_folder(home, "12", 1) / "verdict.json", Verdict("fail", "no disk", 1, time.time()))
+    lines: list[str] = []
+
+    def show(line: str) -> None:
+        lines.append(line)
+        if line.startswith("[rank 1] "):
+            with log_path(home, 0).open("a") as file:
+                file.write("meanwhile\n")
+
+    show_logs(home, rank=None, lines=1, attempt=None, follow=True, show=show)
+    assert lines == ["[rank 0] start 1, line 99", "[rank 1] start 1, line 99", "[rank 0] meanwhile"]
+
+
 def wait_until(is_so: Callable[[], bool], timeout_s: float = 20.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not is_so():

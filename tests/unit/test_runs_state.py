@@ -134,6 +134,10 @@ ALONE: dict[str, tuple[Callable[[Home], Home], str]] = {
         lambda home: home.claimed(-90000, lives=None, job_id=None).logged(-86400),
         "unknown",
     ),
+    "on another host, silent for less than its rows are apart": (
+        lambda home: home.claimed(-9000, lives=None, job_id=None).logged(-5420).logged(-1820).logged(-1800),
+        "running",
+    ),
     "finished": (lambda home: by_hand(home, lives=False).ended("finished"), "finished"),
     "stopped": (lambda home: by_hand(home, lives=False).ended("stopped"), "stopped"),
     "stopped at once": (lambda home: by_hand(home, lives=False).ended("quit"), "stopped"),
@@ -259,6 +263,18 @@ def test_an_array_is_as_its_foremost_task(home: Home) -> None:
     home.judged("done", -1, job_id="12_2")
     assert home.state(jobs) == State(
         "failed", "tasks: 1 failed, 2 finished; rank 1 on n1: no disk", "logs/rank-00000.log"
+    )
+
+
+def test_tasks_that_slurm_has_forgotten_count_as_their_guards_say(home: Home) -> None:
+    home.submitted(-900, num_tasks=4).began(-890, "12_0").judged("done", -800, job_id="12_0")
+    home.began(-890, "12_1").judged("fail", -800, "rank 1 on n1: no disk", job_id="12_1")
+    home.began(-890, "12_2").began(-90, "12_3")
+    jobs = {"12_3": JobState("12_3", "RUNNING", "", [], 0.0, None, 0)}
+    assert home.state(jobs) == State(
+        "running",
+        "tasks: 1 running, 1 failed, 1 killed, 1 finished; rank 1 on n1: no disk",
+        "logs/rank-00000.log",
     )
 
 
