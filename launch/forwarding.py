@@ -10,14 +10,8 @@ _SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
 def hold_signals() -> None:
-    """Until a Forwarding is made, also by the program that this process becomes, they wait."""
+    """Until a Forwarding is made, also by the program that this process becomes or its children, they wait."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-
-
-def ignore_requests() -> None:
-    """Also in the program that this process becomes, as long as it handles none of them."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 class Forwarding:

@@ -17,6 +17,7 @@ import sys
 import time
 from datetime import UTC, datetime
 from functools import partial
+from io import FileIO
 from pathlib import Path
 
 from launch.forwarding import Forwarding
@@ -91,7 +92,7 @@ class _Rank:
         num_kills = num_out_of_memory_kills()
         pid, returncode = 0, 0
         make_folder(self._log.parent)
-        with self._log.open("ab", buffering=0) as log:
+        with _opened(self._log) as log:
             begin = log.seek(0, os.SEEK_END)
             now = datetime.now(UTC).isoformat(timespec="seconds")
             place = self._place
@@ -121,16 +122,20 @@ class _Rank:
         place = self._place
         restarted = {} if self._restarted_because is None else {RESTARTED_BECAUSE: self._restarted_because}
         _say(log, f"$ pomscale {shlex.join(words)}")
-        child = subprocess.Popen(
-            [sys.executable, "-u", "-m", "pomscale", *words],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=self._spec.cwd,
-            env=os.environ | _environment(self._spec, place) | restarted,
-            process_group=0,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 (one thread)
-        )
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-u", "-m", "pomscale", *words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self._spec.cwd,
+                env=os.environ | _environment(self._spec, place) | restarted,
+                process_group=0,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 (one thread)
+            )
+        except OSError as problem:  # the folder that it was launched from has gone, or this node does not see it
+            _say(log, f"error: {place.host} cannot start it in {self._spec.cwd}: {problem}")
+            return 0, 1
         self._forwarding.send = partial(_hand_on, child)
         if self._forwarding.first is not None:  # it came between the look above and the line before
             child.send_signal(signal.Signals[self._forwarding.first])
@@ -154,6 +159,13 @@ class _Rank:
             self._looked_s = now_s
             if os.path.exists(self._attempt / END_FILE):  # Path.exists raises where a file system stutters
                 self._told_s = now_s
+
+
+def _opened(log: Path) -> FileIO:
+    try:
+        return log.open("ab", buffering=0)
+    except OSError as error:
+        raise PomscaleError(f"{log} cannot be written: {error}; make room and launch again") from error
 
 
 def _say(log: int, line: str) -> None:

@@ -53,7 +53,7 @@ class _Stored:
 
     @classmethod
     def of(cls, content: Any) -> Self:
-        """Passes over what a newer version has added: a job runs the code it was launched with. TypeError for others."""
+        """Without what a newer version has added: a job runs the code it was launched with. TypeError for others."""
         if not isinstance(content, dict):
             raise TypeError(f"{type(content).__name__} instead of an object")
         known = {one.name for one in fields(cls)}  # type: ignore[arg-type]
@@ -196,7 +196,7 @@ def endings(attempt: Path) -> list[Ending]:
 
 
 def attempts(home: Path) -> list[Attempt]:
-    """All starts, oldest first. One that cannot be read is left out: what an old one has left must not end a new one."""
+    """All starts, oldest first. One that cannot be read is left out: remains of an old one must not end a new one."""
     found = []
     for folder in (home / ATTEMPTS).glob("*-*"):
         if not (folder / "start.json").is_file():

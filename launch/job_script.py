@@ -145,7 +145,7 @@ def _setup(spec: JobSpec, profile: ClusterProfile) -> list[str]:
     if profile.modules:
         lines += ["command -v module > /dev/null || source /etc/profile", "module purge"]
         lines += [f"module load {module} || exit 1" for module in profile.modules]
-    lines += profile.setup
+    lines += [*profile.setup, "set +e"] if profile.setup else []  # or a rank that fails would skip what ends the job
     code = Path(spec.home) / CODE
     lines.append(f"if [ -d {shlex.quote(str(code))} ]; then")
     lines.append(f"  export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1")

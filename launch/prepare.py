@@ -82,7 +82,7 @@ class Prepared:
             return submit(self.spec, self.profile, after=after, **self._wishes())
         except Exception:
             if first_new is not None and not (self.home / JOBS_FILE).exists():
-                shutil.rmtree(first_new, ignore_errors=True)
+                _take_away(self.home, first_new)
             raise
 
     def _wishes(self) -> dict[str, Any]:
@@ -108,6 +108,18 @@ def _first_missing(folder: Path) -> Path | None:
     while not folder.exists():
         missing, folder = folder, folder.parent
     return missing
+
+
+def _take_away(home: Path, first_new: Path) -> None:
+    """And the folders above it up to first_new, unless another launch has put something there meanwhile."""
+    shutil.rmtree(home, ignore_errors=True)
+    folder = home
+    while folder != first_new:
+        folder = folder.parent
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 class How(TypedDict, total=False):

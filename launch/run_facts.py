@@ -168,6 +168,8 @@ def _newest_attempts(folder: Path) -> list[Attempt]:
     restarts: dict[str, int] = {}
     for name in sorted(names, key=lambda name: _begun_unix_s(folder / name), reverse=True):
         task, _, restart = name.rpartition("-")
+        if not restart.isdecimal():
+            continue  # a file system's own
         if not restarts or job_of(task) == job_of(next(iter(restarts))):
             restarts[task] = max(restarts.get(task, 0), int(restart))
     found = [_attempt(folder / f"{task}-{restart}", task, restart) for task, restart in restarts.items()]

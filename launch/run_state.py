@@ -74,14 +74,8 @@ def state_of(facts: Facts, jobs: Mapping[str, JobState] | None, now_unix_s: floa
     if len(known) == 1 and (facts.submission is None or facts.submission.num_tasks == 1):
         task, job = next(iter(known.items()))
         return _with_slurm(by_home, job, attempts.get(task))
-    # Without accounting SLURM forgets the first tasks while the last ones run.
-    forgotten = [attempt for task, attempt in attempts.items() if task not in known]
-    return _of_all(
-        [
-            *(_with_slurm(_of_task(attempts.get(task)), job, attempts.get(task)) for task, job in known.items()),
-            *map(_of_forgotten_task, forgotten),
-        ]
-    )
+    tasks = sorted(known.keys() | attempts.keys())
+    return _of_all([_of_task_of_slurm(known.get(task), attempts.get(task)) for task in tasks])
 
 
 def is_settled(facts: Facts, by_home: State) -> bool:
@@ -130,12 +124,13 @@ def _of_task(attempt: Attempt | None) -> State:
     return State("running") if attempt.verdict is None else _of_verdict(attempt.verdict, ended=False)
 
 
-def _of_forgotten_task(attempt: Attempt) -> State:
-    if attempt.verdict is None:
-        return State(
-            "killed", f"task {attempt.start.job_id} is not in the queue any more, and has not said how it ended"
-        )
-    return _of_verdict(attempt.verdict, ended=True)
+def _of_task_of_slurm(job: JobState | None, attempt: Attempt | None) -> State:
+    """job: None for a task that has ended and that SLURM has forgotten, while others still run."""
+    if job is not None:
+        return _with_slurm(_of_task(attempt), job, attempt)
+    if attempt is not None and attempt.verdict is not None:
+        return _of_verdict(attempt.verdict, ended=True)
+    return State("killed", "a task is not in the queue any more, and has not said how it ended")
 
 
 def _of_claim(facts: Facts, now_unix_s: float) -> State:

@@ -7,7 +7,9 @@ debug   launch.task.LocalTask, in this very process
 
 from __future__ import annotations
 
+import errno
 import io
+import json
 import os
 import subprocess
 import sys
@@ -27,7 +29,6 @@ from launch.place import LOCAL_JOB
 from launch.task import LocalTask, SlurmTask
 from pomscale.config.cluster import ClusterProfile, expanded
 from pomscale.errors import InputError, PomscaleError
-from pomscale.monitoring.jsonl import JsonLines
 
 # What a job tells its own processes. One that is submitted from inside must not take itself for that one.
 _OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_", "TORCHELASTIC_", "POMSCALE_")
@@ -93,7 +94,11 @@ def _submit_to_slurm(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> str:
     with _as_on_a_login_node(), _refusal_explained(home):
         tasks = [SlurmTask(spec.home)] * (wish.array or 1)
         job_id = executor.submit_array(tasks)[0].job_id.partition("_")[0]
-    record(home, Submission(job_id, submitted_unix_s, "slurm", spec.num_nodes, len(tasks)))
+    try:
+        record(home, Submission(job_id, submitted_unix_s, "slurm", spec.num_nodes, len(tasks)))
+    except PomscaleError:  # nobody would know of it
+        slurm.cancel(job_id)
+        raise
     return job_id
 
 
@@ -186,7 +191,13 @@ def _run_here(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> str:
 
 
 def record(home: Path, submission: Submission) -> None:
-    """A line of HOME/jobs.jsonl."""
-    file = JsonLines(home / JOBS_FILE)
-    file.append(asdict(submission))
-    file.close()
+    """A line of HOME/jobs.jsonl. PomscaleError if it cannot be written."""
+    line = json.dumps(asdict(submission)) + "\n"
+    try:
+        with (home / JOBS_FILE).open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if file.write(line.encode()) < len(line):  # half a line would swallow the next one
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise PomscaleError(f"{home / JOBS_FILE}: {error}; make room and launch again") from error

@@ -17,7 +17,7 @@ from launch.evaluations import Evaluations, note_failure
 from launch.forwarding import Forwarding
 from launch.job import END_FILE, REQUEUE_FILE, Attempt, Ending, JobSpec, Start, Verdict, attempts, endings, keep
 from launch.place import Place
-from launch.verdict import EXIT_STOPPED, Evidence, judge
+from launch.verdict import EXIT_STOPPED, Evidence, idle_so_far, judge
 from pomscale.checkpoint.folder import complete_checkpoints, samples_of
 from pomscale.distributed.generation import newest_generation
 from pomscale.errors import PomscaleError
@@ -29,7 +29,8 @@ LAST_WORDS_S = 10.0
 ENDED_BY_SUPERVISOR = "the supervisor"
 
 # How long the guards of the others may take to say how theirs has ended: a shared file system shows new files late.
-_SETTLE_S = 40.0
+# NFS may take a minute to show them the file `end`, and another to show theirs here.
+_SETTLE_S = 140.0
 _LOOK_EVERY_S, _EVALUATE_EVERY_S = 1.0, 5.0
 _CLOCK_SKEW_S = 60.0
 _GOOD_ENDS = (0, EXIT_STOPPED)
@@ -53,7 +54,7 @@ class Supervisor:
         """Record this start. Returns why the job was started again; None if it was not."""
         earlier = self._attempts()
         if earlier:
-            self._before = self._with_verdict(earlier[-1])
+            self._before = self._with_verdict(earlier)
         start = Start(
             self._place.job_id,
             self._place.restart,
@@ -78,13 +79,15 @@ class Supervisor:
         found, job_id = attempts(self._home), self._place.job_id
         return [one for one in found if one.start.job_id == job_id] if "_" in job_id else found
 
-    def _with_verdict(self, before: Attempt) -> Attempt:
-        """A start whose supervisor has died with its node, or was killed by the scheduler, has left none."""
+    def _with_verdict(self, earlier: list[Attempt]) -> Attempt:
+        """The last one. If its supervisor has died with its node, or was killed by the scheduler, it has left none."""
+        before = earlier[-1]
         if before.verdict is not None:
             return before
+        num_idle = next((idle_so_far(one.verdict) for one in reversed(earlier) if one.verdict is not None), 0)
         bad = self._bad_nodes(before.start.hosts)
         reason = f"node failure: {', '.join(bad)}" if bad else "ended by the scheduler, or with the node of rank 0"
-        verdict = Verdict("leave", reason, 0, time.time(), bad, samples=self._samples())
+        verdict = Verdict("leave", reason, 0, time.time(), bad, num_idle, self._samples())
         self._keep(before.folder, verdict)
         return Attempt(before.folder, before.start, verdict)
 
@@ -148,7 +151,8 @@ class Supervisor:
                 return
             bad = self._bad_nodes(list(self._place.hosts))
             reason = f"node failure: {', '.join(bad)}" if bad else f"SLURM ends this start ({state.lower() or 'gone'})"
-            self._left = Verdict("leave", reason, 0, time.time(), bad, samples=self._samples())
+            num_idle = idle_so_far(None if self._before is None else self._before.verdict)
+            self._left = Verdict("leave", reason, 0, time.time(), bad, num_idle, self._samples())
             self._keep(self._attempt, self._left)
             if bad:
                 slurm.exclude(self._place.job_id, bad)
@@ -212,7 +216,7 @@ class Supervisor:
             if len(known) >= self._spec.num_ranks or (self._spec.is_run and time.monotonic() > deadline_s):
                 return known
             self._look_at_the_scheduler()
-            time.sleep(0.1)
+            time.sleep(0.5)
 
     def _endings(self) -> list[Ending]:
         """Of this start: a SLURM that was set up anew counts its jobs from 1 again."""

@@ -6,9 +6,11 @@ Pickled by submitit, so both classes hold nothing but the job's home; everything
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -16,7 +18,7 @@ from typing import NoReturn
 import psutil
 from submitit.helpers import DelayedSubmission
 
-from launch.forwarding import Forwarding, hold_signals, ignore_requests
+from launch.forwarding import Forwarding, hold_signals
 from launch.job import (
     JOB_FILE,
     REQUEUE_FILE,
@@ -33,6 +35,7 @@ from launch.state import ended, is_success
 
 _GUARD = ["-m", "launch.guard"]
 _TORCHRUN = "torch.distributed.run"
+_LOOK_EVERY_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ def become_guard(spec: JobSpec) -> NoReturn:
 def _wait_for(spec: JobSpec, forwarding: Forwarding) -> Verdict | None:
     """Until the jobs before this one have ended. Returns the verdict on this job if it may not begin any more."""
     for home, condition in spec.wait_for.items():
+        if not submissions(Path(home)):
+            return Verdict("fail", f"not begun: the job that it waits for has left nothing in {home}", 1, time.time())
         while (verdict := ended(Path(home))) is None:
             if forwarding.first is not None:
                 return Verdict("fail", f"{forwarding.first} while it waited for {home}", 1, time.time())
@@ -137,23 +142,31 @@ def _start_ranks(spec: JobSpec, rendezvous: list[str], variables: dict[str, str]
         command,
         env=os.environ | variables,
         start_new_session=True,
-        preexec_fn=ignore_requests,  # noqa: PLW1509 (one thread)
+        preexec_fn=hold_signals,  # noqa: PLW1509 (one thread). torchrun never takes them, its guards do
     )
-    forwarding.send = lambda number: _signal_guards(launcher.pid, number)
-    code = launcher.wait()
+    told: set[int] = set()
+    forwarding.send = lambda number: told.update(_signal_guards(launcher.pid, number))
+    while (code := launcher.poll()) is None:
+        if forwarding.first is not None:  # guards that were not there yet when it came
+            told.update(_signal_guards(launcher.pid, signal.Signals[forwarding.first], spared=told))
+        time.sleep(_LOOK_EVERY_S)
     forwarding.send = None
     return code
 
 
-def _signal_guards(launcher: int, number: int) -> None:
+def _signal_guards(launcher: int, number: int, spared: Collection[int] = ()) -> list[int]:
+    """Their process numbers."""
     try:
         family = [psutil.Process(launcher), *psutil.Process(launcher).children(recursive=True)]
     except psutil.NoSuchProcess:
-        return
+        return []
+    signalled = []
     for process in family:
         try:
             words = process.cmdline()
-            if "launch.guard" in words and _TORCHRUN not in words:
+            if process.pid not in spared and "launch.guard" in words and _TORCHRUN not in words:
                 process.send_signal(number)
+                signalled.append(process.pid)
         except psutil.NoSuchProcess:
             continue
+    return signalled

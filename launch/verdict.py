@@ -24,6 +24,12 @@ _LOST_PEER = re.compile(
     r"Connection (closed|reset|refused|was likely closed)|Broken pipe|[Tt]imed out (waiting|after)|"
     r"[Ss]ocket|remote process exited|recvValue failed|store->get",
 )
+# What a GPU, its driver or the client of a shared file system says when it is broken; on another node all is well.
+_BROKEN_NODE = re.compile(
+    r"uncorrectable ECC error|GPU is lost|fallen off the bus|busy or unavailable|CUDA error: (hardware|unknown error)|"
+    r"system not yet initialized|Stale file handle|Transport endpoint is not connected|transport endpoint shutdown|"
+    r"Remote I/O error"
+)
 _CLOCK_SKEW_S = 2.0
 _MOST_CHARACTERS = 500  # of a reason; the log has all of it
 
@@ -85,7 +91,12 @@ def _num_idle(evidence: Evidence, cause: _Cause, before: Verdict | None) -> int:
     since = before.samples if before is not None else None
     if evidence.samples is not None and evidence.samples > (since or 0):
         return 0
-    return (before.num_idle if before is not None else 0) + 1
+    return idle_so_far(before) + 1
+
+
+def idle_so_far(before: Verdict | None) -> int:
+    """Requeues in a row without progress. Whoever submits a job again that has failed has seen to something."""
+    return 0 if before is None or before.action == "fail" else before.num_idle
 
 
 def _cause(evidence: Evidence) -> _Cause:
@@ -127,6 +138,20 @@ def _out_of_memory(evidence: Evidence) -> _Cause | None:
     return None
 
 
+def _broken_node(evidence: Evidence) -> _Cause | None:
+    """An error that is the machine's, though it is a process that raises it."""
+    logs = {ending.rank: ending.log for ending in evidence.endings}
+    for rank, outcome in sorted(evidence.outcomes.items(), key=lambda item: float(item[1]["ended_unix_s"])):
+        if outcome["state"] == "failed" and _BROKEN_NODE.search(outcome.get("reason", "")):
+            host = evidence.start.host_of(rank)
+            return _Cause("requeue", f"{outcome['reason']} (on {host})", EXIT_STOPPED, (host,), logs.get(rank, ""))
+    for ending in sorted(evidence.endings, key=lambda ending: ending.ended_unix_s):
+        if ending.returncode and ending.rank not in evidence.outcomes and _BROKEN_NODE.search(ending.last_line):
+            reason = f"{_who(ending)}: {ending.last_line}"
+            return _Cause("requeue", reason, EXIT_STOPPED, (ending.host,), ending.log)
+    return None
+
+
 def _own_fault(evidence: Evidence) -> _Cause | None:
     """The first error that is not about another rank, unless a process was killed before it."""
     errors = []
@@ -150,15 +175,19 @@ def _own_fault(evidence: Evidence) -> _Cause | None:
 
 
 def _killed(evidence: Evidence) -> _Cause | None:
-    killed = sorted((ending.ended_unix_s, ending.rank, ending) for ending in evidence.endings if _by_signal(ending))
+    """The first to die, those that did not do it themselves before others: NCCL aborts a rank that has lost another."""
+    killed = [ending for ending in evidence.endings if _by_signal(ending)]
     if not killed:
         return None
-    first = killed[0][2]
+    first = min(killed, key=lambda ending: (ending.returncode == -signal.SIGABRT, ending.ended_unix_s, ending.rank))
+    aborted = first.returncode == -signal.SIGABRT
+    if aborted and len(evidence.endings) < evidence.num_ranks:
+        return None  # the silent explain it
     return _Cause(
         "requeue",
         f"{_who(first)} was killed by {_signal_name(-first.returncode)}",
         EXIT_STOPPED,
-        (first.host,),
+        () if aborted and len(killed) > 1 else (first.host,),
         first.log,
     )
 
@@ -171,18 +200,22 @@ def _hung(evidence: Evidence) -> _Cause | None:
 
 
 def _vanished(evidence: Evidence) -> _Cause | None:
-    """Ranks of which nobody has told anything, although another rank lost its connection to them."""
+    """Ranks of which nobody has told anything, although another rank lost its connection to them.
+
+    The node of rank 0 is there, for this is found out on it; and if most nodes are silent, the file system is slow.
+    """
     told = {ending.rank for ending in evidence.endings}
     silent = [rank for rank in range(evidence.num_ranks) if rank not in told]
     ended_well = {0, EXIT_SKIPPED, EXIT_STOPPED}
     if not silent or all(ending.returncode in ended_well for ending in evidence.endings):
         return None
     hosts = sorted({evidence.start.host_of(rank) for rank in silent})
+    suspects = [host for host in hosts if host != evidence.start.host_of(0)]
     return _Cause(
         "requeue",
         f"nothing was heard any more of rank {', '.join(map(str, silent[:8]))} on {', '.join(hosts[:8])}",
         EXIT_STOPPED,
-        tuple(hosts),
+        tuple(suspects) if 2 * len(suspects) <= len(evidence.start.hosts) else (),
     )
 
 
@@ -221,6 +254,7 @@ _CAUSES = (
     _finished,
     _superseded,
     _out_of_memory,
+    _broken_node,
     _own_fault,
     _killed,
     _vanished,

@@ -254,7 +254,8 @@ def _event_line(row: dict[str, Any]) -> str:
 
 
 def _lines_panel(title: str, lines: Sequence[str], height: int) -> Panel:
-    text = Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+    # Colours of a log stay in their line, and what moves a terminal's cursor is left out.
+    text = Text.from_ansi("\n".join(lines), no_wrap=True, overflow="ellipsis")
     return Panel(text, title=title, height=height, title_align="left")
 
 

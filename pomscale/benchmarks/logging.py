@@ -1,8 +1,9 @@
 """`pomscale bench logging`: what a row of metrics costs a training step, with all sinks: metrics.jsonl, console, wandb.
 
-Stretches of steps that each end with a row take turns with stretches without, in one process, so that both meet the
-same machine. A row is what the trainer makes of it: host statistics, ledger, alerts and monitor. The threads that write
-it run beside the next step, so what they take from it shows in the time of the step and not of the row.
+A row is what the trainer makes of it: host statistics, ledger, alerts, monitor. It holds up the step for as long as the
+call takes; then threads, and wandb's own process, write it beside the next step. What that can take from the step at
+most is its processor time, which is measured without a step; for a step after a row and a step after none, in turns,
+are seconds that differ by more than that from one to the next on a machine that does anything else.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
+import psutil
 import torch
 
 from pomscale.benchmarks.report import BenchReport
@@ -29,39 +31,49 @@ _SHAPE, _NUM_CLASSES = (4, 32, 32), 10
 _WARM_UP_STEPS = 3
 
 
-def bench_logging(*, batch: int, num_steps: int, num_turns: int) -> BenchReport:
-    """batch: per step; num_steps: in each of num_turns stretches with rows, and as many without."""
+def bench_logging(*, batch: int, num_steps: int, num_rows: int) -> BenchReport:
+    """batch: per step; num_steps: half of them after a row. num_rows: written alone."""
     report = BenchReport("logging")
+    held_s: list[float] = []
+    after_row_s: list[float] = []
+    after_none_s: list[float] = []
     with tempfile.TemporaryDirectory(prefix="pomscale-bench-") as temporary, ExitStack() as stack:
         log = _Log(Path(temporary), stack)
         step = _training_step(batch)
         for _ in range(_WARM_UP_STEPS):
             step()
             log()
-        held_s: list[float] = []
-        with_rows_s: list[float] = []
-        without_s: list[float] = []
-        for _ in range(num_turns):
-            for _ in range(num_steps):
-                start_s = time.perf_counter()
-                step()
-                middle_s = time.perf_counter()
+        for number in range(num_steps):
+            start_s = time.perf_counter()
+            if number % 2:
                 log()
-                held_s.append(time.perf_counter() - middle_s)
-                with_rows_s.append(time.perf_counter() - start_s)
-            time.sleep(0.1)  # the threads have written their rows
-            for _ in range(num_steps):
-                start_s = time.perf_counter()
-                step()
-                without_s.append(time.perf_counter() - start_s)
-    step_s, step_with_row_s, row_s = map(statistics.median, (without_s, with_rows_s, held_s))
-    num = num_steps * num_turns
-    report.add("step, DiPoM-S/2, a row after each", batch=batch, step_s=step_with_row_s, num_steps=num)
-    report.add("step, DiPoM-S/2, no rows", batch=batch, step_s=step_s, num_steps=num)
-    report.add("row, all sinks", held_ms=1e3 * row_s, longest_ms=1e3 * max(held_s), num_metrics=log.num_metrics)
-    report.judge("time that a row holds up its step, over the step", row_s / step_s, 0.01, at_least=False)
-    report.judge("what steps with a row each take longer", step_with_row_s / step_s - 1, 0.01, at_least=False)
+                held_s.append(time.perf_counter() - start_s)
+            step()
+            (after_row_s if number % 2 else after_none_s).append(time.perf_counter() - start_s)
+        row_cpu_s = _cpu_per_row(log, num_rows)
+    step_s, row_s = statistics.median(after_none_s), statistics.median(held_s)
+    report.add("step, DiPoM-S/2", batch=batch, step_s=step_s, num_steps=len(after_none_s))
+    report.add("row and step", batch=batch, step_s=statistics.median(after_row_s), num_steps=len(after_row_s))
+    report.add("row, call", held_ms=1e3 * row_s, longest_ms=1e3 * max(held_s), num_metrics=log.num_metrics)
+    report.add("row, processor time of all threads and of wandb", cpu_ms=1e3 * row_cpu_s, num_rows=num_rows)
+    report.judge("a row's call over a step", row_s / step_s, 0.01, at_least=False)
+    report.judge("a row's processor time over a step", row_cpu_s / step_s, 0.01, at_least=False)
     return report
+
+
+def _cpu_per_row(log: Callable[[], None], num_rows: int) -> float:
+    """Of this process and the one of wandb, which stay for a while after the last row to write it."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+
+    def spent_s() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+    start_s = spent_s()
+    for _ in range(num_rows):
+        log()
+        time.sleep(0.01)
+    time.sleep(2.0)
+    return (spent_s() - start_s) / num_rows
 
 
 def _training_step(batch: int) -> Callable[[], None]:

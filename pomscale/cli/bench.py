@@ -40,8 +40,8 @@ def add(verbs: Any) -> None:
     bench_plan.set_defaults(run=_run, measure=_plan)
     bench_logging = bench_verbs.add_parser("logging", help="what a row of metrics costs a step, with all sinks")
     bench_logging.add_argument("--batch", type=positive, default=2, help="samples per step (default 2)")
-    bench_logging.add_argument("--num-steps", type=positive, default=10, help="per turn (default 10)")
-    bench_logging.add_argument("--num-turns", type=positive, default=10, help="with rows, and without (default 10)")
+    bench_logging.add_argument("--num-steps", type=positive, default=60, help="half of them after a row (default 60)")
+    bench_logging.add_argument("--num-rows", type=positive, default=500, help="written alone (default 500)")
     bench_logging.set_defaults(run=_run, measure=_logging)
     bench_runs = bench_verbs.add_parser("runs", help="seconds of `pomscale runs` with many run folders")
     bench_runs.add_argument("--num-runs", type=positive, default=200, help="run folders (default 200)")
@@ -101,7 +101,7 @@ def _plan(arguments: argparse.Namespace) -> BenchReport:
 def _logging(arguments: argparse.Namespace) -> BenchReport:
     from pomscale.benchmarks.logging import bench_logging
 
-    return bench_logging(batch=arguments.batch, num_steps=arguments.num_steps, num_turns=arguments.num_turns)
+    return bench_logging(batch=arguments.batch, num_steps=arguments.num_steps, num_rows=arguments.num_rows)
 
 
 def _runs(arguments: argparse.Namespace) -> BenchReport:

@@ -84,7 +84,7 @@ def _add_deeds(verbs: Any) -> None:
     resume.set_defaults(run=_resume)
     sync = verbs.add_parser("sync", help="upload what wandb has recorded offline")
     sync.add_argument("run_folders", nargs="*", metavar="RUN", help="default: all in runs")
-    sync.add_argument("--watch", type=float, metavar="MINUTES", help="again and again, until Ctrl-C")
+    sync.add_argument("--watch", type=positive, metavar="MINUTES", help="again and again, until Ctrl-C")
     sync.set_defaults(run=_sync)
 
 

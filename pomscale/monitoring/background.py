@@ -78,7 +78,7 @@ class Background:
             assert call is not None
             try:
                 call()
-            except Exception as error:  # whatever a library raises
+            except (Exception, SystemExit) as error:  # whatever a library raises
                 self._num_failed += 1
                 if self._num_failed == 1:
                     logger.warning("%s fails; the run goes on", self._name, exc_info=error)

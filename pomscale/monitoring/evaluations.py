@@ -155,7 +155,7 @@ class Delivery:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """None for a line that a kill has cut off."""
     try:
-        row: dict[str, Any] = json.loads(line)
+        row = json.loads(line)
     except ValueError:
         return None
-    return row
+    return row if isinstance(row, dict) else None

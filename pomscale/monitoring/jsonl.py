@@ -63,13 +63,17 @@ class JsonLines:
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The objects of a file (none without the file) and the number of unreadable lines.
 
-    Half an object is never valid JSON, so whatever parses was written whole.
+    Half an object is never an object, so whatever parses as one was written whole.
     """
     objects: list[dict[str, Any]] = []
     num_unreadable = 0
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            objects.append(json.loads(line))
+            value = json.loads(line)
         except ValueError:
+            value = None
+        if isinstance(value, dict):
+            objects.append(value)
+        else:
             num_unreadable += bool(line.strip())
     return objects, num_unreadable

@@ -132,7 +132,7 @@ class ConsoleSink:
 
     def _eta(self, samples: int) -> str:
         now = self._clock()
-        if self._first is None:
+        if self._first is None or samples < self._first[0]:  # a rollback may go back beyond the first row
             self._first = samples, now
         first_samples, first_time = self._first
         if samples == first_samples:

@@ -26,7 +26,9 @@ from running import (
     write_tiny_recipe,
 )
 
-from launch.job import Attempt, Verdict, attempts, submissions
+from launch.job import Attempt, JobSpec, Verdict, attempts, submissions
+from launch.submit import submit
+from pomscale.config.recipe import load_cluster
 from pomscale.quickstart import samples_seen
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -183,3 +185,33 @@ def test_want_of_memory_is_its_own_fault(recipe: Path) -> None:
     assert verdict(only).action == "fail", job.told()
     assert "for want of host memory" in verdict(only).reason
     group.rmdir()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_job_that_is_told_to_end_while_it_starts_ends(recipe: Path, num_ranks: int) -> None:
+    """torchrun takes seconds until it has started guards, and they until they listen: the request waits for them."""
+    job = launch(recipe, num_ranks=num_ranks)
+    deadline_s = time.monotonic() + TIMEOUT_S
+    words = ("torch.distributed.run",) if num_ranks > 1 else ("launch.guard",)
+    while True:
+        with suppress(AssertionError):
+            job.process(*words)
+            break
+        assert time.monotonic() < deadline_s, job.told()
+        time.sleep(0.01)
+    (task,) = job.controller.children()
+    task.send_signal(signal.SIGTERM)
+    job.finish()
+    assert samples_seen(job.folder) < TOTAL // 2, job.told()
+
+
+def test_a_job_whose_working_folder_has_gone_says_so(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    spec = JobSpec(str(tmp_path / "home"), "x", [["--help"]], str(folder))
+    folder.rmdir()
+    job_id = submit(spec, load_cluster("local"))
+    psutil.wait_procs([psutil.Process(int(job_id))], timeout=TIMEOUT_S)
+    (only,) = attempts(tmp_path / "home")
+    assert verdict(only).action == "fail"
+    assert f"cannot start it in {folder}" in verdict(only).reason

@@ -175,6 +175,17 @@ def test_one_frame_of_watch(runs: Path) -> None:
     assert max(map(len, shown.splitlines())) <= 100
 
 
+def test_what_a_log_tells_the_terminal_does_not_reach_it(copied: Path) -> None:
+    (copied / "tiny" / "logs").mkdir()
+    (copied / "tiny" / "logs" / "rank-00000.log").write_text("\x1b[31mred\x1b[0m, \x1b[2K\x1b[1Aup\n[1/2] <b> plain\n")
+    console = Console(file=io.StringIO(), width=100)
+    watch(copied / "tiny", once=True, console=console)
+    drawn = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b" not in drawn
+    assert "│ red, up " in drawn
+    assert "│ [1/2] <b> plain " in drawn
+
+
 def test_table() -> None:
     assert table(["a", "number"], [["long word", "1"], ["b", "22"]], right=["number"]).splitlines() == [
         "a          number",

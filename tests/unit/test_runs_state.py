@@ -286,6 +286,12 @@ def test_only_what_is_not_settled_is_asked_for(home: Home, monkeypatch: pytest.M
     assert not summarize({home.folder: "x"}).problem
 
 
+def test_what_is_no_attempt_is_none(home: Home) -> None:
+    on_slurm(home)
+    (home.folder / "attempts" / ".nfs00000001").touch()
+    assert home.state(slurm_says("RUNNING")).word == "running"
+
+
 def test_unreadable_files_are_told_and_hide_no_other_run(home: Home, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()

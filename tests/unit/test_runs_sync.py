@@ -145,7 +145,7 @@ def test_two_at_once_do_not_upload_twice(home: Path, server: WandbStore) -> None
 def test_a_run_that_cannot_be_written_holds_up_no_other(home: Path, server: WandbStore) -> None:
     odd = Path(shutil.copytree(home, home.parent / "odd"))
     (odd / "wandb" / ".pomscale-sync.lock").mkdir()  # as little to be opened by root as a colleague's by others
-    with pytest.raises(PomscaleError, match="odd: left out: .*sync.lock"):
+    with pytest.raises(PomscaleError, match=r"odd: left out: .*sync\.lock"):
         sync({odd: "odd", home: "run"}, lambda line: None)
     assert sync({home: "run"}, lambda line: None) == Synced(0, 0)
 

@@ -150,3 +150,54 @@ def test_without_a_checkpoint_every_requeue_is_idle_but_those_of_an_encode_that_
     assert verdict([ending(0, -9)], num_ranks=1).num_idle == 1
     assert verdict([ending(0, 75)], num_ranks=1).num_idle == 0
     assert verdict([ending(0, -9)], num_ranks=1, max_idle_requeues=0).action == "fail"
+
+
+def test_a_failed_job_that_is_submitted_again_has_all_its_tries() -> None:
+    failed = Verdict("fail", "4 starts in a row made no progress", 1, 0.0, num_idle=4, samples=640)
+    found = verdict([ending(0, -9)], samples=640, before=failed, num_ranks=1)
+    assert (found.action, found.num_idle) == ("requeue", 1)
+
+
+def test_ranks_that_abort_since_they_have_lost_one_are_not_blamed() -> None:
+    """As NCCL's own watchdog has it, and the rank that was lost may have died before or after by its guard's clock."""
+    aborted = [ending(rank, -6, 99.0, last_line="frame #7: clone + 0x43") for rank in range(3)]
+    found = verdict([*aborted, ending(3, -9, 100.0)])
+    assert (found.action, found.suspects, found.reason) == ("requeue", ["n2"], "rank 3 on n2 was killed by SIGKILL")
+    found = verdict(aborted[:2])
+    assert (found.action, found.suspects) == ("requeue", ["n2"])
+    assert "nothing was heard any more of rank 2, 3 on n2" in found.reason
+    found = verdict([*aborted, ending(3, -6, 100.0)])
+    assert (found.action, found.suspects) == ("requeue", [])
+
+
+def test_a_rank_that_aborts_alone_is_requeued_without_its_node() -> None:
+    others = [ending(rank, 1, 101.0, last_line=GLOO) for rank in range(3)]
+    found = verdict([*others, ending(3, -6)], [outcome(0, "failed", GLOO)])
+    assert (found.action, found.suspects) == ("requeue", ["n2"])
+
+
+def test_when_most_nodes_are_silent_none_is_blamed() -> None:
+    """A file system that shows new files late, or a switch: there would be no node left to start on."""
+    start = Start("7", 0, [f"n{number}" for number in range(1, 9)], 2, 0.0, 0)
+    told = [ending(0, 1, last_line=GLOO), ending(1, 1, last_line=GLOO)]
+    found = judge(Evidence(start, 16, told, {}, None), None, 3)
+    assert (found.action, found.suspects) == ("requeue", [])
+    found = judge(Evidence(start, 4, told, {}, None), None, 3)
+    assert found.suspects == ["n2"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "rank 2: AcceleratorError: CUDA error: uncorrectable ECC error encountered",
+        "rank 2: OSError: [Errno 108] Cannot send after transport endpoint shutdown: 'runs/x/metrics.jsonl'",
+    ],
+)
+def test_a_node_that_is_broken_is_avoided_though_it_is_a_rank_that_says_so(words: str) -> None:
+    found = verdict(
+        [ending(0, 1, 101.0), ending(1, 1, 101.0), ending(2, 1, 100.0), ending(3, 1, 101.0)],
+        [outcome(0, "failed", GLOO, 100.9), outcome(2, "failed", words)],
+    )
+    assert (found.action, found.suspects) == ("requeue", ["n2"])
+    assert found.reason == f"{words} (on n2)"
+    assert verdict([ending(0, 1, last_line=words)], num_ranks=1).suspects == ["n1"]

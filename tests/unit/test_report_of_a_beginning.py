@@ -1,0 +1,19 @@
+"""The report of a run that has not come to its first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from pomscale.monitoring.report import write_report
+from pomscale.monitoring.sinks import JsonlSink
+
+
+def test_there_is_one(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path, 1)
+    sink.log(0, {"preflight/matmul_tflops": 1.5})
+    sink.close()
+    paths = write_report([tmp_path])
+    Image.open(paths.png).verify()
+    assert "preflight/matmul_tflops" in paths.html.read_text()
