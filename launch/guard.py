@@ -63,6 +63,8 @@ def guard(spec: JobSpec, place: Place) -> int:
         keep(ending_path(attempt, place.rank), ending)
     except PomscaleError as problem:  # a full disk: rank 0 will say that nothing was heard of this one
         print(f"warning: {problem}", file=sys.stderr, flush=True)
+        if supervisor is None and not spec.is_run:
+            return problem.exit_code  # or it would wait for good, as ranks of such a job may take as long as they like
     if supervisor is None:
         return 0
     return supervisor.conclude(ending)

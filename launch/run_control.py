@@ -47,10 +47,9 @@ def cancel(home: Path, wait_s: float = _WAIT_S) -> Done:
         slurm.cancel(facts.slurm_job)
         what = f"job {facts.slurm_job}"
     else:
-        for process in _processes(facts):
-            process.send_signal(signal.SIGTERM)
+        _signal(facts, signal.SIGTERM)
         what = "its processes on this machine"
-    ended = _wait(lambda: _look(home)[1].word not in LIVE, wait_s)
+    ended = _wait(lambda: _is_over(home), wait_s)
     if not ended:
         return Done(
             True, f"{home}: {what} told to end, and still saving; `pomscale runs status {home}` shows when it is over"
@@ -81,8 +80,7 @@ def requeue(home: Path, *, now: bool = False) -> str:
         )
     if now:
         raise InputError(f"{home}: --now is for jobs of SLURM; without it this run saves and starts again")
-    for process in _processes(facts):
-        process.send_signal(signal.SIGUSR2)
+    _signal(facts, signal.SIGUSR2)
     return f"{home}: its processes on this machine were asked to save and start again"
 
 
@@ -130,6 +128,25 @@ def _look(home: Path) -> tuple[Facts, State]:
     if problem:
         raise PomscaleError(f"{home}: job {facts.slurm_job} is SLURM's, and {problem}")
     return facts, state_of(facts, jobs, now_unix_s)
+
+
+def _is_over(home: Path) -> bool:
+    """A scheduler that does not answer just now has been told all the same."""
+    try:
+        return _look(home)[1].word not in LIVE
+    except PomscaleError:
+        return False
+
+
+def _signal(facts: Facts, number: signal.Signals) -> None:
+    """PomscaleError for a run of somebody else. Who has ended meanwhile needs no signal."""
+    try:
+        for process in _processes(facts):
+            process.send_signal(number)
+    except psutil.AccessDenied as error:
+        raise PomscaleError(f"{facts.home}: runs as another user; ask them: {error}") from error
+    except psutil.NoSuchProcess:
+        return
 
 
 def _processes(facts: Facts) -> list[psutil.Process]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def _facts(facts: Facts, run: RunSummary, now_unix_s: float) -> str:
     if run.last_row_unix_s is not None:
         lines["last row"] = f"{format_duration(max(0.0, now_unix_s - run.last_row_unix_s))} ago"
     complete = complete_checkpoints(home / "checkpoints")
-    if complete:
+    with suppress(IndexError, FileNotFoundError):  # none yet; or retention has just taken it
         age = format_duration(max(0.0, now_unix_s - complete[-1].stat().st_mtime))
         lines["checkpoint"] = f"{complete[-1]}, {age} ago; {len(complete)} complete"
     if incomplete_checkpoints(home / "checkpoints"):

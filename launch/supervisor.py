@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from launch import slurm
 from launch.evaluations import Evaluations, note_failure
@@ -29,8 +30,10 @@ LAST_WORDS_S = 10.0
 ENDED_BY_SUPERVISOR = "the supervisor"
 
 # How long the guards of the others may take to say how theirs has ended: a shared file system shows new files late.
-# NFS may take a minute to show them the file `end`, and another to show theirs here.
-_SETTLE_S = 140.0
+_SETTLE_S = 40.0
+# After a bad end, whoever is silent is suspected: NFS may take a minute to show the others the file `end`, and another
+# one to show here what they have answered.
+_SETTLE_AFTER_A_BAD_END_S = 140.0
 _LOOK_EVERY_S, _EVALUATE_EVERY_S = 1.0, 5.0
 _CLOCK_SKEW_S = 60.0
 _GOOD_ENDS = (0, EXIT_STOPPED)
@@ -180,7 +183,7 @@ class Supervisor:
             self._start,
             self._spec.num_ranks,
             list(known.values()),
-            outcomes_after(self._home, self._start.newest_generation) if self._spec.is_run else {},
+            self._outcomes(),
             self._samples(),
         )
         before = None if self._before is None else self._before.verdict
@@ -210,7 +213,8 @@ class Supervisor:
 
     def _wait_for_the_others(self, own: Ending) -> dict[int, Ending]:
         """A run's ranks end together, or not at all; those of other jobs have each their own work."""
-        deadline_s = time.monotonic() + _SETTLE_S
+        settle_s = _SETTLE_S if own.returncode in _GOOD_ENDS else _SETTLE_AFTER_A_BAD_END_S
+        deadline_s = time.monotonic() + settle_s
         while True:
             known = {own.rank: own} | {one.rank: one for one in self._endings()}
             if len(known) >= self._spec.num_ranks or (self._spec.is_run and time.monotonic() > deadline_s):
@@ -222,6 +226,16 @@ class Supervisor:
         """Of this start: a SLURM that was set up anew counts its jobs from 1 again."""
         since_unix_s = self._start.started_unix_s - _CLOCK_SKEW_S
         return [one for one in endings(self._attempt) if one.ended_unix_s > since_unix_s]
+
+    def _outcomes(self) -> dict[int, dict[str, Any]]:
+        """Without them, the last lines of the ranks still tell."""
+        if not self._spec.is_run:
+            return {}
+        try:
+            return outcomes_after(self._home, self._start.newest_generation)
+        except (OSError, ValueError) as problem:
+            self._warn(f"{self._home / 'outcomes'} cannot be read: {problem}")
+            return {}
 
     def _samples(self) -> int | None:
         if not self._spec.is_run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -25,6 +24,7 @@ from pomscale.evaluation.sampling import generate_on_all_ranks, grid_classes
 from pomscale.monitoring.media import save_grid
 from pomscale.monitoring.monitor import Monitor
 from pomscale.monitoring.names import validation_bin
+from pomscale.monitoring.text import warn
 from pomscale.trainer import Event
 
 
@@ -122,7 +122,7 @@ def _draw_grid(
         try:
             save_grid(codec.decode(card.denormalize(latents).to(world.device)), path, config.num_per_class)
         except OSError as error:  # a full disk costs a picture, not the run
-            print(f"warning: {path} could not be written ({error}); training goes on", file=sys.stderr)
+            warn(f"{path} could not be written ({error}); training goes on")
         else:
             monitor.log_image(samples, "samples/grid", path)
     return {}

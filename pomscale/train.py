@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -50,6 +49,7 @@ from pomscale.monitoring.host import HostStats
 from pomscale.monitoring.ledger import RESTARTED_BECAUSE, Ledger
 from pomscale.monitoring.monitor import Monitor, open_monitor
 from pomscale.monitoring.profiler import ProfileWindow
+from pomscale.monitoring.text import say, warn
 from pomscale.monitoring.throughput import mfu
 from pomscale.monitoring.wandb_sink import read_wandb_id
 from pomscale.plan.checks import check_layout
@@ -97,7 +97,7 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
     standing = world.on_main(lambda: _look(recipe, folder, mixture, this_run, card))
     if standing.is_finished:
         if world.is_main:
-            print(f"{folder}: finished already, {standing.samples:,} samples")
+            say(f"{folder}: finished already, {standing.samples:,} samples")
         return 0
     # A run that has begun does not need what it was fine-tuned from, which may be gone by now.
     initial = _seeded(recipe) if standing.samples or recipe.init_from is None else _fine_tuned(recipe, world)
@@ -112,7 +112,7 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
     if world.is_main:
         run.record("stopped" if stopped else "finished", samples=samples)
         if stopped:
-            print(f"stopped on request at {samples:,} samples, all saved; run the same command again to go on")
+            say(f"stopped on request at {samples:,} samples, all saved; run the same command again to go on")
     # A launcher may end all processes as soon as the first is gone: not before the outcome is written.
     world.barrier()
     return EXIT_STOPPED if stopped else 0
@@ -192,7 +192,7 @@ class _Run:
         try:
             self.record(state, reason=reason)
         except (PomscaleError, OSError) as problem:
-            print(f"warning: {problem}", file=sys.stderr)
+            warn(str(problem))
 
     def train(self, mixture: Mixture, card: ModelCard, this_run: dict[str, Any], initial: InitWeights) -> int:
         """Returns the samples seen."""
@@ -277,7 +277,7 @@ class _Run:
             except Superseded:
                 raise
             except PomscaleError as problem:
-                print(f"warning: {problem}", file=sys.stderr)
+                warn(str(problem))
 
     def _engine(self, initial: InitWeights) -> Engine:
         with explained_out_of_memory(self.recipe, self.world.device, dict):
@@ -303,25 +303,25 @@ class _Run:
             return
         recipe, total = self.recipe, self.recipe.training.total_samples
         datasets = ", ".join(f"{len(dataset):,} samples in {dataset.location}" for dataset in mixture.datasets)
-        print(
+        say(
             f"{recipe.name}: {num_parameters(recipe.model) / 1e6:.1f} M parameters, "
             f"{training_flops(recipe.model) / 1e9:.2f} GFLOP per sample and step; {datasets}; "
             f"{self.world.size} x {self.world.device.type}, {recipe.engine}, {recipe.compute.precision}; "
             f"{clock.samples:,} of {total:,} samples done"
         )
         if latest is not None:
-            print(f"resuming from {latest} ({clock.samples:,} samples)")
+            say(f"resuming from {latest} ({clock.samples:,} samples)")
         elif isinstance(initial, FineTuning):
-            print(initial.note)
+            say(initial.note)
 
     def _preflight(self, clock: Clock, monitor: Monitor) -> None:
         if not self.recipe.faults.preflight:
             return
         found = preflight(self.world, self.folder, self.recipe.compute.precision)
         if self.world.is_main:
-            print(found.line)
+            say(found.line)
             for warning in found.warnings:
-                print(f"warning: {warning}", file=sys.stderr)
+                warn(warning)
         monitor.log(clock.samples, dict(found.metrics))
 
     def _loader(self, mixture: Mixture, clock: Clock) -> Loader[TrainBatch]:

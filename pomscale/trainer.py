@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from pomscale.monitoring.host import HostStats, peak_memory_gib
 from pomscale.monitoring.ledger import Ledger
 from pomscale.monitoring.monitor import Monitor
 from pomscale.monitoring.profiler import ProfileWindow
+from pomscale.monitoring.text import warn
 from pomscale.monitoring.throughput import StepTimer
 
 
@@ -350,4 +350,4 @@ class Trainer:
 
     def _warn(self, message: str) -> None:
         if self.world.is_main:
-            print(f"warning: {message}", file=sys.stderr, flush=True)
+            warn(message)

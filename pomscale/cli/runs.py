@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,4 +123,6 @@ def _report(arguments: argparse.Namespace) -> int:
 
     paths = write_report(arguments.run_folders, arguments.out)
     print(f"wrote {paths.png} and {paths.html}")
+    for folder in paths.left_out:
+        print(f"left out, since nothing was logged yet: {folder}", file=sys.stderr)
     return 0

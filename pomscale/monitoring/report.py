@@ -20,17 +20,27 @@ from pomscale.monitoring.report_run import Run
 
 @dataclass(frozen=True)
 class ReportPaths:
+    """left_out: of several runs, those that have logged nothing yet."""
+
     png: Path
     html: Path
+    left_out: tuple[Path, ...] = ()
 
 
 def write_report(run_folders: Sequence[Path], out: Path | None = None) -> ReportPaths:
     """Write report.png and report.html into the folder `out`.
 
     Default: the run folder; of several runs the folder that holds the first, as comparison.png and comparison.html.
-    Raises InputError for a run that has logged nothing yet, and for one that is named twice.
+    Raises InputError for a run that has logged nothing yet, if no other has, and for one that is named twice.
     """
-    runs = [_read_run(folder) for folder in run_folders]
+    runs, problems = [], {}
+    for folder in run_folders:
+        try:
+            runs.append(_read_run(folder))
+        except InputError as problem:
+            problems[folder] = problem
+    if not runs:
+        raise next(iter(problems.values()))
     if len({run.folder for run in runs}) < len(runs):
         raise InputError("report: the same run is named twice")
     if len(runs) == 1:
@@ -40,7 +50,7 @@ def write_report(run_folders: Sequence[Path], out: Path | None = None) -> Report
         folder, name = out or runs[0].folder.parent, "comparison"
         png, page = report_compare.overview(runs), report_compare.page(runs)
     make_folder(folder)
-    paths = ReportPaths(png=folder / f"{name}.png", html=folder / f"{name}.html")
+    paths = ReportPaths(folder / f"{name}.png", folder / f"{name}.html", tuple(problems))
     with atomic_write(paths.png) as stream:
         stream.write(png)
     write_text(paths.html, page)

@@ -309,6 +309,6 @@ def read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return {"unreadable": str(error)}
     return content if isinstance(content, dict) else {path.stem: content}

@@ -1,6 +1,21 @@
-"""Numbers as people read them, the same on the console and in the report."""
+"""Numbers as people read them, the same on the console and in the report; and lines that cost no run."""
 
 from __future__ import annotations
+
+import sys
+from contextlib import suppress
+
+
+def say(line: str) -> None:
+    """On the console. A job's log may lie on a full disk, or its reader have gone: that is no reason to end."""
+    with suppress(OSError):
+        print(line, flush=True)
+
+
+def warn(line: str) -> None:
+    """The same on standard error."""
+    with suppress(OSError):
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def format_count(count: float) -> str:

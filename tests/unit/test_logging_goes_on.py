@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from pomscale.monitoring.evaluations import Delivery
 from pomscale.monitoring.jsonl import read_json_lines
 from pomscale.monitoring.ledger import Ledger
 from pomscale.monitoring.sinks import ConsoleSink
+from pomscale.monitoring.text import say, warn
 
 
 def test_a_library_that_wants_to_exit_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -44,3 +46,11 @@ def test_what_is_torn_is_no_object(tmp_path: Path) -> None:
     assert (len(rows), num_unreadable) == (1, 1)
     Ledger(tmp_path, 2, 0).close()
     assert list(Delivery(tmp_path).due()) == []
+
+
+def test_a_console_on_a_full_disk_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with suppress(OSError), open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        monkeypatch.setattr("sys.stderr", full)
+        say("a line")
+        warn("another")

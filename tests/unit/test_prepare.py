@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from launch import prepare as of_prepare
 from launch.job import JobSpec, LaunchedAs, Submission
 from launch.prepare import Prepared, prepare_commands, prepare_encode, prepare_train
 from launch.submit import record
@@ -269,3 +270,27 @@ def test_launching_needs_neither_torch_nor_numpy(tiny_recipe: Path) -> None:
     imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines}
     assert "submitit" in imported
     assert imported.isdisjoint({"torch", "numpy", "wandb", "fsspec.implementations.http"})
+
+
+# --- a job that is refused -------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_left_of_a_job_that_is_refused(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But what another launch has put beside it meanwhile, in a folder that neither of them has found there."""
+    other = tmp_path / "runs" / "other" / "launch.json"
+
+    def refuse(*arguments: Any, **more: Any) -> str:
+        if beside:
+            other.parent.mkdir()
+            other.write_text("{}")
+        raise InputError("sbatch refuses this job")
+
+    monkeypatch.setattr(of_prepare, "submit", refuse)
+    for beside in (False, True):
+        with pytest.raises(InputError, match="refuses"):
+            prepare(tiny_recipe, on=profile(scheduler="local", time_limit=None)).submit()
+        assert not (tmp_path / "runs" / "tiny").exists()
+        assert (tmp_path / "runs").exists() == beside
+    assert other.read_text() == "{}"

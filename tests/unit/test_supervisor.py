@@ -1,8 +1,10 @@
-"""What a supervisor does where the folder of its job is not as it should be. No SLURM, no ranks."""
+"""A supervisor, and its job's files, where the folder is not as it should be. No SLURM, no ranks."""
 
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -12,17 +14,21 @@ import pytest
 from launch import supervisor as of_supervisor
 from launch.forwarding import Forwarding
 from launch.job import (
+    JOBS_FILE,
     Ending,
     JobSpec,
     LaunchedAs,
     Start,
+    Submission,
     Verdict,
     attempt_folder,
     attempts,
     ending_path,
     keep,
+    submissions,
 )
 from launch.place import Place
+from launch.submit import record
 from launch.supervisor import Supervisor
 from pomscale.errors import PomscaleError
 
@@ -148,3 +154,19 @@ def test_an_ending_that_is_torn_counts_as_not_told(tmp_path: Path) -> None:
     begun.begin()
     ending_path(attempt_folder(tmp_path, "9", 0), 1).write_text('{"rank": 1, "ho')
     assert begun.conclude(ended(0)) == 0
+
+
+def test_a_submission_that_cannot_be_recorded_is_no_half_line(tmp_path: Path) -> None:
+    first = Submission("1", 0.0, "slurm", 1)
+    record(tmp_path, first)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / JOBS_FILE).stat().st_size + 10, resource.RLIM_INFINITY))
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(PomscaleError, match=r"jobs\.jsonl.*make room"):
+            record(tmp_path, Submission("2", 0.0, "slurm", 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, before)
+    third = Submission("3", 0.0, "slurm", 1)
+    record(tmp_path, third)
+    assert submissions(tmp_path) == [first, third]
