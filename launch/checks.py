@@ -158,7 +158,7 @@ def check_time_limit(profile: ClusterProfile, time_limit: str | None) -> None:
         return
     if not is_time_limit(time_limit):
         raise InputError(f"--time {time_limit}: give HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES")
-    if minutes_of(time_limit) * 60 <= profile.signal_lead_s:
+    if profile.scheduler == "slurm" and minutes_of(time_limit) * 60 <= profile.signal_lead_s:
         raise InputError(
             f"--time {time_limit}: not longer than the profile's signal_lead_s, {profile.signal_lead_s} s, so the job "
             "would stop as soon as it starts"

@@ -159,6 +159,11 @@ def prepare_run(
 ) -> Prepared:
     """As prepare_train, of a recipe that has been read."""
     check_time_limit(profile, time_limit)
+    for evaluation in recipe.evaluations:
+        try:
+            check_time_limit(profile, evaluation.time_limit)
+        except InputError as error:
+            raise InputError(f"evaluations: {evaluation.name}: {error}") from error
     num_ranks = _ranks_per_node(profile, gpus_per_node, ranks_per_node)
     dataset = check_training_data(recipe, profile, to_come)
     plan = check_machine(recipe, profile, num_nodes, num_nodes * num_ranks, dataset)

@@ -21,7 +21,7 @@ def add(evaluate_verbs: Any) -> None:
     record.add_argument("samples", type=positive, metavar="SAMPLES", help="that the checkpoint had seen")
     record.add_argument("figures", type=Path, metavar="FIGURES.json", help="an object of numbers and lists of numbers")
     record.add_argument("--evaluated", type=Path, help="copy of the checkpoint made for this; removed afterwards")
-    record.set_defaults(run=_record)
+    record.set_defaults(run=_record, leaves_threads=True)  # a wandb server that hangs must not hold the exit
 
 
 def _record(arguments: argparse.Namespace) -> int:

@@ -272,6 +272,15 @@ def test_launching_needs_neither_torch_nor_numpy(tiny_recipe: Path) -> None:
     assert imported.isdisjoint({"torch", "numpy", "wandb", "fsspec.implementations.http"})
 
 
+def test_the_limit_of_an_evaluation_is_looked_at_before_the_run_is_submitted(tiny_recipe: Path) -> None:
+    """Not days later, by the supervisor, which can only warn."""
+    run = ["evaluate digits {checkpoint} --out {folder}/figures.json"]
+    asked = json.dumps([{"name": "look", "every_samples": 100, "run": run, "time_limit": "0:02:00"}])
+    with pytest.raises(InputError, match=r"evaluations: look: .*signal_lead_s"):
+        prepare(tiny_recipe, f"evaluations={asked}")
+    assert prepare(tiny_recipe, f"evaluations={asked}", on=profile(scheduler="local", time_limit=None)).spec.evaluations
+
+
 # --- a job that is refused -------------------------------------------------------------------------------------------
 
 
