@@ -18,18 +18,21 @@ The outcomes that training itself leaves are in pomscale.run_folder.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pomscale.errors import PomscaleError
+from pomscale.errors import InputError, PomscaleError
 from pomscale.files import make_folder, write_text
 from pomscale.monitoring.jsonl import read_json_lines
 
-JOB_FILE, LAUNCH_FILE, JOBS_FILE = "job.json", "launch.json", "jobs.jsonl"
+JOB_FILE, LAUNCH_FILE, JOBS_FILE, LOCK_FILE = "job.json", "launch.json", "jobs.jsonl", "launch.lock"
 REQUEUE_FILE, END_FILE = "requeue", "end"
 ATTEMPTS, LOGS, CODE, SUBMITIT = "attempts", "logs", "code", "submitit"
 
@@ -175,6 +178,23 @@ def keep(path: Path, what: _Stored) -> None:
     """Write it, whole or not at all. PomscaleError, naming the file, if it cannot be written."""
     make_folder(path.parent)
     write_text(path, what.to_json())
+
+
+@contextmanager
+def sole_launch(home: Path) -> Iterator[None]:
+    """Keeps other launches out of this home for the duration of the block. InputError while one is at work there.
+
+    A lock of the file system: where there are none (NFS without its lock daemon), two launches in one moment may meet.
+    """
+    make_folder(home)
+    with (home / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{home}: another launch is at work there; look with `pomscale runs {home}`") from error
+        except OSError as problem:
+            print(f"warning: {home}: no locks here ({problem}); do not launch twice at once", file=sys.stderr)
+        yield
 
 
 def attempt_folder(home: Path, job_id: str, restart: int) -> Path:

@@ -13,6 +13,7 @@ from submitit import SlurmExecutor
 
 from launch.job import CODE, SUBMITIT, JobSpec
 from pomscale.config.cluster import ClusterProfile, ContainerConfig, expanded, minutes_of
+from pomscale.errors import InputError
 
 Condition = Literal["ok", "any"]
 
@@ -32,7 +33,9 @@ class Wish:
 
 
 def slurm_executor(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> _Executor:
-    """Ready to submit. Writes nothing yet, and needs no SLURM on this machine."""
+    """Ready to submit. Writes nothing yet, and needs no SLURM here. InputError for a home that SLURM cannot name."""
+    if "%" in spec.home:
+        raise InputError(f"{spec.home}: SLURM puts other things in the place of %; choose a path without it")
     executor = _Executor(Path(spec.home) / SUBMITIT, python=_python(profile, has_gpus=_num_gpus(profile, wish) > 0))
     executor.update_parameters(**_resources(spec, profile, wish), **_options(spec, profile, wish))
     return executor

@@ -20,7 +20,7 @@ from launch.checks import (
     check_training_data,
 )
 from launch.freeze import freeze
-from launch.job import JOBS_FILE, LAUNCH_FILE, JobSpec, LaunchedAs, Submission, keep, submissions
+from launch.job import JOBS_FILE, LAUNCH_FILE, JobSpec, LaunchedAs, Submission, keep, sole_launch, submissions
 from launch.job_script import Condition
 from launch.run_state import LIVE
 from launch.runs import summarize
@@ -52,6 +52,7 @@ class Prepared:
     plan: tuple[str, ...] = ()
     array: int | None = None
     gpus_per_node: int | None = None
+    num_before: int = 0
 
     @property
     def home(self) -> Path:
@@ -78,8 +79,11 @@ class Prepared:
             slurm.check_answers()
         first_new = _first_missing(self.home)
         try:
-            self.write_home(new_code=new_code)
-            return submit(self.spec, self.profile, after=after, **self._wishes())
+            with sole_launch(self.home):
+                if len(submissions(self.home)) > self.num_before:
+                    raise InputError(f"{self.home}: launched by somebody else just now; look with `pomscale runs`")
+                self.write_home(new_code=new_code)
+                return submit(self.spec, self.profile, after=after, **self._wishes())
         except Exception:
             if first_new is not None and not (self.home / JOBS_FILE).exists():
                 _take_away(self.home, first_new)
@@ -188,7 +192,7 @@ def prepare_run(
         evaluations=bool(recipe.evaluations),
     )
     launched = _launched_as(RECIPE_FILE, profile, cluster_name, num_nodes, time_limit, command_line)
-    return Prepared(spec, profile, launched, resolved, notes, tuple(plan), gpus_per_node=gpus_per_node)
+    return Prepared(spec, profile, launched, resolved, notes, tuple(plan), None, gpus_per_node, len(submissions(home)))
 
 
 def prepare_encode(
@@ -238,7 +242,7 @@ def prepare_encode(
     )
     launched = _launched_as(RECIPE_FILE, profile, cluster_name, num_nodes, time_limit, command_line)
     resolved = recipe.model_copy(update={"wandb": wandb})
-    return Prepared(spec, profile, launched, resolved, notes, array=array, gpus_per_node=gpus_per_node)
+    return Prepared(spec, profile, launched, resolved, notes, (), array, gpus_per_node, len(submissions(home)))
 
 
 def prepare_commands(
@@ -271,7 +275,7 @@ def prepare_commands(
         max_idle_requeues=profile.max_idle_requeues,
     )
     launched = _launched_as(None, profile, cluster_name, num_nodes, time_limit, command_line)
-    return Prepared(spec, profile, launched, gpus_per_node=gpus_per_node)
+    return Prepared(spec, profile, launched, gpus_per_node=gpus_per_node, num_before=len(submissions(home)))
 
 
 def resolved_output(output: str, profile: ClusterProfile) -> Path:

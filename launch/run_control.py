@@ -12,7 +12,7 @@ import psutil
 
 from launch import slurm
 from launch.checks import check_machine, check_not_in_queue, check_run_folder, check_time_limit
-from launch.job import JOB_FILE, LAUNCH_FILE, JobSpec, LaunchedAs, attempts, keep, submissions
+from launch.job import JOB_FILE, LAUNCH_FILE, JobSpec, LaunchedAs, attempts, keep, sole_launch, submissions
 from launch.run_facts import Facts, read_facts
 from launch.run_state import ACTIVE, LIVE, State, state_of
 from launch.runs import ask_slurm
@@ -94,7 +94,12 @@ def resume(home: Path, *, num_nodes: int | None = None, time_limit: str | None =
         raise InputError(
             f"{home}: not started by `pomscale launch`: type the command again that has started it; it goes on"
         )
-    check_not_in_queue(home)
+    with sole_launch(home):
+        check_not_in_queue(home)
+        return _submit_again(home, num_nodes, time_limit)
+
+
+def _submit_again(home: Path, num_nodes: int | None, time_limit: str | None) -> str:
     spec, launched = JobSpec.read(home / JOB_FILE), LaunchedAs.read(home / LAUNCH_FILE)
     profile = ClusterProfile.model_validate(launched.profile)
     spec = replace(spec, num_nodes=num_nodes or spec.num_nodes, wait_for={})

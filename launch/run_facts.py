@@ -135,7 +135,7 @@ def read_facts(home: Path) -> Facts:
 def _read_facts(home: Path) -> Facts:
     submissions = objects(tail(home / JOBS_FILE, _EVENTS_BYTES))
     try:
-        submission = Submission(**submissions[-1]) if submissions else None
+        submission = Submission.of(submissions[-1]) if submissions else None
     except TypeError as error:
         raise PomscaleError(f"{home / JOBS_FILE}: its last line is no submission: {error}") from error
     attempts = _newest_attempts(home / ATTEMPTS)

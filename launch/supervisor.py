@@ -70,12 +70,22 @@ class Supervisor:
             (self._attempt / name).unlink(missing_ok=True)
         keep(self._attempt / "start.json", start)
         self._start = start
+        self._check_progress()
         if self._spec.evaluations:
             try:
                 self._evaluations = Evaluations(self._home)
             except (PomscaleError, OSError) as problem:
                 self._warn(f"{problem}; no checkpoint is evaluated during this start")
         return None if self._before is None or self._before.verdict is None else self._before.verdict.reason
+
+    def _check_progress(self) -> None:
+        """What takes the node of rank 0 with it each time is started again by SLURM, and by nobody else, for ever."""
+        before = None if self._before is None else self._before.verdict
+        if before is None or before.action != "leave" or before.num_idle <= self._spec.max_idle_requeues:
+            return
+        reason = f"{before.num_idle} starts in a row made no progress; the last one: {before.reason}"
+        self._keep(self._attempt, Verdict("fail", reason, 1, time.time(), samples=before.samples))
+        raise PomscaleError(f"{self._home}: {reason}; `pomscale runs resume` tries once more")
 
     def _attempts(self) -> list[Attempt]:
         """Starts so far. Tasks of an array work side by side: for each of them only its own count."""
@@ -87,10 +97,15 @@ class Supervisor:
         before = earlier[-1]
         if before.verdict is not None:
             return before
-        num_idle = next((idle_so_far(one.verdict) for one in reversed(earlier) if one.verdict is not None), 0)
+        last = next((one.verdict for one in reversed(earlier) if one.verdict is not None), None)
+        samples = self._samples()
+        num_idle = idle_so_far(last)
+        if self._spec.is_run:  # only a run has checkpoints to go by
+            went_on = (samples or 0) > ((last.samples if last is not None else None) or 0)
+            num_idle = 0 if went_on else num_idle + 1
         bad = self._bad_nodes(before.start.hosts)
         reason = f"node failure: {', '.join(bad)}" if bad else "ended by the scheduler, or with the node of rank 0"
-        verdict = Verdict("leave", reason, 0, time.time(), bad, num_idle, self._samples())
+        verdict = Verdict("leave", reason, 0, time.time(), bad, num_idle, samples)
         self._keep(before.folder, verdict)
         return Attempt(before.folder, before.start, verdict)
 
@@ -149,7 +164,7 @@ class Supervisor:
         if not slurm.is_available():  # in a container: the job script decides
             return
         try:
-            state = slurm.state_now(self._place.job_id)
+            state = self._state_now()
             if state == "RUNNING":
                 return
             bad = self._bad_nodes(list(self._place.hosts))
@@ -161,6 +176,14 @@ class Supervisor:
                 slurm.exclude(self._place.job_id, bad)
         except PomscaleError as problem:
             self._warn(str(problem))
+
+    def _state_now(self) -> str:
+        """squeue may say nothing in the moment in which a node goes down."""
+        for _ in range(3):
+            if state := slurm.state_now(self._place.job_id):
+                return state
+            time.sleep(0.5)
+        return ""
 
     def _bad_nodes(self, hosts: list[str]) -> list[str]:
         if not self._place.on_slurm or not slurm.is_available():

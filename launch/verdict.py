@@ -168,7 +168,9 @@ def _own_fault(evidence: Evidence) -> _Cause | None:
     if not errors:
         return None
     ended_unix_s, rank, reason, exit_code = min(errors)
-    killed = [ending.ended_unix_s for ending in evidence.endings if _by_signal(ending)]
+    # Not by its own SIGABRT: so NCCL ends ranks that have lost this one.
+    others = (ending for ending in evidence.endings if ending.returncode != -signal.SIGABRT)
+    killed = [ending.ended_unix_s for ending in others if _by_signal(ending)]
     if killed and min(killed) + _CLOCK_SKEW_S < ended_unix_s:
         return None
     return _Cause("fail", reason, exit_code, log=logs.get(rank, ""))

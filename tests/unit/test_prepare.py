@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from launch import prepare as of_prepare
-from launch.job import JobSpec, LaunchedAs, Submission
+from launch.job import JobSpec, LaunchedAs, Submission, sole_launch, submissions
 from launch.prepare import Prepared, prepare_commands, prepare_encode, prepare_train
 from launch.submit import record
 from pomscale.config.cluster import ClusterProfile
@@ -303,3 +303,14 @@ def test_nothing_is_left_of_a_job_that_is_refused(
         assert not (tmp_path / "runs" / "tiny").exists()
         assert (tmp_path / "runs").exists() == beside
     assert other.read_text() == "{}"
+
+
+def test_two_launches_at_once_make_one_job(tiny_recipe: Path) -> None:
+    """Both were checked before either was submitted."""
+    first, second = (prepare(tiny_recipe, on=profile(scheduler="local", time_limit=None)) for _ in range(2))
+    with sole_launch(first.home), pytest.raises(InputError, match="another launch is at work there"):
+        second.submit()
+    record(first.home, Submission("1", 0.0, "local", 1))
+    with pytest.raises(InputError, match="launched by somebody else just now"):
+        second.submit()
+    assert len(submissions(first.home)) == 1

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,20 @@ def test_a_submission_that_cannot_be_recorded_is_no_half_line(tmp_path: Path) ->
     third = Submission("3", 0.0, "slurm", 1)
     record(tmp_path, third)
     assert submissions(tmp_path) == [first, third]
+
+
+def test_what_takes_its_node_with_it_each_time_comes_to_an_end(tmp_path: Path) -> None:
+    """SLURM starts a job again by itself when a node fails, and nobody is left to give a verdict."""
+    for restart in range(4):
+        assert (of_a_run(tmp_path, restart).begin() is None) == (restart == 0)
+    with pytest.raises(PomscaleError, match=r"4 starts in a row made no progress.*runs resume"):
+        of_a_run(tmp_path, 4).begin()
+    assert verdict_on(tmp_path, "7", 4).action == "fail"
+    # Whoever submits it again has seen to something.
+    assert of_a_run(tmp_path, 0, job_id="8").begin() is not None
+
+
+def of_a_run(home: Path, restart: int, job_id: str = "7") -> Supervisor:
+    made = supervisor(home, job_id, restart=restart)
+    made._spec = replace(made._spec, is_run=True, max_idle_requeues=3)
+    return made

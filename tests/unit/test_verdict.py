@@ -201,3 +201,11 @@ def test_a_node_that_is_broken_is_avoided_though_it_is_a_rank_that_says_so(words
     assert (found.action, found.suspects) == ("requeue", ["n2"])
     assert found.reason == f"{words} (on n2)"
     assert verdict([ending(0, 1, last_line=words)], num_ranks=1).suspects == ["n1"]
+
+
+def test_an_abort_after_an_error_does_not_excuse_it_however_the_clocks_go() -> None:
+    found = verdict(
+        [ending(0, -6, 90.0), ending(1, 1, 100.0), ending(2, -6, 90.0), ending(3, -6, 90.0)],
+        [outcome(1, "failed", "rank 1: ValueError: no such class", 100.0)],
+    )
+    assert found.action == "fail"
