@@ -33,6 +33,7 @@ from pomscale.errors import InputError, PomscaleError
 # What a job tells its own processes. One that is submitted from inside must not take itself for that one.
 _OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_", "TORCHELASTIC_", "POMSCALE_")
 _OF_A_RANK = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+_OF_A_JOB_TOO = {"TMPDIR"}  # a folder that will be gone
 _OF_THE_CLUSTER = {"SLURM_CONF", "SLURM_CLUSTERS"}
 
 # sbatch's words where nobody has looked at the job.
@@ -107,7 +108,7 @@ def _as_on_a_login_node() -> Iterator[None]:
     """Evaluations are submitted from inside a job, and people launch from salloc: sbatch hands on what it finds."""
     hidden = {}
     if "SLURM_JOB_ID" in os.environ or LOCAL_JOB in os.environ:
-        names = [name for name in os.environ if name.startswith(_OF_A_JOB) or name in _OF_A_RANK]
+        names = [name for name in os.environ if name.startswith(_OF_A_JOB) or name in _OF_A_RANK | _OF_A_JOB_TOO]
         hidden = {name: os.environ.pop(name) for name in names if name not in _OF_THE_CLUSTER}
     try:
         yield

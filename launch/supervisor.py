@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Supervisor:
         self._warned = ""
         self._left: Verdict | None = None
         self._evaluations: Evaluations | None = None
+        self._evaluating: threading.Thread | None = None
 
     def begin(self) -> str | None:
         """Record this start. Returns why the job was started again; None if it was not."""
@@ -122,9 +124,23 @@ class Supervisor:
             # Not in the last minutes of a start, which are for its verdict: a scheduler may take long to answer.
             if self._evaluations is not None and is_due and self._forwarding.first is None:
                 self._evaluated_s = now_s
-                self._evaluations.poll()
+                self._evaluate(self._evaluations)
         except (PomscaleError, OSError) as problem:  # a file system that stutters must not end the run
             self._warn(str(problem))
+
+    def _evaluate(self, evaluations: Evaluations) -> None:
+        """In a thread: a scheduler that is slow to answer must not keep a lost rank from being noticed."""
+        if self._evaluating is not None and self._evaluating.is_alive():
+            return
+
+        def poll() -> None:
+            try:
+                evaluations.poll()
+            except (PomscaleError, OSError) as problem:
+                self._warn(str(problem))
+
+        self._evaluating = threading.Thread(target=poll, name="evaluations", daemon=True)
+        self._evaluating.start()
 
     def _warn(self, problem: str) -> None:
         """Once, of the same again and again."""
@@ -218,6 +234,8 @@ class Supervisor:
         if verdict.action == "requeue":
             self._ask_for_another_start(verdict)
         elif self._evaluations is not None:
+            if self._evaluating is not None:
+                self._evaluating.join()
             try:
                 self._evaluations.poll(finished=verdict.action == "done")
             except (PomscaleError, OSError) as problem:

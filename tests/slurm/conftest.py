@@ -18,10 +18,17 @@ def _accounted_cluster() -> Iterator[SlurmCluster]:
     yield from _running(accounting=True)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of a module that says WITH_AND_WITHOUT_ACCOUNTING run on both kinds of cluster, by `make test` on one."""
+    if "slurm" in metafunc.fixturenames and getattr(metafunc.module, "WITH_AND_WITHOUT_ACCOUNTING", False):
+        with_sacct = pytest.param("_accounted_cluster", marks=pytest.mark.exhaustive, id="with sacct")
+        metafunc.parametrize("slurm", [pytest.param("_plain_cluster", id="without sacct"), with_sacct], indirect=True)
+
+
 @pytest.fixture
-def slurm(_plain_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
+def slurm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
     """Without accounting: sacct fails, as at sites that have none. Commands that this process runs talk to it."""
-    yield from _in_use(_plain_cluster, monkeypatch)
+    yield from _in_use(request.getfixturevalue(getattr(request, "param", "_plain_cluster")), monkeypatch)
 
 
 @pytest.fixture

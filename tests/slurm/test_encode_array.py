@@ -17,6 +17,7 @@ from PIL import Image
 from launch.job import Attempt, attempts, submissions
 from pomscale.data.schema import MANIFEST_NAME, read_manifest
 
+WITH_AND_WITHOUT_ACCOUNTING = True
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 NUM_TASKS, NUM_PICTURES = 6, 1500

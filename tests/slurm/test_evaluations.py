@@ -18,6 +18,7 @@ from pomscale.checkpoint.folder import complete_checkpoints, samples_of
 from pomscale.monitoring.evaluations import read_evaluations
 from pomscale.monitoring.report import write_report
 
+WITH_AND_WITHOUT_ACCOUNTING = True
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 # The supervisor looks every 5 s: so long lies, about, between two checkpoints at least.

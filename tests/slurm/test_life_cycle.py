@@ -20,6 +20,7 @@ from launched import (
 )
 from running import GLOBAL_BATCH, checkpoint_samples, damaged_copy, losses, outcome, train, write_tiny_recipe
 
+WITH_AND_WITHOUT_ACCOUNTING = True
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 TOTAL = NUM_STEPS * GLOBAL_BATCH

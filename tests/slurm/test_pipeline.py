@@ -17,6 +17,7 @@ from launch.pipeline_file import read_pipeline
 from launch.state import ended
 from pomscale.quickstart import samples_seen
 
+WITH_AND_WITHOUT_ACCOUNTING = True
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cluster import SlurmCluster
+from cluster import ACCOUNT, SlurmCluster
 from launched import OVERRIDES, Launched
 from running import GLOBAL_BATCH, outcome, write_tiny_recipe
 
 from launch.job import submissions
 
+WITH_AND_WITHOUT_ACCOUNTING = True
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -18,8 +19,9 @@ OPTIONS = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-
 
 
 def sbatch(slurm: SlurmCluster, tmp_path: Path, *words: str) -> str:
-    command = ["sbatch", "--parsable", *OPTIONS, f"--output={tmp_path}/job.log", "slurm/train.sbatch", *words]
-    return slurm.run(command, cwd=ROOT).strip()
+    account = [f"--account={ACCOUNT}"] if slurm.accounting else []
+    options = [*OPTIONS, *account, f"--output={tmp_path}/job.log"]
+    return slurm.run(["sbatch", "--parsable", *options, "slurm/train.sbatch", *words], cwd=ROOT).strip()
 
 
 def test_it_saves_requeues_and_finishes(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> None:
