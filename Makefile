@@ -21,8 +21,8 @@ setup: $(VENV)/.ready  ## the virtual environment
 quickstart: setup  ## raw pictures -> shards -> training, kill, resume -> samples and curves, in minutes on a CPU
 	$(BIN)/python -m pomscale.quickstart
 
-test: setup  ## all tests, two at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+test: setup  ## all tests, three at a time: many of them wait for SLURM
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 test-exhaustive: setup  ## the rest: the same again, many more times (e.g. kills at 50 random moments)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m exhaustive

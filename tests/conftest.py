@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from running import write_tiny_recipe
 from data_pipelines.common.encode import encode
 from data_pipelines.images.digits import write_digits
 from pomscale.config.recipe import load_encode_recipe
+
+# Where the tests run in the background of a shell, Ctrl-C is ignored, also by all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

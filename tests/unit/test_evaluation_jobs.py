@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from running import pomscale
 
 from launch import evaluations
 from launch.evaluation_job import commands_of
@@ -16,7 +17,6 @@ from launch.evaluations import CHECKPOINT, FAILED_FILE, Evaluations, evaluation_
 from launch.job import JOB_FILE, JOBS_FILE, LAUNCH_FILE, JobSpec, LaunchedAs, Start, Verdict, attempt_folder, keep
 from pomscale.checkpoint.folder import complete_checkpoints, remove, samples_of
 from pomscale.cli import _parser as command_parser
-from pomscale.cli import main
 from pomscale.cli.record import read_figures
 from pomscale.config.evaluation import EvaluationConfig
 from pomscale.config.pipeline import PipelineRecipe, fill_in
@@ -307,11 +307,9 @@ def test_record_adds_to_the_run_and_lets_the_checkpoint_go(tmp_path: Path) -> No
     (folder / "grid.png").write_bytes(b"not looked at")
     (folder / "samples.npz").write_bytes(b"not recorded")
     words = ["evaluate", "record", str(tmp_path), "fid", "64", str(folder / "figures.json")]
-    with pytest.raises(SystemExit, match="0"):
-        main(words)
+    pomscale(*words)
     assert evaluated.is_dir()
-    with pytest.raises(SystemExit, match="0"):
-        main([*words, "--evaluated", str(evaluated)])
+    pomscale(*words, "--evaluated", evaluated)
     assert not evaluated.exists()
     (first, _) = read_evaluations(tmp_path)
     assert (first.samples, first.metrics) == (64, {"evaluation/fid/fid": 9.5})
