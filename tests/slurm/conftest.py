@@ -20,7 +20,8 @@ def _accounted_cluster() -> Iterator[SlurmCluster]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests of a module that says WITH_AND_WITHOUT_ACCOUNTING run on both kinds of cluster, by `make test` on one."""
-    if "slurm" in metafunc.fixturenames and getattr(metafunc.module, "WITH_AND_WITHOUT_ACCOUNTING", False):
+    asks_for = {"slurm", "slurm_accounted"} & set(metafunc.fixturenames)
+    if asks_for == {"slurm"} and getattr(metafunc.module, "WITH_AND_WITHOUT_ACCOUNTING", False):
         with_sacct = pytest.param("_accounted_cluster", marks=pytest.mark.exhaustive, id="with sacct")
         metafunc.parametrize("slurm", [pytest.param("_plain_cluster", id="without sacct"), with_sacct], indirect=True)
 

@@ -22,6 +22,7 @@ from pomscale.data.schema import read_manifest
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 # What a shell inside a job, of srun or of torchrun, has in its environment: none of it may reach the job.
+WITH_AND_WITHOUT_ACCOUNTING = True
 INSIDE_A_JOB = {
     "SLURM_JOB_ID": "4711",
     "SLURM_NTASKS": "99",

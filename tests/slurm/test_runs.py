@@ -19,6 +19,7 @@ from launch.job import attempts
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 ENDLESS = f"training.total_samples={100_000 * GLOBAL_BATCH}"
+WITH_AND_WITHOUT_ACCOUNTING = True
 MIDDLE = 20 * GLOBAL_BATCH
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
