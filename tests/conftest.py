@@ -18,6 +18,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, or the other workers would wait for it at the end."""
+    items.sort(key=lambda item: "quickstart" not in item.name)
+
+
 def make_digits(root: Path) -> None:
     """Write root/digits/{train,heldout} (PNGs) and root/latents/{train,heldout} (shards)."""
     write_digits(root / "digits")
