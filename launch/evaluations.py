@@ -25,6 +25,7 @@ from pomscale.config.evaluation import EvaluationConfig
 from pomscale.config.recipe import load_train_recipe
 from pomscale.errors import PomscaleError
 from pomscale.files import link_or_copy, make_folder, write_text
+from pomscale.monitoring.text import warn
 
 EVALUATIONS, CHECKPOINT, FAILED_FILE = "evaluations", "checkpoint", "failed.json"
 
@@ -96,7 +97,7 @@ class Evaluations:
             if last_try or self._tries[home] >= _NUM_TRIES:
                 _give_up(home, str(problem))
             elif self._tries[home] == 1:
-                _warn(f"evaluation {name} of {checkpoint.name} could not be started, and is tried again: {problem}")
+                warn(f"evaluation {name} of {checkpoint.name} could not be started, and is tried again: {problem}")
 
     def _give_up_failed(self) -> None:
         """Those whose jobs ended without a word of their own, e.g. cancelled or at their time limit."""
@@ -153,14 +154,10 @@ def _submit(run: Path, name: str, samples: int) -> None:
 
 
 def _give_up(home: Path, reason: str) -> None:
-    _warn(f"evaluation {home.parent.name} of {home.name} has failed: {reason}; training goes on ({home})")
+    warn(f"evaluation {home.parent.name} of {home.name} has failed: {reason}; training goes on ({home})")
     try:
         make_folder(home)
         write_text(home / FAILED_FILE, json.dumps({"reason": reason}))
         remove(home / CHECKPOINT)
     except (PomscaleError, OSError) as problem:
-        _warn(str(problem))
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+        warn(str(problem))

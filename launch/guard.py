@@ -40,6 +40,7 @@ from launch.verdict import EXIT_STOPPED
 from pomscale.errors import PomscaleError
 from pomscale.files import make_folder
 from pomscale.monitoring.ledger import RESTARTED_BECAUSE, SUBMITTED
+from pomscale.monitoring.text import warn
 
 _LOOK_EVERY_S = 0.2
 _OBEY_EVERY_S = 2.0  # a look into the shared file system, by every rank
@@ -62,7 +63,7 @@ def guard(spec: JobSpec, place: Place) -> int:
     try:
         keep(ending_path(attempt, place.rank), ending)
     except PomscaleError as problem:  # a full disk: rank 0 will say that nothing was heard of this one
-        print(f"warning: {problem}", file=sys.stderr, flush=True)
+        warn(str(problem))
         if supervisor is None and not spec.is_run:
             return problem.exit_code  # or it would wait for good, as ranks of such a job may take as long as they like
     if supervisor is None:
@@ -175,7 +176,7 @@ def _say(log: int, line: str) -> None:
     try:
         os.write(log, f"{line}\n".encode())
     except OSError as problem:
-        print(f"warning: the log cannot be written ({problem}): {line}", file=sys.stderr, flush=True)
+        warn(f"the log cannot be written ({problem}): {line}")
 
 
 def _hand_on(child: subprocess.Popen[bytes], number: int) -> None:

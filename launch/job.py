@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -31,6 +30,7 @@ from typing import Any, Literal, Self, TypeVar
 from pomscale.errors import InputError, PomscaleError
 from pomscale.files import make_folder, write_text
 from pomscale.monitoring.jsonl import read_json_lines
+from pomscale.monitoring.text import warn
 
 JOB_FILE, LAUNCH_FILE, JOBS_FILE, LOCK_FILE = "job.json", "launch.json", "jobs.jsonl", "launch.lock"
 REQUEUE_FILE, END_FILE = "requeue", "end"
@@ -193,7 +193,7 @@ def sole_launch(home: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise InputError(f"{home}: another launch is at work there; look with `pomscale runs {home}`") from error
         except OSError as problem:
-            print(f"warning: {home}: no locks here ({problem}); do not launch twice at once", file=sys.stderr)
+            warn(f"{home}: no locks here ({problem}); do not launch twice at once")
         yield
 
 
@@ -232,14 +232,14 @@ def _readable(kind: type[_Kept], path: Path) -> _Kept | None:
     try:
         return kind.read(path)
     except PomscaleError as problem:
-        _warn(str(problem))
+        _warn_once(str(problem))
         return None
 
 
 @cache
-def _warn(problem: str) -> None:
+def _warn_once(problem: str) -> None:
     """Once: a supervisor looks every second."""
-    print(f"warning: {problem}", file=sys.stderr, flush=True)
+    warn(problem)
 
 
 def submissions(home: Path) -> list[Submission]:

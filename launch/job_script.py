@@ -23,7 +23,11 @@ _DEPENDENCIES: dict[Condition, str] = {"ok": "afterok", "any": "afterany"}
 
 @dataclass(frozen=True)
 class Wish:
-    """What one submission asks of SLURM beside the job itself. See launch.submit.submit."""
+    """What one submission asks for beside the job itself.
+
+    time_limit, gpus_per_node: instead of the profile's. after: SLURM jobs that must have ended before ("ok": well).
+    array: so many tasks, which share the work. exclude: hosts to avoid.
+    """
 
     time_limit: str | None = None
     after: Mapping[str, Condition] = field(default_factory=dict)

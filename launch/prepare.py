@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 from launch import slurm
 from launch.checks import (
@@ -21,7 +21,7 @@ from launch.checks import (
 )
 from launch.freeze import freeze
 from launch.job import JOBS_FILE, LAUNCH_FILE, JobSpec, LaunchedAs, Submission, keep, sole_launch, submissions
-from launch.job_script import Condition
+from launch.job_script import Condition, Wish
 from launch.run_state import LIVE
 from launch.runs import summarize
 from launch.submit import batch_script, submit
@@ -68,7 +68,7 @@ class Prepared:
 
     def script(self, after: Mapping[str, Condition] | None = None) -> str:
         """What sbatch will be given; "" without SLURM."""
-        return batch_script(self.spec, self.profile, after=after, **self._wishes())
+        return batch_script(self.spec, self.profile, self._wish(after))
 
     def submit(self, after: Mapping[str, Condition] | None = None, *, new_code: bool = False) -> str:
         """Make the home, with the code and the recipe in it, and submit. Returns the job id.
@@ -83,18 +83,14 @@ class Prepared:
                 if len(submissions(self.home)) > self.num_before:
                     raise InputError(f"{self.home}: launched by somebody else just now; look with `pomscale runs`")
                 self.write_home(new_code=new_code)
-                return submit(self.spec, self.profile, after=after, **self._wishes())
+                return submit(self.spec, self.profile, self._wish(after))
         except Exception:
             if first_new is not None and not (self.home / JOBS_FILE).exists():
                 _take_away(self.home, first_new)
             raise
 
-    def _wishes(self) -> dict[str, Any]:
-        return {
-            "time_limit": self.time_limit,
-            "array": self.array,
-            "gpus_per_node": self.gpus_per_node,
-        }
+    def _wish(self, after: Mapping[str, Condition] | None) -> Wish:
+        return Wish(self.time_limit, after or {}, self.array, self.gpus_per_node)
 
     def write_home(self, *, new_code: bool = False) -> None:
         """All of it but job.json."""

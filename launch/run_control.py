@@ -13,6 +13,7 @@ import psutil
 from launch import slurm
 from launch.checks import check_machine, check_not_in_queue, check_run_folder, check_time_limit
 from launch.job import JOB_FILE, LAUNCH_FILE, JobSpec, LaunchedAs, attempts, keep, sole_launch, submissions
+from launch.job_script import Wish
 from launch.run_facts import Facts, read_facts
 from launch.run_state import ACTIVE, LIVE, State, state_of
 from launch.runs import ask_slurm
@@ -113,14 +114,8 @@ def _submit_again(home: Path, num_nodes: int | None, time_limit: str | None) -> 
     array = before[-1].num_tasks if before and before[-1].num_tasks > 1 else None
     last = attempts(home)[-1:]
     suspects = last[0].verdict.suspects if last and last[0].verdict is not None else []
-    job_id = submit(
-        spec,
-        profile,
-        time_limit=launched.time_limit,
-        array=array,
-        gpus_per_node=launched.gpus_per_node,
-        exclude=suspects,
-    )
+    wish = Wish(launched.time_limit, {}, array, launched.gpus_per_node, suspects)
+    job_id = submit(spec, profile, wish)
     keep(home / LAUNCH_FILE, launched)
     return job_id
 

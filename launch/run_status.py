@@ -19,7 +19,7 @@ from pomscale.monitoring.history import INCARNATIONS_FILE
 from pomscale.monitoring.jsonl import read_json_lines
 from pomscale.monitoring.ledger import goodput
 from pomscale.monitoring.names import METRICS, WALL_TIME
-from pomscale.monitoring.text import format_count, format_duration
+from pomscale.monitoring.text import format_age, format_count, format_duration
 
 _MAX_STARTS = 12
 _METRICS = (
@@ -59,11 +59,11 @@ def _facts(facts: Facts, run: RunSummary, now_unix_s: float) -> str:
     if run.samples is not None:
         lines["progress"] = _progress(run)
     if run.last_row_unix_s is not None:
-        lines["last row"] = f"{format_duration(max(0.0, now_unix_s - run.last_row_unix_s))} ago"
+        lines["last row"] = format_age(run.last_row_unix_s, now_unix_s)
     complete = complete_checkpoints(home / "checkpoints")
     with suppress(IndexError, FileNotFoundError):  # none yet; or retention has just taken it
-        age = format_duration(max(0.0, now_unix_s - complete[-1].stat().st_mtime))
-        lines["checkpoint"] = f"{complete[-1]}, {age} ago; {len(complete)} complete"
+        age = format_age(complete[-1].stat().st_mtime, now_unix_s)
+        lines["checkpoint"] = f"{complete[-1]}, {age}; {len(complete)} complete"
     if incomplete_checkpoints(home / "checkpoints"):
         lines["incomplete"] = ", ".join(path.name for path in incomplete_checkpoints(home / "checkpoints"))
     suspects = _suspects(home)

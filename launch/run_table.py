@@ -12,7 +12,7 @@ from pathlib import Path
 from launch.run_state import WORDS
 from launch.runs import RUNS, RunSummary, Summaries, find_runs, summarize
 from pomscale.errors import InputError
-from pomscale.monitoring.text import format_count, format_duration
+from pomscale.monitoring.text import format_age, format_count, format_duration
 
 _HEAD = ("name", "state", "starts", "samples", "share", "loss", "images/s", "goodput", "ETA", "last row")
 _NUMBERS = frozenset(_HEAD[2:])
@@ -63,9 +63,7 @@ def _cells(run: RunSummary, now_unix_s: float) -> list[str]:
         NOTHING if run.samples_per_s is None else f"{run.samples_per_s:.4g}",
         NOTHING if run.goodput is None else f"{run.goodput:.0%}",
         NOTHING if run.eta_s is None else format_duration(run.eta_s),
-        NOTHING
-        if run.last_row_unix_s is None
-        else f"{format_duration(max(0.0, now_unix_s - run.last_row_unix_s))} ago",
+        NOTHING if run.last_row_unix_s is None else format_age(run.last_row_unix_s, now_unix_s),
     ]
 
 

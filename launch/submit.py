@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from submitit.local.debug import DebugExecutor
 
 from launch import slurm
 from launch.job import CODE, JOB_FILE, JOBS_FILE, SUBMITIT, JobSpec, Submission, keep
-from launch.job_script import Condition, Wish, job_script, slurm_executor
+from launch.job_script import Wish, job_script, slurm_executor
 from launch.place import LOCAL_JOB
 from launch.task import LocalTask, SlurmTask
 from pomscale.config.cluster import ClusterProfile, expanded
@@ -40,26 +40,14 @@ _OF_THE_CLUSTER = {"SLURM_CONF", "SLURM_CLUSTERS"}
 _NO_ANSWER = ("contact slurm controller", "socket timed out", "connection failure", "temporarily unavailable")
 
 
-def submit(
-    spec: JobSpec,
-    profile: ClusterProfile,
-    *,
-    time_limit: str | None = None,
-    after: Mapping[str, Condition] | None = None,
-    array: int | None = None,
-    gpus_per_node: int | None = None,
-    exclude: Sequence[str] = (),
-) -> str:
+def submit(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> str:
     """Returns the job id: SLURM's (of an array, that of the whole), or that of the process that runs the job.
 
-    time_limit, gpus_per_node: instead of the profile's. after: SLURM jobs that must have ended before ("ok": well).
-    array: so many tasks, which share the work. exclude: hosts to avoid. Writes HOME/job.json, then a line of
-    HOME/jobs.jsonl. On one machine there are no time limits and no jobs to wait for but spec.wait_for, the tasks of an
-    array are ranks of one job, and a debug job is over when this returns.
+    Writes HOME/job.json, then a line of HOME/jobs.jsonl. On one machine there are no time limits and no jobs to wait
+    for but spec.wait_for, the tasks of an array are ranks of one job, and a debug job is over when this returns.
 
     Raises InputError, with sbatch's own words, for a job that it refuses; PomscaleError if SLURM does not answer.
     """
-    wish = Wish(time_limit, after or {}, array, gpus_per_node, exclude)
     if profile.scheduler == "slurm":
         return _submit_to_slurm(spec, profile, wish)
     spec = _on_one_machine(spec, profile, wish)
@@ -67,18 +55,8 @@ def submit(
     return (_run_here if profile.scheduler == "debug" else _start_in_background)(spec, profile, wish)
 
 
-def batch_script(
-    spec: JobSpec,
-    profile: ClusterProfile,
-    *,
-    time_limit: str | None = None,
-    after: Mapping[str, Condition] | None = None,
-    array: int | None = None,
-    gpus_per_node: int | None = None,
-    exclude: Sequence[str] = (),
-) -> str:
+def batch_script(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> str:
     """What submit() would give to sbatch; "" for other schedulers. Writes nothing, asks nobody."""
-    wish = Wish(time_limit, after or {}, array, gpus_per_node, exclude)
     if profile.scheduler == "slurm":
         return job_script(spec, profile, wish)
     _on_one_machine(spec, profile, wish)

@@ -8,7 +8,6 @@ and outlives srun (slurm/requeue.sh), or by launch.task on one machine.
 from __future__ import annotations
 
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from pomscale.checkpoint.folder import complete_checkpoints, samples_of
 from pomscale.distributed.generation import newest_generation
 from pomscale.errors import PomscaleError
 from pomscale.files import write_text
+from pomscale.monitoring.text import say, warn
 from pomscale.run_folder import outcomes_after
 
 LAST_WORDS_S = 10.0
@@ -145,7 +145,7 @@ class Supervisor:
     def _warn(self, problem: str) -> None:
         """Once, of the same again and again."""
         if problem != self._warned:
-            print(f"warning: {problem}", file=sys.stderr, flush=True)
+            warn(problem)
         self._warned = problem
 
     def _keep(self, attempt: Path, verdict: Verdict) -> None:
@@ -227,7 +227,7 @@ class Supervisor:
         )
         before = None if self._before is None else self._before.verdict
         verdict = judge(evidence, before, self._spec.max_idle_requeues)
-        print(f"{verdict.action}: {verdict.reason}" + (f"; see {verdict.log}" if verdict.log else ""), flush=True)
+        say(f"{verdict.action}: {verdict.reason}" + (f"; see {verdict.log}" if verdict.log else ""))
         self._keep(self._attempt, verdict)
         if verdict.action == "fail":
             note_failure(self._home, verdict.reason)

@@ -30,7 +30,7 @@ from pomscale.monitoring.history import INCARNATIONS_FILE
 from pomscale.monitoring.ledger import EVENTS_FILE
 from pomscale.monitoring.names import GOODPUT_PREFIX, GOODPUT_SUFFIX, WALL_TIME
 from pomscale.monitoring.sinks import METRICS_FILE
-from pomscale.monitoring.text import format_count, format_duration
+from pomscale.monitoring.text import format_age, format_count, format_duration
 
 _EVERY_S, _ASK_SLURM_EVERY_S = 2.0, 30.0
 _METRICS_BYTES, _EVENTS_BYTES, _LOG_BYTES = 8 << 20, 1 << 16, 1 << 14
@@ -182,7 +182,7 @@ def _checkpoints(root: Path) -> list[str]:
     lines = []
     for path in complete_checkpoints(root):
         try:
-            lines.append(f"{path.name}, {_age(path.stat().st_mtime)}")
+            lines.append(f"{path.name}, {format_age(path.stat().st_mtime, time.time())}")
         except FileNotFoundError:
             continue  # deleted just now, for a newer one
     return lines + [f"{path.name}, not complete" for path in incomplete_checkpoints(root)]
@@ -203,7 +203,7 @@ def _header(facts: Facts, run: RunSummary, problem: str) -> Panel:
     if run.job_id is not None:
         words.append(f"job {run.job_id}")
     if run.last_row_unix_s is not None:
-        words.append(f"last row {_age(run.last_row_unix_s)}")
+        words.append(f"last row {format_age(run.last_row_unix_s, time.time())}")
     first = Text.assemble((run.state, _OF_STATE.get(run.state, "bold")), "  " + "  ·  ".join(words), no_wrap=True)
     why = Text(run.reason or problem, style="yellow", no_wrap=True, overflow="ellipsis")
     return Panel(Group(first, _progress(run), why), title=run.name, height=_HEADER_HEIGHT, title_align="left")
@@ -257,7 +257,3 @@ def _lines_panel(title: str, lines: Sequence[str], height: int) -> Panel:
     # Colours of a log stay in their line, and what moves a terminal's cursor is left out.
     text = Text.from_ansi("\n".join(lines), no_wrap=True, overflow="ellipsis")
     return Panel(text, title=title, height=height, title_align="left")
-
-
-def _age(then_unix_s: float) -> str:
-    return f"{format_duration(max(0.0, time.time() - then_unix_s))} ago"

@@ -58,14 +58,6 @@ def load_encode_recipe(path: str | Path, overrides: list[str] | None = None) -> 
     return recipe
 
 
-def load_pipeline_recipe(path: str | Path, overrides: list[str] | None = None) -> PipelineRecipe:
-    """As load_recipe; a recipe of another kind is an error."""
-    recipe = load_recipe(path, overrides)
-    if not isinstance(recipe, PipelineRecipe):
-        raise _other_kind(path, recipe.kind, "a pipeline has kind: pipeline")
-    return recipe
-
-
 def _other_kind(path: str | Path, kind: str, wanted: str) -> RecipeError:
     return RecipeError([f"{path}: kind: this is a recipe for `{_COMMANDS[kind]}`; {wanted}"])
 

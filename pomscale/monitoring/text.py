@@ -27,6 +27,11 @@ def format_count(count: float) -> str:
     return f"{count:.3g}"
 
 
+def format_age(then_unix_s: float, now_unix_s: float) -> str:
+    """How long ago that was; clocks of other hosts may be ahead."""
+    return f"{format_duration(max(0.0, now_unix_s - then_unix_s))} ago"
+
+
 def format_duration(seconds: float) -> str:
     """The two largest units of a duration: 42s, 3m 20s, 5h 07m, 2d 04h."""
     total = round(seconds)

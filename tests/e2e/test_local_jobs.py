@@ -27,6 +27,7 @@ from running import (
 )
 
 from launch.job import Attempt, JobSpec, Verdict, attempts, submissions
+from launch.job_script import Wish
 from launch.submit import submit
 from pomscale.config.recipe import load_cluster
 from pomscale.quickstart import samples_seen
@@ -210,7 +211,7 @@ def test_a_job_whose_working_folder_has_gone_says_so(recipe: Path, tmp_path: Pat
     folder.mkdir()
     spec = JobSpec(str(tmp_path / "home"), "x", [["--help"]], str(folder))
     folder.rmdir()
-    job_id = submit(spec, load_cluster("local"))
+    job_id = submit(spec, load_cluster("local"), Wish())
     psutil.wait_procs([psutil.Process(int(job_id))], timeout=TIMEOUT_S)
     (only,) = attempts(tmp_path / "home")
     assert verdict(only).action == "fail"

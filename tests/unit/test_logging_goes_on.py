@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -49,8 +49,18 @@ def test_what_is_torn_is_no_object(tmp_path: Path) -> None:
 
 
 def test_a_console_on_a_full_disk_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    with suppress(OSError), open("/dev/full", "w") as full:
-        monkeypatch.setattr("sys.stdout", full)
-        monkeypatch.setattr("sys.stderr", full)
-        say("a line")
-        warn("another")
+    class Full(io.StringIO):
+        num_refused = 0
+
+        def flush(self) -> None:
+            self.num_refused += 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    full = Full()
+    monkeypatch.setattr("sys.stdout", full)
+    monkeypatch.setattr("sys.stderr", full)
+    with pytest.raises(OSError, match="No space left"):
+        print("what would end a run", flush=True)
+    say("a line")
+    warn("another")
+    assert full.num_refused == 3

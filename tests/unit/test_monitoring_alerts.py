@@ -139,8 +139,13 @@ def test_goodput_below_the_limit_without_counting_the_queue(
     assert desk.close() == ([(16, "goodput", text, "WARN")] if is_told else [])
 
 
-def test_the_ranks_that_log_nothing_tell_nobody() -> None:
+def test_the_ranks_that_log_nothing_tell_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     alerts = Alerts(AlertsConfig(goodput_after_s=1e-9), Monitor([]), Ledger(None, 0, 0))
     alerts.restarted(8, "preempted")
     alerts.judge(16, 1.0)
     alerts.late("no step for 300 s")
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []

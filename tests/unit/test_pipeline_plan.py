@@ -10,7 +10,8 @@ import pytest
 from launch.pipeline import launch_pipeline
 from launch.pipeline_plan import Plan, Planned
 from pomscale.config.cluster import ClusterProfile
-from pomscale.config.recipe import load_pipeline_recipe
+from pomscale.config.pipeline import PipelineRecipe
+from pomscale.config.recipe import load_recipe
 from pomscale.config.source import RecipeError
 from pomscale.errors import InputError
 
@@ -55,9 +56,15 @@ def write(folder: Path, stages: Sequence[str]) -> Path:
     return path
 
 
+def pipeline_of(path: Path) -> PipelineRecipe:
+    recipe = load_recipe(path)
+    assert isinstance(recipe, PipelineRecipe)
+    return recipe
+
+
 def plan(folder: Path, *stages: str, profile: ClusterProfile = HERE) -> list[Planned]:
     path = write(folder, stages)
-    recipe = load_pipeline_recipe(path)
+    recipe = pipeline_of(path)
     planner = Plan(recipe, path, folder / "pipelines" / "all", profile, "here", ["pomscale"], check_command)
     return [planner.add(stage) for stage in recipe.stages]
 
@@ -112,7 +119,7 @@ def test_one_wrong_stage_is_told_before_anything_happens(folder: Path, stage: st
     before = sorted(folder.rglob("*"))
     with pytest.raises(InputError, match=expected):
         launch_pipeline(
-            load_pipeline_recipe(path),
+            pipeline_of(path),
             path,
             HERE,
             "here",
@@ -135,7 +142,7 @@ def test_two_stages_may_not_train_the_same_run(folder: Path) -> None:
 )
 def test_commands_are_checked_with_the_recipe(folder: Path, command: str, expected: str) -> None:
     with pytest.raises(RecipeError, match=expected):
-        load_pipeline_recipe(write(folder, [f'{{name: sample, run: ["{command}"]}}']))
+        pipeline_of(write(folder, [f'{{name: sample, run: ["{command}"]}}']))
 
 
 def test_commands_get_one_gpu_unless_they_ask(folder: Path) -> None:
@@ -161,7 +168,7 @@ def test_a_dry_run_shows_the_stages_and_writes_nothing(folder: Path) -> None:
     )
     before = sorted(folder.rglob("*"))
     told = launch_pipeline(
-        load_pipeline_recipe(path),
+        pipeline_of(path),
         path,
         HERE,
         "here",
