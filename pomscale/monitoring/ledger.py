@@ -19,8 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import psutil
-
 from pomscale.monitoring.background import Background
 from pomscale.monitoring.jsonl import JsonLines, read_json_lines
 from pomscale.monitoring.names import WALL_TIME, goodput_share
@@ -80,9 +78,9 @@ class Ledger:
             self._balance.add(row)
         self._file = JsonLines(run_folder / EVENTS_FILE)
         self._writer = Background(EVENTS_FILE)
-        process_started_unix_s = psutil.Process().create_time()
-        self._charged_s = time.monotonic() - max(0.0, time.time() - process_started_unix_s)
-        self._append(start_samples, {"start": _start(os.environ, process_started_unix_s)})
+        age_s = _process_age_s()
+        self._charged_s = time.monotonic() - age_s
+        self._append(start_samples, {"start": _start(os.environ, time.time() - age_s)})
 
     def charge(self, kind: Kind) -> None:
         """What the time since the last charge was spent on; the first time, since the process was started."""
@@ -139,6 +137,13 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _process_age_s() -> float:
+    """To a clock tick. psutil's create_time is off by up to a second: it adds a boot time of whole seconds."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5), since boot
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started_s)
 
 
 def _start(environment: Mapping[str, str], process_started_unix_s: float) -> dict[str, float]:

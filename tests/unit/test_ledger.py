@@ -151,9 +151,11 @@ def test_real_processes_account_for_all_their_time(tmp_path: Path, monkeypatch: 
     killed.wait()
     last = run("1", "32", "96", "end")
     ended = float(last.communicate(timeout=30)[0])
+    gone = time.time()
 
     found = seconds(tmp_path)
-    assert sum(value.expected for value in found.values()) == pytest.approx(ended - submitted, abs=0.2)
+    tick = 0.02  # what the start of a process is known to
+    assert ended - submitted - tick <= sum(value.expected for value in found.values()) <= gone - submitted + tick
     assert found["queue"].expected == pytest.approx(5.0, abs=2.0)
     # Of 8 steps, the 4 beyond the checkpoint at 32 were done again.
     assert found["lost"].expected / found["productive"].expected == pytest.approx(4 / 12, rel=0.5)
