@@ -12,10 +12,11 @@ from launch.runs import summarize
 from pomscale.checkpoint.folder import META, complete_checkpoints, samples_of
 from pomscale.config.cluster import ClusterProfile, is_time_limit, minutes_of
 from pomscale.config.identity import differences
+from pomscale.config.model import VideoModelConfig
 from pomscale.config.schema import EncodeRecipe, ImageFolderConfig, TrainRecipe, VideoFolderConfig
 from pomscale.config.source import read_source
 from pomscale.data.location import local_folder
-from pomscale.data.schema import Manifest, check_compatible, read_manifest
+from pomscale.data.schema import Manifest, check_compatible, check_text, read_manifest
 from pomscale.errors import InputError
 from pomscale.plan.checks import check_layout
 from pomscale.plan.report import DatasetSize, misfit, plan, summary
@@ -31,8 +32,10 @@ def check_training_data(
 
     Returns what they add up to; None while one of them is still to come.
     """
-    paths = [component.path for component in recipe.data.components]
-    manifests = [_check_dataset(path, recipe, profile, to_come) for path in paths]
+    manifests = [_check_dataset(component.path, recipe, profile, to_come) for component in recipe.data.components]
+    if isinstance(recipe.model, VideoModelConfig):
+        for component in recipe.data.components:
+            _check_texts(component.text or component.path, recipe.model, profile, to_come)
     if recipe.validation is not None:
         _check_dataset(recipe.validation.path, recipe, profile, to_come)
     if recipe.init_from is not None:
@@ -47,14 +50,27 @@ def check_training_data(
 def _check_dataset(
     path: str, recipe: TrainRecipe, profile: ClusterProfile, to_come: Collection[Path]
 ) -> Manifest | None:
+    manifest = _manifest(path, profile, to_come)
+    if manifest is not None:
+        check_compatible(path, manifest, recipe.codec, recipe.model)
+    return manifest
+
+
+def _check_texts(path: str, model: VideoModelConfig, profile: ClusterProfile, to_come: Collection[Path]) -> None:
+    """path: of the set that has the texts."""
+    manifest = _manifest(path, profile, to_come)
+    if manifest is not None:
+        check_text(path, manifest, model)
+
+
+def _manifest(path: str, profile: ClusterProfile, to_come: Collection[Path]) -> Manifest | None:
+    """None: a job before this one writes the dataset."""
     folder = local_folder(path)
     if folder is None and profile.offline:
         raise InputError(f"dataset {path}: the nodes of this cluster have no internet; copy it to a disk that they see")
     if folder is not None and _is_to_come(folder, to_come):
         return None
-    manifest = read_manifest(path)
-    check_compatible(path, manifest, recipe.codec, recipe.model.latent_shape, recipe.model.num_classes)
-    return manifest
+    return read_manifest(path)
 
 
 def check_source(recipe: EncodeRecipe, to_come: Collection[Path] = ()) -> None:

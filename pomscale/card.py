@@ -9,13 +9,20 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pomscale import __version__
-from pomscale.codecs import build_codec
-from pomscale.codecs.base import Codec
-from pomscale.config.schema import CodecConfig, DiffusionConfig, ModelConfig, SamplingConfig, TrainRecipe
-from pomscale.data.schema import Manifest, Normalization
+from pomscale.codecs import build_codec, build_text_encoder
+from pomscale.codecs.base import Codec, TextEncoder
+from pomscale.condition import Text
+from pomscale.config.model import ModelConfig
+from pomscale.config.schema import CodecConfig, DiffusionConfig, SamplingConfig, TrainRecipe, VideoTransformConfig
+from pomscale.data.mixture import Mixture
+from pomscale.data.schema import Normalization, TextInfo
 from pomscale.errors import InputError
+
+DEFAULT_FPS = 16.0
+"""Of clips of a model that has seen pictures only."""
 
 
 class ModelCard(BaseModel):
@@ -31,13 +38,19 @@ class ModelCard(BaseModel):
     """None = not known, for an imported model: any codec of this kind is taken for the one."""
     class_names: tuple[str, ...]
     """By class id; empty = not known."""
+    text: TextInfo | None = None
+    """The text encoder of the captions, for a network that is told texts."""
+    fps: float | None = None
+    """Frames per second of the clips that it was trained on; None = it was trained on none."""
     latent_mean: tuple[float, ...]
     latent_std: tuple[float, ...]
     averages: tuple[str, ...]
     """Averages of the weights that there are beside them; the first, if any, stands for the model."""
 
     @classmethod
-    def of(cls, recipe: TrainRecipe, manifest: Manifest, normalization: Normalization) -> ModelCard:
+    def of(cls, recipe: TrainRecipe, mixture: Mixture) -> ModelCard:
+        manifest, normalization = mixture.datasets[0].manifest, mixture.normalization
+        transforms = [dataset.manifest.transform for dataset in mixture.datasets]
         return cls(
             model=recipe.model,
             diffusion=recipe.diffusion,
@@ -45,6 +58,8 @@ class ModelCard(BaseModel):
             codec=recipe.codec,
             codec_identity=manifest.latent_codec.identity,
             class_names=manifest.class_names,
+            text=None if mixture.text is None else mixture.text.info,
+            fps=next((transform.fps for transform in transforms if isinstance(transform, VideoTransformConfig)), None),
             latent_mean=normalization.mean,
             latent_std=normalization.std,
             averages=tuple(recipe.ema.averages),
@@ -76,6 +91,22 @@ class ModelCard(BaseModel):
         mean, std = (latents.new_tensor(v).view(size) for v in (self.latent_mean, self.latent_std))
         return latents * std + mean
 
+    @property
+    def texts(self) -> TextInfo:
+        """`text`, for a network that is told texts."""
+        assert self.text is not None
+        return self.text
+
+    def load_text_encoder(self, device: torch.device) -> TextEncoder:
+        """That of the training captions. Raises InputError if the weights found now are not those."""
+        encoder = build_text_encoder(self.texts.config).to(device)
+        if encoder.identity() != self.texts.identity:
+            raise InputError(
+                f"text encoder {self.texts.config.path}: its weights are not those that the model was trained with, so "
+                "it would not understand. Name the folder of the right ones: --text-path when sampling"
+            )
+        return encoder
+
     def load_codec(self, device: torch.device) -> Codec:
         """The codec of the training latents. Raises InputError if the weights found now are not those."""
         codec = build_codec(self.codec).to(device)
@@ -85,3 +116,11 @@ class ModelCard(BaseModel):
                 "come out wrong. Name the folder of the right ones: codec.path in a recipe, --codec-path when sampling"
             )
         return codec
+
+
+def null_text(texts: TextInfo) -> Text:
+    """The stored embedding of the empty caption, as a batch of one: embeddings (1 n dim) float16, n the encoder's
+    max_length."""
+    null = torch.frombuffer(bytearray(texts.null_bytes), dtype=torch.float16).view(texts.null_length, texts.dim)
+    num_more = texts.config.max_length - texts.null_length
+    return Text(pad(null, (0, 0, 0, num_more))[None], (torch.arange(texts.config.max_length) < texts.null_length)[None])

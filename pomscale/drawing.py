@@ -17,7 +17,7 @@ def draw_pictures(
     model: PretrainedDiPoM,
     classes: list[int] | None,
     *,
-    num_per_class: int,
+    num_each: int,
     seed: int,
     sampler: SamplerName | None,
     steps: int | None,
@@ -35,7 +35,7 @@ def draw_pictures(
     defaults = model.card.sampling
     if classes is None:
         classes = sorted(set(grid_classes(defaults, model.config.num_classes)))
-    condition = [c for c in classes for _ in range(num_per_class)]
+    condition = [c for c in classes for _ in range(num_each)]
     seeds = range(seed, seed + len(condition))
     latents = sample(
         model,
@@ -48,8 +48,8 @@ def draw_pictures(
         show_progress=True,
     )
     images = decode(model, latents).clamp(0, 1).cpu()
-    save_grid(images, out, num_per_class)
-    print(f"wrote {out}: {len(classes)} classes x {num_per_class}")
+    save_grid(images, out, num_each)
+    print(f"wrote {out}: {len(classes)} classes x {num_each}")
     if npz is not None:
         pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
         np.savez_compressed(npz, images=pixels, classes=np.array(condition), seeds=np.array(seeds))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -10,21 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pomscale.card import ModelCard
+from pomscale.batches import text_batch
+from pomscale.card import DEFAULT_FPS, ModelCard, null_text
 from pomscale.codecs.base import Codec
+from pomscale.condition import Condition, Text, map_condition
+from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.config.schema import CacheConfig, TrainRecipe, ValidationConfig
 from pomscale.data.dataset import LatentDataset
 from pomscale.data.normalize import normalize
 from pomscale.data.schema import check_compatible, read_manifest
 from pomscale.diffusion.objectives import Objective
 from pomscale.distributed.world import World
-from pomscale.errors import InputError
+from pomscale.errors import InputError, PomscaleError
 from pomscale.evaluation.heldout import ReadRecords, heldout_loss
 from pomscale.evaluation.sampling import generate_on_all_ranks, grid_classes
-from pomscale.monitoring.media import save_grid
+from pomscale.monitoring.media import save_clips, save_grid
 from pomscale.monitoring.monitor import Monitor
 from pomscale.monitoring.names import validation_bin
 from pomscale.monitoring.text import warn
+from pomscale.prompts import embed_prompts
 from pomscale.trainer import Event
 
 
@@ -42,16 +48,52 @@ def open_events(
     if recipe.validation is not None:
         data = recipe.data
         heldout = open_heldout(
-            recipe.validation.path, card, reading=data.reading, cache=data.cache, bad_samples=data.bad_samples
+            recipe.validation.path,
+            card,
+            text=recipe.validation.text,
+            reading=data.reading,
+            cache=data.cache,
+            bad_samples=data.bad_samples,
         )
         validate = partial(_validate, recipe.validation, objective, model, heldout, world)
         events.append(Event("validation", recipe.validation.every_samples, validate))
     if recipe.sampling.every_samples is not None:
         # Loaded before the first step: a missing codec should fail now, not after an hour of training.
         codec = card.load_codec(world.device) if world.is_main else None
-        draw_grid = partial(_draw_grid, recipe, folder, card, codec, objective, model, monitor, world)
-        events.append(Event("sampling", recipe.sampling.every_samples, draw_grid))
+        draw = _draw_grid if isinstance(recipe.model, ImageModelConfig) else _draw_clips
+        conditions = _conditions(recipe, card, world)
+        events.append(
+            Event(
+                "sampling",
+                recipe.sampling.every_samples,
+                partial(draw, recipe, folder, card, codec, objective, model, conditions, monitor, world),
+            )
+        )
     return events
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    """What to draw, and what says nothing: a batch of n, and one of 1."""
+
+    asked: Condition
+    nothing: Condition
+
+
+def _conditions(recipe: TrainRecipe, card: ModelCard, world: World) -> _Conditions:
+    """A collective. InputError if the text encoder is missing."""
+    config = recipe.sampling
+    if isinstance(recipe.model, ImageModelConfig):
+        num_classes = recipe.model.num_classes
+        return _Conditions(torch.tensor(grid_classes(config, num_classes)), torch.tensor([num_classes]))
+
+    def embed() -> Text:
+        # Once and for all: a text encoder may be larger than the network, and is gone when training begins.
+        return embed_prompts(card.load_text_encoder(world.device), config.prompts)
+
+    prompts = world.on_main(embed)
+    each = [row for row in range(len(config.prompts)) for _ in range(config.num_each)]
+    return _Conditions(map_condition(prompts, lambda part: part[each]), null_text(card.texts))
 
 
 def open_heldout(
@@ -59,30 +101,55 @@ def open_heldout(
     card: ModelCard,
     *,
     reading: Literal["mapped", "streamed"] = "mapped",
+    text: str | None = None,
     cache: CacheConfig | None = None,
     bad_samples: Literal["raise", "skip"] = "raise",
 ) -> LatentDataset:
     """A held-out set for the model of `card`, normalised as its training set was: the network knows no other space.
 
-    `reading`, `cache` and `bad_samples` as in DataConfig. Raises InputError if it is missing or was encoded in another
-    way.
+    `text`: its companion set of text embeddings, None = they are in its own shards. `reading`, `cache` and
+    `bad_samples` as in DataConfig. Raises InputError if it is missing or was encoded in another way.
     """
     manifest = read_manifest(path)
-    check_compatible(path, manifest, card.codec, card.model.latent_shape, card.model.num_classes)
+    check_compatible(path, manifest, card.codec, card.model)
     if card.codec_identity is not None and manifest.latent_codec.identity != card.codec_identity:
         raise InputError(f"dataset {path}: encoded with other weights than the training set; encode it again")
-    return LatentDataset(path, manifest, card.normalization, reading=reading, cache=cache, bad_samples=bad_samples)
+    dataset = LatentDataset(
+        path,
+        manifest,
+        card.normalization,
+        text=None if card.text is None else text or path,
+        reading=reading,
+        cache=cache,
+        bad_samples=bad_samples,
+    )
+    if dataset.text is not None and dataset.text.info.identity != card.texts.identity:
+        raise InputError(
+            f"dataset {dataset.text.source.location}: its captions went through another text encoder than those of the "
+            "training set; encode them again"
+        )
+    return dataset
+
+
+def shape_sizes(dataset: LatentDataset) -> list[int]:
+    """How many records have the first shape, the second, and so on: those of a group are neighbours."""
+    sizes = Counter[int]()
+    for shard in dataset.manifest.shards:
+        sizes[shard.group] += shard.num_samples
+    return list(sizes.values())
 
 
 def read_in_order(dataset: LatentDataset) -> ReadRecords:
     """A reader of records by their place in the dataset, without flips; see evaluation.heldout.ReadRecords."""
 
-    def read(indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def read(indices: list[int]) -> tuple[Tensor, Condition, Tensor]:
         records = np.array(indices)
         samples = dataset.read(records, records, seed=0, flip_probability=0.0)
         weights = torch.ones(len(indices))
         weights[list(samples.bad)] = 0
-        return normalize(samples.latents, dataset.normalization), samples.labels, weights
+        texts = dataset.text
+        condition = samples.labels if texts is None else text_batch(samples, texts.info)
+        return normalize(samples.latents, dataset.normalization), condition, weights
 
     return read
 
@@ -95,9 +162,50 @@ def _validate(
     world: World,
     samples: int,
 ) -> dict[str, float | str]:
-    loss = heldout_loss(objective, model, read_in_order(dataset), len(dataset), config, world)
+    loss = heldout_loss(objective, model, read_in_order(dataset), shape_sizes(dataset), config, world)
     bins = {validation_bin(i): value for i, value in enumerate(loss.by_bin) if value is not None}
     return {"validation/loss": loss.mean, "validation/bad_samples": loss.num_bad, **bins}
+
+
+def _draw_clips(
+    recipe: TrainRecipe,
+    folder: Path,
+    card: ModelCard,
+    codec: Codec | None,
+    objective: Objective,
+    model: nn.Module,
+    conditions: _Conditions,
+    monitor: Monitor,
+    world: World,
+    samples: int,
+) -> dict[str, float | str]:
+    """A row of clips per prompt into samples/, as a film and a sheet; all frames at once, which every network can."""
+    config, network = recipe.sampling, recipe.model
+    assert isinstance(network, VideoModelConfig)
+    channels, num_frames, *size = network.latent_shape
+    shape = (channels, config.num_frames or num_frames, *size)
+    latents = generate_on_all_ranks(
+        objective,
+        model,
+        shape,
+        conditions.asked,
+        conditions.nothing,
+        config,
+        world,
+        group_frames=network.patch_frames,
+    )
+    if codec is not None:
+        film = folder / "samples" / f"samples-{samples:012d}.mp4"
+        sheet = film.with_suffix(".png")
+        clips = codec.decode(card.denormalize(latents).to(world.device))
+        try:
+            save_clips(clips, film, sheet, num_columns=config.num_each, fps=card.fps or DEFAULT_FPS)
+        except (OSError, PomscaleError) as error:  # a full disk costs a film, not the run
+            warn(f"{film} could not be written ({error}); training goes on")
+        else:
+            monitor.log_video(samples, "samples/clips", film)
+            monitor.log_image(samples, "samples/sheet", sheet)
+    return {}
 
 
 def _draw_grid(
@@ -107,20 +215,19 @@ def _draw_grid(
     codec: Codec | None,
     objective: Objective,
     model: nn.Module,
+    conditions: _Conditions,
     monitor: Monitor,
     world: World,
     samples: int,
 ) -> dict[str, float | str]:
     """A row of pictures per class into samples/: generated by all ranks, decoded by the one that has the codec."""
     config = recipe.sampling
-    num_classes = recipe.model.num_classes
-    latents = generate_on_all_ranks(
-        objective, model, recipe.model.latent_shape, grid_classes(config, num_classes), num_classes, config, world
-    )
+    shape = recipe.model.latent_shape
+    latents = generate_on_all_ranks(objective, model, shape, conditions.asked, conditions.nothing, config, world)
     if codec is not None:
         path = folder / "samples" / f"samples-{samples:012d}.png"
         try:
-            save_grid(codec.decode(card.denormalize(latents).to(world.device)), path, config.num_per_class)
+            save_grid(codec.decode(card.denormalize(latents).to(world.device)), path, config.num_each)
         except OSError as error:  # a full disk costs a picture, not the run
             warn(f"{path} could not be written ({error}); training goes on")
         else:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from pomscale.config.schema import InitFromConfig, ModelConfig
+from pomscale.config.model import ImageModelConfig, VideoModelConfig
+from pomscale.config.schema import InitFromConfig
 from pomscale.engine.protocol import Assign
 from pomscale.errors import InputError
 from pomscale.models import initial_value
@@ -23,20 +24,20 @@ class FineTuning:
 
     source: TrainedWeights
     weights: str
-    model: ModelConfig
+    model: ImageModelConfig | VideoModelConfig
     seed: int
 
     @property
     def keeps_classes(self) -> bool:
-        return self.source.card.model.num_classes == self.model.num_classes
+        return _num_classes(self.source.card.model) == _num_classes(self.model)
 
     @property
     def note(self) -> str:
         taken = f"initial weights: {self.weights} of {self.source.folder}"
         if self.keeps_classes:
             return taken
-        there = self.source.card.model.num_classes
-        return f"{taken}; the class embedding begins anew, for {there} classes there are {self.model.num_classes} here"
+        there, here = _num_classes(self.source.card.model), _num_classes(self.model)
+        return f"{taken}; the class embedding begins anew, for {there} classes there are {here} here"
 
     def __call__(self, model: nn.Module, assign: Assign) -> None:
         """Every rank reads all weights, a group of tensors at a time, and holds no more of them than its shard.
@@ -52,11 +53,17 @@ class FineTuning:
             assign(parameters[name], value)
 
 
-def fine_tuning(config: InitFromConfig, model: ModelConfig, seed: int) -> FineTuning:
+def _num_classes(model: ImageModelConfig | VideoModelConfig) -> int:
+    """0 of a network that is told texts."""
+    return model.num_classes if isinstance(model, ImageModelConfig) else 0
+
+
+def fine_tuning(config: InitFromConfig, model: ImageModelConfig | VideoModelConfig, seed: int) -> FineTuning:
     """Initial weights for a network `model` from those at `config.path`. seed: of what has to begin anew.
 
-    Latents may have another height and width, positions being computed; with another number of classes the class
-    embedding begins anew. Raises InputError, listing all differences, if the networks differ in anything else.
+    Latents may have another height, width and number of frames, positions being computed, and clips another mask: no
+    weight belongs to it. With another number of classes the class embedding begins anew. Raises InputError, listing all
+    differences, if the networks differ in anything else.
     """
     source = open_weights(Path(config.path))
     there, here = _architecture(source.card.model), _architecture(model)
@@ -70,9 +77,10 @@ def fine_tuning(config: InitFromConfig, model: ModelConfig, seed: int) -> FineTu
     return FineTuning(source, source.resolve(config.weights), model, seed)
 
 
-def _architecture(model: ModelConfig) -> dict[str, object]:
+def _architecture(model: ImageModelConfig | VideoModelConfig) -> dict[str, object]:
     """What decides the shape and meaning of every tensor, but for the number of classes."""
     fields: dict[str, object] = {
+        "kind": model.kind,
         "latent_shape[0]": model.latent_shape[0],
         "dim": model.dim,
         "depth": model.depth,
@@ -80,6 +88,8 @@ def _architecture(model: ModelConfig) -> dict[str, object]:
         "ffn_expansion": model.ffn_expansion,
         "mixer": model.mixers if len(set(model.mixers)) > 1 else model.mixers[0],
     }
+    if isinstance(model, VideoModelConfig):
+        fields |= {"text_dim": model.text_dim, "patch_frames": model.patch_frames}
     if "pom" in model.mixers:
         fields |= {"degree": model.degree, "expand": model.expand}
     if "attention" in model.mixers:

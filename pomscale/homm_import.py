@@ -9,7 +9,7 @@ from typing import Literal
 from pomscale.card import ModelCard
 from pomscale.checkpoint.homm import check_names, infer_config, read_lightning, translate
 from pomscale.codecs import build_codec
-from pomscale.config.schema import DiffusionConfig, ModelConfig, SamplingConfig, SdVaeCodecConfig
+from pomscale.config.schema import DiffusionConfig, ImageModelConfig, SamplingConfig, SdVaeCodecConfig
 from pomscale.weights import parameter_shapes, write_weights
 
 # The scaling factor of Stable Diffusion's VAE, which HoMM multiplies its latents by.
@@ -20,7 +20,7 @@ _SD_VAE_FACTOR = 0.18215
 class HommImport:
     """What was imported, and what no tensor could tell."""
 
-    model: ModelConfig
+    model: ImageModelConfig
     sets: tuple[str, ...]
     assumptions: tuple[str, ...]
 
@@ -62,7 +62,7 @@ def import_homm(
 
 
 def _homm_card(
-    model: ModelConfig, objective: Literal["eps", "flow"], codec_path: str | None, has_average: bool
+    model: ImageModelConfig, objective: Literal["eps", "flow"], codec_path: str | None, has_average: bool
 ) -> ModelCard:
     """Their training: linear schedule or flow, classes dropped in 1 of 10 samples, latents times the VAE's factor."""
     config = SdVaeCodecConfig(name="sd_vae") if codec_path is None else SdVaeCodecConfig(name="sd_vae", path=codec_path)
@@ -71,7 +71,7 @@ def _homm_card(
     channels = model.latent_shape[0]
     return ModelCard(
         model=model,
-        diffusion=DiffusionConfig(objective=objective, class_dropout=0.1),
+        diffusion=DiffusionConfig(objective=objective, condition_dropout=0.1),
         sampling=SamplingConfig(),
         codec=config,
         codec_identity=None if codec is None else codec.identity(),

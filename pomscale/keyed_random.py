@@ -27,6 +27,7 @@ class Stream(IntEnum):
     VALIDATION_NOISE = 8
     DATASET = 9
     MIXTURE = 10
+    START_GROUP = 11
 
 
 def keyed_generator(seed: int, stream: Stream, index: int, subindex: int = 0) -> np.random.Generator:

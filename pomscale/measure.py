@@ -12,7 +12,7 @@ from pomscale.diffusion.objectives import build_objective
 from pomscale.distributed.world import join_world
 from pomscale.errors import InputError
 from pomscale.evaluation.heldout import HeldoutLoss, heldout_loss
-from pomscale.events import open_heldout, read_in_order
+from pomscale.events import open_heldout, read_in_order, shape_sizes
 from pomscale.pretrained import load_pretrained
 
 
@@ -40,11 +40,16 @@ def measure_heldout(
         {"every_samples": 1, **(section or {}), **{key: value for key, value in changes.items() if value is not None}}
     )
     dataset = open_heldout(
-        config.path, model.card, reading=reading.reading, cache=reading.cache, bad_samples=reading.bad_samples
+        config.path,
+        model.card,
+        text=config.text,
+        reading=reading.reading,
+        cache=reading.cache,
+        bad_samples=reading.bad_samples,
     )
     with join_world(device) as world:
         objective = build_objective(model.card.diffusion)
-        loss = heldout_loss(objective, model, read_in_order(dataset), len(dataset), config, world)
+        loss = heldout_loss(objective, model, read_in_order(dataset), shape_sizes(dataset), config, world)
     if loss.num_bad:
         print(f"warning: {config.path}: {loss.num_bad} samples could not be read and do not count", file=sys.stderr)
     return loss

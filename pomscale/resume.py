@@ -12,7 +12,7 @@ from pomscale.config.schema import TrainRecipe
 from pomscale.data.mixture import Mixture
 from pomscale.errors import InputError
 
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 
 # What the card says of the space that the network has learned, and what to call it.
 _LATENT_SPACE = {
@@ -30,6 +30,7 @@ def identity(recipe: TrainRecipe, mixture: Mixture) -> dict[str, Any]:
             "share": share,
             "fingerprint": dataset.manifest.fingerprint,
             "index": dataset.manifest.index.sha256,
+            "text": None if dataset.text is None else dataset.text.source.manifest.fingerprint,
         }
         for dataset, share in zip(mixture.datasets, mixture.shares, strict=True)
     ]
@@ -73,4 +74,6 @@ def _data_differences(now: list[dict[str, Any]], then: list[dict[str, Any]]) -> 
             found.append(f"the dataset at {new['path']}: its shards are not those of the run's start")
         elif new["index"] != old["index"]:
             found.append(f"the dataset at {new['path']}: its index (labels, keys) is not that of the run's start")
+        elif new["text"] != old["text"]:
+            found.append(f"the dataset at {new['path']}: its text embeddings are not those of the run's start")
     return found

@@ -21,11 +21,12 @@ from pomscale.checkpoint.store import CheckpointStore, read_meta
 from pomscale.clock import Clock
 from pomscale.config.engine import CheckpointConfig
 from pomscale.config.hardware import peak_flops
+from pomscale.config.model import VideoModelConfig
 from pomscale.config.schema import TrainRecipe
 from pomscale.data.bad_samples import BadSampleList
 from pomscale.data.loader import Loader
 from pomscale.data.mixture import Mixture
-from pomscale.data.schema import check_compatible
+from pomscale.data.schema import check_compatible, check_text
 from pomscale.diffusion.objectives import build_objective
 from pomscale.distributed.compile_cache import CompileCache
 from pomscale.distributed.generation import Generation, Superseded
@@ -43,7 +44,7 @@ from pomscale.engine.protocol import Engine, InitWeights
 from pomscale.errors import InputError, PomscaleError
 from pomscale.events import open_events
 from pomscale.finetune import FineTuning, fine_tuning
-from pomscale.models import DiPoM, init_weights
+from pomscale.models import init_weights, make_model
 from pomscale.monitoring.alerts import Alerts
 from pomscale.monitoring.host import HostStats
 from pomscale.monitoring.ledger import RESTARTED_BECAUSE, Ledger
@@ -92,7 +93,7 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
     """Looks before it writes: a run that another recipe may not go on with is left alone."""
     check_layout(recipe, world.size)
     mixture = _open_mixture(recipe)
-    card = ModelCard.of(recipe, mixture.datasets[0].manifest, mixture.normalization)
+    card = ModelCard.of(recipe, mixture)
     this_run = identity(recipe, mixture)
     standing = world.on_main(lambda: _look(recipe, folder, mixture, this_run, card))
     if standing.is_finished:
@@ -144,13 +145,17 @@ def _look(recipe: TrainRecipe, folder: Path, mixture: Mixture, this_run: dict[st
 
 def _open_mixture(recipe: TrainRecipe) -> Mixture:
     """The datasets of the recipe. InputError if they do not fit its codec and model."""
-    if any(component.text is not None for component in recipe.data.components):
+    model = recipe.model
+    reads_text = isinstance(model, VideoModelConfig)
+    if not reads_text and any(component.text is not None for component in recipe.data.components):
         raise InputError("data.text: this model is told classes, not captions, so it has no use for text embeddings")
-    mixture = Mixture.open(recipe.data, seed=recipe.seed, global_batch=recipe.training.global_batch, read_text=False)
+    mixture = Mixture.open(
+        recipe.data, seed=recipe.seed, global_batch=recipe.training.global_batch, read_text=reads_text
+    )
     for dataset in mixture.datasets:
-        check_compatible(
-            dataset.location, dataset.manifest, recipe.codec, recipe.model.latent_shape, recipe.model.num_classes
-        )
+        check_compatible(dataset.location, dataset.manifest, recipe.codec, model)
+        if isinstance(model, VideoModelConfig) and dataset.text is not None:
+            check_text(dataset.text.source.location, dataset.text.source.manifest, model)
     return mixture
 
 
@@ -282,7 +287,7 @@ class _Run:
     def _engine(self, initial: InitWeights) -> Engine:
         with explained_out_of_memory(self.recipe, self.world.device, dict):
             with torch.device("meta"):
-                model = DiPoM(self.recipe.model)
+                model = make_model(self.recipe.model)
             return build_engine(self.recipe, model, initial, self.world)
 
     def _monitor(self) -> Monitor:
@@ -333,7 +338,7 @@ class _Run:
             start_position=clock.position,
             num_threads=self.recipe.data.num_threads,
             prefetch=self.recipe.data.prefetch,
-            finish=partial(draw_batch, self.recipe),
+            finish=partial(draw_batch, self.recipe, texts=None if mixture.text is None else mixture.text.info),
             pin_memory=self.world.device.type == "cuda",
         )
 

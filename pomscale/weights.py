@@ -14,9 +14,9 @@ from torch import Tensor
 from pomscale.card import ModelCard
 from pomscale.checkpoint.exported import Exported, groups, is_exported, read_exported, write_exported
 from pomscale.checkpoint.store import find_checkpoint, read_meta, read_tensors
-from pomscale.config.schema import ModelConfig
+from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.errors import InputError
-from pomscale.models import DiPoM
+from pomscale.models import make_model
 from pomscale.run_folder import versions
 
 Precision = Literal["fp32", "bf16"]
@@ -100,10 +100,10 @@ def write_weights(
     write_exported(out, meta, shapes, sets, _DTYPES[precision])
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+def parameter_shapes(config: ImageModelConfig | VideoModelConfig) -> dict[str, torch.Size]:
     """By name, in the order of the module."""
     with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in DiPoM(config).named_parameters()}
+        return {name: parameter.shape for name, parameter in make_model(config).named_parameters()}
 
 
 def _read_checkpoint(folder: Path, name: str, tensors: dict[str, Tensor], check: bool) -> None:

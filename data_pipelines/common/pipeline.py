@@ -177,7 +177,7 @@ class Pipeline:
         assert isinstance(transform, VideoTransformConfig)
         from data_pipelines.videos.clip import decode_clip  # noqa: PLC0415  PyAV is optional
 
-        clip = decode_clip(stream, transform.buckets, transform.fps, transform.filter)
+        clip = decode_clip(stream, transform.buckets, transform.fps, transform.filter, self._codec.num_channels_in)
         loaded.info = clip.info
         (only,) = variants  # pictures alone come in several sizes
         loaded.media[only] = Pixels(clip.target, clip.frames)
@@ -206,7 +206,8 @@ class Pipeline:
         if not entries or self._text is None:
             return
         captions = [entry.item.caption or "" for entry in entries]
-        self._display.cut(self._text.num_cut(captions))
+        longest = self._text.config.max_length
+        self._display.cut(sum(length > longest for length in self._text.num_tokens(captions)))
         for entry, embedding in zip(entries, self._on_device(self._text.encode, captions), strict=True):
             with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is listed by the writer
                 entry.text = embedding.astype(np.float16)

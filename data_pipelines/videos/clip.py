@@ -36,6 +36,9 @@ except ImportError as error:
 # Containers, as FFmpeg names them. Not playlists and the like: those make FFmpeg open further files and addresses.
 _FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
 
+# What swscale calls 1 channel, from black 0 to white 255, and 3.
+_FORMATS_OUT = {1: "gray", 3: "rgb24"}
+
 # Wider or higher ones are no pictures, and to cover a target they would take any amount of memory.
 _MAX_ASPECT = 16
 
@@ -47,13 +50,15 @@ _SCALERS: dict[Filter, int] = {"area": Interpolation.AREA | _ACCURATE, "lanczos"
 
 @dataclass(frozen=True, slots=True)
 class DecodedClip:
-    frames: np.ndarray  # (f, h, w, 3) uint8, RGB
+    frames: np.ndarray  # (f, h, w, 3) uint8, RGB, or (f, h, w, 1), grey
     target: int  # index of the target that it got
     info: dict[str, Any]  # for the record's JSON
 
 
-def decode_clip(stream: BinaryIO, targets: Sequence[tuple[int, int, int]], fps: float, filter: Filter) -> DecodedClip:
-    """The first seconds of a clip at `fps`, as one of the `targets` (frames, height, width).
+def decode_clip(
+    stream: BinaryIO, targets: Sequence[tuple[int, int, int]], fps: float, filter: Filter, num_channels: int = 3
+) -> DecodedClip:
+    """The first seconds of a clip at `fps`, as one of the `targets` (frames, height, width), RGB or grey (1 channel).
 
     It gets the longest that it can fill, and of those the one of the nearest aspect ratio. Runs in one thread; other
     threads may decode other streams meanwhile. `info`: width and height of the file, duration_s as its header has it,
@@ -72,7 +77,7 @@ def decode_clip(stream: BinaryIO, targets: Sequence[tuple[int, int, int]], fps: 
             # The recipe's threads decode a clip each; more inside each of them would only get in their way.
             video.thread_count = 1
             reader = _FrameReader(container, video)
-            frames, target = _resample(reader, targets, fps, filter)
+            frames, target = _resample(reader, targets, fps, filter, num_channels)
             seconds = _header_seconds(container, video)
     except av.FFmpegError as error:
         raise UnreadableMediaError(f"no video that can be read: {error.strerror}") from error
@@ -85,9 +90,9 @@ def decode_clip(stream: BinaryIO, targets: Sequence[tuple[int, int, int]], fps: 
 
 
 def _resample(
-    reader: _FrameReader, targets: Sequence[tuple[int, int, int]], fps: float, filter: Filter
+    reader: _FrameReader, targets: Sequence[tuple[int, int, int]], fps: float, filter: Filter, num_channels: int
 ) -> tuple[np.ndarray, int]:
-    """Frames (f, h, w, 3) uint8 and the index of their target, which is known when the source has ended."""
+    """Frames (f, h, w, num_channels) uint8 and the index of their target, which is known when the source has ended."""
     interval = 1 / Fraction(fps)
     longest = max(target[0] for target in targets)
     chosen: dict[int, int] = {}  # by number of frames, longest first: the target of a clip that fills no more
@@ -95,7 +100,7 @@ def _resample(
     num_due = 0
     for frame, until in reader.nearest(interval):
         if not chosen:
-            fitter = _Fitter(frame, reader.pixel_aspect, filter)
+            fitter = _Fitter(frame, reader.pixel_aspect, filter, num_channels)
             chosen = _nearest_by_length(fitter.shown, targets)
             for length, index in chosen.items():
                 sizes.setdefault(targets[index][1:], _Collected(length))
@@ -216,12 +221,13 @@ class _FrameReader:
 class _Fitter:
     """Scales, cuts and turns the frames of one clip."""
 
-    def __init__(self, frame: av.VideoFrame, pixel_aspect: Fraction, filter: Filter) -> None:
+    def __init__(self, frame: av.VideoFrame, pixel_aspect: Fraction, filter: Filter, num_channels: int) -> None:
         self._transposed, self._flipped_rows, self._flipped_columns = _orientation(frame)
         self._height, self._width = float(frame.height), float(frame.width * pixel_aspect)
         if max(self._height / self._width, self._width / self._height) > _MAX_ASPECT:
             raise UnreadableMediaError(f"is shown as {self._width:.0f}x{self._height:.0f}: too narrow a strip")
         self._scaler, self._interpolation = VideoReformatter(), _SCALERS[filter]
+        self._num_channels, self._format = num_channels, _FORMATS_OUT[num_channels]
 
     @property
     def shown(self) -> tuple[float, float]:
@@ -229,14 +235,15 @@ class _Fitter:
         return (self._width, self._height) if self._transposed else (self._height, self._width)
 
     def fit(self, frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
-        """(h, w, 3) uint8 of `size` = (h, w)."""
+        """(h, w, num_channels) uint8 of `size` = (h, w)."""
         height, width = reversed(size) if self._transposed else size
         scale = max(height / self._height, width / self._width)
         cover_height = max(height, round(self._height * scale))
         cover_width = max(width, round(self._width * scale))
         cover = self._scaler.reformat(
-            frame, cover_width, cover_height, "rgb24", interpolation=self._interpolation, threads=1
+            frame, cover_width, cover_height, self._format, interpolation=self._interpolation, threads=1
         ).to_ndarray()
+        cover = cover.reshape(cover_height, cover_width, self._num_channels)
         top, left = (cover_height - height) // 2, (cover_width - width) // 2
         pixels = cover[top : top + height, left : left + width]
         if self._transposed:

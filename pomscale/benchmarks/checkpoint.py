@@ -25,7 +25,7 @@ from pomscale.checkpoint.integrity import find_damage
 from pomscale.checkpoint.staging import leaves
 from pomscale.checkpoint.store import CheckpointStore, Saved
 from pomscale.config.engine import CheckpointConfig
-from pomscale.config.schema import ModelConfig
+from pomscale.config.model import ImageModelConfig
 from pomscale.distributed.world import join_world
 from pomscale.errors import InputError, PomscaleError
 from pomscale.models import DiPoM
@@ -57,7 +57,9 @@ def bench_checkpoint(*, depth: int, num_saves: int, folder: Path | None) -> Benc
 
 def _training_state(depth: int) -> tuple[dict[str, Any], int]:
     """As Engine.state_dict lays it out, every number its own; and how many parameters it has."""
-    config = ModelConfig(latent_shape=(4, 32, 32), num_classes=1000, patch_size=2, dim=768, depth=depth, num_heads=12)
+    config = ImageModelConfig(
+        latent_shape=(4, 32, 32), num_classes=1000, patch_size=2, dim=768, depth=depth, num_heads=12
+    )
     with torch.device("meta"):
         model = DiPoM(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}

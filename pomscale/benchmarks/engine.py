@@ -20,7 +20,7 @@ import torch
 
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.synthetic import make_dataset
-from pomscale.config.schema import ModelConfig
+from pomscale.config.model import ImageModelConfig
 from pomscale.distributed.compile_cache import FILE
 from pomscale.engine.ema import Ema
 from pomscale.errors import PomscaleError
@@ -91,7 +91,8 @@ monitoring: {{every_samples: 1, wandb: {{mode: disabled}}}}
 
 def bare_steps(batch: int, num_steps: int) -> list[float]:
     """Seconds of each step of a plain loop: forward, backward, clipping, fused AdamW. No averages."""
-    config = ModelConfig.model_validate({"preset": "dipom-s-2", "latent_shape": _SHAPE, "num_classes": _NUM_CLASSES})
+    values = {"preset": "dipom-s-2", "latent_shape": _SHAPE, "num_classes": _NUM_CLASSES}
+    config = ImageModelConfig.model_validate(values)
     model = DiPoM(config)
     init_weights(model, 0)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -113,7 +114,8 @@ def bare_steps(batch: int, num_steps: int) -> list[float]:
 
 def ema_steps(batch: int, num_steps: int) -> list[float]:
     """Alternately the seconds of a step of DiPoM-B/2, and of the update of one average of its weights."""
-    config = ModelConfig.model_validate({"preset": "dipom-b-2", "latent_shape": _SHAPE, "num_classes": _NUM_CLASSES})
+    values = {"preset": "dipom-b-2", "latent_shape": _SHAPE, "num_classes": _NUM_CLASSES}
+    config = ImageModelConfig.model_validate(values)
     model = DiPoM(config)
     init_weights(model, 0)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

@@ -19,8 +19,8 @@ import psutil
 import torch
 
 from pomscale.benchmarks.report import BenchReport
+from pomscale.config.model import ImageModelConfig
 from pomscale.config.monitoring import MonitoringConfig, WandbConfig
-from pomscale.config.schema import ModelConfig
 from pomscale.models import DiPoM, init_weights
 from pomscale.monitoring.alerts import Alerts
 from pomscale.monitoring.host import HostStats, peak_memory_gib
@@ -78,7 +78,8 @@ def _cpu_per_row(log: Callable[[], None], num_rows: int) -> float:
 
 def _training_step(batch: int) -> Callable[[], None]:
     """Forward, backward and optimiser on the same random batch, waiting for the loss as the trainer does."""
-    config = ModelConfig.model_validate({"preset": "dipom-s-2", "latent_shape": _SHAPE, "num_classes": _NUM_CLASSES})
+    values = {"preset": "dipom-s-2", "latent_shape": _SHAPE, "num_classes": _NUM_CLASSES}
+    config = ImageModelConfig.model_validate(values)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = DiPoM(config).to(device)
     init_weights(model, 0)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,15 +24,18 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.storage_tracker import step_peak_bytes
+from pomscale.condition import Condition, Text
+from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.config.schema import TrainRecipe
-from pomscale.diffusion.loss import per_sample_loss
+from pomscale.diffusion.loss import Network, per_sample_loss
 from pomscale.diffusion.objectives import FlowMatching
 from pomscale.distributed.flat_shard import FlatShard
 from pomscale.distributed.world import World, join_world
 from pomscale.engine import build_engine
-from pomscale.models import DiPoM, init_weights
-from pomscale.plan.batch import batch_share
+from pomscale.models import init_weights, make_model
+from pomscale.plan.batch import batch_share, num_times
 from pomscale.plan.memory import step_memory
+from pomscale.plan.model_cost import TEXT_LENGTH
 
 _MIB = 2**20
 _MODES = ("none", "selective", "every-2", "full")
@@ -45,6 +49,17 @@ _GPU_SIZES: dict[str, dict[str, Any]] = {
     "S/2": {"size": "s-2", "depth": 12, "latent_shape": [4, 32, 32], "batch": 64},
     "L/2": {"size": "l-2", "depth": 24, "latent_shape": [4, 32, 32], "batch": 32},
     "XL/2": {"size": "xl-2", "depth": 28, "latent_shape": [4, 32, 32], "batch": 32},
+}
+# Of clips: 5 frame groups, as the presets' text of T5-XXL, scaled down with the trunk.
+_VIDEO: dict[str, Any] = {"size": "s-2", "depth": 4, "latent_shape": [16, 10, 8, 12], "batch": 2}
+_GPU_VIDEO: dict[str, Any] = {"size": "xl-2", "depth": 20, "latent_shape": [16, 20, 30, 48], "batch": 2}
+_VIDEO_MODES: dict[str, dict[str, Any]] = {
+    "no mask": {},
+    "block-causal": {"model": {"temporal": "block_causal"}},
+    "a t per frame group": {
+        "model": {"temporal": "block_causal"},
+        "diffusion": {"time": {"per_frame_group": True}},
+    },
 }
 _LAYOUTS: dict[str, dict[str, Any]] = {
     "shards of 4, 2 micro-batches": {"fsdp2": {"shard_size": 4}, "training": {"micro_batch": 2}},
@@ -61,9 +76,11 @@ def bench_plan() -> BenchReport:
     if torch.cuda.is_available():
         with join_world("cuda") as world:
             _compare_modes(report, _GPU_SIZES, world)
+            _compare_video(report, _GPU_VIDEO, world)
     else:
         with pretended_world(_NUM_RANKS) as world:
             _compare_modes(report, _SIZES, world)
+            _compare_video(report, _VIDEO, world)
             for layout, changes in _LAYOUTS.items():
                 _compare(report, f"dipom-B, {layout}", make_recipe("dipom", _SIZES["B"], changes, world.size), world)
         with join_world("cpu") as world:
@@ -73,6 +90,16 @@ def bench_plan() -> BenchReport:
     errors = [abs(row["error"]) for row in report.rows]
     report.judge("largest error of the planned peak", max(errors), 0.1, at_least=False)
     return report
+
+
+def _compare_video(report: BenchReport, size: Mapping[str, Any], world: World) -> None:
+    for mixer, (mode, changes), checkpointing in itertools.product(
+        ("vdipom", "vdit"), _VIDEO_MODES.items(), ("none", "full")
+    ):
+        recipe = make_recipe(
+            mixer, size, {**changes, "compute": {"activation_checkpointing": checkpointing}}, world.size
+        )
+        _compare(report, f"{mixer}, {mode}, bf16, {checkpointing}", recipe, world)
 
 
 def _compare_modes(report: BenchReport, sizes: Mapping[str, Mapping[str, Any]], world: World) -> None:
@@ -85,16 +112,16 @@ def _compare_modes(report: BenchReport, sizes: Mapping[str, Mapping[str, Any]], 
 def make_recipe(
     mixer: str, size: Mapping[str, Any], changes: Mapping[str, Mapping[str, Any]], num_ranks: int
 ) -> TrainRecipe:
-    """mixer: dipom or dit; size: as _SIZES, `batch` per rank; changes: section -> fields."""
-    batch = size["batch"] * num_ranks
+    """mixer: dipom or dit, vdipom or vdit; size: as _SIZES, `batch` per rank; changes: section -> fields."""
+    batch, is_video = size["batch"] * num_ranks, mixer.startswith("v")
     fields: dict[str, dict[str, Any]] = {
-        "codec": {"name": "sd_vae"},
+        "codec": {"name": "cogvideox_vae" if is_video else "sd_vae"},
         "data": {"path": "none"},
         "model": {
             "preset": f"{mixer}-{size['size']}",
             "depth": size["depth"],
             "latent_shape": size["latent_shape"],
-            "num_classes": 100,
+            **({"text_dim": 4096} if is_video else {"num_classes": 100}),
         },
         "training": {"total_samples": 1000 * batch, "global_batch": batch},
         "checkpoint": {"every_samples": 1000},
@@ -118,7 +145,7 @@ def pretended_world(num_ranks: int) -> Iterator[World]:
 def measure(recipe: TrainRecipe, world: World) -> tuple[int, int]:
     """Bytes at the peak of a step of the real engine, and between steps; of the second step, as every later one."""
     with torch.device("meta"):
-        model = DiPoM(recipe.model)
+        model = make_model(recipe.model)
     engine = build_engine(recipe, model, lambda model, assign: init_weights(model, 0, assign), world)
     share = batch_share(recipe.training, world.size)
     weights = dict.fromkeys(recipe.ema.averages, 0.1)
@@ -126,9 +153,10 @@ def measure(recipe: TrainRecipe, world: World) -> tuple[int, int]:
     def loss(network: nn.Module, _: None) -> Tensor:
         shape = (share.micro_batch, *recipe.model.latent_shape)
         x0, eps = torch.randn(shape, device=world.device), torch.randn(shape, device=world.device)
-        t = torch.rand(share.micro_batch, device=world.device)
-        classes = torch.zeros(share.micro_batch, dtype=torch.int64, device=world.device)
-        return per_sample_loss(FlowMatching(), network, x0, eps, t, classes).mean()
+        times = num_times(recipe)
+        t = torch.rand(share.micro_batch if times == 1 else (share.micro_batch, times), device=world.device)
+        condition, told = _told(recipe.model, share.micro_batch, network, world.device)
+        return per_sample_loss(FlowMatching(), told, x0, eps, t, condition).mean()
 
     def step() -> None:
         engine.forward_backward([None] * share.num_micro_batches, loss)
@@ -137,6 +165,18 @@ def measure(recipe: TrainRecipe, world: World) -> tuple[int, int]:
     step()
     held = [*engine.model.parameters(), *_tensors(engine.state_dict())]
     return step_peak_bytes(step, world.device, held), sum(engine.resident_bytes().values())
+
+
+def _told(
+    model: ImageModelConfig | VideoModelConfig, batch: int, network: nn.Module, device: torch.device
+) -> tuple[Condition, Network]:
+    """What samples are told, and the network that is told where clips begin."""
+    zeros = torch.zeros(batch, dtype=torch.int64, device=device)
+    if not isinstance(model, VideoModelConfig):
+        return zeros, network
+    embeddings = torch.randn(batch, TEXT_LENGTH, model.text_dim, dtype=torch.float16, device=device)
+    mask = torch.ones(batch, TEXT_LENGTH, dtype=torch.bool, device=device)
+    return Text(embeddings, mask), partial(network, start=zeros)
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:

@@ -23,8 +23,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from pomscale.config.model import ImageModelConfig
 from pomscale.config.presets import PRESETS
-from pomscale.config.schema import ModelConfig
 from pomscale.errors import InputError
 
 _PREFIXES = {"model.": "model", "ema.ema_model.": "ema"}
@@ -91,7 +91,7 @@ def read_lightning(file: Path) -> dict[str, dict[str, Tensor]]:
 
 def infer_config(
     file: Path, tensors: Mapping[str, Tensor], *, degree: int, num_heads: int | None, latent_size: int
-) -> ModelConfig:
+) -> ImageModelConfig:
     """Sizes from shapes. Degree, heads (None: those of the published DiT of that size, or 16) and the latents' side are
     in no shape. Raises InputError if the tensors are of another network, or the degree is impossible."""
     mixers = [mixer for mixer, key in _MIXER_KEYS.items() if key in tensors]
@@ -118,7 +118,7 @@ def infer_config(
             raise InputError(f"{file}: --degree {degree} does not divide the mixer's width, {width // dim} x {dim}")
         fields |= {"degree": degree, "expand": width // (degree * dim)}
     try:
-        return ModelConfig(**fields)
+        return ImageModelConfig(**fields)
     except ValidationError as error:
         raise InputError(f"{file}: {error.errors()[0]['msg']}") from error
 

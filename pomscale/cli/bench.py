@@ -47,7 +47,25 @@ def add(verbs: Any) -> None:
     bench_runs.add_argument("--num-runs", type=positive, default=200, help="run folders (default 200)")
     bench_runs.add_argument("--num-rows", type=positive, default=1000, help="of metrics in each (default 1,000)")
     bench_runs.set_defaults(run=_run, measure=_runs)
-    for one in (bench_loader, bench_encode, bench_checkpoint, bench_engine, bench_plan, bench_logging, bench_runs):
+    bench_video = bench_verbs.add_parser("video", help="clips of any length: memory and time, with PoM and attention")
+    bench_video.add_argument("--num-groups", type=positive, default=1000, help="of the longest clip (default 1,000)")
+    bench_video.add_argument(
+        "--num-tokens", type=positive, help="the most that are trained on (default 16,384; on a GPU 131,072)"
+    )
+    bench_video.add_argument("--num-turns", type=positive, default=7, help="of each training step (default 7)")
+    bench_video.add_argument("--plot", type=Path, help="draw the curves into this PNG")
+    bench_video.set_defaults(run=_run, measure=_video)
+    benches = (
+        bench_loader,
+        bench_encode,
+        bench_checkpoint,
+        bench_engine,
+        bench_plan,
+        bench_logging,
+        bench_runs,
+        bench_video,
+    )
+    for one in benches:
         one.add_argument("--out", type=Path, help="also write the figures as JSON, with machine, versions and commit")
 
 
@@ -108,3 +126,14 @@ def _runs(arguments: argparse.Namespace) -> BenchReport:
     from pomscale.benchmarks.runs import bench_runs
 
     return bench_runs(num_runs=arguments.num_runs, num_rows=arguments.num_rows)
+
+
+def _video(arguments: argparse.Namespace) -> BenchReport:
+    from pomscale.benchmarks.video import bench_video
+
+    return bench_video(
+        num_groups=arguments.num_groups,
+        num_tokens=arguments.num_tokens,
+        num_turns=arguments.num_turns,
+        plot=arguments.plot,
+    )

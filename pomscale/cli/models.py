@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pomscale.cli import record
+from pomscale.cli import clips, record, vbench
 from pomscale.cli.arguments import positive
 from pomscale.errors import InputError
 
@@ -24,20 +24,36 @@ def add(verbs: Any) -> None:
 
 
 def _add_sample(verbs: Any) -> None:
-    sample = verbs.add_parser("sample", help="draw pictures from a trained model")
+    sample = verbs.add_parser("sample", help="draw pictures or clips from a trained model")
     sample.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
     sample.add_argument("--classes", help="class ids, e.g. 0,5,7-9, or all (default: those of the recipe's grid)")
-    sample.add_argument("--num", type=positive, default=8, help="pictures per class (default 8)")
+    sample.add_argument(
+        "--num", type=positive, help="pictures per class (default 8), clips per prompt (default: the recipe's)"
+    )
     sample.add_argument("--sampler", choices=["ddim", "euler", "heun"], help="default: as the recipe says")
     sample.add_argument("--steps", type=positive, help="default: as the recipe says")
     sample.add_argument("--guidance", type=float, help="w in pred_c + w (pred_c - pred_u); default: the recipe's")
-    sample.add_argument("--seed", type=int, default=0, help="picture i has seed + i (default 0)")
-    sample.add_argument("--batch", type=positive, default=64, help="does not change the pictures (default 64)")
+    sample.add_argument("--seed", type=int, default=0, help="picture or clip i has seed + i (default 0)")
+    sample.add_argument(
+        "--batch",
+        type=positive,
+        default=64,
+        help="does not change the pictures (default 64); clips made frame by frame grow all together",
+    )
     sample.add_argument("--weights", default="ema", help=f"{_WEIGHTS} (default ema)")
     sample.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     sample.add_argument("--codec-path", help="folder of the codec's weights on this machine, if they have moved")
-    sample.add_argument("--out", type=Path, default=Path("grid.png"), help="PNG grid, one row per class")
-    sample.add_argument("--npz", type=Path, help="also write pictures (uint8 n h w c), classes and seeds")
+    sample.add_argument(
+        "--out",
+        type=Path,
+        help="PNG grid, one row per class (default grid.png); clips: NAME.mp4 with all of them, one row per prompt "
+        "(default clips.mp4), or a folder, with one file per clip",
+    )
+    sample.add_argument(
+        "--npz", type=Path, help="also write pictures (uint8 n h w c), classes and seeds; or clips (n f h w c), prompts"
+    )
+    clips.add_to_sample(sample)
+    vbench.add_to_sample(sample)
     sample.set_defaults(run=_sample)
 
 
@@ -59,7 +75,14 @@ def _add_evaluate(verbs: Any) -> None:
     digits.add_argument("--heldout", type=Path, default=Path("data/digits/heldout"), help="pictures not trained on")
     digits.add_argument("--out", type=Path, help="also write the figures as JSON")
     digits.set_defaults(run=_evaluate_digits)
+    moving = evaluate_verbs.add_parser("moving-digits", help="do clips show the digit and direction asked for?")
+    moving.add_argument("npz", type=Path, help="from pomscale sample --npz")
+    moving.add_argument("--train", type=Path, default=Path("data/moving-digits/train"), help="clips trained on")
+    moving.add_argument("--heldout", type=Path, default=Path("data/moving-digits/heldout"), help="clips not trained on")
+    moving.add_argument("--out", type=Path, help="also write the figures as JSON")
+    moving.set_defaults(run=_evaluate_moving_digits)
     record.add(evaluate_verbs)
+    vbench.add(evaluate_verbs)
 
 
 def _add_export(verbs: Any) -> None:
@@ -96,22 +119,33 @@ def _add_ema(verbs: Any) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
+    if arguments.vbench is not None:
+        return vbench.sample(arguments)
+    vbench.refuse(arguments)
+
     from pomscale.drawing import draw_pictures
-    from pomscale.pretrained import load_pretrained
+    from pomscale.pretrained import PretrainedVDiPoM, load_pretrained
 
     model = load_pretrained(
-        arguments.model, weights=arguments.weights, device=arguments.device, codec_path=arguments.codec_path
+        arguments.model,
+        weights=arguments.weights,
+        device=arguments.device,
+        codec_path=arguments.codec_path,
+        text_path=arguments.text_path,
     )
+    if isinstance(model, PretrainedVDiPoM):
+        return clips.sample(arguments, model)
+    clips.refuse(arguments)
     draw_pictures(
         model,
         parse_classes(arguments.classes, model.config.num_classes) if arguments.classes else None,
-        num_per_class=arguments.num,
+        num_each=arguments.num or 8,
         seed=arguments.seed,
         sampler=arguments.sampler,
         steps=arguments.steps,
         guidance=arguments.guidance,
         batch=arguments.batch,
-        out=arguments.out,
+        out=arguments.out or Path("grid.png"),
         npz=arguments.npz,
     )
     return 0
@@ -160,6 +194,17 @@ def _evaluate_digits(arguments: argparse.Namespace) -> int:
     print(report.table())
     if arguments.out:
         arguments.out.write_text(report.to_json(), encoding="utf-8")
+    return 0
+
+
+def _evaluate_moving_digits(arguments: argparse.Namespace) -> int:
+    from pomscale.evaluation.moving_digits import evaluate_moving_digits
+    from pomscale.files import write_text
+
+    report = evaluate_moving_digits(arguments.npz, arguments.train, arguments.heldout)
+    print(report.table())
+    if arguments.out:
+        write_text(arguments.out, report.to_json())
     return 0
 
 

@@ -31,12 +31,19 @@ def _record(arguments: argparse.Namespace) -> int:
     from pomscale.monitoring.wandb_sink import deliver_without_training
 
     name, figures = arguments.name, read_figures(arguments.figures)
-    media = sorted(path for path in arguments.figures.parent.iterdir() if path.suffix.lower() in IMAGES + VIDEOS)
+    beside = sorted(arguments.figures.parent.iterdir())
+    clips = {path.stem: path for path in beside if path.suffix.lower() in VIDEOS}
+    # The contact sheet of a clip has its name.
+    images = {
+        f"{path.stem}_sheet" if path.stem in clips else path.stem: path
+        for path in beside
+        if path.suffix.lower() in IMAGES
+    }
     record(
         arguments.run_folder,
         arguments.samples,
         {evaluation_name(name, figure): value for figure, value in figures.items()},
-        {evaluation_name(name, path.stem): path for path in media},
+        {evaluation_name(name, stem): path for stem, path in (images | clips).items()},
     )
     deliver_without_training(arguments.run_folder)
     if arguments.evaluated is not None:

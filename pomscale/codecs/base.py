@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -68,6 +68,39 @@ class Codec(Protocol):
         """Moves the codec and returns it."""
 
 
+class ClipDecoder(Protocol):
+    """Latents of clips to pixels chunk by chunk, as `Codec.decode` of whole clips. What it carries does not grow."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Unscaled latents (b c f h w) of the next frames -> all frames that are complete by now, (b 1|3 F H W) float32
+        in [0, 1]; F may be 0."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that is carried, to go on exactly with `load_state_dict`."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """InputError for the state of another codec."""
+
+
+@runtime_checkable
+class ClipCodec(Codec, Protocol):
+    """A codec that takes clips."""
+
+    @property
+    def factor(self) -> int:
+        """Height and width in pixels over those of latents."""
+
+    @property
+    def latent_batch(self) -> int:
+        """Latent frames that are decoded together; what a clip is continued by is a multiple of it."""
+
+    def num_pixel_frames(self, latent_frames: int) -> int:
+        """Frames of a clip of so many latent frames."""
+
+    def decoder(self, latent_frames: int) -> ClipDecoder:
+        """For clips that begin with so many latent frames, and may then be continued."""
+
+
 class TextEncoder(Protocol):
     """Captions to sequences of embeddings."""
 
@@ -80,8 +113,8 @@ class TextEncoder(Protocol):
     def encode(self, captions: Sequence[str]) -> list[np.ndarray]:
         """Per caption (n, dim) float32, without padding; n is 1 to max_length. The empty caption is allowed."""
 
-    def num_cut(self, captions: Sequence[str]) -> int:
-        """How many captions have more than max_length tokens, so that `encode` cuts them."""
+    def num_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Of each caption, the end token included; `encode` cuts those with more than max_length."""
 
     def identity(self) -> str:
         """sha256 (hex) of network and tokenizer: equal identities give equal embeddings."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from pomscale.codecs.clip_decoders import COGVIDEOX_BATCH, CogVideoXDecoder
 from pomscale.codecs.diffusers_vae import AutoencoderKLCogVideoX, DiffusersVae
 from pomscale.config.schema import CogVideoXVaeCodecConfig
 from pomscale.errors import InputError
@@ -9,14 +12,15 @@ from pomscale.errors import InputError
 # The network takes frames in batches of 8 and latent frames in batches of 2, whatever its config says; it carries the
 # convolutions' past from batch to batch, and a frame more than whole batches goes with the first.
 _BATCH_FRAMES = 8
-_TIME_COMPRESSION = 4
+_TIME_COMPRESSION = _BATCH_FRAMES // COGVIDEOX_BATCH
 
 
 class CogVideoXVaeCodec(DiffusersVae):
     """Clips (b, 3, f, H, W) to latents (b, 16, f', H / 8, W / 8); channels and factor are what the config.json says.
 
-    f' is f / 4 for f = 8k and (f + 3) / 4 for f = 8k + 1; a picture is a clip of one frame. The network takes other
-    counts too, but decodes them to clips of another length (20 frames to 17), so they are refused.
+    f' is f / 4 for f = 8k and (f + 3) / 4 for f = 8k + 1. The network takes other counts too, but decodes them to clips
+    of another length (20 frames to 17), so they are refused. Pictures (b, 3, H, W) go through it as clips of one frame,
+    to latents (b, 16, H / 8, W / 8).
 
     A clip is encoded by itself, with no past, so its latent depends neither on the batch it is in nor on earlier calls.
     """
@@ -24,6 +28,7 @@ class CogVideoXVaeCodec(DiffusersVae):
     name = "cogvideox_vae"
     own_arithmetic_keys = ("temporal_compression_ratio",)
     decode_batch = 1
+    latent_batch = COGVIDEOX_BATCH
 
     def __init__(self, config: CogVideoXVaeCodecConfig) -> None:
         super().__init__(config, AutoencoderKLCogVideoX, config.subfolder)
@@ -41,29 +46,47 @@ class CogVideoXVaeCodec(DiffusersVae):
             self._check_tiles()
 
     @property
-    def _factor(self) -> int:
+    def factor(self) -> int:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
-    def latent_shape(self, *size: int) -> tuple[int, int, int, int]:
+    def latent_shape(self, *size: int) -> tuple[int, ...]:
+        if len(size) == 2:
+            channels, _, height, width = self.latent_shape(1, *size)
+            return channels, height, width
         frames, height, width = size
-        fitting = (_fitting_frames(frames), _multiples(height, self._factor), _multiples(width, self._factor))
+        fitting = (_fitting_frames(frames), _multiples(height, self.factor), _multiples(width, self.factor))
         if fitting != ([frames], [height], [width]):
             nearest = " x ".join(" or ".join(map(str, numbers)) for numbers in fitting)
             raise InputError(
                 f"codec cogvideox_vae: clips of {frames} x {height} x {width} (frames, height, width) do not fit; it "
-                f"takes 8k or 8k + 1 frames and multiples of {self._factor} pixels, the nearest are {nearest}; "
+                f"takes 8k or 8k + 1 frames and multiples of {self.factor} pixels, the nearest are {nearest}; "
                 f"change transform.buckets"
             )
         latent_frames = frames // _TIME_COMPRESSION + frames % _BATCH_FRAMES
-        return self.vae.config.latent_channels, latent_frames, height // self._factor, width // self._factor
+        return self.vae.config.latent_channels, latent_frames, height // self.factor, width // self.factor
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        if images.ndim == 5:
+            return super().encode(images, noise)
+        return super().encode(images[:, :, None], None if noise is None else noise[:, :, None])[:, :, 0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return super().decode(latents) if latents.ndim == 5 else super().decode(latents[:, :, None])[:, :, 0]
+
+    def num_pixel_frames(self, latent_frames: int) -> int:
+        odd = latent_frames % COGVIDEOX_BATCH
+        return (latent_frames - odd) * _TIME_COMPRESSION + odd
+
+    def decoder(self, latent_frames: int) -> CogVideoXDecoder:
+        return CogVideoXDecoder(self.vae, latent_frames)
 
     def _check_tiles(self) -> None:
         """diffusers places tiles by rounding: where pixels and latents round apart, the latent has a wrong shape."""
         vae = self.vae
         for side, overlap in (("height", vae.tile_overlap_factor_height), ("width", vae.tile_overlap_factor_width)):
             pixels, latents = getattr(vae, f"tile_sample_min_{side}"), getattr(vae, f"tile_latent_min_{side}")
-            strides = [int(pixels * (1 - overlap)), int(latents * (1 - overlap)) * self._factor]
-            kept = [pixels - int(pixels * overlap), (latents - int(latents * overlap)) * self._factor]
+            strides = [int(pixels * (1 - overlap)), int(latents * (1 - overlap)) * self.factor]
+            kept = [pixels - int(pixels * overlap), (latents - int(latents * overlap)) * self.factor]
             if len({*strides, *kept}) != 1:
                 raise InputError(
                     f"codec.tiling: tiles of {side} {pixels}, from sample_{side} in the config.json of "

@@ -100,9 +100,9 @@ class T5TextEncoder:
                 embeddings[index] = row[: len(tokens[index])]
         return embeddings
 
-    def num_cut(self, captions: Sequence[str]) -> int:
+    def num_tokens(self, captions: Sequence[str]) -> list[int]:
         tokens = self._tokenizer(list(captions), verbose=False).input_ids  # verbose: it would warn of long captions
-        return sum(len(ids) > self.config.max_length for ids in tokens)
+        return [len(ids) for ids in tokens]
 
     def identity(self) -> str:
         """sha256 of the architecture, the vocabulary, and the weights rounded to bfloat16.

@@ -3,6 +3,9 @@
 DiPoM sizes follow the authors' v1 code (HoMM, `src/model/network/imagediffusion.py`): degree 2, expansion 2,
 feed-forward expansion 3 for S and B, 2 for L and XL. DiT sizes are the same trunk with attention and
 feed-forward expansion 4 (Peebles & Xie 2023, table 1).
+
+V-DiPoM-XL is the size of the PoM paper's text-to-video model: 20 blocks, 1152 wide, about 1.1 G parameters. Its smaller
+siblings and V-DiT, the same trunk with attention, are ours.
 """
 
 from __future__ import annotations
@@ -21,9 +24,15 @@ _DIT_SIZES: dict[str, dict[str, Any]] = {
     "l": {"dim": 1024, "depth": 24, "num_heads": 16},
     "xl": {"dim": 1152, "depth": 28, "num_heads": 16},
 }
+_VIDEO_SIZES: dict[str, dict[str, Any]] = {
+    "s": {"dim": 384, "depth": 12, "num_heads": 6},
+    "b": {"dim": 768, "depth": 12, "num_heads": 12},
+    "l": {"dim": 1024, "depth": 16, "num_heads": 16},
+    "xl": {"dim": 1152, "depth": 20, "num_heads": 16},
+}
 _PATCH_SIZES = (2, 4, 8)
 
-PRESETS: dict[str, dict[str, Any]] = {
+IMAGE_PRESETS: dict[str, dict[str, Any]] = {
     **{
         f"dipom-{size}-{patch}": {"mixer": "pom", "degree": 2, "expand": 2, "patch_size": patch, **fields}
         for size, fields in _DIPOM_SIZES.items()
@@ -35,3 +44,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         for patch in _PATCH_SIZES
     },
 }
+VIDEO_PRESETS: dict[str, dict[str, Any]] = {
+    f"{name}-{size}-2": {"kind": "video", "mixer": mixer, "ffn_expansion": 4, "patch_size": 2, **fields}
+    for name, mixer in (("vdipom", "pom"), ("vdit", "attention"))
+    for size, fields in _VIDEO_SIZES.items()
+}
+PRESETS: dict[str, dict[str, Any]] = {**IMAGE_PRESETS, **VIDEO_PRESETS}

@@ -6,7 +6,6 @@ Anything counted in samples ends in `_samples`; steps appear nowhere in a recipe
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import (
@@ -29,79 +28,11 @@ from pomscale.config.engine import (
     ScheduleConfig,
 )
 from pomscale.config.evaluation import EvaluationConfig
+from pomscale.config.model import ImageModelConfig, ModelConfig, VideoModelConfig
 from pomscale.config.monitoring import MonitoringConfig, WandbConfig
-from pomscale.config.presets import PRESETS
 from pomscale.config.section import Fraction, NonNegativeInt, PositiveFloat, Section, Seed
 
-MixerName = Literal["pom", "attention"]
 SamplerName = Literal["ddim", "euler", "heun"]
-
-
-def _nearest_preset(name: str) -> str:
-    return difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-
-
-class ModelConfig(Section):
-    """The network. A preset fills every field that the recipe does not set."""
-
-    preset: str | None = Field(
-        None,
-        description="Named size, e.g. dipom-xl-2; other fields override it.",
-        json_schema_extra={"enum": [None, *PRESETS]},
-    )
-    latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="(channels, height, width).")
-    num_classes: PositiveInt = Field(description="Classes of the dataset; the null class is added by the model.")
-    dim: PositiveInt = Field(description="Width of the trunk.")
-    depth: PositiveInt = Field(description="Number of blocks.")
-    patch_size: PositiveInt = Field(2, description="Latent pixels per side of one token.")
-    ffn_expansion: PositiveInt = Field(2, description="Feed-forward width over dim.")
-    mixer: MixerName | Annotated[list[MixerName], Field(min_length=1)] = Field(
-        "pom", description="One mixer for all blocks, or a list that is repeated until depth is reached (a hybrid)."
-    )
-    degree: PositiveInt = Field(2, description="PoM: degree k of the polynomial.")
-    expand: PositiveInt = Field(2, description="PoM: width of one polynomial piece over dim.")
-    num_heads: PositiveInt = Field(16, description="Attention: number of heads.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, values: Any) -> Any:
-        preset = values.get("preset") if isinstance(values, dict) else None
-        # An unknown preset is filled from the nearest one, so that its other keys are checked in the same pass.
-        return values if preset is None else {**PRESETS[_nearest_preset(str(preset))], **values}
-
-    @field_validator("preset")
-    @classmethod
-    def _known_preset(cls, preset: str | None) -> str | None:
-        if preset is not None and preset not in PRESETS:
-            raise ValueError(f"unknown model {preset!r}; did you mean {_nearest_preset(preset)!r}?")
-        return preset
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        _, height, width = self.latent_shape
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"latent_shape: {height}x{width} is not divisible by patch_size {self.patch_size}")
-        if self.dim % 4:
-            raise ValueError(f"dim: 2-D positions need a multiple of 4, got {self.dim}")
-        if self.depth % len(self.mixer_pattern):
-            raise ValueError(f"mixer: a pattern of {len(self.mixer_pattern)} does not divide depth {self.depth}")
-        if "attention" in self.mixer_pattern and self.dim % self.num_heads:
-            raise ValueError(f"num_heads: {self.num_heads} does not divide dim {self.dim}")
-        return self
-
-    @property
-    def mixer_pattern(self) -> list[MixerName]:
-        return self.mixer if isinstance(self.mixer, list) else [self.mixer]
-
-    @property
-    def mixers(self) -> list[MixerName]:
-        """The mixer of every block, length `depth`."""
-        return self.mixer_pattern * (self.depth // len(self.mixer_pattern))
-
-    @property
-    def num_tokens(self) -> int:
-        _, height, width = self.latent_shape
-        return (height // self.patch_size) * (width // self.patch_size)
 
 
 class PixelCodecConfig(Section):
@@ -216,6 +147,9 @@ class TimeConfig(Section):
     """Distribution of t in [0, 1] (0 = data, 1 = noise)."""
 
     distribution: Literal["uniform", "logit_normal"] = "uniform"
+    per_frame_group: bool = Field(
+        False, description="Clips: a t of its own for every frame group (diffusion forcing); needs block_causal."
+    )
     mean: float = Field(0.0, description="logit_normal: mean of the normal.")
     std: PositiveFloat = Field(1.0, description="logit_normal: standard deviation of the normal.")
 
@@ -223,7 +157,14 @@ class TimeConfig(Section):
 class DiffusionConfig(Section):
     objective: Literal["flow", "eps"] = Field("flow", description="flow: v = eps - x0; eps: predict the noise.")
     time: TimeConfig = TimeConfig()
-    class_dropout: Fraction = Field(0.1, description="Chance that a sample is trained without its class.")
+    condition_dropout: Fraction = Field(
+        0.1, description="Chance that a sample is trained without its class or text, for guidance."
+    )
+    max_start_group: NonNegativeInt = Field(
+        0,
+        description="Clips: each is told to begin at a random frame group from 0 to this, so that generation may go on "
+        "to positions beyond the length of the clips.",
+    )
 
 
 class TrainingConfig(Section):
@@ -233,11 +174,15 @@ class TrainingConfig(Section):
 
 
 class SamplingConfig(Section):
-    """How pictures are drawn; also the defaults of `pomscale sample`."""
+    """How pictures and clips are drawn; also the defaults of `pomscale sample`."""
 
-    every_samples: PositiveInt | None = Field(None, description="Draw a grid into the run folder; null = never.")
+    every_samples: PositiveInt | None = Field(None, description="Draw some into the run folder; null = never.")
     num_classes: PositiveInt | None = Field(None, description="Classes in the grid, from class 0 on; null = up to 8.")
-    num_per_class: PositiveInt = 4
+    prompts: list[Annotated[str, Field(min_length=1)]] = Field([], description="Clips: what they are to show.")
+    num_each: PositiveInt = Field(4, description="Pictures of each class, clips of each prompt.")
+    num_frames: PositiveInt | None = Field(
+        None, description="Clips: latent frames; null = as many as model.latent_shape has."
+    )
     sampler: SamplerName | None = Field(None, description="null follows the objective: euler for flow, ddim for eps.")
     num_steps: PositiveInt = 50
     guidance: float = Field(0.0, description="w in pred_c + w (pred_c - pred_u); 0 = off.")
@@ -248,6 +193,7 @@ class ValidationConfig(Section):
     """Held-out loss by time bin, with noise fixed for the whole run."""
 
     path: str = Field(description="Dataset that is not trained on.")
+    text: str | None = Field(None, description="Its companion set of text embeddings, joined by key.")
     every_samples: PositiveInt
     num_samples: PositiveInt = 1024
     num_time_bins: PositiveInt = 8
@@ -311,14 +257,46 @@ class TrainRecipe(Section):
             )
         if schedule.warmup_samples + schedule.cooldown_samples > training.total_samples:
             raise ValueError("schedule: warmup_samples + cooldown_samples exceed training.total_samples")
-        if self.sampling.num_classes is not None and self.sampling.num_classes > self.model.num_classes:
-            raise ValueError("sampling.num_classes: more than model.num_classes")
         names = [evaluation.name for evaluation in self.evaluations]
         if len(set(names)) < len(names):
             raise ValueError("evaluations: two of them have the same name")
+        if isinstance(self.model, VideoModelConfig):
+            self._check_video(self.model)
+        else:
+            self._check_image(self.model)
         self._check_best()
         self._check_consistency()
         return self
+
+    def _check_image(self, model: ImageModelConfig) -> None:
+        if isinstance(self.codec, CogVideoXVaeCodecConfig):
+            raise ValueError("codec.name: cogvideox_vae makes latents of clips, and model.kind is image")
+        if self.sampling.num_classes is not None and self.sampling.num_classes > model.num_classes:
+            raise ValueError("sampling.num_classes: more than model.num_classes")
+        for key, is_set in (
+            ("sampling.prompts", self.sampling.prompts),
+            ("sampling.num_frames", self.sampling.num_frames),
+            ("diffusion.time.per_frame_group", self.diffusion.time.per_frame_group),
+            ("diffusion.max_start_group", self.diffusion.max_start_group),
+        ):
+            if is_set:
+                raise ValueError(f"{key}: is for clips, and model.kind is image")
+
+    def _check_video(self, model: VideoModelConfig) -> None:
+        if isinstance(self.codec, SdVaeCodecConfig):
+            raise ValueError("codec.name: sd_vae makes latents of pictures, and model.kind is video")
+        if self.diffusion.time.per_frame_group and model.temporal != "block_causal":
+            raise ValueError("diffusion.time.per_frame_group: needs model.temporal: block_causal")
+        sampling = self.sampling
+        if sampling.num_classes is not None:
+            raise ValueError("sampling.num_classes: is for pictures; for clips give sampling.prompts")
+        if sampling.every_samples is not None and not sampling.prompts:
+            raise ValueError("sampling.prompts: say what the clips are to show, or set sampling.every_samples: null")
+        if sampling.num_frames is not None and sampling.num_frames % model.patch_frames:
+            raise ValueError(
+                f"sampling.num_frames: {sampling.num_frames} frames are not divisible by "
+                f"model.patch_frames {model.patch_frames}"
+            )
 
     def _check_best(self) -> None:
         if not self.checkpoint.keep_best:
@@ -495,9 +473,8 @@ class EncodeRecipe(Section):
         if self.codec is None and self.text is None:
             raise ValueError("codec, text: give at least one of them, or there is nothing to encode")
         if self.codec is not None and self.transform is not None:
-            takes = "video" if isinstance(self.codec, CogVideoXVaeCodecConfig) else "image"
-            if self.transform.kind != takes:
-                raise ValueError(f"codec.name: {self.codec.name} takes a transform of kind {takes}")
+            if isinstance(self.codec, SdVaeCodecConfig) and self.transform.kind != "image":
+                raise ValueError("codec.name: sd_vae takes a transform of kind image")
         if self.codec is not None and not _has_media(self.source):
             raise ValueError(f"codec: a source of kind {self.source.kind} without files has captions only")
         if self.text is not None and not has_captions(self.source):

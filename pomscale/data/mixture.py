@@ -16,6 +16,7 @@ from pomscale.data.dataset import LatentDataset, Samples
 from pomscale.data.mixture_order import MixtureOrder
 from pomscale.data.schema import Manifest, Normalization, check_has_latents, read_manifest
 from pomscale.data.shard_files import check_room
+from pomscale.data.text_reader import TextReader
 from pomscale.errors import InputError
 
 _SAME_TEXT = "Encode one of them again with the other's text encoder"
@@ -114,6 +115,11 @@ class Mixture:
     @property
     def normalization(self) -> Normalization:
         return self.datasets[0].normalization
+
+    @property
+    def text(self) -> TextReader | None:
+        """Of the first dataset: what all have in common, encoder and null embedding. None if texts are not read."""
+        return self.datasets[0].text
 
     def read(self, positions: np.ndarray) -> Samples:
         """The samples at these global positions (b,) int64, all of one step. Errors as `LatentDataset.read`."""

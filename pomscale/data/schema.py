@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pomscale.config.identity import NOT_OF_THE_LATENTS
+from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.config.schema import CodecConfig, TextEncoderConfig, TransformConfig
 from pomscale.data.location import join, local_folder, read_bytes
 from pomscale.errors import InputError
@@ -294,27 +295,74 @@ def check_has_latents(location: str | Path, manifest: Manifest) -> None:
 
 
 def check_compatible(
-    folder: str | Path,
-    manifest: Manifest,
-    codec_config: CodecConfig,
-    latent_shape: Sequence[int],
-    num_classes: int,
+    folder: str | Path, manifest: Manifest, codec_config: CodecConfig, model: ImageModelConfig | VideoModelConfig
 ) -> None:
-    """InputError, naming both values and the remedy, if the dataset does not fit the recipe's codec and model."""
+    """InputError, naming both values and the remedy, if the dataset does not fit the recipe's codec and model.
+
+    Of texts see `check_text`: they may lie in another set.
+    """
     check_has_latents(folder, manifest)
     made_with = manifest.latent_codec.config
     stored, wanted = (config.model_dump(exclude=set(NOT_OF_THE_LATENTS)) for config in (made_with, codec_config))
-    remedy = "Change the recipe, or encode the pictures again with `pomscale data encode`"
     if stored != wanted:
-        raise InputError(f"dataset {folder}: made with codec {stored}, but the recipe's codec is {wanted}. {remedy}")
+        raise InputError(
+            f"dataset {folder}: made with codec {stored}, but the recipe's codec is {wanted}. {_CHANGE_OR_ENCODE}"
+        )
     for number in sorted({shard.group for shard in manifest.shards}):
         shape = manifest.groups[number].shape
-        if shape != tuple(latent_shape):
+        problem = _misfit_of_clips(shape, model) if isinstance(model, VideoModelConfig) else _misfit(shape, model)
+        if problem is not None:
             raise InputError(
-                f"dataset {folder}: has latents of shape {shape} (channels, [frames,] height, width), "
-                f"but model.latent_shape is {tuple(latent_shape)}. {remedy}"
+                f"dataset {folder}: has latents of shape {shape} (channels, [frames,] height, width), but {problem}. "
+                f"{_CHANGE_OR_ENCODE}"
             )
-    if manifest.num_classes != num_classes:
+    if isinstance(model, ImageModelConfig) and manifest.num_classes != model.num_classes:
         raise InputError(
-            f"dataset {folder}: has {manifest.num_classes} classes, but model.num_classes is {num_classes}. {remedy}"
+            f"dataset {folder}: has {manifest.num_classes} classes, but model.num_classes is {model.num_classes}. "
+            f"{_CHANGE_OR_ENCODE}"
         )
+
+
+_CHANGE_OR_ENCODE = "Change the recipe, or encode the dataset again with `pomscale data encode`"
+
+
+def _misfit(shape: tuple[int, ...], model: ImageModelConfig) -> str | None:
+    return None if shape == model.latent_shape else f"model.latent_shape is {model.latent_shape}"
+
+
+def _misfit_of_clips(shape: tuple[int, ...], model: VideoModelConfig) -> str | None:
+    """Clips (c, f, h, w), which may have other sizes than the largest, or pictures (c, h, w): one frame."""
+    channels, num_frames, height, width = shape if len(shape) == 4 else (shape[0], 1, *shape[1:])
+    if channels != model.latent_shape[0]:
+        return f"model.latent_shape says {model.latent_shape[0]} channels"
+    if num_frames != 1 and num_frames % model.patch_frames:
+        return f"{num_frames} frames are not divisible by model.patch_frames {model.patch_frames}"
+    if height % model.patch_size or width % model.patch_size:
+        return f"{height}x{width} is not divisible by model.patch_size {model.patch_size}"
+    num_tokens = -(-num_frames // model.patch_frames) * (height // model.patch_size) * (width // model.patch_size)
+    if num_tokens > model.num_tokens:
+        return (
+            f"that is {num_tokens:,} tokens, and model.latent_shape {model.latent_shape} of the largest clips says "
+            f"{model.num_tokens:,}"
+        )
+    return None
+
+
+def check_text(location: str | Path, manifest: Manifest, model: VideoModelConfig) -> None:
+    """InputError, naming both values and the remedy, if the set that is to have the texts does not fit the model."""
+    dim = text_info(location, manifest).dim
+    if dim != model.text_dim:
+        raise InputError(
+            f"dataset {location}: its text embeddings have {dim} values per token, but model.text_dim is "
+            f"{model.text_dim}. Set model.text_dim: {dim}, or encode the captions again with another text encoder"
+        )
+
+
+def text_info(location: str | Path, manifest: Manifest) -> TextInfo:
+    """`manifest.text`. InputError, naming the remedy, for a set without texts."""
+    if manifest.text is None:
+        raise InputError(
+            f"dataset {location}: has no text embeddings; encode them with a `text` section in the recipe, or name "
+            f"the companion set that has them: data.text"
+        )
+    return manifest.text

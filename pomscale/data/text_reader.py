@@ -8,23 +8,20 @@ from torch import Tensor
 
 from pomscale.data.array_reader import ArrayReader, Faults, Members
 from pomscale.data.join import join_remedy, open_join
-from pomscale.errors import InputError
+from pomscale.data.schema import text_info
 
 
 class TextReader:
     """`source` may be `main` itself. InputError if it has no embeddings, or if a table to join them is missing."""
 
     def __init__(self, main: ArrayReader, source: ArrayReader) -> None:
-        if source.manifest.text is None:
-            raise InputError(
-                f"dataset {source.location}: has no text embeddings; encode them with a `text` section in the recipe"
-            )
         self.source = source
-        self.info = source.manifest.text
+        self.info = text_info(source.location, source.manifest)
         self._main = main
         self._table = open_join(main.location, main.manifest, source.location, source.manifest)
         null = np.frombuffer(self.info.null_bytes, "<f2").reshape(self.info.null_length, self.info.dim)
-        self._null = torch.from_numpy(null.astype(np.float16))
+        self.null = torch.from_numpy(null.astype(np.float16))
+        """Of the empty caption: (null_length, dim) float16."""
 
     def read(self, members: Members, faults: Faults) -> tuple[Tensor, Tensor]:
         """Embeddings (b, n, dim) float16, zero after each row's length, and lengths (b,) int64.
@@ -37,7 +34,7 @@ class TextReader:
         values, lengths = self.source.sequences(text, info.dim, info.config.max_length, info.null_length, faults)
         bad = list(faults)
         values[bad] = 0
-        values[bad, : info.null_length] = self._null
+        values[bad, : info.null_length] = self.null
         lengths[bad] = info.null_length
         return values, lengths
 

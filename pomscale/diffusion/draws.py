@@ -11,17 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pomscale.config.schema import TimeConfig
+from pomscale.config.schema import DiffusionConfig, TimeConfig
 from pomscale.keyed_random import Stream, keyed_generator
 
 
 @dataclass
 class Draws:
-    """eps (b, ...) fp32; t (b,) fp32 in (0, 1); drop_condition (b,) bool."""
+    """eps (b, ...) fp32; t (b,), or (b, g) with one per frame group, fp32 in (0, 1); drop_condition (b,) bool;
+    start (b,) int64, the number of a clip's first frame group."""
 
     eps: Tensor
     t: Tensor
     drop_condition: Tensor
+    start: Tensor
 
 
 def keyed_normal(seed: int, stream: Stream, indices: list[int], shape: tuple[int, ...]) -> Tensor:
@@ -39,15 +41,29 @@ def draw_time(config: TimeConfig, generator: np.random.Generator) -> float:
     return float(1 / (1 + np.exp(-generator.normal(config.mean, config.std))))
 
 
-def draw(seed: int, positions: list[int], shape: tuple[int, ...], time: TimeConfig, condition_dropout: float) -> Draws:
-    """Noise, time and condition dropout of the samples at global `positions`; shape is one sample's latent shape."""
+def draw(
+    seed: int, positions: list[int], shape: tuple[int, ...], config: DiffusionConfig, num_groups: int = 1
+) -> Draws:
+    """All that is random about the samples at global `positions`; shape is one sample's latent shape.
+
+    num_groups: frame groups of a clip.
+    """
+    num_times = num_groups if config.time.per_frame_group else 1
+    times = [
+        draw_time(config.time, keyed_generator(seed, Stream.TIME, position, subindex=group))
+        for position in positions
+        for group in range(num_times)
+    ]
+    t = torch.tensor(times, dtype=torch.float32)
     return Draws(
         eps=keyed_normal(seed, Stream.NOISE, positions, shape),
-        t=torch.tensor(
-            [draw_time(time, keyed_generator(seed, Stream.TIME, p)) for p in positions], dtype=torch.float32
-        ),
+        t=t.view(len(positions), num_times) if config.time.per_frame_group else t,
         drop_condition=torch.tensor(
-            [keyed_generator(seed, Stream.CONDITION_DROPOUT, p).random() < condition_dropout for p in positions],
+            [keyed_generator(seed, Stream.CONDITION_DROPOUT, p).random() < config.condition_dropout for p in positions],
             dtype=torch.bool,
+        ),
+        start=torch.tensor(
+            [keyed_generator(seed, Stream.START_GROUP, p).integers(config.max_start_group + 1) for p in positions],
+            dtype=torch.int64,
         ),
     )

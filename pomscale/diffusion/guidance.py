@@ -5,19 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pomscale.condition import Condition, join_conditions
 from pomscale.diffusion.loss import Network
 from pomscale.diffusion.samplers.types import Denoiser
 
 
-def guided(network: Network, condition: Tensor, null_condition: Tensor, weight: float) -> Denoiser:
-    """The network as a function of (x, t) alone, with conditions (b,) bound and guidance applied.
+def guided(network: Network, condition: Condition, null_condition: Condition, weight: float) -> Denoiser:
+    """The network as a function of (x, t) alone, with the conditions of a batch bound and guidance applied.
 
-    weight 0 is off and costs one evaluation per step; any other weight evaluates both halves in one batch.
-    weight = diffusers' `guidance_scale` - 1.
+    weight 0 is off and costs one evaluation per step; any other weight evaluates both halves in one batch, the
+    conditional one first. weight = diffusers' `guidance_scale` - 1.
     """
     if weight == 0:
         return lambda x, t: network(x, t, condition)
-    both = torch.cat([condition, null_condition])
+    both = join_conditions([condition, null_condition])
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         conditional, unconditional = network(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)

@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from pomscale.condition import Condition
 from pomscale.diffusion.objectives import Objective, interpolate
 
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(latents (b, ...), t (b,), condition) -> prediction (b, ...)."""
+Network = Callable[[Tensor, Tensor, Condition], Tensor]
+"""(latents (b, ...), t (b,) or (b, g), condition) -> prediction (b, ...)."""
 
 
 def per_sample_loss(
-    objective: Objective, network: Network, x0: Tensor, eps: Tensor, t: Tensor, condition: Tensor
+    objective: Objective, network: Network, x0: Tensor, eps: Tensor, t: Tensor, condition: Condition
 ) -> Tensor:
     """Mean squared error over the elements of each sample, (b,) fp32."""
     prediction = network(interpolate(objective, x0, eps, t), t, condition)

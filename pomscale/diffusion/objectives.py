@@ -7,7 +7,8 @@ flow matching, Lipman et al. 2023):
     flow:  y = x,            s = t,                   f = v = eps - x0
     eps:   y = x / alpha(t), s = sigma(t) / alpha(t), f = eps
 
-Shapes: x, x0, eps and predictions are (b, ...), t is (b,) or a scalar tensor; all floating dtypes.
+Shapes: x, x0, eps and predictions are (b, ...), t is (b,), a scalar tensor or, for clips (b c F H W), (b, g) with one t
+for each of g groups of F / g frames; all floating dtypes.
 """
 
 from __future__ import annotations
@@ -56,8 +57,12 @@ class Objective(Protocol):
 
 
 def expand_time(t: Tensor, like: Tensor) -> Tensor:
-    """t (b,) or () shaped to broadcast over like (b, ...), in its dtype."""
-    return t.to(like.dtype).reshape(-1, *([1] * (like.ndim - 1)))
+    """t (b,), () or (b, g) shaped to broadcast over like (b, ...), in its dtype."""
+    t = t.to(like.dtype)
+    if t.ndim < 2:
+        return t.reshape(-1, *([1] * (like.ndim - 1)))
+    of_frames = t.repeat_interleave(like.shape[2] // t.shape[1], dim=1)
+    return of_frames[:, None, :, None, None]
 
 
 def interpolate(objective: Objective, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ shows; and a mean over all t would hide that easy and hard times move differentl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pomscale.condition import Condition, map_condition
 from pomscale.config.schema import ValidationConfig
 from pomscale.diffusion.draws import keyed_normal
 from pomscale.diffusion.loss import Network, per_sample_loss
@@ -20,8 +21,9 @@ from pomscale.distributed.world import World
 from pomscale.errors import InputError
 from pomscale.keyed_random import Stream, keyed_generator
 
-ReadRecords = Callable[[list[int]], tuple[Tensor, Tensor, Tensor]]
-"""Places in the held-out set -> (normalised latents (b, ...) fp32, classes (b,) int64, weights (b,) fp32), on the CPU.
+ReadRecords = Callable[[list[int]], tuple[Tensor, Condition, Tensor]]
+"""Places in the held-out set, all of one shape -> (normalised latents (b, ...) fp32, condition, weights (b,) fp32), on
+the CPU.
 
 Weight 0: the record cannot be read, and what stands for it does not count. Otherwise 1.
 """
@@ -41,23 +43,24 @@ def heldout_loss(
     objective: Objective,
     network: Network,
     read: ReadRecords,
-    num_available: int,
+    sizes: Sequence[int],
     config: ValidationConfig,
     world: World,
 ) -> HeldoutLoss:
     """The loss of the first `config.num_samples` held-out samples. A collective: all ranks share the work.
 
-    Sample i always falls in bin i mod num_time_bins, at the same t and with the same noise. InputError if none of the
-    samples can be read.
+    sizes: how many samples have the first shape, the second, and so on. Sample i always falls in bin
+    i mod num_time_bins, at the same t (in a clip the same for all frames) and with the same noise. InputError if none
+    of the samples can be read.
     """
-    num_samples, num_bins = min(config.num_samples, num_available), config.num_time_bins
+    num_samples, num_bins = min(config.num_samples, sum(sizes)), config.num_time_bins
+    batches = _batches(sizes, num_samples, config.batch)
     sums = torch.zeros(2, num_bins, dtype=torch.float64)  # loss and weight by bin
-    for start in range(0, num_samples, config.batch * world.size):
-        first = start + world.rank * config.batch
-        indices = list(range(first, min(first + config.batch, num_samples)))
+    for first in range(0, len(batches), world.size):
         # A sharded network computes on all ranks or on none: a rank that has run out repeats sample 0, uncounted.
+        indices = batches[first + world.rank] if first + world.rank < len(batches) else []
         latents, condition, weights = read(indices or [0])
-        latents, condition = latents.to(world.device), condition.to(world.device)
+        latents, condition = latents.to(world.device), map_condition(condition, lambda part: part.to(world.device))
         loss = _fixed_loss(objective, network, latents, condition, indices or [0], config).double().cpu()
         if indices:
             bins, weights = torch.tensor(indices) % num_bins, weights.double()
@@ -71,8 +74,23 @@ def heldout_loss(
     return HeldoutLoss(sum(losses) / num_read, by_bin[:num_samples], num_samples - num_read)
 
 
+def _batches(sizes: Sequence[int], num_samples: int, batch: int) -> list[list[int]]:
+    """The first `num_samples` places, at most `batch` together and only those of one shape."""
+    batches, first = [], 0
+    for size in sizes:
+        end = min(first + size, num_samples)
+        batches += [list(range(start, min(start + batch, end))) for start in range(first, end, batch)]
+        first += size
+    return batches
+
+
 def _fixed_loss(
-    objective: Objective, network: Network, x0: Tensor, condition: Tensor, indices: list[int], config: ValidationConfig
+    objective: Objective,
+    network: Network,
+    x0: Tensor,
+    condition: Condition,
+    indices: list[int],
+    config: ValidationConfig,
 ) -> Tensor:
     """Per-sample loss (b,) with time and noise keyed by the place in the held-out set."""
     jitter = [keyed_generator(config.seed, Stream.VALIDATION_NOISE, i, subindex=1).random() for i in indices]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pomscale.condition import Condition, batch_size, map_condition
 from pomscale.config.schema import SamplingConfig
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.loss import Network
@@ -19,36 +20,39 @@ DEFAULT_NUM_ROWS = 8
 def grid_classes(config: SamplingConfig, num_classes: int) -> list[int]:
     """Class of every picture in the grid, one row per class, for a model of `num_classes`."""
     num_rows = config.num_classes or min(num_classes, DEFAULT_NUM_ROWS)
-    return [c for c in range(num_rows) for _ in range(config.num_per_class)]
+    return [c for c in range(num_rows) for _ in range(config.num_each)]
 
 
 def generate_on_all_ranks(
     objective: Objective,
     network: Network,
     shape: tuple[int, ...],
-    classes: list[int],
-    null_class: int,
+    condition: Condition,
+    null_condition: Condition,
     config: SamplingConfig,
     world: World,
+    group_frames: int | None = None,
 ) -> Tensor:
-    """Normalised latents (len(classes), *shape) fp32 on the CPU of every rank. A collective.
+    """Normalised latents (n, *shape) fp32 on the CPU of every rank, for n conditions and one that says nothing.
 
-    Picture i has seed config.seed + i, whatever rank draws it, so the result does not depend on the world size.
+    A collective. Sample i has seed config.seed + i, whatever rank draws it, so the result does not depend on the world
+    size. group_frames: of clips, as in `generate`.
     """
-    per_rank = -(-len(classes) // world.size)
-    # Every rank computes the same number of pictures, since a sharded network computes on all ranks or on none.
-    places = [min(world.rank * per_rank + i, len(classes) - 1) for i in range(per_rank)]
-    condition = torch.tensor([classes[p] for p in places], device=world.device)
+    num_samples = batch_size(condition)
+    per_rank = -(-num_samples // world.size)
+    # Every rank computes the same number of samples, since a sharded network computes on all ranks or on none.
+    places = [min(world.rank * per_rank + i, num_samples - 1) for i in range(per_rank)]
     latents = generate(
         objective,
         network,
         shape,
-        condition,
-        torch.full_like(condition, null_class),
+        map_condition(condition, lambda part: part[places].to(world.device)),
+        map_condition(null_condition, lambda part: part[[0] * per_rank].to(world.device)),
         [config.seed + p for p in places],
         sampler=config.sampler,
         num_steps=config.num_steps,
         guidance=config.guidance,
+        group_frames=group_frames,
     )
     parts: list[Any] = world.gather(latents.cpu())
-    return torch.cat(parts)[: len(classes)]
+    return torch.cat(parts)[:num_samples]

@@ -42,13 +42,41 @@ def sincos_positions_2d(height: int, width: int, dim: int, device: torch.device,
     """
     if dim % 4:
         raise ValueError(f"dim: 2-D positions need a multiple of 4, got {dim}")
-    odd = 2 * torch.arange(dim // 4, dtype=torch.float32, device=device) + 1
-
-    def features(length: int) -> Tensor:
-        # In HoMM's order of operations, for the same reason as the frequencies of time.
-        angles = torch.linspace(0, 1, length, dtype=torch.float32, device=device)[:, None] * odd * math.pi
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-    x = features(width)[None, :].expand(height, width, dim // 2)
-    y = features(height)[:, None].expand(height, width, dim // 2)
+    x = _features_of_side(width, dim // 2, device)[None, :].expand(height, width, dim // 2)
+    y = _features_of_side(height, dim // 2, device)[:, None].expand(height, width, dim // 2)
     return torch.cat([x, y], dim=-1).flatten(0, 1).to(dtype)
+
+
+def _features_of_side(length: int, dim: int, device: torch.device) -> Tensor:
+    """fp32 (length, dim): [sin, cos](pi (2i + 1) p), i < dim / 2; p runs from 0 to 1."""
+    odd = 2 * torch.arange(dim // 2, dtype=torch.float32, device=device) + 1
+    # In HoMM's order of operations, for the same reason as the frequencies of time.
+    angles = torch.linspace(0, 1, length, dtype=torch.float32, device=device)[:, None] * odd * math.pi
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+# Vaswani et al. 2017: wavelengths of a sequence's positions go up to 10000 times 2 pi.
+_LONGEST_PERIOD = 10_000
+
+
+def sincos_positions_3d(
+    groups: Tensor, height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(b, g * height * width, dim) of tokens in row-major order, for frame groups numbered `groups` (b, g) int64.
+
+    x and y as in `sincos_positions_2d`, on a third of the channels each; the rest tells the group: [sin, cos](n f_i),
+    f_i = 10000^(-i / m), i < m. Groups are counted from the beginning of time, whatever a clip's length or start, so
+    that a position means the same in all clips. Raises ValueError if 4 does not divide dim.
+    """
+    if dim % 4:
+        raise ValueError(f"dim: 3-D positions need a multiple of 4, got {dim}")
+    side = dim // 6 * 2
+    index = torch.arange((dim - 2 * side) // 2, dtype=torch.float32, device=device)
+    frequencies = torch.exp(-math.log(_LONGEST_PERIOD) * index / len(index))
+    angles = groups.to(device, torch.float32)[..., None] * frequencies
+    time = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    size = (*groups.shape, height, width)
+    x = _features_of_side(width, side, device).expand(*size, side)
+    y = _features_of_side(height, side, device)[:, None].expand(*size, side)
+    t = time[:, :, None, None].expand(*size, dim - 2 * side)
+    return torch.cat([x, y, t], dim=-1).flatten(1, 3).to(dtype)

@@ -1,4 +1,4 @@
-"""Pictures to tokens and back."""
+"""Pictures and clips to tokens and back."""
 
 from __future__ import annotations
 
@@ -33,3 +33,35 @@ def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tens
     pictures = pixels.reshape(pixels.shape[0], pixels.shape[1], height * patch_size, width * patch_size)
     # With patch_size 1 the reshape is a view of `tokens`, on which FSDP could not hang its backward hooks.
     return pictures.contiguous()
+
+
+class ClipPatchEmbedding(nn.Module):
+    """(b c F H W) -> (b n d), one token per patch_frames x patch_size x patch_size, frame groups first, then row-major.
+
+    ValueError where the patches do not fill the clip. Clips are cast to the dtype of the weight.
+    """
+
+    def __init__(self, channels: int, dim: int, patch_frames: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch = (patch_frames, patch_size, patch_size)
+        self.projection = nn.Conv3d(channels, dim, kernel_size=self.patch, stride=self.patch)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        frames, height, width = clips.shape[-3:]
+        patch_frames, patch_size, _ = self.patch
+        if frames % patch_frames:
+            raise ValueError(f"clips of {frames} latent frames cannot be cut into groups of {patch_frames}")
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"latents of {height}x{width} cannot be cut into patches of {patch_size}")
+        return self.projection(clips.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+def unpatchify_clips(tokens: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
+    """tokens (b, G * H * W, f * p * q * c), channels (frame, row, column, c) -> (b, c, G f, H p, W q).
+
+    grid (G, H, W) counts tokens, patch is (f, p, q).
+    """
+    cells = tokens.unflatten(2, (*patch, -1)).unflatten(1, grid)  # (b G H W f p q c)
+    values = cells.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (b c G f H p W q)
+    size = (length * patch_length for length, patch_length in zip(grid, patch, strict=True))
+    return values.reshape(*values.shape[:2], *size).contiguous()  # no view of `tokens`: as in `unpatchify`

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
-from pomscale.config.schema import ModelConfig
+from pydantic import TypeAdapter
+
+from pomscale.config.model import ImageModelConfig, ModelConfig, VideoModelConfig
 from pomscale.models.image import DiPoM
 from pomscale.models.init import init_weights, initial_value
+from pomscale.models.video import MixerState, VDiPoM
 
-__all__ = ["DiPoM", "build_model", "init_weights", "initial_value"]
+__all__ = ["DiPoM", "MixerState", "Model", "VDiPoM", "build_model", "init_weights", "initial_value", "make_model"]
+
+Model: TypeAlias = DiPoM | VDiPoM
+_CONFIG: TypeAdapter[ImageModelConfig | VideoModelConfig] = TypeAdapter(ModelConfig)
 
 
-def build_model(
-    preset: str, *, num_classes: int, latent_shape: tuple[int, int, int], seed: int = 0, **changes: Any
-) -> DiPoM:
-    """A named network with initial weights on the CPU, e.g. build_model("dipom-xl-2", num_classes=1000, ...).
+def make_model(config: ImageModelConfig | VideoModelConfig) -> Model:
+    """The network of a recipe, its weights not yet set."""
+    return VDiPoM(config) if isinstance(config, VideoModelConfig) else DiPoM(config)
 
-    latent_shape is (channels, height, width); changes are other fields of config.schema.ModelConfig.
+
+def build_model(preset: str, *, latent_shape: Sequence[int], seed: int = 0, **changes: Any) -> Model:
+    """A named network with initial weights on the CPU:
+
+        build_model("dipom-xl-2", num_classes=1000, latent_shape=(4, 32, 32))           # (channels, height, width)
+        build_model("vdipom-xl-2", text_dim=4096, latent_shape=(16, 20, 30, 48))        # (channels, frames, ...)
+
+    changes are other fields of config.model.ImageModelConfig or VideoModelConfig.
     Raises pydantic.ValidationError for a name or a combination that does not exist.
     """
-    model = DiPoM(ModelConfig(preset=preset, num_classes=num_classes, latent_shape=latent_shape, **changes))
+    model = make_model(_CONFIG.validate_python({"preset": preset, "latent_shape": tuple(latent_shape), **changes}))
     init_weights(model, seed)
     return model

@@ -1,11 +1,12 @@
-"""The one block of every network: a mixer and a feed-forward, both modulated and gated by the condition."""
+"""The block of an image network: a mixer and a feed-forward, both modulated and gated by the condition."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pomscale.layers import FeedForward, modulate
+from pomscale.config.model import MixerName, TrunkConfig
+from pomscale.layers import Attention, FeedForward, PoM, modulate
 
 
 class Block(nn.Module):
@@ -32,3 +33,10 @@ class Block(nn.Module):
         gate1, gate2 = self.gates(c).chunk(2, dim=-1)
         x = x + (1 + gate1) * self.mixer(modulate(self.norm(x), shift1, scale1))
         return x + (1 + gate2) * self.ffn(modulate(self.norm(x), shift2, scale2))
+
+
+def build_mixer(config: TrunkConfig, name: MixerName) -> PoM | Attention:
+    """A mixer as the config has it: as a self mixer, or as a cross mixer, which reads another sequence."""
+    if name == "attention":
+        return Attention(config.dim, config.num_heads)
+    return PoM(config.dim, config.degree, config.expand)

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pomscale.config.schema import MixerName, ModelConfig
-from pomscale.layers import Attention, PatchEmbedding, PoM, TimestepEmbedding, modulate, sincos_positions_2d, unpatchify
-from pomscale.models.block import Block
+from pomscale.config.model import ImageModelConfig
+from pomscale.layers import PatchEmbedding, TimestepEmbedding, modulate, sincos_positions_2d, unpatchify
+from pomscale.models.block import Block, build_mixer
 
 
 class DiPoM(nn.Module):
@@ -17,14 +17,16 @@ class DiPoM(nn.Module):
     Inputs may be of any floating dtype; activations and the output have the dtype of the weights.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ImageModelConfig) -> None:
         super().__init__()
         self.config = config
         channels, dim = config.latent_shape[0], config.dim
         self.patch_embedding = PatchEmbedding(channels, dim, config.patch_size)
         self.time_embedding = TimestepEmbedding(dim)
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last row: no class
-        self.trunk = nn.ModuleList(Block(dim, _mixer(config, name), config.ffn_expansion) for name in config.mixers)
+        self.trunk = nn.ModuleList(
+            Block(dim, build_mixer(config, name), config.ffn_expansion) for name in config.mixers
+        )
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(dim, 2 * dim)
         self.head = nn.Linear(dim, config.patch_size**2 * channels)
@@ -51,9 +53,3 @@ class DiPoM(nn.Module):
             x = block(x, c)
         scale, shift = self.modulation(F.silu(c)).chunk(2, dim=-1)
         return unpatchify(self.head(modulate(self.norm(x), shift, scale)), height, width, patch_size)
-
-
-def _mixer(config: ModelConfig, name: MixerName) -> nn.Module:
-    if name == "attention":
-        return Attention(config.dim, config.num_heads)
-    return PoM(config.dim, config.degree, config.expand)

@@ -47,7 +47,7 @@ def _fill(value: Tensor, module: nn.Module, path: list[str], generator: torch.Ge
     """Linear maps and convolutions xavier uniform with bias 0; class and time embeddings N(0, 0.02); whatever
     modulates starts at 0, and so does the head; gates start at 0 = 1 + bias."""
     owner, leaf = path[-2], path[-1]
-    if not isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding) or leaf not in ("weight", "bias"):
+    if not isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d | nn.Embedding) or leaf not in ("weight", "bias"):
         raise ValueError(f"{'.'.join(path)}: no rule says how to initialise this parameter")
     if leaf == "bias":
         value.fill_(-1.0 if owner == "gates" else 0.0)

@@ -19,7 +19,7 @@ from pomscale.monitoring.names import (
     describe,
 )
 from pomscale.monitoring.report_plots import Panel, Style, draw_overview, draw_panel, draw_times, run_styles
-from pomscale.monitoring.report_run import Run, evaluation_figures, read_object, sample_grids
+from pomscale.monitoring.report_run import Run, evaluation_figures, read_object, sample_grids, sample_prompts
 from pomscale.monitoring.text import format_count, format_duration
 
 # What most readers compare; everything else that was logged is one click away.
@@ -204,8 +204,10 @@ def _without_lists(recipe: Any) -> Any:
 
 
 def _samples(named: Mapping[str, Run]) -> list[str]:
-    newest = {name: sample_grids(run.folder)[:1] for name, run in named.items()}
-    return [html.medium(paths[0], f"{name}, {paths[0].stem}") for name, paths in newest.items() if paths]
+    newest = {name: (run.folder, path) for name, run in named.items() for path in sample_grids(run.folder)[:1]}
+    return [
+        html.medium(path, f"{name}, {path.stem}", sample_prompts(folder)) for name, (folder, path) in newest.items()
+    ]
 
 
 def _wall_time(named: Mapping[str, Run]) -> str:

@@ -50,6 +50,7 @@ h3 { margin: 18px 0 8px; font-size: .95rem; overflow-wrap: anywhere; }
 .tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 .tile span, figcaption { color: #5f6b7a; font-size: .82rem; overflow-wrap: anywhere; }
 figcaption { margin-top: 6px; }
+figcaption ol { margin: 4px 0 0; padding-left: 1.6em; }
 img, video { display: block; width: 100%; height: auto; }
 img.small { image-rendering: pixelated; }
 table { width: 100%; border-collapse: collapse; font-size: .88rem; }
@@ -110,20 +111,53 @@ def plot(png: bytes, alt: str) -> str:
     return _figure(_image(png, "image/png", alt), "")
 
 
-def medium(path: Path, caption: str) -> str:
-    """A picture or a clip from disk; its caption alone where it is gone or too large for a page."""
+def without_posters(media: Iterable[Path]) -> list[Path]:
+    """Pictures that are the poster of a clip among `media` are left out: NAME.png of NAME.mp4."""
+    media = list(media)
+    posters = {poster_of(path) for path in media if is_clip(path)}
+    return [path for path in media if path not in posters]
+
+
+def is_clip(path: Path) -> bool:
+    return _MEDIA_TYPES[path.suffix.lower()].startswith("video/")
+
+
+def poster_of(clip: Path) -> Path:
+    """What is shown of a clip before it is played, if there is such a file."""
+    return clip.with_suffix(".png")
+
+
+def medium(path: Path, caption: str, rows: Sequence[str] = ()) -> str:
+    """A picture, or a clip with its poster, from disk; what is gone or too large for a page is only named.
+
+    rows: what is in the rows of the picture or clip, from the top.
+    """
+    content, problem = _read(path)
+    told = f"{caption}: {problem}" if problem else caption
+    shown = ""
+    if is_clip(path):
+        poster, _ = _read(poster_of(path))
+        if content:
+            still = f' poster="{_data(poster, "image/png")}"' if poster else ""
+            source = _data(content, _MEDIA_TYPES[path.suffix.lower()])
+            shown = f'<video controls loop muted playsinline preload="metadata"{still} src="{source}"></video>'
+        elif poster:
+            shown = _image(poster, "image/png", caption)
+    elif content:
+        shown = _image(content, _MEDIA_TYPES[path.suffix.lower()], caption)
+    return _figure(shown, told, rows)
+
+
+def _read(path: Path) -> tuple[bytes, str]:
+    """(content, why there is none): empty where there is something."""
     try:
         num_bytes = path.stat().st_size
         if num_bytes > MAX_CLIP_BYTES:
-            return _figure("", f"{caption}: {num_bytes / 2**20:.0f} MiB, see {path}")
+            return b"", f"{num_bytes / 2**20:.0f} MiB, see {path}"
         content = path.read_bytes()
     except OSError as error:
-        return _figure("", f"{caption}: {error.strerror or error}")
-    media_type = _MEDIA_TYPES[path.suffix.lower()]
-    if media_type.startswith("video/"):
-        video = f'<video controls loop muted preload="metadata" src="{_data(content, media_type)}"></video>'
-        return _figure(video, caption)
-    return _figure(_image(content, media_type, caption), caption)
+        return b"", error.strerror or str(error)
+    return content, "" if content else "empty"
 
 
 def _image(content: bytes, media_type: str, alt: str) -> str:
@@ -136,8 +170,10 @@ def _data(content: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _figure(body: str, caption: str) -> str:
-    return f"<figure>{body}{f'<figcaption>{escape(caption)}</figcaption>' if caption else ''}</figure>"
+def _figure(body: str, caption: str, rows: Sequence[str] = ()) -> str:
+    listed = "".join(f"<li>{escape(row)}</li>" for row in rows)
+    told = escape(caption) + (f"<ol>{listed}</ol>" if listed else "")
+    return f"<figure>{body}{f'<figcaption>{told}</figcaption>' if told else ''}</figure>"
 
 
 def table(

@@ -14,6 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pomscale.monitoring import report_html as html
 from pomscale.monitoring.evaluations import IMAGES, VIDEOS, Evaluation
 from pomscale.monitoring.history import History
@@ -70,9 +72,7 @@ def page(run: Run) -> str:
         [
             _header(run),
             _tiles(run),
-            html.section(
-                "Samples", html.grid("grids", [html.medium(path, path.name) for path in sample_grids(folder)])
-            ),
+            html.section("Samples", html.grid("grids", _samples(folder))),
             html.section("Curves", _plots(_panels(history), history)),
             html.section("Evaluations of checkpoints", _evaluations(run)),
             html.section("Wall time", _wall_time(run.times)),
@@ -92,7 +92,19 @@ def page(run: Run) -> str:
 def sample_grids(folder: Path) -> list[Path]:
     """The newest first; file names begin with the samples seen, so their order is that of the run."""
     media = [path for path in (folder / "samples").glob("*") if path.suffix.lower() in IMAGES + VIDEOS]
-    return sorted(media)[: -NUM_SAMPLE_GRIDS - 1 : -1]
+    return sorted(html.without_posters(media))[: -NUM_SAMPLE_GRIDS - 1 : -1]
+
+
+def sample_prompts(folder: Path) -> list[str]:
+    """What the rows of the run's clips are to show, by its recipe; empty for a run of pictures."""
+    recipe = folder / "recipe.yaml"
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
+    return [str(prompt) for prompt in (content or {}).get("sampling", {}).get("prompts", [])]
+
+
+def _samples(folder: Path) -> list[str]:
+    prompts = sample_prompts(folder)
+    return [html.medium(path, path.name, prompts) for path in sample_grids(folder)]
 
 
 def evaluation_figures(series: Iterable[str]) -> list[list[str]]:
@@ -196,9 +208,11 @@ def _tables_and_media(name: str, evaluations: list[Evaluation]) -> list[str]:
     newest: dict[str, tuple[int, Path]] = {}
     for one in evaluations:
         newest |= {label: (one.samples, path) for label, path in one.pictures.items() if label.startswith(prefix)}
+    shown = html.without_posters(path for _, path in newest.values())
     media = [
         html.medium(path, f"{label.removeprefix(prefix)} at {format_count(samples)} samples")
         for label, (samples, path) in sorted(newest.items())
+        if path in shown
     ]
     return [*parts, html.grid("grids", media)]
 

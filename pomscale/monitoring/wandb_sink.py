@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -82,10 +82,20 @@ class WandbSink:
                 self._fail(error)
 
     def log(self, samples: int, metrics: dict[str, float | str], time_unix_s: float | None = None) -> None:
-        self._log(samples, metrics, time_unix_s)
+        row = self._row(samples, metrics, time_unix_s)
+        self._give(lambda run: run.log(row))
 
     def log_image(self, samples: int, name: str, path: Path) -> None:
-        self._log(samples, {name: self._medium(path)})
+        num_bytes, row = path.stat().st_size, self._row(samples, {name: self._medium(path)})
+
+        def give(run: Run) -> None:
+            if self._has_room_for(num_bytes):
+                run.log(row)
+            else:
+                self._num_lost += 1
+                logger.warning("%s: no room for wandb's copy of it", path)
+
+        self._give(give)
 
     log_video = log_image
 
@@ -110,9 +120,8 @@ class WandbSink:
             logger.warning("wandb missed %d entries; metrics.jsonl has every row", self._num_lost)
         self._opening.close()
 
-    def _log(self, samples: int, content: dict[str, Any], time_unix_s: float | None = None) -> None:
-        row = {"samples": samples, "_timestamp": time.time() if time_unix_s is None else time_unix_s, **content}
-        self._give(lambda run: run.log(row))
+    def _row(self, samples: int, content: Mapping[str, Any], time_unix_s: float | None = None) -> dict[str, Any]:
+        return {"samples": samples, "_timestamp": time.time() if time_unix_s is None else time_unix_s, **content}
 
     def _medium(self, path: Path) -> Any:
         if path.suffix.lower() in VIDEOS:
@@ -176,13 +185,27 @@ class WandbSink:
         if self._has_room and now_s < self._looked_for_room_s + _LOOK_FOR_ROOM_EVERY_S:
             return
         self._has_room = False
+        self._probe(_ROOM_BYTES)
+        self._has_room, self._looked_for_room_s = True, now_s
+
+    def _has_room_for(self, num_bytes: int) -> bool:
+        """And for rows after it: a copy that wandb breaks off would keep the last bytes of the disk."""
+        try:
+            self._probe(num_bytes + _ROOM_BYTES)
+        except OSError:
+            return False
+        return True
+
+    def _probe(self, num_bytes: int) -> None:
+        """OSError unless so much can be written, which no question to the file system tells where there are quotas."""
         probe = self._folder / "wandb" / ".room"
         probe.parent.mkdir(exist_ok=True)
         try:
-            probe.write_bytes(bytes(_ROOM_BYTES))
+            with probe.open("wb") as file:
+                for _ in range(-(-num_bytes // _ROOM_BYTES)):
+                    file.write(bytes(_ROOM_BYTES))
         finally:
             probe.unlink(missing_ok=True)
-        self._has_room, self._looked_for_room_s = True, now_s
 
     def _fail(self, error: Exception) -> None:
         """wandb has died, or could not write what it was given last."""
@@ -208,9 +231,20 @@ class WandbSink:
             self._wait_with(self._give_table)
 
     def _give_evaluation(self, evaluation: Evaluation, place: int, run: Run) -> None:
-        # A picture that somebody has deleted since is no reason to hold back the figures.
-        media = {name: self._medium(path) for name, path in evaluation.pictures.items() if path.is_file()}
-        run.log({"samples": evaluation.samples, "_timestamp": evaluation.time_unix_s, **evaluation.metrics, **media})
+        media, num_bytes = {}, 0
+        for name, path in evaluation.pictures.items():
+            # One that was deleted since, is broken or has no room is no reason to hold back the figures.
+            try:
+                medium, size = self._medium(path), path.stat().st_size
+            except Exception as error:  # noqa: BLE001 (whatever wandb raises)
+                logger.warning("%s: wandb does not take it (%r)", path, error)
+                continue
+            if self._has_room_for(num_bytes + size):
+                media[name] = medium
+                num_bytes += size
+            else:
+                logger.warning("%s: no room for wandb's copy of it", path)
+        run.log(self._row(evaluation.samples, {**evaluation.metrics, **media}, evaluation.time_unix_s))
         self.num_delivered += 1
         self._delivery.note(place)
 

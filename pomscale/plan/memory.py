@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pomscale.config.schema import TrainRecipe
-from pomscale.plan.batch import BatchShare, batch_share
+from pomscale.plan.batch import BatchShare, batch_share, num_times
 from pomscale.plan.model_cost import num_parameters
 from pomscale.plan.shadow.fsdp2 import Fsdp2Shadow
 from pomscale.plan.shadow.ledger import Part
+from pomscale.plan.shadow.network import build_network
 from pomscale.plan.shadow.zero import ZeroShadow
 
 _FP32, _BF16 = 4, 2
@@ -30,10 +31,11 @@ def step_memory(recipe: TrainRecipe, num_gpus: int, share: BatchShare | None = N
     share: another one than the recipe's. `num_gpus` is a multiple of fsdp2.shard_size (`checks.check_layout`).
     """
     share = share or batch_share(recipe.training, num_gpus)
+    network = build_network(recipe.model, num_times(recipe))
     shadow: Fsdp2Shadow | ZeroShadow
     if recipe.engine == "deepspeed":
         shadow = ZeroShadow(
-            recipe.model,
+            network,
             recipe.compute,
             recipe.deepspeed,
             num_ranks=num_gpus,
@@ -42,7 +44,7 @@ def step_memory(recipe: TrainRecipe, num_gpus: int, share: BatchShare | None = N
         )
     else:
         shadow = Fsdp2Shadow(
-            recipe.model,
+            network,
             recipe.compute,
             recipe.fsdp2,
             num_shards=num_shards(recipe, num_gpus),

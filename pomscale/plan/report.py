@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pomscale.config.hardware import GPUS, Gpu
+from pomscale.config.model import VideoModelConfig
 from pomscale.config.schema import TrainRecipe
 from pomscale.errors import InputError
 from pomscale.plan.advice import Advice, cheapest_fit, room_for_more
-from pomscale.plan.batch import BatchShare, batch_share
+from pomscale.plan.batch import BatchShare, batch_share, num_times
 from pomscale.plan.checks import check_gpu, check_layout, notes
 from pomscale.plan.memory import StepMemory, host_bytes, step_memory
-from pomscale.plan.model_cost import forward_flops, num_parameters
+from pomscale.plan.model_cost import TEXT_LENGTH, forward_flops, num_parameters
 from pomscale.plan.shadow.ledger import Part
 from pomscale.plan.speed import Speed, speed
 from pomscale.plan.storage import Storage, storage
@@ -155,10 +156,12 @@ def _heading(plan: Plan) -> str:
 
 def _model(plan: Plan) -> list[str]:
     model, training, share = plan.recipe.model, plan.recipe.training, plan.share
-    parameters, flops = num_parameters(model), forward_flops(model)
+    parameters, flops = num_parameters(model), forward_flops(model, num_times=num_times(plan.recipe))
+    tokens = f"{model.num_tokens} tokens"
+    if isinstance(model, VideoModelConfig):
+        tokens += f" in {model.num_groups} frame groups with {TEXT_LENGTH} of text"
     return [
-        f"{'model':<10}{_count(parameters)} parameters, {model.num_tokens} tokens, "
-        f"{_count(flops)}FLOP per sample and forward pass",
+        f"{'model':<10}{_count(parameters)} parameters, {tokens}, {_count(flops)}FLOP per sample and forward pass",
         f"{'step':<10}{training.global_batch} samples: up to {share.num_micro_batches} x {share.micro_batch} per GPU, "
         f"{plan.speed.step_time_s:.3g} s",
     ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pomscale.config.hardware import Gpu
 from pomscale.config.schema import TrainRecipe
+from pomscale.plan.batch import num_times
 from pomscale.plan.model_cost import recomputed_flops, training_flops
 
 
@@ -25,8 +26,9 @@ class Speed:
 
 def speed(recipe: TrainRecipe, num_gpus: int, gpu: Gpu, attained: float) -> Speed:
     """attained: share of the peak that the GPUs reach while they compute, recomputation included."""
-    model = training_flops(recipe.model)
-    again = recomputed_flops(recipe.model, recipe.compute.activation_checkpointing)
+    times = num_times(recipe)
+    model = training_flops(recipe.model, num_times=times)
+    again = recomputed_flops(recipe.model, recipe.compute.activation_checkpointing, num_times=times)
     samples_per_s = attained * gpu.peak(recipe.compute.precision) * num_gpus / (model + again)
     return Speed(
         samples_per_s=samples_per_s,

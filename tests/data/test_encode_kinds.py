@@ -180,6 +180,33 @@ def test_clips_with_captions(clips: Path, make_recipe: MakeRecipe) -> None:
     np.testing.assert_allclose(stored, null, atol=2e-3)
 
 
+@pytest.mark.parametrize("store", ["sample", "moments"])
+def test_pictures_become_clips_of_one_frame(clips: Path, make_recipe: MakeRecipe, store: str) -> None:
+    """In a set of its own, which trains with one of clips: same codec, same texts."""
+    (clips / "pictures" / "a").mkdir(parents=True)
+    for number in range(5):
+        Image.fromarray(numbered_frame(number, 36, 64 - 30 * (number % 2))).save(clips / f"pictures/a/{number}.png")
+    of_clips = clip_recipe(make_recipe, clips, text=None)
+    assert of_clips.codec is not None
+    config = of_clips.codec.model_copy(update={"store": store})
+    pictures = clip_recipe(
+        make_recipe,
+        clips,
+        output=str(clips / "pictures-latents"),
+        source={"kind": "image_folder", "path": str(clips / "pictures")},
+        codec=config.model_dump(),
+        transform={"kind": "image", "buckets": [[32, 48], [32, 32]], "flip": True},
+        text=None,
+    )
+    assert only(encode(pictures, progress=False)).num_samples == 5
+    assert verify(pictures.output).problems == []
+    manifest, codec = read_manifest(pictures.output), build_codec(config)
+    assert [group.shape for group in manifest.groups] == [codec.latent_shape(32, 48), codec.latent_shape(32, 32)]
+    assert [group.target for group in manifest.groups] == [(32, 48), (32, 32)]
+    encode(of_clips, progress=False)
+    assert read_manifest(of_clips.output).latent_codec.identity == manifest.latent_codec.identity
+
+
 def test_a_companion_set_holds_new_embeddings_of_the_same_records(clips: Path, make_recipe: MakeRecipe) -> None:
     latents = clip_recipe(make_recipe, clips, text=None)
     encode(latents, progress=False)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pomscale.config.engine import ComputeConfig, DeepSpeedConfig, Fsdp2Config, OptimizerConfig
-from pomscale.config.schema import ModelConfig
+from pomscale.config.model import ImageModelConfig
 from pomscale.distributed.flat_shard import FlatShard
 from pomscale.distributed.world import World, join_world
 from pomscale.engine.deepspeed import DeepSpeedEngine
@@ -33,7 +33,7 @@ from pomscale.engine.protocol import Engine
 from pomscale.errors import InputError
 from pomscale.models import DiPoM, init_weights
 
-MODEL = ModelConfig(
+MODEL = ImageModelConfig(
     latent_shape=(4, 4, 4), num_classes=3, patch_size=1, dim=20, depth=2, num_heads=2, mixer=["pom", "attention"]
 )
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, grad_clip=0.05)  # every step is clipped

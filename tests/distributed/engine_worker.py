@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pomscale.config.engine import ComputeConfig, Fsdp2Config, OptimizerConfig
-from pomscale.config.schema import ModelConfig
+from pomscale.config.model import ImageModelConfig
 from pomscale.distributed.world import World, join_world
 from pomscale.engine.fsdp2 import Fsdp2Engine
 from pomscale.engine.optim import build_optimizer
 from pomscale.models import DiPoM, init_weights
 
-MODEL = ModelConfig(
+MODEL = ImageModelConfig(
     latent_shape=(4, 4, 4), num_classes=3, patch_size=1, dim=20, depth=2, num_heads=2, mixer=["pom", "attention"]
 )
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, grad_clip=0.05)

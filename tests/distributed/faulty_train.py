@@ -33,6 +33,7 @@ from pomscale.checkpoint.store import complete_checkpoints
 from pomscale.cli import main
 from pomscale.config.schema import TrainRecipe
 from pomscale.data.loader import MicroBatch
+from pomscale.data.schema import TextInfo
 
 RANK = int(os.environ.get("RANK", "0"))
 PLACES = {
@@ -92,8 +93,8 @@ def inject(fault: dict[str, Any]) -> None:
 def change_weights(factor: float, begin: int, end: int) -> None:
     draw_batch = pomscale.train.draw_batch
 
-    def with_other_weights(recipe: TrainRecipe, batch: MicroBatch) -> TrainBatch:
-        drawn = draw_batch(recipe, batch)
+    def with_other_weights(recipe: TrainRecipe, batch: MicroBatch, texts: TextInfo | None) -> TrainBatch:
+        drawn = draw_batch(recipe, batch, texts)
         drawn.weights[(batch.positions >= begin) & (batch.positions < end)] *= factor
         return drawn
 

@@ -19,6 +19,7 @@ from pomscale.checkpoint.store import complete_checkpoints, find_checkpoint, rea
 from pomscale.config.recipe import load_train_recipe
 from pomscale.config.schema import TrainRecipe
 from pomscale.data.loader import MicroBatch
+from pomscale.data.schema import TextInfo
 from pomscale.distributed.stop import EXIT_STOPPED
 from pomscale.errors import InputError, PomscaleError
 from pomscale.monitoring.ledger import goodput
@@ -71,8 +72,8 @@ def test_a_stop_in_a_first_step_that_is_left_out(tiny_recipe: Path, monkeypatch:
     folder = tiny_recipe.parent / "runs" / "tiny"
     draw_batch, share_of_loss = pomscale.train.draw_batch, pomscale.train.share_of_loss
 
-    def with_nans(recipe: TrainRecipe, batch: MicroBatch) -> TrainBatch:
-        drawn = draw_batch(recipe, batch)
+    def with_nans(recipe: TrainRecipe, batch: MicroBatch, texts: TextInfo | None) -> TrainBatch:
+        drawn = draw_batch(recipe, batch, texts)
         drawn.weights[batch.positions // STEP % 3 == 0] *= float("nan")
         return drawn
 

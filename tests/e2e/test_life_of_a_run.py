@@ -24,7 +24,7 @@ from pomscale.events import open_heldout
 STEPS = 20
 EXTRAS = """
 validation: {{path: {digits}/latents/heldout, every_samples: {every}, num_samples: 50, num_time_bins: 4, batch: 8}}
-sampling: {{every_samples: {every}, num_classes: 3, num_per_class: 2, num_steps: 4, guidance: 1.0}}
+sampling: {{every_samples: {every}, num_classes: 3, num_each: 2, num_steps: 4, guidance: 1.0}}
 profile: {{start_samples: {every}, num_steps: 2}}
 """
 

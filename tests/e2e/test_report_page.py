@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, Browser, open_browser
-from make_video import numbered_frame, write_video
 from PIL import Image
 
 from pomscale.monitoring.evaluations import record
 from pomscale.monitoring.names import evaluation_name, validation_bin
 from pomscale.monitoring.report import write_report
 from pomscale.monitoring.sinks import JsonlSink
+
+pytest.importorskip("av", reason="clips need PyAV: pip install -e '.[video]'")
+from make_video import numbered_frame, write_video
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium: apt-get install --no-install-recommends chromium"
@@ -42,6 +44,35 @@ LOOK = """(async () => {
       return !element.closest(".card") && (box.right > innerWidth + 0.5 || box.left < -0.5);
     }).map(element => element.outerHTML.slice(0, 80)),
   };
+})()"""
+
+
+# What somebody sees who plays a clip: the middle of each bar of the frame at half of its time.
+PLAY = """(async () => {
+  const found = [];
+  for (const video of document.querySelectorAll("video")) {
+    const poster = new Image();
+    poster.src = video.poster;
+    await poster.decode();
+    await video.play();
+    video.pause();
+    await new Promise(done => { video.onseeked = done; video.currentTime = video.duration / 2; });
+    const canvas = document.createElement("canvas");
+    [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
+    const context = canvas.getContext("2d", {willReadFrequently: true});
+    context.drawImage(video, 0, 0);
+    const bars = [];
+    for (let bar = 0; bar < 10; bar++)
+      bars.push(context.getImageData(canvas.width / 2, Math.floor((bar + .5) * canvas.height / 10), 1, 1).data[0]);
+    found.push({
+      number: bars.reduce((sum, value, bar) => sum + (value > 127) * 2 ** bar, 0),
+      poster: [poster.naturalWidth, poster.naturalHeight],
+      attributes: [video.controls, video.loop, video.muted, video.playsInline, video.autoplay],
+      caption: video.parentElement.querySelector("figcaption").innerText,
+      top: video.getBoundingClientRect().top,
+    });
+  }
+  return found;
 })()"""
 
 
@@ -140,13 +171,55 @@ def test_a_page_is_whole(
         assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 100
 
 
-def test_a_clip_plays(browser: Browser, tmp_path: Path) -> None:
-    pytest.importorskip("av", reason="clips need PyAV: pip install -e '.[video]'")
+def film(run: Path, first: int) -> Path:
+    """As a run of clips leaves them: a clip whose frames show `first` and the numbers after it, and its sheet."""
+    frames = [numbered_frame(number, 48, 64) for number in range(first, first + 9)]
+    return write_video(run / "samples" / "samples-000000012800.mp4", frames)
+
+
+def test_clips_play_where_they_stand_for_their_sheets(browser: Browser, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 1)
-    write_video(run / "samples" / "samples-000000012800.mp4", [numbered_frame(number, 48, 64) for number in range(8)])
-    visit = browser.visit(write_report([run]).html, LOOK, width=400)
+    with (run / "recipe.yaml").open("a") as recipe:
+        recipe.write("sampling: {prompts: [three moving left, <b> moving right]}\n")
+    film(run, 100)
+    clip = write_video(run / "evaluations" / "best.mp4", [numbered_frame(number, 48, 64) for number in range(200, 209)])
+    sheet = clip.with_suffix(".png")
+    Image.new("RGB", (320, 200)).save(sheet)
+    named = {evaluation_name("films", "best"): clip, evaluation_name("films", "best_sheet"): sheet}
+    record(run, 12800, {evaluation_name("films", "accuracy"): 0.9}, named)
+    page = write_report([run]).html
+
+    looked = browser.visit(page, LOOK, width=400)
+    assert looked.complaints == []
+    assert problems(looked.found) == []
+    assert looked.found["videos"] == [[64, 48], [64, 48]]
+    pictures = [alt for alt, *_ in looked.found["images"] if "samples-" in alt or " at " in alt]
+    assert pictures == ["samples-000000006400.png", "grid at 12.8k samples"], "no sheet is there twice"
+
+    played = browser.visit(page, PLAY, width=1200)
+    assert played.complaints == []
+    training, evaluation = played.found
+    assert (training["number"], training["poster"]) == (104, [89, 89])
+    assert training["caption"].split("\n") == ["samples-000000012800.mp4", "three moving left", "<b> moving right"]
+    assert (evaluation["number"], evaluation["poster"]) == (204, [320, 200])
+    assert evaluation["caption"] == "best at 12.8k samples"
+    assert training["attributes"] == evaluation["attributes"] == [True, True, True, True, False]
+    assert all(address.startswith(("data:", page.as_uri())) for address in played.requested)
+
+
+def test_clips_of_several_runs_stand_side_by_side(browser: Browser, tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"run-{number}", number) for number in (1, 2)]
+    for number, run in enumerate(runs, 1):
+        film(run, 100 * number)
+        with (run / "recipe.yaml").open("a") as recipe:
+            recipe.write("sampling: {prompts: [three moving left]}\n")
+    visit = browser.visit(write_report(runs).html, PLAY, width=1200)
     assert visit.complaints == []
-    assert visit.found["videos"] == [[64, 48]]
+    one, two = visit.found
+    assert (one["number"], two["number"]) == (104, 204)
+    assert one["top"] == two["top"]
+    for number, clip in enumerate((one, two), 1):
+        assert clip["caption"].split("\n") == [f"run-{number}, samples-000000012800", "three moving left"]
 
 
 def test_these_tests_can_fail(browser: Browser, pages: dict[str, Path], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pomscale.config.schema import ModelConfig
+from pomscale.config.model import ImageModelConfig
 from pomscale.distributed.activation_checkpointing import checkpoint_blocks, kept_operators
 from pomscale.models import DiPoM
 from pomscale.plan.model_cost import recomputed_flops, training_flops
@@ -20,11 +20,11 @@ MODES = ["full", "every-2", "every-3", "selective"]
 MIXERS: list[Any] = ["pom", "attention", ["pom", "pom", "pom", "attention"]]
 
 
-def config(mixer: Any, depth: int = 4) -> ModelConfig:
-    return ModelConfig(latent_shape=(3, 8, 12), num_classes=10, dim=16, depth=depth, mixer=mixer, num_heads=4)
+def config(mixer: Any, depth: int = 4) -> ImageModelConfig:
+    return ImageModelConfig(latent_shape=(3, 8, 12), num_classes=10, dim=16, depth=depth, mixer=mixer, num_heads=4)
 
 
-def model(of: ModelConfig, mode: str) -> DiPoM:
+def model(of: ImageModelConfig, mode: str) -> DiPoM:
     built = DiPoM(of)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

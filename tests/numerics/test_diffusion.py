@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pomscale.config.schema import ModelConfig, TimeConfig
+from pomscale.config.schema import DiffusionConfig, ImageModelConfig, TimeConfig
 from pomscale.diffusion.draws import draw, keyed_normal
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.guidance import guided
@@ -70,7 +70,7 @@ class Recorded:
 
 
 def dipom(dtype: torch.dtype = torch.float32) -> DiPoM:
-    model = DiPoM(ModelConfig(latent_shape=SHAPE, num_classes=5, dim=16, depth=2))
+    model = DiPoM(ImageModelConfig(latent_shape=SHAPE, num_classes=5, dim=16, depth=2))
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0, 0.2, generator=generator)
@@ -91,6 +91,15 @@ def test_the_eps_path_is_the_authors_linear_schedule() -> None:
     x0, eps = normal(1, *SHAPE), normal(1, *SHAPE, seed=1)
     mixed = interpolate(OBJECTIVES["eps"](), x0, eps, torch.tensor([0.36], dtype=torch.float64))
     torch.testing.assert_close(mixed, 0.8 * x0 + 0.6 * eps, rtol=1e-12, atol=1e-12)
+
+
+def test_a_t_for_every_group_of_frames(objective: Objective) -> None:
+    x0, eps = torch.randn(2, 2, 3, 6, 2, 2, dtype=torch.float64).unbind(0)
+    t = torch.rand(2, 3, dtype=torch.float64)
+    noised = interpolate(objective, x0, eps, t)
+    for group in range(3):
+        frames = slice(2 * group, 2 * group + 2)
+        assert noised[:, :, frames].equal(interpolate(objective, x0[:, :, frames], eps[:, :, frames], t[:, group]))
 
 
 @pytest.mark.parametrize("t", [torch.tensor([0.01, 0.3, 0.6, 0.99]), torch.tensor(0.4)], ids=["per sample", "scalar"])
@@ -246,6 +255,10 @@ def test_the_exact_network_reaches_the_least_loss(objective: Objective) -> None:
 
 # --- draws -----------------------------------------------------------------------------------------------------------
 
+def noising(time: TimeConfig, condition_dropout: float) -> DiffusionConfig:
+    return DiffusionConfig(time=time, condition_dropout=condition_dropout)
+
+
 UNIFORM, LOGIT_NORMAL = TimeConfig(), TimeConfig(distribution="logit_normal", mean=0.3, std=0.8)
 MANY = list(range(10_000))
 
@@ -253,9 +266,9 @@ MANY = list(range(10_000))
 @pytest.mark.parametrize("time", [UNIFORM, LOGIT_NORMAL], ids=["uniform", "logit_normal"])
 def test_a_draw_depends_on_its_position_alone(time: TimeConfig) -> None:
     positions = [5, 10**12, 0, 17, 3]
-    together = draw(7, positions, SHAPE, time, 0.5)
+    together = draw(7, positions, SHAPE, noising(time, 0.5))
     for i, position in enumerate(positions):
-        alone = draw(7, [position], SHAPE, time, 0.5)
+        alone = draw(7, [position], SHAPE, noising(time, 0.5))
         assert torch.equal(alone.eps[0], together.eps[i])
         assert torch.equal(alone.t[0], together.t[i])
         assert torch.equal(alone.drop_condition[0], together.drop_condition[i])
@@ -272,19 +285,19 @@ def test_the_keys_mean_the_same_for_ever() -> None:
     noise = keyed_normal(1, Stream.NOISE, [2], (3,))
     expected = torch.tensor([[-0.3608266, -0.2086328, -0.1206944]])
     torch.testing.assert_close(noise, expected, rtol=1e-6, atol=0)
-    draws = draw(1, [0, 1, 2, 3], (1,), UNIFORM, 0.5)
+    draws = draw(1, [0, 1, 2, 3], (1,), noising(UNIFORM, 0.5))
     torch.testing.assert_close(draws.t, torch.tensor([0.2699071, 0.1520147, 0.5753005, 0.3840339]), rtol=1e-6, atol=0)
     assert draws.drop_condition.tolist() == [False, False, True, True]
 
 
 def test_no_positions_give_empty_draws_of_the_right_types() -> None:
-    draws = draw(0, [], SHAPE, UNIFORM, 0.1)
+    draws = draw(0, [], SHAPE, noising(UNIFORM, 0.1))
     assert (draws.eps.shape, draws.t.shape, draws.drop_condition.shape) == ((0, *SHAPE), (0,), (0,))
     assert (draws.eps.dtype, draws.t.dtype, draws.drop_condition.dtype) == (torch.float32, torch.float32, torch.bool)
 
 
 def test_uniform_time_has_its_moments() -> None:
-    t = draw(0, MANY, (1,), UNIFORM, 0).t
+    t = draw(0, MANY, (1,), noising(UNIFORM, 0)).t
     assert t.dtype == torch.float32
     assert 0 <= float(t.min()) < float(t.max()) <= 1
     assert float(t.mean()) == pytest.approx(0.5, abs=0.01)
@@ -292,14 +305,14 @@ def test_uniform_time_has_its_moments() -> None:
 
 
 def test_logit_normal_time_has_its_moments() -> None:
-    logits = draw(0, MANY, (1,), LOGIT_NORMAL, 0).t.double().logit()
+    logits = draw(0, MANY, (1,), noising(LOGIT_NORMAL, 0)).t.double().logit()
     assert float(logits.mean()) == pytest.approx(0.3, abs=0.03)
     assert float(logits.std()) == pytest.approx(0.8, rel=0.03)
     assert float(((logits - 0.3) ** 3).mean()) == pytest.approx(0, abs=0.05)
 
 
 def test_noise_is_standard_normal() -> None:
-    eps = draw(0, MANY[:2000], SHAPE, UNIFORM, 0).eps
+    eps = draw(0, MANY[:2000], SHAPE, noising(UNIFORM, 0)).eps
     assert float(eps.mean()) == pytest.approx(0, abs=0.015)
     assert float(eps.std()) == pytest.approx(1, rel=0.01)
     assert float((eps**4).mean()) == pytest.approx(3, rel=0.03)
@@ -307,12 +320,12 @@ def test_noise_is_standard_normal() -> None:
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
 def test_conditions_are_dropped_at_the_rate_of_the_recipe(rate: float) -> None:
-    dropped = draw(0, MANY, (1,), UNIFORM, rate).drop_condition
+    dropped = draw(0, MANY, (1,), noising(UNIFORM, rate)).drop_condition
     assert dropped.dtype == torch.bool
     assert float(dropped.double().mean()) == pytest.approx(rate, abs=0.01 if 0 < rate < 1 else 0)
 
 
 def test_dropping_does_not_choose_times() -> None:
     """It would if both were drawn from one stream: then the dropped would be exactly the small times."""
-    draws = draw(0, MANY, (1,), UNIFORM, 0.1)
+    draws = draw(0, MANY, (1,), noising(UNIFORM, 0.1))
     assert float(draws.t[draws.drop_condition].mean()) == pytest.approx(0.5, abs=0.03)

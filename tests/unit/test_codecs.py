@@ -11,6 +11,7 @@ import torch
 from tiny_models import save_vae, save_video_vae
 
 from pomscale.codecs import build_codec
+from pomscale.codecs.pixel import PixelCodec
 from pomscale.config.schema import CogVideoXVaeCodecConfig, PixelCodecConfig, SdVaeCodecConfig
 from pomscale.errors import InputError
 
@@ -22,6 +23,21 @@ def test_pixel_is_exact_for_every_8_bit_value_after_fp16(block: int, channels: i
     stored = codec.encode(values.float() / 255).half()
     assert stored.shape[1:] == codec.latent_shape(16, 16)
     assert torch.equal((codec.decode(stored.float()) * 255).round().to(torch.uint8), values)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixel_takes_clips_frame_by_frame_also_in_chunks(channels: int) -> None:
+    codec = build_codec(PixelCodecConfig(name="pixel", block=2, channels=channels))
+    assert isinstance(codec, PixelCodec)
+    clips = torch.rand(2, channels, 5, 6, 8)
+    latents = codec.encode(clips)
+    assert latents.shape[1:] == codec.latent_shape(5, 6, 8) == (4 * channels, 5, 3, 4)
+    for frame in range(5):
+        assert torch.equal(latents[:, :, frame], codec.encode(clips[:, :, frame]))
+    torch.testing.assert_close(codec.decode(latents), clips)
+    decoder = codec.decoder(codec.num_pixel_frames(3))
+    chunks = [decoder.decode(chunk) for chunk in latents.split([3, 2], dim=2)]
+    assert torch.equal(torch.cat(chunks, dim=2), codec.decode(latents))
 
 
 def test_pixel_refuses_sizes_that_do_not_fold() -> None:
@@ -206,6 +222,23 @@ def test_video_vae_carries_nothing_from_clip_to_clip(video_vae_folder: Path) -> 
     decoded = codec.decode(latents)
     for latent, clip in zip(latents.flip(0), decoded.flip(0), strict=True):
         assert torch.equal(codec.decode(latent[None])[0], clip)
+
+
+@pytest.mark.parametrize("store", ["moments", "sample"])
+def test_video_vae_takes_pictures_as_clips_of_one_frame(video_vae_folder: Path, store: str) -> None:
+    codec = build_codec(video_vae(video_vae_folder, store=store))
+    pictures = random_images(2, 3, 8, 12)
+    channels, height, width = codec.latent_shape(8, 12)
+    noise = torch.randn(2, channels, height, width) if codec.needs_noise else None
+    stored = codec.encode(pictures, noise)
+    clips = codec.encode(pictures[:, :, None], None if noise is None else noise[:, :, None])
+    assert stored.equal(clips[:, :, 0])
+    latents = stored[:, :channels]
+    decoded = codec.decode(latents)
+    assert decoded.shape == pictures.shape
+    assert decoded.equal(codec.decode(latents[:, :, None])[:, :, 0])
+    with pytest.raises(InputError, match=r"8 x 14 .* nearest are 1 x 8 x 12 or 16"):
+        codec.latent_shape(8, 14)
 
 
 def test_video_vae_sample_precision_and_identity(video_vae_folder: Path, tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ def test_a_recipe_of_the_other_kind_is_refused(write: Write) -> None:
         ("schedule={warmup_samples: 400, cooldown_samples: 300}", "schedule: warmup_samples + cooldown_samples exceed"),
         ("sampling.num_classes=11", "sampling.num_classes: more than model.num_classes"),
         ("model.patch_size=3", "model.latent_shape: 8x8 is not divisible by patch_size 3"),
-        ("model.dim=18", "model.dim: 2-D positions need a multiple of 4, got 18"),
+        ("model.dim=18", "model.dim: positions need a multiple of 4, got 18"),
         ("model.mixer=[pom, pom, attention]", "model.mixer: a pattern of 3 does not divide depth 2"),
         ("model.mixer=[]", "model.mixer: must be 'pom' or 'attention', got []; or list should have at least 1 item"),
         (

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pomscale.config.schema import ImageTransformConfig, PixelCodecConfig, SdVaeCodecConfig
+from pomscale.config.model import ImageModelConfig, VideoModelConfig
+from pomscale.config.schema import CogVideoXVaeCodecConfig, ImageTransformConfig, PixelCodecConfig, SdVaeCodecConfig
 from pomscale.data.schema import (
     MANIFEST_NAME,
     CodecInfo,
@@ -20,6 +22,7 @@ from pomscale.data.schema import (
     ShardInfo,
     SourceInfo,
     check_compatible,
+    check_text,
     read_manifest,
 )
 from pomscale.errors import InputError
@@ -112,21 +115,62 @@ def test_fingerprint_follows_the_shards(manifest: Manifest) -> None:
 
 def test_datasets_that_do_not_fit_the_recipe_are_refused(manifest: Manifest) -> None:
     elsewhere = SdVaeCodecConfig(name="sd_vae", path="/there", precision="bf16")
-    check_compatible("d", manifest, elsewhere, (2, 4, 4), 2)
+    model = ImageModelConfig(latent_shape=(2, 4, 4), num_classes=2, dim=8, depth=1)
+    check_compatible("d", manifest, elsewhere, model)
     with pytest.raises(InputError, match=r"dataset d: .*sd_vae.*pixel.*encode"):
-        check_compatible("d", manifest, PixelCodecConfig(name="pixel"), (2, 4, 4), 2)
+        check_compatible("d", manifest, PixelCodecConfig(name="pixel"), model)
     with pytest.raises(InputError, match=r"'moments'.*'sample'"):
-        check_compatible("d", manifest, SdVaeCodecConfig(name="sd_vae", store="sample"), (2, 4, 4), 2)
+        check_compatible("d", manifest, SdVaeCodecConfig(name="sd_vae", store="sample"), model)
     with pytest.raises(InputError, match=r"\(2, 4, 4\).*\(2, 8, 8\)"):
-        check_compatible("d", manifest, elsewhere, (2, 8, 8), 2)
+        check_compatible("d", manifest, elsewhere, model.model_copy(update={"latent_shape": (2, 8, 8)}))
     with pytest.raises(InputError, match=r"2 classes.*num_classes is 3"):
-        check_compatible("d", manifest, elsewhere, (2, 4, 4), 3)
+        check_compatible("d", manifest, elsewhere, model.model_copy(update={"num_classes": 3}))
     both = changed(manifest, shards=[{**manifest.shards[0].model_dump(), "group": i} for i in range(2)], num_samples=4)
     with pytest.raises(InputError, match=r"\(2, 4, 8\).*\(2, 4, 4\)"):
-        check_compatible("d", both, elsewhere, (2, 4, 4), 2)
+        check_compatible("d", both, elsewhere, model)
     text_only = changed(manifest, codec=None, latent=None, transform=None)
     with pytest.raises(InputError, match=r"dataset d: has text embeddings and no latents"):
-        check_compatible("d", text_only, elsewhere, (2, 4, 4), 2)
+        check_compatible("d", text_only, elsewhere, model)
+
+
+def clips(manifest: Manifest, shape: tuple[int, ...]) -> Manifest:
+    codec = {"config": {"name": "cogvideox_vae"}, "identity": "i", "scaling_factor": 0.5, "shift": 0.25}
+    return changed(manifest, codec=codec, class_names=(), groups=[{"shape": shape, "target": (1,)}])
+
+
+VIDEO_MODEL = VideoModelConfig(kind="video", latent_shape=(2, 6, 4, 4), text_dim=8, patch_frames=3, dim=8, depth=1)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 4), (2, 3, 4, 8), (2, 1, 8, 4), (2, 4, 4)])
+def test_smaller_clips_and_pictures_fit_a_model_of_clips(manifest: Manifest, shape: tuple[int, ...]) -> None:
+    check_compatible("d", clips(manifest, shape), CogVideoXVaeCodecConfig(name="cogvideox_vae"), VIDEO_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("shape", "problem"),
+    [
+        ((3, 6, 4, 4), r"\(3, 6, 4, 4\).*model\.latent_shape says 2 channels"),
+        ((2, 4, 4, 4), r"4 frames are not divisible by model\.patch_frames 3"),
+        ((2, 3, 4, 5), r"4x5 is not divisible by model\.patch_size 2"),
+        ((2, 5, 5), r"5x5 is not divisible by model\.patch_size 2"),
+        ((2, 9, 4, 4), r"that is 12 tokens, and model\.latent_shape \(2, 6, 4, 4\) .* says 8"),
+        ((2, 6, 6), r"that is 9 tokens"),
+    ],
+)
+def test_clips_that_do_not_fit_the_model_are_refused(manifest: Manifest, shape: tuple[int, ...], problem: str) -> None:
+    codec = CogVideoXVaeCodecConfig(name="cogvideox_vae")
+    with pytest.raises(InputError, match=rf"dataset d: .*{problem}.*Change the recipe, or encode the dataset again"):
+        check_compatible("d", clips(manifest, shape), codec, VIDEO_MODEL)
+
+
+def test_texts_that_do_not_fit_the_model_are_refused(manifest: Manifest) -> None:
+    with pytest.raises(InputError, match=r"dataset d: has no text embeddings; encode them .* data\.text"):
+        check_text("d", manifest, VIDEO_MODEL)
+    null = base64.b64encode(bytes(2 * 16)).decode()
+    text = {"config": {"path": "x"}, "identity": "t", "dim": 8, "null_length": 2, "null_embedding": null}
+    check_text("d", changed(manifest, text=text), VIDEO_MODEL)
+    with pytest.raises(InputError, match=r"dataset d: .* 16 values per token, but model\.text_dim is 8\. Set"):
+        check_text("d", changed(manifest, text=text | {"dim": 16, "null_length": 1}), VIDEO_MODEL)
 
 
 def test_reading_a_manifest_imports_neither_torch_nor_numpy() -> None:

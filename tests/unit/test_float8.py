@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pomscale.config.schema import ModelConfig
+from pomscale.config.model import ImageModelConfig
 from pomscale.models import DiPoM, init_weights
 
 pytest.importorskip("torchao")
 
 from pomscale.engine.float8 import to_float8
 
-MODEL = ModelConfig(latent_shape=(4, 4, 4), num_classes=3, patch_size=1, dim=32, depth=2, num_heads=2)
+MODEL = ImageModelConfig(latent_shape=(4, 4, 4), num_classes=3, patch_size=1, dim=32, depth=2, num_heads=2)
 
 
 def network(*, float8: bool, seed: int = 0) -> DiPoM:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pomscale.config.presets import PRESETS
-from pomscale.config.schema import ModelConfig
+from pomscale.config.model import ImageModelConfig
+from pomscale.config.presets import IMAGE_PRESETS
 from pomscale.models import DiPoM, build_model, init_weights
 from pomscale.models.block import Block
 from pomscale.plan import forward_flops, num_parameters, training_flops
@@ -26,21 +26,21 @@ TINY: dict[str, Any] = {
 }
 
 
-def tiny(**fields: Any) -> ModelConfig:
-    return ModelConfig(**{**TINY, **fields})
+def tiny(**fields: Any) -> ImageModelConfig:
+    return ImageModelConfig(**{**TINY, **fields})
 
 
-def preset(name: str) -> ModelConfig:
-    return ModelConfig(preset=name, latent_shape=(4, 32, 32), num_classes=1000)
+def preset(name: str) -> ImageModelConfig:
+    return ImageModelConfig(preset=name, latent_shape=(4, 32, 32), num_classes=1000)
 
 
-def build(config: ModelConfig, seed: int = 0) -> DiPoM:
+def build(config: ImageModelConfig, seed: int = 0) -> DiPoM:
     model = DiPoM(config)
     init_weights(model, seed)
     return model
 
 
-def batch(config: ModelConfig, size: int = 2, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+def batch(config: ImageModelConfig, size: int = 2, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(size, *config.latent_shape, generator=generator).to(device)
     return latents, torch.rand(size, generator=generator).to(device), torch.arange(size, device=device)
@@ -58,7 +58,7 @@ def awaken(model: DiPoM) -> DiPoM:
 # --- size and cost ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", IMAGE_PRESETS)
 def test_parameter_formula_counts_the_module(name: str) -> None:
     config = preset(name)
     with torch.device("meta"):
@@ -86,7 +86,7 @@ COUNTED = [
 
 
 @pytest.mark.parametrize("config", COUNTED, ids=["pom", "attention", "hybrid"])
-def test_flop_formula_counts_what_runs(config: ModelConfig) -> None:
+def test_flop_formula_counts_what_runs(config: ImageModelConfig) -> None:
     model = DiPoM(config)
     # The counter does not know the CPU's fused attention; the plain one is two products, which it does.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -161,7 +161,7 @@ def test_deeper_models_share_the_weights_of_the_same_names() -> None:
 
 def test_public_build_model_is_initialised_and_takes_changes() -> None:
     model = build_model("dipom-s-2", num_classes=10, latent_shape=(4, 4, 4), depth=1, seed=3)
-    expected = build(ModelConfig(preset="dipom-s-2", num_classes=10, latent_shape=(4, 4, 4), depth=1), seed=3)
+    expected = build(ImageModelConfig(preset="dipom-s-2", num_classes=10, latent_shape=(4, 4, 4), depth=1), seed=3)
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import wandb
@@ -177,6 +179,90 @@ def test_the_id_is_there_before_wandb_is(run: Path) -> None:
     assert read_wandb_id(run)
     assert not _service()
     sink.close()
+
+
+# --- clips ---------------------------------------------------------------------------------------------------------
+
+
+def _clip(path: Path, num_frames: int = 8, size: int = 48) -> Path:
+    """A real one; its noise cannot be compressed much."""
+    make_video = pytest.importorskip("make_video", reason="clips need PyAV: pip install -e '.[video]'")
+    path.parent.mkdir(exist_ok=True)
+    noise = np.random.default_rng(0).integers(0, 256, (num_frames, size, size, 3), np.uint8)
+    return Path(make_video.write_video(path, noise, codec_options={"crf": "10"}))
+
+
+def _clips(path: Path) -> list[tuple[int, str, str]]:
+    """(samples, name, file below files/) of the clips in a wandb file."""
+    return [
+        (row["samples"], key.removesuffix("._type"), row[f"{key.removesuffix('._type')}.path"])
+        for row in wandb_reader.read_rows(path)
+        for key, value in row.items()
+        if value == "video-file"
+    ]
+
+
+def test_a_clip_is_in_wandb_at_its_samples_byte_for_byte(run: Path) -> None:
+    clips = {samples: _clip(run / "samples" / f"samples-{samples:012d}.mp4", samples) for samples in (8, 16)}
+    with _open(run) as monitor:
+        for samples, path in clips.items():
+            monitor.log(samples, {"train/loss": 1.0})
+            monitor.log_video(samples, "samples/clips", path)
+    record(run, 16, {"evaluation/films/accuracy": 1.0}, {"evaluation/films/clip": clips[8]})
+    assert deliver_without_training(run) == 1
+    training, evaluation = _files(run)
+    assert [found[:2] for found in _clips(training)] == [(8, "samples/clips"), (16, "samples/clips")]
+    for samples, _, file in _clips(training):
+        assert (training.parent / "files" / file).read_bytes() == clips[samples].read_bytes()
+    ((samples, name, file),) = _clips(evaluation)
+    assert (samples, name) == (16, "evaluation/films/clip")
+    assert (evaluation.parent / "files" / file).read_bytes() == clips[8].read_bytes()
+
+
+def test_broken_media_cost_a_warning_and_nothing_else(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken = run / "broken.png"
+    broken.write_bytes(b"no picture")
+    gone = _clip(run / "gone.mp4")
+    with _open(run) as monitor:
+        monitor.log(8, {"train/loss": 1.0})
+        monitor.log_image(8, "samples/grid", broken)
+        monitor.log_video(8, "samples/clips", run / "never.mp4")
+        record(
+            run,
+            8,
+            {"evaluation/films/accuracy": 0.5},
+            {"evaluation/films/grid": broken, "evaluation/films/clip": gone},
+        )
+        gone.unlink()
+        monitor.log(16, {"train/loss": 0.5})
+    assert _rows(run) == [[8, 16]], "one wandb, that was never torn down"
+    assert _rows(run, "evaluation/films/accuracy") == [[8]]
+    assert _clips(_files(run)[0]) == []
+    assert caplog.text.count("wandb fails; the run goes on") == 1
+    assert caplog.text.count("wandb lacks 2 entries") == 1
+    for path in (broken, gone):
+        assert caplog.text.count(f"{path}: wandb does not take it") == 1
+
+
+def test_a_clip_that_the_disk_has_no_room_for_costs_that_clip(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clip = _clip(tmp_path / "clip.mp4", num_frames=32, size=256)
+    assert clip.stat().st_size > 1 << 20
+    with mounted_disk(tmp_path / "disk", "1m") as run:
+        (run / "recipe.yaml").write_text(RECIPE)
+        sink = WandbSink(run, WandbConfig(), "digits", {})
+        sink.log(8, {"train/loss": 1.0})
+        sink.log_video(8, "samples/clips", clip)
+        small = _clip(run / "small.mp4")
+        record(run, 16, {"evaluation/films/loss": 0.5}, {"evaluation/films/a": clip, "evaluation/films/b": small})
+        for samples in (16, 24):
+            sink.log(samples, {"train/loss": 1.0})
+        sink.close()
+        assert _rows(run) == [[8, 16, 24]], "one wandb, that was never torn down"
+        assert _rows(run, "evaluation/films/loss") == [[16]]
+        assert [found[:2] for found in _clips(_files(run)[0])] == [(16, "evaluation/films/b")]
+        assert shutil.disk_usage(run).free > 256 << 10, "nothing has eaten the last room"
+    assert caplog.text.count(f"{clip}: no room for wandb's copy of it") == 2
+    assert "wandb missed 1 entries; metrics.jsonl has every row" in caplog.text
 
 
 # --- evaluations ---------------------------------------------------------------------------------------------------

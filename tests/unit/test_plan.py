@@ -33,10 +33,16 @@ from pomscale.plan.traffic import traffic
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = {"size": "s-2", "depth": 4, "latent_shape": [4, 16, 16], "batch": 6}
 TINY_MODEL = {"dim": 64, "num_heads": 4}
+TINY_CLIPS = {"size": "s-2", "depth": 4, "latent_shape": [16, 8, 8, 12], "batch": 3}
+TINY_VIDEO_MODEL = {**TINY_MODEL, "text_dim": 96}
 
 
 def tiny(mixer: str = "dipom", num_ranks: int = 8, **changes: dict[str, Any]) -> TrainRecipe:
     return make_recipe(mixer, TINY, {"model": TINY_MODEL, **changes}, num_ranks)
+
+
+def tiny_video(mixer: str = "vdipom", **changes: dict[str, Any]) -> TrainRecipe:
+    return make_recipe(mixer, TINY_CLIPS, {**changes, "model": {**TINY_VIDEO_MODEL, **changes.get("model", {})}}, 8)
 
 
 def assert_predicted(recipe: TrainRecipe, num_ranks: int, measured: tuple[int, int]) -> None:
@@ -94,6 +100,31 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_of_every_layout(layout: str) -> None:
     recipe = tiny(**LAYOUTS[layout])
+    with pretended_world(8) as world:
+        assert_predicted(recipe, 8, measure(recipe, world))
+
+
+TIMES: dict[str, dict[str, Any]] = {
+    "no mask": {},
+    "block-causal": {"model": {"temporal": "block_causal"}},
+    "t per frame group": {"model": {"temporal": "block_causal"}, "diffusion": {"time": {"per_frame_group": True}}},
+}
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("mixer", ["vdipom", "vdit"])
+@pytest.mark.parametrize(
+    ("precision", "mode"), [("fp32", "none"), ("bf16", "none"), ("bf16", "selective"), ("bf16", "full")]
+)
+def test_memory_of_clips(mixer: str, precision: str, mode: str, times: str) -> None:
+    recipe = tiny_video(mixer, **TIMES[times], compute={"precision": precision, "activation_checkpointing": mode})
+    with pretended_world(8) as world:
+        assert_predicted(recipe, 8, measure(recipe, world))
+
+
+def test_memory_of_a_hybrid_of_clips() -> None:
+    model = {"mixer": ["pom", "attention"], "temporal": "block_causal", "patch_frames": 4, "degree": 3}
+    recipe = tiny_video(model=model, fsdp2={"shard_size": 2}, training={"micro_batch": 2})
     with pretended_world(8) as world:
         assert_predicted(recipe, 8, measure(recipe, world))
 
@@ -306,6 +337,18 @@ def test_report_is_a_table_that_ends_in_a_verdict() -> None:
     larger = plan(recipe, num_nodes=8, gpus_per_node=8, gpu="h200")
     assert larger.fits
     assert render(larger).splitlines()[-1].startswith("FITS")
+
+
+def test_report_of_clips() -> None:
+    causal, forcing = (
+        plan(load_train_recipe(RECIPES / "video" / f"{name}.yaml"), num_nodes=1, gpus_per_node=8, gpu="h200")
+        for name in ("vdipom-xl-2-causal", "vdipom-xl-2-forcing")
+    )
+    assert "model     1.16 G parameters, 3600 tokens in 10 frame groups with 120 of text, 5.38 TFLOP" in render(causal)
+    # A t for every frame group: so many times is the text modulated and projected.
+    assert "5.62 TFLOP" in render(forcing)
+    assert forcing.speed.samples_per_s < causal.speed.samples_per_s
+    assert forcing.memory.peak > causal.memory.peak
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("[!dp]*/*.yaml")), ids=lambda path: path.stem)

@@ -15,7 +15,7 @@ from pomscale.card import ModelCard
 from pomscale.checkpoint.post_hoc import ExponentialProfile, PowerProfile, Profile, fit
 from pomscale.checkpoint.store import CheckpointStore
 from pomscale.config.engine import CheckpointConfig, EmaConfig
-from pomscale.config.schema import DiffusionConfig, ModelConfig, PixelCodecConfig, SamplingConfig
+from pomscale.config.schema import DiffusionConfig, ImageModelConfig, PixelCodecConfig, SamplingConfig
 from pomscale.distributed.world import join_world
 from pomscale.engine.ema import Ema, ema_weights
 from pomscale.errors import InputError
@@ -99,7 +99,7 @@ def test_inner_products_are_integrals() -> None:
     assert spread**0.5 / 1000 == pytest.approx(0.05, rel=1e-4)
 
 
-MODEL = ModelConfig(latent_shape=(4, 4, 4), num_classes=10, patch_size=1, dim=16, depth=2, num_heads=2)
+MODEL = ImageModelConfig(latent_shape=(4, 4, 4), num_classes=10, patch_size=1, dim=16, depth=2, num_heads=2)
 
 
 def make_run(folder: Path, num_snapshots: int) -> Ema:

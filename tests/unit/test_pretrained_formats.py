@@ -18,7 +18,7 @@ from pomscale.card import ModelCard
 from pomscale.checkpoint.exported import groups
 from pomscale.checkpoint.store import CheckpointStore
 from pomscale.config.engine import CheckpointConfig
-from pomscale.config.schema import DiffusionConfig, InitFromConfig, ModelConfig, PixelCodecConfig, SamplingConfig
+from pomscale.config.schema import DiffusionConfig, ImageModelConfig, InitFromConfig, PixelCodecConfig, SamplingConfig
 from pomscale.distributed.world import join_world
 from pomscale.errors import InputError
 from pomscale.export import export
@@ -27,13 +27,13 @@ from pomscale.models import DiPoM, init_weights
 from pomscale.pretrained import PretrainedDiPoM, load_pretrained
 from pomscale.weights import parameter_shapes, write_weights
 
-MODEL = ModelConfig(latent_shape=(4, 4, 4), num_classes=10, patch_size=1, dim=16, depth=2, num_heads=2)
+MODEL = ImageModelConfig(latent_shape=(4, 4, 4), num_classes=10, patch_size=1, dim=16, depth=2, num_heads=2)
 SETS = {"halflife-2000": 1, "power-0.05": 2, "model": 3}  # name -> seed
 LATENTS = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 INPUTS = (LATENTS, torch.tensor([0.0, 0.3, 1.0]), torch.tensor([0, 10, 3]))
 
 
-def card(model: ModelConfig = MODEL) -> ModelCard:
+def card(model: ImageModelConfig = MODEL) -> ModelCard:
     return ModelCard(
         model=model, diffusion=DiffusionConfig(), sampling=SamplingConfig(), codec=PixelCodecConfig(name="pixel"),
         codec_identity=None, class_names=(), latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4,
@@ -41,7 +41,7 @@ def card(model: ModelConfig = MODEL) -> ModelCard:
     )  # fmt: skip
 
 
-def random_weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
+def random_weights(model: ImageModelConfig, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in parameter_shapes(model).items()}
 
@@ -66,7 +66,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def outputs(weights: dict[str, Tensor], model: ModelConfig = MODEL) -> Tensor:
+def outputs(weights: dict[str, Tensor], model: ImageModelConfig = MODEL) -> Tensor:
     network = DiPoM(model)
     network.load_state_dict(weights)
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_groups_are_bounded_and_whole() -> None:
 # --- Fine-tuning -----------------------------------------------------------------------------------------------------
 
 
-def initial_weights(source: Path, target: ModelConfig, weights: str = "ema") -> tuple[dict[str, Tensor], str]:
+def initial_weights(source: Path, target: ImageModelConfig, weights: str = "ema") -> tuple[dict[str, Tensor], str]:
     """Values in the order in which they are assigned, and the note."""
     tuning = fine_tuning(InitFromConfig(path=str(source), weights=weights), target, seed=7)
     model = DiPoM(target)
@@ -190,7 +190,7 @@ def initial_weights(source: Path, target: ModelConfig, weights: str = "ema") -> 
 
 
 def test_fine_tuning_at_another_resolution_begins_with_the_same_weights(run: Path, tmp_path: Path) -> None:
-    larger = ModelConfig(**{**MODEL.model_dump(), "latent_shape": (4, 8, 6)})
+    larger = ImageModelConfig(**{**MODEL.model_dump(), "latent_shape": (4, 8, 6)})
     export(run, tmp_path / "out", weights="power-0.05")
     for source, weights, seed in [(run, "ema", 1), (run, "model", 3), (tmp_path / "out", "ema", 2)]:
         found, note = initial_weights(source, larger, weights)
@@ -201,7 +201,7 @@ def test_fine_tuning_at_another_resolution_begins_with_the_same_weights(run: Pat
 
 
 def test_other_classes_begin_anew_and_nothing_else(run: Path) -> None:
-    other = ModelConfig(**{**MODEL.model_dump(), "num_classes": 7})
+    other = ImageModelConfig(**{**MODEL.model_dump(), "num_classes": 7})
     found, note = initial_weights(run, other)
     expected = random_weights(MODEL, SETS["halflife-2000"])
     fresh = DiPoM(other)
@@ -213,7 +213,7 @@ def test_other_classes_begin_anew_and_nothing_else(run: Path) -> None:
 
 def test_another_network_is_refused_with_all_differences(run: Path) -> None:
     fields = {"latent_shape": (3, 4, 4), "num_classes": 5, "dim": 32, "depth": 4, "num_heads": 2}
-    hybrid = ModelConfig(**fields, mixer=["pom", "attention"], patch_size=2, degree=3)
+    hybrid = ImageModelConfig(**fields, mixer=["pom", "attention"], patch_size=2, degree=3)
     with pytest.raises(InputError) as error:
         fine_tuning(InitFromConfig(path=str(run)), hybrid, seed=0)
     for difference in (
@@ -224,7 +224,7 @@ def test_another_network_is_refused_with_all_differences(run: Path) -> None:
         assert difference in str(error.value)
     assert "num_classes" not in str(error.value)
     # What a network has no use for makes no difference.
-    fine_tuning(InitFromConfig(path=str(run)), ModelConfig(**{**MODEL.model_dump(), "num_heads": 4}), seed=0)
+    fine_tuning(InitFromConfig(path=str(run)), ImageModelConfig(**{**MODEL.model_dump(), "num_heads": 4}), seed=0)
 
 
 def test_weights_that_are_not_there_are_told_before_training(run: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import yaml
 from pomscale.config.identity import NOT_OF_THE_LATENTS
 from pomscale.config.recipe import json_schema, load_recipe
 from pomscale.config.schema import EncodeRecipe, PixelCodecConfig, TrainRecipe
-from pomscale.models import DiPoM
+from pomscale.models import make_model
 from pomscale.plan import num_parameters
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -89,7 +89,7 @@ def test_the_schema_knows_no_other_key() -> None:
 @each_train_recipe
 def test_the_model_builds(recipe: TrainRecipe) -> None:
     with torch.device("meta"):
-        model = DiPoM(recipe.model)
+        model = make_model(recipe.model)
     assert len(model.blocks()) == recipe.model.depth
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters(recipe.model)
 
@@ -97,11 +97,15 @@ def test_the_model_builds(recipe: TrainRecipe) -> None:
 @each_train_recipe
 def test_a_shipped_encode_recipe_writes_the_training_data(recipe: TrainRecipe) -> None:
     """With the codec and latent shape that training will insist on."""
-    (source,) = (encode for encode in ENCODE.values() if encode.output == recipe.data.path)
-    stored, wanted = (config.model_dump(exclude=set(NOT_OF_THE_LATENTS)) for config in (source.codec, recipe.codec))
-    assert stored == wanted
+    for component in recipe.data.components:
+        (source,) = (encode for encode in ENCODE.values() if encode.output == component.path)
+        stored, wanted = (config.model_dump(exclude=set(NOT_OF_THE_LATENTS)) for config in (source.codec, recipe.codec))
+        assert stored == wanted
+    (source,) = (encode for encode in ENCODE.values() if encode.output == recipe.data.components[0].path)
     block = recipe.codec.block if isinstance(recipe.codec, PixelCodecConfig) else 8
-    assert recipe.model.latent_shape[1:] == (source.transform.size // block,) * 2
+    *frames, height, width = source.transform.targets[0]
+    compression = 4 if recipe.codec.name == "cogvideox_vae" else 1
+    assert recipe.model.latent_shape[1:] == (*(n // compression for n in frames), height // block, width // block)
 
 
 def test_names_are_unique() -> None:

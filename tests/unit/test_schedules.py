@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pomscale.config.engine import EmaConfig, OptimizerConfig, ScheduleConfig
-from pomscale.config.schema import ModelConfig
+from pomscale.config.model import ImageModelConfig
 from pomscale.engine.ema import ema_weights
 from pomscale.engine.optim import build_optimizer, learning_rate
 from pomscale.models import DiPoM
@@ -90,7 +90,7 @@ def test_ramp_up_forgets_the_initial_weights() -> None:
 def test_all_is_decayed_but_biases_and_the_class_embedding() -> None:
     """Without gradients AdamW does nothing but decay."""
     fields: dict[str, Any] = {"latent_shape": (2, 4, 4), "num_classes": 3, "dim": 8, "depth": 2, "num_heads": 2}
-    model = DiPoM(ModelConfig(**fields, mixer=["pom", "attention"]))
+    model = DiPoM(ImageModelConfig(**fields, mixer=["pom", "attention"]))
     optimizer = build_optimizer(model, OptimizerConfig(lr=0.1, weight_decay=0.5))
     for parameter in model.parameters():
         torch.nn.init.ones_(parameter)

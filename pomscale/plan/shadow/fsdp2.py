@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pomscale.config.engine import ComputeConfig, Fsdp2Config
-from pomscale.config.schema import ModelConfig
 from pomscale.plan.shadow.ledger import Part, Storage
-from pomscale.plan.shadow.network import Block
+from pomscale.plan.shadow.network import AnyBlock, Network
 from pomscale.plan.shadow.operators import BF16, FP32, Weight
 from pomscale.plan.shadow.step import StepShadow, num_elements
 from pomscale.plan.shadow.tensor import Tensor
@@ -88,10 +87,10 @@ class Fsdp2Shadow(StepShadow):
     """num_shards: ranks that share one copy of the model. `run` once; the ledger then knows the peak of a step."""
 
     def __init__(
-        self, model: ModelConfig, compute: ComputeConfig, fsdp2: Fsdp2Config, *, num_shards: int,
+        self, network: Network, compute: ComputeConfig, fsdp2: Fsdp2Config, *, num_shards: int,
         num_averages: int, moments: str,
     ) -> None:  # fmt: skip
-        super().__init__(model, BF16 if compute.precision == "bf16" else FP32, compute.activation_checkpointing)
+        super().__init__(network, BF16 if compute.precision == "bf16" else FP32, compute.activation_checkpointing)
         self.num_shards, self.num_averages, self.moments = num_shards, num_averages, moments
         self.reshard, self.offload, self.prefetch = fsdp2.reshard_after_forward, fsdp2.cpu_offload, fsdp2.prefetch
         self.groups = [_Group(self, block.weights()) for block in self.network.blocks]
@@ -127,7 +126,7 @@ class Fsdp2Shadow(StepShadow):
             self.allocate("ema", num_local * FP32 * self.num_averages),
         ]
 
-    def before_forward(self, block: Block | None) -> None:
+    def before_forward(self, block: AnyBlock | None) -> None:
         if block is None:
             self.root.finish_gathering(forward=True)
             return
@@ -136,13 +135,13 @@ class Fsdp2Shadow(StepShadow):
         for ahead in self.groups[number + 1 : number + 1 + self.prefetch]:
             ahead.gather()
 
-    def after_forward(self, block: Block | None) -> None:
+    def after_forward(self, block: AnyBlock | None) -> None:
         if block is None:
             self.last_buffer = None
         elif self.reshard:
             self.groups[self.numbers[block]].free()
 
-    def before_backward(self, block: Block | None) -> None:
+    def before_backward(self, block: AnyBlock | None) -> None:
         number = len(self.groups) if block is None else self.numbers[block]
         if block is not None:
             self.groups[number].finish_gathering(forward=False)
@@ -151,7 +150,7 @@ class Fsdp2Shadow(StepShadow):
         for group in self.groups[max(number - ahead, 0) : number][::-1]:
             group.gather()
 
-    def after_backward(self, block: Block | None) -> None:
+    def after_backward(self, block: AnyBlock | None) -> None:
         group = self.root if block is None else self.groups[self.numbers[block]]
         group.free()
         group.reduce()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeAlias
 
-from pomscale.config.schema import MixerName, ModelConfig
+from pomscale.config.model import ImageModelConfig, MixerName, ModelConfig, VideoModelConfig
+from pomscale.plan.model_cost import TEXT_LENGTH
 from pomscale.plan.shadow import operators as op
 from pomscale.plan.shadow.operators import FP32, Weight
 from pomscale.plan.shadow.tensor import Tensor
@@ -21,20 +24,48 @@ class Linear:
         return [self.weight, self.bias]
 
 
+PADDING: Literal["padding"] = "padding"
+
+Mask: TypeAlias = Literal["padding"] | int | None
+"""Of a mixer: which tokens of its context are padding, or block-causal over so many frame groups."""
+
+
 class PoM:
-    """layers/pom.py and ops/pom/torch_path.py, without a mask."""
+    """layers/pom.py and ops/pom/torch_path.py."""
 
     def __init__(self, dim: int, degree: int, expand: int) -> None:
         width = degree * expand * dim
         self.degree = degree
         self.projection, self.gate, self.output = Linear(dim, width), Linear(dim, width), Linear(width, dim)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        u = self.projection(x)
-        return self.output(self.read(u, self.gate(x)))
+    def __call__(self, x: Tensor, context: Tensor | None = None, mask: Mask = None) -> Tensor:
+        u = self.projection(x if context is None else context)
+        gate = self.gate(x)
+        if isinstance(mask, int):
+            return self.output(self.read_block_causal(u, gate, mask))
+        return self.output(self.read(u, gate, mask))
 
-    def read(self, u: Tensor, gate: Tensor) -> Tensor:
-        mean = op.scaled(op.concatenate([op.sum_tokens(product) for product in self.products(u)]))
+    def read(self, u: Tensor, gate: Tensor, mask: Literal["padding"] | None) -> Tensor:
+        monomials = self.products(u if mask is None else op.scaled(u))
+        mean = op.scaled(op.concatenate([op.sum_tokens(product) for product in monomials]))
+        del monomials
+        return self.select(gate, mean)
+
+    def read_block_causal(self, u: Tensor, gate: Tensor, num_groups: int) -> Tensor:
+        batch, num_tokens, width = u.shape
+        sums = op.concatenate(
+            [
+                op.concatenate(
+                    [op.sum_tokens(op.view(product, batch, num_groups, num_tokens // num_groups, product.shape[-1]))]
+                )
+                for product in self.products(u)
+            ]
+        )
+        means = op.scaled(op.scaled(sums))
+        gates = op.view(gate, batch, num_groups, num_tokens // num_groups, width)
+        return op.view(self.select(gates, means), batch, num_tokens, width)
+
+    def select(self, gate: Tensor, mean: Tensor) -> Tensor:
         return op.sigmoid(gate) * op.cast(mean, gate.itemsize)
 
     def products(self, u: Tensor) -> list[Tensor]:
@@ -49,30 +80,59 @@ class PoM:
 
 
 class Attention:
-    """layers/attention.py, without a mask."""
+    """layers/attention.py: any mask is dense in queries and context."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         self.num_heads = num_heads
         self.query, self.key_value, self.output = Linear(dim, dim), Linear(dim, 2 * dim), Linear(dim, dim)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, context: Tensor | None = None, mask: Mask = None) -> Tensor:
+        context = x if context is None else context
         query = self.query(x)
-        key, value = op.chunk(self.key_value(x), 2)
-        return self.output(op.attention(query, key, value, self.num_heads))
+        key, value = op.chunk(self.key_value(context), 2)
+        if mask is None:
+            return self.output(op.attention(query, key, value, self.num_heads))
+        tape, (batch, num_queries), num_context = x.tape, x.shape[:2], context.shape[1]
+        # What is one for all queries is a view; what is one for all samples is there once.
+        once = tape.new((num_queries, num_context), op.BOOL) if isinstance(mask, int) else None
+        readable = tape.new((batch, 1, num_queries, num_context), op.BOOL)
+        heads = op.attention(query, key, value, self.num_heads, readable)
+        del readable
+        heads = op.scaled(heads)  # rows that read nothing are set to 0
+        del once
+        return self.output(heads)
 
     def linears(self) -> list[Linear]:
         return [self.query, self.key_value, self.output]
 
 
+class FeedForward:
+    """layers/mlp.py."""
+
+    def __init__(self, dim: int, expansion: int) -> None:
+        self.expand, self.contract = Linear(dim, expansion * dim), Linear(expansion * dim, dim)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.contract(op.activation(self.expand(x)))
+
+    def linears(self) -> list[Linear]:
+        return [self.expand, self.contract]
+
+
+def build_mixer(config: ModelConfig, name: MixerName) -> PoM | Attention:
+    """models/block.py."""
+    if name == "attention":
+        return Attention(config.dim, config.num_heads)
+    return PoM(config.dim, config.degree, config.expand)
+
+
 class Block:
     """models/block.py."""
 
-    def __init__(self, config: ModelConfig, mixer: MixerName) -> None:
+    def __init__(self, config: ImageModelConfig, mixer: MixerName) -> None:
         dim = config.dim
-        self.mixer: PoM | Attention = (
-            Attention(dim, config.num_heads) if mixer == "attention" else PoM(dim, config.degree, config.expand)
-        )
-        self.expand, self.contract = Linear(dim, config.ffn_expansion * dim), Linear(config.ffn_expansion * dim, dim)
+        self.mixer = build_mixer(config, mixer)
+        self.feed_forward = FeedForward(dim, config.ffn_expansion)
         self.modulation, self.gates = Linear(dim, 4 * dim), Linear(dim, 2 * dim)
 
     def __call__(self, x: Tensor, c: Tensor) -> Tensor:
@@ -82,42 +142,120 @@ class Block:
         x = x + (1 + gate1) * self.mixer(modulate(op.layer_norm(x), shift1, scale1))
         return x + (1 + gate2) * self.feed_forward(modulate(op.layer_norm(x), shift2, scale2))
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return self.contract(op.activation(self.expand(x)))
+    def weights(self) -> list[Weight]:
+        linears = [*self.mixer.linears(), *self.feed_forward.linears(), self.modulation, self.gates]
+        return [weight for linear in linears for weight in linear.weights()]
+
+
+class VideoBlock:
+    """models/video.py; c (b g 1 d), with a g for every t."""
+
+    def __init__(self, config: VideoModelConfig, mixer: MixerName) -> None:
+        dim = config.dim
+        self.cross, self.mixer = build_mixer(config, mixer), build_mixer(config, mixer)
+        self.mask: Mask = config.num_groups if config.temporal == "block_causal" else None
+        self.feed_forward = FeedForward(dim, config.ffn_expansion)
+        self.modulation, self.gates = Linear(dim, 8 * dim), Linear(dim, 3 * dim)
+
+    def __call__(self, x: Tensor, c: Tensor, text: Tensor) -> Tensor:
+        c = op.activation(c)
+        modulation, gates = op.chunk(self.modulation(c), 8), op.chunk(self.gates(c), 3)
+        x = self.read_text(x, text, modulation, gates[0])
+        x = x + gated(gates[1], self.mixer(modulated(x, *modulation[4:6]), mask=self.mask))
+        return x + gated(gates[2], self.feed_forward(modulated(x, *modulation[6:])))
+
+    def read_text(self, x: Tensor, text: Tensor, modulation: list[Tensor], gate: Tensor) -> Tensor:
+        scale, shift = modulation[2:4]
+        batch, num_times = scale.shape[:2]
+        num_tokens, dim = x.shape[1:]
+        queries = modulated(x, *modulation[:2])
+        context = modulate(op.view(op.layer_norm(text), batch, 1, *text.shape[1:]), shift, scale)
+        context = op.view(context, batch * num_times, *text.shape[1:])
+        queries = op.view(queries, batch * num_times, num_tokens // num_times, dim)
+        return x + gated(gate, op.view(self.cross(queries, context, PADDING), *x.shape))
 
     def weights(self) -> list[Weight]:
-        linears = [*self.mixer.linears(), self.expand, self.contract, self.modulation, self.gates]
+        parts = (self.cross, self.mixer, self.feed_forward)
+        linears = [*(linear for part in parts for linear in part.linears()), self.modulation, self.gates]
         return [weight for linear in linears for weight in linear.weights()]
+
+
+def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x (b n d), scale and shift (b g 1 d)."""
+    return op.view(modulate(by_time(op.layer_norm(x), scale.shape[1]), shift, scale), *x.shape)
+
+
+def gated(gate: Tensor, x: Tensor) -> Tensor:
+    """gate (b g 1 d), x (b n d)."""
+    return op.view((1 + gate) * by_time(x, gate.shape[1]), *x.shape)
+
+
+def by_time(x: Tensor, num_times: int) -> Tensor:
+    """(b n d) -> (b g n/g d)"""
+    batch, num_tokens, dim = x.shape
+    return op.view(x, batch, num_times, num_tokens // num_times, dim)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-BlockCall = Callable[[Block, Tensor, Tensor], Tensor]
-"""How a block is called: with what an engine does before and after, and checkpointed or not."""
+AnyBlock: TypeAlias = Block | VideoBlock
+
+BlockCall: TypeAlias = Callable[..., Tensor]
+"""How a block is called, block and inputs: with what an engine does before and after, and checkpointed or not."""
 
 
-class Network:
+class Network(ABC):
+    """What the networks of pictures and of clips have in common. `values`: numbers of the latents in a token."""
+
+    blocks: Sequence[AnyBlock]
+
+    def __init__(self, config: ModelConfig, values: int) -> None:
+        dim = config.dim
+        self.latent_shape: tuple[int, ...] = config.latent_shape
+        self.dim, self.num_tokens = dim, config.num_tokens
+        self.patch_embedding = Linear(values, dim)
+        self.time_expand, self.time_contract = Linear(dim, 4 * dim), Linear(4 * dim, dim)
+        self.modulation, self.head = Linear(dim, 2 * dim), Linear(dim, values)
+
+    @abstractmethod
+    def __call__(self, latents: Tensor, call: BlockCall) -> Tensor:
+        """latents (b ..) fp32 -> as many, in the precision of compute."""
+
+    def patches(self, latents: Tensor) -> Tensor:
+        embedding = self.patch_embedding
+        cast = op.cast(latents, latents.tape.itemsize)
+        return op.convolution(cast, embedding.weight, embedding.bias, self.num_tokens)
+
+    def time(self, features: Tensor) -> Tensor:
+        return self.time_contract(op.activation(self.time_expand(features)))
+
+    def root_weights(self) -> list[Weight]:
+        """What is in no block."""
+        linears = [self.patch_embedding, self.time_expand, self.time_contract, self.modulation, self.head]
+        return [weight for linear in linears for weight in linear.weights()]
+
+    def weights(self) -> Iterator[Weight]:
+        yield from self.root_weights()
+        for block in self.blocks:
+            yield from block.weights()
+
+
+class ImageNetwork(Network):
     """models/image.py."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        channels, dim = config.latent_shape[0], config.dim
-        pixels = config.patch_size**2 * channels
-        self.patch_embedding = Linear(pixels, dim)
-        self.time_expand, self.time_contract = Linear(dim, 4 * dim), Linear(4 * dim, dim)
-        self.class_embedding = Weight((config.num_classes + 1, dim))
+    def __init__(self, config: ImageModelConfig) -> None:
+        super().__init__(config, config.patch_size**2 * config.latent_shape[0])
+        self.class_embedding = Weight((config.num_classes + 1, config.dim))
         self.blocks = [Block(config, mixer) for mixer in config.mixers]
-        self.modulation, self.head = Linear(dim, 2 * dim), Linear(dim, pixels)
 
     def __call__(self, latents: Tensor, call: BlockCall) -> Tensor:
-        batch, dim, itemsize = latents.shape[0], self.config.dim, latents.tape.itemsize
-        tokens = self.config.num_tokens
-        x = op.convolution(op.cast(latents, itemsize), self.patch_embedding.weight, self.patch_embedding.bias, tokens)
-        x = x + x.tape.new((tokens, dim))
-        c = self.time(latents, batch) + op.embedding(self.class_embedding, batch)
-        c.shape = (batch, 1, dim)
+        tape, batch = latents.tape, latents.shape[0]
+        x = self.patches(latents)
+        x = x + tape.new((self.num_tokens, self.dim))
+        c = self.time(tape.new((batch, self.dim))) + op.embedding(self.class_embedding, batch)
+        c.shape = (batch, 1, self.dim)
         for block in self.blocks:
             x = call(block, x, c)
         scale, shift = op.chunk(self.modulation(op.activation(c)), 2)
@@ -125,19 +263,40 @@ class Network:
         prediction.shape = latents.shape
         return prediction
 
-    def time(self, latents: Tensor, batch: int) -> Tensor:
-        features = latents.tape.new((batch, self.config.dim))
-        return self.time_contract(op.activation(self.time_expand(features)))
+    def root_weights(self) -> list[Weight]:
+        return [self.class_embedding, *super().root_weights()]
+
+
+class VideoNetwork(Network):
+    """models/video.py. num_times: values of t per clip; texts are of the length that `model_cost` counts with."""
+
+    def __init__(self, config: VideoModelConfig, num_times: int) -> None:
+        super().__init__(config, config.patch_frames * config.patch_size**2 * config.latent_shape[0])
+        self.num_times, self.text_dim = num_times, config.text_dim
+        self.text_embedding = Linear(config.text_dim, config.dim)
+        self.blocks = [VideoBlock(config, mixer) for mixer in config.mixers]
+
+    def __call__(self, latents: Tensor, call: BlockCall) -> Tensor:
+        tape, batch = latents.tape, latents.shape[0]
+        embeddings = tape.new((batch, TEXT_LENGTH, self.text_dim), op.FP16)
+        x = self.patches(latents)
+        x = x + op.cast(tape.new((batch, self.num_tokens, self.dim), FP32), tape.itemsize)
+        c = self.time(tape.new((batch, self.num_times, 1, self.dim)))
+        text = self.text_embedding(tape.new(embeddings.shape))  # cast
+        for block in self.blocks:
+            x = call(block, x, c, text)
+        scale, shift = op.chunk(self.modulation(op.activation(c)), 2)
+        prediction = op.scaled(self.head(modulated(x, scale, shift)))
+        prediction.shape = latents.shape
+        return prediction
 
     def root_weights(self) -> list[Weight]:
-        """What is in no block."""
-        linears = [self.patch_embedding, self.time_expand, self.time_contract, self.modulation, self.head]
-        return [self.class_embedding, *(weight for linear in linears for weight in linear.weights())]
+        return [*super().root_weights(), *self.text_embedding.weights()]
 
-    def weights(self) -> Iterator[Weight]:
-        yield from self.root_weights()
-        for block in self.blocks:
-            yield from block.weights()
+
+def build_network(config: ModelConfig, num_times: int) -> Network:
+    """num_times: as `batch.num_times`."""
+    return VideoNetwork(config, num_times) if isinstance(config, VideoModelConfig) else ImageNetwork(config)
 
 
 def loss(predict: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:

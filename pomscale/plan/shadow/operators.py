@@ -6,11 +6,12 @@ positions) are left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pomscale.plan.shadow.tensor import Leaf, Shape, Tensor, broadcast, product, record
 
-FP32, BF16 = 4, 2
+FP32, BF16, FP16, BOOL = 4, 2, 2, 1
 
 
 class Weight:
@@ -120,8 +121,8 @@ def concatenate(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def sum_tokens(x: Tensor) -> Tensor:
-    """(b n d) -> (b 1 d) fp32. The gradient is a broadcast view, which becomes a tensor when it is cast."""
-    result = x.tape.new((x.shape[0], 1, x.shape[2]), FP32)
+    """(.. n d) -> (.. 1 d) fp32. The gradient is a broadcast view, which becomes a tensor when it is cast."""
+    result = x.tape.new((*x.shape[:-2], 1, x.shape[-1]), FP32)
     shape, itemsize = x.shape, x.itemsize
 
     def backward(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
@@ -130,6 +131,22 @@ def sum_tokens(x: Tensor) -> Tensor:
         if itemsize != FP32:
             return [gradient.tape.new(shape, itemsize)]
         return [Tensor(gradient.tape, shape, FP32, gradient.storage)]
+
+    record([x], [result], [], backward)
+    return result
+
+
+def view(x: Tensor, *shape: int) -> Tensor:
+    """x in another shape. Its gradient is a view too, unless it was broadcast, which is when it is copied."""
+    result = Tensor(x.tape, shape, x.itemsize, x.storage)
+    before = x.shape
+
+    def backward(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
+        (gradient,) = gradients
+        assert gradient is not None
+        if math.prod(before) * gradient.itemsize > gradient.storage.num_bytes:
+            return [gradient.tape.new(before, gradient.itemsize)]
+        return [Tensor(gradient.tape, before, gradient.itemsize, gradient.storage)]
 
     record([x], [result], [], backward)
     return result
@@ -153,19 +170,29 @@ def scaled(x: Tensor) -> Tensor:
     return result
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """Fused: (b n d) each -> (b n d). Keeps operands, output and a log-sum-exp per head and query: no n x n."""
+def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, readable: Tensor | None = None) -> Tensor:
+    """Fused: queries (b m d), key and value (b n d) -> (b m d). Keeps operands, output and a log-sum-exp per head and
+    query; of a mask `readable` (b 1 m n) bool, numbers to add, and without one no m x n."""
     tape, (batch, num_queries, _) = query.tape, query.shape
+    added = [] if readable is None else [_numbers_of(readable)]
     # One operator with two outputs: where its output is kept, so is the other.
     result = product(tape, query.shape)
     normalizer = product(tape, (batch, num_queries, num_heads), FP32)
     record(
         [query, key, value],
         [result],
-        [query, key, value, result, normalizer],
+        [query, key, value, result, normalizer, *added],
         lambda gradients, saved: [tape.new(tensor.shape) for tensor in saved[:3]],
     )
     return result
+
+
+def _numbers_of(readable: Tensor) -> Tensor:
+    """0 and -inf, by way of the mask's opposite."""
+    opposite = readable.tape.new(readable.shape, BOOL)
+    numbers = readable.tape.new(readable.shape)
+    del opposite
+    return numbers
 
 
 def mean_squared(error: Tensor) -> Tensor:
@@ -184,6 +211,6 @@ def mean_squared(error: Tensor) -> Tensor:
 
 
 __all__ = [
-    "BF16", "FP32", "Weight", "activation", "attention", "broadcast", "cast", "chunk", "concatenate", "convolution",
-    "embedding", "layer_norm", "linear", "mean_squared", "scaled", "sigmoid", "sum_tokens",
+    "BF16", "BOOL", "FP16", "FP32", "Weight", "activation", "attention", "broadcast", "cast", "chunk", "concatenate",
+    "convolution", "embedding", "layer_norm", "linear", "mean_squared", "scaled", "sigmoid", "sum_tokens", "view",
 ]  # fmt: skip

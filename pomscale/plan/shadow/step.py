@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from pomscale.config.recomputation import is_recomputed
-from pomscale.config.schema import ModelConfig
 from pomscale.plan.shadow.ledger import Ledger
-from pomscale.plan.shadow.network import Block, Network, loss
+from pomscale.plan.shadow.network import AnyBlock, Network, loss
 from pomscale.plan.shadow.operators import FP32, Weight
 from pomscale.plan.shadow.tensor import Tape, Tensor, backward, checkpoint, record
 
@@ -20,30 +19,30 @@ class StepShadow:
     override the hooks, in the order in which they are called.
     """
 
-    def __init__(self, model: ModelConfig, itemsize: int, checkpointing: str) -> None:
+    def __init__(self, network: Network, itemsize: int, checkpointing: str) -> None:
         self.tape = Tape(itemsize)
-        self.network = Network(model)
+        self.network = network
         self.checkpointing = checkpointing
-        self.numbers = {block: number for number, block in enumerate(self.network.blocks)}
+        self.numbers: dict[AnyBlock, int] = {block: number for number, block in enumerate(self.network.blocks)}
 
     @property
     def ledger(self) -> Ledger:
         return self.tape.ledger
 
-    def before_forward(self, block: Block | None) -> None:
+    def before_forward(self, block: AnyBlock | None) -> None:
         """The weights of `block` (None: of the root) will be read."""
 
-    def after_forward(self, block: Block | None) -> None: ...
+    def after_forward(self, block: AnyBlock | None) -> None: ...
 
-    def before_backward(self, block: Block | None) -> None: ...
+    def before_backward(self, block: AnyBlock | None) -> None: ...
 
-    def after_backward(self, block: Block | None) -> None:
+    def after_backward(self, block: AnyBlock | None) -> None:
         """All gradients of the group's weights are there."""
 
     def micro_batch(self, size: int) -> None:
         """Forward and backward of `size` samples."""
         tape = self.tape
-        latents = tape.new((size, *self.network.config.latent_shape), FP32)
+        latents = tape.new((size, *self.network.latent_shape), FP32)
         tape.ledger.now = "forward"
         self.before_forward(None)
         total = loss(self._predict, latents)
@@ -57,21 +56,21 @@ class StepShadow:
         self.after_forward(None)
         return prediction
 
-    def _call(self, block: Block, x: Tensor, c: Tensor) -> Tensor:
+    def _call(self, block: AnyBlock, *inputs: Tensor) -> Tensor:
         number = self.numbers[block]
         self.ledger.now = f"forward, block {number + 1}"
         self.before_forward(block)
-        x, c = _hooked([x, c], lambda: self.after_backward(block))
+        passed = _hooked(inputs, lambda: self.after_backward(block))
         keep_products = self.checkpointing == "selective"
         if keep_products or is_recomputed(self.checkpointing, number):
-            y = checkpoint(block, x, c, keep_products=keep_products)
+            y = checkpoint(block, *passed, keep_products=keep_products)
         else:
-            y = block(x, c)
+            y = block(*passed)
         self.after_forward(block)
         (y,) = _hooked([y], lambda: self._enter_backward(block, number))
         return y
 
-    def _enter_backward(self, block: Block, number: int) -> None:
+    def _enter_backward(self, block: AnyBlock, number: int) -> None:
         self.ledger.now = f"backward, block {number + 1}"
         self.before_backward(block)
 

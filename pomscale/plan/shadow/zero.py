@@ -9,9 +9,8 @@ Working weights, fp32 or bf16, are made from fp32 masters; masters, moments and 
 from __future__ import annotations
 
 from pomscale.config.engine import ComputeConfig, DeepSpeedConfig
-from pomscale.config.schema import ModelConfig
 from pomscale.plan.shadow.ledger import Part, Storage
-from pomscale.plan.shadow.network import Block
+from pomscale.plan.shadow.network import AnyBlock, Network
 from pomscale.plan.shadow.operators import BF16, FP32, Weight
 from pomscale.plan.shadow.step import StepShadow, num_elements
 from pomscale.plan.shadow.tensor import Tensor
@@ -26,10 +25,10 @@ class ZeroShadow(StepShadow):
     """`run` once; the ledger then knows the peak of a step. num_ranks: that share what the stage shares out."""
 
     def __init__(
-        self, model: ModelConfig, compute: ComputeConfig, deepspeed: DeepSpeedConfig, *, num_ranks: int,
+        self, network: Network, compute: ComputeConfig, deepspeed: DeepSpeedConfig, *, num_ranks: int,
         num_averages: int, moments: str,
     ) -> None:  # fmt: skip
-        super().__init__(model, BF16 if compute.precision == "bf16" else FP32, compute.activation_checkpointing)
+        super().__init__(network, BF16 if compute.precision == "bf16" else FP32, compute.activation_checkpointing)
         self.stage, self.num_averages, self.moments = deepspeed.zero_stage, num_averages, moments
         self.offload_optimizer, self.offload_parameters = deepspeed.offload_optimizer, deepspeed.offload_parameters
         self.root_weights = self.network.root_weights()
@@ -77,18 +76,18 @@ class ZeroShadow(StepShadow):
         if not self.offload_optimizer:
             self.hold("gradients", num_local * FP32)
 
-    def before_forward(self, block: Block | None) -> None:
+    def before_forward(self, block: AnyBlock | None) -> None:
         if block is None and self.stage == 3:
             # Fetched together: as many as are prefetched, up to the end of a block. Copied from, and freed.
             largest = max(num_elements(block.weights()) for block in self.network.blocks)
             fetched = min(self.num_whole, BUCKET_ELEMENTS + largest)
             Storage(self.ledger, "gathered", fetched * self.tape.itemsize)
 
-    def before_backward(self, block: Block | None) -> None:
+    def before_backward(self, block: AnyBlock | None) -> None:
         if block is None and (self.stage == 2 or (self.stage == 1 and self.tape.itemsize == FP32)):
             self.hold("reduction", BUCKET_ELEMENTS * self.tape.itemsize)
 
-    def after_backward(self, block: Block | None) -> None:
+    def after_backward(self, block: AnyBlock | None) -> None:
         if self.stage > 1:
             self._reduce(self.root_weights if block is None else block.weights())
         if block is None:

@@ -1,0 +1,153 @@
+"""The network's part of a recipe: what all trunks have, and what pictures and clips add to it."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, ClassVar, Literal, Union
+
+from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
+
+from pomscale.config.presets import IMAGE_PRESETS, PRESETS, VIDEO_PRESETS
+from pomscale.config.section import Section
+
+MixerName = Literal["pom", "attention"]
+
+
+def _nearest_preset(name: str) -> str:
+    return difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+
+
+class TrunkConfig(Section):
+    """The blocks. A preset fills every field that the recipe does not set."""
+
+    _presets: ClassVar[dict[str, dict[str, Any]]]
+
+    dim: PositiveInt = Field(description="Width of the trunk.")
+    depth: PositiveInt = Field(description="Number of blocks.")
+    patch_size: PositiveInt = Field(2, description="Latent pixels per side of one token.")
+    ffn_expansion: PositiveInt = Field(2, description="Feed-forward width over dim.")
+    mixer: MixerName | Annotated[list[MixerName], Field(min_length=1)] = Field(
+        "pom", description="One mixer for all blocks, or a list that is repeated until depth is reached (a hybrid)."
+    )
+    degree: PositiveInt = Field(2, description="PoM: degree k of the polynomial.")
+    expand: PositiveInt = Field(2, description="PoM: width of one polynomial piece over dim.")
+    num_heads: PositiveInt = Field(16, description="Attention: number of heads.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        # An unknown preset is filled from the nearest one, so that its other keys are checked in the same pass.
+        return values if preset is None else {**PRESETS[_nearest_preset(str(preset))], **values}
+
+    @field_validator("preset", check_fields=False)
+    @classmethod
+    def _known_preset(cls, preset: str | None) -> str | None:
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"unknown model {preset!r}; did you mean {_nearest_preset(preset)!r}?")
+        if preset is not None and preset not in cls._presets:
+            kinds = ("image", "video") if preset in IMAGE_PRESETS else ("video", "image")
+            raise ValueError(f"{preset!r} is a model of kind {kinds[0]}, and model.kind is {kinds[1]}")
+        return preset
+
+    @model_validator(mode="after")
+    def _check_trunk(self) -> TrunkConfig:
+        if self.dim % 4:
+            raise ValueError(f"dim: positions need a multiple of 4, got {self.dim}")
+        if self.depth % len(self.mixer_pattern):
+            raise ValueError(f"mixer: a pattern of {len(self.mixer_pattern)} does not divide depth {self.depth}")
+        if "attention" in self.mixer_pattern and self.dim % self.num_heads:
+            raise ValueError(f"num_heads: {self.num_heads} does not divide dim {self.dim}")
+        return self
+
+    @property
+    def mixer_pattern(self) -> list[MixerName]:
+        return self.mixer if isinstance(self.mixer, list) else [self.mixer]
+
+    @property
+    def mixers(self) -> list[MixerName]:
+        """The mixer of every block, length `depth`."""
+        return self.mixer_pattern * (self.depth // len(self.mixer_pattern))
+
+    def _check_sides(self, height: int, width: int) -> None:
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"latent_shape: {height}x{width} is not divisible by patch_size {self.patch_size}")
+
+
+class ImageModelConfig(TrunkConfig):
+    """Pictures of a class (DiPoM, DiT)."""
+
+    _presets = IMAGE_PRESETS
+
+    kind: Literal["image"] = "image"
+    preset: str | None = Field(
+        None,
+        description="Named size, e.g. dipom-xl-2; other fields override it.",
+        json_schema_extra={"enum": [None, *IMAGE_PRESETS]},
+    )
+    latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="(channels, height, width).")
+    num_classes: PositiveInt = Field(description="Classes of the dataset; the null class is added by the model.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ImageModelConfig:
+        self._check_sides(*self.latent_shape[1:])
+        return self
+
+    @property
+    def num_tokens(self) -> int:
+        _, height, width = self.latent_shape
+        return (height // self.patch_size) * (width // self.patch_size)
+
+
+class VideoModelConfig(TrunkConfig):
+    """Clips of a text (V-DiPoM, and the same trunk with attention); pictures are clips of one frame."""
+
+    _presets = VIDEO_PRESETS
+
+    kind: Literal["video"]
+    preset: str | None = Field(
+        None,
+        description="Named size, e.g. vdipom-xl-2; other fields override it.",
+        json_schema_extra={"enum": [None, *VIDEO_PRESETS]},
+    )
+    latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = Field(
+        description="(channels, frames, height, width) of the largest clips; smaller ones may be trained on with them."
+    )
+    text_dim: PositiveInt = Field(description="Width of the text embeddings: 4096 for T5-XXL.")
+    patch_frames: PositiveInt = Field(2, description="Latent frames of one token; so many are a frame group.")
+    temporal: Literal["none", "block_causal"] = Field(
+        "none",
+        description="Mask of the self mixers. none: every token reads the whole clip; block_causal: its own frame "
+        "group and all earlier ones, so that clips can be generated group by group.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> VideoModelConfig:
+        _, frames, height, width = self.latent_shape
+        self._check_sides(height, width)
+        if frames % self.patch_frames:
+            raise ValueError(f"latent_shape: {frames} frames are not divisible by patch_frames {self.patch_frames}")
+        return self
+
+    @property
+    def num_groups(self) -> int:
+        """Frame groups of the largest clip."""
+        return self.latent_shape[1] // self.patch_frames
+
+    @property
+    def num_tokens(self) -> int:
+        _, _, height, width = self.latent_shape
+        return self.num_groups * (height // self.patch_size) * (width // self.patch_size)
+
+
+def kind(value: Any) -> str:
+    """Which network is meant: what it says, or what its preset is. Named like its key, since errors name it."""
+    if not isinstance(value, dict):
+        return str(getattr(value, "kind", "image"))
+    of_preset = "video" if _nearest_preset(str(value.get("preset"))) in VIDEO_PRESETS else "image"
+    return str(value.get("kind", of_preset if value.get("preset") else "image"))
+
+
+ModelConfig = Annotated[
+    Union[Annotated[ImageModelConfig, Tag("image")], Annotated[VideoModelConfig, Tag("video")]], Discriminator(kind)
+]

@@ -1,0 +1,31 @@
+"""Carried states as plain tensors with names, so that a clip can be gone on with in another process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+
+from torch import Tensor
+
+from pomscale.config.model import VideoModelConfig
+from pomscale.layers import AttentionState
+from pomscale.models.video import MixerState
+from pomscale.ops.pom import PomState
+
+
+def states_to_tensors(states: Sequence[MixerState]) -> dict[str, Tensor]:
+    """The states of all blocks, as `VDiPoM.step` returns them: BLOCK.FIELD -> the tensor itself, not a copy."""
+    return {
+        f"{block}.{field.name}": getattr(state, field.name)
+        for block, state in enumerate(states)
+        for field in fields(state)
+    }
+
+
+def states_from_tensors(config: VideoModelConfig, tensors: Mapping[str, Tensor]) -> list[MixerState]:
+    """Undoes `states_to_tensors`, for a network of this config. KeyError if a tensor is not there."""
+    states: list[MixerState] = []
+    for block, name in enumerate(config.mixers):
+        kind = AttentionState if name == "attention" else PomState
+        states.append(kind(**{field.name: tensors[f"{block}.{field.name}"] for field in fields(kind)}))
+    return states

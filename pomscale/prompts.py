@@ -1,0 +1,36 @@
+"""Prompts to text batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import pad
+
+from pomscale.codecs.base import TextEncoder
+from pomscale.condition import Text
+from pomscale.monitoring.text import warn
+
+
+def embed_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> Text:
+    """A text per prompt, as training has them: float16, padded to the encoder's max_length; on the CPU.
+
+    Of a prompt with more tokens the beginning is used, and a warning says how much that is.
+    """
+    longest = encoder.config.max_length
+    for prompt, num_tokens in zip(prompts, encoder.num_tokens(prompts), strict=True):
+        if num_tokens > longest:
+            warn(
+                f"prompt {shown(prompt)}: {num_tokens} tokens, and the text encoder was used with at most {longest}: "
+                f"the last {num_tokens - longest} are left out"
+            )
+    rows = [torch.from_numpy(row).half() for row in encoder.encode(prompts)]
+    return Text(
+        torch.stack([pad(row, (0, 0, 0, longest - len(row))) for row in rows]),
+        torch.stack([torch.arange(longest) < len(row) for row in rows]),
+    )
+
+
+def shown(prompt: str) -> str:
+    """Its beginning, in quotes."""
+    return repr(prompt if len(prompt) <= 60 else f"{prompt[:57]}...")

@@ -1,0 +1,299 @@
+"""Clips drawn frame group by frame group, against drawing them all at once under the block-causal mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_clips import awaken, normal, text_of, video_config
+from torch import Tensor
+
+from pomscale.benchmarks.storage_tracker import StorageTracker
+from pomscale.condition import Condition, Text
+from pomscale.diffusion.generate import generate
+from pomscale.diffusion.noise import sampling_noise
+from pomscale.diffusion.objectives import OBJECTIVES
+from pomscale.diffusion.sequential import Sequential
+from pomscale.models import MixerState, VDiPoM
+from pomscale.models.states import states_from_tensors, states_to_tensors
+from pomscale.ops.pom import PomState, polynomial_mixer_step
+
+LENGTHS, SEEDS, STEPS = [5, 2], [11, 12], 4
+BATCH, GROUPS, SHAPE = 2, 4, (3, 2, 4, 6)  # c p H W of a frame group
+TEXT, NULL = text_of(LENGTHS), text_of([1, 1], seed=3)
+MIXERS: list[Any] = ["pom", "attention", ["pom", "attention"]]
+
+every_mixer = pytest.mark.parametrize("mixer", MIXERS, ids=["pom", "attention", "hybrid"])
+every_sampler = pytest.mark.parametrize("sampler", ["euler", "ddim", "heun"])
+every_objective = pytest.mark.parametrize("objective", OBJECTIVES)
+every_guidance = pytest.mark.parametrize("guidance", [0.0, 1.5])
+every_precision = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "float64"]
+)
+
+
+def build(mixer: Any = "pom", dtype: torch.dtype = torch.float32) -> VDiPoM:
+    model = VDiPoM(video_config(mixer=mixer, temporal="block_causal"))
+    awaken(model, scale=0.1)
+    return model.to(dtype).requires_grad_(False)
+
+
+class Recorded:
+    """A network that keeps what it was asked and what it said, whole clips or frame groups."""
+
+    def __init__(self, model: VDiPoM) -> None:
+        self.model = model
+        self.asked: list[tuple[Tensor, Tensor, Text]] = []
+        self.said: list[Tensor] = []
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        assert isinstance(condition, Text)
+        self.asked.append((x, t, condition))
+        self.said.append(self.model(x, t, condition))
+        return self.said[-1]
+
+    def step(
+        self, x: Tensor, t: Tensor, condition: Text, states: list[MixerState] | None, group: int
+    ) -> tuple[Tensor, list[MixerState]]:
+        self.asked.append((x, t, condition))
+        prediction, states = self.model.step(x, t, condition, states, group)
+        self.said.append(prediction)
+        return prediction, states
+
+
+def stream(
+    recorded: Recorded,
+    *,
+    time_per_group: bool = False,
+    known: Tensor | None = None,
+    objective: str = "flow",
+    sampler: str | None = None,
+    guidance: float = 0.0,
+    text: Text = TEXT,
+) -> Iterator[Tensor]:
+    clips = Sequential(
+        OBJECTIVES[objective](), recorded.step, SHAPE, text, NULL, SEEDS,
+        time_per_group=time_per_group, sampler=sampler, num_steps=STEPS, guidance=guidance,
+    )  # fmt: skip
+    given = iter(() if known is None else known.split(SHAPE[1], dim=2))
+    while True:
+        yield clips.advance(next(given, None))
+
+
+def at_once(recorded: Recorded, objective: str, sampler: str | None, guidance: float, known: Tensor | None) -> Tensor:
+    channels, frames, height, width = SHAPE
+    return generate(
+        OBJECTIVES[objective](), recorded, (channels, GROUPS * frames, height, width), TEXT, NULL, SEEDS,
+        sampler=sampler, num_steps=STEPS, guidance=guidance, group_frames=frames, known=known,
+    )  # fmt: skip
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    error = (found.double() - expected.double()).norm() / expected.double().norm()
+    assert error < tolerance, float(error)
+
+
+# --- (a) one t for all frames ----------------------------------------------------------------------------------------
+
+
+def check_equals_all_at_once(
+    model: VDiPoM, objective: str, sampler: str | None, guidance: float, known: Tensor | None, tolerance: float
+) -> None:
+    """Every single prediction, and the clips."""
+    one_by_one, together = Recorded(model), Recorded(model)
+    groups = stream(one_by_one, objective=objective, sampler=sampler, guidance=guidance, known=known)
+    clips = torch.cat([next(groups) for _ in range(GROUPS)], dim=2)
+    expected = at_once(together, objective, sampler, guidance, known)
+    num_evaluations = 2 * STEPS - 1 if sampler == "heun" else STEPS
+    assert len(together.said) == num_evaluations
+    assert len(one_by_one.said) == num_evaluations * GROUPS
+    for i, prediction in enumerate(one_by_one.said):
+        group, evaluation = divmod(i, num_evaluations)
+        assert len(prediction) == (2 * BATCH if guidance else BATCH)
+        assert_close(prediction, together.said[evaluation].split(SHAPE[1], 2)[group], tolerance)
+    assert_close(clips, expected, tolerance)
+    assert clips.shape == (BATCH, SHAPE[0], GROUPS * SHAPE[1], *SHAPE[2:])
+
+
+@every_precision
+@every_guidance
+@every_sampler
+@every_objective
+def test_form_a_equals_all_at_once(
+    objective: str, sampler: str, guidance: float, dtype: torch.dtype, tolerance: float
+) -> None:
+    check_equals_all_at_once(build(dtype=dtype), objective, sampler, guidance, None, tolerance)
+
+
+@every_precision
+@every_mixer
+@pytest.mark.parametrize("num_known", [1, 2, 5], ids=["a picture", "a group", "two groups and a half"])
+def test_form_a_with_known_frames_equals_all_at_once(
+    num_known: int, mixer: Any, dtype: torch.dtype, tolerance: float
+) -> None:
+    known = normal(BATCH, SHAPE[0], num_known, *SHAPE[2:], seed=7)
+    for objective, sampler in (("flow", "heun"), ("eps", "ddim")):
+        check_equals_all_at_once(build(mixer, dtype), objective, sampler, 1.5, known, tolerance)
+
+
+# --- (b) a t of its own for every frame group ------------------------------------------------------------------------
+
+
+@every_precision
+@pytest.mark.parametrize(("num_known", "guidance"), [(0, 0.0), (0, 1.5), (1, 1.5), (4, 0.0), (5, 1.5)])
+@every_mixer
+def test_form_b_equals_the_masked_forward_with_a_clean_past(
+    mixer: Any, num_known: int, guidance: float, dtype: torch.dtype, tolerance: float
+) -> None:
+    model = build(mixer, dtype)
+    known = normal(BATCH, SHAPE[0], num_known, *SHAPE[2:], seed=7) if num_known else None
+    for objective, sampler in (("flow", "heun"), ("eps", "ddim")):
+        recorded = Recorded(model)
+        groups = stream(
+            recorded, time_per_group=True, objective=objective, sampler=sampler, guidance=guidance, known=known
+        )
+        past: list[Tensor] = []
+        for number in range(GROUPS):
+            already = len(recorded.said)
+            group = next(groups)
+            asked = recorded.asked[already:]
+            is_given = (number + 1) * SHAPE[1] <= num_known
+            num_evaluations = 0 if is_given else 2 * STEPS - 1 if sampler == "heun" else STEPS
+            assert len(asked) == num_evaluations + 1
+            clean, zero, _ = asked[-1]  # what is left for the groups to come
+            assert torch.equal(clean, torch.cat([group, group]) if guidance else group)
+            assert not zero.any()
+            for (x, t, condition), prediction in zip(asked, recorded.said[already:], strict=True):
+                times = torch.cat([t.new_zeros(len(t), number), t[:, None]], dim=1)
+                whole = model(torch.cat([*past, x], dim=2), times, condition)
+                assert_close(prediction, whole[:, :, number * SHAPE[1] :], tolerance)
+            past.append(clean)
+
+
+# --- known frames ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("time_per_group", [False, True], ids=["form a", "form b"])
+def test_known_frames_come_back_as_they_are_and_lead_the_others(time_per_group: bool) -> None:
+    known = normal(BATCH, SHAPE[0], 3, *SHAPE[2:], seed=7)
+    clips = []
+    for given in (known, known + 1):
+        groups = stream(Recorded(build()), time_per_group=time_per_group, known=given)
+        clips.append(torch.cat([next(groups) for _ in range(3)], dim=2))
+        assert torch.equal(clips[-1][:, :, :3], given)
+    assert not torch.allclose(clips[0][:, :, 3:4], clips[1][:, :, 3:4]), "the rest of the same frame group"
+    assert not torch.allclose(clips[0][:, :, 4:], clips[1][:, :, 4:])
+
+
+@every_objective
+@every_sampler
+def test_known_frames_are_noised_as_in_training(objective: str, sampler: str) -> None:
+    """What the network sees of them is on their own path, at every evaluation, also of a network without a mask."""
+    path = OBJECTIVES[objective]()
+    known = normal(BATCH, SHAPE[0], 3, *SHAPE[2:], seed=7)
+    model = VDiPoM(video_config(temporal="none")).requires_grad_(False)
+    awaken(model, scale=0.1)
+    recorded = Recorded(model)
+    clips = at_once(recorded, objective, sampler, 1.5, known)
+    assert torch.equal(clips[:, :, :3], known)
+    eps = sampling_noise(SEEDS, (SHAPE[0], GROUPS * SHAPE[1], *SHAPE[2:]), TEXT, group_frames=SHAPE[1])[:, :, :3]
+    for x, t, _ in recorded.asked:
+        expected = path.alpha(t[0]) * known + path.sigma(t[0]) * eps
+        torch.testing.assert_close(x[:, :, :3], torch.cat([expected, expected]), rtol=1e-5, atol=1e-5)
+
+
+# --- the state -------------------------------------------------------------------------------------------------------
+
+
+def stored_bytes(states: list[list[MixerState]]) -> int:
+    """Of the memory behind the tensors: a view of a large one would count in full."""
+    tensors = [tensor for of_blocks in states for tensor in states_to_tensors(of_blocks).values()]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+@pytest.mark.parametrize("time_per_group", [False, True], ids=["form a", "form b"])
+@pytest.mark.parametrize("mixer", ["pom", "attention"])
+def test_only_attention_carries_more_and_more(mixer: str, time_per_group: bool) -> None:
+    """The state after 2 frame groups and after 50, and the most memory that making a group takes."""
+    model = build(mixer)
+    clips = Sequential(
+        OBJECTIVES["flow"](), model.step, SHAPE, TEXT, NULL, SEEDS,
+        time_per_group=time_per_group, num_steps=2, guidance=1.0,
+    )  # fmt: skip
+    sizes, peaks = [], []
+    for number in range(51):
+        if number not in (2, 50):
+            clips.advance()
+            continue
+        states = [tensor for of_blocks in clips.states for tensor in states_to_tensors(of_blocks).values()]
+        with StorageTracker([*model.parameters(), *states]) as tracker:
+            clips.advance()
+        sizes.append(stored_bytes(clips.states))
+        peaks.append(tracker.peak)
+    assert len(clips.states) == (1 if time_per_group else 2)
+    if mixer == "pom":
+        assert sizes[0] == sizes[1] == 2 * BATCH * len(clips.states) * 2 * (64 * 4 + 8)  # two blocks: kD fp32, count
+        assert peaks[0] == peaks[1]
+    else:
+        assert sizes[1] > 10 * sizes[0]
+        assert peaks[1] > peaks[0]
+
+
+def test_nothing_that_was_made_needs_a_gradient() -> None:
+    model = build().requires_grad_()
+    clips = Sequential(
+        OBJECTIVES["flow"](), model.step, SHAPE, TEXT, NULL, SEEDS, time_per_group=True, num_steps=2
+    )  # fmt: skip
+    assert not clips.advance().requires_grad
+    assert not any(tensor.requires_grad for tensor in states_to_tensors(clips.states[0]).values())
+
+
+def test_an_interrupted_frame_group_leaves_the_state_of_those_before() -> None:
+    """Ctrl-C in the middle of a group, then a save: the state belongs to `next_group`."""
+    model, calls = build(), 0
+
+    def step(*arguments: Any) -> tuple[Tensor, list[MixerState]]:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        return model.step(*arguments)
+
+    stopped, whole = (
+        Sequential(OBJECTIVES["flow"](), one, SHAPE, TEXT, NULL, SEEDS, time_per_group=False, num_steps=3)
+        for one in (step, model.step)
+    )
+    stopped.advance()
+    with pytest.raises(KeyboardInterrupt):
+        stopped.advance()
+    assert stopped.next_group == 1
+    whole.advance()
+    assert torch.equal(stopped.advance(), whole.advance())
+
+
+@every_mixer
+def test_states_survive_as_plain_tensors(mixer: Any) -> None:
+    model = build(mixer)
+    _, states = model.step(normal(BATCH, *SHAPE), torch.full((BATCH,), 0.5), TEXT, None, 0)
+    again = states_from_tensors(model.config, states_to_tensors(states))
+    assert [type(state) for state in again] == [type(state) for state in states]
+    x, t = normal(BATCH, *SHAPE, seed=1), torch.full((BATCH,), 0.5)
+    assert torch.equal(model.step(x, t, TEXT, again, 1)[0], model.step(x, t, TEXT, states, 1)[0])
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.5], ids=["sums near zero", "sums that grow"])
+def test_fp32_sums_are_exact_enough_after_a_thousand_frame_groups(offset: float) -> None:
+    """The mean that queries read, against sums in float64: the rounding of 1,000 additions stays below 1e-6 of it."""
+    single: PomState | None = None
+    double: PomState | None = None
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1000):
+        u = torch.randn(2, 16, 32, generator=generator) + offset
+        gate = torch.zeros_like(u)
+        _, single = polynomial_mixer_step(u, gate, 2, single)
+        _, double = polynomial_mixer_step(u.double(), gate.double(), 2, double)
+    assert single is not None
+    assert double is not None
+    assert_close(single.mean(), double.mean(), 1e-6)
