@@ -5,6 +5,7 @@ The public face; everything else may move:
     pomscale.PoM, pomscale.BlockCausal              the mixer as a layer
     pomscale.build_model                            a named network with initial weights
     pomscale.load_pretrained, sample, decode        trained models
+    pomscale.ClipStream                             clips of any length, frame group by frame group
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pomscale.clips import ClipStream
     from pomscale.layers import PoM
     from pomscale.models import build_model
     from pomscale.ops.pom import BlockCausal
@@ -20,10 +22,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["BlockCausal", "PoM", "__version__", "build_model", "decode", "load_pretrained", "sample"]
+__all__ = ["BlockCausal", "ClipStream", "PoM", "__version__", "build_model", "decode", "load_pretrained", "sample"]
 
 _HOMES = {
     "BlockCausal": "pomscale.ops.pom",
+    "ClipStream": "pomscale.clips",
     "PoM": "pomscale.layers",
     "build_model": "pomscale.models",
     "decode": "pomscale.pretrained",

@@ -16,7 +16,7 @@ from pomscale.checkpoint.clip_state import read_clip_state, write_clip_state
 from pomscale.condition import Text
 from pomscale.config.schema import SamplerName
 from pomscale.diffusion.objectives import build_objective
-from pomscale.diffusion.sequential import Sequential
+from pomscale.diffusion.sequential import SequentialSampler
 from pomscale.errors import InputError
 from pomscale.models import MixerState
 from pomscale.models.states import states_from_tensors, states_to_tensors
@@ -73,7 +73,7 @@ class ClipStream(Iterator[Tensor]):
         self._size = (height, width)
         self._has_warned = False
         nothing = _on(model, null_text(model.card.texts))
-        self._clips: Sequential[list[MixerState]] = Sequential(
+        self._clips: SequentialSampler[list[MixerState]] = SequentialSampler(
             build_objective(model.card.diffusion),
             model.step,
             (channels, config.patch_frames, height, width),

@@ -131,12 +131,12 @@ def open_heldout(
     return dataset
 
 
-def shape_sizes(dataset: LatentDataset) -> list[int]:
-    """How many records have the first shape, the second, and so on: those of a group are neighbours."""
+def shape_sizes(dataset: LatentDataset) -> dict[int, int]:
+    """How many records each group (of one latent shape) has, in the order in which they lie."""
     sizes = Counter[int]()
     for shard in dataset.manifest.shards:
         sizes[shard.group] += shard.num_samples
-    return list(sizes.values())
+    return dict(sizes)
 
 
 def read_in_order(dataset: LatentDataset) -> ReadRecords:
@@ -162,7 +162,7 @@ def _validate(
     world: World,
     samples: int,
 ) -> dict[str, float | str]:
-    loss = heldout_loss(objective, model, read_in_order(dataset), shape_sizes(dataset), config, world)
+    loss = heldout_loss(objective, model, read_in_order(dataset), list(shape_sizes(dataset).values()), config, world)
     bins = {validation_bin(i): value for i, value in enumerate(loss.by_bin) if value is not None}
     return {"validation/loss": loss.mean, "validation/bad_samples": loss.num_bad, **bins}
 
@@ -200,7 +200,7 @@ def _draw_clips(
         clips = codec.decode(card.denormalize(latents).to(world.device))
         try:
             save_clips(clips, film, sheet, num_columns=config.num_each, fps=card.fps or DEFAULT_FPS)
-        except (OSError, PomscaleError) as error:  # a full disk costs a film, not the run
+        except PomscaleError as error:  # a full disk costs a film, not the run
             warn(f"{film} could not be written ({error}); training goes on")
         else:
             monitor.log_video(samples, "samples/clips", film)
@@ -228,7 +228,7 @@ def _draw_grid(
         path = folder / "samples" / f"samples-{samples:012d}.png"
         try:
             save_grid(codec.decode(card.denormalize(latents).to(world.device)), path, config.num_each)
-        except OSError as error:  # a full disk costs a picture, not the run
+        except PomscaleError as error:  # a full disk costs a picture, not the run
             warn(f"{path} could not be written ({error}); training goes on")
         else:
             monitor.log_image(samples, "samples/grid", path)

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -39,8 +40,7 @@ class Films:
     """Where clips go. What is None is not written."""
 
     out: Path
-    """NAME.mp4: one file with all clips side by side; any other name: a folder with one file per clip."""
-    num_columns: int = 1
+    """NAME.mp4: one file with all clips, a row per prompt; any other name: a folder with one file per clip."""
     sheet: Path | None = None
     """PNG: a row per clip, frames evenly spaced in it."""
     npz: Path | None = None
@@ -77,6 +77,12 @@ class Take:
     """Most clips at once, where all frames of them are made at once. Does not change the clips."""
 
 
+class _Settings(TypedDict):
+    sampler: SamplerName | None
+    steps: int
+    guidance: float
+
+
 def film_clips(
     model: PretrainedVDiPoM,
     prompts: Sequence[str],
@@ -95,48 +101,38 @@ def film_clips(
     Raises InputError for what does not fit the model, PomscaleError if a file cannot be written.
     """
     films.make_folders()
-    config, sampling, codec = model.config, model.card.sampling, clip_codec(model)
+    codec, of_group = clip_codec(model), model.config.patch_frames
     num_latent = num_latent_frames(model, take.num_frames)
     size = _latent_size(model, take.size)
     known = None
     if start is not None:
         known = _known(model, start, start_frames(model, take.num_frames)[0]).expand(len(seeds), -1, -1, -1, -1)
-    sampler = take.sampler or sampling.sampler
-    steps = take.steps or sampling.num_steps
-    guidance = sampling.guidance if take.guidance is None else take.guidance
-    stream: ClipStream | None = None
-    groups: Iterator[Tensor]
-    if config.temporal == "block_causal":
-        groups = stream = ClipStream(
-            model,
-            prompts,
-            seeds,
-            num_groups=num_latent // config.patch_frames,
-            sampler=sampler,
-            steps=steps,
-            guidance=guidance,
-            known=known,
-            size=size,
-        )
-    elif films.state is not None:
+        if known.shape[2] >= num_latent:
+            raise InputError(
+                "--from: what is given fills all the frames asked for, and leaves none to make; raise --frames"
+            )
+    settings = _settings(model, take)
+    num_groups, num_frames = num_latent // of_group, codec.num_pixel_frames(num_latent)
+    decoder = codec.decoder(num_latent)
+    if model.config.temporal == "block_causal":
+        stream = ClipStream(model, prompts, seeds, num_groups=num_groups, known=known, size=size, **settings)
+        _write(model, _shown(stream, num_groups, show_progress), decoder, prompts, seeds, num_frames, films)
+        if films.state is not None:
+            stream.save(films.state, decoder.state_dict())
+        return num_frames
+    if films.state is not None:
         raise InputError(
             "--save-state: this model makes all frames at once, so there is nothing to go on with; "
             "train one with model.temporal: block_causal, or continue a clip with --from"
         )
-    else:
-        shape = (config.latent_shape[0], num_latent, *size)
-        parts = []
-        for first in track(range(0, len(seeds), take.batch), "sampling", disable=not show_progress, transient=True):
-            rows = slice(first, first + take.batch)
-            of_part = None if known is None else known[rows]
-            parts.append(_at_once(model, prompts[rows], seeds[rows], shape, of_part, sampler, steps, guidance))
-        groups = iter(torch.cat(parts).split(config.patch_frames, dim=2))
-    decoder = codec.decoder(num_latent)
-    num_frames = codec.num_pixel_frames(num_latent)
-    num_groups = num_latent // config.patch_frames
+    shape = (model.config.latent_shape[0], num_latent, *size)
+    parts = []
+    for first in track(range(0, len(seeds), take.batch), "sampling", disable=not show_progress, transient=True):
+        rows = slice(first, first + take.batch)
+        known_rows = None if known is None else known[rows]
+        parts.append(_at_once(model, prompts[rows], seeds[rows], shape, known_rows, settings))
+    groups = iter(torch.cat(parts).split(of_group, dim=2))
     _write(model, _shown(groups, num_groups, show_progress), decoder, prompts, seeds, num_frames, films)
-    if stream is not None and films.state is not None:
-        stream.save(films.state, decoder.state_dict())
     return num_frames
 
 
@@ -150,7 +146,8 @@ def continue_clips(
     """
     films.make_folders()
     stream, carried = ClipStream.resume(model, state, num_groups=None)
-    assert stream.prompts is not None, "saved by `film_clips`"
+    if stream.prompts is None:
+        raise InputError(f"{state}: saved without prompts, of embeddings of texts; go on with clips.ClipStream.resume")
     begun = stream.next_group * model.config.patch_frames
     num_groups = num_latent_frames(model, num_frames, begun) // model.config.patch_frames
     decoder = clip_codec(model).decoder(begun)
@@ -211,14 +208,14 @@ def num_latent_frames(model: PretrainedVDiPoM, num_frames: int | None, begun: in
 
 
 def start_frames(model: PretrainedVDiPoM, num_frames: int | None) -> list[int]:
-    """How many given frames clips of `num_frames` can begin with, ascending: fewer than they have in all.
+    """How many given frames clips of `num_frames` can begin with, ascending; the last number is all of them.
 
     Those whose latent frames are the beginning of such clips: a codec may encode others in another way.
     """
     codec = clip_codec(model)
     num_latent = num_latent_frames(model, num_frames)
     fewest = num_latent % codec.latent_batch or codec.latent_batch
-    return [codec.num_pixel_frames(number) for number in range(fewest, num_latent, codec.latent_batch)]
+    return [codec.num_pixel_frames(number) for number in range(fewest, num_latent + 1, codec.latent_batch)]
 
 
 def pixel_size(model: PretrainedVDiPoM, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -257,15 +254,23 @@ def _known(model: PretrainedVDiPoM, start: Tensor, fewest: int) -> Tensor:
     return normalize(latents[:, :, :1] if is_picture else latents, model.card.normalization)
 
 
+def _settings(model: PretrainedVDiPoM, take: Take) -> _Settings:
+    """What is asked for, or else as the recipe says."""
+    defaults = model.card.sampling
+    return {
+        "sampler": take.sampler or defaults.sampler,
+        "steps": take.steps or defaults.num_steps,
+        "guidance": defaults.guidance if take.guidance is None else take.guidance,
+    }
+
+
 def _at_once(
     model: PretrainedVDiPoM,
     prompts: Sequence[str],
     seeds: Sequence[int],
     shape: tuple[int, ...],
     known: Tensor | None,
-    sampler: SamplerName | None,
-    steps: int,
-    guidance: float,
+    settings: _Settings,
 ) -> Tensor:
     """Normalised latents (b c f h w), all frames of them."""
     device = model.head.weight.device
@@ -277,9 +282,9 @@ def _at_once(
         Text(*(part.to(device) for part in asked)),
         Text(*(part.to(device).expand(len(seeds), *part.shape[1:]) for part in nothing)),
         seeds,
-        sampler=sampler,
-        num_steps=steps,
-        guidance=guidance,
+        sampler=settings["sampler"],
+        num_steps=settings["steps"],
+        guidance=settings["guidance"],
         group_frames=model.config.patch_frames,
         known=known,
     )
@@ -303,10 +308,9 @@ def _write(
     sheet = ContactSheet(num_frames)
     kept = []
     with ExitStack() as stack:
-        fps = model.card.fps or DEFAULT_FPS
+        fps, num_columns = model.card.fps or DEFAULT_FPS, list(prompts).count(prompts[0])
         writers = [
-            (stack.enter_context(open_clips(path, fps, films.num_columns)), clips)
-            for path, clips in films.mp4s(len(seeds))
+            (stack.enter_context(open_clips(path, fps, num_columns)), clips) for path, clips in films.mp4s(len(seeds))
         ]
         for group in groups:
             pixels = decoder.decode(model.card.denormalize(group)).cpu()

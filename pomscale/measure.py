@@ -49,7 +49,9 @@ def measure_heldout(
     )
     with join_world(device) as world:
         objective = build_objective(model.card.diffusion)
-        loss = heldout_loss(objective, model, read_in_order(dataset), shape_sizes(dataset), config, world)
+        loss = heldout_loss(
+            objective, model, read_in_order(dataset), list(shape_sizes(dataset).values()), config, world
+        )
     if loss.num_bad:
         print(f"warning: {config.path}: {loss.num_bad} samples could not be read and do not count", file=sys.stderr)
     return loss

@@ -8,8 +8,6 @@ is printed before it runs.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,23 +18,18 @@ from typing import Any
 
 import psutil
 
+from pomscale.tour import ENVIRONMENT, pomscale, read_figures, remove_earlier, run, section, train_command
+
 DIGITS, LATENTS = Path("data/digits"), Path("data/digits-latents")
 RECIPE = "recipes/quickstart.yaml"
 RUNS = {"PoM": Path("runs/quickstart"), "attention": Path("runs/quickstart-attention")}
 KILL_AFTER_SAMPLES = 16_000  # between the checkpoints at 12,800 and 19,200: some work is lost and done again
 NUM_PER_CLASS = 20
 
-# One thread per process: on two cores, two processes with two spinning threads each are many times slower.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
 
 def main() -> None:
     started = time.monotonic()
-    for folder in RUNS.values():
-        if folder.exists():
-            print(f"removing {folder} of an earlier tour")
-            shutil.rmtree(folder)
+    remove_earlier(*RUNS.values())
     section("1. raw pictures: 1,797 scans of handwritten digits, one half to train on, one half to judge by")
     run("-m", "data_pipelines.images.digits", str(DIGITS))
     section("2. pictures -> latent shards, verified")
@@ -56,40 +49,20 @@ def main() -> None:
         pomscale("sample", str(folder), "--num", str(NUM_PER_CLASS), "--out", f"{folder}/grid.png", "--npz", str(npz))
         pomscale("report", str(folder))
         pomscale("evaluate", "digits", str(npz), "--out", f"{folder}/digits.json")
-        figures[mixer] = read_figures(folder)
+        figures[mixer] = read_figures(folder, "digits")
     summary = table(figures, minutes=(time.monotonic() - started) / 60)
     (RUNS["PoM"] / "summary.txt").write_text(summary + "\n", encoding="utf-8")
     section("done")
     print(summary)
 
 
-def section(title: str) -> None:
-    print(f"\n=== {title}", flush=True)
-
-
-def run(*arguments: str) -> None:
-    """Run Python with these arguments, as a user would; a failure ends the tour with the command's own message."""
-    print(f"$ python {' '.join(arguments)}", flush=True)
-    done = subprocess.run([sys.executable, *arguments], env=ENVIRONMENT, check=False)
-    if done.returncode != 0:
-        sys.exit(f"quickstart stopped: the command above failed with exit code {done.returncode}")
-
-
-def pomscale(*arguments: str) -> None:
-    run("-m", "pomscale", *arguments)
-
-
-def train_command(folder: Path, *overrides: str) -> list[str]:
-    return [*TORCHRUN, "-m", "pomscale", "train", RECIPE, f"name={folder.name}", *overrides]
-
-
 def train(folder: Path, *overrides: str) -> None:
-    run(*train_command(folder, *overrides))
+    run(*train_command(RECIPE, folder, *overrides))
 
 
 def train_and_kill(folder: Path) -> None:
     """Start training and kill every process of it, without warning, once enough samples have been seen."""
-    command = train_command(folder)
+    command = train_command(RECIPE, folder)
     print(f"$ python {' '.join(command)}", flush=True)
     process = subprocess.Popen([sys.executable, *command], env=ENVIRONMENT)
     while samples_seen(folder) < KILL_AFTER_SAMPLES:
@@ -109,14 +82,6 @@ def samples_seen(folder: Path) -> int:
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.is_file() else []
     return json.loads(lines[-1])["samples"] if lines else 0
-
-
-def read_figures(folder: Path) -> dict[str, Any]:
-    """The last value of every metric, and what `pomscale evaluate digits` found."""
-    figures: dict[str, Any] = json.loads((folder / "digits.json").read_text(encoding="utf-8"))
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        figures.update(json.loads(line))
-    return figures
 
 
 def table(figures: dict[str, dict[str, Any]], minutes: float) -> str:

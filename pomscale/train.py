@@ -42,7 +42,7 @@ from pomscale.engine.optim import learning_rate
 from pomscale.engine.out_of_memory import explained_out_of_memory
 from pomscale.engine.protocol import Engine, InitWeights
 from pomscale.errors import InputError, PomscaleError
-from pomscale.events import open_events
+from pomscale.events import open_events, shape_sizes
 from pomscale.finetune import FineTuning, fine_tuning
 from pomscale.models import init_weights, make_model
 from pomscale.monitoring.alerts import Alerts
@@ -256,7 +256,7 @@ class _Run:
                 ledger=ledger,
                 alerts=alerts,
                 host=HostStats(),
-                mfu=_mfu(recipe, world),
+                mfu=_mfu(recipe, mixture, world),
                 profiler=ProfileWindow(recipe.profile, self.folder, world.rank, world.device),
                 world=world,
                 stop=self.stop,
@@ -310,7 +310,7 @@ class _Run:
         datasets = ", ".join(f"{len(dataset):,} samples in {dataset.location}" for dataset in mixture.datasets)
         say(
             f"{recipe.name}: {num_parameters(recipe.model) / 1e6:.1f} M parameters, "
-            f"{training_flops(recipe.model) / 1e9:.2f} GFLOP per sample and step; {datasets}; "
+            f"{mean_flops(recipe, mixture) / 1e9:.2f} GFLOP per sample and step; {datasets}; "
             f"{self.world.size} x {self.world.device.type}, {recipe.engine}, {recipe.compute.precision}; "
             f"{clock.samples:,} of {total:,} samples done"
         )
@@ -414,9 +414,29 @@ def _epochs(mixture: Mixture, position: int) -> dict[str, float | str]:
     return metrics
 
 
-def _mfu(recipe: TrainRecipe, world: World) -> Callable[[float], float] | None:
+def mean_flops(recipe: TrainRecipe, mixture: Mixture) -> float:
+    """Of training on a sample of the mixture, whose clips may be smaller than the largest."""
+    model = recipe.model
+    if not isinstance(model, VideoModelConfig) or mixture.text is None:
+        return training_flops(model)
+    total = 0.0
+    for dataset, share in zip(mixture.datasets, mixture.shares, strict=True):
+        for group, size in shape_sizes(dataset).items():
+            channels, *frames, height, width = dataset.manifest.groups[group].shape
+            shape = (channels, max([*frames, model.patch_frames]), height, width)
+            clip = model.model_copy(update={"latent_shape": shape})
+            flops = training_flops(
+                clip,
+                text_length=mixture.text.info.config.max_length,
+                num_times=clip.num_groups if recipe.diffusion.time.per_frame_group else 1,
+            )
+            total += share * size / len(dataset) * flops
+    return total
+
+
+def _mfu(recipe: TrainRecipe, mixture: Mixture, world: World) -> Callable[[float], float] | None:
     if world.device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(), recipe.compute.precision)
-    flops = training_flops(recipe.model)
+    flops = mean_flops(recipe, mixture)
     return None if peak is None else lambda samples_per_s: mfu(samples_per_s, flops, world.size, peak)

@@ -16,13 +16,14 @@ from pomscale.config.schema import (
     CodecConfig,
     CogVideoXVaeCodecConfig,
     DiffusionConfig,
+    ImageModelConfig,
     PixelCodecConfig,
     SamplingConfig,
     TextEncoderConfig,
     TimeConfig,
 )
 from pomscale.data.schema import TextInfo
-from pomscale.pretrained import PretrainedVDiPoM
+from pomscale.pretrained import PretrainedDiPoM, PretrainedModel, PretrainedVDiPoM
 from pomscale.weights import write_weights
 
 TEXT_DIM = 16  # of `save_t5`
@@ -67,13 +68,7 @@ def save_model(
         latent_std=tuple(0.4 + 0.01 * np.arange(channels)),
         averages=(),
     )
-    model = PretrainedVDiPoM(card)
-    awaken(model, scale=0.1)
-    parameters = dict(model.named_parameters())
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    tensors = [parameter.detach() for parameter in parameters.values()]
-    write_weights(folder / "model", card, {"weights": "model"}, shapes, {"model": tensors})
-    return folder / "model"
+    return _export(folder / "model", PretrainedVDiPoM(card))
 
 
 def save_cogvideox_model(folder: Path, **fields: Any) -> Path:
@@ -81,3 +76,28 @@ def save_cogvideox_model(folder: Path, **fields: Any) -> Path:
     save_video_vae(folder / "vae", seed=0)
     codec = CogVideoXVaeCodecConfig(name="cogvideox_vae", path=str(folder / "vae"), subfolder="", precision="fp32")
     return save_model(folder, codec=codec, **fields)
+
+
+def save_picture_model(folder: Path) -> Path:
+    """One of classes, exported to `folder`."""
+    config = ImageModelConfig(latent_shape=(4, 4, 4), num_classes=3, dim=16, depth=1, num_heads=2)
+    card = ModelCard(
+        model=config,
+        diffusion=DiffusionConfig(),
+        sampling=SamplingConfig(),
+        codec=PixelCodecConfig(name="pixel", channels=1),
+        codec_identity=None,
+        class_names=(),
+        latent_mean=(0.0,) * 4,
+        latent_std=(1.0,) * 4,
+        averages=(),
+    )
+    return _export(folder, PretrainedDiPoM(card))
+
+
+def _export(folder: Path, model: PretrainedModel) -> Path:
+    awaken(model, scale=0.1)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    write_weights(folder, model.card, {"weights": "model"}, shapes, {"model": parameters.values()})
+    return folder

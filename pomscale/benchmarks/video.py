@@ -31,13 +31,14 @@ from pomscale.config.model import VideoModelConfig
 from pomscale.config.schema import TrainRecipe
 from pomscale.diffusion.loss import per_sample_loss
 from pomscale.diffusion.objectives import FlowMatching
-from pomscale.diffusion.sequential import Sequential
+from pomscale.diffusion.sequential import SequentialSampler
 from pomscale.distributed.activation_checkpointing import checkpoint_blocks
 from pomscale.distributed.world import World, join_world, resolve_device
 from pomscale.engine import build_engine
 from pomscale.errors import PomscaleError
 from pomscale.models import MixerState, VDiPoM, init_weights, make_model
 from pomscale.models.video import VideoBlock
+from pomscale.monitoring.report_plots import COLORS
 from pomscale.ops.pom import BlockCausal, Mask, dense_mask
 from pomscale.plan import training_flops
 
@@ -88,9 +89,9 @@ class Stream:
 
 def bench_video(*, num_groups: int, num_tokens: int | None, num_turns: int, plot: Path | None) -> BenchReport:
     """num_groups: of the longest clip; a tenth and a hundredth of it are generated too. num_tokens: the most in the
-    sweep, from 4 frame groups on, by default 16384, on a GPU 131072. num_turns: of each training step. plot: a PNG with the curves.
+    sweep, which begins with 4 frame groups; by default 16384, on a GPU 131072. num_turns: of each training step.
 
-    PomscaleError if sequential generation is not exact.
+    plot: a PNG for the curves. PomscaleError if sequential generation is not exact.
     """
     report = BenchReport("video")
     device = resolve_device("auto")
@@ -213,20 +214,21 @@ def stream_peak_mib(mixer: str, num_groups: int) -> float:
     return tracker.peak / _MIB
 
 
-def _new_clip(mixer: str) -> tuple[Sequential[list[MixerState]], VDiPoM]:
+def _new_clip(mixer: str) -> tuple[SequentialSampler[list[MixerState]], VDiPoM]:
     device = resolve_device("auto")
     sizes = _GPU if device.type == "cuda" else _CPU
     model = make_network(mixer, sizes.stream, device, sizes.dtype, temporal="block_causal").requires_grad_(False)
     channels, _, height, width = model.config.latent_shape
     text = _text(model.config, 1, device)
     group_shape = (channels, model.config.patch_frames, height, width)
-    return Sequential(
+    clips = SequentialSampler(
         FlowMatching(), model.step, group_shape, text, text, [0], time_per_group=False, num_steps=2
-    ), model
+    )
+    return clips, model
 
 
 def _held_mib() -> float:
-    """On the CPU private memory (RssAnon): pages of mapped files count in RSS, but the kernel takes them back at will."""
+    """On the CPU private memory (RssAnon): pages of mapped files are in RSS too, but the kernel takes them at will."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / _MIB
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
@@ -235,7 +237,8 @@ def _held_mib() -> float:
 
 def _in_a_process(function: str, mixer: str, num_groups: int) -> Any:
     """What a function of this module gives: what another clip leaves behind in memory would count."""
-    code = f"import json; from pomscale.benchmarks.video import {function} as f; print(json.dumps(f({mixer!r}, {num_groups})))"
+    arguments = f"{mixer!r}, {num_groups}"
+    code = f"import json; from pomscale.benchmarks.video import {function}; print(json.dumps({function}({arguments})))"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -255,7 +258,8 @@ def _steps(report: BenchReport, sizes: _Sizes, device: torch.device, num_turns: 
     config = kinds["PoM, block-causal"].config
     for block in kinds["PoM, the same mask explicit"].blocks():
         assert isinstance(block, VideoBlock)
-        block.mixer = _ExplicitMask(block.mixer, config.num_tokens, config.num_tokens // config.num_groups, device)
+        frame_length = config.num_tokens // config.num_groups
+        block.register_module("mixer", _ExplicitMask(block.mixer, config.num_tokens, frame_length, device))
     clip, t, text = (
         torch.randn(1, *config.latent_shape, device=device),
         torch.rand(1, device=device),
@@ -396,11 +400,15 @@ def _sweep(report: BenchReport, sizes: _Sizes, device: torch.device, most: int) 
 def _draw(streams: Mapping[str, Stream], sweep: Mapping[str, list[tuple[int, float]]]) -> Figure:
     figure = Figure(figsize=(13, 4), layout="constrained")
     times, memory, tokens = figure.subplots(1, 3)
-    for mixer, name in _NAMES.items():
+    for (mixer, name), color in zip(_NAMES.items(), COLORS, strict=False):
         numbers = range(1, len(streams[mixer].seconds) + 1)
-        times.plot(numbers, [1000 * s for s in streams[mixer].seconds], label=name, linewidth=1)
-        memory.plot(numbers, streams[mixer].memory_mib, label=name)
-        tokens.loglog(*zip(*sweep[mixer], strict=True), marker="o", label=name)
+        times.plot(numbers, [1000 * s for s in streams[mixer].seconds], label=name, color=color, linewidth=1)
+        memory.plot(numbers, streams[mixer].memory_mib, label=name, color=color)
+        tokens.plot(*zip(*sweep[mixer], strict=True), label=name, color=color, marker="o")
+    for axes in (times, memory):
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    tokens.set_xscale("log", base=2)
+    tokens.set_yscale("log")
     _label(times, "generating a frame group", "frame group", "ms")
     _label(memory, "memory held", "frame group", "MiB")
     _label(tokens, "forward and backward of a clip", "tokens", "s")

@@ -67,13 +67,7 @@ def sample(arguments: argparse.Namespace, model: PretrainedVDiPoM) -> int:
     _refuse(arguments, ("classes",), "makes clips: say with --prompt what they are to show")
     defaults = model.card.sampling
     num_each = arguments.num or defaults.num_each
-    films = Films(
-        out=arguments.out or Path("clips.mp4"),
-        num_columns=num_each,
-        sheet=arguments.sheet,
-        npz=arguments.npz,
-        state=arguments.save_state,
-    )
+    films = Films(arguments.out or Path("clips.mp4"), arguments.sheet, arguments.npz, arguments.save_state)
     if arguments.state is not None:
         _refuse(arguments, _ANSWERED, "goes on with --continue, which has settled that")
         if arguments.frames is None:
@@ -101,7 +95,8 @@ def sample(arguments: argparse.Namespace, model: PretrainedVDiPoM) -> int:
 
 def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], reason: str) -> None:
     options = {"start": "from", "state": "continue", "save_state": "save-state"}
-    given = [f"--{options.get(name, name)}" for name in names if getattr(arguments, name)]
+    defaults = {"seed": 0}
+    given = [f"--{options.get(name, name)}" for name in names if getattr(arguments, name) != defaults.get(name)]
     if given:
         raise InputError(f"{', '.join(given)}: not for {arguments.model}, which {reason}")
 
@@ -113,7 +108,10 @@ def _prompts(arguments: argparse.Namespace, defaults: list[str]) -> list[str]:
             lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--prompts {arguments.prompts}: cannot be read as text: {error}") from error
-        prompts += [line.strip() for line in lines if line.strip()]
+        of_file = [line.strip() for line in lines if line.strip()]
+        if not of_file:
+            raise InputError(f"--prompts {arguments.prompts}: holds no prompt; write one per line")
+        prompts += of_file
     if not (prompts or defaults):
         raise InputError("say with --prompt what the clips are to show; the model's recipe has no sampling.prompts")
     return prompts or defaults
@@ -142,7 +140,7 @@ def _read_start(path: Path, model: PretrainedVDiPoM, take: Take) -> Tensor:
 
                 frames = fit_picture(decode_picture(file, channels).image, (height, width), "area")[None]
             else:
-                frames = _read_clip(file, path, model, take, (height, width), channels)
+                frames = _read_clip(file, model, take, (height, width), channels)
     except OSError as error:
         raise InputError(f"--from {path}: cannot be read: {error}") from error
     except UnreadableMediaError as error:
@@ -150,22 +148,11 @@ def _read_start(path: Path, model: PretrainedVDiPoM, take: Take) -> Tensor:
     return torch.from_numpy(frames.copy()).permute(3, 0, 1, 2)[None].float() / 255.0
 
 
-def _read_clip(
-    file: BinaryIO, path: Path, model: PretrainedVDiPoM, take: Take, size: tuple[int, int], channels: int
-) -> np.ndarray:
+def _read_clip(file: BinaryIO, model: PretrainedVDiPoM, take: Take, size: tuple[int, int], channels: int) -> np.ndarray:
     """(f h w channels) uint8 at the model's frame rate."""
     from data_pipelines.videos.clip import decode_clip
     from pomscale.card import DEFAULT_FPS
-    from pomscale.filming import clip_codec, num_latent_frames, start_frames
+    from pomscale.filming import start_frames
 
-    num_frames = clip_codec(model).num_pixel_frames(num_latent_frames(model, take.num_frames))
-    # With the whole length among them, one can tell a clip that leaves nothing to be made.
-    targets = [(number, *size) for number in (*start_frames(model, take.num_frames), num_frames)]
-    fps = model.card.fps or DEFAULT_FPS
-    clip = decode_clip(file, targets, fps, "area", channels)
-    if len(clip.frames) == num_frames:
-        raise InputError(
-            f"--from {path}: has {num_frames} frames or more at {fps:g} a second, as many as are asked for, so that "
-            f"none are left to make; raise --frames"
-        )
-    return clip.frames
+    targets = [(number, *size) for number in start_frames(model, take.num_frames)]
+    return decode_clip(file, targets, model.card.fps or DEFAULT_FPS, "area", channels).frames

@@ -13,8 +13,8 @@ from pomscale.errors import InputError
 # CogVideoX decodes so many latent frames at a time, as it was trained to; an odd clip has one more in its first batch.
 COGVIDEOX_BATCH = 2
 
-# Convolutions over one frame have no past, but diffusers puts their whole input into the cache all the same: by far the
-# largest part of it, and never read.
+# Convolutions over one frame have no past, but diffusers puts their whole input into the cache all the same: two fifths
+# of it, and never read.
 _WITHOUT_PAST = ("conv_y", "conv_b")
 
 
@@ -43,7 +43,7 @@ class CogVideoXDecoder:
     In tiles, if the network has them enabled, each with a past of its own, blended as `vae.tiled_decode` does.
 
     State: per clip and tile the pasts, and the latent frames that wait. For CogVideoX's own sizes the pasts are large
-    (about 1.5 GB per clip of 240x384 pixels in fp32), but they do not grow.
+    (1.4 GiB per clip of 240x384 pixels), but they do not grow.
     """
 
     def __init__(self, vae: Any, latent_frames: int) -> None:

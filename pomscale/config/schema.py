@@ -269,8 +269,6 @@ class TrainRecipe(Section):
         return self
 
     def _check_image(self, model: ImageModelConfig) -> None:
-        if isinstance(self.codec, CogVideoXVaeCodecConfig):
-            raise ValueError("codec.name: cogvideox_vae makes latents of clips, and model.kind is image")
         if self.sampling.num_classes is not None and self.sampling.num_classes > model.num_classes:
             raise ValueError("sampling.num_classes: more than model.num_classes")
         for key, is_set in (
@@ -472,9 +470,8 @@ class EncodeRecipe(Section):
             raise ValueError("codec, transform: give both, or neither for a set of text embeddings only")
         if self.codec is None and self.text is None:
             raise ValueError("codec, text: give at least one of them, or there is nothing to encode")
-        if self.codec is not None and self.transform is not None:
-            if isinstance(self.codec, SdVaeCodecConfig) and self.transform.kind != "image":
-                raise ValueError("codec.name: sd_vae takes a transform of kind image")
+        if isinstance(self.codec, SdVaeCodecConfig) and self.transform is not None and self.transform.kind != "image":
+            raise ValueError("codec.name: sd_vae takes a transform of kind image")
         if self.codec is not None and not _has_media(self.source):
             raise ValueError(f"codec: a source of kind {self.source.kind} without files has captions only")
         if self.text is not None and not has_captions(self.source):

@@ -28,6 +28,8 @@ FAILURES_NAME = "failures.jsonl"
 
 # What to do when the dataset is damaged.
 REMEDY = "run `pomscale data repair` on it"
+# What to do when it does not fit the recipe.
+_CHANGE_OR_ENCODE = "Change the recipe, or encode the dataset again with `pomscale data encode`"
 
 # Arrays that a record may have: its name in the index, and what its member in the tar is called after the key.
 ArrayName = Literal["latent", "flip", "text"]
@@ -321,9 +323,6 @@ def check_compatible(
             f"dataset {folder}: has {manifest.num_classes} classes, but model.num_classes is {model.num_classes}. "
             f"{_CHANGE_OR_ENCODE}"
         )
-
-
-_CHANGE_OR_ENCODE = "Change the recipe, or encode the dataset again with `pomscale data encode`"
 
 
 def _misfit(shape: tuple[int, ...], model: ImageModelConfig) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pomscale.condition import Condition, Text
+from pomscale.condition import Condition, device_of
 from pomscale.diffusion.draws import keyed_normal
 from pomscale.keyed_random import Stream
 
@@ -22,13 +22,16 @@ def sampling_noise(
     """Standard normal (b, *shape) fp32, one seed per sample, on the device of their conditions.
 
     Clips, shape (c F H W): group_frames latent frames are a frame group, and each group has noise of its own, keyed by
-    its number, the first one's being `first_group`. So a clip is the same, drawn at once or group by group.
+    its number, the first one's being `first_group`. So a clip is the same, drawn at once or group by group. ValueError
+    if the groups do not fill the clip; a single frame, a picture, does not have to.
     """
-    device = (condition.mask if isinstance(condition, Text) else condition).device
+    device = device_of(condition)
     if group_frames is None:
         return torch.cat([keyed_normal(seed, Stream.SAMPLING_NOISE, [0], shape) for seed in seeds]).to(device)
     channels, num_frames, height, width = shape
-    frames = min(group_frames, num_frames)  # a picture does not fill a group
+    frames = 1 if num_frames == 1 else group_frames
+    if num_frames % frames:
+        raise ValueError(f"clips of {num_frames} latent frames cannot be cut into groups of {frames}")
     groups = list(range(first_group, first_group + num_frames // frames))
     group_shape = (channels, frames, height, width)
     noise = torch.stack([keyed_normal(seed, Stream.SAMPLING_NOISE, groups, group_shape) for seed in seeds])

@@ -37,7 +37,7 @@ Step = Callable[[Tensor, Tensor, Text, State | None, int], tuple[Tensor, State]]
 prediction (b c p H W), state of the groups up to this one. Leaves the state that it was given as it was."""
 
 
-class Sequential(Generic[State]):
+class SequentialSampler(Generic[State]):
     """b clips, drawn frame group by frame group. `states` and `next_group` are all that there is of the past.
 
     states: (a) one for each network evaluation of the sampler, (b) one; none before the first group. With guidance they

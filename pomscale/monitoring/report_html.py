@@ -65,7 +65,10 @@ td small { display: block; color: #5f6b7a; }
 .beside td, .beside th { min-width: 6.5em; max-width: 22em; overflow-wrap: anywhere; }
 .beside th { white-space: normal; }
 .beside td:first-child, .beside th:first-child { position: sticky; left: 0; min-width: 8.5em; background: #fff; }
-@media (min-width: 700px) { .beside td:first-child, .beside th:first-child { min-width: 18em; } }
+@media (min-width: 700px) {
+  .beside td:first-child, .beside th:first-child { min-width: 18em; }
+  figure:has(video) { grid-column: span 2; } /* room for its rows and its controls */
+}
 figure + .card, .card + .grids, details + .grids { margin-top: 12px; }
 summary { margin-top: 12px; cursor: pointer; color: #1f4e98; }
 pre { margin: 0; font: .82rem/1.45 ui-monospace, Menlo, Consolas, monospace; }

@@ -44,7 +44,7 @@ def test_the_recipe_makes_latents_that_decode_to_the_digits(tmp_path: Path) -> N
         digit: [np.asarray(Image.open(file)) for file in sorted((tmp_path / f"clips/digits/train/{digit}").glob("*"))]
         for digit in world.digits
     }
-    drawn = {caption: [] for caption in world.captions}
+    drawn: dict[str, list[np.ndarray]] = {caption: [] for caption in world.captions}
     for index in range(12):
         clip, caption = world.draw(index, 0, scans)
         drawn[caption].append(clip)

@@ -11,7 +11,10 @@ from running import GLOBAL_BATCH, NUM_STEPS, assert_same_curve, losses, rows, tr
 from video_run import NUM_FRAMES, make_clips, write_video_recipe
 
 from pomscale.config.recipe import load_train_recipe
+from pomscale.data.mixture import Mixture
 from pomscale.data.schema import read_manifest
+from pomscale.plan.model_cost import training_flops
+from pomscale.train import mean_flops
 from pomscale.train import train as train_here
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
@@ -126,3 +129,18 @@ def test_validation_and_clips(clips: Path, tmp_path: Path) -> None:
         f"samples-{total:012d}.mp4",
         f"samples-{total:012d}.png",
     ]
+
+
+def test_flops_are_those_of_the_clips_that_there_are(clips: Path, tmp_path: Path) -> None:
+    recipe = load_train_recipe(write_video_recipe(tmp_path, clips))
+    mixture = Mixture.open(recipe.data, seed=0, global_batch=GLOBAL_BATCH, read_text=True)
+    model = recipe.model
+    of_frames = {
+        num_frames: training_flops(
+            model.model_copy(update={"latent_shape": (4, max(2, num_frames // 4), 6, 8)}), text_length=24
+        )
+        for num_frames in set(NUM_FRAMES)
+    }
+    expected = sum(of_frames[num_frames] for num_frames in NUM_FRAMES) / len(NUM_FRAMES)
+    assert mean_flops(recipe, mixture) == pytest.approx(expected)
+    assert expected < training_flops(model, text_length=24)

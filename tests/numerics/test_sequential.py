@@ -15,7 +15,7 @@ from pomscale.condition import Condition, Text
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.noise import sampling_noise
 from pomscale.diffusion.objectives import OBJECTIVES
-from pomscale.diffusion.sequential import Sequential
+from pomscale.diffusion.sequential import SequentialSampler
 from pomscale.models import MixerState, VDiPoM
 from pomscale.models.states import states_from_tensors, states_to_tensors
 from pomscale.ops.pom import PomState, polynomial_mixer_step
@@ -73,7 +73,7 @@ def stream(
     guidance: float = 0.0,
     text: Text = TEXT,
 ) -> Iterator[Tensor]:
-    clips = Sequential(
+    clips = SequentialSampler(
         OBJECTIVES[objective](), recorded.step, SHAPE, text, NULL, SEEDS,
         time_per_group=time_per_group, sampler=sampler, num_steps=STEPS, guidance=guidance,
     )  # fmt: skip
@@ -218,7 +218,7 @@ def stored_bytes(states: list[list[MixerState]]) -> int:
 def test_only_attention_carries_more_and_more(mixer: str, time_per_group: bool) -> None:
     """The state after 2 frame groups and after 50, and the most memory that making a group takes."""
     model = build(mixer)
-    clips = Sequential(
+    clips = SequentialSampler(
         OBJECTIVES["flow"](), model.step, SHAPE, TEXT, NULL, SEEDS,
         time_per_group=time_per_group, num_steps=2, guidance=1.0,
     )  # fmt: skip
@@ -243,7 +243,7 @@ def test_only_attention_carries_more_and_more(mixer: str, time_per_group: bool) 
 
 def test_nothing_that_was_made_needs_a_gradient() -> None:
     model = build().requires_grad_()
-    clips = Sequential(
+    clips = SequentialSampler(
         OBJECTIVES["flow"](), model.step, SHAPE, TEXT, NULL, SEEDS, time_per_group=True, num_steps=2
     )  # fmt: skip
     assert not clips.advance().requires_grad
@@ -262,7 +262,7 @@ def test_an_interrupted_frame_group_leaves_the_state_of_those_before() -> None:
         return model.step(*arguments)
 
     stopped, whole = (
-        Sequential(OBJECTIVES["flow"](), one, SHAPE, TEXT, NULL, SEEDS, time_per_group=False, num_steps=3)
+        SequentialSampler(OBJECTIVES["flow"](), one, SHAPE, TEXT, NULL, SEEDS, time_per_group=False, num_steps=3)
         for one in (step, model.step)
     )
     stopped.advance()

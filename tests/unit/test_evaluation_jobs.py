@@ -304,7 +304,8 @@ def test_record_adds_to_the_run_and_lets_the_checkpoint_go(tmp_path: Path) -> No
     recipe = load_recipe(RECIPES / "quickstart.yaml", ["monitoring.wandb.mode=disabled"])
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     (folder / "figures.json").write_text('{"fid": 9.5}')
-    (folder / "grid.png").write_bytes(b"not looked at")
+    for name in ("grid.png", "best.mp4", "best.png"):
+        (folder / name).write_bytes(b"not looked at")
     (folder / "samples.npz").write_bytes(b"not recorded")
     words = ["evaluate", "record", str(tmp_path), "fid", "64", str(folder / "figures.json")]
     pomscale(*words)
@@ -313,4 +314,8 @@ def test_record_adds_to_the_run_and_lets_the_checkpoint_go(tmp_path: Path) -> No
     assert not evaluated.exists()
     (first, _) = read_evaluations(tmp_path)
     assert (first.samples, first.metrics) == (64, {"evaluation/fid/fid": 9.5})
-    assert first.pictures == {"evaluation/fid/grid": folder / "grid.png"}
+    assert first.pictures == {
+        "evaluation/fid/grid": folder / "grid.png",
+        "evaluation/fid/best": folder / "best.mp4",
+        "evaluation/fid/best_sheet": folder / "best.png",
+    }

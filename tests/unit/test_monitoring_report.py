@@ -174,11 +174,27 @@ def test_evaluations_have_tables_curves_and_media(run_folder: Path) -> None:
         assert text.count(f'alt="{plotted}"') == expected, "what is always the same is no curve"
 
 
-def test_a_clip_that_is_too_large_is_only_named(run_folder: Path) -> None:
-    (run_folder / "samples" / "a-clip.mp4").write_bytes(bytes(MAX_CLIP_BYTES + 1))
+def test_of_a_clip_that_is_too_large_its_sheet_is_shown(run_folder: Path) -> None:
+    clip = run_folder / "samples" / "a-clip.mp4"
+    clip.write_bytes(bytes(MAX_CLIP_BYTES + 1))
     text = write_report([run_folder]).html.read_text()
     assert "<video" not in text
     assert "a-clip.mp4: 8 MiB, see" in text
+    assert 'alt="a-clip.mp4"' not in text
+    Image.new("L", (8, 8)).save(clip.with_suffix(".png"))
+    text = write_report([run_folder]).html.read_text()
+    assert text.count('alt="a-clip.mp4"') == 1
+    assert "a-clip.mp4: 8 MiB, see" in text
+    assert "<video" not in text
+
+
+def test_a_clip_that_is_empty_or_gone_is_named(run_folder: Path) -> None:
+    clip = run_folder / "samples" / "b-clip.mp4"
+    clip.touch()
+    assert "b-clip.mp4: empty" in write_report([run_folder]).html.read_text()
+    clip.unlink()
+    clip.symlink_to("nowhere.mp4")
+    assert "b-clip.mp4: No such file" in write_report([run_folder]).html.read_text()
 
 
 def test_alerts_are_shown(run_folder: Path) -> None:

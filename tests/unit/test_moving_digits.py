@@ -20,7 +20,7 @@ pytest.importorskip("av")
 from data_pipelines.videos.moving_digits import VELOCITIES, World, write_moving_digits
 from pomscale.cli import main
 from pomscale.errors import InputError
-from pomscale.evaluation.moving_digits import digit_of, direction_of, evaluate_moving_digits
+from pomscale.evaluation.moving_digits import digit_of, directions_of, evaluate_moving_digits
 
 LARGE = World(digits=(3, 7), directions=("left", "right", "up", "down"), height=12, width=14, num_frames=9)
 
@@ -58,7 +58,7 @@ def test_every_caption_is_as_frequent_and_true(clips: Path) -> None:
     starts = set()
     for clip, caption in drawn:
         digit, _, direction = caption.split()
-        assert direction_of(clip / 255) == direction
+        assert directions_of(clip / 255) == (direction, [direction] * 7)
         known = scans[{"zero": 0, "one": 1, "four": 4}[digit]]
         assert any((np.roll(clip[0], -start, 1)[:, :8] == scan).all() for scan in known for start in range(16))
         starts.add(int(np.argmax(clip[0].sum(0))))
@@ -122,9 +122,10 @@ def test_a_track_is_followed_over_the_border_and_backwards(direction: str) -> No
     scan = np.zeros((8, 8), np.uint8)
     scan[2:6, 3:5] = 200
     clip = LARGE.clip(scan, (8, 8), direction) / 255
-    assert direction_of(clip) == direction
+    assert directions_of(clip) == (direction, [direction] * 8)
     opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}[direction]
-    assert direction_of(clip[::-1]) == opposite
+    assert directions_of(clip[::-1]) == (opposite, [opposite] * 8)
+    assert directions_of(clip[[0, 1, 2, 1, 2, 3]]) == (direction, [direction] * 2 + [opposite] + [direction] * 2)
 
 
 def test_a_digit_is_cut_out_wherever_it_is() -> None:
@@ -150,7 +151,7 @@ def test_real_clips_are_the_ceiling_and_wrong_ones_are_found(clips: Path, tmp_pa
     real = evaluate_moving_digits(write_npz(tmp_path / "real.npz", clips, []), *halves)
     assert (real.num_generated, real.num_frames_generated, real.num_frames_real) == (60, 24, 8)
     assert min(real.digit_generated, real.digit_real) > 0.94
-    assert (real.direction_generated, real.direction_real) == (1.0, 1.0)
+    assert (real.direction_generated, real.direction_real, real.steps_generated, real.steps_real) == (1, 1, 1, 1)
     assert list(real.by_prompt) == sorted(World().captions)
     assert '"four moving left"' in real.table()
     asked = ["zero moving left"] * 60

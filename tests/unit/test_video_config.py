@@ -108,7 +108,6 @@ def test_a_text_width_is_asked_for(recipe: Path) -> None:
         ("sampling.num_frames=4", "sampling.num_frames: is for clips, and model.kind is image"),
         ("diffusion.time.per_frame_group=true", "diffusion.time.per_frame_group: is for clips, and model.kind is"),
         ("diffusion.max_start_group=4", "diffusion.max_start_group: is for clips, and model.kind is image"),
-        ("codec.name=cogvideox_vae", "codec.name: cogvideox_vae makes latents of clips, and model.kind is image"),
     ],
 )
 def test_what_only_clips_have_is_refused_for_pictures(recipe: Path, override: str, expected: str) -> None:

@@ -46,10 +46,10 @@ class PoM:
         return self.output(self.read(u, gate, mask))
 
     def read(self, u: Tensor, gate: Tensor, mask: Literal["padding"] | None) -> Tensor:
-        monomials = self.products(u if mask is None else op.scaled(u))
-        mean = op.scaled(op.concatenate([op.sum_tokens(product) for product in monomials]))
-        del monomials
-        return self.select(gate, mean)
+        taking_part = u if mask is None else op.scaled(u)
+        sums = op.concatenate([op.sum_tokens(product) for product in self.products(taking_part)])
+        del taking_part
+        return self.select(gate, op.scaled(sums))
 
     def read_block_causal(self, u: Tensor, gate: Tensor, num_groups: int) -> Tensor:
         batch, num_tokens, width = u.shape
