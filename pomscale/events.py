@@ -26,7 +26,7 @@ from pomscale.distributed.world import World
 from pomscale.errors import InputError, PomscaleError
 from pomscale.evaluation.heldout import ReadRecords, heldout_loss
 from pomscale.evaluation.sampling import generate_on_all_ranks, grid_classes
-from pomscale.monitoring.media import save_clips, save_grid
+from pomscale.monitoring.media import check_clips_can_be_written, save_clips, save_grid
 from pomscale.monitoring.monitor import Monitor
 from pomscale.monitoring.names import validation_bin
 from pomscale.monitoring.text import warn
@@ -86,6 +86,8 @@ def _conditions(recipe: TrainRecipe, card: ModelCard, world: World) -> _Conditio
     if isinstance(recipe.model, ImageModelConfig):
         num_classes = recipe.model.num_classes
         return _Conditions(torch.tensor(grid_classes(config, num_classes)), torch.tensor([num_classes]))
+
+    check_clips_can_be_written()
 
     def embed() -> Text:
         # Once and for all: a text encoder may be larger than the network, and is gone when training begins.

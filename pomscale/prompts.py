@@ -18,13 +18,15 @@ def embed_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> Text:
     Of a prompt with more tokens the beginning is used, and a warning says how much that is.
     """
     longest = encoder.config.max_length
-    for prompt, num_tokens in zip(prompts, encoder.num_tokens(prompts), strict=True):
+    distinct = list(dict.fromkeys(prompts))
+    for prompt, num_tokens in zip(distinct, encoder.num_tokens(distinct), strict=True):
         if num_tokens > longest:
             warn(
                 f"prompt {shown(prompt)}: {num_tokens} tokens, and the text encoder was used with at most {longest}: "
                 f"the last {num_tokens - longest} are left out"
             )
-    rows = [torch.from_numpy(row).half() for row in encoder.encode(prompts)]
+    embeddings = dict(zip(distinct, encoder.encode(distinct), strict=True))
+    rows = [torch.from_numpy(embeddings[prompt]).half() for prompt in prompts]
     return Text(
         torch.stack([pad(row, (0, 0, 0, longest - len(row))) for row in rows]),
         torch.stack([torch.arange(longest) < len(row) for row in rows]),

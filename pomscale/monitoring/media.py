@@ -46,6 +46,11 @@ def save_clips(clips: Tensor, path_mp4: Path, path_sheet: Path, *, num_columns: 
     sheet.save(path_sheet)
 
 
+def check_clips_can_be_written() -> None:
+    """InputError if PyAV is not installed: better at the start than after hours."""
+    import pomscale.monitoring.mp4  # noqa: PLC0415, F401
+
+
 class ClipWriter:
     """Clips into one mp4 while they grow. A clip alone fills the frame; several are laid out row by row, on white."""
 

@@ -255,6 +255,7 @@ def test_the_exact_network_reaches_the_least_loss(objective: Objective) -> None:
 
 # --- draws -----------------------------------------------------------------------------------------------------------
 
+
 def noising(time: TimeConfig, condition_dropout: float) -> DiffusionConfig:
     return DiffusionConfig(time=time, condition_dropout=condition_dropout)
 
