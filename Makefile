@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup quickstart test test-exhaustive test-fast lint schema clean
+.PHONY: help setup quickstart quickstart-video test test-exhaustive test-fast lint schema clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,9 @@ setup: $(VENV)/.ready  ## the virtual environment
 
 quickstart: setup  ## raw pictures -> shards -> training, kill, resume -> samples and curves, in minutes on a CPU
 	$(BIN)/python -m pomscale.quickstart
+
+quickstart-video: setup  ## moving digits: mp4 files -> shards -> training with texts -> long clips, in minutes on a CPU
+	$(BIN)/python -m pomscale.quickstart_video
 
 test: setup  ## all tests, three at a time: many of them wait for SLURM
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal

@@ -13,7 +13,14 @@ from pomscale.checkpoint.folder import META, complete_checkpoints, samples_of
 from pomscale.config.cluster import ClusterProfile, is_time_limit, minutes_of
 from pomscale.config.identity import differences
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import EncodeRecipe, ImageFolderConfig, TrainRecipe, VideoFolderConfig
+from pomscale.config.schema import (
+    EncodeRecipe,
+    ImageFolderConfig,
+    MixtureComponentConfig,
+    TrainRecipe,
+    ValidationConfig,
+    VideoFolderConfig,
+)
 from pomscale.config.source import read_source
 from pomscale.data.location import local_folder
 from pomscale.data.schema import Manifest, check_compatible, check_text, read_manifest
@@ -33,11 +40,13 @@ def check_training_data(
     Returns what they add up to; None while one of them is still to come.
     """
     manifests = [_check_dataset(component.path, recipe, profile, to_come) for component in recipe.data.components]
-    if isinstance(recipe.model, VideoModelConfig):
-        for component in recipe.data.components:
-            _check_texts(component.text or component.path, recipe.model, profile, to_come)
+    sets_with_text: list[MixtureComponentConfig | ValidationConfig] = [*recipe.data.components]
     if recipe.validation is not None:
         _check_dataset(recipe.validation.path, recipe, profile, to_come)
+        sets_with_text.append(recipe.validation)
+    if isinstance(recipe.model, VideoModelConfig):
+        for dataset in sets_with_text:
+            _check_texts(dataset.text or dataset.path, recipe.model, profile, to_come)
     if recipe.init_from is not None:
         _check_there("init_from.path", recipe.init_from.path, to_come)
     known = [manifest for manifest in manifests if manifest is not None]

@@ -98,12 +98,19 @@ class ModelCard(BaseModel):
         return self.text
 
     def load_text_encoder(self, device: torch.device) -> TextEncoder:
-        """That of the training captions. Raises InputError if the weights found now are not those."""
-        encoder = build_text_encoder(self.texts.config).to(device)
+        """That of the training captions. Raises InputError if it is not there, or if its weights are not those."""
+        config = self.texts.config
+        if self.sampling.text_path is not None:
+            config = config.model_copy(update={"path": self.sampling.text_path})
+        remedy = "Name the folder of the right ones: sampling.text_path in a recipe, --text-path when sampling"
+        try:
+            encoder = build_text_encoder(config).to(device)
+        except InputError as error:
+            raise InputError(f"{error}. {remedy}") from error
         if encoder.identity() != self.texts.identity:
             raise InputError(
-                f"text encoder {self.texts.config.path}: its weights are not those that the model was trained with, so "
-                "it would not understand. Name the folder of the right ones: --text-path when sampling"
+                f"text encoder {config.path}: its weights are not those that the model was trained with, so it would "
+                f"not understand. {remedy}"
             )
         return encoder
 

@@ -20,8 +20,7 @@ from pomscale.diffusion.sequential import SequentialSampler
 from pomscale.errors import InputError
 from pomscale.models import MixerState
 from pomscale.models.states import states_from_tensors, states_to_tensors
-from pomscale.monitoring.text import warn
-from pomscale.pretrained import PretrainedVDiPoM, encode_prompts
+from pomscale.pretrained import PretrainedVDiPoM, clip_size, encode_prompts, warn_of_unseen_positions
 
 
 class ClipStream(Iterator[Tensor]):
@@ -56,13 +55,7 @@ class ClipStream(Iterator[Tensor]):
         num_clips = len(prompts.mask) if isinstance(prompts, Text) else len(prompts)
         if num_clips != len(seeds):
             raise InputError(f"clips: {num_clips} prompts but {len(seeds)} seeds; give one seed per clip")
-        channels, _, *trained_size = config.latent_shape
-        height, width = size or (trained_size if known is None else known.shape[-2:])
-        if height % config.patch_size or width % config.patch_size:
-            raise InputError(f"clips: latent size {height}x{width} is not divisible by patch_size {config.patch_size}")
-        if known is not None and (*known.shape[:2], *known.shape[3:]) != (num_clips, channels, height, width):
-            expected = f"({num_clips} {channels} frames {height} {width})"
-            raise InputError(f"known: expected latents of shape {expected}, got {tuple(known.shape)}")
+        height, width = clip_size(model, num_clips, size, known)
         self.prompts = None if isinstance(prompts, Text) else list(prompts)
         self.seeds = [int(seed) for seed in seeds]
         self._model = model
@@ -76,7 +69,7 @@ class ClipStream(Iterator[Tensor]):
         self._clips: SequentialSampler[list[MixerState]] = SequentialSampler(
             build_objective(model.card.diffusion),
             model.step,
-            (channels, config.patch_frames, height, width),
+            (config.latent_shape[0], config.patch_frames, height, width),
             self._text,
             Text(*(part.expand(num_clips, *part.shape[1:]) for part in nothing)),
             self.seeds,
@@ -94,7 +87,7 @@ class ClipStream(Iterator[Tensor]):
     def __next__(self) -> Tensor:
         if self._num_left == 0:
             raise StopIteration
-        self._warn_of_unseen_positions()
+        self._has_warned = self._has_warned or warn_of_unseen_positions(self._model, self.next_group + 1)
         first, rest = None, None
         if self._known is not None:
             patch_frames = self._model.config.patch_frames
@@ -163,15 +156,6 @@ class ClipStream(Iterator[Tensor]):
             on_device = {name: tensor.to(device) for name, tensor in part(f"states.{number}").items()}
             stream._clips.states.append(states_from_tensors(model.config, on_device))
         return stream, part("extra")
-
-    def _warn_of_unseen_positions(self) -> None:
-        num_seen = self._model.config.num_groups + self._model.card.diffusion.max_start_group
-        if self.next_group >= num_seen and not self._has_warned:
-            self._has_warned = True
-            warn(
-                f"the model was trained on frame groups 0 to {num_seen - 1}: from here on clips are at positions that "
-                "it has never seen, and may fall apart; train with a larger diffusion.max_start_group for longer ones"
-            )
 
 
 def _check_carries_state(model: PretrainedVDiPoM) -> None:

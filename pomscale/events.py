@@ -1,4 +1,4 @@
-"""What happens beside training, every so many samples: validation, and a grid of pictures."""
+"""What happens beside training, every so many samples: validation, and pictures or clips to look at."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def open_events(
     monitor: Monitor,
     world: World,
 ) -> list[Event]:
-    """Validation and the grid of pictures, where the recipe asks for them. InputError if what they need is missing."""
+    """Validation, and pictures or clips, where the recipe asks for them. InputError if what they need is missing."""
     events = []
     if recipe.validation is not None:
         data = recipe.data

@@ -7,30 +7,27 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
-from pomscale.card import DEFAULT_FPS, null_text
+from pomscale.card import DEFAULT_FPS
 from pomscale.clips import ClipStream
 from pomscale.codecs.base import ClipCodec, ClipDecoder
 from pomscale.condition import Text
 from pomscale.config.schema import SamplerName
 from pomscale.data.normalize import normalize
-from pomscale.diffusion.generate import generate
-from pomscale.diffusion.objectives import build_objective
 from pomscale.errors import InputError
 from pomscale.files import atomic_write, make_folder
 from pomscale.monitoring.media import ContactSheet, open_clips, to_bytes
-from pomscale.pretrained import PretrainedVDiPoM, encode_prompts
+from pomscale.monitoring.progress import Progress
+from pomscale.pretrained import PretrainedVDiPoM, sample
 
 MP4 = ".mp4"
 
@@ -49,12 +46,15 @@ class Films:
     """What `continue_clips` needs."""
 
     def make_folders(self) -> None:
-        """InputError if there cannot be such a folder, or `out` is no name for clips: before the work, not after it."""
+        """InputError if there cannot be such files, or `out` is no name for clips: before the work, not after it."""
         if self.out.suffix not in ("", MP4):
             raise InputError(f"--out {self.out}: clips are written to a file {MP4}, or one by one into a folder")
-        make_folder(self.out.parent if self.out.suffix else self.out)
-        for path in filter(None, (self.sheet, self.npz, self.state)):
+        if not self.out.suffix:
+            make_folder(self.out)
+        for path in filter(None, (self.out if self.out.suffix else None, self.sheet, self.npz, self.state)):
             make_folder(path.parent)
+            if path.is_dir():
+                raise InputError(f"{path}: is a folder; name a file")
 
     def mp4s(self, num_clips: int) -> list[tuple[Path, slice]]:
         """The files, each with the clips that it shows."""
@@ -77,6 +77,13 @@ class Take:
     """Most clips at once, where all frames of them are made at once. Does not change the clips."""
 
 
+class Filmed(NamedTuple):
+    """num_frames: of each clip, that are written now; fewer than asked for if it was to stop."""
+
+    num_clips: int
+    num_frames: int
+
+
 class _Settings(TypedDict):
     sampler: SamplerName | None
     steps: int
@@ -90,14 +97,17 @@ def film_clips(
     films: Films,
     take: Take = Take(),
     *,
+    text: Text | None = None,
     start: Tensor | None = None,
+    stopping: Callable[[], bool] = lambda: False,
     show_progress: bool = False,
-) -> int:
-    """A clip per prompt and seed; returns how many frames each has.
+) -> Filmed:
+    """A clip per prompt and seed. text: what `encode_prompts` has made of the prompts, if that is there already.
 
-    A model with the block-causal mask makes them frame group by frame group, and what is written needs no memory; other
-    models make all frames at once. start: (1 1|3 f H W) in [0, 1], frames that every clip begins with, f one of
-    `start_frames`; one frame is a picture, which the clips set in motion.
+    A model with the block-causal mask makes them frame group by frame group, and what is written needs no memory; once
+    `stopping()`, it makes no more, and what is there becomes whole files. Other models make all frames at once.
+    start: (1 1|3 f H W) in [0, 1], frames that every clip begins with, f one of `start_frames`; one frame is a picture,
+    which the clips set in motion.
     Raises InputError for what does not fit the model, PomscaleError if a file cannot be written.
     """
     films.make_folders()
@@ -115,33 +125,44 @@ def film_clips(
     num_groups, num_frames = num_latent // of_group, codec.num_pixel_frames(num_latent)
     decoder = codec.decoder(num_latent)
     if model.config.temporal == "block_causal":
-        stream = ClipStream(model, prompts, seeds, num_groups=num_groups, known=known, size=size, **settings)
-        _write(model, _shown(stream, num_groups, show_progress), decoder, prompts, seeds, num_frames, films)
+        stream = ClipStream(model, text or prompts, seeds, num_groups=num_groups, known=known, size=size, **settings)
+        groups = _shown(_until(stopping, model, stream, num_groups), num_groups, show_progress)
+        num_frames = _write(model, groups, decoder, prompts, seeds, num_frames, films)
         if films.state is not None:
             stream.save(films.state, decoder.state_dict())
-        return num_frames
+        return Filmed(len(seeds), num_frames)
     if films.state is not None:
         raise InputError(
             "--save-state: this model makes all frames at once, so there is nothing to go on with; "
             "train one with model.temporal: block_causal, or continue a clip with --from"
         )
-    shape = (model.config.latent_shape[0], num_latent, *size)
-    parts = []
-    for first in track(range(0, len(seeds), take.batch), "sampling", disable=not show_progress, transient=True):
-        rows = slice(first, first + take.batch)
-        known_rows = None if known is None else known[rows]
-        parts.append(_at_once(model, prompts[rows], seeds[rows], shape, known_rows, settings))
-    groups = iter(torch.cat(parts).split(of_group, dim=2))
-    _write(model, _shown(groups, num_groups, show_progress), decoder, prompts, seeds, num_frames, films)
-    return num_frames
+    latents = sample(
+        model,
+        text or prompts,
+        seeds=seeds,
+        num_frames=num_latent,
+        size=size,
+        known=known,
+        batch=take.batch,
+        show_progress=show_progress,
+        **settings,
+    )
+    groups = _shown(iter(latents.split(of_group, dim=2)), num_groups, show_progress)
+    return Filmed(len(seeds), _write(model, groups, decoder, prompts, seeds, num_frames, films))
 
 
 def continue_clips(
-    model: PretrainedVDiPoM, state: Path, num_frames: int, films: Films, *, show_progress: bool = False
-) -> int:
+    model: PretrainedVDiPoM,
+    state: Path,
+    num_frames: int,
+    films: Films,
+    *,
+    stopping: Callable[[], bool] = lambda: False,
+    show_progress: bool = False,
+) -> Filmed:
     """The next `num_frames` of clips whose state was saved, exactly as if they had not been interrupted.
 
-    What is written holds these frames alone. Returns the number of clips. Raises as `film_clips`, and InputError for
+    What is written holds these frames alone. stopping as in `film_clips`. Raises as `film_clips`, and InputError for
     the state of another model.
     """
     films.make_folders()
@@ -152,11 +173,11 @@ def continue_clips(
     num_groups = num_latent_frames(model, num_frames, begun) // model.config.patch_frames
     decoder = clip_codec(model).decoder(begun)
     decoder.load_state_dict(carried)
-    groups = _shown(islice(stream, num_groups), num_groups, show_progress)
-    _write(model, groups, decoder, stream.prompts, stream.seeds, num_frames, films)
+    groups = _shown(_until(stopping, model, stream, num_groups), num_groups, show_progress)
+    num_frames = _write(model, groups, decoder, stream.prompts, stream.seeds, num_frames, films)
     if films.state is not None:
         stream.save(films.state, decoder.state_dict())
-    return len(stream.seeds)
+    return Filmed(len(stream.seeds), num_frames)
 
 
 def film(
@@ -169,10 +190,11 @@ def film(
     sampler: SamplerName | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    text: Text | None = None,
 ) -> None:
-    """One clip into one mp4."""
+    """One clip into one mp4. text as in `film_clips`."""
     take = Take(num_frames=num_frames, sampler=sampler, steps=steps, guidance=guidance)
-    film_clips(model, [prompt], [seed], Films(out), take)
+    film_clips(model, [prompt], [seed], Films(out), take, text=text)
 
 
 def clip_codec(model: PretrainedVDiPoM) -> ClipCodec:
@@ -264,35 +286,30 @@ def _settings(model: PretrainedVDiPoM, take: Take) -> _Settings:
     }
 
 
-def _at_once(
-    model: PretrainedVDiPoM,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    shape: tuple[int, ...],
-    known: Tensor | None,
-    settings: _Settings,
-) -> Tensor:
-    """Normalised latents (b c f h w), all frames of them."""
-    device = model.head.weight.device
-    asked, nothing = encode_prompts(model, prompts), null_text(model.card.texts)
-    return generate(
-        build_objective(model.card.diffusion),
-        model,
-        shape,
-        Text(*(part.to(device) for part in asked)),
-        Text(*(part.to(device).expand(len(seeds), *part.shape[1:]) for part in nothing)),
-        seeds,
-        sampler=settings["sampler"],
-        num_steps=settings["steps"],
-        guidance=settings["guidance"],
-        group_frames=model.config.patch_frames,
-        known=known,
-    )
+def _until(
+    stopping: Callable[[], bool], model: PretrainedVDiPoM, stream: ClipStream, num_groups: int
+) -> Iterator[Tensor]:
+    """So many groups of a stream, or fewer, but whole batches of the codec: clips can only be gone on with after one.
+
+    A first batch that is longer, of an odd number of latent frames, is whole when those that are missing are.
+    """
+    patch_frames, latent_batch = model.config.patch_frames, clip_codec(model).latent_batch
+    for number in range(num_groups):
+        is_whole = number * patch_frames >= latent_batch and (num_groups - number) * patch_frames % latent_batch == 0
+        if is_whole and stopping():
+            return
+        yield next(stream)
 
 
 def _shown(groups: Iterator[Tensor], num_groups: int, show_progress: bool) -> Iterator[Tensor]:
-    """With a bar that counts frame groups."""
-    yield from track(groups, "filming", total=num_groups, disable=not show_progress, transient=True)
+    """With a count of them, for people."""
+    if not show_progress:
+        yield from groups
+        return
+    with Progress("frame groups", num_groups) as progress:
+        for group in groups:
+            yield group
+            progress.advance()
 
 
 def _write(
@@ -303,9 +320,9 @@ def _write(
     seeds: Sequence[int],
     num_frames: int,
     films: Films,
-) -> None:
-    """Frame groups (b c p h w), normalised, as they come: decoded and written, `num_frames` in all."""
-    sheet = ContactSheet(num_frames)
+) -> int:
+    """Frame groups (b c p h w), normalised, as they come: decoded and written, `num_frames` in all. How many it was."""
+    sheet, num_written = ContactSheet(num_frames), 0
     kept = []
     with ExitStack() as stack:
         fps, num_columns = model.card.fps or DEFAULT_FPS, list(prompts).count(prompts[0])
@@ -317,6 +334,7 @@ def _write(
             for writer, clips in writers:
                 writer.write(pixels[clips])
             sheet.add(pixels)
+            num_written += pixels.shape[2]
             if films.npz is not None:
                 kept.append(to_bytes(pixels))
     if films.sheet is not None:
@@ -325,3 +343,4 @@ def _write(
         whole = np.concatenate(kept, axis=2).transpose(0, 2, 3, 4, 1)
         with atomic_write(films.npz) as file:
             np.savez_compressed(file, clips=whole, prompts=np.array(prompts), seeds=np.array(seeds))
+    return num_written

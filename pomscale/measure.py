@@ -8,6 +8,7 @@ from typing import Literal
 
 from pomscale.checkpoint.store import find_checkpoint, read_meta
 from pomscale.config.schema import DataConfig, ValidationConfig
+from pomscale.data.schema import read_manifest
 from pomscale.diffusion.objectives import build_objective
 from pomscale.distributed.world import join_world
 from pomscale.errors import InputError
@@ -27,6 +28,7 @@ def measure_heldout(
 ) -> HeldoutLoss:
     """Loss of the model at `path`; what is None is taken from the recipe's validation section, or its defaults.
 
+    `data` may have texts in its own shards; else they are in the companion set that the recipe names for validation.
     Computed in fp32. For a run that trains in fp32, the recipe's own settings give the very figure that training logs.
     Raises InputError if neither `data` nor the recipe names a dataset, or if it does not fit the model.
     """
@@ -39,6 +41,8 @@ def measure_heldout(
     config = ValidationConfig.model_validate(
         {"every_samples": 1, **(section or {}), **{key: value for key, value in changes.items() if value is not None}}
     )
+    if data is not None and read_manifest(data).text is not None:
+        config = config.model_copy(update={"text": None})  # the recipe's companion set belongs to the recipe's dataset
     dataset = open_heldout(
         config.path,
         model.card,

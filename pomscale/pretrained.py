@@ -21,6 +21,7 @@ from pomscale.diffusion.objectives import build_objective
 from pomscale.distributed.world import resolve_device
 from pomscale.errors import InputError
 from pomscale.models import DiPoM, VDiPoM
+from pomscale.monitoring.text import warn
 from pomscale.prompts import embed_prompts
 from pomscale.weights import open_weights
 
@@ -91,9 +92,8 @@ def load_pretrained(
     card = source.card
     if codec_path is not None and not isinstance(card.codec, PixelCodecConfig):
         card = card.model_copy(update={"codec": card.codec.model_copy(update={"path": codec_path})})
-    if text_path is not None and card.text is not None:
-        config = card.text.config.model_copy(update={"path": text_path})
-        card = card.model_copy(update={"text": card.text.model_copy(update={"config": config})})
+    if text_path is not None:
+        card = card.model_copy(update={"sampling": card.sampling.model_copy(update={"text_path": text_path})})
     with torch.device("meta"):
         model = PretrainedDiPoM(card) if isinstance(card.model, ImageModelConfig) else PretrainedVDiPoM(card)
     model.to_empty(device="cpu")
@@ -105,8 +105,10 @@ def sample(
     model: PretrainedModel,
     condition: Sequence[int] | Sequence[str] | Tensor | Text,
     *,
-    seeds: list[int] | range,
+    seeds: Sequence[int],
     num_frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    known: Tensor | None = None,
     sampler: SamplerName | None = None,
     steps: int = 50,
     guidance: float = 0.0,
@@ -115,9 +117,11 @@ def sample(
 ) -> Tensor:
     """Normalised latents (n c h w), or (n c f h w) of clips, fp32, for n class ids or n prompts, and n seeds.
 
-    The batch size does not change them. num_frames: latent frames of clips, all generated at once, by default as many
-    as the model was made for; see clips.ClipStream for one frame group after another. sampler None follows the model's
-    objective. guidance w: pred_c + w (pred_c - pred_u), 0 is off, w = diffusers' guidance_scale - 1.
+    The batch size does not change them. sampler None follows the model's objective. guidance w: pred_c + w (pred_c -
+    pred_u), 0 is off, w = diffusers' guidance_scale - 1.
+    Of clips, whose frames are all generated at once (see clips.ClipStream for one frame group after another):
+    num_frames: latent frames, by default as many as the model was made for; size and known as in `clip_size`; the first
+    frames of the result are those of `known`.
     Raises InputError for unknown classes, frames that do not fill frame groups, or a wrong number of seeds.
     """
     if not isinstance(model, PretrainedDiPoM | PretrainedVDiPoM):
@@ -127,7 +131,7 @@ def sample(
     num_samples = batch_size(asked)
     if num_samples != len(seeds):
         raise InputError(f"sample: {num_samples} conditions but {len(seeds)} seeds; give one seed per picture or clip")
-    shape, group_frames = _shape(model, num_frames)
+    shape, group_frames = _shape(model, num_samples, num_frames, size, known)
     objective = build_objective(model.card.diffusion)
     parts = []
     for start in track(range(0, num_samples, batch), "sampling", disable=not show_progress, transient=True):
@@ -144,6 +148,7 @@ def sample(
                 num_steps=steps,
                 guidance=guidance,
                 group_frames=group_frames,
+                known=None if known is None else known[rows],
             )
         )
     return torch.cat(parts)
@@ -171,8 +176,8 @@ def _conditions(
     """What is asked for (n), and what says nothing (1)."""
     if isinstance(model, PretrainedVDiPoM):
         if not isinstance(condition, Text):
-            if not all(isinstance(prompt, str) for prompt in condition):
-                raise InputError("sample: this model is told texts; give prompts, not classes")
+            if isinstance(condition, str) or not all(isinstance(prompt, str) for prompt in condition):
+                raise InputError("sample: this model is told texts; give a list of prompts")
             condition = encode_prompts(model, [str(prompt) for prompt in condition])
         return condition, null_text(model.card.texts)
     if isinstance(condition, Text) or any(isinstance(one, str) for one in condition):
@@ -184,14 +189,56 @@ def _conditions(
     return classes, torch.tensor([num_classes])
 
 
-def _shape(model: PretrainedModel, num_frames: int | None) -> tuple[tuple[int, ...], int | None]:
+def clip_size(
+    model: PretrainedVDiPoM, num_clips: int, size: tuple[int, int] | None, known: Tensor | None
+) -> tuple[int, int]:
+    """Latent (height, width) of clips: `size`, or that of `known`, or else that of the training clips.
+
+    known: normalised latents (n c f h w) of the first f frames, which are given. InputError if these do not fit the
+    model, the number of clips or each other.
+    """
+    channels, _, *trained_size = model.config.latent_shape
+    height, width = size or (trained_size if known is None else known.shape[-2:])
+    patch_size = model.config.patch_size
+    if height % patch_size or width % patch_size:
+        raise InputError(f"clips: latent size {height}x{width} is not divisible by patch_size {patch_size}")
+    if known is not None and (*known.shape[:2], *known.shape[3:]) != (num_clips, channels, height, width):
+        expected = f"({num_clips} {channels} frames {height} {width})"
+        raise InputError(f"known: expected latents of shape {expected}, got {tuple(known.shape)}")
+    return height, width
+
+
+def warn_of_unseen_positions(model: PretrainedVDiPoM, num_groups: int) -> bool:
+    """Whether clips of so many frame groups reach positions beyond those of training; if so, it is told."""
+    num_seen = model.config.num_groups + model.card.diffusion.max_start_group
+    if num_groups <= num_seen:
+        return False
+    warn(
+        f"the model was trained on frame groups 0 to {num_seen - 1}: from there on clips are at positions that it has "
+        "never seen, and may fall apart; train with a larger diffusion.max_start_group for longer ones"
+    )
+    return True
+
+
+def _shape(
+    model: PretrainedModel,
+    num_samples: int,
+    num_frames: int | None,
+    size: tuple[int, int] | None,
+    known: Tensor | None,
+) -> tuple[tuple[int, ...], int | None]:
     """Of a sample's latents, and of clips the frames of a group."""
     if isinstance(model, PretrainedDiPoM):
-        if num_frames is not None:
-            raise InputError("sample: num_frames is for clips, and this model makes pictures")
+        if any(option is not None for option in (num_frames, size, known)):
+            raise InputError("sample: num_frames, size and known are for clips, and this model makes pictures")
         return model.config.latent_shape, None
-    channels, most, *size = model.config.latent_shape
+    channels, most, *_ = model.config.latent_shape
     of_group = model.config.patch_frames
     if num_frames is not None and (num_frames < 1 or num_frames % of_group):
         raise InputError(f"sample: num_frames {num_frames} is no multiple of the model's {of_group} frames of a group")
-    return (channels, num_frames or most, *size), of_group
+    height, width = clip_size(model, num_samples, size, known)
+    num_frames = num_frames or most
+    if known is not None and known.shape[2] > num_frames:
+        raise InputError(f"sample: {known.shape[2]} latent frames are known, and the clips have {num_frames}")
+    warn_of_unseen_positions(model, num_frames // of_group)
+    return (channels, num_frames, height, width), of_group

@@ -6,7 +6,9 @@ trained on, made frame group by frame group -> are they what was asked for? Ever
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ CLIPS, TEXT_ENCODER, LATENTS = Path("data/moving-digits"), Path("data/byte-t5"),
 RECIPE = "recipes/quickstart-video.yaml"
 RUN = Path("runs/quickstart-video")
 NUM_FRAMES = 24  # the clips trained on have 8
-NUM_SHOWN, NUM_JUDGED = 2, 20  # per caption
+NUM_SHOWN, NUM_JUDGED = 3, 10  # per caption
 
 
-def main() -> None:
+def main(overrides: Sequence[str]) -> None:
+    """`overrides`: of the training recipe, e.g. model.mixer=attention."""
     started = time.monotonic()
     remove_earlier(RUN)
     section("1. clips: handwritten digits that move over a small canvas, one half to train on, one half to judge by")
@@ -31,7 +34,7 @@ def main() -> None:
         pomscale("data", "encode", f"recipes/data/{recipe}.yaml")
         pomscale("data", "verify", str(LATENTS / half))
     section("4. training a V-DiPoM with block-causal time on two processes (FSDP2)")
-    run(*train_command(RECIPE, RUN))
+    run(*train_command(RECIPE, RUN, *overrides))
     pomscale("report", str(RUN))
     section(f"5. clips of {NUM_FRAMES} frames: group by group, from a state that does not grow")
     sample("--num", str(NUM_SHOWN), "--out", f"{RUN}/clips.mp4", "--sheet", f"{RUN}/clips.png")
@@ -73,7 +76,7 @@ def table(figures: dict[str, Any], minutes: float) -> str:
             f"  {RUN}/report.html   curves, clips while training, recipe",
             "",
             "What to run next:",
-            f'  pomscale sample {RUN} --prompt "four moving right" --frames 96 --out long.mp4',
+            f'  pomscale sample {RUN} --prompt "four moving right" --frames 48 --out long.mp4',
             "  pomscale config show recipes/moving-digits-full.yaml   # all digits, four directions: for a GPU",
             "  pomscale bench video",
         ]
@@ -81,4 +84,4 @@ def table(figures: dict[str, Any], minutes: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

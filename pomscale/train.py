@@ -66,6 +66,10 @@ from pomscale.run_folder import (
 )
 from pomscale.trainer import Saving, Trainer
 
+# torch compiles the blocks again for another mixer, another kind of shape (batch sizes, one frame group or several) and
+# without gradients. After 8 of them it would run what is new uncompiled, and tell it in one line of a log.
+_MOST_COMPILED_VARIANTS = 64
+
 
 def train(recipe: TrainRecipe) -> int:
     """Train until the recipe's samples are seen, or until asked to stop. Returns the exit code (0, or 75 if stopped).
@@ -101,7 +105,8 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
             say(f"{folder}: finished already, {standing.samples:,} samples")
         return 0
     # A run that has begun does not need what it was fine-tuned from, which may be gone by now.
-    initial = _seeded(recipe) if standing.samples or recipe.init_from is None else _fine_tuned(recipe, world)
+    is_new = standing.samples == 0
+    initial = _fine_tuned(recipe, card, world) if is_new and recipe.init_from is not None else _seeded(recipe)
     number = world.on_main(lambda: Generation.claim(folder).number)
     run = _Run(world, recipe, folder, Generation(folder, number), stop)
     try:
@@ -146,11 +151,11 @@ def _look(recipe: TrainRecipe, folder: Path, mixture: Mixture, this_run: dict[st
 def _open_mixture(recipe: TrainRecipe) -> Mixture:
     """The datasets of the recipe. InputError if they do not fit its codec and model."""
     model = recipe.model
-    reads_text = isinstance(model, VideoModelConfig)
-    if not reads_text and any(component.text is not None for component in recipe.data.components):
-        raise InputError("data.text: this model is told classes, not captions, so it has no use for text embeddings")
     mixture = Mixture.open(
-        recipe.data, seed=recipe.seed, global_batch=recipe.training.global_batch, read_text=reads_text
+        recipe.data,
+        seed=recipe.seed,
+        global_batch=recipe.training.global_batch,
+        read_text=isinstance(model, VideoModelConfig),
     )
     for dataset in mixture.datasets:
         check_compatible(dataset.location, dataset.manifest, recipe.codec, model)
@@ -163,9 +168,15 @@ def _seeded(recipe: TrainRecipe) -> InitWeights:
     return lambda model, assign: init_weights(model, recipe.seed, assign)
 
 
-def _fine_tuned(recipe: TrainRecipe, world: World) -> InitWeights:
+def _fine_tuned(recipe: TrainRecipe, card: ModelCard, world: World) -> InitWeights:
     assert recipe.init_from is not None
     initial = fine_tuning(recipe.init_from, recipe.model, recipe.seed)
+    texts_then = initial.source.card.text
+    if texts_then is not None and texts_then.identity != card.texts.identity:
+        raise InputError(
+            f"init_from: the network in {recipe.init_from.path} was told texts by another text encoder, that of "
+            f"{texts_then.config.path}; encode the captions with it, e.g. into a companion set (data.text)"
+        )
     world.on_main(lambda: initial.source.check(initial.weights))  # once, and not every byte on every rank
     return initial
 
@@ -212,6 +223,8 @@ class _Run:
         with ExitStack() as stack, watchdog:
             compile_cache = CompileCache(self.folder if recipe.compute.compile else None, is_main=world.is_main)
             compile_cache.load()
+            if recipe.compute.compile:
+                torch._dynamo.config.recompile_limit = _MOST_COMPILED_VARIANTS
             engine = self._engine(initial)
             checkpoints = CheckpointStore(self.folder / "checkpoints", recipe.checkpoint, self.generation)
             restore = partial(_restore, engine, checkpoints)

@@ -8,31 +8,25 @@ DIR/manifest.json    what made the videos, and the seed of each
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from pomscale.condition import Text
 from pomscale.config.schema import SamplerName
 from pomscale.errors import InputError, PomscaleError
 from pomscale.evaluation.vbench_suite import VIDEOS, Video, check, claim, list_videos, read_prompts
 from pomscale.files import make_folder, sync_folder
-from pomscale.filming import film, num_latent_frames
-from pomscale.monitoring.text import format_duration
-from pomscale.pretrained import PretrainedVDiPoM, load_pretrained
+from pomscale.filming import clip_codec, film, num_latent_frames
+from pomscale.monitoring.progress import Progress
+from pomscale.pretrained import PretrainedVDiPoM, encode_prompts, load_pretrained
 from pomscale.run_folder import versions
 from pomscale.weights import open_weights
 
 UNFINISHED = "unfinished"
-
-_TELL_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -109,19 +103,21 @@ def film_suite(
         assert isinstance(model, PretrainedVDiPoM)
         # What can be wrong is noticed before the folder is given to these options.
         num_latent_frames(model, num_frames)
-        _ = model.text_encoder
+        _ = model.text_encoder, clip_codec(model)
         claim(folder, made_by, {"prompts": str(prompts_path.resolve()), "fps": card.fps, "versions": versions()})
-        with _Progress(len(due)) as progress:
-            for video in due:
-                _make(model, video, folder, sampling)
-                progress.advance()
+        with Progress("videos", len(due)) as progress:
+            for prompt, of_prompt in groupby(due, key=lambda video: video.prompt):
+                text = encode_prompts(model, [prompt])
+                for video in of_prompt:
+                    _make(model, video, text, folder, sampling)
+                    progress.advance()
     num_there = sum((folder / VIDEOS / video.name).exists() for video in videos)
     if num_there == len(videos):
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # what killed processes have left
     return SuiteReport(folder, len(due), num_there, len(videos))
 
 
-def _make(model: PretrainedVDiPoM, video: Video, folder: Path, sampling: Mapping[str, Any]) -> None:
+def _make(model: PretrainedVDiPoM, video: Video, text: Text, folder: Path, sampling: Mapping[str, Any]) -> None:
     """The video, whole and on disk under its name; or nothing of that name."""
     with tempfile.TemporaryDirectory(dir=folder / UNFINISHED, ignore_cleanup_errors=True) as own:
         unfinished = Path(own) / "video.mp4"
@@ -134,6 +130,7 @@ def _make(model: PretrainedVDiPoM, video: Video, folder: Path, sampling: Mapping
             sampler=sampling["sampler"],
             steps=sampling["steps"],
             guidance=sampling["guidance"],
+            text=text,
         )
         target = folder / VIDEOS / video.name
         try:
@@ -141,37 +138,3 @@ def _make(model: PretrainedVDiPoM, video: Video, folder: Path, sampling: Mapping
             sync_folder(target.parent)
         except OSError as error:
             raise PomscaleError(f"{target}: cannot be written: {error}; run the same command again to go on") from error
-
-
-class _Progress:
-    """A bar on a terminal; in a log a line now and then. On stderr."""
-
-    def __init__(self, num_videos: int) -> None:
-        self._num_videos, self._num_done = num_videos, 0
-        self._begun_s = self._told_s = time.monotonic()
-        columns = (TextColumn("videos"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._lines = not sys.stderr.isatty()
-        self._bar = Progress(*columns, console=Console(stderr=True), disable=self._lines)
-        self._task = self._bar.add_task("", total=num_videos)
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def advance(self) -> None:
-        """One more is there."""
-        self._num_done += 1
-        self._bar.advance(self._task)
-        now_s = time.monotonic()
-        is_last = self._num_done == self._num_videos
-        if self._lines and (is_last or self._num_done == 1 or now_s - self._told_s >= _TELL_EVERY_S):
-            self._told_s = now_s
-            each_s = (now_s - self._begun_s) / self._num_done
-            left = format_duration(each_s * (self._num_videos - self._num_done))
-            done = f"{self._num_done:,} of {self._num_videos:,}"
-            print(f"videos: {done}, {each_s:.3g} s each, {left} left", file=sys.stderr, flush=True)

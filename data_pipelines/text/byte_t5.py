@@ -16,18 +16,20 @@ import torch
 
 from pomscale.errors import InputError, PomscaleError
 
-try:
-    import transformers
-    from transformers import T5Config, T5EncoderModel
-except (ImportError, RuntimeError) as error:  # RuntimeError: it is there, but something that it imports is not
-    raise InputError(f"text needs the package transformers: {error}. Run: pip install -e '.[text]'") from error
-
 _SEED = 0
 _NUM_TOKENS = 384  # of transformers' ByT5Tokenizer: 256 bytes, and its special tokens
 
 
 def write_byte_t5(folder: Path, dim: int = 64) -> None:
-    """config.json and model.safetensors, the same on every call: text: {path: FOLDER, tokenizer: bytes}."""
+    """config.json and model.safetensors, the same on every call: text: {path: FOLDER, tokenizer: bytes}.
+
+    InputError if transformers is not installed.
+    """
+    try:
+        import transformers  # noqa: PLC0415  an extra
+        from transformers import T5Config, T5EncoderModel  # noqa: PLC0415
+    except (ImportError, RuntimeError) as error:  # RuntimeError: it is there, but something that it imports is not
+        raise InputError(f"text needs the package transformers: {error}. Run: pip install -e '.[text]'") from error
     transformers.logging.disable_progress_bar()
     config = T5Config(
         vocab_size=_NUM_TOKENS,

@@ -25,11 +25,6 @@ from pomscale.errors import InputError, PomscaleError
 from pomscale.files import write_text
 from pomscale.keyed_random import Stream, keyed_generator
 
-try:
-    import av
-except ImportError as error:
-    raise InputError(f"clips need the package av: {error}. Run: pip install -e '.[video]'") from error
-
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VELOCITIES = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # rows and columns
 
@@ -46,12 +41,13 @@ _QUALITY = "12"  # x264's constant rate factor; 18 is said to look lossless
 class World:
     """Which clips there are. InputError if there are none, or if a digit that fills the canvas is to move along it."""
 
-    digits: tuple[int, ...] = (0, 1, 4)
+    digits: tuple[int, ...] = (0, 1, 2, 3, 4)
     directions: tuple[str, ...] = ("left", "right")
     height: int = 8
     width: int = 16
     num_frames: int = 8
-    speed: int = 2  # pixels per frame; starts are multiples of it
+    speed: int = 4  # pixels per frame
+    grid: int = 2  # starts are multiples of so many pixels
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,8 +55,9 @@ class World:
             raise InputError(f"--digits: give some of 0 to 9, got {list(self.digits)}")
         if not self.directions or not set(self.directions) <= VELOCITIES.keys():
             raise InputError(f"--directions: give some of {', '.join(VELOCITIES)}, got {list(self.directions)}")
-        if min(self.num_frames, self.speed) < 1:
-            raise InputError(f"--num-frames, --speed: give at least 1, got {self.num_frames} and {self.speed}")
+        for name in ("num_frames", "speed", "grid"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')}: give at least 1, got {getattr(self, name)}")
         for axis, side in enumerate((self.height, self.width)):
             moving = [direction for direction in self.directions if VELOCITIES[direction][axis]]
             if side < _DIGIT or (side == _DIGIT and moving):
@@ -71,7 +68,7 @@ class World:
 
     @property
     def captions(self) -> list[str]:
-        return [f"{NAMES[digit]} moving {direction}" for digit in self.digits for direction in self.directions]
+        return [_caption(digit, direction) for digit, direction in itertools.product(self.digits, self.directions)]
 
     def clip(self, scan: np.ndarray, start: tuple[int, int], direction: str) -> np.ndarray:
         """(f, h, w) uint8 of a scan (8, 8) whose upper left corner starts at (row, column)."""
@@ -92,11 +89,11 @@ class World:
         random = keyed_generator(self.seed, Stream.DATASET, index, subindex=half)
         scan = scans[digit][random.integers(len(scans[digit]))]
         start = (self._start(random, self.height), self._start(random, self.width))
-        return self.clip(scan, start, direction), f"{NAMES[digit]} moving {direction}"
+        return self.clip(scan, start, direction), _caption(digit, direction)
 
     def _start(self, random: np.random.Generator, side: int) -> int:
         """A digit that fills the canvas stands as it was written."""
-        return 0 if side == _DIGIT else self.speed * int(random.integers(-(-side // self.speed)))
+        return 0 if side == _DIGIT else self.grid * int(random.integers(-(-side // self.grid)))
 
 
 def write_moving_digits(folder: Path, world: World, num_clips: dict[str, int]) -> None:
@@ -124,12 +121,20 @@ def write_moving_digits(folder: Path, world: World, num_clips: dict[str, int]) -
                 partial.rename(file)
 
 
+def _caption(digit: int, direction: str) -> str:
+    return f"{NAMES[digit]} moving {direction}"
+
+
 def _read_scans(folder: Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))]
 
 
 def _write_mp4(path: Path, frames: np.ndarray) -> None:
     """Grey frames (f, h, w) uint8 as H.264, every pixel _ZOOM wide."""
+    try:
+        import av  # noqa: PLC0415  an extra
+    except ImportError as error:
+        raise InputError(f"clips need the package av: {error}. Run: pip install -e '.[video]'") from error
     frames = frames.repeat(_ZOOM, axis=1).repeat(_ZOOM, axis=2)
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(FPS), options={"crf": _QUALITY})
@@ -154,6 +159,7 @@ def main() -> int:
         ("width", "of the canvas, in pixels"),
         ("num-frames", f"per clip, at {FPS} per second"),
         ("speed", "in pixels per frame"),
+        ("grid", "starts are multiples of so many pixels"),
     ):
         value = getattr(default, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{what} (default %(default)s)")
@@ -168,6 +174,7 @@ def main() -> int:
             width=arguments.width,
             num_frames=arguments.num_frames,
             speed=arguments.speed,
+            grid=arguments.grid,
         )
         num_clips = {"train": arguments.train, "heldout": arguments.heldout}
         write_moving_digits(arguments.out, world, num_clips)

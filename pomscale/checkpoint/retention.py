@@ -51,5 +51,6 @@ def read_judged(root: Path) -> dict[int, float]:
 
 def write_judged(root: Path, judged: Mapping[int, float], known: Collection[int | None]) -> None:
     """Keep the values of the checkpoints `known`. PomscaleError if that cannot be written."""
+    root.mkdir(parents=True, exist_ok=True)  # something may be measured before the first checkpoint
     kept = {str(samples): value for samples, value in sorted(judged.items()) if samples in known}
     write_text(root / JUDGED, json.dumps(kept, indent=1))

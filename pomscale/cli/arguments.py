@@ -19,6 +19,14 @@ def unknown_words(parsed: argparse.Namespace, rest: list[str]) -> list[str]:
     return [word for word in rest if not takes_overrides or "=" not in word or word.startswith("-")]
 
 
+def seed(text: str) -> int:
+    """For `type=`: with room for the numbers after it, since the keys of random numbers have 64 bits."""
+    value = int(text)
+    if abs(value) >= 2**62:
+        raise argparse.ArgumentTypeError(f"must lie between -2**62 and 2**62, got {value}")
+    return value
+
+
 def positive(text: str) -> int:
     """For `type=`: a whole number from 1 on."""
     value = int(text)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pomscale.cli import clips, record, vbench
-from pomscale.cli.arguments import positive
+from pomscale.cli.arguments import positive, seed
 from pomscale.errors import InputError
 
 _WEIGHTS = "ema (what stands for the model), model (as last trained), or the name of an average"
@@ -33,7 +33,7 @@ def _add_sample(verbs: Any) -> None:
     sample.add_argument("--sampler", choices=["ddim", "euler", "heun"], help="default: as the recipe says")
     sample.add_argument("--steps", type=positive, help="default: as the recipe says")
     sample.add_argument("--guidance", type=float, help="w in pred_c + w (pred_c - pred_u); default: the recipe's")
-    sample.add_argument("--seed", type=int, default=0, help="picture or clip i has seed + i (default 0)")
+    sample.add_argument("--seed", type=seed, default=0, help="picture or clip i has seed + i (default 0)")
     sample.add_argument(
         "--batch",
         type=positive,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pomscale.cli.arguments import positive
+from pomscale.cli.clips import given
 from pomscale.errors import InputError
 
 _NAME = "vbench"
@@ -41,10 +42,8 @@ def sample(arguments: argparse.Namespace) -> int:
 
     if arguments.out_dir is None:
         raise InputError("--vbench: name the folder for the videos with --out-dir")
-    if any(getattr(arguments, name) is not None for name in _ANSWERED):
-        raise InputError(
-            "--vbench: prompts, form and names of its videos are given; leave out options that choose others"
-        )
+    if options := given(arguments, _ANSWERED):
+        raise InputError(f"{options}: not with --vbench, whose videos have prompts, form and names of their own")
     task = this_task(arguments.task)
     report = film_suite(
         arguments.model,

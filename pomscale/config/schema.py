@@ -179,6 +179,9 @@ class SamplingConfig(Section):
     every_samples: PositiveInt | None = Field(None, description="Draw some into the run folder; null = never.")
     num_classes: PositiveInt | None = Field(None, description="Classes in the grid, from class 0 on; null = up to 8.")
     prompts: list[Annotated[str, Field(min_length=1)]] = Field([], description="Clips: what they are to show.")
+    text_path: str | None = Field(
+        None, description="Clips: where the text encoder lies on this machine, if not where the captions were encoded."
+    )
     num_each: PositiveInt = Field(4, description="Pictures of each class, clips of each prompt.")
     num_frames: PositiveInt | None = Field(
         None, description="Clips: latent frames; null = as many as model.latent_shape has."
@@ -274,8 +277,12 @@ class TrainRecipe(Section):
         for key, is_set in (
             ("sampling.prompts", self.sampling.prompts),
             ("sampling.num_frames", self.sampling.num_frames),
+            ("sampling.text_path", self.sampling.text_path),
             ("diffusion.time.per_frame_group", self.diffusion.time.per_frame_group),
             ("diffusion.max_start_group", self.diffusion.max_start_group),
+            ("data.text", self.data.text),
+            *((f"data.mixture.{i}.text", component.text) for i, component in enumerate(self.data.mixture)),
+            ("validation.text", self.validation and self.validation.text),
         ):
             if is_set:
                 raise ValueError(f"{key}: is for clips, and model.kind is image")

@@ -84,7 +84,7 @@ class Mixture:
         components = config.components
         manifests = [read_manifest(component.path) for component in components]
         weights = [component.weight for component in components]
-        _check_belong_together([component.path for component in components], manifests)
+        _check_belong_together([component.path for component in components], manifests, read_classes=not read_text)
         normalization = Normalization.of_mixture(manifests, weights, config.normalization)
         datasets = [
             LatentDataset(
@@ -190,7 +190,7 @@ def _names(locations: Sequence[str]) -> list[str]:
     return names if len(set(names)) == len(names) else [f"{i}-{name}" for i, name in enumerate(names)]
 
 
-def _check_belong_together(locations: Sequence[str], manifests: Sequence[Manifest]) -> None:
+def _check_belong_together(locations: Sequence[str], manifests: Sequence[Manifest], *, read_classes: bool) -> None:
     """One network and one codec serve all datasets of a mixture."""
     for location, manifest in zip(locations, manifests, strict=True):
         check_has_latents(location, manifest)
@@ -205,7 +205,7 @@ def _check_belong_together(locations: Sequence[str], manifests: Sequence[Manifes
             )
         if manifest.latent_codec.identity != first.latent_codec.identity:
             raise InputError(f"{both}: their codecs differ in weights. Encode one of them again with the other's")
-        if manifest.class_names != first.class_names:
+        if read_classes and manifest.class_names != first.class_names:
             raise InputError(f"{both}: their classes differ. Encode one of them again with the other's class names")
 
 
@@ -223,3 +223,9 @@ def _check_same_text(datasets: Sequence[LatentDataset]) -> None:
             )
         if other.info.identity != first.info.identity:
             raise InputError(f"{both}: their text encoders differ in weights. {_SAME_TEXT}")
+        kept, also_kept = first.info.config.max_length, other.info.config.max_length
+        if also_kept != kept:
+            raise InputError(
+                f"{both}: of their captions up to {kept} and {also_kept} tokens were kept. Encode one of them again "
+                "with the other's text.max_length"
+            )

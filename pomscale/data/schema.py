@@ -361,7 +361,7 @@ def text_info(location: str | Path, manifest: Manifest) -> TextInfo:
     """`manifest.text`. InputError, naming the remedy, for a set without texts."""
     if manifest.text is None:
         raise InputError(
-            f"dataset {location}: has no text embeddings; encode them with a `text` section in the recipe, or name "
-            f"the companion set that has them: data.text"
+            f"dataset {location}: has no text embeddings; encode them with a `text` section in its recipe, or name the "
+            "companion set that has them: `text`, beside its `path`"
         )
     return manifest.text

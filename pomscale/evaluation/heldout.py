@@ -47,11 +47,11 @@ def heldout_loss(
     config: ValidationConfig,
     world: World,
 ) -> HeldoutLoss:
-    """The loss of the first `config.num_samples` held-out samples. A collective: all ranks share the work.
+    """The loss of `config.num_samples` held-out samples. A collective: all ranks share the work.
 
-    sizes: how many samples have the first shape, the second, and so on. Sample i always falls in bin
-    i mod num_time_bins, at the same t (in a clip the same for all frames) and with the same noise. InputError if none
-    of the samples can be read.
+    sizes: how many samples have the first shape, the second, and so on; the first of each are taken, and of each its
+    share. The sample at place i always falls in bin i mod num_time_bins, at the same t (in a clip the same for all
+    frames) and with the same noise. InputError if none of the samples can be read.
     """
     num_samples, num_bins = min(config.num_samples, sum(sizes)), config.num_time_bins
     batches = _batches(sizes, num_samples, config.batch)
@@ -71,16 +71,18 @@ def heldout_loss(
     if num_read == 0:
         raise InputError(f"validation: none of the {num_samples:,} held-out samples can be read; repair the dataset")
     by_bin = [loss / count if count else None for loss, count in zip(losses, counts, strict=True)]
-    return HeldoutLoss(sum(losses) / num_read, by_bin[:num_samples], num_samples - num_read)
+    last_place = batches[-1][-1]
+    return HeldoutLoss(sum(losses) / num_read, by_bin[: last_place + 1], num_samples - num_read)
 
 
 def _batches(sizes: Sequence[int], num_samples: int, batch: int) -> list[list[int]]:
-    """The first `num_samples` places, at most `batch` together and only those of one shape."""
-    batches, first = [], 0
+    """`num_samples` places, at most `batch` together and only those of one shape."""
+    batches, first, taken = [], 0, 0
     for size in sizes:
-        end = min(first + size, num_samples)
+        up_to_here = num_samples * (first + size) // sum(sizes)
+        end = first + up_to_here - taken
         batches += [list(range(start, min(start + batch, end))) for start in range(first, end, batch)]
-        first += size
+        first, taken = first + size, up_to_here
     return batches
 
 

@@ -131,13 +131,11 @@ class VDiPoM(nn.Module):
         start (b,) int64: the number of a clip's first frame group, by default 0.
         ValueError if the patches do not fill the clips, or if there are neither one t nor g of them.
         """
-        num_frames = latents.shape[2] if latents.ndim == 5 else 1
-        if num_frames == 1 and self.config.patch_frames > 1:
-            frames = (latents if latents.ndim == 5 else latents[:, :, None]).expand(
-                -1, -1, self.config.patch_frames, -1, -1
-            )
-            return self._predict(frames, t, condition, start).mean(2, keepdim=latents.ndim == 5)
-        return self._predict(latents, t, condition, start)
+        clips = latents if latents.ndim == 5 else latents[:, :, None]
+        if clips.shape[2] > 1:
+            return self._predict(clips, t, condition, start)
+        repeated = clips.expand(-1, -1, self.config.patch_frames, -1, -1)
+        return self._predict(repeated, t, condition, start).mean(2, keepdim=latents.ndim == 5)
 
     def _predict(self, clips: Tensor, t: Tensor, condition: Text, start: Tensor | None) -> Tensor:
         x = self.patch_embedding(clips)

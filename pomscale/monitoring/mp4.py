@@ -61,6 +61,9 @@ class Mp4Stream:
         stream.pix_fmt = "yuv420p"
         # Said, since players guess from the size, and would take large frames for BT.709.
         stream.codec_context.colorspace = Colorspace.ITU601
+        # By default as many as there are cores, with buffers for each: too many where many clips are written at once,
+        # and the file would depend on the machine.
+        stream.codec_context.thread_count = 1
         stream.codec_context.gop_size = max(1, round(_KEY_INTERVAL * self._rate))
         return stream
 

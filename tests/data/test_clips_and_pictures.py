@@ -12,15 +12,18 @@ from synthetic_dataset import TEXT_DIM, write_dataset
 
 from launch.checks import check_training_data
 from pomscale.batches import TrainBatch, draw_batch, share_of_loss
-from pomscale.condition import Text
+from pomscale.condition import Condition, Text
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.schema import TrainRecipe, ValidationConfig
 from pomscale.data.loader import Loader
 from pomscale.data.mixture import Mixture
 from pomscale.data.schema import check_compatible, check_text
 from pomscale.diffusion.objectives import FlowMatching
+from pomscale.distributed.world import join_world
 from pomscale.errors import InputError
+from pomscale.evaluation.heldout import heldout_loss
+from pomscale.events import read_in_order, shape_sizes
 from pomscale.models import VDiPoM, init_weights
 
 GLOBAL_BATCH = 6
@@ -103,6 +106,11 @@ def test_a_launch_looks_at_latents_and_texts(recipe: TrainRecipe) -> None:
     without = recipe.data.model_copy(update={"mixture": [first, second.model_copy(update={"text": None})]})
     with pytest.raises(InputError, match=r"dataset \S+pictures: has no text embeddings"):
         check_training_data(recipe.model_copy(update={"data": without}), profile)
+    validation = ValidationConfig(path=second.path, text=second.text, every_samples=6)
+    check_training_data(recipe.model_copy(update={"validation": validation}), profile)
+    mute = validation.model_copy(update={"text": None})
+    with pytest.raises(InputError, match=r"dataset \S+pictures: has no text embeddings.*: `text`, beside its `path`"):
+        check_training_data(recipe.model_copy(update={"validation": mute}), profile)
     wider = recipe.model.model_copy(update={"text_dim": 16})
     with pytest.raises(InputError, match=rf"dataset \S+clips: .* {TEXT_DIM} values per token, but .* is 16"):
         check_training_data(recipe.model_copy(update={"model": wider}), profile)
@@ -138,6 +146,41 @@ def test_batches_do_not_depend_on_ranks_or_on_where_a_run_was_resumed(recipe: Tr
         for whole, joined, again in zip(tensors(batch), together, later, strict=True):
             assert whole.equal(joined)
             assert whole.equal(again)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "expected"),
+    [
+        (9, [[0, 1, 2], [3, 4], [16, 17], [21, 22]]),
+        (1, [[21]]),
+        (
+            1000,
+            [*([n, n + 1, n + 2] for n in range(0, 15, 3)), [15], [16, 17, 18], [19, 20], [21, 22, 23], [24, 25, 26]],
+        ),
+    ],
+)
+def test_every_shape_has_its_share_of_a_validation(
+    recipe: TrainRecipe, mixture: Mixture, num_samples: int, expected: list[list[int]]
+) -> None:
+    assert isinstance(recipe.model, VideoModelConfig)
+    model = VDiPoM(recipe.model)
+    init_weights(model, seed=0)
+    clips = mixture.datasets[0]
+    in_order, read = read_in_order(clips), []
+
+    def reading(indices: list[int]) -> tuple[torch.Tensor, Condition, torch.Tensor]:
+        read.append(indices)
+        return in_order(indices)
+
+    config = ValidationConfig(path="x", every_samples=6, num_samples=num_samples, batch=3, num_time_bins=4)
+    sizes = list(shape_sizes(clips).values())
+    assert sizes == [16, 5, 6]
+    with join_world("cpu") as world:
+        loss = heldout_loss(FlowMatching(), model, reading, sizes, config, world)
+    assert read == expected
+    measured = {place % 4 for batch in expected for place in batch}
+    assert {number for number, of_bin in enumerate(loss.by_bin) if of_bin is not None} == measured
+    assert loss.num_bad == 0
 
 
 def test_every_shape_trains(recipe: TrainRecipe, mixture: Mixture) -> None:

@@ -211,6 +211,16 @@ def test_datasets_that_do_not_belong_together_are_refused(
         open_mixture(config(tmp_path, a=1, b=1))
 
 
+def test_classes_may_differ_where_captions_are_read(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_dataset(tmp_path / name, [4], text=True)
+    change_manifest(tmp_path / "b", "class_names", value=list("vwxyz"))
+    with pytest.raises(InputError, match="their classes differ"):
+        open_mixture(config(tmp_path, a=1, b=1))
+    mixture = open_mixture(config(tmp_path, a=1, b=1), read_text=True)
+    assert mixture.read(np.arange(4)).text is not None
+
+
 def test_texts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     for name in ("a", "b", "texts"):
         write_dataset(tmp_path / name, [4], text=True, latents=name != "texts")
@@ -220,10 +230,12 @@ def test_texts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     for key, value, message in (
         ("identity", "other", "their text encoders differ in weights"),
         ("dim", 1, rf"their embeddings have {TEXT_DIM} and 1 values per token"),
+        ("config.max_length", 150, "of their captions up to 120 and 150 tokens were kept"),
     ):
+        write_dataset(tmp_path / "texts", [4], text=True, latents=False)
         if key == "dim":
             change_manifest(tmp_path / "texts", "text", "null_length", value=TEXT_DIM)
-        change_manifest(tmp_path / "texts", "text", key, value=value)
+        change_manifest(tmp_path / "texts", "text", *key.split("."), value=value)
         with pytest.raises(InputError, match=rf"the texts in \S+a and \S+texts: {message}"):
             open_mixture(data, read_text=True)
     components[1] = {"path": str(tmp_path / "texts")}

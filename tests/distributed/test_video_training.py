@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from running import GLOBAL_BATCH, NUM_STEPS, assert_same_curve, losses, rows, train
+from tiny_models import save_t5
 from video_run import NUM_FRAMES, make_clips, write_video_recipe
 
-from pomscale.config.recipe import load_train_recipe
+from data_pipelines.common.encode import encode
+from pomscale.config.recipe import load_encode_recipe, load_train_recipe
 from pomscale.data.mixture import Mixture
 from pomscale.data.schema import read_manifest
+from pomscale.errors import InputError
+from pomscale.measure import measure_heldout
 from pomscale.plan.model_cost import training_flops
 from pomscale.train import mean_flops
 from pomscale.train import train as train_here
@@ -71,9 +78,15 @@ def test_layouts_and_engines_agree(
 @pytest.mark.parametrize("mask", [FORCING, "model.temporal=none", "model.mixer=[pom, attention]"])
 def test_every_kind_of_model_trains_alike_on_two_ranks(clips: Path, tmp_path: Path, mask: str) -> None:
     recipe = write_video_recipe(tmp_path, clips)
-    alone = train_alone(recipe, mask)
-    train(recipe, mask, "name=two", "training.micro_batch=3", num_processes=2)
-    assert_same_curve(losses(alone.with_name("two")), losses(alone))
+    # Batches of one shape each: at times the two ranks have different ones, and at the end one has none.
+    validation = f"validation={{path: {clips}/latents, every_samples: {10 * GLOBAL_BATCH}, num_samples: 45, batch: 8}}"
+    alone = train_alone(recipe, mask, validation)
+    train(recipe, mask, validation, "name=two", "training.micro_batch=3", num_processes=2)
+    two = alone.with_name("two")
+    assert_same_curve(losses(two), losses(alone))
+    measured = [[row["validation/loss"] for row in rows(run) if "validation/loss" in row] for run in (alone, two)]
+    assert len(measured[0]) == NUM_STEPS // 10
+    assert measured[1] == pytest.approx(measured[0], rel=1e-4)
 
 
 def test_per_group_times_and_offsets_change_the_loss(alone: Path, clips: Path, tmp_path: Path) -> None:
@@ -96,11 +109,20 @@ def test_activation_checkpointing_changes_no_bit(alone: Path, clips: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_compiled_blocks_follow_eager_ones(alone: Path, clips: Path, tmp_path: Path) -> None:
+def test_compiled_blocks_follow_eager_ones(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two mixers in one kind of block, three shapes, two batch sizes, and no gradients in validation: more variants
+    than torch compiles of one function, unless it is told to, before it runs the rest uncompiled."""
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     recipe = write_video_recipe(tmp_path, clips)
-    short = f"training.total_samples={20 * GLOBAL_BATCH}"
-    compiled = losses(train_alone(recipe, "compute.compile=true", short, FORCING))
-    eager = losses(train_alone(recipe, "name=eager", short, FORCING))
+    total = 10 * GLOBAL_BATCH
+    run = [
+        f"training={{total_samples: {total}, global_batch: {GLOBAL_BATCH}, micro_batch: 7}}",
+        f"validation={{path: {clips}/latents, every_samples: {total // 2}, batch: 4}}",
+        "model.mixer=[pom, attention]",
+        FORCING,
+    ]
+    compiled = losses(train_alone(recipe, "compute.compile=true", *run))
+    eager = losses(train_alone(recipe, "name=eager", *run))
     for samples, loss in eager.items():
         assert compiled[samples] == pytest.approx(loss, rel=1e-4)
 
@@ -131,6 +153,25 @@ def test_validation_and_clips(clips: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_a_held_out_set_may_have_texts_of_its_own(clips: Path, tmp_path: Path) -> None:
+    """The companion set of the recipe belongs to the dataset of the recipe."""
+    shutil.copytree(clips / "latents", tmp_path / "texts")
+    total = 4 * GLOBAL_BATCH
+    folder = train_alone(
+        write_video_recipe(tmp_path, clips),
+        f"training.total_samples={total}",
+        "schedule.warmup_samples=0",
+        f"validation={{path: {clips}/latents, text: {tmp_path}/texts, every_samples: {total}, batch: 4}}",
+    )
+    (logged,) = (row["validation/loss"] for row in rows(folder) if "validation/loss" in row)
+    measure = partial(measure_heldout, folder, num_samples=None, num_time_bins=None, weights="ema", device="cpu")
+    assert measure(data=None).mean == pytest.approx(logged, rel=1e-6)
+    shutil.rmtree(tmp_path / "texts")
+    assert measure(data=str(clips / "latents")).mean == pytest.approx(logged, rel=1e-6)
+    with pytest.raises(InputError, match=r"texts: there is no such folder"):
+        measure(data=None)
+
+
 def test_flops_are_those_of_the_clips_that_there_are(clips: Path, tmp_path: Path) -> None:
     recipe = load_train_recipe(write_video_recipe(tmp_path, clips))
     mixture = Mixture.open(recipe.data, seed=0, global_batch=GLOBAL_BATCH, read_text=True)
@@ -144,3 +185,41 @@ def test_flops_are_those_of_the_clips_that_there_are(clips: Path, tmp_path: Path
     expected = sum(of_frames[num_frames] for num_frames in NUM_FRAMES) / len(NUM_FRAMES)
     assert mean_flops(recipe, mixture) == pytest.approx(expected)
     assert expected < training_flops(model, text_length=24)
+
+
+def test_fine_tuning_needs_the_same_text_encoder(alone: Path, clips: Path, tmp_path: Path) -> None:
+    recipe = write_video_recipe(tmp_path, clips)
+    total = f"training.total_samples={2 * GLOBAL_BATCH}"
+    tuned = train_alone(recipe, f"init_from={{path: {alone}}}", total, "schedule.warmup_samples=0", "name=tuned")
+    assert losses(tuned)[GLOBAL_BATCH] < losses(alone)[GLOBAL_BATCH]  # it does not begin as the identity
+
+    # The same captions through another encoder, as a companion set.
+    other = save_t5(tmp_path / "t5", 1)
+    text = tmp_path / "text.yaml"
+    text.write_text(
+        f"""
+kind: encode
+name: text
+output: {tmp_path}/text
+source: {{kind: latents, path: {clips}/latents}}
+text: {{path: {other}, tokenizer: bytes, max_length: 24, precision: fp32}}
+"""
+    )
+    encode(load_encode_recipe(text), progress=False)
+    with pytest.raises(InputError, match="was told texts by another text encoder"):
+        train_alone(recipe, f"init_from={{path: {alone}}}", f"data.text={tmp_path}/text", "name=other")
+    retold = losses(
+        train_alone(recipe, f"data.text={tmp_path}/text", total, "schedule.warmup_samples=0", "name=retold")
+    )
+    assert retold[GLOBAL_BATCH] == losses(alone)[GLOBAL_BATCH]  # the head begins at 0
+    assert retold[2 * GLOBAL_BATCH] != losses(alone)[2 * GLOBAL_BATCH]
+
+
+def test_the_text_encoder_may_lie_elsewhere_than_where_captions_were_encoded(clips: Path, tmp_path: Path) -> None:
+    recipe = write_video_recipe(tmp_path, clips)
+    short = [f"training.total_samples={GLOBAL_BATCH}", "schedule.warmup_samples=0"]
+    sampling = "every_samples: 32, prompts: [a red bar], num_steps: 1"
+    with pytest.raises(InputError, match=r"sampling\.text_path in a recipe"):
+        train_alone(recipe, *short, f"sampling={{{sampling}, text_path: {tmp_path}/nowhere}}", "name=a")
+    shutil.copytree(clips / "t5", tmp_path / "moved")
+    train_alone(recipe, *short, f"sampling={{{sampling}, text_path: {tmp_path}/moved}}", "name=b")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from make_video import write_video
 from PIL import Image
-from running import pomscale, run
+from running import ENVIRONMENT, TIMEOUT_S, pomscale, run
 from tiny_films import FPS, MAX_LENGTH, save_cogvideox_model, save_model, save_picture_model
 
 from pomscale.cli import main
@@ -153,9 +155,40 @@ def test_a_model_with_a_time_per_frame_group_goes_on_too(film: Sample, tmp_path:
     model = save_model(tmp_path, per_frame_group=True)
     film(model, "--prompt", "x", "--frames", 8, "--npz", "whole.npz")
     film(model, "--prompt", "x", "--frames", 2, "--npz", "0.npz", "--save-state", "state")
-    film(model, "--continue", "state", "--frames", 6, "--npz", "1.npz")
+    film(model, "--continue", "state", "--frames", 6, "--npz", "1.npz", "--out", "1.mp4")
     whole, *parts = (np.load(tmp_path / f"{name}.npz")["clips"] for name in ("whole", "0", "1"))
     assert np.array_equal(np.concatenate(parts, axis=1), whole)
+
+
+@pytest.mark.parametrize("kind", [{}, pytest.param({"patch_frames": 1}, marks=pytest.mark.slow)], ids=["even", "odd"])
+def test_what_ctrl_c_has_stopped_is_whole_and_can_be_gone_on_with(
+    kind: dict[str, Any], film: Sample, tmp_path: Path
+) -> None:
+    """Also of a decoder that takes two latent frames at a time, and three at first if their number is odd."""
+    model = save_cogvideox_model(tmp_path, **kind)
+    asked = 4001 if kind else 4000
+    command = [sys.executable, "-m", "pomscale", "sample", model, "--prompt", "x", "--num", 1, "--frames", asked]
+    files = ["--npz", "0.npz", "--sheet", "sheet.png", "--save-state", "state", "--out", "0.mp4"]
+    with subprocess.Popen(
+        [*map(str, command), *files], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("frame groups: 1 of"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 75
+    found = re.search(r"1 clips of (\d+) frames\nstopped by SIGINT: (\d+) frames are missing; go on .*--continue", said)
+    assert found is not None, said
+    made, missing = map(int, found.groups())
+    assert made + missing == asked
+    first = np.load(tmp_path / "0.npz")["clips"]
+    assert len(frames_of(tmp_path / "0.mp4")) == first.shape[1] == made
+    film(model, "--continue", "state", "--frames", 8, "--npz", "1.npz", "--out", "1.mp4")
+    film(model, "--prompt", "x", "--num", 1, "--frames", made + 8, "--npz", "whole.npz")
+    whole, more = (np.load(tmp_path / f"{name}.npz")["clips"] for name in ("whole", "1"))
+    assert np.array_equal(np.concatenate([first, more], axis=1), whole)
 
 
 @pytest.mark.parametrize("model", ["causal", "maskless"])
@@ -205,6 +238,41 @@ def test_a_long_prompt_is_cut_and_it_is_told(causal: Path, film: Sample, tmp_pat
     assert np.array_equal(long, short)
 
 
+def test_each_long_prompt_is_told_once(maskless: Path, film: Sample) -> None:
+    """Also by a model that makes its clips in several batches."""
+    said = film(maskless, "--prompt", "y" * MAX_LENGTH, "--num", 3, "--batch", 1, "--steps", 1)
+    assert said.count("warning") == 1
+
+
+def test_positions_that_were_never_seen_are_told_of_clips_made_at_once(
+    film: Sample, tmp_path: Path, maskless: Path
+) -> None:
+    num_seen = 2 * (3 + 100)  # frames of clips, and of the frame groups that they may begin later
+    more = ["--prompt", "x", "--num", 1, "--steps", 1]
+    assert "warning" not in film(maskless, *more, "--frames", num_seen)
+    said = film(maskless, *more, "--frames", num_seen + 2)
+    assert said.count("warning") == 1
+    assert "frame groups 0 to 102" in said
+
+
+def test_what_of_a_given_clip_is_left_out_is_told(cogvideox: Path, film: Sample, tmp_path: Path) -> None:
+    """CogVideoX takes 8 frames at a time: the clip goes on from the 16th of 20."""
+    greys = [np.full((40, 24, 3), 10 * number, np.uint8) for number in range(20)]
+    command = ["--prompt", "x", "--num", 1, "--frames", 24, "--from", "start.mp4"]
+    write_video(tmp_path / "start.mp4", greys, FPS)
+    said = film(cogvideox, *command)
+    assert said.count("warning") == 1
+    assert "--from start.mp4: the clips go on from its first 16 of 20 frames" in said
+    write_video(tmp_path / "start.mp4", greys[:16], FPS)
+    assert "warning" not in film(cogvideox, *command)
+
+
+def test_prompts_as_windows_writes_them(causal: Path, film: Sample, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfthree left\r\none right\r\n")
+    film(causal, "--prompts", "prompts.txt", "--num", 1, "--npz", "clips.npz")
+    assert np.load(tmp_path / "clips.npz")["prompts"].tolist() == ["three left", "one right"]
+
+
 def test_frames_that_do_not_fit_name_the_nearest(causal: Path, cogvideox: Path, film: Sample) -> None:
     assert "the nearest that fit are 6 or 8" in film(causal, *TWO, "--frames", 7, expect=2)
     assert "the nearest that fit are 2" in film(causal, *TWO, "--frames", 1, expect=2)
@@ -221,8 +289,9 @@ def test_odd_numbers_of_latent_frames(film: Sample, tmp_path: Path) -> None:
     assert "nearest that fit are 9 or 16" in film(model, "--prompt", "x", "--frames", 12, expect=2)
     film(model, "--prompt", "x", "--frames", 17, "--npz", "whole.npz", "--num", 1)
     film(model, "--prompt", "x", "--frames", 9, "--npz", "0.npz", "--num", 1, "--save-state", "state")
-    assert "nearest that fit are 8" in film(model, "--continue", "state", "--frames", 4, expect=2)
-    film(model, "--continue", "state", "--frames", 8, "--npz", "1.npz")
+    more = ["--continue", "state", "--out", "1.mp4"]
+    assert "nearest that fit are 8" in film(model, *more, "--frames", 4, expect=2)
+    film(model, *more, "--frames", 8, "--npz", "1.npz")
     whole, *parts = (np.load(tmp_path / f"{name}.npz")["clips"] for name in ("whole", "0", "1"))
     assert np.array_equal(np.concatenate(parts, axis=1), whole)
 
@@ -234,6 +303,8 @@ def test_what_does_not_fit_the_model_is_one_clear_error(
     Image.fromarray(np.zeros((20, 12, 3), np.uint8)).save(tmp_path / "start.png")
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (12, 20)).save(tmp_path / "start.bmp")
+    more = ["--frames", "2", "--out", "more.mp4"]
     for arguments, told in [
         ([causal, "--classes", "0"], "--classes: not for .*, which makes clips: say with --prompt"),
         ([causal], "say with --prompt what the clips are to show"),
@@ -251,9 +322,14 @@ def test_what_does_not_fit_the_model_is_one_clear_error(
             "--from: what is given fills all the frames",
         ),
         ([causal, "--continue", "state"], "--continue: say with --frames how many frames more"),
-        ([causal, "--continue", "state", *TWO, "--frames", "2", "--guidance", "0"], "--prompt, --guidance: not for"),
-        ([causal, "--continue", "start.png", "--frames", "2"], r"start\.png: .*no state of clips"),
-        ([maskless, "--continue", "state", "--frames", "2"], "reads all frames at once"),
+        ([causal, "--continue", "state", "--frames", "2"], "--continue: say with --out where"),
+        (
+            [causal, "--continue", "state", *TWO, "--frames", "2", "--guidance", "0"],
+            "--prompt, --guidance: not with --continue",
+        ),
+        ([causal, "--continue", "start.png", *more], r"start\.png: .*no state of clips"),
+        ([maskless, "--continue", "state", *more], "reads all frames at once"),
+        ([causal, *TWO, "--from", "start.bmp"], r"--from start\.bmp: no video .*pictures are \.png"),
         ([maskless, *TWO, "--save-state", "other"], "--save-state: this model makes all frames at once"),
         ([causal, *TWO, "--text-path", tmp_path / "nowhere"], r"text\.path: cannot load"),
     ]:
@@ -262,10 +338,15 @@ def test_what_does_not_fit_the_model_is_one_clear_error(
         assert re.search(told, said), said
 
 
+def test_a_seed_beyond_those_of_the_keys_is_refused(causal: Path, film: Sample) -> None:
+    assert "must lie between -2**62 and 2**62" in film(causal, *TWO, "--seed", 2**63, expect=2)
+
+
 def test_the_state_of_another_model_is_refused(causal: Path, film: Sample, tmp_path: Path) -> None:
     film(causal, *TWO, "--frames", 2, "--save-state", "state", "--num", 1)
     other = save_model(tmp_path, depth=1)
-    assert "are of another model" in film(other, "--continue", "state", "--frames", 2, expect=2)
+    said = film(other, "--continue", "state", "--frames", 2, "--out", "more.mp4", expect=2)
+    assert "are of another model" in said
 
 
 def test_options_of_clips_are_refused_for_pictures(film: Sample, tmp_path: Path) -> None:
@@ -278,16 +359,14 @@ def test_options_of_clips_are_refused_for_pictures(film: Sample, tmp_path: Path)
 
 
 @pytest.mark.parametrize("option", ["--out", "--sheet", "--npz", "--save-state"])
-def test_a_file_that_cannot_be_written_is_one_clear_error(
+def test_a_file_that_cannot_be_written_is_one_clear_error_before_the_work(
     causal: Path, film: Sample, tmp_path: Path, option: str
 ) -> None:
     place = tmp_path / "taken.mp4"
     place.mkdir()
-    said = film(causal, "--prompt", "x", "--frames", 2, option, place, expect=1)
-    assert said.startswith("error: cannot write")
-    assert str(place) in said
-    assert list(place.iterdir()) == []
-    assert not list(tmp_path.glob("*.tmp"))
+    said = film(causal, "--prompt", "x", "--frames", 2, option, place, expect=2)
+    assert said == f"error: {place}: is a folder; name a file\n"
+    assert list(tmp_path.rglob("*")) == [place]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,7 +175,7 @@ def test_what_would_mix_videos_of_two_kinds_is_refused(model: Path, prompts: Pat
         (["--out-dir", "{folder}"], "only with --vbench"),
         (["--task", "0/2"], "only with --vbench"),
         (["--vbench", "{prompts}", "--out-dir", "{folder}", "--task", "2/2"], "INDEX/COUNT"),
-        (["--vbench", "{prompts}", "--out-dir", "{folder}", "--prompt", "a dog"], "leave out options"),
+        (["--vbench", "{prompts}", "--out-dir", "{folder}", "--prompt", "a dog"], "--prompt: not with --vbench"),
         (["--vbench", "{folder}.txt", "--out-dir", "{folder}"], "prompts cannot be read"),
         (["--vbench", "{prompts}", "--out-dir", "{folder}", "--weights", "x"], "has no weights 'x'"),
         (["--vbench", "{prompts}", "--out-dir", "{folder}", "--frames", "3"], "--frames 3"),
@@ -194,6 +195,28 @@ def test_wrong_options_end_before_the_first_video(
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert not (folder / "manifest.json").exists(), "the right options find a free folder"
+
+
+def test_a_codec_that_is_another_one_is_noticed_before_the_folder_is_taken(
+    model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["card"]["codec_identity"] = "of another network"
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="its weights are not those that made the training latents"):
+        suite(other, prompts, tmp_path / "films")
+    assert not (tmp_path / "films" / "manifest.json").exists()
+
+
+def test_a_long_prompt_is_told_once_and_not_of_every_video(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("A cat.\n" + "y" * 70)
+    suite(model, tmp_path / "prompts.txt", tmp_path / "films", num=3)
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1
+    assert "the last 7 are left out" in said
 
 
 def _there(folder: Path) -> list[Path]:

@@ -214,6 +214,15 @@ def test_equal_times_of_the_frame_groups_are_one_time(temporal: str) -> None:
     torch.testing.assert_close(each, one, rtol=1e-11, atol=1e-12)
 
 
+def test_a_picture_is_the_first_frame_of_a_causal_clip_where_a_frame_is_a_group() -> None:
+    model = build(patch_frames=1, temporal="block_causal")
+    t, condition = times(per_group=False), text_of(LENGTHS)
+    picture = clips()[:, :, 0]
+    y = model(picture, t, condition)
+    torch.testing.assert_close(y, model(clips(), t, condition)[:, :, 0], rtol=1e-11, atol=1e-12)
+    assert torch.equal(model(picture[:, :, None], t, condition), y[:, :, None])
+
+
 def test_a_picture_is_a_clip_of_its_repeats_averaged() -> None:
     model, t, condition = build(), times(per_group=False), text_of(LENGTHS)
     picture = clips()[:, :, 0]

@@ -164,7 +164,7 @@ def test_clips_that_do_not_fit_the_model_are_refused(manifest: Manifest, shape: 
 
 
 def test_texts_that_do_not_fit_the_model_are_refused(manifest: Manifest) -> None:
-    with pytest.raises(InputError, match=r"dataset d: has no text embeddings; encode them .* data\.text"):
+    with pytest.raises(InputError, match=r"dataset d: has no text embeddings; .*: `text`, beside its `path`"):
         check_text("d", manifest, VIDEO_MODEL)
     null = base64.b64encode(bytes(2 * 16)).decode()
     text = {"config": {"path": "x"}, "identity": "t", "dim": 8, "null_length": 2, "null_embedding": null}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -196,3 +197,14 @@ def test_without_pyav_the_command_is_told_and_pictures_need_none(
     save_grid(np.zeros((1, 3, 40, 50), np.float32), tmp_path / "grid.png", num_columns=1)
     with pytest.raises(InputError, match=r"package av: .*pip install -e '\.\[video\]'"):
         save_clips(torch.zeros(1, 3, 2, 8, 8), tmp_path / "a.mp4", tmp_path / "a.png", num_columns=1, fps=8)
+
+
+def test_many_clips_can_be_written_at_once(tmp_path: Path) -> None:
+    """x264 takes a thread and a half per core for each, and the memory for as many frames: 64 clips would take all."""
+    frames = torch.rand(1, 3, 4, 64, 96)
+    num_before = len(list(Path("/proc/self/task").iterdir()))
+    with ExitStack() as stack:
+        for number in range(8):
+            stack.enter_context(open_clips(tmp_path / f"{number}.mp4", 8)).write(frames)
+        num_more = len(list(Path("/proc/self/task").iterdir())) - num_before
+    assert num_more <= 8

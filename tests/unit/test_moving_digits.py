@@ -17,18 +17,18 @@ from PIL import Image
 pytest.importorskip("sklearn")
 pytest.importorskip("av")
 
-from data_pipelines.videos.moving_digits import VELOCITIES, World, write_moving_digits
+from data_pipelines.videos.moving_digits import NAMES, VELOCITIES, World, write_moving_digits
 from pomscale.cli import main
 from pomscale.errors import InputError
 from pomscale.evaluation.moving_digits import digit_of, directions_of, evaluate_moving_digits
 
-LARGE = World(digits=(3, 7), directions=("left", "right", "up", "down"), height=12, width=14, num_frames=9)
+LARGE = World(digits=(3, 7), directions=("left", "right", "up", "down"), height=12, width=14, num_frames=9, speed=2)
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("moving-digits")
-    write_moving_digits(folder, World(), {"train": 60, "heldout": 120})
+    write_moving_digits(folder, World(), {"train": 60, "heldout": 300})
     return folder
 
 
@@ -54,12 +54,12 @@ def test_every_caption_is_as_frequent_and_true(clips: Path) -> None:
     world = World()
     scans = scans_of(clips, "train", world)
     drawn = [world.draw(index, 0, scans) for index in range(60)]
-    assert Counter(caption for _, caption in drawn) == dict.fromkeys(world.captions, 10)
+    assert Counter(caption for _, caption in drawn) == dict.fromkeys(world.captions, 6)
     starts = set()
     for clip, caption in drawn:
         digit, _, direction = caption.split()
         assert directions_of(clip / 255) == (direction, [direction] * 7)
-        known = scans[{"zero": 0, "one": 1, "four": 4}[digit]]
+        known = scans[NAMES.index(digit)]
         assert any((np.roll(clip[0], -start, 1)[:, :8] == scan).all() for scan in known for start in range(16))
         starts.add(int(np.argmax(clip[0].sum(0))))
     assert len(starts) >= 8  # they start anywhere
@@ -80,7 +80,7 @@ def test_a_stopped_step_goes_on_to_the_same_files(clips: Path, tmp_path: Path) -
     (folder / "train" / "000009.txt").unlink()
     (folder / "train" / "000011.part").write_bytes(b"cut off")
     kept = (folder / "train" / "000008.mp4").stat().st_mtime_ns
-    write_moving_digits(folder, World(), {"train": 60, "heldout": 120})
+    write_moving_digits(folder, World(), {"train": 60, "heldout": 300})
     assert (folder / "train" / "000008.mp4").stat().st_mtime_ns == kept
     for file in sorted(clips.rglob("*.[mt][px][4t]")):
         assert (folder / file.relative_to(clips)).read_bytes() == file.read_bytes(), file
@@ -88,7 +88,7 @@ def test_a_stopped_step_goes_on_to_the_same_files(clips: Path, tmp_path: Path) -
 
 def test_another_world_is_not_mixed_in(clips: Path) -> None:
     with pytest.raises(InputError, match=r"holds the clips of another world.*remove it"):
-        write_moving_digits(clips, World(speed=4), {"train": 60})
+        write_moving_digits(clips, World(speed=2), {"train": 60})
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_another_world_is_not_mixed_in(clips: Path) -> None:
         ({"directions": ("left", "north")}, r"--directions: give some of left, right, up, down"),
         ({"directions": ("left", "down")}, r"a canvas of 8x16 is too small .* left and down"),
         ({"width": 7}, r"a canvas of 8x7 is too small"),
-        ({"speed": 0}, r"--num-frames, --speed: give at least 1, got 8 and 0"),
+        ({"speed": 0}, r"--speed: give at least 1, got 0"),
     ],
 )
 def test_worlds_that_cannot_be(changes: dict[str, Any], told: str) -> None:
@@ -156,16 +156,16 @@ def test_real_clips_are_the_ceiling_and_wrong_ones_are_found(clips: Path, tmp_pa
     assert '"four moving left"' in real.table()
     asked = ["zero moving left"] * 60
     wrong = evaluate_moving_digits(write_npz(tmp_path / "wrong.npz", clips, asked), *halves)
-    assert wrong.digit_generated == pytest.approx(1 / 3, abs=0.05)  # a third of the clips show a zero
+    assert wrong.digit_generated == pytest.approx(1 / 5, abs=0.05)  # a fifth of the clips show a zero
     assert wrong.direction_generated == 0.5
 
 
 def test_noise_is_not_recognised(clips: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     noise = random.integers(0, 256, (300, 24, 8, 16, 1), dtype=np.uint8)
-    np.savez(tmp_path / "noise.npz", clips=noise, prompts=np.array(World().captions * 50), seeds=range(300))
+    np.savez(tmp_path / "noise.npz", clips=noise, prompts=np.array(World().captions * 30), seeds=range(300))
     report = evaluate_moving_digits(tmp_path / "noise.npz", clips / "train", clips / "heldout")
-    assert report.digit_generated < 0.5
+    assert report.digit_generated < 0.4
     assert report.direction_generated < 0.65
 
 

@@ -70,6 +70,8 @@ def test_the_best_by_value_and_the_newer_of_equals() -> None:
 
 def test_values_survive_restarts_and_a_file_that_cannot_be_read_deletes_nothing(tmp_path: Path) -> None:
     assert read_judged(tmp_path) == {}
+    write_judged(tmp_path / "none" / "yet", {10: 0.5}, known=set())
+    assert read_judged(tmp_path / "none" / "yet") == {}
     write_judged(tmp_path, {10: 0.5, 20: 0.25, 30: 0.125}, known={20, 30})
     assert read_judged(tmp_path) == {20: 0.25, 30: 0.125}
     (tmp_path / "judged.json").write_text("{")

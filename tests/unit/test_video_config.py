@@ -108,6 +108,9 @@ def test_a_text_width_is_asked_for(recipe: Path) -> None:
         ("sampling.num_frames=4", "sampling.num_frames: is for clips, and model.kind is image"),
         ("diffusion.time.per_frame_group=true", "diffusion.time.per_frame_group: is for clips, and model.kind is"),
         ("diffusion.max_start_group=4", "diffusion.max_start_group: is for clips, and model.kind is image"),
+        ("data={path: x, text: y}", "data.text: is for clips, and model.kind is image"),
+        ("data={path: null, mixture: [{path: x}, {path: y, text: z}]}", "data.mixture.1.text: is for clips, and model"),
+        ("validation={path: x, text: y, every_samples: 64}", "validation.text: is for clips, and model.kind is image"),
     ],
 )
 def test_what_only_clips_have_is_refused_for_pictures(recipe: Path, override: str, expected: str) -> None:

@@ -1,0 +1,53 @@
+"""The video quickstart: its commands work one after another, and as it stands it reaches what it promises."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from running import run
+
+av = pytest.importorskip("av")
+pytest.importorskip("sklearn")
+pytest.importorskip("transformers")
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def tour(folder: Path, *overrides: str) -> dict[str, Any]:
+    """The figures that it found, in a folder of its own."""
+    (folder / "recipes").symlink_to(REPOSITORY / "recipes")
+    command = [sys.executable, "-m", "pomscale.quickstart_video", *overrides]
+    done = run(command, cwd=folder, timeout=1700)
+    run_folder = folder / "runs" / "quickstart-video"
+    assert (run_folder / "summary.txt").read_text() in done.stdout
+    assert (run_folder / "clips.png").stat().st_size > 0
+    with av.open(str(run_folder / "clips.mp4")) as container:
+        frames = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
+    assert len(frames) == 24
+    assert np.std(frames[-1]) > 10  # something is to be seen to the end
+    figures: dict[str, Any] = json.loads((run_folder / "moving-digits.json").read_text())
+    assert figures["num_frames_generated"] == 3 * figures["num_frames_real"] == 24
+    assert figures["digit_real"] > 0.95
+    assert figures["direction_real"] == 1.0
+    return figures
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_tour_with_a_training_of_twenty_steps(tmp_path: Path) -> None:
+    few = ["training.total_samples=640", "schedule.warmup_samples=0", "schedule.cooldown_samples=0"]
+    figures = tour(tmp_path, *few)
+    assert figures["digit_generated"] < 0.6  # a judge that calls noise a digit would prove nothing
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1800)
+def test_clips_three_times_as_long_are_what_was_asked_for(tmp_path: Path) -> None:
+    figures = tour(tmp_path)
+    assert figures["digit_generated"] >= 0.8, figures
+    assert figures["direction_generated"] >= 0.9, figures
