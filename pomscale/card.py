@@ -102,7 +102,7 @@ class ModelCard(BaseModel):
         config = self.texts.config
         if self.sampling.text_path is not None:
             config = config.model_copy(update={"path": self.sampling.text_path})
-        remedy = "Name the folder of the right ones: sampling.text_path in a recipe, --text-path when sampling"
+        remedy = "Where the right ones lie: sampling.text_path in a recipe, --text-path when sampling"
         try:
             encoder = build_text_encoder(config).to(device)
         except InputError as error:
@@ -115,12 +115,16 @@ class ModelCard(BaseModel):
         return encoder
 
     def load_codec(self, device: torch.device) -> Codec:
-        """The codec of the training latents. Raises InputError if the weights found now are not those."""
-        codec = build_codec(self.codec).to(device)
+        """The codec of the training latents. Raises InputError if it is not there, or if its weights are not those."""
+        remedy = "Where the right ones lie: codec.path in a recipe, --codec-path when sampling"
+        try:
+            codec = build_codec(self.codec).to(device)
+        except InputError as error:
+            raise InputError(f"{error}. {remedy}") from error
         if self.codec_identity is not None and codec.identity() != self.codec_identity:
             raise InputError(
                 f"codec {codec.name}: its weights are not those that made the training latents, so pictures would "
-                "come out wrong. Name the folder of the right ones: codec.path in a recipe, --codec-path when sampling"
+                f"come out wrong. {remedy}"
             )
         return codec
 

@@ -187,7 +187,7 @@ KINDS = ("one shape", "buckets", "mixture")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(global_batch=st.integers(8, 30), schedule=legs(4))
 def test_no_sample_is_lost_or_doubled_when_the_layout_changes(
     all_data: dict[str, Data], ranks: ThreadPoolExecutor, kind: str, global_batch: int, schedule: list[Leg]
@@ -195,7 +195,7 @@ def test_no_sample_is_lost_or_doubled_when_the_layout_changes(
     check_schedule(all_data[kind], global_batch, schedule, ranks)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(KINDS), global_batch=st.integers(8, 30), schedule=legs(4))
 def test_no_sample_is_lost_or_doubled_in_200_schedules(

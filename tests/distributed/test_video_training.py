@@ -60,9 +60,11 @@ def test_it_learns_from_all_buckets(alone: Path, clips: Path) -> None:
     ("num_processes", "overrides"),
     [
         (2, ["training.micro_batch=5"]),
-        (3, ["fsdp2.shard_size=3"]),
+        pytest.param(3, ["fsdp2.shard_size=3"], marks=pytest.mark.exhaustive),
         pytest.param(2, ["engine=deepspeed", "deepspeed.zero_stage=2"], marks=needs_deepspeed),
-        pytest.param(2, ["engine=deepspeed", "deepspeed.zero_stage=3"], marks=needs_deepspeed),
+        pytest.param(
+            2, ["engine=deepspeed", "deepspeed.zero_stage=3"], marks=[needs_deepspeed, pytest.mark.exhaustive]
+        ),
     ],
     ids=["micro-batches", "three-ranks", "zero-2", "zero-3"],
 )
@@ -75,7 +77,14 @@ def test_layouts_and_engines_agree(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", [FORCING, "model.temporal=none", "model.mixer=[pom, attention]"])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        FORCING,
+        pytest.param("model.temporal=none", marks=pytest.mark.exhaustive),
+        pytest.param("model.mixer=[pom, attention]", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_every_kind_of_model_trains_alike_on_two_ranks(clips: Path, tmp_path: Path, mask: str) -> None:
     recipe = write_video_recipe(tmp_path, clips)
     # Batches of one shape each: at times the two ranks have different ones, and at the end one has none.
@@ -101,7 +110,7 @@ def test_per_group_times_and_offsets_change_the_loss(alone: Path, clips: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("mode", [pytest.param("full", marks=pytest.mark.exhaustive), "selective"])
 def test_activation_checkpointing_changes_no_bit(alone: Path, clips: Path, tmp_path: Path, mode: str) -> None:
     recipe = write_video_recipe(tmp_path, clips)
     folder = train_alone(recipe, f"compute.activation_checkpointing={mode}")
