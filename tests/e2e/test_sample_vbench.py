@@ -103,6 +103,11 @@ def frames(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+def mean_difference(first: np.ndarray, second: np.ndarray) -> float:
+    """Of two films, in levels of 255."""
+    return float(np.abs(first.astype(float) - second).mean())
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -132,9 +137,10 @@ def test_the_folder_is_what_vbench_reads_and_says_what_made_it(model: Path, prom
         film(network, prompt, seed=expected[f"{prompt}-1.mp4"], out=alone, steps=1)
         found = frames(folder / "videos" / f"{prompt}-1.mp4")
         assert found.shape == (NUM_FRAMES, SIZE, SIZE, 3)
-        np.testing.assert_array_equal(found, frames(alone))
+        # Not to the last bit: sums depend on where in memory a process has its tensors, and x264 makes more of it.
+        assert mean_difference(found, frames(alone)) < 2
     first, second = (frames(folder / "videos" / f"A cat.-{index}.mp4") for index in range(2))
-    assert (first != second).any(), "each has a seed of its own"
+    assert mean_difference(first, second) > 10, "each has a seed of its own"
 
 
 def test_only_what_is_missing_is_made_and_tasks_share_it(model: Path, prompts: Path, tmp_path: Path) -> None:
