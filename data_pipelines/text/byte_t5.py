@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import pomscale.codecs  # noqa: F401  (keeps what transformers imports quiet)
 from pomscale.errors import InputError, PomscaleError
 
 _SEED = 0

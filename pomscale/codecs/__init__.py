@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 from pomscale.codecs.base import Codec, TextEncoder
 from pomscale.codecs.pixel import PixelCodec
 from pomscale.config.schema import CodecConfig, PixelCodecConfig, SdVaeCodecConfig, TextEncoderConfig
 
 __all__ = ["Codec", "TextEncoder", "build_codec", "build_text_encoder"]
+
+# diffusers and transformers import torchao where it is installed, which tells of all kernels that are not for this
+# machine.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 # diffusers and transformers are optional and take seconds to import: their adapters are imported where they are built.
 # ruff: noqa: PLC0415

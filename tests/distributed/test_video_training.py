@@ -118,7 +118,17 @@ def test_activation_checkpointing_changes_no_bit(alone: Path, clips: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_compiled_blocks_follow_eager_ones(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_follow_eager_ones(clips: Path, tmp_path: Path) -> None:
+    recipe = write_video_recipe(tmp_path, clips)
+    total = f"training.total_samples={6 * GLOBAL_BATCH}"
+    compiled = losses(train_alone(recipe, "compute.compile=true", total, FORCING))
+    eager = losses(train_alone(recipe, "name=eager", total, FORCING))
+    for samples, loss in eager.items():
+        assert compiled[samples] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.exhaustive
+def test_all_variants_of_a_block_are_compiled(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two mixers in one kind of block, three shapes, two batch sizes, and no gradients in validation: more variants
     than torch compiles of one function, unless it is told to, before it runs the rest uncompiled."""
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
