@@ -19,6 +19,7 @@ from pomscale.config.model import ModelConfig
 from pomscale.config.schema import CodecConfig, DiffusionConfig, SamplingConfig, TrainRecipe, VideoTransformConfig
 from pomscale.data.mixture import Mixture
 from pomscale.data.schema import Normalization, TextInfo
+from pomscale.data.text_reader import null_embedding
 from pomscale.errors import InputError
 
 DEFAULT_FPS = 16.0
@@ -132,6 +133,8 @@ class ModelCard(BaseModel):
 def null_text(texts: TextInfo) -> Text:
     """The stored embedding of the empty caption, as a batch of one: embeddings (1 n dim) float16, n the encoder's
     max_length."""
-    null = torch.frombuffer(bytearray(texts.null_bytes), dtype=torch.float16).view(texts.null_length, texts.dim)
     num_more = texts.config.max_length - texts.null_length
-    return Text(pad(null, (0, 0, 0, num_more))[None], (torch.arange(texts.config.max_length) < texts.null_length)[None])
+    return Text(
+        pad(null_embedding(texts), (0, 0, 0, num_more))[None],
+        (torch.arange(texts.config.max_length) < texts.null_length)[None],
+    )

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from pomscale.data.array_reader import ArrayReader, Faults, Members
 from pomscale.data.join import join_remedy, open_join
-from pomscale.data.schema import text_info
+from pomscale.data.schema import TextInfo, text_info
+
+
+def null_embedding(info: TextInfo) -> Tensor:
+    """What the encoder makes of the empty caption: (null_length, dim) float16."""
+    null = np.frombuffer(info.null_bytes, "<f2").reshape(info.null_length, info.dim)
+    return torch.from_numpy(null.astype(np.float16))
 
 
 class TextReader:
@@ -19,8 +25,7 @@ class TextReader:
         self.info = text_info(source.location, source.manifest)
         self._main = main
         self._table = open_join(main.location, main.manifest, source.location, source.manifest)
-        null = np.frombuffer(self.info.null_bytes, "<f2").reshape(self.info.null_length, self.info.dim)
-        self.null = torch.from_numpy(null.astype(np.float16))
+        self.null = null_embedding(self.info)
         """Of the empty caption: (null_length, dim) float16."""
 
     def read(self, members: Members, faults: Faults) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from pomscale.files import atomic_write
+from pomscale.files import atomic_write, make_folder
 
 if TYPE_CHECKING:
     from pomscale.monitoring.mp4 import Mp4Stream
@@ -28,7 +28,7 @@ def save_grid(images: Tensor | np.ndarray, path: Path, num_columns: int) -> None
 
     PomscaleError if it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     grid = _tiled(to_bytes(images)[:, :, None], num_columns, _GAP)[0]
     with atomic_write(path) as stream:
         Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(stream, format="PNG")
@@ -71,7 +71,7 @@ def open_clips(path: Path, fps: float, num_columns: int = 1) -> Iterator[ClipWri
     """
     from pomscale.monitoring.mp4 import open_mp4  # noqa: PLC0415  # PyAV is optional
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with open_mp4(path, fps) as stream:
         yield ClipWriter(stream, num_columns)
 

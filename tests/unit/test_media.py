@@ -208,3 +208,13 @@ def test_many_clips_can_be_written_at_once(tmp_path: Path) -> None:
             stack.enter_context(open_clips(tmp_path / f"{number}.mp4", 8)).write(frames)
         num_more = len(list(Path("/proc/self/task").iterdir())) - num_before
     assert num_more <= 8
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_that_training_knows(tmp_path: Path) -> None:
+    """An OSError would end the run: events.py goes on after what PomscaleError tells of."""
+    (tmp_path / "samples").write_text("a file where the folder should be")
+    path = tmp_path / "samples" / "grid.png"
+    with pytest.raises(PomscaleError, match="samples: this folder cannot be made"):
+        save_grid(np.zeros((1, 1, 4, 4)), path, 1)
+    with pytest.raises(PomscaleError, match="samples: this folder cannot be made"):
+        save_clips(torch.zeros(1, 1, 2, 4, 4), path.with_suffix(".mp4"), path, num_columns=1, fps=8)
