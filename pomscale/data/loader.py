@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, PinMemory, Prefetcher
+from torchdata.nodes import BaseNode, Batcher, IterableWrapper, ParallelMapper, PinMemory, Prefetcher, Unbatcher
 
 from pomscale.data.bad_samples import BadSample
 from pomscale.data.dataset import Samples
@@ -27,7 +27,7 @@ from pomscale.errors import InputError, PomscaleError
 
 T = TypeVar("T")
 
-# Most micro-batches that a thread takes at a time: handing work from thread to thread costs as much as a third of one.
+# Most micro-batches that go from thread to thread at a time: handing one over costs as much as a third of reading it.
 _MOST_AT_ONCE = 4
 
 Piece = tuple[np.ndarray, np.ndarray]
@@ -91,8 +91,9 @@ class Loader(Generic[T]):
     A PomscaleError met by a reader thread is raised by `next`, once the batches before it were handed out.
     Use as a context manager, or call `close`, to end the threads.
 
-    Read and not yet handed out are at most `prefetch` micro-batches, and what is between the threads and that queue: at
-    most min(4, prefetch) for each of the `num_threads`, as many again on their way, and one that is being pinned.
+    Micro-batches are read, pinned and kept ready in groups of min(4, prefetch). Ready are at most `prefetch` of them, up
+    to whole groups; besides, each of the `num_threads` has a group in hand, one may be being pinned, and one is being
+    handed out.
     """
 
     def __init__(
@@ -122,8 +123,9 @@ class Loader(Generic[T]):
         pieces = micro_batch_positions(
             start_position, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size
         )
+        at_once = min(_MOST_AT_ONCE, prefetch)
+        node: BaseNode = Batcher(IterableWrapper(self._reading.noted(pieces)), at_once)
         # snapshot_frequency=0: torchdata need not track a state that one integer describes.
-        node: BaseNode = IterableWrapper(self._reading.noted(pieces))
         node = ParallelMapper(
             node,
             self._read,
@@ -132,11 +134,11 @@ class Loader(Generic[T]):
             method="thread",
             max_concurrent=num_threads,
             snapshot_frequency=0,
-            prebatch=min(_MOST_AT_ONCE, prefetch),
         )
         if pin_memory:
             node = PinMemory(node, "cuda", snapshot_frequency=0)
-        self._node: BaseNode | None = Prefetcher(node, prefetch, snapshot_frequency=0)
+        node = Prefetcher(node, -(-prefetch // at_once), snapshot_frequency=0)
+        self._node: BaseNode | None = Unbatcher(node)
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -161,8 +163,10 @@ class Loader(Generic[T]):
         # torchdata's nodes stop and join their threads when the last reference to them goes.
         self._node = None
 
-    def _read(self, piece: Piece) -> T | PomscaleError:
-        positions, weights = piece
+    def _read(self, pieces: list[Piece]) -> list[T | PomscaleError]:
+        return [self._read_one(*piece) for piece in pieces]
+
+    def _read_one(self, positions: np.ndarray, weights: np.ndarray) -> T | PomscaleError:
         try:
             with self._reading.of(positions):
                 samples = self._mixture.read(positions)
