@@ -91,9 +91,9 @@ class Loader(Generic[T]):
     A PomscaleError met by a reader thread is raised by `next`, once the batches before it were handed out.
     Use as a context manager, or call `close`, to end the threads.
 
-    Micro-batches are read, pinned and kept ready in groups of min(4, prefetch). Ready are at most `prefetch` of them, up
-    to whole groups; besides, each of the `num_threads` has a group in hand, one may be being pinned, and one is being
-    handed out.
+    Micro-batches are read, pinned and kept ready in groups of min(4, prefetch). Ready are at most `prefetch` of them,
+    up to whole groups; besides, each of the `num_threads` has a group in hand, one may be being pinned, and one is
+    being handed out.
     """
 
     def __init__(
