@@ -50,6 +50,10 @@ class Attention(nn.Module):
         key, value = (self._split_heads(part) for part in self.key_value(context).chunk(2, dim=-1))
         if mask is None or isinstance(mask, str):
             heads = F.scaled_dot_product_attention(query, key, value, is_causal=mask is not None)
+        elif isinstance(mask, BlockCausal):
+            # The same for all samples, and every query reads something: no b m n booleans, no rows to set to 0.
+            readable = dense_mask(mask, 1, num_queries, num_context, x.device)
+            heads = F.scaled_dot_product_attention(query, key, value, attn_mask=readable[:, None])
         else:
             heads = _attend(query, key, value, dense_mask(mask, batch, num_queries, num_context, x.device))
         return self._merge_heads(heads)

@@ -93,14 +93,13 @@ class Attention:
         if mask is None:
             return self.output(op.attention(query, key, value, self.num_heads))
         tape, (batch, num_queries), num_context = x.tape, x.shape[:2], context.shape[1]
-        # What is one for all queries is a view; what is one for all samples is there once.
-        once = tape.new((num_queries, num_context), op.BOOL) if isinstance(mask, int) else None
+        if isinstance(mask, int):  # block-causal: one for all samples
+            readable = tape.new((1, 1, num_queries, num_context), op.BOOL)
+            return self.output(op.attention(query, key, value, self.num_heads, readable))
         readable = tape.new((batch, 1, num_queries, num_context), op.BOOL)
         heads = op.attention(query, key, value, self.num_heads, readable)
         del readable
-        heads = op.scaled(heads)  # rows that read nothing are set to 0
-        del once
-        return self.output(heads)
+        return self.output(op.scaled(heads))  # rows that read nothing are set to 0
 
     def linears(self) -> list[Linear]:
         return [self.query, self.key_value, self.output]
