@@ -16,7 +16,7 @@ from pomscale.codecs import build_codec, build_text_encoder
 from pomscale.codecs.base import Codec, TextEncoder
 from pomscale.condition import Text
 from pomscale.config.model import ModelConfig
-from pomscale.config.schema import CodecConfig, DiffusionConfig, SamplingConfig, TrainRecipe, VideoTransformConfig
+from pomscale.config.schema import CodecConfig, DiffusionConfig, SamplingConfig, TrainRecipe
 from pomscale.data.mixture import Mixture
 from pomscale.data.schema import Normalization, TextInfo
 from pomscale.data.text_reader import null_embedding
@@ -51,7 +51,6 @@ class ModelCard(BaseModel):
     @classmethod
     def of(cls, recipe: TrainRecipe, mixture: Mixture) -> ModelCard:
         manifest, normalization = mixture.datasets[0].manifest, mixture.normalization
-        transforms = [dataset.manifest.transform for dataset in mixture.datasets]
         return cls(
             model=recipe.model,
             diffusion=recipe.diffusion,
@@ -60,7 +59,7 @@ class ModelCard(BaseModel):
             codec_identity=manifest.latent_codec.identity,
             class_names=manifest.class_names,
             text=None if mixture.text is None else mixture.text.info,
-            fps=next((transform.fps for transform in transforms if isinstance(transform, VideoTransformConfig)), None),
+            fps=mixture.fps,
             latent_mean=normalization.mean,
             latent_std=normalization.std,
             averages=tuple(recipe.ema.averages),

@@ -239,11 +239,19 @@ def _finish(job: EncodeJob, rewrite: bool) -> tuple[Encoded, ...]:
     """
     datasets = []
     for variant, store in zip(job.variants, job.stores, strict=True):
-        manifest = read_manifest(variant.output) if (variant.output / MANIFEST_NAME).exists() else None
+        manifest = _manifest_of(variant.output)
         if manifest is None or rewrite or max_skipped_of(manifest) != job.recipe.max_skipped:
             manifest = finish(job, variant, store)
         datasets.append(_encoded(variant.output, manifest))
     return tuple(datasets)
+
+
+def _manifest_of(output: Path) -> Manifest | None:
+    """None if it is missing or damaged: the parts have all that is in it."""
+    try:
+        return read_manifest(output)
+    except InputError:
+        return None
 
 
 def _encoded(output: Path, manifest: Manifest) -> Encoded:

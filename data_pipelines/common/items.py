@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import mmap
 import os
 import tempfile
@@ -65,8 +66,8 @@ class ItemTable:
         """OSError or ValueError where files are missing or do not belong together."""
         self._totals = totals
         self._lines = _Lines(folder)
-        self._keys = _map_array(folder / _KEYS_NAME)
-        self._duplicates = _map_array(folder / _DUPLICATES_NAME)
+        self._keys = _map_array(folder / _KEYS_NAME, "<u8")
+        self._duplicates = _map_array(folder / _DUPLICATES_NAME, "<i8", (2,))
         if not len(self._lines) == len(self._keys) == totals.num_items:
             raise ValueError(f"{_LINES_NAME}, {_KEYS_NAME} and {_TABLE_NAME} do not belong together")
 
@@ -182,7 +183,7 @@ class _Lines:
     """The items as the source told them, by number."""
 
     def __init__(self, folder: Path) -> None:
-        self._offsets = _map_array(folder / _OFFSETS_NAME)
+        self._offsets = _map_array(folder / _OFFSETS_NAME, "<i8")
         with (folder / _LINES_NAME).open("rb") as stream:
             num_bytes = stream.seek(0, os.SEEK_END)
             if num_bytes == 0 or self._offsets[-1] != num_bytes:
@@ -255,7 +256,7 @@ def _write_duplicates(folder: Path) -> int:
     lines, num_problems = _Lines(folder), 0
     with atomic_write(folder / _DUPLICATES_NAME) as stream:
         duplicates = _ArrayWriter(stream, "<i8", (2,))
-        for item, other in _find_duplicates(_map_array(folder / _KEYS_NAME), lines, folder):
+        for item, other in _find_duplicates(_map_array(folder / _KEYS_NAME, "<u8"), lines, folder):
             duplicates.append((item, other))
             num_problems += lines[item].problem is None
         duplicates.finish()
@@ -325,9 +326,20 @@ def _compare_keys(
                 yield item, other
 
 
-def _map_array(path: Path) -> np.ndarray:
-    try:
-        # As a plain array: slices of numpy.memmap are slow to make.
-        return np.asarray(np.lib.format.open_memmap(path, mode="r"))
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
+def _map_array(path: Path, dtype: str, row_shape: tuple[int, ...] = ()) -> np.ndarray:
+    """What `_ArrayWriter` wrote. OSError, or ValueError if it is anything else.
+
+    The header is compared and not parsed: NumPy's parser takes a damaged one for another array, or fails with errors
+    of its own (tokenize's).
+    """
+    num_bytes = path.stat().st_size
+    row_bytes = math.prod(row_shape) * np.dtype(dtype).itemsize
+    num_rows = max(0, num_bytes - len(npy_header((0, *row_shape), dtype))) // row_bytes
+    header = npy_header((num_rows, *row_shape), dtype)
+    if num_bytes != len(header) + num_rows * row_bytes:
+        raise ValueError(f"{path.name}: is cut off")
+    # As a plain array: slices of numpy.memmap are slow to make.
+    content = np.asarray(np.memmap(path, np.uint8, "r"))
+    if content[: len(header)].tobytes() != header:
+        raise ValueError(f"{path.name}: its header is damaged")
+    return content[len(header) :].view(dtype).reshape(num_rows, *row_shape)

@@ -283,8 +283,11 @@ class Pipeline:
                 arrays["text"] = entry.text
             broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
             if broken:
-                writer.fail(entry.place, entry.item, f"its {broken[0]} is not finite in float16")
-                self._display.fail()
+                reason = f"its {broken[0]} is not finite in float16"
+                writer.fail(entry.place, entry.item, reason)
+                if entry.failure is None:  # else it failed in another size, and is counted
+                    entry.failure = reason
+                    self._display.fail(was_encoded=not counts)
                 continue
             info = {"source": entry.item.where, **entry.info}
             record = Record(entry.item.key, arrays, entry.item.label, entry.item.caption, info)

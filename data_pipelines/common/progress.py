@@ -64,10 +64,11 @@ class EncodeProgress:
             self._num_encoded += num_items
             self._show()
 
-    def fail(self) -> None:
-        """One item was given up."""
+    def fail(self, was_encoded: bool = False) -> None:
+        """One item was given up, perhaps after `advance` had counted it: it fails in a later one of several sizes."""
         with self._lock:
             self._num_failed += 1
+            self._num_encoded -= int(was_encoded)
             self._show()
 
     def skip(self, num_items: int) -> None:

@@ -13,7 +13,16 @@ from typing import BinaryIO, NamedTuple, Protocol
 import numpy as np
 
 from pomscale.data.index import NO_LABEL, key_hash, npy_header, split_member_name
-from pomscale.data.schema import ARRAY_MEMBERS, CAPTION_MEMBER, CLASS_MEMBER, INFO_MEMBER, REMEDY, ArrayName, Manifest
+from pomscale.data.schema import (
+    ARRAY_MEMBERS,
+    CAPTION_MEMBER,
+    CLASS_MEMBER,
+    INDEX_NAME,
+    INFO_MEMBER,
+    REMEDY,
+    ArrayName,
+    Manifest,
+)
 from pomscale.errors import PomscaleError
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -171,12 +180,16 @@ def open_shard(path: Path) -> BinaryIO:
 def read_records(folder: Path, manifest: Manifest, rows: np.ndarray) -> Iterator[TarRecord]:
     """The records of index rows, fastest in the order of the index.
 
-    PomscaleError, naming the shard, if one is not there as the index says: its key, class and arrays, by checksum.
+    PomscaleError, naming the shard, if one is not there as the index says: its key, class and arrays, by checksum; or
+    the index, if there is no such shard.
     """
     for numbers in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows["shard"])) + 1):
         if not len(numbers):
             return
-        path = folder / manifest.shards[rows[numbers[0]]["shard"]].name
+        shard = int(rows[numbers[0]]["shard"])
+        if not 0 <= shard < len(manifest.shards):
+            raise PomscaleError(f"{folder / INDEX_NAME}: names shard {shard} of {len(manifest.shards):,}; {REMEDY}")
+        path = folder / manifest.shards[shard].name
         try:
             with open_shard(path) as stream:
                 for number in numbers:

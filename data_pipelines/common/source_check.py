@@ -17,6 +17,7 @@ from data_pipelines.common.parts import PARTS_FOLDER
 from data_pipelines.common.shard_check import Problems
 from pomscale.data.index import key_hash
 from pomscale.data.schema import FAILURES_NAME, MANIFEST_NAME, Manifest
+from pomscale.errors import PomscaleError
 
 _MAX_MISSING_NAMED = 20
 
@@ -33,7 +34,11 @@ def check_source(folder: Path, manifest: Manifest, keys: np.ndarray, problems: P
         )
     with ExitStack() as files:
         failed = _failed_keys(folder, manifest, problems, files)
-        table = _item_table(folder, manifest)
+        try:
+            table = _item_table(folder, manifest)
+        except PomscaleError as error:  # what was found in the shards is to be told all the same
+            problems.add([str(error)])
+            return
         if table is None:
             return
         missing = _missing_items(table.key_hashes(), keys, failed)
@@ -57,7 +62,7 @@ def _failed_keys(folder: Path, manifest: Manifest, problems: Problems, files: Ex
             for line in stream:
                 file.write(np.uint64(key_hash(json.loads(line)["key"])).tobytes())
                 num_failures += 1
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problems.add([f"{FAILURES_NAME}: line {num_failures + 1:,} cannot be read: {error}"])
     if num_failures != manifest.num_failures:
         problems.add([f"{FAILURES_NAME}: lists {num_failures:,} failures, the manifest {manifest.num_failures:,}"])

@@ -274,9 +274,14 @@ def _write_failures(folder: Path, manifest: Manifest, share: _Share, seed: int) 
     num_failures = 0
     path = share.output / FAILURES_NAME
     with atomic_write(path) as stream:
-        for line in failure_lines(folder, manifest):
-            key = np.array([key_hash(json.loads(line)["key"])], np.uint64)
-            if share.chosen(key, seed)[0]:
+        for number, line in enumerate(failure_lines(folder, manifest)):
+            try:
+                key = key_hash(json.loads(line)["key"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise PomscaleError(
+                    f"{folder / FAILURES_NAME}: line {number + 1:,} cannot be read: {error}; {REMEDY}"
+                ) from error
+            if share.chosen(np.array([key], np.uint64), seed)[0]:
                 stream.write(line)
                 num_failures += 1
     if not num_failures:

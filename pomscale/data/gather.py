@@ -12,6 +12,9 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+# What torch and numpy can count in one array.
+_MOST_ELEMENTS = 2**63 - 1
+
 
 def gather(arrays: Mapping[int, np.ndarray], numbers: np.ndarray, offsets: np.ndarray, length: int) -> np.ndarray:
     """The bytes from `offsets` (b,) int64 on of the arrays with these `numbers` (b,), b > 0: (b, length) uint8.
@@ -29,9 +32,20 @@ def gather(arrays: Mapping[int, np.ndarray], numbers: np.ndarray, offsets: np.nd
     # In steps as large as what the starts have in common: torch counts the elements of all rows that there could be.
     shared = int(np.bitwise_or.reduce(starts))
     step = max(shared & -shared, 1)
-    last = int(starts.max())
-    rows = np.asarray(_Rows(first, (last // step + 1, length), step))
+    num_rows = int(starts.max()) // step + 1
+    if num_rows * length > _MOST_ELEMENTS:  # one array on the heap, another in a mapping, far above it
+        return _one_by_one(arrays, numbers, offsets, length)
+    rows = np.asarray(_Rows(first, (num_rows, length), step))
     return torch.from_numpy(rows).index_select(0, torch.from_numpy(starts // step)).numpy()
+
+
+def _one_by_one(arrays: Mapping[int, np.ndarray], numbers: np.ndarray, offsets: np.ndarray, length: int) -> np.ndarray:
+    """The same, with a tensor per array and a second copy."""
+    rows = np.empty((len(numbers), length), np.uint8)
+    for number in np.unique(numbers).tolist():
+        here = numbers == number
+        rows[here] = gather({number: arrays[number]}, numbers[here], offsets[here], length)
+    return rows
 
 
 class _Rows:

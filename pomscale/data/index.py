@@ -54,7 +54,10 @@ def npy_header(shape: tuple[int, ...], dtype: npt.DTypeLike) -> bytes:
 
 
 def map_index(path: Path, num_rows: int, dtype: np.dtype) -> np.ndarray:
-    """The rows (`index_dtype`) of an index, memory-mapped. OSError, or ValueError if it is not one of `num_rows`."""
+    """The rows (`index_dtype`) of an index, memory-mapped. OSError, or ValueError if it is not one of `num_rows`.
+
+    Not by np.load: NumPy's parser meets a damaged header with errors of its own (tokenize's, EOFError).
+    """
     content = np.memmap(path, np.uint8, "r")
     header = npy_header((num_rows,), dtype)
     num_bytes = len(header) + num_rows * dtype.itemsize

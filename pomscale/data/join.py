@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pomscale.data.index import map_index
 from pomscale.data.location import local_folder
 from pomscale.data.schema import Manifest
 from pomscale.errors import InputError
@@ -37,14 +38,12 @@ def open_join(main_location: str, main: Manifest, companion_location: str, compa
         )
     path = join_path(folder, main)
     try:
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
-        if table.shape != (main.num_samples,) or table.dtype != np.int64:
-            raise ValueError(f"it is no table of {main.num_samples:,} rows")
+        return map_index(path, main.num_samples, np.dtype("<i8"))
     except (OSError, ValueError) as error:
+        reason = error if isinstance(error, OSError) else f"it is no table of {main.num_samples:,} rows"
         raise InputError(
-            f"{path}: cannot be read: {error}; {join_remedy(main_location, companion_location)}"
+            f"{path}: cannot be read: {reason}; {join_remedy(main_location, companion_location)}"
         ) from error
-    return table
 
 
 def join_remedy(main_location: str, companion_location: str) -> str:

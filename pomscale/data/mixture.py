@@ -121,6 +121,11 @@ class Mixture:
         """Of the first dataset: what all have in common, encoder and null embedding. None if texts are not read."""
         return self.datasets[0].text
 
+    @property
+    def fps(self) -> float | None:
+        """Frames per second of the clips, which all have in common; None = there are none."""
+        return next((dataset.manifest.fps for dataset in self.datasets if dataset.manifest.fps is not None), None)
+
     def read(self, positions: np.ndarray) -> Samples:
         """The samples at these global positions (b,) int64, all of one step. Errors as `LatentDataset.read`."""
         parts: list[tuple[np.ndarray, Samples]] = []
@@ -207,6 +212,13 @@ def _check_belong_together(locations: Sequence[str], manifests: Sequence[Manifes
             raise InputError(f"{both}: their codecs differ in weights. Encode one of them again with the other's")
         if read_classes and manifest.class_names != first.class_names:
             raise InputError(f"{both}: their classes differ. Encode one of them again with the other's class names")
+    clips = [(location, m.fps) for location, m in zip(locations, manifests, strict=True) if m.fps is not None]
+    for location, fps in clips[1:]:
+        if fps != clips[0][1]:
+            raise InputError(
+                f"data.mixture: {clips[0][0]} and {location}: their clips have {clips[0][1]:g} and {fps:g} frames per "
+                f"second, and the network is not told which. Encode one of them again with the other's transform.fps"
+            )
 
 
 def _check_same_text(datasets: Sequence[LatentDataset]) -> None:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pomscale.config.identity import NOT_OF_THE_LATENTS
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
-from pomscale.config.schema import CodecConfig, TextEncoderConfig, TransformConfig
+from pomscale.config.schema import CodecConfig, TextEncoderConfig, TransformConfig, VideoTransformConfig
 from pomscale.data.location import join, local_folder, read_bytes
 from pomscale.errors import InputError
 
@@ -175,6 +175,11 @@ class Manifest(_Part):
     @property
     def modality(self) -> Literal["image", "video", "text"]:
         return "text" if self.transform is None else self.transform.kind
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second of its clips; None = it has none."""
+        return self.transform.fps if isinstance(self.transform, VideoTransformConfig) else None
 
     @property
     def num_classes(self) -> int:

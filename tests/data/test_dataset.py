@@ -155,6 +155,12 @@ def test_a_companion_with_other_keys_is_joined_by_its_table(tmp_path: Path) -> N
         np.save(path, wrong)
         with pytest.raises(InputError, match=r"no table of 7 rows.*pomscale data join"):
             open_with_text(tmp_path / "main", tmp_path / "text")
+    np.save(path, table)
+    whole = path.read_bytes()
+    for content in (b"", whole[:-1], whole.replace(b"fortran", b"('(((((")):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"join-[0-9a-f]{12}\.npy: cannot be read.*pomscale data join"):
+            open_with_text(tmp_path / "main", tmp_path / "text")
 
 
 def test_a_set_without_texts_is_no_companion(tmp_path: Path) -> None:

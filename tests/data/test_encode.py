@@ -306,6 +306,16 @@ def test_a_part_whose_files_were_lost_is_made_again(
     assert contents(Path(recipe.output)) == before
 
 
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\xff"])
+def test_a_damaged_manifest_is_written_again(pictures: Path, make_recipe: MakeRecipe, damage: bytes) -> None:
+    recipe = make_recipe(pictures)
+    encode(recipe, progress=False)
+    before = contents(Path(recipe.output))
+    (Path(recipe.output) / MANIFEST_NAME).write_bytes(damage)
+    assert encode(recipe, progress=False).num_made == 0
+    assert contents(Path(recipe.output)) == before
+
+
 @pytest.mark.parametrize("name", ["gone", "changed"])
 def test_a_file_that_is_not_what_was_listed_is_a_failure(pictures: Path, make_recipe: MakeRecipe, name: str) -> None:
     recipe = make_recipe(pictures)

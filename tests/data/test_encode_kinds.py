@@ -264,6 +264,32 @@ def test_a_network_that_gives_nan_costs_only_what_it_spoiled(
     assert failures(recipe.output)["3"] == "its text is not finite in float16"
 
 
+@pytest.mark.parametrize("spoiled_sizes", [{16}, {8}, {8, 16}])
+def test_an_item_that_fails_in_several_sizes_is_one_item(
+    pictures: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, spoiled_sizes: set[int]
+) -> None:
+    from pomscale.codecs.pixel import PixelCodec  # noqa: PLC0415
+
+    real = PixelCodec.encode
+
+    def spoiled(self: PixelCodec, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        latents = real(self, pixels, noise).clone()
+        if pixels.shape[-1] in spoiled_sizes:
+            latents[0] = torch.nan
+        return latents
+
+    monkeypatch.setattr(PixelCodec, "encode", spoiled)
+    recipe = make_recipe(pictures, transform={"sizes": [16, 8]})
+    report = encode(recipe, progress=False)
+    num_batches = 9  # of 3 and 2 items in each part of 5, and one of the last item
+    assert [dataset.num_failures for dataset in report.datasets] == [
+        num_batches * (s in spoiled_sizes) for s in (16, 8)
+    ]
+    assert report.num_failed == num_batches
+    rows = (Path(recipe.output) / "parts" / "task-00000" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["samples"] == 21
+
+
 def test_a_batch_that_does_not_fit_is_told(
     pictures: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,7 +132,9 @@ def test_an_incomplete_table_is_none_and_a_damaged_one_is_told(tmp_path: Path) -
     ItemTable.build(ListedSource(items), tmp_path)
     for name in ("items.jsonl", "items.npy", "keys.npy", "duplicates.npy"):
         content = (tmp_path / name).read_bytes()
-        for cut in (content[:-1], b""):
+        # NumPy's own parser of headers has an error of its own for each of these, or takes the numbers for others.
+        damaged = (content.replace(b"fortran", b"('((((("), content.replace(b"8'", b"4'"), content.replace(b"}", b"\0"))
+        for cut in (content[:-1], b"", *(damaged if name.endswith(".npy") else ())):
             (tmp_path / name).write_bytes(cut)
             with pytest.raises(PomscaleError, match=rf"items\.json: the list of items .*{name}.* delete this file"):
                 ItemTable.open(tmp_path)

@@ -211,6 +211,18 @@ def test_datasets_that_do_not_belong_together_are_refused(
         open_mixture(config(tmp_path, a=1, b=1))
 
 
+def test_clips_of_different_speeds_are_refused(tmp_path: Path) -> None:
+    for name in ("pictures", "a", "b"):
+        write_dataset(tmp_path / name, [4])
+    for name, fps in (("a", 8.0), ("b", 8.0)):
+        change_manifest(tmp_path / name, "transform", value={"kind": "video", "fps": fps})
+    assert open_mixture(config(tmp_path, pictures=1, a=1, b=1)).fps == 8
+    assert open_mixture(config(tmp_path, pictures=1)).fps is None
+    change_manifest(tmp_path / "b", "transform", "fps", value=16.0)
+    with pytest.raises(InputError, match=r"\S+a and \S+b: their clips have 8 and 16 frames per second"):
+        open_mixture(config(tmp_path, pictures=1, a=1, b=1))
+
+
 def test_classes_may_differ_where_captions_are_read(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_dataset(tmp_path / name, [4], text=True)

@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic_dataset import change_manifest, write_dataset
+from synthetic_dataset import change_manifest, replace_index, write_dataset
 from tiny_models import save_video_vae
 
 from data_pipelines.common.encode import encode
 from data_pipelines.common.show import info, show
 from pomscale.codecs import build_codec
 from pomscale.config.schema import CogVideoXVaeCodecConfig, EncodeRecipe, PixelCodecConfig
-from pomscale.data.schema import read_manifest
-from pomscale.errors import InputError
+from pomscale.data.schema import INDEX_NAME, read_manifest
+from pomscale.errors import InputError, PomscaleError
 
 PIXELS = build_codec(PixelCodecConfig(name="pixel", block=2))
 
@@ -84,6 +84,16 @@ def test_text_alone_is_told_as_text(tmp_path: Path) -> None:
     assert "5 captions" in text
     assert "(1 to 120, 5) float16; empty caption 1 long" in text
     assert read_manifest(tmp_path / "text").keys_sha256[:12] in text
+
+
+@pytest.mark.parametrize(("field", "value"), [("shard", 7), ("shard", -1), ("latent_offset", -9), ("label", 3)])
+def test_a_damaged_index_is_told(tmp_path: Path, field: str, value: int) -> None:
+    write_dataset(tmp_path, [3])
+    index = np.load(tmp_path / INDEX_NAME)
+    index[field][1] = value
+    replace_index(tmp_path, index)
+    with pytest.raises(PomscaleError, match=r"(index\.npy|shard-000000\.tar): .*pomscale data repair"):
+        show(tmp_path, PIXELS, 3, tmp_path / "grid.png")
 
 
 def test_the_same_samples_are_drawn_again(tmp_path: Path) -> None:

@@ -88,6 +88,15 @@ def test_failures_are_dealt_too(tmp_path: Path) -> None:
         assert verify(tmp_path / part).problems == []
 
 
+@pytest.mark.parametrize("line", [b"{\n", b"\xff\n", b'{"path": "x"}\n', b"[]\n"])
+def test_a_damaged_list_of_failures_is_told(tmp_path: Path, line: bytes) -> None:
+    write_dataset(tmp_path / "whole", [20])
+    change_manifest(tmp_path / "whole", "num_failures", value=2)
+    (tmp_path / "whole" / "failures.jsonl").write_bytes(b'{"key": "f"}\n' + line)
+    with pytest.raises(PomscaleError, match=r"whole/failures\.jsonl: line 2 cannot be read.*pomscale data repair"):
+        split(tmp_path / "whole", {tmp_path / "a": 0.5, tmp_path / "b": 0.5}, progress=False)
+
+
 def test_processes_write_what_one_writes(tmp_path: Path) -> None:
     write_dataset(tmp_path / "whole", [10, 10, 10], flip=True)
     for name, num_workers in (("alone", 1), ("together", 2)):

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,17 @@ def test_every_item_of_the_source_is_a_record_or_a_failure(tmp_path: Path) -> No
     ]
     (dataset / "failures.jsonl").write_text(failures[0] + "{\n")
     assert any(line.startswith("failures.jsonl: line 2 cannot be read") for line in verify(dataset).problems)
+
+
+def test_a_damaged_list_of_items_hides_no_other_damage(tmp_path: Path) -> None:
+    dataset = tmp_path / "latents"
+    write_dataset(dataset, [20, 20])
+    write_item_table(tmp_path / "pictures", dataset)
+    (dataset / "parts" / "keys.npy").write_bytes(b"")
+    (dataset / "shard-000001.tar").unlink()
+    problems = verify(dataset).problems
+    assert "shard-000001.tar: is missing" in problems
+    assert re.search(r"items\.json: the list of items cannot be read: keys\.npy", problems[-1])
 
 
 def test_an_unfinished_dataset_is_refused(dataset: Path) -> None:

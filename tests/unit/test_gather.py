@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 
 import numpy as np
@@ -49,3 +50,25 @@ def test_rows_outside_of_their_array_are_refused(number: int, offset: int) -> No
     arrays = {0: _random(100), 2: _random(100)}
     with pytest.raises(ValueError, match="64 bytes from there on"):
         gather(arrays, np.array([2, number]), np.array([0, offset]), 64)
+
+
+def test_rows_of_arrays_that_lie_at_both_ends_of_memory() -> None:
+    """So many rows could begin between them that their bytes are more than there are numbers for."""
+    low = _mapped_near(1 << 32, 1 << 21)
+    high = np.frombuffer(mmap.mmap(-1, 1 << 21), np.uint8)
+    assert abs(high.ctypes.data - low.ctypes.data) * (1 << 20) > 2**63
+    numbers, offsets = np.array([0, 1, 0, 1]), np.array([0, 1, 7, 16])
+    arrays = {0: low, 1: high}
+    assert np.array_equal(gather(arrays, numbers, offsets, 1 << 20), _naive(arrays, numbers, offsets, 1 << 20))
+
+
+def _mapped_near(address: int, num_bytes: int) -> np.ndarray:
+    """Random bytes where the kernel is asked to have them; they stay for as long as the process."""
+    libc = ctypes.CDLL(None)
+    libc.mmap.argtypes = (*2 * (ctypes.c_size_t,), *3 * (ctypes.c_int,), ctypes.c_long)
+    libc.mmap.restype = ctypes.c_void_p
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    found = libc.mmap(address, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    array = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(found))
+    array[:] = _random(num_bytes)
+    return array
