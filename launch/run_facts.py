@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from pomscale.errors import PomscaleError
 from pomscale.monitoring.history import INCARNATIONS_FILE
 from pomscale.monitoring.ledger import EVENTS_FILE
 from pomscale.monitoring.sinks import METRICS_FILE
+from pomscale.run_folder import read_outcome
 
 # Some twenty rows, as many as a speed should be averaged over.
 _ROWS_BYTES, _EVENTS_BYTES = 32_768, 4096
@@ -140,8 +142,8 @@ def _read_facts(home: Path) -> Facts:
         raise PomscaleError(f"{home / JOBS_FILE}: its last line is no submission: {error}") from error
     attempts = _newest_attempts(home / ATTEMPTS)
     claim = _newest_claim(home / GENERATIONS)
-    incarnations = objects(tail(home / INCARNATIONS_FILE, _ROWS_BYTES))
-    rows = [row for row in objects(tail(home / METRICS_FILE, _ROWS_BYTES)) if row.keys() >= _ROW_KEYS]
+    incarnations = _with_numbers({"started_unix_s"}, objects(tail(home / INCARNATIONS_FILE, _ROWS_BYTES)))
+    rows = _with_numbers(_ROW_KEYS, objects(tail(home / METRICS_FILE, _ROWS_BYTES)))
     newest = max((row["incarnation"] for row in rows), default=0)
     return Facts(
         home,
@@ -150,13 +152,18 @@ def _read_facts(home: Path) -> Facts:
         claim,
         claim_lives=None if claim is None else _lives(claim),
         local_lives=None if submission is None else _local_job_lives(submission, attempts),
-        outcome=read_object(home / "outcome.json"),
+        outcome=read_outcome(home),
         incarnation=incarnations[-1] if incarnations else None,
         num_starts=claim.number if claim is not None else len(incarnations),
         rows=[row for row in rows if row["incarnation"] == newest],
         stop_requested=_stop_requested(home, claim),
         is_run=claim is not None or bool(incarnations) or bool((read_object(home / JOB_FILE) or {}).get("is_run")),
     )
+
+
+def _with_numbers(keys: Collection[str], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that have them: one strange line must not hide all the other runs."""
+    return [row for row in rows if all(isinstance(row.get(key), int | float) for key in keys)]
 
 
 def _newest_attempts(folder: Path) -> list[Attempt]:
@@ -209,11 +216,12 @@ def _newest_claim(folder: Path) -> Claim | None:
     if number is None:
         return None
     path = folder / f"{number:06d}"
-    claim = read_object(path)
-    if claim is None:  # it has the number already, and is about to say who it is
+    claim = read_object(path) or {}
+    try:
+        began = datetime.fromisoformat(claim["time"]).timestamp()
+        return Claim(number, began, claim["host"], claim["pid"], claim["slurm_job_id"])
+    except (KeyError, TypeError, ValueError):  # it has the number already, and is about to say who it is; or it is torn
         return Claim(number, path.stat().st_mtime)
-    began = datetime.fromisoformat(claim["time"]).timestamp()
-    return Claim(number, began, claim["host"], claim["pid"], claim["slurm_job_id"])
 
 
 def _lives(claim: Claim) -> bool | None:

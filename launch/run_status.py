@@ -22,6 +22,7 @@ from pomscale.monitoring.names import METRICS, WALL_TIME
 from pomscale.monitoring.text import format_age, format_count, format_duration
 
 _MAX_STARTS = 12
+_START_KEYS = {"incarnation", "started_unix_s", "start_samples", "num_ranks", "host"}
 _METRICS = (
     "train/loss", "validation/loss", "train/grad_norm", "train/learning_rate", "speed/samples_per_s",
     "speed/step_time_s", "speed/data_wait_share", "speed/mfu", "memory/peak_gib", "faults/skipped_steps",
@@ -113,7 +114,8 @@ def _starts(facts: Facts, run: RunSummary) -> str:
 def _lines(home: Path) -> list[_Line]:
     """Oldest first."""
     starts = attempts(home)
-    incarnations, _ = read_json_lines(home / INCARNATIONS_FILE)
+    written, _ = read_json_lines(home / INCARNATIONS_FILE)
+    incarnations = [row for row in written if row.keys() >= _START_KEYS]
     lines, taken = [], set()
     for place, attempt in enumerate(starts):
         until = starts[place + 1].start.newest_generation if place + 1 < len(starts) else float("inf")

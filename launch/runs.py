@@ -96,8 +96,13 @@ def _homes_below(folder: Path, depth: int) -> Iterator[Path]:
     except OSError:  # no folder, somebody else's, or deleted just now
         return
     if pipeline is not None:  # the homes of its stages, some of which are run folders elsewhere
-        yield from (Path(stage["home"]) for stage in pipeline["stages"])
-        return
+        try:
+            homes = [Path(stage["home"]) for stage in pipeline["stages"]]
+        except (KeyError, TypeError):  # not ours, or damaged: what lies below tells for itself
+            homes = []
+        if homes:
+            yield from homes
+            return
     for path in below:
         if is_home(path):
             yield path

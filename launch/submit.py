@@ -11,8 +11,11 @@ import errno
 import io
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -70,15 +73,40 @@ def _submit_to_slurm(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> str:
     home = Path(spec.home)
     keep(home / JOB_FILE, spec)
     submitted_unix_s = time.time()
-    with _as_on_a_login_node(), _refusal_explained(home):
-        tasks = [SlurmTask(spec.home)] * (wish.array or 1)
-        job_id = executor.submit_array(tasks)[0].job_id.partition("_")[0]
-    try:
-        record(home, Submission(job_id, submitted_unix_s, "slurm", spec.num_nodes, len(tasks)))
-    except PomscaleError:  # nobody would know of it
-        slurm.cancel(job_id)
-        raise
+    with _uninterrupted(home):
+        with _as_on_a_login_node(), _refusal_explained(home):
+            tasks = [SlurmTask(spec.home)] * (wish.array or 1)
+            job_id = executor.submit_array(tasks)[0].job_id.partition("_")[0]
+        try:
+            record(home, Submission(job_id, submitted_unix_s, "slurm", spec.num_nodes, len(tasks)))
+        except PomscaleError:  # nobody would know of it
+            slurm.cancel(job_id)
+            raise
     return job_id
+
+
+@contextmanager
+def _uninterrupted(home: Path) -> Iterator[None]:
+    """From the submission of a job to its line in jobs.jsonl: one that nobody knows of could not be cancelled.
+
+    Ctrl-C waits until then. It would reach sbatch, too, which inherits that it is held back.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    asked: list[int] = []
+    # A thread of a library may be the one that takes the signal, so it is noted as well as held back.
+    signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if asked:
+        print(f"the job was submitted; `pomscale runs cancel {shlex.quote(str(home))}` ends it", file=sys.stderr)
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -124,20 +152,21 @@ def _start_in_background(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> 
     python = sys.executable if profile.python is None else expanded(profile.python, "python")
     num_gpus = profile.gpus_per_node if wish.gpus_per_node is None else wish.gpus_per_node
     submitted_unix_s = time.time()
-    with _as_on_a_login_node():
-        started = subprocess.run(
-            [sys.executable, "-m", "launch.background", spec.home, str(num_gpus), python],
-            env=os.environ | _paths(home, profile),
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            check=False,
-        )
-    if started.returncode:
-        why = started.stderr.strip() or f"see the logs in {home / SUBMITIT}"
-        raise PomscaleError(f"{home}: the job could not be started: {why}")
-    record(home, Submission(started.stdout, submitted_unix_s, "local", 1, wish.array or 1))
+    with _uninterrupted(home):
+        with _as_on_a_login_node():
+            started = subprocess.run(
+                [sys.executable, "-m", "launch.background", spec.home, str(num_gpus), python],
+                env=os.environ | _paths(home, profile),
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                check=False,
+            )
+        if started.returncode:
+            why = started.stderr.strip() or f"see the logs in {home / SUBMITIT}"
+            raise PomscaleError(f"{home}: the job could not be started: {why}")
+        record(home, Submission(started.stdout, submitted_unix_s, "local", 1, wish.array or 1))
     return started.stdout
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from pomscale.config.schema import SamplerName
 from pomscale.evaluation.sampling import grid_classes
-from pomscale.files import make_folder
+from pomscale.files import atomic_write, check_can_be_written
 from pomscale.monitoring.media import save_grid
 from pomscale.pretrained import PretrainedDiPoM, decode, sample
 
@@ -28,10 +28,10 @@ def draw_pictures(
 ) -> None:
     """One row of pictures per class; picture i has seed + i. None means what the model's recipe says.
 
-    Raises InputError if the folder of `out` or `npz` cannot be made, before any work.
+    Raises InputError if `out` or `npz` is a folder, or theirs cannot be made, before any work.
     """
     for path in filter(None, (out, npz)):
-        make_folder(path.parent)
+        check_can_be_written(path)
     defaults = model.card.sampling
     if classes is None:
         classes = sorted(set(grid_classes(defaults, model.config.num_classes)))
@@ -52,5 +52,6 @@ def draw_pictures(
     print(f"wrote {out}: {len(classes)} classes x {num_each}")
     if npz is not None:
         pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        np.savez_compressed(npz, images=pixels, classes=np.array(condition), seeds=np.array(seeds))
+        with atomic_write(npz) as stream:
+            np.savez_compressed(stream, images=pixels, classes=np.array(condition), seeds=np.array(seeds))
         print(f"wrote {npz}: images {pixels.shape} uint8, classes, seeds")

@@ -112,3 +112,12 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: this folder cannot be made: {error}; choose another place") from error
+
+
+def check_can_be_written(path: Path) -> None:
+    """Before the work, not after it: a file may be put there. Makes its folder. InputError if that cannot be."""
+    make_folder(path.parent)
+    if path.is_dir():
+        raise InputError(f"{path}: this is a folder; name a file in it, such as {path / 'NAME'}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: {path.parent} cannot be written; choose another place")

@@ -87,9 +87,13 @@ def write_outcome(
 
 
 def read_outcome(folder: Path) -> dict[str, Any] | None:
-    """outcome.json; None without it."""
-    path = folder / "outcome.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """outcome.json; None without it, and where it tells neither of which start nor how: as after a kill."""
+    try:
+        outcome = json.loads((folder / "outcome.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    told = isinstance(outcome, dict) and (type(outcome.get("incarnation")), type(outcome.get("state"))) == (int, str)
+    return outcome if told else None
 
 
 def outcomes_after(folder: Path, generation: int) -> dict[int, dict[str, Any]]:

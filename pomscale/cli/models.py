@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pomscale.cli import clips, record, vbench
-from pomscale.cli.arguments import positive, seed
+from pomscale.cli.arguments import finite, positive, seed
 from pomscale.errors import InputError
 
 _WEIGHTS = "ema (what stands for the model), model (as last trained), or the name of an average"
@@ -32,7 +32,7 @@ def _add_sample(verbs: Any) -> None:
     )
     sample.add_argument("--sampler", choices=["ddim", "euler", "heun"], help="default: as the recipe says")
     sample.add_argument("--steps", type=positive, help="default: as the recipe says")
-    sample.add_argument("--guidance", type=float, help="w in pred_c + w (pred_c - pred_u); default: the recipe's")
+    sample.add_argument("--guidance", type=finite, help="w in pred_c + w (pred_c - pred_u); default: the recipe's")
     sample.add_argument("--seed", type=seed, default=0, help="picture or clip i has seed + i (default 0)")
     sample.add_argument(
         "--batch",
@@ -110,7 +110,7 @@ def _add_ema(verbs: Any) -> None:
     ema = verbs.add_parser("ema", help="an average of any length, from the snapshots of a run (ema.post_hoc)")
     ema.add_argument("run_folder", type=Path, metavar="RUN")
     length = ema.add_mutually_exclusive_group(required=True)
-    length.add_argument("--width", type=float, help="of a power function: sigma_rel of EDM2, e.g. 0.07")
+    length.add_argument("--width", type=finite, help="of a power function: sigma_rel of EDM2, e.g. 0.07")
     length.add_argument("--halflife-samples", type=positive, help="of an exponential")
     ema.add_argument("--samples", type=positive, help="ends at the last snapshot up to these (default: at the last)")
     ema.add_argument("--out", type=Path, required=True, help="new folder, for load_pretrained")
@@ -167,11 +167,11 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
 
 
 def _evaluate_heldout(arguments: argparse.Namespace) -> int:
-    from pomscale.files import make_folder, write_text
+    from pomscale.files import check_can_be_written, write_text
     from pomscale.measure import measure_heldout
 
     if arguments.out:
-        make_folder(arguments.out.parent)  # before the work, not after it
+        check_can_be_written(arguments.out)
     loss = measure_heldout(
         arguments.model,
         data=arguments.data,
@@ -189,18 +189,23 @@ def _evaluate_heldout(arguments: argparse.Namespace) -> int:
 
 def _evaluate_digits(arguments: argparse.Namespace) -> int:
     from pomscale.evaluation.digits import evaluate_digits
+    from pomscale.files import check_can_be_written, write_text
 
+    if arguments.out:
+        check_can_be_written(arguments.out)
     report = evaluate_digits(arguments.npz, arguments.train, arguments.heldout)
     print(report.table())
     if arguments.out:
-        arguments.out.write_text(report.to_json(), encoding="utf-8")
+        write_text(arguments.out, report.to_json())
     return 0
 
 
 def _evaluate_moving_digits(arguments: argparse.Namespace) -> int:
     from pomscale.evaluation.moving_digits import evaluate_moving_digits
-    from pomscale.files import write_text
+    from pomscale.files import check_can_be_written, write_text
 
+    if arguments.out:
+        check_can_be_written(arguments.out)
     report = evaluate_moving_digits(arguments.npz, arguments.train, arguments.heldout)
     print(report.table())
     if arguments.out:

@@ -146,3 +146,24 @@ def test_more_ranks_than_samples_per_step(tiny_recipe: Path) -> None:
 
 def test_model_that_is_not_there(tmp_path: Path) -> None:
     assert f"{tmp_path}: no complete checkpoint here" in pomscale("sample", tmp_path, expect=2).stderr
+
+
+def test_where_pictures_cannot_go_is_said_before_they_are_made(tiny_recipe: Path, digits: Path, tmp_path: Path) -> None:
+    train(tiny_recipe, f"training.total_samples={10 * GLOBAL_BATCH}", "schedule={}")
+    run_folder = tiny_recipe.parent / "runs" / "tiny"
+    few = ["--classes", "1", "--num", "1", "--steps", "1", "--device", "cpu"]
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    for option in ("--out", "--npz"):
+        done = pomscale("sample", run_folder, *few, option, folder, expect=2)
+        assert f"error: {folder}: this is a folder" in done.stderr
+    data = ["--train", digits / "digits" / "train", "--heldout", digits / "digits" / "heldout"]
+    assert "nan" in pomscale("sample", run_folder, *few, "--guidance", "nan", expect=2).stderr
+    out = tmp_path / "figures.json" / "below"
+    out.parent.write_text("")
+    pictures = tmp_path / "no suffix"
+    pomscale("sample", run_folder, *few, "--out", tmp_path / "grid.png", "--npz", pictures)
+    assert pictures.is_file()
+    done = pomscale("evaluate", "digits", pictures, *data, "--out", out, expect=2)
+    assert "this folder cannot be made" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,6 +44,26 @@ def test_a_local_run_outlives_the_command_and_its_terminal(tiny_recipe: Path) ->
     (attempt,) = attempts(home)
     assert attempt.verdict is not None
     assert (attempt.verdict.action, attempt.verdict.exit_code) == ("done", 0)
+
+
+def test_ctrl_c_while_a_job_is_submitted_leaves_none_that_nobody_knows_of(tiny_recipe: Path) -> None:
+    home = tiny_recipe.parent / "runs" / "tiny"
+    pomscale = [sys.executable, "-m", "pomscale"]
+    words = [*pomscale, "launch", str(tiny_recipe), "--cluster", "local", "training.total_samples=320000"]
+    launching = subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline_s = time.monotonic() + 60
+    while not (home / "submitit").is_dir():  # now it is just being submitted
+        assert launching.poll() is None
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+    os.killpg(launching.pid, signal.SIGINT)
+    told = launching.communicate(timeout=60)[1]
+    (submission,) = submissions(home)
+    assert launching.returncode == 130
+    assert f"`pomscale runs cancel {home}` ends it" in told
+    subprocess.run([*pomscale, "runs", "cancel", str(home)], env=ENVIRONMENT, timeout=60, check=True)
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int(submission.job_id)).wait(60)
 
 
 @pytest.mark.parametrize(("overrides", "expect"), [([], 0), (["optimizer.lr=1e30", "faults.max_rollbacks=0"], 1)])

@@ -18,7 +18,7 @@ from launch.run_table import as_json, as_table, list_runs, table
 from launch.runs import find_runs, resolve_run
 from launch.watch import watch
 from pomscale.errors import InputError
-from pomscale.run_folder import write_outcome
+from pomscale.run_folder import is_finished, write_outcome
 
 STEPS = 10
 
@@ -56,6 +56,36 @@ def test_json_has_what_the_table_has(runs: Path) -> None:
     assert run["last_row_unix_s"] == last[-1]["time_unix_s"]
     assert 0 < run["goodput"] < 1
     assert run["eta_s"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tiny/outcome.json", "{}"),
+        ("tiny/outcome.json", '{"incarnation": 2}'),
+        ("tiny/generations/000002", '{"a": 1}'),
+        ("tiny/incarnations.jsonl", "{}\n"),
+        ("tiny/metrics.jsonl", '{"samples": 1, "time_unix_s": "x", "incarnation": "y"}\n'),
+        ("pipe/pipeline.json", "{}"),
+        ("pipe/pipeline.json", '{"stages": [{"name": "train"}]}'),
+    ],
+)
+def test_one_folder_with_a_strange_file_does_not_hide_the_others(copied: Path, name: str, content: str) -> None:
+    shutil.copytree(copied / "tiny", copied / "good")
+    (copied / "pipe").mkdir()
+    (copied / name).write_text(content)
+    states = {run.name: run.state for run in list_runs([copied]).runs}
+    assert states["good"] == "finished"
+    assert "tiny" in states
+    assert status(copied / "tiny")
+
+
+@pytest.mark.parametrize("content", ["", '{"state": "fin', "[1, 2]", '{"incarnation": 2}'])
+def test_an_outcome_that_cannot_be_read_is_none(copied: Path, content: str) -> None:
+    (copied / "tiny" / "outcome.json").write_text(content)
+    assert not is_finished(copied / "tiny")
+    write_outcome(copied / "tiny", 2, 0, "finished", samples=STEPS * GLOBAL_BATCH)
+    assert is_finished(copied / "tiny")
 
 
 def test_numbers_that_json_lacks(copied: Path) -> None:
