@@ -24,8 +24,8 @@ quickstart: setup  ## raw pictures -> shards -> training, kill, resume -> sample
 quickstart-video: setup  ## moving digits: mp4 files -> shards -> training with texts -> long clips, in minutes on a CPU
 	$(BIN)/python -m pomscale.quickstart_video
 
-test: setup  ## all tests, three at a time: many of them wait for SLURM
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
+test: setup  ## all tests, four at a time: many of them wait for SLURM
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal
 
 test-exhaustive: setup  ## the rest: the same again, many more times (e.g. kills at 50 random moments)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m exhaustive

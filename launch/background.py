@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +25,8 @@ _FOREVER_MIN = 10 * 365 * 24 * 60  # submitit's own limit is two minutes
 
 def main() -> None:
     home, num_gpus, python = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    # Held back by `launch`, which waits for this process; the job is to hear of it.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     try:
         executor = LocalExecutor(home / SUBMITIT, python=shlex.quote(python))
         executor.update_parameters(

@@ -166,7 +166,11 @@ def _start_in_background(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> 
         if started.returncode:
             why = started.stderr.strip() or f"see the logs in {home / SUBMITIT}"
             raise PomscaleError(f"{home}: the job could not be started: {why}")
-        record(home, Submission(started.stdout, submitted_unix_s, "local", 1, wish.array or 1))
+        try:
+            record(home, Submission(started.stdout, submitted_unix_s, "local", 1, wish.array or 1))
+        except PomscaleError:  # nobody would know of it
+            os.kill(int(started.stdout), signal.SIGTERM)
+            raise
     return started.stdout
 
 

@@ -21,6 +21,7 @@ def measure_heldout(
     path: Path,
     *,
     data: str | None,
+    text: str | None,
     num_samples: int | None,
     num_time_bins: int | None,
     weights: Literal["ema", "model"],
@@ -28,7 +29,7 @@ def measure_heldout(
 ) -> HeldoutLoss:
     """Loss of the model at `path`; what is None is taken from the recipe's validation section, or its defaults.
 
-    `data` may have texts in its own shards; else they are in the companion set that the recipe names for validation.
+    The texts of `data` are in its own shards, or in the companion set `text`, by default the recipe's for validation.
     Computed in fp32. For a run that trains in fp32, the recipe's own settings give the very figure that training logs.
     Raises InputError if neither `data` nor the recipe names a dataset, or if it does not fit the model.
     """
@@ -37,11 +38,11 @@ def measure_heldout(
     section, reading = recipe["validation"], DataConfig.model_validate(recipe["data"])
     if data is None and section is None:
         raise InputError(f"{path}: its recipe has no validation section; name a dataset with --data")
-    changes = {"path": data, "num_samples": num_samples, "num_time_bins": num_time_bins}
+    changes = {"path": data, "text": text, "num_samples": num_samples, "num_time_bins": num_time_bins}
     config = ValidationConfig.model_validate(
         {"every_samples": 1, **(section or {}), **{key: value for key, value in changes.items() if value is not None}}
     )
-    if data is not None and read_manifest(data).text is not None:
+    if data is not None and text is None and read_manifest(data).text is not None:
         config = config.model_copy(update={"text": None})  # the recipe's companion set belongs to the recipe's dataset
     dataset = open_heldout(
         config.path,

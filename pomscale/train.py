@@ -43,6 +43,7 @@ from pomscale.engine.out_of_memory import explained_out_of_memory
 from pomscale.engine.protocol import Engine, InitWeights
 from pomscale.errors import InputError, PomscaleError
 from pomscale.events import open_events, shape_sizes
+from pomscale.files import make_folder
 from pomscale.finetune import FineTuning, fine_tuning
 from pomscale.models import init_weights, make_model
 from pomscale.monitoring.alerts import Alerts
@@ -107,6 +108,7 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
     # A run that has begun does not need what it was fine-tuned from, which may be gone by now.
     is_new = standing.samples == 0
     initial = _fine_tuned(recipe, card, world) if is_new and recipe.init_from is not None else _seeded(recipe)
+    world.on_main(lambda: make_folder(folder))
     number = world.on_main(lambda: Generation.claim(folder).number)
     run = _Run(world, recipe, folder, Generation(folder, number), stop)
     try:

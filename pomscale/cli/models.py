@@ -63,6 +63,7 @@ def _add_evaluate(verbs: Any) -> None:
     heldout = evaluate_verbs.add_parser("heldout", help="held-out loss by time bin, noise fixed")
     heldout.add_argument("model", type=Path, metavar="RUN_OR_CHECKPOINT")
     heldout.add_argument("--data", help="dataset; default: the recipe's validation.path")
+    heldout.add_argument("--text", help="companion set with its texts; default: its own, or the recipe's")
     heldout.add_argument("--num-samples", type=positive, help="default: the recipe's, or 1024")
     heldout.add_argument("--num-time-bins", type=positive, help="default: the recipe's, or 8")
     heldout.add_argument("--weights", default="ema", help=f"{_WEIGHTS} (default ema)")
@@ -175,6 +176,7 @@ def _evaluate_heldout(arguments: argparse.Namespace) -> int:
     loss = measure_heldout(
         arguments.model,
         data=arguments.data,
+        text=arguments.text,
         num_samples=arguments.num_samples,
         num_time_bins=arguments.num_time_bins,
         weights=arguments.weights,

@@ -84,7 +84,10 @@ def page(run: Run) -> str:
             html.section("Data", html.key_values(_data_card(folder))),
             html.section("Code", html.key_values(read_object(folder / "code.json"))),
             html.section("Versions", html.key_values(versions)),
-            html.section("Recipe", html.preformatted(recipe.read_text(encoding="utf-8")) if recipe.exists() else ""),
+            html.section(
+                "Recipe",
+                html.preformatted(recipe.read_text(encoding="utf-8", errors="replace")) if recipe.exists() else "",
+            ),
         ],
     )
 
@@ -96,10 +99,13 @@ def sample_grids(folder: Path) -> list[Path]:
 
 
 def sample_prompts(folder: Path) -> list[str]:
-    """What the rows of the run's clips are to show, by its recipe; empty for a run of pictures."""
+    """What the rows of the run's clips are to show, by its recipe; empty for pictures, and where it is damaged."""
     recipe = folder / "recipe.yaml"
-    content = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
-    return [str(prompt) for prompt in (content or {}).get("sampling", {}).get("prompts", [])]
+    try:
+        content = yaml.safe_load(recipe.read_bytes())
+        return [str(prompt) for prompt in content["sampling"]["prompts"]]
+    except (FileNotFoundError, yaml.YAMLError, KeyError, TypeError):
+        return []
 
 
 def _samples(folder: Path) -> list[str]:

@@ -101,7 +101,9 @@ def test_activation_checkpointing_changes_no_bit(alone: Path, tiny_recipe: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["none", pytest.param("every-2", marks=pytest.mark.exhaustive), "selective"])
+@pytest.mark.parametrize(
+    "mode", ["none", *(pytest.param(m, marks=pytest.mark.exhaustive) for m in ("every-2", "selective"))]
+)
 def test_compiled_blocks_follow_eager_ones(calm: Path, tiny_recipe: Path, mode: str) -> None:
     overrides = ["compute.compile=true", f"compute.activation_checkpointing={mode}", CALM]
     train(tiny_recipe, *overrides, num_processes=2 if mode == "none" else 1)

@@ -184,11 +184,14 @@ def test_a_held_out_set_may_have_texts_of_its_own(clips: Path, tmp_path: Path) -
     )
     (logged,) = (row["validation/loss"] for row in rows(folder) if "validation/loss" in row)
     measure = partial(measure_heldout, folder, num_samples=None, num_time_bins=None, weights="ema", device="cpu")
-    assert measure(data=None).mean == pytest.approx(logged, rel=1e-6)
+    data, text = str(clips / "latents"), str(tmp_path / "texts")
+    assert measure(data=None, text=None).mean == pytest.approx(logged, rel=1e-6)
+    assert measure(data=data, text=text).mean == pytest.approx(logged, rel=1e-6)
     shutil.rmtree(tmp_path / "texts")
-    assert measure(data=str(clips / "latents")).mean == pytest.approx(logged, rel=1e-6)
-    with pytest.raises(InputError, match=r"texts: there is no such folder"):
-        measure(data=None)
+    assert measure(data=data, text=None).mean == pytest.approx(logged, rel=1e-6)
+    for named in ({"data": None, "text": None}, {"data": data, "text": text}):
+        with pytest.raises(InputError, match=r"texts: there is no such folder"):
+            measure(**named)
 
 
 def test_flops_are_those_of_the_clips_that_there_are(clips: Path, tmp_path: Path) -> None:

@@ -148,6 +148,12 @@ def test_model_that_is_not_there(tmp_path: Path) -> None:
     assert f"{tmp_path}: no complete checkpoint here" in pomscale("sample", tmp_path, expect=2).stderr
 
 
+def test_a_place_where_no_run_can_be_is_refused(tiny_recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = pomscale("train", tiny_recipe, f"output={tmp_path}/file", expect=2)
+    assert f"error: {tmp_path}/file/tiny: this folder cannot be made" in done.stderr
+
+
 def test_where_pictures_cannot_go_is_said_before_they_are_made(tiny_recipe: Path, digits: Path, tmp_path: Path) -> None:
     train(tiny_recipe, f"training.total_samples={10 * GLOBAL_BATCH}", "schedule={}")
     run_folder = tiny_recipe.parent / "runs" / "tiny"

@@ -60,6 +60,9 @@ def test_ctrl_c_while_a_job_is_submitted_leaves_none_that_nobody_knows_of(tiny_r
     told = launching.communicate(timeout=60)[1]
     (submission,) = submissions(home)
     assert launching.returncode == 130
+    of_process = Path(f"/proc/{submission.job_id}/status").read_text()
+    blocked = int(of_process.partition("SigBlk:")[2].split()[0], 16)
+    assert not blocked & 1 << signal.SIGINT - 1
     assert f"`pomscale runs cancel {home}` ends it" in told
     subprocess.run([*pomscale, "runs", "cancel", str(home)], env=ENVIRONMENT, timeout=60, check=True)
     with suppress(psutil.NoSuchProcess):

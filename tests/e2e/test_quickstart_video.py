@@ -41,6 +41,7 @@ def tour(folder: Path, *overrides: str) -> dict[str, Any]:
 @pytest.mark.timeout(600)
 def test_the_tour_with_a_training_of_twenty_steps(tmp_path: Path) -> None:
     few = ["training.total_samples=640", "schedule.warmup_samples=0", "schedule.cooldown_samples=0"]
+    few += ["sampling.num_steps=4", "validation.num_samples=32"]
     figures = tour(tmp_path, *few)
     assert figures["digit_generated"] < 0.6  # a judge that calls noise a digit would prove nothing
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from pomscale.monitoring.report import write_report
+from pomscale.monitoring.report_run import sample_prompts
 from pomscale.monitoring.sinks import JsonlSink
 
 
@@ -17,3 +19,9 @@ def test_there_is_one(tmp_path: Path) -> None:
     paths = write_report([tmp_path])
     Image.open(paths.png).verify()
     assert "preflight/matmul_tflops" in paths.html.read_text()
+
+
+@pytest.mark.parametrize("content", ["", "sampling: {prompts: [a", "[1, 2]", "sampling:", "sampling: {prompts:}"])
+def test_a_recipe_that_cannot_be_read_says_nothing_of_prompts(tmp_path: Path, content: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(content)
+    assert sample_prompts(tmp_path) == []
