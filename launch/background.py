@@ -11,8 +11,10 @@ import os
 import shlex
 import signal
 import sys
+import time
 from pathlib import Path
 
+import psutil
 from submitit import LocalExecutor
 
 from launch.job import SUBMITIT
@@ -20,6 +22,7 @@ from launch.task import LocalTask
 from pomscale.errors import InputError
 from pomscale.files import make_folder
 
+_LOOK_EVERY_S = 0.02
 _FOREVER_MIN = 10 * 365 * 24 * 60  # submitit's own limit is two minutes
 
 
@@ -28,12 +31,16 @@ def main() -> None:
     # Held back by `launch`, which waits for this process; the job is to hear of it.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     try:
-        executor = LocalExecutor(home / SUBMITIT, python=shlex.quote(python))
+        executor = LocalExecutor(home / SUBMITIT, python=f"{shlex.quote(python)} -m launch.held")
         executor.update_parameters(
             timeout_min=_FOREVER_MIN, gpus_per_node=num_gpus, visible_gpus=_visible_gpus(num_gpus), tasks_per_node=1
         )
         answer = _leave_the_terminal(home / SUBMITIT / "controller.log")
         job = executor.submit(LocalTask(str(home)))
+        controller = psutil.Process(int(job.job_id))
+        # Not before there is somebody to hear of a request to end: the controller only hands it on.
+        while controller.status() != psutil.STATUS_ZOMBIE and not controller.children():
+            time.sleep(_LOOK_EVERY_S)
         os.write(answer, job.job_id.encode())
     except InputError as error:
         sys.exit(str(error))

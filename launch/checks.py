@@ -136,17 +136,24 @@ def check_run_folder(home: Path, recipe: TrainRecipe) -> None:
 def has_finished(home: Path, recipe: TrainRecipe) -> bool:
     """Whether nothing of this recipe is left to do."""
     complete = complete_checkpoints(home / "checkpoints")
-    return bool(complete) and samples_of(complete[-1]) >= recipe.training.total_samples and is_finished(home)
+    is_whole = bool(complete) and _recipe_in(complete[-1]) is not None
+    return is_whole and samples_of(complete[-1]) >= recipe.training.total_samples and is_finished(home)
+
+
+def _recipe_in(checkpoint: Path) -> dict[str, Any] | None:
+    """None = it is damaged: training sets it aside, and says so."""
+    try:
+        recipe: dict[str, Any] = json.loads((checkpoint / META).read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return recipe
 
 
 def _recipe_then(home: Path) -> Mapping[str, Any] | None:
     """With which the run began, as its newest checkpoint tells, or the first start that left none."""
     for checkpoint in reversed(complete_checkpoints(home / "checkpoints")):
-        try:
-            recipe: dict[str, Any] = json.loads((checkpoint / META).read_text(encoding="utf-8"))["recipe"]
-        except (OSError, ValueError, KeyError):
-            continue  # damaged: training sets it aside, and says so
-        return recipe
+        if (recipe := _recipe_in(checkpoint)) is not None:
+            return recipe
     for name in ("recipe.yaml", RECIPE_FILE):
         if (home / name).is_file():
             return read_source(home / name).values

@@ -44,6 +44,8 @@ def freeze(home: Path, *, new_code: bool = False) -> None:
             code.rename(old)
         copy.rename(code)
     except OSError as error:  # shutil.Error, too
+        if old.exists() and not code.exists():
+            old.rename(code)
         raise InputError(f"{code}: the code cannot be copied there: {error}; make room and launch again") from error
     finally:
         shutil.rmtree(copy, ignore_errors=True)

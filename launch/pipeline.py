@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from launch import slurm
+from launch.job import submissions
 from launch.pipeline_file import write_pipeline
 from launch.pipeline_plan import Plan, Planned
 from launch.prepare import resolved_output
@@ -97,6 +98,8 @@ def _submit(plan: Plan, planned: Sequence[Planned], new_code: bool) -> dict[str,
         except PomscaleError as error:
             raise InputError(f"stage {name}: {error}\n{_take_back(submitted)}") from error
         except KeyboardInterrupt:
+            if len(submissions(stage.prepared.home)) > stage.prepared.num_before:
+                submitted.append(stage)
             print(_take_back(submitted), file=sys.stderr)
             raise
         submitted.append(stage)

@@ -71,7 +71,8 @@ def check_answers() -> None:
     words = ["scontrol", "ping"]
     _, output, complaint = _finished(words)
     if " is UP" not in output:  # of the backup, if there is one
-        raise SlurmError(_failure(words, complaint or output.partition("\n")[0]))
+        problem = _failure(words, complaint or output.partition("\n")[0])
+        raise SlurmError(f"{problem}. SLURM answers on the login nodes of a cluster; --cluster local needs none")
 
 
 def job_states(job_ids: Iterable[str]) -> dict[str, JobState]:

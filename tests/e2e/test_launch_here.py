@@ -46,10 +46,9 @@ def test_a_local_run_outlives_the_command_and_its_terminal(tiny_recipe: Path) ->
     assert (attempt.verdict.action, attempt.verdict.exit_code) == ("done", 0)
 
 
-def test_ctrl_c_while_a_job_is_submitted_leaves_none_that_nobody_knows_of(tiny_recipe: Path) -> None:
-    home = tiny_recipe.parent / "runs" / "tiny"
-    pomscale = [sys.executable, "-m", "pomscale"]
-    words = [*pomscale, "launch", str(tiny_recipe), "--cluster", "local", "training.total_samples=320000"]
+def interrupt_while_submitting(recipe: Path, home: Path, *overrides: str) -> str:
+    """Ctrl-C just when a job is being started. Returns what people were told."""
+    words = [sys.executable, "-m", "pomscale", "launch", str(recipe), "--cluster", "local", *overrides]
     launching = subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline_s = time.monotonic() + 60
     while not (home / "submitit").is_dir():  # now it is just being submitted
@@ -58,15 +57,42 @@ def test_ctrl_c_while_a_job_is_submitted_leaves_none_that_nobody_knows_of(tiny_r
         time.sleep(0.005)
     os.killpg(launching.pid, signal.SIGINT)
     told = launching.communicate(timeout=60)[1]
-    (submission,) = submissions(home)
     assert launching.returncode == 130
+    return told
+
+
+def wait_for_end(home: Path) -> None:
+    (submission,) = submissions(home)
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int(submission.job_id)).wait(60)
+
+
+def test_ctrl_c_while_a_job_is_submitted_leaves_none_that_nobody_knows_of(tiny_recipe: Path) -> None:
+    home = tiny_recipe.parent / "runs" / "tiny"
+    told = interrupt_while_submitting(tiny_recipe, home, "training.total_samples=320000")
+    assert f"`pomscale runs cancel {home}` ends it" in told
+    (submission,) = submissions(home)
     of_process = Path(f"/proc/{submission.job_id}/status").read_text()
     blocked = int(of_process.partition("SigBlk:")[2].split()[0], 16)
     assert not blocked & 1 << signal.SIGINT - 1
-    assert f"`pomscale runs cancel {home}` ends it" in told
-    subprocess.run([*pomscale, "runs", "cancel", str(home)], env=ENVIRONMENT, timeout=60, check=True)
-    with suppress(psutil.NoSuchProcess):
-        psutil.Process(int(submission.job_id)).wait(60)
+    cancelling = [sys.executable, "-m", "pomscale", "runs", "cancel", str(home)]
+    subprocess.run(cancelling, env=ENVIRONMENT, timeout=60, check=True)
+    wait_for_end(home)
+
+
+def test_ctrl_c_while_a_pipeline_is_submitted_leaves_none_of_its_jobs(tiny_recipe: Path) -> None:
+    folder = tiny_recipe.parent
+    pipeline = folder / "pipeline.yaml"
+    stages = [
+        f"  - {{name: train, recipe: {tiny_recipe.name}, overrides: [training.total_samples=320000]}}",
+        "  - {name: look, run: ['report {train}']}",
+    ]
+    pipeline.write_text("\n".join(["kind: pipeline", "name: all", f"output: {folder}/pipelines", "stages:", *stages]))
+    home = folder / "runs" / "tiny"
+    told = interrupt_while_submitting(pipeline, home)
+    assert "nothing is left in the queue: train had been submitted" in told
+    wait_for_end(home)
+    assert not (folder / "pipelines" / "all" / "look").exists()
 
 
 @pytest.mark.parametrize(("overrides", "expect"), [([], 0), (["optimizer.lr=1e30", "faults.max_rollbacks=0"], 1)])

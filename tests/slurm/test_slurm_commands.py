@@ -209,7 +209,7 @@ def test_a_controller_that_is_away_is_an_error_in_slurms_own_words(
     commands.check_answers()
     slurm.kill_controller()
     start_s = time.monotonic()
-    with pytest.raises(SlurmError, match=r"scontrol ping: Slurmctld\(primary\) at .* is DOWN"):
+    with pytest.raises(SlurmError, match=r"scontrol ping: Slurmctld\(primary\) at .* is DOWN\. .* --cluster local"):
         commands.check_answers()
     assert time.monotonic() - start_s < 1
     _use_configuration(slurm, tmp_path, monkeypatch, "MessageTimeout=1")  # squeue would try for 18 s

@@ -52,6 +52,24 @@ def test_a_run_goes_on_with_its_code_unless_told_otherwise(tmp_path: Path) -> No
     assert which_code(tmp_path, new_code=True).endswith(" instead of what it began with")
 
 
+def test_new_code_that_cannot_take_its_place_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    freeze(tmp_path)
+    marked = tmp_path / "code" / "pomscale" / "__init__.py"
+    marked.write_text("# as it was\n")
+    rename = Path.rename
+
+    def fails_once(path: Path, target: Path) -> Path:
+        if ".new-" in path.name:
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails_once)
+    with pytest.raises(InputError, match="cannot be copied there"):
+        freeze(tmp_path, new_code=True)
+    assert marked.read_text() == "# as it was\n"
+    assert os.listdir(tmp_path) == ["code"]
+
+
 def test_code_that_cannot_be_copied_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file"):

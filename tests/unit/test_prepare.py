@@ -15,6 +15,7 @@ from launch import prepare as of_prepare
 from launch.job import JobSpec, LaunchedAs, Submission, sole_launch, submissions
 from launch.prepare import Prepared, prepare_commands, prepare_encode, prepare_train
 from launch.submit import record
+from pomscale.checkpoint.folder import META
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.recipe import dump_recipe, load_train_recipe
 from pomscale.config.schema import EncodeRecipe, TrainRecipe
@@ -220,6 +221,9 @@ def test_a_run_that_has_finished_is_not_launched_again(tiny_recipe: Path, begun:
     with pytest.raises(InputError, match="finished already, 1,600 samples; to go on, raise"):
         prepare(tiny_recipe)
     assert prepare(tiny_recipe, "training.total_samples=3200").home == begun
+    newest = max((begun / "checkpoints").iterdir())
+    (newest / META).write_text("[]")  # damaged, so training sets it aside and makes it again
+    assert prepare(tiny_recipe).home == begun
 
 
 def test_a_run_that_is_at_work_is_left_alone(tiny_recipe: Path, begun: Path) -> None:
