@@ -105,7 +105,10 @@ class EncodeProgress:
 
     @property
     def _eta_s(self) -> float:
-        return (self._num_items - self._num_done) / self.items_per_s if self.items_per_s else float("inf")
+        num_left = self._num_items - self._num_done
+        if not num_left:
+            return 0.0
+        return num_left / self.items_per_s if self.items_per_s else float("inf")
 
     def _show(self) -> None:
         self._bar.update(self._task, completed=self._num_done, status=self._status())
