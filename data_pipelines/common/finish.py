@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from data_pipelines.common.job import EncodeJob, Variant
 from data_pipelines.common.part_writer import num_bytes_and_sha256
-from data_pipelines.common.parts import PartRecord, PartStore
+from data_pipelines.common.parts import PLAN_NAME, PartRecord, PartStore
 from data_pipelines.common.statistics import ChannelStatistics
 from pomscale import __version__
 from pomscale.config.schema import has_captions
@@ -49,6 +49,7 @@ def finish(job: EncodeJob, variant: Variant, store: PartStore) -> Manifest:
     output = store.output
     for name in (MANIFEST_NAME, INDEX_NAME, FAILURES_NAME):
         remove_leftovers(output, name)
+    remove_leftovers(store.folder, PLAN_NAME)  # every task has long found the plan
     placed: list[_Placed] = []
     statistics: ChannelStatistics | None = None
     num_failures, first_failure = 0, ""

@@ -28,6 +28,7 @@ from pomscale.data.schema import ArrayName, ShardInfo
 from pomscale.errors import InputError, PomscaleError
 from pomscale.files import atomic_write, make_folder, remove_leftovers, write_text
 
+PLAN_NAME = "plan.json"
 PARTS_FOLDER = "parts"
 
 # Bytes of the file of claims beyond any part.
@@ -175,7 +176,7 @@ class PartStore:
     def adopt(self, plan: Plan) -> None:
         """Makes the folder this plan's. InputError, naming what differs, if it is another plan's."""
         make_folder(self.folder)
-        path = self.folder / "plan.json"
+        path = self.folder / PLAN_NAME
         if not path.exists():
             write_text(path, plan.model_dump_json(indent=2))
             return

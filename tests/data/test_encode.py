@@ -283,8 +283,8 @@ def test_what_a_killed_writer_left_is_removed(pictures: Path, make_recipe: MakeR
     before = contents(output)
     # As a kill leaves it: a part without a record, and half of its files.
     (output / "parts" / "part-000001.json").unlink()
-    for name in ("shard-000001.tar.123-0a1b2c3d.tmp", "parts/part-000001.npy.9-00000000.tmp"):
-        (output / name).write_bytes(b"half")
+    for name in ("shard-000001.tar.123-0a1b2c3d", "parts/part-000001.npy.9-00000000", "parts/plan.json.1-00000001"):
+        (output / f"{name}.tmp").write_bytes(b"half")
     (output / "mine.tmp").write_bytes(b"of somebody else")
     encode(recipe, progress=False)
     assert (output / "mine.tmp").exists()

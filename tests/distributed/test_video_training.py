@@ -117,7 +117,7 @@ def test_activation_checkpointing_changes_no_bit(alone: Path, clips: Path, tmp_p
     assert losses(folder) == losses(alone)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_compiled_blocks_follow_eager_ones(clips: Path, tmp_path: Path) -> None:
     recipe = write_video_recipe(tmp_path, clips)
     total = f"training.total_samples={6 * GLOBAL_BATCH}"
