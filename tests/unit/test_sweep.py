@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from launch.prepare import How
 from launch.sweep import plan_sweep, table
+from pomscale.checkpoint.folder import META
 from pomscale.config.recipe import load_cluster, load_train_recipe
 from pomscale.config.schema import TrainRecipe
 from pomscale.config.source import RecipeError
@@ -145,5 +147,6 @@ def finish(recipe: TrainRecipe) -> None:
     home = Path(recipe.output) / recipe.name
     checkpoint = home / "checkpoints" / f"samples-{recipe.training.total_samples:012d}"
     checkpoint.mkdir(parents=True)
+    (checkpoint / META).write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
     (checkpoint / "COMPLETE").write_text("")
     write_outcome(home, 1, 0, "finished", samples=recipe.training.total_samples)
