@@ -98,6 +98,7 @@ def _submit(plan: Plan, planned: Sequence[Planned], new_code: bool) -> dict[str,
         except PomscaleError as error:
             raise InputError(f"stage {name}: {error}\n{_take_back(submitted)}") from error
         except KeyboardInterrupt:
+            # Its job is there and on record before Ctrl-C comes through.
             if len(submissions(stage.prepared.home)) > stage.prepared.num_before:
                 submitted.append(stage)
             print(_take_back(submitted), file=sys.stderr)

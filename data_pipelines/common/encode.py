@@ -8,6 +8,7 @@ with the same batch).
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -247,10 +248,13 @@ def _finish(job: EncodeJob, rewrite: bool) -> tuple[Encoded, ...]:
 
 
 def _manifest_of(output: Path) -> Manifest | None:
-    """None if it is missing or damaged: the parts have all that is in it."""
+    """None if it is missing, or damaged, which is told: the parts have all that is in it."""
+    if not (output / MANIFEST_NAME).exists():
+        return None
     try:
         return read_manifest(output)
-    except InputError:
+    except InputError as error:
+        print(f"warning: {error}. It is written again, from the parts", file=sys.stderr)
         return None
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipelines.common.source import Item, Source
-from pomscale.data.index import key_hash, npy_header
+from pomscale.data.index import key_hash, map_index, npy_header
 from pomscale.errors import InputError, PomscaleError
 from pomscale.files import atomic_write, link_or_copy, make_folder, remove_leftovers, write_text
 
@@ -327,19 +327,11 @@ def _compare_keys(
 
 
 def _map_array(path: Path, dtype: str, row_shape: tuple[int, ...] = ()) -> np.ndarray:
-    """What `_ArrayWriter` wrote. OSError, or ValueError if it is anything else.
-
-    The header is compared and not parsed: NumPy's parser takes a damaged one for another array, or fails with errors
-    of its own (tokenize's).
-    """
-    num_bytes = path.stat().st_size
+    """What `_ArrayWriter` wrote: as many rows as there is room for. OSError, or ValueError if it is anything else."""
     row_bytes = math.prod(row_shape) * np.dtype(dtype).itemsize
-    num_rows = max(0, num_bytes - len(npy_header((0, *row_shape), dtype))) // row_bytes
-    header = npy_header((num_rows, *row_shape), dtype)
-    if num_bytes != len(header) + num_rows * row_bytes:
-        raise ValueError(f"{path.name}: is cut off")
-    # As a plain array: slices of numpy.memmap are slow to make.
-    content = np.asarray(np.memmap(path, np.uint8, "r"))
-    if content[: len(header)].tobytes() != header:
-        raise ValueError(f"{path.name}: its header is damaged")
-    return content[len(header) :].view(dtype).reshape(num_rows, *row_shape)
+    num_rows = max(0, path.stat().st_size - len(npy_header((0, *row_shape), dtype))) // row_bytes
+    try:
+        # As a plain array: slices of numpy.memmap are slow to make.
+        return np.asarray(map_index(path, num_rows, np.dtype(dtype), row_shape))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: is cut off, or its header is damaged") from error

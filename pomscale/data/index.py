@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,17 +54,18 @@ def npy_header(shape: tuple[int, ...], dtype: npt.DTypeLike) -> bytes:
     return stream.getvalue()
 
 
-def map_index(path: Path, num_rows: int, dtype: np.dtype) -> np.ndarray:
-    """The rows (`index_dtype`) of an index, memory-mapped. OSError, or ValueError if it is not one of `num_rows`.
+def map_index(path: Path, num_rows: int, dtype: np.dtype, row_shape: tuple[int, ...] = ()) -> np.ndarray:
+    """The rows (`index_dtype`) of an index, memory-mapped: (num_rows, *row_shape), as of other tables of fixed rows.
 
-    Not by np.load: NumPy's parser meets a damaged header with errors of its own (tokenize's, EOFError).
+    OSError, or ValueError if it is no such file of `num_rows`. Not by np.load: NumPy's parser meets a damaged header
+    with errors of its own (tokenize's, EOFError).
     """
     content = np.memmap(path, np.uint8, "r")
-    header = npy_header((num_rows,), dtype)
-    num_bytes = len(header) + num_rows * dtype.itemsize
+    header = npy_header((num_rows, *row_shape), dtype)
+    num_bytes = len(header) + num_rows * math.prod(row_shape) * dtype.itemsize
     if len(content) != num_bytes or content[: len(header)].tobytes() != header:
         raise ValueError(f"it is no index of {num_rows:,} records")
-    return content[len(header) :].view(dtype)
+    return content[len(header) :].view(dtype).reshape(num_rows, *row_shape)
 
 
 def split_member_name(name: str) -> tuple[str, str]:

@@ -33,6 +33,13 @@ def flip_bit(folder: Path, record: int, *, array: ArrayName = "latent") -> None:
     overwrite(folder, record, -1, bytes([path.read_bytes()[place] ^ 1]), array=array)
 
 
+def change_row(folder: Path, record: int, field: str, value: int) -> None:
+    """Of the index; the shard does not know of it."""
+    index = np.load(folder / INDEX_NAME)
+    index[field][record] = value
+    replace_index(folder, index)
+
+
 def fix_checksum(folder: Path, record: int, *, array: ArrayName = "latent") -> None:
     """As if what lies in the shard now had been encoded so."""
     index = np.load(folder / INDEX_NAME)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from damage import HEADER_BYTES, fix_checksum, flip_bit, overwrite
+from damage import HEADER_BYTES, change_row, fix_checksum, flip_bit, overwrite
 from synthetic_dataset import LATENT_SHAPE, TEXT_DIM, change_manifest, replace_index, write_dataset
 
 from pomscale.config.schema import CacheConfig
@@ -263,9 +263,7 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("field", "value"), [("label", 5), ("label", -1), ("shard", 1), ("shard", -1)])
 def test_index_rows_of_no_shard_or_class_are_refused(tmp_path: Path, field: str, value: int) -> None:
     write_dataset(tmp_path, [3])
-    index = np.load(tmp_path / INDEX_NAME)
-    index[field][1] = value
-    replace_index(tmp_path, index)
+    change_row(tmp_path, 1, field, value)
     with pytest.raises(InputError, match=rf"index\.npy: record 1: .*{field if field == 'shard' else 'class'} {value}"):
         read(LatentDataset.open(tmp_path, "codec"), [0, 1])
     read(LatentDataset.open(tmp_path, "codec"), [0, 2])

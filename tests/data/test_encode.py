@@ -307,13 +307,16 @@ def test_a_part_whose_files_were_lost_is_made_again(
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"\xff"])
-def test_a_damaged_manifest_is_written_again(pictures: Path, make_recipe: MakeRecipe, damage: bytes) -> None:
+def test_a_damaged_manifest_is_written_again(
+    pictures: Path, make_recipe: MakeRecipe, damage: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = make_recipe(pictures)
     encode(recipe, progress=False)
     before = contents(Path(recipe.output))
     (Path(recipe.output) / MANIFEST_NAME).write_bytes(damage)
     assert encode(recipe, progress=False).num_made == 0
     assert contents(Path(recipe.output)) == before
+    assert f"{MANIFEST_NAME}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["gone", "changed"])

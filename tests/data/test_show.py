@@ -5,15 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import change_row
 from PIL import Image
-from synthetic_dataset import change_manifest, replace_index, write_dataset
+from synthetic_dataset import change_manifest, write_dataset
 from tiny_models import save_video_vae
 
 from data_pipelines.common.encode import encode
 from data_pipelines.common.show import info, show
 from pomscale.codecs import build_codec
 from pomscale.config.schema import CogVideoXVaeCodecConfig, EncodeRecipe, PixelCodecConfig
-from pomscale.data.schema import INDEX_NAME, read_manifest
+from pomscale.data.schema import read_manifest
 from pomscale.errors import InputError, PomscaleError
 
 PIXELS = build_codec(PixelCodecConfig(name="pixel", block=2))
@@ -89,9 +90,7 @@ def test_text_alone_is_told_as_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("field", "value"), [("shard", 7), ("shard", -1), ("latent_offset", -9), ("label", 3)])
 def test_a_damaged_index_is_told(tmp_path: Path, field: str, value: int) -> None:
     write_dataset(tmp_path, [3])
-    index = np.load(tmp_path / INDEX_NAME)
-    index[field][1] = value
-    replace_index(tmp_path, index)
+    change_row(tmp_path, 1, field, value)
     with pytest.raises(PomscaleError, match=r"(index\.npy|shard-000000\.tar): .*pomscale data repair"):
         show(tmp_path, PIXELS, 3, tmp_path / "grid.png")
 

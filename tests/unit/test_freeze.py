@@ -58,12 +58,12 @@ def test_new_code_that_cannot_take_its_place_leaves_the_old(tmp_path: Path, monk
     marked.write_text("# as it was\n")
     rename = Path.rename
 
-    def fails_once(path: Path, target: Path) -> Path:
+    def fails(path: Path, target: Path) -> Path:
         if ".new-" in path.name:
             raise OSError(5, "Input/output error")
         return rename(path, target)
 
-    monkeypatch.setattr(Path, "rename", fails_once)
+    monkeypatch.setattr(Path, "rename", fails)
     with pytest.raises(InputError, match="cannot be copied there"):
         freeze(tmp_path, new_code=True)
     assert marked.read_text() == "# as it was\n"
