@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,27 +20,30 @@ from pomscale.data.schema import MANIFEST_NAME
 NUM_KILLS = 30
 
 # Each encode is a fork of a process that has everything imported: the moments then lie in the work, from the listing of
-# the source to the last commit, and not in the imports.
+# the source to the last commit, and not in the imports. A moment is a number of commits and a time after them, which is
+# given as a share of an undisturbed encode: so the kills together get some way and never to the end, at any speed.
 KILL_AGAIN_AND_AGAIN = """
 import os, random, signal, sys, time
 from data_pipelines.common.encode import encode
+from data_pipelines.common.parts import PARTS_FOLDER
+from pathlib import Path
 from pomscale.config.schema import EncodeRecipe
 recipe = EncodeRecipe.model_validate_json(sys.argv[1])
+num_kills, undisturbed_s = int(sys.argv[2]), float(sys.argv[3])
+num_records = lambda: len(list(Path(recipe.output, PARTS_FOLDER).glob("part-*.json")))
 moments, num_killed = random.Random(0), 0
-for _ in range(10 * int(sys.argv[2])):
+for _ in range(num_kills):
+    num_commits, later_s = moments.randrange(6), moments.uniform(0.0, 0.03) * undisturbed_s
+    before = num_records()
     child = os.fork()
     if not child:
         encode(recipe, progress=False)
         os._exit(0)
-    time.sleep(moments.uniform(0.0, 0.25))
+    while num_records() < before + num_commits and os.waitpid(child, os.WNOHANG) == (0, 0):
+        time.sleep(0.002)
+    time.sleep(later_s)
     os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        num_killed += 1
-    else:
-        break
-    if num_killed == int(sys.argv[2]):
-        break
+    num_killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
 print(num_killed)
 """
 
@@ -60,7 +64,11 @@ def test_resumed_shards_are_byte_identical(
     killed.mkdir()
     undisturbed.mkdir()
 
-    command = [sys.executable, "-c", KILL_AGAIN_AND_AGAIN, recipe.model_dump_json(), str(NUM_KILLS)]
+    monkeypatch.chdir(undisturbed)
+    start = time.monotonic()
+    encode(recipe, progress=False)
+    undisturbed_s = time.monotonic() - start
+    command = [sys.executable, "-c", KILL_AGAIN_AND_AGAIN, recipe.model_dump_json(), str(NUM_KILLS), str(undisturbed_s)]
     done = subprocess.run(command, cwd=killed, capture_output=True, text=True, check=True, timeout=240)
     assert int(done.stdout) == NUM_KILLS
     assert not (killed / "latents" / MANIFEST_NAME).exists()
@@ -70,8 +78,6 @@ def test_resumed_shards_are_byte_identical(
     assert report.num_resumed > 0
     assert report.num_made > 0
     assert only(report).num_failures == 1
-    monkeypatch.chdir(undisturbed)
-    encode(recipe, progress=False)
     files = [contents(folder / "latents") for folder in (killed, undisturbed)]
     assert files[0].keys() == files[1].keys()
     assert [name for name, content in files[0].items() if files[1][name] != content] == []
