@@ -321,8 +321,11 @@ def read_tensors(folder: Path, state: dict[str, Any], *, check: bool = True) -> 
 
 
 def _refuse_damaged(folder: Path, reason: str | None) -> None:
-    if reason is not None:
-        raise InputError(f"{reason}. The checkpoint {folder} is damaged and is not loaded; use another one")
+    if reason is None:
+        return
+    others = [other for other in complete_checkpoints(folder.parent) if other.name != folder.name]
+    remedy = f"use another one, e.g. {others[-1]}" if others else "there is no other one beside it"
+    raise InputError(f"{reason}. The checkpoint {folder} is damaged and is not loaded; {remedy}")
 
 
 def _check_fits(folder: Path, state: Mapping[str, Any]) -> None:

@@ -220,7 +220,10 @@ def test_a_folder_that_is_asked_for_is_refused_when_damaged(tmp_path: Path) -> N
     save(store, 10)
     meta = tmp_path / "samples-000000000010" / "checkpoint.json"
     meta.write_text(meta.read_text().replace("10", "11"))
-    with pytest.raises(InputError, match=r"checkpoint\.json is not what was written"):
+    with pytest.raises(InputError, match=r"checkpoint\.json is not what was written.* there is no other one beside it"):
+        read_meta(meta.parent)
+    save(store, 20)
+    with pytest.raises(InputError, match=r"use another one, e\.g\. .*samples-000000000020$"):
         read_meta(meta.parent)
     with pytest.raises(InputError, match=r"checkpoint\.json is not what was written"):
         store.check(meta.parent)

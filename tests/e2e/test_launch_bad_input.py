@@ -103,6 +103,10 @@ def test_a_machine_without_slurm(tiny_recipe: Path, cluster: Path, tmp_path: Pat
         (["--set", "gpus=3"], "override 'gpus=3': gpus: unknown key; did you mean 'gpu'?"),
         (["--set", "scheduler=local", "--set", "time_limit=null", "--time", "1:00:00"], "--time: a local job has no"),
         (
+            ["--set", "scheduler=local", "--set", "time_limit=null", "--set", "python=/nowhere/python"],
+            "python: /nowhere/python is no program on this machine",
+        ),
+        (
             ["--set", "scheduler=local", "--set", "time_limit=null", "--nodes", "2"],
             "--nodes 2: a local job has one node",
         ),
