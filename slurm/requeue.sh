@@ -10,9 +10,11 @@ pomscale_end() {
   if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}; fi
   wanted=$home/attempts/$job-${SLURM_RESTART_COUNT:-0}/requeue
   if [ ! -f "$wanted" ]; then exit "$code"; fi
-  for _ in {1..36}; do # it may say nothing while a node goes down, or while its controller is restarted
+  # It may say nothing while a node goes down, or while its controller is restarted; and a controller that was killed
+  # before it wrote down that this start runs takes it for pending, until the node has told.
+  for _ in {1..36}; do
     read -r state restarts < <(squeue --noheader --jobs "$job" --Format State:24,RestartCnt:12)
-    if [ -n "$state" ]; then break; fi
+    if [ -n "$state" ] && [ "$state $restarts" != "PENDING ${SLURM_RESTART_COUNT:-0}" ]; then break; fi
     sleep 5
   done
   if [ "$state" != RUNNING ]; then # cancelled, preempted or out of time: SLURM is ending the job, its word counts

@@ -24,6 +24,7 @@ from pomscale.pretrained import load_pretrained
 from pomscale.quickstart import samples_seen
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+UNHURRIED = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).with_name("unhurried"))}  # of runs met in the middle
 TIMEOUT_S = 240
 GLOBAL_BATCH = 32
 NUM_STEPS = 50  # 1,600 samples: into the second epoch of 901 digits
@@ -90,7 +91,7 @@ def run(command: list[str], expect: int = 0, timeout: float = TIMEOUT_S, **optio
 @contextmanager
 def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
     """A command under way. Whatever happens to the test, no process of it is left behind."""
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, **options)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **{"env": ENVIRONMENT, **options})
     known = {process.pid: psutil.Process(process.pid)}
     try:
         yield process

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 from running import (
-    ENVIRONMENT,
     GLOBAL_BATCH,
+    UNHURRIED,
     checkpoint_samples,
     damaged_copy,
     losses,
@@ -34,8 +34,8 @@ from pomscale.quickstart import samples_seen
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-NUM_STEPS = 150
-TOTAL, MIDDLE = NUM_STEPS * GLOBAL_BATCH, 40 * GLOBAL_BATCH
+NUM_STEPS = 100
+TOTAL, MIDDLE = NUM_STEPS * GLOBAL_BATCH, 30 * GLOBAL_BATCH
 OVERRIDES = [f"training.total_samples={TOTAL}", "schedule={}", "optimizer.lr=3e-4", "faults.preflight=false"]
 TIMEOUT_S = 100
 GROUPS = Path("/sys/fs/cgroup/memory")
@@ -100,7 +100,7 @@ def launch(recipe: Path, *overrides: str, num_ranks: int = 2, **options: Any) ->
     words += ["--set", "cpus_per_node=2", "--set", "gpus_per_node=0"]
     done = subprocess.run(
         [sys.executable, "-m", "pomscale", *words, *OVERRIDES, *overrides],
-        env=ENVIRONMENT,
+        env=UNHURRIED,
         capture_output=True,
         text=True,
         timeout=60,

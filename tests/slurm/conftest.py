@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from cluster import SlurmCluster, missing_packages
+from running import UNHURRIED
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +43,7 @@ def _running(*, accounting: bool) -> Iterator[SlurmCluster]:
     if missing := missing_packages(accounting=accounting):
         pytest.skip(f"a SLURM cluster needs: apt-get install {' '.join(missing)}")
     with SlurmCluster(accounting=accounting) as cluster:
+        cluster.environment["PYTHONPATH"] = UNHURRIED["PYTHONPATH"]
         yield cluster
 
 

@@ -17,7 +17,7 @@ from running import GLOBAL_BATCH, losses, write_tiny_recipe
 from launch.job import Attempt, attempts
 from pomscale.quickstart import samples_seen
 
-NUM_STEPS = 100  # some seconds on two busy cores: long enough to be met in the middle
+NUM_STEPS = 100  # with UNHURRIED at least 4 s: long enough to be met in the middle
 OVERRIDES = [
     f"training.total_samples={NUM_STEPS * GLOBAL_BATCH}",
     "schedule={}",

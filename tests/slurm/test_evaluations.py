@@ -21,7 +21,7 @@ from pomscale.monitoring.report import write_report
 WITH_AND_WITHOUT_ACCOUNTING = True
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-# The supervisor looks every 5 s: so long lies, about, between two checkpoints at least.
+# The supervisor looks every 5 s: with UNHURRIED at least so long lies between two checkpoints.
 NUM_STEPS, EVERY = 300, 150
 EVALUATED = [EVERY * GLOBAL_BATCH * number for number in (1, 2)]
 
@@ -43,8 +43,6 @@ def recipe_overrides(digits: Path) -> list[str]:
         },
     ]
     return [
-        "model.dim=128",
-        "model.depth=4",
         f"training.total_samples={NUM_STEPS * GLOBAL_BATCH}",
         f"checkpoint={{every_samples: {EVERY * GLOBAL_BATCH}, keep_last: 1}}",
         f"validation={{path: {digits}/latents/heldout, every_samples: {EVERY * GLOBAL_BATCH}, num_samples: 64}}",

@@ -86,7 +86,8 @@ def test_the_time_limit(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> No
     """SLURM looks at time limits twice a minute, so the run must be longer than a minute."""
     slurm.profile(tmp_path, signal_lead_s=30, ranks_per_node=1)
     many = f"training.total_samples={40 * TOTAL}"
-    run = launch(slurm, tmp_path, digits, many, "checkpoint.every_samples=100000", options=("--time", "0:02:00"))
+    words = (many, "checkpoint.every_samples=100000")
+    run = launch(slurm, tmp_path, digits, *words, num_nodes=1, options=("--time", "0:02:00"))
     run.wait_for_attempt(2, timeout_s=150)
     run.wait_for_samples(incarnations(run.folder)[0]["start_samples"] + 1)
     slurm.run(["scancel", run.job_id])

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import GLOBAL_BATCH, pomscale, rows, started, train_command, write_tiny_recipe
+from running import GLOBAL_BATCH, UNHURRIED, pomscale, rows, started, train_command, write_tiny_recipe
 
 from launch.job import attempts
 from launch.run_control import cancel, requeue, resume
@@ -42,7 +42,7 @@ def recipe(digits: Path, tmp_path: Path) -> Path:
 def home(recipe: Path) -> Iterator[Path]:
     """Of a local job that runs; nothing of it is left behind."""
     home = recipe.parent / "runs" / "tiny"
-    pomscale("launch", recipe, "--cluster", "local", *OVERRIDES)
+    pomscale("launch", recipe, "--cluster", "local", *OVERRIDES, env=UNHURRIED)
     try:
         wait_for(home, "running")
         yield home
