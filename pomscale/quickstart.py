@@ -27,9 +27,11 @@ KILL_AFTER_SAMPLES = 16_000  # between the checkpoints at 12,800 and 19,200: som
 NUM_PER_CLASS = 20
 
 
-def main() -> None:
+def main(with_attention: bool = True) -> None:
+    """with_attention: also the second half, the comparison."""
     started = time.monotonic()
-    remove_earlier(*RUNS.values())
+    runs = RUNS if with_attention else {"PoM": RUNS["PoM"]}
+    remove_earlier(*runs.values())
     section("1. raw pictures: 1,797 scans of handwritten digits, one half to train on, one half to judge by")
     run("-m", "data_pipelines.images.digits", str(DIGITS))
     section("2. pictures -> latent shards, verified")
@@ -40,11 +42,12 @@ def main() -> None:
     train_and_kill(RUNS["PoM"])
     section("4. the same command again: it goes on from the last complete checkpoint")
     train(RUNS["PoM"])
-    section("5. the same recipe with attention: one override (and a name of its own)")
-    train(RUNS["attention"], "model.mixer=attention")
-    section("6. samples, curves and figures of both")
+    if with_attention:
+        section("5. the same recipe with attention: one override (and a name of its own)")
+        train(RUNS["attention"], "model.mixer=attention")
+    section("6. samples, curves and figures")
     figures = {}
-    for mixer, folder in RUNS.items():
+    for mixer, folder in runs.items():
         npz = folder / "samples.npz"
         pomscale("sample", str(folder), "--num", str(NUM_PER_CLASS), "--out", f"{folder}/grid.png", "--npz", str(npz))
         pomscale("report", str(folder))
@@ -93,9 +96,9 @@ def table(figures: dict[str, dict[str, Any]], minutes: float) -> str:
         ("held-out loss", "validation/loss", None, ".4f"),
         ("training, samples/s", "speed/samples_per_s", None, ".0f"),
     ]
-    lines = [f"{'':38}{'PoM':>12}{'attention':>12}{'real digits':>14}"]
+    lines = [f"{'':38}{''.join(f'{mixer:>12}' for mixer in figures)}{'real digits':>14}"]
     for label, key, real_key, form in rows:
-        cells = "".join(f"{format(figures[mixer][key], form):>12}" for mixer in ("PoM", "attention"))
+        cells = "".join(f"{format(found[key], form):>12}" for found in figures.values())
         lines.append(f"{label:38}{cells}{format(real[real_key], form) if real_key else '':>14}")
     home = RUNS["PoM"]
     return "\n".join(

@@ -149,7 +149,7 @@ def _join(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from data_pipelines.common.show import info
+    from data_pipelines.common.info import info
 
     print(info(arguments.dataset))
     return 0

@@ -23,7 +23,8 @@ class DiPoM(nn.Module):
         channels, dim = config.latent_shape[0], config.dim
         self.patch_embedding = PatchEmbedding(channels, dim, config.patch_size)
         self.time_embedding = TimestepEmbedding(dim)
-        self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last row: no class
+        # The last row: no class. Given weights, it does not draw its own, which on the meta device takes half a second.
+        self.class_embedding = nn.Embedding.from_pretrained(torch.empty(config.num_classes + 1, dim), freeze=False)
         self.trunk = nn.ModuleList(
             Block(dim, build_mixer(config, name), config.ffn_expansion) for name in config.mixers
         )

@@ -11,7 +11,8 @@ from synthetic_dataset import change_manifest, write_dataset
 from tiny_models import save_video_vae
 
 from data_pipelines.common.encode import encode
-from data_pipelines.common.show import info, show
+from data_pipelines.common.info import info
+from data_pipelines.common.show import show
 from pomscale.codecs import build_codec
 from pomscale.config.schema import CogVideoXVaeCodecConfig, EncodeRecipe, PixelCodecConfig
 from pomscale.data.schema import read_manifest

@@ -203,7 +203,7 @@ def test_a_kill_after_a_rollback_changes_nothing(with_nans: Path, tiny_recipe: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def test_deepspeed_does_the_same(stage: int, with_nans: Path, tiny_recipe: Path) -> None:
     pytest.importorskip("deepspeed")
     engine = ["engine=deepspeed", f"deepspeed.zero_stage={stage}"]

@@ -64,16 +64,16 @@ def calm(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             # The copies are compared on the way: they must be the same to the bit.
             ["fsdp2.shard_size=2", f"faults.consistency_every_samples={10 * GLOBAL_BATCH}"],
             id="HSDP 2x2",
-            marks=pytest.mark.slow,
+            marks=pytest.mark.exhaustive,  # test_engine.py has it too
         ),
         *(
             pytest.param(
                 2,
                 ["engine=deepspeed", f"deepspeed.zero_stage={stage}"],
                 id=f"ZeRO-{stage} x2",
-                marks=[needs_deepspeed, pytest.mark.slow],
+                marks=[needs_deepspeed, *marks],
             )
-            for stage in (1, 2, 3)
+            for stage, marks in ((1, [pytest.mark.exhaustive]), (2, [pytest.mark.exhaustive]), (3, []))
         ),
     ],
 )
@@ -85,7 +85,9 @@ def test_engines_agree_in_fp32(alone: Path, tiny_recipe: Path, num_processes: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("deepspeed", marks=needs_deepspeed)])
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", pytest.param("deepspeed", marks=[needs_deepspeed, pytest.mark.exhaustive])]
+)
 def test_bf16_follows_fp32(alone: Path, tiny_recipe: Path, engine: str) -> None:
     train(tiny_recipe, f"engine={engine}", "compute.precision=bf16", num_processes=2)
     folder = tiny_recipe.parent / "runs" / "tiny"

@@ -61,7 +61,9 @@ def test_it_learns_from_all_buckets(alone: Path, clips: Path) -> None:
     [
         (2, ["training.micro_batch=5"]),
         pytest.param(3, ["fsdp2.shard_size=3"], marks=pytest.mark.exhaustive),
-        pytest.param(2, ["engine=deepspeed", "deepspeed.zero_stage=2"], marks=needs_deepspeed),
+        pytest.param(
+            2, ["engine=deepspeed", "deepspeed.zero_stage=2"], marks=[needs_deepspeed, pytest.mark.exhaustive]
+        ),
         pytest.param(
             2, ["engine=deepspeed", "deepspeed.zero_stage=3"], marks=[needs_deepspeed, pytest.mark.exhaustive]
         ),

@@ -95,7 +95,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
-@pytest.mark.parametrize("asynchronous", ["true", "false"])
+@pytest.mark.parametrize("asynchronous", ["true", pytest.param("false", marks=pytest.mark.exhaustive)])
 def test_disk_full_while_saving_keeps_the_previous_checkpoint(
     tiny_recipe: Path, small_disk: Path, asynchronous: str
 ) -> None:

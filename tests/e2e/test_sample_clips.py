@@ -160,7 +160,9 @@ def test_a_model_with_a_time_per_frame_group_goes_on_too(film: Sample, tmp_path:
     assert np.array_equal(np.concatenate(parts, axis=1), whole)
 
 
-@pytest.mark.parametrize("kind", [{}, pytest.param({"patch_frames": 1}, marks=pytest.mark.slow)], ids=["even", "odd"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param({}, marks=pytest.mark.exhaustive), {"patch_frames": 1}], ids=["even", "odd"]
+)
 def test_what_ctrl_c_has_stopped_is_whole_and_can_be_gone_on_with(
     kind: dict[str, Any], film: Sample, tmp_path: Path
 ) -> None:

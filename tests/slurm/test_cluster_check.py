@@ -42,9 +42,11 @@ SPEEDS = {"slow rank", "cores", "folder of runs", "temporary folder", "home fold
 
 
 @pytest.mark.slow
-def test_a_cluster_that_works(slurm: SlurmCluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks_by", ["torchrun", pytest.param("srun", marks=pytest.mark.exhaustive)])
+def test_a_cluster_that_works(slurm: SlurmCluster, tmp_path: Path, ranks_by: str) -> None:
+    settings = ["--set", f"ranks_by={ranks_by}", "--set", f"local_disk={tmp_path}/disk-$SLURM_JOB_ID"]
     done = subprocess.run(
-        [*_command(slurm, tmp_path), "--set", f"local_disk={tmp_path}/disk-$SLURM_JOB_ID"],
+        [*_command(slurm, tmp_path), *settings],
         env=slurm.environment,
         cwd=tmp_path,
         capture_output=True,

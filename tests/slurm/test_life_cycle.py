@@ -58,6 +58,7 @@ def test_a_request_to_stop_is_a_pause(
     assert_one_run(run, reference, 2)
 
 
+@pytest.mark.exhaustive  # test_cluster_check.py has a start by torchrun, tests/e2e/test_local_jobs.py the rest
 def test_one_task_per_node_with_torchrun(
     slurm: SlurmCluster, tmp_path: Path, digits: Path, reference: dict[int, float]
 ) -> None:

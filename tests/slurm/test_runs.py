@@ -38,14 +38,14 @@ def wait_for_state(cluster: SlurmCluster, folder: Path, *states: str, timeout_s:
     return run
 
 
-def running(cluster: SlurmCluster, tmp_path: Path, digits: Path) -> Launched:
-    run = launch(cluster, tmp_path, digits, ENDLESS)
+def running(cluster: SlurmCluster, tmp_path: Path, digits: Path, num_nodes: int = 1) -> Launched:
+    run = launch(cluster, tmp_path, digits, ENDLESS, num_nodes=num_nodes)
     run.wait_for_samples(MIDDLE)
     return run
 
 
 def test_a_run_is_watched_requeued_cancelled_and_resumed(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> None:
-    run = running(slurm, tmp_path, digits)
+    run = running(slurm, tmp_path, digits, num_nodes=2)
     home = str(run.folder)
     shown = listed(slurm, run.folder)
     assert (shown["state"], shown["job_id"], shown["num_starts"]) == ("running", run.job_id, 1)
