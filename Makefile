@@ -27,7 +27,7 @@ quickstart-video: setup  ## moving digits: mp4 files -> shards -> training with 
 test: setup  ## all tests, four at a time: many of them wait for SLURM
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal
 
-test-exhaustive: setup  ## the rest: the same again, many more times (e.g. kills at 50 random moments)
+test-exhaustive: setup  ## the rest: the same again, many more times or under more conditions
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m exhaustive
 
 test-fast: setup  ## one process at a time: units, numerics, data; a few minutes

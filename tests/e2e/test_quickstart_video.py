@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from running import run
 
+from pomscale.quickstart_video import NUM_JUDGED
+
 av = pytest.importorskip("av")
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
@@ -18,11 +20,11 @@ pytest.importorskip("transformers")
 REPOSITORY = Path(__file__).parents[2]
 
 
-def tour(folder: Path, *overrides: str) -> dict[str, Any]:
-    """The figures that it found, in a folder of its own."""
+def tour(folder: Path, *overrides: str, num_judged: int = NUM_JUDGED) -> dict[str, Any]:
+    """The figures that it found, in a folder of its own. num_judged: clips per caption."""
     (folder / "recipes").symlink_to(REPOSITORY / "recipes")
-    command = [sys.executable, "-m", "pomscale.quickstart_video", *overrides]
-    done = run(command, cwd=folder, timeout=1700)
+    main = f"from pomscale import quickstart_video as tour; tour.NUM_JUDGED = {num_judged}; tour.main({overrides})"
+    done = run([sys.executable, "-c", main], cwd=folder, timeout=1700)
     run_folder = folder / "runs" / "quickstart-video"
     assert (run_folder / "summary.txt").read_text() in done.stdout
     assert (run_folder / "clips.png").stat().st_size > 0
@@ -42,7 +44,7 @@ def tour(folder: Path, *overrides: str) -> dict[str, Any]:
 def test_the_tour_with_a_training_of_twenty_steps(tmp_path: Path) -> None:
     few = ["training.total_samples=640", "schedule.warmup_samples=0", "schedule.cooldown_samples=0"]
     few += ["sampling.num_steps=4", "validation.num_samples=32"]
-    figures = tour(tmp_path, *few)
+    figures = tour(tmp_path, *few, num_judged=2)
     assert figures["digit_generated"] < 0.6  # a judge that calls noise a digit would prove nothing
 
 
