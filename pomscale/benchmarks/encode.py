@@ -128,8 +128,8 @@ def _scaling(report: BenchReport, folder: Path, count: int) -> None:
         return
     rates: dict[int, list[float]] = {1: [], 2: []}
     for number in range(_NUM_ROUNDS):
-        for num_tasks in rates:
-            rates[num_tasks].append(_pinned_rate(folder, f"scaling-{number}-{num_tasks}", cores[:num_tasks], count))
+        for num_tasks, found in rates.items():
+            found.append(_pinned_rate(folder, f"scaling-{number}-{num_tasks}", cores[:num_tasks], count))
     for num_tasks, found in rates.items():
         report.add(f"decode-bound encode, {num_tasks} task(s), a core each", images_per_s=found)
     ratios = [two / one for one, two in zip(*rates.values(), strict=True)]
