@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from launch.run_state import LIVE
 from launch.runs import summarize
 from pomscale.checkpoint.folder import META, complete_checkpoints, samples_of
-from pomscale.config.cluster import ClusterProfile, is_time_limit, minutes_of
+from pomscale.config.cluster import ClusterProfile, expanded, is_time_limit, minutes_of
 from pomscale.config.identity import differences
 from pomscale.config.model import VideoModelConfig
 from pomscale.config.schema import (
@@ -181,6 +182,14 @@ def check_not_in_queue(home: Path) -> None:
         raise InputError(
             f"{home}: {state.state} already{job}{by_home}; watch it with `pomscale watch {home}`, "
             f"or end it with `pomscale runs cancel {home}`"
+        )
+
+
+def check_interpreter(profile: ClusterProfile) -> None:
+    """Of a job on this machine. On the nodes of a cluster it is `pomscale cluster check` that finds out."""
+    if profile.python is not None and shutil.which(expanded(profile.python, "python")) is None:
+        raise InputError(
+            f"python: {profile.python} is no program on this machine; give the profile (or --set python=) another"
         )
 
 

@@ -12,6 +12,7 @@ from launch import slurm
 from launch.checks import (
     RECIPE_FILE,
     check_encode_home,
+    check_interpreter,
     check_machine,
     check_not_in_queue,
     check_run_folder,
@@ -77,6 +78,8 @@ class Prepared:
         """
         if self.profile.scheduler == "slurm":
             slurm.check_answers()
+        elif self.profile.scheduler == "local":
+            check_interpreter(self.profile)
         first_new = _first_missing(self.home)
         try:
             with sole_launch(self.home):

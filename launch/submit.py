@@ -12,7 +12,6 @@ import io
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -151,8 +150,6 @@ def _on_one_machine(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> JobSp
 def _start_in_background(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> str:
     home = Path(spec.home)
     python = sys.executable if profile.python is None else expanded(profile.python, "python")
-    if shutil.which(python) is None:
-        raise InputError(f"python: {python} is no program on this machine; give the profile (or --set python=) another")
     num_gpus = profile.gpus_per_node if wish.gpus_per_node is None else wish.gpus_per_node
     submitted_unix_s = time.time()
     with _uninterrupted(home):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ KILL_AFTER_SAMPLES = 16_000  # between the checkpoints at 12,800 and 19,200: som
 NUM_PER_CLASS = 20
 
 
-def main(with_attention: bool = True) -> None:
-    """with_attention: also the second half, the comparison."""
+def main(mixers: Sequence[str]) -> None:
+    """`mixers`: of RUNS, PoM first; attention, which is compared with it, may be left out."""
     started = time.monotonic()
-    runs = RUNS if with_attention else {"PoM": RUNS["PoM"]}
+    runs = {mixer: RUNS[mixer] for mixer in mixers}
     remove_earlier(*runs.values())
     section("1. raw pictures: 1,797 scans of handwritten digits, one half to train on, one half to judge by")
     run("-m", "data_pipelines.images.digits", str(DIGITS))
@@ -42,7 +43,7 @@ def main(with_attention: bool = True) -> None:
     train_and_kill(RUNS["PoM"])
     section("4. the same command again: it goes on from the last complete checkpoint")
     train(RUNS["PoM"])
-    if with_attention:
+    if "attention" in runs:
         section("5. the same recipe with attention: one override (and a name of its own)")
         train(RUNS["attention"], "model.mixer=attention")
     section("6. samples, curves and figures")
@@ -119,4 +120,4 @@ def table(figures: dict[str, dict[str, Any]], minutes: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or list(RUNS))

@@ -71,9 +71,9 @@ def calm(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 2,
                 ["engine=deepspeed", f"deepspeed.zero_stage={stage}"],
                 id=f"ZeRO-{stage} x2",
-                marks=[needs_deepspeed, *marks],
+                marks=[needs_deepspeed, how_often],
             )
-            for stage, marks in ((1, [pytest.mark.exhaustive]), (2, [pytest.mark.exhaustive]), (3, []))
+            for stage, how_often in ((1, pytest.mark.exhaustive), (2, pytest.mark.exhaustive), (3, pytest.mark.slow))
         ),
     ],
 )

@@ -199,15 +199,14 @@ def test_dry_run_writes_nothing(digits: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("with_attention", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
-def test_quickstart_reaches_its_figures(tmp_path: Path, with_attention: bool) -> None:
+@pytest.mark.parametrize("mixers", [["PoM"], pytest.param([], marks=pytest.mark.exhaustive, id="all")])
+def test_quickstart_reaches_its_figures(tmp_path: Path, mixers: list[str]) -> None:
     """The tour of `make quickstart`, in a folder of its own."""
     (tmp_path / "recipes").symlink_to(Path(__file__).parent.parent.parent / "recipes")
-    tour = f"from pomscale import quickstart; quickstart.main(with_attention={with_attention})"
-    done = run([sys.executable, "-c", tour], cwd=tmp_path, timeout=850)
+    done = run([sys.executable, "-m", "pomscale.quickstart", *mixers], cwd=tmp_path, timeout=850)
     assert "killed" in done.stdout
     assert f"resuming from runs/quickstart/checkpoints/samples-{12_800:012d}" in done.stdout
-    for name in ("quickstart", "quickstart-attention")[: 1 + with_attention]:
+    for name in ["quickstart"] if mixers else ["quickstart", "quickstart-attention"]:
         folder = tmp_path / "runs" / name
         figures = json.loads((folder / "digits.json").read_text())
         assert figures["accuracy_generated"] >= 0.95
