@@ -34,6 +34,10 @@ NEEDS_AV = "clips need PyAV: pip install -e '.[video]'"
 PROMPTS = ("A cat.", "a surfboard on the bottom of skis, front view")
 NUM_FRAMES, SIZE = 4, 32  # of 16x16 pixels, which are enlarged
 
+# The same pixels do not always make the same file: x264 decides otherwise in one of some hundred films this small (its
+# mbtree; seen up to 2 levels apart). Films of two seeds are 40 apart.
+SAME_FILM = 5.0
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -137,10 +141,9 @@ def test_the_folder_is_what_vbench_reads_and_says_what_made_it(model: Path, prom
         film(network, prompt, seed=expected[f"{prompt}-1.mp4"], out=alone, steps=1)
         found = frames(folder / "videos" / f"{prompt}-1.mp4")
         assert found.shape == (NUM_FRAMES, SIZE, SIZE, 3)
-        # Not to the last bit: sums depend on where in memory a process has its tensors, and x264 makes more of it.
-        assert mean_difference(found, frames(alone)) < 2
+        assert mean_difference(found, frames(alone)) < SAME_FILM
     first, second = (frames(folder / "videos" / f"A cat.-{index}.mp4") for index in range(2))
-    assert mean_difference(first, second) > 10, "each has a seed of its own"
+    assert mean_difference(first, second) > 4 * SAME_FILM, "each has a seed of its own"
 
 
 def test_only_what_is_missing_is_made_and_tasks_share_it(model: Path, prompts: Path, tmp_path: Path) -> None:
@@ -150,10 +153,10 @@ def test_only_what_is_missing_is_made_and_tasks_share_it(model: Path, prompts: P
     assert "1 of 4 are there; run the same command" in str(report)
     assert [suite(model, prompts, folder, task=(index, 3)).num_made for index in range(3)] == [2, 0, 1]
     before = {path.name: path.stat().st_ino for path in (folder / "videos").iterdir()}
-    content = (folder / "videos" / "A cat.-1.mp4").read_bytes()
+    first = frames(folder / "videos" / "A cat.-1.mp4")
     (folder / "videos" / "A cat.-1.mp4").unlink()
     assert suite(model, prompts, folder).num_made == 1
-    assert (folder / "videos" / "A cat.-1.mp4").read_bytes() == content
+    assert mean_difference(frames(folder / "videos" / "A cat.-1.mp4"), first) < SAME_FILM
     after = {path.name: path.stat().st_ino for path in (folder / "videos").iterdir()}
     assert {name for name in after if after[name] != before[name]} <= {"A cat.-1.mp4"}
 
