@@ -8,6 +8,7 @@ from typing import Any
 
 from pomscale.cli.arguments import add_recipe, positive
 from pomscale.errors import InputError
+from pomscale.importing import large_imports
 
 
 def add(verbs: Any) -> None:
@@ -64,9 +65,10 @@ def _encode(arguments: argparse.Namespace) -> int:
 
     request = StopRequest(nothing_to_save=True)  # before torch, so that no signal finds nobody there
 
-    from data_pipelines.common.dry_run import describe
-    from data_pipelines.common.encode import encode
-    from data_pipelines.common.tasks import this_task
+    with large_imports():
+        from data_pipelines.common.dry_run import describe
+        from data_pipelines.common.encode import encode
+        from data_pipelines.common.tasks import this_task
 
     task = this_task(arguments.task)
     if arguments.dry_run:
@@ -156,9 +158,10 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from data_pipelines.common.show import show
-    from pomscale.codecs import build_codec
-    from pomscale.data.schema import read_manifest
+    with large_imports():
+        from data_pipelines.common.show import show
+        from pomscale.codecs import build_codec
+        from pomscale.data.schema import read_manifest
 
     made_with = read_manifest(arguments.dataset).codec
     codec = None if made_with is None else build_codec(made_with.config)

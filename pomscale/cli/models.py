@@ -10,6 +10,7 @@ from typing import Any
 from pomscale.cli import clips, record, vbench
 from pomscale.cli.arguments import finite, positive, seed
 from pomscale.errors import InputError
+from pomscale.importing import large_imports
 
 _WEIGHTS = "ema (what stands for the model), model (as last trained), or the name of an average"
 
@@ -124,8 +125,9 @@ def _sample(arguments: argparse.Namespace) -> int:
         return vbench.sample(arguments)
     vbench.refuse(arguments)
 
-    from pomscale.drawing import draw_pictures
-    from pomscale.pretrained import PretrainedVDiPoM, load_pretrained
+    with large_imports():
+        from pomscale.drawing import draw_pictures
+        from pomscale.pretrained import PretrainedVDiPoM, load_pretrained
 
     model = load_pretrained(
         arguments.model,
@@ -169,7 +171,9 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
 
 def _evaluate_heldout(arguments: argparse.Namespace) -> int:
     from pomscale.files import check_can_be_written, write_text
-    from pomscale.measure import measure_heldout
+
+    with large_imports():
+        from pomscale.measure import measure_heldout
 
     if arguments.out:
         check_can_be_written(arguments.out)
@@ -190,8 +194,10 @@ def _evaluate_heldout(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate_digits(arguments: argparse.Namespace) -> int:
-    from pomscale.evaluation.digits import evaluate_digits
     from pomscale.files import check_can_be_written, write_text
+
+    with large_imports():
+        from pomscale.evaluation.digits import evaluate_digits
 
     if arguments.out:
         check_can_be_written(arguments.out)
@@ -203,8 +209,10 @@ def _evaluate_digits(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate_moving_digits(arguments: argparse.Namespace) -> int:
-    from pomscale.evaluation.moving_digits import evaluate_moving_digits
     from pomscale.files import check_can_be_written, write_text
+
+    with large_imports():
+        from pomscale.evaluation.moving_digits import evaluate_moving_digits
 
     if arguments.out:
         check_can_be_written(arguments.out)
@@ -216,7 +224,8 @@ def _evaluate_moving_digits(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from pomscale.export import export
+    with large_imports():
+        from pomscale.export import export
 
     export(arguments.model, arguments.out, weights=arguments.weights, dtype=arguments.dtype)
     print(f"wrote {arguments.out}")
@@ -224,7 +233,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from pomscale.homm_import import import_homm
+    with large_imports():
+        from pomscale.homm_import import import_homm
 
     imported = import_homm(
         arguments.file,
@@ -240,7 +250,8 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _ema(arguments: argparse.Namespace) -> int:
-    from pomscale.post_hoc_ema import export_post_hoc
+    with large_imports():
+        from pomscale.post_hoc_ema import export_post_hoc
 
     average = export_post_hoc(
         arguments.run_folder,

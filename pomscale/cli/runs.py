@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pomscale.cli.arguments import add_recipe, positive
+from pomscale.importing import large_imports
 
 if TYPE_CHECKING:
     from pomscale.config.schema import TrainRecipe
@@ -54,7 +55,11 @@ def _train(arguments: argparse.Namespace) -> int:
     recipe = load_train_recipe(arguments.recipe, arguments.overrides)  # before torch: a typo is told at once
     check_is_one_run(recipe, arguments.recipe)
 
-    from pomscale.train import train
+    with large_imports():
+        # Otherwise FSDP2 and the optimizers import it, when they are first called.
+        import torch._dynamo  # noqa: F401
+
+        from pomscale.train import train
 
     return train(recipe)
 

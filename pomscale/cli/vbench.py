@@ -9,6 +9,7 @@ from typing import Any
 from pomscale.cli.arguments import positive
 from pomscale.cli.clips import given
 from pomscale.errors import InputError
+from pomscale.importing import large_imports
 
 _NAME = "vbench"
 
@@ -38,7 +39,9 @@ def refuse(arguments: argparse.Namespace) -> None:
 def sample(arguments: argparse.Namespace) -> int:
     """`sample --vbench`."""
     from data_pipelines.common.tasks import this_task
-    from pomscale.vbench import film_suite
+
+    with large_imports():
+        from pomscale.vbench import film_suite
 
     if arguments.out_dir is None:
         raise InputError("--vbench: name the folder for the videos with --out-dir")

@@ -7,6 +7,7 @@ import logging
 from pomscale.codecs.base import Codec, TextEncoder
 from pomscale.codecs.pixel import PixelCodec
 from pomscale.config.schema import CodecConfig, PixelCodecConfig, SdVaeCodecConfig, TextEncoderConfig
+from pomscale.importing import large_imports
 
 __all__ = ["Codec", "TextEncoder", "build_codec", "build_text_encoder"]
 
@@ -27,16 +28,19 @@ def build_codec(config: CodecConfig) -> Codec:
     if isinstance(config, PixelCodecConfig):
         return PixelCodec(config)
     if isinstance(config, SdVaeCodecConfig):
-        from pomscale.codecs.sd_vae import SdVaeCodec
+        with large_imports():
+            from pomscale.codecs.sd_vae import SdVaeCodec
 
         return SdVaeCodec(config)
-    from pomscale.codecs.cogvideox_vae import CogVideoXVaeCodec
+    with large_imports():
+        from pomscale.codecs.cogvideox_vae import CogVideoXVaeCodec
 
     return CogVideoXVaeCodec(config)
 
 
 def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
     """The text encoder that a recipe names, on the CPU. Raises InputError as `build_codec` does."""
-    from pomscale.codecs.t5 import T5TextEncoder
+    with large_imports():
+        from pomscale.codecs.t5 import T5TextEncoder
 
     return T5TextEncoder(config)

@@ -7,6 +7,7 @@ from torch import nn
 from pomscale.config.schema import TrainRecipe
 from pomscale.distributed.world import World
 from pomscale.engine.protocol import Engine, InitWeights
+from pomscale.importing import large_imports
 
 
 def build_engine(recipe: TrainRecipe, model: nn.Module, init_weights: InitWeights, world: World) -> Engine:
@@ -20,7 +21,8 @@ def build_engine(recipe: TrainRecipe, model: nn.Module, init_weights: InitWeight
 
         to_float8(model, world.device)
     if recipe.engine == "deepspeed":
-        from pomscale.engine.deepspeed import DeepSpeedEngine  # deepspeed is optional, and takes seconds to import
+        with large_imports():
+            from pomscale.engine.deepspeed import DeepSpeedEngine  # deepspeed is optional
 
         return DeepSpeedEngine(
             model,
