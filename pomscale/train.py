@@ -109,7 +109,7 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
     is_new = standing.samples == 0
     initial = _fine_tuned(recipe, card, world) if is_new and recipe.init_from is not None else _seeded(recipe)
     world.on_main(lambda: make_folder(folder))
-    number = world.on_main(lambda: Generation.claim(folder).number)
+    number = world.on_main(lambda: _claim(folder).number)
     run = _Run(world, recipe, folder, Generation(folder, number), stop)
     try:
         samples = run.train(mixture, card, this_run, initial)
@@ -124,6 +124,17 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
     # A launcher may end all processes as soon as the first is gone: not before the outcome is written.
     world.barrier()
     return EXIT_STOPPED if stopped else 0
+
+
+def _claim(folder: Path) -> Generation:
+    """Whoever typed the command twice is told."""
+    generation = Generation.claim(folder)
+    if other := generation.other_alive():
+        warn(
+            f"{folder}: another start of this run is still alive ({other}). This one goes on from its newest "
+            "checkpoint, and the other stops without saving again; for a run of its own, give another name: name=..."
+        )
+    return generation
 
 
 @dataclass(frozen=True)

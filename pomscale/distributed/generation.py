@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pomscale.errors import PomscaleError
 
 FOLDER = "generations"
@@ -73,6 +75,24 @@ class Generation:
                 f"{self._folder.parent}; this process stops without writing"
             )
 
+    def other_alive(self) -> str | None:
+        """Who the start before this one was, if its process still lives on this machine: it is being taken over from.
+
+        Of other machines nobody knows, hence None.
+        """
+        path = self._folder / f"{self.number - 1:06d}"
+        claim = _read_claim(path)
+        if claim is None or claim["host"] != socket.gethostname():
+            return None
+        try:
+            process = psutil.Process(claim["pid"])
+            is_alive = process.status() != psutil.STATUS_ZOMBIE
+            # Or else the number has been given to another process since; the claim's time is rounded to a second.
+            is_same = process.create_time() < datetime.fromisoformat(claim["time"]).timestamp() + 1
+        except psutil.Error:
+            return None
+        return _who(path) if is_alive and is_same else None
+
 
 def newest_generation(run_folder: Path) -> int:
     """The number of the newest start of a run; 0 if there was none."""
@@ -93,10 +113,17 @@ def _this_process() -> dict[str, Any]:
     }
 
 
-def _who(path: Path) -> str:
+def _read_claim(path: Path) -> dict[str, Any] | None:
     try:
-        claim = json.loads(path.read_text(encoding="utf-8"))
+        claim: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # it has the number already, and is about to say who it is
+        return None
+    return claim
+
+
+def _who(path: Path) -> str:
+    claim = _read_claim(path)
+    if claim is None:
         return "just now"
     job = "" if claim["slurm_job_id"] is None else f", SLURM job {claim['slurm_job_id']}"
     return f"{claim['host']}, process {claim['pid']}{job}, {claim['time']}"

@@ -350,7 +350,9 @@ def test_starts_that_were_taken_for_dead_change_nothing(undisturbed: Path, tiny_
         # Rows of processes that outlived their replacement are left out when they are read; nothing else has changed.
         changed = {path for path, content in contents(folder).items() if before.get(path) != content}
         assert {path.name for path in changed if path.parent.name != "stacks"} <= {"events.jsonl", "metrics.jsonl"}
-        assert wake_up(newest)[0] == 0
+        code, told = wake_up(newest)
+        assert code == 0
+        assert f"another start of this run is still alive ({HOST}, process {third.pid}, " in told
     assert_same_run(folder, undisturbed)
     assert outcome(folder)["incarnation"] == 4
     assert outcome(folder)["state"] == "finished"

@@ -211,7 +211,7 @@ def test_a_controller_that_is_away_is_an_error_in_slurms_own_words(
     start_s = time.monotonic()
     with pytest.raises(SlurmError, match=r"scontrol ping: Slurmctld\(primary\) at .* is DOWN\. .* --cluster local"):
         commands.check_answers()
-    assert time.monotonic() - start_s < 1
+    assert time.monotonic() - start_s < 10, "squeue would have tried for 18 s"
     _use_configuration(slurm, tmp_path, monkeypatch, "MessageTimeout=1")  # squeue would try for 18 s
     with pytest.raises(SlurmError, match=r"^squeue .*: slurm_load_jobs error: Unable to contact slurm controller"):
         commands.job_states(["1"])

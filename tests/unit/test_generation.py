@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,29 @@ def test_starts_at_the_same_time_get_different_numbers_and_only_the_highest_goes
             with pytest.raises(Superseded, match=r"a newer start \(.*SLURM job 4711.*\) of this run has taken over"):
                 generation.check()
     Generation(tmp_path, 64).check()  # another rank of the newest start
+
+
+def test_a_start_that_is_still_alive_here_is_named(tmp_path: Path) -> None:
+    lives = CLAIM.partition("print")[0] + "G.claim(pathlib.Path(sys.argv[1])); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", lives, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        second = Generation.claim(tmp_path)
+        assert f"process {process.pid}, " in (second.other_alive() or "")
+        claim = tmp_path / "generations" / "000001"
+        content = claim.read_text()
+        claim.write_text(re.sub('"time": "[0-9]+', '"time": "1999', content))
+        assert second.other_alive() is None, "its number has been given to another process"
+        claim.write_text(content.replace('"host": "', '"host": "not-'))
+        assert second.other_alive() is None, "nobody here knows of another machine's processes"
+        claim.write_text("")
+        assert second.other_alive() is None, "it has not said yet who it is"
+        claim.write_text(content)
+        process.communicate("")
+    assert second.other_alive() is None
+    assert Generation(tmp_path, 1).other_alive() is None, "there is none before the first"
 
 
 def test_processes_race_without_torch(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_a_full_disk_stops_nothing_and_no_line_is_lost(tmp_path: Path) -> None:
     ledger.event("rollback", 8, to_samples=0)
     has_tried = threading.Event()
     ledger._writer.do(has_tried.set)
-    assert has_tried.wait(10)
+    assert has_tried.wait(60)
     ledger._file._file = real
     ledger.close()
     rows = [json.loads(line) for line in (tmp_path / EVENTS_FILE).read_text().splitlines()]
