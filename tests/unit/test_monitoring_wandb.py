@@ -459,7 +459,7 @@ def test_what_wandb_refuses_for_good_does_not_hold_up_the_rest(
 def test_a_service_that_hangs_holds_up_neither_rows_nor_the_end(
     run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(monitor_module, "CLOSE_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(monitor_module, "CLOSE_TIMEOUT_S", 6.0)
     monitor = _open(run)
     monitor.log(1, {"train/loss": 1.0})
     while not _files(run):
@@ -468,11 +468,11 @@ def test_a_service_that_hangs_holds_up_neither_rows_nor_the_end(
     service.send_signal(signal.SIGSTOP)
     try:
         wide = {f"train/metric_{index}": 0.5 for index in range(200)}
-        for samples in range(2, 3000):
+        for samples in range(2, 1000):  # more than a socket takes
             monitor.log(samples, {"train/loss": 1.0, **wide})
         monitor.close()  # the service would never answer
-        assert len((run / "metrics.jsonl").read_text().splitlines()) == 2999
-        assert "wandb has not ended within 2 s: what was not sent is in RUN/wandb" in caplog.text
+        assert len((run / "metrics.jsonl").read_text().splitlines()) == 999
+        assert "wandb has not ended within 6 s: what was not sent is in RUN/wandb" in caplog.text
     finally:
         service.send_signal(signal.SIGKILL)
         service.wait()
