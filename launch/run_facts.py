@@ -6,15 +6,12 @@ import os
 import socket
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from launch.job import ATTEMPTS, JOB_FILE, JOBS_FILE, Attempt, Start, Submission, Verdict
 from launch.tail import objects, read_object, tail
-from pomscale.distributed.generation import FOLDER as GENERATIONS
+from pomscale.distributed.generation import Claim, newest_claim, process_lives
 from pomscale.errors import PomscaleError
 from pomscale.monitoring.history import INCARNATIONS_FILE
 from pomscale.monitoring.ledger import EVENTS_FILE
@@ -24,20 +21,8 @@ from pomscale.run_folder import read_outcome
 # Some twenty rows, as many as a speed should be averaged over.
 _ROWS_BYTES, _EVENTS_BYTES = 32_768, 4096
 _ROW_KEYS = {"samples", "time_unix_s", "incarnation"}
-_SAME_START_S = 2.0  # claims are written in whole seconds
 _CLOCK_SKEW_S = 60.0  # between the machine that submits and the one that runs
 _SUBMITTED_WITHIN_S = 120.0
-
-
-@dataclass(frozen=True)
-class Claim:
-    """The newest start of a run, as its rank 0 has recorded it: a file of generations/."""
-
-    number: int
-    unix_s: float
-    host: str | None = None
-    pid: int | None = None
-    slurm_job_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +126,7 @@ def _read_facts(home: Path) -> Facts:
     except TypeError as error:
         raise PomscaleError(f"{home / JOBS_FILE}: its last line is no submission: {error}") from error
     attempts = _newest_attempts(home / ATTEMPTS)
-    claim = _newest_claim(home / GENERATIONS)
+    claim = newest_claim(home)
     incarnations = _with_numbers({"started_unix_s"}, objects(tail(home / INCARNATIONS_FILE, _ROWS_BYTES)))
     rows = _with_numbers(_ROW_KEYS, objects(tail(home / METRICS_FILE, _ROWS_BYTES)))
     newest = max((row["incarnation"] for row in rows), default=0)
@@ -150,7 +135,7 @@ def _read_facts(home: Path) -> Facts:
         submission,
         attempts,
         claim,
-        claim_lives=None if claim is None else _lives(claim),
+        claim_lives=None if claim is None else claim.lives,
         local_lives=None if submission is None else _local_job_lives(submission, attempts),
         outcome=read_outcome(home),
         incarnation=incarnations[-1] if incarnations else None,
@@ -206,37 +191,6 @@ def _attempt(folder: Path, job_id: str, restart: int) -> Attempt | None:
 def job_of(task: str) -> str:
     """The job that a task of an array belongs to; other jobs are their own only task."""
     return task.partition("_")[0]
-
-
-def _newest_claim(folder: Path) -> Claim | None:
-    try:
-        number = max((int(name) for name in os.listdir(folder) if name.isdecimal()), default=None)
-    except FileNotFoundError:
-        return None
-    if number is None:
-        return None
-    path = folder / f"{number:06d}"
-    claim = read_object(path) or {}
-    try:
-        began = datetime.fromisoformat(claim["time"]).timestamp()
-        return Claim(number, began, claim["host"], claim["pid"], claim["slurm_job_id"])
-    except (KeyError, TypeError, ValueError):  # it has the number already, and is about to say who it is; or it is torn
-        return Claim(number, path.stat().st_mtime)
-
-
-def _lives(claim: Claim) -> bool | None:
-    if claim.pid is None or claim.host != socket.gethostname():
-        return None
-    return process_lives(claim.pid, began_before_unix_s=claim.unix_s + _SAME_START_S)
-
-
-def process_lives(pid: int, *, began_before_unix_s: float) -> bool:
-    """Whether a process of this host lives; one that began later has only got the same number."""
-    try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= began_before_unix_s
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _local_job_lives(submission: Submission, attempts: list[Attempt]) -> bool | None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from launch.job import ATTEMPTS, Submission, Verdict, submissions
-from launch.run_facts import process_lives
+from pomscale.distributed.generation import process_lives
 
 _STARTED_WITHIN_S = 60.0  # a local job, after its submission; a process that began later has only got the same number
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,39 @@ from pomscale.errors import PomscaleError
 
 FOLDER = "generations"
 
+_SAME_START_S = 2.0  # claims are written in whole seconds
+
 
 class Superseded(PomscaleError):
     """A newer start of this run has taken over; nothing was written by this one since it noticed."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A start of a run, as its rank 0 has recorded it: a file of generations/.
+
+    host None: it has the number already, and is about to say who it is; or what it said is torn.
+    """
+
+    number: int
+    unix_s: float
+    host: str | None = None
+    pid: int | None = None
+    slurm_job_id: str | None = None
+
+    @property
+    def lives(self) -> bool | None:
+        """Whether its process is there; None where that cannot be seen from here."""
+        if self.pid is None or self.host != socket.gethostname():
+            return None
+        return process_lives(self.pid, began_before_unix_s=self.unix_s + _SAME_START_S)
+
+    def __str__(self) -> str:
+        if self.host is None:
+            return "just now"
+        job = "" if self.slurm_job_id is None else f", SLURM job {self.slurm_job_id}"
+        time = datetime.fromtimestamp(self.unix_s, UTC).isoformat(timespec="seconds")
+        return f"{self.host}, process {self.pid}{job}, {time}"
 
 
 class Generation:
@@ -64,40 +95,45 @@ class Generation:
         """
         try:
             newest = _newest(self._folder)
+            newer = _read_claim(self._folder, newest) if newest > self.number else None
         except OSError as error:
             raise PomscaleError(
                 f"{self._folder} cannot be read ({error}), so a newer start of this run may have taken over; "
                 "fix the file system, then run the same command again"
             ) from error
-        if newest > self.number:
+        if newer is not None:
             raise Superseded(
-                f"a newer start ({_who(self._folder / f'{newest:06d}')}) of this run has taken over "
-                f"{self._folder.parent}; this process stops without writing"
+                f"a newer start ({newer}) of this run has taken over {self._folder.parent}; "
+                "this process stops without writing"
             )
 
-    def other_alive(self) -> str | None:
-        """Who the start before this one was, if its process still lives on this machine: it is being taken over from.
-
-        Of other machines nobody knows, hence None.
-        """
-        path = self._folder / f"{self.number - 1:06d}"
-        claim = _read_claim(path)
-        if claim is None or claim["host"] != socket.gethostname():
+    def other_alive(self) -> Claim | None:
+        """The start before this one, if its process still lives on this machine: it is being taken over from."""
+        if self.number == 1:
             return None
-        try:
-            process = psutil.Process(claim["pid"])
-            is_alive = process.status() != psutil.STATUS_ZOMBIE
-            # Or else the number has been given to another process since; the claim's time is rounded to a second.
-            is_same = process.create_time() < datetime.fromisoformat(claim["time"]).timestamp() + 1
-        except psutil.Error:
-            return None
-        return _who(path) if is_alive and is_same else None
+        claim = _read_claim(self._folder, self.number - 1)
+        return claim if claim.lives else None
 
 
 def newest_generation(run_folder: Path) -> int:
     """The number of the newest start of a run; 0 if there was none."""
     folder = run_folder / FOLDER
     return _newest(folder) if folder.is_dir() else 0
+
+
+def newest_claim(run_folder: Path) -> Claim | None:
+    """The newest start of a run; None if there was none."""
+    number = newest_generation(run_folder)
+    return _read_claim(run_folder / FOLDER, number) if number else None
+
+
+def process_lives(pid: int, *, began_before_unix_s: float) -> bool:
+    """Whether a process of this host lives; one that began later has only got the same number."""
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= began_before_unix_s
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _newest(folder: Path) -> int:
@@ -113,17 +149,11 @@ def _this_process() -> dict[str, Any]:
     }
 
 
-def _read_claim(path: Path) -> dict[str, Any] | None:
+def _read_claim(folder: Path, number: int) -> Claim:
+    path = folder / f"{number:06d}"
     try:
-        claim: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it has the number already, and is about to say who it is
-        return None
-    return claim
-
-
-def _who(path: Path) -> str:
-    claim = _read_claim(path)
-    if claim is None:
-        return "just now"
-    job = "" if claim["slurm_job_id"] is None else f", SLURM job {claim['slurm_job_id']}"
-    return f"{claim['host']}, process {claim['pid']}{job}, {claim['time']}"
+        said = json.loads(path.read_text(encoding="utf-8"))
+        began = datetime.fromisoformat(said["time"]).timestamp()
+        return Claim(number, began, said["host"], said["pid"], said["slurm_job_id"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return Claim(number, path.stat().st_mtime)

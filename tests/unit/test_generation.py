@@ -46,7 +46,7 @@ def test_a_start_that_is_still_alive_here_is_named(tmp_path: Path) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         second = Generation.claim(tmp_path)
-        assert f"process {process.pid}, " in (second.other_alive() or "")
+        assert f"process {process.pid}, " in str(second.other_alive())
         claim = tmp_path / "generations" / "000001"
         content = claim.read_text()
         claim.write_text(re.sub('"time": "[0-9]+', '"time": "1999', content))
