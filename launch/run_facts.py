@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.job import ATTEMPTS, JOB_FILE, JOBS_FILE, Attempt, Start, Submission, Verdict
+from launch.state import process_of_job_lives
 from launch.tail import objects, read_object, tail
-from pomscale.distributed.generation import Claim, newest_claim, process_lives
+from pomscale.distributed.generation import Claim, newest_claim
 from pomscale.errors import PomscaleError
 from pomscale.monitoring.history import INCARNATIONS_FILE
 from pomscale.monitoring.ledger import EVENTS_FILE
@@ -22,7 +23,6 @@ from pomscale.run_folder import read_outcome
 _ROWS_BYTES, _EVENTS_BYTES = 32_768, 4096
 _ROW_KEYS = {"samples", "time_unix_s", "incarnation"}
 _CLOCK_SKEW_S = 60.0  # between the machine that submits and the one that runs
-_SUBMITTED_WITHIN_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,7 @@ def _local_job_lives(submission: Submission, attempts: list[Attempt]) -> bool | 
     hosts = {host for attempt in attempts if attempt.start.job_id == submission.job_id for host in attempt.start.hosts}
     if hosts and hosts != {socket.gethostname()}:
         return None
-    before = submission.submitted_unix_s + _SUBMITTED_WITHIN_S
-    return process_lives(int(submission.job_id), began_before_unix_s=before)
+    return process_of_job_lives(submission)
 
 
 def _stop_requested(home: Path, claim: Claim | None) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from launch.job import ATTEMPTS, Submission, Verdict, submissions
 from pomscale.distributed.generation import process_lives
 
-_STARTED_WITHIN_S = 60.0  # a local job, after its submission; a process that began later has only got the same number
+_STARTED_WITHIN_S = 120.0  # a local job, after its submission; a process that began later has only got the same number
 
 
 def ended(home: Path) -> Verdict | None:
@@ -24,7 +24,7 @@ def ended(home: Path) -> Verdict | None:
     submission = next(iter(submissions(home)[-1:]), None)
     if submission is None:
         return None
-    lives = submission.scheduler == "slurm" or _lives(submission)  # before its last word is read
+    lives = submission.scheduler == "slurm" or process_of_job_lives(submission)  # before its last word is read
     verdicts = _verdicts(home, submission)
     final = [verdict for verdict in verdicts if verdict.action in ("done", "fail")]
     if len(final) == _num_tasks(submission):
@@ -40,7 +40,8 @@ def is_success(verdict: Verdict) -> bool:
     return verdict.action == "done" and verdict.exit_code == 0
 
 
-def _lives(submission: Submission) -> bool:
+def process_of_job_lives(submission: Submission) -> bool:
+    """Of a job that is not SLURM's, on this machine."""
     return process_lives(int(submission.job_id), began_before_unix_s=submission.submitted_unix_s + _STARTED_WITHIN_S)
 
 

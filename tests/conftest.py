@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from running import write_tiny_recipe
 
 from data_pipelines.common.encode import encode
@@ -14,6 +15,11 @@ from pomscale.config.recipe import load_encode_recipe
 
 # Where the tests run in the background of a shell, Ctrl-C is ignored, also by all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# An example may take as long as it likes: a busy machine let some take longer than hypothesis's 200 ms. Without a
+# deadline, its health check grants 30 s instead of 1 s for drawing the first ones.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

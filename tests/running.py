@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 
+from launch.job import submissions
 from pomscale.checkpoint.store import find_checkpoint, read_meta, read_tensors
 from pomscale.pretrained import load_pretrained
 from pomscale.quickstart import samples_seen
@@ -26,6 +27,7 @@ from pomscale.quickstart import samples_seen
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 UNHURRIED = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).with_name("unhurried"))}  # of runs met in the middle
 TIMEOUT_S = 240
+KILLED_WITHIN_S = 120  # on a machine with too much to do
 GLOBAL_BATCH = 32
 NUM_STEPS = 50  # 1,600 samples: into the second epoch of 901 digits
 
@@ -102,7 +104,26 @@ def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str
         for left in known.values():
             with suppress(psutil.NoSuchProcess):
                 left.kill()
-        process.wait(30)
+        process.wait(KILLED_WITHIN_S)
+
+
+def held_at(file: Path, samples: int, step_s: float = 0.0) -> dict[str, str]:
+    """The environment of a run that goes no further than `samples`, while the file is there and says so.
+
+    Until the test has met it: see tests/unhurried. 0 samples: not even a local job's controller goes on.
+    """
+    file.write_text(str(samples))
+    unhurried = {"PYTHONPATH": UNHURRIED["PYTHONPATH"], "UNHURRIED_S": str(step_s), "UNHURRIED_HELD": str(file)}
+    return {**ENVIRONMENT, **unhurried}
+
+
+def controller_of(home: Path) -> psutil.Process | None:
+    """The process of the newest local job, while it is there. Numbers of processes come again: this is no other's."""
+    with suppress(psutil.NoSuchProcess, IndexError):
+        process = psutil.Process(int(submissions(home)[-1].job_id))
+        if str(home) in " ".join(process.cmdline()):
+            return process
+    return None
 
 
 def pomscale(*arguments: str | Path, expect: int = 0, **options: Any) -> Finished:
@@ -118,13 +139,17 @@ def start_and_signal(
 ) -> int:
     """Start training, send a signal to every training process once `after_samples` are logged; the exit code.
 
-    SIGKILL goes to the launcher too, as when a node loses power.
+    Not before this start has logged a step, also where an earlier one was beyond that; and a few steps later at most,
+    however late the signal comes. SIGKILL goes to the launcher too, as when a node loses power.
     """
     folder = recipe.parent / "runs" / "tiny"
     command = train_command(recipe, *overrides, num_processes=num_processes)
-    with started(command, stderr=subprocess.STDOUT) as process:
+    logged_before, metrics = samples_seen(folder), folder / "metrics.jsonl"
+    num_bytes_before = metrics.stat().st_size if metrics.is_file() else 0
+    environment = held_at(recipe.parent / "held", max(after_samples, logged_before) + 4 * GLOBAL_BATCH)
+    with started(command, stderr=subprocess.STDOUT, env=environment) as process:
         deadline = time.monotonic() + TIMEOUT_S
-        while samples_seen(folder) < after_samples:
+        while samples_seen(folder) < after_samples or metrics.stat().st_size == num_bytes_before:
             assert process.poll() is None, f"ended before the signal: {process.stdout.read()}"  # type: ignore[union-attr]
             assert time.monotonic() < deadline, "training did not get to the signal in time"
             time.sleep(0.005)
@@ -135,7 +160,7 @@ def start_and_signal(
             with suppress(psutil.NoSuchProcess):
                 target.send_signal(number)
         process.communicate(timeout=TIMEOUT_S)
-        psutil.wait_procs(children, timeout=30)
+        psutil.wait_procs(children, timeout=KILLED_WITHIN_S)
     return process.returncode
 
 

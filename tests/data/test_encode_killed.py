@@ -18,19 +18,27 @@ from pomscale.config.schema import EncodeRecipe
 from pomscale.data.schema import MANIFEST_NAME
 
 NUM_KILLS = 30
+NUM_PARTS = 300
 
 # Each encode is a fork of a process that has everything imported: the moments then lie in the work, from the listing of
 # the source to the last commit, and not in the imports. A moment is a number of commits and a time after them, which is
 # given as a share of an undisturbed encode: so the kills together get some way and never to the end, at any speed.
+# Where others slowed the undisturbed one down, or the one who kills comes late, an encode kills itself before that.
 KILL_AGAIN_AND_AGAIN = """
 import os, random, signal, sys, time
 from data_pipelines.common.encode import encode
-from data_pipelines.common.parts import PARTS_FOLDER
+from data_pipelines.common.parts import PARTS_FOLDER, PartStore
 from pathlib import Path
 from pomscale.config.schema import EncodeRecipe
 recipe = EncodeRecipe.model_validate_json(sys.argv[1])
-num_kills, undisturbed_s = int(sys.argv[2]), float(sys.argv[3])
+num_kills, undisturbed_s, most_records = int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
 num_records = lambda: len(list(Path(recipe.output, PARTS_FOLDER).glob("part-*.json")))
+commit = PartStore.commit
+def commit_but_never_all(*arguments):
+    if num_records() >= most_records:
+        os.kill(os.getpid(), signal.SIGKILL)
+    commit(*arguments)
+PartStore.commit = commit_but_never_all
 moments, num_killed = random.Random(0), 0
 for _ in range(num_kills):
     num_commits, later_s = moments.randrange(6), moments.uniform(0.0, 0.03) * undisturbed_s
@@ -39,7 +47,8 @@ for _ in range(num_kills):
     if not child:
         encode(recipe, progress=False)
         os._exit(0)
-    while num_records() < before + num_commits and os.waitpid(child, os.WNOHANG) == (0, 0):
+    has_ended = lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    while num_records() < before + num_commits and not has_ended():
         time.sleep(0.002)
     time.sleep(later_s)
     os.kill(child, signal.SIGKILL)
@@ -59,7 +68,7 @@ def test_resumed_shards_are_byte_identical(
             pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "in" / class_name / f"{i:04d}.png", compress_level=0)
     (tmp_path / "in" / "a" / "0005.png").write_bytes(b"damaged")
-    recipe = make_recipe(tmp_path / "in", output="latents", shard_samples=20)
+    recipe = make_recipe(tmp_path / "in", output="latents", shard_samples=6000 // NUM_PARTS)
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     killed.mkdir()
     undisturbed.mkdir()
@@ -68,7 +77,8 @@ def test_resumed_shards_are_byte_identical(
     start = time.monotonic()
     encode(recipe, progress=False)
     undisturbed_s = time.monotonic() - start
-    command = [sys.executable, "-c", KILL_AGAIN_AND_AGAIN, recipe.model_dump_json(), str(NUM_KILLS), str(undisturbed_s)]
+    limits = [str(NUM_KILLS), str(undisturbed_s), str(NUM_PARTS - 10)]
+    command = [sys.executable, "-c", KILL_AGAIN_AND_AGAIN, recipe.model_dump_json(), *limits]
     done = subprocess.run(command, cwd=killed, capture_output=True, text=True, check=True, timeout=240)
     assert int(done.stdout) == NUM_KILLS
     assert not (killed / "latents" / MANIFEST_NAME).exists()

@@ -22,6 +22,8 @@ from data_pipelines.common.verify import verify
 from pomscale.config.schema import EncodeRecipe
 from pomscale.data.schema import MANIFEST_NAME
 from pomscale.errors import InputError
+from pomscale.monitoring import monitor as monitor_module
+from pomscale.monitoring import wandb_run
 
 MakeRecipe = Callable[..., EncodeRecipe]
 
@@ -36,6 +38,20 @@ with Claims(Path(sys.argv[1]), several=True) as claims:
     assert claims.claim(int(sys.argv[2]))
     print("held", flush=True)
     sys.stdin.read()
+"""
+
+
+# The command, on a machine on which no commit takes less than a quarter of a second.
+UNHURRIED = """
+import sys, time
+from data_pipelines.common.parts import PartStore
+from pomscale.cli import main
+commit = PartStore.commit
+def commit_late(*arguments):
+    time.sleep(0.25)
+    commit(*arguments)
+PartStore.commit = commit_late
+main(sys.argv[1:])
 """
 
 
@@ -120,13 +136,15 @@ def test_a_signal_stops_the_command(tmp_path: Path, make_recipe: MakeRecipe) -> 
     write_pictures(tmp_path / "in", 3000)
     path = tmp_path / "recipe.yaml"
     path.write_text(make_recipe(tmp_path / "in").model_dump_json())
-    process = start_task(path, "0/1")
+    # It is to be met in the middle, and has 600 parts.
+    command = [sys.executable, "-c", UNHURRIED, "data", "encode", str(path), "--task", "0/1"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         while not list((tmp_path / "latents" / "parts").glob("part-*.json")):
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         process.send_signal(signal.SIGUSR1)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 75, err
@@ -164,7 +182,12 @@ def test_claims_of_one_process_do_not_stop_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_wandb_gets_what_the_console_shows(pictures: Path, make_recipe: MakeRecipe) -> None:
+def test_wandb_gets_what_the_console_shows(
+    pictures: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All of wandb's work is done when the encode ends, and on a busy machine its process takes many seconds to start.
+    monkeypatch.setattr(monitor_module, "CLOSE_TIMEOUT_S", 120.0)
+    monkeypatch.setattr(wandb_run, "INIT_TIMEOUT_S", 90.0)
     recipe = make_recipe(pictures, wandb={"mode": "offline", "project": "encodes"})
     encode(recipe, progress=False)
     (run,) = (Path(recipe.output) / "parts" / "task-00000" / "wandb").glob("offline-run-*/run-*.wandb")

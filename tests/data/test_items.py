@@ -92,7 +92,7 @@ def test_every_later_item_of_a_key_has_a_problem(tmp_path: Path) -> None:
     assert table.num_problems == 3
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(keys=st.lists(st.integers(0, 30), min_size=1, max_size=80), block=st.integers(1, 9), bits=st.integers(0, 64))
 def test_duplicates_are_exact_also_where_hashes_collide_and_blocks_end(
     tmp_path_factory: pytest.TempPathFactory, keys: list[int], block: int, bits: int

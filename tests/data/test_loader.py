@@ -78,7 +78,7 @@ def legs(max_threads: int) -> st.SearchStrategy[list[Leg]]:
     return st.lists(leg, min_size=1, max_size=4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(global_batch=st.integers(8, 30), schedule=legs(0))
 def test_any_layout_covers_every_position_once(global_batch: int, schedule: list[Leg]) -> None:
     start = 0
@@ -139,7 +139,7 @@ def ranks() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest.mark.parametrize("kind", ["one shape", "buckets", "mixture"])
-@settings(max_examples=67, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=67, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(global_batch=st.integers(8, 30), schedule=legs(4))
 def test_no_sample_is_lost_or_doubled_when_the_layout_changes(
     all_data: dict[str, Data], ranks: ThreadPoolExecutor, kind: str, global_batch: int, schedule: list[Leg]
@@ -299,6 +299,10 @@ def test_no_more_is_read_ahead_than_was_asked_for(dataset: LatentDataset, num_th
 
     with open_loader(mix(dataset), num_threads=num_threads, prefetch=prefetch, finish=finish) as loader:
         next(loader)
+        deadline_s = time.monotonic() + 60.0
+        while len(read) <= prefetch:  # a thread may not get to it for a while
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
         at_rest = -1
         while len(read) != at_rest:
             at_rest = len(read)

@@ -1,6 +1,7 @@
 """`pomscale train` with faults in it: faulty_train.py FAULTS RECIPE [a.b=c ...]; FAULTS is a JSON list of
 
 {"missing": "deepspeed"}                                      the package is not installed
+{"close_timeout_s": 120}                                      so long wandb may take to write out what is left
 {"factor": "nan", "positions": [160, 192]}                    samples at these global positions weigh so much more
 {"do": "sleep", "at": "step", "nth": 3, "rank": 1, ...}       in that rank, just before the third step of this process
 
@@ -11,6 +12,7 @@ do: a function below, which is given the rest of the fault, and the arguments of
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import json
 import os
@@ -27,6 +29,7 @@ from torch import nn
 
 import pomscale.checkpoint.store
 import pomscale.events
+import pomscale.monitoring.monitor
 import pomscale.train
 from pomscale.batches import TrainBatch
 from pomscale.checkpoint.store import complete_checkpoints
@@ -34,6 +37,7 @@ from pomscale.cli import main
 from pomscale.config.schema import TrainRecipe
 from pomscale.data.loader import MicroBatch
 from pomscale.data.schema import TextInfo
+from pomscale.distributed.watchdog import Watchdog
 
 RANK = int(os.environ.get("RANK", "0"))
 PLACES = {
@@ -65,7 +69,16 @@ def send(*_: Any, number: str, after_s: float = 0.0, to_group: bool = False, the
         threading.Timer(after_s, how, (target, signal.Signals[number])).start()
     else:
         how(target, signal.Signals[number])
-    time.sleep(then_wait_s)
+    for _ in range(round(then_wait_s / 0.1)):  # in pieces, of which a standstill of the whole process costs but one
+        time.sleep(0.1)
+
+
+def expect_a_hang(*_: Any, within_s: float) -> None:
+    """Before it, a machine with too much to do may stand still for longer."""
+    (watchdog,) = (found for found in gc.get_objects() if isinstance(found, Watchdog))
+    watchdog.beat()
+    watchdog._timeout_s, watchdog._look_every_s = within_s, within_s / 20
+    watchdog._arm()
 
 
 def flip_a_bit(*arguments: Any, parameter: str) -> None:
@@ -84,6 +97,8 @@ def damage_the_newest_checkpoint(*_: Any, root: str) -> None:
 def inject(fault: dict[str, Any]) -> None:
     if "missing" in fault:
         sys.modules[fault["missing"]] = None  # type: ignore[assignment]  # importing it raises ImportError
+    elif "close_timeout_s" in fault:
+        pomscale.monitoring.monitor.CLOSE_TIMEOUT_S = fault["close_timeout_s"]
     elif "factor" in fault:
         change_weights(float(fault["factor"]), *fault["positions"])
     elif fault.pop("rank", RANK) == RANK:

@@ -36,7 +36,7 @@ def test_a_start_elsewhere_compiles_nothing_again(tmp_path: Path) -> None:
     """Nor what the start before it had no use for: it may have ended before its first validation."""
     for node, functions, expected in (("first", ("sin", "cos"), 2), ("second", ("sin",), 0), ("third", ("cos",), 0)):
         start = [sys.executable, "-c", START, str(tmp_path), str(tmp_path / node), *functions]
-        assert run(start, env=QUICK).stdout == f"compiled: {expected}\n", node
+        assert run(start, env=QUICK, timeout=600).stdout == f"compiled: {expected}\n", node
 
 
 def test_only_the_main_rank_of_a_run_that_compiles_writes(tmp_path: Path) -> None:

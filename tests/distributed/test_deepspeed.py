@@ -17,7 +17,7 @@ WORKER = Path(__file__).with_name("deepspeed_worker.py")
 
 def work(num_processes: int, *arguments: str | Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    done = run([sys.executable, *launcher, str(WORKER), *map(str, arguments)])
+    done = run([sys.executable, *launcher, str(WORKER), *map(str, arguments)], timeout=600)
     assert done.stdout.count("engines equal the plain loop") == num_processes
     assert "MA " not in done.stdout, "DeepSpeed prints what memory is in use"
 

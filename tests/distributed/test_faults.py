@@ -271,9 +271,13 @@ def test_a_loss_spike_leads_back_past_a_damaged_checkpoint(tiny_recipe: Path) ->
 @pytest.mark.slow
 def test_a_hang_ends_with_the_stacks_of_all_ranks(tiny_recipe: Path) -> None:
     folder = folder_of(tiny_recipe)
-    overrides = ["faults.hang_timeout_s=5"]
+    overrides = ["faults.hang_timeout_s=60"]
     asleep = {"do": "sleep", "at": "step", "nth": 13, "rank": 1}
-    train_with([asleep], tiny_recipe, *overrides, expect=1, num_processes=2)
+    # Rank 1 has longer: once it is gone, the other has lost its connection, and does not hang any more.
+    watched = {"do": "expect_a_hang", "at": "step", "nth": 13, "rank": 0, "within_s": 5.0}
+    train_with(
+        [asleep, watched, {**watched, "rank": 1, "within_s": 9.0}], tiny_recipe, *overrides, expect=1, num_processes=2
+    )
     assert outcome(folder)["state"] == "hung"
     assert outcome(folder)["reason"] == "no step for 5 s"
     assert alerts(folder) == ["stall"]  # told while it hung, at half of that time
@@ -283,7 +287,10 @@ def test_a_hang_ends_with_the_stacks_of_all_ranks(tiny_recipe: Path) -> None:
 
     # Python's own threads of that rank cannot run any more; a timer in C can.
     holding = {"do": "hold_the_lock", "at": "step", "nth": 3, "rank": 1}
-    train_with([holding], tiny_recipe, *overrides, expect=1, num_processes=2)
+    watched["nth"] = 3
+    train_with(
+        [holding, watched, {**watched, "rank": 1, "within_s": 6.0}], tiny_recipe, *overrides, expect=1, num_processes=2
+    )
     assert outcome(folder)["state"] == "hung"
     assert outcome(folder)["incarnation"] == 2
     assert " in hold_the_lock\n" in stacks(folder, 2, rank=1)

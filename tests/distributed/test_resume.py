@@ -43,7 +43,6 @@ def test_kill_and_resume_is_exact(undisturbed: Path, tiny_recipe: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("asynchronous", ["true", pytest.param("false", marks=pytest.mark.exhaustive)])
 def test_many_kills_at_random_moments_while_saving_at_every_step(
     undisturbed: Path, tiny_recipe: Path, asynchronous: str

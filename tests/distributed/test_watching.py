@@ -12,25 +12,44 @@ from typing import Any
 
 import pytest
 import running
-from running import GLOBAL_BATCH, TIMEOUT_S, outcome, rows, started, train, train_command
+from running import GLOBAL_BATCH, TIMEOUT_S, outcome, rows, run, started
 
 from pomscale.quickstart import samples_seen
 
 sys.path.append(str(Path(__file__).parent.parent / "unit"))
 import wandb_reader
 
+WORKER = Path(__file__).with_name("faulty_train.py")
 OFFLINE = "monitoring.wandb.mode=offline"
 
 
-def _start_and_signal(recipe: Path, folder: Path, after_steps: int, number: signal.Signals) -> int:
-    """The exit code. Training alone gets the signal: the process that wandb has started is not told."""
-    with started(train_command(recipe, OFFLINE), stderr=subprocess.STDOUT) as process:
-        while samples_seen(folder) < after_steps * GLOBAL_BATCH:
+# wandb's own process may be slow to write out what is left.
+PATIENCE = {"close_timeout_s": 120}
+
+
+def _command(recipe: Path, *faults: dict[str, Any]) -> list[str]:
+    return [sys.executable, str(WORKER), json.dumps([PATIENCE, *faults]), str(recipe), OFFLINE]
+
+
+def _start_and_kill(recipe: Path, folder: Path, after_steps: int, num_steps: int, num_files: int) -> int:
+    """The exit code. Training alone is killed, after so many steps of its own, and when wandb has begun its file.
+
+    The process that wandb has started is not told.
+    """
+    waiting = {"do": "sleep", "at": "step", "nth": num_steps + 1}
+    with started(_command(recipe, waiting), stderr=subprocess.STDOUT) as process:
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while samples_seen(folder) < after_steps * GLOBAL_BATCH or len(_wandb_files(folder)) < num_files:
             assert process.poll() is None
+            assert time.monotonic() < deadline_s
             time.sleep(0.005)
-        process.send_signal(number)
+        process.send_signal(signal.SIGKILL)
         process.communicate(timeout=TIMEOUT_S)
     return process.returncode
+
+
+def _wandb_files(folder: Path) -> list[Path]:
+    return sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
 
 
 def _events(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -42,14 +61,14 @@ def test_three_starts_are_one_wandb_run_with_the_rows_of_metrics_jsonl(
     tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_recipe.parent / "runs" / "tiny"
-    assert _start_and_signal(tiny_recipe, folder, 12, signal.SIGTERM) == 75
+    run(_command(tiny_recipe, {"do": "send", "number": "SIGTERM", "at": "step", "nth": 12}), expect=75)
     monkeypatch.setitem(running.ENVIRONMENT, "POMSCALE_RESTARTED_BECAUSE", "time limit")
-    assert _start_and_signal(tiny_recipe, folder, 32, signal.SIGKILL) == -signal.SIGKILL
+    assert _start_and_kill(tiny_recipe, folder, 32, num_steps=20, num_files=2) == -signal.SIGKILL
     monkeypatch.setitem(running.ENVIRONMENT, "POMSCALE_RESTARTED_BECAUSE", "node n7 went down")
-    train(tiny_recipe, OFFLINE)
+    run(_command(tiny_recipe))
     assert outcome(folder)["state"] == "finished"
 
-    files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
+    files = _wandb_files(folder)
     run_id = (folder / "wandb_id.txt").read_text().strip()
     assert [path.name for path in files] == [f"run-{run_id}.wandb"] * 3
     for incarnation, path in enumerate(files, start=1):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-_TIMEOUT_S = 60.0
+_TIMEOUT_S = 240.0
 
 
 @dataclass

@@ -17,6 +17,38 @@ pytestmark = pytest.mark.slow
 
 NUM_PICTURES = 2000
 
+# The command, which goes no further than where its signal is to meet it, however late that comes.
+AT_TORCH = """
+import sys, time
+from importlib.abc import MetaPathFinder
+from pomscale.cli import main
+
+class Held(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            time.sleep(3600)
+
+sys.meta_path.insert(0, Held())
+main()
+"""
+AFTER_SOME_PARTS = """
+import itertools, time
+from data_pipelines.common.pipeline import Pipeline
+from pomscale.cli import main
+from pomscale.distributed import stop
+
+begin, numbers = Pipeline._begin, itertools.count(1)
+
+def begin_or_wait(*arguments):
+    if next(numbers) == 16:
+        while not stop._current.requested:
+            time.sleep(0.02)
+    return begin(*arguments)
+
+Pipeline._begin = begin_or_wait
+main()
+"""
+
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of an output by name, without the logs of its tasks."""
@@ -48,7 +80,8 @@ def signal_handled(process_id: int, number: signal.Signals) -> bool:
 
 def encode_and_signal(recipe: Path, folder: Path, number: signal.Signals, num_parts: int) -> tuple[int, str]:
     """(exit code, what it printed) of an encode that gets a signal once it has made `num_parts` parts."""
-    command = [sys.executable, "-m", "pomscale", "data", "encode", str(recipe)]
+    held = AFTER_SOME_PARTS if num_parts else AT_TORCH
+    command = [sys.executable, "-c", held, "data", "encode", str(recipe)]
     with started(command, cwd=folder) as process:
         deadline = time.monotonic() + TIMEOUT_S
         while not (

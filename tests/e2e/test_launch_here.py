@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from running import ENVIRONMENT, GLOBAL_BATCH, checkpoint_samples, outcome
+from running import ENVIRONMENT, GLOBAL_BATCH, TIMEOUT_S, checkpoint_samples, controller_of, held_at, outcome
 
 from launch.job import attempts, submissions
 
@@ -23,8 +23,11 @@ def test_a_local_run_outlives_the_command_and_its_terminal(tiny_recipe: Path) ->
     home = tiny_recipe.parent / "runs" / "tiny"
     words = [sys.executable, "-m", "pomscale", "launch", str(tiny_recipe), "--cluster", "local", *SHORT]
     # In a session of its own, as a terminal's is; a pipe that its processes kept open would never end.
+    # It does not end before it was looked at.
+    held = tiny_recipe.parent / "held"
+    environment = held_at(held, 5 * GLOBAL_BATCH)
     done = subprocess.run(
-        words, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, start_new_session=True, check=True
+        words, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, start_new_session=True, check=True
     )
     (submission,) = submissions(home)
     assert submission.scheduler == "local"
@@ -35,7 +38,8 @@ def test_a_local_run_outlives_the_command_and_its_terminal(tiny_recipe: Path) ->
         assert controller.terminal() is None
         for descriptor in (0, 1, 2):
             assert "pipe:" not in os.readlink(f"/proc/{controller.pid}/fd/{descriptor}")
-        controller.wait(120)
+        held.unlink()
+        controller.wait(TIMEOUT_S)
     finally:
         with suppress(psutil.NoSuchProcess):
             controller.send_signal(signal.SIGTERM)
@@ -47,24 +51,27 @@ def test_a_local_run_outlives_the_command_and_its_terminal(tiny_recipe: Path) ->
 
 
 def interrupt_while_submitting(recipe: Path, home: Path, *overrides: str) -> str:
-    """Ctrl-C just when a job is being started. Returns what people were told."""
+    """Ctrl-C just when a job is being started, which is not over before. Returns what people were told."""
+    held = recipe.parent / "held"
     words = [sys.executable, "-m", "pomscale", "launch", str(recipe), "--cluster", "local", *overrides]
-    launching = subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline_s = time.monotonic() + 60
+    environment = held_at(held, 0)
+    launching = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline_s = time.monotonic() + TIMEOUT_S
     while not (home / "submitit").is_dir():  # now it is just being submitted
         assert launching.poll() is None
         assert time.monotonic() < deadline_s
         time.sleep(0.005)
     os.killpg(launching.pid, signal.SIGINT)
-    told = launching.communicate(timeout=60)[1]
+    held.unlink()
+    told = launching.communicate(timeout=TIMEOUT_S)[1]
     assert launching.returncode == 130
     return told
 
 
 def wait_for_end(home: Path) -> None:
-    (submission,) = submissions(home)
-    with suppress(psutil.NoSuchProcess):
-        psutil.Process(int(submission.job_id)).wait(60)
+    (_,) = submissions(home)
+    if (controller := controller_of(home)) is not None:
+        controller.wait(TIMEOUT_S)
 
 
 def test_ctrl_c_while_a_job_is_submitted_leaves_none_that_nobody_knows_of(tiny_recipe: Path) -> None:
@@ -76,7 +83,7 @@ def test_ctrl_c_while_a_job_is_submitted_leaves_none_that_nobody_knows_of(tiny_r
     blocked = int(of_process.partition("SigBlk:")[2].split()[0], 16)
     assert not blocked & 1 << signal.SIGINT - 1
     cancelling = [sys.executable, "-m", "pomscale", "runs", "cancel", str(home)]
-    subprocess.run(cancelling, env=ENVIRONMENT, timeout=60, check=True)
+    subprocess.run(cancelling, env=ENVIRONMENT, timeout=TIMEOUT_S, check=True)
     wait_for_end(home)
 
 
@@ -99,7 +106,7 @@ def test_ctrl_c_while_a_pipeline_is_submitted_leaves_none_of_its_jobs(tiny_recip
 def test_a_debug_run_ends_with_its_own_exit_code(tiny_recipe: Path, overrides: list[str], expect: int) -> None:
     words = [sys.executable, "-m", "pomscale", "launch", str(tiny_recipe), "--cluster", "debug", *SHORT, *overrides]
     done = subprocess.run(
-        words, env=ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
+        words, env=ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
     assert done.returncode == expect, done.stdout + done.stderr
     home = tiny_recipe.parent / "runs" / "tiny"
@@ -115,17 +122,16 @@ def test_the_runs_of_a_sweep_take_turns_on_one_machine(tiny_recipe: Path) -> Non
     with tiny_recipe.open("a") as file:
         file.write("sweep: {seed: [0, 1]}\n")
     words = [sys.executable, "-m", "pomscale", "launch", str(tiny_recipe), "--cluster", "local", *SHORT]
-    subprocess.run(words, env=ENVIRONMENT, capture_output=True, timeout=60, check=True)
+    subprocess.run(words, env=ENVIRONMENT, capture_output=True, timeout=TIMEOUT_S, check=True)
     first, second = (tiny_recipe.parent / "runs" / f"tiny.seed={seed}" for seed in (0, 1))
-    pids = [int(submissions(home)[-1].job_id) for home in (first, second)]
+    controllers = [process for process in map(controller_of, (first, second)) if process is not None]
     try:
-        for pid in pids:
-            with suppress(psutil.NoSuchProcess):
-                psutil.Process(pid).wait(120)
+        for controller in controllers:
+            controller.wait(TIMEOUT_S)
     finally:
-        for pid in pids:
+        for controller in controllers:
             with suppress(psutil.NoSuchProcess):
-                psutil.Process(pid).send_signal(signal.SIGTERM)
+                controller.send_signal(signal.SIGTERM)
     (before,), (after,) = attempts(first), attempts(second)
     assert before.verdict is not None
     assert after.verdict is not None

@@ -17,34 +17,47 @@ import psutil
 import pytest
 from running import (
     GLOBAL_BATCH,
-    UNHURRIED,
     checkpoint_samples,
+    controller_of,
     damaged_copy,
+    held_at,
     losses,
     outcome,
     train,
     write_tiny_recipe,
 )
 
-from launch.job import Attempt, JobSpec, Verdict, attempts, submissions
+from launch.job import Attempt, JobSpec, Verdict, attempts
 from launch.job_script import Wish
 from launch.submit import submit
 from pomscale.config.recipe import load_cluster
 from pomscale.quickstart import samples_seen
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 NUM_STEPS = 100
 TOTAL, MIDDLE = NUM_STEPS * GLOBAL_BATCH, 30 * GLOBAL_BATCH
 OVERRIDES = [f"training.total_samples={TOTAL}", "schedule={}", "optimizer.lr=3e-4", "faults.preflight=false"]
-TIMEOUT_S = 100
+TIMEOUT_S = 240
+STEP_S = 0.04  # at least: it is met in the middle, and leaves the cores to the tests beside it
 GROUPS = Path("/sys/fs/cgroup/memory")
 
 
 @dataclass(frozen=True)
 class Job:
+    """found: its controller; None where it was over already when the test looked for it."""
+
     folder: Path
-    controller: psutil.Process
+    found: psutil.Process | None
+
+    @property
+    def controller(self) -> psutil.Process:
+        assert self.found is not None, self.told()
+        return self.found
+
+    @property
+    def held(self) -> Path:
+        return self.folder.parents[1] / "held"
 
     def wait_for_samples(self, samples: int) -> None:
         deadline_s = time.monotonic() + TIMEOUT_S
@@ -68,8 +81,9 @@ class Job:
         raise AssertionError(f"no rank {rank}\n{self.told()}")
 
     def finish(self) -> list[Attempt]:
-        psutil.wait_procs([self.controller], timeout=TIMEOUT_S)
-        assert not _lives(self.controller), self.told()
+        if self.found is not None:
+            psutil.wait_procs([self.found], timeout=TIMEOUT_S)
+            assert not _lives(self.found), self.told()
         return attempts(self.folder)
 
     def told(self) -> str:
@@ -79,37 +93,38 @@ class Job:
 
 
 def _lives(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @pytest.fixture
 def recipe(digits: Path, tmp_path: Path) -> Iterator[Path]:
     """And no process of the job is left behind."""
     yield write_tiny_recipe(tmp_path, digits)
-    home = tmp_path / "runs" / "tiny"
-    for submission in submissions(home):
+    if (controller := controller_of(tmp_path / "runs" / "tiny")) is not None:
         with suppress(psutil.NoSuchProcess):
-            controller = psutil.Process(int(submission.job_id))
             for process in [controller, *controller.children(recursive=True)]:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
 
 
 def launch(recipe: Path, *overrides: str, num_ranks: int = 2, **options: Any) -> Job:
+    """Whoever comes late finds it in the middle all the same: there it waits until it is asked to stop, or let go."""
     words = ["launch", str(recipe), "--cluster", "local", "--set", f"ranks_per_node={num_ranks}"]
     words += ["--set", "cpus_per_node=2", "--set", "gpus_per_node=0"]
     done = subprocess.run(
         [sys.executable, "-m", "pomscale", *words, *OVERRIDES, *overrides],
-        env=UNHURRIED,
+        env=held_at(recipe.parent / "held", MIDDLE + 10 * GLOBAL_BATCH, STEP_S),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=TIMEOUT_S,
         check=False,
         **options,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     home = recipe.parent / "runs" / "tiny"
-    return Job(home, psutil.Process(int(submissions(home)[-1].job_id)))
+    return Job(home, controller_of(home))
 
 
 def verdict(attempt: Attempt) -> Verdict:
@@ -121,6 +136,7 @@ def test_a_killed_rank_starts_the_run_again(recipe: Path, tmp_path: Path, digits
     job = launch(recipe)
     job.wait_for_samples(MIDDLE)
     job.rank(1).kill()
+    job.held.unlink()
     first, second = job.finish()
     assert verdict(first).action == "requeue"
     assert "rank 1 on" in verdict(first).reason
@@ -148,6 +164,7 @@ def test_usr2_saves_and_starts_again_and_sigterm_saves_and_ends(recipe: Path) ->
     saved = verdict(attempts(job.folder)[0]).samples
     assert saved is not None
     assert saved >= MIDDLE
+    held_at(job.held, saved + 20 * GLOBAL_BATCH)
     job.wait_for_samples(saved + 10 * GLOBAL_BATCH)
     job.controller.terminate()
     _, second = job.finish()
@@ -161,7 +178,7 @@ def test_a_guard_that_is_killed_takes_its_rank_with_it(recipe: Path) -> None:
     job.wait_for_samples(MIDDLE)
     rank = job.rank(0)
     job.process("launch.guard").kill()
-    psutil.wait_procs([rank], timeout=60)
+    psutil.wait_procs([rank], timeout=TIMEOUT_S)
     assert not _lives(rank)
 
 
@@ -211,8 +228,7 @@ def test_a_job_whose_working_folder_has_gone_says_so(recipe: Path, tmp_path: Pat
     folder.mkdir()
     spec = JobSpec(str(tmp_path / "home"), "x", [["--help"]], str(folder))
     folder.rmdir()
-    job_id = submit(spec, load_cluster("local"), Wish())
-    psutil.wait_procs([psutil.Process(int(job_id))], timeout=TIMEOUT_S)
-    (only,) = attempts(tmp_path / "home")
+    submit(spec, load_cluster("local"), Wish())
+    (only,) = Job(tmp_path / "home", controller_of(tmp_path / "home")).finish()
     assert verdict(only).action == "fail"
     assert f"cannot start it in {folder}" in verdict(only).reason

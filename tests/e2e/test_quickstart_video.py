@@ -40,7 +40,7 @@ def tour(folder: Path, *overrides: str, num_judged: int = NUM_JUDGED) -> dict[st
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_the_tour_with_a_training_of_twenty_steps(tmp_path: Path) -> None:
     few = ["training.total_samples=640", "schedule.warmup_samples=0", "schedule.cooldown_samples=0"]
     few += ["sampling.num_steps=4", "validation.num_samples=32"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import ENVIRONMENT, TIMEOUT_S, mounted_disk
+from running import ENVIRONMENT, TIMEOUT_S, mounted_disk, started
 from tiny_clips import TEXT_DIM, awaken, video_config
 from tiny_models import save_t5
 
@@ -232,7 +232,7 @@ def _there(folder: Path) -> list[Path]:
     return list((folder / "videos").glob("*.mp4"))
 
 
-def _wait_for(folder: Path, num_videos: int, process: subprocess.Popen[bytes]) -> None:
+def _wait_for(folder: Path, num_videos: int, process: subprocess.Popen[str]) -> None:
     deadline_s = time.monotonic() + TIMEOUT_S
     while len(_there(folder)) < num_videos:
         assert process.poll() is None, "it has ended by itself"
@@ -240,14 +240,32 @@ def _wait_for(folder: Path, num_videos: int, process: subprocess.Popen[bytes]) -
         time.sleep(0.005)
 
 
+# The command, which makes no sixth video: however late the kill comes, it comes in the middle.
+FIVE_VIDEOS = """
+import itertools, time
+from pomscale import cli, vbench
+
+film, numbers = vbench.film, itertools.count(1)
+
+def film_and_wait(*arguments, **options):
+    film(*arguments, **options)
+    if next(numbers) == 6:
+        time.sleep(3600)
+
+vbench.film = film_and_wait
+cli.main()
+"""
+
+
 @pytest.fixture
 def killed(model: Path, prompts: Path, tmp_path: Path) -> Path:
     """A folder in which a process was killed at its second video of many."""
     folder = tmp_path / "films"
-    words = command(model, prompts, folder, "--num", "10", "--steps", "20")
-    with subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
+    python, _, _, *words = command(model, prompts, folder, "--num", "10", "--steps", "20")
+    with started([python, "-c", FIVE_VIDEOS, *words], stderr=subprocess.DEVNULL) as process:
         _wait_for(folder, 2, process)
         process.send_signal(signal.SIGKILL)
+        process.wait()
     return folder
 
 

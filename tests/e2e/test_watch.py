@@ -16,10 +16,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from running import ENVIRONMENT, GLOBAL_BATCH, pomscale, started, train_command, write_tiny_recipe
+from running import (
+    ENVIRONMENT,
+    GLOBAL_BATCH,
+    KILLED_WITHIN_S,
+    TIMEOUT_S,
+    pomscale,
+    started,
+    train_command,
+    write_tiny_recipe,
+)
 
 WIDTH, HEIGHT = 100, 40
-_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+# At the end of what was read so far, half of one may stand.
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b(\[[0-9;?]*)?\Z")
 _ENTER, _LEAVE, _SHOW_CURSOR = "\x1b[?1049h", "\x1b[?1049l", "\x1b[?25h"
 
 
@@ -38,7 +48,7 @@ class Terminal:
         """What stands on the screen: each frame is written over the one before it, from the top left."""
         return _ESCAPES.sub("", self.written.split("\x1b[H")[-1])
 
-    def read_until(self, is_so: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    def read_until(self, is_so: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
         deadline_s = time.monotonic() + timeout_s
         while not is_so():
             assert time.monotonic() < deadline_s, self.last_frame()
@@ -67,7 +77,7 @@ def in_terminal(*words: str) -> Iterator[tuple[Terminal, subprocess.Popen[bytes]
         yield Terminal(ours), process
     finally:
         process.kill()
-        process.wait(30)
+        process.wait(KILLED_WITHIN_S)
         os.close(ours)
 
 
@@ -94,7 +104,7 @@ def test_a_run_from_before_its_beginning(recipe: Path) -> None:
         terminal.read_until(lambda: "killed  start 1" in terminal.last_frame())
         terminal.type(b"\x03")
         terminal.read_until(lambda: _LEAVE in terminal.written)
-        assert watching.wait(30) == 0
+        assert watching.wait(TIMEOUT_S) == 0
     assert _SHOW_CURSOR in terminal.written
     assert "Traceback" not in terminal.written
 

@@ -19,8 +19,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from getpass import getuser
 from pathlib import Path
 from typing import Any, Literal
@@ -34,10 +36,10 @@ _ACCOUNTING_PACKAGES = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
 CPUS_PER_NODE = 8
 GPUS_PER_NODE = 4  # to SLURM; no program will find one
 ACCOUNT = "lab"  # the one that may be charged, where there is accounting
-GRACE_S = 30  # between the signal and the end of a job that is preempted
-KILL_WAIT_S = 5  # between SIGTERM and SIGKILL
+GRACE_S = 120  # between the signal and the end of a job that is preempted
+KILL_WAIT_S = 20  # between SIGTERM and SIGKILL
 
-_START_S = 60
+_WAIT_S = 120  # longer than what only waits for a busy machine
 
 
 def missing_packages(*, accounting: bool) -> list[str]:
@@ -66,6 +68,8 @@ class SlurmCluster:
         }
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._keeper: subprocess.Popen[bytes] | None = None
+        self._ports = _Ports()
+        self._leaving = threading.Event()
 
     # Life
 
@@ -76,6 +80,7 @@ class SlurmCluster:
         try:
             self._write_configuration()
             self._start()
+            threading.Thread(target=self._end_scripts, name="end of job scripts", daemon=True).start()
         except BaseException:
             self.stop()
             raise
@@ -86,12 +91,30 @@ class SlurmCluster:
 
     def stop(self) -> None:
         """End everything at once, and remove the folder."""
+        self._leaving.set()
         if self._keeper is not None:
             self._keeper.communicate()
             self._keeper = None
         for daemon in self._daemons.values():
             daemon.wait()
         self._daemons.clear()
+        self._ports.release()
+
+    def _end_scripts(self) -> None:
+        """What SLURM does to job scripts after KILL_WAIT_S is done at once to those that only wait for it.
+
+        Those are the scripts that have requeued their job: the last that slurm/requeue.sh does is to sleep.
+        """
+        while not self._leaving.wait(2):
+            for number in filter(str.isdecimal, os.listdir("/proc")):
+                with suppress(OSError, psutil.Error):
+                    if Path("/proc", number, "cmdline").read_bytes() != b"sleep\x0060\x00":
+                        continue
+                    process = psutil.Process(int(number))
+                    script = process.parent()
+                    if _belongs_to(process, self.folder) and script is not None:
+                        script.kill()
+                        process.kill()
 
     def reset(self) -> None:
         """No jobs, and every node up: as a test expects it."""
@@ -113,7 +136,7 @@ class SlurmCluster:
 
     # What tests do
 
-    def run(self, words: list[str], *, timeout_s: float = 30, **options: Any) -> str:
+    def run(self, words: list[str], *, timeout_s: float = _WAIT_S, **options: Any) -> str:
         """The output of a command in the cluster's environment; AssertionError, with its words, if it fails."""
         done = subprocess.run(
             words, env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False, **options
@@ -131,7 +154,7 @@ class SlurmCluster:
         found = self.run(["squeue", "-h", "-r", "-t", "all", "-o", "%i %T"])
         return dict(line.split() for line in found.splitlines()).get(job_id, "")
 
-    def wait_for(self, job_id: str, *states: str, timeout_s: float = 30) -> str:
+    def wait_for(self, job_id: str, *states: str, timeout_s: float = _WAIT_S) -> str:
         """Until the job's state is one of these. AssertionError, with what SLURM knows of it, if that does not come."""
         deadline_s = time.monotonic() + timeout_s
         while (state := self.job_state(job_id)) not in states:
@@ -142,6 +165,12 @@ class SlurmCluster:
                 )
             time.sleep(0.05)
         return state
+
+    def wait_until(self, complaint: str, condition: Callable[[], bool], timeout_s: float = _WAIT_S) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline_s, complaint
+            time.sleep(0.05)
 
     def processes_of(self, job_id: str) -> list[psutil.Process]:
         """Those alive that have the job's id in their environment, on all nodes."""
@@ -191,7 +220,7 @@ class SlurmCluster:
     # How it is made
 
     def _write_configuration(self) -> None:
-        controller_port, database_port, *node_ports = _free_ports(2 + len(self.nodes))
+        controller_port, database_port, *node_ports = self._ports.take(2 + len(self.nodes))
         authentication = f"AuthType=auth/munge\nAuthInfo=socket={self.folder}/munge.sock,cred_expire=5"
         host = socket.gethostname().partition(".")[0]
         nodes = "\n".join(
@@ -215,6 +244,7 @@ AccountingStorageEnforce=associations
         (self.folder / "munge.key").chmod(0o600)
         # cred_expire: how long a requeued job waits; 5 s is the least that is honoured.
         # linuxproc and task/none need neither cgroups nor systemd. config_overrides: more CPUs than there are.
+        # Timeouts and MinJobAge: a busy machine is not to take anybody for dead, nor to forget how a job ended.
         # preempt_send_user_signal: a job that is preempted gets the signal it asked for; SIGTERM otherwise.
         self.config.write_text(
             f"""
@@ -240,10 +270,12 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 KillWait={KILL_WAIT_S}
-SlurmdTimeout=10
+SlurmdTimeout=300
+MessageTimeout=40
+BatchStartTimeout=300
 ReturnToService=2
 JobRequeue=1
-MinJobAge=300
+MinJobAge=3600
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {accounting if self.accounting else ""}
@@ -318,7 +350,7 @@ StorageUser=root
             )
 
     def _wait(self, complaint: str, condition: Callable[[], bool], every_s: float = 0.02) -> None:
-        deadline_s = time.monotonic() + _START_S
+        deadline_s = time.monotonic() + _WAIT_S
         while not condition():
             dead = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
             if dead or time.monotonic() > deadline_s:
@@ -332,21 +364,38 @@ def _found(command: str) -> str | None:
     return shutil.which(command, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
-def _free_ports(number: int) -> list[int]:
-    """Below those that the system gives to whoever connects, so that nobody else gets one before it is used."""
-    found: list[int] = []
-    chance = random.SystemRandom()  # no seed: other workers of the same tests draw at the same time
-    while len(found) < number:
-        port = chance.randrange(11000, 20000)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-        if port not in found:
+class _Ports:
+    """Of one cluster, below those that the system gives to whoever connects.
+
+    Other workers of the same tests draw at the same time: each port has a name (a socket without a file), which only
+    one of them can have.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[socket.socket] = []
+
+    def take(self, number: int) -> list[int]:
+        found: list[int] = []
+        chance = random.SystemRandom()  # no seed, or all workers would try the same ones
+        while len(found) < number:
+            port = chance.randrange(11000, 20000)
+            name = socket.socket(socket.AF_UNIX)
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    name.bind(f"\0pomscale test cluster, port {port}")
+                    probe.bind(("", port))
+                except OSError:
+                    name.close()
+                    continue
+            self._names.append(name)
             found.append(port)
-    return found
+        return found
+
+    def release(self) -> None:
+        for name in self._names:
+            name.close()
+        self._names.clear()
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:
@@ -362,8 +411,12 @@ def processes_in(folder: Path) -> list[psutil.Process]:
     return [process for process in psutil.process_iter(["name", "cwd"]) if _belongs(process, folder)]
 
 
+def _belongs_to(process: psutil.Process, folder: Path) -> bool:
+    return _environment(process).get("SLURM_CONF") == str(folder / "slurm.conf")
+
+
 def _belongs(process: psutil.Process, folder: Path) -> bool:
-    if _environment(process).get("SLURM_CONF") == str(folder / "slurm.conf"):
+    if _belongs_to(process, folder):
         return True
     # A slurmstepd writes its title over its environment; it stays in the folder of its slurmd.
     return process.info["cwd"] == str(folder) and process.info["name"].startswith("slurm")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from cluster import SlurmCluster
 from running import GLOBAL_BATCH, losses, write_tiny_recipe
 
@@ -25,6 +26,7 @@ OVERRIDES = [
     "faults.preflight=false",
     "monitoring.wandb.mode=offline",
 ]
+HELD_AT = 60 * GLOBAL_BATCH  # beyond where tests meet the run, before its end
 
 
 @dataclass(frozen=True)
@@ -33,20 +35,20 @@ class Launched:
     job_id: str
     folder: Path
 
-    def wait_for_samples(self, samples: int, timeout_s: float = 90) -> None:
+    def wait_for_samples(self, samples: int, timeout_s: float = 180) -> None:
         deadline_s = time.monotonic() + timeout_s
         while samples_seen(self.folder) < samples:
             assert time.monotonic() < deadline_s, f"not at {samples} samples in time\n{self.told()}"
             time.sleep(0.02)
 
-    def wait_for_attempt(self, number: int, timeout_s: float = 90) -> None:
+    def wait_for_attempt(self, number: int, timeout_s: float = 180) -> None:
         """Until it was started so many times."""
         deadline_s = time.monotonic() + timeout_s
         while len(attempts(self.folder)) < number:
             assert time.monotonic() < deadline_s, f"not started {number} times in time\n{self.told()}"
             time.sleep(0.1)
 
-    def finish(self, *states: str, timeout_s: float = 120) -> list[Attempt]:
+    def finish(self, *states: str, timeout_s: float = 240) -> list[Attempt]:
         """Its starts, when it has come to its end in one of these states (COMPLETED)."""
         states = states or ("COMPLETED",)
         state = self.cluster.wait_for(self.job_id, "COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", timeout_s=timeout_s)
@@ -92,13 +94,23 @@ def launch(
     return Launched(cluster, job_id, home)
 
 
+def hold(cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch, file: Path, samples: int = HELD_AT) -> Path:
+    """Runs that are submitted from now on go no further while the file is there, unless asked to stop.
+
+    However late a test comes, it meets them before their end. See tests/unhurried.
+    """
+    file.write_text(str(samples))
+    monkeypatch.setitem(cluster.environment, "UNHURRIED_HELD", str(file))
+    return file
+
+
 def pomscale(cluster: SlurmCluster, *words: str, expect: int = 0) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "pomscale", *words],
         env=cluster.environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert done.returncode == expect, f"{done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"

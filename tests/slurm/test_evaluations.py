@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 from cluster import SlurmCluster
-from launched import Launched, launch
+from launched import Launched, hold, launch
 from running import GLOBAL_BATCH, rows
 
 from launch.evaluations import CHECKPOINT, FAILED_FILE, evaluation_home
-from launch.job import submissions
+from launch.job import JOBS_FILE, submissions
 from launch.state import ended
 from pomscale.checkpoint.folder import complete_checkpoints, samples_of
 from pomscale.monitoring.evaluations import read_evaluations
 from pomscale.monitoring.report import write_report
 
 WITH_AND_WITHOUT_ACCOUNTING = True
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 
 # The supervisor looks every 5 s: with UNHURRIED at least so long lies between two checkpoints.
 NUM_STEPS, EVERY = 300, 150
@@ -50,7 +50,7 @@ def recipe_overrides(digits: Path) -> list[str]:
     ]
 
 
-def wait_for_evaluations(run: Launched, homes: list[Path], timeout_s: float = 200) -> None:
+def wait_for_evaluations(run: Launched, homes: list[Path], timeout_s: float = 300) -> None:
     """Until all of them have come to an end."""
     deadline_s = time.monotonic() + timeout_s
     while any(ended(home) is None for home in homes):
@@ -59,12 +59,22 @@ def wait_for_evaluations(run: Launched, homes: list[Path], timeout_s: float = 20
         time.sleep(0.5)
 
 
-def test_checkpoints_are_evaluated_while_training_goes_on(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> None:
+def test_checkpoints_are_evaluated_while_training_goes_on(
+    slurm: SlurmCluster, tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not to the second checkpoint, with which the first goes, before the supervisor has seen to that.
+    held = hold(slurm, monkeypatch, tmp_path / "held", EVALUATED[-1] - 10 * GLOBAL_BATCH)
     run = launch(slurm, tmp_path, digits, *recipe_overrides(digits), num_nodes=1)
-    run.finish()
     homes = [evaluation_home(run.folder, "heldout", samples) for samples in EVALUATED]
+    slurm.wait_until("the first checkpoint is not evaluated", (homes[0] / JOBS_FILE).is_file, timeout_s=240)
+    held.unlink()
+    run.finish()
     broken = evaluation_home(run.folder, "broken", EVALUATED[-1])
     wait_for_evaluations(run, [*homes, broken])
+    # What its supervisor does after its verdict.
+    slurm.wait_until(
+        "the failure is not noted", lambda: (broken / FAILED_FILE).is_file() and not (broken / CHECKPOINT).exists()
+    )
 
     # Of each checkpoint, although retention has left only the last: the very loss that training has measured itself.
     assert [samples_of(path) for path in complete_checkpoints(run.folder / "checkpoints")] == EVALUATED[-1:]

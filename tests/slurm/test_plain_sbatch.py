@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from cluster import ACCOUNT, SlurmCluster
-from launched import OVERRIDES, Launched
+from launched import OVERRIDES, Launched, hold
 from running import GLOBAL_BATCH, outcome, write_tiny_recipe
 
 from launch.job import submissions
 
 WITH_AND_WITHOUT_ACCOUNTING = True
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OPTIONS = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=30"]
@@ -24,11 +24,16 @@ def sbatch(slurm: SlurmCluster, tmp_path: Path, *words: str) -> str:
     return slurm.run(["sbatch", "--parsable", *options, "slurm/train.sbatch", *words], cwd=ROOT).strip()
 
 
-def test_it_saves_requeues_and_finishes(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> None:
+def test_it_saves_requeues_and_finishes(
+    slurm: SlurmCluster, tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = hold(slurm, monkeypatch, tmp_path / "held")
     recipe = write_tiny_recipe(tmp_path, digits)
     run = Launched(slurm, sbatch(slurm, tmp_path, str(recipe), *OVERRIDES), tmp_path / "runs" / "tiny")
     run.wait_for_samples(30 * GLOBAL_BATCH)
     slurm.run(["scancel", "--signal=USR2", run.job_id])
+    run.wait_for_attempt(2)
+    held.unlink()
     attempts = run.finish()
     assert [attempt.verdict and attempt.verdict.action for attempt in attempts] == ["requeue", "done"]
     assert [submission.job_id for submission in submissions(run.folder)] == [run.job_id]

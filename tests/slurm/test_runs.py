@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from running import GLOBAL_BATCH, checkpoint_samples
 
 from launch.job import attempts
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 
 ENDLESS = f"training.total_samples={100_000 * GLOBAL_BATCH}"
 WITH_AND_WITHOUT_ACCOUNTING = True
@@ -30,7 +31,7 @@ def listed(cluster: SlurmCluster, folder: Path) -> dict[str, Any]:
     return run
 
 
-def wait_for_state(cluster: SlurmCluster, folder: Path, *states: str, timeout_s: float = 60) -> dict[str, Any]:
+def wait_for_state(cluster: SlurmCluster, folder: Path, *states: str, timeout_s: float = 240) -> dict[str, Any]:
     deadline_s = time.monotonic() + timeout_s
     while (run := listed(cluster, folder))["state"] not in states:
         assert time.monotonic() < deadline_s, f"{run['state']}: {run['reason']}"
@@ -57,9 +58,13 @@ def test_a_run_is_watched_requeued_cancelled_and_resumed(slurm: SlurmCluster, tm
     assert "2 ranks on" in pomscale(slurm, "watch", home, "--once")
     assert "running already" in pomscale(slurm, "runs", "resume", home, expect=2)
 
+    for node in slurm.nodes:  # it is not to start again before that was seen
+        slurm.set_node(node, "DRAIN")
     assert "asked to save and start again" in pomscale(slurm, "runs", "requeue", home)
     waits = wait_for_state(slurm, run.folder, "requeued")
     assert "SIGUSR2" in waits["reason"]
+    for node in slurm.nodes:
+        slurm.set_node(node, "RESUME")
     run.wait_for_attempt(2)
     run.wait_for_samples(incarnations(run.folder)[0]["start_samples"] + 1)
     wait_for_state(slurm, run.folder, "running")
@@ -90,7 +95,7 @@ def test_a_run_is_watched_requeued_cancelled_and_resumed(slurm: SlurmCluster, tm
 
 
 def test_a_run_that_waits_says_for_what(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> None:
-    slurm.submit("sleep 60", "--partition=high", "--nodes=3", "--exclusive", cwd=tmp_path)
+    slurm.submit("sleep 600", "--partition=high", "--nodes=3", "--exclusive", cwd=tmp_path)
     run = launch(slurm, tmp_path, digits)
     waits = listed(slurm, run.folder)
     assert waits["state"] == "queued"
@@ -104,22 +109,26 @@ def test_a_run_that_waits_says_for_what(slurm: SlurmCluster, tmp_path: Path, dig
 
 def wait_for_reason(cluster: SlurmCluster, folder: Path) -> str:
     """SLURM gives it when it has first tried to place the job."""
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 240
     while not (reason := str(listed(cluster, folder)["reason"])):
         assert time.monotonic() < deadline_s
         time.sleep(0.3)
     return reason
 
 
-def test_slurm_is_away(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> None:
+def test_slurm_is_away(slurm: SlurmCluster, tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = running(slurm, tmp_path, digits)
     slurm.kill_controller()
-    try:  # SLURM's own commands try for 20 s before they give up
-        told = pomscale(slurm, "runs", str(run.folder))
-        assert "warning: squeue" in told
-        assert "the states are what the run folders tell" in told
-        assert " running " in told
-        assert "is SLURM's, and squeue" in pomscale(slurm, "runs", "cancel", str(run.folder), expect=1)
+    config = tmp_path / "slurm.conf"
+    config.write_text(re.sub("(?m)^MessageTimeout=.*", "MessageTimeout=5", slurm.config.read_text()))
+    try:
+        with monkeypatch.context() as patch:  # for so long, and longer, SLURM's own commands try before they give up
+            patch.setitem(slurm.environment, "SLURM_CONF", str(config))
+            told = pomscale(slurm, "runs", str(run.folder))
+            assert "warning: squeue" in told
+            assert "the states are what the run folders tell" in told
+            assert " running " in told
+            assert "is SLURM's, and squeue" in pomscale(slurm, "runs", "cancel", str(run.folder), expect=1)
     finally:
         for process in slurm.processes_of(run.job_id):  # the fixture waits for idle nodes
             with suppress(psutil.NoSuchProcess):
@@ -148,7 +157,7 @@ def test_an_array(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> None:
     overrides = [f"source.path={digits}/digits/train", f"output={tmp_path}/latents"]
     words = [str(RECIPES / "data" / "digits.yaml"), "--cluster", str(profile), "--array", "3", *overrides]
     pomscale(slurm, "launch", *words)
-    done = wait_for_state(slurm, home, "finished", timeout_s=90)
+    done = wait_for_state(slurm, home, "finished")
     assert done["reason"] == ""
     told = pomscale(slurm, "runs", "status", str(home))
     assert [f"{done['job_id']}_{task}-0" in told for task in range(3)] == [True] * 3

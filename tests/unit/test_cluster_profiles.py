@@ -255,7 +255,7 @@ def test_the_script_hands_the_environment_on(write: Write, tmp_path: Path) -> No
         "GOT": str(tmp_path / "got"),
         "PYTHONPATH": "/before",
     }
-    subprocess.run(["bash", "-c", module + script], env=environment, check=True, timeout=30)
+    subprocess.run(["bash", "-c", module + script], env=environment, check=True, timeout=240)
     found, words = json.loads((tmp_path / "got").read_text())
     assert loaded.read_text().split("\n")[:3] == ["purge", "load arch/h100", "load cuda"]
     assert found["FROM_SETUP"] == "1"

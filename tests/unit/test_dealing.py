@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from data_pipelines.common.dealing import Dealing
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(num_items=st.integers(1, 3000), seed=st.integers(0, 2**63 - 1))
 def test_every_item_is_dealt_once(num_items: int, seed: int) -> None:
     dealing = Dealing(num_items, seed, shuffled=True)

@@ -54,7 +54,7 @@ def test_boxes_tile_the_range(case: tuple[tuple[int, ...], list[int], list[int]]
         assert bool((shard.values == -1).all()), "boxes are views"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shapes_and_cuts())
 def test_what_one_cut_saves_any_cut_loads(case: tuple[tuple[int, ...], list[int], list[int]]) -> None:
     """All ranks of a save and of a load in one process: the planners and files of torch.distributed.checkpoint."""

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import psutil
 import pytest
 import wandb
 import wandb_reader
+from google.protobuf.message import DecodeError
 from PIL import Image
 from running import mounted_disk
 from wandb_server import KEY, wandb_server
@@ -51,6 +52,17 @@ def own_wandb() -> Iterator[None]:
         wandb.teardown()
 
 
+@pytest.fixture(autouse=True)
+def patience() -> Iterator[None]:
+    """On a busy machine wandb's process takes many seconds to start and to end, which is not what is tested here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (monitor_module, wandb_sink):
+            patch.setattr(module, "CLOSE_TIMEOUT_S", 120.0)
+        patch.setattr(wandb_run, "INIT_TIMEOUT_S", 90.0)
+        patch.setenv("WANDB__SERVICE_WAIT", "90")
+        yield
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
@@ -78,6 +90,16 @@ def _files(run: Path) -> list[Path]:
 def _rows(run: Path, key: str = "train/loss") -> list[list[int]]:
     """Per file: the samples of the rows that have a metric."""
     return [[row["samples"] for row in wandb_reader.read_rows(path) if key in row] for path in _files(run)]
+
+
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 90.0
+    while True:
+        with suppress(DecodeError):  # of a record that is just being written
+            if is_so():
+                return
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
 
 
 def _records(path: Path, kind: str) -> list[Any]:
@@ -175,9 +197,10 @@ def _without_wandb() -> dict[str, str]:
 
 def test_the_id_is_there_before_wandb_is(run: Path) -> None:
     """A checkpoint bears it, also if nothing was logged yet."""
+    before = set(_service())
     sink = WandbSink(run, WandbConfig(), "digits", {})
     assert read_wandb_id(run)
-    assert not _service()
+    assert set(_service()) <= before
     sink.close()
 
 
@@ -223,17 +246,17 @@ def test_broken_media_cost_a_warning_and_nothing_else(run: Path, caplog: pytest.
     broken = run / "broken.png"
     broken.write_bytes(b"no picture")
     gone = _clip(run / "gone.mp4")
+    record(
+        run,
+        8,
+        {"evaluation/films/accuracy": 0.5},
+        {"evaluation/films/grid": broken, "evaluation/films/clip": gone},
+    )
+    gone.unlink()  # before anybody can give it to wandb
     with _open(run) as monitor:
         monitor.log(8, {"train/loss": 1.0})
         monitor.log_image(8, "samples/grid", broken)
         monitor.log_video(8, "samples/clips", run / "never.mp4")
-        record(
-            run,
-            8,
-            {"evaluation/films/accuracy": 0.5},
-            {"evaluation/films/grid": broken, "evaluation/films/clip": gone},
-        )
-        gone.unlink()
         monitor.log(16, {"train/loss": 0.5})
     assert _rows(run) == [[8, 16]], "one wandb, that was never torn down"
     assert _rows(run, "evaluation/films/accuracy") == [[8]]
@@ -330,15 +353,14 @@ def test_a_wandb_that_refuses_does_not_refuse_the_evaluation(
 
 def test_while_training_is_alive_it_is_training_that_delivers(run: Path) -> None:
     program = (
-        "import os, signal, sys, time; from pathlib import Path\n"
+        "import sys, time; from pathlib import Path\n"
         "from pomscale.config.monitoring import WandbConfig; from pomscale.monitoring.wandb_sink import WandbSink\n"
         "sink = WandbSink(Path(sys.argv[1]), WandbConfig(), 'digits', {})\n"
         "sink.log(8, {'train/loss': 1.0})\n"
         "print('alive', flush=True)\n"
         "sys.stdin.readline()\n"
         "sink.log(16, {'train/loss': 1.0})\n"
-        "time.sleep(3)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
+        "time.sleep(240)\n"
     )
     training = subprocess.Popen(
         [sys.executable, "-c", program, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -350,7 +372,10 @@ def test_while_training_is_alive_it_is_training_that_delivers(run: Path) -> None
     assert deliver_without_training(run) == 0
     training.stdin.write("\n")
     training.stdin.close()
-    training.wait(30)
+    _wait_until(lambda: _rows(run) == [[8, 16]])  # with what was given before the second row
+    training.kill()
+    training.wait()
+    time.sleep(wandb_run._NAME_EVERY_S)  # the next one shall have another name
     record(run, 16, {"evaluation/digits/accuracy": 0.75})
     assert deliver_without_training(run) == 1  # the kernel has taken the lock from it
     assert _rows(run, "evaluation/digits/accuracy") == [[8], [16]]
@@ -364,7 +389,7 @@ def test_training_waits_for_who_brings_an_evaluation_just_then(run: Path) -> Non
         time.sleep(0.5)
         assert not _files(run)
         lock.release()
-        time.sleep(0.5)
+        _wait_until(lambda: bool(_files(run)))
         assert not WandbLock(run).take()
     assert _rows(run) == [[8]]
     assert WandbLock(run).take()
@@ -470,8 +495,8 @@ def test_a_service_that_hangs_holds_up_neither_rows_nor_the_end(
         wide = {f"train/metric_{index}": 0.5 for index in range(200)}
         for samples in range(2, 1000):  # more than a socket takes
             monitor.log(samples, {"train/loss": 1.0, **wide})
+        _wait_until(lambda: (run / "metrics.jsonl").read_bytes().count(b"\n") == 999)
         monitor.close()  # the service would never answer
-        assert len((run / "metrics.jsonl").read_text().splitlines()) == 999
         assert "wandb has not ended within 6 s: what was not sent is in RUN/wandb" in caplog.text
     finally:
         service.send_signal(signal.SIGKILL)
@@ -493,16 +518,28 @@ def test_wandb_without_a_key_is_an_input_error(run: Path, monkeypatch: pytest.Mo
 def test_server_away_at_the_start_falls_back_to_offline_under_the_same_id(
     how: str, run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(wandb_run, "INIT_TIMEOUT_S", 1.0)
+    init = wandb_run.WandbRun._init
+    waited_s: list[float] = []
+
+    def init_online_in_a_second(self: wandb_run.WandbRun, mode: Any) -> Any:
+        with monkeypatch.context() as patch:
+            if mode == "online":
+                patch.setattr(wandb_run, "INIT_TIMEOUT_S", 1.0)
+            start_s = time.perf_counter()
+            try:
+                return init(self, mode)
+            finally:
+                waited_s.append(time.perf_counter() - start_s)
+
+    monkeypatch.setattr(wandb_run.WandbRun, "_init", init_online_in_a_second)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with wandb_server() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url if how == "hangs" else "http://127.0.0.1:9")
         server.hangs = True
-        start_s = time.perf_counter()
         sink = WandbSink(run, WandbConfig(mode="online"), "digits", {})
         sink.log(8, {"train/loss": 1.0})
         sink.close()
-        assert time.perf_counter() - start_s < 60.0, "wandb itself waits for 90 s"
+    assert waited_s[0] < 60.0, "wandb itself waits for 90 s"
     assert "recording offline" in caplog.text
     (path,) = (run / "wandb").glob(f"offline-run-*/run-{read_wandb_id(run)}.wandb")
     assert wandb_reader.read_rows(path)[0]["train/loss"] == 1.0
@@ -513,7 +550,9 @@ import os, sys, time
 from pathlib import Path
 from pomscale.config.monitoring import MonitoringConfig, WandbConfig
 from pomscale.monitoring import monitor as monitor_module
+from pomscale.monitoring import wandb_run
 from pomscale.monitoring.monitor import open_monitor
+wandb_run.INIT_TIMEOUT_S = 120.0
 monitor_module.CLOSE_TIMEOUT_S = 4.0
 config = MonitoringConfig(wandb=WandbConfig(mode="online"))
 monitor = open_monitor(Path(sys.argv[1]), config, run_name="digits", recipe_dump={}, total_samples=64, incarnation=0)
@@ -527,6 +566,7 @@ for samples in range(2, 101):
     monitor.log(samples, {"train/loss": 1.0})
     held_s.append(time.perf_counter() - start_s)
     time.sleep(0.01)
+sys.stdin.readline()
 start_s = time.perf_counter()
 monitor.close()
 print(max(held_s), time.perf_counter() - start_s, flush=True)
@@ -555,11 +595,14 @@ def test_server_away_later_leaves_every_row_in_the_folder_and_lets_the_run_end(h
             server.hangs = True
         else:
             server.go_away()
-        out, err = program.communicate("\n", timeout=60)
+        program.stdin.write("\n")
+        program.stdin.flush()
+        _wait_until(lambda: _rows(run) == [list(range(1, 101))])  # wandb's process writes them every second
+        out, err = program.communicate("\n", timeout=200)
     held_s, close_s = map(float, out.splitlines()[-1].split())
     assert program.returncode == 0
-    assert held_s < 2.0, "it waited for the server"
-    assert 3.5 < close_s < 30.0, "wandb itself tries for minutes"
+    assert held_s < 20.0, "it waited for the server, which would take minutes"
+    assert 3.5 < close_s < 60.0, "wandb itself tries for minutes"
     assert "wandb has not ended within 4 s: what was not sent is in RUN/wandb" in err
     assert _rows(run) == [list(range(1, 101))]
     assert _files(run)[0].parent.name.startswith("run-")

@@ -11,7 +11,7 @@ from pomscale.data.interleave import PERIOD, Interleave
 from pomscale.data.order import SampleOrder
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12),
     window=st.integers(1, 300),
@@ -26,7 +26,7 @@ def test_every_epoch_is_a_permutation(sizes: list[int], window: int, seed: int, 
     assert sorted(records.tolist()) == list(range(total))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data(), window=st.integers(1, 60))
 def test_positions_may_be_asked_in_any_order_and_any_company(data: st.DataObject, window: int) -> None:
     sizes = [7, 1, 19, 4]
@@ -51,7 +51,7 @@ def test_a_window_reads_few_shards_and_a_large_one_mixes_all() -> None:
     assert len(set(full.tolist())) > 40
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12), window=st.integers(1, 300))
 def test_the_shards_of_a_window_are_those_of_its_records(sizes: list[int], window: int) -> None:
     order, total = SampleOrder(sizes, 3, window), sum(sizes)
@@ -107,7 +107,7 @@ def exact_counts(weights: list[Fraction], num_places: int) -> list[Fraction]:
     return [weight / sum(weights) * num_places for weight in weights]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     weights=st.lists(st.fractions(Fraction(1, 10**9), 10**9), min_size=2, max_size=9),
     seed=st.integers(0, 2**32),
@@ -158,7 +158,7 @@ def test_a_stream_alone_is_passed_through() -> None:
     assert indices.tolist() == places.tolist()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data(), period=st.integers(1, 30))
 def test_places_may_be_asked_in_any_order_and_any_company(data: st.DataObject, period: int) -> None:
     weights = [1, 5, 2]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pomscale.distributed import own_figures as of_figures
 from pomscale.distributed.own_figures import gpu_figures, own_figures
 from pomscale.monitoring.names import METRICS
 
@@ -25,6 +26,7 @@ def _install(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str, reasons
     program.write_text(SMI.format(answer=answer, reasons=reasons))
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.setattr(of_figures, "_TIMEOUT_S", 90.0)  # a busy machine may start even a script late
 
 
 @pytest.mark.parametrize("reasons", ["clocks_event_reasons", "clocks_throttle_reasons"])

@@ -13,6 +13,7 @@ from running import GLOBAL_BATCH, UNHURRIED, pomscale, rows, started, train_comm
 
 from launch.job import attempts
 from launch.run_control import cancel, requeue, resume
+from launch.run_facts import read_facts
 from launch.run_logs import show_logs
 from launch.runs import RunSummary, summarize
 from pomscale.distributed.generation import Generation
@@ -25,12 +26,12 @@ def summary(home: Path) -> RunSummary:
     return summarize({home: "tiny"}).runs[0]
 
 
-def wait_for(home: Path, *states: str, num_starts: int = 0, timeout_s: float = 90.0) -> RunSummary:
+def wait_until_it_trains(home: Path, incarnation: int = 0, timeout_s: float = 240.0) -> None:
+    """Until that incarnation has logged a step: a run that runs but has done none has nothing to save."""
     deadline_s = time.monotonic() + timeout_s
-    while (run := summary(home)).state not in states or run.num_starts < num_starts:
-        assert time.monotonic() < deadline_s, run
+    while not (logged := read_facts(home).rows) or logged[-1]["incarnation"] < incarnation:
+        assert time.monotonic() < deadline_s, summary(home)
         time.sleep(0.1)
-    return run
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def home(recipe: Path) -> Iterator[Path]:
     home = recipe.parent / "runs" / "tiny"
     pomscale("launch", recipe, "--cluster", "local", *OVERRIDES, env=UNHURRIED)
     try:
-        wait_for(home, "running")
+        wait_until_it_trains(home)
         yield home
     finally:
         cancel(home)
@@ -57,8 +58,8 @@ def test_a_local_job_is_requeued_cancelled_and_resumed(home: Path) -> None:
     with pytest.raises(InputError, match="--now is for jobs of SLURM"):
         requeue(home, now=True)
     assert "asked to save and start again" in requeue(home)
-    wait_for(home, "running", num_starts=2)
-    done = cancel(home)
+    wait_until_it_trains(home, incarnation=1)
+    done = cancel(home, wait_s=120)
     assert done.done
     assert "ended; saved: " in done.text
     assert (summary(home).state, summary(home).reason) == ("stopped", "stopped on request (SIGTERM), saved")
@@ -72,7 +73,7 @@ def test_a_local_job_is_requeued_cancelled_and_resumed(home: Path) -> None:
     with pytest.raises(InputError, match="--time soon"):
         resume(home, time_limit="soon")
     job_id = resume(home)
-    wait_for(home, "running", num_starts=3)
+    wait_until_it_trains(home, incarnation=2)
     assert [attempt.start.restart for attempt in attempts(home)] == [0, 1, 0]
     assert attempts(home)[-1].start.job_id == job_id
     ends: dict[int, int] = {}
@@ -90,11 +91,11 @@ def test_a_local_job_is_requeued_cancelled_and_resumed(home: Path) -> None:
 def test_a_run_by_hand_saves_and_ends(recipe: Path) -> None:
     home = recipe.parent / "runs" / "tiny"
     with started(train_command(recipe, *OVERRIDES), stderr=subprocess.STDOUT) as process:
-        wait_for(home, "running")
+        wait_until_it_trains(home)
         with pytest.raises(InputError, match="nothing would start it again"):
             requeue(home)
-        done = cancel(home)
-        process.communicate(timeout=30)
+        done = cancel(home, wait_s=120)
+        process.communicate(timeout=120)
     assert done.done
     assert process.returncode == 75
     assert (summary(home).state, json.loads((home / "outcome.json").read_text())["state"]) == ("stopped", "stopped")

@@ -104,7 +104,7 @@ def test_follow_goes_on_over_a_restart_until_the_run_is_over(home: Path, monkeyp
         "[rank 2] a rank that was not there before",
     ]
     keep(attempt_folder(home, "12", 1) / "verdict.json", Verdict("fail", "no disk", 1, time.time()))
-    reader.join(timeout=30)
+    reader.join(timeout=90)
     assert not reader.is_alive()
     assert (ended[0].state, ended[0].reason) == ("failed", "no disk")  # type: ignore[attr-defined]
 
@@ -127,7 +127,7 @@ def test_what_is_printed_while_the_last_lines_are_shown_is_not_lost(
     assert lines == ["[rank 0] start 1, line 99", "[rank 1] start 1, line 99", "[rank 0] meanwhile"]
 
 
-def wait_until(is_so: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def wait_until(is_so: Callable[[], bool], timeout_s: float = 90.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < deadline_s

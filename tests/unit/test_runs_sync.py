@@ -22,8 +22,8 @@ run = wandb.init(mode="offline", id="abc", project="p", dir=folder, settings=wan
 num_rows = 2000 if is_killed else 5
 for samples in range(first, first + num_rows):
     run.log({"samples": samples, "train/loss": 1 / (1 + samples)})
-if is_killed:  # with its service, as when a node dies, once a part of it has been written
-    while os.path.getsize(os.path.join(run.dir, "..", "run-abc.wandb")) <= 7:
+if is_killed:  # with its service, as when a node dies, once some of its rows have been written
+    while os.path.getsize(os.path.join(run.dir, "..", "run-abc.wandb")) <= 2 * 32768:
         time.sleep(0.1)
     for process in psutil.Process().children(recursive=True):
         process.kill()
@@ -49,7 +49,7 @@ def record(folder: Path, first: int, *, killed: bool = False) -> Path:
     """One start of a run that logs five rows; where wandb has put them."""
     before = set((folder / "wandb").glob("offline-run-*"))
     words = [sys.executable, "-c", _RECORD, str(folder), str(first), "killed" if killed else ""]
-    subprocess.run(words, check=not killed, timeout=60)
+    subprocess.run(words, check=not killed, timeout=200)
     (new,) = set((folder / "wandb").glob("offline-run-*")) - before
     return new
 

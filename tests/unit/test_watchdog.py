@@ -9,10 +9,34 @@ from dataclasses import dataclass
 
 import pytest
 
+# On a busy machine a process may stand still for seconds, which no test here means. Those that are to be left alone are
+# watched by a clock that stands still with them; and faulthandler's timer, which leaves the thread a second to write
+# its reason, comes much later where it is not itself what is tested.
 PROGRAM = """
-import ctypes, sys, time
+import ctypes, faulthandler, sys, threading, time
 from pathlib import Path
+from pomscale.distributed import watchdog as of_watchdog
 from pomscale.distributed.watchdog import Watchdog
+
+LEFT_ALONE = sys.argv[3].split()
+
+class PatientClock:
+    sleep = staticmethod(time.sleep)
+
+    def __init__(self):
+        self.now_s = 0.0
+        threading.Thread(target=self.tick, daemon=True).start()
+
+    def monotonic(self):
+        return self.now_s
+
+    def tick(self):
+        before_s = time.monotonic()
+        while True:
+            time.sleep(0.02)
+            now_s = time.monotonic()
+            self.now_s += min(now_s - before_s, 0.05)
+            before_s = now_s
 
 def sleeping():
     time.sleep(60)
@@ -51,12 +75,19 @@ def broken_record():
     sleeping()
 
 how, folder = sys.argv[1], Path(sys.argv[2])
+if how in LEFT_ALONE:
+    of_watchdog.time = PatientClock()
+if how not in ("compilation", "holding_the_lock"):
+    dump_later = faulthandler.dump_traceback_later
+    faulthandler.dump_traceback_later = lambda later_s, **options: dump_later(later_s + 100.0, **options)
+slow_s = 60.0 if how == "compilation" else 4.0
+
 def on_hang(reason):
     if how == "broken_record":
         time.sleep(60)  # a file system that is away
     (folder / "outcome").write_text(reason)
 
-with Watchdog(None if how == "unwatched" else 2.0, 4.0, folder / "stacks" / "rank-0.txt", on_hang) as watchdog:
+with Watchdog(None if how == "unwatched" else 2.0, slow_s, folder / "stacks" / "rank-0.txt", on_hang) as watchdog:
     if how not in ("long_first_step", "slow_first_step"):
         watchdog.beat()
     {"slow_first_step": sleeping, "unwatched": training}.get(how, globals().get(how))()
@@ -88,12 +119,12 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Watched
     started = {}
     for how in (*LEFT_ALONE, *HANGS, "holding_the_lock", "broken_record"):
         folder = tmp_path_factory.mktemp(how)
-        command = [sys.executable, "-c", PROGRAM, how, str(folder)]
+        command = [sys.executable, "-c", PROGRAM, how, str(folder), " ".join(LEFT_ALONE)]
         started[how] = folder, subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def end(how: str) -> Watched:
         folder, process = started[how]
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=200)
         outcome, stacks = folder / "outcome", folder / "stacks" / "rank-0.txt"
         return Watched(
             process.returncode,
