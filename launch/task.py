@@ -91,11 +91,10 @@ class LocalTask:
             variables = {LOCAL_JOB: job_id, LOCAL_RESTART: str(restart)}
             code = _start_ranks(spec, ["--standalone"], variables, forwarding)
             attempt = attempt_folder(home, job_id, restart)
-            asked_to_end = forwarding.first in ("SIGTERM", "SIGINT")
-            if asked_to_end or not (attempt / REQUEUE_FILE).is_file():
+            forwarding.first = None  # before the next line: what comes after it is for the next start
+            if forwarding.asked_to_end or not (attempt / REQUEUE_FILE).is_file():
                 sys.exit(_exit_code(attempt, code))
             restart += 1
-            forwarding.first = None
 
     def checkpoint(self) -> DelayedSubmission:
         """As SlurmTask.checkpoint."""

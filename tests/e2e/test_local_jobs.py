@@ -173,6 +173,17 @@ def test_usr2_saves_and_starts_again_and_sigterm_saves_and_ends(recipe: Path) ->
     assert "SIGTERM" in verdict(second).reason
 
 
+def test_a_request_to_end_just_after_one_to_start_again_is_heard(recipe: Path) -> None:
+    """`pomscale runs requeue`, then `cancel` while it still saves."""
+    job = launch(recipe, num_ranks=1)
+    job.wait_for_samples(MIDDLE)
+    job.process("submitit.core._submit").send_signal(signal.SIGUSR2)
+    job.controller.terminate()
+    (only,) = job.finish()
+    assert verdict(only).action == "requeue"
+    assert outcome(job.folder)["state"] == "stopped"
+
+
 def test_a_guard_that_is_killed_takes_its_rank_with_it(recipe: Path) -> None:
     job = launch(recipe, num_ranks=1)
     job.wait_for_samples(MIDDLE)

@@ -26,10 +26,10 @@ def summary(home: Path) -> RunSummary:
     return summarize({home: "tiny"}).runs[0]
 
 
-def wait_until_it_trains(home: Path, incarnation: int = 0, timeout_s: float = 240.0) -> None:
-    """Until that incarnation has logged a step: a run that runs but has done none has nothing to save."""
+def wait_until_it_trains(home: Path, start: int = 1, timeout_s: float = 240.0) -> None:
+    """Until that start of it has logged a step: a run that runs but has done none has nothing to save."""
     deadline_s = time.monotonic() + timeout_s
-    while not (logged := read_facts(home).rows) or logged[-1]["incarnation"] < incarnation:
+    while not any("train/loss" in row and row["incarnation"] >= start for row in read_facts(home).rows):
         assert time.monotonic() < deadline_s, summary(home)
         time.sleep(0.1)
 
@@ -58,7 +58,7 @@ def test_a_local_job_is_requeued_cancelled_and_resumed(home: Path) -> None:
     with pytest.raises(InputError, match="--now is for jobs of SLURM"):
         requeue(home, now=True)
     assert "asked to save and start again" in requeue(home)
-    wait_until_it_trains(home, incarnation=1)
+    wait_until_it_trains(home, start=2)
     done = cancel(home, wait_s=120)
     assert done.done
     assert "ended; saved: " in done.text
@@ -73,7 +73,7 @@ def test_a_local_job_is_requeued_cancelled_and_resumed(home: Path) -> None:
     with pytest.raises(InputError, match="--time soon"):
         resume(home, time_limit="soon")
     job_id = resume(home)
-    wait_until_it_trains(home, incarnation=2)
+    wait_until_it_trains(home, start=3)
     assert [attempt.start.restart for attempt in attempts(home)] == [0, 1, 0]
     assert attempts(home)[-1].start.job_id == job_id
     ends: dict[int, int] = {}
