@@ -67,8 +67,10 @@ def send(*_: Any, number: str, after_s: float = 0.0, to_group: bool = False, the
     target, how = (os.getpgrp(), os.killpg) if to_group else (os.getpid(), os.kill)
     if after_s:
         threading.Timer(after_s, how, (target, signal.Signals[number])).start()
-    else:
+    elif to_group:
         how(target, signal.Signals[number])
+    else:  # to this very thread: SIGSTOP would reach it later by way of another, and a save go on meanwhile
+        signal.pthread_kill(threading.get_ident(), signal.Signals[number])
     for _ in range(round(then_wait_s / 0.1)):  # in pieces, of which a standstill of the whole process costs but one
         time.sleep(0.1)
 
