@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +105,19 @@ def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str
             with suppress(psutil.NoSuchProcess):
                 left.kill()
         process.wait(KILLED_WITHIN_S)
+
+
+def wait_until(
+    is_so: Callable[[], bool],
+    told: Callable[[], object] | str = "",
+    timeout_s: float = TIMEOUT_S,
+    every_s: float = 0.02,
+) -> None:
+    """AssertionError, with what is told then, if it does not come. The limit is for what hangs, not what is slow."""
+    deadline_s = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline_s, told() if callable(told) else told
+        time.sleep(every_s)
 
 
 def held_at(file: Path, samples: int, step_s: float = 0.0) -> dict[str, str]:

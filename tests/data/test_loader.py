@@ -16,6 +16,7 @@ import torch
 from damage import flip_bit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from running import wait_until
 from synthetic_dataset import LATENT_SHAPE, write_dataset
 
 from pomscale.config.schema import CacheConfig
@@ -299,10 +300,7 @@ def test_no_more_is_read_ahead_than_was_asked_for(dataset: LatentDataset, num_th
 
     with open_loader(mix(dataset), num_threads=num_threads, prefetch=prefetch, finish=finish) as loader:
         next(loader)
-        deadline_s = time.monotonic() + 60.0
-        while len(read) <= prefetch:  # a thread may not get to it for a while
-            assert time.monotonic() < deadline_s
-            time.sleep(0.01)
+        wait_until(lambda: len(read) > prefetch, timeout_s=60)  # a thread may not get to it for a while
         at_rest = -1
         while len(read) != at_rest:
             at_rest = len(read)
@@ -339,10 +337,11 @@ def test_shards_that_are_still_needed_are_not_dropped(tmp_path: Path, monkeypatc
 def no_leaked_threads() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
-    deadline = time.monotonic() + 60
-    while set(threading.enumerate()) - before:
-        assert time.monotonic() < deadline, f"still running: {set(threading.enumerate()) - before}"
-        time.sleep(0.01)
+    wait_until(
+        lambda: not set(threading.enumerate()) - before,
+        lambda: f"still running: {set(threading.enumerate()) - before}",
+        timeout_s=60,
+    )
 
 
 @pytest.mark.parametrize("num_threads", [0, 1, 3])

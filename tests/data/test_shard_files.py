@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -13,6 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 from file_server import FileServer
+from running import wait_until
 from synthetic_dataset import write_dataset
 
 from pomscale.config.schema import CacheConfig
@@ -261,10 +261,8 @@ def test_memory_holds_two_announcements_and_two_more(folder: Path) -> None:
             they_stay(kept)
 
         def they_stay(kept: list[int]) -> None:
-            deadline_s = time.monotonic() + 60.0
-            while sorted(alive) != kept:  # a thread that has fetched one may not yet have come to letting go of it
-                assert time.monotonic() < deadline_s, sorted(alive)
-                time.sleep(0.01)
+            # A thread that has fetched one may not yet have come to letting go of it.
+            wait_until(lambda: sorted(alive) == kept, lambda: sorted(alive), timeout_s=60)
 
         read([0, 1], kept=[0, 1])
         read([1, 2], kept=[0, 1, 2])

@@ -166,12 +166,6 @@ class SlurmCluster:
             time.sleep(0.05)
         return state
 
-    def wait_until(self, complaint: str, condition: Callable[[], bool], timeout_s: float = _WAIT_S) -> None:
-        deadline_s = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < deadline_s, complaint
-            time.sleep(0.05)
-
     def processes_of(self, job_id: str) -> list[psutil.Process]:
         """Those alive that have the job's id in their environment, on all nodes."""
         return [process for process in processes_in(self.folder) if _environment(process).get("SLURM_JOB_ID") == job_id]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cluster as cluster_module
 import psutil
 import pytest
 from cluster import SlurmCluster
+from running import wait_until
 
 START = f"""
 import sys, time
@@ -50,7 +50,10 @@ def test_jobs_of_one_test_are_gone_in_the_next(slurm: SlurmCluster) -> None:
 def test_accounting_remembers_what_the_queue_forgot(slurm_accounted: SlurmCluster) -> None:
     job = slurm_accounted.submit("exit 3")
     slurm_accounted.wait_for(job, "FAILED")
-    _wait_until(lambda: "FAILED|3:0" in slurm_accounted.run(["sacct", "-P", "-n", "-o", "state,exitcode", "-j", job]))
+    wait_until(
+        lambda: "FAILED|3:0" in slurm_accounted.run(["sacct", "-P", "-n", "-o", "state,exitcode", "-j", job]),
+        timeout_s=120,
+    )
     slurm_accounted.kill_controller()
     slurm_accounted.start_controller(forget_jobs=True)
     assert slurm_accounted.job_state(job) == ""
@@ -66,8 +69,8 @@ def test_nothing_is_left_when_the_tests_are_ended(slurm: SlurmCluster, end: sign
         before = cluster_module.processes_in(folder)
         assert len(before) >= 5 + 5 + 3
         tests.send_signal(end)
-    _wait_until(lambda: not folder.exists())
-    _wait_until(lambda: not any(map(_is_alive, before)))  # one that is ending has no environment any more
+    wait_until(lambda: not folder.exists(), timeout_s=120)
+    wait_until(lambda: not any(map(_is_alive, before)), timeout_s=120)  # one that is ending has no environment any more
     assert cluster_module.processes_in(folder) == []
 
 
@@ -93,10 +96,3 @@ def _is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def _wait_until(condition: object, timeout_s: float = 120) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)

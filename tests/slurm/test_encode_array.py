@@ -13,6 +13,7 @@ import yaml
 from cluster import CPUS_PER_NODE, SlurmCluster
 from launched import pomscale
 from PIL import Image
+from running import wait_until
 
 from launch.job import Attempt, attempts, submissions
 from pomscale.data.schema import MANIFEST_NAME, read_manifest
@@ -86,7 +87,7 @@ def test_tasks_that_are_killed_and_preempted_leave_no_gap(slurm: SlurmCluster, t
     assert submission.num_tasks == NUM_TASKS
 
     wait_for_parts(latents, 2, home)
-    slurm.wait_until("not all tasks have begun", lambda: len(attempts(home)) >= NUM_TASKS)
+    wait_until(lambda: len(attempts(home)) >= NUM_TASKS, "not all tasks have begun", timeout_s=120)
     hosts = {attempt.start.job_id.rpartition("_")[2]: attempt.start.hosts[0] for attempt in attempts(home)}
     elsewhere = min(set(hosts.values()) - {hosts["3"]})
     deadline_s = time.monotonic() + 240

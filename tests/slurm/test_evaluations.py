@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cluster import SlurmCluster
 from launched import Launched, hold, launch
-from running import GLOBAL_BATCH, rows
+from running import GLOBAL_BATCH, rows, wait_until
 
 from launch.evaluations import CHECKPOINT, FAILED_FILE, evaluation_home
 from launch.job import JOBS_FILE, submissions
@@ -66,14 +66,16 @@ def test_checkpoints_are_evaluated_while_training_goes_on(
     held = hold(slurm, monkeypatch, tmp_path / "held", EVALUATED[-1] - 10 * GLOBAL_BATCH)
     run = launch(slurm, tmp_path, digits, *recipe_overrides(digits), num_nodes=1)
     homes = [evaluation_home(run.folder, "heldout", samples) for samples in EVALUATED]
-    slurm.wait_until("the first checkpoint is not evaluated", (homes[0] / JOBS_FILE).is_file, timeout_s=240)
+    wait_until((homes[0] / JOBS_FILE).is_file, "the first checkpoint is not evaluated")
     held.unlink()
     run.finish()
     broken = evaluation_home(run.folder, "broken", EVALUATED[-1])
     wait_for_evaluations(run, [*homes, broken])
     # What its supervisor does after its verdict.
-    slurm.wait_until(
-        "the failure is not noted", lambda: (broken / FAILED_FILE).is_file() and not (broken / CHECKPOINT).exists()
+    wait_until(
+        lambda: (broken / FAILED_FILE).is_file() and not (broken / CHECKPOINT).exists(),
+        "the failure is not noted",
+        timeout_s=120,
     )
 
     # Of each checkpoint, although retention has left only the last: the very loss that training has measured itself.

@@ -21,7 +21,16 @@ from launched import (
     launch,
     wandb_ids,
 )
-from running import GLOBAL_BATCH, checkpoint_samples, damaged_copy, losses, outcome, train, write_tiny_recipe
+from running import (
+    GLOBAL_BATCH,
+    checkpoint_samples,
+    damaged_copy,
+    losses,
+    outcome,
+    train,
+    wait_until,
+    write_tiny_recipe,
+)
 
 from launch import slurm as commands
 
@@ -147,7 +156,7 @@ def test_a_node_that_goes_down_and_leaves_a_rank_behind(
     stale.suspend()  # a network that is cut: it neither ends nor goes on
     slurm.kill_slurmd(node)
     slurm.set_node(node, "DOWN")
-    slurm.wait_until("the node is not excluded", lambda: excluded(slurm, run.job_id) == node)
+    wait_until(lambda: excluded(slurm, run.job_id) == node, "the node is not excluded", timeout_s=120)
     assert guard is not None
     with suppress(psutil.NoSuchProcess):
         guard.kill()  # as SLURM does after KILL_WAIT_S, for its rank waits for the other; that dies with it
@@ -180,7 +189,7 @@ def test_a_cancelled_job_stays_cancelled(slurm: SlurmCluster, tmp_path: Path, di
     run = launch(slurm, tmp_path, digits)
     run.wait_for_samples(MIDDLE)
     # SLURM gives it KILL_WAIT_S: a rank that stands still for as long is killed before it saves.
-    slurm.wait_until("not saved in time", lambda: checkpoint_samples(run.folder) >= MIDDLE)
+    wait_until(lambda: checkpoint_samples(run.folder) >= MIDDLE, "not saved in time", timeout_s=120)
     slurm.run(["scancel", run.job_id])
     run.finish("CANCELLED")
     time.sleep(6)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from cluster import SlurmCluster, processes_in
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from running import wait_until
 
 from launch import slurm as commands
 from launch.slurm import SlurmError
@@ -73,7 +73,7 @@ def test_tasks_of_an_array_come_one_by_one(slurm: SlurmCluster, tmp_path: Path) 
     }
     assert list(commands.job_states([f"{array}_1"])) == [f"{array}_1"]
     # A task knows itself by a number of its own.
-    _wait_until(lambda: (tmp_path / "0").is_file() and (tmp_path / "0").read_text() != "")
+    wait_until(lambda: (tmp_path / "0").is_file() and (tmp_path / "0").read_text() != "", timeout_s=120)
     number = (tmp_path / "0").read_text().strip()
     assert number != array
     assert commands.job_states([number])[number].hosts == states[f"{array}_0"].hosts
@@ -142,7 +142,7 @@ def test_what_slurm_sends_to_a_job_does_not_hit_a_question(slurm: SlurmCluster) 
         controller.suspend()
         try:
             answer = thread.submit(commands.state_now, job)
-            _wait_until(lambda: "squeue" in [child.name() for child in psutil.Process().children()])
+            wait_until(lambda: "squeue" in [child.name() for child in psutil.Process().children()], timeout_s=120)
             (question,) = (child for child in psutil.Process().children() if child.name() == "squeue")
             for number in (signal.SIGCONT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
                 question.send_signal(number)
@@ -182,7 +182,7 @@ def test_a_signal_reaches_every_task_and_no_job_that_does_not_run(slurm: SlurmCl
         "trap 'echo $SLURM_PROCID got it; exit' USR2; touch $SLURM_PROCID; while true; do sleep 0.1; done"
     )
     job = slurm.submit("srun bash task", "--nodes=2", cwd=tmp_path)
-    _wait_until(lambda: all((tmp_path / rank).exists() for rank in "01"))
+    wait_until(lambda: all((tmp_path / rank).exists() for rank in "01"), timeout_s=120)
     commands.send_signal(job, "USR2")
     slurm.wait_for(job, "COMPLETED")
     told = (tmp_path / f"slurm-{job}.out").read_text()
@@ -275,14 +275,7 @@ def _forgotten_jobs(cluster: SlurmCluster) -> tuple[str, str]:
         cluster.wait_for(array + task, "COMPLETED")
     if cluster.accounting:  # it is told a little later
         words = ["sacct", "-n", "-X", "-P", "-o", "state", "-j", f"{failed},{array}"]
-        _wait_until(lambda: sorted(cluster.run(words).split()) == ["COMPLETED", "COMPLETED", "FAILED"])
+        wait_until(lambda: sorted(cluster.run(words).split()) == ["COMPLETED", "COMPLETED", "FAILED"], timeout_s=120)
     cluster.kill_controller()
     cluster.start_controller(forget_jobs=True)
     return failed, array
-
-
-def _wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from running import mounted_disk
+from running import mounted_disk, wait_until
 
 from pomscale.errors import InputError, PomscaleError
 from pomscale.monitoring.evaluations import EVALUATIONS_FILE, Delivery, read_evaluations, record
@@ -103,10 +103,7 @@ def test_many_processes_record_at_once_and_every_line_is_whole(run: Path) -> Non
     processes = [subprocess.Popen([*command, str(first), str(first + 200)]) for first in (1000, 2000, 3000)]
     killed = subprocess.Popen([*command, "4000", "1000000"])
     assert [process.wait(120) for process in processes] == [0, 0, 0]
-    deadline_s = time.monotonic() + 60.0
-    while max(evaluation.samples for evaluation in read_evaluations(run)) <= 4000:  # it may come late
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+    wait_until(lambda: max(found.samples for found in read_evaluations(run)) > 4000, timeout_s=60)  # it may come late
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     found = [evaluation.samples for evaluation in read_evaluations(run)]

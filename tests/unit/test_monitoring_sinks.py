@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import psutil
 import pytest
+from running import wait_until
 
 from pomscale.config.monitoring import MonitoringConfig, WandbConfig
 from pomscale.errors import InputError
@@ -174,10 +175,8 @@ def test_alerts_videos_and_pictures_on_the_console_and_in_metrics_jsonl(tmp_path
 
 def wait_for_rows(run_folder: Path, count: int) -> None:
     """Until they are in metrics.jsonl: its thread writes them, and may not get to it for a while."""
-    deadline_s = time.monotonic() + 90.0
-    while (run_folder / "metrics.jsonl").read_bytes().count(b"\n") < count:
-        assert time.monotonic() < deadline_s, "rows are held up"
-        time.sleep(0.01)
+    metrics = run_folder / "metrics.jsonl"
+    wait_until(lambda: metrics.read_bytes().count(b"\n") >= count, "rows are held up", timeout_s=90)
 
 
 class Recorder:

@@ -21,7 +21,7 @@ import wandb
 import wandb_reader
 from google.protobuf.message import DecodeError
 from PIL import Image
-from running import mounted_disk
+from running import mounted_disk, wait_until
 from wandb_server import KEY, wandb_server
 
 from pomscale.config.monitoring import MonitoringConfig, WandbConfig
@@ -93,13 +93,12 @@ def _rows(run: Path, key: str = "train/loss") -> list[list[int]]:
 
 
 def _wait_until(is_so: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 90.0
-    while True:
+    def is_so_and_whole() -> bool:
         with suppress(DecodeError):  # of a record that is just being written
-            if is_so():
-                return
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+            return is_so()
+        return False
+
+    wait_until(is_so_and_whole, timeout_s=90)
 
 
 def _records(path: Path, kind: str) -> list[Any]:

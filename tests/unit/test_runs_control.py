@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import GLOBAL_BATCH, UNHURRIED, pomscale, rows, started, train_command, write_tiny_recipe
+from running import GLOBAL_BATCH, UNHURRIED, pomscale, rows, started, train_command, wait_until, write_tiny_recipe
 
 from launch.job import attempts
 from launch.run_control import cancel, requeue, resume
@@ -26,12 +25,13 @@ def summary(home: Path) -> RunSummary:
     return summarize({home: "tiny"}).runs[0]
 
 
-def wait_until_it_trains(home: Path, start: int = 1, timeout_s: float = 240.0) -> None:
+def wait_until_it_trains(home: Path, start: int = 1) -> None:
     """Until that start of it has logged a step: a run that runs but has done none has nothing to save."""
-    deadline_s = time.monotonic() + timeout_s
-    while not any("train/loss" in row and row["incarnation"] >= start for row in read_facts(home).rows):
-        assert time.monotonic() < deadline_s, summary(home)
-        time.sleep(0.1)
+    wait_until(
+        lambda: any("train/loss" in row and row["incarnation"] >= start for row in read_facts(home).rows),
+        lambda: summary(home),
+        every_s=0.1,
+    )
 
 
 @pytest.fixture

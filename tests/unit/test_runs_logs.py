@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from running import wait_until
 
 from launch import run_logs
 from launch.job import JOB_FILE, JobSpec, Start, Verdict, attempt_folder, keep, log_path
@@ -89,14 +89,14 @@ def test_follow_goes_on_over_a_restart_until_the_run_is_over(home: Path, monkeyp
 
     reader = threading.Thread(target=follow)
     reader.start()
-    wait_until(lambda: len(lines) == 2)
+    wait_until(lambda: len(lines) == 2, timeout_s=90)
     with log_path(home, 0).open("a") as file:
         file.write("half a ")
         file.flush()
         time.sleep(0.7)
         file.write("line\n")
     log_path(home, 2).write_text(HEADER.format("12-2") + "a rank that was not there before\n")
-    wait_until(lambda: len(lines) == 6)
+    wait_until(lambda: len(lines) == 6, timeout_s=90)
     assert lines[2:] == [
         "[rank 0] half a line",
         f"[rank 2] {HEADER.format('12-2').splitlines()[0]}",
@@ -125,10 +125,3 @@ def test_what_is_printed_while_the_last_lines_are_shown_is_not_lost(
 
     show_logs(home, rank=None, lines=1, attempt=None, follow=True, show=show)
     assert lines == ["[rank 0] start 1, line 99", "[rank 1] start 1, line 99", "[rank 0] meanwhile"]
-
-
-def wait_until(is_so: Callable[[], bool], timeout_s: float = 90.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)

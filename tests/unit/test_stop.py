@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from running import wait_until
 
 from pomscale.distributed.stop import StopRequest
 
@@ -124,7 +125,4 @@ def test_restore_gives_the_signals_back(number: signal.Signals) -> None:
     assert signal.getsignal(number) != before
     stop.restore()
     assert signal.getsignal(number) == before
-    deadline_s = time.monotonic() + 60.0
-    while not own_threads() <= threads:
-        assert time.monotonic() < deadline_s, "its thread has not ended"
-        time.sleep(0.01)
+    wait_until(lambda: own_threads() <= threads, "its thread has not ended", timeout_s=60)
