@@ -22,7 +22,7 @@ quickstart: setup  ## raw pictures -> shards -> training, kill, resume -> sample
 	$(BIN)/python -m pomscale.quickstart
 
 quickstart-video: setup  ## moving digits: mp4 files -> shards -> training with texts -> long clips, in minutes on a CPU
-	$(BIN)/python -m pomscale.quickstart_video
+	$(BIN)/python -m pomscale.quickstart.video
 
 test: setup  ## all tests, four at a time: many of them wait for SLURM
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal

@@ -17,10 +17,10 @@ from pathlib import Path
 import psutil
 from submitit import LocalExecutor
 
-from launch.job import SUBMITIT
+from launch.record.job import SUBMITIT
 from launch.task import LocalTask
-from pomscale.errors import InputError
-from pomscale.files import make_folder
+from pomscale.base.errors import InputError
+from pomscale.base.files import make_folder
 
 _LOOK_EVERY_S = 0.02
 _FOREVER_MIN = 10 * 365 * 24 * 60  # submitit's own limit is two minutes

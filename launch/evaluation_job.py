@@ -12,19 +12,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from launch.evaluations import CHECKPOINT, evaluation_home
-from launch.job import CODE, JOB_FILE, LAUNCH_FILE, JobSpec, LaunchedAs
-from launch.prepare import prepare_commands
+from launch.node.evaluations import CHECKPOINT, evaluation_home
+from launch.record.job import CODE, JOB_FILE, LAUNCH_FILE, JobSpec, LaunchedAs
+from launch.submission.prepare import prepare_commands
+from pomscale.base.errors import PomscaleError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.evaluation import FIGURES, EvaluationConfig
-from pomscale.config.recipe import load_train_recipe
-from pomscale.errors import PomscaleError
+from pomscale.config.load import load_train_recipe
 
 
 def submit_evaluation(run: Path, name: str, samples: int) -> str:
     """The job's id. The checkpoint is in the evaluation's home already.
 
-    Raises PomscaleError for what the run's folder lacks, and what `launch.submit` raises.
+    Raises PomscaleError for what the run's folder lacks, and what `launch.submission.submit` raises.
     """
     launched = LaunchedAs.read(run / LAUNCH_FILE)
     profile = ClusterProfile.model_validate(launched.profile)

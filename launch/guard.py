@@ -20,8 +20,12 @@ from functools import partial
 from io import FileIO
 from pathlib import Path
 
-from launch.forwarding import Forwarding
-from launch.job import (
+from launch.node.forwarding import Forwarding
+from launch.node.oom import num_out_of_memory_kills
+from launch.node.process import Place
+from launch.node.supervisor import ENDED_BY_SUPERVISOR, LAST_WORDS_S, Supervisor
+from launch.node.verdict import EXIT_STOPPED
+from launch.record.job import (
     CODE,
     END_FILE,
     JOB_FILE,
@@ -33,14 +37,10 @@ from launch.job import (
     log_path,
     submissions,
 )
-from launch.oom import num_out_of_memory_kills
-from launch.place import Place
-from launch.supervisor import ENDED_BY_SUPERVISOR, LAST_WORDS_S, Supervisor
-from launch.verdict import EXIT_STOPPED
-from pomscale.errors import PomscaleError
-from pomscale.files import make_folder
-from pomscale.monitoring.ledger import RESTARTED_BECAUSE, SUBMITTED
-from pomscale.monitoring.text import warn
+from pomscale.base.console import warn
+from pomscale.base.errors import PomscaleError
+from pomscale.base.files import make_folder
+from pomscale.runs.ledger import RESTARTED_BECAUSE, SUBMITTED
 
 _LOOK_EVERY_S = 0.2
 _OBEY_EVERY_S = 2.0  # a look into the shared file system, by every rank

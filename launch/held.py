@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-from launch.forwarding import hold_signals
+from launch.node.forwarding import hold_signals
 
 if __name__ == "__main__":
     hold_signals()

@@ -12,13 +12,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from launch.job import JOB_FILE, Submission, keep, submissions
-from launch.place import slurm_job
-from launch.prepare import prepare_train, resolved_output
-from launch.submit import record
+from launch.node.process import slurm_job
+from launch.record.job import JOB_FILE, Submission, keep, submissions
+from launch.submission.prepare import prepare_train, resolved_output
+from launch.submission.submit import record
+from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.cluster import ClusterProfile
-from pomscale.config.recipe import load_train_recipe
-from pomscale.errors import InputError, PomscaleError
+from pomscale.config.load import load_train_recipe
 
 
 def prepare_here(words: list[str], environment: Mapping[str, str] = os.environ) -> Path:

@@ -18,8 +18,9 @@ from typing import NoReturn
 import psutil
 from submitit.helpers import DelayedSubmission
 
-from launch.forwarding import Forwarding, hold_signals
-from launch.job import (
+from launch.node.forwarding import Forwarding, hold_signals
+from launch.node.process import LOCAL_JOB, LOCAL_RESTART, port_of, slurm_job
+from launch.record.job import (
     JOB_FILE,
     REQUEUE_FILE,
     JobSpec,
@@ -30,8 +31,7 @@ from launch.job import (
     keep,
     submissions,
 )
-from launch.place import LOCAL_JOB, LOCAL_RESTART, port_of, slurm_job
-from launch.state import ended, is_success
+from launch.record.state import ended, is_success
 
 _GUARD = ["-m", "launch.guard"]
 _TORCHRUN = "torch.distributed.run"

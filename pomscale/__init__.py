@@ -14,11 +14,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pomscale.clips import ClipStream
     from pomscale.layers import PoM
     from pomscale.models import build_model
     from pomscale.ops.pom import BlockCausal
-    from pomscale.pretrained import decode, load_pretrained, sample
+    from pomscale.pretrained.load import decode, load_pretrained, sample
+    from pomscale.sampling.stream import ClipStream
 
 __version__ = "0.1.0"
 
@@ -26,12 +26,12 @@ __all__ = ["BlockCausal", "ClipStream", "PoM", "__version__", "build_model", "de
 
 _HOMES = {
     "BlockCausal": "pomscale.ops.pom",
-    "ClipStream": "pomscale.clips",
+    "ClipStream": "pomscale.sampling.stream",
     "PoM": "pomscale.layers",
     "build_model": "pomscale.models",
-    "decode": "pomscale.pretrained",
-    "load_pretrained": "pomscale.pretrained",
-    "sample": "pomscale.pretrained",
+    "decode": "pomscale.pretrained.load",
+    "load_pretrained": "pomscale.pretrained.load",
+    "sample": "pomscale.pretrained.load",
 }
 
 

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from running import write_tiny_recipe
 
-from data_pipelines.common.encode import encode
-from data_pipelines.images.digits import write_digits
-from pomscale.config.recipe import load_encode_recipe
+from support.digits import make_digits
+from support.running import write_tiny_recipe
 
 # Where the tests run in the background of a shell, Ctrl-C is ignored, also by all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -21,20 +19,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
-RECIPES = Path(__file__).parent.parent / "recipes"
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, or the other workers would wait for it at the end."""
     items.sort(key=lambda item: "quickstart" not in item.name)
-
-
-def make_digits(root: Path) -> None:
-    """Write root/digits/{train,heldout} (PNGs) and root/latents/{train,heldout} (shards)."""
-    write_digits(root / "digits")
-    for half in ("train", "heldout"):
-        overrides = [f"source.path={root}/digits/{half}", f"output={root}/latents/{half}"]
-        encode(load_encode_recipe(RECIPES / "data" / "digits.yaml", overrides), progress=False)
 
 
 @pytest.fixture(scope="session")

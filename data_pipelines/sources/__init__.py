@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipelines.common.source import Source
+from data_pipelines.sources.source import Source
 from pomscale.config.schema import (
     ImageFolderConfig,
     SourceConfig,

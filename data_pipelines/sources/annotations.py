@@ -6,7 +6,7 @@ from typing import Any
 
 from data_pipelines.sources import fs
 from data_pipelines.sources.keys import is_text
-from pomscale.errors import InputError
+from pomscale.base.errors import InputError
 
 # Without a file of names every id up to the largest is a class, so a column of other numbers must not pass for ids.
 MAX_CLASSES = 1_000_000

@@ -21,9 +21,9 @@ from typing import Any, BinaryIO
 import fsspec
 from braceexpand import braceexpand
 
-from data_pipelines.common.source import SourceChangedError
 from data_pipelines.sources.sorting import sorted_on_disk
-from pomscale.errors import InputError, PomscaleError
+from data_pipelines.sources.source import SourceChangedError
+from pomscale.base.errors import InputError, PomscaleError
 
 _READ_AHEAD_BYTES = 2**16
 

@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from data_pipelines.common.source import Item
 from data_pipelines.sources import fs
 from data_pipelines.sources.keys import checked_key, readable
 from data_pipelines.sources.media import PICTURE_EXTENSIONS, extension
+from data_pipelines.sources.source import Item
+from pomscale.base.errors import InputError
 from pomscale.config.schema import ImageFolderConfig
-from pomscale.errors import InputError
 
 
 class ImageFolderSource:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pomscale.data.schema import ARRAY_MEMBERS
+from pomscale.shards.schema import ARRAY_MEMBERS
 
 # A ustar header holds 100 bytes of file name and 155 of folders; the longest member suffix must fit in as well.
 MAX_NAME_BYTES = 100 - max(map(len, ARRAY_MEMBERS.values()))

@@ -6,14 +6,14 @@ import json
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from data_pipelines.common.records import TarReader
-from data_pipelines.common.source import Item
+from data_pipelines.shards.records import TarReader
 from data_pipelines.sources import fs
 from data_pipelines.sources.annotations import checked_caption, decode_text
+from data_pipelines.sources.source import Item
+from pomscale.base.errors import InputError
 from pomscale.config.schema import LatentsSourceConfig
-from pomscale.data.location import join
-from pomscale.data.schema import CAPTION_MEMBER, REMEDY, read_manifest
-from pomscale.errors import InputError
+from pomscale.shards.location import join
+from pomscale.shards.schema import CAPTION_MEMBER, REMEDY, read_manifest
 
 
 class LatentsSource:

@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.common.source import SourceChangedError
 from data_pipelines.sources import fs
 from data_pipelines.sources.rows import check_columns
-from pomscale.errors import InputError
+from data_pipelines.sources.source import SourceChangedError
+from pomscale.base.errors import InputError
 
 _BUFFER_BYTES = 2**20
 

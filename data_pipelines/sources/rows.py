@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from data_pipelines.sources import fs
-from pomscale.errors import InputError
+from pomscale.base.errors import InputError
 
 # The columns of a row; or why it has none.
 Row = dict[str, Any] | str

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from data_pipelines.common.source import Item
 from data_pipelines.sources import fs
 from data_pipelines.sources.annotations import ClassIds, checked_caption
 from data_pipelines.sources.keys import checked_key, readable
 from data_pipelines.sources.rows import Row, read_csv, read_jsonl
+from data_pipelines.sources.source import Item
+from pomscale.base.errors import InputError
 from pomscale.config.schema import TableSourceConfig
-from pomscale.errors import InputError
 
 _COLUMN = re.compile(r"\{([^{}]+)\}")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from data_pipelines.sources import fs
-from pomscale.data.index import split_member_name
+from pomscale.shards.index import split_member_name
 
 
 class DamagedTarError(Exception):

@@ -7,14 +7,14 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from data_pipelines.common.source import Item
 from data_pipelines.sources import fs
 from data_pipelines.sources.annotations import ClassIds, checked_caption, decode_text
 from data_pipelines.sources.keys import checked_key, readable
 from data_pipelines.sources.media import CLIP_EXTENSIONS, PICTURE_EXTENSIONS
+from data_pipelines.sources.source import Item
 from data_pipelines.sources.tar_scan import DamagedTarError, Sample, TarScan
+from pomscale.base.errors import InputError
 from pomscale.config.schema import TarSourceConfig
-from pomscale.errors import InputError
 
 _MEDIA_SUFFIXES = PICTURE_EXTENSIONS | CLIP_EXTENSIONS
 _GZIP_MAGIC = b"\x1f\x8b"

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
-from data_pipelines.common.source import Item, SourceChangedError
 from data_pipelines.sources import fs
 from data_pipelines.sources.annotations import checked_caption, decode_text
 from data_pipelines.sources.keys import checked_key, readable
 from data_pipelines.sources.media import CLIP_EXTENSIONS, extension
+from data_pipelines.sources.source import Item, SourceChangedError
+from pomscale.base.errors import InputError
 from pomscale.config.schema import VideoFolderConfig
-from pomscale.errors import InputError
 
 _CAPTION_EXTENSION = ".txt"
 _NUM_CAPTION_READERS = 32

@@ -20,15 +20,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
+from pomscale.base.errors import InputError, PomscaleError
 from pomscale.benchmarks.report import BenchReport
-from pomscale.checkpoint.integrity import find_damage
 from pomscale.checkpoint.staging import leaves
 from pomscale.checkpoint.store import CheckpointStore, Saved
 from pomscale.config.engine import CheckpointConfig
 from pomscale.config.model import ImageModelConfig
 from pomscale.distributed.world import join_world
-from pomscale.errors import InputError, PomscaleError
 from pomscale.models import DiPoM
+from pomscale.runs.integrity import find_damage
 
 _WANTED_STALL = 0.15
 _NUM_FOLDERS = 4  # one that each of two stores keeps, one that is being written, and some room to spare

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipelines.common.encode import encode
+from data_pipelines.encode.encode import encode
+from pomscale.base.errors import PomscaleError
 from pomscale.benchmarks.memory import peak_private_mib
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.synthetic import table_recipe
 from pomscale.codecs import Codec, build_codec
 from pomscale.config.schema import EncodeRecipe
-from pomscale.errors import PomscaleError
 
 _SIZE = 128
 _NUM_ROUNDS = 3  # what is compared is measured in turns, since the speed of a machine that is shared drifts by more
@@ -185,7 +185,7 @@ def _memory(report: BenchReport, folder: Path, num_items: int) -> None:
 
 _ENCODE = """
 import sys
-from data_pipelines.common.encode import encode
-from pomscale.config.recipe import load_encode_recipe
+from data_pipelines.encode.encode import encode
+from pomscale.config.load import load_encode_recipe
 encode(load_encode_recipe(sys.argv[1]), progress=False)
 """

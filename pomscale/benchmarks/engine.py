@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
+from pomscale.base.errors import PomscaleError
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.synthetic import make_dataset
 from pomscale.config.model import ImageModelConfig
 from pomscale.distributed.compile_cache import FILE
-from pomscale.engine.ema import Ema
-from pomscale.errors import PomscaleError
+from pomscale.engine.averages import Ema
 from pomscale.models import DiPoM, init_weights
 
 _SHAPE, _NUM_CLASSES = (4, 32, 32), 10

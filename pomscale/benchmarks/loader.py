@@ -25,14 +25,14 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader, IterableDataset
 
+from pomscale.base.errors import PomscaleError
 from pomscale.benchmarks.memory import peak_private_mib
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.synthetic import make_dataset
 from pomscale.config.schema import DataConfig
 from pomscale.data.loader import Loader, MicroBatch
 from pomscale.data.mixture import Mixture
-from pomscale.data.schema import read_manifest
-from pomscale.errors import PomscaleError
+from pomscale.shards.schema import read_manifest
 
 _BATCH = 256
 _SHAPE = (4, 32, 32)

@@ -24,8 +24,8 @@ from pomscale.config.monitoring import MonitoringConfig, WandbConfig
 from pomscale.models import DiPoM, init_weights
 from pomscale.monitoring.alerts import Alerts
 from pomscale.monitoring.host import HostStats, peak_memory_gib
-from pomscale.monitoring.ledger import Ledger
 from pomscale.monitoring.monitor import open_monitor
+from pomscale.runs.ledger import Ledger
 
 _SHAPE, _NUM_CLASSES = (4, 32, 32), 10
 _WARM_UP_STEPS = 3

@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from pomscale.base.condition import Condition, Text
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.storage_tracker import step_peak_bytes
-from pomscale.condition import Condition, Text
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.config.schema import TrainRecipe
 from pomscale.diffusion.loss import Network, per_sample_loss

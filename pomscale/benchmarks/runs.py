@@ -16,13 +16,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from launch.job import JOBS_FILE, Start, Submission, Verdict, attempt_folder, keep
-from launch.runs import find_runs, summarize
+from launch.record.job import JOBS_FILE, Start, Submission, Verdict, attempt_folder, keep
+from launch.status.runs import find_runs, summarize
+from pomscale.base.jsonl import JsonLines
 from pomscale.benchmarks.report import BenchReport
-from pomscale.distributed.generation import Generation
-from pomscale.monitoring.jsonl import JsonLines
-from pomscale.monitoring.names import METRICS, WALL_TIME, goodput_share
-from pomscale.run_folder import write_outcome
+from pomscale.runs.metric_names import METRICS, WALL_TIME, goodput_share
+from pomscale.runs.outcome import write_outcome
+from pomscale.runs.starts import Generation
 
 _WANTED_S = 1.0
 _NUM_STARTS, _NUM_TURNS = 4, 5
@@ -44,7 +44,7 @@ def bench_runs(*, num_runs: int, num_rows: int) -> BenchReport:
         begin_s = time.perf_counter()
         summarize(find_runs(folder))
         report.add("of that, reading the folders", seconds=time.perf_counter() - begin_s)
-        start_up = [_seconds([sys.executable, "-c", "import launch.run_table"]) for _ in range(_NUM_TURNS)]
+        start_up = [_seconds([sys.executable, "-c", "import launch.status.table"]) for _ in range(_NUM_TURNS)]
         report.add("of that, Python and imports", seconds=statistics.median(start_up))
     report.judge(f"seconds for {num_runs} runs", statistics.median(commands), _WANTED_S, at_least=False)
     return report

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipelines.common.encode import encode
+from data_pipelines.encode.encode import encode
 from pomscale.config.schema import EncodeRecipe
 
 _NUM_PICTURES = 2048

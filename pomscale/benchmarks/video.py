@@ -23,9 +23,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from pomscale.base.condition import Text
+from pomscale.base.errors import PomscaleError
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.storage_tracker import StorageTracker, step_peak_bytes
-from pomscale.condition import Text
 from pomscale.config.hardware import peak_flops
 from pomscale.config.model import VideoModelConfig
 from pomscale.config.schema import TrainRecipe
@@ -35,10 +36,9 @@ from pomscale.diffusion.sequential import SequentialSampler
 from pomscale.distributed.activation_checkpointing import checkpoint_blocks
 from pomscale.distributed.world import World, join_world, resolve_device
 from pomscale.engine import build_engine
-from pomscale.errors import PomscaleError
 from pomscale.models import MixerState, VDiPoM, init_weights, make_model
 from pomscale.models.video import VideoBlock
-from pomscale.monitoring.report_plots import COLORS
+from pomscale.monitoring.report.plots import COLORS
 from pomscale.ops.pom import BlockCausal, Mask, dense_mask
 from pomscale.plan import training_flops
 

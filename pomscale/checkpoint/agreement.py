@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from pomscale.errors import PomscaleError
+from pomscale.base.errors import PomscaleError
 
 T = TypeVar("T")
 

@@ -11,9 +11,9 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from pomscale.base.errors import PomscaleError
+from pomscale.base.files import write_text
 from pomscale.config.engine import CheckpointConfig
-from pomscale.errors import PomscaleError
-from pomscale.files import write_text
 
 JUDGED = "judged.json"
 

@@ -32,8 +32,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from pomscale.base.errors import InputError, PomscaleError
 from pomscale.checkpoint.agreement import on_all_ranks, on_main_rank
-from pomscale.checkpoint.folder import (
+from pomscale.checkpoint.retention import expendable, read_judged, write_judged
+from pomscale.checkpoint.staging import CopyPlanner, HostCopy, leaves
+from pomscale.checkpoint.summed_writer import SummedWriter
+from pomscale.config.engine import CheckpointConfig
+from pomscale.runs.checkpoint_folder import (
     META,
     begin,
     commit,
@@ -47,13 +52,8 @@ from pomscale.checkpoint.folder import (
     samples_of,
     set_aside,
 )
-from pomscale.checkpoint.integrity import MARKER, Checksum, find_damage, find_damage_of, seal
-from pomscale.checkpoint.retention import expendable, read_judged, write_judged
-from pomscale.checkpoint.staging import CopyPlanner, HostCopy, leaves
-from pomscale.checkpoint.summed_writer import SummedWriter
-from pomscale.config.engine import CheckpointConfig
-from pomscale.distributed.generation import Generation, Superseded
-from pomscale.errors import InputError, PomscaleError
+from pomscale.runs.integrity import MARKER, Checksum, find_damage, find_damage_of, seal
+from pomscale.runs.starts import Generation, Superseded
 
 # A rank that is gone breaks the connection; of one that is slow, only the watchdog may say that it hangs.
 _LONGEST_SAVE = timedelta(hours=6)

@@ -12,7 +12,7 @@ from typing import cast
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from pomscale.checkpoint.integrity import Checksum, SummedFile
+from pomscale.runs.integrity import Checksum, SummedFile
 
 
 class SummedWriter(FileSystemWriter):

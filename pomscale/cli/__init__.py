@@ -13,9 +13,9 @@ import sys
 import traceback
 
 from pomscale import __version__
+from pomscale.base.errors import PomscaleError
 from pomscale.cli import bench, data, jobs, launch, models, runs
 from pomscale.cli.arguments import unknown_words
-from pomscale.errors import PomscaleError
 
 
 def main(arguments: list[str] | None = None) -> None:

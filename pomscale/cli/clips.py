@@ -8,15 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from pomscale.base.errors import InputError
 from pomscale.cli.arguments import positive
-from pomscale.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from pomscale.filming import Filmed, Films, Take
-    from pomscale.pretrained import PretrainedVDiPoM
+    from pomscale.pretrained.load import PretrainedVDiPoM
+    from pomscale.sampling.clips import Filmed, Films, Take
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -74,7 +74,7 @@ def given(arguments: argparse.Namespace, names: tuple[str, ...]) -> str:
 def sample(arguments: argparse.Namespace, model: PretrainedVDiPoM) -> int:
     """`pomscale sample` of clips."""
     from pomscale.distributed.stop import EXIT_STOPPED, StopRequest
-    from pomscale.filming import Films
+    from pomscale.sampling.clips import Films
 
     if arguments.classes is not None:
         raise InputError(
@@ -102,7 +102,7 @@ def _begin(
     arguments: argparse.Namespace, model: PretrainedVDiPoM, films: Films, stopping: Callable[[], bool]
 ) -> tuple[int, Filmed]:
     """Frames that were asked for, and what was made."""
-    from pomscale.filming import Take, clip_codec, film_clips, num_latent_frames
+    from pomscale.sampling.clips import Take, clip_codec, film_clips, num_latent_frames
 
     defaults = model.card.sampling
     num_each = arguments.num or defaults.num_each
@@ -125,7 +125,7 @@ def _continue(
     arguments: argparse.Namespace, model: PretrainedVDiPoM, films: Films, stopping: Callable[[], bool]
 ) -> tuple[int, Filmed]:
     """As `_begin`."""
-    from pomscale.filming import continue_clips
+    from pomscale.sampling.clips import continue_clips
 
     if options := given(arguments, _ANSWERED):
         raise InputError(f"{options}: not with --continue, whose state says that already")
@@ -165,8 +165,8 @@ def _read_start(path: Path, model: PretrainedVDiPoM, take: Take) -> Tensor:
     """(1 1|3 f H W) in [0, 1]: a picture (f = 1), or as much of a clip as the model can begin with."""
     import torch
 
-    from data_pipelines.common.media import UnreadableMediaError
-    from pomscale.filming import clip_codec, pixel_size
+    from pomscale.media.shapes import UnreadableMediaError
+    from pomscale.sampling.clips import clip_codec, pixel_size
 
     height, width = pixel_size(model, take.size)
     channels = clip_codec(model).num_channels_in
@@ -174,7 +174,7 @@ def _read_start(path: Path, model: PretrainedVDiPoM, take: Take) -> Tensor:
     try:
         with path.open("rb") as file:
             if is_picture:
-                from data_pipelines.images.transform import decode_picture, fit_picture
+                from pomscale.media.pictures import decode_picture, fit_picture
 
                 frames = fit_picture(decode_picture(file, channels).image, (height, width), "area")[None]
             else:
@@ -191,10 +191,10 @@ def _read_clip(
     path: Path, file: BinaryIO, model: PretrainedVDiPoM, take: Take, size: tuple[int, int], channels: int
 ) -> np.ndarray:
     """(f h w channels) uint8 at the model's frame rate. Warns if it is not the whole clip."""
-    from data_pipelines.videos.clip import decode_clip
-    from pomscale.card import DEFAULT_FPS
-    from pomscale.filming import start_frames
-    from pomscale.monitoring.text import warn
+    from pomscale.base.console import warn
+    from pomscale.media.clips import decode_clip
+    from pomscale.pretrained.card import DEFAULT_FPS
+    from pomscale.sampling.clips import start_frames
 
     numbers, fps = start_frames(model, take.num_frames), model.card.fps or DEFAULT_FPS
     clip = decode_clip(file, [(number, *size) for number in numbers], fps, "area", channels)

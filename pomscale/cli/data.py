@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pomscale.base.errors import InputError
+from pomscale.base.imports import large_imports
 from pomscale.cli.arguments import add_recipe, positive
-from pomscale.errors import InputError
-from pomscale.importing import large_imports
 
 
 def add(verbs: Any) -> None:
@@ -57,7 +57,7 @@ def add(verbs: Any) -> None:
 
 
 def _encode(arguments: argparse.Namespace) -> int:
-    from pomscale.config.recipe import load_encode_recipe
+    from pomscale.config.load import load_encode_recipe
 
     recipe = load_encode_recipe(arguments.recipe, arguments.overrides)
 
@@ -66,9 +66,9 @@ def _encode(arguments: argparse.Namespace) -> int:
     request = StopRequest(nothing_to_save=True)  # before torch, so that no signal finds nobody there
 
     with large_imports():
-        from data_pipelines.common.dry_run import describe
-        from data_pipelines.common.encode import encode
-        from data_pipelines.common.tasks import this_task
+        from data_pipelines.encode.dry_run import describe
+        from data_pipelines.encode.encode import encode
+        from data_pipelines.encode.tasks import this_task
 
     task = this_task(arguments.task)
     if arguments.dry_run:
@@ -85,7 +85,7 @@ def _encode(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from data_pipelines.common.verify import verify
+    from data_pipelines.check.verify import verify
 
     report = verify(arguments.dataset, num_workers=arguments.num_workers)
     print(report)
@@ -93,7 +93,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _repair(arguments: argparse.Namespace) -> int:
-    from data_pipelines.common.repair import repair
+    from data_pipelines.check.repair import repair
 
     report = repair(arguments.dataset, arguments.overrides, num_workers=arguments.num_workers)
     print(report)
@@ -101,19 +101,19 @@ def _repair(arguments: argparse.Namespace) -> int:
 
 
 def _stats(arguments: argparse.Namespace) -> int:
-    from data_pipelines.common.stats import stats
+    from data_pipelines.inspect.stats import stats
 
     report = stats(arguments.dataset, num_workers=arguments.num_workers)
     print(report)
     if arguments.out:
-        from data_pipelines.common.stats_picture import draw_stats  # matplotlib, a second
+        from data_pipelines.inspect.stats_picture import draw_stats  # matplotlib, a second
 
         draw_stats(report, arguments.out)
     return report.exit_code
 
 
 def _split(arguments: argparse.Namespace) -> int:
-    from data_pipelines.common.split import split
+    from data_pipelines.derive.split import split
 
     parts = parse_shares(arguments.parts)
     print(split(arguments.dataset, parts, seed=arguments.seed, num_workers=arguments.num_workers))
@@ -136,14 +136,14 @@ def parse_shares(words: list[str]) -> dict[str | Path, float]:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from data_pipelines.common.merge import merge
+    from data_pipelines.derive.merge import merge
 
     print(merge(arguments.datasets, arguments.out, num_workers=arguments.num_workers))
     return 0
 
 
 def _join(arguments: argparse.Namespace) -> int:
-    from data_pipelines.common.join import join
+    from data_pipelines.derive.join import join
 
     report = join(arguments.dataset, arguments.companion)
     print(report)
@@ -151,7 +151,7 @@ def _join(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from data_pipelines.common.info import info
+    from data_pipelines.inspect.info import info
 
     print(info(arguments.dataset))
     return 0
@@ -159,9 +159,9 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     with large_imports():
-        from data_pipelines.common.show import show
+        from data_pipelines.inspect.show import show
         from pomscale.codecs import build_codec
-        from pomscale.data.schema import read_manifest
+        from pomscale.shards.schema import read_manifest
 
     made_with = read_manifest(arguments.dataset).codec
     codec = None if made_with is None else build_codec(made_with.config)

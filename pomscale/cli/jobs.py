@@ -98,7 +98,7 @@ def _rank(text: str) -> int | None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from launch.run_table import as_json, as_table, list_runs
+    from launch.status.table import as_json, as_table, list_runs
 
     found = list_runs(arguments.folders, [word for word in arguments.state.split(",") if word])
     if found.problem:
@@ -108,16 +108,16 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from launch.run_status import status
-    from launch.runs import resolve_run
+    from launch.status.overview import status
+    from launch.status.runs import resolve_run
 
     print(status(resolve_run(arguments.run_folder)))
     return 0
 
 
 def _logs(arguments: argparse.Namespace) -> int:
-    from launch.run_logs import show_logs, where_logs_are
-    from launch.runs import resolve_run
+    from launch.status.logs import show_logs, where_logs_are
+    from launch.status.runs import resolve_run
 
     home = resolve_run(arguments.run_folder)
     try:
@@ -137,16 +137,16 @@ def _logs(arguments: argparse.Namespace) -> int:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from launch.run_diff import diff
-    from launch.runs import resolve_run
+    from launch.status.diff import diff
+    from launch.status.runs import resolve_run
 
     print(diff(resolve_run(arguments.run_a), resolve_run(arguments.run_b)))
     return 0
 
 
 def _cancel(arguments: argparse.Namespace) -> int:
-    from launch.run_control import cancel
-    from launch.runs import resolve_run
+    from launch.status.runs import resolve_run
+    from launch.submission.control import cancel
 
     homes = [resolve_run(word) for word in arguments.run_folders]  # all are known before the first is ended
     all_done = True
@@ -158,16 +158,16 @@ def _cancel(arguments: argparse.Namespace) -> int:
 
 
 def _requeue(arguments: argparse.Namespace) -> int:
-    from launch.run_control import requeue
-    from launch.runs import resolve_run
+    from launch.status.runs import resolve_run
+    from launch.submission.control import requeue
 
     print(requeue(resolve_run(arguments.run_folder), now=arguments.now))
     return 0
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    from launch.run_control import resume
-    from launch.runs import resolve_run
+    from launch.status.runs import resolve_run
+    from launch.submission.control import resume
 
     home = resolve_run(arguments.run_folder)
     job_id = resume(home, num_nodes=arguments.nodes, time_limit=arguments.time)
@@ -176,8 +176,8 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 
 def _sync(arguments: argparse.Namespace) -> int:
-    from launch.run_sync import sync, watch_and_sync
-    from launch.runs import RUNS, find_runs, resolve_run
+    from launch.status.runs import RUNS, find_runs, resolve_run
+    from launch.status.sync import sync, watch_and_sync
 
     def homes() -> dict[Path, str]:
         named = [resolve_run(word) for word in arguments.run_folders]
@@ -194,8 +194,8 @@ def _sync(arguments: argparse.Namespace) -> int:
 
 
 def _watch(arguments: argparse.Namespace) -> int:
-    from launch.runs import RUNS, NoSuchRun, resolve_run
-    from launch.watch import watch
+    from launch.status.runs import RUNS, NoSuchRun, resolve_run
+    from launch.status.watch import watch
 
     word = arguments.run_folder
     try:

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pomscale.base.errors import InputError
 from pomscale.cli.arguments import add_recipe, positive, unknown_words
-from pomscale.errors import InputError
 
 _PROFILE = "name in slurm/clusters, or the path of a YAML file"
 
@@ -53,7 +53,7 @@ def _add_changes(parser: argparse.ArgumentParser) -> None:
 
 
 def _launch(verbs: Mapping[str, argparse.ArgumentParser], arguments: argparse.Namespace) -> int:
-    from launch.launch import Launch, launch
+    from launch.submission.launch import Launch, launch
 
     asked = Launch(
         recipe=arguments.recipe,
@@ -88,7 +88,7 @@ def _check_command(verbs: Mapping[str, argparse.ArgumentParser], words: list[str
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from pomscale.config.recipe import known_clusters, load_cluster
+    from pomscale.config.load import known_clusters, load_cluster
 
     for name, path in known_clusters().items():
         print(f"{name:<16}{load_cluster(path).description}")
@@ -96,8 +96,8 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from launch.cluster_check import check_cluster
-    from pomscale.config.recipe import load_cluster
+    from launch.cluster.check import check_cluster
+    from pomscale.config.load import load_cluster
 
     profile = load_cluster(arguments.profile, arguments.set)
     report = check_cluster(arguments.profile, profile, num_nodes=arguments.nodes)

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pomscale.base.errors import InputError
+from pomscale.base.imports import large_imports
 from pomscale.cli import clips, record, vbench
 from pomscale.cli.arguments import finite, positive, seed
-from pomscale.errors import InputError
-from pomscale.importing import large_imports
 
 _WEIGHTS = "ema (what stands for the model), model (as last trained), or the name of an average"
 
@@ -126,8 +126,8 @@ def _sample(arguments: argparse.Namespace) -> int:
     vbench.refuse(arguments)
 
     with large_imports():
-        from pomscale.drawing import draw_pictures
-        from pomscale.pretrained import PretrainedVDiPoM, load_pretrained
+        from pomscale.pretrained.load import PretrainedVDiPoM, load_pretrained
+        from pomscale.sampling.pictures import draw_pictures
 
     model = load_pretrained(
         arguments.model,
@@ -170,10 +170,10 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
 
 
 def _evaluate_heldout(arguments: argparse.Namespace) -> int:
-    from pomscale.files import check_can_be_written, write_text
+    from pomscale.base.files import check_can_be_written, write_text
 
     with large_imports():
-        from pomscale.measure import measure_heldout
+        from pomscale.evaluation.measure import measure_heldout
 
     if arguments.out:
         check_can_be_written(arguments.out)
@@ -194,7 +194,7 @@ def _evaluate_heldout(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate_digits(arguments: argparse.Namespace) -> int:
-    from pomscale.files import check_can_be_written, write_text
+    from pomscale.base.files import check_can_be_written, write_text
 
     with large_imports():
         from pomscale.evaluation.digits import evaluate_digits
@@ -209,7 +209,7 @@ def _evaluate_digits(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate_moving_digits(arguments: argparse.Namespace) -> int:
-    from pomscale.files import check_can_be_written, write_text
+    from pomscale.base.files import check_can_be_written, write_text
 
     with large_imports():
         from pomscale.evaluation.moving_digits import evaluate_moving_digits
@@ -225,7 +225,7 @@ def _evaluate_moving_digits(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     with large_imports():
-        from pomscale.export import export
+        from pomscale.pretrained.export import export
 
     export(arguments.model, arguments.out, weights=arguments.weights, dtype=arguments.dtype)
     print(f"wrote {arguments.out}")
@@ -234,7 +234,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     with large_imports():
-        from pomscale.homm_import import import_homm
+        from pomscale.pretrained.homm import import_homm
 
     imported = import_homm(
         arguments.file,
@@ -251,7 +251,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
 def _ema(arguments: argparse.Namespace) -> int:
     with large_imports():
-        from pomscale.post_hoc_ema import export_post_hoc
+        from pomscale.pretrained.post_hoc_ema import export_post_hoc
 
     average = export_post_hoc(
         arguments.run_folder,

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pomscale.base.errors import InputError
 from pomscale.cli.arguments import positive
-from pomscale.errors import InputError
 
 
 def add(evaluate_verbs: Any) -> None:
@@ -25,10 +25,10 @@ def add(evaluate_verbs: Any) -> None:
 
 
 def _record(arguments: argparse.Namespace) -> int:
-    from pomscale.checkpoint.folder import remove
-    from pomscale.monitoring.evaluations import IMAGES, VIDEOS, record
-    from pomscale.monitoring.names import evaluation_name
-    from pomscale.monitoring.wandb_sink import deliver_without_training
+    from pomscale.monitoring.wandb.sink import deliver_without_training
+    from pomscale.runs.checkpoint_folder import remove
+    from pomscale.runs.evaluation_log import IMAGES, VIDEOS, record
+    from pomscale.runs.metric_names import evaluation_name
 
     name, figures = arguments.name, read_figures(arguments.figures)
     beside = sorted(arguments.figures.parent.iterdir())

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pomscale.base.imports import large_imports
 from pomscale.cli.arguments import add_recipe, positive
-from pomscale.importing import large_imports
 
 if TYPE_CHECKING:
     from pomscale.config.schema import TrainRecipe
@@ -49,7 +49,7 @@ def _add_config(verbs: Any) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from pomscale.config.recipe import load_train_recipe
+    from pomscale.config.load import load_train_recipe
     from pomscale.config.sweep import check_is_one_run
 
     recipe = load_train_recipe(arguments.recipe, arguments.overrides)  # before torch: a typo is told at once
@@ -59,13 +59,13 @@ def _train(arguments: argparse.Namespace) -> int:
         # Otherwise FSDP2 and the optimizers import it, when they are first called.
         import torch._dynamo  # noqa: F401
 
-        from pomscale.train import train
+        from pomscale.training.run import train
 
     return train(recipe)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from pomscale.config.recipe import load_train_recipe
+    from pomscale.config.load import load_train_recipe
     from pomscale.plan.report import plan, render
 
     recipe = load_train_recipe(arguments.recipe, arguments.overrides)
@@ -83,8 +83,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _dataset_size(recipe: TrainRecipe) -> DatasetSize | None:
     """What the manifests say; None if one is not there yet, or lies behind a URL, which a plan does not wait for."""
-    from pomscale.data.schema import MANIFEST_NAME, read_manifest
     from pomscale.plan.report import DatasetSize
+    from pomscale.shards.schema import MANIFEST_NAME, read_manifest
 
     folders = [Path(component.path) for component in recipe.data.components]
     if not all((folder / MANIFEST_NAME).is_file() for folder in folders):
@@ -95,14 +95,14 @@ def _dataset_size(recipe: TrainRecipe) -> DatasetSize | None:
 
 
 def _config_show(arguments: argparse.Namespace) -> int:
-    from pomscale.config.recipe import dump_recipe, load_recipe
+    from pomscale.config.load import dump_recipe, load_recipe
 
     print(dump_recipe(load_recipe(arguments.recipe, arguments.overrides)), end="")
     return 0
 
 
 def _config_validate(arguments: argparse.Namespace) -> int:
-    from pomscale.config.recipe import RecipeError, load_recipe
+    from pomscale.config.load import RecipeError, load_recipe
 
     problems: list[str] = []
     for recipe in arguments.recipes:
@@ -117,14 +117,14 @@ def _config_validate(arguments: argparse.Namespace) -> int:
 
 
 def _config_schema(arguments: argparse.Namespace) -> int:
-    from pomscale.config.recipe import json_schema
+    from pomscale.config.load import json_schema
 
     print(json.dumps(json_schema(), indent=1))
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from pomscale.monitoring.report import write_report
+    from pomscale.monitoring.report.write import write_report
 
     paths = write_report(arguments.run_folders, arguments.out)
     print(f"wrote {paths.png} and {paths.html}")

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pomscale.base.errors import InputError
+from pomscale.base.imports import large_imports
 from pomscale.cli.arguments import positive
 from pomscale.cli.clips import given
-from pomscale.errors import InputError
-from pomscale.importing import large_imports
 
 _NAME = "vbench"
 
@@ -38,10 +38,10 @@ def refuse(arguments: argparse.Namespace) -> None:
 
 def sample(arguments: argparse.Namespace) -> int:
     """`sample --vbench`."""
-    from data_pipelines.common.tasks import this_task
+    from data_pipelines.encode.tasks import this_task
 
     with large_imports():
-        from pomscale.vbench import film_suite
+        from pomscale.sampling.vbench import film_suite
 
     if arguments.out_dir is None:
         raise InputError("--vbench: name the folder for the videos with --out-dir")
@@ -81,9 +81,9 @@ def add(evaluate_verbs: Any) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from pomscale.evaluation.vbench import read_results
-    from pomscale.monitoring.evaluations import record
-    from pomscale.monitoring.names import evaluation_name
-    from pomscale.monitoring.wandb_sink import deliver_without_training
+    from pomscale.monitoring.wandb.sink import deliver_without_training
+    from pomscale.runs.evaluation_log import record
+    from pomscale.runs.metric_names import evaluation_name
 
     run_folder = arguments.run_folder
     found = read_results(arguments.results)
@@ -97,8 +97,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _samples_of(videos: Path, run_folder: Path) -> int:
     """That the model of the videos had seen. InputError if they are not of this run."""
-    from pomscale.config.recipe import load_train_recipe
-    from pomscale.evaluation.vbench_suite import MANIFEST, read_manifest
+    from pomscale.config.load import load_train_recipe
+    from pomscale.sampling.vbench_suite import MANIFEST, read_manifest
 
     model = read_manifest(videos)["model"]
     if "samples" not in model:

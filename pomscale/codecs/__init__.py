@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 
+from pomscale.base.imports import large_imports
 from pomscale.codecs.base import Codec, TextEncoder
 from pomscale.codecs.pixel import PixelCodec
 from pomscale.config.schema import CodecConfig, PixelCodecConfig, SdVaeCodecConfig, TextEncoderConfig
-from pomscale.importing import large_imports
 
 __all__ = ["Codec", "TextEncoder", "build_codec", "build_text_encoder"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pomscale.errors import InputError
+from pomscale.base.errors import InputError
 
 # CogVideoX decodes so many latent frames at a time, as it was trained to; an odd clip has one more in its first batch.
 COGVIDEOX_BATCH = 2

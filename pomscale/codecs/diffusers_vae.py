@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from pomscale.base.errors import InputError
 from pomscale.config.schema import CogVideoXVaeCodecConfig, SdVaeCodecConfig
-from pomscale.errors import InputError
 
 try:
     from diffusers import AutoencoderKL, AutoencoderKLCogVideoX

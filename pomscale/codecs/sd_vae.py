@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from pomscale.base.errors import InputError
 from pomscale.codecs.diffusers_vae import AutoencoderKL, DiffusersVae
 from pomscale.config.schema import SdVaeCodecConfig
-from pomscale.errors import InputError
 
 
 class SdVaeCodec(DiffusersVae):

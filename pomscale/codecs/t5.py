@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from pomscale.base.errors import InputError
 from pomscale.config.schema import TextEncoderConfig
-from pomscale.errors import InputError
 
 try:
     import transformers

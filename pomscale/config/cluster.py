@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from pomscale.base.errors import InputError
 from pomscale.config.section import PositiveFloat, Section
-from pomscale.errors import InputError
 
 # Not 20:00, which SLURM takes for 20 minutes.
 _TIME_LIMIT = r"^(\d+-\d{1,2}:\d{2}(:\d{2})?|\d{1,3}:\d{2}:\d{2})$"

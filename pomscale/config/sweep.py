@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pomscale.config.recipe import load_train_recipe, read_recipe_source, validate
+from pomscale.config.load import load_train_recipe, read_recipe_source, validate
 from pomscale.config.schema import TrainRecipe
-from pomscale.config.source import RecipeError, RecipeSource
+from pomscale.config.yaml_file import RecipeError, RecipeSource
 
 # What a point is called by, or what makes it a sweep.
 _NOT_SWEPT = {"kind", "name", "output", "sweep"}

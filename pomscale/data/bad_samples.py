@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pomscale.errors import InputError, PomscaleError
+from pomscale.base.errors import InputError, PomscaleError
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pomscale.base.errors import InputError
+from pomscale.base.keyed_random import Stream, keyed_generator, keyed_uniforms
 from pomscale.config.schema import CacheConfig
-from pomscale.data.array_reader import ArrayReader, Faults, Members
 from pomscale.data.bad_samples import BadSample
-from pomscale.data.fetch import remedy
-from pomscale.data.index import NO_LABEL
 from pomscale.data.order import groups
-from pomscale.data.schema import Manifest, Normalization, read_manifest
-from pomscale.data.shard_cache import local_index
-from pomscale.data.text_reader import TextReader
-from pomscale.errors import InputError
-from pomscale.keyed_random import Stream, keyed_generator, keyed_uniforms
+from pomscale.data.readers.arrays import ArrayReader, Faults, Members
+from pomscale.data.readers.texts import TextReader
+from pomscale.data.remote.fetch import remedy
+from pomscale.data.remote.shard_cache import local_index
+from pomscale.shards.index import NO_LABEL
+from pomscale.shards.schema import Manifest, Normalization, read_manifest
 
 # A micro-batch is too short for the vectorised draw to be at its best; the next one needs its neighbours.
 _FLIPS_AT_ONCE = 8192

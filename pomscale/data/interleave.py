@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from pomscale.keyed_random import Stream, keyed_generator
+from pomscale.base.keyed_random import Stream, keyed_generator
 
 PERIOD = 65_536
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torchdata.nodes import BaseNode, Batcher, IterableWrapper, ParallelMapper, PinMemory, Prefetcher, Unbatcher
 
+from pomscale.base.errors import InputError, PomscaleError
 from pomscale.data.bad_samples import BadSample
 from pomscale.data.dataset import Samples
 from pomscale.data.mixture import Mixture
-from pomscale.errors import InputError, PomscaleError
 
 T = TypeVar("T")
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pomscale.base.errors import InputError
 from pomscale.config.schema import DataConfig
 from pomscale.data.dataset import LatentDataset, Samples
 from pomscale.data.mixture_order import MixtureOrder
-from pomscale.data.schema import Manifest, Normalization, check_has_latents, read_manifest
-from pomscale.data.shard_files import check_room
-from pomscale.data.text_reader import TextReader
-from pomscale.errors import InputError
+from pomscale.data.readers.shard_files import check_room
+from pomscale.data.readers.texts import TextReader
+from pomscale.shards.schema import Manifest, Normalization, check_has_latents, read_manifest
 
 _SAME_TEXT = "Encode one of them again with the other's text encoder"
 

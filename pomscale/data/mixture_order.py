@@ -21,7 +21,7 @@ import numpy as np
 
 from pomscale.data.interleave import Interleave
 from pomscale.data.order import SampleOrder, groups
-from pomscale.data.schema import Manifest
+from pomscale.shards.schema import Manifest
 
 
 @dataclass(frozen=True, slots=True)

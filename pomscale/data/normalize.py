@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from pomscale.data.schema import Normalization
+from pomscale.shards.schema import Normalization
 
 
 def normalize(latents: Tensor, normalization: Normalization) -> Tensor:

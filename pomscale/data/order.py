@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pomscale.keyed_random import Stream, keyed_generator
+from pomscale.base.keyed_random import Stream, keyed_generator
 
 # A batch that straddles a window border, read by a few threads, touches this many windows at a time.
 _CACHED_WINDOWS = 4

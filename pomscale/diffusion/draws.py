@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.config.schema import DiffusionConfig, TimeConfig
-from pomscale.keyed_random import Stream, keyed_generator
 
 
 @dataclass

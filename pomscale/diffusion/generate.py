@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pomscale.condition import Condition
+from pomscale.base.condition import Condition
 from pomscale.diffusion.guidance import guided
 from pomscale.diffusion.known import sample_after
 from pomscale.diffusion.loss import Network

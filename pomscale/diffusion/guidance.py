@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pomscale.condition import Condition, join_conditions
+from pomscale.base.condition import Condition, join_conditions
 from pomscale.diffusion.loss import Network
 from pomscale.diffusion.samplers.types import Denoiser
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from pomscale.condition import Condition
+from pomscale.base.condition import Condition
 from pomscale.diffusion.objectives import Objective, interpolate
 
 Network = Callable[[Tensor, Tensor, Condition], Tensor]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pomscale.condition import Condition, device_of
+from pomscale.base.condition import Condition, device_of
+from pomscale.base.keyed_random import Stream
 from pomscale.diffusion.draws import keyed_normal
-from pomscale.keyed_random import Stream
 
 
 def sampling_noise(

@@ -21,7 +21,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from pomscale.condition import Condition, Text
+from pomscale.base.condition import Condition, Text
 from pomscale.diffusion.guidance import guided
 from pomscale.diffusion.known import sample_after
 from pomscale.diffusion.noise import sampling_noise

@@ -25,18 +25,11 @@ from threading import Thread
 import torch
 import torch.distributed as dist
 
-from pomscale.distributed.cluster_facts import (
-    WORLD_FILE,
-    RankFacts,
-    WorldFacts,
-    rank_path,
-    ready_path,
-    signal_path,
-)
+from pomscale.base.errors import PomscaleError
+from pomscale.base.files import make_folder, write_text
 from pomscale.distributed.preflight import all_reduce_speed, preflight, write_speed
 from pomscale.distributed.world import World, join_world, resolve_device
-from pomscale.errors import PomscaleError
-from pomscale.files import make_folder, write_text
+from pomscale.runs.cluster_facts import WORLD_FILE, RankFacts, WorldFacts, rank_path, ready_path, signal_path
 
 _JOIN_S = 120.0
 _SEE_S = 20.0  # a file that takes longer to be seen is never seen

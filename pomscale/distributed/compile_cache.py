@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch.compiler._cache import CacheInfo
 
-from pomscale.errors import PomscaleError
-from pomscale.files import atomic_write
+from pomscale.base.errors import PomscaleError
+from pomscale.base.files import atomic_write
 
 FILE = "compile_cache.bin"
 

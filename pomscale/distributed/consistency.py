@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pomscale.base.errors import PomscaleError
 from pomscale.distributed.flat_shard import local_part
 from pomscale.distributed.world import World
-from pomscale.errors import PomscaleError
 
 _CHUNK = 1 << 22  # elements: checksums need 16 bytes for each
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from pomscale.base.errors import PomscaleError
 from pomscale.distributed.probe import MatmulProbe
 from pomscale.distributed.world import World
-from pomscale.errors import PomscaleError
 
 _SLOW = 0.7  # of the median: slower than this is worth a warning
 _WRITE_CHUNK = 4 << 20

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, NoReturn
 
+from pomscale.base.errors import PomscaleError
 from pomscale.distributed.last_words import last_words
-from pomscale.errors import PomscaleError
 
 _EXIT_HUNG = 1
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pomscale.errors import InputError, PomscaleError
+from pomscale.base.errors import InputError, PomscaleError
 
 T = TypeVar("T")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from pomscale.base.imports import large_imports
 from pomscale.config.schema import TrainRecipe
 from pomscale.distributed.world import World
 from pomscale.engine.protocol import Engine, InitWeights
-from pomscale.importing import large_imports
 
 
 def build_engine(recipe: TrainRecipe, model: nn.Module, init_weights: InitWeights, world: World) -> Engine:

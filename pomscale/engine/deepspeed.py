@@ -22,14 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pomscale.base.errors import InputError
 from pomscale.config.engine import ComputeConfig, DeepSpeedConfig, OptimizerConfig
 from pomscale.distributed.activation_checkpointing import checkpoint_blocks
 from pomscale.distributed.flat_shard import FlatShard
 from pomscale.distributed.world import World
-from pomscale.engine.ema import Ema
-from pomscale.engine.optim import build_optimizer, init_adam_state
+from pomscale.engine.averages import Ema
+from pomscale.engine.optimizers import build_optimizer, init_adam_state
 from pomscale.engine.protocol import InitWeights, MicroBatch, Replicas, ShardableModel
-from pomscale.errors import InputError
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no GPU

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from pomscale.base.errors import PomscaleError
 from pomscale.config.engine import FaultsConfig
-from pomscale.errors import PomscaleError
 
 Verdict = Literal["ok", "skip", "rollback"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from pomscale.base.errors import InputError
 from pomscale.engine.protocol import ShardableModel
-from pomscale.errors import InputError
 
 try:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training

@@ -22,8 +22,8 @@ from pomscale.config.engine import ComputeConfig, Fsdp2Config, OptimizerConfig
 from pomscale.distributed.activation_checkpointing import checkpoint_blocks
 from pomscale.distributed.flat_shard import local_part
 from pomscale.distributed.world import World
-from pomscale.engine.ema import Ema
-from pomscale.engine.optim import build_optimizer
+from pomscale.engine.averages import Ema
+from pomscale.engine.optimizers import build_optimizer
 from pomscale.engine.protocol import InitWeights, MicroBatch, Replicas, ShardableModel
 
 

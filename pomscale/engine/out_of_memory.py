@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import psutil
 import torch
 
+from pomscale.base.errors import PomscaleError
 from pomscale.config.schema import TrainRecipe
-from pomscale.errors import PomscaleError
 
 _GIB = 2**30
 _CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.metrics import pairwise_distances
 from sklearn.svm import SVC
 
-from pomscale.errors import InputError
+from pomscale.base.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,6 @@ def _read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Pictures (n, pixels) float64 in [0, 1] and labels (n,) of a class folder."""
     files = sorted(folder.glob("*/*.png"))
     if not files:
-        raise InputError(f"{folder}: no class folders of PNGs here; write them: python -m data_pipelines.images.digits")
+        raise InputError(f"{folder}: no class folders of PNGs here; write them: python -m data_pipelines.demos.digits")
     pictures = np.stack([np.asarray(Image.open(file)).ravel() for file in files]) / 255.0
     return pictures, np.array([int(file.parent.name) for file in files])

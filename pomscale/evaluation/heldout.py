@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pomscale.condition import Condition, map_condition
+from pomscale.base.condition import Condition, map_condition
+from pomscale.base.errors import InputError
+from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.config.schema import ValidationConfig
 from pomscale.diffusion.draws import keyed_normal
 from pomscale.diffusion.loss import Network, per_sample_loss
 from pomscale.diffusion.objectives import Objective
 from pomscale.distributed.world import World
-from pomscale.errors import InputError
-from pomscale.keyed_random import Stream, keyed_generator
 
 ReadRecords = Callable[[list[int]], tuple[Tensor, Condition, Tensor]]
 """Places in the held-out set, all of one shape -> (normalised latents (b, ...) fp32, condition, weights (b,) fp32), on

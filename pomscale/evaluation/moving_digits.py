@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.svm import SVC
 
-from pomscale.errors import InputError
+from pomscale.base.errors import InputError
 
 try:
     import av
@@ -73,7 +73,7 @@ class MovingDigitsReport:
 
 
 def evaluate_moving_digits(npz: Path, train_folder: Path, heldout_folder: Path) -> MovingDigitsReport:
-    """npz: as written by `pomscale sample --npz`. The folders: data_pipelines.videos.moving_digits writes them.
+    """npz: as written by `pomscale sample --npz`. The folders: data_pipelines.demos.moving_digits writes them.
 
     Raises InputError if a file is missing, or clips and captions are not of moving digits on canvases of one size.
     """
@@ -166,7 +166,7 @@ def _read_folder(folder: Path, canvas: tuple[int, int]) -> tuple[np.ndarray, lis
     """Clips (n, f, h, w) in [0, 1] on a canvas (h, w), and their captions."""
     files = sorted(folder.glob("*.mp4"))[:_MAX_REAL]
     if not files:
-        raise InputError(f"{folder}: no clips here; write them: python -m data_pipelines.videos.moving_digits")
+        raise InputError(f"{folder}: no clips here; write them: python -m data_pipelines.demos.moving_digits")
     clips = np.stack([_read_clip(file, canvas) for file in files])
     return clips, [file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pomscale.errors import InputError
+from pomscale.base.errors import InputError
 
 VIDEOS_PER_PROMPT = 5
 

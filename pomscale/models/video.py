@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pomscale.condition import Text
+from pomscale.base.condition import Text
 from pomscale.config.model import VideoModelConfig
 from pomscale.layers import (
     Attention,

@@ -13,11 +13,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from pomscale.base.console import format_duration
 from pomscale.config.monitoring import AlertsConfig
-from pomscale.monitoring.ledger import Ledger
 from pomscale.monitoring.monitor import Monitor
 from pomscale.monitoring.sinks import Level
-from pomscale.monitoring.text import format_duration
+from pomscale.runs.ledger import Ledger
 
 _QUIET_S = 3600.0  # an alert of one kind, then none of that kind for so long
 _LEAST_ROWS = 5  # whose median says how long a step takes

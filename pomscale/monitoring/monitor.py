@@ -11,10 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pomscale.base.background import CLOSE_TIMEOUT_S, Background
 from pomscale.config.monitoring import MonitoringConfig
-from pomscale.monitoring.background import CLOSE_TIMEOUT_S, Background
 from pomscale.monitoring.sinks import ConsoleSink, JsonlSink, Level, MetricSink
-from pomscale.monitoring.wandb_sink import WandbSink
+from pomscale.monitoring.wandb.sink import WandbSink
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol, TextIO
 
-from pomscale.monitoring.jsonl import JsonLines
-from pomscale.monitoring.text import format_count, format_duration
+from pomscale.base.console import format_count, format_duration
+from pomscale.base.jsonl import JsonLines
 
 METRICS_FILE = "metrics.jsonl"
 

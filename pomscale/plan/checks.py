@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from pomscale.base.errors import InputError
 from pomscale.config.hardware import Gpu
 from pomscale.config.schema import TrainRecipe
-from pomscale.errors import InputError
 
 
 def check_layout(recipe: TrainRecipe, num_ranks: int) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from pomscale.base.errors import InputError, PomscaleError
 from pomscale.data.bad_samples import BadSample, BadSampleList
-from pomscale.errors import InputError, PomscaleError
 
 
 def bad(record: int, dataset: str = "d", location: str = "d") -> BadSample:

@@ -15,11 +15,10 @@ import pytest
 
 av = pytest.importorskip("av")
 
-from make_video import numbered_frame, read_number, write_video  # noqa: E402
-
-from data_pipelines.common.media import UnreadableMediaError  # noqa: E402
-from data_pipelines.videos.clip import DecodedClip, decode_clip  # noqa: E402
-from pomscale.errors import InputError  # noqa: E402
+from pomscale.base.errors import InputError  # noqa: E402
+from pomscale.media.clips import DecodedClip, decode_clip  # noqa: E402
+from pomscale.media.shapes import UnreadableMediaError  # noqa: E402
+from support.make_video import numbered_frame, read_number, write_video  # noqa: E402
 
 TARGET = (16, 60, 96)  # one second at 16 fps
 
@@ -319,7 +318,7 @@ def test_many_threads_decode_what_one_does(tmp_path: Path) -> None:
 
 
 def test_without_pyav_the_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "data_pipelines.videos.clip")
+    monkeypatch.delitem(sys.modules, "pomscale.media.clips")
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(InputError, match=r"clips need the package av: .*pip install -e '\.\[video\]'"):
-        importlib.import_module("data_pipelines.videos.clip")
+        importlib.import_module("pomscale.media.clips")

@@ -8,23 +8,23 @@ from functools import partial
 
 import pytest
 import torch
-from synthetic_dataset import TEXT_DIM, write_dataset
 
-from launch.checks import check_training_data
-from pomscale.batches import TrainBatch, draw_batch, share_of_loss
-from pomscale.condition import Condition, Text
+from launch.submission.checks import check_training_data
+from pomscale.base.condition import Condition, Text
+from pomscale.base.errors import InputError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.model import VideoModelConfig
 from pomscale.config.schema import TrainRecipe, ValidationConfig
 from pomscale.data.loader import Loader
 from pomscale.data.mixture import Mixture
-from pomscale.data.schema import check_compatible, check_text
 from pomscale.diffusion.objectives import FlowMatching
 from pomscale.distributed.world import join_world
-from pomscale.errors import InputError
 from pomscale.evaluation.heldout import heldout_loss
-from pomscale.events import read_in_order, shape_sizes
 from pomscale.models import VDiPoM, init_weights
+from pomscale.shards.schema import check_compatible, check_text
+from pomscale.training.loss import TrainBatch, draw_batch, share_of_loss
+from pomscale.training.periodic import read_in_order, shape_sizes
+from support.synthetic_dataset import TEXT_DIM, write_dataset
 
 GLOBAL_BATCH = 6
 LONG, WIDE, TALL = (4, 6, 2, 2), (4, 4, 2, 4), (4, 4, 4, 2)

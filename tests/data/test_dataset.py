@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from damage import HEADER_BYTES, change_row, fix_checksum, flip_bit, overwrite
-from synthetic_dataset import LATENT_SHAPE, TEXT_DIM, change_manifest, replace_index, write_dataset
 
+from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.schema import CacheConfig
 from pomscale.data.dataset import LatentDataset, Samples
-from pomscale.data.index import index_dtype
-from pomscale.data.join import join_path, open_join
 from pomscale.data.normalize import normalize
-from pomscale.data.schema import INDEX_NAME, ArrayName, Normalization, read_manifest
-from pomscale.errors import InputError, PomscaleError
+from pomscale.shards.index import index_dtype
+from pomscale.shards.join import join_path, open_join
+from pomscale.shards.schema import INDEX_NAME, ArrayName, Normalization, read_manifest
+from support.damage import HEADER_BYTES, change_row, fix_checksum, flip_bit, overwrite
+from support.synthetic_dataset import LATENT_SHAPE, TEXT_DIM, change_manifest, replace_index, write_dataset
 
 
 def read(dataset: LatentDataset, records: list[int], flip: float = 0.0) -> Samples:

@@ -15,22 +15,22 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from encoding import contents, only, read_all, shard_members
 from PIL import Image
-from tiny_models import save_vae
 
-from data_pipelines.common.dry_run import describe
-from data_pipelines.common.encode import encode
-from data_pipelines.common.part_writer import PartWriter
-from data_pipelines.common.parts import PartStore
-from data_pipelines.common.shards import Record
-from data_pipelines.common.verify import verify
-from data_pipelines.images.transform import decode_picture, fit_picture
+from data_pipelines.check.verify import verify
+from data_pipelines.encode.dry_run import describe
+from data_pipelines.encode.encode import encode
+from data_pipelines.shards.part_writer import PartWriter
+from data_pipelines.shards.parts import PartStore
+from data_pipelines.shards.writer import Record
+from pomscale.base.errors import InputError, PomscaleError
 from pomscale.codecs import build_codec
 from pomscale.codecs.pixel import PixelCodec
 from pomscale.config.schema import EncodeRecipe
-from pomscale.data.schema import FAILURES_NAME, MANIFEST_NAME, read_manifest
-from pomscale.errors import InputError, PomscaleError
+from pomscale.media.pictures import decode_picture, fit_picture
+from pomscale.shards.schema import FAILURES_NAME, MANIFEST_NAME, read_manifest
+from support.encoding import contents, only, read_all, shard_members
+from support.tiny_models import save_vae
 
 MakeRecipe = Callable[..., EncodeRecipe]
 

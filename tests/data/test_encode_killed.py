@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoding import contents, only
 from PIL import Image
 
-from data_pipelines.common.encode import encode
+from data_pipelines.encode.encode import encode
 from pomscale.config.schema import EncodeRecipe
-from pomscale.data.schema import MANIFEST_NAME
+from pomscale.shards.schema import MANIFEST_NAME
+from support.encoding import contents, only
 
 NUM_KILLS = 30
 NUM_PARTS = 300
@@ -26,8 +26,8 @@ NUM_PARTS = 300
 # Where others slowed the undisturbed one down, or the one who kills comes late, an encode kills itself before that.
 KILL_AGAIN_AND_AGAIN = """
 import os, random, signal, sys, time
-from data_pipelines.common.encode import encode
-from data_pipelines.common.parts import PARTS_FOLDER, PartStore
+from data_pipelines.encode.encode import encode
+from data_pipelines.shards.parts import PARTS_FOLDER, PartStore
 from pathlib import Path
 from pomscale.config.schema import EncodeRecipe
 recipe = EncodeRecipe.model_validate_json(sys.argv[1])

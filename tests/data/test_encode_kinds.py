@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from encoding import contents, only, read_all, shard_members
-from make_video import numbered_frame, write_video
 from PIL import Image
-from tiny_models import save_t5, save_vae, save_video_vae
 
-from data_pipelines.common.dry_run import describe
-from data_pipelines.common.encode import encode
-from data_pipelines.common.verify import verify
+from data_pipelines.check.verify import verify
+from data_pipelines.encode.dry_run import describe
+from data_pipelines.encode.encode import encode
 from pomscale.codecs import build_codec, build_text_encoder
 from pomscale.config.schema import EncodeRecipe
-from pomscale.data.schema import FAILURES_NAME, read_manifest
+from pomscale.shards.schema import FAILURES_NAME, read_manifest
+from support.encoding import contents, only, read_all, shard_members
+from support.make_video import numbered_frame, write_video
+from support.tiny_models import save_t5, save_vae, save_video_vae
 
 MakeRecipe = Callable[..., EncodeRecipe]
 
@@ -293,8 +293,8 @@ def test_an_item_that_fails_in_several_sizes_is_one_item(
 def test_a_batch_that_does_not_fit_is_told(
     pictures: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from pomscale.base.errors import PomscaleError  # noqa: PLC0415
     from pomscale.codecs.pixel import PixelCodec  # noqa: PLC0415
-    from pomscale.errors import PomscaleError  # noqa: PLC0415
 
     def too_large(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")

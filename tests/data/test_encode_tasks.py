@@ -12,18 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from encoding import contents, only
 from PIL import Image
 
-from data_pipelines.common.encode import encode
-from data_pipelines.common.parts import Claims
-from data_pipelines.common.tasks import Task, this_task
-from data_pipelines.common.verify import verify
+from data_pipelines.check.verify import verify
+from data_pipelines.encode.encode import encode
+from data_pipelines.encode.tasks import Task, this_task
+from data_pipelines.shards.parts import Claims
+from pomscale.base.errors import InputError
 from pomscale.config.schema import EncodeRecipe
-from pomscale.data.schema import MANIFEST_NAME
-from pomscale.errors import InputError
 from pomscale.monitoring import monitor as monitor_module
-from pomscale.monitoring import wandb_run
+from pomscale.monitoring.wandb import run as wandb_run
+from pomscale.shards.schema import MANIFEST_NAME
+from support.encoding import contents, only
 
 MakeRecipe = Callable[..., EncodeRecipe]
 
@@ -33,7 +33,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 HOLDER = """
 import sys
 from pathlib import Path
-from data_pipelines.common.parts import Claims
+from data_pipelines.shards.parts import Claims
 with Claims(Path(sys.argv[1]), several=True) as claims:
     assert claims.claim(int(sys.argv[2]))
     print("held", flush=True)
@@ -44,7 +44,7 @@ with Claims(Path(sys.argv[1]), several=True) as claims:
 # The command, on a machine on which no commit takes less than a quarter of a second.
 UNHURRIED = """
 import sys, time
-from data_pipelines.common.parts import PartStore
+from data_pipelines.shards.parts import PartStore
 from pomscale.cli import main
 commit = PartStore.commit
 def commit_late(*arguments):

@@ -10,13 +10,13 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from data_pipelines.common.items import ItemTable
-from data_pipelines.common.source import Item, Source, SourceChangedError
+from data_pipelines.encode.items import ItemTable
 from data_pipelines.sources import build_source, fs
 from data_pipelines.sources.keys import checked_key
 from data_pipelines.sources.sorting import sorted_on_disk
+from data_pipelines.sources.source import Item, Source, SourceChangedError
+from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.schema import ImageFolderConfig, VideoFolderConfig
-from pomscale.errors import InputError, PomscaleError
 
 
 def touch(path: Path, content: bytes = b"x") -> None:

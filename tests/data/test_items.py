@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.common import items as items_module
-from data_pipelines.common.items import ItemTable, share_table
-from data_pipelines.common.source import Item
-from pomscale.data.index import key_hash
-from pomscale.errors import InputError, PomscaleError
+from data_pipelines.encode import items as items_module
+from data_pipelines.encode.items import ItemTable, share_table
+from data_pipelines.sources.source import Item
+from pomscale.base.errors import InputError, PomscaleError
+from pomscale.shards.index import key_hash
+from support.paths import TESTS
 
 
 @dataclass
@@ -163,10 +164,10 @@ def test_a_disk_that_fails_is_no_reason_to_list_anew(tmp_path: Path, monkeypatch
 def test_what_a_killed_listing_left_is_removed(tmp_path: Path) -> None:
     script = f"""
 import os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(Path(__file__).parent), str(TESTS)]!r}
 from pathlib import Path
 from test_items import ListedSource, some_items
-from data_pipelines.common.items import ItemTable
+from data_pipelines.encode.items import ItemTable
 
 class Killed(ListedSource):
     def scan(self):
@@ -210,8 +211,8 @@ def test_a_table_is_shared_also_where_there_are_no_links(
 _MEASURE = """
 import sys, threading
 from pathlib import Path
-from data_pipelines.common.dealing import Dealing
-from data_pipelines.common.items import ItemTable
+from data_pipelines.encode.dealing import Dealing
+from data_pipelines.encode.items import ItemTable
 from data_pipelines.sources import build_source
 from pomscale.config.schema import TableSourceConfig
 

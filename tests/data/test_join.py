@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_dataset import replace_index, write_dataset
 
-from data_pipelines.common import keys
-from data_pipelines.common.join import join
-from pomscale.data.join import NO_ROW, open_join
-from pomscale.data.schema import INDEX_NAME, read_manifest
-from pomscale.errors import InputError, PomscaleError
+from data_pipelines.derive.join import join
+from data_pipelines.shards import keys
+from pomscale.base.errors import InputError, PomscaleError
+from pomscale.shards.join import NO_ROW, open_join
+from pomscale.shards.schema import INDEX_NAME, read_manifest
+from support.synthetic_dataset import replace_index, write_dataset
 
 
 def opened(main: Path, companion: Path) -> np.ndarray | None:

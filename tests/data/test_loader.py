@@ -13,21 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from damage import flip_bit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from running import wait_until
-from synthetic_dataset import LATENT_SHAPE, write_dataset
 
+from pomscale.base.errors import InputError
 from pomscale.config.schema import CacheConfig
-from pomscale.data import shard_files
 from pomscale.data.dataset import LatentDataset
-from pomscale.data.fetch import DatasetFile, fetch
 from pomscale.data.loader import Loader, MicroBatch, micro_batch_positions, num_micro_batches
 from pomscale.data.mixture import Mixture
 from pomscale.data.order import SampleOrder
-from pomscale.data.schema import Normalization
-from pomscale.errors import InputError
+from pomscale.data.readers import shard_files
+from pomscale.data.remote.fetch import DatasetFile, fetch
+from pomscale.shards.schema import Normalization
+from support.damage import flip_bit
+from support.running import wait_until
+from support.synthetic_dataset import LATENT_SHAPE, write_dataset
 
 SHARD_SIZES = [10, 17, 10]
 NUM_RECORDS = sum(SHARD_SIZES)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.common.encode import encode
-from data_pipelines.common.merge import merge
-from data_pipelines.common.repair import repair
-from data_pipelines.common.split import split
-from data_pipelines.common.verify import verify
+from data_pipelines.check.repair import repair
+from data_pipelines.check.verify import verify
+from data_pipelines.derive.merge import merge
+from data_pipelines.derive.split import split
+from data_pipelines.encode.encode import encode
 from pomscale.config.schema import EncodeRecipe
-from pomscale.data.schema import FAILURES_NAME, MANIFEST_NAME, read_manifest
+from pomscale.shards.schema import FAILURES_NAME, MANIFEST_NAME, read_manifest
 
 MakeRecipe = Callable[..., EncodeRecipe]
 NUM_BAD = 2
@@ -85,7 +85,7 @@ def test_a_task_is_judged_by_its_own_items_until_the_set_is_there(bad_pictures: 
     """Another process holds part 0: the task leaves it, and cannot know what will fail in it."""
     recipe = make_recipe(bad_pictures, max_skipped=NUM_BAD - 1, shard_samples=1)
     holder = (
-        "import sys; from pathlib import Path; from data_pipelines.common.parts import Claims\n"
+        "import sys; from pathlib import Path; from data_pipelines.shards.parts import Claims\n"
         f"with Claims(Path({str(Path(recipe.output) / 'parts')!r}), several=True) as claims:\n"
         "    assert claims.claim(0); print('held', flush=True); sys.stdin.read()"
     )

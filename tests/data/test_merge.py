@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_dataset import change_manifest, write_dataset
 
-from data_pipelines.common.keys import equal_keys, sorted_buckets
-from data_pipelines.common.merge import merge
-from data_pipelines.common.repair import repair
-from data_pipelines.common.statistics import ChannelStatistics
-from data_pipelines.common.verify import verify
-from pomscale.data.index import key_hash
-from pomscale.data.schema import INDEX_NAME, read_manifest
-from pomscale.errors import InputError, PomscaleError
+from data_pipelines.check.repair import repair
+from data_pipelines.check.verify import verify
+from data_pipelines.derive.merge import merge
+from data_pipelines.shards.keys import equal_keys, sorted_buckets
+from data_pipelines.shards.statistics import ChannelStatistics
+from pomscale.base.errors import InputError, PomscaleError
+from pomscale.shards.index import key_hash
+from pomscale.shards.schema import INDEX_NAME, read_manifest
+from support.synthetic_dataset import change_manifest, write_dataset
 
 A, B = (4, 2, 3), (4, 3, 2, 2)
 

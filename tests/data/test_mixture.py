@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic_dataset import LATENT_SHAPE, TEXT_DIM, change_manifest, write_dataset
 
+from pomscale.base.errors import InputError
 from pomscale.config.schema import DataConfig
-from pomscale.data.index import index_dtype, to_npy
 from pomscale.data.interleave import PERIOD, Interleave
 from pomscale.data.mixture import Mixture
 from pomscale.data.mixture_order import MixtureOrder
-from pomscale.data.schema import Manifest, Normalization
-from pomscale.errors import InputError
+from pomscale.shards.index import index_dtype, to_npy
+from pomscale.shards.schema import Manifest, Normalization
+from support.synthetic_dataset import LATENT_SHAPE, TEXT_DIM, change_manifest, write_dataset
 
 WIDE, CLIP = (4, 3, 2), (4, 2, 2, 2)
 GLOBAL_BATCH = 8

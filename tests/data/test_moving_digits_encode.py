@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoding import read_all, shard_members
+
+from support.encoding import read_all, shard_members
+from support.paths import RECIPES
 
 pytest.importorskip("sklearn")
 pytest.importorskip("av")
@@ -15,15 +17,15 @@ pytest.importorskip("transformers")
 
 from PIL import Image
 
-from data_pipelines.common.encode import encode
-from data_pipelines.common.verify import verify
-from data_pipelines.text.byte_t5 import write_byte_t5
-from data_pipelines.videos.moving_digits import World, write_moving_digits
+from data_pipelines.check.verify import verify
+from data_pipelines.demos.byte_t5 import write_byte_t5
+from data_pipelines.demos.moving_digits import World, write_moving_digits
+from data_pipelines.encode.encode import encode
 from pomscale.codecs import build_codec
-from pomscale.config.recipe import load_encode_recipe
-from pomscale.data.schema import read_manifest
+from pomscale.config.load import load_encode_recipe
+from pomscale.shards.schema import read_manifest
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "data" / "moving-digits.yaml"
+RECIPE = RECIPES / "data" / "moving-digits.yaml"
 
 
 def test_the_recipe_makes_latents_that_decode_to_the_digits(tmp_path: Path) -> None:

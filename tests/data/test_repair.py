@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.common.encode import encode
-from data_pipelines.common.repair import repair
-from data_pipelines.common.verify import verify
+from data_pipelines.check.repair import repair
+from data_pipelines.check.verify import verify
+from data_pipelines.encode.encode import encode
+from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.schema import EncodeRecipe
-from pomscale.data.schema import INDEX_NAME, MANIFEST_NAME, read_manifest
-from pomscale.errors import InputError, PomscaleError
+from pomscale.shards.schema import INDEX_NAME, MANIFEST_NAME, read_manifest
 
 
 def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from file_server import FileServer
-from synthetic_dataset import write_dataset
 
+from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.schema import CacheConfig
-from pomscale.data.schema import Manifest, read_manifest
-from pomscale.data.shard_cache import ShardCache
-from pomscale.data.shard_files import ShardFiles, open_shard_files
-from pomscale.errors import InputError, PomscaleError
+from pomscale.data.readers.shard_files import ShardFiles, open_shard_files
+from pomscale.data.remote.shard_cache import ShardCache
+from pomscale.shards.schema import Manifest, read_manifest
+from support.file_server import FileServer
+from support.synthetic_dataset import write_dataset
 
 NUM_SHARDS = 6
 
@@ -32,9 +32,9 @@ READER = """
 import hashlib, sys
 from contextlib import closing
 from pomscale.config.schema import CacheConfig
-from pomscale.data.schema import read_manifest
-from pomscale.data.shard_cache import local_index
-from pomscale.data.shard_files import open_shard_files
+from pomscale.shards.schema import read_manifest
+from pomscale.data.remote.shard_cache import local_index
+from pomscale.data.readers.shard_files import open_shard_files
 
 location, cache = sys.argv[1], CacheConfig(path=sys.argv[2])
 manifest = read_manifest(location)

@@ -11,16 +11,16 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from file_server import FileServer
-from running import wait_until
-from synthetic_dataset import write_dataset
 
+from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.schema import CacheConfig
-from pomscale.data import location as location_module
-from pomscale.data.schema import INDEX_NAME, MANIFEST_NAME, read_manifest
-from pomscale.data.shard_cache import local_index
-from pomscale.data.shard_files import ShardFiles, check_room, open_shard_files
-from pomscale.errors import InputError, PomscaleError
+from pomscale.data.readers.shard_files import ShardFiles, check_room, open_shard_files
+from pomscale.data.remote.shard_cache import local_index
+from pomscale.shards import location as location_module
+from pomscale.shards.schema import INDEX_NAME, MANIFEST_NAME, read_manifest
+from support.file_server import FileServer
+from support.running import wait_until
+from support.synthetic_dataset import write_dataset
 
 SHARD_SIZES = (3, 5, 2, 4, 4, 3)
 

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damage import change_row
 from PIL import Image
-from synthetic_dataset import change_manifest, write_dataset
-from tiny_models import save_video_vae
 
-from data_pipelines.common.encode import encode
-from data_pipelines.common.info import info
-from data_pipelines.common.show import show
+from data_pipelines.encode.encode import encode
+from data_pipelines.inspect.info import info
+from data_pipelines.inspect.show import show
+from pomscale.base.errors import InputError, PomscaleError
 from pomscale.codecs import build_codec
 from pomscale.config.schema import CogVideoXVaeCodecConfig, EncodeRecipe, PixelCodecConfig
-from pomscale.data.schema import read_manifest
-from pomscale.errors import InputError, PomscaleError
+from pomscale.shards.schema import read_manifest
+from support.damage import change_row
+from support.synthetic_dataset import change_manifest, write_dataset
+from support.tiny_models import save_video_vae
 
 PIXELS = build_codec(PixelCodecConfig(name="pixel", block=2))
 

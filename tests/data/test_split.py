@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_dataset import change_manifest, replace_index, write_dataset
 
-from data_pipelines.common.split import split
-from data_pipelines.common.stats import stats
-from data_pipelines.common.verify import verify
-from pomscale.data.schema import INDEX_NAME, read_manifest
-from pomscale.errors import InputError, PomscaleError
+from data_pipelines.check.verify import verify
+from data_pipelines.derive.split import split
+from data_pipelines.inspect.stats import stats
+from pomscale.base.errors import InputError, PomscaleError
+from pomscale.shards.schema import INDEX_NAME, read_manifest
+from support.synthetic_dataset import change_manifest, replace_index, write_dataset
 
 A, B = (4, 2, 3), (4, 3, 2, 2)
 

@@ -5,16 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic_dataset import TEXT_DIM, change_manifest, write_dataset
 
-from data_pipelines.common.encode import encode
-from data_pipelines.common.shards import Record, ShardWriter
-from data_pipelines.common.statistics import RunningStatistics
-from data_pipelines.common.stats import stats
-from data_pipelines.common.stats_picture import draw_stats
-from data_pipelines.common.verify import verify
-from pomscale.data.schema import read_manifest
-from pomscale.errors import PomscaleError
+from data_pipelines.check.verify import verify
+from data_pipelines.encode.encode import encode
+from data_pipelines.inspect.stats import stats
+from data_pipelines.inspect.stats_picture import draw_stats
+from data_pipelines.shards.statistics import RunningStatistics
+from data_pipelines.shards.writer import Record, ShardWriter
+from pomscale.base.errors import PomscaleError
+from pomscale.shards.schema import read_manifest
+from support.synthetic_dataset import TEXT_DIM, change_manifest, write_dataset
 
 
 def write_random(folder: Path, moments: bool) -> list[np.ndarray]:

@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFile
 
-from data_pipelines.common.items import ItemTable
-from data_pipelines.common.source import Item, Source, SourceChangedError
+from data_pipelines.encode.items import ItemTable
 from data_pipelines.sources import build_source
+from data_pipelines.sources.source import Item, Source, SourceChangedError
+from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.schema import TableSourceConfig
-from pomscale.errors import InputError, PomscaleError
 
 Rows = Sequence[dict[str, Any]]
 

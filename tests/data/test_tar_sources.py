@@ -15,16 +15,16 @@ import fsspec
 import numpy as np
 import pytest
 import webdataset
-from file_server import FileServer
 from PIL import Image
-from synthetic_dataset import write_dataset
 
-from data_pipelines.common.items import ItemTable
-from data_pipelines.common.source import Item, Source, SourceChangedError
+from data_pipelines.encode.items import ItemTable
 from data_pipelines.sources import build_source
+from data_pipelines.sources.source import Item, Source, SourceChangedError
+from pomscale.base.errors import InputError
 from pomscale.config.schema import LatentsSourceConfig, TarSourceConfig
-from pomscale.data.index import key_hash
-from pomscale.errors import InputError
+from pomscale.shards.index import key_hash
+from support.file_server import FileServer
+from support.synthetic_dataset import write_dataset
 
 
 def tars(path: Path | str | list[str], **options: Any) -> Source:

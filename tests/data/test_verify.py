@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_dataset import change_manifest, replace_index, write_dataset
 
-from data_pipelines.common.items import ItemTable
-from data_pipelines.common.records import TarReader, TarRecord, open_shard
-from data_pipelines.common.verify import verify
+from data_pipelines.check.verify import verify
+from data_pipelines.encode.items import ItemTable
+from data_pipelines.shards.records import TarReader, TarRecord, open_shard
 from data_pipelines.sources import build_source
+from pomscale.base.errors import InputError
 from pomscale.config.schema import ImageFolderConfig
-from pomscale.data.index import NO_LABEL
-from pomscale.data.schema import INDEX_NAME, MANIFEST_NAME, REMEDY, read_manifest
-from pomscale.errors import InputError
+from pomscale.shards.index import NO_LABEL
+from pomscale.shards.schema import INDEX_NAME, MANIFEST_NAME, REMEDY, read_manifest
+from support.synthetic_dataset import change_manifest, replace_index, write_dataset
 
 
 @pytest.fixture

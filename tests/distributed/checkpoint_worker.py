@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from pomscale.checkpoint.folder import complete_checkpoints
+from pomscale.base.errors import InputError, PomscaleError
 from pomscale.checkpoint.store import CheckpointStore, read_tensors
 from pomscale.config.engine import CheckpointConfig
 from pomscale.distributed.flat_shard import FlatShard
-from pomscale.distributed.generation import Generation, Superseded
 from pomscale.distributed.world import World, join_world
-from pomscale.errors import InputError, PomscaleError
+from pomscale.runs.checkpoint_folder import complete_checkpoints
+from pomscale.runs.starts import Generation, Superseded
 
 CONFIG = CheckpointConfig(every_samples=10, keep_last=3)
 

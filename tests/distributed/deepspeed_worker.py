@@ -22,15 +22,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pomscale.base.errors import InputError
 from pomscale.config.engine import ComputeConfig, DeepSpeedConfig, Fsdp2Config, OptimizerConfig
 from pomscale.config.model import ImageModelConfig
 from pomscale.distributed.flat_shard import FlatShard
 from pomscale.distributed.world import World, join_world
 from pomscale.engine.deepspeed import DeepSpeedEngine
 from pomscale.engine.fsdp2 import Fsdp2Engine
-from pomscale.engine.optim import build_optimizer
+from pomscale.engine.optimizers import build_optimizer
 from pomscale.engine.protocol import Engine
-from pomscale.errors import InputError
 from pomscale.models import DiPoM, init_weights
 
 MODEL = ImageModelConfig(

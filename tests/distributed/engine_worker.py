@@ -18,7 +18,7 @@ from pomscale.config.engine import ComputeConfig, Fsdp2Config, OptimizerConfig
 from pomscale.config.model import ImageModelConfig
 from pomscale.distributed.world import World, join_world
 from pomscale.engine.fsdp2 import Fsdp2Engine
-from pomscale.engine.optim import build_optimizer
+from pomscale.engine.optimizers import build_optimizer
 from pomscale.models import DiPoM, init_weights
 
 MODEL = ImageModelConfig(

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
+from pomscale.base.errors import PomscaleError
 from pomscale.distributed import probe
 from pomscale.distributed.consistency import check_replicas
 from pomscale.distributed.flat_shard import FlatShard
@@ -30,8 +31,7 @@ from pomscale.distributed.probe import MatmulProbe
 from pomscale.distributed.stragglers import Stragglers
 from pomscale.distributed.watchdog import Watchdog
 from pomscale.distributed.world import World, join_world
-from pomscale.errors import PomscaleError
-from pomscale.monitoring.names import METRICS
+from pomscale.runs.metric_names import METRICS
 
 HOST = socket.gethostname()
 

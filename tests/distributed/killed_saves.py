@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pomscale.checkpoint.folder import complete_checkpoints, incomplete_checkpoints, samples_of
-from pomscale.checkpoint.integrity import find_damage
 from pomscale.checkpoint.store import CheckpointStore, read_meta, read_tensors
 from pomscale.config.engine import CheckpointConfig
-from pomscale.distributed.generation import Generation
 from pomscale.distributed.world import join_world
+from pomscale.runs.checkpoint_folder import complete_checkpoints, incomplete_checkpoints, samples_of
+from pomscale.runs.integrity import find_damage
+from pomscale.runs.starts import Generation
 
 STEPS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 NUM_ROUNDS = 15

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import mounted_disk, run
 
-from pomscale.checkpoint import folder, staging
-from pomscale.checkpoint.integrity import find_damage, seal
+from pomscale.base.errors import InputError, PomscaleError
+from pomscale.checkpoint import staging
 from pomscale.checkpoint.staging import HostCopy
 from pomscale.checkpoint.store import (
     CheckpointStore,
@@ -24,9 +23,11 @@ from pomscale.checkpoint.store import (
 )
 from pomscale.config.engine import CheckpointConfig
 from pomscale.distributed.flat_shard import FlatShard
-from pomscale.distributed.generation import Generation, Superseded
 from pomscale.distributed.world import join_world
-from pomscale.errors import InputError, PomscaleError
+from pomscale.runs import checkpoint_folder
+from pomscale.runs.integrity import find_damage, seal
+from pomscale.runs.starts import Generation, Superseded
+from support.running import mounted_disk, run
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
@@ -51,7 +52,7 @@ def save(store: CheckpointStore, samples: int) -> None:
 
 
 def samples(root: Path) -> list[int]:
-    return [folder.samples_of(path) for path in complete_checkpoints(root)]
+    return [checkpoint_folder.samples_of(path) for path in complete_checkpoints(root)]
 
 
 def names(root: Path) -> list[str]:
@@ -194,13 +195,13 @@ def test_a_file_system_that_hides_the_generations_stops_what_matters_and_only_th
 
 def test_two_starts_that_write_the_same_samples_never_mix(tmp_path: Path) -> None:
     """The stale one has passed its last look at the generations when the newer one commits: the rename itself fails."""
-    final = folder.final_folder(tmp_path, 10)
-    stale, newer = (folder.partial_folder(final, generation) for generation in (1, 2))
+    final = checkpoint_folder.final_folder(tmp_path, 10)
+    stale, newer = (checkpoint_folder.partial_folder(final, generation) for generation in (1, 2))
     for partial in (stale, newer):
-        seal(partial, {folder.META: folder.begin(partial, {"by": partial.name})})
-    folder.commit(newer, final)
+        seal(partial, {checkpoint_folder.META: checkpoint_folder.begin(partial, {"by": partial.name})})
+    checkpoint_folder.commit(newer, final)
     with pytest.raises(OSError, match="not empty"):
-        folder.commit(stale, final)
+        checkpoint_folder.commit(stale, final)
     assert find_damage(final) is None
     assert read_meta(final) == {"by": newer.name}
 

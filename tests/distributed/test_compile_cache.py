@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import ENVIRONMENT, run
 
 from pomscale.distributed.compile_cache import FILE, CompileCache
+from support.running import ENVIRONMENT, run
 
 START = """
 import os, sys

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import run
 
-from pomscale.errors import InputError
+from pomscale.base.errors import InputError
+from support.running import run
 
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
 

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import run
+
+from support.running import run
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from running import run
+from support.running import run
 
 WORKER = Path(__file__).with_name("fault_worker.py")
 

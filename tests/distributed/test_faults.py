@@ -16,7 +16,13 @@ from typing import Any
 
 import psutil
 import pytest
-from running import (
+
+from pomscale.checkpoint.store import complete_checkpoints, find_checkpoint, read_meta
+from pomscale.quickstart.images import samples_seen
+from pomscale.runs.history import read_history
+from pomscale.runs.ledger import goodput
+from pomscale.runs.outcome import write_outcome
+from support.running import (
     GLOBAL_BATCH,
     TIMEOUT_S,
     Finished,
@@ -32,12 +38,6 @@ from running import (
     train,
     write_tiny_recipe,
 )
-
-from pomscale.checkpoint.store import complete_checkpoints, find_checkpoint, read_meta
-from pomscale.monitoring.history import read_history
-from pomscale.monitoring.ledger import goodput
-from pomscale.quickstart import samples_seen
-from pomscale.run_folder import write_outcome
 
 WORKER = Path(__file__).with_name("faulty_train.py")
 HOST = socket.gethostname()

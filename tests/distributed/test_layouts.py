@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from running import assert_same_curve, losses, train, write_tiny_recipe
+
+from support.running import assert_same_curve, losses, train, write_tiny_recipe
 
 
 @pytest.fixture(scope="module")

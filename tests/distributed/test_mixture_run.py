@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from running import (
+
+from support.running import (
     GLOBAL_BATCH,
     NUM_STEPS,
     assert_same_curve,

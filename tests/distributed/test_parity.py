@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import (
+
+from pomscale.config.load import load_train_recipe
+from pomscale.training.run import train as train_here
+from support.running import (
     GLOBAL_BATCH,
     NUM_STEPS,
     assert_same_curve,
@@ -24,9 +27,6 @@ from running import (
     train,
     write_tiny_recipe,
 )
-
-from pomscale.config.recipe import load_train_recipe
-from pomscale.train import train as train_here
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 FAULTY_TRAIN = Path(__file__).with_name("faulty_train.py")

@@ -7,7 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from running import (
+
+from support.running import (
     GLOBAL_BATCH,
     NUM_STEPS,
     assert_same_curve,

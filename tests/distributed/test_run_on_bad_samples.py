@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from running import GLOBAL_BATCH, NUM_STEPS, checkpoint_samples, losses, run, train, train_command, write_tiny_recipe
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
-
-from damage import flip_bit
 
 from pomscale.checkpoint.store import find_checkpoint
+from support.damage import flip_bit
+from support.running import (
+    GLOBAL_BATCH,
+    NUM_STEPS,
+    checkpoint_samples,
+    losses,
+    run,
+    train,
+    train_command,
+    write_tiny_recipe,
+)
 
 BAD = (3, 100, 500)
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import run
 
-from pomscale.checkpoint.integrity import MARKER
+from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import CheckpointStore, complete_checkpoints, find_checkpoint, read_meta, read_tensors
 from pomscale.config.engine import CheckpointConfig
-from pomscale.distributed.generation import Generation
 from pomscale.distributed.world import join_world
-from pomscale.errors import InputError
+from pomscale.runs.integrity import MARKER
+from pomscale.runs.starts import Generation
+from support.running import run
 
 KILLED_SAVES = Path(__file__).with_name("killed_saves.py")
 NUM_PLACES = 8

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import GLOBAL_BATCH, NUM_STEPS, assert_same_curve, losses, rows, train
-from tiny_models import save_t5
-from video_run import NUM_FRAMES, make_clips, write_video_recipe
 
-from data_pipelines.common.encode import encode
-from pomscale.config.recipe import load_encode_recipe, load_train_recipe
+from data_pipelines.encode.encode import encode
+from pomscale.base.errors import InputError
+from pomscale.config.load import load_encode_recipe, load_train_recipe
 from pomscale.data.mixture import Mixture
-from pomscale.data.schema import read_manifest
-from pomscale.errors import InputError
-from pomscale.measure import measure_heldout
+from pomscale.evaluation.measure import measure_heldout
 from pomscale.plan.model_cost import training_flops
-from pomscale.train import mean_flops
-from pomscale.train import train as train_here
+from pomscale.shards.schema import read_manifest
+from pomscale.training.run import mean_flops
+from pomscale.training.run import train as train_here
+from support.running import GLOBAL_BATCH, NUM_STEPS, assert_same_curve, losses, rows, train
+from support.tiny_models import save_t5
+from support.video_run import NUM_FRAMES, make_clips, write_video_recipe
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 FORCING = "diffusion.time.per_frame_group=true"

@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import running
-from running import GLOBAL_BATCH, TIMEOUT_S, outcome, rows, run, started
 
-from pomscale.quickstart import samples_seen
-
-sys.path.append(str(Path(__file__).parent.parent / "unit"))
-import wandb_reader
+from pomscale.quickstart.images import samples_seen
+from support import running, wandb_reader
+from support.running import GLOBAL_BATCH, TIMEOUT_S, outcome, rows, run, started
 
 WORKER = Path(__file__).with_name("faulty_train.py")
 OFFLINE = "monitoring.wandb.mode=offline"

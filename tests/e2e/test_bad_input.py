@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import GLOBAL_BATCH, Finished, losses, mounted_disk, outcome, pomscale, run, train, train_command
 
 from pomscale.checkpoint.store import MARKER, complete_checkpoints
+from support.running import GLOBAL_BATCH, Finished, losses, mounted_disk, outcome, pomscale, run, train, train_command
 
 
 def test_unknown_key_names_file_line_key_and_the_nearest(tiny_recipe: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from running import pomscale
+
+from support.running import pomscale
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from running import TIMEOUT_S, pomscale, started
+
+from support.running import TIMEOUT_S, pomscale, started
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,7 @@ main()
 """
 AFTER_SOME_PARTS = """
 import itertools, time
-from data_pipelines.common.pipeline import Pipeline
+from data_pipelines.encode.pipeline import Pipeline
 from pomscale.cli import main
 from pomscale.distributed import stop
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import GLOBAL_BATCH, Finished, pomscale, run, train
+
+from support.running import GLOBAL_BATCH, Finished, pomscale, run, train
 
 PROFILE = """\
 kind: cluster

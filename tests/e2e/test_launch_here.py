@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from running import ENVIRONMENT, GLOBAL_BATCH, TIMEOUT_S, checkpoint_samples, controller_of, held_at, outcome
 
-from launch.job import attempts, submissions
+from launch.record.job import attempts, submissions
+from support.running import ENVIRONMENT, GLOBAL_BATCH, TIMEOUT_S, checkpoint_samples, controller_of, held_at, outcome
 
 SHORT = [f"training.total_samples={10 * GLOBAL_BATCH}", "schedule={}", "faults.preflight=false"]
 

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import GLOBAL_BATCH, checkpoint_samples, pomscale, rows, run, train, write_tiny_recipe
 
 import pomscale as public
+from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import complete_checkpoints
-from pomscale.config.recipe import load_train_recipe
+from pomscale.config.load import load_train_recipe
 from pomscale.data.dataset import LatentDataset
 from pomscale.diffusion.objectives import OBJECTIVES
-from pomscale.errors import InputError
-from pomscale.events import open_heldout
+from pomscale.training.periodic import open_heldout
+from support.paths import RECIPES, ROOT
+from support.running import GLOBAL_BATCH, checkpoint_samples, pomscale, rows, run, train, write_tiny_recipe
 
 STEPS = 20
 EXTRAS = """
@@ -167,7 +168,7 @@ def test_an_unreadable_picture_among_good_ones(digits: Path, tmp_path: Path) -> 
     shutil.copytree(digits / "digits" / "heldout", pictures)
     (pictures / "3" / "0000-broken.png").write_bytes(b"not a picture")
     command = ["data", "encode", "recipes/data/digits.yaml", f"source.path={pictures}", f"output={tmp_path}/out"]
-    root = Path(__file__).parent.parent.parent
+    root = ROOT
     done = pomscale(*command, expect=3, cwd=root)
     assert "896 samples" in done.stdout
     (failure,) = (json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines())
@@ -182,7 +183,7 @@ def test_an_empty_class_folder_is_named(digits: Path, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     shutil.copytree(digits / "digits" / "heldout", pictures)
     (pictures / "unicorn").mkdir()
-    root = Path(__file__).parent.parent.parent
+    root = ROOT
     command = ["data", "encode", "recipes/data/digits.yaml", f"source.path={pictures}", f"output={tmp_path}/out"]
     assert "unicorn" in pomscale(*command, expect=2, cwd=root).stderr
     # Nothing stands in the way of the same command on a source that is in order.
@@ -191,7 +192,7 @@ def test_an_empty_class_folder_is_named(digits: Path, tmp_path: Path) -> None:
 
 
 def test_dry_run_writes_nothing(digits: Path, tmp_path: Path) -> None:
-    root = Path(__file__).parent.parent.parent
+    root = ROOT
     overrides = [f"source.path={digits}/digits/train", f"output={tmp_path}/out"]
     done = pomscale("data", "encode", "recipes/data/digits.yaml", overrides[0], "--dry-run", overrides[1], cwd=root)
     assert "901" in done.stdout
@@ -203,8 +204,8 @@ def test_dry_run_writes_nothing(digits: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mixers", [["PoM"], pytest.param([], marks=pytest.mark.exhaustive, id="all")])
 def test_quickstart_reaches_its_figures(tmp_path: Path, mixers: list[str]) -> None:
     """The tour of `make quickstart`, in a folder of its own."""
-    (tmp_path / "recipes").symlink_to(Path(__file__).parent.parent.parent / "recipes")
-    done = run([sys.executable, "-m", "pomscale.quickstart", *mixers], cwd=tmp_path, timeout=1750)
+    (tmp_path / "recipes").symlink_to(RECIPES)
+    done = run([sys.executable, "-m", "pomscale.quickstart.images", *mixers], cwd=tmp_path, timeout=1750)
     killed = re.search(r"killed \d+ processes with SIGKILL at ([\d,]+) samples", done.stdout)
     resumed = re.search(r"resuming from runs/quickstart/checkpoints/samples-(\d{12})", done.stdout)
     assert killed is not None

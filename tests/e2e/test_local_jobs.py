@@ -15,7 +15,13 @@ from typing import Any
 
 import psutil
 import pytest
-from running import (
+
+from launch.record.job import Attempt, JobSpec, Verdict, attempts
+from launch.submission.job_script import Wish
+from launch.submission.submit import submit
+from pomscale.config.load import load_cluster
+from pomscale.quickstart.images import samples_seen
+from support.running import (
     GLOBAL_BATCH,
     checkpoint_samples,
     controller_of,
@@ -26,12 +32,6 @@ from running import (
     train,
     write_tiny_recipe,
 )
-
-from launch.job import Attempt, JobSpec, Verdict, attempts
-from launch.job_script import Wish
-from launch.submit import submit
-from pomscale.config.recipe import load_cluster
-from pomscale.quickstart import samples_seen
 
 pytestmark = pytest.mark.slow
 

@@ -9,20 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import run
 
-from pomscale.quickstart_video import NUM_JUDGED
+from pomscale.quickstart.video import NUM_JUDGED
+from support.paths import ROOT
+from support.running import run
 
 av = pytest.importorskip("av")
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 
-REPOSITORY = Path(__file__).parents[2]
-
 
 def tour(folder: Path, *overrides: str, num_judged: int = NUM_JUDGED) -> dict[str, Any]:
     """The figures that it found, in a folder of its own. num_judged: clips per caption."""
-    (folder / "recipes").symlink_to(REPOSITORY / "recipes")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
     main = f"from pomscale import quickstart_video as tour; tour.NUM_JUDGED = {num_judged}; tour.main({overrides})"
     done = run([sys.executable, "-c", main], cwd=folder, timeout=1700)
     run_folder = folder / "runs" / "quickstart-video"

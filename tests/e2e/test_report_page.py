@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import CHROMIUM, Browser, open_browser
 from PIL import Image
 
-from pomscale.monitoring.evaluations import record
-from pomscale.monitoring.names import evaluation_name, validation_bin
-from pomscale.monitoring.report import write_report
+from pomscale.monitoring.report.write import write_report
 from pomscale.monitoring.sinks import JsonlSink
+from pomscale.runs.evaluation_log import record
+from pomscale.runs.metric_names import evaluation_name, validation_bin
+from support.browser import CHROMIUM, Browser, open_browser
 
 pytest.importorskip("av", reason="clips need PyAV: pip install -e '.[video]'")
-from make_video import numbered_frame, write_video
+from support.make_video import numbered_frame, write_video
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium: apt-get install --no-install-recommends chromium"

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from make_video import write_video
 from PIL import Image
-from running import ENVIRONMENT, TIMEOUT_S, pomscale, run
-from tiny_films import FPS, MAX_LENGTH, save_cogvideox_model, save_model, save_picture_model
 
 from pomscale.cli import main
-from pomscale.filming import num_latent_frames, start_frames
-from pomscale.pretrained import PretrainedVDiPoM, decode, load_pretrained, sample
+from pomscale.pretrained.load import PretrainedVDiPoM, decode, load_pretrained, sample
+from pomscale.sampling.clips import num_latent_frames, start_frames
+from support.make_video import write_video
+from support.running import ENVIRONMENT, TIMEOUT_S, pomscale, run
+from support.tiny_films import FPS, MAX_LENGTH, save_cogvideox_model, save_model, save_picture_model
 
 av = pytest.importorskip("av")
 

@@ -14,21 +14,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import ENVIRONMENT, TIMEOUT_S, mounted_disk, started
-from tiny_clips import TEXT_DIM, awaken, video_config
-from tiny_models import save_t5
 
-from pomscale.card import ModelCard
+from pomscale.base.errors import InputError
 from pomscale.codecs import build_text_encoder
 from pomscale.config.schema import DiffusionConfig, PixelCodecConfig, SamplingConfig, TextEncoderConfig
-from pomscale.data.schema import TextInfo
-from pomscale.errors import InputError
-from pomscale.evaluation.vbench_suite import read_manifest, video_seed
-from pomscale.filming import film
 from pomscale.models import make_model
-from pomscale.pretrained import PretrainedVDiPoM, load_pretrained
-from pomscale.vbench import SuiteReport, film_suite
-from pomscale.weights import parameter_shapes, write_weights
+from pomscale.pretrained.card import ModelCard
+from pomscale.pretrained.load import PretrainedVDiPoM, load_pretrained
+from pomscale.pretrained.weights import parameter_shapes, write_weights
+from pomscale.sampling.clips import film
+from pomscale.sampling.vbench import SuiteReport, film_suite
+from pomscale.sampling.vbench_suite import read_manifest, video_seed
+from pomscale.shards.schema import TextInfo
+from support.running import ENVIRONMENT, TIMEOUT_S, mounted_disk, started
+from support.tiny_clips import TEXT_DIM, awaken, video_config
+from support.tiny_models import save_t5
 
 NEEDS_AV = "clips need PyAV: pip install -e '.[video]'"
 PROMPTS = ("A cat.", "a surfboard on the bottom of skis, front view")

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from running import losses, pomscale, train, write_tiny_recipe
-from tiny_models import save_vae
 
-ROOT = Path(__file__).parent.parent.parent
+from support.paths import ROOT
+from support.running import losses, pomscale, train, write_tiny_recipe
+from support.tiny_models import save_vae
 
 
 def test_from_colour_pictures_to_decoded_samples(tmp_path: Path) -> None:

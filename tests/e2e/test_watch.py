@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from running import (
+
+from support.running import (
     ENVIRONMENT,
     GLOBAL_BATCH,
     KILLED_WITHIN_S,

@@ -16,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # when run as a script; pytest has it already
 
-from running import GLOBAL_BATCH, losses, train, write_tiny_recipe
+from support.running import GLOBAL_BATCH, losses, train, write_tiny_recipe
 
 GOLDEN = Path(__file__).with_name("losses.json")
 NUM_STEPS = 10
@@ -41,7 +41,7 @@ def test_first_losses_are_as_recorded(case: str, digits: Path, tmp_path: Path) -
 
 
 if __name__ == "__main__":
-    from conftest import make_digits
+    from support.digits import make_digits
 
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)

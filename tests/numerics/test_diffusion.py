@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pomscale.base.keyed_random import Stream
 from pomscale.config.schema import DiffusionConfig, ImageModelConfig, TimeConfig
 from pomscale.diffusion.draws import draw, keyed_normal
 from pomscale.diffusion.generate import generate
@@ -21,7 +22,6 @@ from pomscale.diffusion.loss import Network, per_sample_loss
 from pomscale.diffusion.objectives import OBJECTIVES, Objective, expand_time, interpolate
 from pomscale.diffusion.samplers import DEFAULT_SAMPLER, SAMPLERS
 from pomscale.diffusion.samplers.types import Denoiser
-from pomscale.keyed_random import Stream
 from pomscale.models import DiPoM
 
 SHAPE = (3, 4, 4)

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import save_vae
 from torch import Tensor, nn
 
-from pomscale.errors import InputError
-from pomscale.homm_import import import_homm
-from pomscale.pretrained import decode, load_pretrained
+from pomscale.base.errors import InputError
+from pomscale.pretrained.homm import import_homm
+from pomscale.pretrained.load import decode, load_pretrained
+from support.tiny_models import save_vae
 
 CLASSES, CHANNELS, SIDE, PATCH, DIM, DEPTH, HEADS = 10, 4, 8, 2, 32, 3, 4
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_clips import awaken, normal, text_of, video_config
 from torch import Tensor
 
+from pomscale.base.condition import Condition, Text
 from pomscale.benchmarks.storage_tracker import StorageTracker
-from pomscale.condition import Condition, Text
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.noise import sampling_noise
 from pomscale.diffusion.objectives import OBJECTIVES
@@ -19,6 +18,7 @@ from pomscale.diffusion.sequential import SequentialSampler
 from pomscale.models import MixerState, VDiPoM
 from pomscale.models.states import states_from_tensors, states_to_tensors
 from pomscale.ops.pom import PomState, polynomial_mixer_step
+from support.tiny_clips import awaken, normal, text_of, video_config
 
 LENGTHS, SEEDS, STEPS = [5, 2], [11, 12], 4
 BATCH, GROUPS, SHAPE = 2, 4, (3, 2, 4, 6)  # c p H W of a frame group

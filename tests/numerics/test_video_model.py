@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_clips import awaken, normal, text_of, video_config
 from torch import Tensor, nn
 
-from pomscale.condition import Text
+from pomscale.base.condition import Text
 from pomscale.layers import Attention, PoM, sincos_positions_3d
 from pomscale.models import VDiPoM
 from pomscale.models.video import VideoBlock
+from support.tiny_clips import awaken, normal, text_of, video_config
 
 MIXERS: list[Any] = ["pom", "attention", ["pom", "attention"]]
 MIXER_IDS = ["pom", "attention", "hybrid"]

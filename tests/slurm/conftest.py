@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from cluster import SlurmCluster, missing_packages
-from running import UNHURRIED
+
+from support.cluster import SlurmCluster, missing_packages
+from support.running import UNHURRIED
 
 
 @pytest.fixture(scope="session")

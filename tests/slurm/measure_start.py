@@ -20,12 +20,11 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cluster import SlurmCluster
-from conftest import make_digits  # type: ignore[attr-defined]
-from launched import launch
-from running import ENVIRONMENT, GLOBAL_BATCH, write_tiny_recipe
-
 from pomscale.benchmarks.report import BenchReport
+from support.cluster import SlurmCluster
+from support.digits import make_digits
+from support.launched import launch
+from support.running import ENVIRONMENT, GLOBAL_BATCH, write_tiny_recipe
 
 SHORT = [f"training.total_samples={10 * GLOBAL_BATCH}", "schedule={}", "monitoring.wandb.mode=disabled"]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import SlurmCluster
 
-from launch.cluster_check import CheckReport, check_cluster
-from pomscale.config.recipe import load_cluster
+from launch.cluster.check import CheckReport, check_cluster
+from pomscale.config.load import load_cluster
+from support.cluster import SlurmCluster
 
 SUBJECTS = [
     "SLURM",

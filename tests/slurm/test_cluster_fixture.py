@@ -7,16 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cluster as cluster_module
 import psutil
 import pytest
-from cluster import SlurmCluster
-from running import wait_until
+
+from support import cluster as cluster_module
+from support.cluster import SlurmCluster
+from support.paths import TESTS
+from support.running import wait_until
 
 START = f"""
 import sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from cluster import SlurmCluster
+sys.path.insert(0, {str(TESTS)!r})
+from support.cluster import SlurmCluster
 with SlurmCluster() as cluster:
     job = cluster.submit("trap '' TERM; srun bash -c 'trap \\"\\" TERM; setsid sleep 600' & wait", "--nodes=2")
     cluster.wait_for(job, "RUNNING")

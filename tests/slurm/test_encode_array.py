@@ -10,13 +10,13 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from cluster import CPUS_PER_NODE, SlurmCluster
-from launched import pomscale
 from PIL import Image
-from running import wait_until
 
-from launch.job import Attempt, attempts, submissions
-from pomscale.data.schema import MANIFEST_NAME, read_manifest
+from launch.record.job import Attempt, attempts, submissions
+from pomscale.shards.schema import MANIFEST_NAME, read_manifest
+from support.cluster import CPUS_PER_NODE, SlurmCluster
+from support.launched import pomscale
+from support.running import wait_until
 
 WITH_AND_WITHOUT_ACCOUNTING = True
 pytestmark = pytest.mark.slow

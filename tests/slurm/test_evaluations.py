@@ -7,16 +7,16 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import SlurmCluster
-from launched import Launched, hold, launch
-from running import GLOBAL_BATCH, rows, wait_until
 
-from launch.evaluations import CHECKPOINT, FAILED_FILE, evaluation_home
-from launch.job import JOBS_FILE, submissions
-from launch.state import ended
-from pomscale.checkpoint.folder import complete_checkpoints, samples_of
-from pomscale.monitoring.evaluations import read_evaluations
-from pomscale.monitoring.report import write_report
+from launch.node.evaluations import CHECKPOINT, FAILED_FILE, evaluation_home
+from launch.record.job import JOBS_FILE, submissions
+from launch.record.state import ended
+from pomscale.monitoring.report.write import write_report
+from pomscale.runs.checkpoint_folder import complete_checkpoints, samples_of
+from pomscale.runs.evaluation_log import read_evaluations
+from support.cluster import SlurmCluster
+from support.launched import Launched, hold, launch
+from support.running import GLOBAL_BATCH, rows, wait_until
 
 WITH_AND_WITHOUT_ACCOUNTING = True
 pytestmark = pytest.mark.slow

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import SlurmCluster
-from launched import OVERRIDES, hold, launch, pomscale
-from running import GLOBAL_BATCH, assert_same_run, train, write_tiny_recipe
 
-from launch.job import JobSpec, LaunchedAs, submissions
-from launch.prepare import prepare_commands
-from pomscale.config.recipe import load_cluster, load_train_recipe
-from pomscale.data.schema import read_manifest
-
-RECIPES = Path(__file__).parents[2] / "recipes"
+from launch.record.job import JobSpec, LaunchedAs, submissions
+from launch.submission.prepare import prepare_commands
+from pomscale.config.load import load_cluster, load_train_recipe
+from pomscale.shards.schema import read_manifest
+from support.cluster import SlurmCluster
+from support.launched import OVERRIDES, hold, launch, pomscale
+from support.paths import RECIPES
+from support.running import GLOBAL_BATCH, assert_same_run, train, write_tiny_recipe
 
 # What a shell inside a job, of srun or of torchrun, has in its environment: none of it may reach the job.
 WITH_AND_WITHOUT_ACCOUNTING = True

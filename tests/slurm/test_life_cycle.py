@@ -9,8 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster import SlurmCluster
-from launched import (
+
+from launch.scheduler import slurm as commands
+from support.cluster import SlurmCluster
+from support.launched import (
     NUM_STEPS,
     OVERRIDES,
     Launched,
@@ -21,7 +23,7 @@ from launched import (
     launch,
     wandb_ids,
 )
-from running import (
+from support.running import (
     GLOBAL_BATCH,
     checkpoint_samples,
     damaged_copy,
@@ -31,8 +33,6 @@ from running import (
     wait_until,
     write_tiny_recipe,
 )
-
-from launch import slurm as commands
 
 WITH_AND_WITHOUT_ACCOUNTING = True
 pytestmark = pytest.mark.slow

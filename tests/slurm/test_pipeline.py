@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster import SlurmCluster
-from launched import hold, pomscale
-from running import GLOBAL_BATCH, damaged_copy, outcome, write_tiny_recipe
 
-from launch.job import attempts, submissions
-from launch.pipeline_file import read_pipeline
-from launch.state import ended
-from pomscale.quickstart import samples_seen
+from launch.pipelines.file import read_pipeline
+from launch.record.job import attempts, submissions
+from launch.record.state import ended
+from pomscale.quickstart.images import samples_seen
+from support.cluster import SlurmCluster
+from support.launched import hold, pomscale
+from support.paths import RECIPES
+from support.running import GLOBAL_BATCH, damaged_copy, outcome, write_tiny_recipe
 
 WITH_AND_WITHOUT_ACCOUNTING = True
 pytestmark = pytest.mark.slow
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = ["model.dim=32", "model.depth=2", "training.total_samples=1280", "schedule={}", "sampling.every_samples=null"]
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cluster import ACCOUNT, SlurmCluster
-from launched import OVERRIDES, Launched, hold
-from running import GLOBAL_BATCH, outcome, write_tiny_recipe
 
-from launch.job import submissions
+from launch.record.job import submissions
+from support.cluster import ACCOUNT, SlurmCluster
+from support.launched import OVERRIDES, Launched, hold
+from support.paths import ROOT
+from support.running import GLOBAL_BATCH, outcome, write_tiny_recipe
 
 WITH_AND_WITHOUT_ACCOUNTING = True
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 OPTIONS = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=30"]
 
 

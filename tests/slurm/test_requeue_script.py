@@ -6,14 +6,15 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import SlurmCluster
-from launched import excluded
 
-from launch.slurm import hosts_of
+from launch.scheduler.slurm import hosts_of
+from support.cluster import SlurmCluster
+from support.launched import excluded
+from support.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).resolve().parents[2] / "slurm" / "requeue.sh"
+SCRIPT = ROOT / "slurm" / "requeue.sh"
 # Its supervisor wants another start, once, without the hosts that are named.
 JOB = """
 name=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}

@@ -11,18 +11,18 @@ from typing import Any
 
 import psutil
 import pytest
-from cluster import SlurmCluster
-from launched import Launched, incarnations, launch, pomscale
-from running import GLOBAL_BATCH, checkpoint_samples
 
-from launch.job import attempts
+from launch.record.job import attempts
+from support.cluster import SlurmCluster
+from support.launched import Launched, incarnations, launch, pomscale
+from support.paths import RECIPES
+from support.running import GLOBAL_BATCH, checkpoint_samples
 
 pytestmark = pytest.mark.slow
 
 ENDLESS = f"training.total_samples={100_000 * GLOBAL_BATCH}"
 WITH_AND_WITHOUT_ACCOUNTING = True
 MIDDLE = 20 * GLOBAL_BATCH
-RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
 
 def listed(cluster: SlurmCluster, folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""launch.slurm on a real SLURM, with and without accounting."""
+"""launch.scheduler.slurm on a real SLURM, with and without accounting."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster import SlurmCluster, processes_in
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from running import wait_until
 
-from launch import slurm as commands
-from launch.slurm import SlurmError
+from launch.scheduler import slurm as commands
+from launch.scheduler.slurm import SlurmError
+from support.cluster import SlurmCluster, processes_in
+from support.paths import ROOT
+from support.running import wait_until
 
 SLEEP = "srun --overlap sleep 600"
 
@@ -124,9 +125,8 @@ def test_requeue_and_exclude_from_inside_a_job_that_slurm_is_ending(slurm: Slurm
     host = slurm.nodes[1]
     inside = f"{sys.executable} inside.py ${{SLURM_RESTART_COUNT:-0}} $SLURM_JOB_ID {host}"
     script = f"trap '' TERM; echo $SLURM_JOB_NODELIST; srun --nodes=1 --ntasks=1 {inside}"
-    root = str(Path(__file__).parents[2])
     job = slurm.submit(
-        script, "--nodes=2", "--requeue", "--open-mode=append", f"--export=ALL,PYTHONPATH={root}", cwd=tmp_path
+        script, "--nodes=2", "--requeue", "--open-mode=append", f"--export=ALL,PYTHONPATH={ROOT}", cwd=tmp_path
     )
     slurm.wait_for(job, "COMPLETED")
     lines = [line for line in (tmp_path / f"slurm-{job}.out").read_text().splitlines() if line[0] in "1["]
@@ -254,7 +254,9 @@ def test_lists_of_hosts_are_read_as_slurm_reads_them(slurm: SlurmCluster, nodeli
 
 
 def test_commands_import_no_torch() -> None:
-    program = "import sys, launch.slurm; sys.exit(sorted({'torch', 'numpy', 'wandb'} & set(sys.modules)) or 0)"
+    program = (
+        "import sys, launch.scheduler.slurm; sys.exit(sorted({'torch', 'numpy', 'wandb'} & set(sys.modules)) or 0)"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=240)
 
 

@@ -1,1 +1,0 @@
-"""Encoding, writing, verifying and showing shards, whatever the modality."""

@@ -1,0 +1,1 @@
+"""Encoding: items of a source become shards, by any number of tasks."""

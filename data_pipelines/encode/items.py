@@ -1,0 +1,337 @@
+"""The list of a source's items on disk: made once, then read by any number of tasks at once.
+
+Neither making nor reading it takes memory that grows with the number of items: files are written front to back, and
+what is looked up in them is memory-mapped.
+
+    items.jsonl      one JSON array per item, in the source's order
+    items.npy        int64 (n + 1,), where each line begins, and where the last one ends
+    keys.npy         uint64 (n,), `key_hash` of each key
+    duplicates.npy   int64 (d, 2), sorted: item, and the earlier item that has the same key
+    items.json       what holds for all of them; written last, so a table that has it is complete
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import mmap
+import os
+import tempfile
+from bisect import bisect_left
+from collections.abc import Iterator
+from io import BufferedRandom
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_pipelines.sources.source import Item, Source
+from pomscale.base.errors import InputError, PomscaleError
+from pomscale.base.files import atomic_write, link_or_copy, make_folder, remove_leftovers, write_text
+from pomscale.shards.index import key_hash, map_index, npy_header
+
+_TABLE_NAME = "items.json"
+_LINES_NAME = "items.jsonl"
+_OFFSETS_NAME = "items.npy"
+_KEYS_NAME = "keys.npy"
+_DUPLICATES_NAME = "duplicates.npy"
+# In the order in which they are written.
+_FILE_NAMES = (_LINES_NAME, _OFFSETS_NAME, _KEYS_NAME, _DUPLICATES_NAME, _TABLE_NAME)
+
+# Rows that are in memory at once where an array is written or read from end to end.
+_BLOCK = 65536
+
+
+class _Totals(BaseModel):
+    """items.json"""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[2] = 2
+    fingerprint: str
+    num_items: int
+    num_ignored: int
+    num_problems: int
+    class_names: tuple[str, ...]
+    shuffled: bool
+
+
+class ItemTable:
+    """The items of a source, by number. Any number of threads and tasks may read one at the same time."""
+
+    def __init__(self, folder: Path, totals: _Totals) -> None:
+        """OSError or ValueError where files are missing or do not belong together."""
+        self._totals = totals
+        self._lines = _Lines(folder)
+        self._keys = _map_array(folder / _KEYS_NAME, "<u8")
+        self._duplicates = _map_array(folder / _DUPLICATES_NAME, "<i8", (2,))
+        if not len(self._lines) == len(self._keys) == totals.num_items:
+            raise ValueError(f"{_LINES_NAME}, {_KEYS_NAME} and {_TABLE_NAME} do not belong together")
+
+    @classmethod
+    def build(cls, source: Source, folder: Path) -> Self:
+        """Scans a source into `folder`. One task at a time; a table that is there already is replaced.
+
+        InputError if the source is unusable (`Source.scan`), has no items or none that could be encoded.
+        """
+        make_folder(folder)
+        for name in _FILE_NAMES:
+            remove_leftovers(folder, name)
+        (folder / _TABLE_NAME).unlink(missing_ok=True)
+        num_items, num_problems, fingerprint = _write_items(source, folder)
+        if num_items == 0:
+            raise InputError("source: there are no items in it")
+        totals = _Totals(
+            fingerprint=fingerprint,
+            num_items=num_items,
+            num_ignored=source.num_ignored,
+            num_problems=num_problems + _write_duplicates(folder),
+            class_names=source.class_names,
+            shuffled=source.shuffled,
+        )
+        table = cls(folder, totals)
+        if totals.num_problems == num_items:
+            raise InputError(
+                f"source: none of its {num_items:,} items can be encoded; the first is {table[0].where}: "
+                f"{table[0].problem}"
+            )
+        write_text(folder / _TABLE_NAME, totals.model_dump_json(indent=2))
+        return table
+
+    @classmethod
+    def open(cls, folder: Path) -> Self | None:
+        """The table in a folder; None if there is none, or one that was never finished.
+
+        PomscaleError if it cannot be read: others may be at work with it, so it is not for this task to replace.
+        """
+        path = folder / _TABLE_NAME
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _unreadable(path, str(error)) from error
+        try:
+            return cls(folder, _Totals.model_validate_json(content))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "the file"
+            raise _unreadable(path, f"{where}: {problem['msg']}") from error
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, str(error)) from error
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over `Source.fingerprint_line` of all items, in order."""
+        return self._totals.fingerprint
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self._totals.class_names
+
+    @property
+    def num_ignored(self) -> int:
+        """Files of the source that are no items."""
+        return self._totals.num_ignored
+
+    @property
+    def num_problems(self) -> int:
+        """Items that have a `problem`."""
+        return self._totals.num_problems
+
+    @property
+    def shuffled(self) -> bool:
+        """`Source.shuffled`"""
+        return self._totals.shuffled
+
+    def __len__(self) -> int:
+        return self._totals.num_items
+
+    def __getitem__(self, number: int) -> Item:
+        if not 0 <= number < len(self):
+            raise IndexError(f"item {number} of {len(self)}")
+        item = self._lines[number]
+        row = bisect_left(self._duplicates[:, 0], number)
+        if item.problem is None and row < len(self._duplicates) and self._duplicates[row, 0] == number:
+            other = self._lines[self._duplicates[row, 1]]
+            return dataclasses.replace(item, problem=f"its key {item.key} is also that of {other.where}")
+        return item
+
+    def key_hashes(self) -> np.ndarray:
+        """(n,) uint64, `key_hash` of each item's key, memory-mapped."""
+        return self._keys
+
+
+def share_table(folder: Path, other: Path) -> None:
+    """The table of one folder in another as well, if it has none, without copying it where that can be helped."""
+    if not (other / _TABLE_NAME).exists():
+        for name in _FILE_NAMES:
+            link_or_copy(folder / name, other / name)
+
+
+def _unreadable(path: Path, reason: str) -> PomscaleError:
+    return PomscaleError(
+        f"{path}: the list of items cannot be read: {reason}; "
+        f"run the same command again, and if that does not help delete this file: the source is then listed anew"
+    )
+
+
+class _Lines:
+    """The items as the source told them, by number."""
+
+    def __init__(self, folder: Path) -> None:
+        self._offsets = _map_array(folder / _OFFSETS_NAME, "<i8")
+        with (folder / _LINES_NAME).open("rb") as stream:
+            num_bytes = stream.seek(0, os.SEEK_END)
+            if num_bytes == 0 or self._offsets[-1] != num_bytes:
+                raise ValueError(f"{_LINES_NAME} does not end where {_OFFSETS_NAME} says")
+            self._content = mmap.mmap(stream.fileno(), num_bytes, access=mmap.ACCESS_READ)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, number: int) -> Item:
+        begin, end = self._offsets[number : number + 2]
+        return Item(*json.loads(self._content[begin:end]))
+
+
+class _ArrayWriter:
+    """A .npy file of rows whose number is known only at the end."""
+
+    def __init__(self, stream: BufferedRandom, dtype: str, row_shape: tuple[int, ...] = ()) -> None:
+        self._stream, self._dtype, self._row_shape = stream, np.dtype(dtype), row_shape
+        self._num_rows = 0
+        self._rows: list[int | tuple[int, int]] = []
+        self._header_length = stream.write(self._header())
+
+    def append(self, row: int | tuple[int, int]) -> None:
+        self._rows.append(row)
+        if len(self._rows) == _BLOCK:
+            self._flush()
+
+    def finish(self) -> None:
+        self._flush()
+        self._stream.seek(0)
+        written = self._stream.write(self._header())
+        assert written == self._header_length, "NumPy pads headers so that the first axis may grow"
+
+    def _header(self) -> bytes:
+        return npy_header((self._num_rows, *self._row_shape), self._dtype)
+
+    def _flush(self) -> None:
+        self._stream.write(np.array(self._rows, self._dtype).tobytes())
+        self._num_rows += len(self._rows)
+        self._rows.clear()
+
+
+def _write_items(source: Source, folder: Path) -> tuple[int, int, str]:
+    """Writes lines, offsets and keys. Returns the numbers of items and of problems, and the fingerprint."""
+    num_items, num_problems, digest = 0, 0, hashlib.sha256()
+    with (
+        atomic_write(folder / _LINES_NAME) as lines,
+        atomic_write(folder / _OFFSETS_NAME) as offsets_file,
+        atomic_write(folder / _KEYS_NAME) as keys_file,
+    ):
+        offsets, keys = _ArrayWriter(offsets_file, "<i8"), _ArrayWriter(keys_file, "<u8")
+        end = 0
+        offsets.append(end)
+        for item in source.scan():
+            line = json.dumps([item.key, item.where, item.place, item.label, item.caption, item.problem])
+            end += lines.write(f"{line}\n".encode())
+            offsets.append(end)
+            keys.append(key_hash(item.key))
+            digest.update(f"{source.fingerprint_line(item)}\n".encode(errors="surrogatepass"))
+            num_items += 1
+            num_problems += item.problem is not None
+        offsets.finish()
+        keys.finish()
+    return num_items, num_problems, digest.hexdigest()
+
+
+def _write_duplicates(folder: Path) -> int:
+    """Returns how many items have the key of an earlier one, and no problem of their own."""
+    lines, num_problems = _Lines(folder), 0
+    with atomic_write(folder / _DUPLICATES_NAME) as stream:
+        duplicates = _ArrayWriter(stream, "<i8", (2,))
+        for item, other in _find_duplicates(_map_array(folder / _KEYS_NAME, "<u8"), lines, folder):
+            duplicates.append((item, other))
+            num_problems += lines[item].problem is None
+        duplicates.finish()
+    return num_problems
+
+
+def _find_duplicates(keys: np.ndarray, lines: _Lines, folder: Path) -> Iterator[tuple[int, int]]:
+    """Items with the key of an earlier item, in order, each with the first item that has it.
+
+    The hashes are sorted in a file in `folder`. Only where a hash is there twice are keys compared.
+    """
+    scratch = _copy_on_disk(keys, folder)
+    scratch.sort()
+    count = _keep_repeated(scratch)
+    if count:
+        # Each is there twice at least, so there is room for as many numbers behind them.
+        firsts = scratch[count : 2 * count].view(np.int64)
+        yield from _compare_keys(keys, lines, scratch[:count], firsts)
+
+
+def _copy_on_disk(array: np.ndarray, folder: Path) -> np.ndarray:
+    """In a file without a name: it goes with the copy, also where the process is killed."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for begin in range(0, len(array), _BLOCK):
+                file.write(array[begin : begin + _BLOCK].tobytes())
+            file.flush()
+            return np.asarray(np.memmap(file, array.dtype, "r+"))  # holds the file for itself
+    except OSError as error:
+        raise PomscaleError(
+            f"{folder}: no room to sort {len(array):,} keys: {error}; make room and run the same command again"
+        ) from error
+
+
+def _keep_repeated(values: np.ndarray) -> int:
+    """Moves what a sorted array has several times to its front, once each and sorted; returns how many these are."""
+    count = 0
+    for begin in range(0, len(values) - 1, _BLOCK):
+        block = values[begin : begin + _BLOCK + 1]
+        again = np.unique(block[1:][block[1:] == block[:-1]])
+        if count and len(again) and values[count - 1] == again[0]:
+            again = again[1:]
+        values[count : count + len(again)] = again
+        count += len(again)
+    return count
+
+
+def _compare_keys(
+    keys: np.ndarray, lines: _Lines, repeated: np.ndarray, firsts: np.ndarray
+) -> Iterator[tuple[int, int]]:
+    """`firsts`, int64 as long as `repeated`, is for the first item of each hash."""
+    firsts[:] = -1
+    collided: dict[str, int] = {}  # first item of a key whose hash is that of another key: hardly ever any
+    for begin in range(0, len(keys), _BLOCK):
+        block = keys[begin : begin + _BLOCK]
+        groups = np.minimum(np.searchsorted(repeated, block), len(repeated) - 1)
+        for i in np.flatnonzero(repeated[groups] == block).tolist():
+            item, group = begin + i, groups[i]
+            other = int(firsts[group])
+            if other < 0:
+                firsts[group] = item
+                continue
+            key = lines[item].key
+            if lines[other].key != key:
+                other = collided.setdefault(key, item)
+            if other != item:
+                yield item, other
+
+
+def _map_array(path: Path, dtype: str, row_shape: tuple[int, ...] = ()) -> np.ndarray:
+    """What `_ArrayWriter` wrote: as many rows as there is room for. OSError, or ValueError if it is anything else."""
+    row_bytes = math.prod(row_shape) * np.dtype(dtype).itemsize
+    num_rows = max(0, path.stat().st_size - len(npy_header((0, *row_shape), dtype))) // row_bytes
+    try:
+        # As a plain array: slices of numpy.memmap are slow to make.
+        return np.asarray(map_index(path, num_rows, np.dtype(dtype), row_shape))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: is cut off, or its header is damaged") from error

@@ -1,0 +1,1 @@
+"""What a dataset contains, as tables and pictures."""

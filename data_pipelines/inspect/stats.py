@@ -1,0 +1,251 @@
+"""What is in a dataset, measured in one pass: its latents by channel, its classes, its texts, its bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from data_pipelines.shards.records import TarReader, TarRecord, open_shard, stored_array, text_length
+from data_pipelines.shards.workers import over_shards
+from pomscale.base.errors import PomscaleError
+from pomscale.shards.schema import ARRAY_MEMBERS, CAPTION_MEMBER, REMEDY, Manifest, read_manifest
+
+# float16 has 65,536 values: how often each occurs says everything about a channel, exactly and in any order.
+_NUM_PATTERNS = 1 << 16
+FLOAT16_VALUES = np.arange(_NUM_PATTERNS, dtype="<u2").view("<f2").astype(np.float64)
+_IS_FINITE = np.isfinite(FLOAT16_VALUES)
+
+# Values that are counted together. Many, since the table of all counts is gone through each time.
+_VALUES_AT_ONCE = 1 << 22
+
+_OUTLIER = 5.0
+# The manifest's figures are sums of the same values in another order; their distance in standard deviations.
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class ChannelStats:
+    """One channel of the unscaled latents; of moments the posterior means, but `std` is that of samples."""
+
+    mean: float
+    std: float
+    least: float
+    most: float
+    outlier_share: float  # of |z| > 5 by mean and std of the manifest
+    manifest_mean: float
+    manifest_std: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the manifest says the same, up to the order of summation."""
+        error = max(abs(self.mean - self.manifest_mean), abs(self.std - self.manifest_std))
+        return error <= _TOLERANCE * max(self.std, abs(self.mean))
+
+
+@dataclass
+class Counts:
+    """What is counted in each shard and added up."""
+
+    patterns: np.ndarray  # int64 (stored channels, 65536): how often each float16 occurs
+    members: Counter[str] = field(default_factory=Counter)  # suffix -> bytes of payload
+    classes: Counter[int] = field(default_factory=Counter)
+    captions: Counter[int] = field(default_factory=Counter)  # characters -> captions
+    texts: Counter[int] = field(default_factory=Counter)  # tokens -> texts
+
+    def add(self, other: Counts) -> None:
+        self.patterns += other.patterns
+        self.members += other.members
+        self.classes += other.classes
+        self.captions += other.captions
+        self.texts += other.texts
+
+
+@dataclass(frozen=True)
+class DatasetStats:
+    folder: Path
+    manifest: Manifest
+    counts: Counts
+    channels: list[ChannelStats]
+
+    @property
+    def disagreeing(self) -> list[int]:
+        """Channels whose mean or std in the manifest is not that of the shards."""
+        return [number for number, channel in enumerate(self.channels) if not channel.agrees]
+
+    @property
+    def num_not_finite(self) -> int:
+        return int(self.counts.patterns[:, ~_IS_FINITE].sum())
+
+    @property
+    def class_counts(self) -> np.ndarray:
+        """(num_classes,) samples of each class."""
+        return np.array([self.counts.classes[label] for label in range(self.manifest.num_classes)], np.int64)
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.disagreeing or self.num_not_finite else 0
+
+    def __str__(self) -> str:
+        lines = [*_member_lines(self), *_channel_lines(self.channels)]
+        if self.manifest.num_classes:
+            counts = Counter(self.class_counts.tolist())
+            lines.append(f"{'classes':<15}{self.manifest.num_classes:,}; samples in each: {_spread(counts)}")
+        for name, unit, lengths in (
+            ("captions", "characters", self.counts.captions),
+            ("texts", "tokens", self.counts.texts),
+        ):
+            if lengths:
+                lines.append(f"{name:<15}{lengths.total():,}; {unit} in each: {_spread(lengths)}")
+        if self.num_not_finite:
+            lines.append(f"{self.num_not_finite:,} values are not finite; {REMEDY}")
+        if self.disagreeing:
+            channels = ", ".join(map(str, self.disagreeing))
+            lines.append(
+                f"mean or std of channels {channels} are not the manifest's: `normalization: dataset` would be wrong; "
+                f"run `pomscale data verify`, then make the dataset again"
+            )
+        return "\n".join(lines)
+
+
+def stats(folder: str | Path, *, num_workers: int | None = None, progress: bool = True) -> DatasetStats:
+    """Reads all shards once, in `num_workers` processes. PomscaleError, naming the shard, if one is damaged."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    total = Counts(_no_patterns(manifest))
+    for counts in over_shards(
+        partial(_count_shard, folder, manifest),
+        range(len(manifest.shards)),
+        [shard.num_bytes for shard in manifest.shards],
+        label="stats",
+        num_workers=num_workers,
+        progress=progress,
+    ):
+        total.add(counts)
+    return DatasetStats(folder, manifest, total, _channels(manifest, total.patterns))
+
+
+def _channels(manifest: Manifest, patterns: np.ndarray) -> list[ChannelStats]:
+    if manifest.latent is None:
+        return []
+    latent = manifest.latent
+    # What is not finite is told by itself.
+    values, counts = FLOAT16_VALUES[_IS_FINITE], patterns[:, _IS_FINITE]
+    channels = []
+    for number, (mean, std) in enumerate(zip(latent.mean, latent.std, strict=True)):
+        mine = counts[number]
+        measured = float(np.average(values, weights=mine))
+        variance = np.average((values - measured) ** 2, weights=mine)
+        if latent.stores_moments:
+            # Law of total variance. Log-variances that float64 cannot take to an exponent do not occur.
+            logvar = counts[number + latent.num_channels]
+            occurring = logvar > 0
+            variance += np.average(np.exp(values[occurring]), weights=logvar[occurring])
+        occurring_values = values[mine > 0]
+        outliers = mine[np.abs(values - mean) > _OUTLIER * std].sum()
+        channels.append(
+            ChannelStats(
+                mean=measured,
+                std=float(np.sqrt(variance)),
+                least=float(occurring_values.min()),
+                most=float(occurring_values.max()),
+                outlier_share=float(outliers / mine.sum()),
+                manifest_mean=mean,
+                manifest_std=std,
+            )
+        )
+    return channels
+
+
+# One shard, in a process of its own
+
+
+def _no_patterns(manifest: Manifest) -> np.ndarray:
+    channels = manifest.stored_shape(0)[0] if manifest.latent is not None else 0
+    return np.zeros((channels, _NUM_PATTERNS), np.int64)
+
+
+def _count_shard(folder: Path, manifest: Manifest, number: int) -> Counts:
+    shard = manifest.shards[number]
+    counts = Counts(_no_patterns(manifest))
+    waiting: list[np.ndarray] = []
+    try:
+        with open_shard(folder / shard.name) as stream:
+            reader = TarReader(stream)
+            for record in reader:
+                waiting += _count_record(manifest, shard.group, record, counts)
+                if sum(array.size for array in waiting) >= _VALUES_AT_ONCE:
+                    _count_values(waiting, counts.patterns)
+                    waiting = []
+            _count_values(waiting, counts.patterns)
+    except (OSError, ValueError, KeyError) as error:
+        raise PomscaleError(f"{folder / shard.name}: cannot be read: {error}; {REMEDY}") from error
+    if reader.damages:
+        raise PomscaleError(f"{folder / shard.name}: {reader.damages[0]}; {REMEDY}")
+    return counts
+
+
+def _count_record(manifest: Manifest, group: int, record: TarRecord, counts: Counts) -> list[np.ndarray]:
+    """Counts all but the values of the latents, which it returns."""
+    latents = []
+    for suffix, (begin, end) in record.members.items():
+        counts.members[suffix] += end - begin
+    if manifest.num_classes:
+        counts.classes[record.label()] += 1
+    if manifest.has_captions:
+        counts.captions[len(str(record.payload(CAPTION_MEMBER), "utf-8"))] += 1
+    for name in manifest.arrays:
+        payload = record.payload(ARRAY_MEMBERS[name])
+        if name == "text":
+            assert manifest.text is not None
+            counts.texts[text_length(len(payload), manifest.text.dim)] += 1
+        else:
+            latents.append(stored_array(manifest, group, name, payload))
+    return latents
+
+
+def _count_values(arrays: list[np.ndarray], patterns: np.ndarray) -> None:
+    """Adds the float16 patterns of arrays (channels, ...) to (channels, 65536)."""
+    if not arrays:
+        return
+    channels = len(patterns)
+    values = np.concatenate([array.view("<u2").reshape(channels, -1) for array in arrays], axis=1)
+    places = values + np.arange(0, patterns.size, _NUM_PATTERNS)[:, None]
+    patterns += np.bincount(places.ravel(), minlength=patterns.size).reshape(patterns.shape)
+
+
+# For people
+
+
+def _member_lines(report: DatasetStats) -> list[str]:
+    manifest = report.manifest
+    num_bytes = sum(shard.num_bytes for shard in manifest.shards)
+    payload = report.counts.members.total()
+    parts = {**report.counts.members, "tar": num_bytes - payload}
+    per_sample = ", ".join(f"{name.lstrip('.')} {size / manifest.num_samples:,.1f}" for name, size in parts.items())
+    return [
+        f"{'dataset':<15}{report.folder}: {manifest.num_samples:,} samples, {num_bytes / 1e9:.3f} GB",
+        f"{'bytes/sample':<15}{num_bytes / manifest.num_samples:,.1f}: {per_sample}",
+    ]
+
+
+def _channel_lines(channels: list[ChannelStats]) -> list[str]:
+    if not channels:
+        return []
+    head = f"{'channel':<15}{'mean':>10}{'std':>10}{'min':>10}{'max':>10}{'|z| > 5':>10}   manifest: mean, std"
+    rows = (
+        f"{number:<15}{c.mean:>10.4f}{c.std:>10.4f}{c.least:>10.3f}{c.most:>10.3f}{c.outlier_share:>10.2e}   "
+        f"{'the same' if c.agrees else f'{c.manifest_mean:.4f}, {c.manifest_std:.4f}: DIFFER'}"
+        for number, c in enumerate(channels)
+    )
+    return [head, *rows]
+
+
+def _spread(values: Counter[int]) -> str:
+    """Of values with how often each occurs."""
+    ordered = sorted(values)
+    middle = np.searchsorted(np.cumsum([values[value] for value in ordered]), values.total() / 2)
+    return f"{ordered[0]:,} to {ordered[-1]:,}, median {ordered[middle]:,}"

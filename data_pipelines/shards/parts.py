@@ -1,0 +1,250 @@
+"""What an encode keeps on disk while it runs: its plan, who is at work on what, and one record per finished part.
+
+OUTPUT/shard-000007.tar          committed first; with several groups shard-000007-GG.tar, one per group
+OUTPUT/parts/part-000007.npy     index rows of the part's shards, one after the other
+OUTPUT/parts/part-000007.json    the record: committed last, so a part that has one is whole
+OUTPUT/parts/plan.json           what all of this was made from
+OUTPUT/parts/claims              empty: byte N is locked by the task that is at work on part N
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_pipelines.shards.statistics import ChannelStatistics
+from pomscale.base.errors import InputError, PomscaleError
+from pomscale.base.files import atomic_write, make_folder, remove_leftovers, write_text
+from pomscale.config.schema import TransformConfig
+from pomscale.shards.index import index_dtype, map_index, to_npy
+from pomscale.shards.schema import ArrayName, ShardInfo
+
+PLAN_NAME = "plan.json"
+PARTS_FOLDER = "parts"
+
+# Bytes of the file of claims beyond any part.
+_SETUP = 2**40
+_FINISH = 2**40 + 1
+
+_RECORD_NAME = re.compile(r"part-(\d+)\.json")
+
+
+class Plan(BaseModel):
+    """Everything that decides the bytes of the shards. Two encodes with equal plans may share an output folder.
+
+    What is not here (paths, threads, device, number of tasks) may change between the start of an encode and its
+    resumption. With a network the last bits of a latent depend on batch and device too: its bytes repeat only where
+    those are the same.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Literal[2] = 2
+    source: dict[str, Any]  # without where it lies
+    source_fingerprint: str
+    num_items: int
+    shard_samples: int
+    seed: int
+    codec: dict[str, Any] | None
+    codec_identity: str | None
+    transform: TransformConfig | None
+    text: dict[str, Any] | None
+    text_identity: str | None
+
+
+class Failure(BaseModel):
+    """One item that could not be encoded."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str
+    path: str
+    reason: str
+
+
+class PartRecord(BaseModel):
+    """The outcome of one part. Its shards are sorted by group; `shards` is empty where every item failed.
+
+    A shard's `group` counts the targets of the transform. `statistics` are those of all latents of the part.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shards: tuple[ShardInfo, ...]
+    statistics: ChannelStatistics | None
+    failures: tuple[Failure, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
+
+class Claims:
+    """Which task is at work on what: POSIX record locks, which end with the process that holds them.
+
+    Parallel file systems have them across nodes. Where they were mounted without, one task alone is warned, and
+    `several` tasks are refused: they would remove each other's files.
+    """
+
+    def __init__(self, folder: Path, several: bool) -> None:
+        make_folder(folder)
+        path = folder / "claims"
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written: {error}; choose another output") from error
+        self._path = path
+        self._several = several
+        self._warned = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._file)  # drops all locks
+
+    def claim(self, part: int) -> bool:
+        """Whether the part is now this process's."""
+        return self._lock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def release(self, part: int) -> None:
+        self._lock(part, fcntl.LOCK_UN)
+
+    @contextmanager
+    def setup(self) -> Iterator[None]:
+        """One task at a time, the others wait: for listing the source."""
+        with self._alone(_SETUP):
+            yield
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """One task at a time, the others wait: for putting the parts together."""
+        with self._alone(_FINISH):
+            yield
+
+    @contextmanager
+    def _alone(self, byte: int) -> Iterator[None]:
+        self._lock(byte, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            self._lock(byte, fcntl.LOCK_UN)
+
+    def _lock(self, byte: int, operation: int) -> bool:
+        try:
+            fcntl.lockf(self._file, operation, 1, byte)
+        except (BlockingIOError, PermissionError):  # POSIX allows either for a lock that somebody else has
+            return False
+        except OSError as error:
+            problem = f"{self._path}: {error}: this file system has no locks, so tasks cannot see each other's parts"
+            if self._several:
+                raise InputError(f"{problem}; choose another output, or use one task") from error
+            if not self._warned:
+                print(f"warning: {problem}; do not start a second encode on this output", file=sys.stderr)
+            self._warned = True
+        return True
+
+
+def part_of(shard_name: str) -> int:
+    """shard-000007-01.tar -> 7"""
+    return int(shard_name.removeprefix("shard-").removesuffix(".tar").split("-")[0])
+
+
+def record_path(folder: Path, part: int) -> Path:
+    """The record of a part in OUTPUT/parts."""
+    return folder / f"part-{part:06d}.json"
+
+
+class PartStore:
+    """The files of an encode in its output folder."""
+
+    def __init__(self, output: Path, arrays: Sequence[ArrayName], num_groups: int) -> None:
+        self.output = output
+        self.folder = output / PARTS_FOLDER
+        self._dtype = index_dtype(arrays)
+        self._num_groups = num_groups
+
+    def adopt(self, plan: Plan) -> None:
+        """Makes the folder this plan's. InputError, naming what differs, if it is another plan's."""
+        make_folder(self.folder)
+        path = self.folder / PLAN_NAME
+        if not path.exists():
+            write_text(path, plan.model_dump_json(indent=2))
+            return
+        try:
+            found = Plan.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise InputError(f"{path} is damaged or of another version; {self._remedy()}") from error
+        differences = [
+            f"{name} is {getattr(found, name)} there and {getattr(plan, name)} here"
+            for name in Plan.model_fields
+            if getattr(found, name) != getattr(plan, name)
+        ]
+        if differences:
+            raise InputError(
+                f"output: {self.output} holds parts of another encode: {'; '.join(differences)}; {self._remedy()}"
+            )
+
+    def shard_path(self, part: int, group: int) -> Path:
+        suffix = f"-{group:02d}" if self._num_groups > 1 else ""
+        return self.output / f"shard-{part:06d}{suffix}.tar"
+
+    def commit(self, part: int, record: PartRecord, rows: np.ndarray) -> None:
+        """Marks a part, whose shards already have their final names, as done."""
+        with atomic_write(self._rows_path(part)) as stream:
+            stream.write(to_npy(rows))
+        write_text(record_path(self.folder, part), record.model_dump_json(indent=2))
+        names = {shard.name for shard in record.shards}
+        for path in self.output.glob(f"shard-{part:06d}*.tar"):
+            # Made before, of a group that has no sample any more.
+            if part_of(path.name) == part and path.name not in names:
+                path.unlink()
+
+    def clear(self, part: int) -> None:
+        """Removes what a killed task left of a part. Only for the task that has claimed it."""
+        for start in (f"shard-{part:06d}.", f"shard-{part:06d}-"):
+            remove_leftovers(self.output, start)
+        remove_leftovers(self.folder, f"part-{part:06d}.")
+
+    def forget(self, part: int) -> None:
+        """The part counts as not done; its shards stay until they are replaced."""
+        record_path(self.folder, part).unlink(missing_ok=True)
+
+    def recorded(self) -> set[int]:
+        """Parts that have a record, by one look at the folder; `read` tells whether all of it is there."""
+        names = (_RECORD_NAME.fullmatch(entry.name) for entry in os.scandir(self.folder))
+        return {int(match[1]) for match in names if match}
+
+    def read(self, part: int) -> PartRecord | None:
+        """The record of a part; None if it is not done, or record, rows or a shard is missing or has another size."""
+        try:
+            record = PartRecord.model_validate_json(record_path(self.folder, part).read_bytes())
+            map_index(self._rows_path(part), record.num_samples, self._dtype)
+            if any((self.output / shard.name).stat().st_size != shard.num_bytes for shard in record.shards):
+                return None
+        except (OSError, ValueError):
+            return None
+        return record
+
+    def read_rows(self, part: int, num_rows: int) -> np.ndarray:
+        try:
+            return map_index(self._rows_path(part), num_rows, self._dtype).copy()
+        except (OSError, ValueError) as error:
+            raise PomscaleError(
+                f"{self._rows_path(part)}: cannot be read: {error}; run the same command again, it makes it anew"
+            ) from error
+
+    def _rows_path(self, part: int) -> Path:
+        return self.folder / f"part-{part:06d}.npy"
+
+    def _remedy(self) -> str:
+        return "choose another output, or delete that folder"

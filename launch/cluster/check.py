@@ -1,0 +1,197 @@
+"""`pomscale cluster check`: a short job that goes the way of all jobs, and tells what works on a cluster."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from launch.cluster.findings import Finding, of_ranks, of_requeue, of_signal, of_slurm, of_world
+from launch.record.job import SUBMITIT, attempts
+from launch.scheduler import slurm
+from launch.status.runs import RunSummary, summarize
+from launch.status.state import LIVE
+from launch.submission.control import cancel
+from launch.submission.prepare import RUNS, Prepared, prepare_commands, resolved_output
+from pomscale.base.errors import PomscaleError
+from pomscale.config.cluster import ClusterProfile
+from pomscale.runs.cluster_facts import rank_facts, ready_path, signal_path, world_facts
+
+_FACTS = "facts"
+_JOB_MINUTES = 10  # torch may take minutes to load from a file system that has not seen it for long
+_LOOK_EVERY_S = 0.5
+_SHOWN_LINES = 12  # of the log of a job that failed
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """As text: a line for every finding, and under it what to do. exit_code: 1 where something failed."""
+
+    title: str
+    findings: list[Finding]
+    log: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        return int(any(finding.status == "FAILED" for finding in self.findings))
+
+    def __str__(self) -> str:
+        lines = [self.title]
+        for finding in self.findings:
+            lines.append(f"{finding.status:<9}{finding.subject:<24}{finding.found}")
+            if finding.remedy:
+                lines.append(f"{'':<33}-> {finding.remedy}")
+        if self.log:
+            lines.append(self.log)
+        counts = {status: sum(one.status == status for one in self.findings) for status in ("FAILED", "warning")}
+        wrong = [
+            f"{count} {status}{'s' if status == 'warning' and count > 1 else ''}"
+            for status, count in counts.items()
+            if count
+        ]
+        return "\n".join([*lines, f"{len(self.findings)} checks: {', '.join(wrong) or 'all ok'}"])
+
+
+def check_cluster(
+    name: str, profile: ClusterProfile, *, num_nodes: int | None = None, folder: Path | None = None
+) -> CheckReport:
+    """Submit a job of a minute, wait for it, and report. name: of the profile, or its path.
+
+    num_nodes: default 2 with SLURM, else 1. folder: for the job's home, default that of runs; the home is removed
+    again if nothing failed. Tells on standard error what it waits for. Ctrl-C cancels the job.
+    """
+    with_slurm = profile.scheduler == "slurm"
+    num_nodes = num_nodes or (2 if with_slurm else 1)
+    title = f"cluster check of {name}: {num_nodes} x {profile.num_ranks_per_node} ranks"
+    findings: list[Finding] = []
+    try:
+        if with_slurm:
+            slurm.check_answers()
+            names = (profile.partition or "").split(",")
+            partitions = {name: slurm.partition(name or None) for name in names}
+            findings += of_slurm(profile, slurm.configuration(), partitions)
+        prepared = _prepare(name, profile, num_nodes, folder)
+        job_id = prepared.submit()
+    except PomscaleError as error:
+        problem = Finding("job", "FAILED", str(error), "correct the profile, or wait until SLURM answers")
+        return CheckReport(title, [*findings, problem])
+    job = _Job(prepared, job_id)
+    try:
+        job.follow()
+    except BaseException:
+        cancel(prepared.home, wait_s=0)
+        raise
+    report = CheckReport(title, findings + job.findings(), job.log())
+    if report.exit_code == 0:
+        shutil.rmtree(prepared.home)
+    return report
+
+
+def _prepare(name: str, profile: ClusterProfile, num_nodes: int, folder: Path | None) -> Prepared:
+    home = (folder or resolved_output(RUNS, profile)) / f"cluster-check-{Path(name).stem}-{datetime.now():%m%d-%H%M%S}"
+    words = ["cluster", "probe", str(home.absolute() / _FACTS)]
+    limit = None
+    if profile.scheduler == "slurm":
+        words.append("--signal")
+        minutes = _JOB_MINUTES + profile.signal_lead_s // 60  # or SLURM would send its signal at once
+        limit = f"{minutes // 60}:{minutes % 60:02d}:00"
+    if profile.offline:
+        words.append("--offline")
+    prepared = prepare_commands(home.name, home, [words], profile, name, num_nodes=num_nodes, time_limit=limit)
+    # As a run, so that the ranks are told of each other; one that is killed starts no second try.
+    return replace(prepared, spec=replace(prepared.spec, is_run=True, max_idle_requeues=0))
+
+
+class _Job:
+    """That of one check."""
+
+    def __init__(self, prepared: Prepared, job_id: str) -> None:
+        self._prepared = prepared
+        self._job_id = job_id
+        self._home, self._num_ranks = prepared.home, prepared.spec.num_ranks
+        self._with_slurm = prepared.profile.scheduler == "slurm"
+        self._requeue: Finding | None = None
+        self._sent_s: float | None = None
+        self._arrived_s: float | None = None
+        self._refused = ""
+        self._state: RunSummary | None = None
+
+    def follow(self) -> None:
+        """Until it has ended. Sends it the signal that it waits for."""
+        if self._with_slurm:
+            self._requeue = of_requeue(slurm.details(self._job_id))
+        told = ""
+        while True:
+            self._state = summarize({self._home: self._home.name}).runs[0]
+            line = f"job {self._job_id}: {self._state.state}" + (
+                f" ({self._state.reason})" if self._state.reason else ""
+            )
+            if line != told:
+                print(line, file=sys.stderr, flush=True)
+                told = line
+            if self._state.state not in LIVE:
+                return
+            if self._with_slurm:
+                self._see_to_signals()
+            time.sleep(_LOOK_EVERY_S)
+
+    def _see_to_signals(self) -> None:
+        facts = self._home / _FACTS
+        ranks = range(self._num_ranks)
+        if self._sent_s is None and not self._refused and all(ready_path(facts, rank).exists() for rank in ranks):
+            try:
+                slurm.send_signal(self._job_id, "USR2")
+                self._sent_s = time.monotonic()
+            except PomscaleError as error:
+                self._refused = str(error)
+        if self._arrived_s is None and all(signal_path(facts, rank).exists() for rank in ranks):
+            self._arrived_s = time.monotonic()
+
+    def findings(self) -> list[Finding]:
+        facts, profile = self._home / _FACTS, self._prepared.profile
+        findings = [self._of_job()]
+        if self._requeue is not None:
+            findings.append(self._requeue)
+        ranks, world = rank_facts(facts), world_facts(facts)
+        findings += of_ranks(ranks, self._num_ranks, profile, self._home.parent)
+        if ranks:
+            findings += of_world(world, has_gpus=all(one.gpu is not None for one in ranks.values()))
+        if world is not None and self._with_slurm:
+            findings.append(self._of_signal())
+        return findings
+
+    def _of_job(self) -> Finding:
+        assert self._state is not None
+        found = f"{self._job_id}: {self._state.state}" + (f": {self._state.reason}" if self._state.reason else "")
+        started = attempts(self._home)
+        if self._state.state == "finished" and started:
+            start = started[-1].start
+            waited_s = start.started_unix_s - self._state.started_unix_s
+            return Finding("job", "ok", f"{self._job_id} on {', '.join(start.hosts)}, begun after {waited_s:.0f} s")
+        return Finding("job", "FAILED", found, f"{self._log_path() or self._home} tells more")
+
+    def _of_signal(self) -> Finding:
+        facts = self._home / _FACTS
+        num_arrived = sum(signal_path(facts, rank).exists() for rank in range(self._num_ranks))
+        took_s = None if self._sent_s is None else (self._arrived_s or time.monotonic()) - self._sent_s
+        return of_signal(num_arrived, self._num_ranks, took_s, self._refused)
+
+    def log(self) -> str:
+        """The end of what was printed by a job that failed."""
+        assert self._state is not None
+        path = self._log_path()
+        if self._state.state == "finished" or path is None:
+            return ""
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join([f"the end of {path}:", *(f"    {line}" for line in lines[-_SHOWN_LINES:])])
+
+    def _log_path(self) -> Path | None:
+        """Of the rank that is to blame, or of the job script."""
+        assert self._state is not None
+        if self._state.log:
+            return Path(self._state.log)
+        printed = [path for path in sorted((self._home / SUBMITIT).glob("*.out")) if path.stat().st_size]
+        return printed[0] if printed else None

@@ -1,0 +1,251 @@
+"""What was found on a cluster, against what its profile promises: a line each. No files, no SLURM."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from launch.scheduler import slurm
+from pomscale.config.cluster import ClusterProfile, minutes_of
+from pomscale.runs.cluster_facts import RankFacts, WorldFacts
+
+Status = Literal["ok", "warning", "FAILED"]
+
+_SLOW_WRITE_GB_PER_S = 0.1  # a checkpoint of 10 GB then takes minutes
+# Half of what the slowest links of this decade's machines reach: PCIe 4 inside, one port of 100 Gbit/s between.
+_SLOW_INSIDE_GB_PER_S, _SLOW_ACROSS_GB_PER_S = 8.0, 5.0
+_LATE_FILE_S = 5.0
+_CLOCK_SKEW_S = 1.0
+_FOLDERS = {"runs": "folder of runs", "temporary": "temporary folder", "home": "home folder"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """remedy: for what is not ok, what to do about it."""
+
+    subject: str
+    status: Status
+    found: str
+    remedy: str = ""
+
+
+def of_slurm(
+    profile: ClusterProfile, configuration: Mapping[str, str], partitions: Mapping[str, Mapping[str, str]]
+) -> list[Finding]:
+    """configuration, and partitions by the names that the profile gives them ("" = the default)."""
+    version, name = configuration.get("SLURM_VERSION", "?"), configuration.get("ClusterName", "?")
+    accounting = "slurmdbd" in configuration.get("AccountingStorageType", "")
+    memory_s = configuration.get("MinJobAge", "?")
+    remembers = "works" if accounting else f"none: of a job that has ended SLURM tells nothing after {memory_s}"
+    return [
+        Finding("SLURM", "ok", f"{version}, cluster {name}"),
+        *(_of_partition(profile, wanted, partition) for wanted, partition in partitions.items()),
+        Finding("accounting", "ok", remembers),
+    ]
+
+
+def _of_partition(profile: ClusterProfile, wanted: str, partition: Mapping[str, str]) -> Finding:
+    if not partition:
+        found = f"{wanted or 'a default one'}: no such partition"
+        return Finding("partition", "FAILED", found, "change `partition`; `sinfo` lists them")
+    name, limit = partition["PartitionName"], partition.get("MaxTime", "UNLIMITED")
+    if partition.get("State") != "UP":
+        return Finding("partition", "FAILED", f"{name} is {partition.get('State')}", "wait, or change `partition`")
+    limit_s, asked = slurm.seconds_of(limit), profile.time_limit or "0:00:00"
+    if limit_s is not None and minutes_of(asked) * 60 > limit_s:
+        found = f"{name} allows {limit}, the profile asks for {asked}"
+        # A QOS may allow more.
+        status: Status = "FAILED" if profile.qos is None else "warning"
+        return Finding("partition", status, found, f"make `time_limit` at most {limit}, or change `partition` or `qos`")
+    return Finding("partition", "ok", f"{name}: {partition.get('TotalNodes')} nodes, at most {limit}")
+
+
+def of_requeue(details: Mapping[str, str]) -> Finding:
+    """details: of the job, as launch.scheduler.slurm gives them."""
+    if details.get("Requeue") == "1":
+        return Finding("requeue", "ok", "allowed")
+    remedy = "ask the site; until then submit again by `pomscale runs resume`"
+    return Finding("requeue", "FAILED", "this cluster does not let jobs start again", remedy)
+
+
+def of_ranks(ranks: Mapping[int, RankFacts], num_ranks: int, profile: ClusterProfile, runs: Path) -> list[Finding]:
+    """ranks: those that have told. runs: the folder of runs."""
+    facts = list(ranks.values())
+    missing = [rank for rank in range(num_ranks) if rank not in ranks]
+    if missing:
+        names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        heard = Finding("ranks", "FAILED", f"nothing was heard of rank {names} of {num_ranks}", "see the job above")
+    else:
+        heard = Finding("ranks", "ok", f"{num_ranks} on {_counted(len({one.node for one in facts}), 'node')}")
+    if not facts:
+        return [heard]
+    return [
+        heard,
+        _same("Python", [(one.node, f"{one.python} ({one.executable})") for one in facts]),
+        _same("torch", [(one.node, one.torch + (f", NCCL {one.nccl}" if one.nccl else "")) for one in facts]),
+        _of_gpus(facts, profile),
+        _of_cores(facts, profile),
+        *_of_interfaces(facts, profile),
+        *(_of_folder(what, facts, profile, runs) for what in _FOLDERS),
+        _of_internet(facts, profile),
+    ]
+
+
+def _same(subject: str, told: Iterable[tuple[str, str]]) -> Finding:
+    """told: (node, what one of its ranks says)."""
+    nodes: dict[str, set[str]] = {}
+    for node, value in told:
+        nodes.setdefault(value, set()).add(node)
+    if len(nodes) == 1:
+        return Finding(subject, "ok", next(iter(nodes)))
+    found = "; ".join(f"{value} on {', '.join(sorted(where))}" for value, where in nodes.items())
+    return Finding(subject, "FAILED", found, "all ranks must have the same: see `python`, `modules` and `setup`")
+
+
+def _of_gpus(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
+    if profile.gpus_per_node == 0:
+        return Finding("GPUs", "ok", "none asked for")
+    blind = sorted({one.node for one in facts if one.gpu is None})
+    if blind:
+        remedy = "see `nvidia-smi` there, `sbatch` and `container` in the profile, and whether this torch is for CUDA"
+        return Finding("GPUs", "FAILED", f"torch sees none on {', '.join(blind)}", remedy)
+    users: dict[tuple[str, str], list[int]] = {}
+    for one in facts:
+        assert one.gpu is not None
+        users.setdefault((one.node, one.gpu[1]), []).append(one.rank)
+    shared = [f"ranks {', '.join(map(str, ranks))} on {node}" for (node, _), ranks in users.items() if len(ranks) > 1]
+    if shared:
+        remedy = "a rank needs one of its own: see `gpus_per_node`, and --gpus-per-task or --gpu-bind in `srun`"
+        return Finding("GPUs", "FAILED", f"one GPU for {'; '.join(shared)}", remedy)
+    names = sorted({one.gpu[0] for one in facts if one.gpu is not None})
+    if profile.gpu is not None and not all(profile.gpu in name.lower() for name in names):
+        return Finding("GPUs", "warning", f"{', '.join(names)}, not {profile.gpu}", "correct `gpu` or `constraint`")
+    return Finding("GPUs", "ok", f"{len(users)} x {', '.join(names)}, one for each rank")
+
+
+def _of_cores(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
+    fewest = min(facts, key=lambda one: one.num_cores)
+    promised = profile.cpus_per_node // profile.num_ranks_per_node
+    if fewest.num_cores < promised:
+        found = f"rank {fewest.rank} on {fewest.node} may run on {fewest.num_cores}, not on {promised}"
+        return Finding("cores", "warning", found, "see `cpus_per_node`; --cpu-bind=none in `srun` takes bonds away")
+    return Finding("cores", "ok", f"{fewest.num_cores} for each rank")
+
+
+def _of_interfaces(facts: list[RankFacts], profile: ClusterProfile) -> Iterable[Finding]:
+    wanted = profile.network_interface
+    if wanted is None:
+        return
+    without = [one for one in facts if not any(name in one.interfaces for name in wanted.split(","))]
+    if without:
+        found = f"{without[0].node} has no {wanted}, but {', '.join(without[0].interfaces)}"
+        yield Finding("network interface", "FAILED", found, "correct `network_interface`")
+    else:
+        yield Finding("network interface", "ok", wanted)
+
+
+def _of_folder(what: str, facts: list[RankFacts], profile: ClusterProfile, runs: Path) -> Finding:
+    subject = _FOLDERS[what]
+    places = str(runs) if what == "runs" else ", ".join(sorted({one.folders.get(what, "") for one in facts} - {""}))
+    problems = [f"{one.node}: {one.cannot_write[what]}" for one in facts if what in one.cannot_write]
+    remedies = {"runs": "change `scratch`", "temporary": "change `local_disk`", "home": "nothing of pomscale needs it"}
+    if problems:
+        needed = what == "runs" or (what == "temporary" and profile.local_disk is not None)
+        return Finding(subject, "FAILED" if needed else "warning", "; ".join(problems), remedies[what])
+    speeds = [one.write_gb_per_s[what] for one in facts if what in one.write_gb_per_s]
+    if not speeds:
+        return Finding(subject, "warning", "the first rank of no node has told", "see the job above")
+    found = f"{places}: {_speed(min(speeds))} per node"
+    if min(speeds) < _SLOW_WRITE_GB_PER_S and what != "home":
+        return Finding(subject, "warning", f"{found}, which is slow", f"{remedies[what]} if there is a faster one")
+    return Finding(subject, "ok", found)
+
+
+def _of_internet(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
+    if profile.offline:
+        return Finding("internet", "ok", "not asked: the profile says offline")
+    silent = sorted({one.internet for one in facts if one.internet is not None})
+    if silent:
+        return Finding(
+            "internet", "FAILED", silent[0], "set `offline: true`; runs are uploaded by `pomscale runs sync`"
+        )
+    return Finding("internet", "ok", "wandb and Hugging Face answer")
+
+
+def of_world(world: WorldFacts | None, *, has_gpus: bool) -> list[Finding]:
+    """None: the ranks have not found together. has_gpus: the ranks."""
+    if world is None:
+        remedy = "set `network_interface`; see whether a firewall lies between the nodes; the ranks' logs tell more"
+        return [Finding("rendezvous", "FAILED", "the ranks did not find together", remedy)]
+    findings = [Finding("rendezvous", "ok", f"{world.num_ranks} ranks in {world.join_s:.1f} s")]
+    if world.problem is not None:
+        findings.append(Finding("preflight", "FAILED", world.problem, "see `pomscale runs logs`, and exclude the host"))
+    if world.matmul_tflops:
+        median, slowest = world.matmul_tflops
+        findings.append(Finding("computing", "ok", f"{median:.3g} TFLOP/s per rank (slowest {slowest:.3g})"))
+    findings += [Finding("slow rank", "warning", warning, "exclude its node") for warning in world.warnings]
+    findings += _of_all_reduce(world, has_gpus=has_gpus)
+    if len(world.clock_s) > 1:
+        findings += [_of_shared_folder(world), _of_clocks(world)]
+    return findings
+
+
+def _of_all_reduce(world: WorldFacts, *, has_gpus: bool) -> Iterable[Finding]:
+    inside = list(world.inside_gb_per_s.values())
+    for where, speeds, slow, remedy in (
+        ("inside nodes", inside, _SLOW_INSIDE_GB_PER_S, "see `nvidia-smi topo -m`: are the GPUs linked?"),
+        (
+            "across nodes",
+            [] if world.across_gb_per_s is None else [world.across_gb_per_s],
+            _SLOW_ACROSS_GB_PER_S,
+            "NCCL_DEBUG: INFO in `environment` shows whether it goes by sockets; set `network_interface`",
+        ),
+    ):
+        if not speeds:
+            continue
+        found = f"{_speed(statistics.median(speeds))}" + (
+            f" (slowest {_speed(min(speeds))})" if len(speeds) > 1 else ""
+        )
+        is_slow = has_gpus and min(speeds) < slow
+        yield Finding(f"all-reduce {where}", "warning" if is_slow else "ok", found, remedy if is_slow else "")
+
+
+def _of_shared_folder(world: WorldFacts) -> Finding:
+    blind = [node for node, seconds in world.seen_after_s.items() if seconds is None]
+    if blind:
+        found = f"{', '.join(blind)} does not see what other nodes write"
+        return Finding("shared folder", "FAILED", found, "set `scratch` to a file system that all nodes share")
+    longest_s = max(seconds for seconds in world.seen_after_s.values() if seconds is not None)
+    found = f"a new file is seen by all within {longest_s:.2f} s"
+    if longest_s > _LATE_FILE_S:
+        return Finding("shared folder", "warning", found, "use another file system: starts and verdicts wait for that")
+    return Finding("shared folder", "ok", found)
+
+
+def _of_clocks(world: WorldFacts) -> Finding:
+    node, ahead_s = max(world.clock_s.items(), key=lambda item: abs(item[1]))
+    if abs(ahead_s) > _CLOCK_SKEW_S:
+        found = f"{node} is {abs(ahead_s):.1f} s {'ahead' if ahead_s > 0 else 'behind'}"
+        return Finding("clocks", "warning", found, "ask the site: which rank failed first is told by the clock")
+    return Finding("clocks", "ok", f"at most {abs(ahead_s) * 1000:.0f} ms apart")
+
+
+def of_signal(num_arrived: int, num_ranks: int, took_s: float | None, problem: str) -> Finding:
+    """took_s: from sending it to the last one's word; None if it could not be sent, and problem says why."""
+    remedy = "without it a run cannot save before its time limit: see `srun` and `container`"
+    if took_s is None:
+        return Finding("signals", "FAILED", problem or "not sent, as not all ranks came so far", remedy)
+    if num_arrived < num_ranks:
+        return Finding("signals", "FAILED", f"USR2 reached {num_arrived} of {num_ranks} ranks", remedy)
+    return Finding("signals", "ok", f"USR2 reaches all ranks within {took_s:.1f} s")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def _speed(gb_per_s: float) -> str:
+    return f"{gb_per_s:.3g} GB/s"

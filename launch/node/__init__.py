@@ -1,0 +1,1 @@
+"""Processes of a job on its nodes: guards, supervisor and verdict."""

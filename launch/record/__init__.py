@@ -1,0 +1,1 @@
+"""The job folder: what a job is and what it leaves."""

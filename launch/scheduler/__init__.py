@@ -1,0 +1,1 @@
+"""The scheduler: what SLURM is asked and told."""

@@ -1,0 +1,1 @@
+"""Runs as their folders and SLURM show them: tables, status, logs, differences."""

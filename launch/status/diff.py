@@ -1,0 +1,139 @@
+"""`pomscale runs diff A B`: in what two runs differ, and how far apart they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.record.job import LAUNCH_FILE
+from launch.status.table import NOTHING, table
+from launch.status.tail import read_object
+from pomscale.base.console import format_count
+from pomscale.base.errors import InputError
+from pomscale.runs.checkpoint_folder import META, complete_checkpoints
+from pomscale.runs.history import read_history
+
+_METRICS = {"train/loss": "training loss", "validation/loss": "held-out loss"}
+_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the samples that both have seen
+_MAX_WIDTH = 48
+# Where a run is and what it is called: of no account for what it computes.
+_OF_NO_ACCOUNT = {"name", "output"}
+
+
+def diff(a: Path, b: Path) -> str:
+    """For people. InputError for a run that has no recipe."""
+    parts = [
+        _section("recipe", _changes(_recipe(a), _recipe(b)), a, b),
+        _section("code", _changes(_code(a), _code(b)), a, b),
+        _section("data", _changes(_data(a), _data(b)), a, b),
+        *_losses(a, b),
+    ]
+    return "\n\n".join(parts)
+
+
+def _section(title: str, rows: list[list[str]], a: Path, b: Path) -> str:
+    return f"{title}: the same" if not rows else table([title, *_names(a, b)], rows)
+
+
+def _names(a: Path, b: Path) -> tuple[str, str]:
+    """Short, but not the same."""
+    return (a.name, b.name) if a.name != b.name else (str(a), str(b))
+
+
+def _changes(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[list[str]]:
+    keys = dict.fromkeys([*ours, *theirs])
+    return [
+        [key, _cut(ours.get(key, NOTHING)), _cut(theirs.get(key, NOTHING))]
+        for key in keys
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
+def _cut(value: str) -> str:
+    return value if len(value) <= _MAX_WIDTH else value[: _MAX_WIDTH - 1] + "…"
+
+
+def _recipe(home: Path) -> dict[str, str]:
+    """Resolved, of the newest start; before the first, as it was launched."""
+    launched = read_object(home / LAUNCH_FILE) or {}
+    candidates = [home / "recipe.yaml", *([home / launched["recipe"]] if launched.get("recipe") else [])]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        raise InputError(f"{home}: holds no recipe.yaml: no run has begun here")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: this is no YAML: {error}") from error
+    return {key: value for key, value in _flat(values).items() if key not in _OF_NO_ACCOUNT}
+
+
+def _code(home: Path) -> dict[str, str]:
+    code = read_object(home / "code.json") or {}
+    shown: dict[str, str] = {key: str(code[key]) for key in ("pomscale", "git_commit") if key in code}
+    difference = home / "code.diff"
+    if difference.is_file():
+        lines = difference.read_text(encoding="utf-8", errors="replace").splitlines()
+        files = [line.split(" b/")[-1] for line in lines if line.startswith("diff --git ")]
+        changed = [line for line in lines if line.startswith(("+", "-")) and not line.startswith(("+++", "---"))]
+        shown["changed since the commit"] = ", ".join(files) or "nothing"
+        shown["lines changed"] = str(len(changed))
+    return shown
+
+
+def _data(home: Path) -> dict[str, str]:
+    """Fingerprints, by the newest checkpoint."""
+    for checkpoint in reversed(complete_checkpoints(home / "checkpoints")):
+        meta = read_object(checkpoint / META)
+        if meta is not None and "data" in meta:
+            return _flat({"data": meta["data"]})
+    return {}
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, str]:
+    """{"a.b": "1"}; lists of mappings are taken apart too."""
+    if isinstance(values, list) and any(isinstance(value, dict) for value in values):
+        values = dict(enumerate(values))
+    if not isinstance(values, dict) or not values:
+        return {prefix.rstrip("."): values if isinstance(values, str) else json.dumps(values, default=str)}
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.")
+    return found
+
+
+def _losses(a: Path, b: Path) -> list[str]:
+    """The last ones at samples that both have logged."""
+    try:
+        ours, theirs = read_history(a).series, read_history(b).series
+    except InputError as problem:
+        return [f"losses: {problem}"]
+    parts = []
+    for metric, title in _METRICS.items():
+        if metric not in ours or metric not in theirs:
+            continue
+        of_a, of_b = (dict(zip(*series[metric], strict=True)) for series in (ours, theirs))
+        both = sorted(of_a.keys() & of_b.keys())
+        if not both:
+            parts.append(f"{title}: never logged at the same samples")
+            continue
+        at = sorted({both[round(share * (len(both) - 1))] for share in _SHARES})
+        rows = [
+            [
+                format_count(samples),
+                f"{of_a[samples]:.5g}",
+                f"{of_b[samples]:.5g}",
+                _relative(of_a[samples], of_b[samples]),
+            ]
+            for samples in at
+        ]
+        head = [f"{title} at", *_names(a, b), "difference"]
+        parts.append(table(head, rows, right=head))
+    return parts or ["losses: none that both have logged"]
+
+
+def _relative(ours: float, theirs: float) -> str:
+    return f"{(theirs - ours) / abs(ours):+.2%}" if ours else NOTHING

@@ -1,0 +1,85 @@
+"""`pomscale runs`: a line per run."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from launch.status.runs import RUNS, RunSummary, Summaries, find_runs, summarize
+from launch.status.state import WORDS
+from pomscale.base.console import format_age, format_count, format_duration
+from pomscale.base.errors import InputError
+
+_HEAD = ("name", "state", "starts", "samples", "share", "loss", "images/s", "goodput", "ETA", "last row")
+_NUMBERS = frozenset(_HEAD[2:])
+NOTHING = "-"
+
+
+def list_runs(folders: Sequence[Path], states: Collection[str] = ()) -> Summaries:
+    """Of all folders; states: only runs that are in one of them. InputError for a state or a folder that is none."""
+    unknown = sorted(set(states) - set(WORDS))
+    if unknown:
+        raise InputError(f"--state: {', '.join(unknown)}: no such state; there are {', '.join(WORDS)}")
+    homes: dict[Path, str] = {}
+    for folder in folders or [RUNS]:
+        homes |= find_runs(folder)
+    found = summarize(homes)
+    return Summaries([run for run in found.runs if not states or run.state in states], found.problem)
+
+
+def as_table(summaries: Summaries) -> str:
+    """For people."""
+    if not summaries.runs:
+        return "no runs"
+    now_unix_s = time.time()
+    return table(_HEAD, [_cells(run, now_unix_s) for run in summaries.runs], right=_NUMBERS)
+
+
+def as_json(summaries: Summaries) -> str:
+    """For programs: a list of objects. Numbers that JSON lacks are the strings "nan", "inf" and "-inf"."""
+    return json.dumps([_plain(run) for run in summaries.runs], indent=1, allow_nan=False)
+
+
+def _plain(run: RunSummary) -> dict[str, object]:
+    values = asdict(run) | {"home": str(run.home.resolve()), "share": run.share}
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+
+
+def _cells(run: RunSummary, now_unix_s: float) -> list[str]:
+    return [
+        run.name,
+        run.state,
+        str(run.num_starts),
+        NOTHING if run.samples is None else format_count(run.samples),
+        NOTHING if run.share is None else f"{run.share:.0%}",
+        NOTHING if run.loss is None else f"{run.loss:.4f}",
+        NOTHING if run.samples_per_s is None else f"{run.samples_per_s:.4g}",
+        NOTHING if run.goodput is None else f"{run.goodput:.0%}",
+        NOTHING if run.eta_s is None else format_duration(run.eta_s),
+        NOTHING if run.last_row_unix_s is None else format_age(run.last_row_unix_s, now_unix_s),
+    ]
+
+
+def few(words: Sequence[str], most: int = 4) -> str:
+    """The first ones, and how many there are besides."""
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> str:
+    """Columns as wide as they must be, with two spaces between them. right: names of columns of numbers."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = []
+    for row in (head, *rows):
+        cells = [
+            cell.rjust(width) if name in right else cell.ljust(width)
+            for name, cell, width in zip(head, row, widths, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Recipe and cluster profile to a checked, frozen and submitted job."""

@@ -1,0 +1,206 @@
+"""What is looked at before anything is written or submitted. Each check raises one InputError that names the remedy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from launch.status.runs import summarize
+from launch.status.state import LIVE
+from pomscale.base.errors import InputError
+from pomscale.config.cluster import ClusterProfile, expanded, is_time_limit, minutes_of
+from pomscale.config.identity import differences
+from pomscale.config.model import VideoModelConfig
+from pomscale.config.schema import (
+    EncodeRecipe,
+    ImageFolderConfig,
+    MixtureComponentConfig,
+    TrainRecipe,
+    ValidationConfig,
+    VideoFolderConfig,
+)
+from pomscale.config.yaml_file import read_source
+from pomscale.plan.checks import check_layout
+from pomscale.plan.report import DatasetSize, misfit, plan, summary
+from pomscale.runs.checkpoint_folder import META, complete_checkpoints, samples_of
+from pomscale.runs.outcome import is_finished
+from pomscale.shards.location import local_folder
+from pomscale.shards.schema import Manifest, check_compatible, check_text, read_manifest
+
+RECIPE_FILE = "launch/recipe.yaml"
+
+
+def check_training_data(
+    recipe: TrainRecipe, profile: ClusterProfile, to_come: Collection[Path] = ()
+) -> DatasetSize | None:
+    """The datasets of a recipe are there, and are made for it. to_come: folders that a job before this one writes.
+
+    Returns what they add up to; None while one of them is still to come.
+    """
+    manifests = [_check_dataset(component.path, recipe, profile, to_come) for component in recipe.data.components]
+    sets_with_text: list[MixtureComponentConfig | ValidationConfig] = [*recipe.data.components]
+    if recipe.validation is not None:
+        _check_dataset(recipe.validation.path, recipe, profile, to_come)
+        sets_with_text.append(recipe.validation)
+    if isinstance(recipe.model, VideoModelConfig):
+        for dataset in sets_with_text:
+            _check_texts(dataset.text or dataset.path, recipe.model, profile, to_come)
+    if recipe.init_from is not None:
+        _check_there("init_from.path", recipe.init_from.path, to_come)
+    known = [manifest for manifest in manifests if manifest is not None]
+    if len(known) < len(manifests):
+        return None
+    num_bytes = sum(shard.num_bytes for manifest in known for shard in manifest.shards)
+    return DatasetSize(sum(manifest.num_samples for manifest in known), num_bytes)
+
+
+def _check_dataset(
+    path: str, recipe: TrainRecipe, profile: ClusterProfile, to_come: Collection[Path]
+) -> Manifest | None:
+    manifest = _manifest(path, profile, to_come)
+    if manifest is not None:
+        check_compatible(path, manifest, recipe.codec, recipe.model)
+    return manifest
+
+
+def _check_texts(path: str, model: VideoModelConfig, profile: ClusterProfile, to_come: Collection[Path]) -> None:
+    """path: of the set that has the texts."""
+    manifest = _manifest(path, profile, to_come)
+    if manifest is not None:
+        check_text(path, manifest, model)
+
+
+def _manifest(path: str, profile: ClusterProfile, to_come: Collection[Path]) -> Manifest | None:
+    """None: a job before this one writes the dataset."""
+    folder = local_folder(path)
+    if folder is None and profile.offline:
+        raise InputError(f"dataset {path}: the nodes of this cluster have no internet; copy it to a disk that they see")
+    if folder is not None and _is_to_come(folder, to_come):
+        return None
+    return read_manifest(path)
+
+
+def check_source(recipe: EncodeRecipe, to_come: Collection[Path] = ()) -> None:
+    """A source that is one folder is there. Others tell when they are listed."""
+    if isinstance(recipe.source, ImageFolderConfig | VideoFolderConfig):
+        _check_there("source.path", recipe.source.path, to_come)
+
+
+def _check_there(key: str, path: str, to_come: Collection[Path]) -> None:
+    folder = local_folder(path)
+    if folder is not None and not folder.exists() and not _is_to_come(folder, to_come):
+        raise InputError(f"{key}: {path}: there is no such file or folder")
+
+
+def _is_to_come(path: Path, to_come: Collection[Path]) -> bool:
+    path = path.absolute()
+    return any(path.is_relative_to(folder) for folder in to_come)
+
+
+def check_machine(
+    recipe: TrainRecipe, profile: ClusterProfile, num_nodes: int, num_ranks: int, dataset: DatasetSize | None
+) -> list[str]:
+    """So many ranks can share the recipe, and it fits their GPUs where the profile says which. Returns the plan."""
+    check_layout(recipe, num_ranks)
+    if profile.gpus_per_node == 0 and recipe.compute.device == "cuda":
+        raise InputError("compute.device: cuda, but this cluster profile gives no GPUs (gpus_per_node: 0)")
+    if profile.gpu is None or recipe.compute.device == "cpu":
+        return []
+    gpus_per_node = num_ranks // num_nodes
+    made = plan(recipe, num_nodes=num_nodes, gpus_per_node=gpus_per_node, gpu=profile.gpu, dataset=dataset)
+    if not made.fits:
+        raise InputError(misfit(made))
+    return summary(made)
+
+
+def check_run_folder(home: Path, recipe: TrainRecipe) -> None:
+    """This run has not begun, or may go on with this recipe and has something left to do."""
+    then = _recipe_then(home)
+    if then is None:
+        return
+    complete = complete_checkpoints(home / "checkpoints")
+    wrong = [f"kind: {then['kind']}"] if then["kind"] != "train" else differences(then, recipe.model_dump(mode="json"))
+    if wrong:
+        instead = "choose another name" if complete else "choose another name, delete it (there is no checkpoint in it)"
+        raise InputError(f"{home}: this run began with another recipe; {instead}, or undo: {'; '.join(wrong)}")
+    if complete and recipe.resume == "never":
+        raise InputError(f"{home}: holds checkpoints, and resume is never; choose another name or delete the folder")
+    if has_finished(home, recipe):
+        raise InputError(
+            f"{home}: finished already, {samples_of(complete[-1]):,} samples; to go on, raise training.total_samples"
+        )
+
+
+def has_finished(home: Path, recipe: TrainRecipe) -> bool:
+    """Whether nothing of this recipe is left to do."""
+    complete = complete_checkpoints(home / "checkpoints")
+    is_whole = bool(complete) and _recipe_in(complete[-1]) is not None
+    return is_whole and samples_of(complete[-1]) >= recipe.training.total_samples and is_finished(home)
+
+
+def _recipe_in(checkpoint: Path) -> dict[str, Any] | None:
+    """None = it is damaged: training sets it aside, and says so."""
+    try:
+        recipe: dict[str, Any] = json.loads((checkpoint / META).read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return recipe
+
+
+def _recipe_then(home: Path) -> Mapping[str, Any] | None:
+    """With which the run began, as its newest checkpoint tells, or the first start that left none."""
+    for checkpoint in reversed(complete_checkpoints(home / "checkpoints")):
+        if (recipe := _recipe_in(checkpoint)) is not None:
+            return recipe
+    for name in ("recipe.yaml", RECIPE_FILE):
+        if (home / name).is_file():
+            return read_source(home / name).values
+    return None
+
+
+def check_encode_home(home: Path, recipe: EncodeRecipe) -> None:
+    """What was launched there before was an encode of the same dataset."""
+    if not (home / RECIPE_FILE).is_file():
+        return
+    then = read_source(home / RECIPE_FILE).values
+    if (then["kind"], then.get("output")) != ("encode", recipe.output):
+        raise InputError(f"{home}: jobs of another recipe were launched there; choose another name, or delete it")
+
+
+def check_not_in_queue(home: Path) -> None:
+    """Nothing waits or runs in this home."""
+    if not home.is_dir():
+        return
+    found = summarize({home: home.name})
+    state = found.runs[0]
+    if state.state in LIVE:
+        job = f", job {state.job_id}" if state.job_id else ""
+        by_home = f" (as its folder tells; {found.problem})" if found.problem else ""
+        raise InputError(
+            f"{home}: {state.state} already{job}{by_home}; watch it with `pomscale watch {home}`, "
+            f"or end it with `pomscale runs cancel {home}`"
+        )
+
+
+def check_interpreter(profile: ClusterProfile) -> None:
+    """Of a job on this machine. On the nodes of a cluster it is `pomscale cluster check` that finds out."""
+    if profile.python is not None and shutil.which(expanded(profile.python, "python")) is None:
+        raise InputError(
+            f"python: {profile.python} is no program on this machine; give the profile (or --set python=) another"
+        )
+
+
+def check_time_limit(profile: ClusterProfile, time_limit: str | None) -> None:
+    """Of the form that SLURM knows, and long enough for the signal before it."""
+    if time_limit is None:
+        return
+    if not is_time_limit(time_limit):
+        raise InputError(f"--time {time_limit}: give HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES")
+    if profile.scheduler == "slurm" and minutes_of(time_limit) * 60 <= profile.signal_lead_s:
+        raise InputError(
+            f"--time {time_limit}: not longer than the profile's signal_lead_s, {profile.signal_lead_s} s, so the job "
+            "would stop as soon as it starts"
+        )

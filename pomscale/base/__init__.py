@@ -1,0 +1,1 @@
+"""Foundations that every package may use: errors, files, console, clock, keyed random numbers."""

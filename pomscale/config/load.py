@@ -1,0 +1,264 @@
+"""Recipe file + overrides -> validated recipe, or one error that lists every problem. Cluster profiles too."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Union, cast, get_args
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from pomscale.config.cluster import ClusterProfile
+from pomscale.config.pipeline import PipelineRecipe
+from pomscale.config.schema import EncodeRecipe, TrainRecipe
+from pomscale.config.section import Section
+from pomscale.config.yaml_file import KeyPath, RecipeError, RecipeSource, dump_yaml, read_source
+
+Recipe = TrainRecipe | EncodeRecipe | PipelineRecipe
+
+_KINDS: dict[str, type[Section]] = {"train": TrainRecipe, "encode": EncodeRecipe, "pipeline": PipelineRecipe}
+_CLUSTER: dict[str, type[Section]] = {"cluster": ClusterProfile}
+
+_ANY_KIND: TypeAdapter[Any] = TypeAdapter(
+    Annotated[Union[TrainRecipe, EncodeRecipe, PipelineRecipe, ClusterProfile], Field(discriminator="kind")]
+)
+_CLUSTERS = Path(__file__).resolve().parents[2] / "slurm" / "clusters"
+
+# kind -> the command that takes such a file.
+_COMMANDS = {
+    "train": "pomscale train",
+    "encode": "pomscale data encode",
+    "pipeline": "pomscale launch",
+    "cluster": "pomscale launch --cluster",
+}
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read, merge and validate a recipe.
+
+    Raises RecipeError (exit code 2) that lists every problem as `file:line: key: what is wrong; remedy`.
+    """
+    return cast(Recipe, validate(read_recipe_source(path, overrides), _KINDS))
+
+
+def load_train_recipe(path: str | Path, overrides: list[str] | None = None) -> TrainRecipe:
+    """As load_recipe; a recipe of another kind is an error."""
+    recipe = load_recipe(path, overrides)
+    if not isinstance(recipe, TrainRecipe):
+        raise _other_kind(path, recipe.kind, "training needs kind: train")
+    return recipe
+
+
+def load_encode_recipe(path: str | Path, overrides: list[str] | None = None) -> EncodeRecipe:
+    """As load_recipe; a recipe of another kind is an error."""
+    recipe = load_recipe(path, overrides)
+    if not isinstance(recipe, EncodeRecipe):
+        raise _other_kind(path, recipe.kind, "encoding needs kind: encode")
+    return recipe
+
+
+def _other_kind(path: str | Path, kind: str, wanted: str) -> RecipeError:
+    return RecipeError([f"{path}: kind: this is a recipe for `{_COMMANDS[kind]}`; {wanted}"])
+
+
+def load_cluster(name_or_path: str | Path, overrides: list[str] | None = None) -> ClusterProfile:
+    """Read a cluster profile as load_recipe reads a recipe; profiles inherit from each other in the same way.
+
+    A word is the name of one in slurm/clusters; whatever ends in .yaml or has a slash is a path.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml") and len(path.parts) == 1:
+        known = known_clusters()
+        if path.name not in known:
+            nearest = _suggest(path.name, str(list(known)))
+            raise RecipeError(
+                [
+                    f"cluster {path.name!r}: there is no such profile{nearest}; known are {', '.join(known)}; "
+                    "or give the path of a YAML file of kind cluster"
+                ]
+            )
+        path = known[path.name]
+    return cast(ClusterProfile, validate(read_recipe_source(path, overrides), _CLUSTER))
+
+
+def known_clusters() -> dict[str, Path]:
+    """Name -> file of the profiles that come with this checkout."""
+    return {path.stem: path for path in sorted(_CLUSTERS.glob("*.yaml"))}
+
+
+def read_recipe_source(path: str | Path, overrides: list[str] | None = None) -> RecipeSource:
+    """read_source; that there is no such file is a RecipeError too."""
+    try:
+        return read_source(path, overrides)
+    except FileNotFoundError:
+        raise RecipeError([f"{path}: no such recipe file"]) from None
+
+
+def validate(source: RecipeSource, kinds: dict[str, type[Section]] = _KINDS) -> Section:
+    """The recipe or profile that is written there, of one of these kinds. RecipeError lists all that is wrong."""
+    kind = source.values.get("kind")
+    section = kinds.get(kind) if isinstance(kind, str) else None
+    if section is None:
+        raise RecipeError([f"{source.origin(('kind',))}: kind: {_wrong_kind(kind, kinds)}"])
+    try:
+        return section.model_validate(source.values)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, source, section)) from None
+
+
+def _wrong_kind(kind: Any, kinds: dict[str, type[Section]]) -> str:
+    if kind is None:
+        return "missing; it says what kind of section this is"
+    if kind in _COMMANDS:
+        return f"this file is for `{_COMMANDS[kind]}`; here kind must be one of {', '.join(map(repr, kinds))}"
+    known = ", ".join(map(repr, kinds))
+    return f"{kind!r} is none of {known}{_suggest(str(kind), known)}"
+
+
+def dump_recipe(recipe: Recipe | ClusterProfile) -> str:
+    """The resolved recipe as YAML that load_recipe reads back to an equal object."""
+    return dump_yaml(recipe.model_dump(mode="json"))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema for editors, of recipes and cluster profiles. Nothing is required in it, since any key may be
+    inherited from a base."""
+    kinds = {**_KINDS, **_CLUSTER}
+    schema = _ANY_KIND.json_schema()
+    _relax(schema)
+    for kind in kinds.values():
+        properties = schema["$defs"][kind.__name__]["properties"]
+        properties["base"] = {"type": "string", "description": "Recipe to inherit from, relative to this file."}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "pomscale recipe", **schema}
+
+
+def _relax(node: Any) -> None:
+    if isinstance(node, dict):
+        node.pop("required", None)
+        node.pop("discriminator", None)
+        if "oneOf" in node:  # without `required`, a partial recipe may fit several kinds
+            node["anyOf"] = node.pop("oneOf")
+        for value in node.values():
+            _relax(value)
+    elif isinstance(node, list):
+        for value in node:
+            _relax(value)
+
+
+def _explain(error: ValidationError, source: RecipeSource, root: type[Section]) -> list[str]:
+    problems: dict[KeyPath, list[str]] = {}
+    for item in error.errors(include_url=False):
+        path = _key_path(item["loc"], source.values, missing=item["type"] == "missing")
+        message = _message(item, path, source.values, root)
+        # A validator over a whole section names the key it means: `key: what is wrong`.
+        named = re.match(r"([a-z_.]+): (?=\S)", message)
+        if named and item["type"] in ("value_error", "union_tag_invalid", "union_tag_not_found"):
+            path, message = (*path, *named[1].split(".")), message[named.end() :]
+        if message not in problems.setdefault(path, []):
+            problems[path].append(message)
+    return [
+        f"{source.origin(path)}: {'.'.join(path) or 'recipe'}: {'; or '.join(messages)}"
+        for path, messages in problems.items()
+    ]
+
+
+def _key_path(loc: tuple[int | str, ...], values: Any, *, missing: bool) -> KeyPath:
+    """pydantic's location, without the union tags it inserts, which no user wrote."""
+    path: list[str] = []
+    current = values
+    for i, part in enumerate(loc):
+        in_dict = isinstance(current, dict) and part in current
+        if in_dict or (isinstance(current, list) and isinstance(part, int) and part < len(current)):
+            current = current[part]
+        elif missing and i == len(loc) - 1:
+            pass
+        else:
+            continue
+        path.append(str(part))
+    return tuple(path)
+
+
+def _message(  # noqa: PLR0911 (one line per kind of error)
+    item: Any, path: KeyPath, values: dict[str, Any], root: type[Section]
+) -> str:
+    match item["type"]:
+        case "extra_forbidden":
+            return "unknown key" + _suggest_key(path, values, root)
+        case "missing":
+            return "missing; set it here or in a base file"
+        case "union_tag_not_found":
+            return f"{_discriminator(item)}: missing; it says what kind of section this is"
+        case "union_tag_invalid":
+            tag, known = item["ctx"]["tag"], item["ctx"]["expected_tags"]
+            return f"{_discriminator(item)}: {tag!r} is none of {known}{_suggest(tag, known)}"
+        case "literal_error":
+            wrong, known = item["input"], item["ctx"]["expected"]
+            return f"must be {known}, got {wrong!r}{_suggest(str(wrong), known)}"
+        case "value_error":
+            return str(item["ctx"]["error"])
+        case _:
+            return f"{item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
+
+
+def _discriminator(item: Any) -> str:
+    """The key that tells a section's kind: pydantic quotes a key, and calls a function of that name."""
+    return item["ctx"]["discriminator"].strip("'").removesuffix("()")
+
+
+def _suggest(word: str, quoted: str) -> str:
+    """The nearest of the words that pydantic lists in single quotes."""
+    nearest = difflib.get_close_matches(word, re.findall(r"'([^']+)'", quoted), n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _suggest_key(path: KeyPath, values: dict[str, Any], root: type[Section]) -> str:
+    """The nearest valid key of the same section, else the same word elsewhere in the recipe."""
+    section = _section_at(root, path[:-1], values)
+    siblings = list(section.model_fields) if section else []
+    nearest = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
+    if nearest:
+        return f"; did you mean {nearest[0]!r}?"
+    elsewhere = [dotted for dotted in _all_keys(root) if dotted.rsplit(".", 1)[-1] == path[-1]]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]!r}?"
+    nearest = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.0)
+    return f"; the nearest valid key is {nearest[0]!r}" if nearest else ""
+
+
+def _sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The Section classes inside an annotation (Optional, Annotated, Union)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections_of(argument)]
+
+
+def _section_at(root: type[BaseModel], path: KeyPath, values: Any) -> type[BaseModel] | None:
+    section = root
+    for key in path:
+        if isinstance(values, list):  # the sections of a list are of one kind
+            values = values[int(key)]
+            continue
+        values = values.get(key) if isinstance(values, dict) else None
+        candidates = _sections_of(section.model_fields[key].annotation) if key in section.model_fields else []
+        if not candidates:
+            return None
+        section = next((c for c in candidates if _is_tagged(c, values)), candidates[0])
+    return section
+
+
+def _is_tagged(section: type[BaseModel], values: Any) -> bool:
+    """Whether `name` or `kind` in the values says that they are this kind of section."""
+    fields = section.model_fields
+    return isinstance(values, dict) and any(
+        tag in fields and values.get(tag) in get_args(fields[tag].annotation) for tag in ("name", "kind")
+    )
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, info in section.model_fields.items():
+        keys.append(prefix + name)
+        for inner in _sections_of(info.annotation):
+            keys += _all_keys(inner, f"{prefix}{name}.")
+    return keys

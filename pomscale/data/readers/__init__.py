@@ -1,0 +1,1 @@
+"""Readers of arrays and text embeddings out of shards."""

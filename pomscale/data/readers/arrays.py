@@ -1,0 +1,237 @@
+"""From record numbers to the arrays of a batch, straight out of the shards: every byte is checked, and copied once."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from isal import isal_zlib
+from torch import Tensor
+
+from pomscale.base.errors import InputError
+from pomscale.config.schema import CacheConfig
+from pomscale.data.bad_samples import BadSample
+from pomscale.data.readers.gather import gather
+from pomscale.data.readers.shard_files import open_shard_files
+from pomscale.data.remote.fetch import DamagedFile, remedy
+from pomscale.data.remote.shard_cache import local_index
+from pomscale.shards.checksums import wrong_rows
+from pomscale.shards.index import index_dtype, key_hash, map_index, npy_header, split_member_name
+from pomscale.shards.location import join, unreadable
+from pomscale.shards.schema import INDEX_NAME, Manifest
+
+_TAR_BLOCK = 512
+
+Faults = dict[int, BadSample]
+"""What is wrong with which row of a batch. A reader leaves out the rows that are in it and adds those it cannot read;
+what a batch holds in such rows means nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """One member of the tar per row of a batch. All (b,)."""
+
+    records: np.ndarray
+    keys: np.ndarray  # key_hash
+    shards: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+    crc32s: np.ndarray
+
+    @classmethod
+    def of(cls, records: np.ndarray, rows: np.ndarray, array: str, instead: np.ndarray | None = None) -> Members:
+        """The members of an array, by their rows of the index; the flipped copies where `instead` (b,) bool says so."""
+        places = [rows[f"{array}_{field}"] for field in ("offset", "length", "crc32")]
+        if instead is not None:
+            flips = (rows[f"flip_{field}"] for field in ("offset", "length", "crc32"))
+            places = [np.where(instead, flip, place) for flip, place in zip(flips, places, strict=True)]
+        return cls(records, rows["key"], rows["shard"], *places)
+
+
+class ArrayReader:
+    """The stored arrays of the dataset at `location`. Safe to share between threads."""
+
+    def __init__(
+        self, location: str, manifest: Manifest, reading: Literal["mapped", "streamed"], cache: CacheConfig | None
+    ) -> None:
+        self.location = location
+        self.manifest = manifest
+        self.files = open_shard_files(location, manifest, reading, cache)
+        self._remedy = remedy(location)
+        self._shard_bytes = np.array([shard.num_bytes for shard in manifest.shards], np.int64)
+        self.index = self._open_index(local_index(location, manifest, cache))
+
+    def _open_index(self, path: Path) -> np.ndarray:
+        """The rows of the index, memory-mapped: a process pays for those it reads."""
+        expected = self.manifest.index.num_bytes
+        try:
+            num_bytes = path.stat().st_size
+            if num_bytes != expected:
+                raise ValueError(f"it has {num_bytes:,} bytes, but the manifest says {expected:,}")
+            # A plain array over the map: fancy indexing of np.memmap costs twice the time.
+            return np.asarray(map_index(path, self.manifest.num_samples, index_dtype(self.manifest.arrays)))
+        except (FileNotFoundError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read: {error}. {self._remedy}") from error
+        except OSError as error:
+            raise unreadable(path, error) from error
+
+    def same_shape(self, members: Members, shape: tuple[int, ...], faults: Faults) -> Tensor:
+        """Arrays of one shape: (b, *shape) float16, each contiguous in itself, with its header in front of it."""
+        header = _array_header(shape)
+        length = len(header) + 2 * math.prod(shape)
+        contents = self._contents(members, faults)
+        for row in _newly(members.lengths != length, faults):
+            faults[row] = self._wrong_array(members, row, shape)
+        content = _copied(contents, members, length, faults)
+        for row in wrong_rows(content, members.crc32s):
+            if row not in faults and (fresh := self._fetched_again(members, row, faults)) is not None:
+                content[row] = fresh
+        wrong = (content[:, : len(header)] != np.frombuffer(header, np.uint8)).any(axis=1)
+        for row in _newly(wrong, faults):
+            faults[row] = self._wrong_array(members, row, shape)
+        values = content[:, len(header) :].view(np.float16)
+        self._find_non_finite(members, torch.from_numpy(values), faults)
+        return torch.from_numpy(values.reshape(-1, *shape))
+
+    def sequences(
+        self, members: Members, dim: int, max_length: int, room: int, faults: Faults
+    ) -> tuple[Tensor, Tensor]:
+        """Arrays (n, dim) of n = 1 to max_length: (b, longest, dim) float16, zero after each row's n, and n (b,) int64.
+
+        There is room for `room` at least.
+        """
+        header_bytes = len(_sequence_header(1, dim))
+        lengths = (members.lengths - header_bytes) // (2 * dim)
+        longest = max(room, int(np.clip(lengths, 0, max_length).max()))
+        values = np.zeros((len(lengths), longest, dim), np.float16)
+        contents = self._contents(members, faults)
+        for row, (shard, begin) in enumerate(zip(members.shards.tolist(), members.offsets.tolist(), strict=True)):
+            if row in faults:
+                continue
+            length = int(lengths[row])
+            content: memoryview | None = contents[shard].data[begin : begin + int(members.lengths[row])]
+            if isal_zlib.crc32(content) != members.crc32s[row]:
+                content = self._fetched_again(members, row, faults)
+            if content is None:
+                continue
+            header, data = content[:header_bytes], content[header_bytes:]
+            fits = 1 <= length <= max_length and len(data) == 2 * dim * length
+            if not fits or header != _sequence_header(length, dim):
+                faults[row] = self._wrong_array(members, row, (f"1 to {max_length}", dim))
+            else:
+                values[row, :length] = np.frombuffer(data, "<f2").reshape(length, dim)
+        tensor = torch.from_numpy(values)
+        self._find_non_finite(members, tensor.flatten(1), faults)
+        return tensor, torch.from_numpy(lengths.astype(np.int64))
+
+    def check_rows(self, records: np.ndarray, rows: np.ndarray, faults: Faults) -> None:
+        """Whether the index names shards and classes that there are. Rows that do not are zeroed: shard 0 there is."""
+        num_classes, num_shards = self.manifest.num_classes, len(self.manifest.shards)
+        # Without classes the only label is NO_LABEL, -1.
+        lowest_label = 0 if num_classes else -1
+        wrong = (rows["shard"] < 0) | (rows["shard"] >= num_shards)
+        wrong |= (rows["label"] < lowest_label) | (rows["label"] >= num_classes)
+        for row in _newly(wrong, faults):
+            what = f"there is no shard {rows['shard'][row]} or no class {rows['label'][row]}"
+            key = _hashed(rows["key"][row])
+            reason = f"{join(self.location, INDEX_NAME)}: record {records[row]}: {what}. {self._remedy}"
+            faults[row] = BadSample(self.manifest.fingerprint, self.location, int(records[row]), key, reason)
+        rows[wrong] = np.zeros((), rows.dtype)
+
+    def member_name(self, members: Members, row: int) -> str | None:
+        """What the tar calls a member; None where its header is not that of this record."""
+        try:
+            shard = self.files.open(int(members.shards[row]))
+        except DamagedFile:
+            return None
+        header = shard[max(0, int(members.offsets[row]) - _TAR_BLOCK) :][:_TAR_BLOCK].tobytes()
+        # ustar: the name in bytes 0-99, the folders that do not fit in there in bytes 345-499.
+        parts = (part.rstrip(b"\0").decode(errors="replace") for part in (header[345:500], header[:100]))
+        name = "/".join(part for part in parts if part)
+        return name if key_hash(split_member_name(name)[0]) == members.keys[row] else None
+
+    def fault(self, members: Members, row: int, what: str, remedy: str | None = None) -> BadSample:
+        """Something that is wrong with a member of a shard. The remedy is to mend the shard, if no other is given."""
+        file = join(self.location, self.manifest.shards[members.shards[row]].name)
+        record, name = int(members.records[row]), self.member_name(members, row)
+        key = _hashed(members.keys[row]) if name is None else split_member_name(name)[0]
+        reason = f"{file}: record {record}, {name or f'key {key}'}: {what}. {remedy or self._remedy}"
+        return BadSample(self.manifest.fingerprint, self.location, record, key, reason)
+
+    def _contents(self, members: Members, faults: Faults) -> dict[int, np.ndarray]:
+        """The shards that hold the members of rows without faults, each member wholly in its shard."""
+        contents: dict[int, np.ndarray] = {}
+        for shard in set(members.shards.tolist()):
+            try:
+                contents[shard] = self.files.open(shard)
+            except DamagedFile as error:
+                for row in _newly(members.shards == shard, faults):
+                    faults[row] = self._damaged(members, row, error)
+        begins, lengths = members.offsets, members.lengths
+        outside = (begins < 0) | (lengths <= 0) | (lengths > self._shard_bytes[members.shards] - begins)
+        for row in _newly(outside, faults):
+            what = f"{lengths[row]:,} bytes at {begins[row]:,} are not in the shard"
+            faults[row] = self.fault(members, row, what)
+        return contents
+
+    def _fetched_again(self, members: Members, row: int, faults: Faults) -> memoryview | None:
+        """The bytes of a member whose checksum is wrong, where a fresh copy of its shard has them right."""
+        shard, offset, length = (int(place[row]) for place in (members.shards, members.offsets, members.lengths))
+        if self.files.renew(shard):
+            try:
+                fresh = self.files.open(shard).data[offset : offset + length]
+            except DamagedFile as error:
+                faults[row] = self._damaged(members, row, error)
+                return None
+            if isal_zlib.crc32(fresh) == members.crc32s[row]:
+                return fresh
+        faults[row] = self.fault(members, row, "its checksum is wrong")
+        return None
+
+    def _damaged(self, members: Members, row: int, error: DamagedFile) -> BadSample:
+        key = _hashed(members.keys[row])
+        return BadSample(self.manifest.fingerprint, self.location, int(members.records[row]), key, str(error))
+
+    def _wrong_array(self, members: Members, row: int, shape: tuple[int | str, ...]) -> BadSample:
+        return self.fault(members, row, f"it is not a float16 array of shape ({', '.join(map(str, shape))})")
+
+    def _find_non_finite(self, members: Members, values: Tensor, faults: Faults) -> None:
+        """values (b, k) float16. A sum is the fastest test: it is not finite if a value is not, or if it overflows."""
+        for row in _newly(~np.isfinite(values.sum(1).numpy()), faults):
+            if not torch.isfinite(values[row]).all():
+                faults[row] = self.fault(members, row, "it holds a value that is not finite")
+
+
+def _newly(wrong: np.ndarray, faults: Faults) -> list[int]:
+    """The rows of `wrong` (b,) bool of which nothing worse is known yet."""
+    return [row for row in np.flatnonzero(wrong).tolist() if row not in faults]
+
+
+def _hashed(key: int) -> str:
+    return f"#{key:016x}"
+
+
+def _copied(contents: dict[int, np.ndarray], members: Members, length: int, faults: Faults) -> np.ndarray:
+    """The bytes of every member, (b, length) uint8, zeros for rows with faults: the only copy."""
+    if not faults:
+        return gather(contents, members.shards, members.offsets, length)
+    rows = np.zeros((len(members.shards), length), np.uint8)
+    good = np.setdiff1d(np.arange(len(rows)), list(faults))
+    if len(good):
+        rows[good] = gather(contents, members.shards[good], members.offsets[good], length)
+    return rows
+
+
+@functools.lru_cache(maxsize=64)
+def _array_header(shape: tuple[int, ...]) -> bytes:
+    return npy_header(shape, "<f2")
+
+
+@functools.lru_cache(maxsize=1024)
+def _sequence_header(length: int, dim: int) -> bytes:
+    return npy_header((length, dim), "<f2")

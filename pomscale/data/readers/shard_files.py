@@ -1,0 +1,153 @@
+"""Where the bytes of shards come from: a local folder, the cache of a node, or a stream that nobody keeps."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from pomscale.base.errors import InputError
+from pomscale.config.schema import CacheConfig
+from pomscale.data.mapping import map_file
+from pomscale.data.remote.fetch import DatasetFile, fetch
+from pomscale.data.remote.fetched_shards import Drop, FetchedShards
+from pomscale.data.remote.shard_cache import ShardCache
+from pomscale.shards.location import local_folder, unreadable
+from pomscale.shards.schema import Manifest
+
+_GIB = 2**30
+
+# Mapped shards kept per dataset. They need no descriptors; the kernel allows a process 65,530 mappings.
+_MAX_MAPPED = 512
+
+# What the shards of a process that streams may take of its memory.
+_MAX_STREAMED_GIB = 16
+
+# Background threads of a process. All processes of a node fill its cache, each with another shard; streams are private.
+_NUM_CACHE_FETCHERS = 1
+_NUM_STREAM_FETCHERS = 4
+
+
+class ShardFiles(Protocol):
+    """The bytes of a dataset's shards, by their number in the manifest. Safe to share between threads.
+
+    `reads_ahead`: whether `will_need` does something.
+    """
+
+    reads_ahead: bool
+
+    def open(self, shard: int) -> np.ndarray:
+        """All bytes of a shard, (num_bytes,) uint8, read-only; they stay readable for as long as the array lives.
+
+        DamagedFile, naming file and remedy, if it is missing or is not what the manifest says; PomscaleError if the
+        network, this node's disk or the process's limits fail.
+        """
+
+    def will_need(self, shards: Sequence[int]) -> None:
+        """The shards needed from now on, soonest first, those in use among them. Returns at once.
+
+        The list replaces the one before. A shard that is in neither of the two may be dropped, and is then fetched
+        again when it is opened.
+        """
+
+    def renew(self, shard: int) -> bool:
+        """Of a shard with wrong bytes: whether they were a copy's, in which case it is fetched again, once."""
+
+    def close(self) -> None:
+        """Ends what runs in the background. Arrays that were handed out stay readable."""
+
+
+def open_shard_files(
+    location: str, manifest: Manifest, reading: Literal["mapped", "streamed"], cache: CacheConfig | None
+) -> ShardFiles:
+    """The shards of the dataset at `location`, a folder or a URL, read as `data.reading` and `data.cache` say.
+
+    Mapped, memory is the page cache's. Streamed, each process fetches every shard it needs for itself, and has those of
+    the last two announcements in memory. InputError for a URL that is to be mapped without a cache.
+    """
+    folder = local_folder(location)
+    if reading == "streamed":
+        return FetchedShards(functools.partial(_stream, location, manifest), _NUM_STREAM_FETCHERS)
+    if cache is not None:
+        shards = ShardCache(location, manifest, cache)
+        return FetchedShards(shards.open, _NUM_CACHE_FETCHERS, shards.discard)
+    if folder is None:
+        raise InputError(
+            f"dataset {location} is remote: set data.cache.path to a folder on this node's disk, "
+            f"or data.reading: streamed"
+        )
+    return MappedShards(folder, manifest)
+
+
+def check_room(
+    num_bytes: int, shuffle_window: int, reading: Literal["mapped", "streamed"], cache: CacheConfig | None
+) -> None:
+    """InputError if the shards of two windows, those in use and the next, `num_bytes` in all datasets of a run, do not
+    fit into where they are kept: read in shuffled order from less, every record would cost a shard.
+    """
+    shards = (
+        f"data.shuffle_window: the shards of two windows of {shuffle_window:,} records take {num_bytes / _GIB:.3g} GiB"
+    )
+    if reading == "streamed":
+        if num_bytes > _MAX_STREAMED_GIB * _GIB:
+            raise InputError(
+                f"{shards}, more than the {_MAX_STREAMED_GIB} GiB of memory that data.reading: streamed may take per "
+                f"process; lower it, or set data.cache.path to a folder on this node's disk"
+            )
+    elif cache is not None and num_bytes > cache.max_gib * _GIB:
+        raise InputError(f"{shards}, more than data.cache.max_gib {cache.max_gib:g}; lower the one or raise the other")
+
+
+class MappedShards:
+    """A local folder: shards are memory-mapped, so only what is read of them costs."""
+
+    reads_ahead = False
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder = folder
+        self._manifest = manifest
+        self.open = functools.lru_cache(maxsize=_MAX_MAPPED)(self._map_shard)
+
+    def will_need(self, shards: Sequence[int]) -> None:
+        """There is nothing to fetch."""
+
+    def renew(self, shard: int) -> bool:
+        """These bytes are the dataset's own."""
+        return False
+
+    def close(self) -> None:
+        self.open.cache_clear()
+
+    def _map_shard(self, shard: int) -> np.ndarray:
+        info = self._manifest.shards[shard]
+        file = DatasetFile(str(self._folder), info.name, info.num_bytes, info.sha256)
+        try:
+            with (self._folder / info.name).open("rb") as opened:
+                num_bytes = os.fstat(opened.fileno()).st_size
+                if num_bytes != info.num_bytes:
+                    raise file.refused(f"has {num_bytes:,} bytes, but the manifest says {info.num_bytes:,}")
+                return map_file(opened, num_bytes)
+        except FileNotFoundError as error:
+            raise file.refused(f"cannot be read: {error}") from error
+        except OSError as error:
+            raise unreadable(file.source, error) from error
+
+
+def _stream(
+    location: str, manifest: Manifest, shard: int, stop: threading.Event, _ahead: bool, _drop: Drop
+) -> np.ndarray:
+    """A shard into memory. Its sha256 is left alone: every record has a checksum, and a bad one spoils itself only."""
+    info = manifest.shards[shard]
+    content = np.empty(info.num_bytes, np.uint8)
+
+    def write(offset: int, chunk: bytes) -> None:
+        content[offset : offset + len(chunk)] = np.frombuffer(chunk, np.uint8)
+
+    fetch(DatasetFile(location, info.name, info.num_bytes, info.sha256), write, stop, check_sha256=False)
+    content.flags.writeable = False
+    return content

@@ -1,0 +1,64 @@
+"""Text embeddings of a dataset's records: from its own shards, or from a companion set joined by key."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pomscale.data.readers.arrays import ArrayReader, Faults, Members
+from pomscale.shards.join import join_remedy, open_join
+from pomscale.shards.schema import TextInfo, text_info
+
+
+def null_embedding(info: TextInfo) -> Tensor:
+    """What the encoder makes of the empty caption: (null_length, dim) float16."""
+    null = np.frombuffer(info.null_bytes, "<f2").reshape(info.null_length, info.dim)
+    return torch.from_numpy(null.astype(np.float16))
+
+
+class TextReader:
+    """`source` may be `main` itself. InputError if it has no embeddings, or if a table to join them is missing."""
+
+    def __init__(self, main: ArrayReader, source: ArrayReader) -> None:
+        self.source = source
+        self.info = text_info(source.location, source.manifest)
+        self._main = main
+        self._table = open_join(main.location, main.manifest, source.location, source.manifest)
+        self.null = null_embedding(self.info)
+        """Of the empty caption: (null_length, dim) float16."""
+
+    def read(self, members: Members, faults: Faults) -> tuple[Tensor, Tensor]:
+        """Embeddings (b, n, dim) float16, zero after each row's length, and lengths (b,) int64.
+
+        `members`: any array of the records in the main set. Rows with faults get the embedding of the empty caption;
+        there is always room for it, so that a caption can be dropped.
+        """
+        records, rows = self._rows(members, faults)
+        text, info = Members.of(records, rows, "text"), self.info
+        values, lengths = self.source.sequences(text, info.dim, info.config.max_length, info.null_length, faults)
+        bad = list(faults)
+        values[bad] = 0
+        values[bad, : info.null_length] = self.null
+        lengths[bad] = info.null_length
+        return values, lengths
+
+    def shards(self, records: np.ndarray) -> np.ndarray:
+        """The source's shards that have the embeddings of these records of the main set."""
+        rows = records if self._table is None else self._table[records]
+        return np.unique(self.source.index["shard"][rows[rows >= 0]])
+
+    def _rows(self, members: Members, faults: Faults) -> tuple[np.ndarray, np.ndarray]:
+        """Record numbers and index rows in the source; those of rows with faults are of any record."""
+        records = members.records if self._table is None else self._table[members.records]
+        inside = (records >= 0) & (records < len(self.source.index))
+        records = np.where(inside, records, 0)
+        rows = self.source.index.take(records)
+        fits = inside & (rows["key"] == members.keys)
+        for row in np.flatnonzero(~fits).tolist():
+            if row not in faults:
+                problem = f"it has no text embedding in {self.source.location}, or the sets have changed"
+                remedy = f"If they have, {join_remedy(self._main.location, self.source.location)}"
+                faults[row] = self._main.fault(members, row, problem, remedy)
+        self.source.check_rows(records, rows, faults)
+        return records, rows

@@ -1,0 +1,1 @@
+"""Shards behind URLs: fetched, cached on the node, or streamed."""

@@ -1,0 +1,112 @@
+"""From a picture file to pixels of one size."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from pomscale.media.shapes import Filter, UnreadableMediaError
+
+_FORMATS = ("PNG", "JPEG", "WEBP")
+_FILTERS: dict[Filter, Image.Resampling] = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
+
+# What turns a picture of each EXIF orientation upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# What Pillow raises for files that are damaged or cut off, and for damaged EXIF and XMP.
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+# Larger files are no pictures that anyone meant to train on, and would fill the memory of a decode thread.
+MAX_PICTURE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedPicture:
+    image: Image.Image  # upright, mode L or RGB
+    width: int  # of the file, before it was turned upright
+    height: int
+
+
+def decode_picture(stream: BinaryIO, num_channels: int) -> DecodedPicture:
+    """Reads a PNG, JPEG or WebP file, turns it upright (EXIF) and converts it to grey (1 channel) or RGB (3).
+
+    Transparency is laid on white. UnreadableMediaError if that is impossible or the file is larger than
+    MAX_PICTURE_BYTES; what `stream.read` raises is passed on, for it says nothing about the picture.
+    """
+    content = stream.read(MAX_PICTURE_BYTES + 1)
+    if len(content) > MAX_PICTURE_BYTES:
+        raise UnreadableMediaError(f"has more than {MAX_PICTURE_BYTES >> 20} MiB")
+    try:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as file:
+            width, height = file.size
+            flat = _flatten(file, num_channels)
+            # Only the tag is read: ImageOps.exif_transpose writes EXIF anew as well, and fails where it is damaged.
+            orientation = file.getexif().get(ExifTags.Base.Orientation)
+        image = flat.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else flat
+    except UnidentifiedImageError as error:
+        raise UnreadableMediaError("no PNG, JPEG or WebP picture") from error
+    except _DECODER_ERRORS as error:
+        raise UnreadableMediaError.of(error) from error
+    return DecodedPicture(image, width, height)
+
+
+def fit_picture(image: Image.Image, target: tuple[int, int], filter: Filter) -> np.ndarray:
+    """(height, width, channels) uint8 of `target` = (height, width): the central box of its aspect ratio, resized.
+
+    Smaller pictures are enlarged.
+    """
+    height, width = target
+    # Cut and resized in one go: a long strip, resized as a whole, takes any amount of memory.
+    box = _central_box((image.height, image.width), target)
+    fitted = image.resize((width, height), _FILTERS[filter], box)
+    return np.asarray(fitted).reshape(height, width, len(image.getbands()))
+
+
+def _central_box(size: tuple[float, float], target: tuple[int, int]) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of the largest central box with the target's aspect ratio.
+
+    Sizes are (height, width). Its corner lies on whole pixels, so that what has the right size already is not blurred.
+    """
+    height, width = size
+    if height * target[1] <= width * target[0]:
+        box_height, box_width = height, height * target[1] / target[0]
+    else:
+        box_height, box_width = width * target[0] / target[1], width
+    left, top = (width - box_width) // 2, (height - box_height) // 2
+    return left, top, left + box_width, top + box_height
+
+
+def _flatten(image: Image.Image, num_channels: int) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        # Pillow would clip 16-bit greys to white without a word.
+        raise ValueError(f"pixels of more than 8 bits (Pillow mode {image.mode}); convert the file to 8 bits")
+    mode = "L" if num_channels == 1 else "RGB"
+    if not image.has_transparency_data:
+        return image.convert(mode)
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)

@@ -1,0 +1,1 @@
+"""The report of runs: one picture and one self-contained HTML page."""

@@ -1,0 +1,1 @@
+"""wandb as one view of a run."""

@@ -1,0 +1,197 @@
+"""The wandb run of a run folder: which it is, who may write into it, and how it is opened."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import secrets
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+from pomscale.base.errors import InputError
+from pomscale.base.files import write_text
+from pomscale.config.monitoring import WandbConfig
+from pomscale.runs.metric_names import EVALUATION_PREFIX
+
+if TYPE_CHECKING:
+    from wandb import Run
+
+ID_FILE, LOCK_FILE = "wandb_id.txt", "wandb.lock"
+INIT_TIMEOUT_S = 30.0  # every rank of the job waits at the start while wandb's server does not answer
+
+_FLUSH_EVERY_S = 1.0
+_LOCK_TIMEOUT_S = 60.0  # whoever brings an evaluation has gone by then
+_NAME_EVERY_S = 1.1  # wandb names its folders by the second
+
+# What is shown of a metric beside its curve; of all others it is the last value.
+_SUMMARIES = {
+    "samples": "max",
+    "train/loss": "min,last",
+    "validation/*": "min,last",
+    "speed/samples_per_s": "max,last",
+    "memory/peak_gib": "max",
+    f"{EVALUATION_PREFIX}*": "min,max,last",
+}
+
+logger = logging.getLogger(__name__)
+
+
+class WandbRun:
+    """Opens the one wandb run of a run folder, again and again if need be.
+
+    The wandb id is drawn once and kept in RUN/wandb_id.txt. All files go to RUN/wandb, also those that wandb would
+    stage in the home folder: a run folder has all that `wandb sync` needs. lock: held already; None = it is waited for.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        config: WandbConfig,
+        run_name: str,
+        recipe_dump: dict[str, Any],
+        lock: WandbLock | None = None,
+    ) -> None:
+        os.environ.setdefault("WANDB_DATA_DIR", str(run_folder / "wandb"))
+        # Here and not above: with wandb disabled, and on every rank but 0, nobody pays its half second of import.
+        import wandb  # noqa: PLC0415
+
+        self.wandb = wandb
+        self._folder = run_folder
+        self._config = config
+        self._run_name = run_name
+        self._recipe_dump = recipe_dump
+        self._lock = lock or WandbLock(run_folder)
+        self._id = _make_wandb_id(run_folder)
+        self._opened_s = float("-inf")
+
+    def open(self) -> Run:
+        """When the server is away, it is recorded offline under the same id; `wandb sync` joins it later.
+
+        InputError for a set-up that only the user can repair (no API key, unknown entity); else whatever wandb raises.
+        """
+        self._lock.take(_LOCK_TIMEOUT_S)
+        self._wait_for_another_name()
+        self._opened_s = time.monotonic()
+        try:
+            run = self._init(self._config.mode)
+        except (self.wandb.errors.UsageError, self.wandb.errors.AuthenticationError) as error:
+            raise InputError(
+                f"wandb refuses to start: {error}. Log in, or set monitoring.wandb.mode to offline or disabled"
+            ) from error
+        except (self.wandb.Error, OSError) as error:
+            if self._config.mode != "online":
+                raise
+            logger.warning("wandb's server is away (%s): recording offline; `wandb sync` will join it", error)
+            self.wandb.teardown()  # the failed attempt still holds the id in wandb's service process
+            run = self._init("offline")
+        # A resumed run writes some samples again, and wandb's own step starts anew offline: samples are the axis.
+        run.define_metric("*", step_metric="samples")
+        for name, summary in _SUMMARIES.items():
+            run.define_metric(name, step_metric=None if name == "samples" else "samples", summary=summary)
+        return run
+
+    def _init(self, mode: Literal["online", "offline", "disabled"]) -> Run:
+        config, settings = self._config, self.wandb.Settings
+        flush = "x_transaction_log_flush_interval"  # not every version has it; 15 s by itself, which a kill would cost
+        return self.wandb.init(
+            mode=mode,
+            id=self._id,
+            # Offline there is no server to resume from, and wandb warns; the same id does it at sync.
+            resume="allow" if mode == "online" else None,
+            dir=self._folder,
+            name=self._run_name,
+            project=config.project,
+            entity=config.entity,
+            group=config.group or self._run_name,
+            tags=config.tags,
+            config=self._recipe_dump,
+            allow_val_change=True,
+            # The launcher keeps stdout and stderr of every rank; wandb would wrap them once more. quiet: its closing
+            # summary repeats the console's last lines.
+            settings=settings(
+                console="off",
+                quiet=True,
+                init_timeout=INIT_TIMEOUT_S,
+                **({flush: _FLUSH_EVERY_S} if flush in settings.model_fields else {}),
+            ),
+        )
+
+    def log_files(self, run: Run) -> None:
+        """Recipe and code as artifacts. wandb copies them, but for RUN/code, which stays as it was launched."""
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", self._run_name)
+        for kind, files in (("recipe", ["recipe.yaml"]), ("code", ["code.json", "code.diff"])):
+            artifact = self.wandb.Artifact(f"{kind}-{name}", type=kind)
+            for file in files:
+                if (self._folder / file).is_file():
+                    artifact.add_file(str(self._folder / file), name=file)
+            if kind == "code":
+                for path in sorted((self._folder / "code").rglob("*.py")):
+                    artifact.add_file(str(path), name=str(path.relative_to(self._folder)), policy="immutable")
+            if artifact.manifest.entries:
+                run.log_artifact(artifact)
+
+    def close(self) -> None:
+        """The run is finished: somebody else may open it."""
+        self._wait_for_another_name()
+        self._lock.release()
+
+    def _wait_for_another_name(self) -> None:
+        time.sleep(max(0.0, self._opened_s + _NAME_EVERY_S - time.monotonic()))
+
+
+class WandbLock:
+    """RUN/wandb.lock, held by whoever writes into the run's wandb run: training from its first row to its end.
+
+    So a process that brings an evaluation knows whether training is alive, and two of them do not meet. The kernel
+    takes the lock from a process that dies. It holds across nodes where the file system's locks do: NFS, GPFS, and
+    Lustre mounted with `flock`.
+    """
+
+    def __init__(self, run_folder: Path) -> None:
+        self._path = run_folder / LOCK_FILE
+        self._file: BinaryIO | None = None
+
+    def take(self, timeout_s: float = 0.0) -> bool:
+        """Whether it is held now. False also where the file system has no locks, or no room for the file."""
+        deadline_s = time.monotonic() + timeout_s
+        while self._file is None:
+            try:
+                file = self._path.open("ab")
+            except OSError:
+                return False
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                if time.monotonic() >= deadline_s:
+                    return False
+                time.sleep(0.1)
+            except OSError:
+                file.close()
+                return False
+            else:
+                self._file = file
+        return True
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_wandb_id(run_folder: Path) -> str | None:
+    """The wandb run of this folder; None if it has none."""
+    path = run_folder / ID_FILE
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+def _make_wandb_id(run_folder: Path) -> str:
+    """The wandb run of this folder, drawn at the first call."""
+    found = read_wandb_id(run_folder)
+    if found is None:
+        found = secrets.token_hex(8)
+        write_text(run_folder / ID_FILE, found + "\n")
+    return found

@@ -1,0 +1,1 @@
+"""Trained weights for use: cards, exported folders, loading, averages and foreign formats."""

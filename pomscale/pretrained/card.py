@@ -1,0 +1,139 @@
+"""What must travel with weights to use them: stored in every checkpoint, attached to every loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+from torch.nn.functional import pad
+
+from pomscale import __version__
+from pomscale.base.condition import Text
+from pomscale.base.errors import InputError
+from pomscale.codecs import build_codec, build_text_encoder
+from pomscale.codecs.base import Codec, TextEncoder
+from pomscale.config.model import ModelConfig
+from pomscale.config.schema import CodecConfig, DiffusionConfig, SamplingConfig, TrainRecipe
+from pomscale.data.mixture import Mixture
+from pomscale.data.readers.texts import null_embedding
+from pomscale.shards.schema import Normalization, TextInfo
+
+DEFAULT_FPS = 16.0
+"""Of clips of a model that has seen pictures only."""
+
+
+class ModelCard(BaseModel):
+    """The network, how it was noised, and how its latents become pictures. Nothing about data paths or schedules."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    sampling: SamplingConfig
+    codec: CodecConfig
+    codec_identity: str | None
+    """None = not known, for an imported model: any codec of this kind is taken for the one."""
+    class_names: tuple[str, ...]
+    """By class id; empty = not known."""
+    text: TextInfo | None = None
+    """The text encoder of the captions, for a network that is told texts."""
+    fps: float | None = None
+    """Frames per second of the clips that it was trained on; None = it was trained on none."""
+    latent_mean: tuple[float, ...]
+    latent_std: tuple[float, ...]
+    averages: tuple[str, ...]
+    """Averages of the weights that there are beside them; the first, if any, stands for the model."""
+
+    @classmethod
+    def of(cls, recipe: TrainRecipe, mixture: Mixture) -> ModelCard:
+        manifest, normalization = mixture.datasets[0].manifest, mixture.normalization
+        return cls(
+            model=recipe.model,
+            diffusion=recipe.diffusion,
+            sampling=recipe.sampling,
+            codec=recipe.codec,
+            codec_identity=manifest.latent_codec.identity,
+            class_names=manifest.class_names,
+            text=None if mixture.text is None else mixture.text.info,
+            fps=mixture.fps,
+            latent_mean=normalization.mean,
+            latent_std=normalization.std,
+            averages=tuple(recipe.ema.averages),
+        )
+
+    @classmethod
+    def read(cls, folder: Path, meta: Mapping[str, Any]) -> ModelCard:
+        """The card in the JSON of a checkpoint or an exported folder. InputError if this pomscale cannot read it."""
+        try:
+            return cls.model_validate(meta["card"])
+        except ValidationError as error:
+            raise InputError(
+                f"{folder}: written by pomscale {meta['versions']['pomscale']}; this version ({__version__}) does "
+                f"not understand {error.errors()[0]['loc']} in its card; use that version"
+            ) from error
+
+    @property
+    def main_weights(self) -> str:
+        """Name of the weights that stand for the model: sampled from, measured, exported."""
+        return self.averages[0] if self.averages else "model"
+
+    @property
+    def normalization(self) -> Normalization:
+        return Normalization(self.latent_mean, self.latent_std)
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """Normalised latents (b c ...), as the network sees them -> unscaled latents, as the codec decodes them."""
+        size = (-1, *[1] * (latents.ndim - 2))
+        mean, std = (latents.new_tensor(v).view(size) for v in (self.latent_mean, self.latent_std))
+        return latents * std + mean
+
+    @property
+    def texts(self) -> TextInfo:
+        """`text`, for a network that is told texts."""
+        assert self.text is not None
+        return self.text
+
+    def load_text_encoder(self, device: torch.device) -> TextEncoder:
+        """That of the training captions. Raises InputError if it is not there, or if its weights are not those."""
+        config = self.texts.config
+        if self.sampling.text_path is not None:
+            config = config.model_copy(update={"path": self.sampling.text_path})
+        remedy = "Where the right ones lie: sampling.text_path in a recipe, --text-path when sampling"
+        try:
+            encoder = build_text_encoder(config).to(device)
+        except InputError as error:
+            raise InputError(f"{error}. {remedy}") from error
+        if encoder.identity() != self.texts.identity:
+            raise InputError(
+                f"text encoder {config.path}: its weights are not those that the model was trained with, so it would "
+                f"not understand. {remedy}"
+            )
+        return encoder
+
+    def load_codec(self, device: torch.device) -> Codec:
+        """The codec of the training latents. Raises InputError if it is not there, or if its weights are not those."""
+        remedy = "Where the right ones lie: codec.path in a recipe, --codec-path when sampling"
+        try:
+            codec = build_codec(self.codec).to(device)
+        except InputError as error:
+            raise InputError(f"{error}. {remedy}") from error
+        if self.codec_identity is not None and codec.identity() != self.codec_identity:
+            raise InputError(
+                f"codec {codec.name}: its weights are not those that made the training latents, so pictures would "
+                f"come out wrong. {remedy}"
+            )
+        return codec
+
+
+def null_text(texts: TextInfo) -> Text:
+    """The stored embedding of the empty caption, as a batch of one: embeddings (1 n dim) float16, n the encoder's
+    max_length."""
+    num_more = texts.config.max_length - texts.null_length
+    return Text(
+        pad(null_embedding(texts), (0, 0, 0, num_more))[None],
+        (torch.arange(texts.config.max_length) < texts.null_length)[None],
+    )

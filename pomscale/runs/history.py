@@ -1,0 +1,101 @@
+"""Reads metrics.jsonl and evaluations.jsonl back as the one story of a run, whatever was killed and done again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pomscale.base.errors import InputError
+from pomscale.base.jsonl import read_json_lines
+from pomscale.monitoring.sinks import METRICS_FILE
+from pomscale.runs.evaluation_log import Evaluation, read_evaluations
+
+INCARNATIONS_FILE = "incarnations.jsonl"
+_NON_FINITE = ("nan", "inf", "-inf")
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run logged, and what was measured of its checkpoints.
+
+    series: metric -> (samples, values), samples strictly increasing.
+    evaluations: those that count, oldest first; their figures are in `series` too.
+    incarnations: the objects of incarnations.jsonl, one per start of the run.
+    resumed_at: samples from which the run went on, once per incarnation but the first that has logged.
+    num_unreadable: lines of metrics.jsonl cut off by a kill, left out.
+    last_time_unix_s: when training wrote its last row; None without rows.
+    """
+
+    series: dict[str, tuple[list[int], list[float]]]
+    incarnations: list[dict[str, Any]]
+    resumed_at: list[int]
+    num_unreadable: int
+    last_time_unix_s: float | None
+    evaluations: list[Evaluation]
+
+
+def read_history(run_folder: Path) -> History:
+    """Read RUN/metrics.jsonl. Raises InputError when there is none.
+
+    A resumed run goes back to its last checkpoint and does again what its predecessor did after it. So, when a new
+    incarnation begins to log, every earlier row beyond the samples it started from (incarnations.jsonl) is dropped,
+    including those it has not reached again yet: they belong to a future that was given up. Rows of an older
+    incarnation that come after a newer one has logged are of a process that outlived its replacement; they are
+    dropped too. A row with fewer samples than the one before it tells of a rollback: what lies beyond was given up as
+    well. Within what is left, the last value of a metric at the same samples wins.
+
+    An evaluation is dropped by the same rule as a row that training had written when the evaluation was recorded: the
+    run has gone back beyond its samples since then. So what is measured of a checkpoint after the run has gone back
+    counts, until the checkpoint that takes its place is measured.
+    """
+    path = run_folder / METRICS_FILE
+    if not path.exists():
+        raise InputError(f"no metrics in {run_folder}: {METRICS_FILE} is missing. Is it a run folder, has it started?")
+    incarnations, _ = read_json_lines(run_folder / INCARNATIONS_FILE)
+    start_samples = {start["incarnation"]: start["start_samples"] for start in incarnations}
+    written, num_unreadable = read_json_lines(path)
+    rows, resumed_at, went_back = _what_counts(written, start_samples)
+    evaluations = [
+        evaluation
+        for evaluation in read_evaluations(run_folder)
+        if not any(evaluation.time_unix_s < then and evaluation.samples > samples for then, samples in went_back)
+    ]
+
+    values: dict[str, dict[int, float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name in ("samples", "time_unix_s", "incarnation"):
+                continue
+            if isinstance(value, int | float) or value in _NON_FINITE:
+                values.setdefault(name, {})[row["samples"]] = float(value)
+    for evaluation in evaluations:
+        for name, figure in evaluation.metrics.items():
+            values.setdefault(name, {})[evaluation.samples] = figure
+    series = {name: (sorted(points), [points[at] for at in sorted(points)]) for name, points in values.items()}
+    last_time_unix_s = rows[-1]["time_unix_s"] if rows else None
+    return History(series, incarnations, resumed_at, num_unreadable, last_time_unix_s, evaluations)
+
+
+def _what_counts(
+    written: list[dict[str, Any]], start_samples: dict[int, int]
+) -> tuple[list[dict[str, Any]], list[int], list[tuple[float, int]]]:
+    """(rows, resumed_at, every going back: when, and to which samples)."""
+    rows: list[dict[str, Any]] = []
+    resumed_at: list[int] = []
+    went_back: list[tuple[float, int]] = []
+    for row in written:
+        newest = rows[-1]["incarnation"] if rows else row["incarnation"]
+        if row["incarnation"] < newest:
+            continue
+        if row["incarnation"] > newest:
+            # A start that nobody recorded lies before its first row.
+            start = start_samples.get(row["incarnation"], row["samples"] - 1)
+            resumed_at = [*(samples for samples in resumed_at if samples <= start), start]
+        else:
+            start = row["samples"]
+        if row["incarnation"] > newest or (rows and start < rows[-1]["samples"]):
+            rows = [earlier for earlier in rows if earlier["samples"] <= start]
+            went_back.append((row["time_unix_s"], start))
+        rows.append(row)
+    return rows, resumed_at, went_back

@@ -1,0 +1,75 @@
+"""What is needed to go on with clips, as one safetensors file. All of it is checked when it is read back.
+
+Metadata of the file: "format", "format_version", "pomscale" (the version that wrote it), "meta" (JSON) and "crc32" (of
+meta and of all tensors, in the order of their names).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from isal import isal_zlib
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from pomscale import __version__
+from pomscale.base.errors import InputError
+from pomscale.base.files import atomic_write
+
+_FORMAT, _FORMAT_VERSION = "pomscale-clip-state", "1"
+
+
+def write_clip_state(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """`path` is whole, or stays as it was. meta: what JSON can hold. PomscaleError if the disk is full."""
+    # Copies: safetensors refuses tensors that share memory, as key and value of an attention layer may.
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    text = json.dumps(meta)
+    content = save(
+        own,
+        {
+            "format": _FORMAT,
+            "format_version": _FORMAT_VERSION,
+            "pomscale": __version__,
+            "meta": text,
+            "crc32": str(_crc32(text, own)),
+        },
+    )
+    with atomic_write(path) as stream:
+        stream.write(content)
+
+
+def read_clip_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """meta and tensors (on the CPU), as they were written. InputError for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file; give one that the state of clips was saved to") from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}): no state of clips, or a part of one; copy or save it again"
+        ) from error
+    if header.get("format") != _FORMAT:
+        raise InputError(f"{path}: holds no state of clips; give a file that one was saved to")
+    if header["format_version"] != _FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format version {header['format_version']}, this pomscale reads {_FORMAT_VERSION}; "
+            f"use pomscale {header['pomscale']}"
+        )
+    if header.get("crc32") != str(_crc32(header["meta"], tensors)):
+        raise InputError(f"{path}: damaged; copy it again, or begin the clips anew")
+    meta: dict[str, Any] = json.loads(header["meta"])
+    return meta, tensors
+
+
+def _crc32(text: str, tensors: Mapping[str, Tensor]) -> int:
+    crc32 = isal_zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        crc32 = isal_zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc32)
+    return crc32

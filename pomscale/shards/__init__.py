@@ -1,0 +1,1 @@
+"""The dataset format: manifest, index, checksums and locations of shards. No torch."""

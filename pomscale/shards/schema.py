@@ -1,0 +1,372 @@
+"""The shard contract: what a dataset folder declares about itself, and how its latents are normalised.
+
+This module imports neither torch nor numpy, so that login nodes and planners can read a manifest.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pomscale.base.errors import InputError
+from pomscale.config.identity import NOT_OF_THE_LATENTS
+from pomscale.config.model import ImageModelConfig, VideoModelConfig
+from pomscale.config.schema import CodecConfig, TextEncoderConfig, TransformConfig, VideoTransformConfig
+from pomscale.shards.location import join, local_folder, read_bytes
+
+SCHEMA_VERSION: Literal[2] = 2
+MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.npy"
+FAILURES_NAME = "failures.jsonl"
+
+# What to do when the dataset is damaged.
+REMEDY = "run `pomscale data repair` on it"
+# What to do when it does not fit the recipe.
+_CHANGE_OR_ENCODE = "Change the recipe, or encode the dataset again with `pomscale data encode`"
+
+# Arrays that a record may have: its name in the index, and what its member in the tar is called after the key.
+ArrayName = Literal["latent", "flip", "text"]
+ARRAY_MEMBERS: dict[ArrayName, str] = {"latent": ".latent.npy", "flip": ".latent_flip.npy", "text": ".text.npy"}
+CLASS_MEMBER = ".cls"
+CAPTION_MEMBER = ".txt"
+INFO_MEMBER = ".json"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class CodecInfo(_Part):
+    """The codec that made the latents. `identity` is `Codec.identity()`."""
+
+    config: CodecConfig
+    identity: str
+    scaling_factor: float = Field(gt=0)
+    shift: float
+
+
+class LatentInfo(_Part):
+    """What is stored of a latent, and the statistics of the set.
+
+    With `stores_moments` an array in a shard is (2c, ...), mean and log-variance. `mean` and `std` (c values each) are
+    those of unscaled latents, over `num_values` values per channel; of posterior samples for moments. float16 and not
+    bfloat16: three more bits of mantissa, latents are small numbers (what does not fit is refused), and .npy has it.
+    """
+
+    dtype: Literal["float16"] = "float16"
+    stores_moments: bool
+    has_flip: bool
+    num_values: int = Field(ge=0)
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def num_channels(self) -> int:
+        return len(self.mean)
+
+
+class TextInfo(_Part):
+    """The text encoder and what it makes of an empty caption: (null_length, dim) float16, base64."""
+
+    config: TextEncoderConfig
+    identity: str
+    dim: int = Field(gt=0)
+    dtype: Literal["float16"] = "float16"
+    null_length: int = Field(gt=0)
+    null_embedding: str
+
+    @model_validator(mode="after")
+    def _check(self) -> TextInfo:
+        if len(self.null_bytes) != 2 * self.null_length * self.dim:
+            raise ValueError(f"null_embedding is no float16 array of shape ({self.null_length}, {self.dim})")
+        return self
+
+    @property
+    def null_bytes(self) -> bytes:
+        """Little-endian float16, row by row."""
+        return base64.b64decode(self.null_embedding)
+
+
+class GroupInfo(_Part):
+    """Shards whose latents have one shape, (c, h, w) or (c, f, h, w); () in a set without latents.
+
+    `target` is what the codec was given: (height, width) or (frames, height, width) in pixels.
+    """
+
+    shape: tuple[int, ...]
+    target: tuple[int, ...]
+
+
+class ShardInfo(_Part):
+    # A plain file name: a manifest may come from elsewhere, and says what is written into a cache.
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")
+    num_samples: int = Field(gt=0)
+    num_bytes: int = Field(gt=0)
+    sha256: str
+    group: int = 0
+
+
+class IndexInfo(_Part):
+    num_bytes: int = Field(ge=0)
+    sha256: str
+
+
+class SourceInfo(_Part):
+    """Where the items came from. `num_items` is what the source lists: samples and failures together."""
+
+    fingerprint: str
+    num_items: int = Field(ge=0)
+
+
+class Manifest(_Part):
+    """Everything a reader must know of a dataset. Written last: a folder that has one is complete.
+
+    Shards are sorted by group, so the records of a group are neighbours in the index. `keys_sha256` is that of the
+    index's key column (8 bytes each, little-endian, in order): two sets with the same one have the same records in the
+    same order.
+    """
+
+    schema_version: Literal[2] = SCHEMA_VERSION
+    pomscale_version: str
+    codec: CodecInfo | None
+    latent: LatentInfo | None
+    transform: TransformConfig | None
+    text: TextInfo | None
+    has_captions: bool
+    class_names: tuple[str, ...]
+    num_samples: int = Field(ge=0)
+    num_failures: int = Field(ge=0)
+    source: SourceInfo
+    groups: tuple[GroupInfo, ...]
+    shards: tuple[ShardInfo, ...]
+    keys_sha256: str
+    index: IndexInfo
+    recipe: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        in_shards = sum(shard.num_samples for shard in self.shards)
+        if self.num_samples != in_shards:
+            raise ValueError(f"num_samples is {self.num_samples:,}, but the shards have {in_shards:,} samples")
+        if len({self.codec is None, self.latent is None, self.transform is None}) != 1:
+            raise ValueError("codec, latent and transform belong together")
+        groups = [shard.group for shard in self.shards]
+        if groups != sorted(groups) or any(not 0 <= group < len(self.groups) for group in groups):
+            raise ValueError("the shards are not sorted by group, or name a group that is not there")
+        return self
+
+    @property
+    def arrays(self) -> tuple[ArrayName, ...]:
+        """The arrays that every record has, in the order of the index's columns."""
+        present: list[ArrayName] = []
+        if self.latent is not None:
+            present += ["latent", "flip"] if self.latent.has_flip else ["latent"]
+        if self.text is not None:
+            present.append("text")
+        return tuple(present)
+
+    @property
+    def modality(self) -> Literal["image", "video", "text"]:
+        return "text" if self.transform is None else self.transform.kind
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second of its clips; None = it has none."""
+        return self.transform.fps if isinstance(self.transform, VideoTransformConfig) else None
+
+    @property
+    def num_classes(self) -> int:
+        """0 = records have no class."""
+        return len(self.class_names)
+
+    @property
+    def latents(self) -> LatentInfo:
+        """`latent`, for readers that need latents."""
+        if self.latent is None:
+            raise InputError("this is a set of text embeddings without latents; name the dataset that has the latents")
+        return self.latent
+
+    @property
+    def latent_codec(self) -> CodecInfo:
+        """`codec`, for readers that need latents."""
+        if self.codec is None:
+            raise InputError("this is a set of text embeddings without latents; name the dataset that has the latents")
+        return self.codec
+
+    def stored_shape(self, group: int) -> tuple[int, ...]:
+        """Shape of a latent array in the shards of a group: with moments twice the channels."""
+        channels, *size = self.groups[group].shape
+        return (2 * channels if self.latents.stores_moments else channels), *size
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the shard list: equal fingerprints, equal samples in the same order."""
+        lines = (f"{shard.name} {shard.num_samples} {shard.sha256}\n" for shard in self.shards)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def read_manifest(location: str | Path) -> Manifest:
+    """The manifest of a dataset, a folder or any URL that fsspec knows (as a str).
+
+    InputError if the folder or the manifest is missing or of another version, PomscaleError if the network fails.
+    """
+    path = join(location, MANIFEST_NAME)
+    folder = local_folder(location)
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"dataset {location}: there is no such folder; make it with `pomscale data encode RECIPE`")
+    try:
+        content = read_bytes(location, MANIFEST_NAME)
+    except FileNotFoundError:
+        raise InputError(
+            f"dataset {location}: no {MANIFEST_NAME}; is the encode finished? "
+            f"Run `pomscale data encode RECIPE` again, it goes on where it stopped"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    try:
+        return Manifest.model_validate_json(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "the file"
+        raise InputError(
+            f"{path}: {where}: {problem['msg']}; this pomscale reads schema version {SCHEMA_VERSION}. "
+            f"Encode the dataset again or use the version of pomscale that wrote it"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """normalised = (latent - mean) / std, with one mean and one std per channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, manifest: Manifest, rule: Literal["codec", "dataset"]) -> Normalization:
+        """rule "codec": the codec's shift and scaling factor. rule "dataset": the measured mean and std."""
+        return cls.of_mixture([manifest], [1.0], rule)
+
+    @classmethod
+    def of_mixture(
+        cls, manifests: Sequence[Manifest], weights: Sequence[float], rule: Literal["codec", "dataset"]
+    ) -> Normalization:
+        """One for all: the codec's, or mean and std of samples drawn with these weights (law of total variance).
+
+        InputError if the codecs disagree, or a channel is constant.
+        """
+        if rule == "codec":
+            scalings = {(m.latent_codec.shift, m.latent_codec.scaling_factor) for m in manifests}
+            if len(scalings) > 1:
+                raise InputError(
+                    f"data.mixture: the codecs of the datasets scale latents differently (shift, factor: "
+                    f"{sorted(scalings)}); encode them with one codec, or use normalization: dataset"
+                )
+            ((shift, factor),) = scalings
+            channels = manifests[0].latents.num_channels
+            return cls((shift,) * channels, (1.0 / factor,) * channels)
+        total = math.fsum(weights)
+        shares = [weight / total for weight in weights]
+        channels_of = [list(zip(m.latents.mean, m.latents.std, strict=True)) for m in manifests]
+        pooled = [_pool(shares, channel) for channel in zip(*channels_of, strict=True)]
+        mean, std = (tuple(values) for values in zip(*pooled, strict=True))
+        if min(std) <= 0.0:
+            raise InputError(
+                f"data.normalization: channel {std.index(min(std))} of the dataset is constant, "
+                f"so it cannot be divided by its standard deviation; use normalization: codec"
+            )
+        return cls(mean, std)
+
+
+def _pool(shares: Sequence[float], moments: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Mean and standard deviation of a mixture, of those of its parts."""
+    if len(moments) == 1:
+        return moments[0]  # to the last digit
+    mean = math.fsum(share * m for share, (m, _) in zip(shares, moments, strict=True))
+    variance = math.fsum(share * (s * s + (m - mean) ** 2) for share, (m, s) in zip(shares, moments, strict=True))
+    return mean, math.sqrt(variance)
+
+
+def check_has_latents(location: str | Path, manifest: Manifest) -> None:
+    """InputError for a set of text embeddings alone."""
+    if manifest.latent is None:
+        raise InputError(
+            f"dataset {location}: has text embeddings and no latents; name the dataset that has the latents"
+        )
+
+
+def check_compatible(
+    folder: str | Path, manifest: Manifest, codec_config: CodecConfig, model: ImageModelConfig | VideoModelConfig
+) -> None:
+    """InputError, naming both values and the remedy, if the dataset does not fit the recipe's codec and model.
+
+    Of texts see `check_text`: they may lie in another set.
+    """
+    check_has_latents(folder, manifest)
+    made_with = manifest.latent_codec.config
+    stored, wanted = (config.model_dump(exclude=set(NOT_OF_THE_LATENTS)) for config in (made_with, codec_config))
+    if stored != wanted:
+        raise InputError(
+            f"dataset {folder}: made with codec {stored}, but the recipe's codec is {wanted}. {_CHANGE_OR_ENCODE}"
+        )
+    for number in sorted({shard.group for shard in manifest.shards}):
+        shape = manifest.groups[number].shape
+        problem = _misfit_of_clips(shape, model) if isinstance(model, VideoModelConfig) else _misfit(shape, model)
+        if problem is not None:
+            raise InputError(
+                f"dataset {folder}: has latents of shape {shape} (channels, [frames,] height, width), but {problem}. "
+                f"{_CHANGE_OR_ENCODE}"
+            )
+    if isinstance(model, ImageModelConfig) and manifest.num_classes != model.num_classes:
+        raise InputError(
+            f"dataset {folder}: has {manifest.num_classes} classes, but model.num_classes is {model.num_classes}. "
+            f"{_CHANGE_OR_ENCODE}"
+        )
+
+
+def _misfit(shape: tuple[int, ...], model: ImageModelConfig) -> str | None:
+    return None if shape == model.latent_shape else f"model.latent_shape is {model.latent_shape}"
+
+
+def _misfit_of_clips(shape: tuple[int, ...], model: VideoModelConfig) -> str | None:
+    """Clips (c, f, h, w), which may have other sizes than the largest, or pictures (c, h, w): one frame."""
+    channels, num_frames, height, width = shape if len(shape) == 4 else (shape[0], 1, *shape[1:])
+    if channels != model.latent_shape[0]:
+        return f"model.latent_shape says {model.latent_shape[0]} channels"
+    if num_frames != 1 and num_frames % model.patch_frames:
+        return f"{num_frames} frames are not divisible by model.patch_frames {model.patch_frames}"
+    if height % model.patch_size or width % model.patch_size:
+        return f"{height}x{width} is not divisible by model.patch_size {model.patch_size}"
+    num_tokens = -(-num_frames // model.patch_frames) * (height // model.patch_size) * (width // model.patch_size)
+    if num_tokens > model.num_tokens:
+        return (
+            f"that is {num_tokens:,} tokens, and model.latent_shape {model.latent_shape} of the largest clips says "
+            f"{model.num_tokens:,}"
+        )
+    return None
+
+
+def check_text(location: str | Path, manifest: Manifest, model: VideoModelConfig) -> None:
+    """InputError, naming both values and the remedy, if the set that is to have the texts does not fit the model."""
+    dim = text_info(location, manifest).dim
+    if dim != model.text_dim:
+        raise InputError(
+            f"dataset {location}: its text embeddings have {dim} values per token, but model.text_dim is "
+            f"{model.text_dim}. Set model.text_dim: {dim}, or encode the captions again with another text encoder"
+        )
+
+
+def text_info(location: str | Path, manifest: Manifest) -> TextInfo:
+    """`manifest.text`. InputError, naming the remedy, for a set without texts."""
+    if manifest.text is None:
+        raise InputError(
+            f"dataset {location}: has no text embeddings; encode them with a `text` section in its recipe, or name the "
+            "companion set that has them: `text`, beside its `path`"
+        )
+    return manifest.text

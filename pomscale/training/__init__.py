@@ -1,0 +1,1 @@
+"""Training: the life of a run, the building of a trainer, and the loop."""

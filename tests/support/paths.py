@@ -1,0 +1,9 @@
+"""Where the checkout lies: the one place in the tests that counts parents of a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent
+RECIPES = ROOT / "recipes"

@@ -1,0 +1,103 @@
+"""A small video model on disk, as `pomscale export` leaves one, with its codec and its text encoder."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pomscale.codecs import build_text_encoder
+from pomscale.config.schema import (
+    CodecConfig,
+    CogVideoXVaeCodecConfig,
+    DiffusionConfig,
+    ImageModelConfig,
+    PixelCodecConfig,
+    SamplingConfig,
+    TextEncoderConfig,
+    TimeConfig,
+)
+from pomscale.pretrained.card import ModelCard
+from pomscale.pretrained.load import PretrainedDiPoM, PretrainedModel, PretrainedVDiPoM
+from pomscale.pretrained.weights import write_weights
+from pomscale.shards.schema import TextInfo
+from support.tiny_clips import awaken, video_config
+from support.tiny_models import save_t5, save_video_vae
+
+TEXT_DIM = 16  # of `save_t5`
+MAX_LENGTH = 12
+FPS = 8.0
+
+
+def save_model(
+    folder: Path,
+    *,
+    codec: CodecConfig | None = None,
+    per_frame_group: bool = False,
+    sampling: dict[str, Any] | None = None,
+    **fields: Any,
+) -> Path:
+    """Exported to folder/model, its text encoder to folder/t5. By default of the pixel codec, with clips of 20x12."""
+    save_t5(folder / "t5", seed=0)
+    text = TextEncoderConfig(path=str(folder / "t5"), tokenizer="bytes", max_length=MAX_LENGTH, precision="fp32")
+    encoder = build_text_encoder(text)
+    (null,) = encoder.encode([""])
+    codec = codec or PixelCodecConfig(name="pixel", channels=3)
+    channels = 4 if isinstance(codec, CogVideoXVaeCodecConfig) else 12
+    config = video_config(
+        text_dim=TEXT_DIM, **{"latent_shape": (channels, 6, 10, 6), "temporal": "block_causal"} | fields
+    )
+    card = ModelCard(
+        model=config,
+        diffusion=DiffusionConfig(time=TimeConfig(per_frame_group=per_frame_group), max_start_group=100),
+        sampling=SamplingConfig.model_validate({"num_steps": 2, "num_each": 2, **(sampling or {})}),
+        codec=codec,
+        codec_identity=None,
+        class_names=(),
+        text=TextInfo(
+            config=text,
+            identity=encoder.identity(),
+            dim=TEXT_DIM,
+            null_length=len(null),
+            null_embedding=base64.b64encode(null.astype("<f2").tobytes()).decode(),
+        ),
+        fps=FPS,
+        latent_mean=tuple(0.01 * np.arange(channels)),
+        latent_std=tuple(0.4 + 0.01 * np.arange(channels)),
+        averages=(),
+    )
+    return _export(folder / "model", PretrainedVDiPoM(card))
+
+
+def save_cogvideox_model(folder: Path, **fields: Any) -> Path:
+    """As `save_model`, of a real AutoencoderKLCogVideoX in folder/vae: clips of 40x24."""
+    save_video_vae(folder / "vae", seed=0)
+    codec = CogVideoXVaeCodecConfig(name="cogvideox_vae", path=str(folder / "vae"), subfolder="", precision="fp32")
+    return save_model(folder, codec=codec, **fields)
+
+
+def save_picture_model(folder: Path) -> Path:
+    """One of classes, exported to `folder`."""
+    config = ImageModelConfig(latent_shape=(4, 4, 4), num_classes=3, dim=16, depth=1, num_heads=2)
+    card = ModelCard(
+        model=config,
+        diffusion=DiffusionConfig(),
+        sampling=SamplingConfig(),
+        codec=PixelCodecConfig(name="pixel", channels=1),
+        codec_identity=None,
+        class_names=(),
+        latent_mean=(0.0,) * 4,
+        latent_std=(1.0,) * 4,
+        averages=(),
+    )
+    return _export(folder, PretrainedDiPoM(card))
+
+
+def _export(folder: Path, model: PretrainedModel) -> Path:
+    awaken(model, scale=0.1)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    write_weights(folder, model.card, {"weights": "model"}, shapes, {"model": parameters.values()})
+    return folder

@@ -1,0 +1,107 @@
+"""Clips decoded chunk by chunk are those decoded at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pomscale.base.errors import InputError
+from pomscale.codecs.base import ClipDecoder
+from pomscale.codecs.clip_decoders import FramewiseDecoder
+from pomscale.codecs.cogvideox_vae import CogVideoXVaeCodec
+from pomscale.config.schema import CogVideoXVaeCodecConfig
+from support.tiny_models import save_video_vae
+
+# Of the network that `folder` holds: one tile, and 2 x 2 of them (tiles are 6 x 10 latent pixels).
+ONE_TILE, TILES = (3, 4), (8, 13)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_video_vae(tmp_path_factory.mktemp("vae"), seed=0)
+
+
+def open_codec(folder: Path, *, tiling: bool = False) -> CogVideoXVaeCodec:
+    return CogVideoXVaeCodec(
+        CogVideoXVaeCodecConfig(name="cogvideox_vae", path=str(folder), subfolder="", precision="fp32", tiling=tiling)
+    )
+
+
+def random_latents(frames: int, size: tuple[int, int], clips: int = 2) -> Tensor:
+    return torch.randn(clips, 4, frames, *size, generator=torch.Generator().manual_seed(frames))
+
+
+def decode_chunks(decoder: ClipDecoder, latents: Tensor, chunk: int) -> Tensor:
+    return torch.cat([decoder.decode(part) for part in latents.split(chunk, dim=2)], dim=2)
+
+
+@pytest.mark.parametrize(
+    ("frames", "chunk"), [(8, 2), (8, 4), (8, 1), (7, 1), (7, 2), (9, 3), (8, 3), (1, 1), (3, 3), (2, 2)]
+)
+def test_chunks_of_any_length_give_what_the_network_gives_for_the_whole(folder: Path, frames: int, chunk: int) -> None:
+    codec = open_codec(folder)
+    latents = random_latents(frames, ONE_TILE)
+    decoded = decode_chunks(codec.decoder(frames), latents, chunk)
+    assert decoded.shape[2] == codec.num_pixel_frames(frames)
+    assert torch.equal(decoded, codec.decode(latents))
+
+
+@pytest.mark.parametrize("size", [TILES, (3, 13), (8, 4), (6, 10)])
+@pytest.mark.parametrize("frames", [6, 5])
+def test_chunks_in_tiles_give_what_the_network_gives_in_tiles(folder: Path, size: tuple[int, int], frames: int) -> None:
+    tiled = open_codec(folder, tiling=True)
+    latents = random_latents(frames, size)
+    decoded = decode_chunks(tiled.decoder(frames), latents, 2)
+    assert torch.equal(decoded, tiled.decode(latents))
+    if size == TILES:
+        assert not torch.equal(decoded, open_codec(folder).decode(latents)), "these are no tiles"
+
+
+@pytest.mark.parametrize(("frames", "chunk", "size", "tiling"), [(8, 2, TILES, True), (9, 1, ONE_TILE, False)])
+def test_a_saved_clip_goes_on_exactly(
+    folder: Path, frames: int, chunk: int, size: tuple[int, int], tiling: bool, tmp_path: Path
+) -> None:
+    codec = open_codec(folder, tiling=tiling)
+    latents = random_latents(frames, size)
+    begun = codec.decoder(frames)
+    # Chunks of one leave a latent frame that waits for its partner, and that has to be saved too.
+    first = decode_chunks(begun, latents[:, :, :4], chunk)
+    torch.save(begun.state_dict(), tmp_path / "state.pt")
+
+    resumed = open_codec(folder, tiling=tiling).decoder(2)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt"))
+    rest = decode_chunks(resumed, latents[:, :, 4:], chunk)
+    assert torch.equal(torch.cat([first, rest], dim=2), codec.decode(latents))
+
+
+def test_what_is_carried_does_not_grow(folder: Path) -> None:
+    codec = open_codec(folder)
+    decoder = codec.decoder(2)
+    sizes = []
+    for _ in range(4):
+        decoder.decode(random_latents(2, ONE_TILE))
+        sizes.append(sum(tensor.numel() for tensor in decoder.state_dict().values()))
+    assert len(set(sizes)) == 1
+
+
+def test_state_of_another_codec_is_refused(folder: Path) -> None:
+    def decode(latents: Tensor) -> Tensor:
+        return latents
+
+    decoder = open_codec(folder).decoder(2)
+    decoder.decode(random_latents(2, ONE_TILE))
+    with pytest.raises(InputError, match="by another codec"):
+        FramewiseDecoder(decode).load_state_dict(decoder.state_dict())
+    with pytest.raises(InputError, match="by another codec"):
+        decoder.load_state_dict(FramewiseDecoder(decode).state_dict())
+    with pytest.raises(InputError, match=r"in other tiles.*codec\.tiling"):
+        open_codec(folder, tiling=True).decoder(2).load_state_dict(decoder.state_dict())
+
+
+def test_pixel_frames_are_those_of_the_network(folder: Path) -> None:
+    codec = open_codec(folder)
+    for frames in (1, 8, 9, 16, 17, 80, 81):
+        assert codec.num_pixel_frames(codec.latent_shape(frames, 8, 8)[1]) == frames

@@ -1,0 +1,152 @@
+"""A grid in a recipe: which runs it is, what they are called, and where it says that a point is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.submission.prepare import How
+from launch.submission.sweep import plan_sweep, table
+from pomscale.config.load import load_cluster, load_train_recipe
+from pomscale.config.schema import TrainRecipe
+from pomscale.config.sweep import load_points
+from pomscale.config.yaml_file import RecipeError
+from pomscale.runs.checkpoint_folder import META
+from pomscale.runs.outcome import write_outcome
+
+RECIPE = """\
+kind: train
+name: grid
+codec: {name: pixel, block: 2, channels: 1}
+data: {path: latents}
+model: {latent_shape: [4, 4, 4], num_classes: 10, patch_size: 1, dim: 32, depth: 2}
+training: {total_samples: 640, global_batch: 32}
+checkpoint: {every_samples: 320}
+sweep:
+  optimizer.lr: [1e-4, 3e-5]
+  model.degree: [2, 3]
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "grid.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_points(path, list(overrides))
+    return [problem.replace(f"{path.parent}/", "") for problem in caught.value.problems]
+
+
+def test_one_run_per_point_with_a_name_and_one_group(path: Path) -> None:
+    points = load_points(path, ["optimizer.weight_decay=0.1"])
+    assert [point.recipe.name for point in points] == [
+        "grid.lr=0.0001-degree=2",
+        "grid.lr=0.0001-degree=3",
+        "grid.lr=3e-05-degree=2",
+        "grid.lr=3e-05-degree=3",
+    ]
+    assert [(point.recipe.optimizer.lr, point.recipe.model.degree) for point in points] == [
+        (1e-4, 2),
+        (1e-4, 3),
+        (3e-5, 2),
+        (3e-5, 3),
+    ]
+    for point in points:
+        assert point.recipe.sweep == {}
+        assert point.recipe.monitoring.wandb.group == "grid"
+        assert point.recipe.optimizer.weight_decay == 0.1
+    assert points[1].values == {"optimizer.lr": 1e-4, "model.degree": 3}
+
+
+def test_a_group_that_the_recipe_names_stays(path: Path) -> None:
+    assert load_points(path, ["monitoring.wandb.group=mine"])[0].recipe.monitoring.wandb.group == "mine"
+
+
+def test_a_whole_section_may_be_swept_and_labels_stay_apart(path: Path) -> None:
+    values = '"optimizer.betas": [[0.9, 0.95]], "data.path": [a/b], "validation.path": [x], "compute.compile": [true]'
+    sweep = f"sweep={{{values}}}"
+    (point,) = load_points(path, [sweep, "validation={path: y, every_samples: 32}"])
+    assert point.recipe.name == "grid.betas=0.9_0.95-data.path=a_b-validation.path=x-compile=true"
+
+
+def test_a_recipe_without_a_sweep_has_no_points(path: Path) -> None:
+    assert load_points(path, ["sweep={}"]) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            "[1e-4, 3e-5]",
+            "[1e-4, -1]",
+            "grid.yaml:9: optimizer.lr: input should be greater than 0, got -1 (sweep: lr=-1-degree=2)",
+        ),
+        (
+            "model.degree",
+            "model.degre",
+            "grid.yaml:10: model.degre: unknown key; did you mean 'degree'? (sweep: lr=0.0001-degre=2)",
+        ),
+        (
+            "model.degree: [2, 3]",
+            "training.total_samples: [640, 650]",
+            "grid.yaml:10: training.total_samples: 650 is not a multiple of training.global_batch 32 "
+            "(sweep: lr=0.0001-total_samples=650)",
+        ),
+        ("model.degree: [2, 3]", "name: [a, b]", "grid.yaml:10: sweep: 'name' is not for a sweep to change"),
+        ("[2, 3]", "[2, 2]", "grid.yaml:8: sweep: 2 points would be called grid.lr=0.0001-degree=2; a value is"),
+        ("[2, 3]", "[]", "grid.yaml:10: sweep.model.degree: list should have at least 1 item"),
+        ("[2, 3]", "2", "grid.yaml:10: sweep.model.degree: input should be a valid list, got 2"),
+    ],
+)
+def test_a_bad_point_is_told_with_the_line_of_the_sweep(path: Path, old: str, new: str, expected: str) -> None:
+    path.write_text(RECIPE.replace(old, new, 1))
+    (problem, *more) = problems(path)
+    assert problem.startswith(expected)
+    assert len(more) <= 1  # the same name twice, for the other rate
+
+
+def test_train_says_how_to_start_a_sweep_or_a_point(path: Path) -> None:
+    command = [sys.executable, "-m", "pomscale", "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"pomscale launch {path} --cluster" in done.stderr
+    offered = f"pomscale train {path} sweep={{}} name=NAME optimizer.lr=0.0001 model.degree=2"
+    assert offered in done.stderr
+    one = load_train_recipe(path, offered.split()[3:])
+    assert (one.name, one.sweep, one.model.degree) == ("NAME", {}, 2)
+
+
+def test_launching_again_takes_only_what_is_left(path: Path, digits: Path, tmp_path: Path) -> None:
+    overrides = [f"data.path={digits}/latents/train", f"output={tmp_path}/runs", "compute.device=cpu"]
+    points = load_points(path, overrides)
+    finish(points[1].recipe)
+    planned = plan_sweep(points, load_cluster("local"), "local", How())
+    assert [(one.state, one.prepared is not None) for one in planned] == [
+        ("new", True),
+        ("finished", False),
+        ("new", True),
+        ("new", True),
+    ]
+    assert not planned[0].home.exists()
+    lines = table(planned, {planned[0].home: "17"}).splitlines()
+    assert lines[0].split() == ["job", "optimizer.lr", "model.degree", "run"]
+    assert lines[1].split() == ["17", "0.0001", "2", "grid.lr=0.0001-degree=2"]
+    assert lines[2].split() == ["finished", "0.0001", "3", "grid.lr=0.0001-degree=3"]
+
+
+def finish(recipe: TrainRecipe) -> None:
+    """What a run that has come to its end leaves, as far as a launch looks."""
+    home = Path(recipe.output) / recipe.name
+    checkpoint = home / "checkpoints" / f"samples-{recipe.training.total_samples:012d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / META).write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
+    (checkpoint / "COMPLETE").write_text("")
+    write_outcome(home, 1, 0, "finished", samples=recipe.training.total_samples)

@@ -1,0 +1,369 @@
+"""Plans: predicted memory and traffic against the real engine, advice against trying everything, and the report."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pomscale.base.errors import InputError
+from pomscale.benchmarks.plan import deepspeed_recipe, make_recipe, measure, measure_deepspeed, pretended_world
+from pomscale.benchmarks.storage_tracker import StorageTracker
+from pomscale.config.hardware import GPUS
+from pomscale.config.load import load_train_recipe
+from pomscale.config.schema import TrainingConfig, TrainRecipe
+from pomscale.data.loader import micro_batch_positions, num_micro_batches
+from pomscale.distributed.world import join_world
+from pomscale.plan.advice import changed, cheapest_fit, room_for_more
+from pomscale.plan.batch import BatchShare, batch_share
+from pomscale.plan.memory import host_bytes, state_bytes, step_memory
+from pomscale.plan.model_cost import num_parameters
+from pomscale.plan.report import DatasetSize, plan, render
+from pomscale.plan.speed import speed
+from pomscale.plan.storage import storage
+from pomscale.plan.traffic import traffic
+from support.paths import RECIPES
+
+TINY = {"size": "s-2", "depth": 4, "latent_shape": [4, 16, 16], "batch": 6}
+TINY_MODEL = {"dim": 64, "num_heads": 4}
+TINY_CLIPS = {"size": "s-2", "depth": 4, "latent_shape": [16, 8, 8, 12], "batch": 3}
+TINY_VIDEO_MODEL = {**TINY_MODEL, "text_dim": 96}
+
+
+def tiny(mixer: str = "dipom", num_ranks: int = 8, **changes: dict[str, Any]) -> TrainRecipe:
+    return make_recipe(mixer, TINY, {"model": TINY_MODEL, **changes}, num_ranks)
+
+
+def tiny_video(mixer: str = "vdipom", **changes: dict[str, Any]) -> TrainRecipe:
+    return make_recipe(mixer, TINY_CLIPS, {**changes, "model": {**TINY_VIDEO_MODEL, **changes.get("model", {})}}, 8)
+
+
+def assert_predicted(recipe: TrainRecipe, num_ranks: int, measured: tuple[int, int]) -> None:
+    """The whole peak, and what the step adds to what is resident, of which more is left to chance."""
+    (peak, resident), planned = measured, step_memory(recipe, num_ranks)
+    assert planned.peak == pytest.approx(peak, rel=0.01), planned
+    assert planned.peak - resident == pytest.approx(peak - resident, rel=0.02), planned
+    assert sum(planned.by_part.values()) == planned.peak
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_tracker_counts_storages_not_tensors() -> None:
+    x = torch.zeros(1000)
+    with StorageTracker([x]) as tracker:
+        y = x + 1  # 4000 bytes beside x
+        z = y.view(10, 100)[2:]
+        del y
+        assert tracker.live == 8000
+        del z
+        assert tracker.live == 4000
+        x.untyped_storage().resize_(0)  # as FSDP frees weights
+        torch.zeros(1)
+    assert tracker.peak == 8000
+    assert tracker.live == 0
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "every-2", "every-3", "full"])
+@pytest.mark.parametrize(
+    ("mixer", "precision"), [("dipom", "fp32"), ("dipom", "bf16"), ("dit", "fp32"), ("dit", "bf16")]
+)
+def test_memory_of_every_mode(mixer: str, precision: str, mode: str) -> None:
+    recipe = tiny(mixer, compute={"precision": precision, "activation_checkpointing": mode})
+    with pretended_world(8) as world:
+        assert_predicted(recipe, 8, measure(recipe, world))
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "HSDP, micro-batches": {"fsdp2": {"shard_size": 2}, "training": {"micro_batch": 2}},
+    "fp32 micro-batches": {"compute": {"precision": "fp32"}, "training": {"micro_batch": 2}},
+    "kept gathered": {"fsdp2": {"reshard_after_forward": False}},
+    "no prefetch": {"fsdp2": {"prefetch": 0}},
+    "far prefetch": {"fsdp2": {"prefetch": 3}, "model": {**TINY_MODEL, "dim": 128}},
+    "degree 3": {"model": {**TINY_MODEL, "degree": 3, "expand": 1, "ffn_expansion": 4}},
+    "hybrid": {"model": {**TINY_MODEL, "mixer": ["pom", "attention"]}},
+    "bf16 moments, averages": {
+        "optimizer": {"moments": "bf16"},
+        "ema": {"halflives_samples": [10, 20], "post_hoc": {"every_samples": 100}},
+        "model": {**TINY_MODEL, "num_classes": 200_000, "depth": 1},
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_of_every_layout(layout: str) -> None:
+    recipe = tiny(**LAYOUTS[layout])
+    with pretended_world(8) as world:
+        assert_predicted(recipe, 8, measure(recipe, world))
+
+
+TIMES: dict[str, dict[str, Any]] = {
+    "no mask": {},
+    "block-causal": {"model": {"temporal": "block_causal"}},
+    "t per frame group": {"model": {"temporal": "block_causal"}, "diffusion": {"time": {"per_frame_group": True}}},
+}
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("mixer", ["vdipom", "vdit"])
+@pytest.mark.parametrize(
+    ("precision", "mode"), [("fp32", "none"), ("bf16", "none"), ("bf16", "selective"), ("bf16", "full")]
+)
+def test_memory_of_clips(mixer: str, precision: str, mode: str, times: str) -> None:
+    recipe = tiny_video(mixer, **TIMES[times], compute={"precision": precision, "activation_checkpointing": mode})
+    with pretended_world(8) as world:
+        assert_predicted(recipe, 8, measure(recipe, world))
+
+
+def test_memory_of_a_hybrid_of_clips() -> None:
+    model = {"mixer": ["pom", "attention"], "temporal": "block_causal", "patch_frames": 4, "degree": 3}
+    recipe = tiny_video(model=model, fsdp2={"shard_size": 2}, training={"micro_batch": 2})
+    with pretended_world(8) as world:
+        assert_predicted(recipe, 8, measure(recipe, world))
+
+
+def test_memory_of_one_real_rank() -> None:
+    recipe = tiny(num_ranks=1)
+    with join_world("cpu") as world:
+        assert_predicted(recipe, 1, measure(recipe, world))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.exhaustive) for stage in (1, 2)), 3])
+def test_memory_of_zero(stage: int) -> None:
+    pytest.importorskip("deepspeed")
+    peak, _ = measure_deepspeed(stage)
+    assert step_memory(deepspeed_recipe(stage), 8).peak == pytest.approx(peak, rel=0.1)
+
+
+def test_offloading_moves_the_state_to_the_host() -> None:
+    here = tiny(compute={"activation_checkpointing": "full"})
+    there = changed(here, {"fsdp2.cpu_offload": True})
+    assert {"parameters", "optimizer", "ema"}.isdisjoint(step_memory(there, 8).by_part)
+    moved = state_bytes(here) // 8 + num_parameters(here.model) * 4 // 8  # and the gradients
+    assert host_bytes(there, 8) - host_bytes(here, 8) == pytest.approx(moved, abs=2)
+
+
+# --- traffic ---------------------------------------------------------------------------------------------------------
+
+
+class Collectives(TorchDispatchMode):
+    """Bytes of the whole tensors of each kind of collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("c10d.").split(".")[0]
+        whole = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "allreduce_": 0}
+        if str(func).startswith("c10d.") and name in whole:
+            tensor = args[whole[name]]
+            tensors = tensor if isinstance(tensor, list) else [tensor]
+            self.num_bytes[name] += sum(t.numel() * t.element_size() for t in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"fsdp2": {"reshard_after_forward": False}, "compute": {"precision": "fp32"}},
+        {"fsdp2": {"shard_size": 2}, "training": {"micro_batch": 2}},
+    ],
+    ids=["fsdp2", "kept gathered", "HSDP, micro-batches"],
+)
+def test_traffic_is_what_the_engine_sends(changes: dict[str, Any]) -> None:
+    recipe = tiny(**changes)
+    with pretended_world(8) as world, Collectives() as collectives:
+        measure(recipe, world)
+    shards = recipe.fsdp2.shard_size or 8
+    sent = traffic(recipe, 8)
+    steps = 2  # that `measure` takes
+    others = (shards - 1) / shards
+    # Shards are padded, and there are norms: a little more.
+    assert collectives.num_bytes["_allgather_base_"] * others / steps == pytest.approx(
+        sent["all-gather of weights"], rel=0.01
+    )
+    assert collectives.num_bytes["_reduce_scatter_base_"] * others / steps == pytest.approx(
+        sent["reduce-scatter of gradients"], rel=0.01
+    )
+    if shards < 8:
+        replicas = 8 // shards
+        whole = collectives.num_bytes["allreduce_"] / steps
+        assert 2 * whole * (replicas - 1) / replicas == pytest.approx(sent["all-reduce over replicas"], rel=0.01)
+
+
+# --- advice ----------------------------------------------------------------------------------------------------------
+
+
+def fits(recipe: TrainRecipe, usable: float) -> bool:
+    return step_memory(recipe, 8).peak <= usable
+
+
+def largest_by_trying(recipe: TrainRecipe, usable: float) -> int:
+    sizes = (
+        batch_share(recipe.training, 8).micro_batch for recipe in _with_micro_batches(recipe) if fits(recipe, usable)
+    )
+    return max(sizes, default=0)
+
+
+def _with_micro_batches(recipe: TrainRecipe) -> list[TrainRecipe]:
+    slice_ = recipe.training.global_batch // 8
+    return [changed(recipe, {"training.micro_batch": size}) for size in range(1, slice_ + 1)]
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("share", [0.15, 0.3, 0.5, 0.9])
+def test_the_largest_micro_batch_is_found(mode: str, share: float) -> None:
+    recipe = tiny(training={"total_samples": 36000, "global_batch": 36 * 8}, compute={"activation_checkpointing": mode})
+    usable = share * step_memory(recipe, 8).peak
+    wanted = largest_by_trying(recipe, usable)
+    found = cheapest_fit(recipe, 8, usable)
+    if wanted >= 36 // 8:
+        assert found is not None
+        assert found.changes == {"training.micro_batch": wanted}
+    if found is not None:
+        assert fits(changed(recipe, found.changes), usable)
+        assert found.memory == step_memory(changed(recipe, found.changes), 8)
+
+
+def test_advice_climbs_from_the_cheap_to_the_dear() -> None:
+    recipe = tiny(
+        fsdp2={"shard_size": 2},
+        model={**TINY_MODEL, "dim": 256},
+        training={"global_batch": 64 * 8, "total_samples": 51200},
+    )
+    keys = []
+    usable = step_memory(recipe, 8).peak - 1.0
+    while (found := cheapest_fit(recipe, 8, usable)) is not None:
+        keys.append(tuple(found.changes))
+        usable = found.memory.peak * 0.9
+    order = [key for i, key in enumerate(keys) if key not in keys[:i]]
+    assert order[0] == ("training.micro_batch",)
+    assert ("compute.activation_checkpointing", "training.micro_batch") in order
+    assert order[-1][:3] == ("fsdp2.shard_size", "optimizer.moments", "fsdp2.cpu_offload")
+
+
+def test_room_is_used_for_less_recomputation_then_for_larger_micro_batches() -> None:
+    recipe = tiny(compute={"activation_checkpointing": "full"}, training={"micro_batch": 2})
+    found = room_for_more(recipe, 8, 1e12)
+    assert found is not None
+    assert str(found) == "compute.activation_checkpointing=none"
+    found = room_for_more(changed(recipe, found.changes), 8, 1e12)
+    assert found is not None
+    assert str(found) == "training.micro_batch=6"
+    assert room_for_more(tiny(), 8, 1e12) is None
+
+
+# --- the rest --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "num_gpus", "micro_batch"), [(256, 8, None), (250, 8, 7), (250, 24, 4), (9, 8, 1)]
+)
+def test_batches_are_dealt_as_the_loader_does(global_batch: int, num_gpus: int, micro_batch: int | None) -> None:
+    share = batch_share(TrainingConfig(total_samples=1, global_batch=global_batch, micro_batch=micro_batch), num_gpus)
+    assert share.num_micro_batches == num_micro_batches(global_batch, num_gpus, micro_batch)
+    largest = 0
+    for rank in range(num_gpus):
+        pieces = micro_batch_positions(
+            0, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=num_gpus
+        )
+        largest = max(largest, *(len(next(pieces)[0]) for _ in range(share.num_micro_batches)))
+    assert share == BatchShare(largest, share.num_micro_batches)
+
+
+def test_recomputation_costs_time_and_lowers_mfu() -> None:
+    recipe = load_train_recipe(RECIPES / "image" / "dipom-xl-2.yaml")
+    plain = speed(recipe, 16, GPUS["h100"], 0.4)
+    assert plain.samples_per_s == pytest.approx(0.4 * 16 * 989e12 / (3 * 305e9), rel=0.01)
+    again = speed(changed(recipe, {"compute.activation_checkpointing": "full"}), 16, GPUS["h100"], 0.4)
+    assert plain.mfu == 0.4
+    assert again.mfu == pytest.approx(0.3, rel=0.01)
+    assert again.days(10**8) == pytest.approx(plain.days(10**8) * 4 / 3, rel=0.01)
+
+
+def test_storage_counts_what_is_kept() -> None:
+    recipe = tiny(
+        training={"total_samples": 48000, "global_batch": 48},
+        checkpoint={"every_samples": 4800, "keep_last": 2, "keep_every_samples": 24000, "keep_best": 1},
+        ema={"post_hoc": {"every_samples": 9600, "widths": [0.05, 0.1]}},
+        validation={"path": "heldout", "every_samples": 4800},
+    )
+    parameters, disk = num_parameters(recipe.model), storage(recipe)
+    assert (disk.num_checkpoints, disk.num_ema_snapshots) == (2 + 1 + 1 + 2, 5)
+    assert disk.checkpoint == parameters * 4 * (1 + 2 + 3)
+    assert disk.total == 6 * disk.checkpoint + 5 * 2 * 4 * parameters
+
+
+def test_what_does_not_fit_together_is_refused_or_noted() -> None:
+    def of(recipe: TrainRecipe, **machine: Any) -> Any:
+        return plan(recipe, **{"num_nodes": 3, "gpus_per_node": 8, "gpu": "a100", **machine})
+
+    with pytest.raises(InputError, match=r"fsdp2\.shard_size: 24 ranks do not make whole copies of 16"):
+        of(tiny(fsdp2={"shard_size": 16}))
+    with pytest.raises(InputError, match=r"training\.global_batch: 8 samples cannot be shared by 24 ranks"):
+        of(tiny(training={"global_batch": 8, "total_samples": 80}))
+    with pytest.raises(InputError, match=r"compute\.float8: A100"):
+        of(tiny(compute={"float8": True}))
+    with pytest.raises(InputError, match="v100"):
+        of(tiny(), gpu="v100")
+    noted = of(tiny(training={"global_batch": 100, "total_samples": 1000}, fsdp2={"shard_size": 12})).notes
+    assert [note.split(":")[0] for note in noted] == ["training.global_batch", "fsdp2.shard_size"]
+
+
+def test_report_is_a_table_that_ends_in_a_verdict() -> None:
+    recipe = load_train_recipe(RECIPES / "image" / "dipom-xl-2-512.yaml", ["training.micro_batch=null"])
+    made = plan(recipe, num_nodes=1, gpus_per_node=2, gpu="h100", dataset=DatasetSize(1_281_167, 40 * 2**30))
+    text = render(made)
+    lines = text.splitlines()
+    assert not made.fits
+    assert lines[-1].startswith("NO FIT    cheapest change that fits: training.micro_batch=")
+    assert "833 M parameters" in text
+    assert "1.28 M samples, 40.0 GiB, seen 79.9 times" in text
+    assert all(len(line) <= 120 for line in lines)
+    start, end = (next(i for i, line in enumerate(lines) if word in line) for word in ("memory  ", "peak per GPU"))
+    table = [float(line[30:38]) for line in lines[start:end]]
+    assert math.fsum(table) == pytest.approx(float(lines[end][30:38]), rel=0.01)
+    assert float(lines[end][30:38]) == pytest.approx(made.memory.peak / 2**30, abs=0.01)
+    larger = plan(recipe, num_nodes=8, gpus_per_node=8, gpu="h200")
+    assert larger.fits
+    assert render(larger).splitlines()[-1].startswith("FITS")
+
+
+def test_report_of_clips() -> None:
+    causal, forcing = (
+        plan(load_train_recipe(RECIPES / "video" / f"{name}.yaml"), num_nodes=1, gpus_per_node=8, gpu="h200")
+        for name in ("vdipom-xl-2-causal", "vdipom-xl-2-forcing")
+    )
+    assert "model     1.16 G parameters, 3600 tokens in 10 frame groups with 120 of text, 5.38 TFLOP" in render(causal)
+    # A t for every frame group: so many times is the text modulated and projected.
+    assert "5.62 TFLOP" in render(forcing)
+    assert forcing.speed.samples_per_s < causal.speed.samples_per_s
+    assert forcing.memory.peak > causal.memory.peak
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("[!dp]*/*.yaml")), ids=lambda path: path.stem)
+def test_every_training_recipe_fits_on_a_node_of_h100s(recipe: Path) -> None:
+    made = plan(load_train_recipe(recipe), num_nodes=1, gpus_per_node=8, gpu="h100")
+    assert made.fits, render(made)
+
+
+def test_planning_needs_neither_torch_nor_numpy() -> None:
+    code = (
+        "import sys; from pomscale.config.load import load_train_recipe;"
+        "from pomscale.plan.report import plan, render;"
+        "render(plan(load_train_recipe(sys.argv[1]), num_nodes=1, gpus_per_node=8, gpu='h100'));"
+        "print({'torch', 'numpy'} & set(sys.modules))"
+    )
+    recipe = RECIPES / "image" / "dipom-xl-2.yaml"
+    done = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,300 @@
+"""Clips that are stopped, saved and gone on with: the same bits, or one clear error."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pomscale.base.condition import Text
+from pomscale.base.errors import InputError, PomscaleError
+from pomscale.codecs import build_text_encoder
+from pomscale.config.model import ImageModelConfig
+from pomscale.config.schema import (
+    DiffusionConfig,
+    PixelCodecConfig,
+    SamplingConfig,
+    TextEncoderConfig,
+    TimeConfig,
+)
+from pomscale.pretrained.card import ModelCard
+from pomscale.pretrained.load import PretrainedDiPoM, PretrainedVDiPoM, sample
+from pomscale.sampling.stream import ClipStream
+from pomscale.shards.schema import TextInfo
+from support.paths import TESTS
+from support.tiny_clips import TEXT_DIM, awaken, normal, text_of, video_config
+from support.tiny_models import save_t5
+
+TEXT, SEEDS = text_of([5, 2]), [11, 12]
+NULL = np.arange(TEXT_DIM, dtype=np.float16) / TEXT_DIM
+TEXT_INFO = TextInfo(
+    config=TextEncoderConfig(path="nowhere", max_length=6),
+    identity="abc",
+    dim=TEXT_DIM,
+    null_length=1,
+    null_embedding=base64.b64encode(NULL.tobytes()).decode(),
+)
+
+
+def pretrained(
+    mixer: Any = "pom",
+    *,
+    per_frame_group: bool = False,
+    objective: Literal["flow", "eps"] = "flow",
+    max_start_group: int = 100,
+    text: TextInfo = TEXT_INFO,
+    **fields: Any,
+) -> PretrainedVDiPoM:
+    config = video_config(**{"mixer": mixer, "temporal": "block_causal", **fields})
+    card = ModelCard(
+        model=config,
+        diffusion=DiffusionConfig(
+            objective=objective, time=TimeConfig(per_frame_group=per_frame_group), max_start_group=max_start_group
+        ),
+        sampling=SamplingConfig(),
+        codec=PixelCodecConfig(name="pixel"),
+        codec_identity=None,
+        class_names=(),
+        text=text,
+        latent_mean=(0.0,) * 3,
+        latent_std=(1.0,) * 3,
+        averages=(),
+    )
+    model = PretrainedVDiPoM(card)
+    awaken(model, scale=0.1)
+    return model.requires_grad_(False)
+
+
+def stream(model: PretrainedVDiPoM, num_groups: int | None = None, **changes: Any) -> ClipStream:
+    return ClipStream(model, TEXT, SEEDS, num_groups=num_groups, **{"steps": 3, **changes})
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The state after two frame groups."""
+    clips = stream(pretrained(), 2)
+    list(clips)
+    clips.save(tmp_path / "state.safetensors")
+    return tmp_path / "state.safetensors"
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_frame_group", [False, True], ids=["one t", "t per group"])
+@pytest.mark.parametrize("mixer", ["pom", "attention", ["pom", "attention"]], ids=["pom", "attention", "hybrid"])
+def test_a_resumed_stream_gives_the_same_bits(mixer: Any, per_frame_group: bool, tmp_path: Path) -> None:
+    """Stopped before the first group, among the known ones, and after them; by another model object."""
+    known = normal(2, 3, 5, 4, 6)
+    settings: dict[str, Any] = {"sampler": "heun", "guidance": 1.5, "known": known}
+    model = pretrained(mixer, per_frame_group=per_frame_group)
+    expected = list(islice(stream(model, **settings), 6))
+    extra = {"cache": normal(3, 2).T, "count": torch.tensor(7)}
+    for num_before in (0, 1, 2, 4):
+        clips = stream(model, **settings)
+        before = list(islice(clips, num_before))
+        clips.save(tmp_path / "state", extra)
+        resumed, found = ClipStream.resume(
+            pretrained(mixer, per_frame_group=per_frame_group), tmp_path / "state", num_groups=6 - num_before
+        )
+        assert resumed.next_group == num_before
+        assert torch.equal(torch.stack([*before, *resumed]), torch.stack(expected))
+        assert found.keys() == extra.keys()
+        assert all(torch.equal(found[name], extra[name]) for name in extra)
+
+
+def test_another_process_goes_on_with_the_same_bits(saved: Path) -> None:
+    expected = list(stream(pretrained(), 4))[2:]
+    code = """
+import sys; from pathlib import Path; import torch
+sys.path[:0] = sys.argv[2:]
+from test_clip_state import *
+clips, _ = ClipStream.resume(pretrained(), Path(sys.argv[1]), num_groups=2)
+torch.save(list(clips), sys.argv[1] + ".pt")
+"""
+    here = Path(__file__).parent
+    subprocess.run([sys.executable, "-c", code, str(saved), str(here), str(TESTS)], check=True)
+    found = torch.load(f"{saved}.pt", weights_only=True)
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+
+
+def test_a_stream_without_end_can_be_stopped_and_gone_on_with_twice(tmp_path: Path) -> None:
+    model = pretrained()
+    expected = list(stream(model, 5))
+    clips = stream(model)
+    found = [next(clips)]
+    for _ in range(2):
+        clips.save(tmp_path / "state")
+        clips, _ = ClipStream.resume(model, tmp_path / "state", num_groups=None)
+        found += list(islice(clips, 2))
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+
+
+def test_with_one_t_for_all_frames_the_stream_is_the_clip_that_sample_draws() -> None:
+    model = pretrained(objective="eps")
+    at_once = sample(model, TEXT, seeds=SEEDS, num_frames=6, steps=3, guidance=1.0)
+    groups = torch.cat(list(stream(model, 3, guidance=1.0, size=(10, 6))), dim=2)
+    torch.testing.assert_close(groups, at_once, rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_asked_comes_back_without_the_text_encoder(tmp_path: Path) -> None:
+    """Its weights may not be there any more."""
+    folder = save_t5(tmp_path / "t5", 0, d_model=TEXT_DIM)
+    config = TextEncoderConfig(path=str(folder), tokenizer="bytes", max_length=12, precision="fp32")
+    text = TEXT_INFO.model_copy(update={"config": config, "identity": build_text_encoder(config).identity()})
+    prompts = ["a dog", "a cat that runs away"]
+    clips = ClipStream(pretrained(text=text), prompts, SEEDS, num_groups=2, steps=2, guidance=1.0)
+    expected = list(clips)
+    clips = ClipStream(pretrained(text=text), prompts, SEEDS, num_groups=0, steps=2, guidance=1.0)
+    clips.save(tmp_path / "state")
+    shutil.rmtree(folder)
+    again, _ = ClipStream.resume(pretrained(text=text), tmp_path / "state", num_groups=2)
+    assert (again.prompts, again.seeds, again.next_group) == (prompts, SEEDS, 0)
+    assert torch.equal(torch.stack(list(again)), torch.stack(expected))
+
+
+def test_num_groups_counts_what_the_stream_gives_and_none_is_endless() -> None:
+    assert [len(list(stream(pretrained(), number))) for number in (0, 1, 3)] == [0, 1, 3]
+    assert len(list(islice(stream(pretrained(), None), 10))) == 10
+
+
+def test_positions_beyond_those_of_training_are_told_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    clips = stream(pretrained(max_start_group=1))  # 3 groups in training: positions 0 to 3
+    list(islice(clips, 4))
+    assert capsys.readouterr().err == ""
+    list(islice(clips, 3))
+    warning = capsys.readouterr().err
+    assert warning.count("warning") == 1
+    assert "frame groups 0 to 3" in warning
+    assert "diffusion.max_start_group" in warning
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": (9, 6)}, "latent size 9x6 is not divisible by patch_size 2"),
+        ({"known": torch.zeros(2, 3, 2, 5, 6)}, "latent size 5x6 is not divisible by patch_size 2"),
+        ({"known": torch.zeros(1, 3, 2, 4, 6)}, r"expected latents of shape \(2 3 frames 4 6\), got \(1, 3, 2, 4, 6\)"),
+        ({"known": torch.zeros(2, 3, 2, 4, 6), "size": (8, 6)}, r"expected latents of shape \(2 3 frames 8 6\)"),
+        ({"known": torch.zeros(2, 3, 4, 6)}, r"got \(2, 3, 4, 6\)"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        stream(pretrained(), 1, **changes)
+
+
+def test_prompts_need_a_seed_each() -> None:
+    with pytest.raises(InputError, match="2 prompts but 1 seeds; give one seed per clip"):
+        ClipStream(pretrained(), TEXT, [1], num_groups=1)
+
+
+def test_models_that_carry_no_state_are_refused() -> None:
+    with pytest.raises(InputError, match=r"reads all frames at once .* or train it with"):
+        stream(pretrained(temporal="none"), 1)
+    config = ImageModelConfig(latent_shape=(3, 4, 4), num_classes=2, dim=8, depth=1)
+    pictures = PretrainedDiPoM(pretrained().card.model_copy(update={"model": config}))
+    with pytest.raises(InputError, match="this model makes pictures"):
+        ClipStream(pictures, TEXT, SEEDS, num_groups=1)  # type: ignore[arg-type]
+
+
+def other_weights() -> PretrainedVDiPoM:
+    model = pretrained()
+    model.text_embedding.bias[0] += 1
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        other_weights,
+        lambda: pretrained(per_frame_group=True),
+        lambda: pretrained(objective="eps"),
+        lambda: pretrained(depth=3),
+        lambda: pretrained().bfloat16(),
+    ],
+    ids=["weights", "form", "objective", "size", "precision"],
+)
+def test_a_state_of_another_model_is_refused(make: Callable[[], PretrainedVDiPoM], saved: Path) -> None:
+    with pytest.raises(InputError, match=r"state.safetensors: these clips are of another model.*go on with the one"):
+        ClipStream.resume(make(), saved, num_groups=1)
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], None]) -> None:
+    """The file with other tensors or metadata, as another program would write it."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-30] ^= 1
+    path.write_bytes(content)
+
+
+def other_seed(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"[11, 12]", b"[11, 13]"))
+
+
+def other_version(path: Path) -> None:
+    rewritten(path, lambda tensors, metadata: metadata.update(format_version="99", pomscale="9.9"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (truncate, "cannot be read .* or a part of one; copy or save it again"),
+        (flip, "damaged; copy it again"),
+        (other_seed, "damaged; copy it again"),
+        (other_version, "format version 99, this pomscale reads 1; use pomscale 9.9"),
+        (lambda path: path.write_bytes(b""), "cannot be read .* no state of clips"),
+        (
+            lambda path: path.write_text("not a state at all, but long enough for a header"),
+            "cannot be read .* no state",
+        ),
+        (lambda path: save_file({"x": torch.zeros(2)}, path), "holds no state of clips; give a file"),
+        (lambda path: path.unlink(), "there is no such file; give one"),
+        (lambda path: (path.unlink(), path.mkdir()), "cannot be read .* no state of clips"),
+    ],
+    ids=["truncated", "flipped bit", "changed by hand", "later version", "empty", "text", "weights", "none", "folder"],
+)
+def test_a_file_that_is_no_state_is_one_clear_error(spoil: Callable[[Path], Any], message: str, saved: Path) -> None:
+    spoil(saved)
+    with pytest.raises(InputError, match=rf"{saved.name}: {message}"):
+        ClipStream.resume(pretrained(), saved, num_groups=1)
+
+
+def test_a_save_that_fails_keeps_what_was_there(saved: Path) -> None:
+    clips, _ = ClipStream.resume(pretrained(), saved, num_groups=1)
+    with pytest.raises(PomscaleError, match="cannot write"):
+        clips.save(saved.parent / "no such folder" / "state")
+    assert ClipStream.resume(pretrained(), saved, num_groups=1)[0].next_group == 2
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_text_is_saved_as_it_was_given(tmp_path: Path) -> None:
+    half = Text(TEXT.embeddings.half(), TEXT.mask)
+    ClipStream(pretrained(), half, SEEDS, num_groups=1).save(tmp_path / "state")
+    assert load_file(tmp_path / "state")["text.embeddings"].dtype == torch.float16
