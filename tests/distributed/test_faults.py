@@ -18,7 +18,6 @@ import psutil
 import pytest
 
 from pomscale.checkpoint.store import complete_checkpoints, find_checkpoint, read_meta
-from pomscale.quickstart.images import samples_seen
 from pomscale.runs.history import read_history
 from pomscale.runs.ledger import goodput
 from pomscale.runs.outcome import write_outcome
@@ -33,6 +32,7 @@ from support.running import (
     outcome,
     rows,
     run,
+    samples_seen,
     start_and_signal,
     started,
     train,

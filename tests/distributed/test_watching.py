@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from pomscale.quickstart.images import samples_seen
 from support import running, wandb_reader
-from support.running import GLOBAL_BATCH, TIMEOUT_S, outcome, rows, run, started
+from support.running import GLOBAL_BATCH, TIMEOUT_S, outcome, rows, run, samples_seen, started
 
 WORKER = Path(__file__).with_name("faulty_train.py")
 OFFLINE = "monitoring.wandb.mode=offline"

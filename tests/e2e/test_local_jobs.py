@@ -20,7 +20,6 @@ from launch.record.job import Attempt, JobSpec, Verdict, attempts
 from launch.submission.job_script import Wish
 from launch.submission.submit import submit
 from pomscale.config.load import load_cluster
-from pomscale.quickstart.images import samples_seen
 from support.running import (
     GLOBAL_BATCH,
     checkpoint_samples,
@@ -29,6 +28,7 @@ from support.running import (
     held_at,
     losses,
     outcome,
+    samples_seen,
     train,
     write_tiny_recipe,
 )

@@ -12,11 +12,10 @@ import yaml
 from launch.pipelines.file import read_pipeline
 from launch.record.job import attempts, submissions
 from launch.record.state import ended
-from pomscale.quickstart.images import samples_seen
 from support.cluster import SlurmCluster
 from support.launched import hold, pomscale
 from support.paths import RECIPES
-from support.running import GLOBAL_BATCH, damaged_copy, outcome, write_tiny_recipe
+from support.running import GLOBAL_BATCH, damaged_copy, outcome, samples_seen, write_tiny_recipe
 
 WITH_AND_WITHOUT_ACCOUNTING = True
 pytestmark = pytest.mark.slow
