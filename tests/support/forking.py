@@ -36,17 +36,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _TORCHRUN = "torch.distributed.run"
-_PRELOADED = ("pomscale.training.run", "pomscale.cli", _TORCHRUN, "matplotlib.figure")
+_PRELOADED = ("pomscale.training.run", "pomscale.cli", _TORCHRUN, "matplotlib.figure", "torch._dynamo")
 _PACKAGES = ("pomscale", "launch", "data_pipelines")  # a forked command has those of the server
 _FLAGS = ("-u",)
 _MESSAGE_BYTES = 1 << 20
 # Variables that the interpreter or a library reads when it starts; these few are set before the command runs, or later.
-_READ_AT_START = ("PYTHON", "LD_", "TORCH", "OMP_", "MKL_", "KMP_", "CUDA_", "LC_", "LANG", "MPL")
+_READ_AT_START = ("PYTHON", "LD_", "TORCH", "OMP_", "MKL_", "CUDA_", "LC_", "LANG", "MPL")
 _SET_BY_US = ("PYTHONPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_")
 _OPTIONS = {"args", "stdin", "stdout", "stderr", "text", "env", "cwd", "start_new_session", "process_group", "bufsize"}
 _PR_SET_CHILD_SUBREAPER = 36
 
 ROOT = Path(__file__).resolve().parents[2]
+_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # the server's, before imports of tests have changed it
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def may_fork(command: Sequence[Any], options: Mapping[str, Any]) -> bool:
     if not (first == "-m" or str(first).endswith(".py")):
         return False
     environment = options.get("env") or os.environ
-    if _start_variables(environment) != _start_variables(os.environ):
+    if _start_variables(environment) != _start_variables(_ENVIRONMENT):
         return False
     folders = [options.get("cwd") or os.getcwd(), *_python_path(environment)]
     others = [Path(folder).resolve() for folder in folders if Path(folder).resolve() != ROOT]
@@ -91,7 +92,7 @@ def _start_variables(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if name.startswith(_READ_AT_START) and not name.startswith(_SET_BY_US) and name != "OMP_NUM_THREADS"
+        if name.startswith(_READ_AT_START) and not name.startswith(_SET_BY_US)
     }
 
 
@@ -128,12 +129,11 @@ class _Server:
         self.owner = os.getpid()
         self._lock = threading.Lock()
         self._socket, theirs = _connected()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
-                env=environment,
+                env=_ENVIRONMENT,
                 pass_fds=[theirs.fileno()],
             )
 
