@@ -263,7 +263,7 @@ def _text_stream(number: int, *, unbuffered: bool) -> io.TextIOWrapper:
         buffer,
         encoding=sys.stdout.encoding,
         errors="backslashreplace" if number == 2 else sys.stdout.errors,
-        line_buffering=number == 2 or raw.isatty(),
+        line_buffering=not unbuffered and (number == 2 or raw.isatty()),
         write_through=unbuffered and number != 0,
     )
 
