@@ -242,7 +242,8 @@ def _wait_for(folder: Path, num_videos: int, process: subprocess.Popen[str]) -> 
 # The command, which makes no sixth video: however late the kill comes, it comes in the middle.
 FIVE_VIDEOS = """
 import itertools, time
-from pomscale import cli, vbench
+from pomscale import cli
+from pomscale.sampling import vbench
 
 film, numbers = vbench.film, itertools.count(1)
 

@@ -3,10 +3,10 @@
     this process ── server (imports once, then waits)
         └────────── a command, forked by the server; its parent is this process, as if subprocess.Popen had started it
 
-`ForkedPopen` is a `subprocess.Popen` for `python -m MODULE ...`, `python -c CODE ...` and `python SCRIPT ...`. The command gets arguments,
-environment, working folder, standard streams, session and exit code as usual; `may_fork` tells which commands must be
-started for real all the same. The ranks of `python -m torch.distributed.run` are forked as well: torchrun itself runs,
-only the starts of its workers are replaced.
+`ForkedPopen` is a `subprocess.Popen` for `python -m MODULE ...`, `python -c CODE ...` and `python SCRIPT ...`. The
+command gets arguments, environment, working folder, standard streams, session and exit code as usual; `may_fork` tells
+which commands must be started for real all the same. The ranks of `python -m torch.distributed.run` are forked as well:
+torchrun itself runs, only the starts of its workers are replaced.
 
 What differs from a real start: modules are there already, /proc shows the server's command line and environment, and
 hashes of strings are the same in all commands.
