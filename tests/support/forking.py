@@ -70,8 +70,8 @@ def may_fork(command: Sequence[Any], options: Mapping[str, Any]) -> bool:
     """Whether ForkedPopen(command, **options) does what subprocess.Popen would do."""
     if command[0] != sys.executable or not set(options) <= _OPTIONS:
         return False
-    first = _without_flags(command)[0]
-    if not (first in ("-m", "-c") or str(first).endswith(".py")):
+    words = _without_flags(command)
+    if not words or not (words[0] in ("-m", "-c") or str(words[0]).endswith(".py")):
         return False
     environment = options.get("env") or os.environ
     if _start_variables(environment) != _start_variables(_ENVIRONMENT):
