@@ -20,7 +20,7 @@ from pomscale.config.load import load_train_recipe
 from pomscale.data.dataset import LatentDataset
 from pomscale.diffusion.objectives import OBJECTIVES
 from pomscale.training.periodic import open_heldout
-from support.paths import RECIPES, ROOT
+from support.paths import RECIPES
 from support.running import GLOBAL_BATCH, checkpoint_samples, pomscale, rows, run, train, write_tiny_recipe
 
 STEPS = 20
@@ -167,15 +167,14 @@ def test_an_unreadable_picture_among_good_ones(digits: Path, tmp_path: Path) -> 
     pictures = tmp_path / "pictures"
     shutil.copytree(digits / "digits" / "heldout", pictures)
     (pictures / "3" / "0000-broken.png").write_bytes(b"not a picture")
-    command = ["data", "encode", "recipes/data/digits.yaml", f"source.path={pictures}", f"output={tmp_path}/out"]
-    root = ROOT
-    done = pomscale(*command, expect=3, cwd=root)
+    command = ["data", "encode", RECIPES / "data" / "digits.yaml", f"source.path={pictures}", f"output={tmp_path}/out"]
+    done = pomscale(*command, expect=3)
     assert "896 samples" in done.stdout
     (failure,) = (json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines())
     assert "0000-broken" in json.dumps(failure)
     pomscale("data", "verify", tmp_path / "out", expect=3)
     # Who puts up with one says so: nothing is made again, and both commands succeed.
-    assert "896 samples" in pomscale(*command, "max_skipped=1", cwd=root).stdout
+    assert "896 samples" in pomscale(*command, "max_skipped=1").stdout
     pomscale("data", "verify", tmp_path / "out")
 
 
@@ -183,18 +182,16 @@ def test_an_empty_class_folder_is_named(digits: Path, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     shutil.copytree(digits / "digits" / "heldout", pictures)
     (pictures / "unicorn").mkdir()
-    root = ROOT
-    command = ["data", "encode", "recipes/data/digits.yaml", f"source.path={pictures}", f"output={tmp_path}/out"]
-    assert "unicorn" in pomscale(*command, expect=2, cwd=root).stderr
+    command = ["data", "encode", RECIPES / "data" / "digits.yaml", f"source.path={pictures}", f"output={tmp_path}/out"]
+    assert "unicorn" in pomscale(*command, expect=2).stderr
     # Nothing stands in the way of the same command on a source that is in order.
     (pictures / "unicorn").rmdir()
-    pomscale(*command, cwd=root)
+    pomscale(*command)
 
 
 def test_dry_run_writes_nothing(digits: Path, tmp_path: Path) -> None:
-    root = ROOT
     overrides = [f"source.path={digits}/digits/train", f"output={tmp_path}/out"]
-    done = pomscale("data", "encode", "recipes/data/digits.yaml", overrides[0], "--dry-run", overrides[1], cwd=root)
+    done = pomscale("data", "encode", RECIPES / "data" / "digits.yaml", overrides[0], "--dry-run", overrides[1])
     assert "901" in done.stdout
     assert not (tmp_path / "out").exists()
 
