@@ -39,7 +39,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_the_command_records_at_the_samples_of_the_videos(run: Path, tmp_path: Path) -> None:
     results = tmp_path / "r_eval_results.json"
-    results.write_text(json.dumps({name: [0.5, []] for name in DIMENSIONS}))
+    results.write_text(json.dumps({key: [0.5, [{"video_path": "./videos/a cat-0.mp4"}]] for key in DIMENSIONS}))
     figures = read_results([results]).figures
     videos = tmp_path / "films"
     videos.mkdir()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from pomscale.data.dataset import LatentDataset
 from pomscale.diffusion.objectives import OBJECTIVES
 from pomscale.training.periodic import open_heldout
 from support.paths import RECIPES
-from support.running import GLOBAL_BATCH, checkpoint_samples, pomscale, rows, run, train, write_tiny_recipe
+from support.running import GLOBAL_BATCH, checkpoint_samples, pomscale, rows, run_tour, train, write_tiny_recipe
 
 STEPS = 20
 EXTRAS = """
@@ -202,7 +201,8 @@ def test_dry_run_writes_nothing(digits: Path, tmp_path: Path) -> None:
 def test_quickstart_reaches_its_figures(tmp_path: Path, mixers: list[str]) -> None:
     """The tour of `make quickstart`, in a folder of its own."""
     (tmp_path / "recipes").symlink_to(RECIPES)
-    done = run([sys.executable, "-m", "pomscale.quickstart.images", *mixers], cwd=tmp_path, timeout=1750)
+    code = f"from pomscale.quickstart.images import RUNS, main\nmain({mixers} or list(RUNS))"
+    done = run_tour(code, cwd=tmp_path, timeout=1750)
     killed = re.search(r"killed \d+ processes with SIGKILL at ([\d,]+) samples", done.stdout)
     resumed = re.search(r"resuming from runs/quickstart/checkpoints/samples-(\d{12})", done.stdout)
     assert killed is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 
 from pomscale.quickstart.video import NUM_JUDGED
 from support.paths import ROOT
-from support.running import run
+from support.running import run_tour
 
 av = pytest.importorskip("av")
 pytest.importorskip("sklearn")
@@ -23,7 +22,7 @@ def tour(folder: Path, *overrides: str, num_judged: int = NUM_JUDGED) -> dict[st
     """The figures that it found, in a folder of its own. num_judged: clips per caption."""
     (folder / "recipes").symlink_to(ROOT / "recipes")
     main = f"from pomscale.quickstart import video as tour; tour.NUM_JUDGED = {num_judged}; tour.main({overrides})"
-    done = run([sys.executable, "-c", main], cwd=folder, timeout=1700)
+    done = run_tour(main, cwd=folder, timeout=1700)
     run_folder = folder / "runs" / "quickstart-video"
     assert (run_folder / "summary.txt").read_text() in done.stdout
     assert (run_folder / "clips.png").stat().st_size > 0

@@ -23,6 +23,7 @@ import io
 import itertools
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -68,7 +69,7 @@ class _Request:
 
 def may_fork(command: Sequence[Any], options: Mapping[str, Any]) -> bool:
     """Whether ForkedPopen(command, **options) does what subprocess.Popen would do."""
-    if command[0] != sys.executable or not set(options) <= _OPTIONS:
+    if isinstance(command, str) or command[0] != sys.executable or not set(options) <= _OPTIONS:
         return False
     words = _without_flags(command)
     if not words or not (words[0] in ("-m", "-c") or str(words[0]).endswith(".py")):
@@ -122,6 +123,16 @@ class ForkedPopen(subprocess.Popen):
 
     def _fork(self, request: _Request, streams: list[int]) -> int:
         return _server().fork(request, streams)
+
+
+def fork_commands() -> None:
+    """Let everything in this process that uses subprocess start commands by forks."""
+    really = subprocess.Popen
+
+    def popen(command: Any, **options: Any) -> subprocess.Popen[Any]:
+        return (ForkedPopen if may_fork(command, options) else really)(command, **options)
+
+    subprocess.Popen = popen  # type: ignore[misc, assignment]
 
 
 class _Server:
@@ -295,9 +306,9 @@ def _run(request: _Request) -> None:
 
 def _fork_the_workers(torchrun: list[str]) -> None:
     """Fork torchrun's workers now, before it has threads. They wait until torchrun starts them."""
-    given = [word.partition("=")[2] for word in torchrun if word.startswith("--nproc-per-node=")]
+    number = re.findall(r"--nproc-per-node[ =](\d+)", " ".join(torchrun))[0]
     spares: list[tuple[int, socket.socket]] = []
-    for _ in range(int(given[0])):
+    for _ in range(int(number)):
         ours, theirs = _connected()
         if (process := os.fork()) == 0:
             for connection in (ours, *(connection for _, connection in spares)):

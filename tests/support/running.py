@@ -27,6 +27,7 @@ from launch.record.job import submissions
 from pomscale.checkpoint.store import find_checkpoint, read_meta, read_tensors
 from pomscale.pretrained.load import load_pretrained
 from support.forking import ForkedPopen, may_fork
+from support.paths import TESTS
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 _UNHURRIED = str(Path(__file__).with_name("unhurried"))
@@ -152,6 +153,14 @@ def controller_of(home: Path) -> psutil.Process | None:
         if str(home) in " ".join(process.cmdline()):
             return process
     return None
+
+
+def run_tour(code: str, **options: Any) -> Finished:
+    """Run Python code that starts a quickstart's commands with subprocess. They are forked where they may be."""
+    environment = {**ENVIRONMENT, "PYTHONWARNINGS": "ignore"}  # as the quickstarts have it
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    code = f"from support.forking import fork_commands\nfork_commands()\n{code}"
+    return run([sys.executable, "-c", code], env=environment, **options)
 
 
 def pomscale(*arguments: str | Path, expect: int = 0, **options: Any) -> Finished:
