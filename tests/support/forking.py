@@ -43,14 +43,17 @@ _PRELOADED = ("pomscale.training.run", "pomscale.cli", _TORCHRUN, "matplotlib.fi
 _PACKAGES = ("pomscale", "launch", "data_pipelines")  # a forked command has those of the server
 _FLAGS = ("-u",)
 _MESSAGE_BYTES = 1 << 20
+# torch.compile neither tries out vector extensions nor compiles headers: 10 s of a machine's first compilation.
+_QUICK_COMPILATION = {"TORCHINDUCTOR_VEC_ISA_OK": "1", "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
 # Variables that the interpreter or a library reads when it starts; these few are set before the command runs, or later.
 _READ_AT_START = ("PYTHON", "LD_", "TORCH", "OMP_", "MKL_", "CUDA_", "LC_", "LANG", "MPL")
-_SET_BY_US = ("PYTHONPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_")
+_SET_BY_US = ("PYTHONPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_", *_QUICK_COMPILATION)
 _OPTIONS = {"args", "stdin", "stdout", "stderr", "text", "env", "cwd", "start_new_session", "process_group", "bufsize"}
 _PR_SET_CHILD_SUBREAPER = 36
 
 ROOT = Path(__file__).resolve().parents[2]
-_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # the server's, before imports of tests have changed it
+# Environment of the server and of commands: as pytest got it, before imports have added to it.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", **_QUICK_COMPILATION}
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def may_fork(command: Sequence[Any], options: Mapping[str, Any]) -> bool:
     if not words or not (words[0] in ("-m", "-c") or str(words[0]).endswith(".py")):
         return False
     environment = options.get("env") or os.environ
-    if _start_variables(environment) != _start_variables(_ENVIRONMENT):
+    if _start_variables(environment) != _start_variables(ENVIRONMENT):
         return False
     folders = [options.get("cwd") or os.getcwd(), *_python_path(environment)]
     others = [Path(folder).resolve() for folder in folders if Path(folder).resolve() != ROOT]
@@ -146,7 +149,7 @@ class _Server:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
-                env=_ENVIRONMENT,
+                env=ENVIRONMENT,
                 pass_fds=[theirs.fileno()],
             )
 

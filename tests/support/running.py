@@ -26,10 +26,9 @@ import torch
 from launch.record.job import submissions
 from pomscale.checkpoint.store import find_checkpoint, read_meta, read_tensors
 from pomscale.pretrained.load import load_pretrained
-from support.forking import ForkedPopen, may_fork
+from support.forking import ENVIRONMENT, ForkedPopen, may_fork
 from support.paths import TESTS
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 _UNHURRIED = str(Path(__file__).with_name("unhurried"))
 # The environment of runs that a test meets in the middle.
 UNHURRIED = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, [_UNHURRIED, os.environ.get("PYTHONPATH")]))}
