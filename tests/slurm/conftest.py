@@ -30,13 +30,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def slurm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
-    """Without accounting: sacct fails, as at sites that have none. Commands that this process runs talk to it."""
+    """A cluster without accounting: sacct fails, as at sites that have none. This process's commands use the cluster."""
     yield from _in_use(request.getfixturevalue(getattr(request, "param", "_plain_cluster")), monkeypatch)
 
 
 @pytest.fixture
 def slurm_accounted(_accounted_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
-    """With a real sacct. Commands that this process runs talk to it."""
+    """A cluster with a real sacct. This process's commands use it."""
     yield from _in_use(_accounted_cluster, monkeypatch)
 
 

@@ -21,7 +21,7 @@ _TIMEOUT_S = 240.0
 
 @dataclass
 class Visit:
-    """What came of looking at one page. complaints: of the console, the content security policy and exceptions.
+    """The result of opening one page. complaints: of the console, the content security policy and exceptions.
 
     requested: every address that was asked for. found: the value of the expression.
     """

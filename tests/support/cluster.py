@@ -49,7 +49,7 @@ def missing_packages(*, accounting: bool) -> list[str]:
 
 
 class SlurmCluster:
-    """As a context manager it runs for the duration of the block.
+    """A cluster that runs for the duration of a `with` block.
 
     accounting: with slurmdbd, so that sacct works and jobs are charged to ACCOUNT; else sacct fails, as at sites that
     have no such thing.
@@ -101,9 +101,9 @@ class SlurmCluster:
         self._ports.release()
 
     def _end_scripts(self) -> None:
-        """What SLURM does to job scripts after KILL_WAIT_S is done at once to those that only wait for it.
+        """Kill job scripts that only wait for SLURM to kill them, which would take KILL_WAIT_S.
 
-        Those are the scripts that have requeued their job: the last that slurm/requeue.sh does is to sleep.
+        These are the scripts that have requeued their job: the last thing that slurm/requeue.sh does is to sleep.
         """
         while not self._leaving.wait(2):
             for number in filter(str.isdecimal, os.listdir("/proc")):
@@ -150,12 +150,12 @@ class SlurmCluster:
         return self.run(words, input=f"#!/bin/bash\n{script}\n", cwd=cwd or self.folder).strip()
 
     def job_state(self, job_id: str) -> str:
-        """As squeue has it; "" for a job that it does not know."""
+        """Return the state that squeue shows; "" for a job that it does not know."""
         found = self.run(["squeue", "-h", "-r", "-t", "all", "-o", "%i %T"])
         return dict(line.split() for line in found.splitlines()).get(job_id, "")
 
     def wait_for(self, job_id: str, *states: str, timeout_s: float = _WAIT_S) -> str:
-        """Until the job's state is one of these. AssertionError, with what SLURM knows of it, if that does not come."""
+        """Wait until the job is in one of these states. AssertionError with all that SLURM knows of it if it never is."""
         deadline_s = time.monotonic() + timeout_s
         while (state := self.job_state(job_id)) not in states:
             if time.monotonic() > deadline_s:
@@ -167,14 +167,14 @@ class SlurmCluster:
         return state
 
     def processes_of(self, job_id: str) -> list[psutil.Process]:
-        """Those alive that have the job's id in their environment, on all nodes."""
+        """Return the live processes, on all nodes, that have the job's id in their environment."""
         return [process for process in processes_in(self.folder) if _environment(process).get("SLURM_JOB_ID") == job_id]
 
     def set_node(self, node: str, state: Literal["DOWN", "RESUME", "DRAIN"]) -> None:
         self.run(["scontrol", "update", f"NodeName={node}", f"State={state}", "Reason=test"])
 
     def kill_slurmd(self, node: str) -> None:
-        """As if the node had crashed, except that its jobs live on."""
+        """Kill the node's daemon, as if the node had crashed, except that its jobs live on."""
         self._daemons[node].kill()
         self._daemons[node].wait()
 
@@ -359,7 +359,7 @@ def _found(command: str) -> str | None:
 
 
 class _Ports:
-    """Of one cluster, below those that the system gives to whoever connects.
+    """The ports of one cluster, below those that the system gives to outgoing connections.
 
     Other workers of the same tests draw at the same time: each port has a name (a socket without a file), which only
     one of them can have.

@@ -34,14 +34,14 @@ def flip_bit(folder: Path, record: int, *, array: ArrayName = "latent") -> None:
 
 
 def change_row(folder: Path, record: int, field: str, value: int) -> None:
-    """Of the index; the shard does not know of it."""
+    """Change a row of the index and leave the shard as it is."""
     index = np.load(folder / INDEX_NAME)
     index[field][record] = value
     replace_index(folder, index)
 
 
 def fix_checksum(folder: Path, record: int, *, array: ArrayName = "latent") -> None:
-    """As if what lies in the shard now had been encoded so."""
+    """Write the checksum of what lies in the shard now, as if it had been encoded so."""
     index = np.load(folder / INDEX_NAME)
     row = index[record]
     content = (folder / read_manifest(folder).shards[row["shard"]].name).read_bytes()

@@ -1,4 +1,4 @@
-"""What tests of the encoder share."""
+"""Functions that tests of the encoder share."""
 
 from __future__ import annotations
 

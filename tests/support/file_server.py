@@ -10,7 +10,7 @@ from typing import Literal
 
 
 class FileServer:
-    """As a context manager it serves `folder` at `url`; afterwards no thread of it is left.
+    """A server of `folder` at `url` for the duration of a `with` block; afterwards no thread of it is left.
 
     plan: by file name, what happens to the next requests for it: "403" and "503" refuse, "cut" hangs up after half of
     the bytes, "hold" sends half of them and then nothing until `release` is set. When a plan is used up all is well.

@@ -71,7 +71,7 @@ class _Request:
 
 
 def may_fork(command: Sequence[Any], options: Mapping[str, Any]) -> bool:
-    """Whether ForkedPopen(command, **options) does what subprocess.Popen would do."""
+    """Tell whether ForkedPopen(command, **options) does what subprocess.Popen would do."""
     if isinstance(command, str) or command[0] != sys.executable or not set(options) <= _OPTIONS:
         return False
     words = _without_flags(command)

@@ -41,14 +41,14 @@ class Launched:
             time.sleep(0.02)
 
     def wait_for_attempt(self, number: int, timeout_s: float = 180) -> None:
-        """Until it was started so many times."""
+        """Wait until the run was started that many times."""
         deadline_s = time.monotonic() + timeout_s
         while len(attempts(self.folder)) < number:
             assert time.monotonic() < deadline_s, f"not started {number} times in time\n{self.told()}"
             time.sleep(0.1)
 
     def finish(self, *states: str, timeout_s: float = 240) -> list[Attempt]:
-        """Its starts, when it has come to its end in one of these states (COMPLETED)."""
+        """Wait for the end of the job in one of these states (COMPLETED). Return its starts."""
         states = states or ("COMPLETED",)
         state = self.cluster.wait_for(self.job_id, "COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", timeout_s=timeout_s)
         assert state in states, f"{state}\n{self.told()}"
@@ -65,7 +65,7 @@ class Launched:
         raise AssertionError(f"no process of rank {rank}\n{self.told()}")
 
     def told(self) -> str:
-        """What the run and its guards have printed, for a test that fails."""
+        """Return everything that the run and its guards have printed, for a test that fails."""
         files = [path for kind in ("logs/*.log", "submitit/*.out", "submitit/*.err") for path in self.folder.glob(kind)]
         told = [f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(files)]
         told += [f"--- {path}\n{path.read_text()}" for path in sorted(self.folder.glob("attempts/*/*.json"))]
@@ -117,7 +117,7 @@ def assert_every_sample_once(folder: Path, reference: dict[int, float]) -> None:
 
 
 def wandb_ids(folder: Path) -> set[str]:
-    """Of all starts: the offline folders carry the run's id in their names."""
+    """Return the ids of the wandb runs of all starts, from the names of the offline folders."""
     return {path.name.rsplit("-", 1)[1] for path in (folder / "wandb").glob("offline-run-*")}
 
 

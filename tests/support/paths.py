@@ -1,4 +1,4 @@
-"""Where the checkout lies: the one place in the tests that counts parents of a file."""
+"""Folders of the checkout. No other module of the tests counts parents of a file."""
 
 from __future__ import annotations
 

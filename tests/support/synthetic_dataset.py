@@ -122,7 +122,7 @@ def write_index(folder: Path, rows: np.ndarray) -> IndexInfo:
 
 
 def replace_index(folder: Path, rows: np.ndarray) -> None:
-    """As if the encoder itself had written other rows."""
+    """Replace the index, as if the encoder itself had written other rows."""
     change_manifest(folder, "index", value=write_index(folder, rows).model_dump())
 
 

@@ -1,4 +1,4 @@
-"""A small V-DiPoM with random weights, and what it is asked; for tests of several rooms."""
+"""A small V-DiPoM with random weights, and its conditions, for tests of several packages."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def save_model(
 
 
 def save_cogvideox_model(folder: Path, **fields: Any) -> Path:
-    """As `save_model`, of a real AutoencoderKLCogVideoX in folder/vae: clips of 40x24."""
+    """Like `save_model`, with a real AutoencoderKLCogVideoX in folder/vae: clips of 40x24."""
     save_video_vae(folder / "vae", seed=0)
     codec = CogVideoXVaeCodecConfig(name="cogvideox_vae", path=str(folder / "vae"), subfolder="", precision="fp32")
     return save_model(folder, codec=codec, **fields)

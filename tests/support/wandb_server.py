@@ -1,4 +1,4 @@
-"""A wandb server on this machine that takes runs and throws them away, until it is told to hang or to be gone."""
+"""A wandb server on this machine that accepts runs and drops them; a test can make it hang or disappear."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class WandbServer(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Who has asked may be gone by the time of the answer."""
+        """Ignore errors: the client may be gone by the time of the answer."""
 
 
 class _Handler(BaseHTTPRequestHandler):
