@@ -30,7 +30,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def slurm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
-    """A cluster without accounting: sacct fails, as at sites that have none. This process's commands use the cluster."""
+    """A cluster without accounting: sacct fails, as at sites that have none. Commands of this process use it."""
     yield from _in_use(request.getfixturevalue(getattr(request, "param", "_plain_cluster")), monkeypatch)
 
 

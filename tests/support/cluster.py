@@ -155,7 +155,7 @@ class SlurmCluster:
         return dict(line.split() for line in found.splitlines()).get(job_id, "")
 
     def wait_for(self, job_id: str, *states: str, timeout_s: float = _WAIT_S) -> str:
-        """Wait until the job is in one of these states. AssertionError with all that SLURM knows of it if it never is."""
+        """Wait for one of these states and return it; AssertionError with all that SLURM knows if none comes."""
         deadline_s = time.monotonic() + timeout_s
         while (state := self.job_state(job_id)) not in states:
             if time.monotonic() > deadline_s:

@@ -128,7 +128,7 @@ def wait_until(
     timeout_s: float = TIMEOUT_S,
     every_s: float = 0.02,
 ) -> None:
-    """Wait until `is_so()`; AssertionError with `told` after the limit, which is for what hangs, not for what is slow."""
+    """Wait until `is_so()`, or raise AssertionError(told) after a limit that only a hang reaches."""
     deadline_s = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < deadline_s, told() if callable(told) else told
