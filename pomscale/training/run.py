@@ -38,6 +38,7 @@ from pomscale.engine.divergence import Divergence
 from pomscale.engine.optimizers import learning_rate
 from pomscale.engine.out_of_memory import explained_out_of_memory
 from pomscale.engine.protocol import Engine, InitWeights
+from pomscale.evaluation.heldout import shape_sizes
 from pomscale.models import init_weights, make_model
 from pomscale.monitoring.alerts import Alerts
 from pomscale.monitoring.host import HostStats
@@ -56,7 +57,7 @@ from pomscale.runs.starts import Generation, Superseded
 from pomscale.shards.schema import check_compatible, check_text
 from pomscale.training.initial_weights import FineTuning, fine_tuning
 from pomscale.training.loss import TrainBatch, draw_batch, share_of_loss, steps
-from pomscale.training.periodic import open_events, shape_sizes
+from pomscale.training.periodic import open_events
 from pomscale.training.resume import CHECKPOINT_FORMAT, check_same_run, identity
 from pomscale.training.trainer import Saving, Trainer
 

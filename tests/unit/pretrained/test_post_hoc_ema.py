@@ -20,8 +20,7 @@ from pomscale.engine.averages import Ema, ema_weights
 from pomscale.models import DiPoM, init_weights
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.load import load_pretrained
-from pomscale.pretrained.post_hoc import ExponentialProfile, PowerProfile, Profile, fit
-from pomscale.pretrained.post_hoc_ema import export_post_hoc
+from pomscale.pretrained.post_hoc_ema import ExponentialProfile, PowerProfile, Profile, export_post_hoc, fit
 
 BATCH, STEPS = 32, 960
 WIDTHS = [0.05, 0.1]

@@ -30,7 +30,8 @@ from pomscale.config.schema import (
     TimeConfig,
 )
 from pomscale.pretrained.card import ModelCard
-from pomscale.pretrained.load import PretrainedDiPoM, PretrainedVDiPoM, sample
+from pomscale.pretrained.load import PretrainedDiPoM, PretrainedVDiPoM
+from pomscale.sampling.api import sample
 from pomscale.sampling.stream import ClipStream
 from pomscale.shards.schema import TextInfo
 from support.paths import TESTS
@@ -78,7 +79,7 @@ def pretrained(
 
 
 def stream(model: PretrainedVDiPoM, num_groups: int | None = None, **changes: Any) -> ClipStream:
-    return ClipStream(model, TEXT, SEEDS, num_groups=num_groups, **{"steps": 3, **changes})
+    return ClipStream(model, TEXT, SEEDS, num_groups=num_groups, **{"num_steps": 3, **changes})
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def test_a_stream_without_end_can_be_stopped_and_gone_on_with_twice(tmp_path: Pa
 
 def test_with_one_t_for_all_frames_the_stream_is_the_clip_that_sample_draws() -> None:
     model = pretrained(objective="eps")
-    at_once = sample(model, TEXT, seeds=SEEDS, num_frames=6, steps=3, guidance=1.0)
+    at_once = sample(model, TEXT, seeds=SEEDS, num_frames=6, num_steps=3, guidance=1.0)
     groups = torch.cat(list(stream(model, 3, guidance=1.0, size=(10, 6))), dim=2)
     torch.testing.assert_close(groups, at_once, rtol=1e-4, atol=1e-5)
 
@@ -155,9 +156,9 @@ def test_what_was_asked_comes_back_without_the_text_encoder(tmp_path: Path) -> N
     config = TextEncoderConfig(path=str(folder), tokenizer="bytes", max_length=12, precision="fp32")
     text = TEXT_INFO.model_copy(update={"config": config, "identity": build_text_encoder(config).identity()})
     prompts = ["a dog", "a cat that runs away"]
-    clips = ClipStream(pretrained(text=text), prompts, SEEDS, num_groups=2, steps=2, guidance=1.0)
+    clips = ClipStream(pretrained(text=text), prompts, SEEDS, num_groups=2, num_steps=2, guidance=1.0)
     expected = list(clips)
-    clips = ClipStream(pretrained(text=text), prompts, SEEDS, num_groups=0, steps=2, guidance=1.0)
+    clips = ClipStream(pretrained(text=text), prompts, SEEDS, num_groups=0, num_steps=2, guidance=1.0)
     clips.save(tmp_path / "state")
     shutil.rmtree(folder)
     again, _ = ClipStream.resume(pretrained(text=text), tmp_path / "state", num_groups=2)
