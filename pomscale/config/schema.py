@@ -30,9 +30,8 @@ from pomscale.config.engine import (
 from pomscale.config.evaluation import EvaluationConfig
 from pomscale.config.model import ImageModelConfig, ModelConfig, VideoModelConfig
 from pomscale.config.monitoring import MonitoringConfig, WandbConfig
+from pomscale.config.names import SamplerName
 from pomscale.config.section import Fraction, NonNegativeInt, PositiveFloat, Section, Seed
-
-SamplerName = Literal["ddim", "euler", "heun"]
 
 
 class PixelCodecConfig(Section):

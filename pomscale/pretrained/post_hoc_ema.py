@@ -25,9 +25,10 @@ from torch import Tensor
 
 from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import read_meta, read_tensors
+from pomscale.config.hardware import Precision
 from pomscale.engine.averages import power_exponent
 from pomscale.pretrained.exported import groups
-from pomscale.pretrained.weights import Precision, open_weights, parameter_shapes, write_weights
+from pomscale.pretrained.weights import open_weights, parameter_shapes, write_weights
 from pomscale.runs.checkpoint_folder import complete_checkpoints
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(128)

@@ -6,20 +6,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import find_checkpoint, read_meta, read_tensors
+from pomscale.config.hardware import Precision
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.models import make_model
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.exported import Exported, groups, is_exported, read_exported, write_exported
 from pomscale.runs.outcome import versions
 
-Precision = Literal["fp32", "bf16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
