@@ -21,7 +21,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
                 yield from parsers(verb)
 
 
-@pytest.mark.parametrize("parser", parsers(_parser()), ids=lambda parser: parser.prog)
+@pytest.mark.parametrize("parser", list(parsers(_parser())), ids=lambda parser: parser.prog)
 def test_every_argument_is_described(parser: argparse.ArgumentParser) -> None:
     assert parser.format_help()
     for action in parser._actions:

@@ -276,7 +276,7 @@ def other_version(path: Path) -> None:
             "cannot be read .* no state",
         ),
         (lambda path: save_file({"x": torch.zeros(2)}, path), "holds no state of clips; give a file"),
-        (lambda path: path.unlink(), "there is no such file; give one"),
+        (lambda path: path.unlink(), "there is no such file; give the file"),
         (lambda path: (path.unlink(), path.mkdir()), "cannot be read .* no state of clips"),
     ],
     ids=["truncated", "flipped bit", "changed by hand", "later version", "empty", "text", "weights", "none", "folder"],
