@@ -16,9 +16,9 @@ from launch.submission.prepare import How, Prepared, prepare_encode, prepare_tra
 from launch.submission.sweep import plan_sweep, submit_sweep, table
 from pomscale.base.errors import InputError
 from pomscale.config.cluster import ClusterProfile
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.load import load_cluster, load_recipe
 from pomscale.config.pipeline import PipelineRecipe
-from pomscale.config.schema import EncodeRecipe
 from pomscale.config.sweep import load_points
 
 

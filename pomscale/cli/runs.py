@@ -12,7 +12,7 @@ from pomscale.base.imports import large_imports
 from pomscale.cli.arguments import add_recipe, positive
 
 if TYPE_CHECKING:
-    from pomscale.config.schema import TrainRecipe
+    from pomscale.config.train import TrainRecipe
     from pomscale.plan.report import DatasetSize
 
 

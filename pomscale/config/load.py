@@ -10,9 +10,10 @@ from typing import Annotated, Any, Union, cast, get_args
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from pomscale.config.cluster import ClusterProfile
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.pipeline import PipelineRecipe
-from pomscale.config.schema import EncodeRecipe, TrainRecipe
 from pomscale.config.section import Section
+from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import KeyPath, RecipeError, RecipeSource, dump_yaml, read_source
 
 Recipe = TrainRecipe | EncodeRecipe | PipelineRecipe

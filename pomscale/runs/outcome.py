@@ -24,7 +24,7 @@ from typing import Any
 import pomscale
 from pomscale.base.files import make_folder, write_text
 from pomscale.config.load import dump_recipe
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 
 BAD_SAMPLES = "bad_samples.jsonl"
 CODE_STATE, CODE_DIFF = "code.json", "code.diff"

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from pomscale.base.condition import Condition, Text, map_condition
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.data.bad_samples import BadSample
 from pomscale.data.dataset import Samples
 from pomscale.data.loader import Loader, MicroBatch

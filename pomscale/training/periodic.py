@@ -16,8 +16,9 @@ from pomscale.base.condition import Condition, Text, map_condition
 from pomscale.base.console import warn
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.codecs.base import Codec
+from pomscale.config.data import CacheConfig
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
-from pomscale.config.schema import CacheConfig, TrainRecipe, ValidationConfig
+from pomscale.config.train import TrainRecipe, ValidationConfig
 from pomscale.data.dataset import LatentDataset
 from pomscale.data.normalize import normalize
 from pomscale.diffusion.objectives import Objective
