@@ -9,7 +9,8 @@ from pathlib import Path
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """RECIPE and its overrides."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file, see recipes/")
+    what = "YAML file, or the name of a shipped recipe (see `pomscale config list`)"
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help=what)
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the recipe, e.g. optimizer.lr=3e-4")
 
 
