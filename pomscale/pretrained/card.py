@@ -17,8 +17,10 @@ from pomscale import __version__
 from pomscale.base.errors import InputError
 from pomscale.codecs import build_codec, build_text_encoder
 from pomscale.codecs.base import Codec, TextEncoder
+from pomscale.config.codecs import CodecConfig
 from pomscale.config.model import ModelConfig
-from pomscale.config.schema import CodecConfig, DiffusionConfig, SamplingConfig, TrainRecipe
+from pomscale.config.sampling import SamplingConfig
+from pomscale.config.train import DiffusionConfig, TrainRecipe
 from pomscale.data.mixture import Mixture
 from pomscale.shards.schema import Normalization, TextInfo
 

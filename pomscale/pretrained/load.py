@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, cast
 import torch
 
 from pomscale.codecs.base import ClipCodec, Codec, TextEncoder
+from pomscale.config.codecs import PixelCodecConfig
 from pomscale.config.model import ImageModelConfig
 from pomscale.config.schema import PixelCodecConfig
 from pomscale.distributed.world import resolve_device

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import pomscale
+from pomscale.base import installation
 from pomscale.base.files import make_folder, write_text
 from pomscale.config.load import dump_recipe
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 
 BAD_SAMPLES = "bad_samples.jsonl"
 CODE_STATE, CODE_DIFF = "code.json", "code.diff"
@@ -136,7 +137,7 @@ def is_finished(folder: Path) -> bool:
 
 def code_state() -> tuple[dict[str, Any], str]:
     """(commit and whether the tree differs from it, the difference). Without git: the version only."""
-    root = Path(__file__).resolve().parent.parent
+    root = installation.root()
     if (root / CODE_STATE).is_file():  # a copy that `pomscale launch` has made, and that says what it is a copy of
         state, diff = (root / CODE_STATE).read_text(encoding="utf-8"), (root / CODE_DIFF).read_text(encoding="utf-8")
         return json.loads(state), diff

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pomscale.base.condition import Condition, Text, map_condition
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.data.bad_samples import BadSample
 from pomscale.data.loader import Loader, MicroBatch
 from pomscale.data.normalize import normalize

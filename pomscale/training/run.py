@@ -21,7 +21,7 @@ from pomscale.checkpoint.store import CheckpointStore, read_meta
 from pomscale.config.engine import CheckpointConfig
 from pomscale.config.hardware import peak_flops
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.data.bad_samples import BadSampleList
 from pomscale.data.loader import Loader
 from pomscale.data.mixture import Mixture

@@ -12,8 +12,8 @@ import pytest
 from launch.submission.prepare import How
 from launch.submission.sweep import plan_sweep, table
 from pomscale.config.load import load_cluster, load_train_recipe
-from pomscale.config.schema import TrainRecipe
 from pomscale.config.sweep import load_points
+from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError
 from pomscale.runs.checkpoint_folder import META
 from pomscale.runs.outcome import write_outcome

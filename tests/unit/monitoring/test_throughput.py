@@ -9,7 +9,7 @@ import torch
 
 from pomscale.base.console import format_count, format_duration
 from pomscale.config.hardware import peak_flops
-from pomscale.config.schema import ProfileConfig
+from pomscale.config.train import ProfileConfig
 from pomscale.monitoring.host import HostStats, peak_memory_gib
 from pomscale.monitoring.profiler import ProfileWindow
 from pomscale.monitoring.throughput import StepTimer, mfu
