@@ -32,7 +32,12 @@ class VerbParser(argparse.ArgumentParser):
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add RECIPE and its overrides."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="Recipe: a YAML file, such as those in recipes/")
+    parser.add_argument(
+        "recipe",
+        type=Path,
+        metavar="RECIPE",
+        help="Recipe: a YAML file, or the name of a shipped recipe (see `pomscale config list`)",
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="a.b=c", help="Changes to the recipe, such as optimizer.lr=3e-4"
     )

@@ -12,11 +12,13 @@ from pomscale.cli.arguments import add_recipe
 
 def add(verbs: Any) -> None:
     """Add the verb and its own verbs."""
-    config = verbs.add_parser("config", help="Show and check recipes")
+    config = verbs.add_parser("config", help="Show, list and check recipes")
     config_verbs = config.add_subparsers(metavar="VERB", required=True)
     show = config_verbs.add_parser("show", help="Print the resolved recipe: defaults, bases and overrides applied")
     add_recipe(show)
     show.set_defaults(run=_show)
+    listing = config_verbs.add_parser("list", help="List the recipes that come with pomscale, with one line about each")
+    listing.set_defaults(run=_list)
     validate = config_verbs.add_parser("validate", help="Check recipes and list every problem with file and line")
     validate.add_argument("recipes", nargs="+", type=Path, metavar="RECIPE", help="Recipe to check")
     validate.set_defaults(run=_validate)
@@ -28,6 +30,16 @@ def _show(arguments: argparse.Namespace) -> int:
     from pomscale.config.load import dump_recipe, load_recipe
 
     print(dump_recipe(load_recipe(arguments.recipe, arguments.overrides)), end="")
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from pomscale.config.shipped import shipped_recipes, summary
+
+    recipes = shipped_recipes()
+    width = max(map(len, recipes), default=0) + 2
+    for name, path in recipes.items():
+        print(f"{name:<{width}}{summary(path)}")
     return 0
 
 

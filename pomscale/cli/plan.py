@@ -10,7 +10,7 @@ from pomscale.cli.arguments import add_recipe, positive
 from pomscale.config.hardware import GPUS
 
 if TYPE_CHECKING:
-    from pomscale.config.schema import TrainRecipe
+    from pomscale.config.train import TrainRecipe
     from pomscale.plan.report import DatasetSize
 
 

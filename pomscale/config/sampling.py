@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, PositiveInt
 
+from pomscale.config.names import SamplerName
 from pomscale.config.section import Section, Seed
-
-SamplerName = Literal["ddim", "euler", "heun"]
 
 
 class SamplingConfig(Section):

@@ -21,7 +21,8 @@ from pomscale.base.console import warn
 from pomscale.base.errors import InputError
 from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.checkpoint.store import find_checkpoint, read_meta
-from pomscale.config.schema import CacheConfig, DataConfig, ValidationConfig
+from pomscale.config.data import CacheConfig, DataConfig
+from pomscale.config.train import ValidationConfig
 from pomscale.data.dataset import LatentDataset
 from pomscale.data.normalize import normalize
 from pomscale.data.texts import text_batch

@@ -27,9 +27,11 @@ from torch import Tensor
 
 from pomscale.base.errors import InputError
 from pomscale.codecs import build_codec
+from pomscale.config.codecs import SdVaeCodecConfig
 from pomscale.config.model import ImageModelConfig
 from pomscale.config.presets import PRESETS
-from pomscale.config.schema import DiffusionConfig, SamplingConfig, SdVaeCodecConfig
+from pomscale.config.sampling import SamplingConfig
+from pomscale.config.train import DiffusionConfig
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.weights import parameter_shapes, write_weights
 

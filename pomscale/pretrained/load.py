@@ -11,7 +11,6 @@ import torch
 from pomscale.codecs.base import ClipCodec, Codec, TextEncoder
 from pomscale.config.codecs import PixelCodecConfig
 from pomscale.config.model import ImageModelConfig
-from pomscale.config.schema import PixelCodecConfig
 from pomscale.distributed.world import resolve_device
 from pomscale.models import DiPoM, VDiPoM
 from pomscale.pretrained.card import ModelCard

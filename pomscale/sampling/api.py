@@ -14,7 +14,7 @@ from pomscale.base.condition import Condition, Text, batch_size, map_condition
 from pomscale.base.console import warn
 from pomscale.base.errors import InputError
 from pomscale.base.progress import Progress
-from pomscale.config.schema import SamplerName
+from pomscale.config.names import SamplerName
 from pomscale.data.texts import null_text
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.objectives import build_objective

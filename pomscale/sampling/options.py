@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
-from pomscale.config.schema import SamplerName, SamplingConfig
+from pomscale.config.names import SamplerName
+from pomscale.config.sampling import SamplingConfig
 
 
 class SamplingArguments(TypedDict, total=False):

@@ -13,9 +13,8 @@ from pomscale.base.condition import Condition, Text, map_condition
 from pomscale.base.console import warn
 from pomscale.base.errors import PomscaleError
 from pomscale.codecs.base import Codec
-from pomscale.config.data import CacheConfig
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
-from pomscale.config.schema import TrainRecipe, ValidationConfig
+from pomscale.config.train import TrainRecipe, ValidationConfig
 from pomscale.data.dataset import LatentDataset
 from pomscale.data.texts import null_text
 from pomscale.diffusion.objectives import Objective
