@@ -229,7 +229,7 @@ def _monitor(recipe: EncodeRecipe, task: Task, num_items: int) -> Monitor:
         run_name=f"{recipe.name}-{task.index:05d}",
         recipe_dump=recipe.model_dump(mode="json"),
         total_samples=num_items,
-        incarnation=0,
+        start=0,
     )
 
 

@@ -14,15 +14,14 @@ from torch.compiler._cache import CacheInfo
 
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import atomic_write
-
-FILE = "compile_cache.bin"
+from pomscale.runs.layout import COMPILE_CACHE_FILE
 
 
 class CompileCache:
     """path: None for a run that compiles nothing, where it does nothing. The main rank writes, all read."""
 
     def __init__(self, run_folder: Path | None, *, is_main: bool) -> None:
-        self._path = None if run_folder is None else run_folder / FILE
+        self._path = None if run_folder is None else run_folder / COMPILE_CACHE_FILE
         self._is_main = is_main
         self._in_file: set[tuple[str, str]] = set()
 

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from pomscale.quickstart.tour import ENVIRONMENT, pomscale, read_figures, remove_earlier, run, section, train_command
+from pomscale.runs.layout import METRICS_FILE
 
 DIGITS, LATENTS = Path("data/digits"), Path("data/digits-latents")
 RECIPE = "recipes/quickstart.yaml"
@@ -83,7 +84,7 @@ def train_and_kill(folder: Path) -> None:
 
 
 def samples_seen(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
+    metrics = folder / METRICS_FILE
     lines = metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.is_file() else []
     return json.loads(lines[-1])["samples"] if lines else 0
 

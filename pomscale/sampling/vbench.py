@@ -22,7 +22,7 @@ from pomscale.base.progress import Progress
 from pomscale.config.schema import SamplerName
 from pomscale.pretrained.load import PretrainedVDiPoM, encode_prompts, load_pretrained
 from pomscale.pretrained.weights import open_weights
-from pomscale.runs.outcome import versions
+from pomscale.runs.code_state import versions
 from pomscale.sampling.clips import clip_codec, film, num_latent_frames
 from pomscale.sampling.vbench_suite import VIDEOS, Video, check, claim, list_videos, read_prompts
 
