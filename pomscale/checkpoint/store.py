@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping
@@ -32,6 +31,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from pomscale.base.console import warn
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.checkpoint.agreement import on_all_ranks, on_main_rank
 from pomscale.checkpoint.retention import expendable, read_judged, write_judged
@@ -183,7 +183,7 @@ class CheckpointStore:
             complete = {samples_of(folder): folder for folder in complete_checkpoints(self.root)}
             _delete([complete[n] for n in expendable(list(complete), read_judged(self.root), self._config)])
         except (PomscaleError, OSError) as problem:
-            print(f"warning: {problem}", file=sys.stderr)
+            warn(str(problem))
 
     def _check_start(self) -> None:
         if self._start is not None:
@@ -201,7 +201,7 @@ class CheckpointStore:
             self._check_start()
             write_judged(self.root, {**read_judged(self.root), samples: float(value)}, known)
         except PomscaleError as problem:
-            print(f"warning: {problem}", file=sys.stderr)
+            warn(str(problem))
 
     # Loading
 
@@ -252,10 +252,9 @@ class CheckpointStore:
     def _set_aside(self, folder: Path, reason: str) -> Damaged:
         self._check_start()
         aside = set_aside(folder)
-        print(
-            f"warning: {reason}. This checkpoint is DAMAGED and is not used; it is kept as {aside}. "
-            "Going on with the one before it: the training since then is lost. Check the disk.",
-            file=sys.stderr,
+        warn(
+            f"{reason}. This checkpoint is DAMAGED and is not used; it is kept as {aside}. "
+            "Going on with the one before it: the training since then is lost. Check the disk."
         )
         return Damaged(aside, reason)
 
@@ -279,10 +278,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     """The newest complete checkpoint, or None. Its content is not looked at. Warns of what is incomplete."""
     complete = complete_checkpoints(root)
     for folder in incomplete_checkpoints(root):
-        print(
-            f"warning: {folder} has no {MARKER} marker and final name: it is being written, or was cut off; ignored",
-            file=sys.stderr,
-        )
+        warn(f"{folder} has no {MARKER} marker and final name: it is being written, or was cut off; ignored")
     return complete[-1] if complete else None
 
 
@@ -348,7 +344,7 @@ def _delete(folders: Iterable[Path]) -> None:
         try:
             remove(folder)
         except OSError as error:  # a file held open on NFS, say: the run matters more than its garbage
-            print(f"warning: {folder} could not be deleted ({error}) and takes up space", file=sys.stderr)
+            warn(f"{folder} could not be deleted ({error}) and takes up space")
 
 
 def _causes(error: BaseException) -> str:

@@ -163,7 +163,7 @@ def test_a_group_of_ones_own_choice(run: Path) -> None:
 def test_code_and_recipe_are_artifacts_that_lie_in_the_run_folder(run: Path) -> None:
     (run / "code.json").write_text("{}")
     (run / "code.diff").write_text("-old\n+new\n")
-    (run / "code" / "pomscale").mkdir(parents=True)
+    (run / "code" / "pomscale" / "training").mkdir(parents=True)
     (run / "code" / "pomscale" / "training" / "run.py").write_text("pass\n")
     # In a process of its own: wandb's data folder is that of the first run of a process.
     program = (
