@@ -20,9 +20,8 @@ from launch.record.job import CODE
 from pomscale.base import installation
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder, write_text
-from pomscale.runs.outcome import code_state
-
-STATE_FILE, DIFF_FILE = "code.json", "code.diff"
+from pomscale.runs.code_state import code_state
+from pomscale.runs.layout import CODE_DIFF_FILE, CODE_STATE_FILE
 
 _NOT_CODE = shutil.ignore_patterns("__pycache__", "*.pyc")
 
@@ -57,13 +56,13 @@ def _copy_to(folder: Path) -> None:
         if source.parent == installation.root():  # in a wheel, recipes and scripts are part of pomscale
             shutil.copytree(source, folder / source.name, ignore=_NOT_CODE)
     state, diff = _code_of_now()
-    write_text(folder / STATE_FILE, json.dumps(state, indent=1))
-    write_text(folder / DIFF_FILE, diff)
+    write_text(folder / CODE_STATE_FILE, json.dumps(state, indent=1))
+    write_text(folder / CODE_DIFF_FILE, diff)
 
 
 def which_code(home: Path, *, new_code: bool = False) -> str:
     """What a job that is launched in this home will run, for people."""
-    state_file = home / CODE / STATE_FILE
+    state_file = home / CODE / CODE_STATE_FILE
     if not (home / CODE).exists():
         return f"of now, {_name(_code_of_now()[0])}"
     if new_code:

@@ -30,6 +30,7 @@ from pomscale.engine.averages import power_exponent
 from pomscale.pretrained.exported import groups
 from pomscale.pretrained.weights import open_weights, parameter_shapes, write_weights
 from pomscale.runs.checkpoint_folder import complete_checkpoints
+from pomscale.runs.layout import EMA_FOLDER
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(128)
 _POWER = "power-"  # names of power-function averages are this and their width, as in EmaConfig.averages
@@ -196,11 +197,13 @@ def export_post_hoc(
 
 def _snapshot_times(run: Path, samples: int | None) -> dict[Path, int]:
     """Return the samples seen by snapshot folder, oldest first, of those with at most `samples`."""
-    times = {folder: int(read_meta(folder)["samples"]) for folder in complete_checkpoints(run / "ema")}
+    times = {folder: int(read_meta(folder)["samples"]) for folder in complete_checkpoints(run / EMA_FOLDER)}
     chosen = {folder: time for folder, time in times.items() if samples is None or time <= samples}
     if not chosen:
         before = "" if samples is None else f" of at most {samples:,} samples"
-        raise InputError(f"{run / 'ema'}: no snapshots{before}; `ema.post_hoc` in the recipe makes training keep them")
+        raise InputError(
+            f"{run / EMA_FOLDER}: no snapshots{before}; training keeps them if the recipe has `ema.post_hoc`"
+        )
     return chosen
 
 

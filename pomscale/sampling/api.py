@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TypedDict, Unpack
 
@@ -11,9 +10,8 @@ import torch
 from torch import Tensor
 
 from pomscale.base.condition import Condition, Text, batch_size, map_condition
-from pomscale.base.console import warn
+from pomscale.base.console import track, warn
 from pomscale.base.errors import InputError
-from pomscale.base.progress import Progress
 from pomscale.config.names import SamplerName
 from pomscale.data.texts import null_text
 from pomscale.diffusion.generate import generate
@@ -94,25 +92,22 @@ def sample_latents(
     shape, group_frames = _shape(model, num_samples, **clips)
     known = clips.get("known")
     objective = build_objective(model.card.diffusion)
-    batches = [list(range(first, min(first + batch, num_samples))) for first in range(0, num_samples, batch)]
     parts = []
-    with Progress("batches", len(batches)) if show_progress else nullcontext() as progress:
-        for rows in batches:
-            parts.append(
-                generate(
-                    objective,
-                    model,
-                    shape,
-                    map_condition(asked, lambda part, rows=rows: part[rows].to(device)),  # type: ignore[misc]
-                    map_condition(nothing, lambda part, rows=rows: part[[0] * len(rows)].to(device)),  # type: ignore[misc]
-                    [seeds[row] for row in rows],
-                    group_frames=group_frames,
-                    known=None if known is None else known[rows],
-                    **asdict(options),
-                )
+    for first in track(range(0, num_samples, batch), "batches", -(-num_samples // batch), enabled=show_progress):
+        rows = list(range(first, min(first + batch, num_samples)))
+        parts.append(
+            generate(
+                objective,
+                model,
+                shape,
+                map_condition(asked, lambda part, rows=rows: part[rows].to(device)),  # type: ignore[misc]
+                map_condition(nothing, lambda part, rows=rows: part[[0] * len(rows)].to(device)),  # type: ignore[misc]
+                [seeds[row] for row in rows],
+                group_frames=group_frames,
+                known=None if known is None else known[rows],
+                **asdict(options),
             )
-            if progress is not None:
-                progress.advance()
+        )
     return torch.cat(parts)
 
 

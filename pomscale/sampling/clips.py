@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from pomscale.base.condition import Text
+from pomscale.base.console import track
 from pomscale.base.errors import InputError
 from pomscale.base.files import atomic_write, make_folder
-from pomscale.base.progress import Progress
 from pomscale.codecs.base import ClipCodec, ClipDecoder
 from pomscale.data.normalize import normalize
 from pomscale.media.sheets import ContactSheet, open_clips, to_bytes
@@ -143,7 +143,7 @@ def write_clips(
         stream = ClipStream(
             model, text or prompts, seeds, num_groups=num_groups, known=known, size=size, **asdict(request.options)
         )
-        groups = _with_progress(_until(stopping, model, stream, num_groups), num_groups, show_progress)
+        groups = track(_until(stopping, model, stream, num_groups), "frame groups", num_groups, enabled=show_progress)
         num_frames = _write(model, groups, decoder, prompts, seeds, num_frames, files)
         if files.state is not None:
             stream.save(files.state, decoder.state_dict())
@@ -164,7 +164,7 @@ def write_clips(
         batch=request.batch,
         show_progress=show_progress,
     )
-    groups = _with_progress(iter(latents.split(patch_frames, dim=2)), num_groups, show_progress)
+    groups = track(latents.split(patch_frames, dim=2), "frame groups", num_groups, enabled=show_progress)
     return WrittenClips(len(seeds), _write(model, groups, decoder, prompts, seeds, num_frames, files))
 
 
@@ -202,7 +202,7 @@ def continue_clips(
     num_groups = num_latent_frames(model, num_frames, begun) // model.config.patch_frames
     decoder = clip_codec(model).decoder(begun)
     decoder.load_state_dict(carried)
-    groups = _with_progress(_until(stopping, model, stream, num_groups), num_groups, show_progress)
+    groups = track(_until(stopping, model, stream, num_groups), "frame groups", num_groups, enabled=show_progress)
     num_frames = _write(model, groups, decoder, stream.prompts, stream.seeds, num_frames, files)
     if files.state is not None:
         stream.save(files.state, decoder.state_dict())
@@ -317,17 +317,6 @@ def _until(
         if is_whole and stopping():
             return
         yield next(stream)
-
-
-def _with_progress(groups: Iterator[Tensor], num_groups: int, show_progress: bool) -> Iterator[Tensor]:
-    """Yield the groups, and show on standard error how many there are so far."""
-    if not show_progress:
-        yield from groups
-        return
-    with Progress("frame groups", num_groups) as progress:
-        for group in groups:
-            yield group
-            progress.advance()
 
 
 def _write(

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from pomscale.base.condition import Text
+from pomscale.base.console import Progress
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import make_folder, sync_folder
-from pomscale.base.progress import Progress
 from pomscale.pretrained.load import PretrainedVDiPoM, load_pretrained
 from pomscale.pretrained.weights import TrainedWeights, open_weights
-from pomscale.runs.outcome import versions
+from pomscale.runs.code_state import versions
 from pomscale.sampling.clips import ClipFiles, ClipRequest, clip_codec, num_latent_frames, write_clips
 from pomscale.sampling.options import SamplingChanges, SamplingOptions
 from pomscale.sampling.prompts import embed_prompts

@@ -23,6 +23,7 @@ from pomscale.evaluation.heldout import heldout_loss, open_heldout, read_in_orde
 from pomscale.media.sheets import check_clips_can_be_written, save_clips, save_grid
 from pomscale.monitoring.monitor import Monitor
 from pomscale.pretrained.card import DEFAULT_FPS, ModelCard
+from pomscale.runs.layout import samples_path
 from pomscale.runs.metric_names import validation_bin
 from pomscale.sampling.on_ranks import generate_on_all_ranks, grid_classes
 from pomscale.sampling.prompts import embed_prompts
@@ -130,7 +131,7 @@ def _draw(
     )
     if codec is not None:
         show = _show_grid if group_frames is None else _show_clips
-        path = folder / "samples" / f"samples-{samples:012d}.png"
+        path = samples_path(folder, samples)
         decoded = codec.decode(card.denormalize(latents).to(world.device))
         try:
             show(decoded, path, config.num_each, card, monitor, samples)

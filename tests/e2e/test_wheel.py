@@ -69,7 +69,7 @@ def command(installed: tuple[Path, dict[str, str]], tmp_path: Path) -> Command:
 def test_a_wheel_has_the_code_the_recipes_and_the_scripts(command: Command) -> None:
     asked = (
         "import pomscale, launch, data_pipelines; from pomscale.base.installation import *; "
-        "from pomscale.runs.outcome import code_state; "
+        "from pomscale.runs.code_state import code_state; "
         "print(root(), recipes_folder(), slurm_folder(), launch.__file__, code_state()[0], sep=chr(10))"
     )
     root, recipes, slurm, launch, code = command("python", "-c", asked).splitlines()

@@ -24,7 +24,7 @@ def test_the_copy_runs_and_says_where_it_comes_from(tmp_path: Path) -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     assert (state["git_commit"] or "") == commit.strip()
     asked = (
-        "import json, pomscale, launch, data_pipelines; from pomscale.runs.outcome import code_state; "
+        "import json, pomscale, launch, data_pipelines; from pomscale.runs.code_state import code_state; "
         "from pomscale.base.installation import recipes_folder, slurm_folder; "
         "folders = [str(recipes_folder()), str(slurm_folder())]; "
         "print(json.dumps([pomscale.__file__, launch.__file__, data_pipelines.__file__, *folders, *code_state()]))"
