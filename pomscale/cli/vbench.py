@@ -38,7 +38,7 @@ def refuse(arguments: argparse.Namespace) -> None:
 
 def sample(arguments: argparse.Namespace) -> int:
     """`sample --vbench`."""
-    from data_pipelines.encode.tasks import this_task
+    from pomscale.base.task_index import this_task
 
     with large_imports():
         from pomscale.sampling.vbench import film_suite

@@ -12,9 +12,9 @@ import pytest
 
 from data_pipelines.encode.items import ItemTable
 from data_pipelines.sources import build_source, fs
-from data_pipelines.sources.keys import checked_key
-from data_pipelines.sources.sorting import sorted_on_disk
-from data_pipelines.sources.source import Item, Source, SourceChangedError
+from data_pipelines.sources.item_fields import checked_key
+from data_pipelines.sources.protocol import Item, Source, SourceChangedError
+from data_pipelines.sources.storage import sorted_on_disk
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.schema import ImageFolderConfig, VideoFolderConfig
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.shards.writer import Record, ShardWriter
+from data_pipelines.shards.writers import Record, ShardWriter
 from pomscale.config.schema import ImageTransformConfig, PixelCodecConfig, TextEncoderConfig
 from pomscale.shards.index import to_npy
 from pomscale.shards.schema import (
