@@ -38,7 +38,7 @@ _CRF = 12  # x264's constant rate factor; 18 is said to look lossless
 
 @dataclass(frozen=True)
 class World:
-    """Parameters of the clips. InputError if they allow none, or if a digit cannot move along a canvas that it fills."""
+    """Parameters of the clips. InputError if they allow none, or if a digit cannot move for want of space."""
 
     digits: tuple[int, ...] = (0, 1, 2, 3, 4)
     directions: tuple[str, ...] = ("left", "right")
@@ -115,7 +115,7 @@ def write_moving_digits(folder: Path, world: World, num_clips: dict[str, int]) -
             if not file.exists():
                 frames, caption = world.draw(index, number, scans)
                 file.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
-                # Written after its caption, so that every clip has one; renamed, so that it is whole or absent after a kill.
+                # Written after its caption, so that every clip has one; renamed, so that a kill leaves no partial clip.
                 _write_mp4(partial := file.with_suffix(".part"), frames)
                 partial.rename(file)
 

@@ -1,4 +1,4 @@
-"""The list of a source's items on disk: made once, then read by any number of tasks at once.
+"""The list of a source's items on disk, made once and read by any number of tasks, and the order of the items.
 
 Neither making nor reading it takes memory that grows with the number of items: files are written front to back and
 memory-mapped for reading.
@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data_pipelines.sources.protocol import Item, Source
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import atomic_write, link_or_copy, make_folder, remove_leftovers, write_text
+from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.shards.index import key_hash, map_index, npy_header
 
 _TABLE_NAME = "items.json"
@@ -43,6 +44,13 @@ _FILE_NAMES = (_LINES_NAME, _OFFSETS_NAME, _KEYS_NAME, _DUPLICATES_NAME, _TABLE_
 
 # Rows that are in memory at once where an array is written or read from end to end.
 _BLOCK = 65536
+
+# Subindex of Stream.DATASET for the order of items; `show` uses 2.
+_ITEM_ORDER = 1
+
+# Rounds of the network that permutes items.
+_NUM_ROUNDS = 8
+_MASK = 2**64 - 1
 
 
 class _Totals(BaseModel):
@@ -338,3 +346,52 @@ def _map_array(path: Path, dtype: str, row_shape: tuple[int, ...] = ()) -> np.nd
         return np.asarray(map_index(path, num_rows, np.dtype(dtype), row_shape))
     except ValueError as error:
         raise ValueError(f"{path.name}: is cut off, or its header is damaged") from error
+
+
+# -- the order of the items -------------------------------------------------------------------------------------------
+
+
+class ItemOrder:
+    """A permutation of range(num_items) that depends on the seed alone; the identity if not `shuffled`.
+
+    Nobody has to store it: memory and time per call do not grow with the number of items. It is a Feistel network over
+    pairs (left, right) in Z_a x Z_b with a b just above num_items, and cycle walking for the few numbers beyond it
+    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", sections 4 and 5).
+    """
+
+    def __init__(self, num_items: int, seed: int, shuffled: bool) -> None:
+        self._num_items = num_items
+        self._shuffled = shuffled
+        self._a = math.isqrt(max(num_items - 1, 0)) + 1
+        self._b = -(-num_items // self._a)
+        generator = keyed_generator(seed, Stream.DATASET, 0, _ITEM_ORDER)
+        self._keys = [int(key) for key in generator.integers(0, _MASK, _NUM_ROUNDS, dtype="u8", endpoint=True)]
+
+    def item(self, position: int) -> int:
+        """Return the number of the item at a position. IndexError outside range(num_items)."""
+        if not 0 <= position < self._num_items:
+            raise IndexError(f"position {position} of {self._num_items} items")
+        if not self._shuffled:
+            return position
+        item = self._encipher(position)
+        while item >= self._num_items:  # a bijection of the larger domain comes back below num_items in the end
+            item = self._encipher(item)
+        return item
+
+    def _encipher(self, number: int) -> int:
+        """Apply a bijection of range(a b): each half in turn is shifted by a function of the other half only."""
+        left, right = divmod(number, self._b)
+        for turn, key in enumerate(self._keys):
+            if turn % 2:
+                right = (right + _mix(key, left)) % self._b
+            else:
+                left = (left + _mix(key, right)) % self._a
+        return left * self._b + right
+
+
+def _mix(key: int, value: int) -> int:
+    """Return 64 bits that each depend on every bit of both: the finaliser of SplitMix64 (Steele et al. 2014)."""
+    z = (key + value * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)

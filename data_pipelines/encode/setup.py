@@ -1,16 +1,14 @@
-"""The setup of an encode: the listed source, the networks on their device, the outputs, the order of the items."""
+"""The setup of an encode: the listed source, the networks on their device, the outputs."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipelines.encode.items import ItemTable
+from data_pipelines.encode.items import ItemOrder, ItemTable
 from data_pipelines.shards.parts import PARTS_FOLDER, EncodeSpec, PartStore
 from data_pipelines.sources.protocol import Item, Source, SourceChangedError
 from pomscale.base.errors import InputError
-from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.codecs import Codec, TextEncoder, build_codec, build_text_encoder
 from pomscale.config.schema import EncodeRecipe, ImageTransformConfig, TableSourceConfig, TransformConfig
 from pomscale.distributed.world import resolve_device
@@ -18,12 +16,6 @@ from pomscale.shards.schema import ArrayName
 
 # Number of listed items, spread over the list, that are looked for to tell whether a source is still where it was.
 _NUM_TRIED = 16
-
-# Subindex of Stream.DATASET; `show` uses 2.
-_ITEM_ORDER = 1
-
-_NUM_ROUNDS = 8
-_MASK = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -132,52 +124,6 @@ class EncodeSetup:
     def num_unrecorded(self) -> int:
         """Return how many parts some variant has no record of, by one listing of each folder."""
         return self.num_parts - len(set.intersection(*(store.recorded() for store in self.stores)))
-
-
-class ItemOrder:
-    """A permutation of range(num_items) that depends on the seed alone; the identity if not `shuffled`.
-
-    Nobody has to store it: memory and time per call do not grow with the number of items. It is a Feistel network over
-    pairs (left, right) in Z_a x Z_b with a b just above num_items, and cycle walking for the few numbers beyond it
-    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", sections 4 and 5).
-    """
-
-    def __init__(self, num_items: int, seed: int, shuffled: bool) -> None:
-        self._num_items = num_items
-        self._shuffled = shuffled
-        self._a = math.isqrt(max(num_items - 1, 0)) + 1
-        self._b = -(-num_items // self._a)
-        generator = keyed_generator(seed, Stream.DATASET, 0, _ITEM_ORDER)
-        self._keys = [int(key) for key in generator.integers(0, _MASK, _NUM_ROUNDS, dtype="u8", endpoint=True)]
-
-    def item(self, position: int) -> int:
-        """Return the number of the item at a position. IndexError outside range(num_items)."""
-        if not 0 <= position < self._num_items:
-            raise IndexError(f"position {position} of {self._num_items} items")
-        if not self._shuffled:
-            return position
-        item = self._encipher(position)
-        while item >= self._num_items:  # a bijection of the larger domain comes back below num_items in the end
-            item = self._encipher(item)
-        return item
-
-    def _encipher(self, number: int) -> int:
-        """Apply a bijection of range(a b): each half in turn is shifted by a function of the other half only."""
-        left, right = divmod(number, self._b)
-        for turn, key in enumerate(self._keys):
-            if turn % 2:
-                right = (right + _mix(key, left)) % self._b
-            else:
-                left = (left + _mix(key, right)) % self._a
-        return left * self._b + right
-
-
-def _mix(key: int, value: int) -> int:
-    """Return 64 bits that each depend on every bit of both: the finaliser of SplitMix64 (Steele et al. 2014)."""
-    z = (key + value * 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
 
 
 def check_items_in_place(recipe: EncodeRecipe, source: Source, table: ItemTable) -> None:
