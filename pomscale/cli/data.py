@@ -123,7 +123,7 @@ def _encode(arguments: argparse.Namespace) -> int:
     with large_imports():
         from data_pipelines.encode.dry_run import describe
         from data_pipelines.encode.encode import encode
-        from data_pipelines.encode.tasks import this_task
+        from pomscale.base.task_index import this_task
 
     task = this_task(arguments.task)
     if arguments.dry_run:

@@ -15,7 +15,7 @@ import pytest
 
 from data_pipelines.check.verify import verify
 from data_pipelines.encode.items import ItemTable
-from data_pipelines.shards.records import TarReader, TarRecord, open_shard
+from data_pipelines.shards.readers import TarReader, TarRecord, open_shard
 from data_pipelines.sources import build_source
 from pomscale.base.errors import InputError
 from pomscale.config.encode import ImageFolderConfig

@@ -196,7 +196,7 @@ def _read_start(path: Path, model: PretrainedVDiPoM, request: ClipRequest) -> Te
     """Read a picture (f = 1), or as much of a clip as the model can begin with: (1 1|3 f H W) in [0, 1]."""
     import torch
 
-    from pomscale.media.shapes import UnreadableMediaError
+    from pomscale.media import UnreadableMediaError
     from pomscale.sampling.clips import clip_codec, pixel_size
 
     height, width = pixel_size(model, request.size)

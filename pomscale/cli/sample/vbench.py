@@ -39,7 +39,7 @@ def refuse(arguments: argparse.Namespace) -> None:
 
 def sample(arguments: argparse.Namespace) -> int:
     """Run `sample --vbench`."""
-    from data_pipelines.encode.tasks import this_task
+    from pomscale.base.task_index import this_task
 
     with large_imports():
         from pomscale.sampling.vbench import ModelSource, SuiteRequest, write_suite

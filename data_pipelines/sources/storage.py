@@ -1,4 +1,4 @@
-"""Local files and fsspec URLs: which there are, and what is in them.
+"""Local files and fsspec URLs: find them by name, list folders, and read contents.
 
 Streams from here explain their own errors: while they are read, only PomscaleError is raised, and it says that storage
 failed, not that the content is wrong.
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import errno
 import glob
+import heapq
 import io
 import itertools
+import json
 import os
 import stat
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -21,11 +24,13 @@ from typing import Any, BinaryIO
 import fsspec
 from braceexpand import braceexpand
 
-from data_pipelines.sources.sorting import sorted_on_disk
-from data_pipelines.sources.source import SourceChangedError
+from data_pipelines.sources.protocol import SourceChangedError
 from pomscale.base.errors import InputError, PomscaleError
 
 _READ_AHEAD_BYTES = 2**16
+
+# Names that are sorted in memory at once.
+_RUN_LENGTH = 100_000
 
 
 def is_url(path: str) -> bool:
@@ -33,7 +38,7 @@ def is_url(path: str) -> bool:
 
 
 def join(root: str, relative: str) -> str:
-    """The path or URL of what lies at `relative` under `root`; root '' = as it stands."""
+    """Return the path or URL of `relative` under `root`; with root '' it is `relative` itself."""
     return f"{root.rstrip('/')}/{relative}" if root else relative
 
 
@@ -43,21 +48,21 @@ def join(root: str, relative: str) -> str:
 class NamedFiles:
     """The files that `source.path` names, each known by its path relative to the deepest folder that holds them all.
 
-    That is what an item's place tells, so items are found again where all of their files have moved.
+    An item's location has the relative path, so items are found again where all of their files have moved together.
     """
 
     def __init__(self, paths: str | list[str], example: str) -> None:
-        """`example`: a pattern for files of this kind, for messages."""
+        """Take the paths, and an example of a pattern for files of this kind, for messages."""
         self._paths = [paths] if isinstance(paths, str) else paths
         self._example = example
         self._lock = threading.Lock()
         self._folder: str | None = None
 
     def find(self) -> list[tuple[str, str]]:
-        """Path and relative path: braces {000..012} and {a,b} expanded, then wildcards, sorted, each file once.
+        """Return path and relative path of every file, sorted, each file once.
 
-        http(s) servers cannot list, so wildcards in their URLs are taken as they are. InputError where a folder is
-        named, or if a path or pattern names nothing.
+        Braces {000..012} and {a,b} are expanded, then wildcards. http(s) servers cannot list, so wildcards in their
+        URLs are taken as they are. Raises InputError where a folder is named, or if a path or pattern names nothing.
         """
         found = self._expand(must_exist=True)
         if not found:
@@ -66,11 +71,11 @@ class NamedFiles:
         return [(path, path.removeprefix(self._folder)) for path in found]
 
     def path(self, name: str) -> str:
-        """Where a file now is of which `find` said the relative path, also in an earlier run. It may be gone.
+        """Return the current path of a file, by the relative path that `find` gave, perhaps in an earlier run.
 
-        FileNotFoundError if `source.path` names no file any more.
+        The file may be gone. Raises FileNotFoundError if `source.path` names no file any more.
         """
-        with self._lock:  # so that many threads look once
+        with self._lock:  # so that one of many threads looks
             if self._folder is None:
                 found = self._expand(must_exist=False)
                 if not found:
@@ -119,7 +124,7 @@ def _glob(pattern: str) -> list[str]:
 
 
 def _common_folder(paths: list[str]) -> str:
-    """The deepest folder that holds all paths, with a slash at its end; '' if there is none."""
+    """Return the deepest folder that holds all paths, with a slash at its end; '' if there is none."""
     levels = zip(*(path.split("/")[:-1] for path in paths), strict=False)
     return "".join(f"{level[0]}/" for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
 
@@ -133,30 +138,33 @@ def _native(path: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a folder lists. `path` is relative to where the listing began, with slashes.
-
-    `size` in bytes; None for folders, where storage does not tell it, and where there is a `problem`.
-    """
+    """One file or folder in a listing."""
 
     path: str
+    """Path relative to the root of the listing, with slashes."""
     is_folder: bool
     size: int | None = None
+    """Size in bytes; None for folders, where storage does not tell it, and where there is a `problem`."""
     problem: str | None = None
+    """Reason why the file cannot be read."""
 
 
 def list_folder(root: str, folder: str = "") -> Iterator[Entry]:
-    """What lies in root/folder, sorted by name. Links are followed. InputError if it is missing or cannot be read."""
+    """Yield the entries of root/folder, sorted by name, following links.
+
+    Raises InputError if the folder is missing or cannot be read.
+    """
     root = _native(root)
     try:
         yield from (_list_remote if is_url(root) else _list_local)(root, folder)
     except OSError as error:
-        # What cannot be listed might hold a whole class: no reason to go on with the rest.
-        place = error.filename or join(root, folder)
-        raise InputError(f"source.path: cannot read {place}: {error.strerror or error}; mend or remove it") from error
+        # A folder that cannot be listed might hold a whole class, so the rest alone will not do.
+        path = error.filename or join(root, folder)
+        raise InputError(f"source.path: cannot read {path}: {error.strerror or error}; mend or remove it") from error
 
 
 def walk(root: str, folder: str = "") -> Iterator[Entry]:
-    """All files below root/folder, sorted by the parts of their paths. Same errors as `list_folder`."""
+    """Yield all files below root/folder, sorted by the parts of their paths. Raises the errors of `list_folder`."""
     for entry in list_folder(root, folder):
         if entry.is_folder:
             yield from walk(root, entry.path)
@@ -165,8 +173,8 @@ def walk(root: str, folder: str = "") -> Iterator[Entry]:
 
 
 def _list_local(root: str, folder: str) -> Iterator[Entry]:
-    place = join(root, folder) if folder else root
-    with _opening(place), os.scandir(place) as entries:
+    top = join(root, folder) if folder else root
+    with _opening(top), os.scandir(top) as entries:
         names = sorted_on_disk(entry.name for entry in entries)
     for name in names:
         path = join(folder, name)
@@ -196,11 +204,31 @@ def _list_remote(root: str, folder: str) -> Iterator[Entry]:
     yield from sorted(entries, key=lambda entry: entry.path)
 
 
+def sorted_on_disk(names: Iterable[str], run_length: int = _RUN_LENGTH) -> Iterator[str]:
+    """Return the names in sorted order, with at most `run_length` of them in memory.
+
+    More names go through temporary files, in runs. `names` is read to its end at once.
+    """
+    names = iter(names)
+    run = sorted(itertools.islice(names, run_length))
+    files = []
+    while len(run) == run_length:
+        file = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the merge
+        file.writelines(f"{json.dumps(name)}\n" for name in run)
+        file.seek(0)
+        files.append(file)
+        run = sorted(itertools.islice(names, run_length))
+    return heapq.merge(run, *(map(json.loads, file) for file in files))
+
+
 # -- contents ----------------------------------------------------------------------------------------------------------
 
 
 def open_stream(path: str) -> BinaryIO:
-    """A file to scan, seekable. InputError if there is none or it may not be read, PomscaleError if storage fails."""
+    """Open a file to scan, as a seekable stream.
+
+    Raises InputError if there is no file or it may not be read, PomscaleError if storage fails.
+    """
     path = _native(path)
     try:
         with _opening(path):
@@ -211,22 +239,26 @@ def open_stream(path: str) -> BinaryIO:
 
 
 def read_file(path: str) -> bytes:
-    """A whole file. Same errors as `open_stream`."""
+    """Return the contents of a file. Raises the errors of `open_stream`."""
     with open_stream(path) as stream:
         return stream.read()
 
 
 def size_of(stream: BinaryIO) -> int:
-    """In bytes. The stream is at its beginning afterwards."""
+    """Return the size of a stream in bytes, and rewind the stream."""
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
     return size
 
 
 def open_item(path: str, size: int | None) -> BinaryIO:
-    """An item's own file, `Source.open`. `size` is what the scan saw, in bytes, or None where it did not look.
+    """Open an item's own file; raises the errors of `Source.open`.
 
-    A file behind a URL is read at once and whole: so errors of storage are told from those of the content.
+    A file behind a URL is read at once and whole, which tells errors of storage from those of the content.
+
+    Args:
+        path: Path or URL of the file.
+        size: Size in bytes that the scan saw, or None where it did not look.
     """
     path = _native(path)
     if is_url(path):
@@ -237,7 +269,7 @@ def open_item(path: str, size: int | None) -> BinaryIO:
 
 
 def open_large_item(path: str, size: int) -> BinaryIO:
-    """As `open_item`, of a file of which little is read: behind a URL, too, only what is asked for is fetched."""
+    """Open a file as `open_item` does, but fetch only the parts that are read, also behind a URL."""
     path = _native(path)
     if not is_url(path):
         return _open_checked(path, size)
@@ -252,13 +284,13 @@ def open_large_item(path: str, size: int) -> BinaryIO:
 
 
 class RangeReader:
-    """Items that lie within larger files. A thread keeps the file that it read last open: neighbours are in it too."""
+    """Reads items that lie within larger files. Each thread keeps the file that it read last open for its next item."""
 
     def __init__(self) -> None:
         self._last = threading.local()
 
     def read(self, path: str, offset: int, length: int, file_size: int) -> bytes:
-        """Same errors as `open_item`; `file_size`, in bytes, is what the scan saw."""
+        """Return `length` bytes at `offset` of a file of `file_size` bytes. Raises the errors of `open_item`."""
         path = _native(path)
         if is_url(path):
             content = _read_remote(path, offset, offset + length)
@@ -284,14 +316,14 @@ def _open_checked(path: str, size: int | None) -> BinaryIO:
 
 
 def _read_remote(url: str, start: int | None = None, end: int | None = None) -> bytes:
-    """Bytes start to end of a file behind a URL."""
+    """Return the bytes from `start` to `end` of a file behind a URL."""
     with _about_item(), _opening(url):
         storage, path = fsspec.core.url_to_fs(url)
         return storage.cat_file(path, start=start, end=end)
 
 
 def check_size(num_bytes: int, expected: int | None) -> None:
-    """SourceChangedError if a file has not the size that the scan saw."""
+    """Raise SourceChangedError if a file does not have the size that the scan saw."""
     if expected is not None and num_bytes != expected:
         raise SourceChangedError(
             f"changed since it was listed ({expected:,} bytes then, {num_bytes:,} now); "
@@ -346,7 +378,7 @@ class _RemoteFile(io.RawIOBase):
 
 @contextmanager
 def _parts(url: str) -> Iterator[None]:
-    """Around reads of parts of a file behind a URL, which not every HTTP server sends."""
+    """Explain errors while parts of a file behind a URL are read; not every HTTP server sends parts."""
     with _explained(url):
         try:
             yield
@@ -354,15 +386,16 @@ def _parts(url: str) -> Iterator[None]:
             raise InputError(f"{url}: its server does not send parts of files; download it first ({error})") from error
 
 
-# What is wrong with a path or with what lies there; storage is well.
+# Errors about a path or the file there; storage itself works.
 _PATH_ERRORS = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 
 
 @contextmanager
 def _opening(path: str) -> Iterator[None]:
-    """OSError if the path is at fault: nothing is there, it may not be read, it is none of a file.
+    """Explain errors while a file or folder is opened.
 
-    PomscaleError if storage fails, InputError if there is no package for it.
+    Raises OSError if the path is at fault (nothing is there, it may not be read, it cannot name a file), PomscaleError
+    if storage fails, InputError if there is no package for it.
     """
     with _explained(path):
         try:
@@ -378,12 +411,12 @@ def _opening(path: str) -> Iterator[None]:
 
 
 class _PathError(OSError):
-    """One of _PATH_ERRORS."""
+    """An OSError whose number is one of _PATH_ERRORS."""
 
 
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
-    """PomscaleError if storage fails; OSError if it works, and this file is not there or not to be had."""
+    """Raise PomscaleError where storage fails; let OSError pass where storage works and this file cannot be had."""
     try:
         yield
     except (FileNotFoundError, PermissionError, _PathError, PomscaleError):
@@ -399,7 +432,7 @@ def _explained(path: str) -> Iterator[None]:
 
 @contextmanager
 def _about_item() -> Iterator[None]:
-    """Around `_opening` of an item's file."""
+    """Raise SourceChangedError where an item's file cannot be opened for reasons of its own."""
     try:
         yield
     except (PermissionError, _PathError) as error:

@@ -1,21 +1,20 @@
-"""A recipe with everything it names: the listed source, the networks on their device, and the datasets it writes."""
+"""The setup of an encode: the listed source, the networks on their device, the outputs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipelines.encode.dealing import Dealing
-from data_pipelines.encode.items import ItemTable
-from data_pipelines.shards.parts import PARTS_FOLDER, PartStore, Plan
-from data_pipelines.sources.source import Item, Source, SourceChangedError
+from data_pipelines.encode.items import ItemOrder, ItemTable
+from data_pipelines.shards.parts import PARTS_FOLDER, EncodeSpec, PartStore
+from data_pipelines.sources.protocol import Item, Source, SourceChangedError
 from pomscale.base.errors import InputError
 from pomscale.codecs import Codec, TextEncoder, build_codec, build_text_encoder
 from pomscale.config.encode import EncodeRecipe, ImageTransformConfig, TableSourceConfig, TransformConfig
 from pomscale.distributed.world import resolve_device
 from pomscale.shards.schema import ArrayName
 
-# Items that are looked for, all over the list, to tell whether a source is still in its place.
+# Number of listed items, spread over the list, that are looked for to tell whether a source is still where it was.
 _NUM_TRIED = 16
 
 
@@ -33,7 +32,7 @@ class Variant:
 
 
 class Encoders:
-    """The networks of a recipe, on this process's device, and the arrays that they give a record."""
+    """The networks of a recipe, on this process's device, and the names of the arrays that they give a record."""
 
     def __init__(self, recipe: EncodeRecipe) -> None:
         device = resolve_device(recipe.device)
@@ -50,7 +49,7 @@ class Encoders:
 
 
 def variants_of(recipe: EncodeRecipe, encoders: Encoders) -> tuple[Variant, ...]:
-    """The datasets that a recipe makes. InputError where its codec does not take its sizes."""
+    """Return the datasets that a recipe makes. Raises InputError where its codec does not take its sizes."""
     return tuple(_variant(output, transform, encoders.codec) for output, transform in _outputs(recipe))
 
 
@@ -71,8 +70,8 @@ def _outputs(recipe: EncodeRecipe) -> list[tuple[Path, TransformConfig | None]]:
     return [(output, transform)]
 
 
-class EncodeJob:
-    """What an encode knows before it starts. Items are dealt to fixed parts; a part is a range of places.
+class EncodeSetup:
+    """Everything that an encode knows before it starts. Items are dealt to fixed parts; a part is a range of positions.
 
     Sources are sorted by class or by upload. Dealt in a keyed random order, every shard holds a fair draw, and so does
     the loader's shuffle window, which spans only a few shards.
@@ -86,33 +85,35 @@ class EncodeJob:
         self.variants = variants_of(recipe, encoders)
         self.stores = tuple(PartStore(v.output, encoders.arrays, len(v.targets)) for v in self.variants)
         self.num_parts = -(-len(table) // recipe.shard_samples)
-        self._dealing = Dealing(len(table), recipe.seed, table.shuffled)
+        self._order = ItemOrder(len(table), recipe.seed, table.shuffled)
 
-    def places(self, part: int) -> range:
-        """Places of a part's items in the order in which they are dealt."""
+    def positions(self, part: int) -> range:
+        """Return the positions of a part's items in the order in which they are dealt."""
         size = self.recipe.shard_samples
         return range(part * size, min((part + 1) * size, len(self.table)))
 
-    def item(self, place: int) -> Item:
-        return self.table[self._dealing.item(place)]
+    def item(self, position: int) -> Item:
+        """Return the item at a position of the order."""
+        return self.table[self._order.item(position)]
 
-    def plan(self, variant: Variant) -> Plan:
-        recipe, elsewhere = self.recipe, {"path", "subfolder"}
-        return Plan(
+    def spec(self, variant: Variant) -> EncodeSpec:
+        """Return the specification of a variant's bytes."""
+        recipe, location = self.recipe, {"path", "subfolder"}
+        return EncodeSpec(
             source=recipe.source.model_dump(mode="json", exclude={"path", "root"}),
             source_fingerprint=self.table.fingerprint,
             num_items=len(self.table),
             shard_samples=recipe.shard_samples,
             seed=recipe.seed,
-            codec=None if recipe.codec is None else recipe.codec.model_dump(exclude=elsewhere),
+            codec=None if recipe.codec is None else recipe.codec.model_dump(exclude=location),
             codec_identity=self.encoders.codec_identity,
             transform=variant.transform,
-            text=None if recipe.text is None else recipe.text.model_dump(exclude=elsewhere),
+            text=None if recipe.text is None else recipe.text.model_dump(exclude=location),
             text_identity=self.encoders.text_identity,
         )
 
     def missing(self, part: int, only_failed: bool) -> list[int]:
-        """Variants (their numbers) that lack a part; with only_failed also those that list failures in it."""
+        """Return the numbers of the variants that lack a part, or, with only_failed, list failures in it."""
         missing = []
         for number, store in enumerate(self.stores):
             record = store.read(part)
@@ -121,15 +122,15 @@ class EncodeJob:
         return missing
 
     def num_unrecorded(self) -> int:
-        """Parts that some variant has no record of, by one look at each folder."""
+        """Return how many parts some variant has no record of, by one listing of each folder."""
         return self.num_parts - len(set.intersection(*(store.recorded() for store in self.stores)))
 
 
-def check_in_place(recipe: EncodeRecipe, source: Source, table: ItemTable) -> None:
-    """InputError if the items that were listed are no longer where the recipe says.
+def check_items_in_place(recipe: EncodeRecipe, source: Source, table: ItemTable) -> None:
+    """Raise InputError if the items that were listed are no longer at the path that the recipe names.
 
-    To the encoder an item that is gone is a failure: a source that was moved or unmounted would make failures of them
-    all.
+    To the encoder an item that is gone is a failure, so without this check a source that was moved or unmounted would
+    turn all items into failures.
     """
     if recipe.codec is None:  # captions are in the list; no item is opened
         return
@@ -153,5 +154,5 @@ def check_in_place(recipe: EncodeRecipe, source: Source, table: ItemTable) -> No
 
 
 def table_folder(recipe: EncodeRecipe) -> Path:
-    """Where the list of a source's items is kept."""
+    """Return the folder of the list of a source's items."""
     return Path(recipe.output) / PARTS_FOLDER

@@ -1,4 +1,4 @@
-"""Finds equal keys among any number of records without holding them: their hashes, sorted piece by piece on disk."""
+"""Find equal keys among any number of records, in constant memory: hashes of keys, sorted piece by piece on disk."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ _ROWS_AT_ONCE = 1 << 22  # 64 MiB
 
 
 def sorted_buckets(columns: Sequence[np.ndarray], rows_at_once: int = _ROWS_AT_ONCE) -> Iterator[list[np.ndarray]]:
-    """Cuts the range of hashes into buckets and yields, bucket by bucket, each column's keys with their rows (KEY_ROW).
+    """Cut the range of hashes into buckets and yield, bucket by bucket, each column's keys with their rows (KEY_ROW).
 
-    A column is (n,) uint64 of any stride, e.g. a field of a memory-mapped index. What is yielded is sorted by key, then
-    row; buckets come in ascending order. Hashes are spread evenly, so all buckets together fit about `rows_at_once`.
-    Larger columns are dealt to buckets in a temporary file of 16 bytes per key (in TMPDIR).
+    Buckets come in ascending order, each sorted by key, then row. Hashes are spread evenly, so the buckets of all
+    columns have about `rows_at_once` rows together. Larger columns are dealt to buckets in a temporary file of 16 bytes
+    per key (in TMPDIR).
+
+    Args:
+        columns: Arrays (n,) uint64 of any stride, e.g. a field of a memory-mapped index.
+        rows_at_once: Rows that are in memory at once.
     """
     num_rows = sum(map(len, columns))
     num_bits = max(0, -(-num_rows // rows_at_once) - 1).bit_length()
@@ -34,7 +38,7 @@ def sorted_buckets(columns: Sequence[np.ndarray], rows_at_once: int = _ROWS_AT_O
 
 
 def equal_keys(column: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Pairs of rows with equal keys: a row, and the next one that has its key."""
+    """Yield pairs of rows with equal keys: a row, and the next one that has its key."""
     for (bucket,) in sorted_buckets([column]):
         for i in np.flatnonzero(bucket["key"][1:] == bucket["key"][:-1]):
             yield int(bucket["row"][i]), int(bucket["row"][i + 1])

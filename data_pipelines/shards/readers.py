@@ -1,7 +1,8 @@
-"""Reads records back out of shards: all of one from front to end, or one record at the place that the index names."""
+"""Readers of a dataset's files: all records of a shard, single records by their index rows, index and failures."""
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -13,11 +14,12 @@ from typing import BinaryIO, NamedTuple, Protocol
 import numpy as np
 
 from pomscale.base.errors import PomscaleError
-from pomscale.shards.index import NO_LABEL, key_hash, npy_header, split_member_name
+from pomscale.shards.index import NO_LABEL, index_dtype, key_hash, map_index, npy_header, split_member_name
 from pomscale.shards.schema import (
     ARRAY_MEMBERS,
     CAPTION_MEMBER,
     CLASS_MEMBER,
+    FAILURES_NAME,
     INDEX_NAME,
     INFO_MEMBER,
     REMEDY,
@@ -29,7 +31,7 @@ _BLOCK = tarfile.BLOCKSIZE
 _END_BLOCK = bytes(_BLOCK)
 _READ_BYTES = 1 << 20
 
-# A bit that flips in a header changes the sum of its bytes: no damage goes unseen.
+# Fields of a ustar header. A bit that flips in one changes the sum of its bytes, so no damage goes unseen.
 _NAME, _SIZE, _CHECKSUM, _KIND, _MAGIC, _PREFIX = (
     slice(0, 100),
     slice(124, 135),
@@ -42,31 +44,34 @@ _NAME, _SIZE, _CHECKSUM, _KIND, _MAGIC, _PREFIX = (
 
 @dataclass(frozen=True, slots=True)
 class TarRecord:
-    """The members of one key. `blocks`: headers, payloads and padding, byte for byte as they are in the tar."""
+    """The members of one key."""
 
     key: str
-    offset: int  # of `blocks` in the tar
+    offset: int
+    """Position of `blocks` in the tar, in bytes."""
     blocks: bytes
-    members: dict[str, tuple[int, int]]  # suffix -> begin and end of the payload in `blocks`
+    """Headers, payloads and padding, byte for byte as they are in the tar."""
+    members: dict[str, tuple[int, int]]
+    """Begin and end of each payload in `blocks`, by suffix."""
 
     def payload(self, suffix: str) -> memoryview:
         begin, end = self.members[suffix]
         return memoryview(self.blocks)[begin:end]
 
     def row(self, shard: int, label: int, arrays: Sequence[ArrayName]) -> tuple[int, ...]:
-        """Its row of the index (`index_dtype`). A missing member has length 0."""
-        places: list[int] = []
+        """Return the record's row of the index (`index_dtype`). A missing member has length 0."""
+        fields: list[int] = []
         for array in arrays:
             suffix = ARRAY_MEMBERS[array]
             if suffix in self.members:
                 begin, end = self.members[suffix]
-                places += (self.offset + begin, end - begin, zlib.crc32(self.payload(suffix)))
+                fields += (self.offset + begin, end - begin, zlib.crc32(self.payload(suffix)))
             else:
-                places += (0, 0, 0)
-        return key_hash(self.key), shard, label, *places, zlib.crc32(self.blocks)
+                fields += (0, 0, 0)
+        return key_hash(self.key), shard, label, *fields, zlib.crc32(self.blocks)
 
     def label(self) -> int:
-        """The class, or NO_LABEL where there is none. ValueError if it is no number that the index can hold."""
+        """Return the class, or NO_LABEL where there is none. ValueError if it is no number that the index can hold."""
         if CLASS_MEMBER not in self.members:
             return NO_LABEL
         text = bytes(self.payload(CLASS_MEMBER))
@@ -76,7 +81,7 @@ class TarRecord:
 
 
 class Digest(Protocol):
-    """What hashlib's objects do."""
+    """A hash of bytes, such as hashlib's."""
 
     def update(self, data: bytes, /) -> None: ...
 
@@ -88,10 +93,11 @@ class _Header(NamedTuple):
 
 
 class TarReader:
-    """The records of a shard, read once from front to end; `digest` gets every byte.
+    """Iterates over the records of a shard, read once from front to end; `digest` gets every byte.
 
-    Never gives up: behind damage it goes on at the next header that can be read. `damages` says what it found, one
-    line each that names the member or the byte; records that are cut off lack members. OSError where the disk fails.
+    Damage does not end the iteration: it continues at the next header that can be read. `damages` lists what was found,
+    one line each that names the member or the byte; records that are cut off lack members. OSError where the disk
+    fails.
     """
 
     def __init__(self, stream: BinaryIO, digest: Digest | None = None) -> None:
@@ -117,7 +123,7 @@ class TarReader:
                 break
             if body.count(0, header.size) != len(body) - header.size:
                 self.damages.append(f"{header.name}: the bytes behind it are not zero")
-            # Offsets count from the record's first header, so that damaged blocks between its members keep their place.
+            # Offsets count from the record's first header, so that damaged blocks between its members count.
             blocks += bytes(self._offset - offset - len(blocks) - len(body) - _BLOCK) + header.block
             members[suffix] = (len(blocks), len(blocks) + header.size)
             blocks += body
@@ -125,7 +131,7 @@ class TarReader:
             yield TarRecord(key, offset, bytes(blocks), members)
 
     def _next_header(self) -> _Header | None:
-        """None at the end of the tar."""
+        """Return the next header that can be read; None at the end of the tar."""
         lost = False
         while True:
             block = self._read(_BLOCK)
@@ -144,7 +150,7 @@ class TarReader:
             lost = True
 
     def _read_end(self) -> None:
-        """What follows the end mark, all zeros in a whole tar."""
+        """Read the bytes behind the end mark, which are zeros in a whole tar."""
         while data := self._read(_READ_BYTES):
             if data.count(0) != len(data):
                 self.damages.append(f"byte {self._offset - len(data):,}: the bytes behind the end mark are not zero")
@@ -158,7 +164,7 @@ class TarReader:
 
 
 def _parse_header(block: bytes) -> _Header | None:
-    """Of a plain file in ustar format, which is all that a shard has; None for anything else."""
+    """Return the header of a plain file in ustar format; None for anything else, which no shard has."""
     if block[_MAGIC] != b"ustar\0" or block[_KIND] != b"0":
         return None
     field = block[_CHECKSUM]
@@ -173,15 +179,15 @@ def _parse_header(block: bytes) -> _Header | None:
 
 
 def open_shard(path: Path) -> BinaryIO:
-    """With a buffer that makes small members cost few system calls."""
+    """Open a shard with a buffer so large that small members cost few system calls."""
     return path.open("rb", buffering=_READ_BYTES)
 
 
 def read_records(folder: Path, manifest: Manifest, rows: np.ndarray) -> Iterator[TarRecord]:
-    """The records of index rows, fastest in the order of the index.
+    """Yield the records of index rows, fastest in the order of the index.
 
-    PomscaleError, naming the shard, if one is not there as the index says: its key, class and arrays, by checksum; or
-    the index, if there is no such shard.
+    Raises PomscaleError, naming the shard, if a record's key, class or arrays (by checksum) are not what the index
+    says; or naming the index, if there is no such shard.
     """
     for numbers in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows["shard"])) + 1):
         if not len(numbers):
@@ -214,9 +220,9 @@ def _read_record(path: Path, stream: BinaryIO, arrays: Sequence[ArrayName], row:
 
 
 def stored_array(manifest: Manifest, group: int, name: ArrayName, payload: memoryview) -> np.ndarray:
-    """The array in a .npy member. ValueError, saying what it is not, if it is none as the manifest promises.
+    """Return the array in a .npy member: latent, flip of `Manifest.stored_shape`; text (1 to max_length, dim).
 
-    latent, flip: `Manifest.stored_shape`; text: (1 to max_length, dim). Values are not looked at.
+    Raises ValueError, naming the shape that the manifest promises, if the member has another. Values are not checked.
     """
     shape = _text_shape(manifest, len(payload)) if name == "text" else manifest.stored_shape(group)
     header = _header(shape)
@@ -227,7 +233,7 @@ def stored_array(manifest: Manifest, group: int, name: ArrayName, payload: memor
 
 
 def _text_shape(manifest: Manifest, num_bytes: int) -> tuple[int, int]:
-    """The shape of a text member of this length, clamped to what a caption may have."""
+    """Return the shape of a text member of this length, clamped to what a caption may have."""
     assert manifest.text is not None
     dim = manifest.text.dim
     length = text_length(num_bytes, dim)
@@ -235,7 +241,7 @@ def _text_shape(manifest: Manifest, num_bytes: int) -> tuple[int, int]:
 
 
 def text_length(num_bytes: int, dim: int) -> int:
-    """Tokens in a text member of this many bytes."""
+    """Return the number of tokens in a text member of this many bytes."""
     return (num_bytes - len(_header((1, dim)))) // (2 * dim)
 
 
@@ -245,8 +251,40 @@ def _header(shape: tuple[int, ...]) -> bytes:
 
 
 def required_suffixes(manifest: Manifest) -> tuple[str, ...]:
-    """The members that every record has, in the order in which they are written."""
+    """Return the suffixes of the members that every record has, in the order in which they are written."""
     suffixes = [ARRAY_MEMBERS[array] for array in manifest.arrays]
     suffixes += [CLASS_MEMBER] if manifest.num_classes else []
     suffixes += [CAPTION_MEMBER] if manifest.has_captions else []
     return (*suffixes, INFO_MEMBER)
+
+
+def open_index(folder: Path, manifest: Manifest) -> np.ndarray:
+    """Return the index, memory-mapped. Raises PomscaleError if it is missing or has another size."""
+    path = folder / INDEX_NAME
+    try:
+        return map_index(path, manifest.num_samples, index_dtype(manifest.arrays))
+    except (OSError, ValueError) as error:
+        raise PomscaleError(f"{path}: cannot be read: {error}; {REMEDY}") from error
+
+
+def open_checked_index(folder: Path, manifest: Manifest) -> np.ndarray:
+    """Return the index as `open_index` does, after checking its sha256.
+
+    A dataset made from a damaged index would hide the damage.
+    """
+    index = open_index(folder, manifest)
+    with (folder / INDEX_NAME).open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != manifest.index.sha256:
+            raise PomscaleError(f"{folder / INDEX_NAME}: its sha256 differs from the manifest's; {REMEDY}")
+    return index
+
+
+def failure_lines(folder: Path, manifest: Manifest) -> Iterator[bytes]:
+    """Yield the lines of failures.jsonl. Raises PomscaleError if the manifest counts failures and there is no list."""
+    if not manifest.num_failures:
+        return
+    try:
+        with (folder / FAILURES_NAME).open("rb") as stream:
+            yield from stream
+    except OSError as error:
+        raise PomscaleError(f"{folder / FAILURES_NAME}: {error}; {REMEDY}") from error

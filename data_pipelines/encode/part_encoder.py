@@ -1,4 +1,4 @@
-"""One task at work: threads decode ahead, this thread feeds the networks, another thread writes.
+"""Encode the parts of one task: threads decode ahead, this thread feeds the networks, another thread writes.
 
 Batches never cross a part, so a part's bytes do not depend on which parts came before it; decoding does cross, so the
 networks are not kept waiting at the borders.
@@ -17,16 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.encode.job import EncodeJob, check_in_place
 from data_pipelines.encode.progress import EncodeProgress
-from data_pipelines.shards.part_writer import PartWriter
-from data_pipelines.shards.writer import Record
-from data_pipelines.sources.source import Item, SourceChangedError
+from data_pipelines.encode.setup import EncodeSetup, check_items_in_place
+from data_pipelines.shards.writers import PartWriter, Record
+from data_pipelines.sources.protocol import Item, SourceChangedError
 from pomscale.base.errors import PomscaleError
 from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.config.encode import ImageTransformConfig, VideoTransformConfig
+from pomscale.media import UnreadableMediaError, nearest_bucket
 from pomscale.media.pictures import decode_picture, fit_picture
-from pomscale.media.shapes import UnreadableMediaError, nearest_bucket
 from pomscale.shards.schema import ArrayName
 
 # Batches that may wait for the writer; each is small beside the decoded media that wait for the networks.
@@ -35,7 +34,7 @@ _MAX_WAITING_WRITES = 8
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """An item's media as one variant's codec takes them, uint8, (h, w, c) or (f, h, w, c)."""
+    """Pixels of an item in the size of one variant, uint8, (h, w, c) or (f, h, w, c)."""
 
     group: int
     values: np.ndarray
@@ -45,7 +44,7 @@ class Pixels:
 class Loaded:
     """An item with its media by variant, or with the reason why there are none."""
 
-    place: int
+    position: int
     item: Item
     media: dict[int, Pixels] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
@@ -62,7 +61,7 @@ class PartWork:
     writers: dict[int, PartWriter]
     captioned: list[Loaded] = field(default_factory=list)
     batches: dict[tuple[int, int], list[Loaded]] = field(default_factory=dict)  # by variant and group
-    has_gone: bool = False  # whether files were not where they were listed
+    has_gone: bool = False  # whether a listed file is gone
 
     @property
     def first_variant(self) -> int:
@@ -80,14 +79,14 @@ class _Launched:
     arrays: dict[ArrayName, Tensor]
 
 
-class Pipeline:
-    """Use `run` once. `stop` is asked between items; a part that is not finished then is abandoned."""
+class PartEncoder:
+    """Encodes parts; call `run` once. `stop` is asked between items; a part that is not finished then is abandoned."""
 
-    def __init__(self, job: EncodeJob, display: EncodeProgress, stop: Callable[[], bool] = lambda: False) -> None:
-        self._job = job
-        self._recipe = job.recipe
-        self._codec = job.encoders.codec
-        self._text = job.encoders.text
+    def __init__(self, setup: EncodeSetup, display: EncodeProgress, stop: Callable[[], bool] = lambda: False) -> None:
+        self._setup = setup
+        self._recipe = setup.recipe
+        self._codec = setup.encoders.codec
+        self._text = setup.encoders.text
         self._display = display
         self._stop = stop
         self._launched: _Launched | None = None
@@ -98,9 +97,9 @@ class Pipeline:
         self._writer = ThreadPoolExecutor(1, "write")
 
     def run(self, parts: Iterable[tuple[int, list[int]]], done: Callable[[int], None]) -> None:
-        """Makes parts, given with the variants that lack them; `done(part)` is called after each commit.
+        """Make parts, given with the variants that lack them; `done(part)` is called after each commit.
 
-        PomscaleError where the disk is full, storage fails or a batch is too large for the device.
+        Raises PomscaleError where the disk is full, storage fails or a batch is too large for the device.
         """
         try:
             for work, entry in self._load_ahead(parts):
@@ -125,13 +124,13 @@ class Pipeline:
     # -- decode ----------------------------------------------------------------------------------------------------
 
     def _load_ahead(self, parts: Iterable[tuple[int, list[int]]]) -> Iterator[tuple[PartWork, Loaded | None]]:
-        """Items of the parts in order, then None at the end of each, with the decoding threads some batches ahead."""
+        """Yield the items of each part in order, then None, while the decoding threads work some batches ahead."""
         look_ahead = 2 * self._recipe.batch + self._recipe.num_workers
         pending: deque[tuple[PartWork, Future[Loaded] | None]] = deque()
         for part, variants in parts:
             work = self._begin(part, variants)
-            for place in self._job.places(part):
-                pending.append((work, self._decoder.submit(self._load, place, variants)))
+            for position in self._setup.positions(part):
+                pending.append((work, self._decoder.submit(self._load, position, variants)))
                 if len(pending) > look_ahead:
                     yield self._wait(*pending.popleft())
             pending.append((work, None))
@@ -148,12 +147,12 @@ class Pipeline:
         self._display.waited(time.monotonic() - start)
         return work, loaded
 
-    def _load(self, place: int, variants: list[int]) -> Loaded:
-        item = self._job.item(place)
-        loaded = Loaded(place, item, failure=item.problem)
+    def _load(self, position: int, variants: list[int]) -> Loaded:
+        item = self._setup.item(position)
+        loaded = Loaded(position, item, failure=item.problem)
         if item.problem is None and self._codec is not None:
             try:
-                with self._job.source.open(item) as stream:
+                with self._setup.source.open(item) as stream:
                     self._decode(stream, loaded, variants)
             except (UnreadableMediaError, SourceChangedError) as error:
                 loaded.failure = str(error)
@@ -169,7 +168,7 @@ class Pipeline:
             loaded.info = {"width": picture.width, "height": picture.height}
             width, height = picture.image.size
             for number in variants:
-                targets = self._job.variants[number].targets
+                targets = self._setup.variants[number].targets
                 group = nearest_bucket((height, width), targets)
                 values = fit_picture(picture.image, (targets[group][0], targets[group][1]), transform.filter)
                 loaded.media[number] = Pixels(group, values)
@@ -186,7 +185,7 @@ class Pipeline:
 
     def _begin(self, part: int, variants: list[int]) -> PartWork:
         moments = self._codec is not None and self._codec.stores_moments
-        stores, arrays = self._job.stores, self._job.encoders.arrays
+        stores, arrays = self._setup.stores, self._setup.encoders.arrays
         work = PartWork(part, {number: PartWriter(stores[number], part, arrays, moments) for number in variants})
         self._open.append(work)
         self._display.begin()
@@ -201,7 +200,7 @@ class Pipeline:
             self._embed(work)
 
     def _embed(self, work: PartWork) -> None:
-        """Captions of a batch of items, whatever their groups, then each to its group."""
+        """Embed the captions of a batch of items, whatever their groups, and route each item to its group."""
         entries, work.captioned = work.captioned, []
         if not entries or self._text is None:
             return
@@ -209,7 +208,7 @@ class Pipeline:
         longest = self._text.config.max_length
         self._display.cut(sum(length > longest for length in self._text.num_tokens(captions)))
         for entry, embedding in zip(entries, self._on_device(self._text.encode, captions), strict=True):
-            with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is listed by the writer
+            with np.errstate(over="ignore"):  # values that do not fit become infinite, and `_store` lists the item
                 entry.text = embedding.astype(np.float16)
             self._route(work, entry)
 
@@ -222,7 +221,7 @@ class Pipeline:
                 self._encode(work, number, group)
 
     def _encode(self, work: PartWork, variant: int, group: int) -> None:
-        """Launches a batch, and hands the one before it to the writer: the device has work while this one waits."""
+        """Launch a batch, then hand the one before it to the writer, so that the device has work meanwhile."""
         entries = work.batches.pop((variant, group))
         arrays: dict[ArrayName, Tensor] = {}
         if self._codec is not None:
@@ -238,19 +237,19 @@ class Pipeline:
         if self._codec.device.type == "cuda":
             pixels = pixels.pin_memory().to(self._codec.device, non_blocking=True)
         images = pixels.movedim(-1, 1).float() / 255.0
-        shape = self._job.variants[variant].latent_shapes[group]
+        shape = self._setup.variants[variant].latent_shapes[group]
         arrays: dict[ArrayName, Tensor] = {"latent": self._stored(images, entries, shape, mirrored=False)}
-        if "flip" in self._job.encoders.arrays:
+        if "flip" in self._setup.encoders.arrays:
             arrays["flip"] = self._stored(images.flip(-1), entries, shape, mirrored=True)
         return arrays
 
     def _stored(self, images: Tensor, entries: list[Loaded], shape: tuple[int, ...], mirrored: bool) -> Tensor:
-        """Float16 latents as they are stored. Posterior draws are keyed by item, so a batch's make-up is no matter."""
+        """Return float16 latents as they are stored. Posterior draws are keyed by item, not by batch."""
         assert self._codec is not None
         noise = None
         if self._codec.needs_noise:
             draws = [
-                keyed_generator(self._recipe.seed, Stream.POSTERIOR, entry.place, int(mirrored)).standard_normal(
+                keyed_generator(self._recipe.seed, Stream.POSTERIOR, entry.position, int(mirrored)).standard_normal(
                     shape, np.float32
                 )
                 for entry in entries
@@ -284,7 +283,7 @@ class Pipeline:
             broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
             if broken:
                 reason = f"its {broken[0]} is not finite in float16"
-                writer.fail(entry.place, entry.item, reason)
+                writer.fail(entry.position, entry.item, reason)
                 if entry.failure is None:  # else it failed in another size, and is counted
                     entry.failure = reason
                     self._display.fail(was_encoded=not counts)
@@ -298,16 +297,16 @@ class Pipeline:
 
         def write() -> None:
             for writer in work.writers.values():
-                writer.fail(entry.place, entry.item, reason)
+                writer.fail(entry.position, entry.item, reason)
             self._display.fail()
 
         self._write(write)
 
     def _finish(self, work: PartWork, done: Callable[[int], None]) -> None:
-        """What is left of a part, then its commit."""
+        """Encode the rest of a part, then commit it."""
         if work.has_gone:
-            # A file was removed, or the storage of them all was unmounted?
-            check_in_place(self._recipe, self._job.source, self._job.table)
+            # One file was removed, which is a failure; or the whole storage was unmounted, which is an error.
+            check_items_in_place(self._recipe, self._setup.source, self._setup.table)
         self._embed(work)
         for variant, group in sorted(work.batches):
             self._encode(work, variant, group)
@@ -323,9 +322,9 @@ class Pipeline:
         self._write(commit)
 
     def _write(self, task: Callable[[], None]) -> None:
-        """In order, by the writing thread; its errors come back here.
+        """Queue a task for the writing thread, which runs them in order; its errors are raised here.
 
-        After the first error, or a stop, nothing that still waits is written: the commit of a part must never follow a
+        After the first error, or a stop, none of the waiting tasks runs: the commit of a part must never follow a
         record of it that was lost.
         """
 
