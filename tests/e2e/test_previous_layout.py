@@ -132,10 +132,11 @@ def test_an_encode_is_continued_to_the_same_bytes(old: Path, digits: Path, tmp_p
         "kind: encode\nname: digits\ncodec: {name: pixel, block: 2, channels: 1}\ntransform: {size: 8}\n"
         f"source: {{kind: image_folder, path: {digits}/digits/heldout}}\nshard_samples: 100\n"
     )
-    begun, whole = tmp_path / "begun", tmp_path / "whole"
-    by_old(old, "data", "encode", recipe, f"output={begun}", code=STOPPED_ENCODE, expect=75)
-    assert list((begun / "parts").glob("part-*.json"))
-    assert "were there" in pomscale("data", "encode", recipe, f"output={begun}").stdout
-    pomscale("data", "encode", recipe, f"output={whole}")
-    assert contents(begun) == contents(whole)
-    assert json.loads((begun / "manifest.json").read_text())["num_samples"] == 896
+    output, begun = tmp_path / "latents", tmp_path / "begun"
+    by_old(old, "data", "encode", recipe, f"output={output}", code=STOPPED_ENCODE, expect=75)
+    assert list((output / "parts").glob("part-*.json"))
+    assert "were there" in pomscale("data", "encode", recipe, f"output={output}").stdout
+    output.rename(begun)  # the manifest names the output
+    pomscale("data", "encode", recipe, f"output={output}")
+    assert contents(begun) == contents(output)
+    assert json.loads((output / "manifest.json").read_text())["num_samples"] == 896
