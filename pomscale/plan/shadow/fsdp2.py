@@ -84,7 +84,7 @@ class _Group:
 
 
 class Fsdp2Shadow(StepShadow):
-    """Step of FSDP2: `run` it once, and the ledger knows the peak. num_shards ranks share a copy of the model."""
+    """Step of FSDP2: `run` it once, and the ledger knows the peak. num_shards ranks share one copy of the state."""
 
     def __init__(
         self, network: Network, compute: ComputeConfig, fsdp2: Fsdp2Config, *, num_shards: int,
@@ -102,7 +102,7 @@ class Fsdp2Shadow(StepShadow):
         return Storage(self.ledger, part, num_bytes)
 
     def run(self, micro_batch: int, num_micro_batches: int) -> None:
-        """Run the last micro-batch of a step, which needs most: gradients of those before it are held from its start."""
+        """Run the last micro-batch of a step, which needs most: it starts with the gradients of those before it."""
         resident = self._resident()
         if num_micro_batches > 1:
             for group in (self.root, *self.groups):
