@@ -51,7 +51,7 @@ class StorageTracker(TorchDispatchMode):
         self.live -= self._sizes.pop(key)[1]
 
     def _measure(self) -> None:
-        """Measure all sizes again, since FSDP frees weights by setting their storage's size to 0, without an operator."""
+        """Measure all sizes again: FSDP frees weights by setting their storage's size to 0, without an operator."""
         for key, (reference, before) in list(self._sizes.items()):
             storage = reference()
             if storage is not None and storage.nbytes() != before:

@@ -29,7 +29,7 @@ from pomscale.models.block import build_mixer
 from pomscale.ops.pom import BlockCausal, Mask, PomState
 
 MixerState = PomState | AttentionState
-"""What a self mixer carries from one frame group to the next."""
+"""State that a self mixer carries from one frame group to the next."""
 
 
 class VideoBlock(nn.Module):

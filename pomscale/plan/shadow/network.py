@@ -27,7 +27,7 @@ class Linear:
 PADDING: Literal["padding"] = "padding"
 
 Mask: TypeAlias = Literal["padding"] | int | None
-"""Of a mixer: which tokens of its context are padding, or block-causal over so many frame groups."""
+"""Mask of a mixer: padding of its context, or block-causal over a number of frame groups."""
 
 
 class PoM:
@@ -202,7 +202,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 AnyBlock: TypeAlias = Block | VideoBlock
 
 BlockCall: TypeAlias = Callable[..., Tensor]
-"""How a block is called, block and inputs: with what an engine does before and after, and checkpointed or not."""
+"""Call of a block with its inputs, by which an engine adds its work before and after, and checkpointing."""
 
 
 class Network(ABC):

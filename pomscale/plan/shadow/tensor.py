@@ -76,7 +76,7 @@ class Leaf:
 
 
 Backward: TypeAlias = Callable[[Sequence["Tensor | None"], Sequence[Tensor]], Sequence["Tensor | None"]]
-"""(gradients of the outputs, what was saved) -> gradients of the inputs, None where none is needed."""
+"""Backward pass: (gradients of the outputs, saved tensors) -> gradients of the inputs, None where none is needed."""
 
 
 class Node:
