@@ -22,7 +22,7 @@ from pomscale.quickstart.tour import ENVIRONMENT, pomscale, read_figures, remove
 from pomscale.runs.history import samples_seen
 
 DIGITS, LATENTS = Path("data/digits"), Path("data/digits-latents")
-RECIPE = "recipes/quickstart.yaml"
+RECIPE = "quickstart"
 RUNS = {"PoM": Path("runs/quickstart"), "attention": Path("runs/quickstart-attention")}
 KILL_AFTER_SAMPLES = 16_000  # lies between the checkpoints at 12,800 and 19,200: some work is lost and done again
 NUM_PER_CLASS = 20
@@ -37,7 +37,7 @@ def main(mixers: Sequence[str]) -> None:
     run("-m", "data_pipelines.demos.digits", str(DIGITS))
     section("2. pictures -> latent shards, verified")
     for recipe, half in (("digits", "train"), ("digits-heldout", "heldout")):
-        pomscale("data", "encode", f"recipes/data/{recipe}.yaml")
+        pomscale("data", "encode", f"data/{recipe}")
         pomscale("data", "verify", str(LATENTS / half))
     section("3. training a DiPoM on two processes (FSDP2), killed with SIGKILL midway")
     train_and_kill(RUNS["PoM"])
@@ -107,7 +107,7 @@ def table(figures: dict[str, dict[str, Any]], minutes: float) -> str:
             "",
             "What to run next:",
             f"  pomscale sample {folder} --classes 3,8 --num 30 --sampler heun --guidance 2 --out more.png",
-            "  pomscale config show recipes/image/dipom-xl-2.yaml",
-            "  pomscale data encode recipes/data/imagenet-256.yaml source.path=YOUR_IMAGENET --dry-run",
+            "  pomscale config show image/dipom-xl-2",
+            "  pomscale data encode data/imagenet-256 source.path=YOUR_IMAGENET --dry-run",
         ]
     )

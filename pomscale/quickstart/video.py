@@ -15,7 +15,7 @@ from typing import Any
 from pomscale.quickstart.tour import pomscale, read_figures, remove_earlier, run, section, train_command
 
 CLIPS, TEXT_ENCODER, LATENTS = Path("data/moving-digits"), Path("data/byte-t5"), Path("data/moving-digits-latents")
-RECIPE = "recipes/quickstart-video.yaml"
+RECIPE = "quickstart-video"
 RUN = Path("runs/quickstart-video")
 NUM_FRAMES = 24  # the clips trained on have 8
 NUM_SHOWN, NUM_EVALUATED = 3, 10  # per caption
@@ -31,7 +31,7 @@ def main(overrides: Sequence[str]) -> None:
     run("-m", "data_pipelines.demos.byte_t5", str(TEXT_ENCODER))
     section("3. clips and captions -> latent shards, verified")
     for recipe, half in (("moving-digits", "train"), ("moving-digits-heldout", "heldout")):
-        pomscale("data", "encode", f"recipes/data/{recipe}.yaml")
+        pomscale("data", "encode", f"data/{recipe}")
         pomscale("data", "verify", str(LATENTS / half))
     section("4. training a V-DiPoM with block-causal time on two processes (FSDP2)")
     run(*train_command(RECIPE, RUN, *overrides))
@@ -77,7 +77,7 @@ def table(figures: dict[str, Any], minutes: float) -> str:
             "",
             "What to run next:",
             f'  pomscale sample {RUN} --prompt "four moving right" --frames 48 --out long.mp4',
-            "  pomscale config show recipes/moving-digits-full.yaml   # all digits, four directions: for a GPU",
+            "  pomscale config show moving-digits-full   # all digits, four directions: for a GPU",
             "  pomscale bench video",
         ]
     )

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from pomscale.quickstart.video import NUM_EVALUATED
-from support.paths import ROOT
 from support.running import run
 
 av = pytest.importorskip("av")
@@ -21,7 +20,6 @@ pytest.importorskip("transformers")
 
 def tour(folder: Path, *overrides: str, num_evaluated: int = NUM_EVALUATED) -> dict[str, Any]:
     """The figures that it found, in a folder of its own. num_evaluated: clips per caption."""
-    (folder / "recipes").symlink_to(ROOT / "recipes")
     main = (
         f"from pomscale.quickstart import video as tour; tour.NUM_EVALUATED = {num_evaluated}; tour.main({overrides})"
     )
