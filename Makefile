@@ -39,7 +39,7 @@ lint: setup  ## style, types, who imports whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-schema: setup  ## recipes/schema.json, after a change of pomscale/config/schema.py
+schema: setup  ## recipes/schema.json, after a change of pomscale/config
 	$(BIN)/pomscale config schema > recipes/schema.json
 
 clean:  ## the virtual environment and caches; runs/ and data/ stay

@@ -18,14 +18,14 @@ class MixtureComponentConfig(Section):
 
 
 class CacheConfig(Section):
-    """Whole shards kept on a disk of the node. Needed for datasets that lie behind a URL."""
+    """Cache of whole shards on a disk of the node. Datasets behind a URL need one."""
 
     path: str = Field(description="Folder on this node's own disk; processes of the node share it.")
-    max_gib: PositiveFloat = Field(100.0, description="Least recently used shards go when this is exceeded.")
+    max_gib: PositiveFloat = Field(100.0, description="Size above which the least recently used shards are deleted.")
 
 
 class DataConfig(Section):
-    """Which latents to train on and how to read them."""
+    """Datasets to train on, and the way to read them."""
 
     path: str | None = Field(
         None, description="Folder or URL with manifest.json, as written by `pomscale data encode`."

@@ -72,7 +72,7 @@ SourceConfig = Annotated[
 
 
 class ImageTransformConfig(Section):
-    """From a picture to pixels: resize so that the target is just covered, cut its centre out."""
+    """Transform of a picture to pixels: resize so that the target is just covered, then cut out the centre."""
 
     kind: Literal["image"] = "image"
     size: PositiveInt | None = Field(None, description="Square pictures of this side, in pixels.")
@@ -94,12 +94,12 @@ class ImageTransformConfig(Section):
 
     @property
     def targets(self) -> list[tuple[int, ...]]:
-        """(height, width) in pixels that a picture may get, without `sizes`: those are datasets of their own."""
+        """Possible (height, width) of a picture in pixels; without `sizes`, each of which is a dataset of its own."""
         return [(self.size, self.size)] if self.size is not None else list(self.buckets)
 
 
 class VideoTransformConfig(Section):
-    """From a clip to frames: resample in time from its start, resize to cover the target, cut the centre out."""
+    """Transform of a clip to frames: resample in time, resize to just cover the target, cut out the centre."""
 
     kind: Literal["video"]
     fps: PositiveFloat = Field(16.0, description="Frames per second after resampling.")
@@ -120,12 +120,12 @@ class VideoTransformConfig(Section):
 
     @property
     def targets(self) -> list[tuple[int, ...]]:
-        """(frames, height, width) that a clip may get."""
+        """Possible (frames, height, width) of a clip."""
         return list(self.buckets)
 
 
 def kind(value: Any) -> str:
-    """Which transform is meant; named like its key, since errors name it."""
+    """Return the kind of a transform. The function is named like its key, since pydantic's errors name it."""
     return value.get("kind", "image") if isinstance(value, dict) else getattr(value, "kind", "image")
 
 
@@ -144,17 +144,18 @@ class EncodeRecipe(Section):
     kind: Literal["encode"]
     name: str = Field(min_length=1)
     output: str = Field(description="Folder that receives shards and manifest.json.")
-    seed: Seed = Field(0, description="Deals items to shards; and posterior draws (store: sample).")
+    seed: Seed = Field(0, description="Seed that deals items to shards, and of posterior draws (store: sample).")
     source: SourceConfig
     codec: CodecConfig | None = Field(None, description="null: no latents, text embeddings only.")
-    transform: TransformConfig | None = Field(None, description="How media become the codec's pixels.")
+    transform: TransformConfig | None = Field(None, description="Transform of media to the codec's pixels.")
     text: TextEncoderConfig | None = Field(None, description="Also store embeddings of the captions.")
     shard_samples: PositiveInt = Field(4096, description="Items per shard.")
     batch: PositiveInt = Field(64, description="Items per encoder call.")
     num_workers: PositiveInt = Field(2, description="Threads that decode pictures and clips.")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_skipped: NonNegativeInt = Field(
-        0, description="Up to so many items that cannot be encoded, exit code 0 instead of 3; they are listed anyway."
+        0,
+        description="Most items that may fail and be left out with exit code 0 instead of 3; all are listed.",
     )
     wandb: WandbConfig = WandbConfig(mode="disabled")
 
@@ -180,7 +181,7 @@ def _has_media(source: SourceConfig) -> bool:
 
 
 def has_captions(source: SourceConfig) -> bool:
-    """Whether every item of the source has to have a caption."""
+    """Return whether every item of the source must have a caption."""
     if isinstance(source, ImageFolderConfig):
         return False
     if isinstance(source, VideoFolderConfig):

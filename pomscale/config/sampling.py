@@ -11,13 +11,13 @@ from pomscale.config.section import Section, Seed
 
 
 class SamplingConfig(Section):
-    """How pictures and clips are drawn; also the defaults of `pomscale sample`."""
+    """Options for drawing pictures and clips while training; also the defaults of `pomscale sample`."""
 
-    every_samples: PositiveInt | None = Field(None, description="Draw some into the run folder; null = never.")
+    every_samples: PositiveInt | None = Field(None, description="Draw into the run folder this often; null = never.")
     num_classes: PositiveInt | None = Field(None, description="Classes in the grid, from class 0 on; null = up to 8.")
-    prompts: list[Annotated[str, Field(min_length=1)]] = Field([], description="Clips: what they are to show.")
+    prompts: list[Annotated[str, Field(min_length=1)]] = Field([], description="Clips: captions of the clips to draw.")
     text_path: str | None = Field(
-        None, description="Clips: where the text encoder lies on this machine, if not where the captions were encoded."
+        None, description="Clips: folder of the text encoder on this machine, if not the one that encoded the captions."
     )
     num_each: PositiveInt = Field(4, description="Pictures of each class, clips of each prompt.")
     num_frames: PositiveInt | None = Field(

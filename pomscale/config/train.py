@@ -48,7 +48,7 @@ class DiffusionConfig(Section):
     )
     max_start_group: NonNegativeInt = Field(
         0,
-        description="Clips: each is told to begin at a random frame group from 0 to this, so that generation may go on "
+        description="Clips: each is given a random first frame group from 0 to this, so that generation may continue "
         "to positions beyond the length of the clips.",
     )
 
@@ -72,14 +72,14 @@ class ValidationConfig(Section):
 
 
 class ProfileConfig(Section):
-    """A profiler window: Chrome trace and memory snapshot in the run folder."""
+    """Window of the profiler, which leaves a Chrome trace and a memory snapshot in the run folder."""
 
     start_samples: NonNegativeInt
     num_steps: PositiveInt = 3
 
 
 class InitFromConfig(Section):
-    """Fine-tuning: the network is the same, but for the size of its latents and its classes."""
+    """Initial weights for fine-tuning; the network is the same, except for the size of its latents and its classes."""
 
     path: str = Field(description="Run folder, checkpoint or exported folder.")
     weights: str = Field("ema", description="ema: the average that stands for the model; model: as last trained.")
@@ -92,7 +92,7 @@ class TrainRecipe(Section):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$", description="Run folder: output/name.")
     output: str = Field("runs", description="Folder of run folders.")
     seed: Seed = 0
-    resume: Literal["auto", "never"] = Field("auto", description="auto: go on from the last complete checkpoint.")
+    resume: Literal["auto", "never"] = Field("auto", description="auto: continue from the last complete checkpoint.")
     codec: CodecConfig
     data: DataConfig
     model: ModelConfig
@@ -100,7 +100,7 @@ class TrainRecipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig
-    init_from: InitFromConfig | None = Field(None, description="Begin with the weights of a trained model.")
+    init_from: InitFromConfig | None = Field(None, description="Trained model whose weights the run begins with.")
     engine: Literal["fsdp2", "deepspeed"] = "fsdp2"
     fsdp2: Fsdp2Config = Fsdp2Config()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
@@ -111,7 +111,7 @@ class TrainRecipe(Section):
     validation: ValidationConfig | None = None
     sampling: SamplingConfig = SamplingConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
-    evaluations: list[EvaluationConfig] = Field([], description="Jobs over checkpoints while training goes on.")
+    evaluations: list[EvaluationConfig] = Field([], description="Jobs that evaluate checkpoints beside training.")
     profile: ProfileConfig | None = None
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         {}, description="Dotted key -> values: `pomscale launch` starts one run per point of the grid."
@@ -174,7 +174,7 @@ class TrainRecipe(Section):
         if not self.checkpoint.keep_best:
             return
         if self.validation is None:
-            raise ValueError("checkpoint.keep_best: nothing is measured to judge checkpoints by; add validation")
+            raise ValueError("checkpoint.keep_best: nothing is measured to choose checkpoints by; add validation")
         bins = [f"validation/loss_bin_{index:02d}" for index in range(self.validation.num_time_bins)]
         if self.checkpoint.best_metric not in ("validation/loss", *bins):
             raise ValueError(

@@ -87,12 +87,12 @@ def test_commands_find_recipes_and_clusters_by_name(command: Command) -> None:
     assert "h100" in command("pomscale", "cluster", "list")
     plan = command("pomscale", "plan", "image/dipom-xl-2", "--nodes", "2", "--gpu", "h200")
     assert "dipom-xl-2 on 2 x 8 H200" in plan
-    script = command("pomscale", "launch", "image/dipom-xl-2", "--cluster", "test", "--dry-run")
-    assert "requeue" in script
 
 
 def test_the_digits_are_encoded_and_trained_on(command: Command, tmp_path: Path) -> None:
     command("python", "-m", "data_pipelines.demos.digits", "data/digits")
+    script = command("pomscale", "launch", "data/digits", "--cluster", "test", "--dry-run")
+    assert "pomscale_end() {" in script, "requeue.sh is found"
     command("pomscale", "data", "encode", "data/digits")
     command("pomscale", "data", "encode", "data/digits-heldout")
     short = ["training.total_samples=640", "schedule={warmup_samples: 64, cooldown_samples: 64}", "model.depth=1"]

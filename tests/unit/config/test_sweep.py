@@ -100,7 +100,7 @@ def test_a_recipe_without_a_sweep_has_no_points(path: Path) -> None:
             "grid.yaml:10: training.total_samples: 650 is not a multiple of training.global_batch 32 "
             "(sweep: lr=0.0001-total_samples=650)",
         ),
-        ("model.degree: [2, 3]", "name: [a, b]", "grid.yaml:10: sweep: 'name' is not for a sweep to change"),
+        ("model.degree: [2, 3]", "name: [a, b]", "grid.yaml:10: sweep: 'name' cannot be changed by a sweep"),
         ("[2, 3]", "[2, 2]", "grid.yaml:8: sweep: 2 points would be called grid.lr=0.0001-degree=2; a value is"),
         ("[2, 3]", "[]", "grid.yaml:10: sweep.model.degree: list should have at least 1 item"),
         ("[2, 3]", "2", "grid.yaml:10: sweep.model.degree: input should be a valid list, got 2"),
