@@ -82,7 +82,7 @@ def test_three_starts_are_one_wandb_run_with_the_rows_of_metrics_jsonl(
         if record.HasField("alert")
     ]
     starts = [json.loads(line)["start_samples"] for line in (folder / "incarnations.jsonl").read_text().splitlines()]
-    assert alerts[-1] == ("requeued", "INFO", f"going on from {starts[2]:,} samples: node n7 went down")
+    assert alerts[-1] == ("requeued", "INFO", f"continuing from {starts[2]:,} samples: node n7 went down")
     kept = [(row["incarnation"], row["title"]) for row in _events(folder, "alert")]
     assert kept == [(2, "requeued"), (3, "requeued")]
     artifacts = [record.artifact.type for record in wandb_reader.read_records(files[2]) if record.HasField("artifact")]
