@@ -31,8 +31,8 @@ class ReportPaths:
 def write_report(run_folders: Sequence[Path], out: Path | None = None) -> ReportPaths:
     """Write report.png and report.html into the folder `out`.
 
-    By default `out` is the run folder. The report of several runs is comparison.png and comparison.html, by default in the
-    folder that holds the first one. Raises InputError if no run has logged anything yet, or one is named twice.
+    By default `out` is the run folder. The report of several runs is comparison.png and comparison.html, by default in
+    the folder that holds the first one. Raises InputError if no run has logged anything yet, or one is named twice.
     """
     runs, problems = [], {}
     for folder in run_folders:

@@ -72,14 +72,14 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def _open(run: Path, incarnation: int = 0, **config: Any) -> Monitor:
+def _open(run: Path, start: int = 0, **config: Any) -> Monitor:
     return open_monitor(
         run,
         MonitoringConfig(wandb=WandbConfig.model_validate(config)),
         run_name="digits",
         recipe_dump={"seed": 7, "model": {"dim": 64}},
         total_samples=64,
-        start=incarnation,
+        start=start,
     )
 
 

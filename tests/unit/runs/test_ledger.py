@@ -31,15 +31,15 @@ def seconds(folder: Path) -> dict[str, float]:
     return {kind: pytest.approx(value) for kind, value in found.seconds.items() if value}
 
 
-def start(incarnation: int, samples: int, **moments: float) -> dict[str, Any]:
-    return {"incarnation": incarnation, "samples": samples, "start": moments}
+def start(number: int, samples: int, **moments: float) -> dict[str, Any]:
+    return {"incarnation": number, "samples": samples, "start": moments}
 
 
-def spent(incarnation: int, samples: int, **times: float) -> dict[str, Any]:
-    return {"incarnation": incarnation, "samples": samples, "seconds": times}
+def spent(number: int, samples: int, **times: float) -> dict[str, Any]:
+    return {"incarnation": number, "samples": samples, "seconds": times}
 
 
-def test_a_run_of_three_incarnations(tmp_path: Path) -> None:
+def test_a_run_of_three_starts(tmp_path: Path) -> None:
     write(
         tmp_path,
         start(0, 0, submitted_unix_s=1000, job_unix_s=1600, process_unix_s=1610),
@@ -53,7 +53,7 @@ def test_a_run_of_three_incarnations(tmp_path: Path) -> None:
         spent(2, 300, step=30),
     )
     assert seconds(tmp_path) == {
-        "productive": 25 + 30,  # of 50 s to 100 samples half, and the last incarnation
+        "productive": 25 + 30,  # of 50 s to 100 samples half, and the last start
         "lost": 25 + 25 + 25 + 60,
         "queue": 600 + 140 + 200,
         "down": 130,
