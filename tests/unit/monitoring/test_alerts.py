@@ -1,4 +1,4 @@
-"""When people are told, on numbers; and what they are told, through the real sinks."""
+"""Alerts: when they are sent, by numbers, and their texts, through the real sinks."""
 
 from __future__ import annotations
 

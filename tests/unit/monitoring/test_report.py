@@ -223,7 +223,7 @@ def two_runs(run_folder: Path, tmp_path: Path) -> list[Path]:
 
 
 def cells(text: str, first: str) -> list[str]:
-    """Of the row that begins with a cell."""
+    """Cells of the row that begins with a cell."""
     row = re.search(rf"<tr><td[^>]*>{re.escape(first)}(?:<small>.*?</small>)?</td>(.*?)</tr>", text)
     assert row is not None, first
     return [re.sub(r"<small>.*?</small>|<[^>]+>", "", cell) for cell in row[1].split("</td>")[:-1]]

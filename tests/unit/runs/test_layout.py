@@ -1,4 +1,4 @@
-"""The tree of a run folder: layout.py names every file, and nobody else does."""
+"""The tree of a run folder: layout.py names every file, and no other module does."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def write(folder: Path, *rows: dict[str, Any]) -> None:
 
 
 def seconds(folder: Path) -> dict[str, float]:
-    """What the ledger finds, without the kinds that took no time."""
+    """Seconds by kind in the ledger, without kinds that took no time."""
     found = goodput(folder)
     assert found is not None
     return {kind: pytest.approx(value) for kind, value in found.seconds.items() if value}
@@ -49,7 +49,7 @@ def test_a_run_of_three_starts(tmp_path: Path) -> None:
         start(1, 150, submitted_unix_s=1000, job_unix_s=1900, process_unix_s=1905),
         spent(1, 250, start_up=5, step=60),  # until 1970, then the node was rebooted
         {"incarnation": 1, "samples": 250, "event": "damaged_checkpoint"},
-        start(2, 50, submitted_unix_s=2100, job_unix_s=2300, process_unix_s=2300),  # somebody came and sent it again
+        start(2, 50, submitted_unix_s=2100, job_unix_s=2300, process_unix_s=2300),  # a person submitted it again
         spent(2, 300, step=30),
     )
     assert seconds(tmp_path) == {

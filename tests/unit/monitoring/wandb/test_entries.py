@@ -90,7 +90,7 @@ def test_code_and_recipe_are_artifacts_that_lie_in_the_run_folder(run: Path) -> 
         "sink.log(8, {'train/loss': 1.0})\n"
         "sink.close()\n"
     )
-    # No home: what a node without one, or a full quota, would break.
+    # There is no home directory, as on some nodes.
     environment = {**environment_without_wandb(), "HOME": "/proc/none"}
     subprocess.run([sys.executable, "-c", program, str(run)], env=environment, check=True, capture_output=True)
     recipe, code = wandb_records(wandb_files(run)[0], "artifact")

@@ -82,7 +82,7 @@ def test_a_wandb_that_refuses_does_not_refuse_the_evaluation(
     assert "wandb refuses to start" in caplog.text
     monkeypatch.undo()
     (run / "recipe.yaml").write_text(RECIPE)
-    assert deliver_without_training(run) == 1  # it stayed for whoever comes by
+    assert deliver_without_training(run) == 1  # it was left for the next delivery
 
 
 def test_while_training_is_alive_it_is_training_that_delivers(run: Path) -> None:
