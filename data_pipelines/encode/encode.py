@@ -25,8 +25,8 @@ from data_pipelines.sources import build_source
 from pomscale.base.console import warn
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.monitoring import MonitoringConfig
-from pomscale.config.schema import EncodeRecipe
 from pomscale.monitoring.monitor import Monitor, open_monitor
 from pomscale.shards.schema import FAILURES_NAME, MANIFEST_NAME, Manifest, read_manifest
 

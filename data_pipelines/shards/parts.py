@@ -24,7 +24,7 @@ from data_pipelines.shards.statistics import ChannelStatistics
 from pomscale.base.console import warn
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import atomic_write, make_folder, remove_leftovers, write_text
-from pomscale.config.schema import TransformConfig
+from pomscale.config.encode import TransformConfig
 from pomscale.shards.index import index_dtype, map_index, to_npy
 from pomscale.shards.schema import ArrayName, ShardInfo
 

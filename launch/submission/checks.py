@@ -12,16 +12,11 @@ from launch.status.runs import summarize
 from launch.status.state import LIVE
 from pomscale.base.errors import InputError
 from pomscale.config.cluster import ClusterProfile, expanded, is_time_limit, minutes_of
+from pomscale.config.data import MixtureComponentConfig
+from pomscale.config.encode import EncodeRecipe, ImageFolderConfig, VideoFolderConfig
 from pomscale.config.identity import differences
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import (
-    EncodeRecipe,
-    ImageFolderConfig,
-    MixtureComponentConfig,
-    TrainRecipe,
-    ValidationConfig,
-    VideoFolderConfig,
-)
+from pomscale.config.train import TrainRecipe, ValidationConfig
 from pomscale.config.yaml_file import read_source
 from pomscale.plan.checks import check_layout
 from pomscale.plan.report import DatasetSize, misfit, plan, summary

@@ -29,7 +29,7 @@ from pomscale.benchmarks.memory import peak_private_mib
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.synthetic import table_recipe
 from pomscale.codecs import Codec, build_codec
-from pomscale.config.schema import EncodeRecipe
+from pomscale.config.encode import EncodeRecipe
 from pomscale.runs.layout import METRICS_FILE
 
 _SIZE = 128

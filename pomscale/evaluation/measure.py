@@ -8,7 +8,8 @@ from typing import Literal
 from pomscale.base.console import warn
 from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import find_checkpoint, read_meta
-from pomscale.config.schema import DataConfig, ValidationConfig
+from pomscale.config.data import DataConfig
+from pomscale.config.train import ValidationConfig
 from pomscale.diffusion.objectives import build_objective
 from pomscale.distributed.world import join_world
 from pomscale.evaluation.heldout import HeldoutLoss, heldout_loss

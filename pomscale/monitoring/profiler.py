@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pomscale.config.schema import ProfileConfig
+from pomscale.config.train import ProfileConfig
 from pomscale.runs.layout import memory_history_path, trace_path
 
 

@@ -14,8 +14,9 @@ from pomscale.base.condition import Condition, Text, batch_size, map_condition
 from pomscale.base.console import track, warn
 from pomscale.base.errors import InputError
 from pomscale.codecs.base import ClipCodec, Codec, TextEncoder
+from pomscale.config.codecs import PixelCodecConfig
 from pomscale.config.model import ImageModelConfig
-from pomscale.config.schema import PixelCodecConfig, SamplerName
+from pomscale.config.sampling import SamplerName
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.objectives import build_objective
 from pomscale.distributed.world import resolve_device

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pomscale
+from pomscale.base import installation
 from pomscale.runs.layout import CODE_DIFF_FILE, CODE_STATE_FILE
 
 _RECORDED_PACKAGES = ("torch", "numpy", "torchdata", "webdataset", "wandb", "deepspeed", "diffusers", "transformers")
@@ -31,7 +32,7 @@ def code_state() -> tuple[dict[str, Any], str]:
 
     A copy that `pomscale launch` has made records what it is a copy of; that is returned for it.
     """
-    root = Path(__file__).resolve().parent.parent
+    root = installation.root()
     if (root / CODE_STATE_FILE).is_file():
         state = (root / CODE_STATE_FILE).read_text(encoding="utf-8")
         return json.loads(state), (root / CODE_DIFF_FILE).read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,13 @@ def read_history(run_folder: Path) -> History:
     series = {name: (sorted(points), [points[at] for at in sorted(points)]) for name, points in values.items()}
     last_time_unix_s = rows[-1]["time_unix_s"] if rows else None
     return History(series, starts, resumed_at, num_unreadable, last_time_unix_s, evaluations)
+
+
+def samples_seen(run_folder: Path) -> int:
+    """Return the samples of the last whole row of RUN/metrics.jsonl; 0 without rows."""
+    path = run_folder / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    return json.loads(lines[-1])["samples"] if lines else 0
 
 
 def _what_counts(

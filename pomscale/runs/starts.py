@@ -23,7 +23,7 @@ import psutil
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import write_text
 from pomscale.config.load import dump_recipe
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.runs.code_state import code_state, versions
 from pomscale.runs.layout import (
     CLAIMS_FOLDER,

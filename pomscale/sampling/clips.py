@@ -22,7 +22,7 @@ from pomscale.base.console import track
 from pomscale.base.errors import InputError
 from pomscale.base.files import atomic_write, make_folder
 from pomscale.codecs.base import ClipCodec, ClipDecoder
-from pomscale.config.schema import SamplerName
+from pomscale.config.sampling import SamplerName
 from pomscale.data.normalize import normalize
 from pomscale.media.sheets import ContactSheet, open_clips, to_bytes
 from pomscale.pretrained.card import DEFAULT_FPS

@@ -19,7 +19,7 @@ from pomscale.base.condition import Text
 from pomscale.base.console import Progress
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import make_folder, sync_folder
-from pomscale.config.schema import SamplerName
+from pomscale.config.sampling import SamplerName
 from pomscale.pretrained.load import PretrainedVDiPoM, encode_prompts, load_pretrained
 from pomscale.pretrained.weights import open_weights
 from pomscale.runs.code_state import versions

@@ -21,7 +21,7 @@ from pomscale.checkpoint.store import CheckpointStore, read_meta
 from pomscale.config.engine import CheckpointConfig
 from pomscale.config.hardware import peak_flops
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.data.bad_samples import BadSampleList
 from pomscale.data.loader import Loader
 from pomscale.data.mixture import Mixture
@@ -292,7 +292,8 @@ class _Run:
 
     def _still_ours(self) -> None:
         """Superseded if a newer start has taken over. A file system that stutters is no reason to end: whoever is about
-        to commit something looks again."""
+        to commit something looks again.
+        """
         if self.world.is_main:
             try:
                 self.start.check()

@@ -12,8 +12,8 @@ import pytest
 from launch.submission.prepare import How
 from launch.submission.sweep import plan_sweep, table
 from pomscale.config.load import load_cluster, load_train_recipe
-from pomscale.config.schema import TrainRecipe
 from pomscale.config.sweep import load_points
+from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError
 from pomscale.runs.layout import CHECKPOINT_META
 from pomscale.runs.outcome import write_outcome
@@ -100,7 +100,7 @@ def test_a_recipe_without_a_sweep_has_no_points(path: Path) -> None:
             "grid.yaml:10: training.total_samples: 650 is not a multiple of training.global_batch 32 "
             "(sweep: lr=0.0001-total_samples=650)",
         ),
-        ("model.degree: [2, 3]", "name: [a, b]", "grid.yaml:10: sweep: 'name' is not for a sweep to change"),
+        ("model.degree: [2, 3]", "name: [a, b]", "grid.yaml:10: sweep: 'name' cannot be changed by a sweep"),
         ("[2, 3]", "[2, 2]", "grid.yaml:8: sweep: 2 points would be called grid.lr=0.0001-degree=2; a value is"),
         ("[2, 3]", "[]", "grid.yaml:10: sweep.model.degree: list should have at least 1 item"),
         ("[2, 3]", "2", "grid.yaml:10: sweep.model.degree: input should be a valid list, got 2"),

@@ -17,8 +17,9 @@ from launch.submission.prepare import Prepared, prepare_commands, prepare_encode
 from launch.submission.submit import record
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.cluster import ClusterProfile
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.load import dump_recipe, load_train_recipe
-from pomscale.config.schema import EncodeRecipe, TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.runs.layout import CHECKPOINT_META
 from pomscale.runs.outcome import write_outcome
 from support.paths import RECIPES

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pomscale.config.hardware import peak_flops
-from pomscale.config.schema import ProfileConfig
+from pomscale.config.train import ProfileConfig
 from pomscale.monitoring.host import HostStats, peak_memory_gib
 from pomscale.monitoring.profiler import ProfileWindow
 from pomscale.monitoring.throughput import StepTimer, mfu
