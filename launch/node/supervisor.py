@@ -195,7 +195,7 @@ class Supervisor:
             self._warn(str(problem))
 
     def _state_now(self) -> str:
-        """squeue may say nothing in the moment in which a node goes down."""
+        """Squeue may say nothing in the moment in which a node goes down."""
         for _ in range(3):
             if state := slurm.state_now(self._place.job_id):
                 return state

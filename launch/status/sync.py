@@ -120,7 +120,7 @@ def _is_synced(folder: Path) -> bool:
 
 
 def _mark_of(file: Path) -> Path:
-    """wandb makes it, and leaves out what has one."""
+    """Wandb makes it, and leaves out what has one."""
     return file.with_name(f"{file.name}.synced")
 
 
@@ -160,7 +160,7 @@ def _alone(home: Path) -> Iterator[bool]:
 
 
 def _upload(folder: Path, show: Callable[[str], None]) -> None:
-    """wandb waits, and says so, while its server is away."""
+    """Wandb waits, and says so, while its server is away."""
     last = ""
     with subprocess.Popen(
         [*_COMMAND, str(folder)],

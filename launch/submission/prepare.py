@@ -128,7 +128,8 @@ def _take_away(home: Path, first_new: Path) -> None:
 
 class How(TypedDict, total=False):
     """gpus_per_node, ranks_per_node, time_limit: instead of the profile's. to_come: absolute paths of datasets and runs
-    that jobs before this one make. replacing: the job that waits in this home will be cancelled before."""
+    that jobs before this one make. replacing: the job that waits in this home will be cancelled before.
+    """
 
     num_nodes: int
     gpus_per_node: int | None

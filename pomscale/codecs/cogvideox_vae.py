@@ -81,7 +81,7 @@ class CogVideoXVaeCodec(DiffusersVae):
         return CogVideoXDecoder(self.vae, latent_frames)
 
     def _check_tiles(self) -> None:
-        """diffusers places tiles by rounding: where pixels and latents round apart, the latent has a wrong shape."""
+        """Diffusers places tiles by rounding: where pixels and latents round apart, the latent has a wrong shape."""
         vae = self.vae
         for side, overlap in (("height", vae.tile_overlap_factor_height), ("width", vae.tile_overlap_factor_width)):
             pixels, latents = getattr(vae, f"tile_sample_min_{side}"), getattr(vae, f"tile_latent_min_{side}")

@@ -1,7 +1,7 @@
-"""What torch.compile has made, kept in the run folder: a requeued job does not compile again.
+"""Compiled code of torch.compile, kept in the run folder, so that a requeued job does not compile again.
 
 Inductor's own cache lies on a disk of the node, where the next start may not run. One file in the run folder holds it
-for all ranks; what does not fit a machine or a version is not used: torch keys every artifact by what it depends on.
+for all ranks. torch keys every artifact by all that it depends on, so one of another machine or version is not used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pomscale.runs.layout import COMPILE_CACHE_FILE
 
 
 class CompileCache:
-    """path: None for a run that compiles nothing, where it does nothing. The main rank writes, all read."""
+    """Cache that all ranks read and the main rank writes; it does nothing with run_folder None (nothing compiled)."""
 
     def __init__(self, run_folder: Path | None, *, is_main: bool) -> None:
         self._path = None if run_folder is None else run_folder / COMPILE_CACHE_FILE
@@ -26,7 +26,7 @@ class CompileCache:
         self._in_file: set[tuple[str, str]] = set()
 
     def load(self) -> None:
-        """Before the first step. Without the file, or with a damaged one, all is compiled."""
+        """Load the cache, before the first step. Without the file, or with a damaged one, all is compiled."""
         if self._path is None or not self._path.is_file():
             return
         try:
@@ -35,11 +35,11 @@ class CompileCache:
             warn(f"{self._path} cannot be read ({problem}); compiling again")
 
     def save(self) -> None:
-        """After the first step: most of what is compiled. What goes wrong costs a compilation, not the run."""
+        """Save what is compiled, after the first step. A failure costs a compilation, not the run."""
         if self._path is None or not self._is_main:
             return
         artifacts = torch.compiler.save_cache_artifacts()
-        # What this process has used; the file may have more, for a validation that is still to come.
+        # `artifacts` is what this process has used; the file may have more, for a validation that is still to come.
         if artifacts is None or _keys(artifacts[1]) <= self._in_file:
             return
         try:

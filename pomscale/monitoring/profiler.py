@@ -1,4 +1,4 @@
-"""A profiler window on request: a few steps recorded once into the run folder."""
+"""Profiler window: a few steps that the recipe asks to record into the run folder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pomscale.runs.layout import memory_history_path, trace_path
 
 
 class ProfileWindow:
-    """Records `num_steps` steps from `start_samples` on; with config None it does nothing.
+    """Recorder of `num_steps` steps from `start_samples` on; with config None it does nothing.
 
     Writes RUN/profile/rank-R-trace.json.gz (Chrome trace with memory events; open it in ui.perfetto.dev) and on
-    CUDA rank-R-memory.pickle (allocator history; open it in pytorch.org/memory_viz). A run that resumes behind
-    `start_samples` records nothing: the window is past.
+    CUDA rank-R-memory.pickle (allocator history; open it in pytorch.org/memory_viz). A run that resumes after
+    `start_samples` records nothing.
     """
 
     def __init__(self, config: ProfileConfig | None, run_folder: Path, rank: int, device: torch.device) -> None:
@@ -29,7 +29,7 @@ class ProfileWindow:
         self._called = False
 
     def step(self, samples: int) -> None:
-        """Call before every optimiser step; samples: seen so far."""
+        """Begin or end the recording if it is due; call it before every step, with the samples seen so far."""
         if self._steps_left == 0:
             return
         if self._profiler is not None:
@@ -51,7 +51,7 @@ class ProfileWindow:
         self._profiler.start()
 
     def close(self) -> None:
-        """End the window and write it; also for a run that ends inside it. Does nothing outside a window."""
+        """End the recording and write it, also for a run that ends inside it. Does nothing outside of one."""
         if self._profiler is None:
             return
         self._trace_path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""How each start of a run ended: outcome.json for the newest start, outcomes/ by start and rank.
+"""Outcome of each start of a run: outcome.json for the newest start, outcomes/ by start and rank.
 
 outcome.json is absent while a start runs, and after a kill. A rank writes its outcome when it ends well as rank 0, and
 whenever it fails.

@@ -267,7 +267,7 @@ class Normalization:
 
     @classmethod
     def of(cls, manifest: Manifest, rule: Literal["codec", "dataset"]) -> Normalization:
-        """rule "codec": the codec's shift and scaling factor. rule "dataset": the measured mean and std."""
+        """Rule "codec": the codec's shift and scaling factor. rule "dataset": the measured mean and std."""
         return cls.of_mixture([manifest], [1.0], rule)
 
     @classmethod

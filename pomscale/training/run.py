@@ -293,7 +293,8 @@ class _Run:
 
     def _still_ours(self) -> None:
         """Superseded if a newer start has taken over. A file system that stutters is no reason to end: whoever is about
-        to commit something looks again."""
+        to commit something looks again.
+        """
         if self.world.is_main:
             try:
                 self.start.check()

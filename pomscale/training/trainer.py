@@ -210,7 +210,8 @@ class Trainer:
 
     def _loss(self, model: nn.Module, micro_batch: Any) -> Tensor:
         """A loss that is not finite gets a gradient that is not finite, even if only the loss has overflowed: so the
-        engine leaves a step out where the verdict on it will be that."""
+        engine leaves a step out where the verdict on it will be that.
+        """
         loss = self.loss(model, micro_batch)
         return loss * (1 + 0 * loss.detach())  # 0 * inf is nan
 

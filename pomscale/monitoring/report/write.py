@@ -1,7 +1,7 @@
-"""`pomscale report`: run folders as one picture and one self-contained HTML page; several of them side by side.
+"""Report of run folders as one picture and one self-contained HTML page (`pomscale report`).
 
-Only files of the run folders are read, so it works without a network, on a run that is still going, and on one that
-was killed. The page loads nothing: pictures and clips are inside of it.
+Only files of the run folders are read, so it works without a network, on a run that is still running, and on one that
+was killed. The page loads nothing: it contains its pictures and clips.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pomscale.runs.ledger import goodput
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """left_out: of several runs, those that have logged nothing yet."""
+    """Paths of a report, and the runs that were left out since they have logged nothing yet."""
 
     png: Path
     html: Path
@@ -31,8 +31,8 @@ class ReportPaths:
 def write_report(run_folders: Sequence[Path], out: Path | None = None) -> ReportPaths:
     """Write report.png and report.html into the folder `out`.
 
-    Default: the run folder; of several runs the folder that holds the first, as comparison.png and comparison.html.
-    Raises InputError for a run that has logged nothing yet, if no other has, and for one that is named twice.
+    By default `out` is the run folder. The report of several runs is comparison.png and comparison.html, by default in
+    the folder that holds the first one. Raises InputError if no run has logged anything yet, or one is named twice.
     """
     runs, problems = [], {}
     for folder in run_folders:

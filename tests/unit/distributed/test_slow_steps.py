@@ -1,4 +1,4 @@
-"""Which slow steps are told: numbers of rows as the trainer gives them, under a clock of its own."""
+"""Alerts of slow steps, from numbers of rows as the trainer gives them, and a clock of the test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pomscale.runs.ledger import Ledger, goodput
 
 
 def told(folder: Path, rows: list[tuple[float, float]]) -> int:
-    """How many alerts came of rows, each (seconds since the row before, seconds per step)."""
+    """Number of alerts after rows, each (seconds since the row before, seconds per step)."""
     now_s = 0.0
     with Ledger(folder, 0, 0) as ledger:
         alerts = Alerts(AlertsConfig(min_goodput=None), Monitor([]), ledger, lambda: now_s)

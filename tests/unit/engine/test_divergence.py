@@ -20,7 +20,7 @@ def noisy_losses(count: int, scale: float = 0.05) -> list[float]:
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (-math.inf, math.nan)])
 def test_steps_that_are_not_finite_are_left_out_until_too_many_come_in_a_row(loss: float, norm: float) -> None:
     divergence = Divergence(FaultsConfig(max_non_finite=3))
-    for _ in range(4):  # what lies between them starts the count anew
+    for _ in range(4):  # a good step between them resets the count
         assert [divergence.assess(loss, norm) for _ in range(2)] == ["skip", "skip"]
         assert divergence.assess(1.0, 1.0) == "ok"
     assert [divergence.assess(loss, norm) for _ in range(3)] == ["skip", "skip", "rollback"]

@@ -70,8 +70,8 @@ class Home:
         path.write_text(json.dumps(claim))
         return self
 
-    def logged(self, at_s: float, incarnation: int = 1) -> Home:
-        sink = JsonlSink(self.folder, incarnation)
+    def logged(self, at_s: float, start: int = 1) -> Home:
+        sink = JsonlSink(self.folder, start)
         sink.log(100, {"train/loss": 1.0})
         sink.close()
         path = self.folder / "metrics.jsonl"
@@ -86,8 +86,8 @@ class Home:
         ledger.close()
         return self
 
-    def ended(self, state: str, incarnation: int = 1, reason: str = "") -> Home:
-        write_outcome(self.folder, incarnation, 0, state, samples=100, reason=reason)
+    def ended(self, state: str, start: int = 1, reason: str = "") -> Home:
+        write_outcome(self.folder, start, 0, state, samples=100, reason=reason)
         return self
 
     def state(self, jobs: dict[str, JobState] | None = None) -> State:

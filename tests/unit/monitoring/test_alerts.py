@@ -1,4 +1,4 @@
-"""When people are told, on numbers; and what they are told, through the real sinks."""
+"""Alerts: when they are sent, by numbers, and their texts, through the real sinks."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_restart_is_told_with_its_reason_and_a_first_start_is_not(tmp_path: Pa
     desk = Desk(tmp_path)
     desk.alerts.restarted(0, None)
     desk.alerts.restarted(12_800, "node n7 went down")
-    assert desk.close() == [(12_800, "requeued", "going on from 12,800 samples: node n7 went down", "INFO")]
+    assert desk.close() == [(12_800, "requeued", "continuing from 12,800 samples: node n7 went down", "INFO")]
 
 
 def test_steps_that_stay_slow_are_told_by_the_median_of_this_start(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a library, a rollback or a torn file does to logging: nothing."""
+"""Logging survives a library that exits, a rollback and a torn file."""
 
 from __future__ import annotations
 

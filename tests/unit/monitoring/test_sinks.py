@@ -34,11 +34,11 @@ def _rows(run_folder: Path) -> list[dict[str, float | str]]:
     return [json.loads(line, parse_constant=_refuse_constants) for line in lines]
 
 
-def _log(run_folder: Path, incarnation: int, losses: dict[int, float], start_samples: int | None = None) -> None:
+def _log(run_folder: Path, start: int, losses: dict[int, float], start_samples: int | None = None) -> None:
     if start_samples is not None:
         with (run_folder / "incarnations.jsonl").open("a") as file:
-            file.write(json.dumps({"incarnation": incarnation, "start_samples": start_samples}) + "\n")
-    sink = JsonlSink(run_folder, incarnation)
+            file.write(json.dumps({"incarnation": start, "start_samples": start_samples}) + "\n")
+    sink = JsonlSink(run_folder, start)
     for samples, loss in losses.items():
         sink.log(samples, {"train/loss": loss})
     sink.close()
@@ -143,7 +143,7 @@ def test_history_of_a_folder_without_metrics(tmp_path: Path) -> None:
 # --- console -------------------------------------------------------------------------------------------------------
 
 
-def test_console_line_and_eta_of_this_incarnation() -> None:
+def test_console_line_and_eta_of_this_start() -> None:
     times = iter([100.0, 110.0])
     stream = io.StringIO()
     sink = ConsoleSink(total_samples=100_000, stream=stream, clock=lambda: next(times))

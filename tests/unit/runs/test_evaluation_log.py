@@ -31,11 +31,11 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def _train(run: Path, incarnation: int, start: int, *samples: int) -> None:
+def _train(run: Path, number: int, start: int, *samples: int) -> None:
     time.sleep(0.01)  # times are in milliseconds
     with (run / "incarnations.jsonl").open("a") as file:
-        file.write(json.dumps({"incarnation": incarnation, "start_samples": start}) + "\n")
-    sink = JsonlSink(run, incarnation)
+        file.write(json.dumps({"incarnation": number, "start_samples": start}) + "\n")
+    sink = JsonlSink(run, number)
     for at in samples:
         sink.log(at, {"train/loss": 1.0 / at})
     sink.close()

@@ -1,4 +1,4 @@
-"""Split brain: of all starts of a run, only the newest goes on."""
+"""Split brain: of all starts of a run, only the newest may write."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_start_that_is_still_alive_here_is_named(tmp_path: Path) -> None:
         claim.write_text(re.sub('"time": "[0-9]+', '"time": "1999', content))
         assert second.other_alive() is None, "its number has been given to another process"
         claim.write_text(content.replace('"host": "', '"host": "not-'))
-        assert second.other_alive() is None, "nobody here knows of another machine's processes"
+        assert second.other_alive() is None, "processes of another machine cannot be seen"
         claim.write_text("")
         assert second.other_alive() is None, "it has not said yet who it is"
         claim.write_text(content)
