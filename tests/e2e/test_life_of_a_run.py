@@ -20,7 +20,7 @@ from pomscale.config.load import load_train_recipe
 from pomscale.data.dataset import LatentDataset
 from pomscale.diffusion.objectives import OBJECTIVES
 from pomscale.evaluation.heldout import open_heldout
-from support.paths import RECIPES, ROOT
+from support.paths import ROOT
 from support.running import GLOBAL_BATCH, checkpoint_samples, pomscale, rows, run, train, write_tiny_recipe
 
 STEPS = 20

@@ -39,7 +39,7 @@ def recipe_overrides(digits: Path) -> list[str]:
         {
             "name": "broken",
             "every_samples": EVALUATED[-1],
-            "run": ["evaluate digits {folder}/none.npz --out {folder}/figures.json"],
+            "run": ["evaluate digits {folder}/none.npz --train {folder}/none --out {folder}/figures.json"],
         },
     ]
     return [

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 
 from launch.record.job import Attempt, attempts
 from pomscale.runs.history import samples_seen
+from support import running
 from support.cluster import SlurmCluster
 from support.running import GLOBAL_BATCH, losses, write_tiny_recipe
 
@@ -105,15 +104,7 @@ def hold(cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch, file: Path, sam
 
 
 def pomscale(cluster: SlurmCluster, *words: str, expect: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "pomscale", *words],
-        env=cluster.environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == expect, f"{done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    done = running.pomscale(*words, expect=expect, env=cluster.environment)
     return done.stdout + done.stderr
 
 

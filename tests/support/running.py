@@ -1,4 +1,8 @@
-"""Start the real commands as users do, and read what they leave in the run folder."""
+"""Start the real commands as users do, and read what they leave in the run folder.
+
+Commands of Python are forked from a process that has done the imports (support.forking), unless what a test asks for
+needs a start from nothing.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +27,12 @@ from launch.record.job import submissions
 from pomscale.checkpoint.store import find_checkpoint, read_meta, read_tensors
 from pomscale.pretrained.load import load_pretrained
 from pomscale.runs.history import samples_seen
+from support.forking import ForkedPopen, may_fork
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-UNHURRIED = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).with_name("unhurried"))}  # of runs met in the middle
+_UNHURRIED = str(Path(__file__).with_name("unhurried"))
+# The environment of runs that a test meets in the middle.
+UNHURRIED = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, [_UNHURRIED, os.environ.get("PYTHONPATH")]))}
 TIMEOUT_S = 240
 KILLED_WITHIN_S = 120  # on a machine with too much to do
 GLOBAL_BATCH = 32
@@ -90,10 +97,16 @@ def run(command: list[str], expect: int = 0, timeout: float = TIMEOUT_S, **optio
     return Finished(process.returncode, out, err)
 
 
+def open_process(command: list[str], **options: Any) -> subprocess.Popen[Any]:
+    """Start a command with the options of subprocess.Popen, forked if it may be; the environment is ENVIRONMENT."""
+    options.setdefault("env", ENVIRONMENT)
+    return ForkedPopen(command, **options) if may_fork(command, options) else subprocess.Popen(command, **options)
+
+
 @contextmanager
 def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A command under way. Whatever happens to the test, no process of it is left behind."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **{"env": ENVIRONMENT, **options})
+    """Start a command. Whatever happens to the test, no process of it is left behind."""
+    process = open_process(command, stdout=subprocess.PIPE, text=True, **options)
     known = {process.pid: psutil.Process(process.pid)}
     try:
         yield process
