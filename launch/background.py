@@ -27,16 +27,16 @@ _FOREVER_MIN = 10 * 365 * 24 * 60  # submitit's own limit is two minutes
 
 
 def main() -> None:
-    home, num_gpus, python = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    job_folder, num_gpus, python = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     # Held back by `launch`, which waits for this process; the job is to hear of it.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     try:
-        executor = LocalExecutor(home / SUBMITIT, python=f"{shlex.quote(python)} -m launch.held")
+        executor = LocalExecutor(job_folder / SUBMITIT, python=f"{shlex.quote(python)} -m launch.held")
         executor.update_parameters(
             timeout_min=_FOREVER_MIN, gpus_per_node=num_gpus, visible_gpus=_visible_gpus(num_gpus), tasks_per_node=1
         )
-        answer = _leave_the_terminal(home / SUBMITIT / "controller.log")
-        job = executor.submit(LocalTask(str(home)))
+        answer = _leave_the_terminal(job_folder / SUBMITIT / "controller.log")
+        job = executor.submit(LocalTask(str(job_folder)))
         controller = psutil.Process(int(job.job_id))
         # Not before there is somebody to hear of a request to end: the controller only hands it on.
         while controller.status() != psutil.STATUS_ZOMBIE and not controller.children():

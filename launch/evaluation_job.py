@@ -12,7 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from launch.node.evaluations import CHECKPOINT, evaluation_home
+from launch.node.evaluations import CHECKPOINT, evaluation_folder
 from launch.record.job import CODE, JOB_FILE, LAUNCH_FILE, JobSpec, LaunchedAs
 from launch.submission.prepare import prepare_commands
 from pomscale.base.errors import PomscaleError
@@ -31,10 +31,10 @@ def submit_evaluation(run: Path, name: str, samples: int) -> str:
     if profile.scheduler == "debug":  # in the foreground, it would hold up the supervisor
         profile = profile.model_copy(update={"scheduler": "local"})
     config = _config(run, launched, name)
-    home = evaluation_home(run, name, samples)
+    job_folder = evaluation_folder(run, name, samples)
     prepared = prepare_commands(
         f"{run.name}-{name}-{samples}",
-        home,
+        job_folder,
         commands_of(config, run, samples),
         profile,
         launched.cluster,
@@ -42,19 +42,21 @@ def submit_evaluation(run: Path, name: str, samples: int) -> str:
         gpus_per_node=min(profile.gpus_per_node, 1),
         time_limit=config.time_limit or launched.time_limit,
     )
-    if (run / CODE).is_dir() and not (home / CODE).exists():
-        (home / CODE).symlink_to(os.path.relpath(run / CODE, home))  # the code that the run was launched with
+    if (run / CODE).is_dir() and not (job_folder / CODE).exists():
+        (job_folder / CODE).symlink_to(
+            os.path.relpath(run / CODE, job_folder)
+        )  # the code that the run was launched with
     cwd = JobSpec.read(run / JOB_FILE).cwd
     return replace(prepared, spec=replace(prepared.spec, cwd=cwd)).submit()
 
 
 def commands_of(config: EvaluationConfig, run: Path, samples: int) -> list[list[str]]:
     """Those of the recipe, filled in, and one that records what they have found."""
-    home = evaluation_home(run, config.name, samples)
-    filled = {"checkpoint": str(home / CHECKPOINT), "samples": samples, "folder": str(home)}
+    job_folder = evaluation_folder(run, config.name, samples)
+    filled = {"checkpoint": str(job_folder / CHECKPOINT), "samples": samples, "folder": str(job_folder)}
     commands = [[word.format(**filled) for word in shlex.split(command)] for command in config.run]
-    record = ["evaluate", "record", str(run), config.name, str(samples), str(home / FIGURES)]
-    return [*commands, [*record, "--evaluated", str(home / CHECKPOINT)]]
+    record = ["evaluate", "record", str(run), config.name, str(samples), str(job_folder / FIGURES)]
+    return [*commands, [*record, "--evaluated", str(job_folder / CHECKPOINT)]]
 
 
 def _config(run: Path, launched: LaunchedAs, name: str) -> EvaluationConfig:

@@ -20,9 +20,9 @@ from functools import partial
 from io import FileIO
 from pathlib import Path
 
-from launch.node.forwarding import Forwarding
+from launch.node.identity import RankIdentity
 from launch.node.oom import num_out_of_memory_kills
-from launch.node.process import Place
+from launch.node.signals import SignalForwarder
 from launch.node.supervisor import ENDED_BY_SUPERVISOR, LAST_WORDS_S, Supervisor
 from launch.node.verdict import EXIT_STOPPED
 from launch.record.job import (
@@ -31,10 +31,10 @@ from launch.record.job import (
     JOB_FILE,
     Ending,
     JobSpec,
-    attempt_folder,
     ending_path,
     keep,
     log_path,
+    start_folder,
     submissions,
 )
 from pomscale.base.console import warn
@@ -48,20 +48,20 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 _TAIL_BYTES = 8192
 
 
-def guard(spec: JobSpec, place: Place) -> int:
+def guard(spec: JobSpec, identity: RankIdentity) -> int:
     """Run the commands of the job as one rank. Returns the exit code that this task should have.
 
     That is 0 for every rank but the first, whatever happened to its process: srun would kill all others for another
     one before they have told how they ended. Rank 0 gives the exit code of the job.
     """
-    forwarding = Forwarding()
-    home = Path(spec.home)
-    attempt = attempt_folder(home, place.job_id, place.restart)
-    supervisor = Supervisor(spec, place, attempt, forwarding) if place.rank == 0 else None
+    forwarding = SignalForwarder()
+    job_folder = Path(spec.job_folder)
+    folder = start_folder(job_folder, identity.job_id, identity.restart)
+    supervisor = Supervisor(spec, identity, folder, forwarding) if identity.rank == 0 else None
     restarted_because = supervisor.begin() if supervisor is not None else None
-    ending = _Rank(spec, place, forwarding, supervisor, restarted_because).run()
+    ending = _Rank(spec, identity, forwarding, supervisor, restarted_because).run()
     try:
-        keep(ending_path(attempt, place.rank), ending)
+        keep(ending_path(folder, identity.rank), ending)
     except PomscaleError as problem:  # a full disk: rank 0 will say that nothing was heard of this one
         warn(str(problem))
         if supervisor is None and not spec.is_run:
@@ -75,18 +75,18 @@ class _Rank:
     def __init__(
         self,
         spec: JobSpec,
-        place: Place,
-        forwarding: Forwarding,
+        identity: RankIdentity,
+        forwarding: SignalForwarder,
         supervisor: Supervisor | None,
         restarted_because: str | None,
     ) -> None:
         self._spec = spec
         self._restarted_because = restarted_because
-        self._place = place
+        self._identity = identity
         self._forwarding = forwarding
         self._supervisor = supervisor
-        self._log = log_path(Path(spec.home), place.array_task * spec.num_ranks + place.rank)
-        self._attempt = attempt_folder(Path(spec.home), place.job_id, place.restart)
+        self._log = log_path(Path(spec.job_folder), identity.array_task * spec.num_ranks + identity.rank)
+        self._start_folder = start_folder(Path(spec.job_folder), identity.job_id, identity.restart)
         self._looked_s = 0.0
         self._told_s: float | None = None
 
@@ -98,8 +98,8 @@ class _Rank:
         with _opened(self._log) as log:
             begin = log.seek(0, os.SEEK_END)
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            place = self._place
-            _say(log.fileno(), f"===== start {place.job_id}-{place.restart} on {place.host}, {now} =====")
+            identity = self._identity
+            _say(log.fileno(), f"===== start {identity.job_id}-{identity.restart} on {identity.host}, {now} =====")
             for words in self._spec.commands:
                 if self._forwarding.first is not None:
                     returncode = EXIT_STOPPED  # told to end before it began: nothing is lost
@@ -108,8 +108,8 @@ class _Rank:
                 if returncode:
                     break
         return Ending(
-            self._place.rank,
-            self._place.host,
+            self._identity.rank,
+            self._identity.host,
             pid,
             started_unix_s,
             time.time(),
@@ -122,7 +122,7 @@ class _Rank:
 
     def _run_command(self, words: list[str], log: int) -> tuple[int, int]:
         """(process, how it ended)."""
-        place = self._place
+        identity = self._identity
         restarted = {} if self._restarted_because is None else {RESTARTED_BECAUSE: self._restarted_because}
         _say(log, f"$ pomscale {shlex.join(words)}")
         try:
@@ -132,12 +132,12 @@ class _Rank:
                 stdout=log,
                 stderr=log,
                 cwd=self._spec.cwd,
-                env=os.environ | _environment(self._spec, place) | restarted,
+                env=os.environ | _environment(self._spec, identity) | restarted,
                 process_group=0,
                 preexec_fn=_die_with_parent,  # noqa: PLW1509 (one thread)
             )
         except OSError as problem:  # the folder that it was launched from has gone, or this node does not see it
-            _say(log, f"error: {place.host} cannot start it in {self._spec.cwd}: {problem}")
+            _say(log, f"error: {identity.host} cannot start it in {self._spec.cwd}: {problem}")
             return 0, 1
         self._forwarding.send = partial(_hand_on, child)
         if self._forwarding.first is not None:  # it came between the look above and the line before
@@ -160,7 +160,7 @@ class _Rank:
                 child.kill()
         elif now_s - self._looked_s > _OBEY_EVERY_S:
             self._looked_s = now_s
-            if os.path.exists(self._attempt / END_FILE):  # Path.exists raises where a file system stutters
+            if os.path.exists(self._start_folder / END_FILE):  # Path.exists raises where a file system stutters
                 self._told_s = now_s
 
 
@@ -184,17 +184,17 @@ def _hand_on(child: subprocess.Popen[bytes], number: int) -> None:
         child.send_signal(number)
 
 
-def _environment(spec: JobSpec, place: Place) -> dict[str, str]:
+def _environment(spec: JobSpec, identity: RankIdentity) -> dict[str, str]:
     """Of the rank. Variables of the job script (modules, NCCL, the profile's) are there already."""
-    environment = {**spec.environment, **place.environment}
-    code = Path(spec.home) / CODE
+    environment = {**spec.environment, **identity.environment}
+    code = Path(spec.job_folder) / CODE
     if code.is_dir():
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
         environment["PYTHONSAFEPATH"] = "1"  # or the working folder's own pomscale would come first
-    submitted = {submission.job_id: submission for submission in submissions(Path(spec.home))}
-    of_this = submitted.get(place.job_id) or submitted.get(place.job_id.split("_")[0])
-    if of_this is not None:
-        environment[SUBMITTED] = str(of_this.submitted_unix_s)
+    submitted = {submission.job_id: submission for submission in submissions(Path(spec.job_folder))}
+    submission = submitted.get(identity.job_id) or submitted.get(identity.job_id.split("_")[0])
+    if submission is not None:
+        environment[SUBMITTED] = str(submission.submitted_unix_s)
     return environment
 
 
@@ -216,10 +216,10 @@ def _last_line(log: Path, begin: int) -> str:
 
 
 def main() -> None:
-    home = Path(sys.argv[1]).resolve()
+    job_folder = Path(sys.argv[1]).resolve()
     try:
-        spec = JobSpec.read(home / JOB_FILE)
-        code = guard(spec, Place.here(spec))
+        spec = JobSpec.read(job_folder / JOB_FILE)
+        code = guard(spec, RankIdentity.here(spec))
     except PomscaleError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import sys
 
-from launch.node.forwarding import hold_signals
+from launch.node.signals import block_signals
 
 if __name__ == "__main__":
-    hold_signals()
+    block_signals()
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])

@@ -12,10 +12,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from launch.node.process import slurm_job
+from launch.node.identity import slurm_job
 from launch.record.job import JOB_FILE, Submission, keep, submissions
 from launch.submission.prepare import prepare_train, resolved_output
-from launch.submission.submit import record
+from launch.submission.submit import record_submission
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.load import load_train_recipe
@@ -28,18 +28,18 @@ def prepare_here(words: list[str], environment: Mapping[str, str] = os.environ) 
     path, overrides = Path(words[0]), words[1:]
     profile = _profile(environment)
     recipe = load_train_recipe(path, overrides)
-    home = resolved_output(recipe.output, profile) / recipe.name
+    job_folder = resolved_output(recipe.output, profile) / recipe.name
     job_id, _, _ = slurm_job(environment)
-    if any(one.job_id == job_id for one in submissions(home)):
-        return home  # started again by SLURM: it goes on as it was launched
+    if any(one.job_id == job_id for one in submissions(job_folder)):
+        return job_folder  # started again by SLURM: it goes on as it was launched
     num_nodes = int(environment["SLURM_NNODES"])
     prepared = prepare_train(
         path, overrides, profile, "sbatch", num_nodes=num_nodes, command_line=["sbatch", "slurm/train.sbatch", *words]
     )
-    prepared.write_home()
-    keep(home / JOB_FILE, prepared.spec)
-    record(home, Submission(job_id, time.time(), "slurm", num_nodes))
-    return home
+    prepared.write_job_folder()
+    keep(job_folder / JOB_FILE, prepared.spec)
+    record_submission(job_folder, Submission(job_id, time.time(), "slurm", num_nodes))
+    return job_folder
 
 
 def _profile(environment: Mapping[str, str]) -> ClusterProfile:

@@ -9,8 +9,15 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from launch.cluster.findings import Finding, of_ranks, of_requeue, of_signal, of_slurm, of_world
-from launch.record.job import SUBMITIT, attempts
+from launch.cluster.findings import (
+    Finding,
+    rank_findings,
+    requeue_finding,
+    signal_finding,
+    slurm_findings,
+    world_findings,
+)
+from launch.record.job import SUBMITIT, read_starts
 from launch.scheduler import slurm
 from launch.status.runs import RunSummary, summarize
 from launch.status.state import LIVE
@@ -72,7 +79,7 @@ def check_cluster(
             slurm.check_answers()
             names = (profile.partition or "").split(",")
             partitions = {name: slurm.partition(name or None) for name in names}
-            findings += of_slurm(profile, slurm.configuration(), partitions)
+            findings += slurm_findings(profile, slurm.configuration(), partitions)
         prepared = _prepare(name, profile, num_nodes, folder)
         job_id = prepared.submit()
     except PomscaleError as error:
@@ -82,17 +89,19 @@ def check_cluster(
     try:
         job.follow()
     except BaseException:
-        cancel(prepared.home, wait_s=0)
+        cancel(prepared.job_folder, wait_s=0)
         raise
     report = CheckReport(title, findings + job.findings(), job.log())
     if report.exit_code == 0:
-        shutil.rmtree(prepared.home)
+        shutil.rmtree(prepared.job_folder)
     return report
 
 
 def _prepare(name: str, profile: ClusterProfile, num_nodes: int, folder: Path | None) -> Prepared:
-    home = (folder or resolved_output(RUNS, profile)) / f"cluster-check-{Path(name).stem}-{datetime.now():%m%d-%H%M%S}"
-    words = ["cluster", "probe", str(home.absolute() / _FACTS)]
+    job_folder = (
+        folder or resolved_output(RUNS, profile)
+    ) / f"cluster-check-{Path(name).stem}-{datetime.now():%m%d-%H%M%S}"
+    words = ["cluster", "probe", str(job_folder.absolute() / _FACTS)]
     limit = None
     if profile.scheduler == "slurm":
         words.append("--signal")
@@ -100,7 +109,9 @@ def _prepare(name: str, profile: ClusterProfile, num_nodes: int, folder: Path | 
         limit = f"{minutes // 60}:{minutes % 60:02d}:00"
     if profile.offline:
         words.append("--offline")
-    prepared = prepare_commands(home.name, home, [words], profile, name, num_nodes=num_nodes, time_limit=limit)
+    prepared = prepare_commands(
+        job_folder.name, job_folder, [words], profile, name, num_nodes=num_nodes, time_limit=limit
+    )
     # As a run, so that the ranks are told of each other; one that is killed starts no second try.
     return replace(prepared, spec=replace(prepared.spec, is_run=True, max_idle_requeues=0))
 
@@ -111,7 +122,7 @@ class _Job:
     def __init__(self, prepared: Prepared, job_id: str) -> None:
         self._prepared = prepared
         self._job_id = job_id
-        self._home, self._num_ranks = prepared.home, prepared.spec.num_ranks
+        self._job_folder, self._num_ranks = prepared.job_folder, prepared.spec.num_ranks
         self._with_slurm = prepared.profile.scheduler == "slurm"
         self._requeue: Finding | None = None
         self._sent_s: float | None = None
@@ -122,10 +133,10 @@ class _Job:
     def follow(self) -> None:
         """Until it has ended. Sends it the signal that it waits for."""
         if self._with_slurm:
-            self._requeue = of_requeue(slurm.details(self._job_id))
+            self._requeue = requeue_finding(slurm.details(self._job_id))
         told = ""
         while True:
-            self._state = summarize({self._home: self._home.name}).runs[0]
+            self._state = summarize({self._job_folder: self._job_folder.name}).runs[0]
             line = f"job {self._job_id}: {self._state.state}" + (
                 f" ({self._state.reason})" if self._state.reason else ""
             )
@@ -139,7 +150,7 @@ class _Job:
             time.sleep(_LOOK_EVERY_S)
 
     def _see_to_signals(self) -> None:
-        facts = self._home / _FACTS
+        facts = self._job_folder / _FACTS
         ranks = range(self._num_ranks)
         if self._sent_s is None and not self._refused and all(ready_path(facts, rank).exists() for rank in ranks):
             try:
@@ -151,33 +162,33 @@ class _Job:
             self._arrived_s = time.monotonic()
 
     def findings(self) -> list[Finding]:
-        facts, profile = self._home / _FACTS, self._prepared.profile
-        findings = [self._of_job()]
+        facts, profile = self._job_folder / _FACTS, self._prepared.profile
+        findings = [self._job_finding()]
         if self._requeue is not None:
             findings.append(self._requeue)
         ranks, world = rank_facts(facts), world_facts(facts)
-        findings += of_ranks(ranks, self._num_ranks, profile, self._home.parent)
+        findings += rank_findings(ranks, self._num_ranks, profile, self._job_folder.parent)
         if ranks:
-            findings += of_world(world, has_gpus=all(one.gpu is not None for one in ranks.values()))
+            findings += world_findings(world, has_gpus=all(one.gpu is not None for one in ranks.values()))
         if world is not None and self._with_slurm:
-            findings.append(self._of_signal())
+            findings.append(self._signal_finding())
         return findings
 
-    def _of_job(self) -> Finding:
+    def _job_finding(self) -> Finding:
         assert self._state is not None
         found = f"{self._job_id}: {self._state.state}" + (f": {self._state.reason}" if self._state.reason else "")
-        started = attempts(self._home)
+        started = read_starts(self._job_folder)
         if self._state.state == "finished" and started:
-            start = started[-1].start
+            start = started[-1].record
             waited_s = start.started_unix_s - self._state.started_unix_s
             return Finding("job", "ok", f"{self._job_id} on {', '.join(start.hosts)}, begun after {waited_s:.0f} s")
-        return Finding("job", "FAILED", found, f"{self._log_path() or self._home} tells more")
+        return Finding("job", "FAILED", found, f"{self._log_path() or self._job_folder} tells more")
 
-    def _of_signal(self) -> Finding:
-        facts = self._home / _FACTS
+    def _signal_finding(self) -> Finding:
+        facts = self._job_folder / _FACTS
         num_arrived = sum(signal_path(facts, rank).exists() for rank in range(self._num_ranks))
         took_s = None if self._sent_s is None else (self._arrived_s or time.monotonic()) - self._sent_s
-        return of_signal(num_arrived, self._num_ranks, took_s, self._refused)
+        return signal_finding(num_arrived, self._num_ranks, took_s, self._refused)
 
     def log(self) -> str:
         """The end of what was printed by a job that failed."""
@@ -193,5 +204,5 @@ class _Job:
         assert self._state is not None
         if self._state.log:
             return Path(self._state.log)
-        printed = [path for path in sorted((self._home / SUBMITIT).glob("*.out")) if path.stat().st_size]
+        printed = [path for path in sorted((self._job_folder / SUBMITIT).glob("*.out")) if path.stat().st_size]
         return printed[0] if printed else None

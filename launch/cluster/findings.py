@@ -32,7 +32,7 @@ class Finding:
     remedy: str = ""
 
 
-def of_slurm(
+def slurm_findings(
     profile: ClusterProfile, configuration: Mapping[str, str], partitions: Mapping[str, Mapping[str, str]]
 ) -> list[Finding]:
     """configuration, and partitions by the names that the profile gives them ("" = the default)."""
@@ -42,12 +42,12 @@ def of_slurm(
     remembers = "works" if accounting else f"none: of a job that has ended SLURM tells nothing after {memory_s}"
     return [
         Finding("SLURM", "ok", f"{version}, cluster {name}"),
-        *(_of_partition(profile, wanted, partition) for wanted, partition in partitions.items()),
+        *(_partition_finding(profile, wanted, partition) for wanted, partition in partitions.items()),
         Finding("accounting", "ok", remembers),
     ]
 
 
-def _of_partition(profile: ClusterProfile, wanted: str, partition: Mapping[str, str]) -> Finding:
+def _partition_finding(profile: ClusterProfile, wanted: str, partition: Mapping[str, str]) -> Finding:
     if not partition:
         found = f"{wanted or 'a default one'}: no such partition"
         return Finding("partition", "FAILED", found, "change `partition`; `sinfo` lists them")
@@ -63,7 +63,7 @@ def _of_partition(profile: ClusterProfile, wanted: str, partition: Mapping[str, 
     return Finding("partition", "ok", f"{name}: {partition.get('TotalNodes')} nodes, at most {limit}")
 
 
-def of_requeue(details: Mapping[str, str]) -> Finding:
+def requeue_finding(details: Mapping[str, str]) -> Finding:
     """details: of the job, as launch.scheduler.slurm gives them."""
     if details.get("Requeue") == "1":
         return Finding("requeue", "ok", "allowed")
@@ -71,7 +71,7 @@ def of_requeue(details: Mapping[str, str]) -> Finding:
     return Finding("requeue", "FAILED", "this cluster does not let jobs start again", remedy)
 
 
-def of_ranks(ranks: Mapping[int, RankFacts], num_ranks: int, profile: ClusterProfile, runs: Path) -> list[Finding]:
+def rank_findings(ranks: Mapping[int, RankFacts], num_ranks: int, profile: ClusterProfile, runs: Path) -> list[Finding]:
     """ranks: those that have told. runs: the folder of runs."""
     facts = list(ranks.values())
     missing = [rank for rank in range(num_ranks) if rank not in ranks]
@@ -86,11 +86,11 @@ def of_ranks(ranks: Mapping[int, RankFacts], num_ranks: int, profile: ClusterPro
         heard,
         _same("Python", [(one.node, f"{one.python} ({one.executable})") for one in facts]),
         _same("torch", [(one.node, one.torch + (f", NCCL {one.nccl}" if one.nccl else "")) for one in facts]),
-        _of_gpus(facts, profile),
-        _of_cores(facts, profile),
-        *_of_interfaces(facts, profile),
-        *(_of_folder(what, facts, profile, runs) for what in _FOLDERS),
-        _of_internet(facts, profile),
+        _gpu_finding(facts, profile),
+        _core_finding(facts, profile),
+        *_interface_findings(facts, profile),
+        *(_folder_finding(what, facts, profile, runs) for what in _FOLDERS),
+        _internet_finding(facts, profile),
     ]
 
 
@@ -105,7 +105,7 @@ def _same(subject: str, told: Iterable[tuple[str, str]]) -> Finding:
     return Finding(subject, "FAILED", found, "all ranks must have the same: see `python`, `modules` and `setup`")
 
 
-def _of_gpus(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
+def _gpu_finding(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
     if profile.gpus_per_node == 0:
         return Finding("GPUs", "ok", "none asked for")
     blind = sorted({one.node for one in facts if one.gpu is None})
@@ -126,7 +126,7 @@ def _of_gpus(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
     return Finding("GPUs", "ok", f"{len(users)} x {', '.join(names)}, one for each rank")
 
 
-def _of_cores(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
+def _core_finding(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
     fewest = min(facts, key=lambda one: one.num_cores)
     promised = profile.cpus_per_node // profile.num_ranks_per_node
     if fewest.num_cores < promised:
@@ -135,7 +135,7 @@ def _of_cores(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
     return Finding("cores", "ok", f"{fewest.num_cores} for each rank")
 
 
-def _of_interfaces(facts: list[RankFacts], profile: ClusterProfile) -> Iterable[Finding]:
+def _interface_findings(facts: list[RankFacts], profile: ClusterProfile) -> Iterable[Finding]:
     wanted = profile.network_interface
     if wanted is None:
         return
@@ -147,7 +147,7 @@ def _of_interfaces(facts: list[RankFacts], profile: ClusterProfile) -> Iterable[
         yield Finding("network interface", "ok", wanted)
 
 
-def _of_folder(what: str, facts: list[RankFacts], profile: ClusterProfile, runs: Path) -> Finding:
+def _folder_finding(what: str, facts: list[RankFacts], profile: ClusterProfile, runs: Path) -> Finding:
     subject = _FOLDERS[what]
     places = str(runs) if what == "runs" else ", ".join(sorted({one.folders.get(what, "") for one in facts} - {""}))
     problems = [f"{one.node}: {one.cannot_write[what]}" for one in facts if what in one.cannot_write]
@@ -164,7 +164,7 @@ def _of_folder(what: str, facts: list[RankFacts], profile: ClusterProfile, runs:
     return Finding(subject, "ok", found)
 
 
-def _of_internet(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
+def _internet_finding(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
     if profile.offline:
         return Finding("internet", "ok", "not asked: the profile says offline")
     silent = sorted({one.internet for one in facts if one.internet is not None})
@@ -175,7 +175,7 @@ def _of_internet(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
     return Finding("internet", "ok", "wandb and Hugging Face answer")
 
 
-def of_world(world: WorldFacts | None, *, has_gpus: bool) -> list[Finding]:
+def world_findings(world: WorldFacts | None, *, has_gpus: bool) -> list[Finding]:
     """None: the ranks have not found together. has_gpus: the ranks."""
     if world is None:
         remedy = "set `network_interface`; see whether a firewall lies between the nodes; the ranks' logs tell more"
@@ -187,13 +187,13 @@ def of_world(world: WorldFacts | None, *, has_gpus: bool) -> list[Finding]:
         median, slowest = world.matmul_tflops
         findings.append(Finding("computing", "ok", f"{median:.3g} TFLOP/s per rank (slowest {slowest:.3g})"))
     findings += [Finding("slow rank", "warning", warning, "exclude its node") for warning in world.warnings]
-    findings += _of_all_reduce(world, has_gpus=has_gpus)
+    findings += _all_reduce_findings(world, has_gpus=has_gpus)
     if len(world.clock_s) > 1:
-        findings += [_of_shared_folder(world), _of_clocks(world)]
+        findings += [_shared_folder_finding(world), _clock_finding(world)]
     return findings
 
 
-def _of_all_reduce(world: WorldFacts, *, has_gpus: bool) -> Iterable[Finding]:
+def _all_reduce_findings(world: WorldFacts, *, has_gpus: bool) -> Iterable[Finding]:
     inside = list(world.inside_gb_per_s.values())
     for where, speeds, slow, remedy in (
         ("inside nodes", inside, _SLOW_INSIDE_GB_PER_S, "see `nvidia-smi topo -m`: are the GPUs linked?"),
@@ -213,7 +213,7 @@ def _of_all_reduce(world: WorldFacts, *, has_gpus: bool) -> Iterable[Finding]:
         yield Finding(f"all-reduce {where}", "warning" if is_slow else "ok", found, remedy if is_slow else "")
 
 
-def _of_shared_folder(world: WorldFacts) -> Finding:
+def _shared_folder_finding(world: WorldFacts) -> Finding:
     blind = [node for node, seconds in world.seen_after_s.items() if seconds is None]
     if blind:
         found = f"{', '.join(blind)} does not see what other nodes write"
@@ -225,7 +225,7 @@ def _of_shared_folder(world: WorldFacts) -> Finding:
     return Finding("shared folder", "ok", found)
 
 
-def _of_clocks(world: WorldFacts) -> Finding:
+def _clock_finding(world: WorldFacts) -> Finding:
     node, ahead_s = max(world.clock_s.items(), key=lambda item: abs(item[1]))
     if abs(ahead_s) > _CLOCK_SKEW_S:
         found = f"{node} is {abs(ahead_s):.1f} s {'ahead' if ahead_s > 0 else 'behind'}"
@@ -233,7 +233,7 @@ def _of_clocks(world: WorldFacts) -> Finding:
     return Finding("clocks", "ok", f"at most {abs(ahead_s) * 1000:.0f} ms apart")
 
 
-def of_signal(num_arrived: int, num_ranks: int, took_s: float | None, problem: str) -> Finding:
+def signal_finding(num_arrived: int, num_ranks: int, took_s: float | None, problem: str) -> Finding:
     """took_s: from sending it to the last one's word; None if it could not be sent, and problem says why."""
     remedy = "without it a run cannot save before its time limit: see `srun` and `container`"
     if took_s is None:

@@ -34,7 +34,7 @@ _SUBMISSION_TIMEOUT_S = 120.0
 _LOOK_EVERY_S = 60.0
 
 
-def evaluation_home(run: Path, name: str, samples: int) -> Path:
+def evaluation_folder(run: Path, name: str, samples: int) -> Path:
     return final_folder(run / EVALUATIONS / name, samples)
 
 
@@ -51,9 +51,9 @@ class Evaluations:
         self._tries: dict[Path, int] = {}
         self._not_before_s: dict[Path, float] = {}
         self._looked_s = time.monotonic()
-        for home in self._homes():
-            if not _is_started(home):  # a supervisor was killed before it could submit: begun again, if still due
-                remove(home / CHECKPOINT)
+        for job_folder in self._job_folders():
+            if not _is_started(job_folder):  # a supervisor was killed before it could submit: begun again, if still due
+                remove(job_folder / CHECKPOINT)
 
     def poll(self, *, finished: bool = False) -> None:
         """Start what is due. finished: training has come to its end, so the last checkpoint is due in any case.
@@ -62,10 +62,10 @@ class Evaluations:
         """
         for config in self._configs:
             for checkpoint in self._due(config, finished):
-                home = evaluation_home(self._run, config.name, samples_of(checkpoint))
-                waits = time.monotonic() < self._not_before_s.get(home, 0.0) and not finished
-                if not waits and self._tries.get(home, 0) < _NUM_TRIES:
-                    self._try(config.name, checkpoint, home, last_try=finished)
+                job_folder = evaluation_folder(self._run, config.name, samples_of(checkpoint))
+                waits = time.monotonic() < self._not_before_s.get(job_folder, 0.0) and not finished
+                if not waits and self._tries.get(job_folder, 0) < _NUM_TRIES:
+                    self._try(config.name, checkpoint, job_folder, last_try=finished)
         if finished or time.monotonic() - self._looked_s >= _LOOK_EVERY_S:
             self._looked_s = time.monotonic()
             self._give_up_failed()
@@ -73,7 +73,11 @@ class Evaluations:
     def _due(self, config: EvaluationConfig, finished: bool) -> list[Path]:
         """The first complete checkpoint after each multiple of every_samples that was not started before."""
         checkpoints = complete_checkpoints(self._run / "checkpoints")
-        started = (home for home in self._homes() if home.parent.name == config.name and _is_started(home))
+        started = (
+            job_folder
+            for job_folder in self._job_folders()
+            if job_folder.parent.name == config.name and _is_started(job_folder)
+        )
         newest = max(map(samples_of, started), default=0)
         due = []
         for checkpoint in checkpoints:
@@ -84,43 +88,47 @@ class Evaluations:
             due.append(checkpoints[-1])
         return due
 
-    def _homes(self) -> list[Path]:
+    def _job_folders(self) -> list[Path]:
         return sorted((self._run / EVALUATIONS).glob("*/samples-*"))
 
-    def _try(self, name: str, checkpoint: Path, home: Path, last_try: bool) -> None:
+    def _try(self, name: str, checkpoint: Path, job_folder: Path, last_try: bool) -> None:
         try:
-            if _link(checkpoint, home / CHECKPOINT):
+            if _link(checkpoint, job_folder / CHECKPOINT):
                 _submit(self._run, name, samples_of(checkpoint))
         except (PomscaleError, OSError) as problem:
-            self._tries[home] = self._tries.get(home, 0) + 1
-            self._not_before_s[home] = time.monotonic() + _TRY_AGAIN_S
-            if last_try or self._tries[home] >= _NUM_TRIES:
-                _give_up(home, str(problem))
-            elif self._tries[home] == 1:
+            self._tries[job_folder] = self._tries.get(job_folder, 0) + 1
+            self._not_before_s[job_folder] = time.monotonic() + _TRY_AGAIN_S
+            if last_try or self._tries[job_folder] >= _NUM_TRIES:
+                _give_up(job_folder, str(problem))
+            elif self._tries[job_folder] == 1:
                 warn(f"evaluation {name} of {checkpoint.name} could not be started, and is tried again: {problem}")
 
     def _give_up_failed(self) -> None:
         """Those whose jobs ended without a word of their own, e.g. cancelled or at their time limit."""
-        homes = [home for home in self._homes() if (home / CHECKPOINT).is_dir() and (home / JOBS_FILE).is_file()]
-        if not homes:
+        job_folders = [
+            job_folder
+            for job_folder in self._job_folders()
+            if (job_folder / CHECKPOINT).is_dir() and (job_folder / JOBS_FILE).is_file()
+        ]
+        if not job_folders:
             return
-        found = summarize({home: home.name for home in homes})
+        found = summarize({job_folder: job_folder.name for job_folder in job_folders})
         if found.problem:  # the scheduler does not answer: asked again in a minute
             return
         for run in found.runs:
             if run.state not in (*LIVE, "finished"):
-                _give_up(run.home, run.reason or run.state)
+                _give_up(run.job_folder, run.reason or run.state)
 
 
-def note_failure(home: Path, reason: str) -> None:
+def note_failure(job_folder: Path, reason: str) -> None:
     """Of a job that has failed: if it is an evaluation, say so in its home, and let its checkpoint go."""
-    if home.parent.parent.name == EVALUATIONS and (home / CHECKPOINT).is_dir():
-        _give_up(home, reason)
+    if job_folder.parent.parent.name == EVALUATIONS and (job_folder / CHECKPOINT).is_dir():
+        _give_up(job_folder, reason)
 
 
-def _is_started(home: Path) -> bool:
+def _is_started(job_folder: Path) -> bool:
     """Submitted, or given up."""
-    return (home / JOBS_FILE).is_file() or (home / FAILED_FILE).is_file()
+    return (job_folder / JOBS_FILE).is_file() or (job_folder / FAILED_FILE).is_file()
 
 
 def _link(checkpoint: Path, target: Path) -> bool:
@@ -153,11 +161,13 @@ def _submit(run: Path, name: str, samples: int) -> None:
         raise PomscaleError(words or f"its submission ended with exit code {done.returncode}")
 
 
-def _give_up(home: Path, reason: str) -> None:
-    warn(f"evaluation {home.parent.name} of {home.name} has failed: {reason}; training goes on ({home})")
+def _give_up(job_folder: Path, reason: str) -> None:
+    warn(
+        f"evaluation {job_folder.parent.name} of {job_folder.name} has failed: {reason}; training goes on ({job_folder})"
+    )
     try:
-        make_folder(home)
-        write_text(home / FAILED_FILE, json.dumps({"reason": reason}))
-        remove(home / CHECKPOINT)
+        make_folder(job_folder)
+        write_text(job_folder / FAILED_FILE, json.dumps({"reason": reason}))
+        remove(job_folder / CHECKPOINT)
     except (PomscaleError, OSError) as problem:
         warn(str(problem))

@@ -14,10 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from launch.node.evaluations import Evaluations, note_failure
-from launch.node.forwarding import Forwarding
-from launch.node.process import Place
-from launch.node.verdict import EXIT_STOPPED, Evidence, idle_so_far, judge
-from launch.record.job import END_FILE, REQUEUE_FILE, Attempt, Ending, JobSpec, Start, Verdict, attempts, endings, keep
+from launch.node.identity import RankIdentity
+from launch.node.signals import SignalForwarder
+from launch.node.verdict import EXIT_STOPPED, Evidence, decide_verdict, idle_so_far
+from launch.record.job import (
+    END_FILE,
+    REQUEUE_FILE,
+    Ending,
+    JobSpec,
+    JobStart,
+    StartRecord,
+    Verdict,
+    endings,
+    keep,
+    read_starts,
+)
 from launch.scheduler import slurm
 from pomscale.base.console import say, warn
 from pomscale.base.errors import PomscaleError
@@ -41,13 +52,13 @@ _GOOD_ENDS = (0, EXIT_STOPPED)
 
 
 class Supervisor:
-    def __init__(self, spec: JobSpec, place: Place, attempt: Path, forwarding: Forwarding) -> None:
+    def __init__(self, spec: JobSpec, identity: RankIdentity, folder: Path, forwarding: SignalForwarder) -> None:
         self._spec = spec
-        self._place = place
-        self._attempt = attempt
+        self._identity = identity
+        self._start_folder = folder
         self._forwarding = forwarding
-        self._home = Path(spec.home)
-        self._before: Attempt | None = None
+        self._job_folder = Path(spec.job_folder)
+        self._before: JobStart | None = None
         self._looked_s = self._evaluated_s = 0.0
         self._first_bad_s: float | None = None
         self._warned = ""
@@ -57,25 +68,25 @@ class Supervisor:
 
     def begin(self) -> str | None:
         """Record this start. Returns why the job was started again; None if it was not."""
-        earlier = self._attempts()
+        earlier = self._earlier_starts()
         if earlier:
             self._before = self._with_verdict(earlier)
-        start = Start(
-            self._place.job_id,
-            self._place.restart,
-            list(self._place.hosts),
+        start = StartRecord(
+            self._identity.job_id,
+            self._identity.restart,
+            list(self._identity.hosts),
             self._spec.ranks_per_node,
             time.time(),
-            newest_generation(self._home),
+            newest_generation(self._job_folder),
         )
         for name in ("verdict.json", REQUEUE_FILE, END_FILE):  # of a SLURM that was set up anew and counts from 1 again
-            (self._attempt / name).unlink(missing_ok=True)
-        keep(self._attempt / "start.json", start)
+            (self._start_folder / name).unlink(missing_ok=True)
+        keep(self._start_folder / "start.json", start)
         self._start = start
         self._check_progress()
         if self._spec.evaluations:
             try:
-                self._evaluations = Evaluations(self._home)
+                self._evaluations = Evaluations(self._job_folder)
             except (PomscaleError, OSError) as problem:
                 self._warn(f"{problem}; no checkpoint is evaluated during this start")
         return None if self._before is None or self._before.verdict is None else self._before.verdict.reason
@@ -86,15 +97,15 @@ class Supervisor:
         if before is None or before.action != "leave" or before.num_idle <= self._spec.max_idle_requeues:
             return
         reason = f"{before.num_idle} starts in a row made no progress; the last one: {before.reason}"
-        self._keep(self._attempt, Verdict("fail", reason, 1, time.time(), samples=before.samples))
-        raise PomscaleError(f"{self._home}: {reason}; `pomscale runs resume` tries once more")
+        self._keep(self._start_folder, Verdict("fail", reason, 1, time.time(), samples=before.samples))
+        raise PomscaleError(f"{self._job_folder}: {reason}; `pomscale runs resume` tries once more")
 
-    def _attempts(self) -> list[Attempt]:
+    def _earlier_starts(self) -> list[JobStart]:
         """Starts so far. Tasks of an array work side by side: for each of them only its own count."""
-        found, job_id = attempts(self._home), self._place.job_id
-        return [one for one in found if one.start.job_id == job_id] if "_" in job_id else found
+        found, job_id = read_starts(self._job_folder), self._identity.job_id
+        return [one for one in found if one.record.job_id == job_id] if "_" in job_id else found
 
-    def _with_verdict(self, earlier: list[Attempt]) -> Attempt:
+    def _with_verdict(self, earlier: list[JobStart]) -> JobStart:
         """The last one. If its supervisor has died with its node, or was killed by the scheduler, it has left none."""
         before = earlier[-1]
         if before.verdict is not None:
@@ -105,11 +116,11 @@ class Supervisor:
         if self._spec.is_run:  # only a run has checkpoints to go by
             went_on = (samples or 0) > ((last.samples if last is not None else None) or 0)
             num_idle = 0 if went_on else num_idle + 1
-        bad = self._bad_nodes(before.start.hosts)
+        bad = self._bad_nodes(before.record.hosts)
         reason = f"node failure: {', '.join(bad)}" if bad else "ended by the scheduler, or with the node of rank 0"
         verdict = Verdict("leave", reason, 0, time.time(), bad, num_idle, samples)
         self._keep(before.folder, verdict)
-        return Attempt(before.folder, before.start, verdict)
+        return JobStart(before.folder, before.record, verdict)
 
     def poll(self, child: subprocess.Popen[bytes]) -> None:
         """While the process of rank 0 runs; costs nothing most of the time."""
@@ -148,10 +159,10 @@ class Supervisor:
             warn(problem)
         self._warned = problem
 
-    def _keep(self, attempt: Path, verdict: Verdict) -> None:
+    def _keep(self, folder: Path, verdict: Verdict) -> None:
         """On a full disk the output of this guard is all that tells it."""
         try:
-            keep(attempt / "verdict.json", verdict)
+            keep(folder / "verdict.json", verdict)
         except PomscaleError as problem:
             self._warn(str(problem))
 
@@ -169,13 +180,13 @@ class Supervisor:
     def _end_all(self) -> None:
         """Who answers is alive: what is silent then has gone with its node."""
         try:
-            (self._attempt / END_FILE).touch()
+            (self._start_folder / END_FILE).touch()
         except OSError as problem:
             self._warn(f"{problem}; the other ranks are not told to end")
 
     def _look_at_the_scheduler(self) -> None:
         """Told to end: by whom? Where SLURM is ending the job itself, seconds are left to say which nodes are bad."""
-        if self._left is not None or self._forwarding.first != "SIGTERM" or not self._place.on_slurm:
+        if self._left is not None or self._forwarding.first != "SIGTERM" or not self._identity.on_slurm:
             return
         if not slurm.is_available():  # in a container: the job script decides
             return
@@ -183,26 +194,26 @@ class Supervisor:
             state = self._state_now()
             if state == "RUNNING":
                 return
-            bad = self._bad_nodes(list(self._place.hosts))
+            bad = self._bad_nodes(list(self._identity.hosts))
             reason = f"node failure: {', '.join(bad)}" if bad else f"SLURM ends this start ({state.lower() or 'gone'})"
             num_idle = idle_so_far(None if self._before is None else self._before.verdict)
             self._left = Verdict("leave", reason, 0, time.time(), bad, num_idle, self._samples())
-            self._keep(self._attempt, self._left)
+            self._keep(self._start_folder, self._left)
             if bad:
-                slurm.exclude(self._place.job_id, bad)
+                slurm.exclude(self._identity.job_id, bad)
         except PomscaleError as problem:
             self._warn(str(problem))
 
     def _state_now(self) -> str:
         """squeue may say nothing in the moment in which a node goes down."""
         for _ in range(3):
-            if state := slurm.state_now(self._place.job_id):
+            if state := slurm.state_now(self._identity.job_id):
                 return state
             time.sleep(0.5)
         return ""
 
     def _bad_nodes(self, hosts: list[str]) -> list[str]:
-        if not self._place.on_slurm or not slurm.is_available():
+        if not self._identity.on_slurm or not slurm.is_available():
             return []
         try:
             return slurm.bad_nodes(hosts)
@@ -226,11 +237,11 @@ class Supervisor:
             self._samples(),
         )
         before = None if self._before is None else self._before.verdict
-        verdict = judge(evidence, before, self._spec.max_idle_requeues)
+        verdict = decide_verdict(evidence, before, self._spec.max_idle_requeues)
         say(f"{verdict.action}: {verdict.reason}" + (f"; see {verdict.log}" if verdict.log else ""))
-        self._keep(self._attempt, verdict)
+        self._keep(self._start_folder, verdict)
         if verdict.action == "fail":
-            note_failure(self._home, verdict.reason)
+            note_failure(self._job_folder, verdict.reason)
         if verdict.action == "requeue":
             self._ask_for_another_start(verdict)
         elif self._evaluations is not None:
@@ -244,11 +255,13 @@ class Supervisor:
 
     def _ask_for_another_start(self, verdict: Verdict) -> None:
         """Without what this job has suspected so far. What others met here before may have been mended since."""
-        job_id = self._place.job_id
-        verdicts = [one.verdict for one in self._attempts() if one.start.job_id == job_id and one.verdict is not None]
+        job_id = self._identity.job_id
+        verdicts = [
+            one.verdict for one in self._earlier_starts() if one.record.job_id == job_id and one.verdict is not None
+        ]
         suspects = {host for one in [*verdicts, verdict] for host in one.suspects}
         try:
-            write_text(self._attempt / REQUEUE_FILE, ",".join(sorted(suspects)) + "\n")
+            write_text(self._start_folder / REQUEUE_FILE, ",".join(sorted(suspects)) + "\n")
         except PomscaleError as problem:
             self._warn(f"{problem}; the job is not started again: `pomscale runs resume` does it")
 
@@ -266,20 +279,20 @@ class Supervisor:
     def _endings(self) -> list[Ending]:
         """Of this start: a SLURM that was set up anew counts its jobs from 1 again."""
         since_unix_s = self._start.started_unix_s - _CLOCK_SKEW_S
-        return [one for one in endings(self._attempt) if one.ended_unix_s > since_unix_s]
+        return [one for one in endings(self._start_folder) if one.ended_unix_s > since_unix_s]
 
     def _outcomes(self) -> dict[int, dict[str, Any]]:
         """Without them, the last lines of the ranks still tell."""
         if not self._spec.is_run:
             return {}
         try:
-            return outcomes_after(self._home, self._start.newest_generation)
+            return outcomes_after(self._job_folder, self._start.newest_generation)
         except (OSError, ValueError) as problem:
-            self._warn(f"{self._home / 'outcomes'} cannot be read: {problem}")
+            self._warn(f"{self._job_folder / 'outcomes'} cannot be read: {problem}")
             return {}
 
     def _samples(self) -> int | None:
         if not self._spec.is_run:
             return None
-        complete = complete_checkpoints(self._home / "checkpoints")
+        complete = complete_checkpoints(self._job_folder / "checkpoints")
         return samples_of(complete[-1]) if complete else None

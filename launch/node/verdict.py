@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.record.job import Ending, Start, Verdict
+from launch.record.job import Ending, StartRecord, Verdict
 
 EXIT_SKIPPED, EXIT_STOPPED = 3, 75
 
@@ -42,14 +42,14 @@ class Evidence:
     complete checkpoint; None where there is none, or no run.
     """
 
-    start: Start
+    start: StartRecord
     num_ranks: int
     endings: Sequence[Ending]
     outcomes: Mapping[int, Mapping[str, Any]]
     samples: int | None
 
 
-def judge(evidence: Evidence, before: Verdict | None, max_idle_requeues: int) -> Verdict:
+def decide_verdict(evidence: Evidence, before: Verdict | None, max_idle_requeues: int) -> Verdict:
     """before: the verdict on the start before this one. max_idle_requeues: see ClusterProfile."""
     found = _cause(evidence)
     num_idle = _num_idle(evidence, found, before)

@@ -14,10 +14,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from launch.pipelines.file import write_pipeline
-from launch.pipelines.plan import Plan, Planned
+from launch.pipelines.plan import PipelinePlan, PlannedStage
 from launch.record.job import submissions
-from launch.record.state import ended, is_success
+from launch.record.pipeline import write_pipeline
+from launch.record.result import ended, is_success
 from launch.scheduler import slurm
 from launch.submission.control import cancel
 from launch.submission.prepare import resolved_output
@@ -47,7 +47,7 @@ def launch_pipeline(
     run in the foreground.
     """
     folder = resolved_output(recipe.output, profile) / recipe.name
-    plan = Plan(recipe, path, folder, profile, cluster_name, command_line, check_command)
+    plan = PipelinePlan(recipe, path, folder, profile, cluster_name, command_line, check_command)
     planned = [plan.add(stage) for stage in recipe.stages]
     if dry_run:
         return _table(f"pipeline {recipe.name} on {cluster_name}, not submitted", planned, {})
@@ -62,9 +62,9 @@ def launch_pipeline(
         _raise_failure(to_submit)
     lines = [_table(f"pipeline {recipe.name} on {cluster_name}: {folder}", planned, jobs)]
     lines += dict.fromkeys(note for stage in to_submit if stage.prepared is not None for note in stage.prepared.notes)
-    first = _short(Path(to_submit[0].record.home))
+    first = shell_path(Path(to_submit[0].record.job_folder))
     lines += [
-        f"next      pomscale runs {_short(folder)}",
+        f"next      pomscale runs {shell_path(folder)}",
         f"          pomscale runs logs {first} --follow",
         f"          pomscale runs cancel {first}    # and with it what waits for it",
         f"          {shlex.join(command_line)}    # again: goes on with what is not done",
@@ -72,17 +72,17 @@ def launch_pipeline(
     return "\n".join(lines)
 
 
-def _short(folder: Path) -> str:
+def shell_path(folder: Path) -> str:
     """As people name it here, for a shell."""
     here = Path.cwd()
     return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
 
 
-def _submit(plan: Plan, planned: Sequence[Planned], new_code: bool) -> dict[str, str]:
+def _submit(plan: PipelinePlan, planned: Sequence[PlannedStage], new_code: bool) -> dict[str, str]:
     """Stage -> job id, of all that wait or run now. All of the new ones are submitted, or none."""
     jobs: dict[str, str] = {stage.record.name: stage.job_id for stage in planned if stage.job_id is not None}
-    homes = {stage.record.name: stage.record.home for stage in planned}
-    submitted: list[Planned] = []
+    job_folders = {stage.record.name: stage.record.job_folder for stage in planned}
+    submitted: list[PlannedStage] = []
     for stage in planned:
         if stage.prepared is None:
             continue
@@ -93,13 +93,15 @@ def _submit(plan: Plan, planned: Sequence[Planned], new_code: bool) -> dict[str,
                 waits_for = {jobs[before]: condition for before, condition in after.items() if before in jobs}
                 jobs[name] = stage.prepared.submit(after=waits_for, new_code=new_code)
             else:
-                waiting = stage.prepared.waiting_for({homes[before]: condition for before, condition in after.items()})
+                waiting = stage.prepared.waiting_for(
+                    {job_folders[before]: condition for before, condition in after.items()}
+                )
                 jobs[name] = waiting.submit(new_code=new_code)
         except PomscaleError as error:
             raise InputError(f"stage {name}: {error}\n{_take_back(submitted)}") from error
         except KeyboardInterrupt:
             # Its job is there and on record before Ctrl-C comes through.
-            if len(submissions(stage.prepared.home)) > stage.prepared.num_before:
+            if len(submissions(stage.prepared.job_folder)) > stage.prepared.num_before:
                 submitted.append(stage)
             print(_take_back(submitted), file=sys.stderr)
             raise
@@ -108,20 +110,22 @@ def _submit(plan: Plan, planned: Sequence[Planned], new_code: bool) -> dict[str,
     return jobs
 
 
-def _raise_failure(stages: Sequence[Planned]) -> None:
+def _raise_failure(stages: Sequence[PlannedStage]) -> None:
     """Debug jobs are over when they have been submitted."""
     for stage in stages:
-        verdict = ended(Path(stage.record.home))
+        verdict = ended(Path(stage.record.job_folder))
         if verdict is not None and not is_success(verdict):
-            raise PomscaleError(f"stage {stage.record.name}: {verdict.reason}; see {verdict.log or stage.record.home}")
+            raise PomscaleError(
+                f"stage {stage.record.name}: {verdict.reason}; see {verdict.log or stage.record.job_folder}"
+            )
 
 
-def _take_back(submitted: Sequence[Planned]) -> str:
+def _take_back(submitted: Sequence[PlannedStage]) -> str:
     """Cancel, the last first, so that none of them begins since the one before it has ended. What to tell people."""
     problems = []
     for stage in reversed(submitted):
         try:
-            cancel(Path(stage.record.home))
+            cancel(Path(stage.record.job_folder))
         except PomscaleError as problem:
             problems.append(f"stage {stage.record.name} could not be cancelled: {problem}; do it yourself")
     if not submitted:
@@ -133,7 +137,7 @@ def _take_back(submitted: Sequence[Planned]) -> str:
 # --- telling it ------------------------------------------------------------------------------------------------------
 
 
-def _table(title: str, planned: Sequence[Planned], jobs: Mapping[str, str]) -> str:
+def _table(title: str, planned: Sequence[PlannedStage], jobs: Mapping[str, str]) -> str:
     head = ["stage", "job", "waits for", "runs on", "limit", "what"]
     rows = [[*_cells(stage, jobs)] for stage in planned]
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
@@ -141,7 +145,7 @@ def _table(title: str, planned: Sequence[Planned], jobs: Mapping[str, str]) -> s
     return "\n".join([title, *(f"  {line}".rstrip() for line in lines)])
 
 
-def _cells(stage: Planned, jobs: Mapping[str, str]) -> list[str]:
+def _cells(stage: PlannedStage, jobs: Mapping[str, str]) -> list[str]:
     waits_for = ", ".join(
         name if condition == "ok" else f"{name} (however it ends)" for name, condition in stage.record.after.items()
     )
@@ -151,7 +155,7 @@ def _cells(stage: Planned, jobs: Mapping[str, str]) -> list[str]:
     return [stage.record.name, job, waits_for or "-", _size(stage), _limit(stage), what]
 
 
-def _size(stage: Planned) -> str:
+def _size(stage: PlannedStage) -> str:
     if stage.prepared is None:
         return "-"
     spec, tasks = stage.prepared.spec, stage.prepared.array
@@ -159,7 +163,7 @@ def _size(stage: Planned) -> str:
     return f"{tasks} tasks of {nodes}" if tasks else nodes
 
 
-def _limit(stage: Planned) -> str:
+def _limit(stage: PlannedStage) -> str:
     if stage.prepared is None or stage.prepared.profile.scheduler != "slurm":
         return "-"
     return stage.prepared.time_limit or stage.prepared.profile.time_limit or "-"

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.pipelines.file import PIPELINE_FILE, Pipeline, Stage, read_pipeline
-from launch.record.state import ended, is_success
+from launch.record.pipeline import PIPELINE_FILE, Pipeline, Stage, read_pipeline
+from launch.record.result import ended, is_success
 from launch.scheduler import slurm
 from launch.submission.checks import has_finished
-from launch.submission.prepare import Prepared, in_queue, prepare_commands, prepare_encode, prepare_train, run_home
+from launch.submission.prepare import Prepared, in_queue, prepare_commands, prepare_encode, prepare_train, run_folder
 from pomscale.base.errors import InputError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.load import load_recipe
@@ -22,7 +22,7 @@ from pomscale.config.schema import EncodeRecipe, TrainRecipe
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedStage:
     """A stage, and what is to be done about it. prepared: None where nothing is. job_id: of one that waits or runs.
 
     replaces: a job that still waits for a stage that is submitted again.
@@ -36,7 +36,7 @@ class Planned:
     replaces: str | None = None
 
 
-class Plan:
+class PipelinePlan:
     """Goes through the stages in order and knows what became of those before."""
 
     def __init__(
@@ -58,10 +58,10 @@ class Plan:
         self._check_command = check_command
         earlier = read_pipeline(folder).stages if (folder / PIPELINE_FILE).is_file() else []
         self._made_from = {stage.name: stage.made_from for stage in earlier}  # as last submitted
-        self._planned: dict[str, Planned] = {}
+        self._planned: dict[str, PlannedStage] = {}
         self._makes: dict[str, set[Path]] = {}  # by stage: what it, and those that it waits for, will make
 
-    def add(self, stage: StageConfig) -> Planned:
+    def add(self, stage: StageConfig) -> PlannedStage:
         """InputError, naming the stage, for whatever is wrong with it."""
         try:
             planned = self._add(stage)
@@ -80,21 +80,25 @@ class Plan:
         ]
         return Pipeline(self._recipe.name, self.cluster_name, self._command_line, str(Path.cwd()), stages)
 
-    def _add(self, stage: StageConfig) -> Planned:
+    def _add(self, stage: StageConfig) -> PlannedStage:
         recipe = self._stage_recipe(stage)
-        home = self._home(stage, recipe)
-        homes = {name: Path(planned.record.home) for name, planned in self._planned.items()} | {stage.name: home}
-        commands = [fill_in(command, homes) for command in stage.run]
+        job_folder = self._job_folder(stage, recipe)
+        job_folders = {name: Path(planned.record.job_folder) for name, planned in self._planned.items()} | {
+            stage.name: job_folder
+        }
+        commands = [fill_in(command, job_folders) for command in stage.run]
         for words in commands:
             self._check_command(words)
         after = self._recipe.waits_for(stage)
         made_from = recipe.model_dump(mode="json") if recipe is not None else commands
-        record = Stage(stage.name, str(home), dict(after), _checksum(made_from))
+        record = Stage(stage.name, str(job_folder), dict(after), _checksum(made_from))
         to_come = set().union(*(self._makes[name] for name in after))
         planned = self._decide(stage, record, recipe, commands, to_come)
         if planned.prepared is not None:
             planned.prepared.script()  # refuses here, before the first is submitted, what submit() would refuse
-        self._makes[stage.name] = to_come | (_products(home, recipe, commands) if planned.state != "done" else set())
+        self._makes[stage.name] = to_come | (
+            _products(job_folder, recipe, commands) if planned.state != "done" else set()
+        )
         return planned
 
     def _stage_recipe(self, stage: StageConfig) -> TrainRecipe | EncodeRecipe | None:
@@ -107,12 +111,12 @@ class Plan:
             raise InputError(f"array: only an encode is shared by several tasks, and {stage.recipe} is none")
         return recipe
 
-    def _home(self, stage: StageConfig, recipe: TrainRecipe | EncodeRecipe | None) -> Path:
-        home = run_home(recipe, self.profile) if isinstance(recipe, TrainRecipe) else self.folder / stage.name
+    def _job_folder(self, stage: StageConfig, recipe: TrainRecipe | EncodeRecipe | None) -> Path:
+        job_folder = run_folder(recipe, self.profile) if isinstance(recipe, TrainRecipe) else self.folder / stage.name
         for other in self._planned.values():
-            if Path(other.record.home) == home:
-                raise InputError(f"trains in {home}, as stage {other.config.name} does; give it a name: name=...")
-        return home
+            if Path(other.record.job_folder) == job_folder:
+                raise InputError(f"trains in {job_folder}, as stage {other.config.name} does; give it a name: name=...")
+        return job_folder
 
     def _decide(
         self,
@@ -121,28 +125,28 @@ class Plan:
         recipe: TrainRecipe | EncodeRecipe | None,
         commands: list[list[str]],
         to_come: set[Path],
-    ) -> Planned:
-        home = Path(record.home)
-        queued = in_queue(home)
+    ) -> PlannedStage:
+        job_folder = Path(record.job_folder)
+        queued = in_queue(job_folder)
         again = [name for name in record.after if self._planned[name].prepared is not None]
         is_same = self._made_from.get(stage.name) == record.made_from
         if queued is None:
-            if is_same and not again and _is_done(home, recipe):
-                return Planned(stage, record, "done")
-            return Planned(stage, record, "new", self._prepare(stage, home, recipe, commands, to_come))
+            if is_same and not again and _is_done(job_folder, recipe):
+                return PlannedStage(stage, record, "done")
+            return PlannedStage(stage, record, "new", self._prepare(stage, job_folder, recipe, commands, to_come))
         if not is_same:
             raise InputError(f"job {queued.job_id} is at work on what this stage was before; cancel it first")
         if not again:
-            return Planned(stage, record, "in the queue", job_id=queued.job_id)
+            return PlannedStage(stage, record, "in the queue", job_id=queued.job_id)
         if queued.scheduler != "slurm" or slurm.state_now(queued.job_id) != "PENDING":
             raise InputError(f"job {queued.job_id} runs, although stage {again[0]} must run again; cancel it first")
-        prepared = self._prepare(stage, home, recipe, commands, to_come, replacing=True)
-        return Planned(stage, record, "new", prepared, replaces=queued.job_id)
+        prepared = self._prepare(stage, job_folder, recipe, commands, to_come, replacing=True)
+        return PlannedStage(stage, record, "new", prepared, replaces=queued.job_id)
 
     def _prepare(
         self,
         stage: StageConfig,
-        home: Path,
+        job_folder: Path,
         recipe: TrainRecipe | EncodeRecipe | None,
         commands: list[list[str]],
         to_come: set[Path],
@@ -162,18 +166,20 @@ class Plan:
             if stage.ranks_per_node is None and not stage.gpus_per_node:  # one process, unless the stage asks for more
                 how["gpus_per_node"] = min(self.profile.gpus_per_node, 1) if stage.gpus_per_node is None else 0
                 how["ranks_per_node"] = 1
-            return prepare_commands(f"{self._recipe.name}-{stage.name}", home, commands, *on, **how)
+            return prepare_commands(f"{self._recipe.name}-{stage.name}", job_folder, commands, *on, **how)
         path = self._path.parent / stage.recipe
         if isinstance(recipe, TrainRecipe):
             return prepare_train(path, stage.overrides, *on, to_come=to_come, **how)
-        return prepare_encode(path, stage.overrides, *on, array=stage.array, home=home, to_come=to_come, **how)
+        return prepare_encode(
+            path, stage.overrides, *on, array=stage.array, job_folder=job_folder, to_come=to_come, **how
+        )
 
 
-def _is_done(home: Path, recipe: TrainRecipe | EncodeRecipe | None) -> bool:
+def _is_done(job_folder: Path, recipe: TrainRecipe | EncodeRecipe | None) -> bool:
     """Also a run that somebody has brought to its end by hand."""
-    verdict = ended(home)
+    verdict = ended(job_folder)
     return (verdict is not None and is_success(verdict)) or (
-        isinstance(recipe, TrainRecipe) and has_finished(home, recipe)
+        isinstance(recipe, TrainRecipe) and has_finished(job_folder, recipe)
     )
 
 
@@ -181,10 +187,12 @@ def _checksum(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _products(home: Path, recipe: TrainRecipe | EncodeRecipe | None, commands: Sequence[Sequence[str]]) -> set[Path]:
+def _products(
+    job_folder: Path, recipe: TrainRecipe | EncodeRecipe | None, commands: Sequence[Sequence[str]]
+) -> set[Path]:
     """Datasets and run folders that will be there once the stage has succeeded."""
     if isinstance(recipe, TrainRecipe):
-        return {home}
+        return {job_folder}
     if recipe is not None:
         return {Path(recipe.output).absolute()}
     made = []

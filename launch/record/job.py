@@ -34,7 +34,7 @@ from pomscale.base.jsonl import read_json_lines
 
 JOB_FILE, LAUNCH_FILE, JOBS_FILE, LOCK_FILE = "job.json", "launch.json", "jobs.jsonl", "launch.lock"
 REQUEUE_FILE, END_FILE = "requeue", "end"
-ATTEMPTS, LOGS, CODE, SUBMITIT = "attempts", "logs", "code", "submitit"
+STARTS, LOGS, CODE, SUBMITIT = "attempts", "logs", "code", "submitit"
 
 Action = Literal["done", "requeue", "fail", "leave"]
 """leave: the scheduler is ending or restarting the job by itself."""
@@ -72,7 +72,7 @@ class JobSpec(_Stored):
     scheduler does it ("ok": only if they succeed). evaluations: whether the recipe asks for evaluations of checkpoints.
     """
 
-    home: str
+    job_folder: str
     name: str
     commands: list[list[str]]
     cwd: str
@@ -115,7 +115,7 @@ class Submission(_Stored):
 
 
 @dataclass(frozen=True)
-class Start(_Stored):
+class StartRecord(_Stored):
     """One start of a job. hosts: by node; rank r runs on hosts[r // ranks_per_node]."""
 
     job_id: str
@@ -163,11 +163,11 @@ class Verdict(_Stored):
 
 
 @dataclass(frozen=True)
-class Attempt:
+class JobStart:
     """One start of a job as its folder tells it; verdict: None while it runs, or if nobody lived to give one."""
 
     folder: Path
-    start: Start
+    start: StartRecord
     verdict: Verdict | None
 
 
@@ -181,50 +181,52 @@ def keep(path: Path, what: _Stored) -> None:
 
 
 @contextmanager
-def sole_launch(home: Path) -> Iterator[None]:
+def sole_launch(job_folder: Path) -> Iterator[None]:
     """Keeps other launches out of this home for the duration of the block. InputError while one is at work there.
 
     A lock of the file system: where there are none (NFS without its lock daemon), two launches in one moment may meet.
     """
-    make_folder(home)
-    with (home / LOCK_FILE).open("w") as file:
+    make_folder(job_folder)
+    with (job_folder / LOCK_FILE).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"{home}: another launch is at work there; look with `pomscale runs {home}`") from error
+            raise InputError(
+                f"{job_folder}: another launch is at work there; look with `pomscale runs {job_folder}`"
+            ) from error
         except OSError as problem:
-            warn(f"{home}: no locks here ({problem}); do not launch twice at once")
+            warn(f"{job_folder}: no locks here ({problem}); do not launch twice at once")
         yield
 
 
-def attempt_folder(home: Path, job_id: str, restart: int) -> Path:
-    return home / ATTEMPTS / f"{job_id}-{restart}"
+def start_folder(job_folder: Path, job_id: str, restart: int) -> Path:
+    return job_folder / STARTS / f"{job_id}-{restart}"
 
 
-def ending_path(attempt: Path, rank: int) -> Path:
-    return attempt / f"rank-{rank:05d}.json"
+def ending_path(start: Path, rank: int) -> Path:
+    return start / f"rank-{rank:05d}.json"
 
 
-def log_path(home: Path, rank: int) -> Path:
-    return home / LOGS / f"rank-{rank:05d}.log"
+def log_path(job_folder: Path, rank: int) -> Path:
+    return job_folder / LOGS / f"rank-{rank:05d}.log"
 
 
-def endings(attempt: Path) -> list[Ending]:
+def endings(start: Path) -> list[Ending]:
     """Of the ranks that have one so far, by rank. One that cannot be read counts as not there."""
-    found = [_readable(Ending, path) for path in sorted(attempt.glob("rank-*.json"))]
+    found = [_readable(Ending, path) for path in sorted(start.glob("rank-*.json"))]
     return [ending for ending in found if ending is not None]
 
 
-def attempts(home: Path) -> list[Attempt]:
+def read_starts(job_folder: Path) -> list[JobStart]:
     """All starts, oldest first. One that cannot be read is left out: remains of an old one must not end a new one."""
     found = []
-    for folder in (home / ATTEMPTS).glob("*-*"):
+    for folder in (job_folder / STARTS).glob("*-*"):
         if not (folder / "start.json").is_file():
             continue  # its first process is just writing it
-        start, verdict = _readable(Start, folder / "start.json"), folder / "verdict.json"
+        start, verdict = _readable(StartRecord, folder / "start.json"), folder / "verdict.json"
         if start is not None:
-            found.append(Attempt(folder, start, _readable(Verdict, verdict) if verdict.is_file() else None))
-    return sorted(found, key=lambda attempt: attempt.start.started_unix_s)
+            found.append(JobStart(folder, start, _readable(Verdict, verdict) if verdict.is_file() else None))
+    return sorted(found, key=lambda start: start.record.started_unix_s)
 
 
 def _readable(kind: type[_Kept], path: Path) -> _Kept | None:
@@ -242,7 +244,7 @@ def _warn_once(problem: str) -> None:
     warn(problem)
 
 
-def submissions(home: Path) -> list[Submission]:
+def submissions(job_folder: Path) -> list[Submission]:
     """All submissions, oldest first."""
-    rows, _ = read_json_lines(home / JOBS_FILE)
+    rows, _ = read_json_lines(job_folder / JOBS_FILE)
     return [Submission.of(row) for row in rows]

@@ -21,7 +21,7 @@ _METRICS = {"train/loss": "training loss", "validation/loss": "held-out loss"}
 _SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the samples that both have seen
 _MAX_WIDTH = 48
 # Where a run is and what it is called: of no account for what it computes.
-_OF_NO_ACCOUNT = {"name", "output"}
+_IGNORED_KEYS = {"name", "output"}
 
 
 def diff(a: Path, b: Path) -> str:
@@ -57,24 +57,24 @@ def _cut(value: str) -> str:
     return value if len(value) <= _MAX_WIDTH else value[: _MAX_WIDTH - 1] + "…"
 
 
-def _recipe(home: Path) -> dict[str, str]:
+def _recipe(job_folder: Path) -> dict[str, str]:
     """Resolved, of the newest start; before the first, as it was launched."""
-    launched = read_object(home / LAUNCH_FILE) or {}
-    candidates = [home / "recipe.yaml", *([home / launched["recipe"]] if launched.get("recipe") else [])]
+    launched = read_object(job_folder / LAUNCH_FILE) or {}
+    candidates = [job_folder / "recipe.yaml", *([job_folder / launched["recipe"]] if launched.get("recipe") else [])]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
-        raise InputError(f"{home}: holds no recipe.yaml: no run has begun here")
+        raise InputError(f"{job_folder}: holds no recipe.yaml: no run has begun here")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise InputError(f"{path}: this is no YAML: {error}") from error
-    return {key: value for key, value in _flat(values).items() if key not in _OF_NO_ACCOUNT}
+    return {key: value for key, value in _flat(values).items() if key not in _IGNORED_KEYS}
 
 
-def _code(home: Path) -> dict[str, str]:
-    code = read_object(home / "code.json") or {}
+def _code(job_folder: Path) -> dict[str, str]:
+    code = read_object(job_folder / "code.json") or {}
     shown: dict[str, str] = {key: str(code[key]) for key in ("pomscale", "git_commit") if key in code}
-    difference = home / "code.diff"
+    difference = job_folder / "code.diff"
     if difference.is_file():
         lines = difference.read_text(encoding="utf-8", errors="replace").splitlines()
         files = [line.split(" b/")[-1] for line in lines if line.startswith("diff --git ")]
@@ -84,9 +84,9 @@ def _code(home: Path) -> dict[str, str]:
     return shown
 
 
-def _data(home: Path) -> dict[str, str]:
+def _data(job_folder: Path) -> dict[str, str]:
     """Fingerprints, by the newest checkpoint."""
-    for checkpoint in reversed(complete_checkpoints(home / "checkpoints")):
+    for checkpoint in reversed(complete_checkpoints(job_folder / "checkpoints")):
         meta = read_object(checkpoint / META)
         if meta is not None and "data" in meta:
             return _flat({"data": meta["data"]})
@@ -115,8 +115,8 @@ def _losses(a: Path, b: Path) -> list[str]:
     for metric, title in _METRICS.items():
         if metric not in ours or metric not in theirs:
             continue
-        of_a, of_b = (dict(zip(*series[metric], strict=True)) for series in (ours, theirs))
-        both = sorted(of_a.keys() & of_b.keys())
+        values_a, values_b = (dict(zip(*series[metric], strict=True)) for series in (ours, theirs))
+        both = sorted(values_a.keys() & values_b.keys())
         if not both:
             parts.append(f"{title}: never logged at the same samples")
             continue
@@ -124,9 +124,9 @@ def _losses(a: Path, b: Path) -> list[str]:
         rows = [
             [
                 format_count(samples),
-                f"{of_a[samples]:.5g}",
-                f"{of_b[samples]:.5g}",
-                _relative(of_a[samples], of_b[samples]),
+                f"{values_a[samples]:.5g}",
+                f"{values_b[samples]:.5g}",
+                _relative(values_a[samples], values_b[samples]),
             ]
             for samples in at
         ]

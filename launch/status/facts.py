@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.record.job import ATTEMPTS, JOB_FILE, JOBS_FILE, Attempt, Start, Submission, Verdict
-from launch.record.state import process_of_job_lives
+from launch.record.job import JOB_FILE, JOBS_FILE, STARTS, JobStart, StartRecord, Submission, Verdict
+from launch.record.result import process_of_job_lives
 from launch.status.tail import objects, read_object, tail
 from pomscale.base.errors import PomscaleError
 from pomscale.monitoring.sinks import METRICS_FILE
@@ -33,9 +33,9 @@ class Facts:
     cannot be seen from here, or there is none. rows: the last ones, all of one incarnation.
     """
 
-    home: Path
+    job_folder: Path
     submission: Submission | None
-    attempts: list[Attempt]
+    starts: list[JobStart]
     claim: Claim | None
     claim_lives: bool | None
     local_lives: bool | None
@@ -47,19 +47,19 @@ class Facts:
     is_run: bool
 
     @property
-    def attempt(self) -> Attempt | None:
+    def start(self) -> JobStart | None:
         """The newest."""
-        return max(self.attempts, key=lambda attempt: attempt.start.started_unix_s, default=None)
+        return max(self.starts, key=lambda start: start.record.started_unix_s, default=None)
 
     @property
     def is_waiting(self) -> bool:
         """Whether the newest submission has not begun."""
-        submission, attempt, claim = self.submission, self.attempt, self.claim
+        submission, start, claim = self.submission, self.start, self.claim
         if submission is None or (claim is not None and claim.unix_s > submission.submitted_unix_s):
             return False
-        return attempt is None or (
-            job_of(attempt.start.job_id) != submission.job_id
-            or attempt.start.started_unix_s < submission.submitted_unix_s - _CLOCK_SKEW_S
+        return start is None or (
+            job_of(start.record.job_id) != submission.job_id
+            or start.record.started_unix_s < submission.submitted_unix_s - _CLOCK_SKEW_S
         )
 
     @property
@@ -67,12 +67,12 @@ class Facts:
         """Whether the newest start is not that of a job with a guard, but of `pomscale train` itself."""
         if self.claim is None or self.is_waiting:
             return False
-        attempt = self.attempt
-        if attempt is None:
+        start = self.start
+        if start is None:
             return True
-        if attempt.verdict is not None:
-            return self.claim.unix_s > attempt.verdict.decided_unix_s
-        return self._is_on_slurm(attempt) and self.claim.slurm_job_id != job_of(attempt.start.job_id)
+        if start.verdict is not None:
+            return self.claim.unix_s > start.verdict.decided_unix_s
+        return self._is_on_slurm(start) and self.claim.slurm_job_id != job_of(start.record.job_id)
 
     @property
     def slurm_job(self) -> str | None:
@@ -81,13 +81,13 @@ class Facts:
             return self.submission.job_id if self.submission.scheduler == "slurm" else None
         if self.is_by_hand and self.claim is not None:
             return self.claim.slurm_job_id
-        attempt = self.attempt
-        return job_of(attempt.start.job_id) if attempt is not None and self._is_on_slurm(attempt) else None
+        start = self.start
+        return job_of(start.record.job_id) if start is not None and self._is_on_slurm(start) else None
 
-    def _is_on_slurm(self, attempt: Attempt) -> bool:
+    def _is_on_slurm(self, start: JobStart) -> bool:
         """A job that nobody has submitted by `pomscale launch` was submitted by sbatch."""
         submission = self.submission
-        if submission is None or submission.job_id != job_of(attempt.start.job_id):
+        if submission is None or submission.job_id != job_of(start.record.job_id):
             return True
         return submission.scheduler == "slurm"
 
@@ -111,38 +111,40 @@ class Facts:
         return None
 
 
-def read_facts(home: Path) -> Facts:
+def read_facts(job_folder: Path) -> Facts:
     """Raises PomscaleError, naming the file, where one that must be whole is not, or may not be read."""
     try:
-        return _read_facts(home)
+        return _read_facts(job_folder)
     except OSError as error:
-        raise PomscaleError(f"{home}: cannot be read: {error}") from error
+        raise PomscaleError(f"{job_folder}: cannot be read: {error}") from error
 
 
-def _read_facts(home: Path) -> Facts:
-    submissions = objects(tail(home / JOBS_FILE, _EVENTS_BYTES))
+def _read_facts(job_folder: Path) -> Facts:
+    submissions = objects(tail(job_folder / JOBS_FILE, _EVENTS_BYTES))
     try:
         submission = Submission.of(submissions[-1]) if submissions else None
     except TypeError as error:
-        raise PomscaleError(f"{home / JOBS_FILE}: its last line is no submission: {error}") from error
-    attempts = _newest_attempts(home / ATTEMPTS)
-    claim = newest_claim(home)
-    incarnations = _with_numbers({"started_unix_s"}, objects(tail(home / INCARNATIONS_FILE, _ROWS_BYTES)))
-    rows = _with_numbers(_ROW_KEYS, objects(tail(home / METRICS_FILE, _ROWS_BYTES)))
+        raise PomscaleError(f"{job_folder / JOBS_FILE}: its last line is no submission: {error}") from error
+    starts = _newest_starts(job_folder / STARTS)
+    claim = newest_claim(job_folder)
+    incarnations = _with_numbers({"started_unix_s"}, objects(tail(job_folder / INCARNATIONS_FILE, _ROWS_BYTES)))
+    rows = _with_numbers(_ROW_KEYS, objects(tail(job_folder / METRICS_FILE, _ROWS_BYTES)))
     newest = max((row["incarnation"] for row in rows), default=0)
     return Facts(
-        home,
+        job_folder,
         submission,
-        attempts,
+        starts,
         claim,
         claim_lives=None if claim is None else claim.lives,
-        local_lives=None if submission is None else _local_job_lives(submission, attempts),
-        outcome=read_outcome(home),
+        local_lives=None if submission is None else _local_job_lives(submission, starts),
+        outcome=read_outcome(job_folder),
         incarnation=incarnations[-1] if incarnations else None,
         num_starts=claim.number if claim is not None else len(incarnations),
         rows=[row for row in rows if row["incarnation"] == newest],
-        stop_requested=_stop_requested(home, claim),
-        is_run=claim is not None or bool(incarnations) or bool((read_object(home / JOB_FILE) or {}).get("is_run")),
+        stop_requested=_stop_requested(job_folder, claim),
+        is_run=claim is not None
+        or bool(incarnations)
+        or bool((read_object(job_folder / JOB_FILE) or {}).get("is_run")),
     )
 
 
@@ -151,7 +153,7 @@ def _with_numbers(keys: Collection[str], rows: list[dict[str, Any]]) -> list[dic
     return [row for row in rows if all(isinstance(row.get(key), int | float) for key in keys)]
 
 
-def _newest_attempts(folder: Path) -> list[Attempt]:
+def _newest_starts(folder: Path) -> list[JobStart]:
     """Of each task of the job that was started last."""
     try:
         names = os.listdir(folder)
@@ -164,27 +166,27 @@ def _newest_attempts(folder: Path) -> list[Attempt]:
             continue  # a file system's own
         if not restarts or job_of(task) == job_of(next(iter(restarts))):
             restarts[task] = max(restarts.get(task, 0), int(restart))
-    found = [_attempt(folder / f"{task}-{restart}", task, restart) for task, restart in restarts.items()]
-    return [attempt for attempt in found if attempt is not None]
+    found = [_read_start(folder / f"{task}-{restart}", task, restart) for task, restart in restarts.items()]
+    return [start for start in found if start is not None]
 
 
-def _begun_unix_s(attempt: Path) -> float:
+def _begun_unix_s(start: Path) -> float:
     """Without reading it. Files are added to an old start too, by a rank that outlives it."""
-    start = attempt / "start.json"
-    return (start if start.is_file() else attempt).stat().st_mtime
+    start = start / "start.json"
+    return (start if start.is_file() else start).stat().st_mtime
 
 
-def _attempt(folder: Path, job_id: str, restart: int) -> Attempt | None:
+def _read_start(folder: Path, job_id: str, restart: int) -> JobStart | None:
     """None while its first process is just writing it."""
     start_file, verdict_file = folder / "start.json", folder / "verdict.json"
     verdict = Verdict.read(verdict_file) if verdict_file.is_file() else None
     if start_file.is_file():
-        start = Start.read(start_file)
+        start = StartRecord.read(start_file)
         if verdict is not None and verdict.decided_unix_s < start.started_unix_s:
             verdict = None  # job ids repeat, and this one had the same
-        return Attempt(folder, start, verdict)
+        return JobStart(folder, start, verdict)
     if verdict is not None:  # refused before it began
-        return Attempt(folder, Start(job_id, restart, [], 1, verdict.decided_unix_s, 0), verdict)
+        return JobStart(folder, StartRecord(job_id, restart, [], 1, verdict.decided_unix_s, 0), verdict)
     return None
 
 
@@ -193,17 +195,17 @@ def job_of(task: str) -> str:
     return task.partition("_")[0]
 
 
-def _local_job_lives(submission: Submission, attempts: list[Attempt]) -> bool | None:
+def _local_job_lives(submission: Submission, starts: list[JobStart]) -> bool | None:
     """A local job is a process of the machine that it was submitted on; where that is, its starts tell."""
     if submission.scheduler == "slurm" or not submission.job_id.isdecimal():
         return None
-    hosts = {host for attempt in attempts if attempt.start.job_id == submission.job_id for host in attempt.start.hosts}
+    hosts = {host for start in starts if start.record.job_id == submission.job_id for host in start.record.hosts}
     if hosts and hosts != {socket.gethostname()}:
         return None
     return process_of_job_lives(submission)
 
 
-def _stop_requested(home: Path, claim: Claim | None) -> bool:
-    events = objects(tail(home / EVENTS_FILE, _EVENTS_BYTES))
+def _stop_requested(job_folder: Path, claim: Claim | None) -> bool:
+    events = objects(tail(job_folder / EVENTS_FILE, _EVENTS_BYTES))
     newest = claim.number if claim is not None else 0
     return any(row.get("event") == "stop_requested" and row.get("incarnation") == newest for row in events)

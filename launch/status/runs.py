@@ -12,7 +12,7 @@ from launch.record.job import JOB_FILE
 from launch.scheduler import slurm
 from launch.scheduler.slurm import JobState
 from launch.status.facts import Facts, read_facts
-from launch.status.state import State, is_settled, state_by_home, state_of
+from launch.status.state import State, is_settled, state_by_folder, state_of
 from launch.status.tail import read_object
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.monitoring.sinks import METRICS_FILE
@@ -23,7 +23,7 @@ from pomscale.runs.starts import FOLDER as GENERATIONS
 RUNS = Path("runs")
 """Where runs are looked for by name; recipes put them there unless they say otherwise."""
 
-_PIPELINE_FILE = "pipeline.json"  # launch.pipelines.file, which knows of everything that can be launched
+_PIPELINE_FILE = "pipeline.json"  # launch.record.pipeline, which knows of everything that can be launched
 _MARKS = {JOB_FILE, METRICS_FILE, INCARNATIONS_FILE, GENERATIONS}
 _MAX_DEPTH = 3  # FOLDER/SWEEP/POINT
 
@@ -40,7 +40,7 @@ class RunSummary:
     the newest start, or the submission that waits.
     """
 
-    home: Path
+    job_folder: Path
     name: str
     state: str
     reason: str = ""
@@ -79,17 +79,17 @@ def find_runs(folder: Path) -> dict[Path, str]:
         raise InputError(
             f"{folder}: no such folder; name the folder that holds your runs, e.g. `pomscale runs $SCRATCH/runs`"
         )
-    if is_home(folder):
+    if is_job_folder(folder):
         return {folder: folder.resolve().name}
-    return {home: _name_in(folder, home) for home in _homes_below(folder, _MAX_DEPTH)}
+    return {job_folder: _name_in(folder, job_folder) for job_folder in _job_folders_below(folder, _MAX_DEPTH)}
 
 
-def _name_in(folder: Path, home: Path) -> str:
-    inside = home.absolute().is_relative_to(folder.absolute())
-    return str(home.absolute().relative_to(folder.absolute())) if inside else str(home)
+def _name_in(folder: Path, job_folder: Path) -> str:
+    inside = job_folder.absolute().is_relative_to(folder.absolute())
+    return str(job_folder.absolute().relative_to(folder.absolute())) if inside else str(job_folder)
 
 
-def _homes_below(folder: Path, depth: int) -> Iterator[Path]:
+def _job_folders_below(folder: Path, depth: int) -> Iterator[Path]:
     try:
         pipeline = read_object(folder / _PIPELINE_FILE)
         below = [Path(entry.path) for entry in os.scandir(folder) if not entry.is_file(follow_symlinks=False)]
@@ -97,20 +97,20 @@ def _homes_below(folder: Path, depth: int) -> Iterator[Path]:
         return
     if pipeline is not None:  # the homes of its stages, some of which are run folders elsewhere
         try:
-            homes = [Path(stage["home"]) for stage in pipeline["stages"]]
+            job_folders = [Path(stage["home"]) for stage in pipeline["stages"]]
         except (KeyError, TypeError):  # not ours, or damaged: what lies below tells for itself
-            homes = []
-        if homes:
-            yield from homes
+            job_folders = []
+        if job_folders:
+            yield from job_folders
             return
     for path in below:
-        if is_home(path):
+        if is_job_folder(path):
             yield path
         elif depth > 1:
-            yield from _homes_below(path, depth - 1)
+            yield from _job_folders_below(path, depth - 1)
 
 
-def is_home(folder: Path) -> bool:
+def is_job_folder(folder: Path) -> bool:
     """Whether a run has begun there, or a job was launched."""
     try:
         return not _MARKS.isdisjoint(os.listdir(folder))
@@ -121,38 +121,42 @@ def is_home(folder: Path) -> bool:
 def resolve_run(word: str) -> Path:
     """A run by its folder, its name below runs/, or the beginning of its name. InputError unless that is one run."""
     path = Path(word)
-    if is_home(path):
+    if is_job_folder(path):
         return path
     if path.is_dir() and len(path.parts) > 1:
         raise NoSuchRun(
             f"{path}: no run folder: it has none of {', '.join(sorted(_MARKS))}; `pomscale runs {path}` looks below"
         )
     named = find_runs(RUNS) if RUNS.is_dir() else {}
-    exact = [home for home, name in named.items() if word in (name, home.name)]
-    begun = [home for home, name in named.items() if word and (name.startswith(word) or home.name.startswith(word))]
+    exact = [job_folder for job_folder, name in named.items() if word in (name, job_folder.name)]
+    begun = [
+        job_folder
+        for job_folder, name in named.items()
+        if word and (name.startswith(word) or job_folder.name.startswith(word))
+    ]
     found = exact or begun
     if len(found) == 1:
         return found[0]
     if found:
-        several = ", ".join(sorted(str(home) for home in found)[:8])
+        several = ", ".join(sorted(str(job_folder) for job_folder in found)[:8])
         raise InputError(f"{word}: several runs are called so: {several}; name the folder of one")
     raise NoSuchRun(f"{word}: no run folder, and no run of that name in {RUNS}/; `pomscale runs` lists those there are")
 
 
-def summarize(homes: Mapping[Path, str]) -> Summaries:
+def summarize(job_folders: Mapping[Path, str]) -> Summaries:
     """homes: folder -> name. One question to SLURM for all; never fails for what one of the folders holds."""
     now_unix_s = time.time()
     facts: dict[Path, Facts] = {}
     unreadable: list[RunSummary] = []
-    for home, name in homes.items():
+    for job_folder, name in job_folders.items():
         try:
-            facts[home] = read_facts(home)
+            facts[job_folder] = read_facts(job_folder)
         except PomscaleError as error:
-            unreadable.append(RunSummary(home, name, "unknown", str(error)))
+            unreadable.append(RunSummary(job_folder, name, "unknown", str(error)))
     jobs, problem = ask_slurm(facts.values(), now_unix_s)
     runs = [
-        summary(of_home, homes[home], state_of(of_home, jobs, now_unix_s), now_unix_s)
-        for home, of_home in facts.items()
+        summary(one, job_folders[job_folder], state_of(one, jobs, now_unix_s), now_unix_s)
+        for job_folder, one in facts.items()
     ]
     runs.sort(key=lambda run: run.started_unix_s, reverse=True)
     return Summaries(runs + unreadable, problem)
@@ -163,7 +167,7 @@ def ask_slurm(facts: Iterable[Facts], now_unix_s: float) -> tuple[Mapping[str, J
 
     None where nobody need be asked, or nobody answers.
     """
-    job_ids = {of_home.slurm_job for of_home in facts if not is_settled(of_home, state_by_home(of_home, now_unix_s))}
+    job_ids = {one.slurm_job for one in facts if not is_settled(one, state_by_folder(one, now_unix_s))}
     asked = sorted(job_id for job_id in job_ids if job_id is not None)
     if not asked:
         return None, ""
@@ -184,7 +188,7 @@ def summary(facts: Facts, name: str, state: State, now_unix_s: float) -> RunSumm
     samples = _samples(facts)
     total = None if facts.incarnation is None else facts.incarnation.get("total_samples")
     return RunSummary(
-        facts.home,
+        facts.job_folder,
         name,
         state.word,
         " ".join(state.reason.split()),  # an exception may have said more than a line

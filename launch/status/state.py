@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
-from launch.record.job import SUBMITIT, Attempt, Verdict
+from launch.record.job import SUBMITIT, JobStart, Verdict
 from launch.scheduler.slurm import JobState
 from launch.status.facts import Facts, job_of
 from pomscale.base.console import format_duration
@@ -30,11 +30,11 @@ LIVE: tuple[Word, ...] = ("queued", *ACTIVE, "requeued")
 # before it), but not before a save can be over.
 _LATE_ROWS, _LATE_S = 10.0, 900.0
 
-_OF_VERDICT: Mapping[str, Word] = {"done": "finished", "fail": "failed", "requeue": "requeued", "leave": "stopped"}
-_OF_OUTCOME: Mapping[str, Word] = {"finished": "finished", "stopped": "stopped", "quit": "stopped"}
+_WORD_OF_ACTION: Mapping[str, Word] = {"done": "finished", "fail": "failed", "requeue": "requeued", "leave": "stopped"}
+_WORD_OF_OUTCOME: Mapping[str, Word] = {"finished": "finished", "stopped": "stopped", "quit": "stopped"}
 _PENDING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 _RUNNING = {"RUNNING", "SIGNALING", "STAGE_OUT", "RESIZING", "SUSPENDED", "STOPPED"}
-_OF_SLURM: Mapping[str, Word] = {
+_WORD_OF_SLURM: Mapping[str, Word] = {
     "FAILED": "failed",
     "OUT_OF_MEMORY": "failed",
     "DEADLINE": "failed",
@@ -63,92 +63,92 @@ class State:
 
 def state_of(facts: Facts, jobs: Mapping[str, JobState] | None, now_unix_s: float) -> State:
     """jobs: what SLURM knows of facts.slurm_job, tasks of an array one by one; None if it was not asked."""
-    by_home = state_by_home(facts, now_unix_s)
+    by_folder = state_by_folder(facts, now_unix_s)
     job_id = facts.slurm_job
-    if jobs is None or job_id is None or is_settled(facts, by_home):
-        return by_home
+    if jobs is None or job_id is None or is_settled(facts, by_folder):
+        return by_folder
     known = {task: job for task, job in jobs.items() if job_of(task) == job_id}
     if not known:
-        return _forgotten(facts, by_home, job_id)
-    attempts = {} if facts.is_waiting else {attempt.start.job_id: attempt for attempt in facts.attempts}
+        return _forgotten(facts, by_folder, job_id)
+    starts = {} if facts.is_waiting else {start.record.job_id: start for start in facts.starts}
     if len(known) == 1 and (facts.submission is None or facts.submission.num_tasks == 1):
         task, job = next(iter(known.items()))
-        return _with_slurm(by_home, job, attempts.get(task))
-    tasks = sorted(known.keys() | attempts.keys())
-    return _of_all([_of_task_of_slurm(known.get(task), attempts.get(task)) for task in tasks])
+        return _with_slurm(by_folder, job, starts.get(task))
+    tasks = sorted(known.keys() | starts.keys())
+    return _array_state([_slurm_task_state(known.get(task), starts.get(task)) for task in tasks])
 
 
-def is_settled(facts: Facts, by_home: State) -> bool:
+def is_settled(facts: Facts, by_folder: State) -> bool:
     """Whether the home itself says how it ended, so that no scheduler need be asked."""
-    told = facts.attempt is not None and facts.attempt.verdict is not None
-    return by_home.word == "finished" or (by_home.word == "failed" and told)
+    told = facts.start is not None and facts.start.verdict is not None
+    return by_folder.word == "finished" or (by_folder.word == "failed" and told)
 
 
-def state_by_home(facts: Facts, now_unix_s: float) -> State:
+def state_by_folder(facts: Facts, now_unix_s: float) -> State:
     """Where there is no SLURM, or it does not answer. What then waits in a queue is taken to wait still."""
-    outcome, attempt, submission = facts.current_outcome, facts.attempt, facts.submission
+    outcome, start, submission = facts.current_outcome, facts.start, facts.submission
     if facts.is_waiting:
-        nothing = f"its process is gone and has left nothing; see {facts.home / SUBMITIT}"
+        nothing = f"its process is gone and has left nothing; see {facts.job_folder / SUBMITIT}"
         return State("killed", nothing) if facts.local_lives is False else State("queued")
     if outcome is not None and outcome["state"] == "finished":
         return State("finished")
-    if attempt is None or facts.is_by_hand:
-        return _of_claim(facts, now_unix_s)
+    if start is None or facts.is_by_hand:
+        return _claim_state(facts, now_unix_s)
     if submission is not None and submission.num_tasks > 1 and submission.scheduler == "slurm":
-        to_come = submission.num_tasks - len(facts.attempts)
-        return _of_all([*map(_of_task, facts.attempts), *[State("queued")] * max(0, to_come)])
-    return _of_attempt(facts, attempt, now_unix_s)
+        to_come = submission.num_tasks - len(facts.starts)
+        return _array_state([*map(_task_state, facts.starts), *[State("queued")] * max(0, to_come)])
+    return _start_state(facts, start, now_unix_s)
 
 
-def _of_attempt(facts: Facts, attempt: Attempt, now_unix_s: float) -> State:
-    if attempt.verdict is not None:
-        return _of_verdict(attempt.verdict, ended=facts.local_lives is False)
-    if facts.claim is not None and facts.claim.number > attempt.start.newest_generation:
-        return _of_claim(facts, now_unix_s)
+def _start_state(facts: Facts, start: JobStart, now_unix_s: float) -> State:
+    if start.verdict is not None:
+        return _verdict_state(start.verdict, ended=facts.local_lives is False)
+    if facts.claim is not None and facts.claim.number > start.record.newest_generation:
+        return _claim_state(facts, now_unix_s)
     if facts.local_lives is False:
         return _gone("its job is gone", facts)
     return State("starting" if facts.is_run else "running")
 
 
-def _of_verdict(verdict: Verdict, *, ended: bool) -> State:
+def _verdict_state(verdict: Verdict, *, ended: bool) -> State:
     """ended: nobody is left who would start it again."""
-    word = "stopped" if ended and verdict.action == "requeue" else _OF_VERDICT[verdict.action]
+    word = "stopped" if ended and verdict.action == "requeue" else _WORD_OF_ACTION[verdict.action]
     reason = "" if word == "finished" and verdict.exit_code == 0 else verdict.reason
     return State(word, reason, verdict.log)
 
 
-def _of_task(attempt: Attempt | None) -> State:
+def _task_state(start: JobStart | None) -> State:
     """One of an array: only its guard tells."""
-    if attempt is None:
+    if start is None:
         return State("queued")
-    return State("running") if attempt.verdict is None else _of_verdict(attempt.verdict, ended=False)
+    return State("running") if start.verdict is None else _verdict_state(start.verdict, ended=False)
 
 
-def _of_task_of_slurm(job: JobState | None, attempt: Attempt | None) -> State:
+def _slurm_task_state(job: JobState | None, start: JobStart | None) -> State:
     """job: None for a task that has ended and that SLURM has forgotten, while others still run."""
     if job is not None:
-        return _with_slurm(_of_task(attempt), job, attempt)
-    if attempt is not None and attempt.verdict is not None:
-        return _of_verdict(attempt.verdict, ended=True)
+        return _with_slurm(_task_state(start), job, start)
+    if start is not None and start.verdict is not None:
+        return _verdict_state(start.verdict, ended=True)
     return State("killed", "a task is not in the queue any more, and has not said how it ended")
 
 
-def _of_claim(facts: Facts, now_unix_s: float) -> State:
+def _claim_state(facts: Facts, now_unix_s: float) -> State:
     """By what training itself has left."""
     outcome = facts.current_outcome
-    guarded = not facts.is_by_hand and facts.attempt is not None and facts.local_lives is not False
+    guarded = not facts.is_by_hand and facts.start is not None and facts.local_lives is not False
     if outcome is not None:
         # A supervisor is about to decide what comes of it.
-        return State("stopping", outcome.get("reason", "")) if guarded else _of_outcome(outcome)
+        return State("stopping", outcome.get("reason", "")) if guarded else _outcome_state(outcome)
     if facts.claim_lives is None:
-        return _by_signs_of_life(facts, now_unix_s)
+        return _state_by_signs_of_life(facts, now_unix_s)
     if facts.claim_lives:
         return State(_word_of_life(facts))
     return State("stopping") if guarded and facts.local_lives else _gone("its process is gone", facts)
 
 
-def _of_outcome(outcome: Mapping[str, Any]) -> State:
-    return State(_OF_OUTCOME.get(outcome["state"], "failed"), outcome.get("reason", ""))
+def _outcome_state(outcome: Mapping[str, Any]) -> State:
+    return State(_WORD_OF_OUTCOME.get(outcome["state"], "failed"), outcome.get("reason", ""))
 
 
 def _word_of_life(facts: Facts) -> Word:
@@ -157,7 +157,7 @@ def _word_of_life(facts: Facts) -> Word:
     return "running" if facts.has_logged else "starting"
 
 
-def _by_signs_of_life(facts: Facts, now_unix_s: float) -> State:
+def _state_by_signs_of_life(facts: Facts, now_unix_s: float) -> State:
     """Of a process that cannot be seen from here."""
     claim = facts.claim
     signs = [row["time_unix_s"] for row in facts.rows] + ([claim.unix_s] if claim is not None else [])
@@ -181,61 +181,61 @@ def _gone(what: str, facts: Facts) -> State:
     return State("killed", f"{what}{who} and has left no word")
 
 
-def _forgotten(facts: Facts, by_home: State, job_id: str) -> State:
+def _forgotten(facts: Facts, by_folder: State, job_id: str) -> State:
     """SLURM does not know the job any more."""
-    if by_home.word not in LIVE:
-        return by_home
+    if by_folder.word not in LIVE:
+        return by_folder
     if facts.is_waiting:
         return State("unknown", f"job {job_id} is not in the queue any more, and never began; was it cancelled?")
-    outcome, attempt = facts.current_outcome, facts.attempt
-    if not facts.is_by_hand and attempt is not None and attempt.verdict is not None:
-        return State("stopped", attempt.verdict.reason, attempt.verdict.log)
+    outcome, start = facts.current_outcome, facts.start
+    if not facts.is_by_hand and start is not None and start.verdict is not None:
+        return State("stopped", start.verdict.reason, start.verdict.log)
     if outcome is not None:
-        return _of_outcome(outcome)
+        return _outcome_state(outcome)
     return _gone(f"job {job_id} is not in the queue any more", facts)
 
 
-def _with_slurm(by_home: State, job: JobState, attempt: Attempt | None) -> State:
+def _with_slurm(by_folder: State, job: JobState, start: JobStart | None) -> State:
     """What SLURM says of a job that it knows counts; why it ended, the home knows better."""
     if job.state in _PENDING:
-        return _while_pending(job, attempt)
+        return _while_pending(job, start)
     if job.state in _RUNNING:
-        return _while_running(by_home, job, attempt)
+        return _while_running(by_folder, job, start)
     if job.state == "COMPLETING":
-        return by_home if by_home.word in ("finished", "failed") else replace(by_home, word="stopping")
-    return _after_the_end(by_home, job, attempt)
+        return by_folder if by_folder.word in ("finished", "failed") else replace(by_folder, word="stopping")
+    return _after_the_end(by_folder, job, start)
 
 
-def _while_pending(job: JobState, attempt: Attempt | None) -> State:
+def _while_pending(job: JobState, start: JobStart | None) -> State:
     waits = f"waits: {job.reason}" if job.reason not in ("", "None") else ""
-    if attempt is None:
+    if start is None:
         return State("queued", waits)
-    why = attempt.verdict.reason if attempt.verdict is not None else ""
+    why = start.verdict.reason if start.verdict is not None else ""
     return State("requeued", "; ".join(filter(None, [why, waits])))
 
 
-def _while_running(by_home: State, job: JobState, attempt: Attempt | None) -> State:
-    if by_home.word in ("starting", "running", "stopping"):
-        return by_home
-    if by_home.word == "unknown":
+def _while_running(by_folder: State, job: JobState, start: JobStart | None) -> State:
+    if by_folder.word in ("starting", "running", "stopping"):
+        return by_folder
+    if by_folder.word == "unknown":
         return State("running")
-    begins = attempt is None or (job.num_restarts or 0) > attempt.start.restart
-    return State("starting") if begins else replace(by_home, word="stopping")
+    begins = start is None or (job.num_restarts or 0) > start.record.restart
+    return State("starting") if begins else replace(by_folder, word="stopping")
 
 
-def _after_the_end(by_home: State, job: JobState, attempt: Attempt | None) -> State:
-    if by_home.word in ("finished", "failed"):
-        return by_home
+def _after_the_end(by_folder: State, job: JobState, start: JobStart | None) -> State:
+    if by_folder.word in ("finished", "failed"):
+        return by_folder
     if job.state == "COMPLETED":  # with exit code 0
-        return replace(by_home, word="stopped") if by_home.word in LIVE else by_home
-    word = _OF_SLURM.get(job.state, "unknown")
-    verdict = attempt.verdict if attempt is not None else None
+        return replace(by_folder, word="stopped") if by_folder.word in LIVE else by_folder
+    word = _WORD_OF_SLURM.get(job.state, "unknown")
+    verdict = start.verdict if start is not None else None
     if verdict is not None:
         return State(word, verdict.reason, verdict.log)
     return State(word, "" if word == "cancelled" else f"SLURM says {job.state}; nothing else tells")
 
 
-def _of_all(tasks: Sequence[State]) -> State:
+def _array_state(tasks: Sequence[State]) -> State:
     """The state of an array. reason: how many of its tasks are in which, and the first that failed."""
     counts = Counter(task.word for task in tasks)
     foremost = next(word for word in _FOREMOST if counts[word])

@@ -52,30 +52,33 @@ class _Unreadable(PomscaleError):
     """A log of wandb's that a kill or a full disk has torn; nothing of it was uploaded, and nothing ever will be."""
 
 
-def sync(homes: Mapping[Path, str], show: Callable[[str], None] = print) -> Synced:
+def sync(job_folders: Mapping[Path, str], show: Callable[[str], None] = print) -> Synced:
     """All that is ready, of all runs; what another `sync` has in hand is left to it.
 
     A folder that fails holds up the later ones of its run, for they come after it on the server, unless there is
     nothing in it to be had. Other runs go on. PomscaleError at the end, with wandb's own words, where that happened.
     """
-    recorded = {home: found for home in homes if (found := _not_synced(home))}
-    states = {run.home: run.state for run in summarize({home: homes[home] for home in recorded}).runs}
+    recorded = {job_folder: found for job_folder in job_folders if (found := _not_synced(job_folder))}
+    states = {
+        run.job_folder: run.state
+        for run in summarize({job_folder: job_folders[job_folder] for job_folder in recorded}).runs
+    }
     ready = {
-        home: [folder for folder in found if not _is_being_written(folder, found, states[home])]
-        for home, found in recorded.items()
+        job_folder: [folder for folder in found if not _is_being_written(folder, found, states[job_folder])]
+        for job_folder, found in recorded.items()
     }
     num_ready = sum(map(len, ready.values()))
     num_synced, problems = 0, []
-    for home, folders in ready.items():
+    for job_folder, folders in ready.items():
         try:
-            with _alone(home) as alone:
+            with _alone(job_folder) as alone:
                 if not alone:
-                    show(f"{homes[home]}: another `runs sync` is at it")
+                    show(f"{job_folders[job_folder]}: another `runs sync` is at it")
                     continue
                 for folder in folders:
                     if _is_synced(folder):
                         continue
-                    show(f"{homes[home]}: {folder.name} ({num_synced + 1} of {num_ready})")
+                    show(f"{job_folders[job_folder]}: {folder.name} ({num_synced + 1} of {num_ready})")
                     try:
                         _upload(folder, show)
                         num_synced += 1
@@ -86,7 +89,7 @@ def sync(homes: Mapping[Path, str], show: Callable[[str], None] = print) -> Sync
         except PomscaleError as problem:
             problems.append(str(problem))
         except OSError as problem:  # somebody else's run
-            problems.append(f"{home}: left out: {problem}")
+            problems.append(f"{job_folder}: left out: {problem}")
     if problems:
         raise PomscaleError("\n".join(problems))
     return Synced(num_synced, sum(map(len, recorded.values())) - num_ready)
@@ -103,9 +106,9 @@ def watch_and_sync(find: Callable[[], Mapping[Path, str]], minutes: float, show:
         time.sleep(60 * minutes)
 
 
-def _not_synced(home: Path) -> list[Path]:
+def _not_synced(job_folder: Path) -> list[Path]:
     """Oldest first: their names begin with the time."""
-    folders = sorted((home / "wandb").glob("offline-run-*"))
+    folders = sorted((job_folder / "wandb").glob("offline-run-*"))
     return [folder for folder in folders if not _is_synced(folder) and _has_begun(folder)]
 
 
@@ -123,10 +126,10 @@ def _mark_of(file: Path) -> Path:
     return file.with_name(f"{file.name}.synced")
 
 
-def _is_being_written(folder: Path, of_run: list[Path], state: str) -> bool:
+def _is_being_written(folder: Path, folders: list[Path], state: str) -> bool:
     """Only the newest can be. One that was killed was never closed: it counts once its run is over."""
     file = next(folder.glob("*.wandb"))
-    if folder != of_run[-1] or _is_closed(file):
+    if folder != folders[-1] or _is_closed(file):
         return False
     return state in ACTIVE or (state == "unknown" and time.time() - file.stat().st_mtime < _STALE_S)
 
@@ -147,9 +150,9 @@ def _is_closed(file: Path) -> bool:
 
 
 @contextmanager
-def _alone(home: Path) -> Iterator[bool]:
+def _alone(job_folder: Path) -> Iterator[bool]:
     """Whether no other process is uploading this run; none will until the block ends."""
-    with (home / "wandb" / ".pomscale-sync.lock").open("w") as lock:
+    with (job_folder / "wandb" / ".pomscale-sync.lock").open("w") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

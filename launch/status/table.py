@@ -24,10 +24,10 @@ def list_runs(folders: Sequence[Path], states: Collection[str] = ()) -> Summarie
     unknown = sorted(set(states) - set(WORDS))
     if unknown:
         raise InputError(f"--state: {', '.join(unknown)}: no such state; there are {', '.join(WORDS)}")
-    homes: dict[Path, str] = {}
+    job_folders: dict[Path, str] = {}
     for folder in folders or [RUNS]:
-        homes |= find_runs(folder)
-    found = summarize(homes)
+        job_folders |= find_runs(folder)
+    found = summarize(job_folders)
     return Summaries([run for run in found.runs if not states or run.state in states], found.problem)
 
 
@@ -45,7 +45,7 @@ def as_json(summaries: Summaries) -> str:
 
 
 def _plain(run: RunSummary) -> dict[str, object]:
-    values = asdict(run) | {"home": str(run.home.resolve()), "share": run.share}
+    values = asdict(run) | {"home": str(run.job_folder.resolve()), "share": run.share}
     return {
         name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in values.items()

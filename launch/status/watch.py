@@ -20,7 +20,7 @@ from launch.record.job import log_path
 from launch.scheduler.slurm import JobState
 from launch.status.facts import Facts, read_facts
 from launch.status.plot import plot
-from launch.status.runs import RunSummary, ask_slurm, is_home, summary
+from launch.status.runs import RunSummary, ask_slurm, is_job_folder, summary
 from launch.status.state import state_of
 from launch.status.table import few
 from launch.status.tail import Growing, objects
@@ -45,13 +45,13 @@ _COLORS = {
     "compile": "bright_blue", "data_wait": "yellow", "checkpoint_stall": "magenta", "evaluation": "bright_yellow",
     "rollback": "bright_red", "other": "white",
 }  # fmt: skip
-_OF_STATE = {"running": "green", "finished": "bold green", "failed": "bold red", "killed": "bold red"}
+_STATE_COLORS = {"running": "green", "finished": "bold green", "failed": "bold red", "killed": "bold red"}
 
 
-def watch(home: Path, *, once: bool, console: Console | None = None) -> None:
+def watch(job_folder: Path, *, once: bool, console: Console | None = None) -> None:
     """Until Ctrl-C; once: a single frame, as without a terminal. home: may be one that is not there yet."""
     console = console or Console()
-    view = _View(home)
+    view = _View(job_folder)
     if once or not console.is_terminal:
         console.print(view.frame(console.width, _ONCE_HEIGHT))
         return
@@ -83,12 +83,12 @@ class _Curve:
 
 
 class _View:
-    def __init__(self, home: Path) -> None:
-        self._home = home
-        self._metrics = Growing(home / METRICS_FILE, num_bytes=_METRICS_BYTES)
-        self._events_file = Growing(home / EVENTS_FILE, num_bytes=_EVENTS_BYTES)
-        self._incarnations_file = Growing(home / INCARNATIONS_FILE)
-        self._log_file = Growing(log_path(home, 0), num_bytes=_LOG_BYTES)
+    def __init__(self, job_folder: Path) -> None:
+        self._job_folder = job_folder
+        self._metrics = Growing(job_folder / METRICS_FILE, num_bytes=_METRICS_BYTES)
+        self._events_file = Growing(job_folder / EVENTS_FILE, num_bytes=_EVENTS_BYTES)
+        self._incarnations_file = Growing(job_folder / INCARNATIONS_FILE)
+        self._log_file = Growing(log_path(job_folder, 0), num_bytes=_LOG_BYTES)
         self._loss, self._speed = _Curve(), _Curve()
         self._incarnation = 0
         self._start_samples: dict[int, int] = {}
@@ -101,10 +101,10 @@ class _View:
     def frame(self, width: int, height: int) -> RenderableType:
         """As wide and as high as the terminal, unless that is tiny."""
         width, height = max(width, _MIN_WIDTH), max(height, _MIN_HEIGHT)
-        if not is_home(self._home):
-            return _message(f"waiting for {self._home}: no run has begun there yet. Ctrl-C ends this")
+        if not is_job_folder(self._job_folder):
+            return _message(f"waiting for {self._job_folder}: no run has begun there yet. Ctrl-C ends this")
         try:
-            facts = read_facts(self._home)
+            facts = read_facts(self._job_folder)
             run = self._summary(facts)
             self._read()
         except (PomscaleError, OSError) as problem:
@@ -126,7 +126,7 @@ class _View:
         if self._asked_s is None or now_s - self._asked_s > _ASK_SLURM_EVERY_S:
             self._asked_s = now_s
             self._jobs, self._problem = ask_slurm([facts], now_unix_s)
-        return summary(facts, self._home.resolve().name, state_of(facts, self._jobs, now_unix_s), now_unix_s)
+        return summary(facts, self._job_folder.resolve().name, state_of(facts, self._jobs, now_unix_s), now_unix_s)
 
     def _read(self) -> None:
         for start in objects(self._incarnations_file.read()):
@@ -167,7 +167,7 @@ class _View:
         table.add_column(ratio=2)
         table.add_column(ratio=1)
         events = [_event_line(row) for row in list(self._events)[-(height - 2) :]]
-        checkpoints = _checkpoints(self._home / "checkpoints")[-(height - 2) :]
+        checkpoints = _checkpoints(self._job_folder / "checkpoints")[-(height - 2) :]
         table.add_row(_lines_panel("events", events, height), _lines_panel("checkpoints", checkpoints, height))
         return table
 
@@ -193,7 +193,7 @@ def _message(text: str) -> Panel:
 
 
 def _header(facts: Facts, run: RunSummary, problem: str) -> Panel:
-    hosts = facts.attempt.start.hosts if facts.attempt is not None and not facts.is_by_hand else []
+    hosts = facts.start.record.hosts if facts.start is not None and not facts.is_by_hand else []
     if not hosts and facts.claim is not None and facts.claim.host:
         hosts = [facts.claim.host]
     words = [f"start {run.num_starts}"]
@@ -204,7 +204,7 @@ def _header(facts: Facts, run: RunSummary, problem: str) -> Panel:
         words.append(f"job {run.job_id}")
     if run.last_row_unix_s is not None:
         words.append(f"last row {format_age(run.last_row_unix_s, time.time())}")
-    first = Text.assemble((run.state, _OF_STATE.get(run.state, "bold")), "  " + "  ·  ".join(words), no_wrap=True)
+    first = Text.assemble((run.state, _STATE_COLORS.get(run.state, "bold")), "  " + "  ·  ".join(words), no_wrap=True)
     why = Text(run.reason or problem, style="yellow", no_wrap=True, overflow="ellipsis")
     return Panel(Group(first, _progress(run), why), title=run.name, height=_HEADER_HEIGHT, title_align="left")
 

@@ -116,29 +116,31 @@ def check_machine(
     return summary(made)
 
 
-def check_run_folder(home: Path, recipe: TrainRecipe) -> None:
+def check_run_folder(job_folder: Path, recipe: TrainRecipe) -> None:
     """This run has not begun, or may go on with this recipe and has something left to do."""
-    then = _recipe_then(home)
+    then = _recipe_then(job_folder)
     if then is None:
         return
-    complete = complete_checkpoints(home / "checkpoints")
+    complete = complete_checkpoints(job_folder / "checkpoints")
     wrong = [f"kind: {then['kind']}"] if then["kind"] != "train" else differences(then, recipe.model_dump(mode="json"))
     if wrong:
         instead = "choose another name" if complete else "choose another name, delete it (there is no checkpoint in it)"
-        raise InputError(f"{home}: this run began with another recipe; {instead}, or undo: {'; '.join(wrong)}")
+        raise InputError(f"{job_folder}: this run began with another recipe; {instead}, or undo: {'; '.join(wrong)}")
     if complete and recipe.resume == "never":
-        raise InputError(f"{home}: holds checkpoints, and resume is never; choose another name or delete the folder")
-    if has_finished(home, recipe):
         raise InputError(
-            f"{home}: finished already, {samples_of(complete[-1]):,} samples; to go on, raise training.total_samples"
+            f"{job_folder}: holds checkpoints, and resume is never; choose another name or delete the folder"
+        )
+    if has_finished(job_folder, recipe):
+        raise InputError(
+            f"{job_folder}: finished already, {samples_of(complete[-1]):,} samples; to go on, raise training.total_samples"
         )
 
 
-def has_finished(home: Path, recipe: TrainRecipe) -> bool:
+def has_finished(job_folder: Path, recipe: TrainRecipe) -> bool:
     """Whether nothing of this recipe is left to do."""
-    complete = complete_checkpoints(home / "checkpoints")
+    complete = complete_checkpoints(job_folder / "checkpoints")
     is_whole = bool(complete) and _recipe_in(complete[-1]) is not None
-    return is_whole and samples_of(complete[-1]) >= recipe.training.total_samples and is_finished(home)
+    return is_whole and samples_of(complete[-1]) >= recipe.training.total_samples and is_finished(job_folder)
 
 
 def _recipe_in(checkpoint: Path) -> dict[str, Any] | None:
@@ -150,38 +152,38 @@ def _recipe_in(checkpoint: Path) -> dict[str, Any] | None:
     return recipe
 
 
-def _recipe_then(home: Path) -> Mapping[str, Any] | None:
+def _recipe_then(job_folder: Path) -> Mapping[str, Any] | None:
     """With which the run began, as its newest checkpoint tells, or the first start that left none."""
-    for checkpoint in reversed(complete_checkpoints(home / "checkpoints")):
+    for checkpoint in reversed(complete_checkpoints(job_folder / "checkpoints")):
         if (recipe := _recipe_in(checkpoint)) is not None:
             return recipe
     for name in ("recipe.yaml", RECIPE_FILE):
-        if (home / name).is_file():
-            return read_source(home / name).values
+        if (job_folder / name).is_file():
+            return read_source(job_folder / name).values
     return None
 
 
-def check_encode_home(home: Path, recipe: EncodeRecipe) -> None:
+def check_encode_folder(job_folder: Path, recipe: EncodeRecipe) -> None:
     """What was launched there before was an encode of the same dataset."""
-    if not (home / RECIPE_FILE).is_file():
+    if not (job_folder / RECIPE_FILE).is_file():
         return
-    then = read_source(home / RECIPE_FILE).values
+    then = read_source(job_folder / RECIPE_FILE).values
     if (then["kind"], then.get("output")) != ("encode", recipe.output):
-        raise InputError(f"{home}: jobs of another recipe were launched there; choose another name, or delete it")
+        raise InputError(f"{job_folder}: jobs of another recipe were launched there; choose another name, or delete it")
 
 
-def check_not_in_queue(home: Path) -> None:
+def check_not_in_queue(job_folder: Path) -> None:
     """Nothing waits or runs in this home."""
-    if not home.is_dir():
+    if not job_folder.is_dir():
         return
-    found = summarize({home: home.name})
+    found = summarize({job_folder: job_folder.name})
     state = found.runs[0]
     if state.state in LIVE:
         job = f", job {state.job_id}" if state.job_id else ""
-        by_home = f" (as its folder tells; {found.problem})" if found.problem else ""
+        by_folder = f" (as its folder tells; {found.problem})" if found.problem else ""
         raise InputError(
-            f"{home}: {state.state} already{job}{by_home}; watch it with `pomscale watch {home}`, "
-            f"or end it with `pomscale runs cancel {home}`"
+            f"{job_folder}: {state.state} already{job}{by_folder}; watch it with `pomscale watch {job_folder}`, "
+            f"or end it with `pomscale runs cancel {job_folder}`"
         )
 
 

@@ -28,16 +28,16 @@ _FOLDERS = ("pomscale", "launch", "data_pipelines", "slurm")
 _NOT_CODE = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
-def freeze(home: Path, *, new_code: bool = False) -> None:
+def freeze(job_folder: Path, *, new_code: bool = False) -> None:
     """Copy the code that is running into the home. What is there already stays, unless new_code.
 
     Whole or not at all. InputError if it cannot be copied.
     """
-    code = home / CODE
+    code = job_folder / CODE
     if code.exists() and not new_code:
         return
-    make_folder(home)
-    copy, old = (home / f"{CODE}.{word}-{os.getpid()}" for word in ("new", "old"))
+    make_folder(job_folder)
+    copy, old = (job_folder / f"{CODE}.{word}-{os.getpid()}" for word in ("new", "old"))
     try:
         _copy_to(copy)
         if code.exists():
@@ -61,15 +61,15 @@ def _copy_to(folder: Path) -> None:
     write_text(folder / DIFF_FILE, diff)
 
 
-def which_code(home: Path, *, new_code: bool = False) -> str:
+def which_code(job_folder: Path, *, new_code: bool = False) -> str:
     """What a job that is launched in this home will run, for people."""
-    state_file = home / CODE / STATE_FILE
-    if not (home / CODE).exists():
+    state_file = job_folder / CODE / STATE_FILE
+    if not (job_folder / CODE).exists():
         return f"of now, {_name(_code_of_now()[0])}"
     if new_code:
         return f"of now, {_name(_code_of_now()[0])}, instead of what it began with"
     if not state_file.is_file():
-        return f"that in {home / CODE}"
+        return f"that in {job_folder / CODE}"
     frozen = datetime.fromtimestamp(state_file.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     state = json.loads(state_file.read_text(encoding="utf-8"))
     return f"what it began with ({_name(state)}, copied {frozen}); --new-code takes that of now"

@@ -14,7 +14,7 @@ from launch.status.runs import summarize
 from launch.status.state import LIVE
 from launch.submission.checks import (
     RECIPE_FILE,
-    check_encode_home,
+    check_encode_folder,
     check_interpreter,
     check_machine,
     check_not_in_queue,
@@ -24,7 +24,7 @@ from launch.submission.checks import (
     check_training_data,
 )
 from launch.submission.freeze import freeze
-from launch.submission.job_script import Condition, Wish
+from launch.submission.job_script import Condition, SubmitOptions
 from launch.submission.submit import batch_script, submit
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder, write_text
@@ -56,20 +56,20 @@ class Prepared:
     num_before: int = 0
 
     @property
-    def home(self) -> Path:
-        return Path(self.spec.home)
+    def job_folder(self) -> Path:
+        return Path(self.spec.job_folder)
 
     @property
     def time_limit(self) -> str | None:
         return self.launched_as.time_limit
 
-    def waiting_for(self, homes: Mapping[str, Condition]) -> Prepared:
+    def waiting_for(self, job_folders: Mapping[str, Condition]) -> Prepared:
         """After the jobs in these homes, where no scheduler sees to it."""
-        return replace(self, spec=replace(self.spec, wait_for=dict(homes)))
+        return replace(self, spec=replace(self.spec, wait_for=dict(job_folders)))
 
     def script(self, after: Mapping[str, Condition] | None = None) -> str:
         """What sbatch will be given; "" without SLURM."""
-        return batch_script(self.spec, self.profile, self._wish(after))
+        return batch_script(self.spec, self.profile, self._options(after))
 
     def submit(self, after: Mapping[str, Condition] | None = None, *, new_code: bool = False) -> str:
         """Make the home, with the code and the recipe in it, and submit. Returns the job id.
@@ -80,29 +80,31 @@ class Prepared:
             slurm.check_answers()
         elif self.profile.scheduler == "local":
             check_interpreter(self.profile)
-        first_new = _first_missing(self.home)
+        first_new = _first_missing(self.job_folder)
         try:
-            with sole_launch(self.home):
-                if len(submissions(self.home)) > self.num_before:
-                    raise InputError(f"{self.home}: launched by somebody else just now; look with `pomscale runs`")
-                self.write_home(new_code=new_code)
-                return submit(self.spec, self.profile, self._wish(after))
+            with sole_launch(self.job_folder):
+                if len(submissions(self.job_folder)) > self.num_before:
+                    raise InputError(
+                        f"{self.job_folder}: launched by somebody else just now; look with `pomscale runs`"
+                    )
+                self.write_job_folder(new_code=new_code)
+                return submit(self.spec, self.profile, self._options(after))
         except Exception:
-            if first_new is not None and not (self.home / JOBS_FILE).exists():
-                _take_away(self.home, first_new)
+            if first_new is not None and not (self.job_folder / JOBS_FILE).exists():
+                _take_away(self.job_folder, first_new)
             raise
 
-    def _wish(self, after: Mapping[str, Condition] | None) -> Wish:
-        return Wish(self.time_limit, after or {}, self.array, self.gpus_per_node)
+    def _options(self, after: Mapping[str, Condition] | None) -> SubmitOptions:
+        return SubmitOptions(self.time_limit, after or {}, self.array, self.gpus_per_node)
 
-    def write_home(self, *, new_code: bool = False) -> None:
+    def write_job_folder(self, *, new_code: bool = False) -> None:
         """All of it but job.json."""
-        make_folder(self.home)
-        freeze(self.home, new_code=new_code)
+        make_folder(self.job_folder)
+        freeze(self.job_folder, new_code=new_code)
         if self.recipe is not None:
-            make_folder((self.home / RECIPE_FILE).parent)
-            write_text(self.home / RECIPE_FILE, dump_recipe(self.recipe))
-        keep(self.home / LAUNCH_FILE, replace(self.launched_as, gpus_per_node=self.gpus_per_node))
+            make_folder((self.job_folder / RECIPE_FILE).parent)
+            write_text(self.job_folder / RECIPE_FILE, dump_recipe(self.recipe))
+        keep(self.job_folder / LAUNCH_FILE, replace(self.launched_as, gpus_per_node=self.gpus_per_node))
 
 
 def _first_missing(folder: Path) -> Path | None:
@@ -113,10 +115,10 @@ def _first_missing(folder: Path) -> Path | None:
     return missing
 
 
-def _take_away(home: Path, first_new: Path) -> None:
+def _take_away(job_folder: Path, first_new: Path) -> None:
     """And the folders above it up to first_new, unless another launch has put something there meanwhile."""
-    shutil.rmtree(home, ignore_errors=True)
-    folder = home
+    shutil.rmtree(job_folder, ignore_errors=True)
+    folder = job_folder
     while folder != first_new:
         folder = folder.parent
         try:
@@ -170,17 +172,17 @@ def prepare_run(
     num_ranks = _ranks_per_node(profile, gpus_per_node, ranks_per_node)
     dataset = check_training_data(recipe, profile, to_come)
     plan = check_machine(recipe, profile, num_nodes, num_nodes * num_ranks, dataset)
-    home = run_home(recipe, profile)
+    job_folder = run_folder(recipe, profile)
     if not replacing:
-        check_not_in_queue(home)
-    check_run_folder(home, recipe)
-    wandb, notes = _wandb(recipe.monitoring.wandb, profile, home)
+        check_not_in_queue(job_folder)
+    check_run_folder(job_folder, recipe)
+    wandb, notes = _wandb(recipe.monitoring.wandb, profile, job_folder)
     monitoring = recipe.monitoring.model_copy(update={"wandb": wandb})
-    resolved = recipe.model_copy(update={"output": str(home.parent), "monitoring": monitoring})
+    resolved = recipe.model_copy(update={"output": str(job_folder.parent), "monitoring": monitoring})
     spec = JobSpec(
-        home=str(home),
+        job_folder=str(job_folder),
         name=recipe.name,
-        commands=[["train", str(home / RECIPE_FILE)]],
+        commands=[["train", str(job_folder / RECIPE_FILE)]],
         cwd=str(Path.cwd()),
         num_nodes=num_nodes,
         ranks_per_node=num_ranks,
@@ -191,7 +193,9 @@ def prepare_run(
         evaluations=bool(recipe.evaluations),
     )
     launched = _launched_as(RECIPE_FILE, profile, cluster_name, num_nodes, time_limit, command_line)
-    return Prepared(spec, profile, launched, resolved, notes, tuple(plan), None, gpus_per_node, len(submissions(home)))
+    return Prepared(
+        spec, profile, launched, resolved, notes, tuple(plan), None, gpus_per_node, len(submissions(job_folder))
+    )
 
 
 def prepare_encode(
@@ -208,7 +212,7 @@ def prepare_encode(
     command_line: Sequence[str] = (),
     to_come: Collection[Path] = (),
     replacing: bool = False,
-    home: Path | None = None,
+    job_folder: Path | None = None,
 ) -> Prepared:
     """An encode, by an array of tasks or by the ranks of one job. A task has one rank, and one GPU where there are any.
 
@@ -223,15 +227,15 @@ def prepare_encode(
         gpus_per_node = min(profile.gpus_per_node, 1)
         ranks_per_node = 1
     num_ranks = _ranks_per_node(profile, gpus_per_node, ranks_per_node)
-    home = home or resolved_output(RUNS, profile) / f"encode-{recipe.name}"
+    job_folder = job_folder or resolved_output(RUNS, profile) / f"encode-{recipe.name}"
     if not replacing:
-        check_not_in_queue(home)
-    check_encode_home(home, recipe)
-    wandb, notes = _wandb(recipe.wandb, profile, home)
+        check_not_in_queue(job_folder)
+    check_encode_folder(job_folder, recipe)
+    wandb, notes = _wandb(recipe.wandb, profile, job_folder)
     spec = JobSpec(
-        home=str(home),
-        name=home.name,
-        commands=[["data", "encode", str(home / RECIPE_FILE)]],
+        job_folder=str(job_folder),
+        name=job_folder.name,
+        commands=[["data", "encode", str(job_folder / RECIPE_FILE)]],
         cwd=str(Path.cwd()),
         num_nodes=num_nodes,
         ranks_per_node=num_ranks,
@@ -241,12 +245,12 @@ def prepare_encode(
     )
     launched = _launched_as(RECIPE_FILE, profile, cluster_name, num_nodes, time_limit, command_line)
     resolved = recipe.model_copy(update={"wandb": wandb})
-    return Prepared(spec, profile, launched, resolved, notes, (), array, gpus_per_node, len(submissions(home)))
+    return Prepared(spec, profile, launched, resolved, notes, (), array, gpus_per_node, len(submissions(job_folder)))
 
 
 def prepare_commands(
     name: str,
-    home: Path,
+    job_folder: Path,
     commands: list[list[str]],
     profile: ClusterProfile,
     cluster_name: str,
@@ -261,9 +265,9 @@ def prepare_commands(
     """Commands of pomscale, one after another; all ranks run them all. commands: words after `pomscale`, for each."""
     check_time_limit(profile, time_limit)
     if not replacing:
-        check_not_in_queue(home)
+        check_not_in_queue(job_folder)
     spec = JobSpec(
-        home=str(home.absolute()),
+        job_folder=str(job_folder.absolute()),
         name=name,
         commands=commands,
         cwd=str(Path.cwd()),
@@ -274,7 +278,7 @@ def prepare_commands(
         max_idle_requeues=profile.max_idle_requeues,
     )
     launched = _launched_as(None, profile, cluster_name, num_nodes, time_limit, command_line)
-    return Prepared(spec, profile, launched, gpus_per_node=gpus_per_node, num_before=len(submissions(home)))
+    return Prepared(spec, profile, launched, gpus_per_node=gpus_per_node, num_before=len(submissions(job_folder)))
 
 
 def resolved_output(output: str, profile: ClusterProfile) -> Path:
@@ -283,16 +287,16 @@ def resolved_output(output: str, profile: ClusterProfile) -> Path:
     return Path(scratch, output).absolute()
 
 
-def run_home(recipe: TrainRecipe, profile: ClusterProfile) -> Path:
+def run_folder(recipe: TrainRecipe, profile: ClusterProfile) -> Path:
     """The run folder, absolute."""
     return resolved_output(recipe.output, profile) / recipe.name
 
 
-def in_queue(home: Path) -> Submission | None:
+def in_queue(job_folder: Path) -> Submission | None:
     """The submission that waits or runs in this home."""
-    if not home.is_dir() or summarize({home: home.name}).runs[0].state not in LIVE:
+    if not job_folder.is_dir() or summarize({job_folder: job_folder.name}).runs[0].state not in LIVE:
         return None
-    return next(iter(submissions(home)[-1:]), None)
+    return next(iter(submissions(job_folder)[-1:]), None)
 
 
 def _ranks_per_node(profile: ClusterProfile, gpus_per_node: int | None, ranks_per_node: int | None) -> int:
@@ -317,10 +321,10 @@ def _environment(profile: ClusterProfile) -> dict[str, str]:
     return {**follows, **profile.environment}
 
 
-def _wandb(config: WandbConfig, profile: ClusterProfile, home: Path) -> tuple[WandbConfig, tuple[str, ...]]:
+def _wandb(config: WandbConfig, profile: ClusterProfile, job_folder: Path) -> tuple[WandbConfig, tuple[str, ...]]:
     if config.mode != "online" or not profile.offline:
         return config, ()
-    note = f"wandb is offline, since these nodes have no internet: `pomscale runs sync {home}` uploads from here"
+    note = f"wandb is offline, since these nodes have no internet: `pomscale runs sync {job_folder}` uploads from here"
     return config.model_copy(update={"mode": "offline"}), (note,)
 
 

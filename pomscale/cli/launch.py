@@ -53,7 +53,7 @@ def _add_changes(parser: argparse.ArgumentParser) -> None:
 
 
 def _launch(verbs: Mapping[str, argparse.ArgumentParser], arguments: argparse.Namespace) -> int:
-    from launch.submission.launch import Launch, launch
+    from launch.command import Launch, launch
 
     asked = Launch(
         recipe=arguments.recipe,

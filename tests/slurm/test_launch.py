@@ -71,8 +71,8 @@ def test_two_nodes_train_as_four_processes_do_without_slurm(
     assert {rank.environ()[name] for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")} == {"4", "2"}
     held.unlink()
 
-    (attempt,) = run.finish()
-    assert len(set(attempt.start.hosts)) == 2
+    (start,) = run.finish()
+    assert len(set(start.record.hosts)) == 2
     assert json.loads((run.folder / "code.json").read_text()) == json.loads((run.folder / "code/code.json").read_text())
     without = tmp_path / "without"
     without.mkdir()
@@ -104,14 +104,14 @@ def test_an_encode_as_an_array(slurm: SlurmCluster, tmp_path: Path, digits: Path
         text=True,
         check=True,
     )
-    home = tmp_path / "runs" / "encode-digits"
-    (submission,) = submissions(home)
+    job_folder = tmp_path / "runs" / "encode-digits"
+    (submission,) = submissions(job_folder)
     assert submission.num_tasks == 3
     assert f"{submission.job_id}, an array of 3 tasks" in done.stdout
     for task in range(3):
         slurm.wait_for(f"{submission.job_id}_{task}", "COMPLETED")
     assert read_manifest(tmp_path / "latents").num_samples == read_manifest(digits / "latents" / "heldout").num_samples
-    assert sorted(path.name for path in (home / "attempts").iterdir()) == [
+    assert sorted(path.name for path in (job_folder / "attempts").iterdir()) == [
         f"{submission.job_id}_{i}-0" for i in range(3)
     ]
 

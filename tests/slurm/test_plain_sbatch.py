@@ -32,10 +32,10 @@ def test_it_saves_requeues_and_finishes(
     run = Launched(slurm, sbatch(slurm, tmp_path, str(recipe), *OVERRIDES), tmp_path / "runs" / "tiny")
     run.wait_for_samples(30 * GLOBAL_BATCH)
     slurm.run(["scancel", "--signal=USR2", run.job_id])
-    run.wait_for_attempt(2)
+    run.wait_for_start(2)
     held.unlink()
-    attempts = run.finish()
-    assert [attempt.verdict and attempt.verdict.action for attempt in attempts] == ["requeue", "done"]
+    starts = run.finish()
+    assert [start.verdict and start.verdict.action for start in starts] == ["requeue", "done"]
     assert [submission.job_id for submission in submissions(run.folder)] == [run.job_id]
     assert outcome(run.folder)["state"] == "finished"
     assert (run.folder / "code" / "code.json").is_file()

@@ -130,11 +130,11 @@ def held_at(file: Path, samples: int, step_s: float = 0.0) -> dict[str, str]:
     return {**ENVIRONMENT, **unhurried}
 
 
-def controller_of(home: Path) -> psutil.Process | None:
+def controller_of(job_folder: Path) -> psutil.Process | None:
     """The process of the newest local job, while it is there. Numbers of processes come again: this is no other's."""
     with suppress(psutil.NoSuchProcess, IndexError):
-        process = psutil.Process(int(submissions(home)[-1].job_id))
-        if str(home) in " ".join(process.cmdline()):
+        process = psutil.Process(int(submissions(job_folder)[-1].job_id))
+        if str(job_folder) in " ".join(process.cmdline()):
             return process
     return None
 

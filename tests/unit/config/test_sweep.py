@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.pipelines.sweep import plan_sweep, table
 from launch.submission.prepare import How
-from launch.submission.sweep import plan_sweep, table
 from pomscale.config.load import load_cluster, load_train_recipe
 from pomscale.config.schema import TrainRecipe
 from pomscale.config.sweep import load_points
@@ -135,8 +135,8 @@ def test_launching_again_takes_only_what_is_left(path: Path, digits: Path, tmp_p
         ("new", True),
         ("new", True),
     ]
-    assert not planned[0].home.exists()
-    lines = table(planned, {planned[0].home: "17"}).splitlines()
+    assert not planned[0].job_folder.exists()
+    lines = table(planned, {planned[0].job_folder: "17"}).splitlines()
     assert lines[0].split() == ["job", "optimizer.lr", "model.degree", "run"]
     assert lines[1].split() == ["17", "0.0001", "2", "grid.lr=0.0001-degree=2"]
     assert lines[2].split() == ["finished", "0.0001", "3", "grid.lr=0.0001-degree=3"]
@@ -144,9 +144,9 @@ def test_launching_again_takes_only_what_is_left(path: Path, digits: Path, tmp_p
 
 def finish(recipe: TrainRecipe) -> None:
     """What a run that has come to its end leaves, as far as a launch looks."""
-    home = Path(recipe.output) / recipe.name
-    checkpoint = home / "checkpoints" / f"samples-{recipe.training.total_samples:012d}"
+    job_folder = Path(recipe.output) / recipe.name
+    checkpoint = job_folder / "checkpoints" / f"samples-{recipe.training.total_samples:012d}"
     checkpoint.mkdir(parents=True)
     (checkpoint / META).write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
     (checkpoint / "COMPLETE").write_text("")
-    write_outcome(home, 1, 0, "finished", samples=recipe.training.total_samples)
+    write_outcome(job_folder, 1, 0, "finished", samples=recipe.training.total_samples)

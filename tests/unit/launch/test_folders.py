@@ -164,7 +164,7 @@ def test_status_of_a_run_that_failed_says_why_and_what_to_type(copied: Path) -> 
 
 def test_logs_of_a_run_by_hand(runs: Path) -> None:
     with pytest.raises(InputError, match="not started by `pomscale launch`"):
-        show_logs(runs / "tiny", rank=0, lines=None, attempt=None, follow=True)
+        show_logs(runs / "tiny", rank=0, lines=None, start=None, follow=True)
 
 
 def test_diff_shows_what_differs_and_nothing_else(copied: Path) -> None:

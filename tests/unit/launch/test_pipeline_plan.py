@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.pipelines.launch import launch_pipeline
-from launch.pipelines.plan import Plan, Planned
+from launch.pipelines.plan import PipelinePlan, PlannedStage
 from pomscale.base.errors import InputError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.load import load_recipe
@@ -62,10 +62,10 @@ def pipeline_of(path: Path) -> PipelineRecipe:
     return recipe
 
 
-def plan(folder: Path, *stages: str, profile: ClusterProfile = HERE) -> list[Planned]:
+def plan(folder: Path, *stages: str, profile: ClusterProfile = HERE) -> list[PlannedStage]:
     path = write(folder, stages)
     recipe = pipeline_of(path)
-    planner = Plan(recipe, path, folder / "pipelines" / "all", profile, "here", ["pomscale"], check_command)
+    planner = PipelinePlan(recipe, path, folder / "pipelines" / "all", profile, "here", ["pomscale"], check_command)
     return [planner.add(stage) for stage in recipe.stages]
 
 
@@ -79,9 +79,9 @@ def test_data_and_runs_that_earlier_stages_make_need_not_be_there(folder: Path) 
     )
     assert [list(stage.record.after) for stage in stages] == [[], ["encode"], ["verify"], ["train"]]
     specs = [stage.prepared.spec for stage in stages if stage.prepared is not None]
-    homes = [folder / place for place in ("pipelines/all/encode", "pipelines/all/verify", "runs/pets")]
-    assert [Path(spec.home) for spec in specs[:3]] == homes
-    assert specs[3].commands == [["sample", str(homes[2]), "--out", f"{folder}/pipelines/all/sample/grid.png"]]
+    job_folders = [folder / identity for identity in ("pipelines/all/encode", "pipelines/all/verify", "runs/pets")]
+    assert [Path(spec.job_folder) for spec in specs[:3]] == job_folders
+    assert specs[3].commands == [["sample", str(job_folders[2]), "--out", f"{folder}/pipelines/all/sample/grid.png"]]
     assert [spec.is_run for spec in specs] == [False, False, True, False]
     assert [spec.ranks_per_node for spec in specs] == [1, 1, 2, 1], "a command is run once, not by every rank"
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from launch.node.verdict import Evidence, judge
-from launch.record.job import Ending, Start, Verdict
+from launch.node.verdict import Evidence, decide_verdict
+from launch.record.job import Ending, StartRecord, Verdict
 
 HOSTS = ["n1", "n2"]
 GLOO = "rank 0: RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]"
@@ -31,9 +31,9 @@ def verdict(
     num_ranks: int = 4,
     max_idle_requeues: int = 3,
 ) -> Verdict:
-    start = Start("7", 0, HOSTS, 2, 0.0, 0)
+    start = StartRecord("7", 0, HOSTS, 2, 0.0, 0)
     evidence = Evidence(start, num_ranks, endings, {one["rank"]: one for one in outcomes}, samples)
-    return judge(evidence, before, max_idle_requeues)
+    return decide_verdict(evidence, before, max_idle_requeues)
 
 
 def test_finished() -> None:
@@ -178,11 +178,11 @@ def test_a_rank_that_aborts_alone_is_requeued_without_its_node() -> None:
 
 def test_when_most_nodes_are_silent_none_is_blamed() -> None:
     """A file system that shows new files late, or a switch: there would be no node left to start on."""
-    start = Start("7", 0, [f"n{number}" for number in range(1, 9)], 2, 0.0, 0)
+    start = StartRecord("7", 0, [f"n{number}" for number in range(1, 9)], 2, 0.0, 0)
     told = [ending(0, 1, last_line=GLOO), ending(1, 1, last_line=GLOO)]
-    found = judge(Evidence(start, 16, told, {}, None), None, 3)
+    found = decide_verdict(Evidence(start, 16, told, {}, None), None, 3)
     assert (found.action, found.suspects) == ("requeue", [])
-    found = judge(Evidence(start, 4, told, {}, None), None, 3)
+    found = decide_verdict(Evidence(start, 4, told, {}, None), None, 3)
     assert found.suspects == ["n2"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.status.runs import summarize
 from launch.status.state import LIVE
 from launch.submission.checks import has_finished
-from launch.submission.prepare import How, Prepared, prepare_run, run_home
+from launch.submission.prepare import How, Prepared, prepare_run, run_folder
 from pomscale.base.errors import PomscaleError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.sweep import SweepPoint
@@ -20,7 +20,7 @@ class PlannedPoint:
     """One run, and what is to be done about it. prepared: None where nothing is, as `state` says why."""
 
     point: SweepPoint
-    home: Path
+    job_folder: Path
     state: str
     prepared: Prepared | None = None
 
@@ -29,17 +29,20 @@ def plan_sweep(
     points: Sequence[SweepPoint], profile: ClusterProfile, cluster_name: str, how: How
 ) -> list[PlannedPoint]:
     """Every run that has to be submitted is checked. InputError, naming the first that is wrong."""
-    homes = [run_home(point.recipe, profile) for point in points]
-    states = {run.home: run.state for run in summarize({home: home.name for home in homes if home.is_dir()}).runs}
+    job_folders = [run_folder(point.recipe, profile) for point in points]
+    states = {
+        run.job_folder: run.state
+        for run in summarize({job_folder: job_folder.name for job_folder in job_folders if job_folder.is_dir()}).runs
+    }
     planned = []
-    for point, home in zip(points, homes, strict=True):
-        if states.get(home) in LIVE:
-            planned.append(PlannedPoint(point, home, states[home]))
-        elif has_finished(home, point.recipe):
-            planned.append(PlannedPoint(point, home, "finished"))
+    for point, job_folder in zip(points, job_folders, strict=True):
+        if states.get(job_folder) in LIVE:
+            planned.append(PlannedPoint(point, job_folder, states[job_folder]))
+        elif has_finished(job_folder, point.recipe):
+            planned.append(PlannedPoint(point, job_folder, "finished"))
         else:
             prepared = prepare_run(point.recipe, profile, cluster_name, **how)
-            planned.append(PlannedPoint(point, home, "new", prepared))
+            planned.append(PlannedPoint(point, job_folder, "new", prepared))
     return planned
 
 
@@ -56,12 +59,12 @@ def submit_sweep(planned: Collection[PlannedPoint], *, new_code: bool) -> dict[P
         if prepared.profile.scheduler == "local" and jobs:
             prepared = prepared.waiting_for({str(list(jobs)[-1]): "any"})
         try:
-            jobs[one.home] = prepared.submit(new_code=new_code)
+            jobs[one.job_folder] = prepared.submit(new_code=new_code)
         except PomscaleError as error:
             if not jobs:
                 raise
             told = f"{len(jobs)} runs of this sweep were submitted before; the same command submits the others"
-            raise type(error)(f"{one.home.name}: {error}\n{told}") from error
+            raise type(error)(f"{one.job_folder.name}: {error}\n{told}") from error
     return jobs
 
 
@@ -71,7 +74,7 @@ def table(planned: Sequence[PlannedPoint], jobs: Mapping[Path, str]) -> str:
     rows = [["job", *keys, "run"]]
     for one in planned:
         values = [str(value) for value in one.point.values.values()]
-        rows.append([jobs.get(one.home, one.state), *values, one.home.name])
+        rows.append([jobs.get(one.job_folder, one.state), *values, one.job_folder.name])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)

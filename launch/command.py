@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.pipelines.launch import launch_pipeline
-from launch.record.job import attempts
+from launch.pipelines.sweep import plan_sweep, submit_sweep, table
+from launch.record.job import read_starts
 from launch.scheduler import slurm
 from launch.submission.freeze import which_code
 from launch.submission.prepare import How, Prepared, prepare_encode, prepare_train
-from launch.submission.sweep import plan_sweep, submit_sweep, table
 from pomscale.base.errors import InputError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.load import load_cluster, load_recipe
@@ -97,7 +97,7 @@ def _launch_sweep(asked: Launch, profile: ClusterProfile) -> int:
     if asked.dry_run or not new:
         print("nothing was submitted" if asked.dry_run else "nothing is left to submit")
     else:
-        folder = _short(new[0].home.parent)
+        folder = shell_path(new[0].job_folder.parent)
         _tell([("next", f"pomscale runs {folder}"), ("", f"pomscale report {folder}/*")])
     return max(map(_exit_code, jobs), default=0) if profile.scheduler == "debug" else 0
 
@@ -109,14 +109,14 @@ def _launch_job(asked: Launch, prepared: Prepared) -> int:
         return 0
     job_id = prepared.submit(new_code=asked.new_code)
     if prepared.profile.scheduler == "debug":
-        return _exit_code(prepared.home)
-    home = _short(prepared.home)
+        return _exit_code(prepared.job_folder)
+    job_folder = shell_path(prepared.job_folder)
     _tell(
         [
             ("job", f"{job_id}, {'an array of ' + str(prepared.array) + ' tasks' if prepared.array else 'submitted'}"),
-            ("next", f"pomscale watch {home}" if prepared.spec.is_run else f"pomscale runs status {home}"),
-            ("", f"pomscale runs logs {home} --follow"),
-            ("", f"pomscale runs cancel {home}"),
+            ("next", f"pomscale watch {job_folder}" if prepared.spec.is_run else f"pomscale runs status {job_folder}"),
+            ("", f"pomscale runs logs {job_folder} --follow"),
+            ("", f"pomscale runs cancel {job_folder}"),
         ]
     )
     return 0
@@ -129,8 +129,8 @@ def _about(prepared: Prepared, asked: Launch, on: str) -> list[tuple[str, str]]:
     size = f"{tasks}{spec.num_nodes} x {spec.ranks_per_node} ranks"
     lines = [
         ("launch", f"{asked.recipe} {on} {asked.cluster}: {size}" + (f", {limit}" if limit else "")),
-        ("folder", _short(prepared.home)),
-        ("code", which_code(prepared.home, new_code=asked.new_code)),
+        ("folder", shell_path(prepared.job_folder)),
+        ("code", which_code(prepared.job_folder, new_code=asked.new_code)),
     ]
     lines += [(line[:10].strip(), line[10:]) for line in prepared.plan]
     return lines + [("note", note) for note in prepared.notes]
@@ -152,9 +152,9 @@ def _opinion(script: str) -> str:
     return "; ".join(line.removeprefix("sbatch: ") for line in done.stderr.splitlines() if line)
 
 
-def _exit_code(home: Path) -> int:
+def _exit_code(job_folder: Path) -> int:
     """Of a job that is over."""
-    verdict = attempts(home)[-1].verdict
+    verdict = read_starts(job_folder)[-1].verdict
     return 1 if verdict is None else verdict.exit_code
 
 
@@ -163,7 +163,7 @@ def _tell(lines: Sequence[tuple[str, str]]) -> None:
         print(f"{label:<10}{text}".rstrip(), flush=True)
 
 
-def _short(folder: Path) -> str:
+def shell_path(folder: Path) -> str:
     """As people name it here, for a shell."""
     here = Path.cwd()
     return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))

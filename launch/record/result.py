@@ -9,23 +9,23 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from launch.record.job import ATTEMPTS, Submission, Verdict, submissions
+from launch.record.job import STARTS, Submission, Verdict, submissions
 from pomscale.runs.starts import process_lives
 
 _STARTED_WITHIN_S = 120.0  # a local job, after its submission; a process that began later has only got the same number
 
 
-def ended(home: Path) -> Verdict | None:
+def ended(job_folder: Path) -> Verdict | None:
     """The verdict with which the newest submission ended: of an array that on its first task to fail.
 
     None while any task of it waits or runs, and where there is no submission. On SLURM a job that was cancelled before
     it began has none either: the scheduler knows.
     """
-    submission = next(iter(submissions(home)[-1:]), None)
+    submission = next(iter(submissions(job_folder)[-1:]), None)
     if submission is None:
         return None
     lives = submission.scheduler == "slurm" or process_of_job_lives(submission)  # before its last word is read
-    verdicts = _verdicts(home, submission)
+    verdicts = _verdicts(job_folder, submission)
     final = [verdict for verdict in verdicts if verdict.action in ("done", "fail")]
     if len(final) == _num_tasks(submission):
         return next((verdict for verdict in final if not is_success(verdict)), final[-1])
@@ -50,10 +50,10 @@ def _num_tasks(submission: Submission) -> int:
     return submission.num_tasks if submission.scheduler == "slurm" else 1
 
 
-def _verdicts(home: Path, submission: Submission) -> list[Verdict]:
+def _verdicts(job_folder: Path, submission: Submission) -> list[Verdict]:
     """On the newest start of each task, as far as there are any, by task."""
     newest: dict[str, tuple[int, Path]] = {}
-    for folder in (home / ATTEMPTS).glob(f"{submission.job_id}[-_]*"):
+    for folder in (job_folder / STARTS).glob(f"{submission.job_id}[-_]*"):
         task, _, restart = folder.name.rpartition("-")
         if task == submission.job_id or task.startswith(f"{submission.job_id}_"):
             newest[task] = max(newest.get(task, (-1, folder)), (int(restart), folder))

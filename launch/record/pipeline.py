@@ -18,7 +18,7 @@ class Stage:
     """One stage as it was launched. made_from: checksum of its recipe or commands."""
 
     name: str
-    home: str
+    job_folder: str
     after: dict[str, Condition]
     made_from: str
 

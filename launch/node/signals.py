@@ -9,12 +9,12 @@ from types import FrameType
 _SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
-def hold_signals() -> None:
+def block_signals() -> None:
     """Until a Forwarding is made, also by the program that this process becomes or its children, they wait."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
-class Forwarding:
+class SignalForwarder:
     """From construction on, requests to stop are noted and handed on by `send(number)`, which may be set later.
 
     first: name of the first of them, None as long as none came; asked_to_end: whether any of them was SIGTERM or

@@ -19,7 +19,7 @@ _FIRST_PORT, _NUM_PORTS = 20_000, 10_000  # below what the kernel hands out by i
 
 
 @dataclass(frozen=True)
-class Place:
+class RankIdentity:
     """array_task: 0 without an array. environment: what torch.distributed and our own processes are told of it."""
 
     rank: int
@@ -32,7 +32,7 @@ class Place:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def here(cls, spec: JobSpec, environment: Mapping[str, str] = os.environ) -> Place:
+    def here(cls, spec: JobSpec, environment: Mapping[str, str] = os.environ) -> RankIdentity:
         """PomscaleError where nobody has started this process as part of a job, or as part of another one."""
         by_torchrun = "TORCHELASTIC_RUN_ID" in environment
         if LOCAL_JOB in environment:
@@ -49,7 +49,7 @@ class Place:
         num_tasks = int(environment["SLURM_NTASKS"])
         if num_tasks != spec.num_ranks:
             raise PomscaleError(
-                f"{spec.home}: the job has {num_tasks} tasks, and its job.json says {spec.num_ranks} ranks; "
+                f"{spec.job_folder}: the job has {num_tasks} tasks, and its job.json says {spec.num_ranks} ranks; "
                 "launch it again rather than changing sbatch's options"
             )
         rank = int(environment["SLURM_PROCID"])
@@ -76,4 +76,4 @@ def slurm_job(environment: Mapping[str, str]) -> tuple[str, int, tuple[str, ...]
 
 def port_of(spec: JobSpec, job_id: str, restart: int) -> int:
     """For the rendezvous. Another one for each start, or a rank that was left over from the last one would join in."""
-    return _FIRST_PORT + zlib.crc32(f"{spec.home} {job_id} {restart}".encode()) % _NUM_PORTS
+    return _FIRST_PORT + zlib.crc32(f"{spec.job_folder} {job_id} {restart}".encode()) % _NUM_PORTS

@@ -10,24 +10,26 @@ from pathlib import Path
 
 import pytest
 
-from launch.record.job import JOBS_FILE, Submission, Verdict, attempt_folder, keep
-from launch.record.state import ended, is_success
+from launch.record.job import JOBS_FILE, Submission, Verdict, keep, start_folder
+from launch.record.result import ended, is_success
 from pomscale.base.jsonl import JsonLines
 
 HERE = str(os.getpid())  # a process that lives
 
 
-def submitted(home: Path, job_id: str, scheduler: str = "slurm", num_tasks: int = 1) -> None:
-    home.mkdir(exist_ok=True)
-    lines = JsonLines(home / JOBS_FILE)
+def submitted(job_folder: Path, job_id: str, scheduler: str = "slurm", num_tasks: int = 1) -> None:
+    job_folder.mkdir(exist_ok=True)
+    lines = JsonLines(job_folder / JOBS_FILE)
     submission = Submission(job_id, time.time(), scheduler, 1, num_tasks)  # type: ignore[arg-type]
     lines.append(vars(submission))
     lines.close()
 
 
-def judged(home: Path, job_id: str, restart: int, action: str, exit_code: int = 0, reason: str = "because") -> None:
+def judged(
+    job_folder: Path, job_id: str, restart: int, action: str, exit_code: int = 0, reason: str = "because"
+) -> None:
     verdict = Verdict(action, reason, exit_code, time.time())  # type: ignore[arg-type]
-    keep(attempt_folder(home, job_id, restart) / "verdict.json", verdict)
+    keep(start_folder(job_folder, job_id, restart) / "verdict.json", verdict)
 
 
 def test_nothing_is_known_before_a_verdict(tmp_path: Path) -> None:
