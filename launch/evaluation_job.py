@@ -1,7 +1,9 @@
-"""Submits the evaluation of one checkpoint: python -m launch.evaluation_job RUN NAME SAMPLES
+"""Submission of the evaluation of one checkpoint.
 
-A process of its own, so that the supervisor of a run neither waits for a scheduler without end nor holds what it takes
-to submit a job.
+    python -m launch.evaluation_job RUN NAME SAMPLES
+
+This is a separate process so that the supervisor of a run neither waits for a slow scheduler nor keeps in memory what
+the submission of a job needs.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ from pomscale.config.load import load_train_recipe
 
 
 def submit_evaluation(run: Path, name: str, samples: int) -> str:
-    """The job's id. The checkpoint is in the evaluation's home already.
+    """Submit the job of an evaluation whose checkpoint is in its job folder already. Return the job id.
 
-    Raises PomscaleError for what the run's folder lacks, and what `launch.submission.submit` raises.
+    Raises PomscaleError if the run folder lacks something, and what `launch.submission.submit` raises.
     """
     launched = LaunchedAs.read(run / LAUNCH_FILE)
     profile = ClusterProfile.model_validate(launched.profile)
-    if profile.scheduler == "debug":  # in the foreground, it would hold up the supervisor
+    if profile.scheduler == "debug":  # a job in the foreground would block the supervisor
         profile = profile.model_copy(update={"scheduler": "local"})
     config = _config(run, launched, name)
     job_folder = evaluation_folder(run, name, samples)
@@ -51,7 +53,7 @@ def submit_evaluation(run: Path, name: str, samples: int) -> str:
 
 
 def commands_of(config: EvaluationConfig, run: Path, samples: int) -> list[list[str]]:
-    """Those of the recipe, filled in, and one that records what they have found."""
+    """Return the commands of the recipe, filled in, and one that records their result."""
     job_folder = evaluation_folder(run, config.name, samples)
     filled = {"checkpoint": str(job_folder / CHECKPOINT), "samples": samples, "folder": str(job_folder)}
     commands = [[word.format(**filled) for word in shlex.split(command)] for command in config.run]

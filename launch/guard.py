@@ -34,8 +34,8 @@ from launch.record.job import (
     ending_path,
     keep,
     log_path,
+    read_submissions,
     start_folder,
-    submissions,
 )
 from pomscale.base.console import warn
 from pomscale.base.errors import PomscaleError
@@ -115,7 +115,7 @@ class _Rank:
             time.time(),
             returncode,
             out_of_memory=returncode < 0 and num_out_of_memory_kills() > num_kills,
-            told_to_end=self._forwarding.first,
+            ended_by=self._forwarding.first,
             last_line=_last_line(self._log, begin) if returncode not in (0, EXIT_STOPPED) else "",
             log=str(self._log),
         )
@@ -191,7 +191,7 @@ def _environment(spec: JobSpec, identity: RankIdentity) -> dict[str, str]:
     if code.is_dir():
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
         environment["PYTHONSAFEPATH"] = "1"  # or the working folder's own pomscale would come first
-    submitted = {submission.job_id: submission for submission in submissions(Path(spec.job_folder))}
+    submitted = {submission.job_id: submission for submission in read_submissions(Path(spec.job_folder))}
     submission = submitted.get(identity.job_id) or submitted.get(identity.job_id.split("_")[0])
     if submission is not None:
         environment[SUBMITTED] = str(submission.submitted_unix_s)

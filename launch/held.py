@@ -1,8 +1,8 @@
-"""Python, in which requests to stop wait until the program can tell what to do with them.
+"""Start Python with SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 blocked until the program has installed its handlers.
 
     python -m launch.held ARGUMENTS OF PYTHON
 
-submitit's own handlers, which come first in what it starts, would drop them.
+submitit installs handlers of its own first in what it starts; they would drop a request to stop that comes early.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""What submitit runs: the ranks of a job on this node, each with its guard.
+"""Tasks that submitit runs: they start the ranks of a job on this node, each with its guard.
 
-Pickled by submitit, so both classes hold nothing but the job's home; everything else is read there by every start.
+submitit pickles them by reference, and `pomscale runs resume` unpickles them with the code that was frozen at the first
+launch. So this module, the classes and their only field, `home` (the job folder), keep their names. Everything else is
+read from the job folder by every start.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ from launch.record.job import (
     JobSpec,
     StartRecord,
     Verdict,
-    endings,
     keep,
+    read_endings,
+    read_submissions,
     start_folder,
-    submissions,
 )
-from launch.record.result import ended, is_success
+from launch.record.result import final_verdict, is_success
 
 _GUARD = ["-m", "launch.guard"]
 _TORCHRUN = "torch.distributed.run"
@@ -61,7 +63,7 @@ class SlurmTask:
         if os.environ["SLURM_NODEID"] == "0":
             sys.exit(_exit_code(folder, code))
         # srun ends all tasks as soon as one fails: not before rank 0 has judged what the ranks of this node have told.
-        sys.exit(0 if endings(folder) else code)
+        sys.exit(0 if read_endings(folder) else code)
 
     def checkpoint(self) -> DelayedSubmission:
         """For a signal so early that only submitit's own handler is there: start again, nothing has begun."""
@@ -78,7 +80,7 @@ class LocalTask:
         """Ends the process with the exit code of the job."""
         job_folder = Path(self.job_folder)
         spec = JobSpec.read(job_folder / JOB_FILE)
-        job_id = os.environ.get("SUBMITIT_LOCAL_JOB_ID") or submissions(job_folder)[-1].job_id
+        job_id = os.environ.get("SUBMITIT_LOCAL_JOB_ID") or read_submissions(job_folder)[-1].job_id
         restart = 0
         while (
             folder := start_folder(job_folder, job_id, restart)
@@ -118,11 +120,11 @@ def become_guard(spec: JobSpec) -> NoReturn:
 def _wait_for(spec: JobSpec, forwarding: SignalForwarder) -> Verdict | None:
     """Until the jobs before this one have ended. Returns the verdict on this job if it may not begin any more."""
     for job_folder, condition in spec.wait_for.items():
-        if not submissions(Path(job_folder)):
+        if not read_submissions(Path(job_folder)):
             return Verdict(
                 "fail", f"not begun: the job that it waits for has left nothing in {job_folder}", 1, time.time()
             )
-        while (verdict := ended(Path(job_folder))) is None:
+        while (verdict := final_verdict(Path(job_folder))) is None:
             if forwarding.first is not None:
                 return Verdict("fail", f"{forwarding.first} while it waited for {job_folder}", 1, time.time())
             time.sleep(1.0)

@@ -25,8 +25,8 @@ from launch.record.job import (
     JobStart,
     StartRecord,
     Verdict,
-    endings,
     keep,
+    read_endings,
     read_starts,
 )
 from launch.scheduler import slurm
@@ -279,14 +279,14 @@ class Supervisor:
     def _endings(self) -> list[Ending]:
         """Of this start: a SLURM that was set up anew counts its jobs from 1 again."""
         since_unix_s = self._start.started_unix_s - _CLOCK_SKEW_S
-        return [one for one in endings(self._start_folder) if one.ended_unix_s > since_unix_s]
+        return [one for one in read_endings(self._start_folder) if one.ended_unix_s > since_unix_s]
 
     def _outcomes(self) -> dict[int, dict[str, Any]]:
         """Without them, the last lines of the ranks still tell."""
         if not self._spec.is_run:
             return {}
         try:
-            return outcomes_after(self._job_folder, self._start.newest_generation)
+            return outcomes_after(self._job_folder, self._start.newest_run_start)
         except (OSError, ValueError) as problem:
             self._warn(f"{self._job_folder / 'outcomes'} cannot be read: {problem}")
             return {}

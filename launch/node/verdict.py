@@ -233,11 +233,11 @@ def _lost_peers(evidence: Evidence) -> _Cause | None:
 def _stopped(evidence: Evidence) -> _Cause | None:
     for ending in evidence.endings:
         if ending.returncode == EXIT_STOPPED:
-            asked = ending.told_to_end or "at another rank"
+            asked = ending.ended_by or "at another rank"
             return _Cause("requeue", f"stopped on request ({asked}), saved", EXIT_STOPPED)
     for ending in evidence.endings:
-        if ending.told_to_end is not None and ending.returncode != 0:
-            return _Cause("requeue", f"ended by {ending.told_to_end} before it could save", EXIT_STOPPED)
+        if ending.ended_by is not None and ending.returncode != 0:
+            return _Cause("requeue", f"ended by {ending.ended_by} before it could save", EXIT_STOPPED)
     return None
 
 
@@ -269,7 +269,7 @@ _CAUSES = (
 
 def _by_signal(ending: Ending) -> bool:
     """Killed, and not by its guard or by whoever told its guard to end."""
-    return ending.returncode < 0 and ending.told_to_end is None and not ending.out_of_memory
+    return ending.returncode < 0 and ending.ended_by is None and not ending.out_of_memory
 
 
 def _signal_name(number: int) -> str:

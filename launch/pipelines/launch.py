@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from launch.pipelines.plan import PipelinePlan, PlannedStage
-from launch.record.job import submissions
+from launch.record.job import read_submissions
 from launch.record.pipeline import write_pipeline
-from launch.record.result import ended, is_success
+from launch.record.result import final_verdict, is_success
 from launch.scheduler import slurm
 from launch.submission.control import cancel
 from launch.submission.prepare import resolved_output
@@ -101,7 +101,7 @@ def _submit(plan: PipelinePlan, planned: Sequence[PlannedStage], new_code: bool)
             raise InputError(f"stage {name}: {error}\n{_take_back(submitted)}") from error
         except KeyboardInterrupt:
             # Its job is there and on record before Ctrl-C comes through.
-            if len(submissions(stage.prepared.job_folder)) > stage.prepared.num_before:
+            if len(read_submissions(stage.prepared.job_folder)) > stage.prepared.num_before:
                 submitted.append(stage)
             print(_take_back(submitted), file=sys.stderr)
             raise
@@ -113,7 +113,7 @@ def _submit(plan: PipelinePlan, planned: Sequence[PlannedStage], new_code: bool)
 def _raise_failure(stages: Sequence[PlannedStage]) -> None:
     """Debug jobs are over when they have been submitted."""
     for stage in stages:
-        verdict = ended(Path(stage.record.job_folder))
+        verdict = final_verdict(Path(stage.record.job_folder))
         if verdict is not None and not is_success(verdict):
             raise PomscaleError(
                 f"stage {stage.record.name}: {verdict.reason}; see {verdict.log or stage.record.job_folder}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.record.pipeline import PIPELINE_FILE, Pipeline, Stage, read_pipeline
-from launch.record.result import ended, is_success
+from launch.record.result import final_verdict, is_success
 from launch.scheduler import slurm
 from launch.submission.checks import has_finished
 from launch.submission.prepare import Prepared, in_queue, prepare_commands, prepare_encode, prepare_train, run_folder
@@ -177,7 +177,7 @@ class PipelinePlan:
 
 def _is_done(job_folder: Path, recipe: TrainRecipe | EncodeRecipe | None) -> bool:
     """Also a run that somebody has brought to its end by hand."""
-    verdict = ended(job_folder)
+    verdict = final_verdict(job_folder)
     return (verdict is not None and is_success(verdict)) or (
         isinstance(recipe, TrainRecipe) and has_finished(job_folder, recipe)
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.record.job import JOB_FILE, JOBS_FILE, STARTS, JobStart, StartRecord, Submission, Verdict
-from launch.record.result import process_of_job_lives
+from launch.record.result import job_process_lives
 from launch.status.tail import objects, read_object, tail
 from pomscale.base.errors import PomscaleError
 from pomscale.monitoring.sinks import METRICS_FILE
@@ -122,7 +122,7 @@ def read_facts(job_folder: Path) -> Facts:
 def _read_facts(job_folder: Path) -> Facts:
     submissions = objects(tail(job_folder / JOBS_FILE, _EVENTS_BYTES))
     try:
-        submission = Submission.of(submissions[-1]) if submissions else None
+        submission = Submission.from_dict(submissions[-1]) if submissions else None
     except TypeError as error:
         raise PomscaleError(f"{job_folder / JOBS_FILE}: its last line is no submission: {error}") from error
     starts = _newest_starts(job_folder / STARTS)
@@ -202,7 +202,7 @@ def _local_job_lives(submission: Submission, starts: list[JobStart]) -> bool | N
     hosts = {host for start in starts if start.record.job_id == submission.job_id for host in start.record.hosts}
     if hosts and hosts != {socket.gethostname()}:
         return None
-    return process_of_job_lives(submission)
+    return job_process_lives(submission)
 
 
 def _stop_requested(job_folder: Path, claim: Claim | None) -> bool:

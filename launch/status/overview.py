@@ -118,13 +118,13 @@ def _lines(job_folder: Path) -> list[_Line]:
     incarnations = [row for row in written if row.keys() >= _START_KEYS]
     lines, taken = [], set()
     for number, start in enumerate(starts):
-        until = starts[number + 1].record.newest_generation if number + 1 < len(starts) else float("inf")
+        until = starts[number + 1].record.newest_run_start if number + 1 < len(starts) else float("inf")
         # What was started by hand, after the job had ended, is not its own.
         ended_unix_s = start.verdict.decided_unix_s if start.verdict is not None else float("inf")
         own = [
             row
             for row in incarnations
-            if start.record.newest_generation < row["incarnation"] <= until and row["started_unix_s"] < ended_unix_s
+            if start.record.newest_run_start < row["incarnation"] <= until and row["started_unix_s"] < ended_unix_s
         ]
         taken |= {row["incarnation"] for row in own}
         lines.append(_Line(start.record.started_unix_s, start, own[-1] if own else None))

@@ -103,7 +103,7 @@ def state_by_folder(facts: Facts, now_unix_s: float) -> State:
 def _start_state(facts: Facts, start: JobStart, now_unix_s: float) -> State:
     if start.verdict is not None:
         return _verdict_state(start.verdict, ended=facts.local_lives is False)
-    if facts.claim is not None and facts.claim.number > start.record.newest_generation:
+    if facts.claim is not None and facts.claim.number > start.record.newest_run_start:
         return _claim_state(facts, now_unix_s)
     if facts.local_lives is False:
         return _gone("its job is gone", facts)

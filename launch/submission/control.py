@@ -10,7 +10,16 @@ from pathlib import Path
 
 import psutil
 
-from launch.record.job import JOB_FILE, LAUNCH_FILE, JobSpec, LaunchedAs, keep, read_starts, sole_launch, submissions
+from launch.record.job import (
+    JOB_FILE,
+    LAUNCH_FILE,
+    JobSpec,
+    LaunchedAs,
+    keep,
+    read_starts,
+    read_submissions,
+    sole_launch,
+)
 from launch.scheduler import slurm
 from launch.status.facts import Facts, read_facts
 from launch.status.runs import ask_slurm
@@ -113,7 +122,7 @@ def _submit_again(job_folder: Path, num_nodes: int | None, time_limit: str | Non
         recipe = load_train_recipe(job_folder / launched.recipe)
         check_run_folder(job_folder, recipe)
         check_machine(recipe, profile, spec.num_nodes, spec.num_ranks, None)
-    before = submissions(job_folder)
+    before = read_submissions(job_folder)
     array = before[-1].num_tasks if before and before[-1].num_tasks > 1 else None
     last = read_starts(job_folder)[-1:]
     suspects = last[0].verdict.suspects if last and last[0].verdict is not None else []

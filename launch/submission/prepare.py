@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from launch.record.job import JOBS_FILE, LAUNCH_FILE, JobSpec, LaunchedAs, Submission, keep, sole_launch, submissions
+from launch.record.job import (
+    JOBS_FILE,
+    LAUNCH_FILE,
+    JobSpec,
+    LaunchedAs,
+    Submission,
+    keep,
+    read_submissions,
+    sole_launch,
+)
 from launch.scheduler import slurm
 from launch.status.runs import summarize
 from launch.status.state import LIVE
@@ -83,7 +92,7 @@ class Prepared:
         first_new = _first_missing(self.job_folder)
         try:
             with sole_launch(self.job_folder):
-                if len(submissions(self.job_folder)) > self.num_before:
+                if len(read_submissions(self.job_folder)) > self.num_before:
                     raise InputError(
                         f"{self.job_folder}: launched by somebody else just now; look with `pomscale runs`"
                     )
@@ -194,7 +203,7 @@ def prepare_run(
     )
     launched = _launched_as(RECIPE_FILE, profile, cluster_name, num_nodes, time_limit, command_line)
     return Prepared(
-        spec, profile, launched, resolved, notes, tuple(plan), None, gpus_per_node, len(submissions(job_folder))
+        spec, profile, launched, resolved, notes, tuple(plan), None, gpus_per_node, len(read_submissions(job_folder))
     )
 
 
@@ -245,7 +254,7 @@ def prepare_encode(
     )
     launched = _launched_as(RECIPE_FILE, profile, cluster_name, num_nodes, time_limit, command_line)
     resolved = recipe.model_copy(update={"wandb": wandb})
-    return Prepared(spec, profile, launched, resolved, notes, (), array, gpus_per_node, len(submissions(job_folder)))
+    return Prepared(spec, profile, launched, resolved, notes, (), array, gpus_per_node, len(read_submissions(job_folder)))
 
 
 def prepare_commands(
@@ -278,7 +287,7 @@ def prepare_commands(
         max_idle_requeues=profile.max_idle_requeues,
     )
     launched = _launched_as(None, profile, cluster_name, num_nodes, time_limit, command_line)
-    return Prepared(spec, profile, launched, gpus_per_node=gpus_per_node, num_before=len(submissions(job_folder)))
+    return Prepared(spec, profile, launched, gpus_per_node=gpus_per_node, num_before=len(read_submissions(job_folder)))
 
 
 def resolved_output(output: str, profile: ClusterProfile) -> Path:
@@ -296,7 +305,7 @@ def in_queue(job_folder: Path) -> Submission | None:
     """The submission that waits or runs in this home."""
     if not job_folder.is_dir() or summarize({job_folder: job_folder.name}).runs[0].state not in LIVE:
         return None
-    return next(iter(submissions(job_folder)[-1:]), None)
+    return next(iter(read_submissions(job_folder)[-1:]), None)
 
 
 def _ranks_per_node(profile: ClusterProfile, gpus_per_node: int | None, ranks_per_node: int | None) -> int:

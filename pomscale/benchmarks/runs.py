@@ -46,7 +46,7 @@ def bench_runs(*, num_runs: int, num_rows: int) -> BenchReport:
         report.add("of that, reading the folders", seconds=time.perf_counter() - begin_s)
         start_up = [_seconds([sys.executable, "-c", "import launch.status.table"]) for _ in range(_NUM_TURNS)]
         report.add("of that, Python and imports", seconds=statistics.median(start_up))
-    report.decide_verdict(f"seconds for {num_runs} runs", statistics.median(commands), _WANTED_S, at_least=False)
+    report.judge(f"seconds for {num_runs} runs", statistics.median(commands), _WANTED_S, at_least=False)
     return report
 
 
@@ -55,36 +55,36 @@ def _make_runs(folder: Path, num_runs: int, num_rows: int) -> dict[str, str]:
     (folder / "metrics").write_text("".join(json.dumps(_row(number)) + "\n" for number in range(1, num_rows + 1)))
     states = {}
     for number in range(num_runs):
-        job_folder = folder / f"run-{number:04d}"
-        job_folder.mkdir()
-        states[job_folder.name] = ("finished", "failed", "unknown")[number % 3]
-        shutil.copy(folder / "metrics", job_folder / "metrics.jsonl")
-        _start(job_folder, states[job_folder.name], num_rows)
+        home = folder / f"run-{number:04d}"
+        home.mkdir()
+        states[home.name] = ("finished", "failed", "unknown")[number % 3]
+        shutil.copy(folder / "metrics", home / "metrics.jsonl")
+        _start(home, states[home.name], num_rows)
     (folder / "metrics").unlink()
     return states
 
 
-def _start(job_folder: Path, state: str, num_rows: int) -> None:
-    jobs, incarnations = JsonLines(job_folder / JOBS_FILE), JsonLines(job_folder / "incarnations.jsonl")
+def _start(home: Path, state: str, num_rows: int) -> None:
+    jobs, incarnations = JsonLines(home / JOBS_FILE), JsonLines(home / "incarnations.jsonl")
     for restart in range(_NUM_STARTS):
         began_unix_s = time.time() - 86400 * (_NUM_STARTS - restart)
         job_id = str(1000 + restart)
         jobs.append(asdict(Submission(job_id, began_unix_s, "local", 1)))
-        start = start_folder(job_folder, job_id, 0)
-        keep(start / "start.json", StartRecord(job_id, 0, ["elsewhere"], 8, began_unix_s, restart))
-        number = Generation.claim(job_folder).number
-        claim = job_folder / "generations" / f"{number:06d}"
+        attempt = start_folder(home, job_id, 0)
+        keep(attempt / "start.json", StartRecord(job_id, 0, ["elsewhere"], 8, began_unix_s, restart))
+        number = Generation.claim(home).number
+        claim = home / "generations" / f"{number:06d}"
         claim.write_text(json.dumps(json.loads(claim.read_text()) | {"host": "elsewhere", "time": _iso(began_unix_s)}))
         incarnations.append(
             {"incarnation": number, "started_unix_s": began_unix_s, "start_samples": 0, "num_ranks": 8,
              "total_samples": num_rows * _BATCH, "host": "elsewhere", "versions": {"torch": "2.13.0"}}
         )  # fmt: skip
         if restart < _NUM_STARTS - 1:
-            keep(start / "verdict.json", Verdict("requeue", "stopped on request (SIGUSR2)", 75, began_unix_s + 1))
+            keep(attempt / "verdict.json", Verdict("requeue", "stopped on request (SIGUSR2)", 75, began_unix_s + 1))
         elif state == "failed":
-            keep(start / "verdict.json", Verdict("fail", "rank 0: no disk", 1, time.time()))
+            keep(attempt / "verdict.json", Verdict("fail", "rank 0: no disk", 1, time.time()))
         elif state == "finished":
-            write_outcome(job_folder, number, 0, "finished", samples=num_rows * _BATCH)
+            write_outcome(home, number, 0, "finished", samples=num_rows * _BATCH)
     jobs.close()
     incarnations.close()
 

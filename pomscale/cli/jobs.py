@@ -119,18 +119,18 @@ def _logs(arguments: argparse.Namespace) -> int:
     from launch.status.logs import show_logs, where_logs_are
     from launch.status.runs import resolve_run
 
-    job_folder = resolve_run(arguments.run_folder)
+    home = resolve_run(arguments.run_folder)
     try:
         ended = show_logs(
-            job_folder,
+            home,
             rank=arguments.rank,
             lines=arguments.lines,
-            start=arguments.start,
+            start=arguments.attempt,
             follow=arguments.follow,
         )
     except KeyboardInterrupt:
         return 0
-    print(f"({where_logs_are(job_folder)})", file=sys.stderr)
+    print(f"({where_logs_are(home)})", file=sys.stderr)
     if ended is not None:
         print(f"{ended.name}: {ended.state}" + (f": {ended.reason}" if ended.reason else ""), file=sys.stderr)
     return 0
@@ -148,10 +148,10 @@ def _cancel(arguments: argparse.Namespace) -> int:
     from launch.status.runs import resolve_run
     from launch.submission.control import cancel
 
-    job_folders = [resolve_run(word) for word in arguments.run_folders]  # all are known before the first is ended
+    homes = [resolve_run(word) for word in arguments.run_folders]  # all are known before the first is ended
     all_done = True
-    for job_folder in job_folders:
-        done = cancel(job_folder)
+    for home in homes:
+        done = cancel(home)
         print(done.text, flush=True)
         all_done = all_done and done.done
     return 0 if all_done else 1
@@ -169,9 +169,9 @@ def _resume(arguments: argparse.Namespace) -> int:
     from launch.status.runs import resolve_run
     from launch.submission.control import resume
 
-    job_folder = resolve_run(arguments.run_folder)
-    job_id = resume(job_folder, num_nodes=arguments.nodes, time_limit=arguments.time)
-    print(f"{job_folder}: submitted again, job {job_id}; `pomscale watch {job_folder}` shows it")
+    home = resolve_run(arguments.run_folder)
+    job_id = resume(home, num_nodes=arguments.nodes, time_limit=arguments.time)
+    print(f"{home}: submitted again, job {job_id}; `pomscale watch {home}` shows it")
     return 0
 
 
@@ -179,17 +179,17 @@ def _sync(arguments: argparse.Namespace) -> int:
     from launch.status.runs import RUNS, find_runs, resolve_run
     from launch.status.sync import sync, watch_and_sync
 
-    def job_folders() -> dict[Path, str]:
+    def homes() -> dict[Path, str]:
         named = [resolve_run(word) for word in arguments.run_folders]
-        return {job_folder: job_folder.resolve().name for job_folder in named} if named else find_runs(RUNS)
+        return {home: home.resolve().name for home in named} if named else find_runs(RUNS)
 
     if arguments.watch is None:
-        synced = sync(job_folders())
+        synced = sync(homes())
         waiting = f"; {synced.num_waiting} still being written, left for later" if synced.num_waiting else ""
         print(f"{synced.num_synced} uploaded{waiting}")
         return 0
     with suppress(KeyboardInterrupt):
-        watch_and_sync(job_folders, arguments.watch)
+        watch_and_sync(homes, arguments.watch)
     return 0
 
 
@@ -199,8 +199,8 @@ def _watch(arguments: argparse.Namespace) -> int:
 
     word = arguments.run_folder
     try:
-        job_folder = resolve_run(word)
+        home = resolve_run(word)
     except NoSuchRun:  # it may still begin
-        job_folder = Path(word) if "/" in word else RUNS / word
-    watch(job_folder, once=arguments.once)
+        home = Path(word) if "/" in word else RUNS / word
+    watch(home, once=arguments.once)
     return 0

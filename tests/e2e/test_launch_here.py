@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.record.job import read_starts, submissions
+from launch.record.job import read_starts, read_submissions
 from support.running import ENVIRONMENT, GLOBAL_BATCH, TIMEOUT_S, checkpoint_samples, controller_of, held_at, outcome
 
 SHORT = [f"training.total_samples={10 * GLOBAL_BATCH}", "schedule={}", "faults.preflight=false"]
@@ -29,7 +29,7 @@ def test_a_local_run_outlives_the_command_and_its_terminal(tiny_recipe: Path) ->
     done = subprocess.run(
         words, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, start_new_session=True, check=True
     )
-    (submission,) = submissions(job_folder)
+    (submission,) = read_submissions(job_folder)
     assert submission.scheduler == "local"
     assert f"job       {submission.job_id}, submitted" in done.stdout
     controller = psutil.Process(int(submission.job_id))
@@ -69,7 +69,7 @@ def interrupt_while_submitting(recipe: Path, job_folder: Path, *overrides: str) 
 
 
 def wait_for_end(job_folder: Path) -> None:
-    (_,) = submissions(job_folder)
+    (_,) = read_submissions(job_folder)
     if (controller := controller_of(job_folder)) is not None:
         controller.wait(TIMEOUT_S)
 
@@ -78,7 +78,7 @@ def test_ctrl_c_while_a_job_is_submitted_leaves_none_that_nobody_knows_of(tiny_r
     job_folder = tiny_recipe.parent / "runs" / "tiny"
     told = interrupt_while_submitting(tiny_recipe, job_folder, "training.total_samples=320000")
     assert f"`pomscale runs cancel {job_folder}` ends it" in told
-    (submission,) = submissions(job_folder)
+    (submission,) = read_submissions(job_folder)
     of_process = Path(f"/proc/{submission.job_id}/status").read_text()
     blocked = int(of_process.partition("SigBlk:")[2].split()[0], 16)
     assert not blocked & 1 << signal.SIGINT - 1
@@ -110,7 +110,7 @@ def test_a_debug_run_ends_with_its_own_exit_code(tiny_recipe: Path, overrides: l
     )
     assert done.returncode == expect, done.stdout + done.stderr
     job_folder = tiny_recipe.parent / "runs" / "tiny"
-    (submission,) = submissions(job_folder)
+    (submission,) = read_submissions(job_folder)
     (start,) = read_starts(job_folder)
     assert submission.scheduler == "debug"
     assert start.record.job_id == submission.job_id

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from launch.record.job import JobStart, read_starts, submissions
+from launch.record.job import JobStart, read_starts, read_submissions
 from pomscale.shards.schema import MANIFEST_NAME, read_manifest
 from support.cluster import CPUS_PER_NODE, SlurmCluster
 from support.launched import pomscale
@@ -83,7 +83,7 @@ def test_tasks_that_are_killed_and_preempted_leave_no_gap(slurm: SlurmCluster, t
     # Six tasks of four cores fill the three nodes.
     profile = slurm.profile(tmp_path)
     pomscale(slurm, "launch", str(path), "--cluster", str(profile), f"output={tmp_path}/pipelines")
-    (submission,) = submissions(job_folder)
+    (submission,) = read_submissions(job_folder)
     assert submission.num_tasks == NUM_TASKS
 
     wait_for_parts(latents, 2, job_folder)
@@ -98,7 +98,7 @@ def test_tasks_that_are_killed_and_preempted_leave_no_gap(slurm: SlurmCluster, t
     # All of a node, or it could have the place that the victim leaves.
     whole = [f"--nodelist={elsewhere}", "--ntasks=1", f"--cpus-per-task={CPUS_PER_NODE}"]
     other = slurm.submit("sleep 2", "--partition=high", *whole, cwd=tmp_path)
-    last = submissions(job_folder.with_name("verify"))[-1].job_id
+    last = read_submissions(job_folder.with_name("verify"))[-1].job_id
     state = slurm.wait_for(last, "COMPLETED", "FAILED", "CANCELLED", timeout_s=600)
     assert state == "COMPLETED", "\n".join(log.read_text()[-3000:] for log in job_folder.parent.glob("*/logs/*.log"))
     slurm.wait_for(other, "COMPLETED")

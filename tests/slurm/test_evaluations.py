@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from launch.node.evaluations import CHECKPOINT, FAILED_FILE, evaluation_folder
-from launch.record.job import JOBS_FILE, submissions
-from launch.record.result import ended
+from launch.record.job import JOBS_FILE, read_submissions
+from launch.record.result import final_verdict
 from pomscale.monitoring.report.write import write_report
 from pomscale.runs.checkpoint_folder import complete_checkpoints, samples_of
 from pomscale.runs.evaluation_log import read_evaluations
@@ -53,7 +53,7 @@ def recipe_overrides(digits: Path) -> list[str]:
 def wait_for_evaluations(run: Launched, job_folders: list[Path], timeout_s: float = 300) -> None:
     """Until all of them have come to an end."""
     deadline_s = time.monotonic() + timeout_s
-    while any(ended(job_folder) is None for job_folder in job_folders):
+    while any(final_verdict(job_folder) is None for job_folder in job_folders):
         told = [path.read_text()[-2000:] for job_folder in job_folders for path in job_folder.glob("logs/*.log")]
         assert time.monotonic() < deadline_s, "\n".join([run.told(), *told])
         time.sleep(0.5)
@@ -90,14 +90,14 @@ def test_checkpoints_are_evaluated_while_training_goes_on(
         "the files of the checkpoints are let go"
     )
 
-    jobs = {job_folder: submissions(job_folder)[0] for job_folder in job_folders}
+    jobs = {job_folder: read_submissions(job_folder)[0] for job_folder in job_folders}
     training_ended_unix_s = json.loads((run.folder / "outcome.json").read_text())["ended_unix_s"]
     assert jobs[job_folders[0]].submitted_unix_s < training_ended_unix_s
     assert len({run.job_id, *(job.job_id for job in jobs.values())}) == 1 + len(job_folders)
     assert (job_folders[0] / "code").resolve() == (run.folder / "code").resolve(), "the code of the run"
 
     # One that fails is listed, and the run knows nothing of it.
-    verdict = ended(broken)
+    verdict = final_verdict(broken)
     assert verdict is not None
     assert "no class folders" in verdict.reason
     assert json.loads((broken / FAILED_FILE).read_text())["reason"] == verdict.reason

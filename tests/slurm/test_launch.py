@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch.record.job import JobSpec, LaunchedAs, submissions
+from launch.record.job import JobSpec, LaunchedAs, read_submissions
 from launch.submission.prepare import prepare_commands
 from pomscale.config.load import load_cluster, load_train_recipe
 from pomscale.shards.schema import read_manifest
@@ -56,7 +56,7 @@ def test_two_nodes_train_as_four_processes_do_without_slurm(
     launched = LaunchedAs.read(run.folder / "launch.json")
     assert (launched.cluster, launched.num_nodes) == (str(tmp_path / "test.yaml"), 2)
     assert launched.command_line[1:3] == ["launch", str(tmp_path / "tiny.yaml")]
-    (submission,) = submissions(run.folder)
+    (submission,) = read_submissions(run.folder)
     assert (submission.job_id, submission.scheduler, submission.num_nodes) == (run.job_id, "slurm", 2)
     assert JobSpec.read(run.folder / "job.json").num_ranks == 4
     resolved = load_train_recipe(run.folder / "launch" / "recipe.yaml")
@@ -105,7 +105,7 @@ def test_an_encode_as_an_array(slurm: SlurmCluster, tmp_path: Path, digits: Path
         check=True,
     )
     job_folder = tmp_path / "runs" / "encode-digits"
-    (submission,) = submissions(job_folder)
+    (submission,) = read_submissions(job_folder)
     assert submission.num_tasks == 3
     assert f"{submission.job_id}, an array of 3 tasks" in done.stdout
     for task in range(3):
@@ -142,7 +142,7 @@ def test_a_sweep_submits_what_is_left(slurm: SlurmCluster, tmp_path: Path, digit
     names = ["tiny.lr=0.001-seed=0", "tiny.lr=0.0003-seed=0"]
 
     told = pomscale(slurm, *words)
-    jobs = {name: submissions(tmp_path / "runs" / name)[-1].job_id for name in names}
+    jobs = {name: read_submissions(tmp_path / "runs" / name)[-1].job_id for name in names}
     for name, job_id in jobs.items():
         assert any(line.split()[0] == job_id and line.endswith(name) for line in told.splitlines())
         assert slurm.job_state(job_id) == "PENDING"
@@ -152,7 +152,7 @@ def test_a_sweep_submits_what_is_left(slurm: SlurmCluster, tmp_path: Path, digit
     slurm.run(["scancel", jobs[names[0]]])
     slurm.wait_for(jobs[names[0]], "CANCELLED")
     assert "1 of 2 runs" in pomscale(slurm, *words)
-    assert [len(submissions(tmp_path / "runs" / name)) for name in names] == [2, 1]
+    assert [len(read_submissions(tmp_path / "runs" / name)) for name in names] == [2, 1]
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------

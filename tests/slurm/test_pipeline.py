@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.record.job import read_starts, submissions
+from launch.record.job import read_starts, read_submissions
 from launch.record.pipeline import read_pipeline
-from launch.record.result import ended
 from pomscale.quickstart.images import samples_seen
 from support.cluster import SlurmCluster
 from support.launched import hold, pomscale
@@ -32,7 +31,7 @@ def write(folder: Path, stages: list[dict[str, object]]) -> Path:
 
 def jobs_of(pipeline: Path) -> dict[str, str]:
     """Stage -> job."""
-    return {stage.name: submissions(Path(stage.job_folder))[-1].job_id for stage in read_pipeline(pipeline).stages}
+    return {stage.name: read_submissions(Path(stage.job_folder))[-1].job_id for stage in read_pipeline(pipeline).stages}
 
 
 def told(pipeline: Path) -> str:
@@ -141,7 +140,7 @@ def test_a_stage_that_fails_stops_the_rest(slurm: SlurmCluster, tmp_path: Path, 
     pipeline = tmp_path / "pipelines" / "all"
     jobs = jobs_of(pipeline)
     assert [state_of(slurm, jobs[name]) for name in ("verify", "then")] == ["FAILED", "CANCELLED"]
-    verdict = ended(pipeline / "verify")
+    verdict = final_verdict(pipeline / "verify")
     assert verdict is not None
     assert "problems" in verdict.reason
     assert read_starts(pipeline / "then") == []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.record.job import submissions
+from launch.record.job import read_submissions
 from support.cluster import ACCOUNT, SlurmCluster
 from support.launched import OVERRIDES, Launched, hold
 from support.paths import ROOT
@@ -36,7 +36,7 @@ def test_it_saves_requeues_and_finishes(
     held.unlink()
     starts = run.finish()
     assert [start.verdict and start.verdict.action for start in starts] == ["requeue", "done"]
-    assert [submission.job_id for submission in submissions(run.folder)] == [run.job_id]
+    assert [submission.job_id for submission in read_submissions(run.folder)] == [run.job_id]
     assert outcome(run.folder)["state"] == "finished"
     assert (run.folder / "code" / "code.json").is_file()
 

@@ -43,7 +43,7 @@ def test_every_task_of_an_array_is_requeued_by_itself(slurm: SlurmCluster, tmp_p
     job_id = submit(slurm, tmp_path, "--array=0-1", before='if [ "$SLURM_ARRAY_TASK_ID" = 0 ]; then sleep 12; exit; fi')
     for task in (0, 1):
         slurm.wait_for(f"{job_id}_{task}", "COMPLETED")
-    assert read_starts(tmp_path) == [f"{job_id}_0-0", f"{job_id}_1-0", f"{job_id}_1-1"]
+    assert starts(tmp_path) == [f"{job_id}_0-0", f"{job_id}_1-0", f"{job_id}_1-1"]
 
 
 def test_what_the_job_was_submitted_without_stays_out(slurm: SlurmCluster, tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_no_node_is_excluded_where_too_few_would_be_left(slurm: SlurmCluster, tm
     job_id = submit(slurm, tmp_path, "--nodes=3", suspects="127.0.0.2")
     slurm.wait_for(job_id, "COMPLETED")
     assert excluded(slurm, job_id) == "(null)"
-    assert read_starts(tmp_path) == [f"{job_id}-0", f"{job_id}-1"]
+    assert starts(tmp_path) == [f"{job_id}-0", f"{job_id}-1"]
 
 
 def test_a_controller_that_is_restarted_is_waited_for(slurm: SlurmCluster, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_controller_that_is_restarted_is_waited_for(slurm: SlurmCluster, tmp_p
     time.sleep(8)
     slurm.start_controller()
     slurm.wait_for(job_id, "COMPLETED")
-    assert read_starts(tmp_path) == [f"{job_id}-0", f"{job_id}-1"]
+    assert starts(tmp_path) == [f"{job_id}-0", f"{job_id}-1"]
 
 
 def test_a_start_that_slurm_gave_up_does_not_disturb_the_next(slurm: SlurmCluster, tmp_path: Path) -> None:
@@ -78,5 +78,5 @@ def test_a_start_that_slurm_gave_up_does_not_disturb_the_next(slurm: SlurmCluste
     end += f'touch "{tmp_path}/a home/attempts/$SLURM_JOB_ID-7/requeue"; pomscale_end 75 "{tmp_path}/a home"'
     job_id = submit(slurm, tmp_path, before=end)
     slurm.wait_for(job_id, "FAILED")
-    assert read_starts(tmp_path) == [f"{job_id}-0", f"{job_id}-7"]
+    assert starts(tmp_path) == [f"{job_id}-0", f"{job_id}-7"]
     assert "has started this job again already" in (tmp_path / f"slurm-{job_id}.out").read_text()

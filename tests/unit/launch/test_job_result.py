@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.record.job import JOBS_FILE, Submission, Verdict, keep, start_folder
-from launch.record.result import ended, is_success
+from launch.record.result import final_verdict, is_success
 from pomscale.base.jsonl import JsonLines
 
 HERE = str(os.getpid())  # a process that lives
@@ -33,9 +33,9 @@ def judged(
 
 
 def test_nothing_is_known_before_a_verdict(tmp_path: Path) -> None:
-    assert ended(tmp_path / "none") is None
+    assert final_verdict(tmp_path / "none") is None
     submitted(tmp_path, "12")
-    assert ended(tmp_path) is None
+    assert final_verdict(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_nothing_is_known_before_a_verdict(tmp_path: Path) -> None:
 def test_a_verdict_tells(tmp_path: Path, action: str, exit_code: int, success: bool) -> None:
     submitted(tmp_path, "12")
     judged(tmp_path, "12", 0, action, exit_code)
-    verdict = ended(tmp_path)
+    verdict = final_verdict(tmp_path)
     assert verdict is not None
     assert is_success(verdict) == success
 
@@ -53,18 +53,18 @@ def test_a_verdict_tells(tmp_path: Path, action: str, exit_code: int, success: b
 def test_a_job_that_is_started_again_goes_on(tmp_path: Path, action: str) -> None:
     submitted(tmp_path, "12")
     judged(tmp_path, "12", 0, action, 75)
-    assert ended(tmp_path) is None
+    assert final_verdict(tmp_path) is None
     judged(tmp_path, "12", 1, "done")
-    assert ended(tmp_path) is not None
+    assert final_verdict(tmp_path) is not None
 
 
 def test_an_old_failure_says_nothing_about_a_new_submission(tmp_path: Path) -> None:
     submitted(tmp_path, "12")
     judged(tmp_path, "12", 0, "fail", 1)
     submitted(tmp_path, "120")
-    assert ended(tmp_path) is None
+    assert final_verdict(tmp_path) is None
     judged(tmp_path, "120", 0, "done")
-    verdict = ended(tmp_path)
+    verdict = final_verdict(tmp_path)
     assert verdict is not None
     assert is_success(verdict)
 
@@ -74,9 +74,9 @@ def test_an_array_has_ended_when_all_its_tasks_have(tmp_path: Path) -> None:
     for task in (0, 2):
         judged(tmp_path, f"7_{task}", 0, "done")
     judged(tmp_path, "7_1", 0, "requeue", 75)
-    assert ended(tmp_path) is None
+    assert final_verdict(tmp_path) is None
     judged(tmp_path, "7_1", 1, "fail", 1, "no room")
-    verdict = ended(tmp_path)
+    verdict = final_verdict(tmp_path)
     assert verdict is not None
     assert (verdict.action, verdict.reason) == ("fail", "no room")
 
@@ -85,11 +85,11 @@ def test_a_local_job_whose_process_is_gone(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         pass
     submitted(tmp_path, str(process.pid), "local")
-    verdict = ended(tmp_path)
+    verdict = final_verdict(tmp_path)
     assert verdict is not None
     assert "gone" in verdict.reason
     judged(tmp_path, str(process.pid), 0, "requeue", 75, "SIGTERM, saved")
-    verdict = ended(tmp_path)
+    verdict = final_verdict(tmp_path)
     assert verdict is not None
     assert (verdict.action, verdict.reason) == ("fail", "SIGTERM, saved")
 
@@ -99,6 +99,6 @@ def test_numbers_of_processes_repeat(tmp_path: Path) -> None:
     judged(tmp_path, HERE, 0, "fail", 1)
     time.sleep(0.01)
     submitted(tmp_path, HERE, "local")
-    assert ended(tmp_path) is None
+    assert final_verdict(tmp_path) is None
     judged(tmp_path, HERE, 0, "done")
-    assert ended(tmp_path) is not None
+    assert final_verdict(tmp_path) is not None

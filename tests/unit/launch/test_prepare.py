@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch.record.job import JobSpec, LaunchedAs, Submission, sole_launch, submissions
+from launch.record.job import JobSpec, LaunchedAs, Submission, read_submissions, sole_launch
 from launch.submission import prepare as prepare_module
 from launch.submission.prepare import Prepared, prepare_commands, prepare_encode, prepare_train
 from launch.submission.submit import record_submission
@@ -317,4 +317,4 @@ def test_two_launches_at_once_make_one_job(tiny_recipe: Path) -> None:
     record_submission(first.job_folder, Submission("1", 0.0, "local", 1))
     with pytest.raises(InputError, match="launched by somebody else just now"):
         second.submit()
-    assert len(submissions(first.job_folder)) == 1
+    assert len(read_submissions(first.job_folder)) == 1

@@ -46,7 +46,7 @@ def test_finished_though_a_rank_stumbles_at_its_exit() -> None:
 
 
 def test_a_stop_on_request_is_requeued() -> None:
-    found = verdict([ending(rank, 75, told_to_end="SIGUSR2") for rank in range(4)], samples=640)
+    found = verdict([ending(rank, 75, ended_by="SIGUSR2") for rank in range(4)], samples=640)
     assert (found.action, found.exit_code, found.suspects) == ("requeue", 75, [])
     assert "SIGUSR2" in found.reason
 
@@ -64,7 +64,7 @@ def test_a_killed_rank_is_requeued_without_its_node() -> None:
 def test_an_error_of_its_own_ends_the_job_and_is_told() -> None:
     """Also though the other ranks then lose it, and are killed or abort."""
     found = verdict(
-        [ending(0, 1, 101.0), ending(1, 1, 100.0), ending(2, -6, 100.2), ending(3, -9, 130.0, told_to_end="SIGTERM")],
+        [ending(0, 1, 101.0), ending(1, 1, 100.0), ending(2, -6, 100.2), ending(3, -9, 130.0, ended_by="SIGTERM")],
         [outcome(0, "failed", GLOO, 100.9), outcome(1, "failed", "rank 1: ValueError: no such class", 100.0)],
     )
     assert (found.action, found.exit_code) == ("fail", 1)
@@ -128,7 +128,7 @@ def test_skipped_items_are_told_by_the_exit_code() -> None:
 
 
 def test_a_second_signal_is_requeued_too() -> None:
-    found = verdict([ending(0, 128 + 12, told_to_end="SIGUSR2")], [outcome(0, "quit", "SIGUSR2 twice")], num_ranks=1)
+    found = verdict([ending(0, 128 + 12, ended_by="SIGUSR2")], [outcome(0, "quit", "SIGUSR2 twice")], num_ranks=1)
     assert found.action == "requeue"
     assert "before it could save" in found.reason
 
