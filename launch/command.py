@@ -1,21 +1,21 @@
-"""`pomscale launch`: a recipe of any kind, and a cluster, to jobs; and what people are told of it."""
+"""`pomscale launch`: submit the jobs of a recipe of any kind to a cluster, and print what the user needs to know."""
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.pipelines.launch import launch_pipeline
-from launch.pipelines.sweep import plan_sweep, submit_sweep, table
+from launch.pipelines.sweep import plan_sweep, submit_sweep, sweep_table
 from launch.record.job import read_starts
 from launch.scheduler import slurm
+from launch.status.table import shell_path
 from launch.submission.freeze import which_code
-from launch.submission.prepare import How, Prepared, prepare_encode, prepare_train
+from launch.submission.prepare import JobRequest, prepare_encode, prepare_train
+from launch.submission.prepared import Prepared
 from pomscale.base.errors import InputError
-from pomscale.config.cluster import ClusterProfile
 from pomscale.config.load import load_cluster, load_recipe
 from pomscale.config.pipeline import PipelineRecipe
 from pomscale.config.schema import EncodeRecipe
@@ -24,7 +24,10 @@ from pomscale.config.sweep import load_points
 
 @dataclass(frozen=True)
 class Launch:
-    """What was asked for. num_nodes, array, time_limit: None = not said. command_line: to launch the same again."""
+    """Arguments of the command.
+
+    num_nodes, array, time_limit: None if not given. command_line: as typed, to launch the same again.
+    """
 
     recipe: Path
     overrides: list[str]
@@ -39,79 +42,76 @@ class Launch:
 
 
 def launch(asked: Launch, check_command: Callable[[list[str]], None]) -> int:
-    """Submit, and print what there is to know. Returns the exit code: 0, or that of a debug job.
+    """Submit the jobs and print what the user needs to know. Return the exit code: 0, or that of a debug job.
 
-    check_command: raises InputError for words that are no command of pomscale. Raises InputError for whatever is wrong,
-    before anything is written or submitted.
+    Args:
+        asked: The arguments.
+        check_command: Raises InputError for words that are no command of pomscale.
+
+    Raises:
+        InputError: Before anything is written or submitted, if anything is wrong.
     """
     recipe = load_recipe(asked.recipe, asked.overrides)
     profile = load_cluster(asked.cluster, asked.changes)
     if asked.time_limit is not None and profile.scheduler != "slurm":
         raise InputError(f"--time: a {profile.scheduler} job has no time limit")
+    request = JobRequest(
+        profile,
+        asked.cluster,
+        num_nodes=asked.num_nodes or 1,
+        time_limit=asked.time_limit,
+        command_line=asked.command_line,
+    )
     if isinstance(recipe, PipelineRecipe):
-        return _launch_pipeline(asked, recipe, profile, check_command)
+        return _launch_pipeline(asked, recipe, request, check_command)
     if isinstance(recipe, EncodeRecipe):
-        prepared = prepare_encode(
-            asked.recipe, asked.overrides, profile, asked.cluster, array=asked.array, **_how(asked)
-        )
-        return _launch_job(asked, prepared)
+        return _launch_job(asked, prepare_encode(asked.recipe, asked.overrides, request, array=asked.array))
     if asked.array is not None:
         raise InputError("--array: only an encode is shared by tasks; a training run spans --nodes")
     if recipe.sweep:
-        return _launch_sweep(asked, profile)
-    return _launch_job(asked, prepare_train(asked.recipe, asked.overrides, profile, asked.cluster, **_how(asked)))
-
-
-def _how(asked: Launch) -> How:
-    return How(num_nodes=asked.num_nodes or 1, time_limit=asked.time_limit, command_line=asked.command_line)
+        return _launch_sweep(asked, request)
+    return _launch_job(asked, prepare_train(asked.recipe, asked.overrides, request))
 
 
 def _launch_pipeline(
-    asked: Launch, recipe: PipelineRecipe, profile: ClusterProfile, check_command: Callable[[list[str]], None]
+    asked: Launch, recipe: PipelineRecipe, request: JobRequest, check_command: Callable[[list[str]], None]
 ) -> int:
-    said = {"--nodes": asked.num_nodes, "--array": asked.array, "--time": asked.time_limit}
-    for option, value in said.items():
+    given = {"--nodes": asked.num_nodes, "--array": asked.array, "--time": asked.time_limit}
+    for option, value in given.items():
         if value is not None:
             raise InputError(f"{option}: every stage of a pipeline says this for itself, in {asked.recipe}")
-    told = launch_pipeline(
-        recipe,
-        asked.recipe,
-        profile,
-        asked.cluster,
-        dry_run=asked.dry_run,
-        command_line=asked.command_line,
-        check_command=check_command,
-        new_code=asked.new_code,
+    lines = launch_pipeline(
+        recipe, asked.recipe, request, check_command, dry_run=asked.dry_run, new_code=asked.new_code
     )
-    print(told)
+    print(lines)
     return 0
 
 
-def _launch_sweep(asked: Launch, profile: ClusterProfile) -> int:
-    planned = plan_sweep(load_points(asked.recipe, asked.overrides), profile, asked.cluster, _how(asked))
+def _launch_sweep(asked: Launch, request: JobRequest) -> int:
+    planned = plan_sweep(load_points(asked.recipe, asked.overrides), request)
     new = [one.prepared for one in planned if one.prepared is not None]
     if new:
-        _tell(_about(new[0], asked, f"{len(new)} of {len(planned)} runs, each on"))
+        _print_lines(_description(new[0], asked, f"{len(new)} of {len(planned)} runs, each on"))
     jobs = {} if asked.dry_run else submit_sweep(planned, new_code=asked.new_code)
-    print(table(planned, jobs))
+    print(sweep_table(planned, jobs))
     if asked.dry_run or not new:
         print("nothing was submitted" if asked.dry_run else "nothing is left to submit")
     else:
         folder = shell_path(new[0].job_folder.parent)
-        _tell([("next", f"pomscale runs {folder}"), ("", f"pomscale report {folder}/*")])
-    return max(map(_exit_code, jobs), default=0) if profile.scheduler == "debug" else 0
+        _print_lines([("next", f"pomscale runs {folder}"), ("", f"pomscale report {folder}/*")])
+    return max(map(_exit_code, jobs), default=0) if request.profile.scheduler == "debug" else 0
 
 
 def _launch_job(asked: Launch, prepared: Prepared) -> int:
-    _tell(_about(prepared, asked, "on"))
+    _print_lines(_description(prepared, asked, "on"))
     if asked.dry_run:
-        _tell_dry_run(prepared)
+        _print_dry_run(prepared)
         return 0
     job_id = prepared.submit(new_code=asked.new_code)
     if prepared.profile.scheduler == "debug":
         return _exit_code(prepared.job_folder)
     job_folder = shell_path(prepared.job_folder)
-    _tell(
+    _print_lines(
         [
             ("job", f"{job_id}, {'an array of ' + str(prepared.array) + ' tasks' if prepared.array else 'submitted'}"),
             ("next", f"pomscale watch {job_folder}" if prepared.spec.is_run else f"pomscale runs status {job_folder}"),
@@ -122,8 +122,8 @@ def _launch_job(asked: Launch, prepared: Prepared) -> int:
     return 0
 
 
-def _about(prepared: Prepared, asked: Launch, on: str) -> list[tuple[str, str]]:
-    """(what it is, in words), line by line. Of a sweep, that of its first run."""
+def _description(prepared: Prepared, asked: Launch, on: str) -> list[tuple[str, str]]:
+    """Describe a job, or the first one of a sweep, in lines of (label, text)."""
     spec, limit = prepared.spec, prepared.time_limit or prepared.profile.time_limit
     tasks = f"{prepared.array} tasks of " if prepared.array else ""
     size = f"{tasks}{spec.num_nodes} x {spec.ranks_per_node} ranks"
@@ -136,34 +136,28 @@ def _about(prepared: Prepared, asked: Launch, on: str) -> list[tuple[str, str]]:
     return lines + [("note", note) for note in prepared.notes]
 
 
-def _tell_dry_run(prepared: Prepared) -> None:
+def _print_dry_run(prepared: Prepared) -> None:
     script = prepared.script()
     if script:
-        _tell([("SLURM", _opinion(script))])
+        _print_lines([("SLURM", _test_submission(script))])
         print(f"\n{script}")
     print("nothing was written or submitted")
 
 
-def _opinion(script: str) -> str:
-    """What sbatch thinks of it, without submitting."""
+def _test_submission(script: str) -> str:
+    """Return what `sbatch --test-only` prints about a job script."""
     if not slurm.is_available():
-        return "not on this machine, so it was not asked"
+        return "not on this machine, so the job script was not tested"
     done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
     return "; ".join(line.removeprefix("sbatch: ") for line in done.stderr.splitlines() if line)
 
 
 def _exit_code(job_folder: Path) -> int:
-    """Of a job that is over."""
+    """Return the exit code of a job that is over."""
     verdict = read_starts(job_folder)[-1].verdict
     return 1 if verdict is None else verdict.exit_code
 
 
-def _tell(lines: Sequence[tuple[str, str]]) -> None:
+def _print_lines(lines: Sequence[tuple[str, str]]) -> None:
     for label, text in lines:
         print(f"{label:<10}{text}".rstrip(), flush=True)
-
-
-def shell_path(folder: Path) -> str:
-    """As people name it here, for a shell."""
-    here = Path.cwd()
-    return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launch.node.evaluations import CHECKPOINT, evaluation_folder
 from launch.record.job import CODE, JOB_FILE, LAUNCH_FILE, JobSpec, LaunchedAs
-from launch.submission.prepare import prepare_commands
+from launch.submission.prepare import JobRequest, prepare_commands
 from pomscale.base.errors import PomscaleError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.evaluation import FIGURES, EvaluationConfig
@@ -37,22 +37,23 @@ def submit_evaluation(run: Path, name: str, samples: int) -> str:
     prepared = prepare_commands(
         f"{run.name}-{name}-{samples}",
         job_folder,
-        commands_of(config, run, samples),
-        profile,
-        launched.cluster,
-        ranks_per_node=1,
-        gpus_per_node=min(profile.gpus_per_node, 1),
-        time_limit=config.time_limit or launched.time_limit,
+        evaluation_commands(config, run, samples),
+        JobRequest(
+            profile,
+            launched.cluster,
+            gpus_per_node=min(profile.gpus_per_node, 1),
+            ranks_per_node=1,
+            time_limit=config.time_limit or launched.time_limit,
+        ),
     )
     if (run / CODE).is_dir() and not (job_folder / CODE).exists():
-        (job_folder / CODE).symlink_to(
-            os.path.relpath(run / CODE, job_folder)
-        )  # the code that the run was launched with
+        # The evaluation uses the code that the run was launched with.
+        (job_folder / CODE).symlink_to(os.path.relpath(run / CODE, job_folder))
     cwd = JobSpec.read(run / JOB_FILE).cwd
     return replace(prepared, spec=replace(prepared.spec, cwd=cwd)).submit()
 
 
-def commands_of(config: EvaluationConfig, run: Path, samples: int) -> list[list[str]]:
+def evaluation_commands(config: EvaluationConfig, run: Path, samples: int) -> list[list[str]]:
     """Return the commands of the recipe, filled in, and one that records their result."""
     job_folder = evaluation_folder(run, config.name, samples)
     filled = {"checkpoint": str(job_folder / CHECKPOINT), "samples": samples, "folder": str(job_folder)}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launch.node.identity import slurm_job
 from launch.record.job import JOB_FILE, Submission, keep, read_submissions
-from launch.submission.prepare import prepare_train, resolved_output
+from launch.submission.prepare import JobRequest, prepare_train, resolved_output
 from launch.submission.submit import record_submission
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.cluster import ClusterProfile
@@ -35,9 +35,9 @@ def prepare_here(words: list[str], environment: Mapping[str, str] = os.environ) 
     if any(one.job_id == job_id for one in read_submissions(job_folder)):
         return job_folder  # started again by SLURM: it continues as it was launched
     num_nodes = int(environment["SLURM_NNODES"])
-    prepared = prepare_train(
-        path, overrides, profile, "sbatch", num_nodes=num_nodes, command_line=["sbatch", "slurm/train.sbatch", *words]
-    )
+    command_line = ["sbatch", "slurm/train.sbatch", *words]
+    request = JobRequest(profile, "sbatch", num_nodes=num_nodes, command_line=command_line)
+    prepared = prepare_train(path, overrides, request)
     prepared.write_job_folder()
     keep(job_folder / JOB_FILE, prepared.spec)
     record_submission(job_folder, Submission(job_id, time.time(), "slurm", num_nodes))

@@ -25,6 +25,8 @@ from launch.node.signals import SignalForwarder, block_signals
 from launch.record.job import (
     JOB_FILE,
     REQUEUE_FILE,
+    START_FILE,
+    VERDICT_FILE,
     JobSpec,
     StartRecord,
     Verdict,
@@ -44,11 +46,12 @@ _LOOK_EVERY_S = 0.2
 class SlurmTask:
     """One task of srun: one rank, or with ranks_by torchrun all ranks of a node."""
 
-    job_folder: str
+    home: str
 
     def __call__(self) -> None:
-        """Ends the process with the exit code of the job, where this is its first task."""
-        spec = JobSpec.read(Path(self.job_folder) / JOB_FILE)
+        """Run the ranks. The first task ends the process with the exit code of the job."""
+        job_folder = Path(self.home)
+        spec = JobSpec.read(job_folder / JOB_FILE)
         if spec.ranks_by == "srun" or spec.num_ranks == 1:
             become_guard(spec)
         job_id, restart, hosts = slurm_job(os.environ)
@@ -59,71 +62,69 @@ class SlurmTask:
             f"--master-port={port_of(spec, job_id, restart)}",
         ]
         code = _start_ranks(spec, rendezvous, {}, SignalForwarder())
-        folder = start_folder(Path(self.job_folder), job_id, restart)
+        folder = start_folder(job_folder, job_id, restart)
         if os.environ["SLURM_NODEID"] == "0":
             sys.exit(_exit_code(folder, code))
-        # srun ends all tasks as soon as one fails: not before rank 0 has judged what the ranks of this node have told.
+        # srun ends all tasks as soon as one fails, so this one succeeds if its ranks have left endings for rank 0.
         sys.exit(0 if read_endings(folder) else code)
 
     def checkpoint(self) -> DelayedSubmission:
-        """For a signal so early that only submitit's own handler is there: start again, nothing has begun."""
+        """Start again, after a signal so early that only submitit's own handler was there: nothing has begun."""
         return DelayedSubmission(self)
 
 
 @dataclass(frozen=True)
 class LocalTask:
-    """All ranks of a job on this machine, started again as the verdict on each start says."""
+    """All ranks of a job on this machine, started again as long as the verdict on each start asks for it."""
 
-    job_folder: str
+    home: str
 
     def __call__(self) -> None:
-        """Ends the process with the exit code of the job."""
-        job_folder = Path(self.job_folder)
+        """Run the ranks, and end the process with the exit code of the job."""
+        job_folder = Path(self.home)
         spec = JobSpec.read(job_folder / JOB_FILE)
         job_id = os.environ.get("SUBMITIT_LOCAL_JOB_ID") or read_submissions(job_folder)[-1].job_id
         restart = 0
-        while (
-            folder := start_folder(job_folder, job_id, restart)
-        ).exists():  # of another job: process numbers come again
+        # An earlier job with the same process number may have left starts.
+        while (folder := start_folder(job_folder, job_id, restart)).exists():
             restart += 1
         forwarding = SignalForwarder()
         if (refusal := _wait_for(spec, forwarding)) is not None:
-            keep(folder / "start.json", StartRecord(job_id, restart, [], spec.ranks_per_node, time.time(), 0))
-            keep(folder / "verdict.json", refusal)
+            keep(folder / START_FILE, StartRecord(job_id, restart, [], spec.ranks_per_node, time.time(), 0))
+            keep(folder / VERDICT_FILE, refusal)
             sys.exit(refusal.exit_code)
         while True:
             variables = {LOCAL_JOB: job_id, LOCAL_RESTART: str(restart)}
             code = _start_ranks(spec, ["--standalone"], variables, forwarding)
             folder = start_folder(job_folder, job_id, restart)
-            forwarding.first = None  # before the next line: what comes after it is for the next start
+            forwarding.first = None  # before the next line, since a signal after that is for the next start
             if forwarding.asked_to_end or not (folder / REQUEUE_FILE).is_file():
                 sys.exit(_exit_code(folder, code))
             restart += 1
 
     def checkpoint(self) -> DelayedSubmission:
-        """As SlurmTask.checkpoint."""
+        """Start again, like SlurmTask.checkpoint."""
         return DelayedSubmission(self)
 
 
 def _exit_code(folder: Path, code: int) -> int:
-    """That of the verdict: torchrun knows but 0 and 1."""
-    verdict = folder / "verdict.json"
+    """Return the exit code of the verdict, or `code` without one: torchrun itself only knows 0 and 1."""
+    verdict = folder / VERDICT_FILE
     return Verdict.read(verdict).exit_code if verdict.is_file() else code
 
 
 def become_guard(spec: JobSpec) -> NoReturn:
-    """Replace this process by the guard of its rank. What asks it to stop meanwhile is held back, not lost."""
+    """Replace this process by the guard of its rank. A request to stop meanwhile stays pending and is not lost."""
     block_signals()
     os.execv(sys.executable, [sys.executable, "-u", *_GUARD, spec.job_folder])
 
 
 def _wait_for(spec: JobSpec, forwarding: SignalForwarder) -> Verdict | None:
-    """Until the jobs before this one have ended. Returns the verdict on this job if it may not begin any more."""
+    """Wait until the jobs before this one have ended. Return the verdict on this job if it must not begin, else None."""
     for job_folder, condition in spec.wait_for.items():
         if not read_submissions(Path(job_folder)):
-            return Verdict(
-                "fail", f"not begun: the job that it waits for has left nothing in {job_folder}", 1, time.time()
-            )
+            reason = f"not begun: the job that it waits for has left nothing in {job_folder}"
+            return Verdict("fail", reason, 1, time.time())
         while (verdict := final_verdict(Path(job_folder))) is None:
             if forwarding.first is not None:
                 return Verdict("fail", f"{forwarding.first} while it waited for {job_folder}", 1, time.time())
@@ -135,7 +136,10 @@ def _wait_for(spec: JobSpec, forwarding: SignalForwarder) -> Verdict | None:
 
 
 def _start_ranks(spec: JobSpec, rendezvous: list[str], variables: dict[str, str], forwarding: SignalForwarder) -> int:
-    """The guards of all ranks of this node, until they have ended. Returns the job's exit code on the first node."""
+    """Run the guards of all ranks of this node until they have ended. Return the exit code of their launcher.
+
+    On the first node that is the exit code of the job.
+    """
     if spec.num_ranks == 1:
         command = [sys.executable, "-u", *_GUARD, spec.job_folder]
     else:
@@ -147,20 +151,20 @@ def _start_ranks(spec: JobSpec, rendezvous: list[str], variables: dict[str, str]
         command,
         env=os.environ | variables,
         start_new_session=True,
-        preexec_fn=block_signals,  # noqa: PLW1509 (one thread). torchrun never takes them, its guards do
+        preexec_fn=block_signals,  # noqa: PLW1509 (one thread). torchrun leaves them blocked, its guards do not
     )
-    told: set[int] = set()
-    forwarding.send = lambda number: told.update(_signal_guards(launcher.pid, number))
+    signalled: set[int] = set()
+    forwarding.send = lambda number: signalled.update(_signal_guards(launcher.pid, number))
     while (code := launcher.poll()) is None:
-        if forwarding.first is not None:  # guards that were not there yet when it came
-            told.update(_signal_guards(launcher.pid, signal.Signals[forwarding.first], spared=told))
+        if forwarding.first is not None:  # guards that did not exist yet when the signal came
+            signalled.update(_signal_guards(launcher.pid, signal.Signals[forwarding.first], spared=signalled))
         time.sleep(_LOOK_EVERY_S)
     forwarding.send = None
     return code
 
 
 def _signal_guards(launcher: int, number: int, spared: Collection[int] = ()) -> list[int]:
-    """Their process numbers."""
+    """Send a signal to the guards below a launcher, except to the spared ones. Return their process numbers."""
     try:
         family = [psutil.Process(launcher), *psutil.Process(launcher).children(recursive=True)]
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""`pomscale cluster check`: a short job that goes the way of all jobs, and tells what works on a cluster."""
+"""`pomscale cluster check`: submit a short job in the same way as all jobs, and report what works on a cluster."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from launch.cluster.findings import (
 )
 from launch.record.job import SUBMITIT, read_starts
 from launch.scheduler import slurm
-from launch.status.runs import RunSummary, summarize
+from launch.status.runs import RUNS, RunSummary, summarize
 from launch.status.state import LIVE
 from launch.submission.control import cancel
-from launch.submission.prepare import RUNS, Prepared, prepare_commands, resolved_output
+from launch.submission.prepare import JobRequest, prepare_commands, resolved_output
+from launch.submission.prepared import Prepared
 from pomscale.base.errors import PomscaleError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.runs.cluster_facts import rank_facts, ready_path, signal_path, world_facts
@@ -35,7 +36,7 @@ _SHOWN_LINES = 12  # of the log of a job that failed
 
 @dataclass(frozen=True)
 class CheckReport:
-    """As text: a line for every finding, and under it what to do. exit_code: 1 where something failed."""
+    """Report of a check. As text: a line for every finding, and below it the remedy. exit_code: 1 if a check failed."""
 
     title: str
     findings: list[Finding]
@@ -65,10 +66,16 @@ class CheckReport:
 def check_cluster(
     name: str, profile: ClusterProfile, *, num_nodes: int | None = None, folder: Path | None = None
 ) -> CheckReport:
-    """Submit a job of a minute, wait for it, and report. name: of the profile, or its path.
+    """Submit a job of a minute, wait for it, and report.
 
-    num_nodes: default 2 with SLURM, else 1. folder: for the job's home, default that of runs; the home is removed
-    again if nothing failed. Tells on standard error what it waits for. Ctrl-C cancels the job.
+    The state of the job is printed to standard error. Ctrl-C cancels the job.
+
+    Args:
+        name: Name of the profile, or its path.
+        profile: The profile.
+        num_nodes: Default: 2 with SLURM, else 1.
+        folder: Folder in which the job folder is made. Default: the folder of runs. The job folder is removed again if
+            no check failed.
     """
     with_slurm = profile.scheduler == "slurm"
     num_nodes = num_nodes or (2 if with_slurm else 1)
@@ -98,26 +105,24 @@ def check_cluster(
 
 
 def _prepare(name: str, profile: ClusterProfile, num_nodes: int, folder: Path | None) -> Prepared:
-    job_folder = (
-        folder or resolved_output(RUNS, profile)
-    ) / f"cluster-check-{Path(name).stem}-{datetime.now():%m%d-%H%M%S}"
+    job_name = f"cluster-check-{Path(name).stem}-{datetime.now():%m%d-%H%M%S}"
+    job_folder = (folder or resolved_output(str(RUNS), profile)) / job_name
     words = ["cluster", "probe", str(job_folder.absolute() / _FACTS)]
     limit = None
     if profile.scheduler == "slurm":
         words.append("--signal")
-        minutes = _JOB_MINUTES + profile.signal_lead_s // 60  # or SLURM would send its signal at once
+        minutes = _JOB_MINUTES + profile.signal_lead_s // 60  # else SLURM would send its signal at once
         limit = f"{minutes // 60}:{minutes % 60:02d}:00"
     if profile.offline:
         words.append("--offline")
-    prepared = prepare_commands(
-        job_folder.name, job_folder, [words], profile, name, num_nodes=num_nodes, time_limit=limit
-    )
-    # As a run, so that the ranks are told of each other; one that is killed starts no second try.
+    request = JobRequest(profile, name, num_nodes=num_nodes, time_limit=limit)
+    prepared = prepare_commands(job_name, job_folder, [words], request)
+    # is_run makes the ranks find each other; a job that is killed does not start again.
     return replace(prepared, spec=replace(prepared.spec, is_run=True, max_idle_requeues=0))
 
 
 class _Job:
-    """That of one check."""
+    """The job of one check."""
 
     def __init__(self, prepared: Prepared, job_id: str) -> None:
         self._prepared = prepared
@@ -131,18 +136,18 @@ class _Job:
         self._state: RunSummary | None = None
 
     def follow(self) -> None:
-        """Until it has ended. Sends it the signal that it waits for."""
+        """Wait until the job has ended. Send it the signal that it waits for."""
         if self._with_slurm:
             self._requeue = requeue_finding(slurm.details(self._job_id))
-        told = ""
+        printed = ""
         while True:
             self._state = summarize({self._job_folder: self._job_folder.name}).runs[0]
             line = f"job {self._job_id}: {self._state.state}" + (
                 f" ({self._state.reason})" if self._state.reason else ""
             )
-            if line != told:
+            if line != printed:
                 print(line, file=sys.stderr, flush=True)
-                told = line
+                printed = line
             if self._state.state not in LIVE:
                 return
             if self._with_slurm:
@@ -182,7 +187,7 @@ class _Job:
             start = started[-1].record
             waited_s = start.started_unix_s - self._state.started_unix_s
             return Finding("job", "ok", f"{self._job_id} on {', '.join(start.hosts)}, begun after {waited_s:.0f} s")
-        return Finding("job", "FAILED", found, f"{self._log_path() or self._job_folder} tells more")
+        return Finding("job", "FAILED", found, f"see {self._log_path() or self._job_folder}")
 
     def _signal_finding(self) -> Finding:
         facts = self._job_folder / _FACTS
@@ -191,7 +196,7 @@ class _Job:
         return signal_finding(num_arrived, self._num_ranks, took_s, self._refused)
 
     def log(self) -> str:
-        """The end of what was printed by a job that failed."""
+        """Return the end of the log of a job that failed; "" if it did not fail."""
         assert self._state is not None
         path = self._log_path()
         if self._state.state == "finished" or path is None:
@@ -200,7 +205,7 @@ class _Job:
         return "\n".join([f"the end of {path}:", *(f"    {line}" for line in lines[-_SHOWN_LINES:])])
 
     def _log_path(self) -> Path | None:
-        """Of the rank that is to blame, or of the job script."""
+        """Return the log of the rank that failed first, or else the output of the job script."""
         assert self._state is not None
         if self._state.log:
             return Path(self._state.log)

@@ -1,4 +1,4 @@
-"""What was found on a cluster, against what its profile promises: a line each. No files, no SLURM."""
+"""Findings of a cluster check: facts of the cluster, compared with its profile. Pure functions: no files, no SLURM."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FOLDERS = {"runs": "folder of runs", "temporary": "temporary folder", "home": "
 
 @dataclass(frozen=True)
 class Finding:
-    """remedy: for what is not ok, what to do about it."""
+    """One line of the report. remedy: what to do if the status is not ok."""
 
     subject: str
     status: Status
@@ -35,11 +35,11 @@ class Finding:
 def slurm_findings(
     profile: ClusterProfile, configuration: Mapping[str, str], partitions: Mapping[str, Mapping[str, str]]
 ) -> list[Finding]:
-    """configuration, and partitions by the names that the profile gives them ("" = the default)."""
+    """Compare SLURM's configuration with the profile. partitions: by their names in the profile; "" is the default."""
     version, name = configuration.get("SLURM_VERSION", "?"), configuration.get("ClusterName", "?")
     accounting = "slurmdbd" in configuration.get("AccountingStorageType", "")
     memory_s = configuration.get("MinJobAge", "?")
-    remembers = "works" if accounting else f"none: of a job that has ended SLURM tells nothing after {memory_s}"
+    remembers = "works" if accounting else f"none: SLURM forgets a job {memory_s} after its end"
     return [
         Finding("SLURM", "ok", f"{version}, cluster {name}"),
         *(_partition_finding(profile, wanted, partition) for wanted, partition in partitions.items()),
@@ -64,7 +64,7 @@ def _partition_finding(profile: ClusterProfile, wanted: str, partition: Mapping[
 
 
 def requeue_finding(details: Mapping[str, str]) -> Finding:
-    """details: of the job, as launch.scheduler.slurm gives them."""
+    """Check that the job may be requeued. details: of the job, from launch.scheduler.slurm."""
     if details.get("Requeue") == "1":
         return Finding("requeue", "ok", "allowed")
     remedy = "ask the site; until then submit again by `pomscale runs resume`"
@@ -72,12 +72,12 @@ def requeue_finding(details: Mapping[str, str]) -> Finding:
 
 
 def rank_findings(ranks: Mapping[int, RankFacts], num_ranks: int, profile: ClusterProfile, runs: Path) -> list[Finding]:
-    """ranks: those that have told. runs: the folder of runs."""
+    """Compare what the ranks have found with the profile. ranks: those that have reported. runs: the folder of runs."""
     facts = list(ranks.values())
     missing = [rank for rank in range(num_ranks) if rank not in ranks]
     if missing:
         names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-        heard = Finding("ranks", "FAILED", f"nothing was heard of rank {names} of {num_ranks}", "see the job above")
+        heard = Finding("ranks", "FAILED", f"no report from rank {names} of {num_ranks}", "see the job above")
     else:
         heard = Finding("ranks", "ok", f"{num_ranks} on {_counted(len({one.node for one in facts}), 'node')}")
     if not facts:
@@ -94,10 +94,10 @@ def rank_findings(ranks: Mapping[int, RankFacts], num_ranks: int, profile: Clust
     ]
 
 
-def _same(subject: str, told: Iterable[tuple[str, str]]) -> Finding:
-    """told: (node, what one of its ranks says)."""
+def _same(subject: str, reports: Iterable[tuple[str, str]]) -> Finding:
+    """Check that all ranks have the same value. reports: (node, value of one of its ranks)."""
     nodes: dict[str, set[str]] = {}
-    for node, value in told:
+    for node, value in reports:
         nodes.setdefault(value, set()).add(node)
     if len(nodes) == 1:
         return Finding(subject, "ok", next(iter(nodes)))
@@ -118,7 +118,7 @@ def _gpu_finding(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
         users.setdefault((one.node, one.gpu[1]), []).append(one.rank)
     shared = [f"ranks {', '.join(map(str, ranks))} on {node}" for (node, _), ranks in users.items() if len(ranks) > 1]
     if shared:
-        remedy = "a rank needs one of its own: see `gpus_per_node`, and --gpus-per-task or --gpu-bind in `srun`"
+        remedy = "every rank needs its own GPU: see `gpus_per_node`, and --gpus-per-task or --gpu-bind in `srun`"
         return Finding("GPUs", "FAILED", f"one GPU for {'; '.join(shared)}", remedy)
     names = sorted({one.gpu[0] for one in facts if one.gpu is not None})
     if profile.gpu is not None and not all(profile.gpu in name.lower() for name in names):
@@ -131,7 +131,7 @@ def _core_finding(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
     promised = profile.cpus_per_node // profile.num_ranks_per_node
     if fewest.num_cores < promised:
         found = f"rank {fewest.rank} on {fewest.node} may run on {fewest.num_cores}, not on {promised}"
-        return Finding("cores", "warning", found, "see `cpus_per_node`; --cpu-bind=none in `srun` takes bonds away")
+        return Finding("cores", "warning", found, "see `cpus_per_node`; --cpu-bind=none in `srun` removes a binding")
     return Finding("cores", "ok", f"{fewest.num_cores} for each rank")
 
 
@@ -149,7 +149,7 @@ def _interface_findings(facts: list[RankFacts], profile: ClusterProfile) -> Iter
 
 def _folder_finding(what: str, facts: list[RankFacts], profile: ClusterProfile, runs: Path) -> Finding:
     subject = _FOLDERS[what]
-    places = str(runs) if what == "runs" else ", ".join(sorted({one.folders.get(what, "") for one in facts} - {""}))
+    paths = str(runs) if what == "runs" else ", ".join(sorted({one.folders.get(what, "") for one in facts} - {""}))
     problems = [f"{one.node}: {one.cannot_write[what]}" for one in facts if what in one.cannot_write]
     remedies = {"runs": "change `scratch`", "temporary": "change `local_disk`", "home": "nothing of pomscale needs it"}
     if problems:
@@ -157,8 +157,8 @@ def _folder_finding(what: str, facts: list[RankFacts], profile: ClusterProfile, 
         return Finding(subject, "FAILED" if needed else "warning", "; ".join(problems), remedies[what])
     speeds = [one.write_gb_per_s[what] for one in facts if what in one.write_gb_per_s]
     if not speeds:
-        return Finding(subject, "warning", "the first rank of no node has told", "see the job above")
-    found = f"{places}: {_speed(min(speeds))} per node"
+        return Finding(subject, "warning", "the first rank of no node has reported", "see the job above")
+    found = f"{paths}: {_speed(min(speeds))} per node"
     if min(speeds) < _SLOW_WRITE_GB_PER_S and what != "home":
         return Finding(subject, "warning", f"{found}, which is slow", f"{remedies[what]} if there is a faster one")
     return Finding(subject, "ok", found)
@@ -176,10 +176,10 @@ def _internet_finding(facts: list[RankFacts], profile: ClusterProfile) -> Findin
 
 
 def world_findings(world: WorldFacts | None, *, has_gpus: bool) -> list[Finding]:
-    """None: the ranks have not found together. has_gpus: the ranks."""
+    """Check what the ranks have found together. world: None if their rendezvous failed. has_gpus: all ranks have one."""
     if world is None:
-        remedy = "set `network_interface`; see whether a firewall lies between the nodes; the ranks' logs tell more"
-        return [Finding("rendezvous", "FAILED", "the ranks did not find together", remedy)]
+        remedy = "set `network_interface`; look for a firewall between the nodes; see the ranks' logs"
+        return [Finding("rendezvous", "FAILED", "the ranks did not find each other", remedy)]
     findings = [Finding("rendezvous", "ok", f"{world.num_ranks} ranks in {world.join_s:.1f} s")]
     if world.problem is not None:
         findings.append(Finding("preflight", "FAILED", world.problem, "see `pomscale runs logs`, and exclude the host"))
@@ -201,7 +201,7 @@ def _all_reduce_findings(world: WorldFacts, *, has_gpus: bool) -> Iterable[Findi
             "across nodes",
             [] if world.across_gb_per_s is None else [world.across_gb_per_s],
             _SLOW_ACROSS_GB_PER_S,
-            "NCCL_DEBUG: INFO in `environment` shows whether it goes by sockets; set `network_interface`",
+            "NCCL_DEBUG: INFO in `environment` shows whether it uses sockets; set `network_interface`",
         ),
     ):
         if not speeds:
@@ -221,7 +221,7 @@ def _shared_folder_finding(world: WorldFacts) -> Finding:
     longest_s = max(seconds for seconds in world.seen_after_s.values() if seconds is not None)
     found = f"a new file is seen by all within {longest_s:.2f} s"
     if longest_s > _LATE_FILE_S:
-        return Finding("shared folder", "warning", found, "use another file system: starts and verdicts wait for that")
+        return Finding("shared folder", "warning", found, "use another file system: starts and verdicts wait for files")
     return Finding("shared folder", "ok", found)
 
 
@@ -229,15 +229,24 @@ def _clock_finding(world: WorldFacts) -> Finding:
     node, ahead_s = max(world.clock_s.items(), key=lambda item: abs(item[1]))
     if abs(ahead_s) > _CLOCK_SKEW_S:
         found = f"{node} is {abs(ahead_s):.1f} s {'ahead' if ahead_s > 0 else 'behind'}"
-        return Finding("clocks", "warning", found, "ask the site: which rank failed first is told by the clock")
+        return Finding(
+            "clocks", "warning", found, "ask the site: clocks decide which rank is said to have failed first"
+        )
     return Finding("clocks", "ok", f"at most {abs(ahead_s) * 1000:.0f} ms apart")
 
 
 def signal_finding(num_arrived: int, num_ranks: int, took_s: float | None, problem: str) -> Finding:
-    """took_s: from sending it to the last one's word; None if it could not be sent, and problem says why."""
-    remedy = "without it a run cannot save before its time limit: see `srun` and `container`"
+    """Check that the signal before the time limit reaches all ranks.
+
+    Args:
+        num_arrived: Number of ranks that have received it.
+        num_ranks: Number of all ranks.
+        took_s: Time from sending the signal to the report of the last rank; None if it could not be sent.
+        problem: Why it could not be sent.
+    """
+    remedy = "without the signal a run cannot save before its time limit: see `srun` and `container`"
     if took_s is None:
-        return Finding("signals", "FAILED", problem or "not sent, as not all ranks came so far", remedy)
+        return Finding("signals", "FAILED", problem or "not sent, as not all ranks were ready", remedy)
     if num_arrived < num_ranks:
         return Finding("signals", "FAILED", f"USR2 reached {num_arrived} of {num_ranks} ranks", remedy)
     return Finding("signals", "ok", f"USR2 reaches all ranks within {took_s:.1f} s")

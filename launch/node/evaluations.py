@@ -1,11 +1,11 @@
-"""Evaluations of a run's checkpoints while training goes on, each as a job of its own.
+"""Evaluations of a run's checkpoints while training continues, each as a job of its own.
 
-    RUN/evaluations/NAME/samples-000000012800/     the home of such a job, and the {folder} of its commands
-        checkpoint/       hard links: retention may delete the checkpoint, its files stay until they are evaluated
-        figures.json      what the last command found; recorded in RUN/evaluations.jsonl and wandb at 12,800 samples
-        failed.json       {"reason": ...}: this checkpoint will not be evaluated by itself any more
+    RUN/evaluations/NAME/samples-000000012800/     the job folder, and the {folder} of its commands
+        checkpoint/       hard links: the files stay until they are evaluated, even if retention deletes the checkpoint
+        figures.json      result of the last command; recorded in RUN/evaluations.jsonl and wandb at 12,800 samples
+        failed.json       {"reason": ...}: the evaluation of this checkpoint has failed and is not started again
 
-The supervisor of the run starts them. Whatever happens to an evaluation is no matter to training.
+The supervisor of the run starts them. An evaluation that fails does not affect training.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def evaluation_folder(run: Path, name: str, samples: int) -> Path:
 
 
 class Evaluations:
-    """Of one run. Its state is on disk, so that each start of the run goes on where the one before it was."""
+    """The evaluations of one run. Their state is on disk, so that each start of the run continues from it."""
 
     def __init__(self, run_folder: Path) -> None:
         """PomscaleError if the run's launch.json or recipe cannot be read."""
@@ -52,13 +52,16 @@ class Evaluations:
         self._not_before_s: dict[Path, float] = {}
         self._looked_s = time.monotonic()
         for job_folder in self._job_folders():
-            if not _is_started(job_folder):  # a supervisor was killed before it could submit: begun again, if still due
+            if not _is_started(job_folder):  # a supervisor was killed before it could submit; repeated if still due
                 remove(job_folder / CHECKPOINT)
 
     def poll(self, *, finished: bool = False) -> None:
-        """Start what is due. finished: training has come to its end, so the last checkpoint is due in any case.
+        """Start the evaluations that are due.
 
-        Never raises for a file that cannot be written or a job that is refused: that is told on stderr, once.
+        A file that cannot be written, or a job that is refused, gives a warning and no exception.
+
+        Args:
+            finished: Whether training has ended, so that the last checkpoint is due in any case.
         """
         for config in self._configs:
             for checkpoint in self._due(config, finished):
@@ -71,7 +74,7 @@ class Evaluations:
             self._give_up_failed()
 
     def _due(self, config: EvaluationConfig, finished: bool) -> list[Path]:
-        """The first complete checkpoint after each multiple of every_samples that was not started before."""
+        """Return the first complete checkpoint after each multiple of every_samples whose evaluation has not begun."""
         checkpoints = complete_checkpoints(self._run / "checkpoints")
         started = (
             job_folder
@@ -104,7 +107,7 @@ class Evaluations:
                 warn(f"evaluation {name} of {checkpoint.name} could not be started, and is tried again: {problem}")
 
     def _give_up_failed(self) -> None:
-        """Those whose jobs ended without a word of their own, e.g. cancelled or at their time limit."""
+        """Give up evaluations whose jobs have ended without a result, e.g. cancelled or at their time limit."""
         job_folders = [
             job_folder
             for job_folder in self._job_folders()
@@ -113,7 +116,7 @@ class Evaluations:
         if not job_folders:
             return
         found = summarize({job_folder: job_folder.name for job_folder in job_folders})
-        if found.problem:  # the scheduler does not answer: asked again in a minute
+        if found.problem:  # the scheduler does not answer; it is asked again in a minute
             return
         for run in found.runs:
             if run.state not in (*LIVE, "finished"):
@@ -121,18 +124,18 @@ class Evaluations:
 
 
 def note_failure(job_folder: Path, reason: str) -> None:
-    """Of a job that has failed: if it is an evaluation, say so in its home, and let its checkpoint go."""
+    """Record the failure of a job in its job folder and remove its checkpoint, if the job is an evaluation."""
     if job_folder.parent.parent.name == EVALUATIONS and (job_folder / CHECKPOINT).is_dir():
         _give_up(job_folder, reason)
 
 
 def _is_started(job_folder: Path) -> bool:
-    """Submitted, or given up."""
+    """Whether the evaluation was submitted, or given up."""
     return (job_folder / JOBS_FILE).is_file() or (job_folder / FAILED_FILE).is_file()
 
 
 def _link(checkpoint: Path, target: Path) -> bool:
-    """Whether all of it is in `target` now: retention may have begun to delete it, marker first."""
+    """Link a checkpoint's files into `target`. Return False if retention has begun to delete it, marker first."""
     remove(target)
     make_folder(target)
     files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER]
@@ -150,7 +153,7 @@ def _link(checkpoint: Path, target: Path) -> bool:
 
 
 def _submit(run: Path, name: str, samples: int) -> None:
-    """PomscaleError, with the words of what went wrong."""
+    """Submit the job of an evaluation. PomscaleError, with the message of the process that failed to submit it."""
     command = [sys.executable, "-m", "launch.evaluation_job", str(run), name, str(samples)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SUBMISSION_TIMEOUT_S, check=False)
@@ -162,9 +165,8 @@ def _submit(run: Path, name: str, samples: int) -> None:
 
 
 def _give_up(job_folder: Path, reason: str) -> None:
-    warn(
-        f"evaluation {job_folder.parent.name} of {job_folder.name} has failed: {reason}; training goes on ({job_folder})"
-    )
+    name = job_folder.parent.name
+    warn(f"evaluation {name} of {job_folder.name} has failed: {reason}; training continues ({job_folder})")
     try:
         make_folder(job_folder)
         write_text(job_folder / FAILED_FILE, json.dumps({"reason": reason}))

@@ -1,4 +1,4 @@
-"""All runs of a recipe's sweep, each a job of its own. Launching again submits those that are left."""
+"""Runs of a recipe's sweep, each a job of its own. Launching again submits the runs that are left."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from pathlib import Path
 
 from launch.status.runs import summarize
 from launch.status.state import LIVE
+from launch.status.table import table
 from launch.submission.checks import has_finished
-from launch.submission.prepare import How, Prepared, prepare_run, run_folder
+from launch.submission.prepare import JobRequest, prepare_run, run_folder
+from launch.submission.prepared import Prepared
 from pomscale.base.errors import PomscaleError
-from pomscale.config.cluster import ClusterProfile
 from pomscale.config.sweep import SweepPoint
 
 
 @dataclass(frozen=True)
 class PlannedPoint:
-    """One run, and what is to be done about it. prepared: None where nothing is, as `state` says why."""
+    """One run of a sweep. prepared: the job to submit; None if nothing is to be done, for the reason in `state`."""
 
     point: SweepPoint
     job_folder: Path
@@ -25,31 +26,27 @@ class PlannedPoint:
     prepared: Prepared | None = None
 
 
-def plan_sweep(
-    points: Sequence[SweepPoint], profile: ClusterProfile, cluster_name: str, how: How
-) -> list[PlannedPoint]:
-    """Every run that has to be submitted is checked. InputError, naming the first that is wrong."""
-    job_folders = [run_folder(point.recipe, profile) for point in points]
-    states = {
-        run.job_folder: run.state
-        for run in summarize({job_folder: job_folder.name for job_folder in job_folders if job_folder.is_dir()}).runs
-    }
+def plan_sweep(points: Sequence[SweepPoint], request: JobRequest) -> list[PlannedPoint]:
+    """Check every run that has to be submitted. InputError, naming the first that is wrong."""
+    folders = [run_folder(point.recipe, request.profile) for point in points]
+    summaries = summarize({folder: folder.name for folder in folders if folder.is_dir()})
+    states = {run.job_folder: run.state for run in summaries.runs}
     planned = []
-    for point, job_folder in zip(points, job_folders, strict=True):
-        if states.get(job_folder) in LIVE:
-            planned.append(PlannedPoint(point, job_folder, states[job_folder]))
-        elif has_finished(job_folder, point.recipe):
-            planned.append(PlannedPoint(point, job_folder, "finished"))
+    for point, folder in zip(points, folders, strict=True):
+        if states.get(folder) in LIVE:
+            planned.append(PlannedPoint(point, folder, states[folder]))
+        elif has_finished(folder, point.recipe):
+            planned.append(PlannedPoint(point, folder, "finished"))
         else:
-            prepared = prepare_run(point.recipe, profile, cluster_name, **how)
-            planned.append(PlannedPoint(point, job_folder, "new", prepared))
+            planned.append(PlannedPoint(point, folder, "new", prepare_run(point.recipe, request)))
     return planned
 
 
 def submit_sweep(planned: Collection[PlannedPoint], *, new_code: bool) -> dict[Path, str]:
-    """Home -> job id of the new ones. If one is refused, those before it stay: the same command submits the rest.
+    """Submit the new runs. Return the job id by job folder.
 
-    On one machine they run one after another, whatever becomes of each.
+    If one is refused, those before it stay: the same command submits the rest. On one machine the runs are executed one
+    after another, however each of them ends.
     """
     jobs: dict[Path, str] = {}
     for one in planned:
@@ -63,18 +60,15 @@ def submit_sweep(planned: Collection[PlannedPoint], *, new_code: bool) -> dict[P
         except PomscaleError as error:
             if not jobs:
                 raise
-            told = f"{len(jobs)} runs of this sweep were submitted before; the same command submits the others"
-            raise type(error)(f"{one.job_folder.name}: {error}\n{told}") from error
+            rest = f"{len(jobs)} runs of this sweep were submitted before; the same command submits the others"
+            raise type(error)(f"{one.job_folder.name}: {error}\n{rest}") from error
     return jobs
 
 
-def table(planned: Sequence[PlannedPoint], jobs: Mapping[Path, str]) -> str:
-    """One line per run: its values, and its job."""
-    keys = list(planned[0].point.values)
-    rows = [["job", *keys, "run"]]
-    for one in planned:
-        values = [str(value) for value in one.point.values.values()]
-        rows.append([jobs.get(one.job_folder, one.state), *values, one.job_folder.name])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+def sweep_table(planned: Sequence[PlannedPoint], jobs: Mapping[Path, str]) -> str:
+    """Return a table with one line per run: its job and its values."""
+    rows = [
+        [jobs.get(one.job_folder, one.state), *map(str, one.point.values.values()), one.job_folder.name]
+        for one in planned
+    ]
+    return table(["job", *planned[0].point.values, "run"], rows)

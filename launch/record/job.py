@@ -110,7 +110,7 @@ class JobSpec(Stored):
 
 @dataclass(frozen=True)
 class LaunchedAs(Stored):
-    """How a job was launched.
+    """Record of a launch, with all that `pomscale runs resume` needs.
 
     recipe: path of the resolved recipe inside the job folder. profile: the resolved profile. gpus_per_node: replaces
     the profile's.
@@ -157,7 +157,7 @@ class StartRecord(Stored):
 
 @dataclass(frozen=True)
 class Ending(Stored):
-    """How a rank's process ended.
+    """End of a rank's process, as its guard saw it.
 
     returncode: negative for a signal. ended_by: the signal, received by the rank's guard, that asked the process to
     end; or the supervisor.
@@ -177,7 +177,7 @@ class Ending(Stored):
 
 @dataclass(frozen=True)
 class Verdict(Stored):
-    """How one start of a job ended, and what happens next.
+    """Decision of the supervisor on one start of a job: how it ended, and what happens next.
 
     reason: one line. exit_code: of the job. suspects: hosts to avoid. num_idle: requeues in a row without progress.
     samples: of the run's newest complete checkpoint; None if there is none.

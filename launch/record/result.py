@@ -1,4 +1,4 @@
-"""How the newest submission of a job ended. Jobs that wait for it, and a second launch of a pipeline, depend on that.
+"""Result of the newest submission of a job, on which jobs that wait for it and a second launch of a pipeline depend.
 
 A job folder keeps the starts of all its submissions. An old failure says nothing about a job that has just been
 submitted again and has not begun.

@@ -170,10 +170,10 @@ def _newest_starts(folder: Path) -> list[JobStart]:
     return [start for start in found if start is not None]
 
 
-def _begun_unix_s(start: Path) -> float:
+def _begun_unix_s(folder: Path) -> float:
     """Without reading it. Files are added to an old start too, by a rank that outlives it."""
-    start = start / "start.json"
-    return (start if start.is_file() else start).stat().st_mtime
+    record = folder / START_FILE
+    return (record if record.is_file() else folder).stat().st_mtime
 
 
 def _read_start(folder: Path, job_id: str, restart: int) -> JobStart | None:

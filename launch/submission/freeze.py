@@ -1,9 +1,9 @@
-"""The code that a job runs: a copy in its home, made when it is launched first.
+"""Frozen code: a copy in the job folder of the code that a job runs, made when the job is launched first.
 
-    HOME/code/{pomscale,launch,data_pipelines,slurm}      what PYTHONPATH of the ranks points to
-    HOME/code/code.json, code.diff                        git commit, and what differed from it
+    JOB_FOLDER/code/{pomscale,launch,data_pipelines,slurm}      PYTHONPATH of the ranks points to JOB_FOLDER/code
+    JOB_FOLDER/code/code.json, code.diff                        git commit, and the differences from it
 
-A job may wait in the queue for days and be started many times. Whoever edits the checkout meanwhile does not change it.
+A job may wait in the queue for days and be started many times. Edits of the checkout meanwhile do not change it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from pomscale.runs.outcome import code_state
 
 STATE_FILE, DIFF_FILE = "code.json", "code.diff"
 
-_ROOT = Path(__file__).resolve().parent.parent
+CODE_ROOT = Path(__file__).resolve().parents[2]
+"""The folder that holds the packages that are running: a checkout, frozen code, or site-packages."""
+
 _FOLDERS = ("pomscale", "launch", "data_pipelines", "slurm")
 _NOT_CODE = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
 def freeze(job_folder: Path, *, new_code: bool = False) -> None:
-    """Copy the code that is running into the home. What is there already stays, unless new_code.
+    """Copy the code that is running into the job folder, completely or not at all.
 
-    Whole or not at all. InputError if it cannot be copied.
+    A copy that exists already stays, unless new_code is set. InputError if the code cannot be copied.
     """
     code = job_folder / CODE
     if code.exists() and not new_code:
@@ -54,30 +56,30 @@ def freeze(job_folder: Path, *, new_code: bool = False) -> None:
 
 def _copy_to(folder: Path) -> None:
     for name in _FOLDERS:
-        if (_ROOT / name).is_dir():  # an installation from a wheel has no slurm/
-            shutil.copytree(_ROOT / name, folder / name, ignore=_NOT_CODE)
-    state, diff = _code_of_now()
+        if (CODE_ROOT / name).is_dir():  # an installation from a wheel has no slurm/
+            shutil.copytree(CODE_ROOT / name, folder / name, ignore=_NOT_CODE)
+    state, diff = _running_code()
     write_text(folder / STATE_FILE, json.dumps(state, indent=1))
     write_text(folder / DIFF_FILE, diff)
 
 
 def which_code(job_folder: Path, *, new_code: bool = False) -> str:
-    """What a job that is launched in this home will run, for people."""
+    """Describe, for the user, the code that a job will run when it is launched in this job folder."""
     state_file = job_folder / CODE / STATE_FILE
     if not (job_folder / CODE).exists():
-        return f"of now, {_name(_code_of_now()[0])}"
+        return f"this checkout, {_name(_running_code()[0])}"
     if new_code:
-        return f"of now, {_name(_code_of_now()[0])}, instead of what it began with"
+        return f"this checkout, {_name(_running_code()[0])}, in place of its frozen copy"
     if not state_file.is_file():
-        return f"that in {job_folder / CODE}"
+        return f"the copy in {job_folder / CODE}"
     frozen = datetime.fromtimestamp(state_file.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     state = json.loads(state_file.read_text(encoding="utf-8"))
-    return f"what it began with ({_name(state)}, copied {frozen}); --new-code takes that of now"
+    return f"its frozen copy ({_name(state)}, copied {frozen}); --new-code replaces it by this checkout"
 
 
 @cache
-def _code_of_now() -> tuple[dict[str, Any], str]:
-    """Asks git once: a sweep copies it for every run, and git takes its time on a large file system."""
+def _running_code() -> tuple[dict[str, Any], str]:
+    """Ask git once: a sweep needs the answer for every run, and git is slow on a large file system."""
     return code_state()
 
 

@@ -28,6 +28,7 @@ from submitit.local.debug import DebugExecutor
 from launch.node.identity import LOCAL_JOB
 from launch.record.job import CODE, JOB_FILE, JOBS_FILE, SUBMITIT, JobSpec, Submission, keep
 from launch.scheduler import slurm
+from launch.submission.freeze import CODE_ROOT
 from launch.submission.job_script import SubmitOptions, job_script, slurm_executor
 from launch.task import LocalTask, SlurmTask
 from pomscale.base.errors import InputError, PomscaleError
@@ -181,7 +182,7 @@ def _start_in_background(spec: JobSpec, profile: ClusterProfile, options: Submit
 def _paths(job_folder: Path, profile: ClusterProfile) -> dict[str, str]:
     """Where a job on this machine finds its code, and puts temporary files."""
     code = job_folder / CODE
-    root = code if code.is_dir() else Path(__file__).resolve().parent.parent
+    root = code if code.is_dir() else CODE_ROOT
     paths = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
         "PYTHONSAFEPATH": "1",

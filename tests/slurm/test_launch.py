@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from launch.record.job import JobSpec, LaunchedAs, read_submissions
-from launch.submission.prepare import prepare_commands
+from launch.submission.prepare import JobRequest, prepare_commands
 from pomscale.config.load import load_cluster, load_train_recipe
 from pomscale.shards.schema import read_manifest
 from support.cluster import SlurmCluster
@@ -119,7 +119,7 @@ def test_an_encode_as_an_array(slurm: SlurmCluster, tmp_path: Path, digits: Path
 def test_a_job_waits_for_another_and_falls_with_it(slurm: SlurmCluster, tmp_path: Path) -> None:
     profile = load_cluster(slurm.profile(tmp_path, ranks_per_node=1))
     fails, waits, follows = (
-        prepare_commands(name, tmp_path / name, [["data", "info", str(tmp_path)]], profile, "test")
+        prepare_commands(name, tmp_path / name, [["data", "info", str(tmp_path)]], JobRequest(profile, "test"))
         for name in ("fails", "waits", "follows")
     )
     first = fails.submit()

@@ -116,7 +116,7 @@ def test_jobs_that_may_not_start_again() -> None:
 def test_ranks_that_are_silent_or_differ() -> None:
     facts = ranks()
     del facts[3]
-    assert judged(facts, "ranks") == Finding("ranks", "FAILED", "nothing was heard of rank 3 of 4", "see the job above")
+    assert judged(facts, "ranks") == Finding("ranks", "FAILED", "no report from rank 3 of 4", "see the job above")
     facts = ranks()
     facts[2] = replace(facts[2], torch="2.10.0")
     assert judged(facts, "torch").status == "FAILED"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.evaluation_job import commands_of
+from launch.evaluation_job import evaluation_commands
 from launch.node import evaluations
 from launch.node.evaluations import CHECKPOINT, FAILED_FILE, Evaluations, evaluation_folder, note_failure
 from launch.record.job import (
@@ -246,7 +246,7 @@ def test_commands_are_filled_in_word_by_word(tmp_path: Path) -> None:
     run = tmp_path / "with space"
     config = EvaluationConfig(name="fid", every_samples=1, run=["sample {checkpoint} --seed {samples}", MEASURE])
     job_folder = str(evaluation_folder(run, "fid", 42))
-    first, second, record = commands_of(config, run, 42)
+    first, second, record = evaluation_commands(config, run, 42)
     assert first == ["sample", f"{job_folder}/checkpoint", "--seed", "42"]
     assert second[-1] == f"{job_folder}/figures.json"
     assert record[:5] == ["evaluate", "record", str(run), "fid", "42"]
@@ -278,7 +278,9 @@ def test_shipped_commands_are_commands() -> None:
     for path in RECIPES.rglob("*.yaml"):
         recipe = load_recipe(path)
         if isinstance(recipe, TrainRecipe):
-            commands += [words for config in recipe.evaluations for words in commands_of(config, Path("run"), 1)]
+            commands += [
+                words for config in recipe.evaluations for words in evaluation_commands(config, Path("run"), 1)
+            ]
         elif isinstance(recipe, PipelineRecipe):
             job_folders = {stage.name: Path(stage.name) for stage in recipe.stages}
             commands += [fill_in(command, job_folders) for stage in recipe.stages for command in stage.run]

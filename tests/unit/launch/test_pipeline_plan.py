@@ -9,6 +9,7 @@ import pytest
 
 from launch.pipelines.launch import launch_pipeline
 from launch.pipelines.plan import PipelinePlan, PlannedStage
+from launch.submission.prepare import JobRequest
 from pomscale.base.errors import InputError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.load import load_recipe
@@ -65,7 +66,8 @@ def pipeline_of(path: Path) -> PipelineRecipe:
 def plan(folder: Path, *stages: str, profile: ClusterProfile = HERE) -> list[PlannedStage]:
     path = write(folder, stages)
     recipe = pipeline_of(path)
-    planner = PipelinePlan(recipe, path, folder / "pipelines" / "all", profile, "here", ["pomscale"], check_command)
+    request = JobRequest(profile, "here", command_line=["pomscale"])
+    planner = PipelinePlan(recipe, path, folder / "pipelines" / "all", request, check_command)
     return [planner.add(stage) for stage in recipe.stages]
 
 

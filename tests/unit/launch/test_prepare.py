@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from launch.record.job import JobSpec, LaunchedAs, Submission, read_submissions, sole_launch
-from launch.submission import prepare as prepare_module
-from launch.submission.prepare import Prepared, prepare_commands, prepare_encode, prepare_train
+from launch.submission import prepared as prepared_module
+from launch.submission.prepare import JobRequest, prepare_commands, prepare_encode, prepare_train
+from launch.submission.prepared import Prepared
 from launch.submission.submit import record_submission
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.cluster import ClusterProfile
@@ -39,7 +40,7 @@ def profile(**changes: Any) -> ClusterProfile:
 
 
 def prepare(recipe: Path, *overrides: str, on: ClusterProfile | None = None, **how: Any) -> Prepared:
-    return prepare_train(recipe, overrides, on or profile(), "test", **how)
+    return prepare_train(recipe, overrides, JobRequest(on or profile(), "test", **how))
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +107,7 @@ def test_nodes_without_internet(tiny_recipe: Path) -> None:
 def test_an_encode_has_one_rank_and_one_gpu_per_task(digits: Path, tmp_path: Path) -> None:
     overrides = [f"source.path={digits}/digits/train", "output=data/latents"]
     path = RECIPES / "data" / "digits.yaml"
-    made = prepare_encode(path, overrides, profile(**ON_GPUS, scratch="/scratch"), "test", array=6)
+    made = prepare_encode(path, overrides, JobRequest(profile(**ON_GPUS, scratch="/scratch"), "test"), array=6)
     assert made.job_folder == Path("/scratch/runs/encode-digits")
     assert (made.spec.num_nodes, made.spec.ranks_per_node, made.gpus_per_node, made.array) == (1, 1, 1, 6)
     assert made.spec.commands == [["data", "encode", str(made.job_folder / "launch" / "recipe.yaml")]]
@@ -115,16 +116,18 @@ def test_an_encode_has_one_rank_and_one_gpu_per_task(digits: Path, tmp_path: Pat
     assert made.recipe.output == "data/latents"
     assert "--array=0-5%6" in made.script()
     assert "--gpus-per-node=1" in made.script()
-    whole = prepare_encode(path, overrides, profile(**ON_GPUS), "test", gpus_per_node=4)
+    whole = prepare_encode(path, overrides, JobRequest(profile(**ON_GPUS), "test", gpus_per_node=4))
     assert (whole.spec.ranks_per_node, whole.gpus_per_node) == (4, 4)
     with pytest.raises(InputError, match=r"source\.path: nowhere: there is no such file or folder"):
-        prepare_encode(path, ["source.path=nowhere"], profile(), "test")
-    prepare_encode(path, ["source.path=nowhere"], profile(), "test", to_come={tmp_path / "nowhere"})
+        prepare_encode(path, ["source.path=nowhere"], JobRequest(profile(), "test"))
+    to_come = {tmp_path / "nowhere"}
+    prepare_encode(path, ["source.path=nowhere"], JobRequest(profile(), "test", to_come=to_come))
 
 
 def test_commands(tmp_path: Path) -> None:
     words = [["data", "verify", "x"], ["data", "stats", "x"]]
-    made = prepare_commands("p-check", tmp_path / "p" / "check", words, profile(**ON_GPUS), "test", gpus_per_node=0)
+    request = JobRequest(profile(**ON_GPUS), "test", gpus_per_node=0)
+    made = prepare_commands("p-check", tmp_path / "p" / "check", words, request)
     assert (made.spec.commands, made.spec.ranks_per_node, made.recipe) == (words, 1, None)
     after = made.waiting_for({"/runs/before": "ok"})
     assert after.spec.wait_for == {"/runs/before": "ok"}
@@ -300,7 +303,7 @@ def test_nothing_is_left_of_a_job_that_is_refused(
             other.write_text("{}")
         raise InputError("sbatch refuses this job")
 
-    monkeypatch.setattr(prepare_module, "submit", refuse)
+    monkeypatch.setattr(prepared_module, "submit", refuse)
     for beside in (False, True):
         with pytest.raises(InputError, match="refuses"):
             prepare(tiny_recipe, on=profile(scheduler="local", time_limit=None)).submit()
@@ -312,9 +315,9 @@ def test_nothing_is_left_of_a_job_that_is_refused(
 def test_two_launches_at_once_make_one_job(tiny_recipe: Path) -> None:
     """Both were checked before either was submitted."""
     first, second = (prepare(tiny_recipe, on=profile(scheduler="local", time_limit=None)) for _ in range(2))
-    with sole_launch(first.job_folder), pytest.raises(InputError, match="another launch is at work there"):
+    with sole_launch(first.job_folder), pytest.raises(InputError, match="another launch is under way there"):
         second.submit()
     record_submission(first.job_folder, Submission("1", 0.0, "local", 1))
-    with pytest.raises(InputError, match="launched by somebody else just now"):
+    with pytest.raises(InputError, match="another launch has just submitted it"):
         second.submit()
     assert len(read_submissions(first.job_folder)) == 1

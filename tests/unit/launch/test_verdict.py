@@ -89,7 +89,7 @@ def test_wrong_input_before_the_run_began() -> None:
 def test_out_of_host_memory_is_its_own_fault() -> None:
     found = verdict([ending(0, 1, 101.0), ending(1, -9, 100.0, out_of_memory=True)], [outcome(0, "failed", GLOO)])
     assert found.action == "fail"
-    assert "rank 1 on n1 was killed for want of host memory" in found.reason
+    assert "rank 1 on n1 was killed because the host memory ran out" in found.reason
 
 
 def test_a_hang_is_requeued() -> None:
@@ -165,7 +165,7 @@ def test_ranks_that_abort_since_they_have_lost_one_are_not_blamed() -> None:
     assert (found.action, found.suspects, found.reason) == ("requeue", ["n2"], "rank 3 on n2 was killed by SIGKILL")
     found = verdict(aborted[:2])
     assert (found.action, found.suspects) == ("requeue", ["n2"])
-    assert "nothing was heard any more of rank 2, 3 on n2" in found.reason
+    assert "no sign of life from rank 2, 3 on n2" in found.reason
     found = verdict([*aborted, ending(3, -6, 100.0)])
     assert (found.action, found.suspects) == ("requeue", [])
 
