@@ -120,7 +120,7 @@ def become_guard(spec: JobSpec) -> NoReturn:
 
 
 def _wait_for(spec: JobSpec, forwarding: SignalForwarder) -> Verdict | None:
-    """Wait until the jobs before this one have ended. Return the verdict on this job if it must not begin, else None."""
+    """Wait until the jobs before this one have ended. Return a verdict if this job must not begin, else None."""
     for job_folder, condition in spec.wait_for.items():
         if not read_submissions(Path(job_folder)):
             reason = f"not begun: the job that it waits for has left nothing in {job_folder}"

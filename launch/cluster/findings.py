@@ -176,7 +176,7 @@ def _internet_finding(facts: list[RankFacts], profile: ClusterProfile) -> Findin
 
 
 def world_findings(world: WorldFacts | None, *, has_gpus: bool) -> list[Finding]:
-    """Check what the ranks have found together. world: None if their rendezvous failed. has_gpus: all ranks have one."""
+    """Check the network between the ranks. world: None if their rendezvous failed. has_gpus: all ranks have one."""
     if world is None:
         remedy = "set `network_interface`; look for a firewall between the nodes; see the ranks' logs"
         return [Finding("rendezvous", "FAILED", "the ranks did not find each other", remedy)]
@@ -229,9 +229,7 @@ def _clock_finding(world: WorldFacts) -> Finding:
     node, ahead_s = max(world.clock_s.items(), key=lambda item: abs(item[1]))
     if abs(ahead_s) > _CLOCK_SKEW_S:
         found = f"{node} is {abs(ahead_s):.1f} s {'ahead' if ahead_s > 0 else 'behind'}"
-        return Finding(
-            "clocks", "warning", found, "ask the site: clocks decide which rank is said to have failed first"
-        )
+        return Finding("clocks", "warning", found, "ask the site: clocks decide which rank is blamed for a failure")
     return Finding("clocks", "ok", f"at most {abs(ahead_s) * 1000:.0f} ms apart")
 
 

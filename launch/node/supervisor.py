@@ -45,8 +45,8 @@ ENDED_BY_SUPERVISOR = "the supervisor"
 
 # How long the guards of the other ranks may take to leave their endings: a shared file system shows new files late.
 _SETTLE_S = 40.0
-# After a failure the hosts of silent ranks are suspected: NFS may take a minute to show the other guards the file `end`,
-# and another minute to show their endings here.
+# After a failure the hosts of silent ranks are suspected: NFS may take a minute to show the file `end` to the other
+# guards, and another minute to show their endings here.
 _SETTLE_AFTER_A_BAD_END_S = 140.0
 _LOOK_EVERY_S, _EVALUATE_EVERY_S = 1.0, 5.0
 _CLOCK_SKEW_S = 60.0
@@ -131,7 +131,7 @@ class Supervisor:
         return JobStart(before.folder, before.record, verdict)
 
     def poll(self, child: subprocess.Popen[bytes]) -> None:
-        """Look at ranks, scheduler and checkpoints. Called often while the process of rank 0 runs; mostly does nothing."""
+        """Look at ranks, scheduler and checkpoints, once a second. To be called often while rank 0 runs."""
         now_s = time.monotonic()
         if now_s - self._looked_s < _LOOK_EVERY_S:
             return

@@ -8,7 +8,7 @@
         start.json                    where the start runs (StartRecord)
         rank-00000.json               how a rank's process ended, as its guard saw it (Ending)
         verdict.json                  how the start ended and what happens next (Verdict)
-        end                           made by the supervisor when one rank of a run has failed: all other ranks shall end
+        end                           made by the supervisor when a rank of a run has failed: all other ranks shall end
         requeue                       made if the job shall start again; holds the hosts to avoid, comma-separated
     JOB_FOLDER/logs/rank-00000.log    output of a rank, over all starts; the tasks of an array are numbered in sequence
     JOB_FOLDER/submitit/              submitit's files, and the output of the guards
@@ -72,7 +72,7 @@ class Stored:
     def from_dict(cls, content: Any) -> Self:
         """Raise TypeError for anything but such an object.
 
-        Unknown keys are ignored, since a job runs the code it was launched with and a newer version may have added some.
+        Unknown keys are ignored: a job runs the code it was launched with, and a newer version may have added some.
         """
         if not isinstance(content, dict):
             raise TypeError(f"{type(content).__name__} instead of an object")

@@ -1,4 +1,4 @@
-"""`pomscale runs status`: everything about one run on one screen."""
+"""`pomscale runs status`: an overview of one run on one screen."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _METRICS = (
 
 
 def status(job_folder: Path) -> str:
-    """For people. PomscaleError for a folder that cannot be read."""
+    """Return the overview of a run. PomscaleError for a folder that cannot be read."""
     now_unix_s = time.time()
     facts = read_facts(job_folder)
     jobs, problem = ask_slurm([facts], now_unix_s)
     state = state_of(facts, jobs, now_unix_s)
     run = summary(facts, job_folder.resolve().name, state, now_unix_s)
     parts = [
-        f"{run.name}: {run.state}" + (f" ({problem}; this is what the folder tells)" if problem else ""),
+        f"{run.name}: {run.state}" + (f" ({problem}; this state is read from the folder alone)" if problem else ""),
         _facts(facts, run, now_unix_s),
         _starts(facts, run),
         _metrics(facts),
@@ -62,7 +62,7 @@ def _facts(facts: Facts, run: RunSummary, now_unix_s: float) -> str:
     if run.last_row_unix_s is not None:
         lines["last row"] = format_age(run.last_row_unix_s, now_unix_s)
     complete = complete_checkpoints(job_folder / "checkpoints")
-    with suppress(IndexError, FileNotFoundError):  # none yet; or retention has just taken it
+    with suppress(IndexError, FileNotFoundError):  # none yet, or retention has just deleted it
         age = format_age(complete[-1].stat().st_mtime, now_unix_s)
         lines["checkpoint"] = f"{complete[-1]}, {age}; {len(complete)} complete"
     if incomplete_checkpoints(job_folder / "checkpoints"):
@@ -82,18 +82,18 @@ def _progress(run: RunSummary) -> str:
 
 
 def _suspects(job_folder: Path) -> list[str]:
-    """Hosts that verdicts have named, the newest first."""
+    """Return the hosts that verdicts have suspected, newest first."""
     named = [host for start in reversed(read_starts(job_folder)) if start.verdict for host in start.verdict.suspects]
     return list(dict.fromkeys(named))
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A start: of a job, of the run, or, mostly, of both."""
+    """A start of the job, of the run, or usually of both."""
 
     began_unix_s: float
     start: JobStart | None
-    incarnation: dict[str, Any] | None
+    run_start: dict[str, Any] | None
 
 
 def _starts(facts: Facts, run: RunSummary) -> str:
@@ -102,7 +102,7 @@ def _starts(facts: Facts, run: RunSummary) -> str:
         return ""
     rows = [_row(facts.job_folder, line) for line in lines]
     for row in rows[:-1]:
-        row[-1] = row[-1] or "without a word"
+        row[-1] = row[-1] or "no record of its end"
     if not rows[-1][-1]:
         rows[-1][-1] = run.state
         if rows[-1][-2] != NOTHING and run.samples is not None:
@@ -112,35 +112,35 @@ def _starts(facts: Facts, run: RunSummary) -> str:
 
 
 def _lines(job_folder: Path) -> list[_Line]:
-    """Oldest first."""
+    """Return all starts, oldest first."""
     starts = read_starts(job_folder)
     written, _ = read_json_lines(job_folder / INCARNATIONS_FILE)
-    incarnations = [row for row in written if row.keys() >= _START_KEYS]
+    run_starts = [row for row in written if row.keys() >= _START_KEYS]
     lines, taken = [], set()
     for number, start in enumerate(starts):
         until = starts[number + 1].record.newest_run_start if number + 1 < len(starts) else float("inf")
-        # What was started by hand, after the job had ended, is not its own.
+        # A run that was started by hand after the end of the job does not belong to it.
         ended_unix_s = start.verdict.decided_unix_s if start.verdict is not None else float("inf")
         own = [
             row
-            for row in incarnations
+            for row in run_starts
             if start.record.newest_run_start < row["incarnation"] <= until and row["started_unix_s"] < ended_unix_s
         ]
         taken |= {row["incarnation"] for row in own}
         lines.append(_Line(start.record.started_unix_s, start, own[-1] if own else None))
-    by_hand = [row for row in incarnations if row["incarnation"] not in taken]
+    by_hand = [row for row in run_starts if row["incarnation"] not in taken]
     return sorted(
         [*lines, *[_Line(row["started_unix_s"], None, row) for row in by_hand]], key=lambda line: line.began_unix_s
     )
 
 
 def _row(job_folder: Path, line: _Line) -> list[str]:
-    """The last cell is empty where nobody has told how it ended."""
-    start, incarnation = line.start, line.incarnation
+    """Return the cells of a start; the last one is empty if there is no record of its end."""
+    start, run_start = line.start, line.run_start
     verdict = start.verdict if start is not None else None
     outcome: dict[str, Any] = {}
-    if incarnation is not None:
-        name = f"incarnation-{incarnation['incarnation']:04d}-rank-00000.json"
+    if run_start is not None:
+        name = f"incarnation-{run_start['incarnation']:04d}-rank-00000.json"
         outcome = read_object(job_folder / "outcomes" / name) or {}
     ended = outcome.get("state", "")
     if outcome.get("reason"):
@@ -149,21 +149,21 @@ def _row(job_folder: Path, line: _Line) -> list[str]:
         ended = f"{verdict.action}: {verdict.reason}"
     until = outcome.get("samples", verdict.samples if verdict is not None else None)
     samples = NOTHING
-    if incarnation is not None:
-        samples = f"{format_count(incarnation['start_samples'])} - {'' if until is None else format_count(until)}"
-    hosts = start.record.hosts if start is not None else [incarnation["host"]] if incarnation is not None else []
+    if run_start is not None:
+        samples = f"{format_count(run_start['start_samples'])} - {'' if until is None else format_count(until)}"
+    hosts = start.record.hosts if start is not None else [run_start["host"]] if run_start is not None else []
     return [
         time.strftime("%Y-%m-%d %H:%M", time.localtime(line.began_unix_s)),
         NOTHING if start is None else start.folder.name,
         few(hosts),
-        NOTHING if incarnation is None else str(incarnation["num_ranks"]),
+        NOTHING if run_start is None else str(run_start["num_ranks"]),
         samples,
         " ".join(ended.split()),
     ]
 
 
 def _metrics(facts: Facts) -> str:
-    """The last values; what is rarer than the rows that were read is left to the report."""
+    """Return the last values. A metric that is not in the few rows that were read is left to `pomscale report`."""
     known = [(name, facts.latest(name)) for name in _METRICS]
     rows = [[name, f"{value:.5g}", METRICS[name]] for name, value in known if value is not None]
     return table(["metric", "last", ""], rows) if rows else ""
@@ -185,7 +185,7 @@ def _wall_time(job_folder: Path) -> str:
 
 
 def next_commands(job_folder: Path, run: RunSummary) -> list[str]:
-    """What one may want to type now."""
+    """Return the commands that are useful in the run's state."""
     launched = (job_folder / LAUNCH_FILE).is_file()
     logs = [f"pomscale runs logs {job_folder}"] if launched else []
     again = f"pomscale runs resume {job_folder}" if launched else f"pomscale train {job_folder / 'recipe.yaml'}"

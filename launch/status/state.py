@@ -1,4 +1,7 @@
-"""Facts of a home, and what SLURM says of its job -> one word. No files, no SLURM, no clock of its own."""
+"""State of a run in one word, from the facts of its job folder and SLURM's state of its job.
+
+These are pure functions: no files, no SLURM, no clock.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,17 @@ Word = Literal[
     "queued", "starting", "running", "stopping", "requeued", "stopped", "finished", "failed", "cancelled", "timeout",
     "killed", "unknown",
 ]  # fmt: skip
-"""requeued: what there is is saved, and it waits for machines again. stopped: saved, and nothing starts it again by
-itself. killed: it ended without a word. unknown: nothing tells, e.g. of a machine that cannot be seen from here."""
+"""requeued: saved, and waiting for machines again. stopped: saved, and nothing starts it again automatically. killed: it
+ended without a record. unknown: there is no sign of it, e.g. on a machine that cannot be seen from here."""
 
 WORDS: tuple[Word, ...] = get_args(Word)
 ACTIVE: tuple[Word, ...] = ("starting", "running", "stopping")
-"""Its processes are there."""
+"""States in which processes are running."""
 LIVE: tuple[Word, ...] = ("queued", *ACTIVE, "requeued")
-"""Something will still happen, without anybody doing anything."""
+"""States in which the run continues without any action of the user."""
 
-# A row is late after so many times what lies between two at most (a validation's comes seconds after that of the steps
-# before it), but not before a save can be over.
+# A row of metrics is late after this multiple of the longest time between two rows (the shortest is no measure, as the
+# row of a validation comes seconds after another), but not before a save can be over.
 _LATE_ROWS, _LATE_S = 10.0, 900.0
 
 _WORD_OF_ACTION: Mapping[str, Word] = {"done": "finished", "fail": "failed", "requeue": "requeued", "leave": "stopped"}
@@ -45,7 +48,7 @@ _WORD_OF_SLURM: Mapping[str, Word] = {
     "PREEMPTED": "killed",
     "REVOKED": "killed",
 }
-# Of an array, whose tasks may be in any: the first of these that one of them is in.
+# The state of an array is the first of these that one of its tasks is in.
 _FOREMOST: tuple[Word, ...] = (
     "running", "starting", "stopping", "requeued", "queued", "failed", "killed", "timeout", "cancelled", "unknown",
     "stopped", "finished",
@@ -54,7 +57,7 @@ _FOREMOST: tuple[Word, ...] = (
 
 @dataclass(frozen=True)
 class State:
-    """reason: why, in one line; log: where to read on. Both may be empty."""
+    """State of a run. reason: one line, may be empty. log: path of the log with details, may be empty."""
 
     word: Word
     reason: str = ""
@@ -62,7 +65,7 @@ class State:
 
 
 def state_of(facts: Facts, jobs: Mapping[str, JobState] | None, now_unix_s: float) -> State:
-    """jobs: what SLURM knows of facts.slurm_job, tasks of an array one by one; None if it was not asked."""
+    """Return the state of a run. jobs: SLURM's states of facts.slurm_job, by task for an array; None if not asked."""
     by_folder = state_by_folder(facts, now_unix_s)
     job_id = facts.slurm_job
     if jobs is None or job_id is None or is_settled(facts, by_folder):
@@ -79,17 +82,17 @@ def state_of(facts: Facts, jobs: Mapping[str, JobState] | None, now_unix_s: floa
 
 
 def is_settled(facts: Facts, by_folder: State) -> bool:
-    """Whether the home itself says how it ended, so that no scheduler need be asked."""
-    told = facts.start is not None and facts.start.verdict is not None
-    return by_folder.word == "finished" or (by_folder.word == "failed" and told)
+    """Whether the job folder itself shows how the run ended, so that no scheduler need be asked."""
+    has_verdict = facts.start is not None and facts.start.verdict is not None
+    return by_folder.word == "finished" or (by_folder.word == "failed" and has_verdict)
 
 
 def state_by_folder(facts: Facts, now_unix_s: float) -> State:
-    """Where there is no SLURM, or it does not answer. What then waits in a queue is taken to wait still."""
+    """Return the state without asking SLURM. A job that waited in the queue is assumed to be waiting still."""
     outcome, start, submission = facts.current_outcome, facts.start, facts.submission
     if facts.is_waiting:
-        nothing = f"its process is gone and has left nothing; see {facts.job_folder / SUBMITIT}"
-        return State("killed", nothing) if facts.local_lives is False else State("queued")
+        reason = f"its process is gone and has left nothing; see {facts.job_folder / SUBMITIT}"
+        return State("killed", reason) if facts.local_lives is False else State("queued")
     if outcome is not None and outcome["state"] == "finished":
         return State("finished")
     if start is None or facts.is_by_hand:
@@ -111,34 +114,34 @@ def _start_state(facts: Facts, start: JobStart, now_unix_s: float) -> State:
 
 
 def _verdict_state(verdict: Verdict, *, ended: bool) -> State:
-    """ended: nobody is left who would start it again."""
+    """Return the state by a verdict. ended: whether no process is left that would start the job again."""
     word = "stopped" if ended and verdict.action == "requeue" else _WORD_OF_ACTION[verdict.action]
     reason = "" if word == "finished" and verdict.exit_code == 0 else verdict.reason
     return State(word, reason, verdict.log)
 
 
 def _task_state(start: JobStart | None) -> State:
-    """One of an array: only its guard tells."""
+    """Return the state of a task of an array, for which the verdict of its guard is the only source."""
     if start is None:
         return State("queued")
     return State("running") if start.verdict is None else _verdict_state(start.verdict, ended=False)
 
 
 def _slurm_task_state(job: JobState | None, start: JobStart | None) -> State:
-    """job: None for a task that has ended and that SLURM has forgotten, while others still run."""
+    """Return the state of a task of an array. job: None if SLURM has forgotten the task, while others still run."""
     if job is not None:
         return _with_slurm(_task_state(start), job, start)
     if start is not None and start.verdict is not None:
         return _verdict_state(start.verdict, ended=True)
-    return State("killed", "a task is not in the queue any more, and has not said how it ended")
+    return State("killed", "a task is not in the queue any more, and has left no record of its end")
 
 
 def _claim_state(facts: Facts, now_unix_s: float) -> State:
-    """By what training itself has left."""
+    """Return the state by what training itself has left."""
     outcome = facts.current_outcome
     guarded = not facts.is_by_hand and facts.start is not None and facts.local_lives is not False
     if outcome is not None:
-        # A supervisor is about to decide what comes of it.
+        # A supervisor is about to decide what happens next.
         return State("stopping", outcome.get("reason", "")) if guarded else _outcome_state(outcome)
     if facts.claim_lives is None:
         return _state_by_signs_of_life(facts, now_unix_s)
@@ -158,16 +161,16 @@ def _word_of_life(facts: Facts) -> Word:
 
 
 def _state_by_signs_of_life(facts: Facts, now_unix_s: float) -> State:
-    """Of a process that cannot be seen from here."""
+    """Return the state of a process that cannot be seen from here."""
     claim = facts.claim
     signs = [row["time_unix_s"] for row in facts.rows] + ([claim.unix_s] if claim is not None else [])
     if not signs:
-        return State("unknown", "it has never begun, as far as its folder tells")
+        return State("unknown", "its folder shows no sign of a start")
     silent_s = now_unix_s - max(signs)
     if silent_s < _late_after_s(facts):
         return State(_word_of_life(facts))
     where = f" on {claim.host}" if claim is not None and claim.host else ""
-    return State("unknown", f"no sign of life{where} for {format_duration(silent_s)}, and no word of its end")
+    return State("unknown", f"no sign of life{where} for {format_duration(silent_s)}, and no record of its end")
 
 
 def _late_after_s(facts: Facts) -> float:
@@ -178,11 +181,11 @@ def _late_after_s(facts: Facts) -> float:
 def _gone(what: str, facts: Facts) -> State:
     claim = facts.claim
     who = f" ({claim.host}, process {claim.pid})" if claim is not None and claim.pid else ""
-    return State("killed", f"{what}{who} and has left no word")
+    return State("killed", f"{what}{who} and has left no record of its end")
 
 
 def _forgotten(facts: Facts, by_folder: State, job_id: str) -> State:
-    """SLURM does not know the job any more."""
+    """Return the state of a run whose job SLURM does not know any more."""
     if by_folder.word not in LIVE:
         return by_folder
     if facts.is_waiting:
@@ -196,7 +199,7 @@ def _forgotten(facts: Facts, by_folder: State, job_id: str) -> State:
 
 
 def _with_slurm(by_folder: State, job: JobState, start: JobStart | None) -> State:
-    """What SLURM says of a job that it knows counts; why it ended, the home knows better."""
+    """Return the state of a run whose job SLURM knows. The reason comes from the job folder if it has one."""
     if job.state in _PENDING:
         return _while_pending(job, start)
     if job.state in _RUNNING:
@@ -232,15 +235,15 @@ def _after_the_end(by_folder: State, job: JobState, start: JobStart | None) -> S
     verdict = start.verdict if start is not None else None
     if verdict is not None:
         return State(word, verdict.reason, verdict.log)
-    return State(word, "" if word == "cancelled" else f"SLURM says {job.state}; nothing else tells")
+    return State(word, "" if word == "cancelled" else f"SLURM says {job.state}; there is no other record")
 
 
 def _array_state(tasks: Sequence[State]) -> State:
-    """The state of an array. reason: how many of its tasks are in which, and the first that failed."""
+    """Return the state of an array. The reason counts its tasks by state, and names the first that failed."""
     counts = Counter(task.word for task in tasks)
     foremost = next(word for word in _FOREMOST if counts[word])
     if len(counts) == 1 and foremost in ("finished", "queued", "cancelled"):
         return State(foremost)
-    told = ", ".join(f"{counts[word]} {word}" for word in _FOREMOST if counts[word])
+    by_word = ", ".join(f"{counts[word]} {word}" for word in _FOREMOST if counts[word])
     failed = next((task for task in tasks if task.word in ("failed", "killed", "timeout")), State("unknown"))
-    return State(foremost, f"tasks: {told}" + (f"; {failed.reason}" if failed.reason else ""), failed.log)
+    return State(foremost, f"tasks: {by_word}" + (f"; {failed.reason}" if failed.reason else ""), failed.log)

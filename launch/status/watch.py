@@ -87,10 +87,10 @@ class _View:
         self._job_folder = job_folder
         self._metrics = Growing(job_folder / METRICS_FILE, num_bytes=_METRICS_BYTES)
         self._events_file = Growing(job_folder / EVENTS_FILE, num_bytes=_EVENTS_BYTES)
-        self._incarnations_file = Growing(job_folder / INCARNATIONS_FILE)
+        self._starts_file = Growing(job_folder / INCARNATIONS_FILE)
         self._log_file = Growing(log_path(job_folder, 0), num_bytes=_LOG_BYTES)
         self._loss, self._speed = _Curve(), _Curve()
-        self._incarnation = 0
+        self._start_number = 0
         self._start_samples: dict[int, int] = {}
         self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
         self._log: deque[str] = deque(maxlen=_MAX_LOG_LINES)
@@ -129,7 +129,7 @@ class _View:
         return summary(facts, self._job_folder.resolve().name, state_of(facts, self._jobs, now_unix_s), now_unix_s)
 
     def _read(self) -> None:
-        for start in objects(self._incarnations_file.read()):
+        for start in objects(self._starts_file.read()):
             self._start_samples[start["incarnation"]] = start["start_samples"]
         for row in objects(self._metrics.read()):
             self._add(row)
@@ -138,12 +138,12 @@ class _View:
 
     def _add(self, row: dict[str, Any]) -> None:
         """As monitoring.history, of a run that goes on."""
-        if row.get("incarnation", -1) < self._incarnation or "samples" not in row:
+        if row.get("incarnation", -1) < self._start_number or "samples" not in row:
             return
         back_to = row["samples"] if "faults/rollbacks" in row else None
-        if row["incarnation"] > self._incarnation:
-            self._incarnation = row["incarnation"]
-            back_to = self._start_samples.get(self._incarnation, row["samples"] - 1)
+        if row["incarnation"] > self._start_number:
+            self._start_number = row["incarnation"]
+            back_to = self._start_samples.get(self._start_number, row["samples"] - 1)
         if back_to is not None:
             for curve in (self._loss, self._speed):
                 curve.go_back(back_to)
@@ -197,9 +197,9 @@ def _header(facts: Facts, run: RunSummary, problem: str) -> Panel:
     if not hosts and facts.claim is not None and facts.claim.host:
         hosts = [facts.claim.host]
     words = [f"start {run.num_starts}"]
-    if facts.incarnation is not None:
-        num_ranks = facts.incarnation["num_ranks"]
-        words.append(f"{num_ranks} rank{'s' * (num_ranks > 1)} on {few(hosts) or facts.incarnation['host']}")
+    if facts.run_start is not None:
+        num_ranks = facts.run_start["num_ranks"]
+        words.append(f"{num_ranks} rank{'s' * (num_ranks > 1)} on {few(hosts) or facts.run_start['host']}")
     if run.job_id is not None:
         words.append(f"job {run.job_id}")
     if run.last_row_unix_s is not None:

@@ -133,7 +133,7 @@ def test_a_run_by_path_name_or_beginning(copied: Path) -> None:
     assert resolve_run("tiny") == resolve_run("ti") == Path("runs/tiny")
     shutil.copytree(copied / "tiny", copied / "tiny-2")
     assert resolve_run("tiny") == Path("runs/tiny")  # the whole name
-    with pytest.raises(InputError, match="several runs are called so: runs/tiny, runs/tiny-2"):
+    with pytest.raises(InputError, match="several runs have this name: runs/tiny, runs/tiny-2"):
         resolve_run("ti")
     with pytest.raises(InputError, match=r"no run of that name in runs/"):
         resolve_run("tony")
