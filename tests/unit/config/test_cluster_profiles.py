@@ -165,7 +165,7 @@ def test_time_limits_are_read_as_hours_and_rounded_up(write: Write, limit: str, 
 
 
 def spec(**changes: Any) -> JobSpec:
-    values: dict[str, Any] = {"home": "/runs/a run", "name": "a-run", "commands": [["train", "x.yaml"]], "cwd": "/"}
+    values: dict[str, Any] = {"job_folder": "/runs/a run", "name": "a-run", "commands": [["train", "x.yaml"]], "cwd": "/"}
     return JobSpec(**{**values, "ranks_per_node": 4, **changes})
 
 

@@ -123,11 +123,9 @@ def test_one_wrong_stage_is_told_before_anything_happens(folder: Path, stage: st
         launch_pipeline(
             pipeline_of(path),
             path,
-            HERE,
-            "here",
+            JobRequest(HERE, "here", command_line=["pomscale"]),
+            check_command,
             dry_run=False,
-            command_line=["pomscale"],
-            check_command=check_command,
         )
     assert sorted(folder.rglob("*")) == before
 
@@ -172,11 +170,9 @@ def test_a_dry_run_shows_the_stages_and_writes_nothing(folder: Path) -> None:
     told = launch_pipeline(
         pipeline_of(path),
         path,
-        HERE,
-        "here",
-        dry_run=True,
-        command_line=["pomscale"],
-        check_command=check_command,
+        JobRequest(HERE, "here", command_line=["pomscale"]),
+            check_command,
+            dry_run=True,
     )
     assert sorted(folder.rglob("*")) == before
     rows = [line.split("  ") for line in told.splitlines()]

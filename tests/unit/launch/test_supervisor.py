@@ -95,7 +95,7 @@ def test_a_file_system_that_stutters_ends_no_run(
 
     begun = supervisor(tmp_path, "9")
     begun.begin()
-    monkeypatch.setattr(Supervisor, "_look_at_the_others", stale)
+    monkeypatch.setattr(Supervisor, "_look_at_other_ranks", stale)
     for _ in range(2):
         begun._looked_s = 0.0
         begun.poll(child())
