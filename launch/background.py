@@ -18,10 +18,10 @@ from pathlib import Path
 import psutil
 from submitit import LocalExecutor
 
-from launch.record.job import SUBMITIT
 from launch.task import LocalTask
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder
+from pomscale.runs.layout import SUBMITIT_FOLDER
 
 _LOOK_EVERY_S = 0.02
 _FOREVER_MIN = 10 * 365 * 24 * 60  # submitit's own limit is two minutes
@@ -32,11 +32,11 @@ def main() -> None:
     # `pomscale launch` blocks Ctrl-C while it waits for this process; the job shall receive it.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     try:
-        executor = LocalExecutor(job_folder / SUBMITIT, python=f"{shlex.quote(python)} -m launch.held")
+        executor = LocalExecutor(job_folder / SUBMITIT_FOLDER, python=f"{shlex.quote(python)} -m launch.held")
         executor.update_parameters(
             timeout_min=_FOREVER_MIN, gpus_per_node=num_gpus, visible_gpus=_visible_gpus(num_gpus), tasks_per_node=1
         )
-        answer = _leave_the_terminal(job_folder / SUBMITIT / "controller.log")
+        answer = _leave_the_terminal(job_folder / SUBMITIT_FOLDER / "controller.log")
         job = executor.submit(LocalTask(str(job_folder)))
         controller = psutil.Process(int(job.job_id))
         # Wait until the controller has a child to forward a request to end to.

@@ -16,9 +16,10 @@ from launch.submission.freeze import which_code
 from launch.submission.prepare import JobRequest, prepare_encode, prepare_train
 from launch.submission.prepared import Prepared
 from pomscale.base.errors import InputError
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.load import load_cluster, load_recipe
 from pomscale.config.pipeline import PipelineRecipe
-from pomscale.config.schema import EncodeRecipe
+from pomscale.config.shipped import recipe_file
 from pomscale.config.sweep import load_points
 
 
@@ -81,7 +82,7 @@ def _launch_pipeline(
         if value is not None:
             raise InputError(f"{option}: every stage of a pipeline says this for itself, in {asked.recipe}")
     lines = launch_pipeline(
-        recipe, asked.recipe, request, check_command, dry_run=asked.dry_run, new_code=asked.new_code
+        recipe, recipe_file(asked.recipe), request, check_command, dry_run=asked.dry_run, new_code=asked.new_code
     )
     print(lines)
     return 0

@@ -14,13 +14,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from launch.node.evaluations import CHECKPOINT, evaluation_folder
-from launch.record.job import CODE, JOB_FILE, LAUNCH_FILE, JobSpec, LaunchedAs
+from launch.node.evaluations import evaluation_folder
+from launch.record.job import JobSpec, LaunchedAs
 from launch.submission.prepare import JobRequest, prepare_commands
 from pomscale.base.errors import PomscaleError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.evaluation import FIGURES, EvaluationConfig
 from pomscale.config.load import load_train_recipe
+from pomscale.runs.layout import CODE_FOLDER, EVALUATED_FOLDER, JOB_FILE, LAUNCH_FILE
 
 
 def submit_evaluation(run: Path, name: str, samples: int) -> str:
@@ -46,9 +47,9 @@ def submit_evaluation(run: Path, name: str, samples: int) -> str:
             time_limit=config.time_limit or launched.time_limit,
         ),
     )
-    if (run / CODE).is_dir() and not (job_folder / CODE).exists():
+    if (run / CODE_FOLDER).is_dir() and not (job_folder / CODE_FOLDER).exists():
         # The evaluation uses the code that the run was launched with.
-        (job_folder / CODE).symlink_to(os.path.relpath(run / CODE, job_folder))
+        (job_folder / CODE_FOLDER).symlink_to(os.path.relpath(run / CODE_FOLDER, job_folder))
     cwd = JobSpec.read(run / JOB_FILE).cwd
     return replace(prepared, spec=replace(prepared.spec, cwd=cwd)).submit()
 
@@ -56,10 +57,10 @@ def submit_evaluation(run: Path, name: str, samples: int) -> str:
 def evaluation_commands(config: EvaluationConfig, run: Path, samples: int) -> list[list[str]]:
     """Return the commands of the recipe, filled in, and one that records their result."""
     job_folder = evaluation_folder(run, config.name, samples)
-    filled = {"checkpoint": str(job_folder / CHECKPOINT), "samples": samples, "folder": str(job_folder)}
+    filled = {"checkpoint": str(job_folder / EVALUATED_FOLDER), "samples": samples, "folder": str(job_folder)}
     commands = [[word.format(**filled) for word in shlex.split(command)] for command in config.run]
     record = ["evaluate", "record", str(run), config.name, str(samples), str(job_folder / FIGURES)]
-    return [*commands, [*record, "--evaluated", str(job_folder / CHECKPOINT)]]
+    return [*commands, [*record, "--evaluated", str(job_folder / EVALUATED_FOLDER)]]
 
 
 def _config(run: Path, launched: LaunchedAs, name: str) -> EvaluationConfig:

@@ -26,21 +26,11 @@ from launch.node.oom import num_out_of_memory_kills
 from launch.node.signals import SignalForwarder
 from launch.node.supervisor import ENDED_BY_SUPERVISOR, GRACE_S, Supervisor
 from launch.node.verdict import EXIT_STOPPED
-from launch.record.job import (
-    CODE,
-    END_FILE,
-    JOB_FILE,
-    Ending,
-    JobSpec,
-    ending_path,
-    keep,
-    log_path,
-    read_submissions,
-    start_folder,
-)
+from launch.record.job import Ending, JobSpec, ending_path, keep, log_path, read_submissions, start_folder
 from pomscale.base.console import warn
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import make_folder
+from pomscale.runs.layout import CODE_FOLDER, END_FILE, JOB_FILE
 from pomscale.runs.ledger import RESTARTED_BECAUSE, SUBMITTED
 
 _LOOK_EVERY_S = 0.2
@@ -190,7 +180,7 @@ def _forward(child: subprocess.Popen[bytes], number: int) -> None:
 def _environment(spec: JobSpec, identity: RankIdentity) -> dict[str, str]:
     """Return the variables of the rank; those of the job script (modules, NCCL, the profile's) are set already."""
     environment = {**spec.environment, **identity.environment}
-    code = Path(spec.job_folder) / CODE
+    code = Path(spec.job_folder) / CODE_FOLDER
     if code.is_dir():
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
         environment["PYTHONSAFEPATH"] = "1"  # else a pomscale/ in the working folder would take precedence

@@ -15,12 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launch.node.identity import slurm_job
-from launch.record.job import JOB_FILE, Submission, keep, read_submissions
+from launch.record.job import Submission, keep, read_submissions
 from launch.submission.prepare import JobRequest, prepare_train, resolved_output
 from launch.submission.submit import record_submission
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.load import load_train_recipe
+from pomscale.runs.layout import JOB_FILE
 
 
 def prepare_here(words: list[str], environment: Mapping[str, str] = os.environ) -> Path:

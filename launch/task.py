@@ -22,20 +22,9 @@ from submitit.helpers import DelayedSubmission
 
 from launch.node.identity import LOCAL_JOB, LOCAL_RESTART, port_of, slurm_job
 from launch.node.signals import SignalForwarder, block_signals
-from launch.record.job import (
-    JOB_FILE,
-    REQUEUE_FILE,
-    START_FILE,
-    VERDICT_FILE,
-    JobSpec,
-    StartRecord,
-    Verdict,
-    keep,
-    read_endings,
-    read_submissions,
-    start_folder,
-)
+from launch.record.job import JobSpec, StartRecord, Verdict, keep, read_endings, read_submissions, start_folder
 from launch.record.result import final_verdict, is_success
+from pomscale.runs.layout import JOB_FILE, REQUEUE_FILE, START_FILE, VERDICT_FILE
 
 _GUARD = ["-m", "launch.guard"]
 _TORCHRUN = "torch.distributed.run"

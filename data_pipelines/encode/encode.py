@@ -8,7 +8,6 @@ with the same batch).
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,10 +22,11 @@ from data_pipelines.encode.skipped import max_skipped_of, skipped_exit_code
 from data_pipelines.encode.tasks import Task
 from data_pipelines.shards.parts import PARTS_FOLDER, Claims, part_of, record_path
 from data_pipelines.sources import build_source
+from pomscale.base.console import warn
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.monitoring import MonitoringConfig
-from pomscale.config.schema import EncodeRecipe
 from pomscale.monitoring.monitor import Monitor, open_monitor
 from pomscale.shards.schema import FAILURES_NAME, MANIFEST_NAME, Manifest, read_manifest
 
@@ -229,7 +229,7 @@ def _monitor(recipe: EncodeRecipe, task: Task, num_items: int) -> Monitor:
         run_name=f"{recipe.name}-{task.index:05d}",
         recipe_dump=recipe.model_dump(mode="json"),
         total_samples=num_items,
-        incarnation=0,
+        start=0,
     )
 
 
@@ -254,7 +254,7 @@ def _manifest_of(output: Path) -> Manifest | None:
     try:
         return read_manifest(output)
     except InputError as error:
-        print(f"warning: {error}. It is written again, from the parts", file=sys.stderr)
+        warn(f"{error}. It is written again, from the parts")
         return None
 
 

@@ -11,7 +11,7 @@ from data_pipelines.shards.parts import PARTS_FOLDER, PartStore, Plan
 from data_pipelines.sources.source import Item, Source, SourceChangedError
 from pomscale.base.errors import InputError
 from pomscale.codecs import Codec, TextEncoder, build_codec, build_text_encoder
-from pomscale.config.schema import EncodeRecipe, ImageTransformConfig, TableSourceConfig, TransformConfig
+from pomscale.config.encode import EncodeRecipe, ImageTransformConfig, TableSourceConfig, TransformConfig
 from pomscale.distributed.world import resolve_device
 from pomscale.shards.schema import ArrayName
 

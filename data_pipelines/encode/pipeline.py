@@ -24,7 +24,7 @@ from data_pipelines.shards.writer import Record
 from data_pipelines.sources.source import Item, SourceChangedError
 from pomscale.base.errors import PomscaleError
 from pomscale.base.keyed_random import Stream, keyed_generator
-from pomscale.config.schema import ImageTransformConfig, VideoTransformConfig
+from pomscale.config.encode import ImageTransformConfig, VideoTransformConfig
 from pomscale.media.pictures import decode_picture, fit_picture
 from pomscale.media.shapes import UnreadableMediaError, nearest_bucket
 from pomscale.shards.schema import ArrayName

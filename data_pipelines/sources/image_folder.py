@@ -11,7 +11,7 @@ from data_pipelines.sources.keys import checked_key, readable
 from data_pipelines.sources.media import PICTURE_EXTENSIONS, extension
 from data_pipelines.sources.source import Item
 from pomscale.base.errors import InputError
-from pomscale.config.schema import ImageFolderConfig
+from pomscale.config.encode import ImageFolderConfig
 
 
 class ImageFolderSource:

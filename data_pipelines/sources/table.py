@@ -17,7 +17,7 @@ from data_pipelines.sources.keys import checked_key, readable
 from data_pipelines.sources.rows import Row, read_csv, read_jsonl
 from data_pipelines.sources.source import Item
 from pomscale.base.errors import InputError
-from pomscale.config.schema import TableSourceConfig
+from pomscale.config.encode import TableSourceConfig
 
 _COLUMN = re.compile(r"\{([^{}]+)\}")
 

@@ -75,7 +75,7 @@ class TarScan:
             raise DamagedTarError(str(error)) from error
 
     def _check_end(self, offset: int) -> None:
-        """tarfile takes a header that is damaged or missing for the end; a tar that is whole ends with zeros."""
+        """Tarfile takes a header that is damaged or missing for the end; a tar that is whole ends with zeros."""
         self._stream.seek(offset)
         block = self._stream.read(tarfile.BLOCKSIZE)
         if not block:

@@ -14,7 +14,7 @@ from data_pipelines.sources.media import CLIP_EXTENSIONS, PICTURE_EXTENSIONS
 from data_pipelines.sources.source import Item
 from data_pipelines.sources.tar_scan import DamagedTarError, Sample, TarScan
 from pomscale.base.errors import InputError
-from pomscale.config.schema import TarSourceConfig
+from pomscale.config.encode import TarSourceConfig
 
 _MEDIA_SUFFIXES = PICTURE_EXTENSIONS | CLIP_EXTENSIONS
 _GZIP_MAGIC = b"\x1f\x8b"

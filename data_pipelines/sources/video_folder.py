@@ -15,7 +15,7 @@ from data_pipelines.sources.keys import checked_key, readable
 from data_pipelines.sources.media import CLIP_EXTENSIONS, extension
 from data_pipelines.sources.source import Item, SourceChangedError
 from pomscale.base.errors import InputError
-from pomscale.config.schema import VideoFolderConfig
+from pomscale.config.encode import VideoFolderConfig
 
 _CAPTION_EXTENSION = ".txt"
 _NUM_CAPTION_READERS = 32

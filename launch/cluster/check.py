@@ -17,7 +17,7 @@ from launch.cluster.findings import (
     slurm_findings,
     world_findings,
 )
-from launch.record.job import SUBMITIT, read_starts
+from launch.record.job import read_starts
 from launch.scheduler import slurm
 from launch.status.runs import RUNS, RunSummary, summarize
 from launch.status.state import LIVE
@@ -27,6 +27,7 @@ from launch.submission.prepared import Prepared
 from pomscale.base.errors import PomscaleError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.runs.cluster_facts import rank_facts, ready_path, signal_path, world_facts
+from pomscale.runs.layout import SUBMITIT_FOLDER
 
 _FACTS = "facts"
 _JOB_MINUTES = 10  # torch may take minutes to load from a file system that has not seen it for long
@@ -209,5 +210,5 @@ class _Job:
         assert self._state is not None
         if self._state.log:
             return Path(self._state.log)
-        printed = [path for path in sorted((self._job_folder / SUBMITIT).glob("*.out")) if path.stat().st_size]
+        printed = [path for path in sorted((self._job_folder / SUBMITIT_FOLDER).glob("*.out")) if path.stat().st_size]
         return printed[0] if printed else None

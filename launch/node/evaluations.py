@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch.record.job import JOBS_FILE, LAUNCH_FILE, LaunchedAs
+from launch.record.job import LaunchedAs
 from launch.status.runs import summarize
 from launch.status.state import LIVE
 from pomscale.base.console import warn
@@ -25,9 +25,15 @@ from pomscale.base.files import link_or_copy, make_folder, write_text
 from pomscale.config.evaluation import EvaluationConfig
 from pomscale.config.load import load_train_recipe
 from pomscale.runs.checkpoint_folder import complete_checkpoints, final_folder, remove, samples_of
-from pomscale.runs.integrity import MARKER
-
-EVALUATIONS, CHECKPOINT, FAILED_FILE = "evaluations", "checkpoint", "failed.json"
+from pomscale.runs.layout import (
+    CHECKPOINTS_FOLDER,
+    EVALUATED_FOLDER,
+    EVALUATIONS_FOLDER,
+    FAILED_FILE,
+    JOBS_FILE,
+    LAUNCH_FILE,
+    MARKER,
+)
 
 _NUM_TRIES, _TRY_AGAIN_S = 3, 60.0  # a scheduler that does not answer now may do so in a minute
 _SUBMISSION_TIMEOUT_S = 120.0
@@ -35,7 +41,7 @@ _LOOK_EVERY_S = 60.0
 
 
 def evaluation_folder(run: Path, name: str, samples: int) -> Path:
-    return final_folder(run / EVALUATIONS / name, samples)
+    return final_folder(run / EVALUATIONS_FOLDER / name, samples)
 
 
 class Evaluations:
@@ -53,7 +59,7 @@ class Evaluations:
         self._looked_s = time.monotonic()
         for job_folder in self._job_folders():
             if not _is_started(job_folder):  # a supervisor was killed before it could submit; repeated if still due
-                remove(job_folder / CHECKPOINT)
+                remove(job_folder / EVALUATED_FOLDER)
 
     def poll(self, *, finished: bool = False) -> None:
         """Start the evaluations that are due.
@@ -75,7 +81,7 @@ class Evaluations:
 
     def _due(self, config: EvaluationConfig, finished: bool) -> list[Path]:
         """Return the first complete checkpoint after each multiple of every_samples whose evaluation has not begun."""
-        checkpoints = complete_checkpoints(self._run / "checkpoints")
+        checkpoints = complete_checkpoints(self._run / CHECKPOINTS_FOLDER)
         started = (
             job_folder
             for job_folder in self._job_folders()
@@ -92,11 +98,11 @@ class Evaluations:
         return due
 
     def _job_folders(self) -> list[Path]:
-        return sorted((self._run / EVALUATIONS).glob("*/samples-*"))
+        return sorted((self._run / EVALUATIONS_FOLDER).glob("*/samples-*"))
 
     def _try(self, name: str, checkpoint: Path, job_folder: Path, last_try: bool) -> None:
         try:
-            if _link(checkpoint, job_folder / CHECKPOINT):
+            if _link(checkpoint, job_folder / EVALUATED_FOLDER):
                 _submit(self._run, name, samples_of(checkpoint))
         except (PomscaleError, OSError) as problem:
             self._tries[job_folder] = self._tries.get(job_folder, 0) + 1
@@ -111,7 +117,7 @@ class Evaluations:
         job_folders = [
             job_folder
             for job_folder in self._job_folders()
-            if (job_folder / CHECKPOINT).is_dir() and (job_folder / JOBS_FILE).is_file()
+            if (job_folder / EVALUATED_FOLDER).is_dir() and (job_folder / JOBS_FILE).is_file()
         ]
         if not job_folders:
             return
@@ -125,7 +131,7 @@ class Evaluations:
 
 def note_failure(job_folder: Path, reason: str) -> None:
     """Record the failure of a job in its job folder and remove its checkpoint, if the job is an evaluation."""
-    if job_folder.parent.parent.name == EVALUATIONS and (job_folder / CHECKPOINT).is_dir():
+    if job_folder.parent.parent.name == EVALUATIONS_FOLDER and (job_folder / EVALUATED_FOLDER).is_dir():
         _give_up(job_folder, reason)
 
 
@@ -170,6 +176,6 @@ def _give_up(job_folder: Path, reason: str) -> None:
     try:
         make_folder(job_folder)
         write_text(job_folder / FAILED_FILE, json.dumps({"reason": reason}))
-        remove(job_folder / CHECKPOINT)
+        remove(job_folder / EVALUATED_FOLDER)
     except (PomscaleError, OSError) as problem:
         warn(str(problem))

@@ -17,27 +17,15 @@ from launch.node.evaluations import Evaluations, note_failure
 from launch.node.identity import RankIdentity
 from launch.node.signals import SignalForwarder
 from launch.node.verdict import EXIT_STOPPED, Evidence, decide_verdict, idle_so_far
-from launch.record.job import (
-    END_FILE,
-    REQUEUE_FILE,
-    START_FILE,
-    VERDICT_FILE,
-    Ending,
-    JobSpec,
-    JobStart,
-    StartRecord,
-    Verdict,
-    keep,
-    read_endings,
-    read_starts,
-)
+from launch.record.job import Ending, JobSpec, JobStart, StartRecord, Verdict, keep, read_endings, read_starts
 from launch.scheduler import slurm
 from pomscale.base.console import say, warn
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import write_text
 from pomscale.runs.checkpoint_folder import complete_checkpoints, samples_of
+from pomscale.runs.layout import CHECKPOINTS_FOLDER, END_FILE, REQUEUE_FILE, START_FILE, VERDICT_FILE
 from pomscale.runs.outcome import outcomes_after
-from pomscale.runs.starts import newest_generation
+from pomscale.runs.starts import newest_start
 
 GRACE_S = 10.0
 """Time that a rank has to end after another one has failed. Then it is killed: it may wait for the other forever."""
@@ -81,7 +69,7 @@ class Supervisor:
             list(self._identity.hosts),
             self._spec.ranks_per_node,
             time.time(),
-            newest_generation(self._job_folder),
+            newest_start(self._job_folder),
         )
         # A SLURM that was set up again counts its jobs from 1, so an older job may have left files in this folder.
         for name in (VERDICT_FILE, REQUEUE_FILE, END_FILE):
@@ -311,5 +299,5 @@ class Supervisor:
     def _samples(self) -> int | None:
         if not self._spec.is_run:
             return None
-        complete = complete_checkpoints(self._job_folder / "checkpoints")
+        complete = complete_checkpoints(self._job_folder / CHECKPOINTS_FOLDER)
         return samples_of(complete[-1]) if complete else None

@@ -22,9 +22,10 @@ from launch.submission.prepare import (
 )
 from launch.submission.prepared import Prepared
 from pomscale.base.errors import InputError
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.load import load_recipe
 from pomscale.config.pipeline import PipelineRecipe, StageConfig, fill_in
-from pomscale.config.schema import EncodeRecipe, TrainRecipe
+from pomscale.config.train import TrainRecipe
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,7 @@ from pomscale.base.console import warn
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import make_folder, write_text
 from pomscale.base.jsonl import read_json_lines
-
-JOB_FILE, LAUNCH_FILE, JOBS_FILE, LOCK_FILE = "job.json", "launch.json", "jobs.jsonl", "launch.lock"
-START_FILE, VERDICT_FILE, REQUEUE_FILE, END_FILE = "start.json", "verdict.json", "requeue", "end"
-STARTS, LOGS, CODE, SUBMITIT = "attempts", "logs", "code", "submitit"
+from pomscale.runs.layout import ATTEMPTS_FOLDER, JOBS_FILE, LAUNCH_LOCK_FILE, LOGS_FOLDER, START_FILE, VERDICT_FILE
 
 Action = Literal["done", "requeue", "fail", "leave"]
 """leave: the scheduler is ending or restarting the job by itself."""
@@ -222,7 +219,7 @@ def sole_launch(job_folder: Path) -> Iterator[None]:
     moment are not kept apart.
     """
     make_folder(job_folder)
-    with (job_folder / LOCK_FILE).open("w") as file:
+    with (job_folder / LAUNCH_LOCK_FILE).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -235,7 +232,7 @@ def sole_launch(job_folder: Path) -> Iterator[None]:
 
 
 def start_folder(job_folder: Path, job_id: str, restart: int) -> Path:
-    return job_folder / STARTS / f"{job_id}-{restart}"
+    return job_folder / ATTEMPTS_FOLDER / f"{job_id}-{restart}"
 
 
 def ending_path(folder: Path, rank: int) -> Path:
@@ -244,7 +241,7 @@ def ending_path(folder: Path, rank: int) -> Path:
 
 
 def log_path(job_folder: Path, rank: int) -> Path:
-    return job_folder / LOGS / f"rank-{rank:05d}.log"
+    return job_folder / LOGS_FOLDER / f"rank-{rank:05d}.log"
 
 
 def read_endings(folder: Path) -> list[Ending]:
@@ -259,7 +256,7 @@ def read_starts(job_folder: Path) -> list[JobStart]:
     One that cannot be read is left out: the remains of an old start must not end a new one.
     """
     found = []
-    for folder in (job_folder / STARTS).glob("*-*"):
+    for folder in (job_folder / ATTEMPTS_FOLDER).glob("*-*"):
         if not (folder / START_FILE).is_file():
             continue  # its first process is just writing it
         record, verdict = _readable(StartRecord, folder / START_FILE), folder / VERDICT_FILE

@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from launch.record.job import STARTS, VERDICT_FILE, Submission, Verdict, read_submissions
+from launch.record.job import Submission, Verdict, read_submissions
+from pomscale.runs.layout import ATTEMPTS_FOLDER, VERDICT_FILE
 from pomscale.runs.starts import process_lives
 
 # The time between the submission of a local job and its start. A process that began later only has the same number.
@@ -54,7 +55,7 @@ def _num_tasks(submission: Submission) -> int:
 def _newest_verdicts(job_folder: Path, submission: Submission) -> list[Verdict]:
     """Return the verdicts on the newest start of each task, as far as there are any, by task."""
     newest: dict[str, tuple[int, Path]] = {}
-    for folder in (job_folder / STARTS).glob(f"{submission.job_id}[-_]*"):
+    for folder in (job_folder / ATTEMPTS_FOLDER).glob(f"{submission.job_id}[-_]*"):
         task, _, restart = folder.name.rpartition("-")
         if task == submission.job_id or task.startswith(f"{submission.job_id}_"):
             newest[task] = max(newest.get(task, (-1, folder)), (int(restart), folder))

@@ -9,23 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.record.job import (
-    JOB_FILE,
-    JOBS_FILE,
-    START_FILE,
-    STARTS,
-    VERDICT_FILE,
-    JobStart,
-    StartRecord,
-    Submission,
-    Verdict,
-)
+from launch.record.job import JobStart, StartRecord, Submission, Verdict
 from launch.record.result import job_process_lives
 from launch.status.tail import objects, read_object, tail
 from pomscale.base.errors import PomscaleError
-from pomscale.monitoring.sinks import METRICS_FILE
-from pomscale.runs.history import INCARNATIONS_FILE
-from pomscale.runs.ledger import EVENTS_FILE
+from pomscale.runs.layout import (
+    ATTEMPTS_FOLDER,
+    EVENTS_FILE,
+    JOB_FILE,
+    JOBS_FILE,
+    METRICS_FILE,
+    START_FILE,
+    STARTS_FILE,
+    VERDICT_FILE,
+)
 from pomscale.runs.outcome import read_outcome
 from pomscale.runs.starts import Claim, newest_claim
 
@@ -97,7 +94,7 @@ class Facts:
         return job_of(start.record.job_id) if start is not None and self._is_on_slurm(start) else None
 
     def _is_on_slurm(self, start: JobStart) -> bool:
-        """Whether a start belongs to a job of SLURM; a job that `pomscale launch` has not submitted was sent by sbatch."""
+        """Whether a start belongs to a job of SLURM, as do all jobs that `pomscale launch` has not submitted."""
         submission = self.submission
         if submission is None or submission.job_id != job_of(start.record.job_id):
             return True
@@ -137,9 +134,9 @@ def _read_facts(job_folder: Path) -> Facts:
         submission = Submission.from_dict(submissions[-1]) if submissions else None
     except TypeError as error:
         raise PomscaleError(f"{job_folder / JOBS_FILE}: its last line is no submission: {error}") from error
-    starts = _newest_starts(job_folder / STARTS)
+    starts = _newest_starts(job_folder / ATTEMPTS_FOLDER)
     claim = newest_claim(job_folder)
-    run_starts = _with_numbers({"started_unix_s"}, objects(tail(job_folder / INCARNATIONS_FILE, _ROWS_BYTES)))
+    run_starts = _with_numbers({"started_unix_s"}, objects(tail(job_folder / STARTS_FILE, _ROWS_BYTES)))
     rows = _with_numbers(_ROW_KEYS, objects(tail(job_folder / METRICS_FILE, _ROWS_BYTES)))
     newest = max((row["incarnation"] for row in rows), default=0)
     return Facts(

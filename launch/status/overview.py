@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.record.job import LAUNCH_FILE, JobStart, read_starts
+from launch.record.job import JobStart, read_starts
 from launch.status.facts import Facts, read_facts
 from launch.status.runs import RunSummary, ask_slurm, summary
 from launch.status.state import LIVE, state_of
@@ -17,7 +17,7 @@ from launch.status.tail import read_object
 from pomscale.base.console import format_age, format_count, format_duration
 from pomscale.base.jsonl import read_json_lines
 from pomscale.runs.checkpoint_folder import complete_checkpoints, incomplete_checkpoints
-from pomscale.runs.history import INCARNATIONS_FILE
+from pomscale.runs.layout import CHECKPOINTS_FOLDER, LAUNCH_FILE, STARTS_FILE, outcome_path
 from pomscale.runs.ledger import goodput
 from pomscale.runs.metric_names import METRICS, WALL_TIME
 
@@ -61,12 +61,12 @@ def _facts(facts: Facts, run: RunSummary, now_unix_s: float) -> str:
         lines["progress"] = _progress(run)
     if run.last_row_unix_s is not None:
         lines["last row"] = format_age(run.last_row_unix_s, now_unix_s)
-    complete = complete_checkpoints(job_folder / "checkpoints")
+    complete = complete_checkpoints(job_folder / CHECKPOINTS_FOLDER)
     with suppress(IndexError, FileNotFoundError):  # none yet, or retention has just deleted it
         age = format_age(complete[-1].stat().st_mtime, now_unix_s)
         lines["checkpoint"] = f"{complete[-1]}, {age}; {len(complete)} complete"
-    if incomplete_checkpoints(job_folder / "checkpoints"):
-        lines["incomplete"] = ", ".join(path.name for path in incomplete_checkpoints(job_folder / "checkpoints"))
+    if incomplete_checkpoints(job_folder / CHECKPOINTS_FOLDER):
+        lines["incomplete"] = ", ".join(path.name for path in incomplete_checkpoints(job_folder / CHECKPOINTS_FOLDER))
     suspects = _suspects(job_folder)
     if suspects:
         lines["suspects"] = ", ".join(suspects)
@@ -114,7 +114,7 @@ def _starts(facts: Facts, run: RunSummary) -> str:
 def _lines(job_folder: Path) -> list[_Line]:
     """Return all starts, oldest first."""
     starts = read_starts(job_folder)
-    written, _ = read_json_lines(job_folder / INCARNATIONS_FILE)
+    written, _ = read_json_lines(job_folder / STARTS_FILE)
     run_starts = [row for row in written if row.keys() >= _START_KEYS]
     lines, taken = [], set()
     for number, start in enumerate(starts):
@@ -140,8 +140,7 @@ def _row(job_folder: Path, line: _Line) -> list[str]:
     verdict = start.verdict if start is not None else None
     outcome: dict[str, Any] = {}
     if run_start is not None:
-        name = f"incarnation-{run_start['incarnation']:04d}-rank-00000.json"
-        outcome = read_object(job_folder / "outcomes" / name) or {}
+        outcome = read_object(outcome_path(job_folder, run_start["incarnation"], 0)) or {}
     ended = outcome.get("state", "")
     if outcome.get("reason"):
         ended = f"{ended}: {outcome['reason']}"

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.record.job import JOB_FILE
 from launch.record.pipeline import PIPELINE_FILE
 from launch.scheduler import slurm
 from launch.scheduler.slurm import JobState
@@ -16,15 +15,13 @@ from launch.status.facts import Facts, read_facts
 from launch.status.state import State, is_settled, state_by_folder, state_of
 from launch.status.tail import read_object
 from pomscale.base.errors import InputError, PomscaleError
-from pomscale.monitoring.sinks import METRICS_FILE
-from pomscale.runs.history import INCARNATIONS_FILE
+from pomscale.runs.layout import CLAIMS_FOLDER, JOB_FILE, METRICS_FILE, STARTS_FILE
 from pomscale.runs.metric_names import goodput_share
-from pomscale.runs.starts import FOLDER as GENERATIONS
 
 RUNS = Path("runs")
 """The folder in which runs are looked up by name; the default `output` of recipes."""
 
-_MARKS = {JOB_FILE, METRICS_FILE, INCARNATIONS_FILE, GENERATIONS}
+_MARKS = {JOB_FILE, METRICS_FILE, STARTS_FILE, CLAIMS_FOLDER}
 _MAX_DEPTH = 3  # FOLDER/SWEEP/POINT
 
 
@@ -65,7 +62,7 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Summaries:
-    """Summaries of runs, newest first. problem: why SLURM could not be asked; then states come from the folders alone."""
+    """Summaries of runs, newest first. problem: why SLURM could not be asked, so that only the folders were read."""
 
     runs: list[RunSummary]
     problem: str = ""

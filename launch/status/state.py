@@ -11,16 +11,17 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
-from launch.record.job import SUBMITIT, JobStart, Verdict
+from launch.record.job import JobStart, Verdict
 from launch.scheduler.slurm import JobState
 from launch.status.facts import Facts, job_of
 from pomscale.base.console import format_duration
+from pomscale.runs.layout import SUBMITIT_FOLDER
 
 Word = Literal[
     "queued", "starting", "running", "stopping", "requeued", "stopped", "finished", "failed", "cancelled", "timeout",
     "killed", "unknown",
 ]  # fmt: skip
-"""requeued: saved, and waiting for machines again. stopped: saved, and nothing starts it again automatically. killed: it
+"""requeued: saved, and waiting for machines again. stopped: saved, and nothing starts it again automatically. killed:
 ended without a record. unknown: there is no sign of it, e.g. on a machine that cannot be seen from here."""
 
 WORDS: tuple[Word, ...] = get_args(Word)
@@ -91,7 +92,7 @@ def state_by_folder(facts: Facts, now_unix_s: float) -> State:
     """Return the state without asking SLURM. A job that waited in the queue is assumed to be waiting still."""
     outcome, start, submission = facts.current_outcome, facts.start, facts.submission
     if facts.is_waiting:
-        reason = f"its process is gone and has left nothing; see {facts.job_folder / SUBMITIT}"
+        reason = f"its process is gone and has left nothing; see {facts.job_folder / SUBMITIT_FOLDER}"
         return State("killed", reason) if facts.local_lives is False else State("queued")
     if outcome is not None and outcome["state"] == "finished":
         return State("finished")

@@ -1,4 +1,4 @@
-"""`pomscale watch RUN`: one run, live, in a terminal. Reads only what has been written since the last look."""
+"""`pomscale watch RUN`: one run, live, in a terminal. Each look reads only what was written since the last one."""
 
 from __future__ import annotations
 
@@ -26,20 +26,18 @@ from launch.status.table import few
 from launch.status.tail import Growing, objects
 from pomscale.base.console import format_age, format_count, format_duration
 from pomscale.base.errors import PomscaleError
-from pomscale.monitoring.sinks import METRICS_FILE
 from pomscale.runs.checkpoint_folder import complete_checkpoints, incomplete_checkpoints
-from pomscale.runs.history import INCARNATIONS_FILE
-from pomscale.runs.ledger import EVENTS_FILE
+from pomscale.runs.layout import CHECKPOINTS_FOLDER, EVENTS_FILE, METRICS_FILE, STARTS_FILE
 from pomscale.runs.metric_names import GOODPUT_PREFIX, GOODPUT_SUFFIX, WALL_TIME
 
 _EVERY_S, _ASK_SLURM_EVERY_S = 2.0, 30.0
 _METRICS_BYTES, _EVENTS_BYTES, _LOG_BYTES = 8 << 20, 1 << 16, 1 << 14
 _MAX_EVENTS, _MAX_LOG_LINES = 30, 200
-# Of the panels, borders included; what is left of the terminal is shared by the curves, the events and the log.
+# Sizes of the panels, borders included. The curves, the events and the log share the rest of the terminal.
 _MIN_HEIGHT, _MIN_WIDTH, _ONCE_HEIGHT = 30, 60, 44
 _HEADER_HEIGHT, _GOODPUT_HEIGHT, _MAX_CURVES_HEIGHT, _MAX_EVENTS_HEIGHT = 5, 5, 16, 10
 
-# As in the report: green is what counts, greys are nobody's fault.
+# The colours of the report: green is productive time, grey is time in the queue or without a node.
 _COLORS = {
     "productive": "green", "lost": "red", "queue": "bright_black", "down": "bright_black", "start_up": "blue",
     "compile": "bright_blue", "data_wait": "yellow", "checkpoint_stall": "magenta", "evaluation": "bright_yellow",
@@ -49,7 +47,13 @@ _STATE_COLORS = {"running": "green", "finished": "bold green", "failed": "bold r
 
 
 def watch(job_folder: Path, *, once: bool, console: Console | None = None) -> None:
-    """Until Ctrl-C; once: a single frame, as without a terminal. home: may be one that is not there yet."""
+    """Show a run until Ctrl-C.
+
+    Args:
+        job_folder: Run folder; it may not exist yet.
+        once: Show a single frame, as is also done without a terminal.
+        console: Default: the terminal.
+    """
     console = console or Console()
     view = _View(job_folder)
     if once or not console.is_terminal:
@@ -66,7 +70,7 @@ def watch(job_folder: Path, *, once: bool, console: Console | None = None) -> No
 
 @dataclass
 class _Curve:
-    """A metric over the samples, without what a run that went back has given up."""
+    """A metric by number of samples, without the values that a run gave up when it went back."""
 
     samples: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
@@ -87,7 +91,7 @@ class _View:
         self._job_folder = job_folder
         self._metrics = Growing(job_folder / METRICS_FILE, num_bytes=_METRICS_BYTES)
         self._events_file = Growing(job_folder / EVENTS_FILE, num_bytes=_EVENTS_BYTES)
-        self._starts_file = Growing(job_folder / INCARNATIONS_FILE)
+        self._starts_file = Growing(job_folder / STARTS_FILE)
         self._log_file = Growing(log_path(job_folder, 0), num_bytes=_LOG_BYTES)
         self._loss, self._speed = _Curve(), _Curve()
         self._start_number = 0
@@ -99,7 +103,7 @@ class _View:
         self._asked_s: float | None = None
 
     def frame(self, width: int, height: int) -> RenderableType:
-        """As wide and as high as the terminal, unless that is tiny."""
+        """Return a frame of the size of the terminal, unless that is tiny."""
         width, height = max(width, _MIN_WIDTH), max(height, _MIN_HEIGHT)
         if not is_job_folder(self._job_folder):
             return _message(f"waiting for {self._job_folder}: no run has begun there yet. Ctrl-C ends this")
@@ -137,7 +141,7 @@ class _View:
         self._log.extend(self._log_file.read().decode(errors="replace").splitlines())
 
     def _add(self, row: dict[str, Any]) -> None:
-        """As monitoring.history, of a run that goes on."""
+        """Add a row of metrics, in the way of pomscale.runs.history, but while the run continues."""
         if row.get("incarnation", -1) < self._start_number or "samples" not in row:
             return
         back_to = row["samples"] if "faults/rollbacks" in row else None
@@ -167,18 +171,18 @@ class _View:
         table.add_column(ratio=2)
         table.add_column(ratio=1)
         events = [_event_line(row) for row in list(self._events)[-(height - 2) :]]
-        checkpoints = _checkpoints(self._job_folder / "checkpoints")[-(height - 2) :]
+        checkpoints = _checkpoints(self._job_folder / CHECKPOINTS_FOLDER)[-(height - 2) :]
         table.add_row(_lines_panel("events", events, height), _lines_panel("checkpoints", checkpoints, height))
         return table
 
     def _log_panel(self, height: int) -> RenderableType:
         if not self._log_file.path.is_file():
-            return _lines_panel("log", ["none: `pomscale launch` keeps logs, and has printed nothing here yet"], height)
+            return _lines_panel("log", ["none yet: only runs that `pomscale launch` has started have logs"], height)
         return _lines_panel(f"log of rank 0: {self._log_file.path}", list(self._log)[-(height - 2) :], height)
 
 
 def _checkpoints(root: Path) -> list[str]:
-    """Oldest first; what is not complete last."""
+    """Describe the checkpoints: the complete ones, oldest first, then those that are not complete."""
     lines = []
     for path in complete_checkpoints(root):
         try:

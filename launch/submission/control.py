@@ -1,4 +1,4 @@
-"""`pomscale runs cancel | requeue | resume`: end a run, have it start again, submit it again."""
+"""`pomscale runs cancel | requeue | resume`: end a run, make it start again, submit it again."""
 
 from __future__ import annotations
 
@@ -10,16 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from launch.record.job import (
-    JOB_FILE,
-    LAUNCH_FILE,
-    JobSpec,
-    LaunchedAs,
-    keep,
-    read_starts,
-    read_submissions,
-    sole_launch,
-)
+from launch.record.job import JobSpec, LaunchedAs, keep, read_starts, read_submissions, sole_launch
 from launch.scheduler import slurm
 from launch.status.facts import Facts, read_facts
 from launch.status.runs import ask_slurm
@@ -31,24 +22,25 @@ from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.load import load_train_recipe
 from pomscale.runs.checkpoint_folder import complete_checkpoints, samples_of
+from pomscale.runs.layout import CHECKPOINTS_FOLDER, JOB_FILE, LAUNCH_FILE
 
 _WAIT_S = 20.0
-"""How long `cancel` watches a run end. A large one may take longer to save; it is not killed for that."""
+"""Time for which `cancel` waits until a run has ended. A large run may take longer to save; it is not killed."""
 _LOOK_EVERY_S = 0.3
 
 
 @dataclass(frozen=True)
 class Done:
-    """done: what was asked for has been done, or is under way. text: a line for people."""
+    """Result of `cancel`. done: whether the run has ended, or is about to. text: a line for the user."""
 
     done: bool
     text: str
 
 
 def cancel(job_folder: Path, wait_s: float = _WAIT_S) -> Done:
-    """End a run and take it from the queue. It saves first, as far as the scheduler gives it the time.
+    """End a run and remove it from the queue. It saves first, if the scheduler gives it enough time.
 
-    PomscaleError where SLURM does not do it, or the run is on a machine that cannot be reached from here.
+    PomscaleError if SLURM does not do it, or if the run is on a machine that cannot be reached from here.
     """
     facts, state = _look(job_folder)
     if state.word not in LIVE:
@@ -65,21 +57,22 @@ def cancel(job_folder: Path, wait_s: float = _WAIT_S) -> Done:
     if not ended:
         return Done(
             True,
-            f"{job_folder}: {what} told to end, and still saving; `pomscale runs status {job_folder}` shows when it is over",
+            f"{job_folder}: {what} asked to end, and still saving; `pomscale runs status {job_folder}` shows when it "
+            "is over",
         )
     return Done(True, f"{job_folder}: {what} ended; {_saved(job_folder)}")
 
 
 def requeue(job_folder: Path, *, now: bool = False) -> str:
-    """Have a run save and start again; now: start again at once, from its last checkpoint. Returns a line for people.
+    """Make a run save and start again; with now, start again at once from its last checkpoint. Return a line.
 
-    InputError for a run that is not running, or that nobody would start again.
+    InputError for a run that is not running, or that would not be started again.
     """
     facts, state = _look(job_folder)
     if state.word not in ACTIVE:
         because = f" ({state.reason})" if state.reason else ""
         raise InputError(
-            f"{job_folder}: {state.word}{because}: only a job that runs can be requeued; see `pomscale runs resume`"
+            f"{job_folder}: {state.word}{because}: only a running job can be requeued; see `pomscale runs resume`"
         )
     if facts.slurm_job is not None:
         if now:
@@ -98,10 +91,15 @@ def requeue(job_folder: Path, *, now: bool = False) -> str:
 
 
 def resume(job_folder: Path, *, num_nodes: int | None = None, time_limit: str | None = None) -> str:
-    """Submit a run again as it was launched, on another number of nodes or for another time if so wished.
+    """Submit a run again as it was launched. Return the job id.
 
-    Hosts that the last verdict has named are avoided. Returns the job id. InputError for a run that is in the queue,
-    has finished, was never launched, or does not fit so many nodes.
+    Hosts that the last verdict suspects are avoided. InputError for a run that is in the queue, has finished, was never
+    launched, or does not fit the number of nodes.
+
+    Args:
+        job_folder: Job folder of the run.
+        num_nodes: Replaces the number of nodes of the last launch.
+        time_limit: Replaces the time limit of the last launch.
     """
     if not (job_folder / LAUNCH_FILE).is_file() or not (job_folder / JOB_FILE).is_file():
         raise InputError(
@@ -133,7 +131,7 @@ def _submit_again(job_folder: Path, num_nodes: int | None, time_limit: str | Non
 
 
 def _look(job_folder: Path) -> tuple[Facts, State]:
-    """PomscaleError where the run is SLURM's affair and SLURM does not answer."""
+    """Return the facts and the state of a run. PomscaleError if it is a job of SLURM and SLURM does not answer."""
     now_unix_s = time.time()
     facts = read_facts(job_folder)
     jobs, problem = ask_slurm([facts], now_unix_s)
@@ -143,7 +141,7 @@ def _look(job_folder: Path) -> tuple[Facts, State]:
 
 
 def _is_over(job_folder: Path) -> bool:
-    """A scheduler that does not answer just now has been told all the same."""
+    """Whether a run is over; False if the scheduler, which has received the request, does not answer just now."""
     try:
         return _look(job_folder)[1].word not in LIVE
     except PomscaleError:
@@ -151,7 +149,7 @@ def _is_over(job_folder: Path) -> bool:
 
 
 def _signal(facts: Facts, number: signal.Signals) -> None:
-    """PomscaleError for a run of somebody else. Who has ended meanwhile needs no signal."""
+    """Send a signal to the processes of a run, unless they have ended. PomscaleError for a run of another user."""
     try:
         for process in _processes(facts):
             process.send_signal(number)
@@ -162,7 +160,7 @@ def _signal(facts: Facts, number: signal.Signals) -> None:
 
 
 def _processes(facts: Facts) -> list[psutil.Process]:
-    """Those that end, or start again, a run of this machine when they get the signal for it."""
+    """Return the processes of this machine that end a run, or start it again, when they receive a signal."""
     submission, claim = facts.submission, facts.claim
     if facts.is_by_hand and claim is not None:
         if not facts.claim_lives or claim.pid is None:
@@ -171,9 +169,9 @@ def _processes(facts: Facts) -> list[psutil.Process]:
             )
         return [psutil.Process(claim.pid)]
     if submission is None or not facts.local_lives:
-        raise PomscaleError(f"{facts.job_folder}: runs on another machine than this one; type the same command there")
+        raise PomscaleError(f"{facts.job_folder}: runs on another machine; type the same command there")
     job = psutil.Process(int(submission.job_id))
-    # submitit's controller only hands on SIGTERM, and dies of the others.
+    # submitit's controller forwards only SIGTERM; other signals end it.
     return [job] if submission.scheduler == "debug" else job.children()
 
 
@@ -187,5 +185,5 @@ def _wait(is_over: Callable[[], bool], wait_s: float) -> bool:
 
 
 def _saved(job_folder: Path) -> str:
-    complete = complete_checkpoints(job_folder / "checkpoints")
+    complete = complete_checkpoints(job_folder / CHECKPOINTS_FOLDER)
     return f"saved: {samples_of(complete[-1]):,} samples" if complete else "nothing was saved yet"

@@ -1,7 +1,7 @@
 """Frozen code: a copy in the job folder of the code that a job runs, made when the job is launched first.
 
-    JOB_FOLDER/code/{pomscale,launch,data_pipelines,slurm}      PYTHONPATH of the ranks points to JOB_FOLDER/code
-    JOB_FOLDER/code/code.json, code.diff                        git commit, and the differences from it
+    JOB_FOLDER/code/{pomscale,launch,data_pipelines,recipes,slurm}   PYTHONPATH of the ranks points to JOB_FOLDER/code
+    JOB_FOLDER/code/code.json, code.diff                             git commit, and the differences from it
 
 A job may wait in the queue for days and be started many times. Edits of the checkout meanwhile do not change it.
 """
@@ -16,17 +16,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from launch.record.job import CODE
+from pomscale.base import installation
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder, write_text
-from pomscale.runs.outcome import code_state
+from pomscale.runs.code_state import code_state
+from pomscale.runs.layout import CODE_DIFF_FILE, CODE_FOLDER, CODE_STATE_FILE
 
-STATE_FILE, DIFF_FILE = "code.json", "code.diff"
-
-CODE_ROOT = Path(__file__).resolve().parents[2]
-"""The folder that holds the packages that are running: a checkout, frozen code, or site-packages."""
-
-_FOLDERS = ("pomscale", "launch", "data_pipelines", "slurm")
 _NOT_CODE = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
@@ -35,11 +30,11 @@ def freeze(job_folder: Path, *, new_code: bool = False) -> None:
 
     A copy that exists already stays, unless new_code is set. InputError if the code cannot be copied.
     """
-    code = job_folder / CODE
+    code = job_folder / CODE_FOLDER
     if code.exists() and not new_code:
         return
     make_folder(job_folder)
-    copy, old = (job_folder / f"{CODE}.{word}-{os.getpid()}" for word in ("new", "old"))
+    copy, old = (job_folder / f"{CODE_FOLDER}.{word}-{os.getpid()}" for word in ("new", "old"))
     try:
         _copy_to(copy)
         if code.exists():
@@ -55,23 +50,24 @@ def freeze(job_folder: Path, *, new_code: bool = False) -> None:
 
 
 def _copy_to(folder: Path) -> None:
-    for name in _FOLDERS:
-        if (CODE_ROOT / name).is_dir():  # an installation from a wheel has no slurm/
-            shutil.copytree(CODE_ROOT / name, folder / name, ignore=_NOT_CODE)
+    packages = [installation.root() / name for name in installation.CODE_PACKAGES]
+    for source in (*packages, installation.recipes_folder(), installation.slurm_folder()):
+        if source.parent == installation.root():  # in a wheel, recipes and scripts are part of pomscale
+            shutil.copytree(source, folder / source.name, ignore=_NOT_CODE)
     state, diff = _running_code()
-    write_text(folder / STATE_FILE, json.dumps(state, indent=1))
-    write_text(folder / DIFF_FILE, diff)
+    write_text(folder / CODE_STATE_FILE, json.dumps(state, indent=1))
+    write_text(folder / CODE_DIFF_FILE, diff)
 
 
 def which_code(job_folder: Path, *, new_code: bool = False) -> str:
     """Describe, for the user, the code that a job will run when it is launched in this job folder."""
-    state_file = job_folder / CODE / STATE_FILE
-    if not (job_folder / CODE).exists():
+    state_file = job_folder / CODE_FOLDER / CODE_STATE_FILE
+    if not (job_folder / CODE_FOLDER).exists():
         return f"this checkout, {_name(_running_code()[0])}"
     if new_code:
         return f"this checkout, {_name(_running_code()[0])}, in place of its frozen copy"
     if not state_file.is_file():
-        return f"the copy in {job_folder / CODE}"
+        return f"the copy in {job_folder / CODE_FOLDER}"
     frozen = datetime.fromtimestamp(state_file.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     state = json.loads(state_file.read_text(encoding="utf-8"))
     return f"its frozen copy ({_name(state)}, copied {frozen}); --new-code replaces it by this checkout"

@@ -11,10 +11,11 @@ from typing import Any
 
 from submitit import SlurmExecutor
 
-from launch.record.job import CODE, SUBMITIT, Condition, JobSpec
-from launch.submission.freeze import CODE_ROOT
+from launch.record.job import Condition, JobSpec
 from pomscale.base.errors import InputError
+from pomscale.base.installation import slurm_folder
 from pomscale.config.cluster import ClusterProfile, ContainerConfig, expanded, minutes_of
+from pomscale.runs.layout import CODE_FOLDER, SUBMITIT_FOLDER
 
 _DEPENDENCIES: dict[Condition, str] = {"ok": "afterok", "any": "afterany"}
 
@@ -42,7 +43,7 @@ def slurm_executor(spec: JobSpec, profile: ClusterProfile, options: SubmitOption
     if "%" in spec.job_folder:
         raise InputError(f"{spec.job_folder}: SLURM replaces % and what follows; choose a path without it")
     python = _python(profile, has_gpus=_num_gpus(profile, options) > 0)
-    executor = _Executor(Path(spec.job_folder) / SUBMITIT, python=python)
+    executor = _Executor(Path(spec.job_folder) / SUBMITIT_FOLDER, python=python)
     executor.update_parameters(**_resources(spec, profile, options), **_options(spec, profile, options))
     return executor
 
@@ -143,7 +144,7 @@ def _mounts(container: ContainerConfig) -> str:
 
 def _end(spec: JobSpec) -> list[str]:
     """Return the lines after srun: they carry out the verdict, and the script ends with srun's exit code."""
-    text = (CODE_ROOT / "slurm" / "requeue.sh").read_text(encoding="utf-8")
+    text = (slurm_folder() / "requeue.sh").read_text(encoding="utf-8")
     function = [line for line in text.splitlines() if not line.startswith("#")]
     return ["code=$?", *function, f'pomscale_end "$code" {shlex.quote(spec.job_folder)}']
 
@@ -155,7 +156,7 @@ def _setup(spec: JobSpec, profile: ClusterProfile) -> list[str]:
         lines += ["command -v module > /dev/null || source /etc/profile", "module purge"]
         lines += [f"module load {module} || exit 1" for module in profile.modules]
     lines += [*profile.setup, "set +e"] if profile.setup else []  # else a rank that fails would skip the end of the job
-    code = Path(spec.job_folder) / CODE
+    code = Path(spec.job_folder) / CODE_FOLDER
     lines.append(f"if [ -d {shlex.quote(str(code))} ]; then")
     lines.append(f"  export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1")
     lines.append("fi")

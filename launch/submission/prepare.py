@@ -10,7 +10,6 @@ from launch.record.job import JobSpec, LaunchedAs, Submission, read_submissions
 from launch.status.runs import RUNS, summarize
 from launch.status.state import LIVE
 from launch.submission.checks import (
-    RECIPE_FILE,
     check_encode_folder,
     check_machine,
     check_not_in_queue,
@@ -24,8 +23,9 @@ from pomscale.base.errors import InputError
 from pomscale.config.cluster import ClusterProfile, expanded
 from pomscale.config.load import load_encode_recipe, load_train_recipe
 from pomscale.config.monitoring import WandbConfig
-from pomscale.config.schema import TrainRecipe
 from pomscale.config.sweep import check_is_one_run
+from pomscale.config.train import TrainRecipe
+from pomscale.runs.layout import LAUNCHED_RECIPE_FILE
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def prepare_run(recipe: TrainRecipe, request: JobRequest) -> Prepared:
             raise InputError(f"evaluations: {evaluation.name}: {error}") from error
     job_folder = run_folder(recipe, profile)
     spec = replace(
-        _job_spec(recipe.name, job_folder, [["train", str(job_folder / RECIPE_FILE)]], request),
+        _job_spec(recipe.name, job_folder, [["train", str(job_folder / LAUNCHED_RECIPE_FILE)]], request),
         is_run=True,
         evaluations=bool(recipe.evaluations),
     )
@@ -80,7 +80,7 @@ def prepare_run(recipe: TrainRecipe, request: JobRequest) -> Prepared:
     return Prepared(
         spec,
         profile,
-        _launched_as(RECIPE_FILE, request),
+        _launched_as(LAUNCHED_RECIPE_FILE, request),
         recipe=recipe.model_copy(update={"output": str(job_folder.parent), "monitoring": monitoring}),
         notes=notes,
         plan=tuple(plan),
@@ -117,7 +117,7 @@ def prepare_encode(
     check_source(recipe, request.to_come)
     request = _one_process_by_default(request)
     job_folder = job_folder or resolved_output(str(RUNS), request.profile) / f"encode-{recipe.name}"
-    spec = _job_spec(job_folder.name, job_folder, [["data", "encode", str(job_folder / RECIPE_FILE)]], request)
+    spec = _job_spec(job_folder.name, job_folder, [["data", "encode", str(job_folder / LAUNCHED_RECIPE_FILE)]], request)
     if not request.replacing:
         check_not_in_queue(job_folder)
     check_encode_folder(job_folder, recipe)
@@ -125,7 +125,7 @@ def prepare_encode(
     return Prepared(
         spec,
         request.profile,
-        _launched_as(RECIPE_FILE, request),
+        _launched_as(LAUNCHED_RECIPE_FILE, request),
         recipe=recipe.model_copy(update={"wandb": wandb}),
         notes=notes,
         array=array,

@@ -7,26 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.record.job import (
-    JOBS_FILE,
-    LAUNCH_FILE,
-    Condition,
-    JobSpec,
-    LaunchedAs,
-    keep,
-    read_submissions,
-    sole_launch,
-)
+from launch.record.job import Condition, JobSpec, LaunchedAs, keep, read_submissions, sole_launch
 from launch.scheduler import slurm
-from launch.submission.checks import RECIPE_FILE, check_interpreter
+from launch.submission.checks import check_interpreter
 from launch.submission.freeze import freeze
 from launch.submission.job_script import SubmitOptions
 from launch.submission.submit import batch_script, submit
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder, write_text
 from pomscale.config.cluster import ClusterProfile
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.load import dump_recipe
-from pomscale.config.schema import EncodeRecipe, TrainRecipe
+from pomscale.config.train import TrainRecipe
+from pomscale.runs.layout import JOBS_FILE, LAUNCH_FILE, LAUNCHED_RECIPE_FILE
 
 
 @dataclass(frozen=True)
@@ -99,8 +92,8 @@ class Prepared:
         make_folder(self.job_folder)
         freeze(self.job_folder, new_code=new_code)
         if self.recipe is not None:
-            make_folder((self.job_folder / RECIPE_FILE).parent)
-            write_text(self.job_folder / RECIPE_FILE, dump_recipe(self.recipe))
+            make_folder((self.job_folder / LAUNCHED_RECIPE_FILE).parent)
+            write_text(self.job_folder / LAUNCHED_RECIPE_FILE, dump_recipe(self.recipe))
         keep(self.job_folder / LAUNCH_FILE, replace(self.launched_as, gpus_per_node=self.gpus_per_node))
 
 

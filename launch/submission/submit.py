@@ -1,4 +1,4 @@
-"""A job and a cluster profile -> the scheduler, through submitit's executors.
+"""Submission of a job to the scheduler of a cluster profile, through submitit's executors.
 
 slurm   submitit's job script, each task of which runs launch.task.SlurmTask
 local   launch.task.LocalTask, in a process that outlives the terminal (launch.background)
@@ -19,38 +19,42 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from submitit.core.utils import FailedJobError
 from submitit.local.debug import DebugExecutor
 
 from launch.node.identity import LOCAL_JOB
-from launch.record.job import CODE, JOB_FILE, JOBS_FILE, SUBMITIT, JobSpec, Submission, keep
+from launch.record.job import JobSpec, Submission, keep
 from launch.scheduler import slurm
-from launch.submission.freeze import CODE_ROOT
 from launch.submission.job_script import SubmitOptions, job_script, slurm_executor
 from launch.task import LocalTask, SlurmTask
+from pomscale.base import installation
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.cluster import ClusterProfile, expanded
+from pomscale.runs.layout import CODE_FOLDER, JOB_FILE, JOBS_FILE, SUBMITIT_FOLDER
 
-# What a job tells its own processes. One that is submitted from inside must not take itself for that one.
+# Variables that a job sets for its own processes. A job that is submitted from inside another must not inherit them.
 _JOB_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_", "TORCHELASTIC_", "POMSCALE_")
 _RANK_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-_JOB_VARIABLES = {"TMPDIR"}  # a folder that will be gone
+_JOB_VARIABLES = {"TMPDIR"}  # a folder that is deleted with the job
 _CLUSTER_VARIABLES = {"SLURM_CONF", "SLURM_CLUSTERS"}
 
-# sbatch's words where nobody has looked at the job.
+# sbatch's messages if the controller has not answered.
 _NO_ANSWER = ("contact slurm controller", "socket timed out", "connection failure", "temporarily unavailable")
 
 
 def submit(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) -> str:
-    """Returns the job id: SLURM's (of an array, that of the whole), or that of the process that runs the job.
+    """Submit a job. Return the job id: SLURM's (for an array, that of the whole), or the number of its process.
 
-    Writes HOME/job.json, then a line of HOME/jobs.jsonl. On one machine there are no time limits and no jobs to wait
-    for but spec.wait_for, the tasks of an array are ranks of one job, and a debug job is over when this returns.
+    Writes JOB_FOLDER/job.json, then a line of JOB_FOLDER/jobs.jsonl. On one machine there are no time limits and no
+    jobs to wait for but spec.wait_for, the tasks of an array are ranks of one job, and a debug job is over when this
+    returns.
 
-    Raises InputError, with sbatch's own words, for a job that it refuses; PomscaleError if SLURM does not answer.
+    Raises:
+        InputError: With sbatch's own message, if it refuses the job.
+        PomscaleError: If SLURM does not answer.
     """
     if profile.scheduler == "slurm":
         return _submit_to_slurm(spec, profile, options)
@@ -60,7 +64,7 @@ def submit(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) -> st
 
 
 def batch_script(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) -> str:
-    """What submit() would give to sbatch; "" for other schedulers. Writes nothing, asks nobody."""
+    """Return the job script that submit() would pass to sbatch; "" for other schedulers."""
     if profile.scheduler == "slurm":
         return job_script(spec, profile, options)
     _on_one_machine(spec, profile, options)
@@ -75,7 +79,7 @@ def _submit_to_slurm(spec: JobSpec, profile: ClusterProfile, options: SubmitOpti
     keep(job_folder / JOB_FILE, spec)
     submitted_unix_s = time.time()
     with _uninterrupted(job_folder):
-        with _login_node_environment(), _refusal_explained(job_folder):
+        with _login_node_environment(), _explained_refusal(job_folder):
             tasks = [SlurmTask(spec.job_folder)] * (options.array or 1)
             job_id = executor.submit_array(tasks)[0].job_id.partition("_")[0]
         try:
@@ -88,16 +92,16 @@ def _submit_to_slurm(spec: JobSpec, profile: ClusterProfile, options: SubmitOpti
 
 @contextmanager
 def _uninterrupted(job_folder: Path) -> Iterator[None]:
-    """From the submission of a job to its line in jobs.jsonl: one that nobody knows of could not be cancelled.
+    """Hold back Ctrl-C between the submission of a job and its line in jobs.jsonl: without it nobody could cancel it.
 
-    Ctrl-C waits until then. It would reach sbatch, too, which inherits that it is held back.
+    sbatch, which Ctrl-C would reach, too, inherits that the signal is blocked.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
     asked: list[int] = []
-    # A thread of a library may be the one that takes the signal, so it is noted as well as held back.
+    # A thread of a library may receive the signal, so it is noted as well as blocked.
     signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
@@ -112,7 +116,10 @@ def _uninterrupted(job_folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _login_node_environment() -> Iterator[None]:
-    """Evaluations are submitted from inside a job, and people launch from salloc: sbatch hands on what it finds."""
+    """Hide the variables of the job that this process runs in: sbatch would pass them on.
+
+    Evaluations are submitted from inside a job, and users launch from inside salloc.
+    """
     hidden = {}
     if "SLURM_JOB_ID" in os.environ or LOCAL_JOB in os.environ:
         names = [
@@ -126,7 +133,7 @@ def _login_node_environment() -> Iterator[None]:
 
 
 @contextmanager
-def _refusal_explained(job_folder: Path) -> Iterator[None]:
+def _explained_refusal(job_folder: Path) -> Iterator[None]:
     try:
         with redirect_stderr(io.StringIO()):  # submitit prints what it raises
             yield
@@ -169,7 +176,7 @@ def _start_in_background(spec: JobSpec, profile: ClusterProfile, options: Submit
                 check=False,
             )
         if started.returncode:
-            why = started.stderr.strip() or f"see the logs in {job_folder / SUBMITIT}"
+            why = started.stderr.strip() or f"see the logs in {job_folder / SUBMITIT_FOLDER}"
             raise PomscaleError(f"{job_folder}: the job could not be started: {why}")
         try:
             record_submission(job_folder, Submission(started.stdout, submitted_unix_s, "local", 1, options.array or 1))
@@ -180,9 +187,9 @@ def _start_in_background(spec: JobSpec, profile: ClusterProfile, options: Submit
 
 
 def _paths(job_folder: Path, profile: ClusterProfile) -> dict[str, str]:
-    """Where a job on this machine finds its code, and puts temporary files."""
-    code = job_folder / CODE
-    root = code if code.is_dir() else CODE_ROOT
+    """Return the variables that say where a job on this machine finds its code and puts temporary files."""
+    code = job_folder / CODE_FOLDER
+    root = code if code.is_dir() else installation.root()
     paths = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
         "PYTHONSAFEPATH": "1",
@@ -193,14 +200,14 @@ def _paths(job_folder: Path, profile: ClusterProfile) -> dict[str, str]:
 
 
 def _run_here(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) -> str:
-    """The job id is that of this process."""
+    """Run a debug job in this process, whose number is the job id."""
     job_folder, job_id = Path(spec.job_folder), str(os.getpid())
     record_submission(job_folder, Submission(job_id, time.time(), "debug", 1, options.array or 1))
     os.environ.update(_paths(job_folder, profile))
     try:
-        # Not result(): that opens a debugger on an error.
-        error = DebugExecutor(job_folder / SUBMITIT).submit(LocalTask(spec.job_folder)).exception()
-    except SystemExit:  # as it ends a process of its own; the verdict has the code
+        # result() would open a debugger on an error.
+        error = DebugExecutor(job_folder / SUBMITIT_FOLDER).submit(LocalTask(spec.job_folder)).exception()
+    except SystemExit:  # LocalTask ends its process in this way; the exit code is in the verdict
         error = None
     if error is not None:
         raise error
@@ -208,12 +215,12 @@ def _run_here(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) ->
 
 
 def record_submission(job_folder: Path, submission: Submission) -> None:
-    """A line of HOME/jobs.jsonl. PomscaleError if it cannot be written."""
-    line = json.dumps(asdict(submission)) + "\n"
+    """Append a line to JOB_FOLDER/jobs.jsonl. PomscaleError if it cannot be written."""
+    line = json.dumps(submission.to_dict()) + "\n"
     try:
         with (job_folder / JOBS_FILE).open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
-            if file.write(line.encode()) < len(line):  # half a line would swallow the next one
+            if file.write(line.encode()) < len(line):  # half a line would spoil the next one
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:

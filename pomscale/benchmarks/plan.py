@@ -26,7 +26,7 @@ from pomscale.base.condition import Condition, Text
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.storage_tracker import step_peak_bytes
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.diffusion.loss import Network, per_sample_loss
 from pomscale.diffusion.objectives import FlowMatching
 from pomscale.distributed.flat_shard import FlatShard
@@ -71,7 +71,8 @@ _NUM_RANKS = 8
 
 def bench_plan() -> BenchReport:
     """A row per setting: the measured peak, the planned one, and the error of both the whole and of what a step adds to
-    what is resident between steps."""
+    what is resident between steps.
+    """
     report = BenchReport("plan")
     if torch.cuda.is_available():
         with join_world("cuda") as world:

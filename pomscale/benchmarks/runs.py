@@ -16,13 +16,14 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from launch.record.job import JOBS_FILE, StartRecord, Submission, Verdict, keep, start_folder
+from launch.record.job import StartRecord, Submission, Verdict, keep, start_folder
 from launch.status.runs import find_runs, summarize
 from pomscale.base.jsonl import JsonLines
 from pomscale.benchmarks.report import BenchReport
+from pomscale.runs import starts
+from pomscale.runs.layout import JOBS_FILE, METRICS_FILE, STARTS_FILE, claim_path
 from pomscale.runs.metric_names import METRICS, WALL_TIME, goodput_share
 from pomscale.runs.outcome import write_outcome
-from pomscale.runs.starts import Generation
 
 _WANTED_S = 1.0
 _NUM_STARTS, _NUM_TURNS = 4, 5
@@ -58,35 +59,35 @@ def _make_runs(folder: Path, num_runs: int, num_rows: int) -> dict[str, str]:
         home = folder / f"run-{number:04d}"
         home.mkdir()
         states[home.name] = ("finished", "failed", "unknown")[number % 3]
-        shutil.copy(folder / "metrics", home / "metrics.jsonl")
+        shutil.copy(folder / "metrics", home / METRICS_FILE)
         _start(home, states[home.name], num_rows)
     (folder / "metrics").unlink()
     return states
 
 
 def _start(home: Path, state: str, num_rows: int) -> None:
-    jobs, incarnations = JsonLines(home / JOBS_FILE), JsonLines(home / "incarnations.jsonl")
+    jobs, run_starts = JsonLines(home / JOBS_FILE), JsonLines(home / STARTS_FILE)
     for restart in range(_NUM_STARTS):
         began_unix_s = time.time() - 86400 * (_NUM_STARTS - restart)
         job_id = str(1000 + restart)
         jobs.append(asdict(Submission(job_id, began_unix_s, "local", 1)))
-        attempt = start_folder(home, job_id, 0)
-        keep(attempt / "start.json", StartRecord(job_id, 0, ["elsewhere"], 8, began_unix_s, restart))
-        number = Generation.claim(home).number
-        claim = home / "generations" / f"{number:06d}"
+        folder = start_folder(home, job_id, 0)
+        keep(folder / "start.json", StartRecord(job_id, 0, ["elsewhere"], 8, began_unix_s, restart))
+        number = starts.Start.claim(home).number
+        claim = claim_path(home, number)
         claim.write_text(json.dumps(json.loads(claim.read_text()) | {"host": "elsewhere", "time": _iso(began_unix_s)}))
-        incarnations.append(
+        run_starts.append(
             {"incarnation": number, "started_unix_s": began_unix_s, "start_samples": 0, "num_ranks": 8,
              "total_samples": num_rows * _BATCH, "host": "elsewhere", "versions": {"torch": "2.13.0"}}
         )  # fmt: skip
         if restart < _NUM_STARTS - 1:
-            keep(attempt / "verdict.json", Verdict("requeue", "stopped on request (SIGUSR2)", 75, began_unix_s + 1))
+            keep(folder / "verdict.json", Verdict("requeue", "stopped on request (SIGUSR2)", 75, began_unix_s + 1))
         elif state == "failed":
-            keep(attempt / "verdict.json", Verdict("fail", "rank 0: no disk", 1, time.time()))
+            keep(folder / "verdict.json", Verdict("fail", "rank 0: no disk", 1, time.time()))
         elif state == "finished":
             write_outcome(home, number, 0, "finished", samples=num_rows * _BATCH)
     jobs.close()
-    incarnations.close()
+    run_starts.close()
 
 
 def _iso(unix_s: float) -> str:

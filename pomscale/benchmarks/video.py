@@ -29,7 +29,7 @@ from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.storage_tracker import StorageTracker, step_peak_bytes
 from pomscale.config.hardware import peak_flops
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.diffusion.loss import per_sample_loss
 from pomscale.diffusion.objectives import FlowMatching
 from pomscale.diffusion.sequential import SequentialSampler
@@ -51,7 +51,8 @@ _NAMES = {"pom": "PoM", "attention": "attention"}
 @dataclass(frozen=True)
 class _Sizes:
     """Fields of VideoModelConfig: of clips that are streamed, of a training step of 3,600 tokens, and of the sweep over
-    tokens, which has `tokens_of_group` in a frame group."""
+    tokens, which has `tokens_of_group` in a frame group.
+    """
 
     stream: Mapping[str, Any]
     step: Mapping[str, Any]

@@ -9,13 +9,15 @@ from pathlib import Path
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """RECIPE and its overrides."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file, see recipes/")
+    what = "YAML file, or the name of a shipped recipe (see `pomscale config list`)"
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help=what)
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the recipe, e.g. optimizer.lr=3e-4")
 
 
 def unknown_words(parsed: argparse.Namespace, rest: list[str]) -> list[str]:
     """Of those that argparse has left over. Overrides are not: it only takes no positional arguments after an option,
-    as in `encode RECIPE --dry-run a.b=c`."""
+    as in `encode RECIPE --dry-run a.b=c`.
+    """
     takes_overrides = hasattr(parsed, "overrides")
     return [word for word in rest if not takes_overrides or "=" not in word or word.startswith("-")]
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pomscale.base.console import warn
 from pomscale.cli.arguments import positive
 
 
@@ -102,7 +103,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
     found = list_runs(arguments.folders, [word for word in arguments.state.split(",") if word])
     if found.problem:
-        print(f"warning: {found.problem}; the states are what the run folders tell", file=sys.stderr)
+        warn(f"{found.problem}; the states are what the run folders tell")
     print(as_json(found) if arguments.json else as_table(found))
     return 0
 

@@ -88,7 +88,8 @@ def _check_command(verbs: Mapping[str, argparse.ArgumentParser], words: list[str
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from pomscale.config.load import known_clusters, load_cluster
+    from pomscale.config.load import load_cluster
+    from pomscale.config.shipped import known_clusters
 
     for name, path in known_clusters().items():
         print(f"{name:<16}{load_cluster(path).description}")

@@ -12,7 +12,7 @@ from pomscale.base.imports import large_imports
 from pomscale.cli.arguments import add_recipe, positive
 
 if TYPE_CHECKING:
-    from pomscale.config.schema import TrainRecipe
+    from pomscale.config.train import TrainRecipe
     from pomscale.plan.report import DatasetSize
 
 
@@ -41,6 +41,8 @@ def _add_config(verbs: Any) -> None:
     show = config_verbs.add_parser("show", help="print the resolved recipe: defaults, bases and overrides applied")
     add_recipe(show)
     show.set_defaults(run=_config_show)
+    listed = config_verbs.add_parser("list", help="list the recipes that come with pomscale, with one line about each")
+    listed.set_defaults(run=_config_list)
     validate = config_verbs.add_parser("validate", help="check recipes; lists every problem with file and line")
     validate.add_argument("recipes", nargs="+", type=Path, metavar="RECIPE")
     validate.set_defaults(run=_config_validate)
@@ -98,6 +100,16 @@ def _config_show(arguments: argparse.Namespace) -> int:
     from pomscale.config.load import dump_recipe, load_recipe
 
     print(dump_recipe(load_recipe(arguments.recipe, arguments.overrides)), end="")
+    return 0
+
+
+def _config_list(arguments: argparse.Namespace) -> int:
+    from pomscale.config.shipped import shipped_recipes, summary
+
+    recipes = shipped_recipes()
+    width = max(map(len, recipes), default=0) + 2
+    for name, path in recipes.items():
+        print(f"{name:<{width}}{summary(path)}")
     return 0
 
 

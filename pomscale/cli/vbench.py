@@ -98,12 +98,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _samples_of(videos: Path, run_folder: Path) -> int:
     """That the model of the videos had seen. InputError if they are not of this run."""
     from pomscale.config.load import load_train_recipe
+    from pomscale.runs.layout import RECIPE_FILE
     from pomscale.sampling.vbench_suite import MANIFEST, read_manifest
 
     model = read_manifest(videos)["model"]
     if "samples" not in model:
         raise InputError(f"{videos / MANIFEST}: does not tell how many samples the model had seen; give --samples")
-    name = load_train_recipe(run_folder / "recipe.yaml").name
+    name = load_train_recipe(run_folder / RECIPE_FILE).name
     if model.get("run", name) != name:
         raise InputError(f"{videos / MANIFEST}: videos of run {model['run']!r}, and {run_folder} is run {name!r}")
     return int(model["samples"])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pomscale.config.schema import CodecConfig, TextEncoderConfig
+from pomscale.config.codecs import CodecConfig, TextEncoderConfig
 
 
 class Codec(Protocol):
@@ -73,7 +73,8 @@ class ClipDecoder(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Unscaled latents (b c f h w) of the next frames -> all frames that are complete by now, (b 1|3 F H W) float32
-        in [0, 1]; F may be 0."""
+        in [0, 1]; F may be 0.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that is carried, to go on exactly with `load_state_dict`."""

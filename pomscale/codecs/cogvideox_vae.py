@@ -7,7 +7,7 @@ from torch import Tensor
 from pomscale.base.errors import InputError
 from pomscale.codecs.clip_decoders import COGVIDEOX_BATCH, CogVideoXDecoder
 from pomscale.codecs.diffusers_vae import AutoencoderKLCogVideoX, DiffusersVae
-from pomscale.config.schema import CogVideoXVaeCodecConfig
+from pomscale.config.codecs import CogVideoXVaeCodecConfig
 
 # The network takes frames in batches of 8 and latent frames in batches of 2, whatever its config says; it carries the
 # convolutions' past from batch to batch, and a frame more than whole batches goes with the first.
@@ -81,7 +81,7 @@ class CogVideoXVaeCodec(DiffusersVae):
         return CogVideoXDecoder(self.vae, latent_frames)
 
     def _check_tiles(self) -> None:
-        """diffusers places tiles by rounding: where pixels and latents round apart, the latent has a wrong shape."""
+        """Diffusers places tiles by rounding: where pixels and latents round apart, the latent has a wrong shape."""
         vae = self.vae
         for side, overlap in (("height", vae.tile_overlap_factor_height), ("width", vae.tile_overlap_factor_width)):
             pixels, latents = getattr(vae, f"tile_sample_min_{side}"), getattr(vae, f"tile_latent_min_{side}")

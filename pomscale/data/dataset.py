@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pomscale.base.errors import InputError
 from pomscale.base.keyed_random import Stream, keyed_generator, keyed_uniforms
-from pomscale.config.schema import CacheConfig
+from pomscale.config.data import CacheConfig
 from pomscale.data.bad_samples import BadSample
 from pomscale.data.order import groups
 from pomscale.data.readers.arrays import ArrayReader, Faults, Members
@@ -174,7 +174,7 @@ def _draw_flips(seed: int, block: int) -> np.ndarray:
 
 
 def _sample_posterior(moments: Tensor, positions: np.ndarray, seed: int) -> Tensor:
-    """mean + std * noise of (b, 2c, ...), mean and log-variance: (b, c, ...)."""
+    """Mean + std * noise of (b, 2c, ...), mean and log-variance: (b, c, ...)."""
     mean, logvar = moments.float().chunk(2, dim=1)
     noise = np.empty(mean.shape, np.float32)
     for row, position in zip(noise, positions.tolist(), strict=True):

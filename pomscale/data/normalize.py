@@ -23,5 +23,5 @@ def normalize(latents: Tensor, normalization: Normalization) -> Tensor:
 # Kept, since a copy from the host at every step would wait for all that the device has been given to do.
 @functools.lru_cache(maxsize=16)
 def _on_device(normalization: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
-    """mean and std, (c,) float32 each."""
+    """Mean and std, (c,) float32 each."""
     return torch.tensor(normalization.mean, device=device), torch.tensor(normalization.std, device=device)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from pomscale.base.keyed_random import Stream, keyed_generator
-from pomscale.config.schema import DiffusionConfig, TimeConfig
+from pomscale.config.train import DiffusionConfig, TimeConfig
 
 
 @dataclass
 class Draws:
     """eps (b, ...) fp32; t (b,), or (b, g) with one per frame group, fp32 in (0, 1); drop_condition (b,) bool;
-    start (b,) int64, the number of a clip's first frame group."""
+    start (b,) int64, the number of a clip's first frame group.
+    """
 
     eps: Tensor
     t: Tensor

@@ -12,7 +12,7 @@ from pomscale.diffusion.samplers.types import Denoiser, Sampler
 def sample_after(
     known: Tensor, sample: Sampler, objective: Objective, denoise: Denoiser, noise: Tensor, times: Tensor
 ) -> Tensor:
-    """known (b c f H W), noise (b c F H W), f <= F -> clips (b c F H W) whose first f frames are `known`.
+    """Known (b c f H W), noise (b c F H W), f <= F -> clips (b c F H W) whose first f frames are `known`.
 
     The known frames start on their own path from data to noise, and their prediction is replaced by what the network
     should say of them. Every sampler then keeps them on that path, so the other frames see them noised as in training.

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pomscale.config.schema import DiffusionConfig
+from pomscale.config.train import DiffusionConfig
 
 
 class Objective(Protocol):
@@ -57,7 +57,7 @@ class Objective(Protocol):
 
 
 def expand_time(t: Tensor, like: Tensor) -> Tensor:
-    """t (b,), () or (b, g) shaped to broadcast over like (b, ...), in its dtype."""
+    """T (b,), () or (b, g) shaped to broadcast over like (b, ...), in its dtype."""
     t = t.to(like.dtype)
     if t.ndim < 2 or t.shape[1] == 1:  # a picture is one group
         return t.reshape(-1, *([1] * (like.ndim - 1)))

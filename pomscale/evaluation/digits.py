@@ -21,7 +21,8 @@ from pomscale.base.errors import InputError
 @dataclass(frozen=True)
 class DigitsReport:
     """Accuracies are shares; distances are Euclidean between pictures with values in [0, 1], to the nearest
-    training picture: mean and 5th percentile."""
+    training picture: mean and 5th percentile.
+    """
 
     num_generated: int
     accuracy_generated: float

@@ -15,7 +15,7 @@ from torch import Tensor
 from pomscale.base.condition import Condition, map_condition
 from pomscale.base.errors import InputError
 from pomscale.base.keyed_random import Stream, keyed_generator
-from pomscale.config.schema import ValidationConfig
+from pomscale.config.train import ValidationConfig
 from pomscale.diffusion.draws import keyed_normal
 from pomscale.diffusion.loss import Network, per_sample_loss
 from pomscale.diffusion.objectives import Objective

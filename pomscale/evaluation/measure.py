@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Literal
 
+from pomscale.base.console import warn
 from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import find_checkpoint, read_meta
-from pomscale.config.schema import DataConfig, ValidationConfig
+from pomscale.config.data import DataConfig
+from pomscale.config.train import ValidationConfig
 from pomscale.diffusion.objectives import build_objective
 from pomscale.distributed.world import join_world
 from pomscale.evaluation.heldout import HeldoutLoss, heldout_loss
@@ -58,5 +59,5 @@ def measure_heldout(
             objective, model, read_in_order(dataset), list(shape_sizes(dataset).values()), config, world
         )
     if loss.num_bad:
-        print(f"warning: {config.path}: {loss.num_bad} samples could not be read and do not count", file=sys.stderr)
+        warn(f"{config.path}: {loss.num_bad} samples could not be read and do not count")
     return loss

@@ -113,7 +113,8 @@ def evaluate_moving_digits(npz: Path, train_folder: Path, heldout_folder: Path) 
 
 def directions_of(clip: np.ndarray) -> tuple[str, list[str]]:
     """Where the bright part of a clip (f, h, w) of at least two frames moves: left, right, up or down, on the whole and
-    from each frame to the next."""
+    from each frame to the next.
+    """
     sides = np.array(clip.shape[1:])
     steps = np.diff(_centroids(clip), axis=0)
     steps = (steps + sides / 2) % sides - sides / 2

@@ -16,8 +16,10 @@ from pomscale.base.condition import Text
 from pomscale.base.errors import InputError
 from pomscale.codecs import build_codec, build_text_encoder
 from pomscale.codecs.base import Codec, TextEncoder
+from pomscale.config.codecs import CodecConfig
 from pomscale.config.model import ModelConfig
-from pomscale.config.schema import CodecConfig, DiffusionConfig, SamplingConfig, TrainRecipe
+from pomscale.config.sampling import SamplingConfig
+from pomscale.config.train import DiffusionConfig, TrainRecipe
 from pomscale.data.mixture import Mixture
 from pomscale.data.readers.texts import null_embedding
 from pomscale.shards.schema import Normalization, TextInfo
@@ -131,7 +133,8 @@ class ModelCard(BaseModel):
 
 def null_text(texts: TextInfo) -> Text:
     """The stored embedding of the empty caption, as a batch of one: embeddings (1 n dim) float16, n the encoder's
-    max_length."""
+    max_length.
+    """
     num_more = texts.config.max_length - texts.null_length
     return Text(
         pad(null_embedding(texts), (0, 0, 0, num_more))[None],

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from pomscale.codecs import build_codec
-from pomscale.config.schema import DiffusionConfig, ImageModelConfig, SamplingConfig, SdVaeCodecConfig
+from pomscale.config.codecs import SdVaeCodecConfig
+from pomscale.config.model import ImageModelConfig
+from pomscale.config.sampling import SamplingConfig
+from pomscale.config.train import DiffusionConfig
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.homm_checkpoint import check_names, infer_config, read_lightning, translate
 from pomscale.pretrained.weights import parameter_shapes, write_weights

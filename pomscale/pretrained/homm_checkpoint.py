@@ -93,7 +93,8 @@ def infer_config(
     file: Path, tensors: Mapping[str, Tensor], *, degree: int, num_heads: int | None, latent_size: int
 ) -> ImageModelConfig:
     """Sizes from shapes. Degree, heads (None: those of the published DiT of that size, or 16) and the latents' side are
-    in no shape. Raises InputError if the tensors are of another network, or the degree is impossible."""
+    in no shape. Raises InputError if the tensors are of another network, or the degree is impossible.
+    """
     mixers = [mixer for mixer, key in _MIXER_KEYS.items() if key in tensors]
     if not mixers or not all(name in tensors for name in _SIZED):
         found = ", ".join(sorted(tensors)[:5])

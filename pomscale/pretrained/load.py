@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from pomscale.base.condition import Condition, Text, batch_size, map_condition
-from pomscale.base.console import warn
+from pomscale.base.console import track, warn
 from pomscale.base.errors import InputError
 from pomscale.codecs.base import ClipCodec, Codec, TextEncoder
+from pomscale.config.codecs import PixelCodecConfig
 from pomscale.config.model import ImageModelConfig
-from pomscale.config.schema import PixelCodecConfig, SamplerName
+from pomscale.config.sampling import SamplerName
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.objectives import build_objective
 from pomscale.distributed.world import resolve_device
@@ -134,7 +134,7 @@ def sample(
     shape, group_frames = _shape(model, num_samples, num_frames, size, known)
     objective = build_objective(model.card.diffusion)
     parts = []
-    for start in track(range(0, num_samples, batch), "sampling", disable=not show_progress, transient=True):
+    for start in track(range(0, num_samples, batch), "batches", -(-num_samples // batch), enabled=show_progress):
         rows = list(range(start, min(start + batch, num_samples)))
         parts.append(
             generate(

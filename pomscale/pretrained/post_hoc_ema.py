@@ -15,6 +15,7 @@ from pomscale.pretrained.exported import groups
 from pomscale.pretrained.post_hoc import ExponentialProfile, PowerProfile, Profile, fit
 from pomscale.pretrained.weights import Precision, open_weights, parameter_shapes, write_weights
 from pomscale.runs.checkpoint_folder import complete_checkpoints
+from pomscale.runs.layout import EMA_FOLDER
 
 _POWER = "power-"  # names of power-function averages are this and their width, as in EmaConfig.averages
 
@@ -77,7 +78,7 @@ def export_post_hoc(
 
 def _snapshot_times(run: Path, samples: int | None) -> dict[Path, int]:
     """Samples seen, by snapshot folder, oldest first, at most `samples`."""
-    times = {folder: int(read_meta(folder)["samples"]) for folder in complete_checkpoints(run / "ema")}
+    times = {folder: int(read_meta(folder)["samples"]) for folder in complete_checkpoints(run / EMA_FOLDER)}
     chosen = {folder: time for folder, time in times.items() if samples is None or time <= samples}
     if not chosen:
         before = "" if samples is None else f" of at most {samples:,} samples"

@@ -17,7 +17,7 @@ from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.models import make_model
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.exported import Exported, groups, is_exported, read_exported, write_exported
-from pomscale.runs.outcome import versions
+from pomscale.runs.code_state import versions
 
 Precision = Literal["fp32", "bf16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

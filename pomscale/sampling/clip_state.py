@@ -44,7 +44,7 @@ def write_clip_state(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def read_clip_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """meta and tensors (on the CPU), as they were written. InputError for any other file."""
+    """Meta and tensors (on the CPU), as they were written. InputError for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

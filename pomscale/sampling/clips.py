@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from pomscale.base.condition import Text
+from pomscale.base.console import track
 from pomscale.base.errors import InputError
 from pomscale.base.files import atomic_write, make_folder
-from pomscale.base.progress import Progress
 from pomscale.codecs.base import ClipCodec, ClipDecoder
-from pomscale.config.schema import SamplerName
+from pomscale.config.sampling import SamplerName
 from pomscale.data.normalize import normalize
 from pomscale.media.sheets import ContactSheet, open_clips, to_bytes
 from pomscale.pretrained.card import DEFAULT_FPS
@@ -126,7 +126,7 @@ def film_clips(
     decoder = codec.decoder(num_latent)
     if model.config.temporal == "block_causal":
         stream = ClipStream(model, text or prompts, seeds, num_groups=num_groups, known=known, size=size, **settings)
-        groups = _shown(_until(stopping, model, stream, num_groups), num_groups, show_progress)
+        groups = track(_until(stopping, model, stream, num_groups), "frame groups", num_groups, enabled=show_progress)
         num_frames = _write(model, groups, decoder, prompts, seeds, num_frames, films)
         if films.state is not None:
             stream.save(films.state, decoder.state_dict())
@@ -147,7 +147,7 @@ def film_clips(
         show_progress=show_progress,
         **settings,
     )
-    groups = _shown(iter(latents.split(of_group, dim=2)), num_groups, show_progress)
+    groups = track(latents.split(of_group, dim=2), "frame groups", num_groups, enabled=show_progress)
     return Filmed(len(seeds), _write(model, groups, decoder, prompts, seeds, num_frames, films))
 
 
@@ -173,7 +173,7 @@ def continue_clips(
     num_groups = num_latent_frames(model, num_frames, begun) // model.config.patch_frames
     decoder = clip_codec(model).decoder(begun)
     decoder.load_state_dict(carried)
-    groups = _shown(_until(stopping, model, stream, num_groups), num_groups, show_progress)
+    groups = track(_until(stopping, model, stream, num_groups), "frame groups", num_groups, enabled=show_progress)
     num_frames = _write(model, groups, decoder, stream.prompts, stream.seeds, num_frames, films)
     if films.state is not None:
         stream.save(films.state, decoder.state_dict())
@@ -299,17 +299,6 @@ def _until(
         if is_whole and stopping():
             return
         yield next(stream)
-
-
-def _shown(groups: Iterator[Tensor], num_groups: int, show_progress: bool) -> Iterator[Tensor]:
-    """With a count of them, for people."""
-    if not show_progress:
-        yield from groups
-        return
-    with Progress("frame groups", num_groups) as progress:
-        for group in groups:
-            yield group
-            progress.advance()
 
 
 def _write(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pomscale.base.condition import Condition, batch_size, map_condition
-from pomscale.config.schema import SamplingConfig
+from pomscale.config.sampling import SamplingConfig
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.loss import Network
 from pomscale.diffusion.objectives import Objective

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pomscale.base.files import atomic_write, check_can_be_written
-from pomscale.config.schema import SamplerName
+from pomscale.config.sampling import SamplerName
 from pomscale.media.sheets import save_grid
 from pomscale.pretrained.load import PretrainedDiPoM, decode, sample
 from pomscale.sampling.on_ranks import grid_classes

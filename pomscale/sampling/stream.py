@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pomscale.base.condition import Text
 from pomscale.base.errors import InputError
-from pomscale.config.schema import SamplerName
+from pomscale.config.sampling import SamplerName
 from pomscale.diffusion.objectives import build_objective
 from pomscale.diffusion.sequential import SequentialSampler
 from pomscale.models import MixerState

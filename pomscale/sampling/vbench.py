@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from pomscale.base.condition import Text
+from pomscale.base.console import Progress
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import make_folder, sync_folder
-from pomscale.base.progress import Progress
-from pomscale.config.schema import SamplerName
+from pomscale.config.sampling import SamplerName
 from pomscale.pretrained.load import PretrainedVDiPoM, encode_prompts, load_pretrained
 from pomscale.pretrained.weights import open_weights
-from pomscale.runs.outcome import versions
+from pomscale.runs.code_state import versions
 from pomscale.sampling.clips import clip_codec, film, num_latent_frames
 from pomscale.sampling.vbench_suite import VIDEOS, Video, check, claim, list_videos, read_prompts
 

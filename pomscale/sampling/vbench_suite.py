@@ -104,7 +104,8 @@ def _check_name(place: str, prompt: str, num_videos: int) -> None:
 
 def video_seed(seed: int, prompt: str, index: int) -> int:
     """Seed of video `index` of a prompt, below 2**48. It depends on these three alone, and not on the prompt's place:
-    the same prompt of another list gives the same video."""
+    the same prompt of another list gives the same video.
+    """
     digest = hashlib.sha256(f"{seed} {index} {prompt}".encode()).digest()
     return int.from_bytes(digest[:6], "big")
 

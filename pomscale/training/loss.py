@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from pomscale.base.condition import Condition, Text, map_condition
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.data.bad_samples import BadSample
 from pomscale.data.dataset import Samples
 from pomscale.data.loader import Loader, MicroBatch
@@ -82,7 +82,8 @@ def draw_batch(recipe: TrainRecipe, batch: MicroBatch, texts: TextInfo | None) -
 
 def text_batch(batch: MicroBatch | Samples, texts: TextInfo) -> Text:
     """The captions of a batch. Always of the encoder's max_length, so that all batches of a run have one shape: a
-    network is compiled once, and its result does not depend on which captions meet."""
+    network is compiled once, and its result does not depend on which captions meet.
+    """
     assert batch.text is not None
     assert batch.text_lengths is not None
     length = texts.config.max_length

@@ -14,7 +14,7 @@ from pomscale.base.condition import Condition, Text
 from pomscale.base.errors import InputError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import TrainRecipe, ValidationConfig
+from pomscale.config.train import TrainRecipe, ValidationConfig
 from pomscale.data.loader import Loader
 from pomscale.data.mixture import Mixture
 from pomscale.diffusion.objectives import FlowMatching

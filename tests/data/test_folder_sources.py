@@ -16,7 +16,7 @@ from data_pipelines.sources.keys import checked_key
 from data_pipelines.sources.sorting import sorted_on_disk
 from data_pipelines.sources.source import Item, Source, SourceChangedError
 from pomscale.base.errors import InputError, PomscaleError
-from pomscale.config.schema import ImageFolderConfig, VideoFolderConfig
+from pomscale.config.encode import ImageFolderConfig, VideoFolderConfig
 
 
 def touch(path: Path, content: bytes = b"x") -> None:

@@ -205,7 +205,7 @@ def test_dry_run_writes_nothing(digits: Path, tmp_path: Path) -> None:
 def test_quickstart_reaches_its_figures(tmp_path: Path, mixers: list[str]) -> None:
     """The tour of `make quickstart`, in a folder of its own."""
     (tmp_path / "recipes").symlink_to(RECIPES)
-    done = run([sys.executable, "-m", "pomscale.quickstart.images", *mixers], cwd=tmp_path, timeout=1750)
+    done = run([sys.executable, "-m", "pomscale.quickstart", *mixers], cwd=tmp_path, timeout=1750)
     killed = re.search(r"killed \d+ processes with SIGKILL at ([\d,]+) samples", done.stdout)
     resumed = re.search(r"resuming from runs/quickstart/checkpoints/samples-(\d{12})", done.stdout)
     assert killed is not None

@@ -17,7 +17,9 @@ import pytest
 
 from pomscale.base.errors import InputError
 from pomscale.codecs import build_text_encoder
-from pomscale.config.schema import DiffusionConfig, PixelCodecConfig, SamplingConfig, TextEncoderConfig
+from pomscale.config.codecs import PixelCodecConfig, TextEncoderConfig
+from pomscale.config.sampling import SamplingConfig
+from pomscale.config.train import DiffusionConfig
 from pomscale.models import make_model
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.load import PretrainedVDiPoM, load_pretrained

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.node.evaluations import CHECKPOINT, FAILED_FILE, evaluation_folder
-from launch.record.job import JOBS_FILE, read_submissions
+from launch.node.evaluations import evaluation_folder
+from launch.record.job import read_submissions
 from launch.record.result import final_verdict
 from pomscale.monitoring.report.write import write_report
 from pomscale.runs.checkpoint_folder import complete_checkpoints, samples_of
 from pomscale.runs.evaluation_log import read_evaluations
+from pomscale.runs.layout import EVALUATED_FOLDER, FAILED_FILE, JOBS_FILE
 from support.cluster import SlurmCluster
 from support.launched import Launched, hold, launch
 from support.running import GLOBAL_BATCH, rows, wait_until
@@ -73,7 +74,7 @@ def test_checkpoints_are_evaluated_while_training_goes_on(
     wait_for_evaluations(run, [*job_folders, broken])
     # What its supervisor does after its verdict.
     wait_until(
-        lambda: (broken / FAILED_FILE).is_file() and not (broken / CHECKPOINT).exists(),
+        lambda: (broken / FAILED_FILE).is_file() and not (broken / EVALUATED_FOLDER).exists(),
         "the failure is not noted",
         timeout_s=120,
     )
@@ -86,7 +87,7 @@ def test_checkpoints_are_evaluated_while_training_goes_on(
     for samples, one in found.items():
         assert one.metrics["evaluation/heldout/mean"] == pytest.approx(measured[samples], rel=1e-5)
         assert one.pictures["evaluation/heldout/grid"].is_file()
-    assert not any((job_folder / CHECKPOINT).exists() for job_folder in job_folders), (
+    assert not any((job_folder / EVALUATED_FOLDER).exists() for job_folder in job_folders), (
         "the files of the checkpoints are let go"
     )
 
@@ -101,7 +102,7 @@ def test_checkpoints_are_evaluated_while_training_goes_on(
     assert verdict is not None
     assert "no class folders" in verdict.reason
     assert json.loads((broken / FAILED_FILE).read_text())["reason"] == verdict.reason
-    assert not (broken / CHECKPOINT).exists()
+    assert not (broken / EVALUATED_FOLDER).exists()
     page = write_report([run.folder], tmp_path).html.read_text()
     assert "evaluation/heldout/mean" in page
     assert "no class folders" in page

@@ -12,7 +12,7 @@ import yaml
 from launch.record.job import read_starts, read_submissions
 from launch.record.pipeline import read_pipeline
 from launch.record.result import final_verdict
-from pomscale.quickstart.images import samples_seen
+from pomscale.runs.history import samples_seen
 from support.cluster import SlurmCluster
 from support.launched import hold, pomscale
 from support.paths import RECIPES

@@ -81,7 +81,7 @@ def test_a_run_is_watched_requeued_cancelled_and_resumed(slurm: SlurmCluster, tm
     cancelled = wait_for_state(slurm, run.folder, "cancelled")
     assert cancelled["job_id"] == run.job_id
     assert "not in the queue: cancelled" in pomscale(slurm, "runs", "cancel", job_folder, expect=1)
-    assert "only a job that runs can be requeued" in pomscale(slurm, "runs", "requeue", job_folder, expect=2)
+    assert "only a running job can be requeued" in pomscale(slurm, "runs", "requeue", job_folder, expect=2)
 
     saved = checkpoint_samples(run.folder)
     told = pomscale(slurm, "runs", "resume", job_folder, "--nodes", "1", "--time", "0:30:00")

@@ -14,7 +14,7 @@ from isal import isal_zlib
 from torch import Tensor
 
 from pomscale.base.errors import InputError
-from pomscale.config.schema import CacheConfig
+from pomscale.config.data import CacheConfig
 from pomscale.data.bad_samples import BadSample
 from pomscale.data.readers.gather import gather
 from pomscale.data.readers.shard_files import open_shard_files
@@ -201,7 +201,7 @@ class ArrayReader:
         return self.fault(members, row, f"it is not a float16 array of shape ({', '.join(map(str, shape))})")
 
     def _find_non_finite(self, members: Members, values: Tensor, faults: Faults) -> None:
-        """values (b, k) float16. A sum is the fastest test: it is not finite if a value is not, or if it overflows."""
+        """Values (b, k) float16. A sum is the fastest test: it is not finite if a value is not, or if it overflows."""
         for row in _newly(~np.isfinite(values.sum(1).numpy()), faults):
             if not torch.isfinite(values[row]).all():
                 faults[row] = self.fault(members, row, "it holds a value that is not finite")

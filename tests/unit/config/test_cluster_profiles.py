@@ -17,7 +17,8 @@ from launch.record.job import JobSpec
 from launch.submission.job_script import SubmitOptions, job_script
 from pomscale.base.errors import InputError
 from pomscale.config.cluster import minutes_of
-from pomscale.config.load import known_clusters, load_cluster
+from pomscale.config.load import load_cluster
+from pomscale.config.shipped import known_clusters
 from pomscale.config.yaml_file import RecipeError
 from support.paths import RECIPES
 
@@ -165,7 +166,12 @@ def test_time_limits_are_read_as_hours_and_rounded_up(write: Write, limit: str, 
 
 
 def spec(**changes: Any) -> JobSpec:
-    values: dict[str, Any] = {"job_folder": "/runs/a run", "name": "a-run", "commands": [["train", "x.yaml"]], "cwd": "/"}
+    values: dict[str, Any] = {
+        "job_folder": "/runs/a run",
+        "name": "a-run",
+        "commands": [["train", "x.yaml"]],
+        "cwd": "/",
+    }
     return JobSpec(**{**values, "ranks_per_node": 4, **changes})
 
 

@@ -12,10 +12,10 @@ import pytest
 from launch.pipelines.sweep import plan_sweep, sweep_table
 from launch.submission.prepare import JobRequest
 from pomscale.config.load import load_cluster, load_train_recipe
-from pomscale.config.schema import TrainRecipe
 from pomscale.config.sweep import load_points
+from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError
-from pomscale.runs.checkpoint_folder import META
+from pomscale.runs.layout import CHECKPOINT_META
 from pomscale.runs.outcome import write_outcome
 
 RECIPE = """\
@@ -100,7 +100,7 @@ def test_a_recipe_without_a_sweep_has_no_points(path: Path) -> None:
             "grid.yaml:10: training.total_samples: 650 is not a multiple of training.global_batch 32 "
             "(sweep: lr=0.0001-total_samples=650)",
         ),
-        ("model.degree: [2, 3]", "name: [a, b]", "grid.yaml:10: sweep: 'name' is not for a sweep to change"),
+        ("model.degree: [2, 3]", "name: [a, b]", "grid.yaml:10: sweep: 'name' cannot be changed by a sweep"),
         ("[2, 3]", "[2, 2]", "grid.yaml:8: sweep: 2 points would be called grid.lr=0.0001-degree=2; a value is"),
         ("[2, 3]", "[]", "grid.yaml:10: sweep.model.degree: list should have at least 1 item"),
         ("[2, 3]", "2", "grid.yaml:10: sweep.model.degree: input should be a valid list, got 2"),
@@ -147,6 +147,6 @@ def finish(recipe: TrainRecipe) -> None:
     job_folder = Path(recipe.output) / recipe.name
     checkpoint = job_folder / "checkpoints" / f"samples-{recipe.training.total_samples:012d}"
     checkpoint.mkdir(parents=True)
-    (checkpoint / META).write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
+    (checkpoint / CHECKPOINT_META).write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
     (checkpoint / "COMPLETE").write_text("")
     write_outcome(job_folder, 1, 0, "finished", samples=recipe.training.total_samples)

@@ -11,7 +11,8 @@ import torch
 
 from pomscale.base.condition import Text, batch_size, device_of, join_conditions, map_condition
 from pomscale.codecs import build_text_encoder
-from pomscale.config.schema import TextEncoderConfig, TrainRecipe
+from pomscale.config.codecs import TextEncoderConfig
+from pomscale.config.train import TrainRecipe
 from pomscale.data.loader import MicroBatch
 from pomscale.pretrained.card import null_text
 from pomscale.sampling.prompts import embed_prompts

@@ -12,28 +12,19 @@ import pytest
 
 from launch.evaluation_job import evaluation_commands
 from launch.node import evaluations
-from launch.node.evaluations import CHECKPOINT, FAILED_FILE, Evaluations, evaluation_folder, note_failure
-from launch.record.job import (
-    JOB_FILE,
-    JOBS_FILE,
-    LAUNCH_FILE,
-    JobSpec,
-    LaunchedAs,
-    StartRecord,
-    Verdict,
-    keep,
-    start_folder,
-)
+from launch.node.evaluations import Evaluations, evaluation_folder, note_failure
+from launch.record.job import JobSpec, LaunchedAs, StartRecord, Verdict, keep, start_folder
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.cli import _parser as command_parser
 from pomscale.cli.record import read_figures
 from pomscale.config.evaluation import EvaluationConfig
 from pomscale.config.load import dump_recipe, load_recipe, load_train_recipe
 from pomscale.config.pipeline import PipelineRecipe, fill_in
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError
 from pomscale.runs.checkpoint_folder import complete_checkpoints, remove, samples_of
 from pomscale.runs.evaluation_log import read_evaluations
+from pomscale.runs.layout import EVALUATED_FOLDER, FAILED_FILE, JOB_FILE, JOBS_FILE, LAUNCH_FILE
 from support.paths import RECIPES
 from support.running import pomscale
 
@@ -79,7 +70,7 @@ class Scheduler:
         self.asked.append((name, samples))
         job_folder = evaluation_folder(run, name, samples)
         assert [samples_of(path) for path in complete_checkpoints(run / "checkpoints")], "there is one to evaluate"
-        assert (job_folder / CHECKPOINT / "COMPLETE").is_file(), "all of it is there when the job is submitted"
+        assert (job_folder / EVALUATED_FOLDER / "COMPLETE").is_file(), "all of it is there when the job is submitted"
         if self.refuses is not None:
             raise PomscaleError(self.refuses)
         line = {"job_id": str(os.getpid()), "submitted_unix_s": time.time(), "scheduler": "local", "num_nodes": 1}
@@ -145,7 +136,7 @@ def test_another_start_of_the_run_goes_on(run: Path, scheduler: Scheduler) -> No
 def test_retention_does_not_take_a_checkpoint_away(run: Path, scheduler: Scheduler) -> None:
     checkpoint = save(run, 120)
     Evaluations(run).poll()
-    linked = evaluation_folder(run, "a", 120) / CHECKPOINT
+    linked = evaluation_folder(run, "a", 120) / EVALUATED_FOLDER
     assert (linked / "ranks" / "0.bin").samefile(checkpoint / "ranks" / "0.bin"), "a link, not a copy"
     remove(checkpoint)
     assert (linked / "ranks" / "0.bin").read_text() == "120 ranks/0.bin"
@@ -164,7 +155,7 @@ def test_a_checkpoint_that_goes_while_it_is_linked(
     monkeypatch.setattr(evaluations, "link_or_copy", gone_in_between)
     Evaluations(run).poll()
     assert scheduler.asked == []
-    assert not (evaluation_folder(run, "a", 120) / CHECKPOINT).exists()
+    assert not (evaluation_folder(run, "a", 120) / EVALUATED_FOLDER).exists()
 
 
 def test_a_refusal_is_told_once_and_tried_again_for_a_while(
@@ -183,7 +174,7 @@ def test_a_refusal_is_told_once_and_tried_again_for_a_while(
     assert scheduler.asked == [("a", 120), ("b", 120)] * 3
     job_folder = evaluation_folder(run, "a", 120)
     assert json.loads((job_folder / FAILED_FILE).read_text()) == {"reason": "account is over its limit"}
-    assert not (job_folder / CHECKPOINT).exists(), "its files are let go"
+    assert not (job_folder / EVALUATED_FOLDER).exists(), "its files are let go"
     assert capsys.readouterr().err.count("has failed") == 2
     scheduler.refuses = None
     save(run, 240)
@@ -206,7 +197,7 @@ def test_an_evaluation_that_failed_is_listed_and_its_files_go(
     watching.poll()
     watching.poll()
     assert json.loads((bad / FAILED_FILE).read_text()) == {"reason": "rank 0: no such folder"}
-    assert not (bad / CHECKPOINT).exists()
+    assert not (bad / EVALUATED_FOLDER).exists()
     assert not (good / FAILED_FILE).exists()
     assert capsys.readouterr().err.count("rank 0: no such folder") == 1
 
@@ -218,10 +209,10 @@ def test_an_evaluation_notes_its_own_failure(run: Path, scheduler: Scheduler) ->
     job_folder = evaluation_folder(run, "a", 120)
     note_failure(job_folder, "no such folder")
     assert json.loads((job_folder / FAILED_FILE).read_text()) == {"reason": "no such folder"}
-    assert not (job_folder / CHECKPOINT).exists()
-    (run / CHECKPOINT).mkdir()
+    assert not (job_folder / EVALUATED_FOLDER).exists()
+    (run / EVALUATED_FOLDER).mkdir()
     note_failure(run, "diverged")
-    assert (run / CHECKPOINT).is_dir()
+    assert (run / EVALUATED_FOLDER).is_dir()
     assert not (run / FAILED_FILE).exists()
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.record.job import JOBS_FILE, Submission, Verdict, keep, start_folder
+from launch.record.job import Submission, Verdict, keep, start_folder
 from launch.record.result import final_verdict, is_success
 from pomscale.base.jsonl import JsonLines
+from pomscale.runs.layout import JOBS_FILE
 
 HERE = str(os.getpid())  # a process that lives
 

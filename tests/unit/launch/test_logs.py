@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.record.job import JOB_FILE, JobSpec, StartRecord, Verdict, keep, log_path, start_folder
+from launch.record.job import JobSpec, StartRecord, Verdict, keep, log_path, start_folder
 from launch.status import logs
 from launch.status.logs import show_logs
 from pomscale.base.errors import InputError
+from pomscale.runs.layout import JOB_FILE
 from support.running import wait_until
 
 HEADER = "===== start {} on n1, 2026-11-21T18:02:03+00:00 =====\n$ pomscale train r.yaml\n"

@@ -171,8 +171,8 @@ def test_a_dry_run_shows_the_stages_and_writes_nothing(folder: Path) -> None:
         pipeline_of(path),
         path,
         JobRequest(HERE, "here", command_line=["pomscale"]),
-            check_command,
-            dry_run=True,
+        check_command,
+        dry_run=True,
     )
     assert sorted(folder.rglob("*")) == before
     rows = [line.split("  ") for line in told.splitlines()]

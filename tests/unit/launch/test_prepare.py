@@ -18,9 +18,10 @@ from launch.submission.prepared import Prepared
 from launch.submission.submit import record_submission
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.cluster import ClusterProfile
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.load import dump_recipe, load_train_recipe
-from pomscale.config.schema import EncodeRecipe, TrainRecipe
-from pomscale.runs.checkpoint_folder import META
+from pomscale.config.train import TrainRecipe
+from pomscale.runs.layout import CHECKPOINT_META
 from pomscale.runs.outcome import write_outcome
 from support.paths import RECIPES
 
@@ -221,11 +222,11 @@ def test_before_the_first_checkpoint_it_is_the_recipe_that_was_launched(tiny_rec
 def test_a_run_that_has_finished_is_not_launched_again(tiny_recipe: Path, begun: Path) -> None:
     write_checkpoint(begun, load_train_recipe(tiny_recipe), 1600)
     write_outcome(begun, 1, 0, "finished", samples=1600)
-    with pytest.raises(InputError, match="finished already, 1,600 samples; to go on, raise"):
+    with pytest.raises(InputError, match="finished already, 1,600 samples; to continue, raise"):
         prepare(tiny_recipe)
     assert prepare(tiny_recipe, "training.total_samples=3200").job_folder == begun
     newest = max((begun / "checkpoints").iterdir())
-    (newest / META).write_text("[]")  # damaged, so training sets it aside and makes it again
+    (newest / CHECKPOINT_META).write_text("[]")  # damaged, so training sets it aside and makes it again
     assert prepare(tiny_recipe).job_folder == begun
 
 

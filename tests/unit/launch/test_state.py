@@ -12,16 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from launch.record.job import JOB_FILE, JOBS_FILE, Action, JobSpec, StartRecord, Submission, Verdict, keep, start_folder
+from launch.record.job import Action, JobSpec, StartRecord, Submission, Verdict, keep, start_folder
 from launch.scheduler.slurm import JobState
 from launch.status.facts import read_facts
 from launch.status.runs import summarize
 from launch.status.state import State, state_of
 from pomscale.base.jsonl import JsonLines
 from pomscale.monitoring.sinks import JsonlSink
+from pomscale.runs import starts
+from pomscale.runs.layout import JOB_FILE, JOBS_FILE
 from pomscale.runs.ledger import Ledger
 from pomscale.runs.outcome import write_outcome
-from pomscale.runs.starts import Generation
 
 LOCAL = "99999999"  # above any number that a process can have
 
@@ -61,7 +62,7 @@ class JobFolder:
 
     def claimed(self, at_s: float, *, lives: bool | None, job_id: str | None = "12") -> JobFolder:
         """lives: None = on a host that cannot be seen from here."""
-        number = Generation.claim(self.folder).number
+        number = starts.Start.claim(self.folder).number
         path = self.folder / "generations" / f"{number:06d}"
         claim = json.loads(path.read_text()) | {"slurm_job_id": job_id}
         if not lives:  # a claim that was not made by this process, now
@@ -72,8 +73,8 @@ class JobFolder:
         path.write_text(json.dumps(claim))
         return self
 
-    def logged(self, at_s: float, incarnation: int = 1) -> JobFolder:
-        sink = JsonlSink(self.folder, incarnation)
+    def logged(self, at_s: float, start: int = 1) -> JobFolder:
+        sink = JsonlSink(self.folder, start)
         sink.log(100, {"train/loss": 1.0})
         sink.close()
         path = self.folder / "metrics.jsonl"
@@ -88,8 +89,8 @@ class JobFolder:
         ledger.close()
         return self
 
-    def ended(self, state: str, incarnation: int = 1, reason: str = "") -> JobFolder:
-        write_outcome(self.folder, incarnation, 0, state, samples=100, reason=reason)
+    def ended(self, state: str, start: int = 1, reason: str = "") -> JobFolder:
+        write_outcome(self.folder, start, 0, state, samples=100, reason=reason)
         return self
 
     def state(self, jobs: dict[str, JobState] | None = None) -> State:

@@ -17,7 +17,6 @@ from launch.node.identity import RankIdentity
 from launch.node.signals import SignalForwarder
 from launch.node.supervisor import Supervisor
 from launch.record.job import (
-    JOBS_FILE,
     Ending,
     JobSpec,
     LaunchedAs,
@@ -32,6 +31,7 @@ from launch.record.job import (
 )
 from launch.submission.submit import record_submission
 from pomscale.base.errors import PomscaleError
+from pomscale.runs.layout import JOBS_FILE
 
 
 def supervisor(job_folder: Path, job_id: str, *, restart: int = 0, evaluations: bool = False) -> Supervisor:

@@ -12,7 +12,7 @@ import pytest
 
 from launch.status.sync import NotLoggedIn, Synced, sync, watch_and_sync
 from pomscale.base.errors import PomscaleError
-from pomscale.runs.starts import Generation
+from pomscale.runs.starts import Start
 from support.wandb_store import KEY, WandbStore, wandb_store
 
 _RECORD = """
@@ -33,8 +33,8 @@ run.finish()
 
 _CLAIM = """
 import sys, pathlib
-from pomscale.runs.starts import Generation
-Generation.claim(pathlib.Path(sys.argv[1]))
+from pomscale.runs.starts import Start
+Start.claim(pathlib.Path(sys.argv[1]))
 """
 _LOCK = """
 import fcntl, sys
@@ -45,7 +45,7 @@ sys.stdin.readline()
 """
 
 
-def record_submission(folder: Path, first: int, *, killed: bool = False) -> Path:
+def record(folder: Path, first: int, *, killed: bool = False) -> Path:
     """One start of a run that logs five rows; where wandb has put them."""
     before = set((folder / "wandb").glob("offline-run-*"))
     words = [sys.executable, "-c", _RECORD, str(folder), str(first), "killed" if killed else ""]
@@ -59,8 +59,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with two starts of one run."""
     folder = tmp_path_factory.mktemp("sync") / "tiny"
     folder.mkdir()
-    record_submission(folder, 0)
-    record_submission(folder, 5)
+    record(folder, 0)
+    record(folder, 5)
     return folder
 
 
@@ -89,7 +89,7 @@ def test_all_starts_become_one_run_and_are_uploaded_once(job_folder: Path, serve
     uploads = server.uploads
     assert sync({job_folder: "tiny"}, said.append) == Synced(0, 0)
     assert server.uploads == uploads
-    third = record_submission(job_folder, 10)
+    third = record(job_folder, 10)
     assert sync({job_folder: "tiny"}, said.append) == Synced(1, 0)
     assert server.samples("abc") == list(range(15))
     assert any(third.glob("*.synced"))
@@ -97,8 +97,8 @@ def test_all_starts_become_one_run_and_are_uploaded_once(job_folder: Path, serve
 
 def test_what_is_still_being_written_waits(job_folder: Path, server: WandbStore) -> None:
     """A start that lives has no end in its file; that of one that was killed never gets one."""
-    record_submission(job_folder, 10, killed=True)
-    Generation.claim(job_folder)  # by this process, which lives
+    record(job_folder, 10, killed=True)
+    Start.claim(job_folder)  # by this process, which lives
     assert sync({job_folder: "tiny"}, print) == Synced(2, 1)
     assert server.samples("abc") == list(range(10))
     subprocess.run([sys.executable, "-c", _CLAIM, str(job_folder)], check=True)  # by a process that is gone
@@ -138,7 +138,7 @@ def test_two_at_once_do_not_upload_twice(job_folder: Path, server: WandbStore) -
         assert sync({job_folder: "tiny"}, said.append) == Synced(0, 0)
     finally:
         locked.communicate("\n", timeout=30)
-    assert said == ["tiny: another `runs sync` is at it"]
+    assert said == ["tiny: another `runs sync` is uploading it"]
     assert not server.lines
 
 

@@ -13,8 +13,11 @@ import torch
 
 from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import CheckpointStore
+from pomscale.config.codecs import PixelCodecConfig
 from pomscale.config.engine import CheckpointConfig, EmaConfig
-from pomscale.config.schema import DiffusionConfig, ImageModelConfig, PixelCodecConfig, SamplingConfig
+from pomscale.config.model import ImageModelConfig
+from pomscale.config.sampling import SamplingConfig
+from pomscale.config.train import DiffusionConfig
 from pomscale.distributed.world import join_world
 from pomscale.engine.averages import Ema, ema_weights
 from pomscale.models import DiPoM, init_weights

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 import pomscale
 from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import CheckpointStore
+from pomscale.config.codecs import PixelCodecConfig
 from pomscale.config.engine import CheckpointConfig
-from pomscale.config.schema import DiffusionConfig, ImageModelConfig, InitFromConfig, PixelCodecConfig, SamplingConfig
+from pomscale.config.model import ImageModelConfig
+from pomscale.config.sampling import SamplingConfig
+from pomscale.config.train import DiffusionConfig, InitFromConfig
 from pomscale.distributed.world import join_world
 from pomscale.models import DiPoM, init_weights
 from pomscale.pretrained.card import ModelCard

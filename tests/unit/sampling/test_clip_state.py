@@ -21,14 +21,10 @@ from torch import Tensor
 from pomscale.base.condition import Text
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.codecs import build_text_encoder
+from pomscale.config.codecs import PixelCodecConfig, TextEncoderConfig
 from pomscale.config.model import ImageModelConfig
-from pomscale.config.schema import (
-    DiffusionConfig,
-    PixelCodecConfig,
-    SamplingConfig,
-    TextEncoderConfig,
-    TimeConfig,
-)
+from pomscale.config.sampling import SamplingConfig
+from pomscale.config.train import DiffusionConfig, TimeConfig
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.load import PretrainedDiPoM, PretrainedVDiPoM, sample
 from pomscale.sampling.stream import ClipStream
