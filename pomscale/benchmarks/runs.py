@@ -16,12 +16,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from launch.record.job import JOBS_FILE, Start, Submission, Verdict, attempt_folder, keep
+from launch.record.job import StartRecord, Submission, Verdict, keep, start_folder
 from launch.status.runs import find_runs, summarize
 from pomscale.base.jsonl import JsonLines
 from pomscale.benchmarks.report import BenchReport
 from pomscale.runs import starts
-from pomscale.runs.layout import METRICS_FILE, STARTS_FILE, claim_path
+from pomscale.runs.layout import JOBS_FILE, METRICS_FILE, STARTS_FILE, claim_path
 from pomscale.runs.metric_names import METRICS, WALL_TIME, goodput_share
 from pomscale.runs.outcome import write_outcome
 
@@ -71,8 +71,8 @@ def _start(run: Path, state: str, num_rows: int) -> None:
         began_unix_s = time.time() - 86400 * (_NUM_STARTS - restart)
         job_id = str(1000 + restart)
         jobs.append(asdict(Submission(job_id, began_unix_s, "local", 1)))
-        attempt = attempt_folder(run, job_id, 0)
-        keep(attempt / "start.json", Start(job_id, 0, ["elsewhere"], 8, began_unix_s, restart))
+        folder = start_folder(run, job_id, 0)
+        keep(folder / "start.json", StartRecord(job_id, 0, ["elsewhere"], 8, began_unix_s, restart))
         number = starts.Start.claim(run).number
         claim = claim_path(run, number)
         claim.write_text(json.dumps(json.loads(claim.read_text()) | {"host": "elsewhere", "time": _iso(began_unix_s)}))
@@ -81,9 +81,9 @@ def _start(run: Path, state: str, num_rows: int) -> None:
              "total_samples": num_rows * _BATCH, "host": "elsewhere", "versions": {"torch": "2.13.0"}}
         )  # fmt: skip
         if restart < _NUM_STARTS - 1:
-            keep(attempt / "verdict.json", Verdict("requeue", "stopped on request (SIGUSR2)", 75, began_unix_s + 1))
+            keep(folder / "verdict.json", Verdict("requeue", "stopped on request (SIGUSR2)", 75, began_unix_s + 1))
         elif state == "failed":
-            keep(attempt / "verdict.json", Verdict("fail", "rank 0: no disk", 1, time.time()))
+            keep(folder / "verdict.json", Verdict("fail", "rank 0: no disk", 1, time.time()))
         elif state == "finished":
             write_outcome(run, number, 0, "finished", samples=num_rows * _BATCH)
     jobs.close()

@@ -37,7 +37,7 @@ def add(verbs: Any) -> None:
 
 
 def _launch(verbs: Mapping[str, argparse.ArgumentParser], arguments: argparse.Namespace) -> int:
-    from launch.submission.launch import Launch, launch
+    from launch.command import Launch, launch
 
     asked = Launch(
         recipe=arguments.recipe,

@@ -137,9 +137,9 @@ def test_batches_do_not_depend_on_ranks_or_on_where_a_run_was_resumed(recipe: Tr
     num_steps, done = 20, 7
     alone = batches(recipe, mixture, num_steps)
     resumed = batches(recipe, mixture, num_steps - done, start=done * GLOBAL_BATCH)
-    of_ranks = [batches(recipe, mixture, num_steps, rank=rank, num_ranks=3) for rank in range(3)]
+    rank_findings = [batches(recipe, mixture, num_steps, rank=rank, num_ranks=3) for rank in range(3)]
     for step, batch in enumerate(alone):
-        shares = [tensors(rank[step]) for rank in of_ranks]
+        shares = [tensors(rank[step]) for rank in rank_findings]
         together = [torch.cat(parts) for parts in zip(*shares, strict=True)]
         later = tensors(resumed[step - done]) if step >= done else tensors(batch)
         for whole, joined, again in zip(tensors(batch), together, later, strict=True):

@@ -23,7 +23,7 @@ import psutil
 import pytest
 import torch
 
-from launch.record.job import submissions
+from launch.record.job import read_submissions
 from pomscale.checkpoint.store import find_checkpoint, read_meta, read_tensors
 from pomscale.pretrained.load import load_pretrained
 from pomscale.runs.history import samples_seen
@@ -143,11 +143,11 @@ def held_at(file: Path, samples: int, step_s: float = 0.0) -> dict[str, str]:
     return {**ENVIRONMENT, **unhurried}
 
 
-def controller_of(home: Path) -> psutil.Process | None:
+def controller_of(job_folder: Path) -> psutil.Process | None:
     """The process of the newest local job, while it is there. Numbers of processes come again: this is no other's."""
     with suppress(psutil.NoSuchProcess, IndexError):
-        process = psutil.Process(int(submissions(home)[-1].job_id))
-        if str(home) in " ".join(process.cmdline()):
+        process = psutil.Process(int(read_submissions(job_folder)[-1].job_id))
+        if str(job_folder) in " ".join(process.cmdline()):
             return process
     return None
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.submission.prepare import How
-from launch.submission.sweep import plan_sweep, table
+from launch.pipelines.sweep import plan_sweep, sweep_table
+from launch.submission.prepare import JobRequest
 from pomscale.config.load import load_cluster, load_train_recipe
 from pomscale.config.sweep import load_points
 from pomscale.config.train import TrainRecipe
@@ -128,15 +128,15 @@ def test_launching_again_takes_only_what_is_left(path: Path, digits: Path, tmp_p
     overrides = [f"data.path={digits}/latents/train", f"output={tmp_path}/runs", "compute.device=cpu"]
     points = load_points(path, overrides)
     finish(points[1].recipe)
-    planned = plan_sweep(points, load_cluster("local"), "local", How())
+    planned = plan_sweep(points, JobRequest(load_cluster("local"), "local"))
     assert [(one.state, one.prepared is not None) for one in planned] == [
         ("new", True),
         ("finished", False),
         ("new", True),
         ("new", True),
     ]
-    assert not planned[0].home.exists()
-    lines = table(planned, {planned[0].home: "17"}).splitlines()
+    assert not planned[0].job_folder.exists()
+    lines = sweep_table(planned, {planned[0].job_folder: "17"}).splitlines()
     assert lines[0].split() == ["job", "optimizer.lr", "model.degree", "run"]
     assert lines[1].split() == ["17", "0.0001", "2", "grid.lr=0.0001-degree=2"]
     assert lines[2].split() == ["finished", "0.0001", "3", "grid.lr=0.0001-degree=3"]
@@ -144,9 +144,9 @@ def test_launching_again_takes_only_what_is_left(path: Path, digits: Path, tmp_p
 
 def finish(recipe: TrainRecipe) -> None:
     """What a run that has come to its end leaves, as far as a launch looks."""
-    home = Path(recipe.output) / recipe.name
-    checkpoint = home / "checkpoints" / f"samples-{recipe.training.total_samples:012d}"
+    job_folder = Path(recipe.output) / recipe.name
+    checkpoint = job_folder / "checkpoints" / f"samples-{recipe.training.total_samples:012d}"
     checkpoint.mkdir(parents=True)
     (checkpoint / CHECKPOINT_META).write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
     (checkpoint / "COMPLETE").write_text("")
-    write_outcome(home, 1, 0, "finished", samples=recipe.training.total_samples)
+    write_outcome(job_folder, 1, 0, "finished", samples=recipe.training.total_samples)

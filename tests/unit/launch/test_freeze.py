@@ -39,19 +39,19 @@ def test_the_copy_runs_and_says_where_it_comes_from(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_with_its_code_unless_told_otherwise(tmp_path: Path) -> None:
-    assert which_code(tmp_path).startswith("of now, ")
+    assert which_code(tmp_path).startswith("this checkout, ")
     freeze(tmp_path)
     marked = tmp_path / "code" / "pomscale" / "__init__.py"
     marked.write_text("# as it was\n")
     freeze(tmp_path)
     assert marked.read_text() == "# as it was\n"
-    assert "what it began with (" in which_code(tmp_path)
-    assert "--new-code takes that of now" in which_code(tmp_path)
+    assert "its frozen copy (" in which_code(tmp_path)
+    assert "--new-code replaces it by this checkout" in which_code(tmp_path)
 
     freeze(tmp_path, new_code=True)
     assert marked.read_text() == (ROOT / "pomscale" / "__init__.py").read_text()
     assert os.listdir(tmp_path) == ["code"]
-    assert which_code(tmp_path, new_code=True).endswith(" instead of what it began with")
+    assert which_code(tmp_path, new_code=True).endswith(" in place of its frozen copy")
 
 
 def test_new_code_that_cannot_take_its_place_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Which process of which job is this: read from what srun, torchrun or launch.task have set."""
+"""Identity of this process within its job, read from the variables that srun, torchrun or launch.task have set."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from launch.scheduler import slurm
 from pomscale.base.errors import PomscaleError
 
 LOCAL_JOB, LOCAL_RESTART = "POMSCALE_LOCAL_JOB", "POMSCALE_LOCAL_RESTART"
-"""Environment variables that launch.task.LocalTask sets: a local job has no scheduler to count its starts."""
+"""Environment variables that launch.task.LocalTask sets, since a local job has no scheduler to count its starts."""
 
 _FIRST_PORT, _NUM_PORTS = 20_000, 10_000  # below what the kernel hands out by itself (from 32,768 on)
 
 
 @dataclass(frozen=True)
-class Place:
-    """array_task: 0 without an array. environment: what torch.distributed and our own processes are told of it."""
+class RankIdentity:
+    """The rank of this process and the start of the job that it belongs to.
+
+    array_task: 0 without an array. environment: variables that pass the identity on to torch.distributed and to the
+    process of the rank.
+    """
 
     rank: int
     host: str
@@ -32,8 +36,8 @@ class Place:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def here(cls, spec: JobSpec, environment: Mapping[str, str] = os.environ) -> Place:
-        """PomscaleError where nobody has started this process as part of a job, or as part of another one."""
+    def here(cls, spec: JobSpec, environment: Mapping[str, str] = os.environ) -> RankIdentity:
+        """Read the identity of this process. PomscaleError if it belongs to no job, or to another job than `spec`."""
         by_torchrun = "TORCHELASTIC_RUN_ID" in environment
         if LOCAL_JOB in environment:
             host, rank = socket.gethostname(), int(environment.get("RANK", "0"))
@@ -49,7 +53,7 @@ class Place:
         num_tasks = int(environment["SLURM_NTASKS"])
         if num_tasks != spec.num_ranks:
             raise PomscaleError(
-                f"{spec.home}: the job has {num_tasks} tasks, and its job.json says {spec.num_ranks} ranks; "
+                f"{spec.job_folder}: the job has {num_tasks} tasks, and its job.json says {spec.num_ranks} ranks; "
                 "launch it again rather than changing sbatch's options"
             )
         rank = int(environment["SLURM_PROCID"])
@@ -66,7 +70,7 @@ class Place:
 
 
 def slurm_job(environment: Mapping[str, str]) -> tuple[str, int, tuple[str, ...]]:
-    """(job, how often SLURM has started it again, hosts in the order of ranks)."""
+    """Return (job id, SLURM's restart count, hosts in the order of ranks)."""
     job_id = environment["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in environment:
         job_id = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
@@ -75,5 +79,5 @@ def slurm_job(environment: Mapping[str, str]) -> tuple[str, int, tuple[str, ...]
 
 
 def port_of(spec: JobSpec, job_id: str, restart: int) -> int:
-    """For the rendezvous. Another one for each start, or a rank that was left over from the last one would join in."""
-    return _FIRST_PORT + zlib.crc32(f"{spec.home} {job_id} {restart}".encode()) % _NUM_PORTS
+    """Return the port of the rendezvous, which differs by start: a rank left over from the last one must not join."""
+    return _FIRST_PORT + zlib.crc32(f"{spec.job_folder} {job_id} {restart}".encode()) % _NUM_PORTS

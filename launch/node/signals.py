@@ -1,4 +1,4 @@
-"""Signals that a guard, or a launcher of guards, hands on to its processes."""
+"""Requests to stop: signals that a guard, or a launcher of guards, forwards to its processes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from types import FrameType
 _SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
-def hold_signals() -> None:
-    """Until a Forwarding is made, also by the program that this process becomes or its children, they wait."""
+def block_signals() -> None:
+    """Block SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 until a SignalForwarder is made.
+
+    They stay blocked, and pending, across exec and in child processes.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
-class Forwarding:
-    """From construction on, requests to stop are noted and handed on by `send(number)`, which may be set later.
+class SignalForwarder:
+    """Handler of requests to stop: notes them, and forwards each by `send(number)`, which may be set later.
 
-    first: name of the first of them, None as long as none came; asked_to_end: whether any of them was SIGTERM or
-    Ctrl-C, after which nothing starts again. Takes the place of submitit's handlers, which would requeue the job at
-    once and without a save.
+    first: name of the first signal that came; None as long as none did. asked_to_end: whether one of them was SIGTERM
+    or SIGINT, after which nothing starts again. This replaces submitit's handlers, which would requeue the job at once
+    and without a save.
     """
 
     def __init__(self) -> None:
