@@ -17,8 +17,7 @@ from pomscale.base.errors import InputError
 from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.config.schema import ValidationConfig
 from pomscale.diffusion.draws import keyed_normal
-from pomscale.diffusion.loss import Network, per_sample_loss
-from pomscale.diffusion.objectives import Objective
+from pomscale.diffusion.objectives import Network, Objective, per_sample_loss
 from pomscale.distributed.world import World
 
 ReadRecords = Callable[[list[int]], tuple[Tensor, Condition, Tensor]]

@@ -17,8 +17,10 @@ from pomscale.base.errors import InputError
 from pomscale.codecs.base import ClipCodec, Codec, TextEncoder
 from pomscale.config.model import ImageModelConfig
 from pomscale.config.schema import PixelCodecConfig, SamplerName
+from pomscale.diffusion.draws import sampling_noise
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.objectives import build_objective
+from pomscale.diffusion.options import SamplingOptions
 from pomscale.distributed.world import resolve_device
 from pomscale.models import DiPoM, VDiPoM
 from pomscale.pretrained.card import ModelCard, null_text
@@ -132,22 +134,19 @@ def sample(
     if num_samples != len(seeds):
         raise InputError(f"sample: {num_samples} conditions but {len(seeds)} seeds; give one seed per picture or clip")
     shape, group_frames = _shape(model, num_samples, num_frames, size, known)
-    objective = build_objective(model.card.diffusion)
+    objective, options = build_objective(model.card.diffusion), SamplingOptions(sampler, steps, guidance)
     parts = []
     for start in track(range(0, num_samples, batch), "sampling", disable=not show_progress, transient=True):
         rows = list(range(start, min(start + batch, num_samples)))
+        batch_condition = map_condition(asked, lambda part, rows=rows: part[rows].to(device))  # type: ignore[misc]
         parts.append(
             generate(
                 objective,
                 model,
-                shape,
-                map_condition(asked, lambda part, rows=rows: part[rows].to(device)),  # type: ignore[misc]
+                sampling_noise([seeds[row] for row in rows], shape, batch_condition, group_frames),
+                batch_condition,
                 map_condition(nothing, lambda part, rows=rows: part[[0] * len(rows)].to(device)),  # type: ignore[misc]
-                [seeds[row] for row in rows],
-                sampler=sampler,
-                num_steps=steps,
-                guidance=guidance,
-                group_frames=group_frames,
+                options,
                 known=None if known is None else known[rows],
             )
         )

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from pomscale.base.condition import Condition, batch_size, map_condition
 from pomscale.config.schema import SamplingConfig
+from pomscale.diffusion.draws import sampling_noise
 from pomscale.diffusion.generate import generate
-from pomscale.diffusion.loss import Network
-from pomscale.diffusion.objectives import Objective
+from pomscale.diffusion.objectives import Network, Objective
+from pomscale.diffusion.options import SamplingOptions
 from pomscale.distributed.world import World
 
 DEFAULT_NUM_ROWS = 8
@@ -42,17 +43,14 @@ def generate_on_all_ranks(
     per_rank = -(-num_samples // world.size)
     # Every rank computes the same number of samples, since a sharded network computes on all ranks or on none.
     places = [min(world.rank * per_rank + i, num_samples - 1) for i in range(per_rank)]
+    mine = map_condition(condition, lambda part: part[places].to(world.device))
     latents = generate(
         objective,
         network,
-        shape,
-        map_condition(condition, lambda part: part[places].to(world.device)),
+        sampling_noise([config.seed + p for p in places], shape, mine, group_frames),
+        mine,
         map_condition(null_condition, lambda part: part[[0] * per_rank].to(world.device)),
-        [config.seed + p for p in places],
-        sampler=config.sampler,
-        num_steps=config.num_steps,
-        guidance=config.guidance,
-        group_frames=group_frames,
+        SamplingOptions(config.sampler, config.num_steps, config.guidance),
     )
     parts: list[Any] = world.gather(latents.cpu())
     return torch.cat(parts)[:num_samples]

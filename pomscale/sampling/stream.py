@@ -15,6 +15,7 @@ from pomscale.base.condition import Text
 from pomscale.base.errors import InputError
 from pomscale.config.schema import SamplerName
 from pomscale.diffusion.objectives import build_objective
+from pomscale.diffusion.options import SamplingOptions
 from pomscale.diffusion.sequential import SequentialSampler
 from pomscale.models import MixerState
 from pomscale.models.states import states_from_tensors, states_to_tensors
@@ -73,10 +74,8 @@ class ClipStream(Iterator[Tensor]):
             self._text,
             Text(*(part.expand(num_clips, *part.shape[1:]) for part in nothing)),
             self.seeds,
+            SamplingOptions(sampler, steps, guidance),
             time_per_group=model.card.diffusion.time.per_frame_group,
-            sampler=sampler,
-            num_steps=steps,
-            guidance=guidance,
         )
 
     @property

@@ -18,8 +18,7 @@ from pomscale.data.dataset import Samples
 from pomscale.data.loader import Loader, MicroBatch
 from pomscale.data.normalize import normalize
 from pomscale.diffusion.draws import draw
-from pomscale.diffusion.loss import per_sample_loss
-from pomscale.diffusion.objectives import Objective
+from pomscale.diffusion.objectives import Objective, per_sample_loss
 from pomscale.pretrained.card import null_text
 from pomscale.shards.schema import Normalization, TextInfo
 
