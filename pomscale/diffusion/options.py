@@ -9,7 +9,7 @@ from pomscale.config.schema import SamplerName
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """How latents are sampled from a trained network.
+    """Sampler, number of steps and guidance with which latents are sampled.
 
     Attributes:
         sampler: Name of the sampler; None follows the objective: euler for flow, ddim for eps.
