@@ -12,8 +12,8 @@ from data_pipelines.encode.encode import EncodeReport, check_source_in_place, en
 from data_pipelines.shards.parts import PARTS_FOLDER, part_of
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder, write_text
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.load import load_encode_recipe
-from pomscale.config.schema import EncodeRecipe
 from pomscale.config.yaml_file import dump_yaml
 from pomscale.shards.schema import MANIFEST_NAME, Manifest, read_manifest
 

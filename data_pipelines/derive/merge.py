@@ -21,7 +21,7 @@ from data_pipelines.shards.writers import write_index
 from pomscale import __version__
 from pomscale.base.errors import InputError
 from pomscale.base.files import atomic_write, link_or_copy, write_text
-from pomscale.config.schema import TransformConfig
+from pomscale.config.encode import TransformConfig
 from pomscale.shards.schema import (
     FAILURES_NAME,
     MANIFEST_NAME,

@@ -14,7 +14,7 @@ from pomscale.base.console import format_duration
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import make_folder
 from pomscale.base.task_index import TaskIndex
-from pomscale.config.schema import EncodeRecipe
+from pomscale.config.encode import EncodeRecipe
 from pomscale.monitoring.monitor import Monitor
 
 # Enough for the speed to be that of a full pipeline, and short beside any real set.

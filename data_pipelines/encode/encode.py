@@ -8,7 +8,6 @@ the same batch).
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,11 +20,12 @@ from data_pipelines.encode.progress import EncodeProgress
 from data_pipelines.encode.setup import Encoders, EncodeSetup, check_items_in_place, table_folder, variants_of
 from data_pipelines.shards.parts import PARTS_FOLDER, Claims, part_of, record_path, skipped_exit_code
 from data_pipelines.sources import build_source
+from pomscale.base.console import warn
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder
 from pomscale.base.task_index import TaskIndex
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.monitoring import MonitoringConfig
-from pomscale.config.schema import EncodeRecipe
 from pomscale.monitoring.monitor import Monitor, open_monitor
 from pomscale.shards.schema import FAILURES_NAME, MANIFEST_NAME, Manifest, read_manifest
 
@@ -248,7 +248,7 @@ def _monitor(recipe: EncodeRecipe, task: TaskIndex, num_items: int) -> Monitor:
         run_name=f"{recipe.name}-{task.index:05d}",
         recipe_dump=recipe.model_dump(mode="json"),
         total_samples=num_items,
-        incarnation=0,
+        start=0,
     )
 
 
@@ -274,7 +274,7 @@ def _manifest_of(output: Path) -> Manifest | None:
     try:
         return read_manifest(output)
     except InputError as error:
-        print(f"warning: {error}. It is written again, from the parts", file=sys.stderr)
+        warn(f"{error}. It is written again, from the parts")
         return None
 
 

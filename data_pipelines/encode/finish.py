@@ -15,7 +15,7 @@ from data_pipelines.shards.writers import write_index
 from pomscale import __version__
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import atomic_write, remove_leftovers, write_text
-from pomscale.config.schema import has_captions
+from pomscale.config.encode import has_captions
 from pomscale.shards.schema import (
     FAILURES_NAME,
     INDEX_NAME,

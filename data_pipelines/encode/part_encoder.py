@@ -23,7 +23,7 @@ from data_pipelines.shards.writers import PartWriter, Record
 from data_pipelines.sources.protocol import Item, SourceChangedError
 from pomscale.base.errors import PomscaleError
 from pomscale.base.keyed_random import Stream, keyed_generator
-from pomscale.config.schema import ImageTransformConfig, VideoTransformConfig
+from pomscale.config.encode import ImageTransformConfig, VideoTransformConfig
 from pomscale.media import UnreadableMediaError, nearest_bucket
 from pomscale.media.pictures import decode_picture, fit_picture
 from pomscale.shards.schema import ArrayName

@@ -10,7 +10,7 @@ from data_pipelines.shards.parts import PARTS_FOLDER, EncodeSpec, PartStore
 from data_pipelines.sources.protocol import Item, Source, SourceChangedError
 from pomscale.base.errors import InputError
 from pomscale.codecs import Codec, TextEncoder, build_codec, build_text_encoder
-from pomscale.config.schema import EncodeRecipe, ImageTransformConfig, TableSourceConfig, TransformConfig
+from pomscale.config.encode import EncodeRecipe, ImageTransformConfig, TableSourceConfig, TransformConfig
 from pomscale.distributed.world import resolve_device
 from pomscale.shards.schema import ArrayName
 

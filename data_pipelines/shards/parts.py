@@ -12,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +21,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipelines.shards.statistics import ChannelStatistics
+from pomscale.base.console import warn
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import atomic_write, make_folder, remove_leftovers, write_text
-from pomscale.config.schema import TransformConfig
+from pomscale.config.encode import TransformConfig
 from pomscale.shards.index import index_dtype, map_index, to_npy
 from pomscale.shards.schema import ArrayName, ShardInfo
 
@@ -154,7 +154,7 @@ class Claims:
             if self._several:
                 raise InputError(f"{problem}; choose another output, or use one task") from error
             if not self._warned:
-                print(f"warning: {problem}; do not start a second encode on this output", file=sys.stderr)
+                warn(f"{problem}; do not start a second encode on this output")
             self._warned = True
         return True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data_pipelines.sources.protocol import Source
-from pomscale.config.schema import (
+from pomscale.config.encode import (
     ImageFolderConfig,
     SourceConfig,
     TableSourceConfig,

@@ -10,7 +10,7 @@ from data_pipelines.sources import storage
 from data_pipelines.sources.item_fields import checked_key, readable
 from data_pipelines.sources.protocol import Item
 from pomscale.base.errors import InputError
-from pomscale.config.schema import ImageFolderConfig
+from pomscale.config.encode import ImageFolderConfig
 from pomscale.media import PICTURE_EXTENSIONS, extension
 
 

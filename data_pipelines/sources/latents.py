@@ -11,7 +11,7 @@ from data_pipelines.sources import storage
 from data_pipelines.sources.item_fields import checked_caption, decode_text
 from data_pipelines.sources.protocol import Item
 from pomscale.base.errors import InputError
-from pomscale.config.schema import LatentsSourceConfig
+from pomscale.config.encode import LatentsSourceConfig
 from pomscale.shards.location import join
 from pomscale.shards.schema import CAPTION_MEMBER, REMEDY, read_manifest
 

@@ -16,7 +16,7 @@ from data_pipelines.sources import storage
 from data_pipelines.sources.item_fields import ClassIds, checked_caption, checked_key, readable
 from data_pipelines.sources.protocol import Item
 from pomscale.base.errors import InputError
-from pomscale.config.schema import TableSourceConfig
+from pomscale.config.encode import TableSourceConfig
 
 # Columns of a row by name; or, as a text, the reason why the row cannot be read.
 Row = dict[str, Any] | str

@@ -13,7 +13,7 @@ from data_pipelines.sources import storage
 from data_pipelines.sources.item_fields import ClassIds, checked_caption, checked_key, decode_text, readable
 from data_pipelines.sources.protocol import Item
 from pomscale.base.errors import InputError
-from pomscale.config.schema import TarSourceConfig
+from pomscale.config.encode import TarSourceConfig
 from pomscale.media import CLIP_EXTENSIONS, PICTURE_EXTENSIONS
 from pomscale.shards.index import split_member_name
 

@@ -13,7 +13,7 @@ from data_pipelines.sources import storage
 from data_pipelines.sources.item_fields import checked_caption, checked_key, decode_text, readable
 from data_pipelines.sources.protocol import Item, SourceChangedError
 from pomscale.base.errors import InputError
-from pomscale.config.schema import VideoFolderConfig
+from pomscale.config.encode import VideoFolderConfig
 from pomscale.media import CLIP_EXTENSIONS, extension
 
 _CAPTION_EXTENSION = ".txt"

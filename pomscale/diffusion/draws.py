@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pomscale.base.condition import Condition, device_of
 from pomscale.base.keyed_random import Stream, keyed_generator
-from pomscale.config.schema import DiffusionConfig, TimeConfig
+from pomscale.config.train import DiffusionConfig, TimeConfig
 
 
 @dataclass

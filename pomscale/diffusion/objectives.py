@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pomscale.base.condition import Condition
-from pomscale.config.schema import DiffusionConfig
+from pomscale.config.train import DiffusionConfig
 
 Network = Callable[[Tensor, Tensor, Condition], Tensor]
 """(latents (b, ...), t (b,) or (b, g), condition) -> prediction (b, ...)."""

@@ -16,9 +16,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pomscale.base.errors import InputError
+from pomscale.config.codecs import CodecConfig, TextEncoderConfig
+from pomscale.config.encode import TransformConfig, VideoTransformConfig
 from pomscale.config.identity import NOT_OF_THE_LATENTS
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
-from pomscale.config.schema import CodecConfig, TextEncoderConfig, TransformConfig, VideoTransformConfig
 from pomscale.shards.location import join, local_folder, read_bytes
 
 SCHEMA_VERSION: Literal[2] = 2

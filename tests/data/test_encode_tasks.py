@@ -19,7 +19,7 @@ from data_pipelines.encode.encode import encode
 from data_pipelines.shards.parts import Claims
 from pomscale.base.errors import InputError
 from pomscale.base.task_index import TaskIndex, this_task
-from pomscale.config.schema import EncodeRecipe
+from pomscale.config.encode import EncodeRecipe
 from pomscale.monitoring import monitor as monitor_module
 from pomscale.monitoring.wandb import run as wandb_run
 from pomscale.shards.schema import MANIFEST_NAME

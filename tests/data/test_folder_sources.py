@@ -16,7 +16,7 @@ from data_pipelines.sources.item_fields import checked_key
 from data_pipelines.sources.protocol import Item, Source, SourceChangedError
 from data_pipelines.sources.storage import sorted_on_disk
 from pomscale.base.errors import InputError, PomscaleError
-from pomscale.config.schema import ImageFolderConfig, VideoFolderConfig
+from pomscale.config.encode import ImageFolderConfig, VideoFolderConfig
 
 
 def touch(path: Path, content: bytes = b"x") -> None:

@@ -214,7 +214,7 @@ from pathlib import Path
 from data_pipelines.encode.items import ItemOrder
 from data_pipelines.encode.items import ItemTable
 from data_pipelines.sources import build_source
-from pomscale.config.schema import TableSourceConfig
+from pomscale.config.encode import TableSourceConfig
 
 def anonymous_kib():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))

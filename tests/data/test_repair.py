@@ -10,7 +10,7 @@ from data_pipelines.check.repair import repair
 from data_pipelines.check.verify import verify
 from data_pipelines.encode.encode import encode
 from pomscale.base.errors import InputError, PomscaleError
-from pomscale.config.schema import EncodeRecipe
+from pomscale.config.encode import EncodeRecipe
 from pomscale.shards.schema import INDEX_NAME, MANIFEST_NAME, read_manifest
 
 

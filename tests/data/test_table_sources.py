@@ -24,7 +24,7 @@ from data_pipelines.encode.items import ItemTable
 from data_pipelines.sources import build_source
 from data_pipelines.sources.protocol import Item, Source, SourceChangedError
 from pomscale.base.errors import InputError, PomscaleError
-from pomscale.config.schema import TableSourceConfig
+from pomscale.config.encode import TableSourceConfig
 
 Rows = Sequence[dict[str, Any]]
 
@@ -348,7 +348,7 @@ def test_parquet_asks_for_pyarrow_and_nothing_else_does(tmp_path: Path) -> None:
 import sys
 sys.modules["pyarrow"] = None  # as where it is not installed
 from data_pipelines.sources import build_source
-from pomscale.config.schema import TableSourceConfig
+from pomscale.config.encode import TableSourceConfig
 print(len(list(build_source(TableSourceConfig(kind="table", path="{tmp_path}/t.csv", media="{{path}}")).scan())))
 (list(build_source(TableSourceConfig(kind="table", path="{tmp_path}/*.parquet")).scan()))
 """

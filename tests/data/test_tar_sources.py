@@ -21,7 +21,7 @@ from data_pipelines.encode.items import ItemTable
 from data_pipelines.sources import build_source
 from data_pipelines.sources.protocol import Item, Source, SourceChangedError
 from pomscale.base.errors import InputError
-from pomscale.config.schema import LatentsSourceConfig, TarSourceConfig
+from pomscale.config.encode import LatentsSourceConfig, TarSourceConfig
 from pomscale.shards.index import key_hash
 from support.file_server import FileServer
 from support.synthetic_dataset import write_dataset

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from pomscale.base.keyed_random import Stream
-from pomscale.config.schema import DiffusionConfig, ImageModelConfig, SamplerName, TimeConfig
+from pomscale.config.model import ImageModelConfig
+from pomscale.config.names import SamplerName
+from pomscale.config.train import DiffusionConfig, TimeConfig
 from pomscale.diffusion.draws import draw, keyed_normal, sampling_noise
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.guidance import guided

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pomscale.base.condition import Condition, Text
 from pomscale.benchmarks.storage_tracker import StorageTracker
-from pomscale.config.schema import SamplerName
+from pomscale.config.names import SamplerName
 from pomscale.diffusion.draws import sampling_noise
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.objectives import OBJECTIVES

@@ -1,6 +1,6 @@
 """Samplers, one file each. To add one, write a function of the type `Sampler` and enter its name in SAMPLERS."""
 
-from pomscale.config.schema import SamplerName
+from pomscale.config.names import SamplerName
 from pomscale.diffusion.samplers.ddim import ddim
 from pomscale.diffusion.samplers.euler import euler
 from pomscale.diffusion.samplers.heun import heun

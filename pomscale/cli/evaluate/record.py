@@ -1,4 +1,4 @@
-"""`pomscale evaluate record`: what an evaluation of a checkpoint has found becomes part of its run."""
+"""`pomscale evaluate record`: add the figures of a checkpoint to its run."""
 
 from __future__ import annotations
 
@@ -12,15 +12,26 @@ from pomscale.cli.arguments import positive
 
 
 def add(evaluate_verbs: Any) -> None:
-    """The verb, to those of `evaluate`."""
+    """Add the verb to those of `evaluate`."""
     record = evaluate_verbs.add_parser(
-        "record", help="figures of a checkpoint, and pictures beside them, into its run's record and wandb"
+        "record", help="Add figures of a checkpoint, and the pictures beside them, to its run's record and to wandb"
     )
-    record.add_argument("run_folder", type=Path, metavar="RUN")
-    record.add_argument("name", metavar="NAME", help="figures are logged as evaluation/NAME/FIGURE")
-    record.add_argument("samples", type=positive, metavar="SAMPLES", help="that the checkpoint had seen")
-    record.add_argument("figures", type=Path, metavar="FIGURES.json", help="an object of numbers and lists of numbers")
-    record.add_argument("--evaluated", type=Path, help="copy of the checkpoint made for this; removed afterwards")
+    record.add_argument("run_folder", type=Path, metavar="RUN", help="Run folder")
+    record.add_argument(
+        "name", metavar="NAME", help="Name of the evaluation; figures are logged as evaluation/NAME/FIGURE"
+    )
+    record.add_argument(
+        "samples", type=positive, metavar="SAMPLES", help="Number of samples that the checkpoint has seen"
+    )
+    record.add_argument(
+        "figures", type=Path, metavar="FIGURES.json", help="File with a JSON object of numbers and lists of numbers"
+    )
+    record.add_argument(
+        "--evaluated",
+        type=Path,
+        metavar="DIR",
+        help="Copy of the checkpoint that was made for the evaluation, and is removed afterwards",
+    )
     record.set_defaults(run=_record, leaves_threads=True)  # a wandb server that hangs must not hold the exit
 
 
@@ -48,15 +59,16 @@ def _record(arguments: argparse.Namespace) -> int:
     deliver_without_training(arguments.run_folder)
     if arguments.evaluated is not None:
         remove(arguments.evaluated)
-    told = ", ".join(f"{figure} {value:.5g}" for figure, value in figures.items())
-    print(f"recorded at {arguments.samples:,} samples of {arguments.run_folder}: {told}")
+    listed = ", ".join(f"{figure} {value:.5g}" for figure, value in figures.items())
+    print(f"recorded at {arguments.samples:,} samples of {arguments.run_folder}: {listed}")
     return 0
 
 
 def read_figures(path: Path) -> dict[str, float]:
-    """The numbers of a JSON object; of a list, those of key KEY are KEY_00, KEY_01, ...; text and null are left out.
+    """Read the numbers of a JSON object.
 
-    InputError if it is not there, no JSON object, or has no number at all.
+    A list under KEY becomes KEY_00, KEY_01, ...; text and null are left out. Raise InputError if the file is not there,
+    is no JSON object, or has no number at all.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -67,7 +79,7 @@ def read_figures(path: Path) -> dict[str, float]:
     figures: dict[str, float] = {}
     for key, value in content.items():
         if isinstance(value, list):
-            figures |= {f"{key}_{place:02d}": float(one) for place, one in enumerate(value) if _is_number(one)}
+            figures |= {f"{key}_{index:02d}": float(one) for index, one in enumerate(value) if _is_number(one)}
         elif _is_number(value):
             figures[key] = float(value)
     if not figures:
