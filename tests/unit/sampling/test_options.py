@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pomscale.config.sampling import SamplingConfig
-from pomscale.sampling.options import SamplingChanges, SamplingOptions
+from pomscale.diffusion.options import SamplingChanges, SamplingOptions
 
 RECIPE = SamplingConfig(sampler="heun", num_steps=7, guidance=1.5)
 
