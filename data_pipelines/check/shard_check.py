@@ -21,7 +21,7 @@ from pomscale.shards.schema import (
     ShardInfo,
 )
 
-# A set that is damaged all over must not fill the memory with lines that nobody reads.
+# A set that is damaged all over must not fill the memory with lines.
 _MAX_LINES = 1000
 
 WRONG_SHA256 = "its sha256 differs from the manifest's"

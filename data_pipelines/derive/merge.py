@@ -193,7 +193,7 @@ def _merged_shards(sets: Sequence[_Set], groups: list[GroupInfo]) -> list[_Merge
 
 
 def _link_or_copy(task: tuple[Path, Path]) -> bool:
-    """Link or copy a shard, replacing the target of an earlier attempt. Return whether it was copied."""
+    """Link or copy a shard, replacing the target if it exists. Return whether it was copied."""
     return link_or_copy(*task)
 
 

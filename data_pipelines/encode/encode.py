@@ -95,7 +95,7 @@ class EncodeReport:
         if self.num_ignored:
             parts += f"; {self.num_ignored:,} files of the source were ignored"
         if self.stopped:
-            return f"stopped on request: {parts}; finished parts are kept, run the same command again to go on"
+            return f"stopped on request: {parts}; finished parts are kept, run the same command again to continue"
         if self.num_elsewhere:
             parts += f"; other tasks are at work on {self.num_elsewhere:,} parts, the last one will finish the dataset"
         return "\n".join([*map(str, self.datasets), parts])

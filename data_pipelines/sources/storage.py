@@ -426,7 +426,7 @@ def _explained(path: str) -> Iterator[None]:
         if 400 <= status < 500 and status not in {408, 429}:
             raise PermissionError(errno.EACCES, f"the server answers {status}", path) from error
         raise PomscaleError(
-            f"{path}: cannot be read: {error}. What was finished before is kept; run the same command again to go on"
+            f"{path}: cannot be read: {error}. What was finished before is kept; run the same command again to continue"
         ) from error
 
 

@@ -30,7 +30,7 @@ from pomscale.benchmarks.memory import peak_private_mib
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.synthetic import make_dataset
 from pomscale.config.data import DataConfig
-from pomscale.data.loader import Loader, MicroBatch
+from pomscale.data.loader import Loader, MicroBatch, ReadAhead
 from pomscale.data.mixture import Mixture
 from pomscale.shards.schema import read_manifest
 
@@ -88,10 +88,8 @@ def _open(dataset: Path, num_threads: int, start: int = 0) -> Loader[Any]:
         rank=0,
         world_size=1,
         start_position=start,
-        num_threads=num_threads,
-        prefetch=config.prefetch,
+        ahead=ReadAhead(num_threads, config.prefetch),
         finish=lambda batch: batch,
-        pin_memory=False,
     )
 
 

@@ -27,8 +27,7 @@ from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.storage_tracker import step_peak_bytes
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.config.train import TrainRecipe
-from pomscale.diffusion.loss import Network, per_sample_loss
-from pomscale.diffusion.objectives import FlowMatching
+from pomscale.diffusion.objectives import FlowMatching, Network, per_sample_loss
 from pomscale.distributed.flat_shard import FlatShard
 from pomscale.distributed.world import World, join_world
 from pomscale.engine import build_engine

@@ -30,8 +30,8 @@ from pomscale.benchmarks.storage_tracker import StorageTracker, step_peak_bytes
 from pomscale.config.hardware import peak_flops
 from pomscale.config.model import VideoModelConfig
 from pomscale.config.train import TrainRecipe
-from pomscale.diffusion.loss import per_sample_loss
-from pomscale.diffusion.objectives import FlowMatching
+from pomscale.diffusion.objectives import FlowMatching, per_sample_loss
+from pomscale.diffusion.options import SamplingOptions
 from pomscale.diffusion.sequential import SequentialSampler
 from pomscale.distributed.activation_checkpointing import checkpoint_blocks
 from pomscale.distributed.world import World, join_world, resolve_device
@@ -230,7 +230,7 @@ def _new_clip(mixer: str) -> tuple[SequentialSampler[list[MixerState]], VDiPoM]:
     text = _text(model.config, 1, device)
     group_shape = (channels, model.config.patch_frames, height, width)
     clips = SequentialSampler(
-        FlowMatching(), model.step, group_shape, text, text, [0], time_per_group=False, num_steps=2
+        FlowMatching(), model.step, group_shape, text, text, [0], SamplingOptions(num_steps=2), time_per_group=False
     )
     return clips, model
 

@@ -128,7 +128,7 @@ def _logs(arguments: argparse.Namespace) -> int:
             folder,
             rank=arguments.rank,
             lines=arguments.lines,
-            attempt=arguments.start,
+            start=arguments.start,
             follow=arguments.follow,
         )
     except KeyboardInterrupt:

@@ -27,8 +27,7 @@ from pomscale.data.dataset import LatentDataset
 from pomscale.data.normalize import normalize
 from pomscale.data.texts import text_batch
 from pomscale.diffusion.draws import keyed_normal
-from pomscale.diffusion.loss import Network, per_sample_loss
-from pomscale.diffusion.objectives import Objective, build_objective
+from pomscale.diffusion.objectives import Network, Objective, build_objective, per_sample_loss
 from pomscale.distributed.world import World, join_world
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.load import load_pretrained

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TypedDict, Unpack
 
 import torch
@@ -14,10 +13,11 @@ from pomscale.base.console import track, warn
 from pomscale.base.errors import InputError
 from pomscale.config.names import SamplerName
 from pomscale.data.texts import null_text
+from pomscale.diffusion.draws import sampling_noise
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.objectives import build_objective
+from pomscale.diffusion.options import SamplingOptions
 from pomscale.pretrained.load import PretrainedDiPoM, PretrainedModel, PretrainedVDiPoM
-from pomscale.sampling.options import SamplingOptions
 from pomscale.sampling.prompts import embed_prompts
 
 
@@ -95,17 +95,16 @@ def sample_latents(
     parts = []
     for first in track(range(0, num_samples, batch), "batches", -(-num_samples // batch), enabled=show_progress):
         rows = list(range(first, min(first + batch, num_samples)))
+        batch_condition = map_condition(asked, lambda part, rows=rows: part[rows].to(device))  # type: ignore[misc]
         parts.append(
             generate(
                 objective,
                 model,
-                shape,
-                map_condition(asked, lambda part, rows=rows: part[rows].to(device)),  # type: ignore[misc]
+                sampling_noise([seeds[row] for row in rows], shape, batch_condition, group_frames),
+                batch_condition,
                 map_condition(nothing, lambda part, rows=rows: part[[0] * len(rows)].to(device)),  # type: ignore[misc]
-                [seeds[row] for row in rows],
-                group_frames=group_frames,
+                options,
                 known=None if known is None else known[rows],
-                **asdict(options),
             )
         )
     return torch.cat(parts)

@@ -24,11 +24,11 @@ from pomscale.base.errors import InputError
 from pomscale.base.files import atomic_write, make_folder
 from pomscale.codecs.base import ClipCodec, ClipDecoder
 from pomscale.data.normalize import normalize
+from pomscale.diffusion.options import SamplingOptions
 from pomscale.media.sheets import ContactSheet, open_clips, to_bytes
 from pomscale.pretrained.card import DEFAULT_FPS
 from pomscale.pretrained.load import PretrainedVDiPoM
 from pomscale.sampling.api import sample_latents
-from pomscale.sampling.options import SamplingOptions
 from pomscale.sampling.stream import ClipStream
 
 MP4 = ".mp4"

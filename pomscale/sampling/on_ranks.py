@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,11 +9,11 @@ from torch import Tensor
 
 from pomscale.base.condition import Condition, batch_size, map_condition
 from pomscale.config.sampling import SamplingConfig
+from pomscale.diffusion.draws import sampling_noise
 from pomscale.diffusion.generate import generate
-from pomscale.diffusion.loss import Network
-from pomscale.diffusion.objectives import Objective
+from pomscale.diffusion.objectives import Network, Objective
+from pomscale.diffusion.options import SamplingOptions
 from pomscale.distributed.world import World
-from pomscale.sampling.options import SamplingOptions
 
 DEFAULT_NUM_ROWS = 8
 
@@ -57,15 +56,14 @@ def generate_on_all_ranks(
     per_rank = -(-num_samples // world.size)
     # Every rank computes the same number of samples, since a sharded network computes on all ranks or on none.
     positions = [min(world.rank * per_rank + i, num_samples - 1) for i in range(per_rank)]
+    mine = map_condition(condition, lambda part: part[positions].to(world.device))
     latents = generate(
         objective,
         network,
-        shape,
-        map_condition(condition, lambda part: part[positions].to(world.device)),
+        sampling_noise([config.seed + position for position in positions], shape, mine, group_frames),
+        mine,
         map_condition(null_condition, lambda part: part[[0] * per_rank].to(world.device)),
-        [config.seed + position for position in positions],
-        group_frames=group_frames,
-        **asdict(SamplingOptions.from_recipe(config)),
+        SamplingOptions.from_recipe(config),
     )
     parts: list[Any] = world.gather(latents.cpu())
     return torch.cat(parts)[:num_samples]

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from pomscale.base.files import atomic_write, check_can_be_written
+from pomscale.diffusion.options import SamplingOptions
 from pomscale.media.sheets import save_grid
 from pomscale.pretrained.load import PretrainedDiPoM
 from pomscale.sampling.api import decode, sample_latents
 from pomscale.sampling.on_ranks import grid_classes
-from pomscale.sampling.options import SamplingOptions
 
 
 def write_pictures(

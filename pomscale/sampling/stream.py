@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Unpack
 
@@ -16,13 +15,13 @@ from pomscale.base.condition import Text
 from pomscale.base.errors import InputError
 from pomscale.data.texts import null_text
 from pomscale.diffusion.objectives import build_objective
+from pomscale.diffusion.options import SamplingArguments, SamplingOptions
 from pomscale.diffusion.sequential import SequentialSampler
 from pomscale.models import MixerState
 from pomscale.models.states import states_from_tensors, states_to_tensors
 from pomscale.pretrained.load import PretrainedVDiPoM
 from pomscale.sampling.api import clip_size, warn_of_unseen_positions
 from pomscale.sampling.clip_state import read_clip_state, write_clip_state
-from pomscale.sampling.options import SamplingArguments, SamplingOptions
 from pomscale.sampling.prompts import embed_prompts
 
 
@@ -83,8 +82,8 @@ class ClipStream(Iterator[Tensor]):
             self._text,
             Text(*(part.expand(num_clips, *part.shape[1:]) for part in nothing)),
             self.seeds,
+            self._options,
             time_per_group=model.card.diffusion.time.per_frame_group,
-            **asdict(self._options),
         )
 
     @property

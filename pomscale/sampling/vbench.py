@@ -18,11 +18,11 @@ from pomscale.base.condition import Text
 from pomscale.base.console import Progress
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import make_folder, sync_folder
+from pomscale.diffusion.options import SamplingChanges, SamplingOptions
 from pomscale.pretrained.load import PretrainedVDiPoM, load_pretrained
 from pomscale.pretrained.weights import TrainedWeights, open_weights
 from pomscale.runs.code_state import versions
 from pomscale.sampling.clips import ClipFiles, ClipRequest, clip_codec, num_latent_frames, write_clips
-from pomscale.sampling.options import SamplingChanges, SamplingOptions
 from pomscale.sampling.prompts import embed_prompts
 from pomscale.sampling.vbench_suite import VIDEOS, Video, check, claim, list_videos, read_prompts
 

@@ -17,8 +17,7 @@ from pomscale.data.loader import Loader, MicroBatch
 from pomscale.data.normalize import normalize
 from pomscale.data.texts import null_text, text_batch
 from pomscale.diffusion.draws import draw
-from pomscale.diffusion.loss import per_sample_loss
-from pomscale.diffusion.objectives import Objective
+from pomscale.diffusion.objectives import Objective, per_sample_loss
 from pomscale.shards.schema import Normalization, TextInfo
 
 

@@ -23,7 +23,7 @@ from pomscale.config.hardware import peak_flops
 from pomscale.config.model import VideoModelConfig
 from pomscale.config.train import TrainRecipe
 from pomscale.data.bad_samples import BadSampleList
-from pomscale.data.loader import Loader
+from pomscale.data.loader import Loader, ReadAhead
 from pomscale.data.mixture import Mixture
 from pomscale.diffusion.objectives import build_objective
 from pomscale.distributed.compile_cache import CompileCache
@@ -355,10 +355,10 @@ class _Run:
             rank=self.world.rank,
             world_size=self.world.size,
             start_position=clock.position,
-            num_threads=self.recipe.data.num_threads,
-            prefetch=self.recipe.data.prefetch,
+            ahead=ReadAhead(
+                self.recipe.data.num_threads, self.recipe.data.prefetch, pin_memory=self.world.device.type == "cuda"
+            ),
             finish=partial(draw_batch, self.recipe, texts=None if mixture.text is None else mixture.text.info),
-            pin_memory=self.world.device.type == "cuda",
         )
 
     def _schedules(self) -> dict[str, Any]:

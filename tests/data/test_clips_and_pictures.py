@@ -15,7 +15,7 @@ from pomscale.base.errors import InputError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.model import VideoModelConfig
 from pomscale.config.train import TrainRecipe, ValidationConfig
-from pomscale.data.loader import Loader
+from pomscale.data.loader import Loader, ReadAhead
 from pomscale.data.mixture import Mixture
 from pomscale.diffusion.objectives import FlowMatching
 from pomscale.distributed.world import join_world
@@ -71,10 +71,8 @@ def batches(
         rank=rank,
         world_size=num_ranks,
         start_position=start,
-        num_threads=2,
-        prefetch=3,
+        ahead=ReadAhead(2, 3),
         finish=partial(draw_batch, recipe, texts=mixture.text.info),
-        pin_memory=False,
     )
     with loader:
         return list(itertools.islice(loader, num_steps))

@@ -190,7 +190,7 @@ def test_items_that_changed_since_the_scan_are_told_from_failing_storage(
 
     monkeypatch.setattr(type(memory), "cat_file", failing)
     with pytest.raises(
-        PomscaleError, match=r"memory://set/a/1.png: cannot be read: .*Connection reset.*again to go on"
+        PomscaleError, match=r"memory://set/a/1.png: cannot be read: .*Connection reset.*again to continue"
     ):
         source.open(item)
 

@@ -20,12 +20,12 @@ from pomscale.codecs import build_text_encoder
 from pomscale.config.codecs import PixelCodecConfig, TextEncoderConfig
 from pomscale.config.sampling import SamplingConfig
 from pomscale.config.train import DiffusionConfig
+from pomscale.diffusion.options import SamplingOptions
 from pomscale.models import make_model
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.load import PretrainedVDiPoM, load_pretrained
 from pomscale.pretrained.weights import parameter_shapes, write_weights
 from pomscale.sampling.clips import ClipFiles, ClipRequest, write_clips
-from pomscale.sampling.options import SamplingOptions
 from pomscale.sampling.vbench import ModelSource, SuiteReport, SuiteRequest, write_suite
 from pomscale.sampling.vbench_suite import read_manifest, video_seed
 from pomscale.shards.schema import TextInfo

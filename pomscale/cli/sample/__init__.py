@@ -88,8 +88,8 @@ def _sample(arguments: argparse.Namespace) -> int:
     vbench.refuse(arguments)
 
     with large_imports():
+        from pomscale.diffusion.options import SamplingOptions
         from pomscale.pretrained.load import PretrainedVDiPoM, load_pretrained
-        from pomscale.sampling.options import SamplingOptions
         from pomscale.sampling.pictures import write_pictures
 
     model = load_pretrained(

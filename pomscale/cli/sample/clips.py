@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from pomscale.diffusion.options import SamplingOptions
     from pomscale.pretrained.load import PretrainedVDiPoM
     from pomscale.sampling.clips import ClipFiles, ClipRequest, WrittenClips
-    from pomscale.sampling.options import SamplingOptions
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
