@@ -41,7 +41,7 @@ class EncodeProgress:
             self._report()
 
     def begin(self) -> None:
-        """Measure the speed from the first part on: to look at finished parts before it takes no time to encode."""
+        """Begin to measure the speed, with the first part: looking at finished parts before it is not encoding."""
         if not self._has_begun:
             self._has_begun = True
             self._progress.begin()

@@ -1,4 +1,4 @@
-"""One piece of work per shard, in processes of their own, and a bar that shows bytes."""
+"""Run one piece of work per shard in processes, with a progress bar that counts bytes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pomscale.base.errors import PomscaleError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# Less than this is read sooner than a process starts.
+# Reading fewer bytes takes less time than the start of a process.
 _BYTES_PER_PROCESS = 1 << 27
 
 
 def default_num_workers() -> int:
-    """The cores that this process may use; a batch system may have given it less than the machine has."""
+    """Return the number of cores that this process may use, which under a batch system may not be all."""
     return len(os.sched_getaffinity(0))
 
 
@@ -34,12 +34,19 @@ def over_shards(
     num_workers: int | None,
     progress: bool,
 ) -> Iterator[Result]:
-    """work(task) of every task, in order. `num_bytes`: what each task reads, for bar and ETA.
+    """Yield work(task) of every task, in order.
 
-    Processes and not threads: small records are more headers than hashes, and at those two threads take longer than one
-    (measured: 1.7 times). num_workers None: as many as there are cores and the data is worth. Work, tasks and results
-    are pickled; `work` once per process; a script that calls this needs the `__main__` guard of multiprocessing. Errors
-    of `work` are raised here; PomscaleError if a process dies.
+    Processes are used and not threads, since small records are more headers than hashes, for which two threads take 1.7
+    times as long as one. Work, tasks and results are pickled, `work` once per process, and a script that calls this
+    needs the `__main__` guard of multiprocessing. Errors of `work` are raised here; PomscaleError if a process dies.
+
+    Args:
+        work: Function of a task.
+        tasks: The tasks.
+        num_bytes: Bytes that each task reads, for bar and ETA.
+        label: Name of the work on the bar.
+        num_workers: Number of processes; None for as many as there are cores and the data is worth.
+        progress: Show the bar.
     """
     if num_workers is None:
         num_workers = min(default_num_workers(), 1 + sum(num_bytes) // _BYTES_PER_PROCESS)
@@ -51,7 +58,7 @@ def over_shards(
 
 
 def _in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int) -> Iterator[Result]:
-    # Not by fork: this process may have threads, and a fork copies the locks that they hold.
+    # Not forked, since this process may have threads, and a fork copies the locks that they hold.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(max(num_workers, 1), context, _start, (work,))
     try:
@@ -66,7 +73,7 @@ _work: Callable[[Any], Any]
 
 
 def _start(work: Callable[[Any], Any]) -> None:
-    global _work  # noqa: PLW0603  (what a pool's initializer is for)
+    global _work  # noqa: PLW0603  (the purpose of a pool's initializer)
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
 

@@ -17,7 +17,7 @@ from pomscale.config.encode import TarSourceConfig
 from pomscale.media import CLIP_EXTENSIONS, PICTURE_EXTENSIONS
 from pomscale.shards.index import split_member_name
 
-_MEDIA_SUFFIXES = PICTURE_EXTENSIONS | CLIP_EXTENSIONS
+_MEDIA_SUFFIXES = {*PICTURE_EXTENSIONS, *CLIP_EXTENSIONS}
 _GZIP_MAGIC = b"\x1f\x8b"
 
 

@@ -12,8 +12,8 @@ from typing import Literal
 
 Filter = Literal["lanczos", "area"]
 
-PICTURE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
-CLIP_EXTENSIONS = frozenset({".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v"})
+PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+CLIP_EXTENSIONS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v")
 
 
 def extension(path: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from pomscale.base.files import atomic_write, check_can_be_written
 from pomscale.diffusion.options import SamplingOptions
-from pomscale.media.sheets import save_grid
+from pomscale.media.sheets import save_grid, to_bytes
 from pomscale.pretrained.load import PretrainedDiPoM
 from pomscale.sampling.api import decode, sample_latents
 from pomscale.sampling.on_ranks import grid_classes
@@ -51,7 +51,7 @@ def write_pictures(
     save_grid(images, out, num_each)
     print(f"wrote {out}: {len(classes)} classes x {num_each}")
     if npz is not None:
-        pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        pixels = to_bytes(images).transpose(0, 2, 3, 1)
         with atomic_write(npz) as stream:
             np.savez_compressed(stream, images=pixels, classes=np.array(condition), seeds=np.array(seeds))
         print(f"wrote {npz}: images {pixels.shape} uint8, classes, seeds")

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from pomscale.pretrained.load import PretrainedVDiPoM
     from pomscale.sampling.clips import ClipFiles, ClipRequest, WrittenClips
 
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 # Options of `sample` that the saved state of clips fixes.
 _FIXED_BY_STATE = ("prompt", "prompts", "num", "seed", "start", "size", "sampler", "num_steps", "guidance")
@@ -196,12 +195,12 @@ def _read_start(path: Path, model: PretrainedVDiPoM, request: ClipRequest) -> Te
     """Read a picture (f = 1), or as much of a clip as the model can begin with: (1 1|3 f H W) in [0, 1]."""
     import torch
 
-    from pomscale.media import UnreadableMediaError
+    from pomscale.media import PICTURE_EXTENSIONS, UnreadableMediaError, extension
     from pomscale.sampling.clips import clip_codec, pixel_size
 
     height, width = pixel_size(model, request.size)
     channels = clip_codec(model).num_channels_in
-    is_picture = path.suffix.lower() in _PICTURES
+    is_picture = extension(str(path)) in PICTURE_EXTENSIONS
     try:
         with path.open("rb") as file:
             if is_picture:
@@ -213,7 +212,7 @@ def _read_start(path: Path, model: PretrainedVDiPoM, request: ClipRequest) -> Te
     except OSError as error:
         raise InputError(f"--from {path}: cannot be read: {error}") from error
     except UnreadableMediaError as error:
-        kinds = "" if is_picture else f" (pictures are {', '.join(_PICTURES)}; others are read as clips)"
+        kinds = "" if is_picture else f" (pictures are {', '.join(PICTURE_EXTENSIONS)}; others are read as clips)"
         raise InputError(f"--from {path}: {error}{kinds}") from error
     return torch.from_numpy(frames.copy()).permute(3, 0, 1, 2)[None].float() / 255.0
 
