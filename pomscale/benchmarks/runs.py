@@ -59,34 +59,36 @@ def _make_runs(folder: Path, num_runs: int, num_rows: int) -> dict[str, str]:
         run.mkdir()
         states[run.name] = ("finished", "failed", "unknown")[number % 3]
         shutil.copy(folder / "metrics", run / "metrics.jsonl")
-        _start(run, states[run.name], num_rows)
+        _record_starts(run, states[run.name], num_rows)
     (folder / "metrics").unlink()
     return states
 
 
-def _start(run: Path, state: str, num_rows: int) -> None:
-    jobs, incarnations = JsonLines(run / JOBS_FILE), JsonLines(run / "incarnations.jsonl")
-    for restart in range(_NUM_STARTS):
-        began_unix_s = time.time() - 86400 * (_NUM_STARTS - restart)
-        job_id = str(1000 + restart)
+def _record_starts(run: Path, state: str, num_rows: int) -> None:
+    jobs, starts = JsonLines(run / JOBS_FILE), JsonLines(run / "incarnations.jsonl")
+    for start in range(_NUM_STARTS):
+        began_unix_s = time.time() - 86400 * (_NUM_STARTS - start)
+        job_id = str(1000 + start)
         jobs.append(asdict(Submission(job_id, began_unix_s, "local", 1)))
-        attempt = attempt_folder(run, job_id, 0)
-        keep(attempt / "start.json", Start(job_id, 0, ["elsewhere"], 8, began_unix_s, restart))
+        start_folder = attempt_folder(run, job_id, 0)
+        keep(start_folder / "start.json", Start(job_id, 0, ["elsewhere"], 8, began_unix_s, start))
         number = Generation.claim(run).number
         claim = run / "generations" / f"{number:06d}"
         claim.write_text(json.dumps(json.loads(claim.read_text()) | {"host": "elsewhere", "time": _iso(began_unix_s)}))
-        incarnations.append(
+        starts.append(
             {"incarnation": number, "started_unix_s": began_unix_s, "start_samples": 0, "num_ranks": 8,
              "total_samples": num_rows * _BATCH, "host": "elsewhere", "versions": {"torch": "2.13.0"}}
         )  # fmt: skip
-        if restart < _NUM_STARTS - 1:
-            keep(attempt / "verdict.json", Verdict("requeue", "stopped on request (SIGUSR2)", 75, began_unix_s + 1))
+        if start < _NUM_STARTS - 1:
+            keep(
+                start_folder / "verdict.json", Verdict("requeue", "stopped on request (SIGUSR2)", 75, began_unix_s + 1)
+            )
         elif state == "failed":
-            keep(attempt / "verdict.json", Verdict("fail", "rank 0: no disk", 1, time.time()))
+            keep(start_folder / "verdict.json", Verdict("fail", "rank 0: no disk", 1, time.time()))
         elif state == "finished":
             write_outcome(run, number, 0, "finished", samples=num_rows * _BATCH)
     jobs.close()
-    incarnations.close()
+    starts.close()
 
 
 def _iso(unix_s: float) -> str:
@@ -120,4 +122,4 @@ def _check(printed: str, states: dict[str, str], num_rows: int) -> None:
         or shown[name]["num_starts"] != _NUM_STARTS
     ]
     if wrong:
-        raise RuntimeError(f"the table is wrong of {', '.join(wrong[:5])}")
+        raise RuntimeError(f"the table is wrong for {', '.join(wrong[:5])}")

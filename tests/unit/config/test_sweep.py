@@ -143,7 +143,7 @@ def test_launching_again_takes_only_what_is_left(path: Path, digits: Path, tmp_p
 
 
 def finish(recipe: TrainRecipe) -> None:
-    """What a run that has come to its end leaves, as far as a launch looks."""
+    """Write the files of a finished run that a launch looks at."""
     home = Path(recipe.output) / recipe.name
     checkpoint = home / "checkpoints" / f"samples-{recipe.training.total_samples:012d}"
     checkpoint.mkdir(parents=True)
