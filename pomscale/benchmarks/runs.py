@@ -60,12 +60,12 @@ def _make_runs(folder: Path, num_runs: int, num_rows: int) -> dict[str, str]:
         run.mkdir()
         states[run.name] = ("finished", "failed", "unknown")[number % 3]
         shutil.copy(folder / "metrics", run / METRICS_FILE)
-        _start(run, states[run.name], num_rows)
+        _record_starts(run, states[run.name], num_rows)
     (folder / "metrics").unlink()
     return states
 
 
-def _start(run: Path, state: str, num_rows: int) -> None:
+def _record_starts(run: Path, state: str, num_rows: int) -> None:
     jobs, run_starts = JsonLines(run / JOBS_FILE), JsonLines(run / STARTS_FILE)
     for restart in range(_NUM_STARTS):
         began_unix_s = time.time() - 86400 * (_NUM_STARTS - restart)
@@ -121,4 +121,4 @@ def _check(printed: str, states: dict[str, str], num_rows: int) -> None:
         or shown[name]["num_starts"] != _NUM_STARTS
     ]
     if wrong:
-        raise RuntimeError(f"the table is wrong of {', '.join(wrong[:5])}")
+        raise RuntimeError(f"the table is wrong for {', '.join(wrong[:5])}")

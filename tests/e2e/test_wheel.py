@@ -82,6 +82,19 @@ def test_a_wheel_has_the_code_the_recipes_and_the_scripts(command: Command) -> N
         assert {path.relative_to(shipped): path.read_bytes() for path in shipped.rglob("*") if path.is_file()} == files
 
 
+def test_a_job_gets_a_copy_of_the_installed_code_with_its_recipes(command: Command, tmp_path: Path) -> None:
+    command("python", "-c", "from pathlib import Path; from launch.submission.freeze import freeze; freeze(Path())")
+    asked = (
+        "import sys; sys.path.insert(0, 'code'); from pomscale.base.installation import *; "
+        "print(root(), recipes_folder(), slurm_folder(), sep=chr(10))"
+    )
+    root, recipes, slurm = map(Path, command("python", "-c", asked).splitlines())
+    assert root == tmp_path / "code"
+    assert (recipes / "quickstart.yaml").is_file()
+    assert (slurm / "requeue.sh").is_file()
+    assert all(folder.is_relative_to(root) for folder in (recipes, slurm))
+
+
 def test_commands_find_recipes_and_clusters_by_name(command: Command) -> None:
     assert command("pomscale", "config", "list").count("\n") == len(list((ROOT / "recipes").rglob("*.yaml")))
     assert "h100" in command("pomscale", "cluster", "list")
@@ -93,6 +106,8 @@ def test_the_digits_are_encoded_and_trained_on(command: Command, tmp_path: Path)
     command("python", "-m", "data_pipelines.demos.digits", "data/digits")
     script = command("pomscale", "launch", "data/digits", "--cluster", "test", "--dry-run")
     assert "pomscale_end() {" in script, "requeue.sh is found"
+    stages = command("pomscale", "launch", "pipelines/digits", "--cluster", "local", "--dry-run")
+    assert "encode-heldout" in stages
     command("pomscale", "data", "encode", "data/digits")
     command("pomscale", "data", "encode", "data/digits-heldout")
     short = ["training.total_samples=640", "schedule={warmup_samples: 64, cooldown_samples: 64}", "model.depth=1"]

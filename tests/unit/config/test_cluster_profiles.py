@@ -154,7 +154,7 @@ def test_profiles_inherit_and_may_be_changed_in_passing(write: Write, tmp_path: 
     ("limit", "minutes"), [("0:40:00", 40), ("20:00:00", 1200), ("0:00:01", 1), ("2-00:30", 2910), ("100:00:00", 6000)]
 )
 def test_time_limits_are_read_as_hours_and_rounded_up(write: Write, limit: str, minutes: int) -> None:
-    """Without quotes, too: YAML 1.1 would make 72000 of 20:00:00."""
+    """A time limit needs no quotes, although YAML 1.1 would make 72000 of 20:00:00."""
     path = write(f"time_limit: {limit}", text=PROFILE.replace("time_limit: 2:00:00\n", "signal_lead_s: 1\n"))
     if minutes == 1:
         assert minutes_of(limit) == 1

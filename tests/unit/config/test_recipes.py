@@ -47,7 +47,7 @@ def test_the_first_line_points_editors_to_the_schema(path: Path) -> None:
 
 
 def test_the_shipped_schema_is_the_current_one() -> None:
-    """Else: pomscale config schema > recipes/schema.json"""
+    """If this fails: pomscale config schema > recipes/schema.json"""
     assert json.loads(SCHEMA_FILE.read_text(encoding="utf-8")) == json_schema()
 
 

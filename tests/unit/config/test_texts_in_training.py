@@ -1,4 +1,4 @@
-"""What a network of clips is told: texts of one length, some of them dropped, and prompts that are cut."""
+"""Conditions of a network of clips: texts of one length, some of them dropped, and prompts that are cut."""
 
 from __future__ import annotations
 
