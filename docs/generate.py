@@ -47,7 +47,8 @@ def pages() -> dict[Path, str]:
 
 def command_parser() -> argparse.ArgumentParser:
     """The parser of the `pomscale` command."""
-    return getattr(pomscale.cli, "build_parser", None)() if hasattr(pomscale.cli, "build_parser") else pomscale.cli._parser()
+    build = getattr(pomscale.cli, "build_parser", None) or pomscale.cli._parser
+    return build()
 
 
 def commands(parser: argparse.ArgumentParser) -> str:
@@ -80,7 +81,7 @@ def _command(name: str, parser: argparse.ArgumentParser) -> list[str]:
         words.append("[OPTIONS]")
     parts.append(f"```text\n{' '.join([name, *words])}\n```")
     if actions:
-        rows = [f"| {_code(_argument(action))} | {_cell(_help(parser, action))} |" for action in actions]
+        rows = [f"| {_code(_argument(action))} | {_cell(_sentence(_help(parser, action)))} |" for action in actions]
         parts.append("\n".join(["| argument | meaning |", "|---|---|", *rows]))
     return parts
 
@@ -123,8 +124,8 @@ def recipe_fields(schema: dict[str, Any]) -> str:
                 continue
             done.add(section)
             if section != kind:
-                parts.append(f"### {section} {{ #{section.lower()} }}")
-            parts.append(_section(schema["$defs"][section]))
+                parts.append(f"### {section}")
+            parts.append(_section(schema, section))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -142,14 +143,15 @@ def _below(schema: dict[str, Any], section: str) -> list[str]:
     return met
 
 
-def _section(section: dict[str, Any]) -> str:
-    rows = [
-        f"| `{key}` | {_cell(_type(field))} | {_cell(_default(field))} | {_cell(_sentence(field.get('description', '')))} |"
-        for key, field in section["properties"].items()
-        if key != "base"
-    ]
-    table = "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows])
-    return f"{_text(section.get('description', ''))}\n\n{table}".strip()
+def _section(schema: dict[str, Any], name: str) -> str:
+    """What a section is, and the table of its fields."""
+    section = schema["$defs"][name]
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for key, field in section["properties"].items():
+        if key != "base":
+            cells = _type(field), _default(schema, field), _sentence(field.get("description", ""))
+            lines.append(f"| `{key}` | {' | '.join(map(_cell, cells))} |")
+    return "\n\n".join([_text(section.get("description", "")), "\n".join(lines)]).strip()
 
 
 def _type(field: dict[str, Any]) -> str:  # noqa: PLR0911 (one line per kind of type)
@@ -180,12 +182,14 @@ def _bounds(field: dict[str, Any]) -> list[str]:
     return [f"{sign} {field[key]:g}" for key, sign in signs.items() if key in field and abs(field[key]) < 2**53]
 
 
-def _default(field: dict[str, Any]) -> str:
+def _default(schema: dict[str, Any], field: dict[str, Any]) -> str:
     if "default" not in field:
         return "*must be given*"
     value = field["default"]
-    if isinstance(value, dict) and value:
-        return "its section's"
+    if isinstance(value, dict) and "$ref" in field:
+        inner = schema["$defs"][field["$ref"].rsplit("/", 1)[1]]["properties"]
+        changed = [f"{key}: {set_to}" for key, set_to in value.items() if inner[key].get("default") != set_to]
+        return _code("{" + ", ".join(changed) + "}") if changed else "as below"
     words = {None: "null", True: "true", False: "false", "": "''"}
     return _code(words[value] if isinstance(value, str | bool | None) and value in words else str(value))
 
@@ -193,7 +197,7 @@ def _default(field: dict[str, Any]) -> str:
 def metrics() -> str:
     """Tables of all metrics and of the kinds of wall time."""
     rows = list(metric_names.METRICS.items())
-    rows.append((f"{metric_names.VALIDATION_BIN_PREFIX}NN", metric_names.describe(metric_names.validation_bin(0))))
+    rows.append((f"{metric_names.VALIDATION_BIN_PREFIX}NN", "held-out loss of time bin NN (00 = nearest to the data)"))
     rows += [(f"{prefix}NAME", meaning.format("NAME")) for prefix, meaning in metric_names.EPOCH_PREFIXES.items()]
     name = metric_names.evaluation_name("NAME", "FIGURE")
     rows.append((name, metric_names.describe(name)))
@@ -224,11 +228,13 @@ def _cell(text: str) -> str:
 
 
 def _sentence(text: str) -> str:
-    """With a capital and a period."""
+    """With a capital and a period; a value that is explained (`auto: ...`, `1 = ...`) keeps its spelling."""
     text = _text(text)
     if not text:
         return ""
-    return text[0].upper() + text[1:] + ("" if text[-1] in ".!?)" else ".")
+    if not re.match(r"[\w-]+(:| =)|pomscale", text):
+        text = text[0].upper() + text[1:]
+    return text + ("" if text[-1] in ".!?)" else ".")
 
 
 def main(arguments: list[str]) -> int:
