@@ -25,7 +25,7 @@ from pomscale.base.files import link_or_copy, make_folder, write_text
 from pomscale.config.evaluation import EvaluationConfig
 from pomscale.config.load import load_train_recipe
 from pomscale.runs.checkpoint_folder import complete_checkpoints, final_folder, remove, samples_of
-from pomscale.runs.integrity import MARKER
+from pomscale.runs.layout import CHECKPOINTS_FOLDER, MARKER
 
 EVALUATIONS, CHECKPOINT, FAILED_FILE = "evaluations", "checkpoint", "failed.json"
 
@@ -72,7 +72,7 @@ class Evaluations:
 
     def _due(self, config: EvaluationConfig, finished: bool) -> list[Path]:
         """The first complete checkpoint after each multiple of every_samples that was not started before."""
-        checkpoints = complete_checkpoints(self._run / "checkpoints")
+        checkpoints = complete_checkpoints(self._run / CHECKPOINTS_FOLDER)
         started = (home for home in self._homes() if home.parent.name == config.name and _is_started(home))
         newest = max(map(samples_of, started), default=0)
         due = []

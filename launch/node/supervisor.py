@@ -23,8 +23,9 @@ from pomscale.base.console import say, warn
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import write_text
 from pomscale.runs.checkpoint_folder import complete_checkpoints, samples_of
+from pomscale.runs.layout import CHECKPOINTS_FOLDER
 from pomscale.runs.outcome import outcomes_after
-from pomscale.runs.starts import newest_generation
+from pomscale.runs.starts import newest_start
 
 LAST_WORDS_S = 10.0
 """For a rank that is to end because another one has; then it is killed, for it may wait for that one for good."""
@@ -66,7 +67,7 @@ class Supervisor:
             list(self._place.hosts),
             self._spec.ranks_per_node,
             time.time(),
-            newest_generation(self._home),
+            newest_start(self._home),
         )
         for name in ("verdict.json", REQUEUE_FILE, END_FILE):  # of a SLURM that was set up anew and counts from 1 again
             (self._attempt / name).unlink(missing_ok=True)
@@ -281,5 +282,5 @@ class Supervisor:
     def _samples(self) -> int | None:
         if not self._spec.is_run:
             return None
-        complete = complete_checkpoints(self._home / "checkpoints")
+        complete = complete_checkpoints(self._home / CHECKPOINTS_FOLDER)
         return samples_of(complete[-1]) if complete else None

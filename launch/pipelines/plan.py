@@ -16,9 +16,10 @@ from launch.submission.checks import has_finished
 from launch.submission.prepare import Prepared, in_queue, prepare_commands, prepare_encode, prepare_train, run_home
 from pomscale.base.errors import InputError
 from pomscale.config.cluster import ClusterProfile
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.load import load_recipe
 from pomscale.config.pipeline import PipelineRecipe, StageConfig, fill_in
-from pomscale.config.schema import EncodeRecipe, TrainRecipe
+from pomscale.config.train import TrainRecipe
 
 
 @dataclass(frozen=True)

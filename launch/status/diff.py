@@ -14,8 +14,9 @@ from launch.status.table import NOTHING, table
 from launch.status.tail import read_object
 from pomscale.base.console import format_count
 from pomscale.base.errors import InputError
-from pomscale.runs.checkpoint_folder import META, complete_checkpoints
+from pomscale.runs.checkpoint_folder import complete_checkpoints
 from pomscale.runs.history import read_history
+from pomscale.runs.layout import CHECKPOINT_META, CHECKPOINTS_FOLDER, CODE_DIFF_FILE, CODE_STATE_FILE, RECIPE_FILE
 
 _METRICS = {"train/loss": "training loss", "validation/loss": "held-out loss"}
 _SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the samples that both have seen
@@ -60,7 +61,7 @@ def _cut(value: str) -> str:
 def _recipe(home: Path) -> dict[str, str]:
     """Resolved, of the newest start; before the first, as it was launched."""
     launched = read_object(home / LAUNCH_FILE) or {}
-    candidates = [home / "recipe.yaml", *([home / launched["recipe"]] if launched.get("recipe") else [])]
+    candidates = [home / RECIPE_FILE, *([home / launched["recipe"]] if launched.get("recipe") else [])]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         raise InputError(f"{home}: holds no recipe.yaml: no run has begun here")
@@ -72,9 +73,9 @@ def _recipe(home: Path) -> dict[str, str]:
 
 
 def _code(home: Path) -> dict[str, str]:
-    code = read_object(home / "code.json") or {}
+    code = read_object(home / CODE_STATE_FILE) or {}
     shown: dict[str, str] = {key: str(code[key]) for key in ("pomscale", "git_commit") if key in code}
-    difference = home / "code.diff"
+    difference = home / CODE_DIFF_FILE
     if difference.is_file():
         lines = difference.read_text(encoding="utf-8", errors="replace").splitlines()
         files = [line.split(" b/")[-1] for line in lines if line.startswith("diff --git ")]
@@ -86,8 +87,8 @@ def _code(home: Path) -> dict[str, str]:
 
 def _data(home: Path) -> dict[str, str]:
     """Fingerprints, by the newest checkpoint."""
-    for checkpoint in reversed(complete_checkpoints(home / "checkpoints")):
-        meta = read_object(checkpoint / META)
+    for checkpoint in reversed(complete_checkpoints(home / CHECKPOINTS_FOLDER)):
+        meta = read_object(checkpoint / CHECKPOINT_META)
         if meta is not None and "data" in meta:
             return _flat({"data": meta["data"]})
     return {}

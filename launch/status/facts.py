@@ -13,9 +13,7 @@ from launch.record.job import ATTEMPTS, JOB_FILE, JOBS_FILE, Attempt, Start, Sub
 from launch.record.state import process_of_job_lives
 from launch.status.tail import objects, read_object, tail
 from pomscale.base.errors import PomscaleError
-from pomscale.monitoring.sinks import METRICS_FILE
-from pomscale.runs.history import INCARNATIONS_FILE
-from pomscale.runs.ledger import EVENTS_FILE
+from pomscale.runs.layout import EVENTS_FILE, METRICS_FILE, STARTS_FILE
 from pomscale.runs.outcome import read_outcome
 from pomscale.runs.starts import Claim, newest_claim
 
@@ -127,7 +125,7 @@ def _read_facts(home: Path) -> Facts:
         raise PomscaleError(f"{home / JOBS_FILE}: its last line is no submission: {error}") from error
     attempts = _newest_attempts(home / ATTEMPTS)
     claim = newest_claim(home)
-    incarnations = _with_numbers({"started_unix_s"}, objects(tail(home / INCARNATIONS_FILE, _ROWS_BYTES)))
+    incarnations = _with_numbers({"started_unix_s"}, objects(tail(home / STARTS_FILE, _ROWS_BYTES)))
     rows = _with_numbers(_ROW_KEYS, objects(tail(home / METRICS_FILE, _ROWS_BYTES)))
     newest = max((row["incarnation"] for row in rows), default=0)
     return Facts(

@@ -17,7 +17,7 @@ from launch.status.tail import read_object
 from pomscale.base.console import format_age, format_count, format_duration
 from pomscale.base.jsonl import read_json_lines
 from pomscale.runs.checkpoint_folder import complete_checkpoints, incomplete_checkpoints
-from pomscale.runs.history import INCARNATIONS_FILE
+from pomscale.runs.layout import CHECKPOINTS_FOLDER, STARTS_FILE, outcome_path
 from pomscale.runs.ledger import goodput
 from pomscale.runs.metric_names import METRICS, WALL_TIME
 
@@ -61,12 +61,12 @@ def _facts(facts: Facts, run: RunSummary, now_unix_s: float) -> str:
         lines["progress"] = _progress(run)
     if run.last_row_unix_s is not None:
         lines["last row"] = format_age(run.last_row_unix_s, now_unix_s)
-    complete = complete_checkpoints(home / "checkpoints")
+    complete = complete_checkpoints(home / CHECKPOINTS_FOLDER)
     with suppress(IndexError, FileNotFoundError):  # none yet; or retention has just taken it
         age = format_age(complete[-1].stat().st_mtime, now_unix_s)
         lines["checkpoint"] = f"{complete[-1]}, {age}; {len(complete)} complete"
-    if incomplete_checkpoints(home / "checkpoints"):
-        lines["incomplete"] = ", ".join(path.name for path in incomplete_checkpoints(home / "checkpoints"))
+    if incomplete_checkpoints(home / CHECKPOINTS_FOLDER):
+        lines["incomplete"] = ", ".join(path.name for path in incomplete_checkpoints(home / CHECKPOINTS_FOLDER))
     suspects = _suspects(home)
     if suspects:
         lines["suspects"] = ", ".join(suspects)
@@ -114,7 +114,7 @@ def _starts(facts: Facts, run: RunSummary) -> str:
 def _lines(home: Path) -> list[_Line]:
     """Oldest first."""
     starts = attempts(home)
-    written, _ = read_json_lines(home / INCARNATIONS_FILE)
+    written, _ = read_json_lines(home / STARTS_FILE)
     incarnations = [row for row in written if row.keys() >= _START_KEYS]
     lines, taken = [], set()
     for place, attempt in enumerate(starts):
@@ -140,8 +140,7 @@ def _row(home: Path, line: _Line) -> list[str]:
     verdict = attempt.verdict if attempt is not None else None
     outcome: dict[str, Any] = {}
     if incarnation is not None:
-        name = f"incarnation-{incarnation['incarnation']:04d}-rank-00000.json"
-        outcome = read_object(home / "outcomes" / name) or {}
+        outcome = read_object(outcome_path(home, incarnation["incarnation"], 0)) or {}
     ended = outcome.get("state", "")
     if outcome.get("reason"):
         ended = f"{ended}: {outcome['reason']}"

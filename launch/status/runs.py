@@ -15,16 +15,14 @@ from launch.status.facts import Facts, read_facts
 from launch.status.state import State, is_settled, state_by_home, state_of
 from launch.status.tail import read_object
 from pomscale.base.errors import InputError, PomscaleError
-from pomscale.monitoring.sinks import METRICS_FILE
-from pomscale.runs.history import INCARNATIONS_FILE
+from pomscale.runs.layout import CLAIMS_FOLDER, METRICS_FILE, STARTS_FILE
 from pomscale.runs.metric_names import goodput_share
-from pomscale.runs.starts import FOLDER as GENERATIONS
 
 RUNS = Path("runs")
 """Where runs are looked for by name; recipes put them there unless they say otherwise."""
 
 _PIPELINE_FILE = "pipeline.json"  # launch.pipelines.file, which knows of everything that can be launched
-_MARKS = {JOB_FILE, METRICS_FILE, INCARNATIONS_FILE, GENERATIONS}
+_MARKS = {JOB_FILE, METRICS_FILE, STARTS_FILE, CLAIMS_FOLDER}
 _MAX_DEPTH = 3  # FOLDER/SWEEP/POINT
 
 

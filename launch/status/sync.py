@@ -24,6 +24,7 @@ from pathlib import Path
 from launch.status.runs import summarize
 from launch.status.state import ACTIVE
 from pomscale.base.errors import PomscaleError
+from pomscale.runs.layout import WANDB_FOLDER, WANDB_SYNC_LOCK_FILE
 
 _COMMAND = [sys.executable, "-m", "wandb", "sync"]
 # Without it wandb takes every folder for the beginning of the run, and overwrites on the server what is there.
@@ -105,7 +106,7 @@ def watch_and_sync(find: Callable[[], Mapping[Path, str]], minutes: float, show:
 
 def _not_synced(home: Path) -> list[Path]:
     """Oldest first: their names begin with the time."""
-    folders = sorted((home / "wandb").glob("offline-run-*"))
+    folders = sorted((home / WANDB_FOLDER).glob("offline-run-*"))
     return [folder for folder in folders if not _is_synced(folder) and _has_begun(folder)]
 
 
@@ -149,7 +150,7 @@ def _is_closed(file: Path) -> bool:
 @contextmanager
 def _alone(home: Path) -> Iterator[bool]:
     """Whether no other process is uploading this run; none will until the block ends."""
-    with (home / "wandb" / ".pomscale-sync.lock").open("w") as lock:
+    with (home / WANDB_SYNC_LOCK_FILE).open("w") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

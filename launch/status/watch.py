@@ -26,10 +26,8 @@ from launch.status.table import few
 from launch.status.tail import Growing, objects
 from pomscale.base.console import format_age, format_count, format_duration
 from pomscale.base.errors import PomscaleError
-from pomscale.monitoring.sinks import METRICS_FILE
 from pomscale.runs.checkpoint_folder import complete_checkpoints, incomplete_checkpoints
-from pomscale.runs.history import INCARNATIONS_FILE
-from pomscale.runs.ledger import EVENTS_FILE
+from pomscale.runs.layout import CHECKPOINTS_FOLDER, EVENTS_FILE, METRICS_FILE, STARTS_FILE
 from pomscale.runs.metric_names import GOODPUT_PREFIX, GOODPUT_SUFFIX, WALL_TIME
 
 _EVERY_S, _ASK_SLURM_EVERY_S = 2.0, 30.0
@@ -87,7 +85,7 @@ class _View:
         self._home = home
         self._metrics = Growing(home / METRICS_FILE, num_bytes=_METRICS_BYTES)
         self._events_file = Growing(home / EVENTS_FILE, num_bytes=_EVENTS_BYTES)
-        self._incarnations_file = Growing(home / INCARNATIONS_FILE)
+        self._incarnations_file = Growing(home / STARTS_FILE)
         self._log_file = Growing(log_path(home, 0), num_bytes=_LOG_BYTES)
         self._loss, self._speed = _Curve(), _Curve()
         self._incarnation = 0
@@ -167,7 +165,7 @@ class _View:
         table.add_column(ratio=2)
         table.add_column(ratio=1)
         events = [_event_line(row) for row in list(self._events)[-(height - 2) :]]
-        checkpoints = _checkpoints(self._home / "checkpoints")[-(height - 2) :]
+        checkpoints = _checkpoints(self._home / CHECKPOINTS_FOLDER)[-(height - 2) :]
         table.add_row(_lines_panel("events", events, height), _lines_panel("checkpoints", checkpoints, height))
         return table
 

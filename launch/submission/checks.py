@@ -12,20 +12,17 @@ from launch.status.runs import summarize
 from launch.status.state import LIVE
 from pomscale.base.errors import InputError
 from pomscale.config.cluster import ClusterProfile, expanded, is_time_limit, minutes_of
+from pomscale.config.data import MixtureComponentConfig
+from pomscale.config.encode import EncodeRecipe, ImageFolderConfig, VideoFolderConfig
 from pomscale.config.identity import differences
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import (
-    EncodeRecipe,
-    ImageFolderConfig,
-    MixtureComponentConfig,
-    TrainRecipe,
-    ValidationConfig,
-    VideoFolderConfig,
-)
+from pomscale.config.train import TrainRecipe, ValidationConfig
 from pomscale.config.yaml_file import read_source
 from pomscale.plan.checks import check_layout
 from pomscale.plan.report import DatasetSize, misfit, plan, summary
-from pomscale.runs.checkpoint_folder import META, complete_checkpoints, samples_of
+from pomscale.runs import layout
+from pomscale.runs.checkpoint_folder import complete_checkpoints, samples_of
+from pomscale.runs.layout import CHECKPOINT_META, CHECKPOINTS_FOLDER
 from pomscale.runs.outcome import is_finished
 from pomscale.shards.location import local_folder
 from pomscale.shards.schema import Manifest, check_compatible, check_text, read_manifest
@@ -121,7 +118,7 @@ def check_run_folder(home: Path, recipe: TrainRecipe) -> None:
     then = _recipe_then(home)
     if then is None:
         return
-    complete = complete_checkpoints(home / "checkpoints")
+    complete = complete_checkpoints(home / CHECKPOINTS_FOLDER)
     wrong = [f"kind: {then['kind']}"] if then["kind"] != "train" else differences(then, recipe.model_dump(mode="json"))
     if wrong:
         instead = "choose another name" if complete else "choose another name, delete it (there is no checkpoint in it)"
@@ -136,7 +133,7 @@ def check_run_folder(home: Path, recipe: TrainRecipe) -> None:
 
 def has_finished(home: Path, recipe: TrainRecipe) -> bool:
     """Whether nothing of this recipe is left to do."""
-    complete = complete_checkpoints(home / "checkpoints")
+    complete = complete_checkpoints(home / CHECKPOINTS_FOLDER)
     is_whole = bool(complete) and _recipe_in(complete[-1]) is not None
     return is_whole and samples_of(complete[-1]) >= recipe.training.total_samples and is_finished(home)
 
@@ -144,7 +141,7 @@ def has_finished(home: Path, recipe: TrainRecipe) -> bool:
 def _recipe_in(checkpoint: Path) -> dict[str, Any] | None:
     """None = it is damaged: training sets it aside, and says so."""
     try:
-        recipe: dict[str, Any] = json.loads((checkpoint / META).read_text(encoding="utf-8"))["recipe"]
+        recipe: dict[str, Any] = json.loads((checkpoint / CHECKPOINT_META).read_text(encoding="utf-8"))["recipe"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return recipe
@@ -152,10 +149,10 @@ def _recipe_in(checkpoint: Path) -> dict[str, Any] | None:
 
 def _recipe_then(home: Path) -> Mapping[str, Any] | None:
     """With which the run began, as its newest checkpoint tells, or the first start that left none."""
-    for checkpoint in reversed(complete_checkpoints(home / "checkpoints")):
+    for checkpoint in reversed(complete_checkpoints(home / CHECKPOINTS_FOLDER)):
         if (recipe := _recipe_in(checkpoint)) is not None:
             return recipe
-    for name in ("recipe.yaml", RECIPE_FILE):
+    for name in (layout.RECIPE_FILE, RECIPE_FILE):
         if (home / name).is_file():
             return read_source(home / name).values
     return None

@@ -22,6 +22,7 @@ from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.load import load_train_recipe
 from pomscale.runs.checkpoint_folder import complete_checkpoints, samples_of
+from pomscale.runs.layout import CHECKPOINTS_FOLDER
 
 _WAIT_S = 20.0
 """How long `cancel` watches a run end. A large one may take longer to save; it is not killed for that."""
@@ -175,5 +176,5 @@ def _wait(is_over: Callable[[], bool], wait_s: float) -> bool:
 
 
 def _saved(home: Path) -> str:
-    complete = complete_checkpoints(home / "checkpoints")
+    complete = complete_checkpoints(home / CHECKPOINTS_FOLDER)
     return f"saved: {samples_of(complete[-1]):,} samples" if complete else "nothing was saved yet"

@@ -1,7 +1,7 @@
 """The code that a job runs: a copy in its home, made when it is launched first.
 
-    HOME/code/{pomscale,launch,data_pipelines,slurm}      what PYTHONPATH of the ranks points to
-    HOME/code/code.json, code.diff                        git commit, and what differed from it
+    HOME/code/{pomscale,launch,data_pipelines,recipes,slurm}   what PYTHONPATH of the ranks points to
+    HOME/code/code.json, code.diff                             git commit, and what differed from it
 
 A job may wait in the queue for days and be started many times. Whoever edits the checkout meanwhile does not change it.
 """
@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.record.job import CODE
+from pomscale.base import installation
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder, write_text
-from pomscale.runs.outcome import code_state
+from pomscale.runs.code_state import code_state
+from pomscale.runs.layout import CODE_DIFF_FILE, CODE_STATE_FILE
 
-STATE_FILE, DIFF_FILE = "code.json", "code.diff"
-
-_ROOT = Path(__file__).resolve().parent.parent
-_FOLDERS = ("pomscale", "launch", "data_pipelines", "slurm")
 _NOT_CODE = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
@@ -53,17 +51,18 @@ def freeze(home: Path, *, new_code: bool = False) -> None:
 
 
 def _copy_to(folder: Path) -> None:
-    for name in _FOLDERS:
-        if (_ROOT / name).is_dir():  # an installation from a wheel has no slurm/
-            shutil.copytree(_ROOT / name, folder / name, ignore=_NOT_CODE)
+    packages = [installation.root() / name for name in installation.CODE_PACKAGES]
+    for source in (*packages, installation.recipes_folder(), installation.slurm_folder()):
+        if source.parent == installation.root():  # in a wheel, recipes and scripts are part of pomscale
+            shutil.copytree(source, folder / source.name, ignore=_NOT_CODE)
     state, diff = _code_of_now()
-    write_text(folder / STATE_FILE, json.dumps(state, indent=1))
-    write_text(folder / DIFF_FILE, diff)
+    write_text(folder / CODE_STATE_FILE, json.dumps(state, indent=1))
+    write_text(folder / CODE_DIFF_FILE, diff)
 
 
 def which_code(home: Path, *, new_code: bool = False) -> str:
     """What a job that is launched in this home will run, for people."""
-    state_file = home / CODE / STATE_FILE
+    state_file = home / CODE / CODE_STATE_FILE
     if not (home / CODE).exists():
         return f"of now, {_name(_code_of_now()[0])}"
     if new_code:

@@ -13,11 +13,11 @@ from submitit import SlurmExecutor
 
 from launch.record.job import CODE, SUBMITIT, JobSpec
 from pomscale.base.errors import InputError
+from pomscale.base.installation import slurm_folder
 from pomscale.config.cluster import ClusterProfile, ContainerConfig, expanded, minutes_of
 
 Condition = Literal["ok", "any"]
 
-_ROOT = Path(__file__).resolve().parent.parent
 _DEPENDENCIES: dict[Condition, str] = {"ok": "afterok", "any": "afterany"}
 
 
@@ -141,7 +141,7 @@ def _mounts(container: ContainerConfig) -> str:
 
 def _end(spec: JobSpec) -> list[str]:
     """Lines behind srun: what the supervisor has decided is done, and the script ends with srun's exit code."""
-    text = (_ROOT / "slurm" / "requeue.sh").read_text(encoding="utf-8")
+    text = (slurm_folder() / "requeue.sh").read_text(encoding="utf-8")
     function = [line for line in text.splitlines() if not line.startswith("#")]
     return ["code=$?", *function, f'pomscale_end "$code" {shlex.quote(spec.home)}']
 

@@ -16,9 +16,10 @@ from launch.submission.prepare import How, Prepared, prepare_encode, prepare_tra
 from launch.submission.sweep import plan_sweep, submit_sweep, table
 from pomscale.base.errors import InputError
 from pomscale.config.cluster import ClusterProfile
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.load import load_cluster, load_recipe
 from pomscale.config.pipeline import PipelineRecipe
-from pomscale.config.schema import EncodeRecipe
+from pomscale.config.shipped import recipe_file
 from pomscale.config.sweep import load_points
 
 
@@ -75,7 +76,7 @@ def _launch_pipeline(
             raise InputError(f"{option}: every stage of a pipeline says this for itself, in {asked.recipe}")
     told = launch_pipeline(
         recipe,
-        asked.recipe,
+        recipe_file(asked.recipe),
         profile,
         asked.cluster,
         dry_run=asked.dry_run,

@@ -29,10 +29,11 @@ from launch.submission.submit import batch_script, submit
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder, write_text
 from pomscale.config.cluster import ClusterProfile, expanded
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.load import dump_recipe, load_encode_recipe, load_train_recipe
 from pomscale.config.monitoring import WandbConfig
-from pomscale.config.schema import EncodeRecipe, TrainRecipe
 from pomscale.config.sweep import check_is_one_run
+from pomscale.config.train import TrainRecipe
 
 RUNS = "runs"
 

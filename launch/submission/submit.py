@@ -30,6 +30,7 @@ from launch.record.job import CODE, JOB_FILE, JOBS_FILE, SUBMITIT, JobSpec, Subm
 from launch.scheduler import slurm
 from launch.submission.job_script import Wish, job_script, slurm_executor
 from launch.task import LocalTask, SlurmTask
+from pomscale.base import installation
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.cluster import ClusterProfile, expanded
 
@@ -177,7 +178,7 @@ def _start_in_background(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> 
 def _paths(home: Path, profile: ClusterProfile) -> dict[str, str]:
     """Where a job on this machine finds its code, and puts temporary files."""
     code = home / CODE
-    root = code if code.is_dir() else Path(__file__).resolve().parent.parent
+    root = code if code.is_dir() else installation.root()
     paths = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
         "PYTHONSAFEPATH": "1",

@@ -29,7 +29,8 @@ from pomscale.benchmarks.memory import peak_private_mib
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.synthetic import table_recipe
 from pomscale.codecs import Codec, build_codec
-from pomscale.config.schema import EncodeRecipe
+from pomscale.config.encode import EncodeRecipe
+from pomscale.runs.layout import METRICS_FILE
 
 _SIZE = 128
 _NUM_ROUNDS = 3  # what is compared is measured in turns, since the speed of a machine that is shared drifts by more
@@ -166,7 +167,7 @@ main(["data", "encode", sys.argv[2], "--task", sys.argv[3]])
 
 def _span(output: Path, task: int) -> tuple[float, float]:
     """When a task began with its items and when it was done, by its last row; the import of torch is not part of it."""
-    lines = (output / "parts" / f"task-{task:05d}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (output / "parts" / f"task-{task:05d}" / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     row = json.loads(lines[-1])
     return row["time_unix_s"] - row["encode/seconds"], row["time_unix_s"]
 

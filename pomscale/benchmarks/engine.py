@@ -22,9 +22,9 @@ from pomscale.base.errors import PomscaleError
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.synthetic import make_dataset
 from pomscale.config.model import ImageModelConfig
-from pomscale.distributed.compile_cache import FILE
 from pomscale.engine.averages import Ema
 from pomscale.models import DiPoM, init_weights
+from pomscale.runs.layout import COMPILE_CACHE_FILE, EVENTS_FILE, METRICS_FILE
 
 _SHAPE, _NUM_CLASSES = (4, 32, 32), 10
 _WARM_UP_STEPS = 2
@@ -59,7 +59,7 @@ def _trainer_steps(folder: Path, dataset: Path, name: str, batch: int, num_steps
     """Seconds of each step, as the run itself logs them, without the first."""
     total = batch * (_WARM_UP_STEPS + num_steps)
     _train(folder, dataset, name, f"training.total_samples={total}", f"training.global_batch={batch}")
-    rows = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "runs" / name / METRICS_FILE).read_text().splitlines()]
     return [row["speed/step_time_s"] for row in rows if "speed/step_time_s" in row][_WARM_UP_STEPS:]
 
 
@@ -154,7 +154,7 @@ def _starts(report: BenchReport, folder: Path, dataset: Path) -> None:
 def _start_s(folder: Path, dataset: Path, node: Path, num_steps: int, *, forget: bool = False) -> float:
     run = folder / "runs" / "compiled"
     if forget:
-        (run / FILE).unlink()
+        (run / COMPILE_CACHE_FILE).unlink()
     _train(
         folder,
         dataset,
@@ -164,7 +164,7 @@ def _start_s(folder: Path, dataset: Path, node: Path, num_steps: int, *, forget:
         "model.depth=2",
         TORCHINDUCTOR_CACHE_DIR=str(node),
     )
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (run / EVENTS_FILE).read_text().splitlines()]
     newest = [event["seconds"] for event in events if "seconds" in event and event["incarnation"] == num_steps]
     return sum(seconds.get(kind, 0.0) for seconds in newest for kind in ("start_up", "compile"))
 

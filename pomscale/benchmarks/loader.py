@@ -29,7 +29,7 @@ from pomscale.base.errors import PomscaleError
 from pomscale.benchmarks.memory import peak_private_mib
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.synthetic import make_dataset
-from pomscale.config.schema import DataConfig
+from pomscale.config.data import DataConfig
 from pomscale.data.loader import Loader, MicroBatch
 from pomscale.data.mixture import Mixture
 from pomscale.shards.schema import read_manifest

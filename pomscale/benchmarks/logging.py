@@ -107,7 +107,7 @@ class _Log:
         console = stack.enter_context((folder / "console.txt").open("w", encoding="utf-8"))
         with redirect_stdout(console):
             self._monitor = stack.enter_context(
-                open_monitor(folder, monitoring, run_name="bench", recipe_dump={}, total_samples=10**9, incarnation=0)
+                open_monitor(folder, monitoring, run_name="bench", recipe_dump={}, total_samples=10**9, start=0)
             )
         self._alerts = Alerts(monitoring.alerts, self._monitor, self._ledger)
         self._samples = 0
@@ -136,7 +136,7 @@ class _Log:
             "ranks/data_wait_rank": 0,
         }
         self._ledger.write(self._samples)
-        self._alerts.judge(self._samples, 0.1)
+        self._alerts.check_row(self._samples, 0.1)
         metrics |= self._ledger.metrics()
         self._monitor.log(self._samples, metrics)
         self.num_metrics = len(metrics)

@@ -26,7 +26,7 @@ from pomscale.base.condition import Condition, Text
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.storage_tracker import step_peak_bytes
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.diffusion.loss import Network, per_sample_loss
 from pomscale.diffusion.objectives import FlowMatching
 from pomscale.distributed.flat_shard import FlatShard

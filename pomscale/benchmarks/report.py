@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from pomscale.base import installation
+
 _PACKAGES = ("torch", "numpy", "torchdata", "webdataset", "diffusers", "deepspeed", "megatron-energon")
 
 
@@ -60,7 +62,7 @@ def machine() -> dict[str, Any]:
         capture_output=True,
         text=True,
         check=False,
-        cwd=Path(__file__).parent,
+        cwd=installation.root(),
     ).stdout.strip()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -20,9 +20,10 @@ from launch.record.job import JOBS_FILE, Start, Submission, Verdict, attempt_fol
 from launch.status.runs import find_runs, summarize
 from pomscale.base.jsonl import JsonLines
 from pomscale.benchmarks.report import BenchReport
+from pomscale.runs import starts
+from pomscale.runs.layout import METRICS_FILE, STARTS_FILE, claim_path
 from pomscale.runs.metric_names import METRICS, WALL_TIME, goodput_share
 from pomscale.runs.outcome import write_outcome
-from pomscale.runs.starts import Generation
 
 _WANTED_S = 1.0
 _NUM_STARTS, _NUM_TURNS = 4, 5
@@ -58,24 +59,24 @@ def _make_runs(folder: Path, num_runs: int, num_rows: int) -> dict[str, str]:
         home = folder / f"run-{number:04d}"
         home.mkdir()
         states[home.name] = ("finished", "failed", "unknown")[number % 3]
-        shutil.copy(folder / "metrics", home / "metrics.jsonl")
+        shutil.copy(folder / "metrics", home / METRICS_FILE)
         _start(home, states[home.name], num_rows)
     (folder / "metrics").unlink()
     return states
 
 
 def _start(home: Path, state: str, num_rows: int) -> None:
-    jobs, incarnations = JsonLines(home / JOBS_FILE), JsonLines(home / "incarnations.jsonl")
+    jobs, run_starts = JsonLines(home / JOBS_FILE), JsonLines(home / STARTS_FILE)
     for restart in range(_NUM_STARTS):
         began_unix_s = time.time() - 86400 * (_NUM_STARTS - restart)
         job_id = str(1000 + restart)
         jobs.append(asdict(Submission(job_id, began_unix_s, "local", 1)))
         attempt = attempt_folder(home, job_id, 0)
         keep(attempt / "start.json", Start(job_id, 0, ["elsewhere"], 8, began_unix_s, restart))
-        number = Generation.claim(home).number
-        claim = home / "generations" / f"{number:06d}"
+        number = starts.Start.claim(home).number
+        claim = claim_path(home, number)
         claim.write_text(json.dumps(json.loads(claim.read_text()) | {"host": "elsewhere", "time": _iso(began_unix_s)}))
-        incarnations.append(
+        run_starts.append(
             {"incarnation": number, "started_unix_s": began_unix_s, "start_samples": 0, "num_ranks": 8,
              "total_samples": num_rows * _BATCH, "host": "elsewhere", "versions": {"torch": "2.13.0"}}
         )  # fmt: skip
@@ -86,7 +87,7 @@ def _start(home: Path, state: str, num_rows: int) -> None:
         elif state == "finished":
             write_outcome(home, number, 0, "finished", samples=num_rows * _BATCH)
     jobs.close()
-    incarnations.close()
+    run_starts.close()
 
 
 def _iso(unix_s: float) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.encode.encode import encode
-from pomscale.config.schema import EncodeRecipe
+from pomscale.config.encode import EncodeRecipe
 
 _NUM_PICTURES = 2048
 

@@ -29,7 +29,7 @@ from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.storage_tracker import StorageTracker, step_peak_bytes
 from pomscale.config.hardware import peak_flops
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.diffusion.loss import per_sample_loss
 from pomscale.diffusion.objectives import FlowMatching
 from pomscale.diffusion.sequential import SequentialSampler

@@ -14,8 +14,7 @@ from pathlib import Path
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import write_text
 from pomscale.config.engine import CheckpointConfig
-
-JUDGED = "judged.json"
+from pomscale.runs.layout import JUDGED_FILE
 
 
 def expendable(complete: Sequence[int], judged: Mapping[int, float], config: CheckpointConfig) -> list[int]:
@@ -37,7 +36,7 @@ def expendable(complete: Sequence[int], judged: Mapping[int, float], config: Che
 
 def read_judged(root: Path) -> dict[int, float]:
     """Values by samples; empty where nothing was judged. PomscaleError if the file cannot be read."""
-    path = root / JUDGED
+    path = root / JUDGED_FILE
     if not path.exists():
         return {}
     try:
@@ -53,4 +52,4 @@ def write_judged(root: Path, judged: Mapping[int, float], known: Collection[int 
     """Keep the values of the checkpoints `known`. PomscaleError if that cannot be written."""
     root.mkdir(parents=True, exist_ok=True)  # something may be measured before the first checkpoint
     kept = {str(samples): value for samples, value in sorted(judged.items()) if samples in known}
-    write_text(root / JUDGED, json.dumps(kept, indent=1))
+    write_text(root / JUDGED_FILE, json.dumps(kept, indent=1))

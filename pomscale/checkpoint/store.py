@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping
@@ -32,6 +31,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from pomscale.base.console import warn
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.checkpoint.agreement import on_all_ranks, on_main_rank
 from pomscale.checkpoint.retention import expendable, read_judged, write_judged
@@ -39,7 +39,6 @@ from pomscale.checkpoint.staging import CopyPlanner, HostCopy, leaves
 from pomscale.checkpoint.summed_writer import SummedWriter
 from pomscale.config.engine import CheckpointConfig
 from pomscale.runs.checkpoint_folder import (
-    META,
     begin,
     commit,
     complete_checkpoints,
@@ -52,8 +51,9 @@ from pomscale.runs.checkpoint_folder import (
     samples_of,
     set_aside,
 )
-from pomscale.runs.integrity import MARKER, Checksum, find_damage, find_damage_of, seal
-from pomscale.runs.starts import Generation, Superseded
+from pomscale.runs.integrity import Checksum, find_damage, find_damage_of, seal
+from pomscale.runs.layout import CHECKPOINT_META, CHECKPOINTS_FOLDER, MARKER
+from pomscale.runs.starts import Start, Superseded
 
 # A rank that is gone breaks the connection; of one that is slow, only the watchdog may say that it hangs.
 _LONGEST_SAVE = timedelta(hours=6)
@@ -83,12 +83,12 @@ class CheckpointStore:
     generation: of this start of the run; None where nobody else writes there. `damaged`: what `newest` has found.
     """
 
-    def __init__(self, root: Path, config: CheckpointConfig, generation: Generation | None) -> None:
+    def __init__(self, root: Path, config: CheckpointConfig, start: Start | None) -> None:
         self.root = root
         self.damaged: list[Damaged] = []
         self._config = config
-        self._generation = generation
-        self._number = 0 if generation is None else generation.number
+        self._start = start
+        self._number = 0 if start is None else start.number
         # Saving goes on while training does; on the training's own group their collectives would mix.
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_SAVE)
         self._is_main = dist.get_rank() == 0
@@ -151,12 +151,12 @@ class CheckpointStore:
             writer = SummedWriter(partial)
             dcp.save(state, storage_writer=writer, planner=planner, process_group=self._group)
             of_ranks = on_all_ranks(lambda: writer.checksums, self._group)
-            on_main_rank(lambda: self._commit(folder, partial, [{META: of_meta}, *of_ranks]), self._group)
+            on_main_rank(lambda: self._commit(folder, partial, [{CHECKPOINT_META: of_meta}, *of_ranks]), self._group)
         except Superseded:
             raise
         except (CheckpointException, PomscaleError, OSError, RuntimeError) as error:
             if self._is_main:
-                self._check_generation()  # what a newer start has cleared away cannot be written, either
+                self._check_start()  # what a newer start has cleared away cannot be written, either
                 shutil.rmtree(partial, ignore_errors=True)  # on a full disk, half a checkpoint only takes room
             raise PomscaleError(_save_error(folder, error)) from error
         end_s = time.perf_counter()
@@ -165,7 +165,7 @@ class CheckpointStore:
         return sum(checksum.num_bytes for checksum in writer.checksums.values()), end_s
 
     def _begin(self, folder: Path, partial: Path, meta: Mapping[str, Any]) -> Checksum:
-        self._check_generation()
+        self._check_start()
         if is_complete(folder):
             raise PomscaleError("it is complete already, and a checkpoint is never overwritten")
         _delete(remains(self.root, self._number))
@@ -173,35 +173,35 @@ class CheckpointStore:
 
     def _commit(self, folder: Path, partial: Path, checksums: Iterable[Mapping[str, Checksum]]) -> None:
         seal(partial, {name: checksum for part in checksums for name, checksum in part.items()})
-        self._check_generation()
+        self._check_start()
         commit(partial, folder)
 
     def _prune(self) -> None:
         """Delete what need not be kept. What goes wrong here costs room on the disk, not the run."""
         try:
-            self._check_generation()
+            self._check_start()
             complete = {samples_of(folder): folder for folder in complete_checkpoints(self.root)}
             _delete([complete[n] for n in expendable(list(complete), read_judged(self.root), self._config)])
         except (PomscaleError, OSError) as problem:
-            print(f"warning: {problem}", file=sys.stderr)
+            warn(str(problem))
 
-    def _check_generation(self) -> None:
-        if self._generation is not None:
-            self._generation.check()
+    def _check_start(self) -> None:
+        if self._start is not None:
+            self._start.check()
 
     # Judging
 
-    def judge(self, samples: int, metrics: Mapping[str, float | str]) -> None:
+    def record_metrics(self, samples: int, metrics: Mapping[str, float | str]) -> None:
         """Tell what was measured of the checkpoint at `samples`, which may still be under way. Not a collective."""
         value = metrics.get(self._config.best_metric)
         if not self._is_main or value is None:
             return
         known = {samples_of(folder) for folder in complete_checkpoints(self.root)} | {self._last_samples}
         try:
-            self._check_generation()
+            self._check_start()
             write_judged(self.root, {**read_judged(self.root), samples: float(value)}, known)
         except PomscaleError as problem:
-            print(f"warning: {problem}", file=sys.stderr)
+            warn(str(problem))
 
     # Loading
 
@@ -242,7 +242,7 @@ class CheckpointStore:
         on_main_rank(lambda: self._forget_after(samples), self._group)
 
     def _forget_after(self, samples: int) -> None:
-        self._check_generation()
+        self._check_start()
         _delete(folder for folder in complete_checkpoints(self.root) if samples_of(folder) > samples)
 
     def _find_damage(self, folder: Path) -> str | None:
@@ -250,12 +250,11 @@ class CheckpointStore:
         return next((reason for reason in on_all_ranks(share, self._group) if reason is not None), None)
 
     def _set_aside(self, folder: Path, reason: str) -> Damaged:
-        self._check_generation()
+        self._check_start()
         aside = set_aside(folder)
-        print(
-            f"warning: {reason}. This checkpoint is DAMAGED and is not used; it is kept as {aside}. "
-            "Going on with the one before it: the training since then is lost. Check the disk.",
-            file=sys.stderr,
+        warn(
+            f"{reason}. This checkpoint is DAMAGED and is not used; it is kept as {aside}. "
+            "Going on with the one before it: the training since then is lost. Check the disk."
         )
         return Damaged(aside, reason)
 
@@ -279,20 +278,17 @@ def latest_checkpoint(root: Path) -> Path | None:
     """The newest complete checkpoint, or None. Its content is not looked at. Warns of what is incomplete."""
     complete = complete_checkpoints(root)
     for folder in incomplete_checkpoints(root):
-        print(
-            f"warning: {folder} has no {MARKER} marker and final name: it is being written, or was cut off; ignored",
-            file=sys.stderr,
-        )
+        warn(f"{folder} has no {MARKER} marker and final name: it is being written, or was cut off; ignored")
     return complete[-1] if complete else None
 
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest one of a run folder. Raises InputError if none."""
-    if (path / META).is_file():
+    if (path / CHECKPOINT_META).is_file():
         if not is_complete(path):
             raise InputError(f"{path}: this checkpoint has no {MARKER} marker: its save did not finish; use another")
         return path
-    latest = latest_checkpoint(path / "checkpoints")
+    latest = latest_checkpoint(path / CHECKPOINTS_FOLDER)
     if latest is None:
         raise InputError(f"{path}: no complete checkpoint here; give a run folder or a checkpoint folder")
     return latest
@@ -300,7 +296,7 @@ def find_checkpoint(path: Path) -> Path:
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """The checkpoint.json of a complete checkpoint. Raises InputError if it is not what was written."""
-    path = folder / META
+    path = folder / CHECKPOINT_META
     _refuse_damaged(folder, find_damage_of(path))
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -348,7 +344,7 @@ def _delete(folders: Iterable[Path]) -> None:
         try:
             remove(folder)
         except OSError as error:  # a file held open on NFS, say: the run matters more than its garbage
-            print(f"warning: {folder} could not be deleted ({error}) and takes up space", file=sys.stderr)
+            warn(f"{folder} could not be deleted ({error}) and takes up space")
 
 
 def _causes(error: BaseException) -> str:

@@ -7,7 +7,7 @@ import logging
 from pomscale.base.imports import large_imports
 from pomscale.codecs.base import Codec, TextEncoder
 from pomscale.codecs.pixel import PixelCodec
-from pomscale.config.schema import CodecConfig, PixelCodecConfig, SdVaeCodecConfig, TextEncoderConfig
+from pomscale.config.codecs import CodecConfig, PixelCodecConfig, SdVaeCodecConfig, TextEncoderConfig
 
 __all__ = ["Codec", "TextEncoder", "build_codec", "build_text_encoder"]
 

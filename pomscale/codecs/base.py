@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pomscale.config.schema import CodecConfig, TextEncoderConfig
+from pomscale.config.codecs import CodecConfig, TextEncoderConfig
 
 
 class Codec(Protocol):

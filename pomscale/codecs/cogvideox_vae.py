@@ -7,7 +7,7 @@ from torch import Tensor
 from pomscale.base.errors import InputError
 from pomscale.codecs.clip_decoders import COGVIDEOX_BATCH, CogVideoXDecoder
 from pomscale.codecs.diffusers_vae import AutoencoderKLCogVideoX, DiffusersVae
-from pomscale.config.schema import CogVideoXVaeCodecConfig
+from pomscale.config.codecs import CogVideoXVaeCodecConfig
 
 # The network takes frames in batches of 8 and latent frames in batches of 2, whatever its config says; it carries the
 # convolutions' past from batch to batch, and a frame more than whole batches goes with the first.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pomscale.base.errors import InputError
-from pomscale.config.schema import CogVideoXVaeCodecConfig, SdVaeCodecConfig
+from pomscale.config.codecs import CogVideoXVaeCodecConfig, SdVaeCodecConfig
 
 try:
     from diffusers import AutoencoderKL, AutoencoderKLCogVideoX

@@ -12,7 +12,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from pomscale.base.errors import InputError
 from pomscale.codecs.base import ClipDecoder
 from pomscale.codecs.clip_decoders import FramewiseDecoder
-from pomscale.config.schema import PixelCodecConfig
+from pomscale.config.codecs import PixelCodecConfig
 
 
 class PixelCodec:

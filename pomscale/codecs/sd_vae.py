@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pomscale.base.errors import InputError
 from pomscale.codecs.diffusers_vae import AutoencoderKL, DiffusersVae
-from pomscale.config.schema import SdVaeCodecConfig
+from pomscale.config.codecs import SdVaeCodecConfig
 
 
 class SdVaeCodec(DiffusersVae):

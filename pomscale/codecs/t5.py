@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from pomscale.base.errors import InputError
-from pomscale.config.schema import TextEncoderConfig
+from pomscale.config.codecs import TextEncoderConfig
 
 try:
     import transformers

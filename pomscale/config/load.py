@@ -10,9 +10,11 @@ from typing import Annotated, Any, Union, cast, get_args
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from pomscale.config.cluster import ClusterProfile
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.pipeline import PipelineRecipe
-from pomscale.config.schema import EncodeRecipe, TrainRecipe
 from pomscale.config.section import Section
+from pomscale.config.shipped import known_clusters, recipe_file, shipped_recipes
+from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import KeyPath, RecipeError, RecipeSource, dump_yaml, read_source
 
 Recipe = TrainRecipe | EncodeRecipe | PipelineRecipe
@@ -23,7 +25,6 @@ _CLUSTER: dict[str, type[Section]] = {"cluster": ClusterProfile}
 _ANY_KIND: TypeAdapter[Any] = TypeAdapter(
     Annotated[Union[TrainRecipe, EncodeRecipe, PipelineRecipe, ClusterProfile], Field(discriminator="kind")]
 )
-_CLUSTERS = Path(__file__).resolve().parents[2] / "slurm" / "clusters"
 
 # kind -> the command that takes such a file.
 _COMMANDS = {
@@ -82,17 +83,17 @@ def load_cluster(name_or_path: str | Path, overrides: list[str] | None = None) -
     return cast(ClusterProfile, validate(read_recipe_source(path, overrides), _CLUSTER))
 
 
-def known_clusters() -> dict[str, Path]:
-    """Name -> file of the profiles that come with this checkout."""
-    return {path.stem: path for path in sorted(_CLUSTERS.glob("*.yaml"))}
+def read_recipe_source(name_or_path: str | Path, overrides: list[str] | None = None) -> RecipeSource:
+    """Read a recipe, given by path or by the name of a shipped one, before it is validated.
 
-
-def read_recipe_source(path: str | Path, overrides: list[str] | None = None) -> RecipeSource:
-    """read_source; that there is no such file is a RecipeError too."""
+    Raises RecipeError as read_source does, and when there is no such recipe.
+    """
     try:
-        return read_source(path, overrides)
+        return read_source(recipe_file(name_or_path), overrides)
     except FileNotFoundError:
-        raise RecipeError([f"{path}: no such recipe file"]) from None
+        nearest = _suggest(Path(name_or_path).as_posix().removesuffix(".yaml"), str(list(shipped_recipes())))
+        hint = f"{nearest} (`pomscale config list` names all shipped recipes)" if nearest else ""
+        raise RecipeError([f"{name_or_path}: no such recipe file{hint}"]) from None
 
 
 def validate(source: RecipeSource, kinds: dict[str, type[Section]] = _KINDS) -> Section:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pomscale.config.load import load_train_recipe, read_recipe_source, validate
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError, RecipeSource
 
 # What a point is called by, or what makes it a sweep.

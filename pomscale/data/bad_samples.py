@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from pomscale.base.console import warn
 from pomscale.base.errors import InputError, PomscaleError
 
 
@@ -76,7 +76,7 @@ def _read_list(path: Path) -> set[tuple[str, int]]:
     except FileNotFoundError:
         return set()
     except OSError as error:
-        print(f"warning: {path} could not be read ({error}); samples may be listed twice", file=sys.stderr)
+        warn(f"{path} could not be read ({error}); samples may be listed twice")
         return set()
     for line in lines:
         with suppress(ValueError):  # a line that a kill has cut off
@@ -93,7 +93,7 @@ def _append(path: Path, samples: int, unlisted: list[BadSample]) -> None:
                 lines = "\n" + lines
             file.write(lines.encode())
     except OSError as error:  # a full disk costs a line of a list, not the run
-        print(f"warning: {path} could not be written ({error}); training goes on", file=sys.stderr)
+        warn(f"{path} could not be written ({error}); training goes on")
 
 
 def _ends_a_line(file: BinaryIO) -> bool:

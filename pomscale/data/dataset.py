@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pomscale.base.errors import InputError
 from pomscale.base.keyed_random import Stream, keyed_generator, keyed_uniforms
-from pomscale.config.schema import CacheConfig
+from pomscale.config.data import CacheConfig
 from pomscale.data.bad_samples import BadSample
 from pomscale.data.order import groups
 from pomscale.data.readers.arrays import ArrayReader, Faults, Members

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pomscale.base.errors import InputError
-from pomscale.config.schema import DataConfig
+from pomscale.config.data import DataConfig
 from pomscale.data.dataset import LatentDataset, Samples
 from pomscale.data.mixture_order import MixtureOrder
 from pomscale.data.readers.shard_files import check_room

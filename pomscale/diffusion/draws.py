@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pomscale.base.keyed_random import Stream, keyed_generator
-from pomscale.config.schema import DiffusionConfig, TimeConfig
+from pomscale.config.train import DiffusionConfig, TimeConfig
 
 
 @dataclass

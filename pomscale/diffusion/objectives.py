@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pomscale.config.schema import DiffusionConfig
+from pomscale.config.train import DiffusionConfig
 
 
 class Objective(Protocol):

@@ -6,23 +6,22 @@ for all ranks; what does not fit a machine or a version is not used: torch keys 
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
 from torch.compiler._cache import CacheInfo
 
+from pomscale.base.console import warn
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import atomic_write
-
-FILE = "compile_cache.bin"
+from pomscale.runs.layout import COMPILE_CACHE_FILE
 
 
 class CompileCache:
     """path: None for a run that compiles nothing, where it does nothing. The main rank writes, all read."""
 
     def __init__(self, run_folder: Path | None, *, is_main: bool) -> None:
-        self._path = None if run_folder is None else run_folder / FILE
+        self._path = None if run_folder is None else run_folder / COMPILE_CACHE_FILE
         self._is_main = is_main
         self._in_file: set[tuple[str, str]] = set()
 
@@ -33,7 +32,7 @@ class CompileCache:
         try:
             self._in_file = _keys(torch.compiler.load_cache_artifacts(self._path.read_bytes()))
         except OSError as problem:
-            print(f"warning: {self._path} cannot be read ({problem}); compiling again", file=sys.stderr)
+            warn(f"{self._path} cannot be read ({problem}); compiling again")
 
     def save(self) -> None:
         """After the first step: most of what is compiled. What goes wrong costs a compilation, not the run."""
@@ -48,7 +47,7 @@ class CompileCache:
                 stream.write(artifacts[0])
             self._in_file = _keys(artifacts[1])
         except PomscaleError as problem:
-            print(f"warning: {problem}; the next start compiles again", file=sys.stderr)
+            warn(f"{problem}; the next start compiles again")
 
 
 def _keys(info: CacheInfo | None) -> set[tuple[str, str]]:

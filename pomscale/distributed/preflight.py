@@ -20,12 +20,12 @@ import torch.distributed as dist
 from pomscale.base.errors import PomscaleError
 from pomscale.distributed.probe import MatmulProbe
 from pomscale.distributed.world import World
+from pomscale.runs.layout import PREFLIGHT_PREFIX
 
 _SLOW = 0.7  # of the median: slower than this is worth a warning
 _WRITE_CHUNK = 4 << 20
 _MAX_WRITTEN = 64 << 20
 _MAX_WRITE_S = 1.0  # a disk that is slower has shown it by then
-_MARK = ".preflight-"
 _NUM_REDUCES = 4  # the first makes the connections
 
 
@@ -106,7 +106,7 @@ def all_reduce_speed(device: torch.device, group: dist.ProcessGroup | None = Non
 
 def _write(world: World, run_folder: Path, writes: bool) -> tuple[float | None, str | None]:
     """(GB/s with fsync, problem) of a rank that writes for its host. All ranks call it."""
-    mark = run_folder / f"{_MARK}{world.gather(secrets.token_hex(8))[0]}"
+    mark = run_folder / f"{PREFLIGHT_PREFIX}{world.gather(secrets.token_hex(8))[0]}"
     problem = _touch(mark) if world.is_main else None
     could_mark = world.gather(problem)[0] is None
     speed = None
@@ -127,7 +127,7 @@ def _write(world: World, run_folder: Path, writes: bool) -> tuple[float | None, 
 
 def _touch(path: Path) -> str | None:
     try:
-        for left in path.parent.glob(f"{_MARK}*"):  # by a start that was killed here
+        for left in path.parent.glob(f"{PREFLIGHT_PREFIX}*"):  # by a start that was killed here
             left.unlink(missing_ok=True)
         path.touch()
     except OSError as error:

@@ -62,14 +62,14 @@ class Stragglers:
         )
         gathered = [torch.empty_like(mine) for _ in range(self._world.size)]
         dist.all_gather(gathered, mine)
-        report = self.judge(*torch.stack(gathered, dim=1).tolist())  # waits for the device once, not once per rank
+        report = self.compare(*torch.stack(gathered, dim=1).tolist())  # waits for the device once, not once per rank
         if report.named is None:
             return report
         own = own_figures(self._world.device) if self._world.rank == report.named else None
         figures: Any = self._world.gather(own)[report.named]
         return replace(report, metrics={**report.metrics, "straggler/rank": report.named, **figures})
 
-    def judge(self, probe_s: list[float], data_wait_s: list[float], step_time_s: list[float]) -> StragglerReport:
+    def compare(self, probe_s: list[float], data_wait_s: list[float], step_time_s: list[float]) -> StragglerReport:
         """The report on figures of all ranks, in rank order. Remembers who was slow."""
         step = statistics.median(step_time_s)
         compute = _excess(probe_s, statistics.median(probe_s))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from pomscale.base.imports import large_imports
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.distributed.world import World
 from pomscale.engine.protocol import Engine, InitWeights
 

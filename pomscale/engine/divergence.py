@@ -46,7 +46,7 @@ class Divergence:
             "num_skipped": self.num_skipped,
         }
 
-    def judge(self, loss: float, norm: float) -> Verdict:
+    def assess(self, loss: float, norm: float) -> Verdict:
         """Of one step. Call it once per step."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.reason = f"loss {loss:g} and gradient norm {norm:g}: not finite"

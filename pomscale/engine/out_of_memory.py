@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from pomscale.base.errors import PomscaleError
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 
 _GIB = 2**30
 _CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from sklearn.metrics import pairwise_distances
 from sklearn.svm import SVC
 
 from pomscale.base.errors import InputError
+from pomscale.media.pictures import read_grey
 
 
 @dataclass(frozen=True)
@@ -94,5 +94,5 @@ def _read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     files = sorted(folder.glob("*/*.png"))
     if not files:
         raise InputError(f"{folder}: no class folders of PNGs here; write them: python -m data_pipelines.demos.digits")
-    pictures = np.stack([np.asarray(Image.open(file)).ravel() for file in files]) / 255.0
+    pictures = np.stack([read_grey(file).ravel() for file in files]) / 255.0
     return pictures, np.array([int(file.parent.name) for file in files])

@@ -21,11 +21,7 @@ import numpy as np
 from sklearn.svm import SVC
 
 from pomscale.base.errors import InputError
-
-try:
-    import av
-except ImportError as error:
-    raise InputError(f"clips need the package av: {error}. Run: pip install -e '.[video]'") from error
+from pomscale.media.clips import read_grey_frames
 
 _DIGIT = 8  # side of a digit, in pixels
 _DIRECTIONS = (("up", "down"), ("left", "right"))  # by axis, and by sign
@@ -173,8 +169,7 @@ def _read_folder(folder: Path, canvas: tuple[int, int]) -> tuple[np.ndarray, lis
 
 def _read_clip(file: Path, canvas: tuple[int, int]) -> np.ndarray:
     """(f, h, w) in [0, 1]: the mean over the pixels of the file that a pixel of the canvas became."""
-    with av.open(str(file)) as container:
-        frames = np.stack([frame.to_ndarray(format="gray") for frame in container.decode(video=0)])
+    frames = read_grey_frames(file)
     height, width = canvas
     zoom = frames.shape[1] // height
     if frames.shape[1:] != (height * zoom, width * zoom):

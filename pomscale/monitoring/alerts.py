@@ -40,7 +40,7 @@ class Alerts:
         self._ledger = ledger
         self._clock = clock
         self._step_times: deque[float] = deque(maxlen=_MOST_ROWS)
-        self._judged_s = clock()
+        self._checked_s = clock()
         self._slow_since_s: float | None = None
         self._samples = 0
         self._told_s: dict[str, float] = {}
@@ -67,27 +67,27 @@ class Alerts:
         """No step for long. Called by the watchdog's thread, while all others may hang."""
         self._tell("stall", f"after {self._samples:,} samples: {reason}", "ERROR")
 
-    def judge(self, samples: int, step_time_s: float | None) -> None:
+    def check_row(self, samples: int, step_time_s: float | None) -> None:
         """At every row. step_time_s: mean since the row before; None if no step was taken since."""
         self._samples = samples
         if step_time_s is not None:
-            self._judge_step_time(step_time_s)
-        self._judge_goodput()
+            self._check_step_time(step_time_s)
+        self._check_goodput()
 
-    def _judge_step_time(self, step_time_s: float) -> None:
+    def _check_step_time(self, step_time_s: float) -> None:
         factor, now_s = self._config.stall_factor, self._clock()
         median = statistics.median(self._step_times) if len(self._step_times) >= _LEAST_ROWS else math.inf
         if factor is None or step_time_s <= factor * median:
             self._slow_since_s = None
         elif self._slow_since_s is None:
-            self._slow_since_s = self._judged_s
+            self._slow_since_s = self._checked_s
         elif (slow_s := now_s - self._slow_since_s) >= _SLOW_FOR_S:
             told = f"{step_time_s:.3g} s per step, {step_time_s / median:.1f} times the median of this start"
             self._tell("slow steps", f"at {self._samples:,} samples, for {slow_s:.0f} s: {told}", "WARN")
-        self._judged_s = now_s
+        self._checked_s = now_s
         self._step_times.append(step_time_s)
 
-    def _judge_goodput(self) -> None:
+    def _check_goodput(self) -> None:
         limit = self._config.min_goodput
         if limit is None:
             return

@@ -78,7 +78,7 @@ def open_monitor(
     run_name: str,
     recipe_dump: dict[str, Any],
     total_samples: int,
-    incarnation: int,
+    start: int,
 ) -> Monitor:
     """The sinks of a run, for rank 0: metrics.jsonl, console, and wandb unless it is disabled.
 
@@ -86,7 +86,7 @@ def open_monitor(
     Raises InputError when wandb refuses to start, OSError when the run folder cannot be written.
     """
     with ExitStack() as opened:
-        jsonl = JsonlSink(run_folder, incarnation)
+        jsonl = JsonlSink(run_folder, start)
         opened.callback(jsonl.close, failed=True)
         sinks: list[MetricSink] = [jsonl, ConsoleSink(total_samples)]
         if monitoring.wandb.mode != "disabled":

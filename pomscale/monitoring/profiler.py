@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pomscale.config.schema import ProfileConfig
+from pomscale.config.train import ProfileConfig
+from pomscale.runs.layout import memory_history_path, trace_path
 
 
 class ProfileWindow:
@@ -21,7 +22,8 @@ class ProfileWindow:
     def __init__(self, config: ProfileConfig | None, run_folder: Path, rank: int, device: torch.device) -> None:
         self._start_samples = config.start_samples if config else 0
         self._steps_left = config.num_steps if config else 0
-        self._stem = run_folder / "profile" / f"rank-{rank}"
+        self._trace_path = trace_path(run_folder, rank)
+        self._memory_path = memory_history_path(run_folder, rank)
         self._on_cuda = device.type == "cuda"
         self._profiler: profile | None = None
         self._called = False
@@ -52,11 +54,11 @@ class ProfileWindow:
         """End the window and write it; also for a run that ends inside it. Does nothing outside a window."""
         if self._profiler is None:
             return
-        self._stem.parent.mkdir(exist_ok=True)
+        self._trace_path.parent.mkdir(exist_ok=True)
         self._profiler.stop()
-        self._profiler.export_chrome_trace(f"{self._stem}-trace.json.gz")
+        self._profiler.export_chrome_trace(str(self._trace_path))
         if self._on_cuda:
-            torch.cuda.memory._dump_snapshot(f"{self._stem}-memory.pickle")
+            torch.cuda.memory._dump_snapshot(str(self._memory_path))
             torch.cuda.memory._record_memory_history(enabled=None)
         self._profiler = None
         self._steps_left = 0

@@ -16,8 +16,7 @@ from typing import Literal, Protocol, TextIO
 
 from pomscale.base.console import format_count, format_duration
 from pomscale.base.jsonl import JsonLines
-
-METRICS_FILE = "metrics.jsonl"
+from pomscale.runs.layout import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +57,16 @@ class JsonlSink:
     name = METRICS_FILE
     if_cut_off = "its last rows may be missing"
 
-    def __init__(self, run_folder: Path, incarnation: int) -> None:
+    def __init__(self, run_folder: Path, start: int) -> None:
         self._run_folder = run_folder
-        self._incarnation = incarnation
+        self._start = start
         self._rows = JsonLines(run_folder / METRICS_FILE)
 
     def log(self, samples: int, metrics: dict[str, float | str], time_unix_s: float | None = None) -> None:
         row: dict[str, float | str] = {
             "samples": samples,
             "time_unix_s": round(time.time() if time_unix_s is None else time_unix_s, 3),
-            "incarnation": self._incarnation,
+            "incarnation": self._start,
         }
         for name, value in metrics.items():
             row[name] = value if isinstance(value, str) or math.isfinite(value) else str(float(value))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import TrainingConfig, TrainRecipe
+from pomscale.config.train import TrainingConfig, TrainRecipe
 
 
 @dataclass(frozen=True)

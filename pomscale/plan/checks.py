@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pomscale.base.errors import InputError
 from pomscale.config.hardware import Gpu
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 
 
 def check_layout(recipe: TrainRecipe, num_ranks: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.plan.batch import BatchShare, batch_share, num_times
 from pomscale.plan.model_cost import num_parameters
 from pomscale.plan.shadow.fsdp2 import Fsdp2Shadow

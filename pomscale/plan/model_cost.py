@@ -13,9 +13,9 @@ clip has one of for every t (the modulation, and the text as it is modulated) co
 
 from __future__ import annotations
 
+from pomscale.config.codecs import TextEncoderConfig
 from pomscale.config.model import MixerName, ModelConfig, VideoModelConfig
 from pomscale.config.recomputation import is_recomputed
-from pomscale.config.schema import TextEncoderConfig
 
 TEXT_LENGTH: int = TextEncoderConfig.model_fields["max_length"].default
 """Tokens of text that a clip is trained with, where nobody says: captions are padded to the encoder's max_length."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pomscale.base.errors import InputError
 from pomscale.config.hardware import GPUS, Gpu
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.plan.advice import Advice, cheapest_fit, room_for_more
 from pomscale.plan.batch import BatchShare, batch_share, num_times
 from pomscale.plan.checks import check_gpu, check_layout, notes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pomscale.config.hardware import Gpu
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.plan.batch import num_times
 from pomscale.plan.model_cost import recomputed_flops, training_flops
 

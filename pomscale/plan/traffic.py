@@ -6,7 +6,7 @@ all-reduce (ring algorithms, which are optimal in volume). The averages and the 
 
 from __future__ import annotations
 
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.plan.batch import batch_share
 from pomscale.plan.memory import num_shards
 from pomscale.plan.model_cost import num_block_parameters, num_parameters

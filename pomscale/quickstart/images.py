@@ -7,7 +7,6 @@ is printed before it runs.
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import psutil
 
 from pomscale.quickstart.tour import ENVIRONMENT, pomscale, read_figures, remove_earlier, run, section, train_command
+from pomscale.runs.history import samples_seen
 
 DIGITS, LATENTS = Path("data/digits"), Path("data/digits-latents")
 RECIPE = "recipes/quickstart.yaml"
@@ -80,12 +80,6 @@ def train_and_kill(folder: Path) -> None:
             victim.send_signal(signal.SIGKILL)
     psutil.wait_procs(victims)
     print(f"--- killed {len(victims)} processes with SIGKILL at {samples_seen(folder):,} samples", flush=True)
-
-
-def samples_seen(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.is_file() else []
-    return json.loads(lines[-1])["samples"] if lines else 0
 
 
 def table(figures: dict[str, dict[str, Any]], minutes: float) -> str:

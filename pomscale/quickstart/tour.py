@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pomscale.runs.layout import METRICS_FILE
+
 # One thread per process: on two cores, two processes with two spinning threads each are many times slower.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 _TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -46,6 +48,6 @@ def remove_earlier(*folders: Path) -> None:
 def read_figures(run_folder: Path, evaluation: str) -> dict[str, Any]:
     """The last value of every metric of a run, and what the evaluation wrote into RUN_FOLDER/NAME.json."""
     figures: dict[str, Any] = json.loads((run_folder / f"{evaluation}.json").read_text(encoding="utf-8"))
-    for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (run_folder / METRICS_FILE).read_text(encoding="utf-8").splitlines():
         figures.update(json.loads(line))
     return figures

@@ -20,9 +20,9 @@ from typing import Any
 
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import sync_folder, write_text
-from pomscale.runs.integrity import MARKER, Checksum
+from pomscale.runs.integrity import Checksum
+from pomscale.runs.layout import CHECKPOINT_META, MARKER
 
-META = "checkpoint.json"
 _FINAL = re.compile(r"samples-(\d{12})$")
 _PARTIAL = re.compile(r"samples-\d{12}\.g(\d+)\.partial$")
 
@@ -36,9 +36,9 @@ def samples_of(folder: Path) -> int:
     return int(folder.name.removeprefix("samples-"))
 
 
-def partial_folder(folder: Path, generation: int) -> Path:
+def partial_folder(folder: Path, start: int) -> Path:
     """Where the start number `generation` of a run writes what will be `folder`."""
-    return folder.with_name(f"{folder.name}.g{generation:05d}.partial")
+    return folder.with_name(f"{folder.name}.g{start:05d}.partial")
 
 
 def is_complete(folder: Path) -> bool:
@@ -55,16 +55,16 @@ def incomplete_checkpoints(root: Path) -> list[Path]:
     return _folders(root, _PARTIAL) + [path for path in _folders(root, _FINAL) if not is_complete(path)]
 
 
-def remains(root: Path, generation: int) -> list[Path]:
+def remains(root: Path, start: int) -> list[Path]:
     """What starts of the run before number `generation` left half written, and whoever it was half deleted."""
-    return [path for path in incomplete_checkpoints(root) if _generation(path) < generation]
+    return [path for path in incomplete_checkpoints(root) if _start(path) < start]
 
 
 def _folders(root: Path, name: re.Pattern[str]) -> list[Path]:
     return sorted(path for path in root.glob("samples-*") if name.match(path.name))
 
 
-def _generation(incomplete: Path) -> int:
+def _start(incomplete: Path) -> int:
     partial = _PARTIAL.match(incomplete.name)
     return int(partial[1]) if partial else -1
 
@@ -74,7 +74,7 @@ def begin(partial: Path, meta: Mapping[str, Any]) -> Checksum:
     remove(partial)  # a save of ours at the same samples that failed
     partial.mkdir(parents=True)
     text = json.dumps(meta, indent=1)
-    write_text(partial / META, text)
+    write_text(partial / CHECKPOINT_META, text)
     return Checksum.of(text.encode())
 
 

@@ -21,10 +21,9 @@ from typing import Any
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import write_text
 from pomscale.base.jsonl import read_json_lines
+from pomscale.runs.layout import DELIVERED_FILE, EVALUATIONS_FILE, RECIPE_FILE
 from pomscale.runs.metric_names import EVALUATION_PREFIX
 
-EVALUATIONS_FILE = "evaluations.jsonl"
-DELIVERED_FILE = "evaluations.delivered"
 IMAGES, VIDEOS = (".png", ".jpg", ".jpeg", ".gif", ".webp"), (".mp4", ".webm")
 
 _NAME = re.compile(re.escape(EVALUATION_PREFIX) + r"[^/\s]+/\S+")
@@ -58,8 +57,8 @@ def record(
     PomscaleError if it cannot be written: then nothing was.
     """
     pictures = pictures or {}
-    if not (run_folder / "recipe.yaml").is_file():
-        raise InputError(f"{run_folder}: no run folder: it has no recipe.yaml")
+    if not (run_folder / RECIPE_FILE).is_file():
+        raise InputError(f"{run_folder}: no run folder: it has no {RECIPE_FILE}")
     if samples < 0 or not (metrics or pictures):
         raise InputError(f"{run_folder}: nothing to record: {len(metrics)} figures at {samples} samples")
     for name in (*metrics, *pictures):

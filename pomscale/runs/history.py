@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pomscale.base.errors import InputError
 from pomscale.base.jsonl import read_json_lines
-from pomscale.monitoring.sinks import METRICS_FILE
 from pomscale.runs.evaluation_log import Evaluation, read_evaluations
+from pomscale.runs.layout import METRICS_FILE, STARTS_FILE
 
-INCARNATIONS_FILE = "incarnations.jsonl"
 _NON_FINITE = ("nan", "inf", "-inf")
 
 
@@ -28,7 +28,7 @@ class History:
     """
 
     series: dict[str, tuple[list[int], list[float]]]
-    incarnations: list[dict[str, Any]]
+    starts: list[dict[str, Any]]
     resumed_at: list[int]
     num_unreadable: int
     last_time_unix_s: float | None
@@ -52,8 +52,8 @@ def read_history(run_folder: Path) -> History:
     path = run_folder / METRICS_FILE
     if not path.exists():
         raise InputError(f"no metrics in {run_folder}: {METRICS_FILE} is missing. Is it a run folder, has it started?")
-    incarnations, _ = read_json_lines(run_folder / INCARNATIONS_FILE)
-    start_samples = {start["incarnation"]: start["start_samples"] for start in incarnations}
+    starts, _ = read_json_lines(run_folder / STARTS_FILE)
+    start_samples = {start["incarnation"]: start["start_samples"] for start in starts}
     written, num_unreadable = read_json_lines(path)
     rows, resumed_at, went_back = _what_counts(written, start_samples)
     evaluations = [
@@ -74,7 +74,14 @@ def read_history(run_folder: Path) -> History:
             values.setdefault(name, {})[evaluation.samples] = figure
     series = {name: (sorted(points), [points[at] for at in sorted(points)]) for name, points in values.items()}
     last_time_unix_s = rows[-1]["time_unix_s"] if rows else None
-    return History(series, incarnations, resumed_at, num_unreadable, last_time_unix_s, evaluations)
+    return History(series, starts, resumed_at, num_unreadable, last_time_unix_s, evaluations)
+
+
+def samples_seen(run_folder: Path) -> int:
+    """Samples of the last whole row of RUN/metrics.jsonl; 0 without rows."""
+    path = run_folder / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    return json.loads(lines[-1])["samples"] if lines else 0
 
 
 def _what_counts(

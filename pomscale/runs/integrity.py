@@ -21,9 +21,8 @@ from isal import isal_zlib
 
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import write_text
+from pomscale.runs.layout import CHECKSUMS, MARKER
 
-CHECKSUMS = "checksums.json"
-MARKER = "COMPLETE"
 _PIECE = 1 << 22
 
 

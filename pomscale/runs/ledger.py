@@ -21,9 +21,8 @@ from typing import Any, Literal
 
 from pomscale.base.background import Background
 from pomscale.base.jsonl import JsonLines, read_json_lines
+from pomscale.runs.layout import EVENTS_FILE
 from pomscale.runs.metric_names import WALL_TIME, goodput_share
-
-EVENTS_FILE = "events.jsonl"
 
 Kind = Literal["start_up", "compile", "data_wait", "step", "checkpoint_stall", "evaluation", "rollback", "other"]
 """What time is charged to. Of "step", names.WALL_TIME tells apart "productive" and "lost"."""
@@ -66,8 +65,8 @@ class Ledger:
     the file cannot be opened.
     """
 
-    def __init__(self, run_folder: Path | None, incarnation: int, start_samples: int) -> None:
-        self._incarnation = incarnation
+    def __init__(self, run_folder: Path | None, start: int, start_samples: int) -> None:
+        self._start = start
         self._file: JsonLines | None = None
         self._seconds: dict[str, float] = {}
         self._balance = _Balance()
@@ -80,7 +79,7 @@ class Ledger:
         self._writer = Background(EVENTS_FILE)
         age_s = _process_age_s()
         self._charged_s = time.monotonic() - age_s
-        self._append(start_samples, {"start": _start(os.environ, time.time() - age_s)})
+        self._append(start_samples, {"start": _moments(os.environ, time.time() - age_s)})
 
     def charge(self, kind: Kind) -> None:
         """What the time since the last charge was spent on; the first time, since the process was started."""
@@ -117,7 +116,7 @@ class Ledger:
     def _append(self, samples: int, content: dict[str, Any]) -> None:
         if self._file is None:
             return
-        row = {"samples": samples, "time_unix_s": round(time.time(), 3), "incarnation": self._incarnation, **content}
+        row = {"samples": samples, "time_unix_s": round(time.time(), 3), "incarnation": self._start, **content}
         with self._appending:
             self._balance.add(row)
             self._writer.do(partial(self._file.append, row))
@@ -146,7 +145,7 @@ def _process_age_s() -> float:
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started_s)
 
 
-def _start(environment: Mapping[str, str], process_started_unix_s: float) -> dict[str, float]:
+def _moments(environment: Mapping[str, str], process_started_unix_s: float) -> dict[str, float]:
     """The moments that lead to an incarnation, in Unix seconds."""
     start = {"process_unix_s": round(process_started_unix_s, 3)}
     for name, variable in (("submitted_unix_s", SUBMITTED), ("job_unix_s", "SLURM_JOB_START_TIME")):
@@ -182,14 +181,14 @@ class _Balance:
         self._seconds = dict.fromkeys(WALL_TIME, 0.0)
         self._events: Counter[str] = Counter()
         self._kept: list[_Steps] = []  # `end` increases
-        self._incarnation = -1
+        self._start = -1
         self.samples = 0
         self._until_unix_s: float | None = None  # up to where wall time is accounted for
 
     def add(self, row: dict[str, Any]) -> None:
-        if row["incarnation"] < self._incarnation:
+        if row["incarnation"] < self._start:
             return  # of a process that outlived its replacement
-        self._incarnation = row["incarnation"]
+        self._start = row["incarnation"]
         if "start" in row:
             self._go_back(row["samples"])
             self._begin(row["start"])

@@ -16,9 +16,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pomscale.base.errors import InputError
+from pomscale.config.codecs import CodecConfig, TextEncoderConfig
+from pomscale.config.encode import TransformConfig, VideoTransformConfig
 from pomscale.config.identity import NOT_OF_THE_LATENTS
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
-from pomscale.config.schema import CodecConfig, TextEncoderConfig, TransformConfig, VideoTransformConfig
 from pomscale.shards.location import join, local_folder, read_bytes
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -200,8 +201,24 @@ class Manifest(_Part):
             raise InputError("this is a set of text embeddings without latents; name the dataset that has the latents")
         return self.codec
 
+    @property
+    def is_derived(self) -> bool:
+        """Whether the set was made from other datasets (merge, split), and not by an encode."""
+        return self.recipe.get("kind") in ("merge", "split")
+
+    @property
+    def max_skipped(self) -> int:
+        """Number of skipped items that the recipe of the dataset allows.
+
+        A set that was made from others skipped nothing itself: its failures are those of the others, and their recipes
+        allowed them.
+        """
+        if self.is_derived:
+            return self.num_failures
+        return int(self.recipe.get("max_skipped", 0))  # sets of older releases have no such key
+
     def stored_shape(self, group: int) -> tuple[int, ...]:
-        """Shape of a latent array in the shards of a group: with moments twice the channels."""
+        """Return the shape of a latent array in the shards of a group: twice the channels with moments."""
         channels, *size = self.groups[group].shape
         return (2 * channels if self.latents.stores_moments else channels), *size
 

@@ -14,16 +14,15 @@ from pomscale.base.condition import Condition, Text
 from pomscale.base.errors import InputError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import TrainRecipe, ValidationConfig
+from pomscale.config.train import TrainRecipe, ValidationConfig
 from pomscale.data.loader import Loader
 from pomscale.data.mixture import Mixture
 from pomscale.diffusion.objectives import FlowMatching
 from pomscale.distributed.world import join_world
-from pomscale.evaluation.heldout import heldout_loss
+from pomscale.evaluation.heldout import heldout_loss, read_in_order, shape_sizes
 from pomscale.models import VDiPoM, init_weights
 from pomscale.shards.schema import check_compatible, check_text
 from pomscale.training.loss import TrainBatch, draw_batch, share_of_loss
-from pomscale.training.periodic import read_in_order, shape_sizes
 from support.synthetic_dataset import TEXT_DIM, write_dataset
 
 GLOBAL_BATCH = 6

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pomscale.base.errors import InputError
-from pomscale.config.schema import CacheConfig
+from pomscale.config.data import CacheConfig
 from pomscale.data.dataset import LatentDataset
 from pomscale.data.loader import Loader, MicroBatch, micro_batch_positions, num_micro_batches
 from pomscale.data.mixture import Mixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pomscale.base.errors import InputError
-from pomscale.config.schema import DataConfig
+from pomscale.config.data import DataConfig
 from pomscale.data.interleave import PERIOD, Interleave
 from pomscale.data.mixture import Mixture
 from pomscale.data.mixture_order import MixtureOrder

@@ -18,8 +18,7 @@ import psutil
 import pytest
 
 from pomscale.checkpoint.store import complete_checkpoints, find_checkpoint, read_meta
-from pomscale.quickstart.images import samples_seen
-from pomscale.runs.history import read_history
+from pomscale.runs.history import read_history, samples_seen
 from pomscale.runs.ledger import goodput
 from pomscale.runs.outcome import write_outcome
 from support.running import (

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pomscale.quickstart.images import samples_seen
+from pomscale.runs.history import samples_seen
 from support import running, wandb_reader
 from support.running import GLOBAL_BATCH, TIMEOUT_S, outcome, rows, run, started
 

@@ -20,7 +20,7 @@ from launch.record.job import Attempt, JobSpec, Verdict, attempts
 from launch.submission.job_script import Wish
 from launch.submission.submit import submit
 from pomscale.config.load import load_cluster
-from pomscale.quickstart.images import samples_seen
+from pomscale.runs.history import samples_seen
 from support.running import (
     GLOBAL_BATCH,
     checkpoint_samples,

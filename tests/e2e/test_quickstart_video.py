@@ -22,7 +22,7 @@ pytest.importorskip("transformers")
 def tour(folder: Path, *overrides: str, num_judged: int = NUM_JUDGED) -> dict[str, Any]:
     """The figures that it found, in a folder of its own. num_judged: clips per caption."""
     (folder / "recipes").symlink_to(ROOT / "recipes")
-    main = f"from pomscale import quickstart_video as tour; tour.NUM_JUDGED = {num_judged}; tour.main({overrides})"
+    main = f"from pomscale.quickstart import video as tour; tour.NUM_JUDGED = {num_judged}; tour.main({overrides})"
     done = run([sys.executable, "-c", main], cwd=folder, timeout=1700)
     run_folder = folder / "runs" / "quickstart-video"
     assert (run_folder / "summary.txt").read_text() in done.stdout

@@ -15,7 +15,7 @@ from launch.status.logs import show_logs
 from launch.status.runs import RunSummary, summarize
 from launch.submission.control import cancel, requeue, resume
 from pomscale.base.errors import InputError, PomscaleError
-from pomscale.runs.starts import Generation
+from pomscale.runs.starts import Start
 from support.running import (
     GLOBAL_BATCH,
     UNHURRIED,
@@ -113,7 +113,7 @@ def test_a_run_by_hand_saves_and_ends(recipe: Path) -> None:
 
 
 def test_a_run_on_another_machine_is_left_alone(tmp_path: Path) -> None:
-    claim = tmp_path / "generations" / f"{Generation.claim(tmp_path).number:06d}"
+    claim = tmp_path / "generations" / f"{Start.claim(tmp_path).number:06d}"
     claim.write_text(json.dumps(json.loads(claim.read_text()) | {"host": "elsewhere", "slurm_job_id": None}))
     with pytest.raises(PomscaleError, match=r"runs on elsewhere, process \d+, outside of any job: end it there"):
         cancel(tmp_path)

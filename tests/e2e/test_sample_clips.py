@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from pomscale.cli import main
-from pomscale.pretrained.load import PretrainedVDiPoM, decode, load_pretrained, sample
+from pomscale.pretrained.load import PretrainedVDiPoM, load_pretrained
+from pomscale.sampling.api import decode, sample
 from pomscale.sampling.clips import num_latent_frames, start_frames
 from support.make_video import write_video
 from support.running import ENVIRONMENT, TIMEOUT_S, pomscale, run
@@ -105,7 +106,7 @@ def test_clips_are_what_python_gives_and_grow_as_they_are_made_at_once(
         film(model, *TWO, "--npz", "clips.npz", "--batch", "3", "--out", "clips.mp4")
         loaded = load_pretrained(model, device="cpu")
         prompts = ["three left"] * 2 + ["one right"] * 2
-        clips = decode(loaded, sample(loaded, prompts, seeds=range(4), steps=2))
+        clips = decode(loaded, sample(loaded, prompts, seeds=range(4), num_steps=2))
         expected = (clips.permute(0, 2, 3, 4, 1) * 255).round().byte().numpy()
         found = np.load(tmp_path / "clips.npz")["clips"]
         assert found.shape == (4, 6, 20, 12, 3)
@@ -321,7 +322,7 @@ def test_what_does_not_fit_the_model_is_one_clear_error(
         ([causal, *TWO, "--from", "state"], "--from state: no video that can be read"),
         (
             [causal, *TWO, "--from", "clips.mp4", "--frames", "2"],
-            "--from: what is given fills all the frames",
+            "--from: the frames given are as many as the clips have",
         ),
         ([causal, "--continue", "state"], "--continue: say with --frames how many frames more"),
         ([causal, "--continue", "state", "--frames", "2"], "--continue: say with --out where"),

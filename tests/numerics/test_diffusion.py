@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pomscale.base.keyed_random import Stream
-from pomscale.config.schema import DiffusionConfig, ImageModelConfig, TimeConfig
+from pomscale.config.model import ImageModelConfig
+from pomscale.config.train import DiffusionConfig, TimeConfig
 from pomscale.diffusion.draws import draw, keyed_normal
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.guidance import guided

@@ -12,7 +12,7 @@ import yaml
 from launch.pipelines.file import read_pipeline
 from launch.record.job import attempts, submissions
 from launch.record.state import ended
-from pomscale.quickstart.images import samples_seen
+from pomscale.runs.history import samples_seen
 from support.cluster import SlurmCluster
 from support.launched import hold, pomscale
 from support.paths import RECIPES

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from launch.record.job import Attempt, attempts
-from pomscale.quickstart.images import samples_seen
+from pomscale.runs.history import samples_seen
 from support.cluster import SlurmCluster
 from support.running import GLOBAL_BATCH, losses, write_tiny_recipe
 

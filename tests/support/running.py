@@ -22,7 +22,7 @@ import torch
 from launch.record.job import submissions
 from pomscale.checkpoint.store import find_checkpoint, read_meta, read_tensors
 from pomscale.pretrained.load import load_pretrained
-from pomscale.quickstart.images import samples_seen
+from pomscale.runs.history import samples_seen
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 UNHURRIED = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).with_name("unhurried"))}  # of runs met in the middle

@@ -14,7 +14,7 @@ from isal import isal_zlib
 from torch import Tensor
 
 from pomscale.base.errors import InputError
-from pomscale.config.schema import CacheConfig
+from pomscale.config.data import CacheConfig
 from pomscale.data.bad_samples import BadSample
 from pomscale.data.readers.gather import gather
 from pomscale.data.readers.shard_files import open_shard_files

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from pomscale.base.errors import InputError
-from pomscale.config.schema import CacheConfig
+from pomscale.config.data import CacheConfig
 from pomscale.data.mapping import map_file
 from pomscale.data.remote.fetch import DatasetFile, fetch
 from pomscale.data.remote.fetched_shards import Drop, FetchedShards

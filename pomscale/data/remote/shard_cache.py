@@ -27,7 +27,7 @@ import numpy as np
 
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import atomic_write, make_folder, remove_leftovers
-from pomscale.config.schema import CacheConfig
+from pomscale.config.data import CacheConfig
 from pomscale.data.mapping import map_file
 from pomscale.data.remote.cache_room import INDEX, NUM_DIGITS, POLL_S, Room, forget_total, lock_of, locked
 from pomscale.data.remote.fetch import DatasetFile, fetch

@@ -14,6 +14,7 @@ from pomscale.base.console import format_count, format_duration
 from pomscale.monitoring.report import html
 from pomscale.monitoring.report.plots import Panel, Style, draw_overview, draw_panel, draw_times, run_styles
 from pomscale.monitoring.report.run import Run, evaluation_figures, read_object, sample_grids, sample_prompts
+from pomscale.runs.layout import CODE_STATE_FILE, RECIPE_FILE
 from pomscale.runs.metric_names import EVALUATION_PREFIX, GOODPUT_PREFIX, VALIDATION_BIN_PREFIX, WALL_TIME, describe
 
 # What most readers compare; everything else that was logged is one click away.
@@ -128,7 +129,7 @@ def _runs_table(named: Mapping[str, Run]) -> str:
                 format_count(run.last_samples),
                 format_duration(sum(times.seconds.values())) if times is not None else html.MISSING,
                 f"{times.productive_share:.1%}" if times is not None else html.MISSING,
-                str(len(run.history.incarnations)),
+                str(len(run.history.starts)),
                 html.utc(last) if last is not None else html.MISSING,
             ]
         )
@@ -177,15 +178,15 @@ def _differences(named: Mapping[str, Run]) -> str:
 
 
 def _asked_for(run: Run) -> dict[str, str]:
-    recipe = run.folder / "recipe.yaml"
+    recipe = run.folder / RECIPE_FILE
     content: dict[str, Any] = {}
     if recipe.is_file():
         content = _without_lists(yaml.safe_load(recipe.read_text(encoding="utf-8")))
-    code = read_object(run.folder / "code.json")
+    code = read_object(run.folder / CODE_STATE_FILE)
     if "git_commit" in code:
         content["code"] = {"git_commit": str(code["git_commit"])[:12], "dirty": code.get("dirty", False)}
-    if run.history.incarnations:
-        newest = run.history.incarnations[-1]
+    if run.history.starts:
+        newest = run.history.starts[-1]
         content |= {"num_ranks": newest["num_ranks"], "versions": newest.get("versions", {})}
     return dict(html.flatten(content))
 

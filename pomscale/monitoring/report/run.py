@@ -20,9 +20,21 @@ from pomscale.base.console import format_count, format_duration
 from pomscale.base.jsonl import read_json_lines
 from pomscale.monitoring.report import html
 from pomscale.monitoring.report.plots import Panel, draw_overview, draw_panel, draw_times
+from pomscale.runs.checkpoint_folder import is_complete
 from pomscale.runs.evaluation_log import IMAGES, VIDEOS, Evaluation
 from pomscale.runs.history import History
-from pomscale.runs.ledger import EVENTS_FILE, Goodput
+from pomscale.runs.layout import (
+    CHECKPOINT_META,
+    CHECKPOINTS_FOLDER,
+    CODE_STATE_FILE,
+    EVALUATIONS_FOLDER,
+    EVENTS_FILE,
+    FAILED_FILE,
+    OUTCOME_FILE,
+    RECIPE_FILE,
+    SAMPLES_FOLDER,
+)
+from pomscale.runs.ledger import Goodput
 from pomscale.runs.metric_names import EVALUATION_PREFIX, VALIDATION_BIN_PREFIX, WALL_TIME, describe
 
 NUM_SAMPLE_GRIDS = 4
@@ -41,7 +53,7 @@ class Run:
 
     @property
     def outcome(self) -> dict[str, Any]:
-        return read_object(self.folder / "outcome.json")
+        return read_object(self.folder / OUTCOME_FILE)
 
     @property
     def state(self) -> str:
@@ -65,8 +77,8 @@ def overview(run: Run) -> bytes:
 
 def page(run: Run) -> str:
     history, folder = run.history, run.folder
-    versions = history.incarnations[-1].get("versions", {}) if history.incarnations else {}
-    recipe = folder / "recipe.yaml"
+    versions = history.starts[-1].get("versions", {}) if history.starts else {}
+    recipe = folder / RECIPE_FILE
     return html.page(
         folder.name,
         [
@@ -82,7 +94,7 @@ def page(run: Run) -> str:
             html.section("Starts", _starts(history)),
             html.section("Checkpoints", _checkpoints(folder)),
             html.section("Data", html.key_values(_data_card(folder))),
-            html.section("Code", html.key_values(read_object(folder / "code.json"))),
+            html.section("Code", html.key_values(read_object(folder / CODE_STATE_FILE))),
             html.section("Versions", html.key_values(versions)),
             html.section(
                 "Recipe",
@@ -94,13 +106,13 @@ def page(run: Run) -> str:
 
 def sample_grids(folder: Path) -> list[Path]:
     """The newest first; file names begin with the samples seen, so their order is that of the run."""
-    media = [path for path in (folder / "samples").glob("*") if path.suffix.lower() in IMAGES + VIDEOS]
+    media = [path for path in (folder / SAMPLES_FOLDER).glob("*") if path.suffix.lower() in IMAGES + VIDEOS]
     return sorted(html.without_posters(media))[: -NUM_SAMPLE_GRIDS - 1 : -1]
 
 
 def sample_prompts(folder: Path) -> list[str]:
     """What the rows of the run's clips are to show, by its recipe; empty for pictures, and where it is damaged."""
-    recipe = folder / "recipe.yaml"
+    recipe = folder / RECIPE_FILE
     try:
         content = yaml.safe_load(recipe.read_bytes())
         return [str(prompt) for prompt in content["sampling"]["prompts"]]
@@ -238,9 +250,9 @@ def _evaluation_of(figure: str) -> str:
 def _failed_evaluations(folder: Path) -> dict[str, list[str]]:
     """By evaluation, one line for each checkpoint that was given up."""
     failures: dict[str, list[str]] = {}
-    for path in sorted((folder / "evaluations").glob("*/samples-*/failed.json")):
+    for path in sorted((folder / EVALUATIONS_FOLDER).glob(f"*/samples-*/{FAILED_FILE}")):
         samples = int(path.parent.name.removeprefix("samples-"))
-        reason = read_object(path).get("reason", "its failed.json cannot be read")
+        reason = read_object(path).get("reason", f"its {FAILED_FILE} cannot be read")
         failures.setdefault(path.parent.parent.name, []).append(f"failed at {format_count(samples)} samples: {reason}")
     return failures
 
@@ -291,7 +303,7 @@ def _starts(history: History) -> str:
             str(start["num_ranks"]),
             start["host"],
         ]
-        for start in history.incarnations
+        for start in history.starts
     ]
     return html.table(["started", "from samples", "ranks", "host"], rows)
 
@@ -303,19 +315,19 @@ def _checkpoints(folder: Path) -> str:
             size_mib = sum(file.stat().st_size for file in checkpoint.rglob("*")) / 2**20
         except FileNotFoundError:
             continue  # the run that is going on has just replaced it by a newer one
-        state = "complete" if (checkpoint / "COMPLETE").exists() else "incomplete, never loaded"
+        state = "complete" if is_complete(checkpoint) else "incomplete, never loaded"
         rows.append([checkpoint.name, f"{size_mib:.1f} MiB", state])
     return html.table(["folder", "size", "state"], rows)
 
 
 def _checkpoint_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in (folder / "checkpoints").glob("*") if path.is_dir())
+    return sorted(path for path in (folder / CHECKPOINTS_FOLDER).glob("*") if path.is_dir())
 
 
 def _data_card(folder: Path) -> dict[str, Any]:
     """Where the training data lay, its fingerprint and how it was normalised, by the newest readable checkpoint."""
     for checkpoint in reversed(_checkpoint_folders(folder)):
-        meta = read_object(checkpoint / "checkpoint.json")
+        meta = read_object(checkpoint / CHECKPOINT_META)
         if "data" in meta:
             shown = ("codec", "codec_identity", "latent_mean", "latent_std")
             datasets = {f"dataset {number}": dataset for number, dataset in enumerate(meta["data"])}

@@ -15,6 +15,7 @@ from pomscale.base.files import atomic_write, make_folder, write_text
 from pomscale.monitoring.report import compare, run
 from pomscale.monitoring.report.run import Run
 from pomscale.runs.history import read_history
+from pomscale.runs.layout import REPORT_NAME
 from pomscale.runs.ledger import goodput
 
 
@@ -44,7 +45,7 @@ def write_report(run_folders: Sequence[Path], out: Path | None = None) -> Report
     if len({run.folder for run in runs}) < len(runs):
         raise InputError("report: the same run is named twice")
     if len(runs) == 1:
-        folder, name = out or runs[0].folder, "report"
+        folder, name = out or runs[0].folder, REPORT_NAME
         png, page = run.overview(runs[0]), run.page(runs[0])
     else:
         folder, name = out or runs[0].folder.parent, "comparison"

@@ -14,12 +14,20 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from pomscale.base.errors import InputError
 from pomscale.base.files import write_text
 from pomscale.config.monitoring import WandbConfig
+from pomscale.runs.layout import (
+    CODE_DIFF_FILE,
+    CODE_FOLDER,
+    CODE_STATE_FILE,
+    RECIPE_FILE,
+    WANDB_FOLDER,
+    WANDB_ID_FILE,
+    WANDB_LOCK_FILE,
+)
 from pomscale.runs.metric_names import EVALUATION_PREFIX
 
 if TYPE_CHECKING:
     from wandb import Run
 
-ID_FILE, LOCK_FILE = "wandb_id.txt", "wandb.lock"
 INIT_TIMEOUT_S = 30.0  # every rank of the job waits at the start while wandb's server does not answer
 
 _FLUSH_EVERY_S = 1.0
@@ -54,7 +62,7 @@ class WandbRun:
         recipe_dump: dict[str, Any],
         lock: WandbLock | None = None,
     ) -> None:
-        os.environ.setdefault("WANDB_DATA_DIR", str(run_folder / "wandb"))
+        os.environ.setdefault("WANDB_DATA_DIR", str(run_folder / WANDB_FOLDER))
         # Here and not above: with wandb disabled, and on every rank but 0, nobody pays its half second of import.
         import wandb  # noqa: PLC0415
 
@@ -122,13 +130,13 @@ class WandbRun:
     def log_files(self, run: Run) -> None:
         """Recipe and code as artifacts. wandb copies them, but for RUN/code, which stays as it was launched."""
         name = re.sub(r"[^A-Za-z0-9._-]", "-", self._run_name)
-        for kind, files in (("recipe", ["recipe.yaml"]), ("code", ["code.json", "code.diff"])):
+        for kind, files in (("recipe", [RECIPE_FILE]), ("code", [CODE_STATE_FILE, CODE_DIFF_FILE])):
             artifact = self.wandb.Artifact(f"{kind}-{name}", type=kind)
             for file in files:
                 if (self._folder / file).is_file():
                     artifact.add_file(str(self._folder / file), name=file)
             if kind == "code":
-                for path in sorted((self._folder / "code").rglob("*.py")):
+                for path in sorted((self._folder / CODE_FOLDER).rglob("*.py")):
                     artifact.add_file(str(path), name=str(path.relative_to(self._folder)), policy="immutable")
             if artifact.manifest.entries:
                 run.log_artifact(artifact)
@@ -151,7 +159,7 @@ class WandbLock:
     """
 
     def __init__(self, run_folder: Path) -> None:
-        self._path = run_folder / LOCK_FILE
+        self._path = run_folder / WANDB_LOCK_FILE
         self._file: BinaryIO | None = None
 
     def take(self, timeout_s: float = 0.0) -> bool:
@@ -184,7 +192,7 @@ class WandbLock:
 
 def read_wandb_id(run_folder: Path) -> str | None:
     """The wandb run of this folder; None if it has none."""
-    path = run_folder / ID_FILE
+    path = run_folder / WANDB_ID_FILE
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
 
@@ -193,5 +201,5 @@ def _make_wandb_id(run_folder: Path) -> str:
     found = read_wandb_id(run_folder)
     if found is None:
         found = secrets.token_hex(8)
-        write_text(run_folder / ID_FILE, found + "\n")
+        write_text(run_folder / WANDB_ID_FILE, found + "\n")
     return found

@@ -18,6 +18,7 @@ from pomscale.config.monitoring import WandbConfig
 from pomscale.monitoring.sinks import Level
 from pomscale.monitoring.wandb.run import WandbLock, WandbRun, read_wandb_id
 from pomscale.runs.evaluation_log import VIDEOS, Delivery, Evaluation, read_evaluations
+from pomscale.runs.layout import RECIPE_FILE, WANDB_ROOM_FILE
 from pomscale.runs.metric_names import EVALUATION_PREFIX
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ class WandbSink:
 
     def _probe(self, num_bytes: int) -> None:
         """OSError unless so much can be written, which no question to the file system tells where there are quotas."""
-        probe = self._folder / "wandb" / ".room"
+        probe = self._folder / WANDB_ROOM_FILE
         probe.parent.mkdir(exist_ok=True)
         try:
             with probe.open("wb") as file:
@@ -269,7 +270,7 @@ def deliver_without_training(run_folder: Path) -> int:
     None while training is alive, which gives them with its next row; nor where the run has no wandb run, or has them
     already. What wandb does not take stays for the next who comes by. InputError if the run's recipe cannot be read.
     """
-    recipe = load_train_recipe(run_folder / "recipe.yaml")
+    recipe = load_train_recipe(run_folder / RECIPE_FILE)
     config, lock = recipe.monitoring.wandb, WandbLock(run_folder)
     if config.mode == "disabled" or read_wandb_id(run_folder) is None or not Delivery(run_folder).has_more:
         return 0

@@ -17,7 +17,8 @@ from launch.record.job import JobSpec
 from launch.submission.job_script import Wish, job_script
 from pomscale.base.errors import InputError
 from pomscale.config.cluster import minutes_of
-from pomscale.config.load import known_clusters, load_cluster
+from pomscale.config.load import load_cluster
+from pomscale.config.shipped import known_clusters
 from pomscale.config.yaml_file import RecipeError
 from support.paths import RECIPES
 

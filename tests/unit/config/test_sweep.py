@@ -12,10 +12,10 @@ import pytest
 from launch.submission.prepare import How
 from launch.submission.sweep import plan_sweep, table
 from pomscale.config.load import load_cluster, load_train_recipe
-from pomscale.config.schema import TrainRecipe
 from pomscale.config.sweep import load_points
+from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError
-from pomscale.runs.checkpoint_folder import META
+from pomscale.runs.layout import CHECKPOINT_META
 from pomscale.runs.outcome import write_outcome
 
 RECIPE = """\
@@ -147,6 +147,6 @@ def finish(recipe: TrainRecipe) -> None:
     home = Path(recipe.output) / recipe.name
     checkpoint = home / "checkpoints" / f"samples-{recipe.training.total_samples:012d}"
     checkpoint.mkdir(parents=True)
-    (checkpoint / META).write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
+    (checkpoint / CHECKPOINT_META).write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
     (checkpoint / "COMPLETE").write_text("")
     write_outcome(home, 1, 0, "finished", samples=recipe.training.total_samples)

@@ -9,7 +9,7 @@ import pytest
 from pomscale.config.load import dump_recipe, load_recipe, load_train_recipe
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.config.presets import IMAGE_PRESETS, VIDEO_PRESETS
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError
 
 VIDEO = """\

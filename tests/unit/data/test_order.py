@@ -168,7 +168,7 @@ def test_places_may_be_asked_in_any_order_and_any_company(data: st.DataObject, p
     assert [part.tolist() for part in found] == [part[some].tolist() for part in whole]
 
 
-def test_streams_are_shuffled_anew_in_every_period_and_for_every_purpose() -> None:
+def test_streams_are_shuffled_again_in_every_period_and_for_every_purpose() -> None:
     interleave, other = Interleave([1, 1], 0, 0, 64), Interleave([1, 1], 0, 1, 64)
     first, second = interleave.places(np.arange(64))[0], interleave.places(np.arange(64, 128))[0]
     assert first.tolist() != second.tolist()

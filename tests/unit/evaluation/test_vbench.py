@@ -111,7 +111,7 @@ def test_a_folder_is_of_one_model_one_sampler_and_one_list_of_prompts(tmp_path: 
     claim(tmp_path, made_by(), {"versions": {"torch": "2"}})
     assert read_manifest(tmp_path)["versions"] == {"torch": "1"}
     for change, message in (
-        ({"samples": 128}, "made otherwise: samples 64 there and 128 now"),
+        ({"samples": 128}, "made in another way: samples 64 there and 128 now"),
         ({"steps": 50}, "steps 5 there and 50 now"),
         ({"prompts": "abc"}, "2 videos of other prompts there and 3 now"),
     ):

@@ -26,11 +26,11 @@ from launch.record.job import (
 )
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.cli import _parser as command_parser
-from pomscale.cli.record import read_figures
+from pomscale.cli.evaluate.record import read_figures
 from pomscale.config.evaluation import EvaluationConfig
 from pomscale.config.load import dump_recipe, load_recipe, load_train_recipe
 from pomscale.config.pipeline import PipelineRecipe, fill_in
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError
 from pomscale.runs.checkpoint_folder import complete_checkpoints, remove, samples_of
 from pomscale.runs.evaluation_log import read_evaluations

@@ -24,13 +24,16 @@ def test_the_copy_runs_and_says_where_it_comes_from(tmp_path: Path) -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     assert (state["git_commit"] or "") == commit.strip()
     asked = (
-        "import json, pomscale, launch, data_pipelines; from pomscale.runs.outcome import code_state; "
-        "print(json.dumps([pomscale.__file__, launch.__file__, data_pipelines.__file__, *code_state()]))"
+        "import json, pomscale, launch, data_pipelines; from pomscale.runs.code_state import code_state; "
+        "from pomscale.base.installation import recipes_folder, slurm_folder; "
+        "folders = [str(recipes_folder()), str(slurm_folder())]; "
+        "print(json.dumps([pomscale.__file__, launch.__file__, data_pipelines.__file__, *folders, *code_state()]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
     done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, env=environment, capture_output=True, check=True)
     *files, found_state, found_diff = json.loads(done.stdout)
-    assert all(Path(file).is_relative_to(code) for file in files)
+    assert all(Path(file).is_relative_to(code) for file in files), "with its own recipes and scripts"
+    assert (code / "recipes" / "quickstart.yaml").read_text() == (ROOT / "recipes" / "quickstart.yaml").read_text()
     assert found_state == state, "a frozen copy knows its commit without git"
     assert found_diff == (code / "code.diff").read_text()
 

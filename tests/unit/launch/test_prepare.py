@@ -17,9 +17,10 @@ from launch.submission.prepare import Prepared, prepare_commands, prepare_encode
 from launch.submission.submit import record
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.cluster import ClusterProfile
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.load import dump_recipe, load_train_recipe
-from pomscale.config.schema import EncodeRecipe, TrainRecipe
-from pomscale.runs.checkpoint_folder import META
+from pomscale.config.train import TrainRecipe
+from pomscale.runs.layout import CHECKPOINT_META
 from pomscale.runs.outcome import write_outcome
 from support.paths import RECIPES
 
@@ -222,7 +223,7 @@ def test_a_run_that_has_finished_is_not_launched_again(tiny_recipe: Path, begun:
         prepare(tiny_recipe)
     assert prepare(tiny_recipe, "training.total_samples=3200").home == begun
     newest = max((begun / "checkpoints").iterdir())
-    (newest / META).write_text("[]")  # damaged, so training sets it aside and makes it again
+    (newest / CHECKPOINT_META).write_text("[]")  # damaged, so training sets it aside and makes it again
     assert prepare(tiny_recipe).home == begun
 
 

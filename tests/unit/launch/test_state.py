@@ -19,9 +19,9 @@ from launch.status.runs import summarize
 from launch.status.state import State, state_of
 from pomscale.base.jsonl import JsonLines
 from pomscale.monitoring.sinks import JsonlSink
+from pomscale.runs import starts
 from pomscale.runs.ledger import Ledger
 from pomscale.runs.outcome import write_outcome
-from pomscale.runs.starts import Generation
 
 LOCAL = "99999999"  # above any number that a process can have
 
@@ -59,7 +59,7 @@ class Home:
 
     def claimed(self, at_s: float, *, lives: bool | None, job_id: str | None = "12") -> Home:
         """lives: None = on a host that cannot be seen from here."""
-        number = Generation.claim(self.folder).number
+        number = starts.Start.claim(self.folder).number
         path = self.folder / "generations" / f"{number:06d}"
         claim = json.loads(path.read_text()) | {"slurm_job_id": job_id}
         if not lives:  # a claim that was not made by this process, now

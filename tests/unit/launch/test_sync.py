@@ -12,7 +12,7 @@ import pytest
 
 from launch.status.sync import NotLoggedIn, Synced, sync, watch_and_sync
 from pomscale.base.errors import PomscaleError
-from pomscale.runs.starts import Generation
+from pomscale.runs.starts import Start
 from support.wandb_store import KEY, WandbStore, wandb_store
 
 _RECORD = """
@@ -33,8 +33,8 @@ run.finish()
 
 _CLAIM = """
 import sys, pathlib
-from pomscale.runs.starts import Generation
-Generation.claim(pathlib.Path(sys.argv[1]))
+from pomscale.runs.starts import Start
+Start.claim(pathlib.Path(sys.argv[1]))
 """
 _LOCK = """
 import fcntl, sys
@@ -98,7 +98,7 @@ def test_all_starts_become_one_run_and_are_uploaded_once(home: Path, server: Wan
 def test_what_is_still_being_written_waits(home: Path, server: WandbStore) -> None:
     """A start that lives has no end in its file; that of one that was killed never gets one."""
     record(home, 10, killed=True)
-    Generation.claim(home)  # by this process, which lives
+    Start.claim(home)  # by this process, which lives
     assert sync({home: "tiny"}, print) == Synced(2, 1)
     assert server.samples("abc") == list(range(10))
     subprocess.run([sys.executable, "-c", _CLAIM, str(home)], check=True)  # by a process that is gone

@@ -125,7 +125,7 @@ def test_a_resumed_run_supersedes_what_its_predecessor_did_after_the_checkpoint(
     history = read_history(tmp_path)
     assert history.series["train/loss"] == ([8, 16], [1.0, 0.91])
     assert history.resumed_at == [8]
-    assert [start["incarnation"] for start in history.incarnations] == [0, 1, 2, 3]
+    assert [start["incarnation"] for start in history.starts] == [0, 1, 2, 3]
 
 
 def test_a_start_that_was_not_recorded_lies_before_its_first_row(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_a_kill_costs_what_is_in_the_queue(tmp_path: Path) -> None:
 def test_disabled_wandb_starts_no_process(tmp_path: Path) -> None:
     before = set(psutil.Process().children())
     monitoring = MonitoringConfig(wandb=WandbConfig(mode="disabled"))
-    with open_monitor(tmp_path, monitoring, run_name="a", recipe_dump={}, total_samples=8, incarnation=0) as monitor:
+    with open_monitor(tmp_path, monitoring, run_name="a", recipe_dump={}, total_samples=8, start=0) as monitor:
         monitor.log(8, {"train/loss": 1.0})
     assert set(psutil.Process().children()) <= before  # what other tests have left may end meanwhile
     assert not (tmp_path / "wandb").exists()

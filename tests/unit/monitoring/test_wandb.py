@@ -79,7 +79,7 @@ def _open(run: Path, incarnation: int = 0, **config: Any) -> Monitor:
         run_name="digits",
         recipe_dump={"seed": 7, "model": {"dim": 64}},
         total_samples=64,
-        incarnation=incarnation,
+        start=incarnation,
     )
 
 
@@ -163,8 +163,8 @@ def test_a_group_of_ones_own_choice(run: Path) -> None:
 def test_code_and_recipe_are_artifacts_that_lie_in_the_run_folder(run: Path) -> None:
     (run / "code.json").write_text("{}")
     (run / "code.diff").write_text("-old\n+new\n")
-    (run / "code" / "pomscale").mkdir(parents=True)
-    (run / "code" / "pomscale" / "train.py").write_text("pass\n")
+    (run / "code" / "pomscale" / "training").mkdir(parents=True)
+    (run / "code" / "pomscale" / "training" / "run.py").write_text("pass\n")
     # In a process of its own: wandb's data folder is that of the first run of a process.
     program = (
         "import sys; from pathlib import Path\n"
@@ -555,7 +555,7 @@ from pomscale.monitoring.monitor import open_monitor
 wandb_run.INIT_TIMEOUT_S = 120.0
 monitor_module.CLOSE_TIMEOUT_S = 4.0
 config = MonitoringConfig(wandb=WandbConfig(mode="online"))
-monitor = open_monitor(Path(sys.argv[1]), config, run_name="digits", recipe_dump={}, total_samples=64, incarnation=0)
+monitor = open_monitor(Path(sys.argv[1]), config, run_name="digits", recipe_dump={}, total_samples=64, start=0)
 monitor.log(1, {"train/loss": 1.0})
 time.sleep(2)
 print("open", flush=True)

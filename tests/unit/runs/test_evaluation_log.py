@@ -14,8 +14,9 @@ import pytest
 
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.monitoring.sinks import JsonlSink
-from pomscale.runs.evaluation_log import EVALUATIONS_FILE, Delivery, read_evaluations, record
+from pomscale.runs.evaluation_log import Delivery, read_evaluations, record
 from pomscale.runs.history import read_history
+from pomscale.runs.layout import EVALUATIONS_FILE
 from pomscale.runs.metric_names import describe, evaluation_name
 from support.running import mounted_disk, wait_until
 

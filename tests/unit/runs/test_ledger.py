@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from pomscale.runs.ledger import EVENTS_FILE, SUBMITTED, Ledger, goodput
+from pomscale.runs.layout import EVENTS_FILE
+from pomscale.runs.ledger import SUBMITTED, Ledger, goodput
 from pomscale.runs.metric_names import WALL_TIME, describe
 
 
