@@ -47,19 +47,18 @@ def pages() -> dict[Path, str]:
 
 def command_parser() -> argparse.ArgumentParser:
     """The parser of the `pomscale` command."""
-    build = getattr(pomscale.cli, "build_parser", None) or pomscale.cli._parser
-    return build()
+    return pomscale.cli._parser()
 
 
 def commands(parser: argparse.ArgumentParser) -> str:
     """A section for each verb, and one for each verb of its own."""
     parts: list[str] = []
     for name, help_text, verb in _verbs(parser):
-        parts += [f"## `pomscale {name}`", _sentence(help_text)]
-        parts += _command(f"pomscale {name}", verb)
+        parts.append(f"## `pomscale {name}`")
+        parts += _command(f"pomscale {name}", help_text, verb)
         for inner, inner_help, inner_verb in _verbs(verb):
-            parts += [f"### `pomscale {name} {inner}`", _sentence(inner_help)]
-            parts += _command(f"pomscale {name} {inner}", inner_verb)
+            parts.append(f"### `pomscale {name} {inner}`")
+            parts += _command(f"pomscale {name} {inner}", inner_help, inner_verb)
     return "\n\n".join(parts)
 
 
@@ -70,9 +69,9 @@ def _verbs(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, argparse
                 yield choice.dest, choice.help or "", action.choices[choice.dest]
 
 
-def _command(name: str, parser: argparse.ArgumentParser) -> list[str]:
-    """Description, usage and the table of arguments of a command that has no verbs of its own."""
-    parts = [_text(parser.description)] if parser.description else []
+def _command(name: str, help_text: str, parser: argparse.ArgumentParser) -> list[str]:
+    """Description (or help text), usage and table of arguments; a command with verbs of its own has the first alone."""
+    parts = _description(parser.description) or [_sentence(help_text)]
     actions = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
     if any(isinstance(action, argparse._SubParsersAction) for action in actions):
         return parts
@@ -84,6 +83,12 @@ def _command(name: str, parser: argparse.ArgumentParser) -> list[str]:
         rows = [f"| {_code(_argument(action))} | {_cell(_sentence(_help(parser, action)))} |" for action in actions]
         parts.append("\n".join(["| argument | meaning |", "|---|---|", *rows]))
     return parts
+
+
+def _description(text: str | None) -> list[str]:
+    """Paragraphs; one that is indented keeps its lines."""
+    paragraphs = (text or "").strip("\n").split("\n\n")
+    return [f"```text\n{part}\n```" if part.startswith(" ") else _text(part) for part in paragraphs if part.strip()]
 
 
 def _metavar(action: argparse.Action) -> str:
