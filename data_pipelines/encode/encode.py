@@ -24,6 +24,7 @@ from pomscale.base.console import warn
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder
 from pomscale.base.task_index import TaskIndex
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.monitoring import MonitoringConfig
 from pomscale.monitoring.monitor import Monitor, open_monitor
 from pomscale.shards.schema import FAILURES_NAME, MANIFEST_NAME, Manifest, read_manifest

@@ -27,7 +27,7 @@ class SamplingChanges(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """How a trained network is sampled from.
+    """Options of sampling from a trained network.
 
     Attributes:
         sampler: Name of the sampler; None follows the objective: euler for flow, ddim for eps.

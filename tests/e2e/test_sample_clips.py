@@ -182,7 +182,7 @@ def test_what_ctrl_c_has_stopped_is_whole_and_can_be_gone_on_with(
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 75
-    found = re.search(r"1 clips of (\d+) frames\nstopped by SIGINT: (\d+) frames are missing; go on .*--continue", said)
+    found = re.search(r"1 clips of (\d+) frames\nstopped by SIGINT: (\d+) frames are missing; continue with --continue", said)
     assert found is not None, said
     made, missing = map(int, found.groups())
     assert made + missing == asked
@@ -265,7 +265,7 @@ def test_what_of_a_given_clip_is_left_out_is_told(cogvideox: Path, film: Sample,
     write_video(tmp_path / "start.mp4", greys, FPS)
     said = film(cogvideox, *command)
     assert said.count("warning") == 1
-    assert "--from start.mp4: the clips go on from its first 16 of 20 frames" in said
+    assert "--from start.mp4: the clips continue its first 16 of 20 frames" in said
     write_video(tmp_path / "start.mp4", greys[:16], FPS)
     assert "warning" not in film(cogvideox, *command)
 
@@ -308,8 +308,8 @@ def test_what_does_not_fit_the_model_is_one_clear_error(
     (tmp_path / "text.png").write_text("no picture")
     Image.new("RGB", (12, 20)).save(tmp_path / "start.bmp")
     more = ["--frames", "2", "--out", "more.mp4"]
-    for arguments, told in [
-        ([causal, "--classes", "0"], "--classes: not for .*, which makes clips: say with --prompt"),
+    for arguments, message in [
+        ([causal, "--classes", "0"], "--classes: not for .*, which makes clips: describe with --prompt"),
         ([causal], "say with --prompt what the clips are to show"),
         ([causal, "--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read"),
         ([causal, "--prompts", "empty.txt"], "--prompts empty.txt: holds no prompt"),
@@ -324,8 +324,8 @@ def test_what_does_not_fit_the_model_is_one_clear_error(
             [causal, *TWO, "--from", "clips.mp4", "--frames", "2"],
             "--from: the frames given are as many as the clips have",
         ),
-        ([causal, "--continue", "state"], "--continue: say with --frames how many frames more"),
-        ([causal, "--continue", "state", "--frames", "2"], "--continue: say with --out where"),
+        ([causal, "--continue", "state"], "--continue: give the number of further frames with --frames"),
+        ([causal, "--continue", "state", "--frames", "2"], "--continue: name the file for them with --out"),
         (
             [causal, "--continue", "state", *TWO, "--frames", "2", "--guidance", "0"],
             "--prompt, --guidance: not with --continue",
@@ -338,7 +338,7 @@ def test_what_does_not_fit_the_model_is_one_clear_error(
     ]:
         said = film(*arguments, expect=2)
         assert said.startswith("error: "), said
-        assert re.search(told, said), said
+        assert re.search(message, said), said
 
 
 def test_a_seed_beyond_those_of_the_keys_is_refused(causal: Path, film: Sample) -> None:

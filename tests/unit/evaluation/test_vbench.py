@@ -191,7 +191,7 @@ def test_all_dimensions_of_a_perfect_model_are_full() -> None:
         ('{"color": 0.5}', r"color: must be \[score, \[videos\]\]"),
         ('{"color": ["0.5", [1]]}', "color: must be"),
         ('{"color": [true, [1]]}', "color: its score is no number"),
-        ('{"color": [0.5, []]}', "color: score 0.5 of 0 videos: VBench has found no video"),
+        ('{"color": [0.5, []]}', "color: score 0.5 of 0 videos: VBench found no video"),
         ('{"color": [NaN, [1]]}', "color: score nan"),
         ('{"color": [45.2, [1]]}', "color: score 45.2 is not between 0 and 1"),
         ('{"color": [-0.1, [1]]}', "color: score -0.1 is not between 0 and 1"),
