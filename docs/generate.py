@@ -154,9 +154,16 @@ def _section(schema: dict[str, Any], name: str) -> str:
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, field in section["properties"].items():
         if key != "base":
-            cells = _type(field), _default(schema, field), _sentence(field.get("description", ""))
+            cells = _type(field), _default(schema, field), _sentence(_meaning(schema, field))
             lines.append(f"| `{key}` | {' | '.join(map(_cell, cells))} |")
     return "\n\n".join([_text(section.get("description", "")), "\n".join(lines)]).strip()
+
+
+def _meaning(schema: dict[str, Any], field: dict[str, Any]) -> str:
+    """The description of a field, or the first paragraph about the one section that it holds."""
+    sections = re.findall(r"#/\$defs/(\w+)", str(field))
+    inner = schema["$defs"][sections[0]].get("description", "") if len(sections) == 1 else ""
+    return str(field.get("description") or inner.split("\n\n")[0])
 
 
 def _type(field: dict[str, Any]) -> str:  # noqa: PLR0911 (one line per kind of type)
