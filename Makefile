@@ -24,8 +24,9 @@ quickstart: setup  ## raw pictures -> shards -> training, kill, resume -> sample
 quickstart-video: setup  ## moving digits: mp4 files -> shards -> training with texts -> long clips, in minutes on a CPU
 	$(BIN)/python -m pomscale.quickstart.video
 
+# Compiled modules are written, whatever the environment says: tests start hundreds of processes.
 test: setup  ## all tests, four at a time: many of them wait for SLURM
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist worksteal
 
 test-exhaustive: setup  ## the rest: the same again, many more times or under more conditions
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m exhaustive

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import subprocess
 import sys
@@ -24,10 +23,10 @@ from pomscale.monitoring import monitor as monitor_module
 from pomscale.monitoring.wandb import run as wandb_run
 from pomscale.shards.schema import MANIFEST_NAME
 from support.encoding import contents, only
+from support.running import open_process
 
 MakeRecipe = Callable[..., EncodeRecipe]
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 # Claims a part as another task would, and holds it until its input ends.
 HOLDER = """
@@ -57,7 +56,7 @@ main(sys.argv[1:])
 
 def start_task(recipe: Path, task: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pomscale", "data", "encode", str(recipe), "--task", task]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return open_process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def write_pictures(folder: Path, count: int) -> None:
@@ -138,7 +137,7 @@ def test_a_signal_stops_the_command(tmp_path: Path, make_recipe: MakeRecipe) -> 
     path.write_text(make_recipe(tmp_path / "in").model_dump_json())
     # It is to be met in the middle, and has 600 parts.
     command = [sys.executable, "-c", UNHURRIED, "data", "encode", str(path), "--task", "0/1"]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = open_process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         while not list((tmp_path / "latents" / "parts").glob("part-*.json")):
             assert process.poll() is None, process.communicate()

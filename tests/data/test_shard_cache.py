@@ -23,6 +23,7 @@ from pomscale.data.readers.shard_files import ShardFiles, open_shard_files
 from pomscale.data.remote.shard_cache import ShardCache
 from pomscale.shards.schema import Manifest, read_manifest
 from support.file_server import FileServer
+from support.running import open_process
 from support.synthetic_dataset import write_dataset
 
 NUM_SHARDS = 6
@@ -60,8 +61,7 @@ def cache_folder(tmp_path: Path) -> Path:
 @contextmanager
 def reader(location: str, cache_folder: Path) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-c", READER, location, str(cache_folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = open_process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield process
     finally:

@@ -14,7 +14,17 @@ import psutil
 import pytest
 
 from launch.record.job import read_starts, read_submissions
-from support.running import ENVIRONMENT, GLOBAL_BATCH, TIMEOUT_S, checkpoint_samples, controller_of, held_at, outcome
+from support.running import (
+    GLOBAL_BATCH,
+    TIMEOUT_S,
+    checkpoint_samples,
+    controller_of,
+    held_at,
+    open_process,
+    outcome,
+    pomscale,
+    run,
+)
 
 SHORT = [f"training.total_samples={10 * GLOBAL_BATCH}", "schedule={}", "faults.preflight=false"]
 
@@ -26,9 +36,7 @@ def test_a_local_run_outlives_the_command_and_its_terminal(tiny_recipe: Path) ->
     # It does not end before it was looked at.
     held = tiny_recipe.parent / "held"
     environment = held_at(held, 5 * GLOBAL_BATCH)
-    done = subprocess.run(
-        words, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, start_new_session=True, check=True
-    )
+    done = run(words, env=environment, start_new_session=True)
     (submission,) = read_submissions(job_folder)
     assert submission.scheduler == "local"
     assert f"job       {submission.job_id}, submitted" in done.stdout
@@ -55,7 +63,7 @@ def interrupt_while_submitting(recipe: Path, job_folder: Path, *overrides: str) 
     held = recipe.parent / "held"
     words = [sys.executable, "-m", "pomscale", "launch", str(recipe), "--cluster", "local", *overrides]
     environment = held_at(held, 0)
-    launching = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    launching = open_process(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline_s = time.monotonic() + TIMEOUT_S
     while not (job_folder / "submitit").is_dir():  # now it is just being submitted
         assert launching.poll() is None
@@ -82,8 +90,7 @@ def test_ctrl_c_while_a_job_is_submitted_leaves_none_that_nobody_knows_of(tiny_r
     of_process = Path(f"/proc/{submission.job_id}/status").read_text()
     blocked = int(of_process.partition("SigBlk:")[2].split()[0], 16)
     assert not blocked & 1 << signal.SIGINT - 1
-    cancelling = [sys.executable, "-m", "pomscale", "runs", "cancel", str(job_folder)]
-    subprocess.run(cancelling, env=ENVIRONMENT, timeout=TIMEOUT_S, check=True)
+    pomscale("runs", "cancel", job_folder)
     wait_for_end(job_folder)
 
 
@@ -105,10 +112,7 @@ def test_ctrl_c_while_a_pipeline_is_submitted_leaves_none_of_its_jobs(tiny_recip
 @pytest.mark.parametrize(("overrides", "expect"), [([], 0), (["optimizer.lr=1e30", "faults.max_rollbacks=0"], 1)])
 def test_a_debug_run_ends_with_its_own_exit_code(tiny_recipe: Path, overrides: list[str], expect: int) -> None:
     words = [sys.executable, "-m", "pomscale", "launch", str(tiny_recipe), "--cluster", "debug", *SHORT, *overrides]
-    done = subprocess.run(
-        words, env=ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
-    assert done.returncode == expect, done.stdout + done.stderr
+    run(words, expect, stdin=subprocess.DEVNULL)
     job_folder = tiny_recipe.parent / "runs" / "tiny"
     (submission,) = read_submissions(job_folder)
     (start,) = read_starts(job_folder)
@@ -122,7 +126,7 @@ def test_the_runs_of_a_sweep_take_turns_on_one_machine(tiny_recipe: Path) -> Non
     with tiny_recipe.open("a") as file:
         file.write("sweep: {seed: [0, 1]}\n")
     words = [sys.executable, "-m", "pomscale", "launch", str(tiny_recipe), "--cluster", "local", *SHORT]
-    subprocess.run(words, env=ENVIRONMENT, capture_output=True, timeout=TIMEOUT_S, check=True)
+    run(words)
     first, second = (tiny_recipe.parent / "runs" / f"tiny.seed={seed}" for seed in (0, 1))
     controllers = [process for process in map(controller_of, (first, second)) if process is not None]
     try:

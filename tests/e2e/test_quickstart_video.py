@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from pomscale.quickstart.video import NUM_EVALUATED
-from support.running import run
+from support.running import run_tour
 
 av = pytest.importorskip("av")
 pytest.importorskip("sklearn")
@@ -23,7 +22,7 @@ def tour(folder: Path, *overrides: str, num_evaluated: int = NUM_EVALUATED) -> d
     main = (
         f"from pomscale.quickstart import video as tour; tour.NUM_EVALUATED = {num_evaluated}; tour.main({overrides})"
     )
-    done = run([sys.executable, "-c", main], cwd=folder, timeout=1700)
+    done = run_tour(main, cwd=folder, timeout=1700)
     run_folder = folder / "runs" / "quickstart-video"
     assert (run_folder / "summary.txt").read_text() in done.stdout
     assert (run_folder / "clips.png").stat().st_size > 0

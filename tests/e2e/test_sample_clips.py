@@ -19,7 +19,7 @@ from pomscale.pretrained.load import PretrainedVDiPoM, load_pretrained
 from pomscale.sampling.api import decode, sample
 from pomscale.sampling.clips import num_latent_frames, start_frames
 from support.make_video import write_video
-from support.running import ENVIRONMENT, TIMEOUT_S, pomscale, run
+from support.running import TIMEOUT_S, open_process, pomscale, run
 from support.tiny_films import FPS, MAX_LENGTH, save_cogvideox_model, save_model, save_picture_model
 
 av = pytest.importorskip("av")
@@ -172,8 +172,8 @@ def test_what_ctrl_c_has_stopped_is_whole_and_can_be_gone_on_with(
     asked = 4001 if kind else 4000
     command = [sys.executable, "-m", "pomscale", "sample", model, "--prompt", "x", "--num", 1, "--frames", asked]
     files = ["--npz", "0.npz", "--sheet", "sheet.png", "--save-state", "state", "--out", "0.mp4"]
-    with subprocess.Popen(
-        [*map(str, command), *files], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    with open_process(
+        [*map(str, command), *files], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     ) as process:  # fmt: skip
         assert process.stderr is not None

@@ -29,7 +29,8 @@ from pomscale.sampling.clips import ClipFiles, ClipRequest, write_clips
 from pomscale.sampling.vbench import ModelSource, SuiteReport, SuiteRequest, write_suite
 from pomscale.sampling.vbench_suite import read_manifest, video_seed
 from pomscale.shards.schema import TextInfo
-from support.running import ENVIRONMENT, TIMEOUT_S, mounted_disk, started
+from support import running
+from support.running import TIMEOUT_S, Finished, mounted_disk, started
 from support.tiny_clips import TEXT_DIM, awaken, video_config
 from support.tiny_models import save_t5
 
@@ -104,10 +105,8 @@ def command(model: Path, prompts: Path, folder: Path, *words: str) -> list[str]:
     return [sys.executable, "-m", "pomscale", "sample", str(model), *named, *words]
 
 
-def run(*words: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*words), capture_output=True, text=True, env=ENVIRONMENT, timeout=TIMEOUT_S, check=False
-    )
+def run(*words: Any) -> Finished:
+    return running.run(command(*words), expect=None)
 
 
 def frames(path: Path) -> np.ndarray:

@@ -22,8 +22,8 @@ from support.running import GLOBAL_BATCH, rows, wait_until
 WITH_AND_WITHOUT_ACCOUNTING = True
 pytestmark = pytest.mark.slow
 
-# The supervisor looks every 5 s: with UNHURRIED at least so long lies between two checkpoints.
-NUM_STEPS, EVERY = 300, 150
+# The supervisor looks every 5 s: at least so long lies between two checkpoints.
+STEP_S, NUM_STEPS, EVERY = "0.2", 60, 30
 EVALUATED = [EVERY * GLOBAL_BATCH * number for number in (1, 2)]
 
 
@@ -63,6 +63,7 @@ def wait_for_evaluations(run: Launched, job_folders: list[Path], timeout_s: floa
 def test_checkpoints_are_evaluated_while_training_goes_on(
     slurm: SlurmCluster, tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(slurm.environment, "UNHURRIED_S", STEP_S)
     # Not to the second checkpoint, with which the first goes, before the supervisor has seen to that.
     held = hold(slurm, monkeypatch, tmp_path / "held", EVALUATED[-1] - 10 * GLOBAL_BATCH)
     run = launch(slurm, tmp_path, digits, *recipe_overrides(digits), num_nodes=1)

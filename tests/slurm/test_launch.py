@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from launch.record.job import JobSpec, LaunchedAs, read_submissions
 from launch.submission.prepare import JobRequest, prepare_commands
 from pomscale.config.load import load_cluster, load_train_recipe
 from pomscale.shards.schema import read_manifest
+from support import running
 from support.cluster import SlurmCluster
 from support.launched import OVERRIDES, hold, launch, pomscale
 from support.paths import RECIPES
@@ -96,14 +95,7 @@ def test_an_encode_as_an_array(slurm: SlurmCluster, tmp_path: Path, digits: Path
     slurm.profile(tmp_path, ranks_per_node=1, cpus_per_node=1)
     words = ["launch", str(RECIPES / "data" / "digits.yaml"), "--cluster", str(tmp_path / "test.yaml"), "--array", "3"]
     overrides = [f"source.path={digits}/digits/heldout", f"output={tmp_path}/latents", "shard_samples=128"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pomscale", *words, *overrides],
-        cwd=tmp_path,
-        env=slurm.environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = running.pomscale(*words, *overrides, cwd=tmp_path, env=slurm.environment)
     job_folder = tmp_path / "runs" / "encode-digits"
     (submission,) = read_submissions(job_folder)
     assert submission.num_tasks == 3

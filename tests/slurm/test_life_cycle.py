@@ -38,7 +38,7 @@ WITH_AND_WITHOUT_ACCOUNTING = True
 pytestmark = pytest.mark.slow
 
 TOTAL = NUM_STEPS * GLOBAL_BATCH
-MIDDLE = 30 * GLOBAL_BATCH
+MIDDLE = 20 * GLOBAL_BATCH
 
 
 @pytest.fixture(autouse=True)
@@ -109,8 +109,9 @@ def test_preemption_by_another_job(
     assert first["start_samples"] >= MIDDLE  # it has saved: nothing was done again
 
 
-def test_the_time_limit(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> None:
+def test_the_time_limit(slurm: SlurmCluster, tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SLURM looks at time limits twice a minute, so its signal may come half a minute early."""
+    monkeypatch.setitem(slurm.environment, "UNHURRIED_S", "0.5")
     slurm.profile(tmp_path, signal_lead_s=30, ranks_per_node=1)
     many = f"training.total_samples={40 * TOTAL}"
     words = (many, "checkpoint.every_samples=100000")

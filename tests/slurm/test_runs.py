@@ -22,7 +22,14 @@ pytestmark = pytest.mark.slow
 
 ENDLESS = f"training.total_samples={100_000 * GLOBAL_BATCH}"
 WITH_AND_WITHOUT_ACCOUNTING = True
-MIDDLE = 20 * GLOBAL_BATCH
+MIDDLE = 10 * GLOBAL_BATCH
+
+
+@pytest.fixture(autouse=True)
+def slow_steps(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Make the endless runs of this module leave the processor to others."""
+    for name in {"slurm", "slurm_accounted"} & set(request.fixturenames):
+        monkeypatch.setitem(request.getfixturevalue(name).environment, "UNHURRIED_S", "0.3")
 
 
 def listed(cluster: SlurmCluster, folder: Path) -> dict[str, Any]:

@@ -3,10 +3,10 @@
     this process ── server (imports once, then waits)
         └────────── a command, forked by the server; its parent is this process, as if subprocess.Popen had started it
 
-`ForkedPopen` is a `subprocess.Popen` for `python -m MODULE ...` and `python SCRIPT ...`. The command gets arguments,
-environment, working folder, standard streams, session and exit code as usual; `may_fork` tells which commands must be
-started for real all the same. The ranks of `python -m torch.distributed.run` are forked as well: torchrun itself runs,
-only the starts of its workers are replaced.
+`ForkedPopen` is a `subprocess.Popen` for `python -m MODULE ...`, `python -c CODE ...` and `python SCRIPT ...`. The
+command gets arguments, environment, working folder, standard streams, session and exit code as usual; `may_fork` tells
+which commands must be started for real all the same. The ranks of `python -m torch.distributed.run` are forked as well:
+torchrun itself runs, only the starts of its workers are replaced.
 
 What differs from a real start: modules are there already, /proc shows the server's command line and environment, and
 hashes of strings are the same in all commands.
@@ -14,6 +14,7 @@ hashes of strings are the same in all commands.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import importlib
@@ -22,6 +23,7 @@ import io
 import itertools
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -31,6 +33,7 @@ import tempfile
 import threading
 import types
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,14 +43,17 @@ _PRELOADED = ("pomscale.training.run", "pomscale.cli", _TORCHRUN, "matplotlib.fi
 _PACKAGES = ("pomscale", "launch", "data_pipelines")  # a forked command has those of the server
 _FLAGS = ("-u",)
 _MESSAGE_BYTES = 1 << 20
+# torch.compile neither tries out vector extensions nor compiles headers: 10 s of a machine's first compilation.
+_QUICK_COMPILATION = {"TORCHINDUCTOR_VEC_ISA_OK": "1", "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
 # Variables that the interpreter or a library reads when it starts; these few are set before the command runs, or later.
 _READ_AT_START = ("PYTHON", "LD_", "TORCH", "OMP_", "MKL_", "CUDA_", "LC_", "LANG", "MPL")
-_SET_BY_US = ("PYTHONPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_")
+_SET_BY_US = ("PYTHONPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_", *_QUICK_COMPILATION)
 _OPTIONS = {"args", "stdin", "stdout", "stderr", "text", "env", "cwd", "start_new_session", "process_group", "bufsize"}
 _PR_SET_CHILD_SUBREAPER = 36
 
 ROOT = Path(__file__).resolve().parents[2]
-_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # the server's, before imports of tests have changed it
+# Environment of the server and of commands: as pytest got it, before imports have added to it.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", **_QUICK_COMPILATION}
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,13 @@ class _Request:
 
 def may_fork(command: Sequence[Any], options: Mapping[str, Any]) -> bool:
     """Whether ForkedPopen(command, **options) does what subprocess.Popen would do."""
-    if command[0] != sys.executable or not set(options) <= _OPTIONS:
+    if isinstance(command, str) or command[0] != sys.executable or not set(options) <= _OPTIONS:
         return False
-    first = _without_flags(command)[0]
-    if not (first == "-m" or str(first).endswith(".py")):
+    words = _without_flags(command)
+    if not words or not (words[0] in ("-m", "-c") or str(words[0]).endswith(".py")):
         return False
     environment = options.get("env") or os.environ
-    if _start_variables(environment) != _start_variables(_ENVIRONMENT):
+    if _start_variables(environment) != _start_variables(ENVIRONMENT):
         return False
     folders = [options.get("cwd") or os.getcwd(), *_python_path(environment)]
     others = [Path(folder).resolve() for folder in folders if Path(folder).resolve() != ROOT]
@@ -122,6 +128,16 @@ class ForkedPopen(subprocess.Popen):
         return _server().fork(request, streams)
 
 
+def fork_commands() -> None:
+    """Let everything in this process that uses subprocess start commands by forks."""
+    really = subprocess.Popen
+
+    def popen(command: Any, **options: Any) -> subprocess.Popen[Any]:
+        return (ForkedPopen if may_fork(command, options) else really)(command, **options)
+
+    subprocess.Popen = popen  # type: ignore[misc, assignment]
+
+
 class _Server:
     """The server, from the side of the process that started it."""
 
@@ -133,7 +149,7 @@ class _Server:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
-                env=_ENVIRONMENT,
+                env=ENVIRONMENT,
                 pass_fds=[theirs.fileno()],
             )
 
@@ -280,6 +296,10 @@ def _run(request: _Request) -> None:
         sys.argv = words[1:]
         sys.modules.pop(words[1], None)  # runpy warns of a module that is to run and was imported before
         runpy._run_module_as_main(words[1])  # type: ignore[attr-defined]
+    elif words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        sys.path.insert(0, "")
+        exec(compile(words[1], "<string>", "exec"), vars(main))
     else:
         sys.argv = words
         sys.path.insert(0, str(Path(words[0]).resolve().parent))
@@ -289,9 +309,9 @@ def _run(request: _Request) -> None:
 
 def _fork_the_workers(torchrun: list[str]) -> None:
     """Fork torchrun's workers now, before it has threads. They wait until torchrun starts them."""
-    given = [word.partition("=")[2] for word in torchrun if word.startswith("--nproc-per-node=")]
+    number = re.findall(r"--nproc-per-node[ =](\d+)", " ".join(torchrun))[0]
     spares: list[tuple[int, socket.socket]] = []
-    for _ in range(int(given[0])):
+    for _ in range(int(number)):
         ours, theirs = _connected()
         if (process := os.fork()) == 0:
             for connection in (ours, *(connection for _, connection in spares)):
@@ -334,8 +354,24 @@ def main() -> None:
     gc.enable()
     received = _serve(connection)
     if received is not None:
-        _become(*received)
-        _run(received[0])
+        try:
+            _become(*received)
+            _run(received[0])
+        except SystemExit as ending:
+            _end(ending.code)
+        _end(None)
+
+
+def _end(code: int | str | None) -> NoReturn:
+    """Exit as Python does, but do not take every module apart, which costs 0.3 s."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(1 if isinstance(code, str) else (code or 0) & 0xFF)
 
 
 if __name__ == "__main__":

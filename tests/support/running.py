@@ -27,9 +27,9 @@ from launch.record.job import read_submissions
 from pomscale.checkpoint.store import find_checkpoint, read_meta, read_tensors
 from pomscale.pretrained.load import load_pretrained
 from pomscale.runs.history import samples_seen
-from support.forking import ForkedPopen, may_fork
+from support.forking import ENVIRONMENT, ForkedPopen, may_fork
+from support.paths import TESTS
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 _UNHURRIED = str(Path(__file__).with_name("unhurried"))
 # The environment of runs that a test meets in the middle.
 UNHURRIED = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, [_UNHURRIED, os.environ.get("PYTHONPATH")]))}
@@ -89,11 +89,14 @@ def train_command(recipe: Path, *overrides: str, num_processes: int = 1) -> list
     return [sys.executable, *launcher, "train", str(recipe), *overrides]
 
 
-def run(command: list[str], expect: int = 0, timeout: float = TIMEOUT_S, **options: Any) -> Finished:
-    """Run to the end; the test fails with the command's own output if it ends in another way than expected."""
+def run(command: list[str], expect: int | None = 0, timeout: float = TIMEOUT_S, **options: Any) -> Finished:
+    """Run a command to its end. The test fails with the command's output if the exit code is not `expect`.
+
+    expect: None if any exit code will do.
+    """
     with started(command, stderr=subprocess.PIPE, **options) as process:
         out, err = process.communicate(timeout=timeout)
-    assert process.returncode == expect, f"exit code {process.returncode}\n{out[-4000:]}\n{err[-4000:]}"
+    assert expect in (None, process.returncode), f"exit code {process.returncode}\n{out[-4000:]}\n{err[-4000:]}"
     return Finished(process.returncode, out, err)
 
 
@@ -150,6 +153,14 @@ def controller_of(job_folder: Path) -> psutil.Process | None:
         if str(job_folder) in " ".join(process.cmdline()):
             return process
     return None
+
+
+def run_tour(code: str, **options: Any) -> Finished:
+    """Run Python code that starts a quickstart's commands with subprocess. They are forked where they may be."""
+    environment = {**ENVIRONMENT, "PYTHONWARNINGS": "ignore"}  # as the quickstarts have it
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    code = f"from support.forking import fork_commands\nfork_commands()\n{code}"
+    return run([sys.executable, "-c", code], env=environment, **options)
 
 
 def pomscale(*arguments: str | Path, expect: int = 0, **options: Any) -> Finished:

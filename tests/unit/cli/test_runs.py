@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -65,11 +62,3 @@ def test_wrong_words(words: list[str], complaint: str, capsys: pytest.CaptureFix
         parse(*words)
     assert ended.value.code == 2
     assert complaint in capsys.readouterr().err
-
-
-def test_a_terminal_that_lacks_characters_gets_others(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"samples": 8, "time_unix_s": 1, "incarnation": 1, "train/loss": 0.5}\n')
-    command = [sys.executable, "-m", "pomscale", "watch", str(tmp_path), "--once"]
-    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"training loss 0.5" in done.stdout

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from launch.pipelines.sweep import plan_sweep, sweep_table
 from launch.submission.prepare import JobRequest
-from pomscale.config.load import load_cluster, load_train_recipe
+from pomscale.config.load import load_cluster
 from pomscale.config.sweep import load_points
 from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError
@@ -111,17 +109,6 @@ def test_a_bad_point_is_told_with_the_line_of_the_sweep(path: Path, old: str, ne
     (problem, *more) = problems(path)
     assert problem.startswith(expected)
     assert len(more) <= 1  # the same name twice, for the other rate
-
-
-def test_train_says_how_to_start_a_sweep_or_a_point(path: Path) -> None:
-    command = [sys.executable, "-m", "pomscale", "train", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert f"pomscale launch {path} --cluster" in done.stderr
-    offered = f"pomscale train {path} sweep={{}} name=NAME optimizer.lr=0.0001 model.degree=2"
-    assert offered in done.stderr
-    one = load_train_recipe(path, offered.split()[3:])
-    assert (one.name, one.sweep, one.model.degree) == ("NAME", {}, 2)
 
 
 def test_launching_again_takes_only_what_is_left(path: Path, digits: Path, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from support.running import open_process
+
 # On a busy machine a process may stand still for seconds, which no test here means. Those that are to be left alone are
 # watched by a clock that stands still with them; and faulthandler's timer, which leaves the thread a second to write
 # its reason, comes much later where it is not itself what is tested.
@@ -120,7 +122,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Watched
     for how in (*LEFT_ALONE, *HANGS, "holding_the_lock", "broken_record"):
         folder = tmp_path_factory.mktemp(how)
         command = [sys.executable, "-c", PROGRAM, how, str(folder), " ".join(LEFT_ALONE)]
-        started[how] = folder, subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        started[how] = folder, open_process(command, stdout=subprocess.PIPE, text=True)
 
     def end(how: str) -> Watched:
         folder, process = started[how]
