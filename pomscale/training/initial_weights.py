@@ -9,7 +9,7 @@ from torch import nn
 
 from pomscale.base.errors import InputError
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
-from pomscale.config.schema import InitFromConfig
+from pomscale.config.train import InitFromConfig
 from pomscale.engine.protocol import Assign
 from pomscale.models import initial_value
 from pomscale.pretrained.weights import TrainedWeights, open_weights, parameter_shapes

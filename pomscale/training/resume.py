@@ -8,7 +8,7 @@ from typing import Any
 from pomscale import __version__
 from pomscale.base.errors import InputError
 from pomscale.config.identity import differences
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.data.mixture import Mixture
 from pomscale.pretrained.card import ModelCard
 

@@ -21,9 +21,9 @@ from pomscale.checkpoint.store import CheckpointStore, read_meta
 from pomscale.config.engine import CheckpointConfig
 from pomscale.config.hardware import peak_flops
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.data.bad_samples import BadSampleList
-from pomscale.data.loader import Loader
+from pomscale.data.loader import Loader, ReadAhead
 from pomscale.data.mixture import Mixture
 from pomscale.diffusion.objectives import build_objective
 from pomscale.distributed.compile_cache import CompileCache
@@ -38,6 +38,7 @@ from pomscale.engine.divergence import Divergence
 from pomscale.engine.optimizers import learning_rate
 from pomscale.engine.out_of_memory import explained_out_of_memory
 from pomscale.engine.protocol import Engine, InitWeights
+from pomscale.evaluation.heldout import shape_sizes
 from pomscale.models import init_weights, make_model
 from pomscale.monitoring.alerts import Alerts
 from pomscale.monitoring.host import HostStats
@@ -48,15 +49,17 @@ from pomscale.monitoring.wandb.sink import read_wandb_id
 from pomscale.plan.checks import check_layout
 from pomscale.plan.model_cost import num_parameters, training_flops
 from pomscale.pretrained.card import ModelCard
-from pomscale.runs.checkpoint_folder import META, complete_checkpoints, final_folder, is_complete
+from pomscale.runs.checkpoint_folder import complete_checkpoints, final_folder, is_complete
+from pomscale.runs.code_state import versions
 from pomscale.runs.integrity import find_damage_of
+from pomscale.runs.layout import BAD_SAMPLES_FILE, CHECKPOINT_META, CHECKPOINTS_FOLDER, EMA_FOLDER, stacks_path
 from pomscale.runs.ledger import RESTARTED_BECAUSE, Ledger
-from pomscale.runs.outcome import BAD_SAMPLES, is_finished, open_run_folder, stacks_path, versions, write_outcome
-from pomscale.runs.starts import Generation, Superseded
+from pomscale.runs.outcome import is_finished, write_outcome
+from pomscale.runs.starts import Start, Superseded, record_start
 from pomscale.shards.schema import check_compatible, check_text
 from pomscale.training.initial_weights import FineTuning, fine_tuning
 from pomscale.training.loss import TrainBatch, draw_batch, share_of_loss, steps
-from pomscale.training.periodic import open_events, shape_sizes
+from pomscale.training.periodic import open_events
 from pomscale.training.resume import CHECKPOINT_FORMAT, check_same_run, identity
 from pomscale.training.trainer import Saving, Trainer
 
@@ -103,7 +106,7 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
     initial = _fine_tuned(recipe, card, world) if is_new and recipe.init_from is not None else _seeded(recipe)
     world.on_main(lambda: make_folder(folder))
     number = world.on_main(lambda: _claim(folder).number)
-    run = _Run(world, recipe, folder, Generation(folder, number), stop)
+    run = _Run(world, recipe, folder, Start(folder, number), stop)
     try:
         samples = run.train(mixture, card, this_run, initial)
     except BaseException as error:
@@ -119,15 +122,15 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
     return EXIT_STOPPED if stopped else 0
 
 
-def _claim(folder: Path) -> Generation:
+def _claim(folder: Path) -> Start:
     """Whoever typed the command twice is told."""
-    generation = Generation.claim(folder)
-    if other := generation.other_alive():
+    start = Start.claim(folder)
+    if other := start.other_alive():
         warn(
             f"{folder}: another start of this run is still alive ({other}). This one goes on from its newest "
             "checkpoint, and the other stops without saving again; for a run of its own, give another name: name=..."
         )
-    return generation
+    return start
 
 
 @dataclass(frozen=True)
@@ -141,11 +144,11 @@ class _Standing:
 def _look(recipe: TrainRecipe, folder: Path, mixture: Mixture, this_run: dict[str, Any], card: ModelCard) -> _Standing:
     """By rank 0. InputError if the run cannot go on in this way."""
     mixture.check_indexes()
-    complete = complete_checkpoints(folder / "checkpoints")
+    complete = complete_checkpoints(folder / CHECKPOINTS_FOLDER)
     if complete and recipe.resume == "never":
         raise InputError(f"{folder}: holds checkpoints, and resume is never; choose another name or delete the folder")
     for checkpoint in reversed(complete):
-        if find_damage_of(checkpoint / META) is not None:
+        if find_damage_of(checkpoint / CHECKPOINT_META) is not None:
             continue  # CheckpointStore.newest sets it aside, and says so
         meta = read_meta(checkpoint)
         check_same_run(folder, checkpoint, this_run, card, meta)
@@ -190,20 +193,18 @@ def _fine_tuned(recipe: TrainRecipe, card: ModelCard, world: World) -> InitWeigh
 class _Run:
     """One incarnation of a run, on one rank."""
 
-    def __init__(
-        self, world: World, recipe: TrainRecipe, folder: Path, generation: Generation, stop: StopRequest
-    ) -> None:
+    def __init__(self, world: World, recipe: TrainRecipe, folder: Path, start: Start, stop: StopRequest) -> None:
         self.world = world
         self.recipe = recipe
         self.folder = folder
-        self.generation = generation
+        self.start = start
         self.stop = stop
         stop.on_quit = partial(self._record_bad_end, "quit")
 
     def record(self, state: str, *, samples: int | None = None, reason: str = "") -> None:
         """How this incarnation ended, as far as this rank knows. Superseded if a newer one has taken over."""
-        self.generation.check()
-        write_outcome(self.folder, self.generation.number, self.world.rank, state, samples=samples, reason=reason)
+        self.start.check()
+        write_outcome(self.folder, self.start.number, self.world.rank, state, samples=samples, reason=reason)
 
     def record_failure(self, error: BaseException) -> None:
         if not isinstance(error, Superseded):
@@ -222,7 +223,7 @@ class _Run:
         watchdog = Watchdog(
             faults.hang_timeout_s,
             faults.slow_hang_timeout_s,
-            stacks_path(self.folder, self.generation.number, world.rank),
+            stacks_path(self.folder, self.start.number, world.rank),
             partial(self._record_bad_end, "hung"),
         )
         # The watchdog leaves first: what a log needs to be closed (wandb's upload) is no hang.
@@ -232,7 +233,7 @@ class _Run:
             if recipe.compute.compile:
                 torch._dynamo.config.recompile_limit = _MOST_COMPILED_VARIANTS
             engine = self._engine(initial)
-            checkpoints = CheckpointStore(self.folder / "checkpoints", recipe.checkpoint, self.generation)
+            checkpoints = CheckpointStore(self.folder / CHECKPOINTS_FOLDER, recipe.checkpoint, self.start)
             restore = partial(_restore, engine, checkpoints)
             latest = checkpoints.newest()
             if latest is None and recipe.init_from is not None and not isinstance(initial, FineTuning):
@@ -242,12 +243,10 @@ class _Run:
             meta = None if latest is None else restore(latest)
             clock = Clock() if meta is None else Clock.of(meta)
             if world.is_main:
-                self.generation.check()
-                open_run_folder(
-                    self.folder, recipe, self.generation.number, start_samples=clock.samples, num_ranks=world.size
-                )
+                self.start.check()
+                record_start(self.folder, recipe, self.start.number, start_samples=clock.samples, num_ranks=world.size)
             ledger = stack.enter_context(
-                Ledger(self.folder if world.is_main else None, self.generation.number, clock.samples)
+                Ledger(self.folder if world.is_main else None, self.start.number, clock.samples)
             )
             for damaged in checkpoints.damaged:
                 ledger.event("damaged_checkpoint", clock.samples, path=str(damaged.folder), reason=damaged.reason)
@@ -268,7 +267,7 @@ class _Run:
                 **self._saving(checkpoints, card, this_run),
                 restore=restore,
                 bad_samples=BadSampleList(
-                    recipe.data.max_bad_samples, known_bad, self.folder / BAD_SAMPLES if world.is_main else None
+                    recipe.data.max_bad_samples, known_bad, self.folder / BAD_SAMPLES_FILE if world.is_main else None
                 ),
                 epochs=partial(_epochs, mixture),
                 monitor=monitor,
@@ -294,10 +293,11 @@ class _Run:
 
     def _still_ours(self) -> None:
         """Superseded if a newer start has taken over. A file system that stutters is no reason to end: whoever is about
-        to commit something looks again."""
+        to commit something looks again.
+        """
         if self.world.is_main:
             try:
-                self.generation.check()
+                self.start.check()
             except Superseded:
                 raise
             except PomscaleError as problem:
@@ -319,7 +319,7 @@ class _Run:
             run_name=self.recipe.name,
             recipe_dump=self.recipe.model_dump(mode="json"),
             total_samples=self.recipe.training.total_samples,
-            incarnation=self.generation.number,
+            start=self.start.number,
         )
 
     def _announce(self, mixture: Mixture, clock: Clock, latest: Path | None, initial: InitWeights) -> None:
@@ -355,10 +355,10 @@ class _Run:
             rank=self.world.rank,
             world_size=self.world.size,
             start_position=clock.position,
-            num_threads=self.recipe.data.num_threads,
-            prefetch=self.recipe.data.prefetch,
+            ahead=ReadAhead(
+                self.recipe.data.num_threads, self.recipe.data.prefetch, pin_memory=self.world.device.type == "cuda"
+            ),
             finish=partial(draw_batch, self.recipe, texts=None if mixture.text is None else mixture.text.info),
-            pin_memory=self.world.device.type == "cuda",
         )
 
     def _schedules(self) -> dict[str, Any]:
@@ -393,7 +393,7 @@ class _Run:
                 keep_every_samples=1,
                 asynchronous=self.recipe.checkpoint.asynchronous,
             )
-            store = CheckpointStore(self.folder / "ema", all_of_them, self.generation)
+            store = CheckpointStore(self.folder / EMA_FOLDER, all_of_them, self.start)
             snapshots = Saving(
                 store,
                 post_hoc.every_samples,
@@ -407,7 +407,7 @@ class _Run:
                 "format": CHECKPOINT_FORMAT,
                 "card": card.model_dump(mode="json"),
                 **this_run,
-                "incarnation": self.generation.number,
+                "incarnation": self.start.number,
                 "wandb_id": read_wandb_id(self.folder),
                 "versions": versions(),
             },

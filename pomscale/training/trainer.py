@@ -46,7 +46,7 @@ class Store(Protocol):
     def poll(self) -> Saved | None: ...
     def wait(self) -> Saved | None: ...
     def newest(self) -> Path | None: ...
-    def judge(self, samples: int, metrics: Mapping[str, float | str]) -> None: ...
+    def record_metrics(self, samples: int, metrics: Mapping[str, float | str]) -> None: ...
     def forget_after(self, samples: int) -> None: ...
 
 
@@ -189,7 +189,7 @@ class Trainer:
         norm = self.engine.step(learning_rate, self.ema_weights(clock.samples + self.global_batch))
         if num_bad:
             self._note_bad(clock.samples, bad)
-        verdict = self.divergence.judge(loss, norm)
+        verdict = self.divergence.assess(loss, norm)
         if verdict != "ok":
             self.ledger.write(clock.samples)  # or this step's time would count with that of the good ones before it
         self.ledger.charge("step" if self._is_warm else "compile")
@@ -210,7 +210,8 @@ class Trainer:
 
     def _loss(self, model: nn.Module, micro_batch: Any) -> Tensor:
         """A loss that is not finite gets a gradient that is not finite, even if only the loss has overflowed: so the
-        engine leaves a step out where the verdict on it will be that."""
+        engine leaves a step out where the verdict on it will be that.
+        """
         loss = self.loss(model, micro_batch)
         return loss * (1 + 0 * loss.detach())  # 0 * inf is nan
 
@@ -298,7 +299,7 @@ class Trainer:
                 with self.watchdog.slow(event.what), self.engine.averaged(self.main_average):
                     metrics = event.run(samples)
                 self.monitor.log(samples, metrics)
-                self.checkpoints.store.judge(samples, metrics)
+                self.checkpoints.store.record_metrics(samples, metrics)
                 self.ledger.charge("evaluation")
 
     def _due(self, every_samples: int, samples: int) -> bool:
@@ -327,7 +328,7 @@ class Trainer:
             if self.mfu is not None:
                 metrics["speed/mfu"] = self.mfu(speed["speed/samples_per_s"])
         self.ledger.write(clock.samples)
-        self.alerts.judge(clock.samples, speed.get("speed/step_time_s"))
+        self.alerts.check_row(clock.samples, speed.get("speed/step_time_s"))
         self.monitor.log(clock.samples, {**metrics, **self.ledger.metrics()})
 
     def _means(self) -> dict[str, float]:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from pomscale.base.errors import InputError, PomscaleError
-from pomscale.config.schema import CacheConfig
+from pomscale.config.data import CacheConfig
 from pomscale.data.readers.shard_files import ShardFiles, open_shard_files
 from pomscale.data.remote.shard_cache import ShardCache
 from pomscale.shards.schema import Manifest, read_manifest
@@ -32,7 +32,7 @@ NUM_SHARDS = 6
 READER = """
 import hashlib, sys
 from contextlib import closing
-from pomscale.config.schema import CacheConfig
+from pomscale.config.data import CacheConfig
 from pomscale.shards.schema import read_manifest
 from pomscale.data.remote.shard_cache import local_index
 from pomscale.data.readers.shard_files import open_shard_files

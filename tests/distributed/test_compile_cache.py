@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pomscale.distributed.compile_cache import FILE, CompileCache
+from pomscale.distributed.compile_cache import CompileCache
+from pomscale.runs.layout import COMPILE_CACHE_FILE
 from support.running import run
 
 START = """
@@ -43,6 +44,6 @@ def test_only_the_main_rank_of_a_run_that_compiles_writes(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("content", [b"", b"torn" * 100])
 def test_a_damaged_file_costs_a_compilation_and_not_the_run(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / FILE).write_bytes(content)
+    (tmp_path / COMPILE_CACHE_FILE).write_bytes(content)
     CompileCache(tmp_path, is_main=False).load()
-    assert (tmp_path / FILE).read_bytes() == content  # the main rank replaces it, once it has compiled
+    assert (tmp_path / COMPILE_CACHE_FILE).read_bytes() == content  # the main rank replaces it, once it has compiled

@@ -98,7 +98,7 @@ with Watchdog(None if how == "unwatched" else 2.0, slow_s, folder / "stacks" / "
 
 @dataclass(frozen=True)
 class Watched:
-    """How a process ended. outcome: what on_hang wrote; stacks: empty without a file."""
+    """End of a process: its exit code, the outcome that on_hang wrote, and its stacks, empty without a file."""
 
     code: int
     out: str

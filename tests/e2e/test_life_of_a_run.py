@@ -18,7 +18,7 @@ from pomscale.checkpoint.store import complete_checkpoints
 from pomscale.config.load import load_train_recipe
 from pomscale.data.dataset import LatentDataset
 from pomscale.diffusion.objectives import OBJECTIVES
-from pomscale.training.periodic import open_heldout
+from pomscale.evaluation.heldout import open_heldout
 from support.paths import RECIPES
 from support.running import GLOBAL_BATCH, checkpoint_samples, pomscale, rows, run_tour, train, write_tiny_recipe
 
@@ -106,7 +106,7 @@ def test_public_functions(folder: Path, objective: str, sampler: str) -> None:
     model = public.load_pretrained(folder, device="cpu")
     diffusion = model.card.diffusion.model_copy(update={"objective": objective})
     model.card = model.card.model_copy(update={"diffusion": diffusion})
-    latents = public.sample(model, [1, 10], seeds=range(2), sampler=sampler, steps=3, guidance=1.0)
+    latents = public.sample(model, [1, 10], seeds=range(2), sampler=sampler, num_steps=3, guidance=1.0)
     pictures = public.decode(model, latents)
     assert latents.shape == (2, 4, 4, 4)
     assert pictures.shape == (2, 1, 8, 8)
@@ -200,7 +200,6 @@ def test_dry_run_writes_nothing(digits: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mixers", [["PoM"], pytest.param([], marks=pytest.mark.exhaustive, id="all")])
 def test_quickstart_reaches_its_figures(tmp_path: Path, mixers: list[str]) -> None:
     """The tour of `make quickstart`, in a folder of its own."""
-    (tmp_path / "recipes").symlink_to(RECIPES)
     code = f"from pomscale.quickstart.images import RUNS, main\nmain({mixers} or list(RUNS))"
     done = run_tour(code, cwd=tmp_path, timeout=1750)
     killed = re.search(r"killed \d+ processes with SIGKILL at ([\d,]+) samples", done.stdout)

@@ -14,10 +14,11 @@ from typing import Any
 import psutil
 import pytest
 
-from launch.record.job import Attempt, JobSpec, Verdict, attempts
-from launch.submission.job_script import Wish
+from launch.record.job import JobSpec, JobStart, Verdict, read_starts
+from launch.submission.job_script import SubmitOptions
 from launch.submission.submit import submit
 from pomscale.config.load import load_cluster
+from pomscale.runs.history import samples_seen
 from support.running import (
     GLOBAL_BATCH,
     checkpoint_samples,
@@ -27,7 +28,6 @@ from support.running import (
     losses,
     outcome,
     pomscale,
-    samples_seen,
     train,
     write_tiny_recipe,
 )
@@ -85,11 +85,11 @@ class Job:
                     return process
         raise AssertionError(f"no rank {rank}\n{self.told()}")
 
-    def finish(self) -> list[Attempt]:
+    def finish(self) -> list[JobStart]:
         if self.found is not None:
             psutil.wait_procs([self.found], timeout=TIMEOUT_S)
             assert not _lives(self.found), self.told()
-        return attempts(self.folder)
+        return read_starts(self.folder)
 
     def told(self) -> str:
         kinds = ("logs/*", "submitit/*_log.*", "attempts/*/*.json")
@@ -120,13 +120,13 @@ def launch(recipe: Path, *overrides: str, num_ranks: int = 2, **options: Any) ->
     words += ["--set", "cpus_per_node=2", "--set", "gpus_per_node=0"]
     environment = held_at(recipe.parent / "held", MIDDLE + 5 * GLOBAL_BATCH, STEP_S)
     pomscale(*words, *OVERRIDES, *overrides, env=environment, **options)
-    home = recipe.parent / "runs" / "tiny"
-    return Job(home, controller_of(home))
+    job_folder = recipe.parent / "runs" / "tiny"
+    return Job(job_folder, controller_of(job_folder))
 
 
-def verdict(attempt: Attempt) -> Verdict:
-    assert attempt.verdict is not None
-    return attempt.verdict
+def verdict(start: JobStart) -> Verdict:
+    assert start.verdict is not None
+    return start.verdict
 
 
 def test_a_killed_rank_starts_the_run_again(recipe: Path, tmp_path: Path, digits: Path) -> None:
@@ -155,10 +155,10 @@ def test_usr2_saves_and_starts_again_and_sigterm_saves_and_ends(recipe: Path) ->
     # As `pomscale runs requeue` does: the process of the job itself, below submitit's controller.
     job.process("submitit.core._submit").send_signal(signal.SIGUSR2)
     deadline_s = time.monotonic() + TIMEOUT_S
-    while len(attempts(job.folder)) < 2:
+    while len(read_starts(job.folder)) < 2:
         assert time.monotonic() < deadline_s, job.told()
         time.sleep(0.1)
-    saved = verdict(attempts(job.folder)[0]).samples
+    saved = verdict(read_starts(job.folder)[0]).samples
     assert saved is not None
     assert saved >= MIDDLE
     held_at(job.held, saved + 20 * GLOBAL_BATCH)
@@ -209,7 +209,7 @@ def test_want_of_memory_is_its_own_fault(recipe: Path) -> None:
     job = launch(recipe, num_ranks=1, preexec_fn=lambda: (group / "cgroup.procs").write_text("0"))
     (only,) = job.finish()
     assert verdict(only).action == "fail", job.told()
-    assert "for want of host memory" in verdict(only).reason
+    assert "host memory ran out" in verdict(only).reason
     group.rmdir()
 
 
@@ -236,7 +236,7 @@ def test_a_job_whose_working_folder_has_gone_says_so(recipe: Path, tmp_path: Pat
     folder.mkdir()
     spec = JobSpec(str(tmp_path / "home"), "x", [["--help"]], str(folder))
     folder.rmdir()
-    submit(spec, load_cluster("local"), Wish())
+    submit(spec, load_cluster("local"), SubmitOptions())
     (only,) = Job(tmp_path / "home", controller_of(tmp_path / "home")).finish()
     assert verdict(only).action == "fail"
     assert f"cannot start it in {folder}" in verdict(only).reason

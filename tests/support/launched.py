@@ -11,10 +11,11 @@ from typing import Any
 import psutil
 import pytest
 
-from launch.record.job import Attempt, attempts
+from launch.record.job import JobStart, read_starts
+from pomscale.runs.history import samples_seen
 from support import running
 from support.cluster import SlurmCluster
-from support.running import GLOBAL_BATCH, losses, samples_seen, write_tiny_recipe
+from support.running import GLOBAL_BATCH, losses, write_tiny_recipe
 
 NUM_STEPS = 60
 OVERRIDES = [
@@ -40,19 +41,19 @@ class Launched:
             assert time.monotonic() < deadline_s, f"not at {samples} samples in time\n{self.told()}"
             time.sleep(0.02)
 
-    def wait_for_attempt(self, number: int, timeout_s: float = 180) -> None:
+    def wait_for_start(self, number: int, timeout_s: float = 180) -> None:
         """Wait until the run was started that many times."""
         deadline_s = time.monotonic() + timeout_s
-        while len(attempts(self.folder)) < number:
+        while len(read_starts(self.folder)) < number:
             assert time.monotonic() < deadline_s, f"not started {number} times in time\n{self.told()}"
             time.sleep(0.1)
 
-    def finish(self, *states: str, timeout_s: float = 240) -> list[Attempt]:
+    def finish(self, *states: str, timeout_s: float = 240) -> list[JobStart]:
         """Wait for the end of the job in one of these states (COMPLETED). Return its starts."""
         states = states or ("COMPLETED",)
         state = self.cluster.wait_for(self.job_id, "COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", timeout_s=timeout_s)
         assert state in states, f"{state}\n{self.told()}"
-        return attempts(self.folder)
+        return read_starts(self.folder)
 
     def rank(self, rank: int, job_id: str | None = None) -> psutil.Process:
         """The training process of a rank."""
@@ -87,10 +88,10 @@ def launch(
         cluster.profile(folder, ranks_per_node=1)
     words = ["launch", str(recipe), "--cluster", str(profile), "--nodes", str(num_nodes), *options]
     out = pomscale(cluster, *words, *OVERRIDES, *overrides)
-    home = folder / "runs" / "tiny"
-    job_id = json.loads((home / "jobs.jsonl").read_text().splitlines()[-1])["job_id"]
+    job_folder = folder / "runs" / "tiny"
+    job_id = json.loads((job_folder / "jobs.jsonl").read_text().splitlines()[-1])["job_id"]
     assert job_id in out
-    return Launched(cluster, job_id, home)
+    return Launched(cluster, job_id, job_folder)
 
 
 def hold(cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch, file: Path, samples: int = HELD_AT) -> Path:

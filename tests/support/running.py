@@ -23,9 +23,10 @@ import psutil
 import pytest
 import torch
 
-from launch.record.job import submissions
+from launch.record.job import read_submissions
 from pomscale.checkpoint.store import find_checkpoint, read_meta, read_tensors
 from pomscale.pretrained.load import load_pretrained
+from pomscale.runs.history import samples_seen
 from support.forking import ENVIRONMENT, ForkedPopen, may_fork
 from support.paths import TESTS
 
@@ -145,11 +146,11 @@ def held_at(file: Path, samples: int, step_s: float = 0.0) -> dict[str, str]:
     return {**ENVIRONMENT, **unhurried}
 
 
-def controller_of(home: Path) -> psutil.Process | None:
+def controller_of(job_folder: Path) -> psutil.Process | None:
     """The process of the newest local job, while it is there. Numbers of processes come again: this is no other's."""
     with suppress(psutil.NoSuchProcess, IndexError):
-        process = psutil.Process(int(submissions(home)[-1].job_id))
-        if str(home) in " ".join(process.cmdline()):
+        process = psutil.Process(int(read_submissions(job_folder)[-1].job_id))
+        if str(job_folder) in " ".join(process.cmdline()):
             return process
     return None
 
@@ -198,13 +199,6 @@ def start_and_signal(
         process.communicate(timeout=TIMEOUT_S)
         psutil.wait_procs(children, timeout=KILLED_WITHIN_S)
     return process.returncode
-
-
-def samples_seen(folder: Path) -> int:
-    """Return the samples of the last line of metrics.jsonl that is complete; 0 if there is none."""
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_bytes().rsplit(b"\n", 2) if metrics.is_file() else []
-    return int(json.loads(lines[-2])["samples"]) if len(lines) > 1 else 0
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from pomscale.cli import jobs
+from pomscale.cli import runs, watch
+from pomscale.cli.arguments import VerbParser
 
 
 def parse(*words: str) -> argparse.Namespace:
-    parser = jobs.VerbParser(prog="pomscale")
-    jobs.add(parser.add_subparsers(required=True))
+    parser = VerbParser(prog="pomscale")
+    verbs = parser.add_subparsers(required=True)
+    runs.add(verbs)
+    watch.add(verbs)
     return parser.parse_args(words)
 
 
@@ -31,7 +34,7 @@ def parse(*words: str) -> argparse.Namespace:
 )
 def test_without_a_verb_it_is_the_list(words: list[str], folders: list[Path]) -> None:
     parsed = parse("runs", *words)
-    assert parsed.run is jobs._list
+    assert parsed.run is runs._list
     assert parsed.folders == folders
     assert parsed.json == ("--json" in words)
 
@@ -40,7 +43,7 @@ def test_verbs_are_verbs() -> None:
     assert parse("runs", "status", "x").run_folder == "x"
     assert parse("runs", "logs", "x", "--rank", "all").rank is None
     assert parse("runs", "logs", "x", "--rank", "3").rank == 3
-    assert parse("watch", "x").run is jobs._watch
+    assert parse("watch", "x").run is watch._watch
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from pomscale.config.codecs import SdVaeCodecConfig
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.load import dump_recipe, load_encode_recipe, load_recipe, load_train_recipe
-from pomscale.config.schema import EncodeRecipe, SdVaeCodecConfig, TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError, read_source
 
 Write = Callable[[str, str], Path]

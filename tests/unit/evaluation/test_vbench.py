@@ -107,7 +107,7 @@ def test_a_folder_is_of_one_model_one_sampler_and_one_list_of_prompts(tmp_path: 
     claim(tmp_path, made_by(), {"versions": {"torch": "2"}})
     assert read_manifest(tmp_path)["versions"] == {"torch": "1"}
     for change, message in (
-        ({"samples": 128}, "made otherwise: samples 64 there and 128 now"),
+        ({"samples": 128}, "made in another way: samples 64 there and 128 now"),
         ({"steps": 50}, "steps 5 there and 50 now"),
         ({"prompts": "abc"}, "2 videos of other prompts there and 3 now"),
     ):
@@ -187,7 +187,7 @@ def test_all_dimensions_of_a_perfect_model_are_full() -> None:
         ('{"color": 0.5}', r"color: must be \[score, \[videos\]\]"),
         ('{"color": ["0.5", [1]]}', "color: must be"),
         ('{"color": [true, [1]]}', "color: its score is no number"),
-        ('{"color": [0.5, []]}', "color: score 0.5 of 0 videos: VBench has found no video"),
+        ('{"color": [0.5, []]}', "color: score 0.5 of 0 videos: VBench found no video"),
         ('{"color": [NaN, [1]]}', "color: score nan"),
         ('{"color": [45.2, [1]]}', "color: score 45.2 is not between 0 and 1"),
         ('{"color": [-0.1, [1]]}', "color: score -0.1 is not between 0 and 1"),
