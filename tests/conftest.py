@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +55,10 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def _nothing_left(_elsewhere: Path) -> Iterator[None]:
     """Fail a test that leaves files in the working folder, by a relative path or by the default of a command."""
     yield
-    assert os.listdir(_elsewhere) == [], "the test has written to the working folder; give it tmp_path"
+    left = list(_elsewhere.iterdir())
+    for path in left:  # or the tests after it would fail, too
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert not left, "the test has written to the working folder; give it tmp_path"
 
 
 @pytest.fixture(scope="session")
