@@ -152,6 +152,7 @@ class _Server:
                 env=ENVIRONMENT,
                 pass_fds=[theirs.fileno()],
             )
+        assert self._socket.recv(64), "the server of forks cannot import what it is to have"
 
     def fork(self, request: _Request, streams: list[int]) -> int:
         """Number of the new process, a child of this one."""
@@ -352,6 +353,7 @@ def main() -> None:
         importlib.import_module(name)
     gc.freeze()
     gc.enable()
+    connection.send(b"ready")
     received = _serve(connection)
     if received is not None:
         try:
