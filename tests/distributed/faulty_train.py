@@ -29,8 +29,8 @@ from torch import nn
 
 import pomscale.checkpoint.store
 import pomscale.monitoring.monitor
+import pomscale.training.build
 import pomscale.training.periodic
-import pomscale.training.run
 from pomscale.checkpoint.store import complete_checkpoints
 from pomscale.cli import main
 from pomscale.config.schema import TrainRecipe
@@ -41,7 +41,7 @@ from pomscale.training.loss import TrainBatch
 
 RANK = int(os.environ.get("RANK", "0"))
 PLACES = {
-    "step": (pomscale.training.run, "share_of_loss"),
+    "step": (pomscale.training.build, "share_of_loss"),
     "validation": (pomscale.training.periodic, "heldout_loss"),
     "commit": (pomscale.checkpoint.store, "seal"),
 }
@@ -108,14 +108,14 @@ def inject(fault: dict[str, Any]) -> None:
 
 
 def change_weights(factor: float, begin: int, end: int) -> None:
-    draw_batch = pomscale.training.run.draw_batch
+    draw_batch = pomscale.training.build.draw_batch
 
     def with_other_weights(recipe: TrainRecipe, batch: MicroBatch, texts: TextInfo | None) -> TrainBatch:
         drawn = draw_batch(recipe, batch, texts)
         drawn.weights[(batch.positions >= begin) & (batch.positions < end)] *= factor
         return drawn
 
-    pomscale.training.run.draw_batch = with_other_weights
+    pomscale.training.build.draw_batch = with_other_weights
 
 
 def inject_before(do: str, at: str, nth: int, **options: Any) -> None:

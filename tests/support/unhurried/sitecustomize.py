@@ -48,7 +48,7 @@ class _Slow(MetaPathFinder):
 
             def waiting_step(trainer: Any, clock: Any) -> Any:
                 time.sleep(WAIT_S)
-                while clock.samples >= held_at() and not trainer.stop.requested:
+                while clock.samples >= held_at() and not trainer.process.stop.requested:
                     time.sleep(LOOK_EVERY_S)
                 return step(trainer, clock)
 
