@@ -28,7 +28,7 @@ from pomscale.shards.schema import Normalization, TextInfo
 class TrainBatch:
     """A micro-batch with everything random drawn. Shapes: x0, eps (b, c, h, w) or (b, c, f, h, w); weights (b,).
 
-    x0: as the loader gives it, not normalised, mostly float16. t, start: see diffusion.draws; start is None for pictures.
+    x0: as the loader gives it, not normalised, mostly float16. t, start: see diffusion.draws; pictures have no start.
     bad: the samples that could not be read; their weight is 0.
     """
 
