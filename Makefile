@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup quickstart quickstart-video test test-exhaustive test-fast lint schema clean
+.PHONY: help setup quickstart quickstart-video test test-exhaustive test-fast lint docs schema clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -13,7 +13,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "installing into $(VENV), a few minutes"
 	@# torch by itself first: pip then never considers another build of it for a package that needs it
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[vae,video,text,table,http,quickstart,slurm,deepspeed,float8,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[vae,video,text,table,http,quickstart,slurm,deepspeed,float8,docs,dev]'
 	touch $@
 
 setup: $(VENV)/.ready  ## the virtual environment
@@ -24,8 +24,9 @@ quickstart: setup  ## raw pictures -> shards -> training, kill, resume -> sample
 quickstart-video: setup  ## moving digits: mp4 files -> shards -> training with texts -> long clips, in minutes on a CPU
 	$(BIN)/python -m pomscale.quickstart.video
 
+# Compiled modules are written, whatever the environment says: tests start hundreds of processes.
 test: setup  ## all tests, four at a time: many of them wait for SLURM
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist worksteal
 
 test-exhaustive: setup  ## the rest: the same again, many more times or under more conditions
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m exhaustive
@@ -39,7 +40,10 @@ lint: setup  ## style, types, who imports whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-schema: setup  ## recipes/schema.json, after a change of pomscale/config/schema.py
+docs: setup  ## the documentation as a site in build/site; a broken link fails
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --doctree-dir build/doctrees docs build/site
+
+schema: setup  ## recipes/schema.json, after a change of pomscale/config
 	$(BIN)/pomscale config schema > recipes/schema.json
 
 clean:  ## the virtual environment and caches; runs/ and data/ stay

@@ -1,1 +1,1 @@
-"""Raw dataset -> verified latent shards: sources, transforms, encoding, writing, verification."""
+"""Turn raw datasets into verified shards of latents and embeddings, and inspect, repair, merge and split those."""

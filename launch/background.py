@@ -1,8 +1,9 @@
-"""Start a local job so that it outlives the terminal: its own session, nothing of the terminal open.
+"""Start a local job so that it outlives the terminal: in a session of its own, with no file of the terminal open.
 
-    python -m launch.background HOME NUM_GPUS PYTHON      prints the job id
+    python -m launch.background JOB_FOLDER NUM_GPUS PYTHON      prints the job id
 
-A process of its own, since submitit's controller lives in the session of whoever starts it, and dies of its Ctrl-C.
+This is a separate process because submitit's controller stays in the session of the process that starts it, and a
+Ctrl-C in that session would end it.
 """
 
 from __future__ import annotations
@@ -17,28 +18,28 @@ from pathlib import Path
 import psutil
 from submitit import LocalExecutor
 
-from launch.record.job import SUBMITIT
 from launch.task import LocalTask
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder
+from pomscale.runs.layout import SUBMITIT_FOLDER
 
 _LOOK_EVERY_S = 0.02
 _FOREVER_MIN = 10 * 365 * 24 * 60  # submitit's own limit is two minutes
 
 
 def main() -> None:
-    home, num_gpus, python = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    # Held back by `launch`, which waits for this process; the job is to hear of it.
+    job_folder, num_gpus, python = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    # `pomscale launch` blocks Ctrl-C while it waits for this process; the job shall receive it.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     try:
-        executor = LocalExecutor(home / SUBMITIT, python=f"{shlex.quote(python)} -m launch.held")
+        executor = LocalExecutor(job_folder / SUBMITIT_FOLDER, python=f"{shlex.quote(python)} -m launch.held")
         executor.update_parameters(
             timeout_min=_FOREVER_MIN, gpus_per_node=num_gpus, visible_gpus=_visible_gpus(num_gpus), tasks_per_node=1
         )
-        answer = _leave_the_terminal(home / SUBMITIT / "controller.log")
-        job = executor.submit(LocalTask(str(home)))
+        answer = _leave_the_terminal(job_folder / SUBMITIT_FOLDER / "controller.log")
+        job = executor.submit(LocalTask(str(job_folder)))
         controller = psutil.Process(int(job.job_id))
-        # Not before there is somebody to hear of a request to end: the controller only hands it on.
+        # Wait until the controller has a child to forward a request to end to.
         while controller.status() != psutil.STATUS_ZOMBIE and not controller.children():
             time.sleep(_LOOK_EVERY_S)
         os.write(answer, job.job_id.encode())
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def _leave_the_terminal(log: Path) -> int:
-    """Whatever is started from now on has no terminal. Returns what was standard output."""
+    """Detach this process, and all that it starts from now on, from the terminal. Return the former standard output."""
     make_folder(log.parent)
     answer = os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -58,7 +59,7 @@ def _leave_the_terminal(log: Path) -> int:
 
 
 def _visible_gpus(num_gpus: int) -> tuple[int, ...]:
-    """Those that this process may use, as submitit would take the first ones of the machine. () = no such wish."""
+    """Return the GPUs that this process may use, since submitit would take the first of the machine; () for all."""
     words = [word for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word]
     if not words or not num_gpus:
         return ()

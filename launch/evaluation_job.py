@@ -1,7 +1,9 @@
-"""Submits the evaluation of one checkpoint: python -m launch.evaluation_job RUN NAME SAMPLES
+"""Submission of the evaluation of one checkpoint.
 
-A process of its own, so that the supervisor of a run neither waits for a scheduler without end nor holds what it takes
-to submit a job.
+    python -m launch.evaluation_job RUN NAME SAMPLES
+
+This is a separate process so that the supervisor of a run neither waits for a slow scheduler nor keeps in memory what
+the submission of a job needs.
 """
 
 from __future__ import annotations
@@ -12,49 +14,53 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from launch.node.evaluations import CHECKPOINT, evaluation_home
-from launch.record.job import CODE, JOB_FILE, LAUNCH_FILE, JobSpec, LaunchedAs
-from launch.submission.prepare import prepare_commands
+from launch.node.evaluations import evaluation_folder
+from launch.record.job import JobSpec, LaunchedAs
+from launch.submission.prepare import JobRequest, prepare_commands
 from pomscale.base.errors import PomscaleError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.evaluation import FIGURES, EvaluationConfig
 from pomscale.config.load import load_train_recipe
+from pomscale.runs.layout import CODE_FOLDER, EVALUATED_FOLDER, JOB_FILE, LAUNCH_FILE
 
 
 def submit_evaluation(run: Path, name: str, samples: int) -> str:
-    """The job's id. The checkpoint is in the evaluation's home already.
+    """Submit the job of an evaluation whose checkpoint is in its job folder already. Return the job id.
 
-    Raises PomscaleError for what the run's folder lacks, and what `launch.submission.submit` raises.
+    Raises PomscaleError if the run folder lacks something, and what `launch.submission.submit` raises.
     """
     launched = LaunchedAs.read(run / LAUNCH_FILE)
     profile = ClusterProfile.model_validate(launched.profile)
-    if profile.scheduler == "debug":  # in the foreground, it would hold up the supervisor
+    if profile.scheduler == "debug":  # a job in the foreground would block the supervisor
         profile = profile.model_copy(update={"scheduler": "local"})
     config = _config(run, launched, name)
-    home = evaluation_home(run, name, samples)
+    job_folder = evaluation_folder(run, name, samples)
     prepared = prepare_commands(
         f"{run.name}-{name}-{samples}",
-        home,
-        commands_of(config, run, samples),
-        profile,
-        launched.cluster,
-        ranks_per_node=1,
-        gpus_per_node=min(profile.gpus_per_node, 1),
-        time_limit=config.time_limit or launched.time_limit,
+        job_folder,
+        evaluation_commands(config, run, samples),
+        JobRequest(
+            profile,
+            launched.cluster,
+            gpus_per_node=min(profile.gpus_per_node, 1),
+            ranks_per_node=1,
+            time_limit=config.time_limit or launched.time_limit,
+        ),
     )
-    if (run / CODE).is_dir() and not (home / CODE).exists():
-        (home / CODE).symlink_to(os.path.relpath(run / CODE, home))  # the code that the run was launched with
+    if (run / CODE_FOLDER).is_dir() and not (job_folder / CODE_FOLDER).exists():
+        # The evaluation uses the code that the run was launched with.
+        (job_folder / CODE_FOLDER).symlink_to(os.path.relpath(run / CODE_FOLDER, job_folder))
     cwd = JobSpec.read(run / JOB_FILE).cwd
     return replace(prepared, spec=replace(prepared.spec, cwd=cwd)).submit()
 
 
-def commands_of(config: EvaluationConfig, run: Path, samples: int) -> list[list[str]]:
-    """Those of the recipe, filled in, and one that records what they have found."""
-    home = evaluation_home(run, config.name, samples)
-    filled = {"checkpoint": str(home / CHECKPOINT), "samples": samples, "folder": str(home)}
+def evaluation_commands(config: EvaluationConfig, run: Path, samples: int) -> list[list[str]]:
+    """Return the commands of the recipe, filled in, and one that records their result."""
+    job_folder = evaluation_folder(run, config.name, samples)
+    filled = {"checkpoint": str(job_folder / EVALUATED_FOLDER), "samples": samples, "folder": str(job_folder)}
     commands = [[word.format(**filled) for word in shlex.split(command)] for command in config.run]
-    record = ["evaluate", "record", str(run), config.name, str(samples), str(home / FIGURES)]
-    return [*commands, [*record, "--evaluated", str(home / CHECKPOINT)]]
+    record = ["evaluate", "record", str(run), config.name, str(samples), str(job_folder / FIGURES)]
+    return [*commands, [*record, "--evaluated", str(job_folder / EVALUATED_FOLDER)]]
 
 
 def _config(run: Path, launched: LaunchedAs, name: str) -> EvaluationConfig:

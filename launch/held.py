@@ -1,8 +1,8 @@
-"""Python, in which requests to stop wait until the program can tell what to do with them.
+"""Start Python with SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 blocked until the program has installed its handlers.
 
     python -m launch.held ARGUMENTS OF PYTHON
 
-submitit's own handlers, which come first in what it starts, would drop them.
+submitit installs handlers of its own first in what it starts; they would drop a request to stop that comes early.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import sys
 
-from launch.node.forwarding import hold_signals
+from launch.node.signals import block_signals
 
 if __name__ == "__main__":
-    hold_signals()
+    block_signals()
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])

@@ -1,7 +1,9 @@
-"""`python -m launch.plain RECIPE [a.b=c ...]`, in a job script of one's own (slurm/train.sbatch): get ready.
+"""Preparation of a run inside a user's own job script, such as slurm/train.sbatch.
 
-Does on the first node what `pomscale launch` does on a login node: recipe, dataset and layout are checked, code and
-recipe frozen into the run folder, the submission recorded. Prints the job's home, which every rank's guard is given.
+    python -m launch.plain RECIPE [a.b=c ...]
+
+It does on the first node what `pomscale launch` does on a login node: check recipe, dataset and layout, freeze code and
+recipe into the run folder, record the submission. It prints the job folder, which the guard of every rank is given.
 """
 
 from __future__ import annotations
@@ -12,38 +14,39 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from launch.node.process import slurm_job
-from launch.record.job import JOB_FILE, Submission, keep, submissions
-from launch.submission.prepare import prepare_train, resolved_output
-from launch.submission.submit import record
+from launch.node.identity import slurm_job
+from launch.record.job import Submission, keep, read_submissions
+from launch.submission.prepare import JobRequest, prepare_train, resolved_output
+from launch.submission.submit import record_submission
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.load import load_train_recipe
+from pomscale.runs.layout import JOB_FILE
 
 
 def prepare_here(words: list[str], environment: Mapping[str, str] = os.environ) -> Path:
-    """The home of the run that the words ask for. InputError for whatever is wrong, before anything is written."""
+    """Return the run folder that the words ask for. InputError, before anything is written, if anything is wrong."""
     if not words or "SLURM_JOB_ID" not in environment:
         raise InputError("start this by `sbatch slurm/train.sbatch RECIPE [a.b=c ...]`")
     path, overrides = Path(words[0]), words[1:]
     profile = _profile(environment)
     recipe = load_train_recipe(path, overrides)
-    home = resolved_output(recipe.output, profile) / recipe.name
+    job_folder = resolved_output(recipe.output, profile) / recipe.name
     job_id, _, _ = slurm_job(environment)
-    if any(one.job_id == job_id for one in submissions(home)):
-        return home  # started again by SLURM: it goes on as it was launched
+    if any(one.job_id == job_id for one in read_submissions(job_folder)):
+        return job_folder  # started again by SLURM: it continues as it was launched
     num_nodes = int(environment["SLURM_NNODES"])
-    prepared = prepare_train(
-        path, overrides, profile, "sbatch", num_nodes=num_nodes, command_line=["sbatch", "slurm/train.sbatch", *words]
-    )
-    prepared.write_home()
-    keep(home / JOB_FILE, prepared.spec)
-    record(home, Submission(job_id, time.time(), "slurm", num_nodes))
-    return home
+    command_line = ["sbatch", "slurm/train.sbatch", *words]
+    request = JobRequest(profile, "sbatch", num_nodes=num_nodes, command_line=command_line)
+    prepared = prepare_train(path, overrides, request)
+    prepared.write_job_folder()
+    keep(job_folder / JOB_FILE, prepared.spec)
+    record_submission(job_folder, Submission(job_id, time.time(), "slurm", num_nodes))
+    return job_folder
 
 
 def _profile(environment: Mapping[str, str]) -> ClusterProfile:
-    """What sbatch has given this job, as a profile. Its time limit is the script's affair."""
+    """Return the resources of this SLURM job as a profile. The script sets the time limit; the one here is unused."""
     ranks_per_node = int(environment["SLURM_NTASKS"]) // int(environment["SLURM_NNODES"])
     gpus = int(environment.get("SLURM_GPUS_ON_NODE", "0"))
     return ClusterProfile(

@@ -1,6 +1,8 @@
-"""What submitit runs: the ranks of a job on this node, each with its guard.
+"""Tasks that submitit runs: they start the ranks of a job on this node, each with its guard.
 
-Pickled by submitit, so both classes hold nothing but the job's home; everything else is read there by every start.
+submitit pickles them by reference, and `pomscale runs resume` unpickles them with the code that was frozen at the first
+launch. So this module, the classes and their only field, `home` (the job folder), keep their names. Everything else is
+read from the job folder by every start.
 """
 
 from __future__ import annotations
@@ -18,20 +20,11 @@ from typing import NoReturn
 import psutil
 from submitit.helpers import DelayedSubmission
 
-from launch.node.forwarding import Forwarding, hold_signals
-from launch.node.process import LOCAL_JOB, LOCAL_RESTART, port_of, slurm_job
-from launch.record.job import (
-    JOB_FILE,
-    REQUEUE_FILE,
-    JobSpec,
-    Start,
-    Verdict,
-    attempt_folder,
-    endings,
-    keep,
-    submissions,
-)
-from launch.record.state import ended, is_success
+from launch.node.identity import LOCAL_JOB, LOCAL_RESTART, port_of, slurm_job
+from launch.node.signals import SignalForwarder, block_signals
+from launch.record.job import JobSpec, StartRecord, Verdict, keep, read_endings, read_submissions, start_folder
+from launch.record.result import final_verdict, is_success
+from pomscale.runs.layout import JOB_FILE, REQUEUE_FILE, START_FILE, VERDICT_FILE
 
 _GUARD = ["-m", "launch.guard"]
 _TORCHRUN = "torch.distributed.run"
@@ -45,8 +38,9 @@ class SlurmTask:
     home: str
 
     def __call__(self) -> None:
-        """Ends the process with the exit code of the job, where this is its first task."""
-        spec = JobSpec.read(Path(self.home) / JOB_FILE)
+        """Run the ranks. The first task ends the process with the exit code of the job."""
+        job_folder = Path(self.home)
+        spec = JobSpec.read(job_folder / JOB_FILE)
         if spec.ranks_by == "srun" or spec.num_ranks == 1:
             become_guard(spec)
         job_id, restart, hosts = slurm_job(os.environ)
@@ -56,105 +50,110 @@ class SlurmTask:
             f"--master-addr={hosts[0]}",
             f"--master-port={port_of(spec, job_id, restart)}",
         ]
-        code = _start_ranks(spec, rendezvous, {}, Forwarding())
-        attempt = attempt_folder(Path(self.home), job_id, restart)
+        code = _start_ranks(spec, rendezvous, {}, SignalForwarder())
+        folder = start_folder(job_folder, job_id, restart)
         if os.environ["SLURM_NODEID"] == "0":
-            sys.exit(_exit_code(attempt, code))
-        # srun ends all tasks as soon as one fails: not before rank 0 has judged what the ranks of this node have told.
-        sys.exit(0 if endings(attempt) else code)
+            sys.exit(_exit_code(folder, code))
+        # srun ends all tasks as soon as one fails, so this one succeeds if its ranks have left endings for rank 0.
+        sys.exit(0 if read_endings(folder) else code)
 
     def checkpoint(self) -> DelayedSubmission:
-        """For a signal so early that only submitit's own handler is there: start again, nothing has begun."""
+        """Start again, after a signal so early that only submitit's own handler was there: nothing has begun."""
         return DelayedSubmission(self)
 
 
 @dataclass(frozen=True)
 class LocalTask:
-    """All ranks of a job on this machine, started again as the verdict on each start says."""
+    """All ranks of a job on this machine, started again as long as the verdict on each start asks for it."""
 
     home: str
 
     def __call__(self) -> None:
-        """Ends the process with the exit code of the job."""
-        home = Path(self.home)
-        spec = JobSpec.read(home / JOB_FILE)
-        job_id = os.environ.get("SUBMITIT_LOCAL_JOB_ID") or submissions(home)[-1].job_id
+        """Run the ranks, and end the process with the exit code of the job."""
+        job_folder = Path(self.home)
+        spec = JobSpec.read(job_folder / JOB_FILE)
+        job_id = os.environ.get("SUBMITIT_LOCAL_JOB_ID") or read_submissions(job_folder)[-1].job_id
         restart = 0
-        while (attempt := attempt_folder(home, job_id, restart)).exists():  # of another job: process numbers come again
+        # An earlier job with the same process number may have left starts.
+        while (folder := start_folder(job_folder, job_id, restart)).exists():
             restart += 1
-        forwarding = Forwarding()
+        forwarding = SignalForwarder()
         if (refusal := _wait_for(spec, forwarding)) is not None:
-            keep(attempt / "start.json", Start(job_id, restart, [], spec.ranks_per_node, time.time(), 0))
-            keep(attempt / "verdict.json", refusal)
+            keep(folder / START_FILE, StartRecord(job_id, restart, [], spec.ranks_per_node, time.time(), 0))
+            keep(folder / VERDICT_FILE, refusal)
             sys.exit(refusal.exit_code)
         while True:
             variables = {LOCAL_JOB: job_id, LOCAL_RESTART: str(restart)}
             code = _start_ranks(spec, ["--standalone"], variables, forwarding)
-            attempt = attempt_folder(home, job_id, restart)
-            forwarding.first = None  # before the next line: what comes after it is for the next start
-            if forwarding.asked_to_end or not (attempt / REQUEUE_FILE).is_file():
-                sys.exit(_exit_code(attempt, code))
+            folder = start_folder(job_folder, job_id, restart)
+            forwarding.first = None  # before the next line, since a signal after that is for the next start
+            if forwarding.asked_to_end or not (folder / REQUEUE_FILE).is_file():
+                sys.exit(_exit_code(folder, code))
             restart += 1
 
     def checkpoint(self) -> DelayedSubmission:
-        """As SlurmTask.checkpoint."""
+        """Start again, like SlurmTask.checkpoint."""
         return DelayedSubmission(self)
 
 
-def _exit_code(attempt: Path, code: int) -> int:
-    """That of the verdict: torchrun knows but 0 and 1."""
-    verdict = attempt / "verdict.json"
+def _exit_code(folder: Path, code: int) -> int:
+    """Return the exit code of the verdict, or `code` without one: torchrun itself only knows 0 and 1."""
+    verdict = folder / VERDICT_FILE
     return Verdict.read(verdict).exit_code if verdict.is_file() else code
 
 
 def become_guard(spec: JobSpec) -> NoReturn:
-    """Replace this process by the guard of its rank. What asks it to stop meanwhile is held back, not lost."""
-    hold_signals()
-    os.execv(sys.executable, [sys.executable, "-u", *_GUARD, spec.home])
+    """Replace this process by the guard of its rank. A request to stop meanwhile stays pending and is not lost."""
+    block_signals()
+    os.execv(sys.executable, [sys.executable, "-u", *_GUARD, spec.job_folder])
 
 
-def _wait_for(spec: JobSpec, forwarding: Forwarding) -> Verdict | None:
-    """Until the jobs before this one have ended. Returns the verdict on this job if it may not begin any more."""
-    for home, condition in spec.wait_for.items():
-        if not submissions(Path(home)):
-            return Verdict("fail", f"not begun: the job that it waits for has left nothing in {home}", 1, time.time())
-        while (verdict := ended(Path(home))) is None:
+def _wait_for(spec: JobSpec, forwarding: SignalForwarder) -> Verdict | None:
+    """Wait until the jobs before this one have ended. Return a verdict if this job must not begin, else None."""
+    for job_folder, condition in spec.wait_for.items():
+        if not read_submissions(Path(job_folder)):
+            reason = f"not begun: the job that it waits for has left nothing in {job_folder}"
+            return Verdict("fail", reason, 1, time.time())
+        while (verdict := final_verdict(Path(job_folder))) is None:
             if forwarding.first is not None:
-                return Verdict("fail", f"{forwarding.first} while it waited for {home}", 1, time.time())
+                return Verdict("fail", f"{forwarding.first} while it waited for {job_folder}", 1, time.time())
             time.sleep(1.0)
         if condition == "ok" and not is_success(verdict):
-            reason = f"not begun, since the job before it ({home}) did not succeed: {verdict.reason}"
+            reason = f"not begun, since the job before it ({job_folder}) did not succeed: {verdict.reason}"
             return Verdict("fail", reason, 1, time.time())
     return None
 
 
-def _start_ranks(spec: JobSpec, rendezvous: list[str], variables: dict[str, str], forwarding: Forwarding) -> int:
-    """The guards of all ranks of this node, until they have ended. Returns the job's exit code on the first node."""
+def _start_ranks(spec: JobSpec, rendezvous: list[str], variables: dict[str, str], forwarding: SignalForwarder) -> int:
+    """Run the guards of all ranks of this node until they have ended. Return the exit code of their launcher.
+
+    On the first node that is the exit code of the job.
+    """
     if spec.num_ranks == 1:
-        command = [sys.executable, "-u", *_GUARD, spec.home]
+        command = [sys.executable, "-u", *_GUARD, spec.job_folder]
     else:
         ranks = f"--nproc-per-node={spec.ranks_per_node}"
-        command = [sys.executable, "-m", _TORCHRUN, *rendezvous, ranks, *_GUARD, spec.home]
+        command = [sys.executable, "-m", _TORCHRUN, *rendezvous, ranks, *_GUARD, spec.job_folder]
     # SLURM signals every descendant of a task; torchrun would end all ranks at once, instead of letting them save.
     variables = {**variables, "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGHUP,SIGQUIT"}
     launcher = subprocess.Popen(
         command,
         env=os.environ | variables,
         start_new_session=True,
-        preexec_fn=hold_signals,  # noqa: PLW1509 (one thread). torchrun never takes them, its guards do
+        preexec_fn=block_signals,  # noqa: PLW1509 (one thread). torchrun leaves them blocked, its guards do not
     )
-    told: set[int] = set()
-    forwarding.send = lambda number: told.update(_signal_guards(launcher.pid, number))
+    signalled: set[int] = set()
+    forwarding.send = lambda number: signalled.update(_signal_guards(launcher.pid, number))
     while (code := launcher.poll()) is None:
-        if forwarding.first is not None:  # guards that were not there yet when it came
-            told.update(_signal_guards(launcher.pid, signal.Signals[forwarding.first], spared=told))
+        if forwarding.first is not None:  # guards that did not exist yet when the signal came
+            signalled.update(_signal_guards(launcher.pid, signal.Signals[forwarding.first], spared=signalled))
         time.sleep(_LOOK_EVERY_S)
     forwarding.send = None
     return code
 
 
 def _signal_guards(launcher: int, number: int, spared: Collection[int] = ()) -> list[int]:
-    """Their process numbers."""
+    """Send a signal to the guards below a launcher, except to the spared ones. Return their process numbers."""
     try:
         family = [psutil.Process(launcher), *psutil.Process(launcher).children(recursive=True)]
     except psutil.NoSuchProcess:

@@ -1,6 +1,6 @@
 """pomscale: large-scale training of attention-free diffusion models (Polymorphers).
 
-The public face; everything else may move:
+This is the public interface; everything else may move:
 
     pomscale.PoM, pomscale.BlockCausal              the mixer as a layer
     pomscale.build_model                            a named network with initial weights
@@ -17,26 +17,27 @@ if TYPE_CHECKING:
     from pomscale.layers import PoM
     from pomscale.models import build_model
     from pomscale.ops.pom import BlockCausal
-    from pomscale.pretrained.load import decode, load_pretrained, sample
+    from pomscale.pretrained.load import load_pretrained
+    from pomscale.sampling.api import decode, sample
     from pomscale.sampling.stream import ClipStream
 
 __version__ = "0.1.0"
 
 __all__ = ["BlockCausal", "ClipStream", "PoM", "__version__", "build_model", "decode", "load_pretrained", "sample"]
 
-_HOMES = {
+_MODULES = {
     "BlockCausal": "pomscale.ops.pom",
     "ClipStream": "pomscale.sampling.stream",
     "PoM": "pomscale.layers",
     "build_model": "pomscale.models",
-    "decode": "pomscale.pretrained.load",
+    "decode": "pomscale.sampling.api",
     "load_pretrained": "pomscale.pretrained.load",
-    "sample": "pomscale.pretrained.load",
+    "sample": "pomscale.sampling.api",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: `pomscale --help` and a login node should not wait for torch."""
-    if name not in _HOMES:
+    """Import on first use, so that `pomscale --help` and a login node do not wait for torch."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'pomscale' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""`python -m pomscale`, which is also how torchrun starts training: `torchrun ... -m pomscale train RECIPE`."""
+"""The command as a module: `python -m pomscale`, and for torchrun `torchrun ... -m pomscale train RECIPE`."""
 
 from pomscale.cli import main
 

@@ -1,14 +1,18 @@
-"""What tests of several rooms share: a real dataset of digits, a tiny recipe, and the real commands."""
+"""Fixtures that tests of several folders share: a working folder, a real dataset of digits, and a tiny recipe."""
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from support.digits import make_digits
+from support.forking import stop_server
+from support.paths import ROOT
 from support.running import write_tiny_recipe
 
 # Where the tests run in the background of a shell, Ctrl-C is ignored, also by all that they start.
@@ -23,6 +27,34 @@ settings.load_profile("any machine")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, or the other workers would wait for it at the end."""
     items.sort(key=lambda item: "quickstart" not in item.name)
+
+
+def _left_by_commands() -> dict[str, list[str]]:
+    """Return what lies in the folders of the checkout where commands put data, runs and logs by default."""
+    folders = {name: ROOT / name for name in ("data", "runs", "wandb")}
+    return {name: sorted(os.listdir(path)) for name, path in folders.items() if path.is_dir()}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Run all tests in an empty folder, and fail if anything has come there or to the checkout's data, runs or wandb.
+
+    Tests neither see what a developer has in these folders nor leave anything behind.
+    """
+    before = _left_by_commands()
+    folder = tmp_path_factory.mktemp("working-folder")
+    os.chdir(folder)
+    yield folder
+    os.chdir(ROOT)
+    stop_server()
+    assert _left_by_commands() == before, "a test has written to the checkout"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(_elsewhere: Path) -> Iterator[None]:
+    """Fail a test that leaves files in the working folder, by a relative path or by the default of a command."""
+    yield
+    assert os.listdir(_elsewhere) == [], "the test has written to the working folder; give it tmp_path"
 
 
 @pytest.fixture(scope="session")

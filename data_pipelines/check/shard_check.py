@@ -1,4 +1,4 @@
-"""One shard against the manifest and its rows of the index. Runs in a process of its own, and reads each byte once."""
+"""Check one shard against the manifest and its rows of the index, in a process of its own, reading each byte once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.shards.records import TarReader, TarRecord, open_shard, required_suffixes, stored_array
+from data_pipelines.shards.readers import TarReader, TarRecord, open_shard, required_suffixes, stored_array
 from pomscale.shards.index import NO_LABEL, index_dtype, map_index
 from pomscale.shards.schema import (
     ARRAY_MEMBERS,
@@ -21,7 +21,7 @@ from pomscale.shards.schema import (
     ShardInfo,
 )
 
-# A set that is damaged all over must not fill the memory with lines that nobody reads.
+# A set that is damaged all over must not fill the memory with lines.
 _MAX_LINES = 1000
 
 WRONG_SHA256 = "its sha256 differs from the manifest's"
@@ -29,13 +29,13 @@ WRONG_SHA256 = "its sha256 differs from the manifest's"
 
 @dataclass
 class Problems:
-    """One line each; the first _MAX_LINES are kept, all are counted."""
+    """Problems, one line each; the first _MAX_LINES are kept, all are counted."""
 
     lines: list[str] = field(default_factory=list)
     count: int = 0
 
     def add(self, lines: Iterable[str], count: int | None = None) -> bool:
-        """Whether there were any. `count`: how many `lines` stands for."""
+        """Add lines, which stand for `count` problems (default: one each). Return whether there were any."""
         lines = list(lines)
         self.lines += lines[: _MAX_LINES - len(self.lines)]
         self.count += len(lines) if count is None else count
@@ -44,21 +44,24 @@ class Problems:
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """A task: shard number and its rows of the index, begin and end; none if the index is damaged."""
+    """A shard to check."""
 
     number: int
     rows: tuple[int, int] | None
+    """Begin and end of its rows in the index; None if the index is damaged."""
 
 
 @dataclass(frozen=True)
 class CheckedShard:
-    """`rows`: what the shard itself says; kept only where the index does not say it."""
+    """Outcome of the check of one shard."""
 
     problems: Problems
     rows: np.ndarray
+    """Index rows that the shard's records call for; empty where there is an index."""
 
 
 def check_shard(folder: Path, manifest: Manifest, task: ShardTask) -> CheckedShard:
+    """Read a shard and return its problems."""
     shard = manifest.shards[task.number]
     problems = Problems()
     keys: list[str] = []
@@ -96,6 +99,7 @@ def check_shard(folder: Path, manifest: Manifest, task: ShardTask) -> CheckedSha
 
 
 def wrong_size(num_bytes: int, expected: ShardInfo | IndexInfo) -> str:
+    """Return the problem of a file whose size is not the manifest's."""
     return f"has {num_bytes:,} bytes instead of {expected.num_bytes:,}: cut off or overwritten"
 
 
@@ -104,7 +108,7 @@ def _named(shard: ShardInfo, problems: Problems) -> Problems:
 
 
 def _label(record: TarRecord) -> int | None:
-    """None if the member with the class holds none."""
+    """Return the class of a record; None if the member with the class holds none."""
     try:
         return record.label()
     except ValueError:
@@ -139,15 +143,18 @@ def _check_record(manifest: Manifest, group: int, record: TarRecord, label: int 
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Of float16. Infinities and NaN have all bits of the exponent; np.isfinite takes ten times as long to see it."""
+    """Return whether all float16 values are finite.
+
+    Infinities and NaN have all bits of the exponent set; np.isfinite takes ten times as long to see it.
+    """
     return not values.size or int((values.view("<u2") & 0x7FFF).max()) < 0x7C00
 
 
 def _compare_with_index(keys: list[str], found: np.ndarray, index: np.ndarray) -> Iterator[str]:
     numbers = np.arange(len(found))
     if len(found) != len(index):  # records were lost: compare those that are there
-        _, numbers, places = np.intersect1d(found["key"], index["key"], return_indices=True)
-        found, index = found[numbers], index[places]
+        _, numbers, rows = np.intersect1d(found["key"], index["key"], return_indices=True)
+        found, index = found[numbers], index[rows]
     for i in np.flatnonzero(found != index):
         fields = [name for name in index.dtype.names or () if found[i][name] != index[i][name]]
         yield f"{keys[numbers[i]]}: {', '.join(fields)} differ from {INDEX_NAME}"

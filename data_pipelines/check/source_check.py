@@ -1,4 +1,4 @@
-"""Is every item of a dataset's source there: as a record, or listed as failed?"""
+"""Check that every item of a dataset's source is a record, or is listed as failed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipelines.check.shard_check import Problems
 from data_pipelines.encode.items import ItemTable
-from data_pipelines.shards.keys import sorted_buckets
+from data_pipelines.shards.equal_keys import sorted_buckets
 from data_pipelines.shards.parts import PARTS_FOLDER
 from pomscale.base.errors import PomscaleError
 from pomscale.shards.index import key_hash
@@ -23,7 +23,14 @@ _MAX_MISSING_NAMED = 20
 
 
 def check_source(folder: Path, manifest: Manifest, keys: np.ndarray, problems: Problems) -> None:
-    """Counts, and where the encoder's list of items is still there, names. `keys`: (n,) uint64 of all records."""
+    """Count the items and, where the encoder's list of items still exists, name those that are missing.
+
+    Args:
+        folder: The dataset.
+        manifest: Its manifest.
+        keys: Hashes of the keys of all records, (n,) uint64.
+        problems: Receives the problems.
+    """
     source = manifest.source
     if manifest.num_samples + manifest.num_failures != source.num_items:
         problems.add(
@@ -36,7 +43,7 @@ def check_source(folder: Path, manifest: Manifest, keys: np.ndarray, problems: P
         failed = _failed_keys(folder, manifest, problems, files)
         try:
             table = _item_table(folder, manifest)
-        except PomscaleError as error:  # what was found in the shards is to be told all the same
+        except PomscaleError as error:  # the problems of the shards are to be reported all the same
             problems.add([str(error)])
             return
         if table is None:
@@ -52,7 +59,7 @@ def check_source(folder: Path, manifest: Manifest, keys: np.ndarray, problems: P
 
 
 def _failed_keys(folder: Path, manifest: Manifest, problems: Problems, files: ExitStack) -> np.ndarray:
-    """Hashes of the keys in failures.jsonl, which must be as many as the manifest says."""
+    """Return the hashes of the keys in failures.jsonl, which must be as many as the manifest says."""
     if not manifest.num_failures:
         return np.empty(0, "<u8")
     file = files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  closed with the stack
@@ -71,7 +78,7 @@ def _failed_keys(folder: Path, manifest: Manifest, problems: Problems, files: Ex
 
 
 def _item_table(folder: Path, manifest: Manifest) -> ItemTable | None:
-    """The list that the encoder keeps of its source; that of an encode in several sizes lies one folder up."""
+    """Return the encoder's list of its source; that of an encode in several sizes lies one folder up."""
     for parent in (folder, folder.parent):
         table = ItemTable.open(parent / PARTS_FOLDER)
         if table is not None and table.fingerprint == manifest.source.fingerprint:

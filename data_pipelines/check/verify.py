@@ -1,4 +1,4 @@
-"""Proof that a dataset is whole: every shard and every record against manifest, index and source."""
+"""Verify that a dataset is whole: check every shard and every record against manifest, index and source."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from data_pipelines.check.shard_check import (
     wrong_size,
 )
 from data_pipelines.check.source_check import check_source
-from data_pipelines.encode.skipped import max_skipped_of, skipped_exit_code
-from data_pipelines.shards.keys import equal_keys
-from data_pipelines.shards.records import read_records
+from data_pipelines.shards.equal_keys import equal_keys
+from data_pipelines.shards.parts import skipped_exit_code
+from data_pipelines.shards.readers import read_records
 from data_pipelines.shards.workers import over_shards
 from pomscale.base.errors import PomscaleError
 from pomscale.shards.index import index_dtype, map_index
@@ -45,19 +45,20 @@ _ROWS_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """`problems`: one line each, naming shard and key; the first 1,000 of `num_problems`. None = the dataset is whole.
-
-    `bad_shards`: those to be made anew, in the manifest's order. `num_skipped`: items that the encode could not encode.
-    """
+    """Outcome of a verification. A dataset without problems is whole."""
 
     folder: Path
     num_samples: int
     num_shards: int
     problems: list[str]
+    """One line each, naming shard and key; the first 1,000 of `num_problems`."""
     num_problems: int
     bad_shards: list[str]
+    """Shards to be made again, in the manifest's order."""
     num_skipped: int
+    """Items that the encode could not encode."""
     max_skipped: int
+    """Skipped items that the recipe allows."""
 
     @property
     def exit_code(self) -> int:
@@ -69,8 +70,8 @@ class VerifyReport:
             skipped = f"; {self.num_skipped:,} items were skipped, listed in {self.folder / FAILURES_NAME}"
             return f"{checked}: whole{skipped if self.num_skipped else ''}"
         more = self.num_problems - len(self.problems)
-        told = [*self.problems, *([f"... and {more:,} more"] if more else [])]
-        return "\n".join([*told, f"{checked}: {self.num_problems:,} problems; {REMEDY}"])
+        lines = [*self.problems, *([f"... and {more:,} more"] if more else [])]
+        return "\n".join([*lines, f"{checked}: {self.num_problems:,} problems; {REMEDY}"])
 
 
 def verify(
@@ -80,16 +81,22 @@ def verify(
     progress: bool = True,
     only: Collection[str] | None = None,
 ) -> VerifyReport:
-    """Reads every byte of the dataset once, in `num_workers` processes (default: the cores it may use).
+    """Read every byte of the dataset once and return its problems.
 
-    Memory does not grow with the number of records: keys are compared on disk. only: just these shards, without what
-    concerns the set as a whole (keys that are there twice, items of the source that are missing).
-    InputError if there is no manifest to hold it against.
+    Memory does not grow with the number of records: keys are compared on disk. Raises InputError if there is no
+    manifest.
+
+    Args:
+        folder: The dataset.
+        num_workers: Number of processes; None for as many as there are cores and the data is worth.
+        progress: Show progress on stderr.
+        only: Names of the shards to check; the checks of the set as a whole (keys that occur twice, items of the source
+            that are missing) are then left out.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     problems = Problems()
-    # A damaged index is made anew by the next encode; it says nothing about the shards.
+    # A damaged index says nothing about the shards; the next encode writes it again.
     has_index = not problems.add(_check_index(folder, manifest))
     problems.add(_check_null_embedding(manifest.text))
     problems.add(_check_listing(folder, manifest))
@@ -114,7 +121,7 @@ def verify(
         num_problems=problems.count,
         bad_shards=[manifest.shards[number].name for number in sorted(bad)],
         num_skipped=manifest.num_failures,
-        max_skipped=max_skipped_of(manifest),
+        max_skipped=manifest.max_skipped,
     )
 
 
@@ -151,7 +158,7 @@ def _check_bytes(path: Path, expected: IndexInfo) -> str | None:
 
 
 def _check_null_embedding(text: TextInfo | None) -> Iterator[str]:
-    """Its shape was checked when the manifest was read."""
+    """Check the values of the null embedding; its shape was checked when the manifest was read."""
     if text is not None and not is_finite(np.frombuffer(text.null_bytes, "<f2")):
         yield f"{MANIFEST_NAME}: text.null_embedding holds a value that is not finite"
 
@@ -178,7 +185,7 @@ def _check_shards(
 
 
 class _Rows:
-    """The rows of the whole set: the index; or, where that is damaged, what the shards say, in a temporary file."""
+    """The rows of the whole set: the index, or, where that is damaged, the rows of the shards in a temporary file."""
 
     def __init__(self, folder: Path, manifest: Manifest, has_index: bool) -> None:
         self._dtype = index_dtype(manifest.arrays)
@@ -193,11 +200,11 @@ class _Rows:
         self._files.close()
 
     def add(self, rows: np.ndarray) -> None:
-        """What a shard says; none where there is an index."""
+        """Add the rows of a shard; none where there is an index."""
         self._file.write(rows.tobytes())
 
     def all(self) -> np.ndarray:
-        """Memory-mapped, to be used while the block lasts."""
+        """Return all rows, memory-mapped, to be used while the block lasts."""
         if self._index is not None:
             return self._index
         self._file.flush()
@@ -205,12 +212,12 @@ class _Rows:
 
 
 def _find_duplicates(folder: Path, manifest: Manifest, rows: np.ndarray) -> Iterator[tuple[int, str]]:
-    """Shard number and line of every record whose key an earlier one has."""
+    """Yield shard number and line of every record whose key an earlier one has."""
     for first, second in equal_keys(rows["key"]):
         shards = [manifest.shards[rows[row]["shard"]].name for row in (first, second)]
         try:
             keys = [record.key for record in read_records(folder, manifest, rows[[first, second]])]
         except PomscaleError:
-            continue  # the shard is damaged there, which is told
+            continue  # the shard is damaged there, which is reported
         what = "is also a key of" if keys[0] == keys[1] else f"has the 64-bit hash of {keys[0]} in"
         yield int(rows[second]["shard"]), f"{shards[1]}: {keys[1]}: {what} {shards[0]}"

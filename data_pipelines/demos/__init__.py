@@ -1,1 +1,1 @@
-"""Small datasets and encoders that need no download."""
+"""Small datasets and a text encoder that need no download."""

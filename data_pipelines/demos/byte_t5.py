@@ -1,9 +1,9 @@
-"""A text encoder that needs no download: a small T5 over bytes, with random weights that a seed fixes.
+"""Write a text encoder that needs no download: a small T5 over bytes, with random weights that a seed fixes.
 
     python -m data_pipelines.demos.byte_t5 data/byte-t5
 
-It has learned nothing, and it need not: every caption gets embeddings of its own, and words that captions share show
-in them. That is enough for worlds of few words, as that of the moving digits.
+The network is not trained. Yet every caption gets embeddings of its own, and captions that share words get similar
+ones, which is enough for datasets of few words such as the moving digits.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _NUM_TOKENS = 384  # of transformers' ByT5Tokenizer: 256 bytes, and its special 
 
 
 def write_byte_t5(folder: Path, dim: int = 64) -> None:
-    """config.json and model.safetensors, the same on every call: text: {path: FOLDER, tokenizer: bytes}.
+    """Write config.json and model.safetensors, the same on every call, for `text: {path: FOLDER, tokenizer: bytes}`.
 
-    InputError if transformers is not installed.
+    Raises InputError if transformers is not installed.
     """
     try:
         import transformers  # noqa: PLC0415  an extra

@@ -1,4 +1,4 @@
-"""Real pictures that need no download: scikit-learn's handwritten digits, written out as a class folder of PNGs.
+"""Write real pictures that need no download: scikit-learn's handwritten digits, as a class folder of PNGs.
 
     python -m data_pipelines.demos.digits data/digits
 
@@ -12,19 +12,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.keyed_random import Stream, keyed_generator
+from pomscale.media.pictures import write_png
 
 _SPLIT_SEED = 0
 _WHITE = 16  # scikit-learn's grey levels are 0..16
 
 
 def write_digits(folder: Path) -> dict[str, int]:
-    """Writes both halves under `folder`, the same files on every call. Returns the number of pictures per half.
+    """Write both halves under `folder`, the same files on every call. Return the number of pictures per half.
 
-    InputError if scikit-learn is not installed.
+    Raises InputError if scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits  # noqa: PLC0415  an extra, needed by the quickstart only
@@ -40,7 +40,7 @@ def write_digits(folder: Path) -> dict[str, int]:
             target = folder / half / str(label)
             target.mkdir(parents=True, exist_ok=True)
             for index in indices:
-                Image.fromarray(pixels[index]).save(target / f"{index:04d}.png")
+                write_png(target / f"{index:04d}.png", pixels[index])
             counts[half] += len(indices)
     return counts
 

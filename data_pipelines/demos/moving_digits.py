@@ -1,10 +1,10 @@
-"""Clips that need no download: handwritten digits that move over a small canvas and come back in at its other side.
+"""Write clips that need no download: handwritten digits that move over a small canvas and re-enter on its other side.
 
     python -m data_pipelines.demos.moving_digits data/moving-digits
 
 OUT/train and OUT/heldout receive NAME.mp4 and NAME.txt ("three moving left"). They show different scans of
-scikit-learn's digits, which OUT/digits receives as PNGs. Frame k shows the scan where it started, moved on by k times
-`speed` pixels, rows and columns modulo the canvas. Started anew, the step goes on where it was stopped.
+scikit-learn's digits, which OUT/digits receives as PNGs. Frame k shows the scan moved by k times `speed` pixels from
+its first position, rows and columns modulo the canvas. Run again after a stop, the command writes the missing clips.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ import itertools
 import json
 import sys
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from data_pipelines.demos.digits import write_digits
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import write_text
 from pomscale.base.keyed_random import Stream, keyed_generator
+from pomscale.media.pictures import read_grey
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VELOCITIES = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # rows and columns
@@ -31,15 +30,15 @@ VELOCITIES = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  
 FPS = 8
 _DIGIT = 8  # side of a scan, in pixels
 
-# A pixel of the canvas is a square of so many in the file: codecs know no smaller pictures, and people see none. The
-# area filter of the encode step takes their mean, so what the compression does to the edges is lost again.
+# A pixel of the canvas is a square of _ZOOM x _ZOOM in the file, since video codecs take no smaller pictures. The area
+# filter of the encode step takes the mean of each square, so artefacts of the compression at its edges vanish.
 _ZOOM = 8
-_QUALITY = "12"  # x264's constant rate factor; 18 is said to look lossless
+_CRF = 12  # x264's constant rate factor; 18 is said to look lossless
 
 
 @dataclass(frozen=True)
 class World:
-    """Which clips there are. InputError if there are none, or if a digit that fills the canvas is to move along it."""
+    """Parameters of the clips. InputError if they allow none, or if a digit cannot move for want of space."""
 
     digits: tuple[int, ...] = (0, 1, 2, 3, 4)
     directions: tuple[str, ...] = ("left", "right")
@@ -47,7 +46,7 @@ class World:
     width: int = 16
     num_frames: int = 8
     speed: int = 4  # pixels per frame
-    grid: int = 2  # starts are multiples of so many pixels
+    grid: int = 2  # first positions are multiples of so many pixels
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,7 +70,7 @@ class World:
         return [_caption(digit, direction) for digit, direction in itertools.product(self.digits, self.directions)]
 
     def clip(self, scan: np.ndarray, start: tuple[int, int], direction: str) -> np.ndarray:
-        """(f, h, w) uint8 of a scan (8, 8) whose upper left corner starts at (row, column)."""
+        """Return (f, h, w) uint8 of a scan (8, 8) whose upper left corner is at `start` = (row, column) in frame 0."""
         canvas = np.zeros((self.height, self.width), np.uint8)
         canvas[:_DIGIT, :_DIGIT] = scan
         down, right = (self.speed * step for step in VELOCITIES[direction])
@@ -83,7 +82,7 @@ class World:
         )
 
     def draw(self, index: int, half: int, scans: dict[int, list[np.ndarray]]) -> tuple[np.ndarray, str]:
-        """Clip number `index` of a half (f, h, w) and its caption. All captions are equally frequent."""
+        """Return clip number `index` of a half (f, h, w) and its caption. All captions are equally frequent."""
         pairs = list(itertools.product(self.digits, self.directions))
         digit, direction = pairs[index % len(pairs)]
         random = keyed_generator(self.seed, Stream.DATASET, index, subindex=half)
@@ -92,14 +91,14 @@ class World:
         return self.clip(scan, start, direction), _caption(digit, direction)
 
     def _start(self, random: np.random.Generator, side: int) -> int:
-        """A digit that fills the canvas stands as it was written."""
+        """Draw the first position along one side, which is 0 for a digit that fills it."""
         return 0 if side == _DIGIT else self.grid * int(random.integers(-(-side // self.grid)))
 
 
 def write_moving_digits(folder: Path, world: World, num_clips: dict[str, int]) -> None:
-    """`num_clips` of "train" and "heldout", the same on every call. Clips that are there already are kept.
+    """Write `num_clips` of "train" and "heldout", the same on every call. Clips that exist are kept.
 
-    InputError if `folder` holds another world's, or a package is missing; OSError if it cannot be written.
+    Raises InputError if `folder` holds another world's, or a package is missing; OSError if it cannot be written.
     """
     description = json.dumps(asdict(world), indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +115,7 @@ def write_moving_digits(folder: Path, world: World, num_clips: dict[str, int]) -
             if not file.exists():
                 frames, caption = world.draw(index, number, scans)
                 file.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
-                # Last, so that where there is a clip there is its caption; and whole or absent after a kill.
+                # Written after its caption, so that every clip has one; renamed, so that a kill leaves no partial clip.
                 _write_mp4(partial := file.with_suffix(".part"), frames)
                 partial.rename(file)
 
@@ -126,45 +125,37 @@ def _caption(digit: int, direction: str) -> str:
 
 
 def _read_scans(folder: Path) -> list[np.ndarray]:
-    return [np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))]
+    return [read_grey(file) for file in sorted(folder.glob("*.png"))]
 
 
 def _write_mp4(path: Path, frames: np.ndarray) -> None:
-    """Grey frames (f, h, w) uint8 as H.264, every pixel _ZOOM wide."""
-    try:
-        import av  # noqa: PLC0415  an extra
-    except ImportError as error:
-        raise InputError(f"clips need the package av: {error}. Run: pip install -e '.[video]'") from error
-    frames = frames.repeat(_ZOOM, axis=1).repeat(_ZOOM, axis=2)
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(FPS), options={"crf": _QUALITY})
-        stream.height, stream.width = frames.shape[1:]
-        stream.pix_fmt = "yuv420p"  # what every player takes
-        stream.codec_context.thread_count = 1  # the bytes depend on it
-        for number, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels, format="gray")
-            frame.pts, frame.time_base = number, Fraction(1, FPS)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+    """Write grey frames (f, h, w) uint8 as H.264, every pixel _ZOOM wide."""
+    from pomscale.media.mp4 import write_grey_clip  # noqa: PLC0415  PyAV is optional
+
+    write_grey_clip(path, frames.repeat(_ZOOM, axis=1).repeat(_ZOOM, axis=2), fps=FPS, crf=_CRF)
 
 
 def main() -> int:
     default = World()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder that receives train/, heldout/ and digits/")
-    parser.add_argument("--digits", default=",".join(map(str, default.digits)), help="which (default %(default)s)")
-    parser.add_argument("--directions", default=",".join(default.directions), help="(default %(default)s)")
-    for name, what in (
-        ("height", "of the canvas, in pixels"),
-        ("width", "of the canvas, in pixels"),
-        ("num-frames", f"per clip, at {FPS} per second"),
-        ("speed", "in pixels per frame"),
-        ("grid", "starts are multiples of so many pixels"),
+    parser.add_argument(
+        "--digits", default=",".join(map(str, default.digits)), help="digits that the clips show (default %(default)s)"
+    )
+    parser.add_argument(
+        "--directions", default=",".join(default.directions), help="directions in which they move (default %(default)s)"
+    )
+    for name, meaning in (
+        ("height", "height of the canvas in pixels"),
+        ("width", "width of the canvas in pixels"),
+        ("num-frames", f"frames per clip, at {FPS} per second"),
+        ("speed", "pixels that a digit moves per frame"),
+        ("grid", "first positions are multiples of so many pixels"),
     ):
         value = getattr(default, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"{what} (default %(default)s)")
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{meaning} (default %(default)s)")
     parser.add_argument("--train", type=int, default=3000, help="clips to train on (default %(default)s)")
-    parser.add_argument("--heldout", type=int, default=600, help="clips to judge by (default %(default)s)")
+    parser.add_argument("--heldout", type=int, default=600, help="clips to evaluate on (default %(default)s)")
     arguments = parser.parse_args()
     try:
         world = World(

@@ -1,1 +1,1 @@
-"""Datasets made of other datasets: merge, split, join."""
+"""Datasets made from other datasets (merge, split), and the table that joins two of them."""

@@ -1,4 +1,4 @@
-"""Finds, for every record of a dataset, the record of a companion set (text embeddings) that has its key."""
+"""Find, for every record of a dataset, the record of a companion set (text embeddings) that has its key."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.derive.derived import open_checked_index
-from data_pipelines.shards.keys import sorted_buckets
-from data_pipelines.shards.records import read_records
+from data_pipelines.shards.equal_keys import sorted_buckets
+from data_pipelines.shards.readers import open_checked_index, read_records
 from pomscale.base.errors import InputError
 from pomscale.base.files import atomic_write
 from pomscale.shards.index import npy_header
@@ -21,9 +20,10 @@ _ROWS_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class JoinReport:
-    """`table` is None where none is needed: both sets have the same records in the same order."""
+    """Outcome of a join."""
 
     table: Path | None
+    """None where both sets have the same records in the same order, so that no table is needed."""
     num_samples: int
     num_missing: int
 
@@ -34,15 +34,15 @@ class JoinReport:
     def __str__(self) -> str:
         if self.table is None:
             return f"both sets have the same {self.num_samples:,} records in the same order: no table is needed"
-        told = f"{self.table}: {self.num_samples - self.num_missing:,} of {self.num_samples:,} records have a companion"
-        return f"{told}, {self.num_missing:,} have none" if self.num_missing else told
+        text = f"{self.table}: {self.num_samples - self.num_missing:,} of {self.num_samples:,} records have a companion"
+        return f"{text}, {self.num_missing:,} have none" if self.num_missing else text
 
 
 def join(main: str | Path, companion: str | Path) -> JoinReport:
-    """Writes the table that the loader opens (`pomscale.shards.join`) into the companion's folder.
+    """Write the table that the loader opens (`pomscale.shards.join`) into the companion's folder.
 
-    Memory does not grow with the number of records. InputError if two records of one set have the same hash of their
-    keys, so that nobody can tell which is meant.
+    Memory does not grow with the number of records. Raises InputError if the keys of two records of one set have the
+    same hash, so that neither can be identified.
     """
     main, companion = Path(main), Path(companion)
     manifest, other = read_manifest(main), read_manifest(companion)
@@ -61,11 +61,11 @@ def join(main: str | Path, companion: str | Path) -> JoinReport:
         for mine, theirs in sorted_buckets([index["key"], other_index["key"]]):
             _refuse_equal_hashes(main, manifest, index, mine)
             _refuse_equal_hashes(companion, other, other_index, theirs)
-            places = np.searchsorted(theirs["key"], mine["key"])
+            nearest = np.searchsorted(theirs["key"], mine["key"])
             found = np.zeros(len(mine), bool)
-            inside = places < len(theirs)
-            found[inside] = theirs["key"][places[inside]] == mine["key"][inside]
-            table[mine["row"][found]] = theirs["row"][places[found]]
+            inside = nearest < len(theirs)
+            found[inside] = theirs["key"][nearest[inside]] == mine["key"][inside]
+            table[mine["row"][found]] = theirs["row"][nearest[found]]
             num_missing += int((~found).sum())
         table.flush()
     return JoinReport(path, len(index), num_missing)

@@ -1,4 +1,4 @@
-"""Several datasets that were made alike become one, without copying their shards where that can be helped."""
+"""Merge datasets that were made alike into one, whose shards are links to theirs where the file system has links."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.derive.derived import failure_lines, new_dataset, open_checked_index, origin_of, write_index
-from data_pipelines.shards.keys import sorted_buckets
-from data_pipelines.shards.records import read_records
+from data_pipelines.derive.new_dataset import new_dataset, origin_of
+from data_pipelines.shards.equal_keys import sorted_buckets
+from data_pipelines.shards.readers import failure_lines, open_checked_index, read_records
 from data_pipelines.shards.statistics import ChannelStatistics
 from data_pipelines.shards.workers import over_shards
+from data_pipelines.shards.writers import write_index
 from pomscale import __version__
 from pomscale.base.errors import InputError
 from pomscale.base.files import atomic_write, link_or_copy, write_text
-from pomscale.config.schema import TransformConfig
+from pomscale.config.encode import TransformConfig
 from pomscale.shards.schema import (
     FAILURES_NAME,
     MANIFEST_NAME,
@@ -35,7 +36,7 @@ from pomscale.shards.schema import (
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was made, and how: shards that could not be linked were copied."""
+    """Outcome of a merge. Shards that could not be linked were copied."""
 
     output: Path
     num_sets: int
@@ -52,6 +53,8 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class _Set:
+    """One of the datasets to merge."""
+
     folder: Path
     manifest: Manifest
     index: np.ndarray
@@ -65,8 +68,8 @@ class _Set:
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """A shard of a set, and what it is in the merged one."""
+class _MergedShard:
+    """Shard `number` of a set, and its description in the merged one."""
 
     of: _Set
     number: int
@@ -76,11 +79,20 @@ class _Placed:
 def merge(
     folders: Sequence[str | Path], output: str | Path, *, num_workers: int | None = None, progress: bool = True
 ) -> MergeReport:
-    """Writes the dataset `output`, whose records are those of `folders`; groups of equal shape become one.
+    """Write a dataset whose records are those of several others; groups of equal shape become one.
 
-    Shards are hard links, or copies where the file system has no links; their contents are not read, so damage stays
-    for verify to find. Killed, it may be run again. InputError, naming both sets, if they were made differently or
-    have a key in common, and if there is something else in `output`.
+    Shards are hard links, or copies where the file system has no links. Their contents are not read, so only `verify`
+    finds damage. A merge that was killed may be repeated.
+
+    Args:
+        folders: The datasets, at least two.
+        output: Folder of the new dataset.
+        num_workers: Number of processes; None for as many as there are cores and the data is worth.
+        progress: Show progress on stderr.
+
+    Raises:
+        InputError: Two sets, which the message names, were made differently or have a key in common; or `output` holds
+            something else.
     """
     sets = [_open(Path(folder)) for folder in folders]
     if len(sets) < 2:
@@ -90,20 +102,20 @@ def merge(
     _refuse_common_keys(sets)
     output = Path(output)
     groups = _unite_groups(sets)
-    placed = _place(sets, groups)
+    shards = _merged_shards(sets, groups)
     recipe = {"kind": "merge", "of": [origin_of(one.folder, one.manifest) for one in sets]}
     with new_dataset(output, recipe):
         copied = over_shards(
             _link_or_copy,
-            [(one.of.folder / one.of.manifest.shards[one.number].name, output / one.info.name) for one in placed],
-            [one.info.num_bytes for one in placed],
+            [(one.of.folder / one.of.manifest.shards[one.number].name, output / one.info.name) for one in shards],
+            [one.info.num_bytes for one in shards],
             label="merge",
             num_workers=num_workers,
             progress=progress,
         )
         num_copied = sum(copied)
-        manifest = _write(output, sets, groups, placed, recipe)
-    return MergeReport(output, len(sets), manifest.num_samples, len(placed), num_copied)
+        manifest = _write(output, sets, groups, shards, recipe)
+    return MergeReport(output, len(sets), manifest.num_samples, len(shards), num_copied)
 
 
 def _open(folder: Path) -> _Set:
@@ -112,24 +124,28 @@ def _open(folder: Path) -> _Set:
 
 
 def _refuse_differences(one: _Set, other: _Set) -> None:
-    for (what, mine), theirs in zip(_make(one.manifest).items(), _make(other.manifest).values(), strict=True):
-        if mine != theirs:
+    others = _common_properties(other.manifest)
+    for name, value in _common_properties(one.manifest).items():
+        if value != others[name]:
             raise InputError(
-                f"merge: {what} of {one.folder} is {mine}, but that of {other.folder} is {theirs}; "
+                f"merge: {name} of {one.folder} is {value}, but that of {other.folder} is {others[name]}; "
                 f"encode one of them again, or train on both as a mixture"
             )
 
 
-def _make(manifest: Manifest) -> dict[str, Any]:
-    """What sets must have in common. Not where weights lay, and not which sizes pictures or clips were cut to."""
+def _common_properties(manifest: Manifest) -> dict[str, Any]:
+    """Return the properties that all sets must share.
+
+    Paths of weights, and the sizes that pictures or clips were cut to, may differ.
+    """
     codec, latent, text, transform = manifest.codec, manifest.latent, manifest.text, manifest.transform
-    elsewhere = {"path", "subfolder"}
+    location = {"path", "subfolder"}
     return {
-        "codec": codec and codec.config.model_dump(exclude=elsewhere),
+        "codec": codec and codec.config.model_dump(exclude=location),
         "codec identity": codec and (codec.identity, codec.scaling_factor, codec.shift),
         "latent": latent and latent.model_dump(include={"dtype", "stores_moments", "has_flip"}),
         "transform": transform and transform.model_dump(exclude={"size", "sizes", "buckets"}),
-        "text encoder": text and text.config.model_dump(exclude=elsewhere),
+        "text encoder": text and text.config.model_dump(exclude=location),
         "text encoder identity": text and (text.identity, text.dim, text.dtype),
         "has_captions": manifest.has_captions,
         "class_names": manifest.class_names,
@@ -145,9 +161,9 @@ def _refuse_common_keys(sets: Sequence[_Set]) -> None:
             continue
         begins = np.cumsum([0, *(len(column) for column in columns)])
         found = []
-        for place in (order[same[0]], order[same[0] + 1]):
-            number = int(np.searchsorted(begins, place, side="right")) - 1
-            one, row = sets[number], columns[number]["row"][place - begins[number]]
+        for index in (order[same[0]], order[same[0] + 1]):
+            number = int(np.searchsorted(begins, index, side="right")) - 1
+            one, row = sets[number], columns[number]["row"][index - begins[number]]
             (record,) = read_records(one.folder, one.manifest, one.index[[row]])
             found.append((record.key, one.folder))
         (key, folder), (other_key, other_folder) = found
@@ -163,28 +179,28 @@ def _unite_groups(sets: Sequence[_Set]) -> list[GroupInfo]:
     return list(groups.values())
 
 
-def _place(sets: Sequence[_Set], groups: list[GroupInfo]) -> list[_Placed]:
-    """The shards by group, then set, then number."""
+def _merged_shards(sets: Sequence[_Set], groups: list[GroupInfo]) -> list[_MergedShard]:
+    """Return the shards by group, then set, then number."""
     shapes = [group.shape for group in groups]
-    placed: list[_Placed] = []
+    shards: list[_MergedShard] = []
     for group, shape in enumerate(shapes):
         for one in sets:
             for number, shard in enumerate(one.manifest.shards):
                 if one.manifest.groups[shard.group].shape == shape:
-                    name = f"shard-{len(placed):06d}.tar"
-                    placed.append(_Placed(one, number, shard.model_copy(update={"name": name, "group": group})))
-    return placed
+                    name = f"shard-{len(shards):06d}.tar"
+                    shards.append(_MergedShard(one, number, shard.model_copy(update={"name": name, "group": group})))
+    return shards
 
 
 def _link_or_copy(task: tuple[Path, Path]) -> bool:
-    """Whether a shard had to be copied. What an earlier run left at its place is replaced."""
+    """Link or copy a shard, replacing the target if it exists. Return whether it was copied."""
     return link_or_copy(*task)
 
 
 def _write(
-    output: Path, sets: Sequence[_Set], groups: list[GroupInfo], placed: list[_Placed], recipe: dict[str, Any]
+    output: Path, sets: Sequence[_Set], groups: list[GroupInfo], shards: list[_MergedShard], recipe: dict[str, Any]
 ) -> Manifest:
-    """Failures, index, and last the manifest."""
+    """Write failures, index, and last the manifest; return the manifest."""
     first = sets[0].manifest
     num_samples = sum(one.manifest.num_samples for one in sets)
     num_failures = sum(one.manifest.num_failures for one in sets)
@@ -192,7 +208,7 @@ def _write(
         with atomic_write(output / FAILURES_NAME) as stream:
             for one in sets:
                 stream.writelines(failure_lines(one.folder, one.manifest))
-    index, keys_sha256 = write_index(output, first.arrays, num_samples, _rows(placed))
+    index, keys_sha256 = write_index(output, first.arrays, num_samples, _rows(shards))
     fingerprints = "".join(f"{one.manifest.source.fingerprint}\n" for one in sets)
     manifest = first.model_copy(
         update={
@@ -206,7 +222,7 @@ def _write(
                 num_items=sum(one.manifest.source.num_items for one in sets),
             ),
             "groups": tuple(groups),
-            "shards": tuple(one.info for one in placed),
+            "shards": tuple(one.info for one in shards),
             "keys_sha256": keys_sha256,
             "index": index,
             "recipe": recipe,
@@ -216,8 +232,8 @@ def _write(
     return manifest
 
 
-def _rows(placed: list[_Placed]) -> Iterator[np.ndarray]:
-    for number, one in enumerate(placed):
+def _rows(shards: list[_MergedShard]) -> Iterator[np.ndarray]:
+    for number, one in enumerate(shards):
         begin = one.of.first_row(one.number)
         rows = one.of.index[begin : begin + one.info.num_samples].copy()
         rows["shard"] = number
@@ -245,7 +261,7 @@ def _merged_latent(sets: Sequence[_Set]) -> LatentInfo | None:
 
 
 def _merged_transform(sets: Sequence[_Set]) -> TransformConfig | None:
-    """With the buckets of all sets, in the order in which they come."""
+    """Return the transform of the sets, with the buckets of all of them in the order in which they come."""
     transforms = [one.manifest.transform for one in sets if one.manifest.transform is not None]
     if not transforms or all(transform == transforms[0] for transform in transforms):
         return sets[0].manifest.transform

@@ -1,4 +1,4 @@
-"""One dataset becomes several without a record in common, e.g. one to train on and one held out."""
+"""Split a dataset into several without a record in common, e.g. one to train on and one held out."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.derive.derived import failure_lines, new_dataset, open_checked_index, origin_of, write_index
-from data_pipelines.shards.part_writer import num_bytes_and_sha256
-from data_pipelines.shards.records import TarRecord, read_records, stored_array
+from data_pipelines.derive.new_dataset import new_dataset, origin_of
+from data_pipelines.shards.readers import TarRecord, failure_lines, open_checked_index, read_records, stored_array
 from data_pipelines.shards.statistics import ChannelStatistics, RunningStatistics
 from data_pipelines.shards.workers import over_shards
-from data_pipelines.shards.writer import tar_end
+from data_pipelines.shards.writers import num_bytes_and_sha256, tar_end, write_index
 from pomscale import __version__
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import atomic_write, write_text
@@ -37,23 +36,26 @@ from pomscale.shards.schema import (
     read_manifest,
 )
 
-# Subindex of Stream.DATASET; 1 and 2 are the encoder's and `show`'s.
+# Subindex of Stream.DATASET; the encoder uses 1, `show` 2.
 _DEAL = 3
 _ROWS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
 class SplitPart:
-    """One of the datasets made, and how many samples of each class it has (none without classes)."""
+    """One of the datasets that a split made."""
 
     output: Path
     num_samples: int
     num_shards: int
     class_counts: tuple[int, ...]
+    """Samples of each class; () without classes."""
 
 
 @dataclass(frozen=True)
 class SplitReport:
+    """Outcome of a split."""
+
     folder: Path
     num_samples: int
     class_names: tuple[str, ...]
@@ -73,21 +75,22 @@ def _balance(part: SplitPart) -> str:
         return ""
     least, middle, most = np.percentile(part.class_counts, [0, 50, 100])
     without = sum(count == 0 for count in part.class_counts)
-    told = f"; samples per class: {least:,.0f} to {most:,.0f}, median {middle:,.0f}"
-    return told + (f", {without:,} classes have none" if without else "")
+    text = f"; samples per class: {least:,.0f} to {most:,.0f}, median {middle:,.0f}"
+    return text + (f", {without:,} classes have none" if without else "")
 
 
 @dataclass(frozen=True)
 class _Share:
-    """A part gets the records whose number in [0, 1) is in [begin, end)."""
+    """One output, and the interval [begin, end) of [0, 1) in which its records' numbers lie."""
 
     output: Path
     begin: float
     end: float
+    seed: int
 
-    def chosen(self, keys: np.ndarray, seed: int) -> np.ndarray:
-        """Which keys (n,) uint64 are this part's, bool (n,). Depends on key and seed alone."""
-        numbers = keyed_uniforms(seed, Stream.DATASET, keys, _DEAL)
+    def chosen(self, keys: np.ndarray) -> np.ndarray:
+        """Return which keys (n,) uint64 belong to this output, bool (n,). Depends on key and seed alone."""
+        numbers = keyed_uniforms(self.seed, Stream.DATASET, keys, _DEAL)
         return (self.begin <= numbers) & (numbers < self.end)
 
 
@@ -99,31 +102,42 @@ def split(
     num_workers: int | None = None,
     progress: bool = True,
 ) -> SplitReport:
-    """Deals the records of a dataset to `outputs`, path -> share; shares add up to 1.
+    """Deal the records of a dataset to several outputs.
 
-    Where a record goes is decided by its key, the seed and the shares: it stays there when the dataset grows. Its
-    members are copied byte for byte, its arrays held against their checksums, the statistics measured anew. Killed, it
-    may be run again. InputError for shares that are none, or outputs that are not empty; PomscaleError for damage.
+    Key, seed and shares decide which output gets a record, so it stays in that output when the dataset grows. Members
+    are copied byte for byte, arrays compared with their checksums, statistics measured again. A split that was killed
+    may be repeated.
+
+    Args:
+        folder: The dataset.
+        outputs: Share of the records by folder; shares add up to 1.
+        seed: Seed of the draw.
+        num_workers: Number of processes; None for as many as there are cores and the data is worth.
+        progress: Show progress on stderr.
+
+    Raises:
+        InputError: The shares do not add up to 1, an output would be empty, or its folder holds something else.
+        PomscaleError: The dataset is damaged.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     index = open_checked_index(folder, manifest)
-    shares = _shares(outputs)
-    cuts = [_cut(manifest, index, share, seed) for share in shares]
+    shares = _shares(outputs, seed)
+    cuts = [_cut(manifest, index, share) for share in shares]
     for share, shards in zip(shares, cuts, strict=True):
         if not shards:
             raise InputError(f"split: {share.output} would get none of the {manifest.num_samples:,} samples")
     with ExitStack() as outputs_at_work:
-        for share in shares:  # all are looked at before any is filled
-            outputs_at_work.enter_context(new_dataset(share.output, _recipe(folder, manifest, share, seed)))
+        for share in shares:  # all are checked before any is filled
+            outputs_at_work.enter_context(new_dataset(share.output, _recipe(folder, manifest, share)))
         parts = [
-            _make(folder, manifest, share, shards, seed, num_workers, progress)
+            _write_output(folder, manifest, share, shards, num_workers, progress)
             for share, shards in zip(shares, cuts, strict=True)
         ]
     return SplitReport(folder, manifest.num_samples, manifest.class_names, tuple(parts))
 
 
-def _shares(outputs: Mapping[str | Path, float]) -> list[_Share]:
+def _shares(outputs: Mapping[str | Path, float], seed: int) -> list[_Share]:
     if len({Path(path).resolve() for path in outputs}) < len(outputs) or len(outputs) < 2:
         raise InputError("split: name at least two different outputs, as PATH=SHARE")
     values = list(outputs.values())
@@ -131,23 +145,23 @@ def _shares(outputs: Mapping[str | Path, float]) -> list[_Share]:
         raise InputError(f"split: the shares {', '.join(f'{value:g}' for value in values)} do not add up to 1")
     ends = [0.0, *np.cumsum(values).tolist()]
     ends[-1] = 1.0
-    return [_Share(Path(path), ends[i], ends[i + 1]) for i, path in enumerate(outputs)]
+    return [_Share(Path(path), ends[i], ends[i + 1], seed) for i, path in enumerate(outputs)]
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """One shard to be written: of rows begin to end of the index those that are the part's."""
+    """One shard to be written, of those rows from begin to end of the index that belong to the output."""
 
     name: str
     group: int
     begin: int
     end: int
     num_samples: int
-    num_bytes: int  # about
+    num_bytes: int  # an estimate
 
 
-def _cut(manifest: Manifest, index: np.ndarray, share: _Share, seed: int) -> list[_Cut]:
-    """Shards as large as those of the dataset, each of one group."""
+def _cut(manifest: Manifest, index: np.ndarray, share: _Share) -> list[_Cut]:
+    """Return the shards of an output, as large as those of the dataset, each of one group."""
     most = max(shard.num_samples for shard in manifest.shards)
     per_sample = sum(shard.num_bytes for shard in manifest.shards) // manifest.num_samples
     cuts: list[_Cut] = []
@@ -156,7 +170,7 @@ def _cut(manifest: Manifest, index: np.ndarray, share: _Share, seed: int) -> lis
         ends: list[tuple[int, int]] = []
         for block in range(first, last, _ROWS_AT_ONCE):
             keys = index["key"][block : min(block + _ROWS_AT_ONCE, last)]
-            rows = block + np.flatnonzero(share.chosen(keys, seed))
+            rows = block + np.flatnonzero(share.chosen(keys))
             ends += [(int(row) + 1, most) for row in rows[most - 1 - count :: most]]
             count = (count + len(rows)) % most
         for end, num_samples in [*ends, *([(last, count)] if count else [])]:
@@ -167,7 +181,7 @@ def _cut(manifest: Manifest, index: np.ndarray, share: _Share, seed: int) -> lis
 
 
 def _group_rows(manifest: Manifest) -> dict[int, tuple[int, int]]:
-    """First and last row of each group; shards are sorted by group."""
+    """Return first row and end of each group; shards are sorted by group."""
     rows: dict[int, tuple[int, int]] = {}
     end = 0
     for shard in manifest.shards:
@@ -177,52 +191,48 @@ def _group_rows(manifest: Manifest) -> dict[int, tuple[int, int]]:
     return rows
 
 
-def _make(
-    folder: Path,
-    manifest: Manifest,
-    share: _Share,
-    cuts: list[_Cut],
-    seed: int,
-    num_workers: int | None,
-    progress: bool,
+def _write_output(
+    folder: Path, manifest: Manifest, share: _Share, cuts: list[_Cut], num_workers: int | None, progress: bool
 ) -> SplitPart:
     written = over_shards(
-        partial(_write_shard, folder, manifest, share, seed),
+        partial(_write_shard, folder, manifest, share),
         cuts,
         [cut.num_bytes for cut in cuts],
         label=f"split {share.output.name}",
         num_workers=num_workers,
         progress=progress,
     )
-    part = _Part(manifest)
+    part = _Output(manifest)
     num_samples = sum(cut.num_samples for cut in cuts)
     index, keys_sha256 = write_index(share.output, manifest.arrays, num_samples, part.collect(written))
-    num_failures = _write_failures(folder, manifest, share, seed)
-    made = part.manifest(index, keys_sha256, num_failures, _recipe(folder, manifest, share, seed))
+    num_failures = _write_failures(folder, manifest, share)
+    made = part.manifest(index, keys_sha256, num_failures, _recipe(folder, manifest, share))
     write_text(share.output / MANIFEST_NAME, made.model_dump_json(indent=2))
     return SplitPart(share.output, num_samples, len(cuts), tuple(part.class_counts.tolist()))
 
 
-def _recipe(folder: Path, manifest: Manifest, share: _Share, seed: int) -> dict[str, Any]:
-    """How a part was made. Its share of the records begins at `begin` in [0, 1)."""
+def _recipe(folder: Path, manifest: Manifest, share: _Share) -> dict[str, Any]:
+    """Return the recipe of an output. Its share of the records begins at `begin` in [0, 1)."""
     return {
         "kind": "split",
         "of": [origin_of(folder, manifest)],
         "share": share.end - share.begin,
         "begin": share.begin,
-        "seed": seed,
+        "seed": share.seed,
     }
 
 
 @dataclass(frozen=True)
 class _Written:
+    """A shard that was written."""
+
     info: ShardInfo
     rows: np.ndarray
     statistics: ChannelStatistics | None
 
 
-class _Part:
-    """What is known of a part from its shards, one after the other."""
+class _Output:
+    """Collects the shards of an output, one after the other, for its manifest."""
 
     def __init__(self, of: Manifest) -> None:
         self._of = of
@@ -231,7 +241,7 @@ class _Part:
         self.class_counts = np.zeros(of.num_classes, np.int64)
 
     def collect(self, written: Iterator[_Written]) -> Iterator[np.ndarray]:
-        """Notes each shard and passes its index rows on."""
+        """Collect each shard, and yield its index rows."""
         for one in written:
             one.rows["shard"] = len(self._shards)
             self._shards.append(one.info)
@@ -269,8 +279,8 @@ class _Part:
         )
 
 
-def _write_failures(folder: Path, manifest: Manifest, share: _Share, seed: int) -> int:
-    """Failures are dealt by their keys, as records are. Returns how many are this part's."""
+def _write_failures(folder: Path, manifest: Manifest, share: _Share) -> int:
+    """Write the failures of an output, which are dealt by their keys as records are. Return their number."""
     num_failures = 0
     path = share.output / FAILURES_NAME
     with atomic_write(path) as stream:
@@ -281,7 +291,7 @@ def _write_failures(folder: Path, manifest: Manifest, share: _Share, seed: int) 
                 raise PomscaleError(
                     f"{folder / FAILURES_NAME}: line {number + 1:,} cannot be read: {error}; {REMEDY}"
                 ) from error
-            if share.chosen(np.array([key], np.uint64), seed)[0]:
+            if share.chosen(np.array([key], np.uint64))[0]:
                 stream.write(line)
                 num_failures += 1
     if not num_failures:
@@ -289,13 +299,13 @@ def _write_failures(folder: Path, manifest: Manifest, share: _Share, seed: int) 
     return num_failures
 
 
-# One shard, in a process of its own
+# -- one shard, in a process of its own --------------------------------------------------------------------------------
 
 
-def _write_shard(folder: Path, manifest: Manifest, share: _Share, seed: int, cut: _Cut) -> _Written:
+def _write_shard(folder: Path, manifest: Manifest, share: _Share, cut: _Cut) -> _Written:
     index = map_index(folder / INDEX_NAME, manifest.num_samples, index_dtype(manifest.arrays))
     candidates = index[cut.begin : cut.end]
-    mine = candidates[share.chosen(candidates["key"], seed)]
+    mine = candidates[share.chosen(candidates["key"])]
     statistics = RunningStatistics()
     rows: list[tuple[int, ...]] = []
     with atomic_write(share.output / cut.name) as stream:
@@ -311,7 +321,7 @@ def _write_shard(folder: Path, manifest: Manifest, share: _Share, seed: int, cut
 
 
 def _latents(folder: Path, manifest: Manifest, group: int, record: TarRecord) -> Iterator[np.ndarray]:
-    """The arrays that the statistics of a dataset are made of, in the encoder's order."""
+    """Yield the arrays that the statistics of a dataset cover, in the encoder's order."""
     for name in ("latent", "flip"):
         if name in manifest.arrays:
             suffix = ARRAY_MEMBERS[name]

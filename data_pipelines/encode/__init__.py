@@ -1,1 +1,1 @@
-"""Encoding: items of a source become shards, by any number of tasks."""
+"""Encoding: any number of tasks turn the items of a source into the shards of datasets."""

@@ -1,4 +1,4 @@
-"""What an encode would write, with sizes and time from a short sample that is really encoded."""
+"""Describe what an encode would write, with sizes and time from a short sample that is really encoded."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import tempfile
 from pathlib import Path
 
 from data_pipelines.encode.items import ItemTable
-from data_pipelines.encode.job import EncodeJob, Encoders, table_folder, variants_of
-from data_pipelines.encode.pipeline import Pipeline
+from data_pipelines.encode.part_encoder import PartEncoder
 from data_pipelines.encode.progress import EncodeProgress
-from data_pipelines.encode.tasks import Task
+from data_pipelines.encode.setup import Encoders, EncodeSetup, table_folder, variants_of
 from data_pipelines.sources import build_source
 from pomscale.base.console import format_duration
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import make_folder
-from pomscale.config.schema import EncodeRecipe
+from pomscale.base.task_index import TaskIndex
+from pomscale.config.encode import EncodeRecipe
 from pomscale.monitoring.monitor import Monitor
 
 # Enough for the speed to be that of a full pipeline, and short beside any real set.
 _SAMPLE_BATCHES = 3
 
 
-def describe(recipe: EncodeRecipe, *, task: Task = Task()) -> str:  # noqa: B008  frozen
-    """A table for people. Leaves nothing behind; same errors for a wrong source or codec as `encode`."""
+def describe(recipe: EncodeRecipe, *, task: TaskIndex = TaskIndex()) -> str:  # noqa: B008  frozen
+    """Return a table for people; no files remain. Raises the errors of `encode` for a wrong source or codec."""
     encoders = Encoders(recipe)
     variants = variants_of(recipe, encoders)
     with tempfile.TemporaryDirectory(prefix="pomscale-dry-run-") as temporary:
@@ -30,11 +30,11 @@ def describe(recipe: EncodeRecipe, *, task: Task = Task()) -> str:  # noqa: B008
         table = ItemTable.open(table_folder(recipe)) or ItemTable.build(source, Path(temporary, "items"))
         num_sampled = min(len(table), _SAMPLE_BATCHES * recipe.batch)
         changes = {"output": str(Path(temporary, "sample")), "shard_samples": num_sampled}
-        sample = EncodeJob(recipe.model_copy(update=changes), source, table, encoders)
+        sample = EncodeSetup(recipe.model_copy(update=changes), source, table, encoders)
         for store in sample.stores:
             make_folder(store.folder)
         display = EncodeProgress(num_sampled, False, Monitor([]))
-        Pipeline(sample, display).run([(0, list(range(len(variants))))], lambda part: None)
+        PartEncoder(sample, display).run([(0, list(range(len(variants))))], lambda part: None)
         lines = [_source_line(recipe, table)]
         num_parts = -(-len(table) // recipe.shard_samples)
         for variant, store in zip(variants, sample.stores, strict=True):

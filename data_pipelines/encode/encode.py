@@ -1,14 +1,13 @@
-"""Raw pictures, clips and captions -> shards.
+"""Encode raw pictures, clips and captions into shards.
 
 Items are dealt to fixed parts; a part becomes one shard per latent shape and is a pure function of (source
-fingerprint, part number, recipe). So an encode that was killed goes on where it stopped, any number of tasks work on
-one output, and it ends with the same bytes as one task that was never disturbed (with a network: on the same device,
-with the same batch).
+fingerprint, part number, recipe). So an encode that was killed continues where it stopped, any number of tasks work on
+one output, and the bytes are those of one task that was never interrupted (with a network: on the same device, with
+the same batch).
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,17 +15,17 @@ from pathlib import Path
 
 from data_pipelines.encode.finish import finish
 from data_pipelines.encode.items import ItemTable, share_table
-from data_pipelines.encode.job import EncodeJob, Encoders, check_in_place, table_folder, variants_of
-from data_pipelines.encode.pipeline import Pipeline
+from data_pipelines.encode.part_encoder import PartEncoder
 from data_pipelines.encode.progress import EncodeProgress
-from data_pipelines.encode.skipped import max_skipped_of, skipped_exit_code
-from data_pipelines.encode.tasks import Task
-from data_pipelines.shards.parts import PARTS_FOLDER, Claims, part_of, record_path
+from data_pipelines.encode.setup import Encoders, EncodeSetup, check_items_in_place, table_folder, variants_of
+from data_pipelines.shards.parts import PARTS_FOLDER, Claims, part_of, record_path, skipped_exit_code
 from data_pipelines.sources import build_source
+from pomscale.base.console import warn
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder
+from pomscale.base.task_index import TaskIndex
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.monitoring import MonitoringConfig
-from pomscale.config.schema import EncodeRecipe
 from pomscale.monitoring.monitor import Monitor, open_monitor
 from pomscale.shards.schema import FAILURES_NAME, MANIFEST_NAME, Manifest, read_manifest
 
@@ -52,24 +51,32 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What one task did. `datasets` is empty while other tasks are still at work: the last one finishes them."""
+    """Outcome of one task."""
 
     datasets: tuple[Encoded, ...]
+    """The finished datasets; empty while other tasks are still at work, since the last one finishes them."""
     num_parts: int
-    num_made: int  # parts made by this task
-    num_resumed: int  # parts that were there when it came to them
-    num_elsewhere: int  # parts that are not done: other tasks are at work on them, or a stop came
-    num_failed: int  # items that this task could not encode
-    num_cut: int  # captions that this task cut to max_length tokens
-    num_ignored: int  # files of the source that are no items
+    num_made: int
+    """Parts that this task made."""
+    num_resumed: int
+    """Parts that were done when this task came to them."""
+    num_elsewhere: int
+    """Parts that are not done, because other tasks make them or this task was stopped."""
+    num_failed: int
+    """Items that this task could not encode."""
+    num_cut: int
+    """Captions that this task cut to max_length tokens."""
+    num_ignored: int
+    """Files of the source that are no items."""
     stopped: bool
     busy_share: float
     items_per_s: float
-    max_skipped: int  # of each dataset, says the recipe
+    max_skipped: int
+    """Skipped items per dataset that the recipe allows."""
 
     @property
     def exit_code(self) -> int:
-        """A task that leaves the dataset to others is judged by its own items: there is nothing else to judge yet."""
+        """75 after a stop; else 3 or 0, by the failures of the datasets, or of this task while those are unfinished."""
         if self.stopped:
             return 75
         num_skipped = max((dataset.num_failures for dataset in self.datasets), default=self.num_failed)
@@ -88,7 +95,7 @@ class EncodeReport:
         if self.num_ignored:
             parts += f"; {self.num_ignored:,} files of the source were ignored"
         if self.stopped:
-            return f"stopped on request: {parts}; finished parts are kept, run the same command again to go on"
+            return f"stopped on request: {parts}; finished parts are kept, run the same command again to continue"
         if self.num_elsewhere:
             parts += f"; other tasks are at work on {self.num_elsewhere:,} parts, the last one will finish the dataset"
         return "\n".join([*map(str, self.datasets), parts])
@@ -97,46 +104,56 @@ class EncodeReport:
 def encode(
     recipe: EncodeRecipe,
     *,
-    task: Task = Task(),  # noqa: B008  frozen
+    task: TaskIndex = TaskIndex(),  # noqa: B008  frozen
     only_failed: bool = False,
     rescan: bool = False,
     progress: bool = True,
     stop: Callable[[], bool] = lambda: False,
 ) -> EncodeReport:
-    """Encodes what is missing in `recipe.output`; the last of its tasks writes index and manifest.
+    """Encode what is missing in `recipe.output`; the last of its tasks writes index and manifest.
 
-    Items that cannot be encoded are listed in failures.jsonl and the rest goes on. only_failed: parts that list
-    failures are made again. rescan: list the source again, and refuse if it changed. InputError for a wrong source or
-    an output of another encode; PomscaleError if nothing could be encoded, the disk is full or storage fails.
+    Items that cannot be encoded are listed in failures.jsonl, and the others are encoded.
+
+    Args:
+        recipe: The encode recipe.
+        task: Index of this task among those that share the output.
+        only_failed: Make the parts again that list failures.
+        rescan: List the source again, and refuse if it has changed.
+        progress: Show progress on stderr.
+        stop: Asked between items; once it returns True, the unfinished parts are abandoned.
+
+    Raises:
+        InputError: The source is wrong, or the output belongs to another encode.
+        PomscaleError: Nothing could be encoded, the disk is full or storage fails.
     """
-    # Before anything is written, and before a long listing of the source.
+    # Checked before anything is written, and before a long listing of the source.
     encoders = Encoders(recipe)
     variants_of(recipe, encoders)
     make_folder(table_folder(recipe))
     with Claims(table_folder(recipe), several=task.count > 1) as claims:
-        with claims.setup():
-            job = _open_job(recipe, encoders, rescan)
+        with claims.listing():
+            setup = _open_setup(recipe, encoders, rescan)
         with (
-            _monitor(recipe, task, len(job.table)) as monitor,
-            EncodeProgress(len(job.table), progress, monitor) as display,
+            _monitor(recipe, task, len(setup.table)) as monitor,
+            EncodeProgress(len(setup.table), progress, monitor) as display,
         ):
-            chosen = _Chosen(job, claims, task, only_failed, display)
-            Pipeline(job, display, stop).run(chosen, chosen.finished)
+            chosen = _Chosen(setup, claims, task, only_failed, display)
+            PartEncoder(setup, display, stop).run(chosen, chosen.finished)
         datasets: tuple[Encoded, ...] = ()
-        num_elsewhere = job.num_unrecorded()
+        num_elsewhere = setup.num_unrecorded()
         stopped = stop() and num_elsewhere > 0
         if not num_elsewhere:
             with claims.finishing():
-                datasets = _finish(job, rewrite=chosen.num_made > 0)
+                datasets = _finish(setup, rewrite=chosen.num_made > 0)
     return EncodeReport(
         datasets=datasets,
-        num_parts=job.num_parts,
+        num_parts=setup.num_parts,
         num_made=chosen.num_made,
         num_resumed=chosen.num_resumed,
         num_elsewhere=num_elsewhere,
         num_failed=display.num_failed,
         num_cut=display.num_cut,
-        num_ignored=job.table.num_ignored,
+        num_ignored=setup.table.num_ignored,
         stopped=stopped,
         busy_share=display.busy_share,
         items_per_s=display.items_per_s,
@@ -144,22 +161,22 @@ def encode(
     )
 
 
-def check_source(recipe: EncodeRecipe) -> None:
-    """InputError if the items that were listed are no longer where the recipe says."""
+def check_source_in_place(recipe: EncodeRecipe) -> None:
+    """Raise InputError if items were listed and are no longer at the path that the recipe names."""
     table = ItemTable.open(table_folder(recipe))
-    if table is not None:  # else it will be listed, and told then
-        check_in_place(recipe, build_source(recipe.source), table)
+    if table is not None:  # else the encode lists the source, which has errors of its own
+        check_items_in_place(recipe, build_source(recipe.source), table)
 
 
 def forget_shards(output: Path, shard_names: list[str]) -> None:
-    """The dataset is no longer complete, nor are the parts of these shards; the shards stay until they are replaced."""
+    """Mark a dataset and the parts of these shards as not complete; the shards stay until they are replaced."""
     (output / MANIFEST_NAME).unlink(missing_ok=True)
     for part in {part_of(name) for name in shard_names}:
         record_path(output / PARTS_FOLDER, part).unlink(missing_ok=True)
 
 
-def _open_job(recipe: EncodeRecipe, encoders: Encoders, rescan: bool) -> EncodeJob:
-    """With the item table, listed by the first task that comes and read by all others."""
+def _open_setup(recipe: EncodeRecipe, encoders: Encoders, rescan: bool) -> EncodeSetup:
+    """Return the setup, with the item table that the first task lists and all others read."""
     source = build_source(recipe.source)
     folder = table_folder(recipe)
     table = ItemTable.open(folder)
@@ -170,18 +187,20 @@ def _open_job(recipe: EncodeRecipe, encoders: Encoders, rescan: bool) -> EncodeJ
                 raise InputError(f"source: it is not what it was when {recipe.output} was begun; choose another output")
     if table is None:
         table = ItemTable.build(source, folder)
-    job = EncodeJob(recipe, source, table, encoders)
-    for variant, store in zip(job.variants, job.stores, strict=True):
-        store.adopt(job.plan(variant))
+    setup = EncodeSetup(recipe, source, table, encoders)
+    for variant, store in zip(setup.variants, setup.stores, strict=True):
+        store.adopt(setup.spec(variant))
         share_table(folder, store.folder)  # each size is a dataset of its own, to be verified and repaired alone
-    return job
+    return setup
 
 
 class _Chosen:
     """The parts that this task makes, claimed one by one as the pipeline asks for them."""
 
-    def __init__(self, job: EncodeJob, claims: Claims, task: Task, only_failed: bool, display: EncodeProgress) -> None:
-        self._job = job
+    def __init__(
+        self, setup: EncodeSetup, claims: Claims, task: TaskIndex, only_failed: bool, display: EncodeProgress
+    ) -> None:
+        self._setup = setup
         self._claims = claims
         self._task = task
         self._only_failed = only_failed
@@ -190,37 +209,37 @@ class _Chosen:
         self.num_made = self.num_resumed = 0
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        for part in self._task.order(self._job.num_parts):
+        for part in self._task.order(self._setup.num_parts):
             if not self._claims.claim(part):
-                self._display.skip(len(self._job.places(part)))
+                self._display.skip(len(self._setup.positions(part)))
                 continue
-            # Failures that last would otherwise be tried again by every task that comes by.
-            missing = self._job.missing(part, self._only_failed and self._task.owns(part))
+            # Only by its first task: otherwise every task would try items again that fail each time.
+            missing = self._setup.missing(part, self._only_failed and self._task.owns(part))
             if missing:
                 self._begin(part, missing)
                 yield part, missing
             else:
                 self._claims.release(part)
                 self.num_resumed += 1
-                self._display.skip(len(self._job.places(part)))
+                self._display.skip(len(self._setup.positions(part)))
 
     def finished(self, part: int) -> None:
         self.num_made += 1
         self._claims.release(part)
 
     def _begin(self, part: int, variants: list[int]) -> None:
-        """Nothing may call the dataset or the part complete while its shards are being replaced."""
+        """Mark the dataset and the part as not complete while the shards are being replaced."""
         if not self._has_checked:
-            check_in_place(self._job.recipe, self._job.source, self._job.table)
+            check_items_in_place(self._setup.recipe, self._setup.source, self._setup.table)
             self._has_checked = True
         with self._claims.finishing():
             for number in variants:
-                (self._job.variants[number].output / MANIFEST_NAME).unlink(missing_ok=True)
-                self._job.stores[number].forget(part)
+                (self._setup.variants[number].output / MANIFEST_NAME).unlink(missing_ok=True)
+                self._setup.stores[number].forget(part)
 
 
-def _monitor(recipe: EncodeRecipe, task: Task, num_items: int) -> Monitor:
-    """Rows go to OUTPUT/parts/task-N/metrics.jsonl, and to wandb if the recipe says so."""
+def _monitor(recipe: EncodeRecipe, task: TaskIndex, num_items: int) -> Monitor:
+    """Open the monitor: rows go to OUTPUT/parts/task-N/metrics.jsonl, and to wandb if the recipe says so."""
     folder = table_folder(recipe) / f"task-{task.index:05d}"
     make_folder(folder)
     return open_monitor(
@@ -229,32 +248,33 @@ def _monitor(recipe: EncodeRecipe, task: Task, num_items: int) -> Monitor:
         run_name=f"{recipe.name}-{task.index:05d}",
         recipe_dump=recipe.model_dump(mode="json"),
         total_samples=num_items,
-        incarnation=0,
+        start=0,
     )
 
 
-def _finish(job: EncodeJob, rewrite: bool) -> tuple[Encoded, ...]:
-    """All datasets; those that have a manifest are written again only if parts of them were made.
+def _finish(setup: EncodeSetup, rewrite: bool) -> tuple[Encoded, ...]:
+    """Return all datasets, after writing the manifests that are missing or out of date.
 
-    Or if the recipe now puts up with another number of skipped items: verify goes by what the manifest says.
+    A manifest is out of date if parts were made, or if the recipe now allows another number of skipped items, which
+    `verify` reads from the manifest.
     """
     datasets = []
-    for variant, store in zip(job.variants, job.stores, strict=True):
+    for variant, store in zip(setup.variants, setup.stores, strict=True):
         manifest = _manifest_of(variant.output)
-        if manifest is None or rewrite or max_skipped_of(manifest) != job.recipe.max_skipped:
-            manifest = finish(job, variant, store)
+        if manifest is None or rewrite or manifest.max_skipped != setup.recipe.max_skipped:
+            manifest = finish(setup, variant, store)
         datasets.append(_encoded(variant.output, manifest))
     return tuple(datasets)
 
 
 def _manifest_of(output: Path) -> Manifest | None:
-    """None if it is missing, or damaged, which is told: the parts have all that is in it."""
+    """Return the manifest; None if it is missing, or, with a warning, if it is damaged: the parts have all of it."""
     if not (output / MANIFEST_NAME).exists():
         return None
     try:
         return read_manifest(output)
     except InputError as error:
-        print(f"warning: {error}. It is written again, from the parts", file=sys.stderr)
+        warn(f"{error}. It is written again, from the parts")
         return None
 
 

@@ -1,13 +1,13 @@
-"""The list of a source's items on disk: made once, then read by any number of tasks at once.
+"""The list of a source's items on disk, made once and read by any number of tasks, and the order of the items.
 
-Neither making nor reading it takes memory that grows with the number of items: files are written front to back, and
-what is looked up in them is memory-mapped.
+Neither making nor reading it takes memory that grows with the number of items: files are written front to back and
+memory-mapped for reading.
 
     items.jsonl      one JSON array per item, in the source's order
-    items.npy        int64 (n + 1,), where each line begins, and where the last one ends
+    items.npy        int64 (n + 1,), the byte where each line begins, and where the last one ends
     keys.npy         uint64 (n,), `key_hash` of each key
     duplicates.npy   int64 (d, 2), sorted: item, and the earlier item that has the same key
-    items.json       what holds for all of them; written last, so a table that has it is complete
+    items.json       totals (`_Totals`); written last, so a table that has it is complete
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_pipelines.sources.source import Item, Source
+from data_pipelines.sources.protocol import Item, Source
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import atomic_write, link_or_copy, make_folder, remove_leftovers, write_text
+from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.shards.index import key_hash, map_index, npy_header
 
 _TABLE_NAME = "items.json"
@@ -44,9 +45,16 @@ _FILE_NAMES = (_LINES_NAME, _OFFSETS_NAME, _KEYS_NAME, _DUPLICATES_NAME, _TABLE_
 # Rows that are in memory at once where an array is written or read from end to end.
 _BLOCK = 65536
 
+# Subindex of Stream.DATASET for the order of items; `show` uses 2.
+_ITEM_ORDER = 1
+
+# Rounds of the network that permutes items.
+_NUM_ROUNDS = 8
+_MASK = 2**64 - 1
+
 
 class _Totals(BaseModel):
-    """items.json"""
+    """Contents of items.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,7 +71,7 @@ class ItemTable:
     """The items of a source, by number. Any number of threads and tasks may read one at the same time."""
 
     def __init__(self, folder: Path, totals: _Totals) -> None:
-        """OSError or ValueError where files are missing or do not belong together."""
+        """Open the files. OSError or ValueError where some are missing or do not belong together."""
         self._totals = totals
         self._lines = _Lines(folder)
         self._keys = _map_array(folder / _KEYS_NAME, "<u8")
@@ -73,9 +81,9 @@ class ItemTable:
 
     @classmethod
     def build(cls, source: Source, folder: Path) -> Self:
-        """Scans a source into `folder`. One task at a time; a table that is there already is replaced.
+        """Scan a source into `folder`, replacing a table that is there. Only one task may do so at a time.
 
-        InputError if the source is unusable (`Source.scan`), has no items or none that could be encoded.
+        Raises InputError if the source is unusable (`Source.scan`), has no items or none that could be encoded.
         """
         make_folder(folder)
         for name in _FILE_NAMES:
@@ -103,9 +111,9 @@ class ItemTable:
 
     @classmethod
     def open(cls, folder: Path) -> Self | None:
-        """The table in a folder; None if there is none, or one that was never finished.
+        """Return the table in a folder; None if there is none, or one that was never finished.
 
-        PomscaleError if it cannot be read: others may be at work with it, so it is not for this task to replace.
+        Raises PomscaleError if it cannot be read. Other tasks may use it, so it is not replaced here.
         """
         path = folder / _TABLE_NAME
         try:
@@ -125,7 +133,7 @@ class ItemTable:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) over `Source.fingerprint_line` of all items, in order."""
+        """The sha256 (hex) over `Source.fingerprint_line` of all items, in order."""
         return self._totals.fingerprint
 
     @property
@@ -134,17 +142,17 @@ class ItemTable:
 
     @property
     def num_ignored(self) -> int:
-        """Files of the source that are no items."""
+        """Number of files of the source that are no items."""
         return self._totals.num_ignored
 
     @property
     def num_problems(self) -> int:
-        """Items that have a `problem`."""
+        """Number of items that have a `problem`."""
         return self._totals.num_problems
 
     @property
     def shuffled(self) -> bool:
-        """`Source.shuffled`"""
+        """`Source.shuffled` of the source."""
         return self._totals.shuffled
 
     def __len__(self) -> int:
@@ -161,12 +169,12 @@ class ItemTable:
         return item
 
     def key_hashes(self) -> np.ndarray:
-        """(n,) uint64, `key_hash` of each item's key, memory-mapped."""
+        """Return `key_hash` of each item's key, (n,) uint64, memory-mapped."""
         return self._keys
 
 
 def share_table(folder: Path, other: Path) -> None:
-    """The table of one folder in another as well, if it has none, without copying it where that can be helped."""
+    """Link the table of one folder into another that has none; copy it where the file system has no links."""
     if not (other / _TABLE_NAME).exists():
         for name in _FILE_NAMES:
             link_or_copy(folder / name, other / name)
@@ -175,12 +183,12 @@ def share_table(folder: Path, other: Path) -> None:
 def _unreadable(path: Path, reason: str) -> PomscaleError:
     return PomscaleError(
         f"{path}: the list of items cannot be read: {reason}; "
-        f"run the same command again, and if that does not help delete this file: the source is then listed anew"
+        f"run the same command again, and if that does not help delete this file: the source is then listed again"
     )
 
 
 class _Lines:
-    """The items as the source told them, by number."""
+    """The items as the source listed them, by number."""
 
     def __init__(self, folder: Path) -> None:
         self._offsets = _map_array(folder / _OFFSETS_NAME, "<i8")
@@ -199,7 +207,7 @@ class _Lines:
 
 
 class _ArrayWriter:
-    """A .npy file of rows whose number is known only at the end."""
+    """Writes a .npy file of rows whose number is known only at the end."""
 
     def __init__(self, stream: BufferedRandom, dtype: str, row_shape: tuple[int, ...] = ()) -> None:
         self._stream, self._dtype, self._row_shape = stream, np.dtype(dtype), row_shape
@@ -228,7 +236,7 @@ class _ArrayWriter:
 
 
 def _write_items(source: Source, folder: Path) -> tuple[int, int, str]:
-    """Writes lines, offsets and keys. Returns the numbers of items and of problems, and the fingerprint."""
+    """Write lines, offsets and keys. Return the numbers of items and of problems, and the fingerprint."""
     num_items, num_problems, digest = 0, 0, hashlib.sha256()
     with (
         atomic_write(folder / _LINES_NAME) as lines,
@@ -239,7 +247,7 @@ def _write_items(source: Source, folder: Path) -> tuple[int, int, str]:
         end = 0
         offsets.append(end)
         for item in source.scan():
-            line = json.dumps([item.key, item.where, item.place, item.label, item.caption, item.problem])
+            line = json.dumps([item.key, item.where, item.location, item.label, item.caption, item.problem])
             end += lines.write(f"{line}\n".encode())
             offsets.append(end)
             keys.append(key_hash(item.key))
@@ -252,7 +260,7 @@ def _write_items(source: Source, folder: Path) -> tuple[int, int, str]:
 
 
 def _write_duplicates(folder: Path) -> int:
-    """Returns how many items have the key of an earlier one, and no problem of their own."""
+    """Write duplicates.npy. Return how many items have the key of an earlier one, and no problem of their own."""
     lines, num_problems = _Lines(folder), 0
     with atomic_write(folder / _DUPLICATES_NAME) as stream:
         duplicates = _ArrayWriter(stream, "<i8", (2,))
@@ -264,7 +272,7 @@ def _write_duplicates(folder: Path) -> int:
 
 
 def _find_duplicates(keys: np.ndarray, lines: _Lines, folder: Path) -> Iterator[tuple[int, int]]:
-    """Items with the key of an earlier item, in order, each with the first item that has it.
+    """Yield the items with the key of an earlier item, in order, each with the first item that has it.
 
     The hashes are sorted in a file in `folder`. Only where a hash is there twice are keys compared.
     """
@@ -272,13 +280,13 @@ def _find_duplicates(keys: np.ndarray, lines: _Lines, folder: Path) -> Iterator[
     scratch.sort()
     count = _keep_repeated(scratch)
     if count:
-        # Each is there twice at least, so there is room for as many numbers behind them.
+        # Each occurred at least twice, so there is room for as many numbers behind them.
         firsts = scratch[count : 2 * count].view(np.int64)
         yield from _compare_keys(keys, lines, scratch[:count], firsts)
 
 
 def _copy_on_disk(array: np.ndarray, folder: Path) -> np.ndarray:
-    """In a file without a name: it goes with the copy, also where the process is killed."""
+    """Copy an array into a file without a name, which vanishes with the copy, also where the process is killed."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             for begin in range(0, len(array), _BLOCK):
@@ -292,7 +300,7 @@ def _copy_on_disk(array: np.ndarray, folder: Path) -> np.ndarray:
 
 
 def _keep_repeated(values: np.ndarray) -> int:
-    """Moves what a sorted array has several times to its front, once each and sorted; returns how many these are."""
+    """Move the repeated values of a sorted array to its front, once each and sorted. Return how many there are."""
     count = 0
     for begin in range(0, len(values) - 1, _BLOCK):
         block = values[begin : begin + _BLOCK + 1]
@@ -307,7 +315,10 @@ def _keep_repeated(values: np.ndarray) -> int:
 def _compare_keys(
     keys: np.ndarray, lines: _Lines, repeated: np.ndarray, firsts: np.ndarray
 ) -> Iterator[tuple[int, int]]:
-    """`firsts`, int64 as long as `repeated`, is for the first item of each hash."""
+    """Yield items whose key an earlier item has, among those whose hash is in `repeated`.
+
+    `firsts`, int64 as long as `repeated`, is scratch space for the first item of each hash.
+    """
     firsts[:] = -1
     collided: dict[str, int] = {}  # first item of a key whose hash is that of another key: hardly ever any
     for begin in range(0, len(keys), _BLOCK):
@@ -327,7 +338,7 @@ def _compare_keys(
 
 
 def _map_array(path: Path, dtype: str, row_shape: tuple[int, ...] = ()) -> np.ndarray:
-    """What `_ArrayWriter` wrote: as many rows as there is room for. OSError, or ValueError if it is anything else."""
+    """Map a file of `_ArrayWriter`. OSError, or ValueError if it is anything else."""
     row_bytes = math.prod(row_shape) * np.dtype(dtype).itemsize
     num_rows = max(0, path.stat().st_size - len(npy_header((0, *row_shape), dtype))) // row_bytes
     try:
@@ -335,3 +346,52 @@ def _map_array(path: Path, dtype: str, row_shape: tuple[int, ...] = ()) -> np.nd
         return np.asarray(map_index(path, num_rows, np.dtype(dtype), row_shape))
     except ValueError as error:
         raise ValueError(f"{path.name}: is cut off, or its header is damaged") from error
+
+
+# -- the order of the items -------------------------------------------------------------------------------------------
+
+
+class ItemOrder:
+    """A permutation of range(num_items) that depends on the seed alone; the identity if not `shuffled`.
+
+    Nobody has to store it: memory and time per call do not grow with the number of items. It is a Feistel network over
+    pairs (left, right) in Z_a x Z_b with a b just above num_items, and cycle walking for the few numbers beyond it
+    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", sections 4 and 5).
+    """
+
+    def __init__(self, num_items: int, seed: int, shuffled: bool) -> None:
+        self._num_items = num_items
+        self._shuffled = shuffled
+        self._a = math.isqrt(max(num_items - 1, 0)) + 1
+        self._b = -(-num_items // self._a)
+        generator = keyed_generator(seed, Stream.DATASET, 0, _ITEM_ORDER)
+        self._keys = [int(key) for key in generator.integers(0, _MASK, _NUM_ROUNDS, dtype="u8", endpoint=True)]
+
+    def item(self, position: int) -> int:
+        """Return the number of the item at a position. IndexError outside range(num_items)."""
+        if not 0 <= position < self._num_items:
+            raise IndexError(f"position {position} of {self._num_items} items")
+        if not self._shuffled:
+            return position
+        item = self._encipher(position)
+        while item >= self._num_items:  # a bijection of the larger domain comes back below num_items in the end
+            item = self._encipher(item)
+        return item
+
+    def _encipher(self, number: int) -> int:
+        """Apply a bijection of range(a b): each half in turn is shifted by a function of the other half only."""
+        left, right = divmod(number, self._b)
+        for turn, key in enumerate(self._keys):
+            if turn % 2:
+                right = (right + _mix(key, left)) % self._b
+            else:
+                left = (left + _mix(key, right)) % self._a
+        return left * self._b + right
+
+
+def _mix(key: int, value: int) -> int:
+    """Return 64 bits that each depend on every bit of both: the finaliser of SplitMix64 (Steele et al. 2014)."""
+    z = (key + value * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)

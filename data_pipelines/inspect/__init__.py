@@ -1,1 +1,1 @@
-"""What a dataset contains, as tables and pictures."""
+"""Descriptions of a dataset for people: tables, pictures and measured distributions."""

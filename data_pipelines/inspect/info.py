@@ -1,4 +1,4 @@
-"""What a dataset is, as a table for people: from its manifest alone, so at once."""
+"""Describe a dataset as a table for people, from its manifest alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pomscale.shards.schema import FAILURES_NAME, Manifest, read_manifest
 
 
 def info(folder: str | Path) -> str:
-    """The manifest as a table for people."""
+    """Return the manifest as a table for people."""
     manifest = read_manifest(folder)
     num_bytes = sum(shard.num_bytes for shard in manifest.shards)
     per_sample = num_bytes // max(manifest.num_samples, 1)

@@ -1,4 +1,4 @@
-"""What is in a dataset, measured in one pass: its latents by channel, its classes, its texts, its bytes."""
+"""Measure a dataset in one pass: its latents by channel, its classes, its texts, its bytes."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.shards.records import TarReader, TarRecord, open_shard, stored_array, text_length
+from data_pipelines.shards.readers import TarReader, TarRecord, open_shard, stored_array, text_length
 from data_pipelines.shards.workers import over_shards
 from pomscale.base.errors import PomscaleError
 from pomscale.shards.schema import ARRAY_MEMBERS, CAPTION_MEMBER, REMEDY, Manifest, read_manifest
 
-# float16 has 65,536 values: how often each occurs says everything about a channel, exactly and in any order.
+# float16 has 65,536 values. Their counts give every statistic of a channel, exactly and in any order.
 _NUM_PATTERNS = 1 << 16
 FLOAT16_VALUES = np.arange(_NUM_PATTERNS, dtype="<u2").view("<f2").astype(np.float64)
 _IS_FINITE = np.isfinite(FLOAT16_VALUES)
 
-# Values that are counted together. Many, since the table of all counts is gone through each time.
+# Values that are counted together. Many, since each time all counts are added to the table.
 _VALUES_AT_ONCE = 1 << 22
 
 _OUTLIER = 5.0
-# The manifest's figures are sums of the same values in another order; their distance in standard deviations.
+# Allowed distance from the manifest's figures, sums of the same values in another order, in standard deviations.
 _TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class ChannelStats:
-    """One channel of the unscaled latents; of moments the posterior means, but `std` is that of samples."""
+    """One channel of the unscaled latents; of moments the posterior means, with the `std` of posterior samples."""
 
     mean: float
     std: float
     least: float
     most: float
-    outlier_share: float  # of |z| > 5 by mean and std of the manifest
+    outlier_share: float  # share of values with |z| > 5 by mean and std of the manifest
     manifest_mean: float
     manifest_std: float
 
     @property
     def agrees(self) -> bool:
-        """Whether the manifest says the same, up to the order of summation."""
+        """Whether the manifest has the same mean and std, up to the order of summation."""
         error = max(abs(self.mean - self.manifest_mean), abs(self.std - self.manifest_std))
         return error <= _TOLERANCE * max(self.std, abs(self.mean))
 
 
 @dataclass
 class Counts:
-    """What is counted in each shard and added up."""
+    """Counts of a shard, or of all shards together."""
 
     patterns: np.ndarray  # int64 (stored channels, 65536): how often each float16 occurs
     members: Counter[str] = field(default_factory=Counter)  # suffix -> bytes of payload
@@ -66,6 +66,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class DatasetStats:
+    """Measured statistics of a dataset."""
+
     folder: Path
     manifest: Manifest
     counts: Counts
@@ -82,7 +84,7 @@ class DatasetStats:
 
     @property
     def class_counts(self) -> np.ndarray:
-        """(num_classes,) samples of each class."""
+        """Samples of each class, (num_classes,)."""
         return np.array([self.counts.classes[label] for label in range(self.manifest.num_classes)], np.int64)
 
     @property
@@ -112,7 +114,7 @@ class DatasetStats:
 
 
 def stats(folder: str | Path, *, num_workers: int | None = None, progress: bool = True) -> DatasetStats:
-    """Reads all shards once, in `num_workers` processes. PomscaleError, naming the shard, if one is damaged."""
+    """Read all shards once, in `num_workers` processes. Raises PomscaleError, naming the shard, if one is damaged."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     total = Counts(_no_patterns(manifest))
@@ -132,7 +134,7 @@ def _channels(manifest: Manifest, patterns: np.ndarray) -> list[ChannelStats]:
     if manifest.latent is None:
         return []
     latent = manifest.latent
-    # What is not finite is told by itself.
+    # Values that are not finite are reported by themselves.
     values, counts = FLOAT16_VALUES[_IS_FINITE], patterns[:, _IS_FINITE]
     channels = []
     for number, (mean, std) in enumerate(zip(latent.mean, latent.std, strict=True)):
@@ -160,7 +162,7 @@ def _channels(manifest: Manifest, patterns: np.ndarray) -> list[ChannelStats]:
     return channels
 
 
-# One shard, in a process of its own
+# -- one shard, in a process of its own --------------------------------------------------------------------------------
 
 
 def _no_patterns(manifest: Manifest) -> np.ndarray:
@@ -189,7 +191,7 @@ def _count_shard(folder: Path, manifest: Manifest, number: int) -> Counts:
 
 
 def _count_record(manifest: Manifest, group: int, record: TarRecord, counts: Counts) -> list[np.ndarray]:
-    """Counts all but the values of the latents, which it returns."""
+    """Count all but the values of the latents, and return those."""
     latents = []
     for suffix, (begin, end) in record.members.items():
         counts.members[suffix] += end - begin
@@ -208,16 +210,16 @@ def _count_record(manifest: Manifest, group: int, record: TarRecord, counts: Cou
 
 
 def _count_values(arrays: list[np.ndarray], patterns: np.ndarray) -> None:
-    """Adds the float16 patterns of arrays (channels, ...) to (channels, 65536)."""
+    """Add the float16 patterns of arrays (channels, ...) to the table (channels, 65536)."""
     if not arrays:
         return
     channels = len(patterns)
     values = np.concatenate([array.view("<u2").reshape(channels, -1) for array in arrays], axis=1)
-    places = values + np.arange(0, patterns.size, _NUM_PATTERNS)[:, None]
-    patterns += np.bincount(places.ravel(), minlength=patterns.size).reshape(patterns.shape)
+    cells = values + np.arange(0, patterns.size, _NUM_PATTERNS)[:, None]
+    patterns += np.bincount(cells.ravel(), minlength=patterns.size).reshape(patterns.shape)
 
 
-# For people
+# -- the table for people ----------------------------------------------------------------------------------------------
 
 
 def _member_lines(report: DatasetStats) -> list[str]:
@@ -245,7 +247,7 @@ def _channel_lines(channels: list[ChannelStats]) -> list[str]:
 
 
 def _spread(values: Counter[int]) -> str:
-    """Of values with how often each occurs."""
+    """Return range and median of values, given how often each occurs."""
     ordered = sorted(values)
     middle = np.searchsorted(np.cumsum([values[value] for value in ordered]), values.total() / 2)
     return f"{ordered[0]:,} to {ordered[-1]:,}, median {ordered[middle]:,}"

@@ -1,4 +1,4 @@
-"""The distributions of a dataset as one PNG."""
+"""Draw the distributions of a dataset as one PNG."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN_STDS = 6.0
 
 
 def draw_stats(report: DatasetStats, path: Path) -> None:
-    """Writes what there is of: latents by channel, samples per class, characters and tokens per caption."""
+    """Write a PNG of the distributions that the dataset has: latents, classes, characters and tokens per caption."""
     panels = []
     if report.channels:
         panels.append(_draw_channels)

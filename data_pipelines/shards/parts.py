@@ -1,10 +1,10 @@
-"""What an encode keeps on disk while it runs: its plan, who is at work on what, and one record per finished part.
+"""Files that an encode keeps while it runs: its specification, claims of its tasks, and a record per finished part.
 
 OUTPUT/shard-000007.tar          committed first; with several groups shard-000007-GG.tar, one per group
 OUTPUT/parts/part-000007.npy     index rows of the part's shards, one after the other
 OUTPUT/parts/part-000007.json    the record: committed last, so a part that has one is whole
-OUTPUT/parts/plan.json           what all of this was made from
-OUTPUT/parts/claims              empty: byte N is locked by the task that is at work on part N
+OUTPUT/parts/plan.json           the specification (`EncodeSpec`)
+OUTPUT/parts/claims              empty: byte N is locked by the task that makes part N
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,34 +21,34 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipelines.shards.statistics import ChannelStatistics
+from pomscale.base.console import warn
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import atomic_write, make_folder, remove_leftovers, write_text
-from pomscale.config.schema import TransformConfig
+from pomscale.config.encode import TransformConfig
 from pomscale.shards.index import index_dtype, map_index, to_npy
 from pomscale.shards.schema import ArrayName, ShardInfo
 
-PLAN_NAME = "plan.json"
+SPEC_NAME = "plan.json"
 PARTS_FOLDER = "parts"
 
 # Bytes of the file of claims beyond any part.
-_SETUP = 2**40
+_LISTING = 2**40
 _FINISH = 2**40 + 1
 
 _RECORD_NAME = re.compile(r"part-(\d+)\.json")
 
 
-class Plan(BaseModel):
-    """Everything that decides the bytes of the shards. Two encodes with equal plans may share an output folder.
+class EncodeSpec(BaseModel):
+    """Everything that decides the bytes of the shards. Encodes with equal specifications may share an output folder.
 
-    What is not here (paths, threads, device, number of tasks) may change between the start of an encode and its
-    resumption. With a network the last bits of a latent depend on batch and device too: its bytes repeat only where
-    those are the same.
+    Paths, threads, device and number of tasks are left out, so they may change when an encode is resumed. With a
+    network the last bits of a latent depend on batch and device too: its bytes repeat only where those are the same.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: Literal[2] = 2
-    source: dict[str, Any]  # without where it lies
+    source: dict[str, Any]  # without its path
     source_fingerprint: str
     num_items: int
     shard_samples: int
@@ -71,10 +70,15 @@ class Failure(BaseModel):
     reason: str
 
 
+def skipped_exit_code(num_skipped: int, max_skipped: int) -> int:
+    """Return 3 if more items were skipped (and listed) than the recipe allows, else 0."""
+    return 3 if num_skipped > max_skipped else 0
+
+
 class PartRecord(BaseModel):
     """The outcome of one part. Its shards are sorted by group; `shards` is empty where every item failed.
 
-    A shard's `group` counts the targets of the transform. `statistics` are those of all latents of the part.
+    A shard's `group` counts the targets of the transform. `statistics` cover all latents of the part.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -89,13 +93,14 @@ class PartRecord(BaseModel):
 
 
 class Claims:
-    """Which task is at work on what: POSIX record locks, which end with the process that holds them.
+    """Locks that say which task makes which part: POSIX record locks, which end with the process that holds them.
 
-    Parallel file systems have them across nodes. Where they were mounted without, one task alone is warned, and
-    `several` tasks are refused: they would remove each other's files.
+    Parallel file systems have them across nodes. Where one was mounted without them, a single task is warned, and
+    several tasks are refused, since they would remove each other's files.
     """
 
     def __init__(self, folder: Path, several: bool) -> None:
+        """Open the file of claims, for one task or `several` at once. InputError if it cannot be written."""
         make_folder(folder)
         path = folder / "claims"
         try:
@@ -113,21 +118,21 @@ class Claims:
         os.close(self._file)  # drops all locks
 
     def claim(self, part: int) -> bool:
-        """Whether the part is now this process's."""
+        """Claim a part; return whether it is this process's now."""
         return self._lock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def release(self, part: int) -> None:
         self._lock(part, fcntl.LOCK_UN)
 
     @contextmanager
-    def setup(self) -> Iterator[None]:
-        """One task at a time, the others wait: for listing the source."""
-        with self._alone(_SETUP):
+    def listing(self) -> Iterator[None]:
+        """Let one task at a time into the block, which lists the source; the others wait."""
+        with self._alone(_LISTING):
             yield
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
-        """One task at a time, the others wait: for putting the parts together."""
+        """Let one task at a time into the block, which puts the parts together; the others wait."""
         with self._alone(_FINISH):
             yield
 
@@ -149,18 +154,18 @@ class Claims:
             if self._several:
                 raise InputError(f"{problem}; choose another output, or use one task") from error
             if not self._warned:
-                print(f"warning: {problem}; do not start a second encode on this output", file=sys.stderr)
+                warn(f"{problem}; do not start a second encode on this output")
             self._warned = True
         return True
 
 
 def part_of(shard_name: str) -> int:
-    """shard-000007-01.tar -> 7"""
+    """Return the part that a shard belongs to: 7 for shard-000007-01.tar."""
     return int(shard_name.removeprefix("shard-").removesuffix(".tar").split("-")[0])
 
 
 def record_path(folder: Path, part: int) -> Path:
-    """The record of a part in OUTPUT/parts."""
+    """Return the path of a part's record in OUTPUT/parts."""
     return folder / f"part-{part:06d}.json"
 
 
@@ -173,21 +178,21 @@ class PartStore:
         self._dtype = index_dtype(arrays)
         self._num_groups = num_groups
 
-    def adopt(self, plan: Plan) -> None:
-        """Makes the folder this plan's. InputError, naming what differs, if it is another plan's."""
+    def adopt(self, spec: EncodeSpec) -> None:
+        """Bind the folder to a specification. InputError, naming what differs, if it is bound to another one."""
         make_folder(self.folder)
-        path = self.folder / PLAN_NAME
+        path = self.folder / SPEC_NAME
         if not path.exists():
-            write_text(path, plan.model_dump_json(indent=2))
+            write_text(path, spec.model_dump_json(indent=2))
             return
         try:
-            found = Plan.model_validate_json(path.read_bytes())
+            found = EncodeSpec.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
             raise InputError(f"{path} is damaged or of another version; {self._remedy()}") from error
         differences = [
-            f"{name} is {getattr(found, name)} there and {getattr(plan, name)} here"
-            for name in Plan.model_fields
-            if getattr(found, name) != getattr(plan, name)
+            f"{name} is {getattr(found, name)} there and {getattr(spec, name)} here"
+            for name in EncodeSpec.model_fields
+            if getattr(found, name) != getattr(spec, name)
         ]
         if differences:
             raise InputError(
@@ -199,33 +204,33 @@ class PartStore:
         return self.output / f"shard-{part:06d}{suffix}.tar"
 
     def commit(self, part: int, record: PartRecord, rows: np.ndarray) -> None:
-        """Marks a part, whose shards already have their final names, as done."""
+        """Mark a part, whose shards already have their final names, as done."""
         with atomic_write(self._rows_path(part)) as stream:
             stream.write(to_npy(rows))
         write_text(record_path(self.folder, part), record.model_dump_json(indent=2))
         names = {shard.name for shard in record.shards}
         for path in self.output.glob(f"shard-{part:06d}*.tar"):
-            # Made before, of a group that has no sample any more.
+            # Left from an earlier encode of the part, in which its group had samples.
             if part_of(path.name) == part and path.name not in names:
                 path.unlink()
 
     def clear(self, part: int) -> None:
-        """Removes what a killed task left of a part. Only for the task that has claimed it."""
+        """Remove the temporary files that a killed task left of a part. Only for the task that has claimed it."""
         for start in (f"shard-{part:06d}.", f"shard-{part:06d}-"):
             remove_leftovers(self.output, start)
         remove_leftovers(self.folder, f"part-{part:06d}.")
 
     def forget(self, part: int) -> None:
-        """The part counts as not done; its shards stay until they are replaced."""
+        """Mark a part as not done; its shards stay until they are replaced."""
         record_path(self.folder, part).unlink(missing_ok=True)
 
     def recorded(self) -> set[int]:
-        """Parts that have a record, by one look at the folder; `read` tells whether all of it is there."""
+        """Return the parts that have a record, by one listing; `read` tells whether all of a part is present."""
         names = (_RECORD_NAME.fullmatch(entry.name) for entry in os.scandir(self.folder))
         return {int(match[1]) for match in names if match}
 
     def read(self, part: int) -> PartRecord | None:
-        """The record of a part; None if it is not done, or record, rows or a shard is missing or has another size."""
+        """Return the record of a part; None if record, rows or a shard is missing or has another size."""
         try:
             record = PartRecord.model_validate_json(record_path(self.folder, part).read_bytes())
             map_index(self._rows_path(part), record.num_samples, self._dtype)
@@ -240,7 +245,7 @@ class PartStore:
             return map_index(self._rows_path(part), num_rows, self._dtype).copy()
         except (OSError, ValueError) as error:
             raise PomscaleError(
-                f"{self._rows_path(part)}: cannot be read: {error}; run the same command again, it makes it anew"
+                f"{self._rows_path(part)}: cannot be read: {error}; run the same command again to make the part again"
             ) from error
 
     def _rows_path(self, part: int) -> Path:

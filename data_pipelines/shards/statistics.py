@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class ChannelStatistics(BaseModel):
-    """What is kept of a part: values per channel, and each channel's mean and sum of squared deviations, in float64."""
+    """Statistics of a part: values per channel, and each channel's mean and sum of squared deviations, in float64."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -18,7 +18,7 @@ class ChannelStatistics(BaseModel):
     squares: tuple[float, ...]
 
     def merge(self, other: ChannelStatistics) -> ChannelStatistics:
-        """Of both together."""
+        """Return the statistics of both together."""
         mine, theirs = (_Reduced(part.count, np.array(part.mean), np.array(part.squares)) for part in (self, other))
         return mine.merge(theirs).stored()
 
@@ -28,13 +28,13 @@ class ChannelStatistics(BaseModel):
 
 
 class RunningStatistics:
-    """Takes one array after the other; the result depends on them and their order alone."""
+    """Takes one array after the other; the result depends on the arrays and their order alone."""
 
     def __init__(self) -> None:
         self._reduced: _Reduced | None = None
 
     def add(self, array: np.ndarray, stores_moments: bool) -> None:
-        """A latent (c, ...); or the moments (2c, ...) of a posterior, which count as samples from it would."""
+        """Add a latent (c, ...); or the moments (2c, ...) of a posterior, which count as samples from it would."""
         values = array.astype(np.float64).reshape(len(array), -1)
         logvar = None
         if stores_moments:
@@ -48,7 +48,7 @@ class RunningStatistics:
         self._reduced = mine if self._reduced is None else self._reduced.merge(mine)
 
     def result(self) -> ChannelStatistics | None:
-        """None before the first value."""
+        """Return the statistics so far; None before the first array."""
         return None if self._reduced is None else self._reduced.stored()
 
 
@@ -61,7 +61,7 @@ class _Reduced:
     squares: np.ndarray
 
     def merge(self, other: _Reduced) -> _Reduced:
-        """Chan, Golub, LeVeque 1979: loses no digits where sums of squares would."""
+        """Merge as Chan, Golub, LeVeque (1979), which loses no digits where sums of squares would."""
         count = self.count + other.count
         delta = other.mean - self.mean
         mean = self.mean + delta * (other.count / count)

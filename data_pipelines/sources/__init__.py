@@ -1,9 +1,9 @@
-"""Where raw items come from: folders, tars, tables, and the captions of datasets that are already there."""
+"""Sources of raw items: folders, tars, tables, and the captions of datasets that are already encoded."""
 
 from __future__ import annotations
 
-from data_pipelines.sources.source import Source
-from pomscale.config.schema import (
+from data_pipelines.sources.protocol import Source
+from pomscale.config.encode import (
     ImageFolderConfig,
     SourceConfig,
     TableSourceConfig,
@@ -13,7 +13,7 @@ from pomscale.config.schema import (
 
 
 def build_source(config: SourceConfig) -> Source:
-    """The source that a recipe names. Nothing is read before `scan`."""
+    """Return the source that a recipe names. Nothing is read before `scan`."""
     # Imported here, so that each source asks only for the packages that it needs itself.
     if isinstance(config, ImageFolderConfig):
         from data_pipelines.sources.image_folder import ImageFolderSource  # noqa: PLC0415

@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from data_pipelines.sources import fs
-from data_pipelines.sources.keys import checked_key, readable
-from data_pipelines.sources.media import PICTURE_EXTENSIONS, extension
-from data_pipelines.sources.source import Item
+from data_pipelines.sources import storage
+from data_pipelines.sources.item_fields import checked_key, readable
+from data_pipelines.sources.protocol import Item
 from pomscale.base.errors import InputError
-from pomscale.config.schema import ImageFolderConfig
+from pomscale.config.encode import ImageFolderConfig
+from pomscale.media import PICTURE_EXTENSIONS, extension
 
 
 class ImageFolderSource:
@@ -30,12 +30,15 @@ class ImageFolderSource:
 
     @property
     def num_ignored(self) -> int:
-        """Files that are no PNG, JPEG or WebP."""
+        """Number of files that are no PNG, JPEG or WebP."""
         return self._num_ignored
 
     def scan(self) -> Iterator[Item]:
-        """InputError if the folder is missing or cannot be read, has no class folders, or one of them is empty."""
-        top = list(fs.list_folder(self._root))
+        """Yield the pictures, class by class.
+
+        Raises InputError if the folder is missing or cannot be read, has no class folders, or one of them is empty.
+        """
+        top = list(storage.list_folder(self._root))
         folders = [entry.path for entry in top if entry.is_folder and entry.path[0] != "."]
         if not folders:
             raise InputError(
@@ -46,7 +49,7 @@ class ImageFolderSource:
         empty = []
         for label, folder in enumerate(folders):
             num_pictures = 0
-            for entry in fs.walk(self._root, folder):
+            for entry in storage.walk(self._root, folder):
                 if extension(entry.path) in PICTURE_EXTENSIONS:
                     num_pictures += 1
                     yield _item(entry, label)
@@ -61,16 +64,15 @@ class ImageFolderSource:
             )
 
     def fingerprint_line(self, item: Item) -> str:
-        """Path and size. Contents would mean to read the whole raw set once more; times change when it is copied."""
-        path, size = item.place
+        """Return path and size. Times are left out, since they change when the folder is copied."""
+        path, size = item.location
         return f"{path}\0{size}"
 
     def open(self, item: Item) -> BinaryIO:
-        path, size = item.place
-        return fs.open_item(fs.join(self._root, path), size)
+        path, size = item.location
+        return storage.open_item(storage.join(self._root, path), size)
 
 
-def _item(entry: fs.Entry, label: int) -> Item:
+def _item(entry: storage.Entry, label: int) -> Item:
     key, problem = checked_key(os.path.splitext(entry.path)[0])
-    place = [entry.path, entry.size]
-    return Item(key, readable(entry.path), place, label, problem=entry.problem or problem)
+    return Item(key, readable(entry.path), [entry.path, entry.size], label, problem=entry.problem or problem)

@@ -1,4 +1,4 @@
-"""The captions of a dataset that is already encoded: the source of a companion set of text embeddings."""
+"""Captions of a dataset that is already encoded: the source of a companion set of text embeddings."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from data_pipelines.shards.records import TarReader
-from data_pipelines.sources import fs
-from data_pipelines.sources.annotations import checked_caption, decode_text
-from data_pipelines.sources.source import Item
+from data_pipelines.shards.readers import TarReader
+from data_pipelines.sources import storage
+from data_pipelines.sources.item_fields import checked_caption, decode_text
+from data_pipelines.sources.protocol import Item
 from pomscale.base.errors import InputError
-from pomscale.config.schema import LatentsSourceConfig
+from pomscale.config.encode import LatentsSourceConfig
 from pomscale.shards.location import join
 from pomscale.shards.schema import CAPTION_MEMBER, REMEDY, read_manifest
 
@@ -27,16 +27,19 @@ class LatentsSource:
         self._path = config.path
 
     def scan(self) -> Iterator[Item]:
-        """InputError if it is no dataset or has no captions. A damaged shard is an item with a problem."""
+        """Yield a caption per record; a damaged shard yields an item with a problem as well.
+
+        Raises InputError if the folder is no dataset or has no captions.
+        """
         manifest = read_manifest(self._path)
         if not manifest.has_captions:
             raise InputError(f"source.path: the records of {self._path} have no captions; encode it with captions")
         for shard in manifest.shards:
-            with fs.open_stream(join(self._path, shard.name)) as stream:
+            with storage.open_stream(join(self._path, shard.name)) as stream:
                 yield from _scan_shard(stream, shard.name)
 
     def fingerprint_line(self, item: Item) -> str:
-        """Key and caption."""
+        """Return key and caption."""
         return json.dumps([item.key, item.caption])
 
     def open(self, item: Item) -> BinaryIO:

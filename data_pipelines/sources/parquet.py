@@ -1,4 +1,7 @@
-"""Parquet tables: their rows, and the files that rows hold as bytes. Fields of structs are columns: image.bytes."""
+"""Parquet tables: their rows, and the files that rows hold as bytes.
+
+A field of a struct counts as a column of its own, such as image.bytes.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.sources import fs
-from data_pipelines.sources.rows import check_columns
-from data_pipelines.sources.source import SourceChangedError
+from data_pipelines.sources import storage
+from data_pipelines.sources.protocol import SourceChangedError
+from data_pipelines.sources.table import check_columns
 from pomscale.base.errors import InputError
 
 _BUFFER_BYTES = 2**20
@@ -27,13 +30,13 @@ _NUM_CACHED_GROUPS = 2
 
 
 def read_rows(path: str, columns: list[str], bytes_column: str | None) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Place in the table (for `BytesReader`) and columns of every row, in constant memory.
+    """Yield location in the table (for `BytesReader`) and columns of every row, in constant memory.
 
-    Of `bytes_column` the rows say only whether they have it: True or None. InputError if the file is no whole Parquet
-    file, or a column is missing or of the wrong type.
+    `bytes_column` itself is not read: its value is True where the row has bytes, else None. Raises InputError if the
+    file is no whole Parquet file, or a column is missing or of the wrong type.
     """
-    with fs.open_stream(path) as stream, _readable(path):
-        num_bytes = fs.size_of(stream)
+    with storage.open_stream(path) as stream, _readable(path):
+        num_bytes = storage.size_of(stream)
         with pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
             schema = _flat(table.schema_arrow.empty_table()).schema
             check_columns(path, columns if bytes_column is None else [*columns, bytes_column], schema.names)
@@ -46,7 +49,7 @@ def read_rows(path: str, columns: list[str], bytes_column: str | None) -> Iterat
 
 
 class BytesReader:
-    """Files in rows. The row groups in use are kept in memory, shared by all threads; one loads, the others wait."""
+    """Reads files out of rows. Row groups in use stay in memory for all threads; one thread loads, the others wait."""
 
     def __init__(self, column: str) -> None:
         self._column = column
@@ -54,7 +57,7 @@ class BytesReader:
         self._recent: dict[tuple[str, int], Future[pa.ChunkedArray]] = {}
 
     def read(self, path: str, num_bytes: int, group: int, row: int) -> bytes:
-        """Same errors as `Source.open`."""
+        """Return the file in a row. Raises the errors of `Source.open`."""
         with self._lock:
             found = self._recent.pop((path, group), None)
             values: Future[pa.ChunkedArray] = Future() if found is None else found
@@ -65,7 +68,7 @@ class BytesReader:
             try:
                 values.set_result(self._load(path, num_bytes, group))
             except BaseException as error:
-                with self._lock:  # who asks from now on tries again
+                with self._lock:  # the next to ask tries again
                     if self._recent.get((path, group)) is values:
                         del self._recent[path, group]
                 values.set_exception(error)
@@ -73,7 +76,7 @@ class BytesReader:
         return values.result()[row].as_py()
 
     def _load(self, path: str, num_bytes: int, group: int) -> pa.ChunkedArray:
-        with fs.open_large_item(path, num_bytes) as stream:
+        with storage.open_large_item(path, num_bytes) as stream:
             try:
                 with pq.ParquetFile(stream, pre_buffer=False) as table:
                     content = table.read_row_group(group, [self._column], use_threads=False)
@@ -99,7 +102,10 @@ def _read_group(
 
 
 def _may_have_nulls(table: pq.ParquetFile, group: int, column: str) -> bool:
-    """False only where the file says so: then the column, which is nearly all of the file, need not be read."""
+    """Return False only where the file's statistics say so.
+
+    Then the column, which is nearly all of the file, need not be read.
+    """
     chunks = table.metadata.row_group(group)
     for i in range(chunks.num_columns):
         chunk = chunks.column(i)
@@ -113,7 +119,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _flat(table: pa.Table) -> pa.Table:
-    """With every field of a struct as a column of its own."""
+    """Return the table with every field of a struct as a column of its own."""
     while any(pa.types.is_struct(field.type) for field in table.schema):
         table = table.flatten()
     return table

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from data_pipelines.sources import fs
-from data_pipelines.sources.annotations import ClassIds, checked_caption
-from data_pipelines.sources.keys import checked_key, readable
-from data_pipelines.sources.rows import Row, read_csv, read_jsonl
-from data_pipelines.sources.source import Item
+from data_pipelines.sources import storage
+from data_pipelines.sources.item_fields import ClassIds, checked_caption, checked_key, readable
+from data_pipelines.sources.protocol import Item
 from pomscale.base.errors import InputError
-from pomscale.config.schema import TableSourceConfig
+from pomscale.config.encode import TableSourceConfig
+
+# Columns of a row by name; or, as a text, the reason why the row cannot be read.
+Row = dict[str, Any] | str
 
 _COLUMN = re.compile(r"\{([^{}]+)\}")
 
@@ -25,14 +27,14 @@ _COLUMN = re.compile(r"\{([^{}]+)\}")
 class TableSource:
     """The rows of one table, or of several in the order of their paths.
 
-    Rows with their bytes in the table are not shuffled: a row group is read as a whole.
+    Rows whose files lie in the table are not shuffled, since a row group is read as a whole.
     """
 
     num_ignored = 0
 
     def __init__(self, config: TableSourceConfig) -> None:
         self._config = config
-        self._files = fs.NamedFiles(config.path, "*.parquet")
+        self._files = storage.NamedFiles(config.path, "*.parquet")
         self._classes = ClassIds(config.class_names)
         media = [] if config.media is None else _COLUMN.findall(config.media)
         if config.media is not None and re.search("[{}]", _COLUMN.sub("", config.media)):
@@ -51,34 +53,34 @@ class TableSource:
         return () if self._config.label is None else self._classes.names
 
     def scan(self) -> Iterator[Item]:
-        """InputError if a table is missing, of an unknown kind or damaged, or lacks a column."""
+        """Yield an item per row. Raises InputError if a table is missing, unknown or damaged, or lacks a column."""
         self._classes.begin()
         number = 0
         for path, name in self._files.find():
-            for row_number, (place, row) in enumerate(self._rows(path)):
+            for row_number, (location, row) in enumerate(self._rows(path)):
                 where = f"{readable(name)} row {row_number}"
-                yield self._item(f"{number:012d}", where, None if place is None else [name, *place], row)
+                yield self._item(f"{number:012d}", where, None if location is None else [name, *location], row)
                 number += 1
 
     def fingerprint_line(self, item: Item) -> str:
-        """Key, path of the file or place in the table, class and caption."""
-        place = item.place[1:] if isinstance(item.place, list) else item.place
-        return json.dumps([item.key, place, item.label, item.caption])
+        """Return key, path of the file or location in the table, class and caption."""
+        location = item.location[1:] if isinstance(item.location, list) else item.location
+        return json.dumps([item.key, location, item.label, item.caption])
 
     def open(self, item: Item) -> BinaryIO:
         if self._bytes is not None:
-            name, *place = item.place
-            return io.BytesIO(self._bytes.read(self._files.path(name), *place))
+            name, *location = item.location
+            return io.BytesIO(self._bytes.read(self._files.path(name), *location))
         if self._config.media is None:
             raise InputError("source: the table has captions only; name its files with source.media or bytes_column")
-        return fs.open_item(fs.join(self._config.root, item.place), None)
+        return storage.open_item(storage.join(self._config.root, item.location), None)
 
     def _rows(self, path: str) -> Iterator[tuple[list[Any] | None, Row]]:
-        """Rows with their place in the table, where that is needed."""
+        """Yield rows with their location in the table, None where files are not read from it."""
         kind = os.path.splitext(path)[1].lower()
         if kind == ".parquet":
-            for place, row in _parquet().read_rows(path, self._columns, self._config.bytes_column):
-                yield place if self._bytes is not None else None, row
+            for location, row in _parquet().read_rows(path, self._columns, self._config.bytes_column):
+                yield location if self._bytes is not None else None, row
         elif kind not in {".csv", ".jsonl"}:
             raise InputError(f"source.path: {path}: tables are .parquet, .csv or .jsonl")
         elif self._bytes is not None:
@@ -87,7 +89,7 @@ class TableSource:
             read = read_csv if kind == ".csv" else read_jsonl
             yield from ((None, row) for row in read(path, self._columns))
 
-    def _item(self, number: str, where: str, place: list[Any] | str | None, row: Row) -> Item:
+    def _item(self, number: str, where: str, location: list[Any] | str | None, row: Row) -> Item:
         if isinstance(row, str):
             return Item(number, where, problem=row)
         config = self._config
@@ -98,15 +100,15 @@ class TableSource:
         if missing:
             problem = problem or f"its {', '.join(missing)} is missing"
         elif config.media is not None:
-            place = _COLUMN.sub(lambda match: str(row[match[1]]), config.media)
-            where = f"{where}: {readable(place)}"
+            location = _COLUMN.sub(lambda match: str(row[match[1]]), config.media)
+            where = f"{where}: {readable(location)}"
         if config.label is not None:
             label, unusable = self._classes.checked(row.get(config.label))
             problem = problem or unusable
         if config.caption is not None:
             caption, unusable = checked_caption(row.get(config.caption))
             problem = problem or unusable
-        return Item(key, where, place, label, caption, problem)
+        return Item(key, where, location, label, caption, problem)
 
 
 def _checked_key(value: Any, number: str) -> tuple[str, str | None]:
@@ -124,3 +126,52 @@ def _parquet() -> ModuleType:
     except ImportError as error:
         raise InputError("source: Parquet tables need pyarrow: pip install -e '.[table]'") from error
     return parquet
+
+
+# -- rows of CSV and JSONL tables --------------------------------------------------------------------------------------
+
+
+def read_csv(path: str, columns: Collection[str]) -> Iterator[Row]:
+    """Yield the rows of a table whose first line names the columns.
+
+    A cell is '' where it is empty, None where its line is too short. Raises InputError if a column is missing or a line
+    cannot be split into cells.
+    """
+    with storage.open_stream(path) as stream:
+        text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.DictReader(text)
+        try:
+            check_columns(path, columns, reader.fieldnames or ())
+            yield from reader
+        except csv.Error as error:
+            where = f"{path} after line {reader.line_num:,}"
+            raise InputError(f"source.path: {where}: {error}; is a quote not closed?") from error
+
+
+def read_jsonl(path: str, columns: Collection[str]) -> Iterator[Row]:
+    """Yield the JSON object of each line that is not empty. Raises InputError if a column is in no row at all."""
+    never_seen, present = set(columns), list[str]()
+    with storage.open_stream(path) as stream:
+        for line in stream:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                yield "the line is no JSON"
+                continue
+            if isinstance(row, dict):
+                present = present or list(row)
+                never_seen -= row.keys()
+                yield row
+            else:
+                yield "the line is no JSON object"
+    check_columns(path, sorted(never_seen), present)
+
+
+def check_columns(path: str, wanted: Collection[str], present: Collection[str]) -> None:
+    """Raise InputError if a wanted column is missing."""
+    for column in wanted:
+        if column not in present:
+            columns = ", ".join(present) or "none"
+            raise InputError(f"source: {path} has no column {column!r}; its columns are {columns}")

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
-from data_pipelines.sources import fs
-from data_pipelines.sources.annotations import checked_caption, decode_text
-from data_pipelines.sources.keys import checked_key, readable
-from data_pipelines.sources.media import CLIP_EXTENSIONS, extension
-from data_pipelines.sources.source import Item, SourceChangedError
+from data_pipelines.sources import storage
+from data_pipelines.sources.item_fields import checked_caption, checked_key, decode_text, readable
+from data_pipelines.sources.protocol import Item, SourceChangedError
 from pomscale.base.errors import InputError
-from pomscale.config.schema import VideoFolderConfig
+from pomscale.config.encode import VideoFolderConfig
+from pomscale.media import CLIP_EXTENSIONS, extension
 
 _CAPTION_EXTENSION = ".txt"
 _NUM_CAPTION_READERS = 32
@@ -34,11 +33,11 @@ class VideoFolderSource:
 
     @property
     def num_ignored(self) -> int:
-        """Files that are neither clips nor, where captions are read, texts."""
+        """Number of files that are neither clips nor, where captions are read, texts."""
         return self._num_ignored
 
     def scan(self) -> Iterator[Item]:
-        """InputError if the folder is missing or cannot be read, or there is no clip in it."""
+        """Yield the clips. Raises InputError if the folder is missing or cannot be read, or has no clip in it."""
         self._num_ignored = 0
         clips, num_clips = self._clips(), 0
         # A caption is a small file: what takes time is to wait for each.
@@ -50,21 +49,21 @@ class VideoFolderSource:
             raise InputError(f"source.path: no clip ({', '.join(sorted(CLIP_EXTENSIONS))}) in {self._root}")
 
     def fingerprint_line(self, item: Item) -> str:
-        """Path, size and caption."""
-        return json.dumps([*item.place, item.caption])
+        """Return path, size and caption."""
+        return json.dumps([*item.location, item.caption])
 
     def open(self, item: Item) -> BinaryIO:
-        path, size = item.place
-        return fs.open_item(fs.join(self._root, path), size)
+        path, size = item.location
+        return storage.open_item(storage.join(self._root, path), size)
 
-    def _clips(self) -> Iterator[fs.Entry]:
-        for entry in fs.walk(self._root):
+    def _clips(self) -> Iterator[storage.Entry]:
+        for entry in storage.walk(self._root):
             if extension(entry.path) in CLIP_EXTENSIONS:
                 yield entry
             elif not (self._captions and extension(entry.path) == _CAPTION_EXTENSION):
                 self._num_ignored += 1
 
-    def _item(self, clip: fs.Entry) -> Item:
+    def _item(self, clip: storage.Entry) -> Item:
         name = os.path.splitext(clip.path)[0]
         key, problem = checked_key(name)
         problem, caption = clip.problem or problem, None
@@ -74,9 +73,9 @@ class VideoFolderSource:
         return Item(key, readable(clip.path), [clip.path, clip.size], caption=caption, problem=problem)
 
     def _read_caption(self, name: str) -> tuple[str | None, str | None]:
-        """The caption of a clip, and why there is none, or None."""
+        """Return the caption of a clip, and why there is none, or None."""
         try:
-            with fs.open_item(fs.join(self._root, name + _CAPTION_EXTENSION), None) as stream:
+            with storage.open_item(storage.join(self._root, name + _CAPTION_EXTENSION), None) as stream:
                 return checked_caption(decode_text(stream.read()))
         except FileNotFoundError:
             return checked_caption(None)

@@ -1,4 +1,4 @@
-"""`pomscale cluster check`: a short job that goes the way of all jobs, and tells what works on a cluster."""
+"""`pomscale cluster check`: submit a short job in the same way as all jobs, and report what works on a cluster."""
 
 from __future__ import annotations
 
@@ -9,16 +9,25 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from launch.cluster.findings import Finding, of_ranks, of_requeue, of_signal, of_slurm, of_world
-from launch.record.job import SUBMITIT, attempts
+from launch.cluster.findings import (
+    Finding,
+    rank_findings,
+    requeue_finding,
+    signal_finding,
+    slurm_findings,
+    world_findings,
+)
+from launch.record.job import read_starts
 from launch.scheduler import slurm
-from launch.status.runs import RunSummary, summarize
+from launch.status.runs import RUNS, RunSummary, summarize
 from launch.status.state import LIVE
 from launch.submission.control import cancel
-from launch.submission.prepare import RUNS, Prepared, prepare_commands, resolved_output
+from launch.submission.prepare import JobRequest, prepare_commands, resolved_output
+from launch.submission.prepared import Prepared
 from pomscale.base.errors import PomscaleError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.runs.cluster_facts import rank_facts, ready_path, signal_path, world_facts
+from pomscale.runs.layout import SUBMITIT_FOLDER
 
 _FACTS = "facts"
 _JOB_MINUTES = 10  # torch may take minutes to load from a file system that has not seen it for long
@@ -28,7 +37,7 @@ _SHOWN_LINES = 12  # of the log of a job that failed
 
 @dataclass(frozen=True)
 class CheckReport:
-    """As text: a line for every finding, and under it what to do. exit_code: 1 where something failed."""
+    """Report of a check. As text: a line for every finding, and below it the remedy. exit_code: 1 if a check failed."""
 
     title: str
     findings: list[Finding]
@@ -58,10 +67,16 @@ class CheckReport:
 def check_cluster(
     name: str, profile: ClusterProfile, *, num_nodes: int | None = None, folder: Path | None = None
 ) -> CheckReport:
-    """Submit a job of a minute, wait for it, and report. name: of the profile, or its path.
+    """Submit a job of a minute, wait for it, and report.
 
-    num_nodes: default 2 with SLURM, else 1. folder: for the job's home, default that of runs; the home is removed
-    again if nothing failed. Tells on standard error what it waits for. Ctrl-C cancels the job.
+    The state of the job is printed to standard error. Ctrl-C cancels the job.
+
+    Args:
+        name: Name of the profile, or its path.
+        profile: The profile.
+        num_nodes: Default: 2 with SLURM, else 1.
+        folder: Folder in which the job folder is made. Default: the folder of runs. The job folder is removed again if
+            no check failed.
     """
     with_slurm = profile.scheduler == "slurm"
     num_nodes = num_nodes or (2 if with_slurm else 1)
@@ -72,7 +87,7 @@ def check_cluster(
             slurm.check_answers()
             names = (profile.partition or "").split(",")
             partitions = {name: slurm.partition(name or None) for name in names}
-            findings += of_slurm(profile, slurm.configuration(), partitions)
+            findings += slurm_findings(profile, slurm.configuration(), partitions)
         prepared = _prepare(name, profile, num_nodes, folder)
         job_id = prepared.submit()
     except PomscaleError as error:
@@ -82,36 +97,38 @@ def check_cluster(
     try:
         job.follow()
     except BaseException:
-        cancel(prepared.home, wait_s=0)
+        cancel(prepared.job_folder, wait_s=0)
         raise
     report = CheckReport(title, findings + job.findings(), job.log())
     if report.exit_code == 0:
-        shutil.rmtree(prepared.home)
+        shutil.rmtree(prepared.job_folder)
     return report
 
 
 def _prepare(name: str, profile: ClusterProfile, num_nodes: int, folder: Path | None) -> Prepared:
-    home = (folder or resolved_output(RUNS, profile)) / f"cluster-check-{Path(name).stem}-{datetime.now():%m%d-%H%M%S}"
-    words = ["cluster", "probe", str(home.absolute() / _FACTS)]
+    job_name = f"cluster-check-{Path(name).stem}-{datetime.now():%m%d-%H%M%S}"
+    job_folder = (folder or resolved_output(str(RUNS), profile)) / job_name
+    words = ["cluster", "probe", str(job_folder.absolute() / _FACTS)]
     limit = None
     if profile.scheduler == "slurm":
         words.append("--signal")
-        minutes = _JOB_MINUTES + profile.signal_lead_s // 60  # or SLURM would send its signal at once
+        minutes = _JOB_MINUTES + profile.signal_lead_s // 60  # else SLURM would send its signal at once
         limit = f"{minutes // 60}:{minutes % 60:02d}:00"
     if profile.offline:
         words.append("--offline")
-    prepared = prepare_commands(home.name, home, [words], profile, name, num_nodes=num_nodes, time_limit=limit)
-    # As a run, so that the ranks are told of each other; one that is killed starts no second try.
+    request = JobRequest(profile, name, num_nodes=num_nodes, time_limit=limit)
+    prepared = prepare_commands(job_name, job_folder, [words], request)
+    # is_run makes the ranks find each other; a job that is killed does not start again.
     return replace(prepared, spec=replace(prepared.spec, is_run=True, max_idle_requeues=0))
 
 
 class _Job:
-    """That of one check."""
+    """The job of one check."""
 
     def __init__(self, prepared: Prepared, job_id: str) -> None:
         self._prepared = prepared
         self._job_id = job_id
-        self._home, self._num_ranks = prepared.home, prepared.spec.num_ranks
+        self._job_folder, self._num_ranks = prepared.job_folder, prepared.spec.num_ranks
         self._with_slurm = prepared.profile.scheduler == "slurm"
         self._requeue: Finding | None = None
         self._sent_s: float | None = None
@@ -120,18 +137,18 @@ class _Job:
         self._state: RunSummary | None = None
 
     def follow(self) -> None:
-        """Until it has ended. Sends it the signal that it waits for."""
+        """Wait until the job has ended. Send it the signal that it waits for."""
         if self._with_slurm:
-            self._requeue = of_requeue(slurm.details(self._job_id))
-        told = ""
+            self._requeue = requeue_finding(slurm.details(self._job_id))
+        printed = ""
         while True:
-            self._state = summarize({self._home: self._home.name}).runs[0]
+            self._state = summarize({self._job_folder: self._job_folder.name}).runs[0]
             line = f"job {self._job_id}: {self._state.state}" + (
                 f" ({self._state.reason})" if self._state.reason else ""
             )
-            if line != told:
+            if line != printed:
                 print(line, file=sys.stderr, flush=True)
-                told = line
+                printed = line
             if self._state.state not in LIVE:
                 return
             if self._with_slurm:
@@ -139,7 +156,7 @@ class _Job:
             time.sleep(_LOOK_EVERY_S)
 
     def _see_to_signals(self) -> None:
-        facts = self._home / _FACTS
+        facts = self._job_folder / _FACTS
         ranks = range(self._num_ranks)
         if self._sent_s is None and not self._refused and all(ready_path(facts, rank).exists() for rank in ranks):
             try:
@@ -151,36 +168,36 @@ class _Job:
             self._arrived_s = time.monotonic()
 
     def findings(self) -> list[Finding]:
-        facts, profile = self._home / _FACTS, self._prepared.profile
-        findings = [self._of_job()]
+        facts, profile = self._job_folder / _FACTS, self._prepared.profile
+        findings = [self._job_finding()]
         if self._requeue is not None:
             findings.append(self._requeue)
         ranks, world = rank_facts(facts), world_facts(facts)
-        findings += of_ranks(ranks, self._num_ranks, profile, self._home.parent)
+        findings += rank_findings(ranks, self._num_ranks, profile, self._job_folder.parent)
         if ranks:
-            findings += of_world(world, has_gpus=all(one.gpu is not None for one in ranks.values()))
+            findings += world_findings(world, has_gpus=all(one.gpu is not None for one in ranks.values()))
         if world is not None and self._with_slurm:
-            findings.append(self._of_signal())
+            findings.append(self._signal_finding())
         return findings
 
-    def _of_job(self) -> Finding:
+    def _job_finding(self) -> Finding:
         assert self._state is not None
         found = f"{self._job_id}: {self._state.state}" + (f": {self._state.reason}" if self._state.reason else "")
-        started = attempts(self._home)
+        started = read_starts(self._job_folder)
         if self._state.state == "finished" and started:
-            start = started[-1].start
+            start = started[-1].record
             waited_s = start.started_unix_s - self._state.started_unix_s
             return Finding("job", "ok", f"{self._job_id} on {', '.join(start.hosts)}, begun after {waited_s:.0f} s")
-        return Finding("job", "FAILED", found, f"{self._log_path() or self._home} tells more")
+        return Finding("job", "FAILED", found, f"see {self._log_path() or self._job_folder}")
 
-    def _of_signal(self) -> Finding:
-        facts = self._home / _FACTS
+    def _signal_finding(self) -> Finding:
+        facts = self._job_folder / _FACTS
         num_arrived = sum(signal_path(facts, rank).exists() for rank in range(self._num_ranks))
         took_s = None if self._sent_s is None else (self._arrived_s or time.monotonic()) - self._sent_s
-        return of_signal(num_arrived, self._num_ranks, took_s, self._refused)
+        return signal_finding(num_arrived, self._num_ranks, took_s, self._refused)
 
     def log(self) -> str:
-        """The end of what was printed by a job that failed."""
+        """Return the end of the log of a job that failed; "" if it did not fail."""
         assert self._state is not None
         path = self._log_path()
         if self._state.state == "finished" or path is None:
@@ -189,9 +206,9 @@ class _Job:
         return "\n".join([f"the end of {path}:", *(f"    {line}" for line in lines[-_SHOWN_LINES:])])
 
     def _log_path(self) -> Path | None:
-        """Of the rank that is to blame, or of the job script."""
+        """Return the log of the rank that failed first, or else the output of the job script."""
         assert self._state is not None
         if self._state.log:
             return Path(self._state.log)
-        printed = [path for path in sorted((self._home / SUBMITIT).glob("*.out")) if path.stat().st_size]
+        printed = [path for path in sorted((self._job_folder / SUBMITIT_FOLDER).glob("*.out")) if path.stat().st_size]
         return printed[0] if printed else None

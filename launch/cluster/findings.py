@@ -1,4 +1,4 @@
-"""What was found on a cluster, against what its profile promises: a line each. No files, no SLURM."""
+"""Findings of a cluster check: facts of the cluster, compared with its profile. Pure functions: no files, no SLURM."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FOLDERS = {"runs": "folder of runs", "temporary": "temporary folder", "home": "
 
 @dataclass(frozen=True)
 class Finding:
-    """remedy: for what is not ok, what to do about it."""
+    """One line of the report. remedy: what to do if the status is not ok."""
 
     subject: str
     status: Status
@@ -32,22 +32,22 @@ class Finding:
     remedy: str = ""
 
 
-def of_slurm(
+def slurm_findings(
     profile: ClusterProfile, configuration: Mapping[str, str], partitions: Mapping[str, Mapping[str, str]]
 ) -> list[Finding]:
-    """configuration, and partitions by the names that the profile gives them ("" = the default)."""
+    """Compare SLURM's configuration with the profile. partitions: by their names in the profile; "" is the default."""
     version, name = configuration.get("SLURM_VERSION", "?"), configuration.get("ClusterName", "?")
     accounting = "slurmdbd" in configuration.get("AccountingStorageType", "")
     memory_s = configuration.get("MinJobAge", "?")
-    remembers = "works" if accounting else f"none: of a job that has ended SLURM tells nothing after {memory_s}"
+    remembers = "works" if accounting else f"none: SLURM forgets a job {memory_s} after its end"
     return [
         Finding("SLURM", "ok", f"{version}, cluster {name}"),
-        *(_of_partition(profile, wanted, partition) for wanted, partition in partitions.items()),
+        *(_partition_finding(profile, wanted, partition) for wanted, partition in partitions.items()),
         Finding("accounting", "ok", remembers),
     ]
 
 
-def _of_partition(profile: ClusterProfile, wanted: str, partition: Mapping[str, str]) -> Finding:
+def _partition_finding(profile: ClusterProfile, wanted: str, partition: Mapping[str, str]) -> Finding:
     if not partition:
         found = f"{wanted or 'a default one'}: no such partition"
         return Finding("partition", "FAILED", found, "change `partition`; `sinfo` lists them")
@@ -63,21 +63,21 @@ def _of_partition(profile: ClusterProfile, wanted: str, partition: Mapping[str, 
     return Finding("partition", "ok", f"{name}: {partition.get('TotalNodes')} nodes, at most {limit}")
 
 
-def of_requeue(details: Mapping[str, str]) -> Finding:
-    """details: of the job, as launch.scheduler.slurm gives them."""
+def requeue_finding(details: Mapping[str, str]) -> Finding:
+    """Check that the job may be requeued. details: of the job, from launch.scheduler.slurm."""
     if details.get("Requeue") == "1":
         return Finding("requeue", "ok", "allowed")
     remedy = "ask the site; until then submit again by `pomscale runs resume`"
     return Finding("requeue", "FAILED", "this cluster does not let jobs start again", remedy)
 
 
-def of_ranks(ranks: Mapping[int, RankFacts], num_ranks: int, profile: ClusterProfile, runs: Path) -> list[Finding]:
-    """ranks: those that have told. runs: the folder of runs."""
+def rank_findings(ranks: Mapping[int, RankFacts], num_ranks: int, profile: ClusterProfile, runs: Path) -> list[Finding]:
+    """Compare what the ranks have found with the profile. ranks: those that have reported. runs: the folder of runs."""
     facts = list(ranks.values())
     missing = [rank for rank in range(num_ranks) if rank not in ranks]
     if missing:
         names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-        heard = Finding("ranks", "FAILED", f"nothing was heard of rank {names} of {num_ranks}", "see the job above")
+        heard = Finding("ranks", "FAILED", f"no report from rank {names} of {num_ranks}", "see the job above")
     else:
         heard = Finding("ranks", "ok", f"{num_ranks} on {_counted(len({one.node for one in facts}), 'node')}")
     if not facts:
@@ -86,18 +86,18 @@ def of_ranks(ranks: Mapping[int, RankFacts], num_ranks: int, profile: ClusterPro
         heard,
         _same("Python", [(one.node, f"{one.python} ({one.executable})") for one in facts]),
         _same("torch", [(one.node, one.torch + (f", NCCL {one.nccl}" if one.nccl else "")) for one in facts]),
-        _of_gpus(facts, profile),
-        _of_cores(facts, profile),
-        *_of_interfaces(facts, profile),
-        *(_of_folder(what, facts, profile, runs) for what in _FOLDERS),
-        _of_internet(facts, profile),
+        _gpu_finding(facts, profile),
+        _core_finding(facts, profile),
+        *_interface_findings(facts, profile),
+        *(_folder_finding(what, facts, profile, runs) for what in _FOLDERS),
+        _internet_finding(facts, profile),
     ]
 
 
-def _same(subject: str, told: Iterable[tuple[str, str]]) -> Finding:
-    """told: (node, what one of its ranks says)."""
+def _same(subject: str, reports: Iterable[tuple[str, str]]) -> Finding:
+    """Check that all ranks have the same value. reports: (node, value of one of its ranks)."""
     nodes: dict[str, set[str]] = {}
-    for node, value in told:
+    for node, value in reports:
         nodes.setdefault(value, set()).add(node)
     if len(nodes) == 1:
         return Finding(subject, "ok", next(iter(nodes)))
@@ -105,7 +105,7 @@ def _same(subject: str, told: Iterable[tuple[str, str]]) -> Finding:
     return Finding(subject, "FAILED", found, "all ranks must have the same: see `python`, `modules` and `setup`")
 
 
-def _of_gpus(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
+def _gpu_finding(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
     if profile.gpus_per_node == 0:
         return Finding("GPUs", "ok", "none asked for")
     blind = sorted({one.node for one in facts if one.gpu is None})
@@ -118,7 +118,7 @@ def _of_gpus(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
         users.setdefault((one.node, one.gpu[1]), []).append(one.rank)
     shared = [f"ranks {', '.join(map(str, ranks))} on {node}" for (node, _), ranks in users.items() if len(ranks) > 1]
     if shared:
-        remedy = "a rank needs one of its own: see `gpus_per_node`, and --gpus-per-task or --gpu-bind in `srun`"
+        remedy = "every rank needs its own GPU: see `gpus_per_node`, and --gpus-per-task or --gpu-bind in `srun`"
         return Finding("GPUs", "FAILED", f"one GPU for {'; '.join(shared)}", remedy)
     names = sorted({one.gpu[0] for one in facts if one.gpu is not None})
     if profile.gpu is not None and not all(profile.gpu in name.lower() for name in names):
@@ -126,16 +126,16 @@ def _of_gpus(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
     return Finding("GPUs", "ok", f"{len(users)} x {', '.join(names)}, one for each rank")
 
 
-def _of_cores(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
+def _core_finding(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
     fewest = min(facts, key=lambda one: one.num_cores)
     promised = profile.cpus_per_node // profile.num_ranks_per_node
     if fewest.num_cores < promised:
         found = f"rank {fewest.rank} on {fewest.node} may run on {fewest.num_cores}, not on {promised}"
-        return Finding("cores", "warning", found, "see `cpus_per_node`; --cpu-bind=none in `srun` takes bonds away")
+        return Finding("cores", "warning", found, "see `cpus_per_node`; --cpu-bind=none in `srun` removes a binding")
     return Finding("cores", "ok", f"{fewest.num_cores} for each rank")
 
 
-def _of_interfaces(facts: list[RankFacts], profile: ClusterProfile) -> Iterable[Finding]:
+def _interface_findings(facts: list[RankFacts], profile: ClusterProfile) -> Iterable[Finding]:
     wanted = profile.network_interface
     if wanted is None:
         return
@@ -147,9 +147,9 @@ def _of_interfaces(facts: list[RankFacts], profile: ClusterProfile) -> Iterable[
         yield Finding("network interface", "ok", wanted)
 
 
-def _of_folder(what: str, facts: list[RankFacts], profile: ClusterProfile, runs: Path) -> Finding:
+def _folder_finding(what: str, facts: list[RankFacts], profile: ClusterProfile, runs: Path) -> Finding:
     subject = _FOLDERS[what]
-    places = str(runs) if what == "runs" else ", ".join(sorted({one.folders.get(what, "") for one in facts} - {""}))
+    paths = str(runs) if what == "runs" else ", ".join(sorted({one.folders.get(what, "") for one in facts} - {""}))
     problems = [f"{one.node}: {one.cannot_write[what]}" for one in facts if what in one.cannot_write]
     remedies = {"runs": "change `scratch`", "temporary": "change `local_disk`", "home": "nothing of pomscale needs it"}
     if problems:
@@ -157,14 +157,14 @@ def _of_folder(what: str, facts: list[RankFacts], profile: ClusterProfile, runs:
         return Finding(subject, "FAILED" if needed else "warning", "; ".join(problems), remedies[what])
     speeds = [one.write_gb_per_s[what] for one in facts if what in one.write_gb_per_s]
     if not speeds:
-        return Finding(subject, "warning", "the first rank of no node has told", "see the job above")
-    found = f"{places}: {_speed(min(speeds))} per node"
+        return Finding(subject, "warning", "the first rank of no node has reported", "see the job above")
+    found = f"{paths}: {_speed(min(speeds))} per node"
     if min(speeds) < _SLOW_WRITE_GB_PER_S and what != "home":
         return Finding(subject, "warning", f"{found}, which is slow", f"{remedies[what]} if there is a faster one")
     return Finding(subject, "ok", found)
 
 
-def _of_internet(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
+def _internet_finding(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
     if profile.offline:
         return Finding("internet", "ok", "not asked: the profile says offline")
     silent = sorted({one.internet for one in facts if one.internet is not None})
@@ -175,11 +175,11 @@ def _of_internet(facts: list[RankFacts], profile: ClusterProfile) -> Finding:
     return Finding("internet", "ok", "wandb and Hugging Face answer")
 
 
-def of_world(world: WorldFacts | None, *, has_gpus: bool) -> list[Finding]:
-    """None: the ranks have not found together. has_gpus: the ranks."""
+def world_findings(world: WorldFacts | None, *, has_gpus: bool) -> list[Finding]:
+    """Check the network between the ranks. world: None if their rendezvous failed. has_gpus: all ranks have one."""
     if world is None:
-        remedy = "set `network_interface`; see whether a firewall lies between the nodes; the ranks' logs tell more"
-        return [Finding("rendezvous", "FAILED", "the ranks did not find together", remedy)]
+        remedy = "set `network_interface`; look for a firewall between the nodes; see the ranks' logs"
+        return [Finding("rendezvous", "FAILED", "the ranks did not find each other", remedy)]
     findings = [Finding("rendezvous", "ok", f"{world.num_ranks} ranks in {world.join_s:.1f} s")]
     if world.problem is not None:
         findings.append(Finding("preflight", "FAILED", world.problem, "see `pomscale runs logs`, and exclude the host"))
@@ -187,13 +187,13 @@ def of_world(world: WorldFacts | None, *, has_gpus: bool) -> list[Finding]:
         median, slowest = world.matmul_tflops
         findings.append(Finding("computing", "ok", f"{median:.3g} TFLOP/s per rank (slowest {slowest:.3g})"))
     findings += [Finding("slow rank", "warning", warning, "exclude its node") for warning in world.warnings]
-    findings += _of_all_reduce(world, has_gpus=has_gpus)
+    findings += _all_reduce_findings(world, has_gpus=has_gpus)
     if len(world.clock_s) > 1:
-        findings += [_of_shared_folder(world), _of_clocks(world)]
+        findings += [_shared_folder_finding(world), _clock_finding(world)]
     return findings
 
 
-def _of_all_reduce(world: WorldFacts, *, has_gpus: bool) -> Iterable[Finding]:
+def _all_reduce_findings(world: WorldFacts, *, has_gpus: bool) -> Iterable[Finding]:
     inside = list(world.inside_gb_per_s.values())
     for where, speeds, slow, remedy in (
         ("inside nodes", inside, _SLOW_INSIDE_GB_PER_S, "see `nvidia-smi topo -m`: are the GPUs linked?"),
@@ -201,7 +201,7 @@ def _of_all_reduce(world: WorldFacts, *, has_gpus: bool) -> Iterable[Finding]:
             "across nodes",
             [] if world.across_gb_per_s is None else [world.across_gb_per_s],
             _SLOW_ACROSS_GB_PER_S,
-            "NCCL_DEBUG: INFO in `environment` shows whether it goes by sockets; set `network_interface`",
+            "NCCL_DEBUG: INFO in `environment` shows whether it uses sockets; set `network_interface`",
         ),
     ):
         if not speeds:
@@ -213,7 +213,7 @@ def _of_all_reduce(world: WorldFacts, *, has_gpus: bool) -> Iterable[Finding]:
         yield Finding(f"all-reduce {where}", "warning" if is_slow else "ok", found, remedy if is_slow else "")
 
 
-def _of_shared_folder(world: WorldFacts) -> Finding:
+def _shared_folder_finding(world: WorldFacts) -> Finding:
     blind = [node for node, seconds in world.seen_after_s.items() if seconds is None]
     if blind:
         found = f"{', '.join(blind)} does not see what other nodes write"
@@ -221,23 +221,30 @@ def _of_shared_folder(world: WorldFacts) -> Finding:
     longest_s = max(seconds for seconds in world.seen_after_s.values() if seconds is not None)
     found = f"a new file is seen by all within {longest_s:.2f} s"
     if longest_s > _LATE_FILE_S:
-        return Finding("shared folder", "warning", found, "use another file system: starts and verdicts wait for that")
+        return Finding("shared folder", "warning", found, "use another file system: starts and verdicts wait for files")
     return Finding("shared folder", "ok", found)
 
 
-def _of_clocks(world: WorldFacts) -> Finding:
+def _clock_finding(world: WorldFacts) -> Finding:
     node, ahead_s = max(world.clock_s.items(), key=lambda item: abs(item[1]))
     if abs(ahead_s) > _CLOCK_SKEW_S:
         found = f"{node} is {abs(ahead_s):.1f} s {'ahead' if ahead_s > 0 else 'behind'}"
-        return Finding("clocks", "warning", found, "ask the site: which rank failed first is told by the clock")
+        return Finding("clocks", "warning", found, "ask the site: clocks decide which rank is blamed for a failure")
     return Finding("clocks", "ok", f"at most {abs(ahead_s) * 1000:.0f} ms apart")
 
 
-def of_signal(num_arrived: int, num_ranks: int, took_s: float | None, problem: str) -> Finding:
-    """took_s: from sending it to the last one's word; None if it could not be sent, and problem says why."""
-    remedy = "without it a run cannot save before its time limit: see `srun` and `container`"
+def signal_finding(num_arrived: int, num_ranks: int, took_s: float | None, problem: str) -> Finding:
+    """Check that the signal before the time limit reaches all ranks.
+
+    Args:
+        num_arrived: Number of ranks that have received it.
+        num_ranks: Number of all ranks.
+        took_s: Time from sending the signal to the report of the last rank; None if it could not be sent.
+        problem: Why it could not be sent.
+    """
+    remedy = "without the signal a run cannot save before its time limit: see `srun` and `container`"
     if took_s is None:
-        return Finding("signals", "FAILED", problem or "not sent, as not all ranks came so far", remedy)
+        return Finding("signals", "FAILED", problem or "not sent, as not all ranks were ready", remedy)
     if num_arrived < num_ranks:
         return Finding("signals", "FAILED", f"USR2 reached {num_arrived} of {num_ranks} ranks", remedy)
     return Finding("signals", "ok", f"USR2 reaches all ranks within {took_s:.1f} s")

@@ -1,4 +1,4 @@
-"""Whether the kernel has killed something for want of memory: SIGKILL alone does not tell."""
+"""Whether the kernel has killed a process because memory ran out: the signal SIGKILL alone does not show it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ _ROOT = Path("/sys/fs/cgroup")
 
 
 def num_out_of_memory_kills(cgroups: Path = Path("/proc/self/cgroup"), root: Path = _ROOT) -> int:
-    """Processes of this process's control group that were killed for want of memory so far.
+    """Return how many processes of this process's control group the kernel has killed for lack of memory so far.
 
-    0 where the kernel does not say: without control groups for memory, every SIGKILL counts as one that somebody sent.
+    The number is 0 where the kernel does not count: without control groups for memory, every SIGKILL is taken to have
+    been sent by somebody.
     """
     for line in _lines(cgroups):
         _, controllers, path = line.split(":", 2)

@@ -1,8 +1,8 @@
-"""The supervisor of a job: outside of the training processes, in the guard of rank 0.
+"""The supervisor of a job. It runs in the guard of rank 0, outside of the training processes.
 
-It sees how ranks end, reads what they have left in the run folder, decides (verdict.py), and leaves its verdict. What
-is to be done about it is done outside of the job's own processes: by the job script, which is no part of a container
-and outlives srun (slurm/requeue.sh), or by launch.task on one machine.
+It sees how ranks end, reads what they have left in the run folder, decides (launch.node.verdict) and writes the
+verdict. The verdict is carried out outside of the job's own processes: on SLURM by the job script, which runs outside
+of any container and outlives srun (slurm/requeue.sh), on one machine by launch.task.
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from launch.node.evaluations import Evaluations, note_failure
-from launch.node.forwarding import Forwarding
-from launch.node.process import Place
-from launch.node.verdict import EXIT_STOPPED, Evidence, idle_so_far, judge
-from launch.record.job import END_FILE, REQUEUE_FILE, Attempt, Ending, JobSpec, Start, Verdict, attempts, endings, keep
+from launch.node.identity import RankIdentity
+from launch.node.signals import SignalForwarder
+from launch.node.verdict import EXIT_STOPPED, Evidence, decide_verdict, idle_so_far
+from launch.record.job import Ending, JobSpec, JobStart, StartRecord, Verdict, keep, read_endings, read_starts
 from launch.scheduler import slurm
 from pomscale.base.console import say, warn
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import write_text
 from pomscale.runs.checkpoint_folder import complete_checkpoints, samples_of
+from pomscale.runs.layout import CHECKPOINTS_FOLDER, END_FILE, REQUEUE_FILE, START_FILE, VERDICT_FILE
 from pomscale.runs.outcome import outcomes_after
-from pomscale.runs.starts import newest_generation
+from pomscale.runs.starts import newest_start
 
-LAST_WORDS_S = 10.0
-"""For a rank that is to end because another one has; then it is killed, for it may wait for that one for good."""
+GRACE_S = 10.0
+"""Time that a rank has to end after another one has failed. Then it is killed: it may wait for the other forever."""
 ENDED_BY_SUPERVISOR = "the supervisor"
 
-# How long the guards of the others may take to say how theirs has ended: a shared file system shows new files late.
+# How long the guards of the other ranks may take to leave their endings: a shared file system shows new files late.
 _SETTLE_S = 40.0
-# After a bad end, whoever is silent is suspected: NFS may take a minute to show the others the file `end`, and another
-# one to show here what they have answered.
+# After a failure the hosts of silent ranks are suspected: NFS may take a minute to show the file `end` to the other
+# guards, and another minute to show their endings here.
 _SETTLE_AFTER_A_BAD_END_S = 140.0
 _LOOK_EVERY_S, _EVALUATE_EVERY_S = 1.0, 5.0
 _CLOCK_SKEW_S = 60.0
@@ -41,61 +42,67 @@ _GOOD_ENDS = (0, EXIT_STOPPED)
 
 
 class Supervisor:
-    def __init__(self, spec: JobSpec, place: Place, attempt: Path, forwarding: Forwarding) -> None:
+    """Supervisor of one start of a job."""
+
+    def __init__(self, spec: JobSpec, identity: RankIdentity, folder: Path, forwarding: SignalForwarder) -> None:
         self._spec = spec
-        self._place = place
-        self._attempt = attempt
+        self._identity = identity
+        self._start_folder = folder
         self._forwarding = forwarding
-        self._home = Path(spec.home)
-        self._before: Attempt | None = None
+        self._job_folder = Path(spec.job_folder)
+        self._before: JobStart | None = None
         self._looked_s = self._evaluated_s = 0.0
         self._first_bad_s: float | None = None
         self._warned = ""
-        self._left: Verdict | None = None
+        self._leave_verdict: Verdict | None = None
         self._evaluations: Evaluations | None = None
         self._evaluating: threading.Thread | None = None
 
     def begin(self) -> str | None:
-        """Record this start. Returns why the job was started again; None if it was not."""
-        earlier = self._attempts()
+        """Record this start. Return why the job was started again; None if it is the first start."""
+        earlier = self._earlier_starts()
         if earlier:
             self._before = self._with_verdict(earlier)
-        start = Start(
-            self._place.job_id,
-            self._place.restart,
-            list(self._place.hosts),
+        start = StartRecord(
+            self._identity.job_id,
+            self._identity.restart,
+            list(self._identity.hosts),
             self._spec.ranks_per_node,
             time.time(),
-            newest_generation(self._home),
+            newest_start(self._job_folder),
         )
-        for name in ("verdict.json", REQUEUE_FILE, END_FILE):  # of a SLURM that was set up anew and counts from 1 again
-            (self._attempt / name).unlink(missing_ok=True)
-        keep(self._attempt / "start.json", start)
+        # A SLURM that was set up again counts its jobs from 1, so an older job may have left files in this folder.
+        for name in (VERDICT_FILE, REQUEUE_FILE, END_FILE):
+            (self._start_folder / name).unlink(missing_ok=True)
+        keep(self._start_folder / START_FILE, start)
         self._start = start
         self._check_progress()
         if self._spec.evaluations:
             try:
-                self._evaluations = Evaluations(self._home)
+                self._evaluations = Evaluations(self._job_folder)
             except (PomscaleError, OSError) as problem:
                 self._warn(f"{problem}; no checkpoint is evaluated during this start")
         return None if self._before is None or self._before.verdict is None else self._before.verdict.reason
 
     def _check_progress(self) -> None:
-        """What takes the node of rank 0 with it each time is started again by SLURM, and by nobody else, for ever."""
+        """Fail a job that has brought down the node of rank 0 too often: SLURM alone would restart it forever."""
         before = None if self._before is None else self._before.verdict
         if before is None or before.action != "leave" or before.num_idle <= self._spec.max_idle_requeues:
             return
         reason = f"{before.num_idle} starts in a row made no progress; the last one: {before.reason}"
-        self._keep(self._attempt, Verdict("fail", reason, 1, time.time(), samples=before.samples))
-        raise PomscaleError(f"{self._home}: {reason}; `pomscale runs resume` tries once more")
+        self._keep(self._start_folder, Verdict("fail", reason, 1, time.time(), samples=before.samples))
+        raise PomscaleError(f"{self._job_folder}: {reason}; `pomscale runs resume` tries once more")
 
-    def _attempts(self) -> list[Attempt]:
-        """Starts so far. Tasks of an array work side by side: for each of them only its own count."""
-        found, job_id = attempts(self._home), self._place.job_id
-        return [one for one in found if one.start.job_id == job_id] if "_" in job_id else found
+    def _earlier_starts(self) -> list[JobStart]:
+        """Return the starts so far. The tasks of an array run side by side: each counts only its own."""
+        found, job_id = read_starts(self._job_folder), self._identity.job_id
+        return [one for one in found if one.record.job_id == job_id] if "_" in job_id else found
 
-    def _with_verdict(self, earlier: list[Attempt]) -> Attempt:
-        """The last one. If its supervisor has died with its node, or was killed by the scheduler, it has left none."""
+    def _with_verdict(self, earlier: list[JobStart]) -> JobStart:
+        """Return the last start, with a verdict.
+
+        If its supervisor died with its node, or was killed by the scheduler, it has left none, and one is made here.
+        """
         before = earlier[-1]
         if before.verdict is not None:
             return before
@@ -103,33 +110,33 @@ class Supervisor:
         samples = self._samples()
         num_idle = idle_so_far(last)
         if self._spec.is_run:  # only a run has checkpoints to go by
-            went_on = (samples or 0) > ((last.samples if last is not None else None) or 0)
-            num_idle = 0 if went_on else num_idle + 1
-        bad = self._bad_nodes(before.start.hosts)
+            made_progress = (samples or 0) > ((last.samples if last is not None else None) or 0)
+            num_idle = 0 if made_progress else num_idle + 1
+        bad = self._bad_nodes(before.record.hosts)
         reason = f"node failure: {', '.join(bad)}" if bad else "ended by the scheduler, or with the node of rank 0"
         verdict = Verdict("leave", reason, 0, time.time(), bad, num_idle, samples)
         self._keep(before.folder, verdict)
-        return Attempt(before.folder, before.start, verdict)
+        return JobStart(before.folder, before.record, verdict)
 
     def poll(self, child: subprocess.Popen[bytes]) -> None:
-        """While the process of rank 0 runs; costs nothing most of the time."""
+        """Look at ranks, scheduler and checkpoints, once a second. To be called often while rank 0 runs."""
         now_s = time.monotonic()
         if now_s - self._looked_s < _LOOK_EVERY_S:
             return
         self._looked_s = now_s
         try:
-            self._look_at_the_others(child, now_s)
-            self._look_at_the_scheduler()
+            self._look_at_other_ranks(child, now_s)
+            self._look_at_scheduler()
             is_due = now_s - self._evaluated_s > _EVALUATE_EVERY_S
-            # Not in the last minutes of a start, which are for its verdict: a scheduler may take long to answer.
+            # Not once the start was asked to stop: a slow scheduler must not use up the time for the verdict.
             if self._evaluations is not None and is_due and self._forwarding.first is None:
                 self._evaluated_s = now_s
                 self._evaluate(self._evaluations)
-        except (PomscaleError, OSError) as problem:  # a file system that stutters must not end the run
+        except (PomscaleError, OSError) as problem:  # a temporary error of the file system must not end the run
             self._warn(str(problem))
 
     def _evaluate(self, evaluations: Evaluations) -> None:
-        """In a thread: a scheduler that is slow to answer must not keep a lost rank from being noticed."""
+        """Start due evaluations in a thread: a slow scheduler must not keep a lost rank from being noticed."""
         if self._evaluating is not None and self._evaluating.is_alive():
             return
 
@@ -143,39 +150,42 @@ class Supervisor:
         self._evaluating.start()
 
     def _warn(self, problem: str) -> None:
-        """Once, of the same again and again."""
+        """Warn, unless the last warning was the same."""
         if problem != self._warned:
             warn(problem)
         self._warned = problem
 
-    def _keep(self, attempt: Path, verdict: Verdict) -> None:
-        """On a full disk the output of this guard is all that tells it."""
+    def _keep(self, folder: Path, verdict: Verdict) -> None:
+        """Write a verdict. On a full disk only the output of this guard shows it."""
         try:
-            keep(attempt / "verdict.json", verdict)
+            keep(folder / VERDICT_FILE, verdict)
         except PomscaleError as problem:
             self._warn(str(problem))
 
-    def _look_at_the_others(self, child: subprocess.Popen[bytes], now_s: float) -> None:
-        """A run cannot go on without one of its ranks. With NCCL the others would wait for it until the watchdog."""
+    def _look_at_other_ranks(self, child: subprocess.Popen[bytes], now_s: float) -> None:
+        """End all ranks of a run once one has failed. With NCCL they would wait for it until the watchdog acts."""
         if not self._spec.is_run:
             return
         if self._first_bad_s is None and any(one.returncode not in _GOOD_ENDS for one in self._endings()):
             self._first_bad_s = now_s
             self._end_all()
-        if self._first_bad_s is not None and now_s - self._first_bad_s > LAST_WORDS_S:
+        if self._first_bad_s is not None and now_s - self._first_bad_s > GRACE_S:
             self._forwarding.first = self._forwarding.first or ENDED_BY_SUPERVISOR
             child.kill()
 
     def _end_all(self) -> None:
-        """Who answers is alive: what is silent then has gone with its node."""
+        """Ask all guards to end their ranks. A guard that leaves no ending then is gone with its node."""
         try:
-            (self._attempt / END_FILE).touch()
+            (self._start_folder / END_FILE).touch()
         except OSError as problem:
-            self._warn(f"{problem}; the other ranks are not told to end")
+            self._warn(f"{problem}; the other ranks are not asked to end")
 
-    def _look_at_the_scheduler(self) -> None:
-        """Told to end: by whom? Where SLURM is ending the job itself, seconds are left to say which nodes are bad."""
-        if self._left is not None or self._forwarding.first != "SIGTERM" or not self._place.on_slurm:
+    def _look_at_scheduler(self) -> None:
+        """Find out whether a SIGTERM means that SLURM is ending the job itself.
+
+        If so, only seconds are left to write the verdict and to exclude bad nodes.
+        """
+        if self._leave_verdict is not None or self._forwarding.first != "SIGTERM" or not self._identity.on_slurm:
             return
         if not slurm.is_available():  # in a container: the job script decides
             return
@@ -183,26 +193,26 @@ class Supervisor:
             state = self._state_now()
             if state == "RUNNING":
                 return
-            bad = self._bad_nodes(list(self._place.hosts))
+            bad = self._bad_nodes(list(self._identity.hosts))
             reason = f"node failure: {', '.join(bad)}" if bad else f"SLURM ends this start ({state.lower() or 'gone'})"
             num_idle = idle_so_far(None if self._before is None else self._before.verdict)
-            self._left = Verdict("leave", reason, 0, time.time(), bad, num_idle, self._samples())
-            self._keep(self._attempt, self._left)
+            self._leave_verdict = Verdict("leave", reason, 0, time.time(), bad, num_idle, self._samples())
+            self._keep(self._start_folder, self._leave_verdict)
             if bad:
-                slurm.exclude(self._place.job_id, bad)
+                slurm.exclude(self._identity.job_id, bad)
         except PomscaleError as problem:
             self._warn(str(problem))
 
     def _state_now(self) -> str:
-        """squeue may say nothing in the moment in which a node goes down."""
+        """Return the state of the job; squeue may print nothing at the moment when a node goes down."""
         for _ in range(3):
-            if state := slurm.state_now(self._place.job_id):
+            if state := slurm.state_now(self._identity.job_id):
                 return state
             time.sleep(0.5)
         return ""
 
     def _bad_nodes(self, hosts: list[str]) -> list[str]:
-        if not self._place.on_slurm or not slurm.is_available():
+        if not self._identity.on_slurm or not slurm.is_available():
             return []
         try:
             return slurm.bad_nodes(hosts)
@@ -211,12 +221,12 @@ class Supervisor:
             return []
 
     def conclude(self, own: Ending) -> int:
-        """After the process of rank 0 has ended: wait for the others, decide, record. Returns the job's exit code."""
+        """Wait for the other ranks after rank 0 has ended, decide, and record. Return the job's exit code."""
         if self._spec.is_run and own.returncode not in _GOOD_ENDS:
             self._end_all()
-        known = self._wait_for_the_others(own)
-        self._look_at_the_scheduler()
-        if self._left is not None:
+        known = self._wait_for_other_ranks(own)
+        self._look_at_scheduler()
+        if self._leave_verdict is not None:
             return EXIT_STOPPED
         evidence = Evidence(
             self._start,
@@ -226,11 +236,11 @@ class Supervisor:
             self._samples(),
         )
         before = None if self._before is None else self._before.verdict
-        verdict = judge(evidence, before, self._spec.max_idle_requeues)
+        verdict = decide_verdict(evidence, before, self._spec.max_idle_requeues)
         say(f"{verdict.action}: {verdict.reason}" + (f"; see {verdict.log}" if verdict.log else ""))
-        self._keep(self._attempt, verdict)
+        self._keep(self._start_folder, verdict)
         if verdict.action == "fail":
-            note_failure(self._home, verdict.reason)
+            note_failure(self._job_folder, verdict.reason)
         if verdict.action == "requeue":
             self._ask_for_another_start(verdict)
         elif self._evaluations is not None:
@@ -243,43 +253,51 @@ class Supervisor:
         return verdict.exit_code
 
     def _ask_for_another_start(self, verdict: Verdict) -> None:
-        """Without what this job has suspected so far. What others met here before may have been mended since."""
-        job_id = self._place.job_id
-        verdicts = [one.verdict for one in self._attempts() if one.start.job_id == job_id and one.verdict is not None]
+        """Leave the request for another start, on hosts that no start of this job has suspected.
+
+        Suspects of earlier jobs are not excluded, as they may have been repaired since.
+        """
+        job_id = self._identity.job_id
+        verdicts = [
+            one.verdict for one in self._earlier_starts() if one.record.job_id == job_id and one.verdict is not None
+        ]
         suspects = {host for one in [*verdicts, verdict] for host in one.suspects}
         try:
-            write_text(self._attempt / REQUEUE_FILE, ",".join(sorted(suspects)) + "\n")
+            write_text(self._start_folder / REQUEUE_FILE, ",".join(sorted(suspects)) + "\n")
         except PomscaleError as problem:
             self._warn(f"{problem}; the job is not started again: `pomscale runs resume` does it")
 
-    def _wait_for_the_others(self, own: Ending) -> dict[int, Ending]:
-        """A run's ranks end together, or not at all; those of other jobs have each their own work."""
+    def _wait_for_other_ranks(self, own: Ending) -> dict[int, Ending]:
+        """Wait for the endings of the other ranks.
+
+        The ranks of a run end together, so there is a limit; those of other jobs end when their own work is done.
+        """
         settle_s = _SETTLE_S if own.returncode in _GOOD_ENDS else _SETTLE_AFTER_A_BAD_END_S
         deadline_s = time.monotonic() + settle_s
         while True:
             known = {own.rank: own} | {one.rank: one for one in self._endings()}
             if len(known) >= self._spec.num_ranks or (self._spec.is_run and time.monotonic() > deadline_s):
                 return known
-            self._look_at_the_scheduler()
+            self._look_at_scheduler()
             time.sleep(0.5)
 
     def _endings(self) -> list[Ending]:
-        """Of this start: a SLURM that was set up anew counts its jobs from 1 again."""
+        """Return the endings of this start; an older job of the same number may have left some (see begin)."""
         since_unix_s = self._start.started_unix_s - _CLOCK_SKEW_S
-        return [one for one in endings(self._attempt) if one.ended_unix_s > since_unix_s]
+        return [one for one in read_endings(self._start_folder) if one.ended_unix_s > since_unix_s]
 
     def _outcomes(self) -> dict[int, dict[str, Any]]:
-        """Without them, the last lines of the ranks still tell."""
+        """Return what training has left; if it cannot be read, the last lines of the ranks have to do."""
         if not self._spec.is_run:
             return {}
         try:
-            return outcomes_after(self._home, self._start.newest_generation)
+            return outcomes_after(self._job_folder, self._start.newest_run_start)
         except (OSError, ValueError) as problem:
-            self._warn(f"{self._home / 'outcomes'} cannot be read: {problem}")
+            self._warn(f"{self._job_folder / 'outcomes'} cannot be read: {problem}")
             return {}
 
     def _samples(self) -> int | None:
         if not self._spec.is_run:
             return None
-        complete = complete_checkpoints(self._home / "checkpoints")
+        complete = complete_checkpoints(self._job_folder / CHECKPOINTS_FOLDER)
         return samples_of(complete[-1]) if complete else None

@@ -1,7 +1,8 @@
-"""What came of one start of a job, and what happens next. Numbers and words in, a verdict out; no files, no SLURM.
+"""The verdict on one start of a job: how it ended, and what happens next. A pure function: no files, no SLURM.
 
-A run goes on after whatever was not its own fault: a requested stop, a node that failed, a hang, the death of a process
-by a signal. It ends after an error of its own, which would only happen again, and when it makes no progress any more.
+A run starts again after anything that is not its own fault: a requested stop, a node that failed, a hang, a process
+that was killed by a signal. It ends after an error of its own, which would only be repeated, and when several starts in
+a row have made no progress.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.record.job import Ending, Start, Verdict
+from launch.record.job import Ending, StartRecord, Verdict
 
 EXIT_SKIPPED, EXIT_STOPPED = 3, 75
 
-# What an exception says that only tells of another rank's end: torch's own classes, and the words of gloo and NCCL,
-# which come as plain RuntimeErrors.
+# Exceptions that only show that another rank has ended: torch's own classes, and the messages of gloo and NCCL, which
+# are plain RuntimeErrors.
 _LOST_PEER = re.compile(
     r"Dist(Backend|Network|Store)Error|ProcessGroup|NCCL|gloo|"
     r"Connection (closed|reset|refused|was likely closed)|Broken pipe|[Tt]imed out (waiting|after)|"
     r"[Ss]ocket|remote process exited|recvValue failed|store->get",
 )
-# What a GPU, its driver or the client of a shared file system says when it is broken; on another node all is well.
+# Messages of a GPU, its driver or the client of a shared file system that is broken; another node has no such problem.
 _BROKEN_NODE = re.compile(
     r"uncorrectable ECC error|GPU is lost|fallen off the bus|busy or unavailable|CUDA error: (hardware|unknown error)|"
     r"system not yet initialized|Stale file handle|Transport endpoint is not connected|transport endpoint shutdown|"
@@ -36,21 +37,27 @@ _MOST_CHARACTERS = 500  # of a reason; the log has all of it
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that is known when a start has ended.
+    """Everything that is known when a start has ended.
 
-    endings: of the ranks whose guards have told. outcomes: what training has written, by rank. samples: of the newest
-    complete checkpoint; None where there is none, or no run.
+    endings: those that the guards of ranks have left. outcomes: those that training has left, by rank. samples: of the
+    newest complete checkpoint; None if there is none, or if the job is no run.
     """
 
-    start: Start
+    start: StartRecord
     num_ranks: int
     endings: Sequence[Ending]
     outcomes: Mapping[int, Mapping[str, Any]]
     samples: int | None
 
 
-def judge(evidence: Evidence, before: Verdict | None, max_idle_requeues: int) -> Verdict:
-    """before: the verdict on the start before this one. max_idle_requeues: see ClusterProfile."""
+def decide_verdict(evidence: Evidence, before: Verdict | None, max_idle_requeues: int) -> Verdict:
+    """Decide how the start ended and what happens next.
+
+    Args:
+        evidence: Everything that is known about the start.
+        before: Verdict on the start before this one; None for the first start.
+        max_idle_requeues: See ClusterProfile.
+    """
     found = _cause(evidence)
     num_idle = _num_idle(evidence, found, before)
     if found.action == "requeue" and num_idle > max_idle_requeues:
@@ -82,11 +89,11 @@ def _verdict(evidence: Evidence, cause: _Cause, num_idle: int) -> Verdict:
 
 
 def _num_idle(evidence: Evidence, cause: _Cause, before: Verdict | None) -> int:
-    """Requeues in a row, this one included, that have led nowhere."""
+    """Return the number of requeues in a row, this one included, that have made no progress."""
     if cause.action != "requeue":
         return 0
     saved = any(ending.returncode == EXIT_STOPPED for ending in evidence.endings)
-    if evidence.samples is None and saved:  # an encode has finished the parts it had in hand
+    if evidence.samples is None and saved:  # an encode has finished the parts that it was working on
         return 0
     since = before.samples if before is not None else None
     if evidence.samples is not None and evidence.samples > (since or 0):
@@ -95,7 +102,10 @@ def _num_idle(evidence: Evidence, cause: _Cause, before: Verdict | None) -> int:
 
 
 def idle_so_far(before: Verdict | None) -> int:
-    """Requeues in a row without progress. Whoever submits a job again that has failed has seen to something."""
+    """Return the number of requeues in a row without progress.
+
+    It is 0 after a failure: a user who submits a failed job again has changed something.
+    """
     return 0 if before is None or before.action == "fail" else before.num_idle
 
 
@@ -103,15 +113,15 @@ def _cause(evidence: Evidence) -> _Cause:
     endings = evidence.endings
     if len(endings) == evidence.num_ranks and all(ending.returncode == 0 for ending in endings):
         return _Cause("done", "finished")
-    for judge_one in _CAUSES:
-        found = judge_one(evidence)
+    for find_cause in _CAUSES:
+        found = find_cause(evidence)
         if found is not None:
             return found
-    return _Cause("fail", "nothing tells how the processes ended", 1)
+    return _Cause("fail", "nothing shows how the processes ended", 1)
 
 
 def _finished(evidence: Evidence) -> _Cause | None:
-    """Rank 0 ends a run after all others are past their last step, so what still happens to those is of no account."""
+    """Rank 0 ends a run after all others are past their last step, so that later errors of those do not matter."""
     first = next((ending for ending in evidence.endings if ending.rank == 0), None)
     if evidence.outcomes and evidence.outcomes.get(0, {}).get("state") == "finished" and first and not first.returncode:
         return _Cause("done", "finished")
@@ -120,7 +130,7 @@ def _finished(evidence: Evidence) -> _Cause | None:
 
 def _superseded(evidence: Evidence) -> _Cause | None:
     for ending in evidence.endings:
-        if "has taken over" in ending.last_line:  # distributed.generation.Superseded
+        if "has taken over" in ending.last_line:  # pomscale.runs.starts.Superseded
             return _Cause("leave", f"{_who(ending)}: {ending.last_line}", 1, log=ending.log)
     return None
 
@@ -130,7 +140,7 @@ def _out_of_memory(evidence: Evidence) -> _Cause | None:
         if ending.out_of_memory:
             return _Cause(
                 "fail",
-                f"{_who(ending)} was killed for want of host memory; use fewer reader threads or a smaller "
+                f"{_who(ending)} was killed because the host memory ran out; use fewer reader threads or a smaller "
                 "data.prefetch, or ask for more memory_gib",
                 1,
                 log=ending.log,
@@ -139,7 +149,7 @@ def _out_of_memory(evidence: Evidence) -> _Cause | None:
 
 
 def _broken_node(evidence: Evidence) -> _Cause | None:
-    """An error that is the machine's, though it is a process that raises it."""
+    """An exception in a process that is caused by a broken machine."""
     logs = {ending.rank: ending.log for ending in evidence.endings}
     for rank, outcome in sorted(evidence.outcomes.items(), key=lambda item: float(item[1]["ended_unix_s"])):
         if outcome["state"] == "failed" and _BROKEN_NODE.search(outcome.get("reason", "")):
@@ -161,14 +171,14 @@ def _own_fault(evidence: Evidence) -> _Cause | None:
             reason = f"{outcome['reason']} (on {evidence.start.host_of(rank)})"
             errors.append((outcome["ended_unix_s"], rank, reason, 1))
     for ending in evidence.endings:
-        told = ending.rank in evidence.outcomes
-        if ending.returncode in (1, 2) and not told and not _LOST_PEER.search(ending.last_line):
-            words = ending.last_line or f"exit code {ending.returncode}, without a word"
+        has_outcome = ending.rank in evidence.outcomes
+        if ending.returncode in (1, 2) and not has_outcome and not _LOST_PEER.search(ending.last_line):
+            words = ending.last_line or f"exit code {ending.returncode}, without a message"
             errors.append((ending.ended_unix_s, ending.rank, f"{_who(ending)}: {words}", ending.returncode))
     if not errors:
         return None
     ended_unix_s, rank, reason, exit_code = min(errors)
-    # Not by its own SIGABRT: so NCCL ends ranks that have lost this one.
+    # SIGABRT does not count: NCCL ends ranks in this way that have lost the failed one.
     others = (ending for ending in evidence.endings if ending.returncode != -signal.SIGABRT)
     killed = [ending.ended_unix_s for ending in others if _by_signal(ending)]
     if killed and min(killed) + _CLOCK_SKEW_S < ended_unix_s:
@@ -177,14 +187,14 @@ def _own_fault(evidence: Evidence) -> _Cause | None:
 
 
 def _killed(evidence: Evidence) -> _Cause | None:
-    """The first to die, those that did not do it themselves before others: NCCL aborts a rank that has lost another."""
+    """The first process that was killed; those that aborted come last, as NCCL aborts a rank that has lost another."""
     killed = [ending for ending in evidence.endings if _by_signal(ending)]
     if not killed:
         return None
     first = min(killed, key=lambda ending: (ending.returncode == -signal.SIGABRT, ending.ended_unix_s, ending.rank))
     aborted = first.returncode == -signal.SIGABRT
     if aborted and len(evidence.endings) < evidence.num_ranks:
-        return None  # the silent explain it
+        return None  # a rank without an ending is the cause
     return _Cause(
         "requeue",
         f"{_who(first)} was killed by {_signal_name(-first.returncode)}",
@@ -202,12 +212,13 @@ def _hung(evidence: Evidence) -> _Cause | None:
 
 
 def _vanished(evidence: Evidence) -> _Cause | None:
-    """Ranks of which nobody has told anything, although another rank lost its connection to them.
+    """Ranks that have left no ending, although another rank has failed.
 
-    The node of rank 0 is there, for this is found out on it; and if most nodes are silent, the file system is slow.
+    The node of rank 0 is not suspected, since this is found out on it. If most nodes are silent none is suspected: then
+    the file system is slow.
     """
-    told = {ending.rank for ending in evidence.endings}
-    silent = [rank for rank in range(evidence.num_ranks) if rank not in told]
+    known = {ending.rank for ending in evidence.endings}
+    silent = [rank for rank in range(evidence.num_ranks) if rank not in known]
     ended_well = {0, EXIT_SKIPPED, EXIT_STOPPED}
     if not silent or all(ending.returncode in ended_well for ending in evidence.endings):
         return None
@@ -215,14 +226,14 @@ def _vanished(evidence: Evidence) -> _Cause | None:
     suspects = [host for host in hosts if host != evidence.start.host_of(0)]
     return _Cause(
         "requeue",
-        f"nothing was heard any more of rank {', '.join(map(str, silent[:8]))} on {', '.join(hosts[:8])}",
+        f"no sign of life from rank {', '.join(map(str, silent[:8]))} on {', '.join(hosts[:8])}",
         EXIT_STOPPED,
         tuple(suspects) if 2 * len(suspects) <= len(evidence.start.hosts) else (),
     )
 
 
 def _lost_peers(evidence: Evidence) -> _Cause | None:
-    """All that failed have lost each other: the network."""
+    """All ranks that failed have lost each other: the cause is the network."""
     for ending in evidence.endings:
         reason = evidence.outcomes.get(ending.rank, {}).get("reason") or ending.last_line
         if ending.returncode in (1, 2) and _LOST_PEER.search(reason):
@@ -233,11 +244,11 @@ def _lost_peers(evidence: Evidence) -> _Cause | None:
 def _stopped(evidence: Evidence) -> _Cause | None:
     for ending in evidence.endings:
         if ending.returncode == EXIT_STOPPED:
-            asked = ending.told_to_end or "at another rank"
-            return _Cause("requeue", f"stopped on request ({asked}), saved", EXIT_STOPPED)
+            by = ending.ended_by or "at another rank"
+            return _Cause("requeue", f"stopped on request ({by}), saved", EXIT_STOPPED)
     for ending in evidence.endings:
-        if ending.told_to_end is not None and ending.returncode != 0:
-            return _Cause("requeue", f"ended by {ending.told_to_end} before it could save", EXIT_STOPPED)
+        if ending.ended_by is not None and ending.returncode != 0:
+            return _Cause("requeue", f"ended by {ending.ended_by} before it could save", EXIT_STOPPED)
     return None
 
 
@@ -246,12 +257,12 @@ def _skipped(evidence: Evidence) -> _Cause | None:
         return _Cause("done", "done, but some items were skipped; they are listed", EXIT_SKIPPED)
     for ending in evidence.endings:
         if ending.returncode > 0:
-            words = ending.last_line or "without a word"
+            words = ending.last_line or "without a message"
             return _Cause("fail", f"{_who(ending)}: exit code {ending.returncode}: {words}", 1, log=ending.log)
     return None
 
 
-# In the order in which they explain: what comes later may be a consequence of what comes before.
+# The order matters: a later cause may be a consequence of an earlier one.
 _CAUSES = (
     _finished,
     _superseded,
@@ -268,8 +279,8 @@ _CAUSES = (
 
 
 def _by_signal(ending: Ending) -> bool:
-    """Killed, and not by its guard or by whoever told its guard to end."""
-    return ending.returncode < 0 and ending.told_to_end is None and not ending.out_of_memory
+    """Whether the process was killed by a signal, and neither by its guard nor on a request to its guard."""
+    return ending.returncode < 0 and ending.ended_by is None and not ending.out_of_memory
 
 
 def _signal_name(number: int) -> str:

@@ -1,1 +1,1 @@
-"""Pipelines: several jobs that wait for each other."""
+"""Pipelines and sweeps: several jobs of one recipe."""

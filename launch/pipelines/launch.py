@@ -1,10 +1,10 @@
-"""Several jobs as one wish: the stages of a pipeline recipe, each a job that waits for those before it.
+"""Launch of a pipeline: each of its stages is a job that waits for those before it.
 
-    OUTPUT/NAME/pipeline.json     the stages: their homes, what they wait for, what they were made from
-    OUTPUT/NAME/STAGE/            home of a stage; of one that trains it is the run folder instead
+    OUTPUT/NAME/pipeline.json     the stages: their job folders, what they wait for, what they were made from
+    OUTPUT/NAME/STAGE/            job folder of a stage; a stage that trains has its run folder instead
 
-The id of a stage's job, and how it ended, are in the stage's home. Launching again is going on: stages that have
-succeeded are left alone, and so are those that still wait or run.
+The id of a stage's job, and how it ended, are in the stage's job folder. Launching again continues the pipeline: stages
+that have succeeded are left alone, and so are those that still wait or run.
 """
 
 from __future__ import annotations
@@ -14,92 +14,92 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from launch.pipelines.file import write_pipeline
-from launch.pipelines.plan import Plan, Planned
-from launch.record.job import submissions
-from launch.record.state import ended, is_success
+from launch.pipelines.plan import PipelinePlan, PlannedStage
+from launch.record.job import read_submissions
+from launch.record.pipeline import write_pipeline
+from launch.record.result import final_verdict, is_success
 from launch.scheduler import slurm
+from launch.status.table import shell_path, table
 from launch.submission.control import cancel
-from launch.submission.prepare import resolved_output
+from launch.submission.prepare import JobRequest, resolved_output
 from pomscale.base.errors import InputError, PomscaleError
-from pomscale.config.cluster import ClusterProfile
 from pomscale.config.pipeline import PipelineRecipe
 
 
 def launch_pipeline(
     recipe: PipelineRecipe,
     path: Path,
-    profile: ClusterProfile,
-    cluster_name: str,
-    *,
-    dry_run: bool,
-    command_line: list[str],
+    request: JobRequest,
     check_command: Callable[[list[str]], None],
+    *,
+    dry_run: bool = False,
     new_code: bool = False,
 ) -> str:
-    """Submit the stages that are not done; what to tell people. All of them are checked before the first is submitted.
+    """Submit the stages that are not done. Return lines for the user.
 
-    path: of the pipeline's file; recipes of its stages are relative to it. check_command: raises InputError for words
-    that are no command of pomscale. new_code: as Prepared.submit. If one stage is refused, those before it are
-    cancelled.
+    All stages are checked before the first is submitted. If one is refused, those submitted before it are cancelled.
 
-    Raises InputError, naming the stage, for whatever is wrong with one; PomscaleError for one that fails, where jobs
-    run in the foreground.
+    Args:
+        recipe: The pipeline.
+        path: File of the recipe; recipes of its stages are relative to it.
+        request: Cluster and command line; each stage says the rest for itself.
+        check_command: Raises InputError for words that are no command of pomscale.
+        dry_run: Submit nothing.
+        new_code: See Prepared.submit.
+
+    Raises:
+        InputError: Naming the stage, if anything is wrong with one.
+        PomscaleError: If jobs run in the foreground and one fails.
     """
+    profile, cluster_name = request.profile, request.cluster_name
     folder = resolved_output(recipe.output, profile) / recipe.name
-    plan = Plan(recipe, path, folder, profile, cluster_name, command_line, check_command)
+    plan = PipelinePlan(recipe, path, folder, request, check_command)
     planned = [plan.add(stage) for stage in recipe.stages]
     if dry_run:
-        return _table(f"pipeline {recipe.name} on {cluster_name}, not submitted", planned, {})
+        return _stage_table(f"pipeline {recipe.name} on {cluster_name}, not submitted", planned, {})
     to_submit = [stage for stage in planned if stage.prepared is not None]
     if not to_submit:
-        return _table(f"pipeline {recipe.name}: nothing to submit", planned, {})
+        return _stage_table(f"pipeline {recipe.name}: nothing to submit", planned, {})
     for stage in planned:
         if stage.replaces is not None:
             slurm.cancel(stage.replaces)
-    jobs = _submit(plan, planned, new_code)
+    jobs = _submit(plan, planned, with_slurm=profile.scheduler == "slurm", new_code=new_code)
     if profile.scheduler == "debug":
         _raise_failure(to_submit)
-    lines = [_table(f"pipeline {recipe.name} on {cluster_name}: {folder}", planned, jobs)]
+    lines = [_stage_table(f"pipeline {recipe.name} on {cluster_name}: {folder}", planned, jobs)]
     lines += dict.fromkeys(note for stage in to_submit if stage.prepared is not None for note in stage.prepared.notes)
-    first = _short(Path(to_submit[0].record.home))
+    first = shell_path(Path(to_submit[0].record.job_folder))
     lines += [
-        f"next      pomscale runs {_short(folder)}",
+        f"next      pomscale runs {shell_path(folder)}",
         f"          pomscale runs logs {first} --follow",
-        f"          pomscale runs cancel {first}    # and with it what waits for it",
-        f"          {shlex.join(command_line)}    # again: goes on with what is not done",
+        f"          pomscale runs cancel {first}    # and with it the stages that wait for it",
+        f"          {shlex.join(request.command_line)}    # again: continues with the stages that are not done",
     ]
     return "\n".join(lines)
 
 
-def _short(folder: Path) -> str:
-    """As people name it here, for a shell."""
-    here = Path.cwd()
-    return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
-
-
-def _submit(plan: Plan, planned: Sequence[Planned], new_code: bool) -> dict[str, str]:
-    """Stage -> job id, of all that wait or run now. All of the new ones are submitted, or none."""
+def _submit(plan: PipelinePlan, planned: Sequence[PlannedStage], *, with_slurm: bool, new_code: bool) -> dict[str, str]:
+    """Submit all new stages, or none. Return the job id by stage, for all stages that wait or run now."""
     jobs: dict[str, str] = {stage.record.name: stage.job_id for stage in planned if stage.job_id is not None}
-    homes = {stage.record.name: stage.record.home for stage in planned}
-    submitted: list[Planned] = []
+    job_folders = {stage.record.name: stage.record.job_folder for stage in planned}
+    submitted: list[PlannedStage] = []
     for stage in planned:
         if stage.prepared is None:
             continue
         name, after = stage.record.name, stage.record.after
         try:
-            if plan.profile.scheduler == "slurm":
-                # What is done already needs no waiting for.
+            if with_slurm:
+                # A stage that is done already has no job to wait for.
                 waits_for = {jobs[before]: condition for before, condition in after.items() if before in jobs}
                 jobs[name] = stage.prepared.submit(after=waits_for, new_code=new_code)
             else:
-                waiting = stage.prepared.waiting_for({homes[before]: condition for before, condition in after.items()})
-                jobs[name] = waiting.submit(new_code=new_code)
+                waits_for = {job_folders[before]: condition for before, condition in after.items()}
+                jobs[name] = stage.prepared.waiting_for(waits_for).submit(new_code=new_code)
         except PomscaleError as error:
             raise InputError(f"stage {name}: {error}\n{_take_back(submitted)}") from error
         except KeyboardInterrupt:
-            # Its job is there and on record before Ctrl-C comes through.
-            if len(submissions(stage.prepared.home)) > stage.prepared.num_before:
+            # If the job was submitted, it is on record before Ctrl-C has an effect.
+            if len(read_submissions(stage.prepared.job_folder)) > stage.prepared.num_before:
                 submitted.append(stage)
             print(_take_back(submitted), file=sys.stderr)
             raise
@@ -108,20 +108,21 @@ def _submit(plan: Plan, planned: Sequence[Planned], new_code: bool) -> dict[str,
     return jobs
 
 
-def _raise_failure(stages: Sequence[Planned]) -> None:
-    """Debug jobs are over when they have been submitted."""
+def _raise_failure(stages: Sequence[PlannedStage]) -> None:
+    """Raise PomscaleError for the first stage that has failed; debug jobs are over once they have been submitted."""
     for stage in stages:
-        verdict = ended(Path(stage.record.home))
+        verdict = final_verdict(Path(stage.record.job_folder))
         if verdict is not None and not is_success(verdict):
-            raise PomscaleError(f"stage {stage.record.name}: {verdict.reason}; see {verdict.log or stage.record.home}")
+            see = verdict.log or stage.record.job_folder
+            raise PomscaleError(f"stage {stage.record.name}: {verdict.reason}; see {see}")
 
 
-def _take_back(submitted: Sequence[Planned]) -> str:
-    """Cancel, the last first, so that none of them begins since the one before it has ended. What to tell people."""
+def _take_back(submitted: Sequence[PlannedStage]) -> str:
+    """Cancel stages, the last first, so that none of them begins when the one before it ends. Return lines."""
     problems = []
     for stage in reversed(submitted):
         try:
-            cancel(Path(stage.record.home))
+            cancel(Path(stage.record.job_folder))
         except PomscaleError as problem:
             problems.append(f"stage {stage.record.name} could not be cancelled: {problem}; do it yourself")
     if not submitted:
@@ -130,18 +131,12 @@ def _take_back(submitted: Sequence[Planned]) -> str:
     return "\n".join(problems or [f"nothing is left in the queue: {names} had been submitted, and were cancelled"])
 
 
-# --- telling it ------------------------------------------------------------------------------------------------------
+def _stage_table(title: str, planned: Sequence[PlannedStage], jobs: Mapping[str, str]) -> str:
+    lines = table(["stage", "job", "waits for", "runs on", "limit", "what"], [_cells(stage, jobs) for stage in planned])
+    return "\n".join([title, *(f"  {line}" for line in lines.splitlines())])
 
 
-def _table(title: str, planned: Sequence[Planned], jobs: Mapping[str, str]) -> str:
-    head = ["stage", "job", "waits for", "runs on", "limit", "what"]
-    rows = [[*_cells(stage, jobs)] for stage in planned]
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
-    return "\n".join([title, *(f"  {line}".rstrip() for line in lines)])
-
-
-def _cells(stage: Planned, jobs: Mapping[str, str]) -> list[str]:
+def _cells(stage: PlannedStage, jobs: Mapping[str, str]) -> list[str]:
     waits_for = ", ".join(
         name if condition == "ok" else f"{name} (however it ends)" for name, condition in stage.record.after.items()
     )
@@ -151,7 +146,7 @@ def _cells(stage: Planned, jobs: Mapping[str, str]) -> list[str]:
     return [stage.record.name, job, waits_for or "-", _size(stage), _limit(stage), what]
 
 
-def _size(stage: Planned) -> str:
+def _size(stage: PlannedStage) -> str:
     if stage.prepared is None:
         return "-"
     spec, tasks = stage.prepared.spec, stage.prepared.array
@@ -159,7 +154,7 @@ def _size(stage: Planned) -> str:
     return f"{tasks} tasks of {nodes}" if tasks else nodes
 
 
-def _limit(stage: Planned) -> str:
+def _limit(stage: PlannedStage) -> str:
     if stage.prepared is None or stage.prepared.profile.scheduler != "slurm":
         return "-"
     return stage.prepared.time_limit or stage.prepared.profile.time_limit or "-"

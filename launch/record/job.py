@@ -1,17 +1,17 @@
-"""What a job is, and what it leaves in its home: a run folder, or the folder of a pipeline's stage.
+"""What a job is, and what it leaves in its job folder: the run folder, or the folder of another kind of job.
 
-    HOME/job.json                  what to run and how (JobSpec); read by every start of the job
-    HOME/launch.json               how it was asked for (LaunchedAs): what `pomscale runs resume` needs
-    HOME/code/                     the code it runs, as it was when it was launched
-    HOME/jobs.jsonl                one line per submission (Submission)
-    HOME/attempts/JOB-RESTART/     one folder per start of a job, restarts by SLURM included
-        start.json                 where it runs (Start)
-        rank-00000.json            how a rank's process ended, as its guard saw it (Ending)
-        verdict.json               what came of it, and what happens next (Verdict)
-        end                        made by the supervisor when one rank of a run has ended badly: all others shall end
-        requeue                    if that is another start: hosts it should avoid, comma-separated
-    HOME/logs/rank-00000.log       what a rank has printed, over all starts; tasks of an array count on from each other
-    HOME/submitit/                 submitit's files, and the output of the guards
+    JOB_FOLDER/job.json               commands and processes of the job (JobSpec); read by every start of the job
+    JOB_FOLDER/launch.json            how the job was launched (LaunchedAs); `pomscale runs resume` needs it
+    JOB_FOLDER/code/                  frozen copy of the code that the job runs
+    JOB_FOLDER/jobs.jsonl             one line per submission (Submission)
+    JOB_FOLDER/attempts/JOB-RESTART/  one folder per start of the job, restarts by SLURM included
+        start.json                    where the start runs (StartRecord)
+        rank-00000.json               how a rank's process ended, as its guard saw it (Ending)
+        verdict.json                  how the start ended and what happens next (Verdict)
+        end                           made by the supervisor when a rank of a run has failed: all other ranks shall end
+        requeue                       made if the job shall start again; holds the hosts to avoid, comma-separated
+    JOB_FOLDER/logs/rank-00000.log    output of a rank, over all starts; the tasks of an array are numbered in sequence
+    JOB_FOLDER/submitit/              submitit's files, and the output of the guards
 
 The outcomes that training itself leaves are in pomscale.runs.outcome.
 """
@@ -22,7 +22,7 @@ import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -31,48 +31,63 @@ from pomscale.base.console import warn
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import make_folder, write_text
 from pomscale.base.jsonl import read_json_lines
-
-JOB_FILE, LAUNCH_FILE, JOBS_FILE, LOCK_FILE = "job.json", "launch.json", "jobs.jsonl", "launch.lock"
-REQUEUE_FILE, END_FILE = "requeue", "end"
-ATTEMPTS, LOGS, CODE, SUBMITIT = "attempts", "logs", "code", "submitit"
+from pomscale.runs.layout import ATTEMPTS_FOLDER, JOBS_FILE, LAUNCH_LOCK_FILE, LOGS_FOLDER, START_FILE, VERDICT_FILE
 
 Action = Literal["done", "requeue", "fail", "leave"]
 """leave: the scheduler is ending or restarting the job by itself."""
 
+Condition = Literal["ok", "any"]
+"""When a job may begin that waits for another: once that has succeeded, or once it has ended in any way."""
 
-class _Stored:
-    """A dataclass kept as a JSON object."""
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)  # type: ignore[call-overload]
+def stored_as(key: str) -> dict[str, str]:
+    """Metadata of a field whose key on disk is older than its name, and must stay."""
+    return {"key": key}
+
+
+def _key(one: Field[Any]) -> str:
+    key: str = one.metadata.get("key", one.name)
+    return key
+
+
+class Stored:
+    """Base of the dataclasses that are kept as JSON objects."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values by their keys on disk."""
+        return {_key(one): getattr(self, one.name) for one in fields(self)}  # type: ignore[arg-type]
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises PomscaleError where it is missing or not what it should be."""
+        """Raise PomscaleError if the file is missing or does not hold such an object."""
         try:
-            return cls.of(json.loads(path.read_text(encoding="utf-8")))
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise PomscaleError(f"{path} cannot be read: {error}") from error
 
     @classmethod
-    def of(cls, content: Any) -> Self:
-        """Without what a newer version has added: a job runs the code it was launched with. TypeError for others."""
+    def from_dict(cls, content: Any) -> Self:
+        """Raise TypeError for anything but such an object.
+
+        Unknown keys are ignored: a job runs the code it was launched with, and a newer version may have added some.
+        """
         if not isinstance(content, dict):
             raise TypeError(f"{type(content).__name__} instead of an object")
-        known = {one.name for one in fields(cls)}  # type: ignore[arg-type]
-        return cls(**{name: value for name, value in content.items() if name in known})
+        names = {_key(one): one.name for one in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{names[key]: value for key, value in content.items() if key in names})
 
 
 @dataclass(frozen=True)
-class JobSpec(_Stored):
+class JobSpec(Stored):
     """Commands, and the processes that run them. A process is a rank; all ranks run the same commands in turn.
 
-    commands: words after `pomscale`, for each command. ranks_by: see ClusterProfile. is_run: the home is a run folder,
-    whose outcomes, generations and checkpoints tell what happened. wait_for: homes of jobs to wait for, where no
-    scheduler does it ("ok": only if they succeed). evaluations: whether the recipe asks for evaluations of checkpoints.
+    commands: the words after `pomscale`, for each command. ranks_by: see ClusterProfile. is_run: whether the job folder
+    is a run folder, whose outcomes, starts and checkpoints show what happened. wait_for: the condition by job folder,
+    for jobs to wait for where no scheduler sees to it. evaluations: whether the recipe asks for evaluations of
+    checkpoints.
     """
 
-    home: str
+    job_folder: str = field(metadata=stored_as("home"))
     name: str
     commands: list[list[str]]
     cwd: str
@@ -82,7 +97,7 @@ class JobSpec(_Stored):
     environment: dict[str, str] = field(default_factory=dict)
     max_idle_requeues: int = 3
     is_run: bool = False
-    wait_for: dict[str, Literal["ok", "any"]] = field(default_factory=dict)
+    wait_for: dict[str, Condition] = field(default_factory=dict)
     evaluations: bool = False
 
     @property
@@ -91,8 +106,12 @@ class JobSpec(_Stored):
 
 
 @dataclass(frozen=True)
-class LaunchedAs(_Stored):
-    """recipe: path of the resolved one inside the home. profile: resolved. gpus_per_node: instead of the profile's."""
+class LaunchedAs(Stored):
+    """Record of a launch, with all that `pomscale runs resume` needs.
+
+    recipe: path of the resolved recipe inside the job folder. profile: the resolved profile. gpus_per_node: replaces
+    the profile's.
+    """
 
     recipe: str | None
     cluster: str
@@ -104,8 +123,8 @@ class LaunchedAs(_Stored):
 
 
 @dataclass(frozen=True)
-class Submission(_Stored):
-    """One line of jobs.jsonl. job_id: of an array, that of the whole array; num_tasks: its size."""
+class Submission(Stored):
+    """One line of jobs.jsonl. job_id: for an array, the id of the whole array; num_tasks: the size of the array."""
 
     job_id: str
     submitted_unix_s: float
@@ -115,23 +134,31 @@ class Submission(_Stored):
 
 
 @dataclass(frozen=True)
-class Start(_Stored):
-    """One start of a job. hosts: by node; rank r runs on hosts[r // ranks_per_node]."""
+class StartRecord(Stored):
+    """Where and when a start of a job runs.
+
+    hosts: by node; rank r runs on hosts[r // ranks_per_node]. newest_run_start: the number of the run's newest start
+    when this start of the job began; later numbers belong to this start.
+    """
 
     job_id: str
     restart: int
     hosts: list[str]
     ranks_per_node: int
     started_unix_s: float
-    newest_generation: int  # of the run, when this began: what comes after is of this start
+    newest_run_start: int = field(metadata=stored_as("newest_generation"))
 
     def host_of(self, rank: int) -> str:
         return self.hosts[min(rank // self.ranks_per_node, len(self.hosts) - 1)]
 
 
 @dataclass(frozen=True)
-class Ending(_Stored):
-    """How a rank's process ended. returncode: negative for a signal. told_to_end: by a signal that its guard got."""
+class Ending(Stored):
+    """End of a rank's process, as its guard saw it.
+
+    returncode: negative for a signal. ended_by: the signal, received by the rank's guard, that asked the process to
+    end; or the supervisor.
+    """
 
     rank: int
     host: str
@@ -140,16 +167,17 @@ class Ending(_Stored):
     ended_unix_s: float
     returncode: int
     out_of_memory: bool = False
-    told_to_end: str | None = None
+    ended_by: str | None = field(default=None, metadata=stored_as("told_to_end"))
     last_line: str = ""
     log: str = ""
 
 
 @dataclass(frozen=True)
-class Verdict(_Stored):
-    """What came of one start. reason: one line. suspects: hosts to avoid. num_idle: requeues in a row without progress.
+class Verdict(Stored):
+    """Decision of the supervisor on one start of a job: how it ended, and what happens next.
 
-    samples: of the run's newest complete checkpoint, None where there is none. exit_code: of the job.
+    reason: one line. exit_code: of the job. suspects: hosts to avoid. num_idle: requeues in a row without progress.
+    samples: of the run's newest complete checkpoint; None if there is none.
     """
 
     action: Action
@@ -163,72 +191,82 @@ class Verdict(_Stored):
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """One start of a job as its folder tells it; verdict: None while it runs, or if nobody lived to give one."""
+class JobStart:
+    """One start of a job, as its folder shows it.
+
+    verdict: None while the start runs, or if its supervisor died before it could decide.
+    """
 
     folder: Path
-    start: Start
+    record: StartRecord
     verdict: Verdict | None
 
 
-_Kept = TypeVar("_Kept", bound=_Stored)
+_Kept = TypeVar("_Kept", bound=Stored)
 
 
-def keep(path: Path, what: _Stored) -> None:
-    """Write it, whole or not at all. PomscaleError, naming the file, if it cannot be written."""
+def keep(path: Path, what: Stored) -> None:
+    """Write the object, completely or not at all. PomscaleError, naming the file, if it cannot be written."""
     make_folder(path.parent)
-    write_text(path, what.to_json())
+    write_text(path, json.dumps(what.to_dict(), indent=1))
 
 
 @contextmanager
-def sole_launch(home: Path) -> Iterator[None]:
-    """Keeps other launches out of this home for the duration of the block. InputError while one is at work there.
+def sole_launch(job_folder: Path) -> Iterator[None]:
+    """Keep other launches out of this job folder for the duration of the block. InputError if one is under way.
 
-    A lock of the file system: where there are none (NFS without its lock daemon), two launches in one moment may meet.
+    This is a lock of the file system. Where there are none (NFS without its lock daemon), two launches at the same
+    moment are not kept apart.
     """
-    make_folder(home)
-    with (home / LOCK_FILE).open("w") as file:
+    make_folder(job_folder)
+    with (job_folder / LAUNCH_LOCK_FILE).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"{home}: another launch is at work there; look with `pomscale runs {home}`") from error
+            raise InputError(
+                f"{job_folder}: another launch is under way there; look with `pomscale runs {job_folder}`"
+            ) from error
         except OSError as problem:
-            warn(f"{home}: no locks here ({problem}); do not launch twice at once")
+            warn(f"{job_folder}: the file system has no locks ({problem}); do not launch twice at once")
         yield
 
 
-def attempt_folder(home: Path, job_id: str, restart: int) -> Path:
-    return home / ATTEMPTS / f"{job_id}-{restart}"
+def start_folder(job_folder: Path, job_id: str, restart: int) -> Path:
+    return job_folder / ATTEMPTS_FOLDER / f"{job_id}-{restart}"
 
 
-def ending_path(attempt: Path, rank: int) -> Path:
-    return attempt / f"rank-{rank:05d}.json"
+def ending_path(folder: Path, rank: int) -> Path:
+    """Return the file of a rank in the folder of a start."""
+    return folder / f"rank-{rank:05d}.json"
 
 
-def log_path(home: Path, rank: int) -> Path:
-    return home / LOGS / f"rank-{rank:05d}.log"
+def log_path(job_folder: Path, rank: int) -> Path:
+    return job_folder / LOGS_FOLDER / f"rank-{rank:05d}.log"
 
 
-def endings(attempt: Path) -> list[Ending]:
-    """Of the ranks that have one so far, by rank. One that cannot be read counts as not there."""
-    found = [_readable(Ending, path) for path in sorted(attempt.glob("rank-*.json"))]
+def read_endings(folder: Path) -> list[Ending]:
+    """Return the endings that the folder of a start holds so far, by rank. An unreadable one counts as missing."""
+    found = [_readable(Ending, path) for path in sorted(folder.glob("rank-*.json"))]
     return [ending for ending in found if ending is not None]
 
 
-def attempts(home: Path) -> list[Attempt]:
-    """All starts, oldest first. One that cannot be read is left out: remains of an old one must not end a new one."""
+def read_starts(job_folder: Path) -> list[JobStart]:
+    """Return all starts, oldest first.
+
+    One that cannot be read is left out: the remains of an old start must not end a new one.
+    """
     found = []
-    for folder in (home / ATTEMPTS).glob("*-*"):
-        if not (folder / "start.json").is_file():
+    for folder in (job_folder / ATTEMPTS_FOLDER).glob("*-*"):
+        if not (folder / START_FILE).is_file():
             continue  # its first process is just writing it
-        start, verdict = _readable(Start, folder / "start.json"), folder / "verdict.json"
-        if start is not None:
-            found.append(Attempt(folder, start, _readable(Verdict, verdict) if verdict.is_file() else None))
-    return sorted(found, key=lambda attempt: attempt.start.started_unix_s)
+        record, verdict = _readable(StartRecord, folder / START_FILE), folder / VERDICT_FILE
+        if record is not None:
+            found.append(JobStart(folder, record, _readable(Verdict, verdict) if verdict.is_file() else None))
+    return sorted(found, key=lambda start: start.record.started_unix_s)
 
 
 def _readable(kind: type[_Kept], path: Path) -> _Kept | None:
-    """None, and a line on standard error, for a file that cannot be read."""
+    """Return None, and warn, for a file that cannot be read."""
     try:
         return kind.read(path)
     except PomscaleError as problem:
@@ -238,11 +276,11 @@ def _readable(kind: type[_Kept], path: Path) -> _Kept | None:
 
 @cache
 def _warn_once(problem: str) -> None:
-    """Once: a supervisor looks every second."""
+    """Warn once per problem, since a supervisor looks every second."""
     warn(problem)
 
 
-def submissions(home: Path) -> list[Submission]:
-    """All submissions, oldest first."""
-    rows, _ = read_json_lines(home / JOBS_FILE)
-    return [Submission.of(row) for row in rows]
+def read_submissions(job_folder: Path) -> list[Submission]:
+    """Return all submissions, oldest first."""
+    rows, _ = read_json_lines(job_folder / JOBS_FILE)
+    return [Submission.from_dict(row) for row in rows]

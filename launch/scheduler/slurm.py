@@ -1,7 +1,7 @@
-"""What SLURM is asked and told: thin adapters over squeue, sacct, sinfo, scontrol and scancel.
+"""Commands of SLURM: thin adapters over squeue, sacct, sinfo, scontrol and scancel.
 
-Every failure is a SlurmError with SLURM's own words. What a site's accounting would remember, a site without accounting
-has forgotten: jobs that squeue no longer knows are absent there, and only there.
+Every failure is a SlurmError with SLURM's own message. On a site without accounting, and only there, jobs that squeue
+no longer knows are missing.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class SlurmError(PomscaleError):
 
 @dataclass(frozen=True)
 class JobState:
-    """A job, or one task of an array, as SLURM has it.
+    """State of a job, or of one task of an array, according to SLURM.
 
-    state: its long name, such as "RUNNING". reason: why it is in this state, "" for none. hosts: where it is or was.
-    time_left_s: until its limit; None where there is none. num_restarts: how often it has been requeued; while it is
+    state: its long name, such as "RUNNING". reason: why it is in this state, "" for none. hosts: where it runs or ran.
+    time_left_s: until its limit; None if it has none. num_restarts: how often it has been requeued; while it is
     COMPLETING, more than its own SLURM_RESTART_COUNT means that it will start again. Both are None for a job that only
     accounting remembers.
     """
@@ -67,7 +67,7 @@ def is_available() -> bool:
 
 
 def check_answers() -> None:
-    """Raises SlurmError, at once, where there is no SLURM or no controller answers: sbatch would try for long."""
+    """Raise SlurmError at once if there is no SLURM, or if no controller answers: sbatch would try for a long time."""
     words = ["scontrol", "ping"]
     _, output, complaint = _finished(words)
     if " is UP" not in output:  # of the backup, if there is one
@@ -76,39 +76,39 @@ def check_answers() -> None:
 
 
 def job_states(job_ids: Iterable[str]) -> dict[str, JobState]:
-    """States by id, of all that are known: one call of squeue, and one of sacct for what it has forgotten.
+    """Return the states by id of all jobs that are known, by one call of squeue and one of sacct for older jobs.
 
-    The tasks of an array "12" come one by one, as "12_0" and so on. Raises SlurmError if the controller does not
-    answer. Where only accounting does not, it says so on standard error, and what squeue has forgotten stays unknown.
+    The tasks of an array "12" are listed one by one, as "12_0" and so on. Raises SlurmError if the controller does not
+    answer. If only accounting does not answer, there is a warning, and older jobs are missing.
     """
     asked = list(dict.fromkeys(job_ids))
     if not asked:
         return {}
     states = {state.job_id: state for state in _in_queue(asked)}
-    # Of an array whose last tasks still run it may have forgotten the first.
+    # Accounting is asked about every array: squeue may have forgotten its first tasks while the last ones still run.
     if forgotten := [job_id for job_id in asked if job_id not in states]:
         states = {state.job_id: state for state in _in_accounting(forgotten)} | states
     return states
 
 
 def state_now(job_id: str) -> str:
-    """Of one job, by a single squeue; "" if that does not know it (any more)."""
+    """Return the state of one job by a single call of squeue; "" if squeue does not know it (any more)."""
     lines = _squeue([job_id], ["--format=%T"])
     return lines[0] if lines else ""
 
 
 def requeue(job_id: str) -> None:
-    """End the job, if it runs, and start it again. Brings back a job that is just being cancelled: look before."""
+    """End the job, if it runs, and start it again. A job that is just being cancelled would return: check before."""
     _run(["scontrol", "requeue", job_id])
 
 
 def cancel(job_id: str) -> None:
-    """End it. Nothing happens to a job that has ended, or that nobody knows."""
+    """End a job. Nothing happens if it has ended, or if SLURM does not know it."""
     _run(["scancel", job_id])
 
 
 def send_signal(job_id: str, name: str) -> None:
-    """To every process of a running job's steps, but not to the batch script itself. name: without SIG."""
+    """Signal every process of a running job's steps, but not the batch script itself. name: without SIG."""
     states = set(_squeue([job_id], ["--format=%T"]))
     if "RUNNING" not in states:  # scancel would try for a minute and a half
         raise SlurmError(f"job {job_id} is {' '.join(states) or 'unknown to squeue'}: only a running job gets a signal")
@@ -116,14 +116,14 @@ def send_signal(job_id: str, name: str) -> None:
 
 
 def exclude(job_id: str, hosts: Iterable[str]) -> None:
-    """Keep a job that is to start, or to start again, off these hosts too. SlurmError for one that runs."""
+    """Exclude further hosts for a job that is to start, or to start again. SlurmError for a job that runs."""
     before = _squeue([job_id], ["--format=%x"])
     excluded = dict.fromkeys([*hosts_of(before[0] if before else ""), *hosts])
     _run(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(excluded)}"])
 
 
 def bad_nodes(hosts: Iterable[str]) -> list[str]:
-    """Those that are down, failing or do not respond, and those that get no new jobs for a reason of their own."""
+    """Return the hosts that are down, drained, failing, or do not respond."""
     names = list(dict.fromkeys(hosts))
     if not names:
         return []
@@ -133,14 +133,14 @@ def bad_nodes(hosts: Iterable[str]) -> list[str]:
 
 
 def configuration() -> dict[str, str]:
-    """How SLURM is set up here, by the names of slurm.conf."""
+    """Return SLURM's configuration on this site, by the names of slurm.conf."""
     lines = _run(["scontrol", "show", "config"]).splitlines()
     pairs = (line.partition("=") for line in lines if "=" in line)
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def partition(name: str | None) -> dict[str, str]:
-    """A partition by SLURM's own names, such as MaxTime; None = the default one. Empty where there is none such."""
+    """Return a partition (None: the default one) by SLURM's own names, such as MaxTime; empty if there is none."""
     for line in _run(["scontrol", "show", "partition", "--oneliner"]).splitlines():
         values = _values(line)
         if values.get("PartitionName") == name or (name is None and values.get("Default") == "YES"):
@@ -149,7 +149,7 @@ def partition(name: str | None) -> dict[str, str]:
 
 
 def details(job_id: str) -> dict[str, str]:
-    """Of a job that the controller knows, by SLURM's own names, such as Requeue."""
+    """Return the details of a job that the controller knows, by SLURM's own names, such as Requeue."""
     return _values(_run(["scontrol", "show", "job", job_id, "--oneliner"]))
 
 
@@ -158,12 +158,12 @@ def _values(line: str) -> dict[str, str]:
 
 
 def hosts_of(nodelist: str) -> list[str]:
-    """ "n[1-2,07],gpu3" -> ["n1", "n2", "n07", "gpu3"], as `scontrol show hostnames` has it, without asking SLURM."""
+    """Expand "n[1-2,07],gpu3" to ["n1", "n2", "n07", "gpu3"], like `scontrol show hostnames`, without asking SLURM."""
     return [host for part in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", nodelist) for host in _expanded(part)]
 
 
 def seconds_of(text: str) -> float | None:
-    """ "1-02:03:04", "2:03:04" or "3:04", as SLURM writes times; None for "UNLIMITED" and its like."""
+    """Parse a time such as "1-02:03:04", "2:03:04" or "3:04"; None for "UNLIMITED" and the like."""
     if re.fullmatch(r"(\d+-)?(\d+:)*\d+", text) is None:
         return None
     days, _, rest = text.rpartition("-")
@@ -187,11 +187,11 @@ def _expanded(name: str) -> Iterator[str]:
 
 
 def _in_queue(asked: list[str]) -> Iterator[JobState]:
-    # Not --format, which knows no number of restarts.
+    # --format would have no field for the number of restarts.
     fields = ",".join(f"{name}:{width}|" for name, width in _FIELDS.items())
     for line in _squeue(asked, [f"--Format={fields}"]):
         number, job_id, state, reason, nodes, used, left, restarts = (word.strip() for word in line.split("|")[:-1])
-        # A task of an array has a number of its own, by which it knows itself.
+        # A task of an array also has a job number of its own, which it finds in SLURM_JOB_ID.
         if job_id.partition("_")[0] not in asked and number in asked:
             job_id = number
         why = "" if reason == "None" else reason
@@ -199,12 +199,12 @@ def _in_queue(asked: list[str]) -> Iterator[JobState]:
 
 
 def _squeue(job_ids: list[str], options: list[str]) -> list[str]:
-    """Lines; none for jobs that it does not know."""
+    """Return squeue's lines; none for jobs that it does not know."""
     words = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(job_ids)}", *options]
     try:
         return _run(words).splitlines()
     except SlurmError as error:
-        if _UNKNOWN_JOB in str(error):  # so it says of one job, and of several it says nothing
+        if _UNKNOWN_JOB in str(error):  # the message for one unknown job; for several there is none
             return []
         raise
 
@@ -220,7 +220,7 @@ def _in_accounting(asked: list[str]) -> Iterator[JobState]:
         return
     for line in lines:
         job_id, number, state, reason, nodes, elapsed = line.split("|")
-        if "[" in job_id:  # the tasks of an array that have not begun: squeue has them one by one
+        if "[" in job_id:  # tasks of an array that have not begun; squeue lists them one by one
             continue
         if job_id.partition("_")[0] not in asked and number in asked:
             job_id = number
@@ -231,7 +231,7 @@ def _in_accounting(asked: list[str]) -> Iterator[JobState]:
 
 
 def _run(words: list[str]) -> str:
-    """The output of one of SLURM's commands. Raises SlurmError, naming it, if it fails or gives no answer."""
+    """Return the output of one of SLURM's commands. SlurmError, naming it, if it fails or does not answer."""
     code, output, complaint = _finished(words)
     if code != 0:
         raise SlurmError(_failure(words, complaint or output or f"ended with {code}"))
@@ -243,9 +243,9 @@ def _failure(words: list[str], complaint: str) -> str:
 
 
 def _finished(words: list[str]) -> tuple[int, str, str]:
-    """(exit code, output, complaints)."""
+    """Return (exit code, standard output, standard error)."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_USER_DEFAULTS)}
-    # A supervisor asks while SLURM ends its job: what SLURM sends to all processes must not hit the question.
+    # A supervisor asks while SLURM is ending its job: the signals to all its processes must not end this command.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING_SIGNALS)
     try:
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""`pomscale runs diff A B`: in what two runs differ, and how far apart they are."""
+"""`pomscale runs diff A B`: the differences of two runs in recipe, code, data and losses."""
 
 from __future__ import annotations
 
@@ -9,23 +9,30 @@ from typing import Any
 
 import yaml
 
-from launch.record.job import LAUNCH_FILE
 from launch.status.table import NOTHING, table
 from launch.status.tail import read_object
 from pomscale.base.console import format_count
 from pomscale.base.errors import InputError
-from pomscale.runs.checkpoint_folder import META, complete_checkpoints
+from pomscale.runs.checkpoint_folder import complete_checkpoints
 from pomscale.runs.history import read_history
+from pomscale.runs.layout import (
+    CHECKPOINT_META,
+    CHECKPOINTS_FOLDER,
+    CODE_DIFF_FILE,
+    CODE_STATE_FILE,
+    LAUNCH_FILE,
+    RECIPE_FILE,
+)
 
 _METRICS = {"train/loss": "training loss", "validation/loss": "held-out loss"}
 _SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the samples that both have seen
 _MAX_WIDTH = 48
-# Where a run is and what it is called: of no account for what it computes.
-_OF_NO_ACCOUNT = {"name", "output"}
+# The location and the name of a run do not change what it computes.
+_IGNORED_KEYS = {"name", "output"}
 
 
 def diff(a: Path, b: Path) -> str:
-    """For people. InputError for a run that has no recipe."""
+    """Return tables of the differences. InputError for a run that has no recipe."""
     parts = [
         _section("recipe", _changes(_recipe(a), _recipe(b)), a, b),
         _section("code", _changes(_code(a), _code(b)), a, b),
@@ -40,7 +47,7 @@ def _section(title: str, rows: list[list[str]], a: Path, b: Path) -> str:
 
 
 def _names(a: Path, b: Path) -> tuple[str, str]:
-    """Short, but not the same."""
+    """Return short names of the runs that differ."""
     return (a.name, b.name) if a.name != b.name else (str(a), str(b))
 
 
@@ -57,24 +64,24 @@ def _cut(value: str) -> str:
     return value if len(value) <= _MAX_WIDTH else value[: _MAX_WIDTH - 1] + "…"
 
 
-def _recipe(home: Path) -> dict[str, str]:
-    """Resolved, of the newest start; before the first, as it was launched."""
-    launched = read_object(home / LAUNCH_FILE) or {}
-    candidates = [home / "recipe.yaml", *([home / launched["recipe"]] if launched.get("recipe") else [])]
+def _recipe(job_folder: Path) -> dict[str, str]:
+    """Return the resolved recipe of the newest start; before the first start, the recipe that was launched."""
+    launched = read_object(job_folder / LAUNCH_FILE) or {}
+    candidates = [job_folder / RECIPE_FILE, *([job_folder / launched["recipe"]] if launched.get("recipe") else [])]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
-        raise InputError(f"{home}: holds no recipe.yaml: no run has begun here")
+        raise InputError(f"{job_folder}: holds no recipe.yaml: no run has begun here")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise InputError(f"{path}: this is no YAML: {error}") from error
-    return {key: value for key, value in _flat(values).items() if key not in _OF_NO_ACCOUNT}
+    return {key: value for key, value in _flat(values).items() if key not in _IGNORED_KEYS}
 
 
-def _code(home: Path) -> dict[str, str]:
-    code = read_object(home / "code.json") or {}
+def _code(job_folder: Path) -> dict[str, str]:
+    code = read_object(job_folder / CODE_STATE_FILE) or {}
     shown: dict[str, str] = {key: str(code[key]) for key in ("pomscale", "git_commit") if key in code}
-    difference = home / "code.diff"
+    difference = job_folder / CODE_DIFF_FILE
     if difference.is_file():
         lines = difference.read_text(encoding="utf-8", errors="replace").splitlines()
         files = [line.split(" b/")[-1] for line in lines if line.startswith("diff --git ")]
@@ -84,17 +91,17 @@ def _code(home: Path) -> dict[str, str]:
     return shown
 
 
-def _data(home: Path) -> dict[str, str]:
-    """Fingerprints, by the newest checkpoint."""
-    for checkpoint in reversed(complete_checkpoints(home / "checkpoints")):
-        meta = read_object(checkpoint / META)
+def _data(job_folder: Path) -> dict[str, str]:
+    """Return the fingerprints of the datasets, from the newest checkpoint."""
+    for checkpoint in reversed(complete_checkpoints(job_folder / CHECKPOINTS_FOLDER)):
+        meta = read_object(checkpoint / CHECKPOINT_META)
         if meta is not None and "data" in meta:
             return _flat({"data": meta["data"]})
     return {}
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, str]:
-    """{"a.b": "1"}; lists of mappings are taken apart too."""
+    """Flatten nested mappings, and lists of them, into {"a.b": "1"}."""
     if isinstance(values, list) and any(isinstance(value, dict) for value in values):
         values = dict(enumerate(values))
     if not isinstance(values, dict) or not values:
@@ -106,7 +113,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, str]:
 
 
 def _losses(a: Path, b: Path) -> list[str]:
-    """The last ones at samples that both have logged."""
+    """Compare the losses at numbers of samples at which both runs have logged them."""
     try:
         ours, theirs = read_history(a).series, read_history(b).series
     except InputError as problem:
@@ -115,8 +122,8 @@ def _losses(a: Path, b: Path) -> list[str]:
     for metric, title in _METRICS.items():
         if metric not in ours or metric not in theirs:
             continue
-        of_a, of_b = (dict(zip(*series[metric], strict=True)) for series in (ours, theirs))
-        both = sorted(of_a.keys() & of_b.keys())
+        values_a, values_b = (dict(zip(*series[metric], strict=True)) for series in (ours, theirs))
+        both = sorted(values_a.keys() & values_b.keys())
         if not both:
             parts.append(f"{title}: never logged at the same samples")
             continue
@@ -124,9 +131,9 @@ def _losses(a: Path, b: Path) -> list[str]:
         rows = [
             [
                 format_count(samples),
-                f"{of_a[samples]:.5g}",
-                f"{of_b[samples]:.5g}",
-                _relative(of_a[samples], of_b[samples]),
+                f"{values_a[samples]:.5g}",
+                f"{values_b[samples]:.5g}",
+                _relative(values_a[samples], values_b[samples]),
             ]
             for samples in at
         ]

@@ -1,4 +1,4 @@
-"""`pomscale runs status`: everything about one run on one screen."""
+"""`pomscale runs status`: an overview of one run on one screen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.record.job import LAUNCH_FILE, Attempt, attempts
+from launch.record.job import JobStart, read_starts
 from launch.status.facts import Facts, read_facts
 from launch.status.runs import RunSummary, ask_slurm, summary
 from launch.status.state import LIVE, state_of
@@ -17,7 +17,7 @@ from launch.status.tail import read_object
 from pomscale.base.console import format_age, format_count, format_duration
 from pomscale.base.jsonl import read_json_lines
 from pomscale.runs.checkpoint_folder import complete_checkpoints, incomplete_checkpoints
-from pomscale.runs.history import INCARNATIONS_FILE
+from pomscale.runs.layout import CHECKPOINTS_FOLDER, LAUNCH_FILE, STARTS_FILE, outcome_path
 from pomscale.runs.ledger import goodput
 from pomscale.runs.metric_names import METRICS, WALL_TIME
 
@@ -30,27 +30,27 @@ _METRICS = (
 )  # fmt: skip
 
 
-def status(home: Path) -> str:
-    """For people. PomscaleError for a folder that cannot be read."""
+def status(job_folder: Path) -> str:
+    """Return the overview of a run. PomscaleError for a folder that cannot be read."""
     now_unix_s = time.time()
-    facts = read_facts(home)
+    facts = read_facts(job_folder)
     jobs, problem = ask_slurm([facts], now_unix_s)
     state = state_of(facts, jobs, now_unix_s)
-    run = summary(facts, home.resolve().name, state, now_unix_s)
+    run = summary(facts, job_folder.resolve().name, state, now_unix_s)
     parts = [
-        f"{run.name}: {run.state}" + (f" ({problem}; this is what the folder tells)" if problem else ""),
+        f"{run.name}: {run.state}" + (f" ({problem}; this state is read from the folder alone)" if problem else ""),
         _facts(facts, run, now_unix_s),
         _starts(facts, run),
         _metrics(facts),
-        _wall_time(home),
-        "next:\n" + "\n".join(f"  {command}" for command in next_commands(home, run)),
+        _wall_time(job_folder),
+        "next:\n" + "\n".join(f"  {command}" for command in next_commands(job_folder, run)),
     ]
     return "\n\n".join(filter(None, parts))
 
 
 def _facts(facts: Facts, run: RunSummary, now_unix_s: float) -> str:
-    home = facts.home
-    lines = {"folder": str(home)}
+    job_folder = facts.job_folder
+    lines = {"folder": str(job_folder)}
     if run.reason:
         lines["why"] = run.reason
     if run.log:
@@ -61,13 +61,13 @@ def _facts(facts: Facts, run: RunSummary, now_unix_s: float) -> str:
         lines["progress"] = _progress(run)
     if run.last_row_unix_s is not None:
         lines["last row"] = format_age(run.last_row_unix_s, now_unix_s)
-    complete = complete_checkpoints(home / "checkpoints")
-    with suppress(IndexError, FileNotFoundError):  # none yet; or retention has just taken it
+    complete = complete_checkpoints(job_folder / CHECKPOINTS_FOLDER)
+    with suppress(IndexError, FileNotFoundError):  # none yet, or retention has just deleted it
         age = format_age(complete[-1].stat().st_mtime, now_unix_s)
         lines["checkpoint"] = f"{complete[-1]}, {age}; {len(complete)} complete"
-    if incomplete_checkpoints(home / "checkpoints"):
-        lines["incomplete"] = ", ".join(path.name for path in incomplete_checkpoints(home / "checkpoints"))
-    suspects = _suspects(home)
+    if incomplete_checkpoints(job_folder / CHECKPOINTS_FOLDER):
+        lines["incomplete"] = ", ".join(path.name for path in incomplete_checkpoints(job_folder / CHECKPOINTS_FOLDER))
+    suspects = _suspects(job_folder)
     if suspects:
         lines["suspects"] = ", ".join(suspects)
     return "\n".join(f"{name:<12}{value}" for name, value in lines.items())
@@ -81,28 +81,28 @@ def _progress(run: RunSummary) -> str:
     return f"{samples:,} of {run.total_samples:,} samples ({run.share:.1%}){eta}"
 
 
-def _suspects(home: Path) -> list[str]:
-    """Hosts that verdicts have named, the newest first."""
-    named = [host for attempt in reversed(attempts(home)) if attempt.verdict for host in attempt.verdict.suspects]
+def _suspects(job_folder: Path) -> list[str]:
+    """Return the hosts that verdicts have suspected, newest first."""
+    named = [host for start in reversed(read_starts(job_folder)) if start.verdict for host in start.verdict.suspects]
     return list(dict.fromkeys(named))
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A start: of a job, of the run, or, mostly, of both."""
+    """A start of the job, of the run, or usually of both."""
 
     began_unix_s: float
-    attempt: Attempt | None
-    incarnation: dict[str, Any] | None
+    start: JobStart | None
+    run_start: dict[str, Any] | None
 
 
 def _starts(facts: Facts, run: RunSummary) -> str:
-    lines = _lines(facts.home)
+    lines = _lines(facts.job_folder)
     if not lines:
         return ""
-    rows = [_row(facts.home, line) for line in lines]
+    rows = [_row(facts.job_folder, line) for line in lines]
     for row in rows[:-1]:
-        row[-1] = row[-1] or "without a word"
+        row[-1] = row[-1] or "no record of its end"
     if not rows[-1][-1]:
         rows[-1][-1] = run.state
         if rows[-1][-2] != NOTHING and run.samples is not None:
@@ -111,37 +111,36 @@ def _starts(facts: Facts, run: RunSummary) -> str:
     return table(["started", "job", "hosts", "ranks", "samples", "ended"], rows[-_MAX_STARTS:]) + earlier
 
 
-def _lines(home: Path) -> list[_Line]:
-    """Oldest first."""
-    starts = attempts(home)
-    written, _ = read_json_lines(home / INCARNATIONS_FILE)
-    incarnations = [row for row in written if row.keys() >= _START_KEYS]
+def _lines(job_folder: Path) -> list[_Line]:
+    """Return all starts, oldest first."""
+    starts = read_starts(job_folder)
+    written, _ = read_json_lines(job_folder / STARTS_FILE)
+    run_starts = [row for row in written if row.keys() >= _START_KEYS]
     lines, taken = [], set()
-    for place, attempt in enumerate(starts):
-        until = starts[place + 1].start.newest_generation if place + 1 < len(starts) else float("inf")
-        # What was started by hand, after the job had ended, is not its own.
-        ended_unix_s = attempt.verdict.decided_unix_s if attempt.verdict is not None else float("inf")
+    for number, start in enumerate(starts):
+        until = starts[number + 1].record.newest_run_start if number + 1 < len(starts) else float("inf")
+        # A run that was started by hand after the end of the job does not belong to it.
+        ended_unix_s = start.verdict.decided_unix_s if start.verdict is not None else float("inf")
         own = [
             row
-            for row in incarnations
-            if attempt.start.newest_generation < row["incarnation"] <= until and row["started_unix_s"] < ended_unix_s
+            for row in run_starts
+            if start.record.newest_run_start < row["incarnation"] <= until and row["started_unix_s"] < ended_unix_s
         ]
         taken |= {row["incarnation"] for row in own}
-        lines.append(_Line(attempt.start.started_unix_s, attempt, own[-1] if own else None))
-    by_hand = [row for row in incarnations if row["incarnation"] not in taken]
+        lines.append(_Line(start.record.started_unix_s, start, own[-1] if own else None))
+    by_hand = [row for row in run_starts if row["incarnation"] not in taken]
     return sorted(
         [*lines, *[_Line(row["started_unix_s"], None, row) for row in by_hand]], key=lambda line: line.began_unix_s
     )
 
 
-def _row(home: Path, line: _Line) -> list[str]:
-    """The last cell is empty where nobody has told how it ended."""
-    attempt, incarnation = line.attempt, line.incarnation
-    verdict = attempt.verdict if attempt is not None else None
+def _row(job_folder: Path, line: _Line) -> list[str]:
+    """Return the cells of a start; the last one is empty if there is no record of its end."""
+    start, run_start = line.start, line.run_start
+    verdict = start.verdict if start is not None else None
     outcome: dict[str, Any] = {}
-    if incarnation is not None:
-        name = f"incarnation-{incarnation['incarnation']:04d}-rank-00000.json"
-        outcome = read_object(home / "outcomes" / name) or {}
+    if run_start is not None:
+        outcome = read_object(outcome_path(job_folder, run_start["incarnation"], 0)) or {}
     ended = outcome.get("state", "")
     if outcome.get("reason"):
         ended = f"{ended}: {outcome['reason']}"
@@ -149,28 +148,28 @@ def _row(home: Path, line: _Line) -> list[str]:
         ended = f"{verdict.action}: {verdict.reason}"
     until = outcome.get("samples", verdict.samples if verdict is not None else None)
     samples = NOTHING
-    if incarnation is not None:
-        samples = f"{format_count(incarnation['start_samples'])} - {'' if until is None else format_count(until)}"
-    hosts = attempt.start.hosts if attempt is not None else [incarnation["host"]] if incarnation is not None else []
+    if run_start is not None:
+        samples = f"{format_count(run_start['start_samples'])} - {'' if until is None else format_count(until)}"
+    hosts = start.record.hosts if start is not None else [run_start["host"]] if run_start is not None else []
     return [
         time.strftime("%Y-%m-%d %H:%M", time.localtime(line.began_unix_s)),
-        NOTHING if attempt is None else attempt.folder.name,
+        NOTHING if start is None else start.folder.name,
         few(hosts),
-        NOTHING if incarnation is None else str(incarnation["num_ranks"]),
+        NOTHING if run_start is None else str(run_start["num_ranks"]),
         samples,
         " ".join(ended.split()),
     ]
 
 
 def _metrics(facts: Facts) -> str:
-    """The last values; what is rarer than the rows that were read is left to the report."""
+    """Return the last values. A metric that is not in the few rows that were read is left to `pomscale report`."""
     known = [(name, facts.latest(name)) for name in _METRICS]
     rows = [[name, f"{value:.5g}", METRICS[name]] for name, value in known if value is not None]
     return table(["metric", "last", ""], rows) if rows else ""
 
 
-def _wall_time(home: Path) -> str:
-    times = goodput(home)
+def _wall_time(job_folder: Path) -> str:
+    times = goodput(job_folder)
     total = sum(times.seconds.values()) if times is not None else 0.0
     if times is None or not total:
         return ""
@@ -184,14 +183,18 @@ def _wall_time(home: Path) -> str:
     return table(head, rows, right={"share", "time"}) + (f"\nevents: {events}" if events else "")
 
 
-def next_commands(home: Path, run: RunSummary) -> list[str]:
-    """What one may want to type now."""
-    launched = (home / LAUNCH_FILE).is_file()
-    logs = [f"pomscale runs logs {home}"] if launched else []
-    again = f"pomscale runs resume {home}" if launched else f"pomscale train {home / 'recipe.yaml'}"
+def next_commands(job_folder: Path, run: RunSummary) -> list[str]:
+    """Return the commands that are useful in the run's state."""
+    launched = (job_folder / LAUNCH_FILE).is_file()
+    logs = [f"pomscale runs logs {job_folder}"] if launched else []
+    again = f"pomscale runs resume {job_folder}" if launched else f"pomscale train {job_folder / 'recipe.yaml'}"
     if run.state in LIVE:
-        follow = f"pomscale runs logs {home} --follow"
-        return [f"pomscale watch {home}", *([follow] if launched else []), f"pomscale runs cancel {home}"]
+        follow = f"pomscale runs logs {job_folder} --follow"
+        return [f"pomscale watch {job_folder}", *([follow] if launched else []), f"pomscale runs cancel {job_folder}"]
     if run.state == "finished":
-        return [f"pomscale report {home}", f"pomscale sample {home} --num 8 --out grid.png"] if run.num_starts else logs
+        return (
+            [f"pomscale report {job_folder}", f"pomscale sample {job_folder} --num 8 --out grid.png"]
+            if run.num_starts
+            else logs
+        )
     return [*logs, again]

@@ -1,4 +1,4 @@
-"""A curve in characters: braille patterns, two dots wide and four high each."""
+"""Curves in braille characters, each of which is two dots wide and four dots high."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import math
 from collections.abc import Sequence
 
 _BLANK = 0x2800
-# Of the dot in a row and column of a character.
+# The bit of the dot in a row and column of a character.
 _DOT = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 _DECADE = 10.0
 
 
-def plot(places: Sequence[float], values: Sequence[float], width: int, height: int) -> list[str]:
-    """Lines of text, `height` of `width` characters: means over the dots' columns, joined up; "" without a number.
+def plot(positions: Sequence[float], values: Sequence[float], width: int, height: int) -> list[str]:
+    """Return `height` lines of `width` characters; empty lines if no value is finite.
 
-    The highest and the lowest of them stand at the left. Values that are all positive and span more than a decade are
-    shown by their logarithm.
+    Each column of dots shows the mean of its values; the dots are joined. The highest and the lowest value are written
+    at the left. Values that are all positive and span more than a decade are shown by their logarithm.
     """
-    known = [(place, value) for place, value in zip(places, values, strict=True) if math.isfinite(value)]
+    known = [(position, value) for position, value in zip(positions, values, strict=True) if math.isfinite(value)]
     if not known:
         return [""] * height
     highest, lowest = max(value for _, value in known), min(value for _, value in known)
@@ -31,11 +31,11 @@ def plot(places: Sequence[float], values: Sequence[float], width: int, height: i
 
 
 def _columns(known: Sequence[tuple[float, float]], num_columns: int) -> dict[int, float]:
-    """Mean value by column of dots; columns without one are left out."""
+    """Return the mean value by column of dots; columns without values are left out."""
     first, last = known[0][0], known[-1][0]
     found: dict[int, list[float]] = {}
-    for place, value in known:
-        share = (place - first) / (last - first) if last > first else 0.0
+    for position, value in known:
+        share = (position - first) / (last - first) if last > first else 0.0
         found.setdefault(round(share * (num_columns - 1)), []).append(value)
     return {column: sum(values) / len(values) for column, values in sorted(found.items())}
 
@@ -48,7 +48,7 @@ def _draw(columns: dict[int, float], width: int, height: int) -> list[str]:
     for column, value in columns.items():
         share = (highest - value) / (highest - lowest) if highest > lowest else 0.5
         row = round(share * (num_rows - 1))
-        # Up or down from the dot before it, so that the curve has no gaps.
+        # Fill the rows up or down from the dot before, so that the curve has no gaps.
         way = [row] if before is None else range(min(before, row), max(before, row) + 1)
         for dot in way:
             cells[dot // 4][column // 2] |= _DOT[dot % 4][column % 2]

@@ -1,4 +1,4 @@
-"""Runs as their folders and SLURM tell of them: which there are, how far each is, and what it is doing."""
+"""Runs: find them by their folders, and summarize each from its folder and SLURM."""
 
 from __future__ import annotations
 
@@ -8,39 +8,37 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.record.job import JOB_FILE
+from launch.record.pipeline import PIPELINE_FILE
 from launch.scheduler import slurm
 from launch.scheduler.slurm import JobState
 from launch.status.facts import Facts, read_facts
-from launch.status.state import State, is_settled, state_by_home, state_of
+from launch.status.state import State, is_settled, state_by_folder, state_of
 from launch.status.tail import read_object
 from pomscale.base.errors import InputError, PomscaleError
-from pomscale.monitoring.sinks import METRICS_FILE
-from pomscale.runs.history import INCARNATIONS_FILE
+from pomscale.runs.layout import CLAIMS_FOLDER, JOB_FILE, METRICS_FILE, STARTS_FILE
 from pomscale.runs.metric_names import goodput_share
-from pomscale.runs.starts import FOLDER as GENERATIONS
 
 RUNS = Path("runs")
-"""Where runs are looked for by name; recipes put them there unless they say otherwise."""
+"""The folder in which runs are looked up by name; the default `output` of recipes."""
 
-_PIPELINE_FILE = "pipeline.json"  # launch.pipelines.file, which knows of everything that can be launched
-_MARKS = {JOB_FILE, METRICS_FILE, INCARNATIONS_FILE, GENERATIONS}
+_MARKS = {JOB_FILE, METRICS_FILE, STARTS_FILE, CLAIMS_FOLDER}
 _MAX_DEPTH = 3  # FOLDER/SWEEP/POINT
 
 
 class NoSuchRun(InputError):
-    """Not there, or not yet."""
+    """There is no such run, or not yet."""
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One line of the table. share, eta_s: None where nobody has written how many samples there will be.
+    """Summary of a run: one line of the table.
 
-    reason: of the state, one line. job_id: of SLURM. last_row_unix_s: when metrics were last written. started_unix_s:
-    the newest start, or the submission that waits.
+    reason: of the state, one line. job_id: of SLURM. share, eta_s: None if the total number of samples is not known.
+    last_row_unix_s: when metrics were last written. started_unix_s: time of the newest start, or of the submission that
+    waits.
     """
 
-    home: Path
+    job_folder: Path
     name: str
     state: str
     reason: str = ""
@@ -58,20 +56,20 @@ class RunSummary:
 
     @property
     def share(self) -> float | None:
-        """Of the samples that there will be, 0 to 1."""
+        """Share of the total number of samples, 0 to 1."""
         return None if self.samples is None or not self.total_samples else self.samples / self.total_samples
 
 
 @dataclass(frozen=True)
 class Summaries:
-    """runs: newest first. problem: why SLURM could not be asked; then the states are what the folders tell."""
+    """Summaries of runs, newest first. problem: why SLURM could not be asked, so that only the folders were read."""
 
     runs: list[RunSummary]
     problem: str = ""
 
 
 def find_runs(folder: Path) -> dict[Path, str]:
-    """Homes of jobs, run folders among them, below a folder, or the folder itself -> their names within it.
+    """Find the job folders, which include run folders, below a folder or the folder itself. Return names by folder.
 
     InputError if there is no such folder.
     """
@@ -79,91 +77,96 @@ def find_runs(folder: Path) -> dict[Path, str]:
         raise InputError(
             f"{folder}: no such folder; name the folder that holds your runs, e.g. `pomscale runs $SCRATCH/runs`"
         )
-    if is_home(folder):
+    if is_job_folder(folder):
         return {folder: folder.resolve().name}
-    return {home: _name_in(folder, home) for home in _homes_below(folder, _MAX_DEPTH)}
+    return {job_folder: _name_in(folder, job_folder) for job_folder in _job_folders_below(folder, _MAX_DEPTH)}
 
 
-def _name_in(folder: Path, home: Path) -> str:
-    inside = home.absolute().is_relative_to(folder.absolute())
-    return str(home.absolute().relative_to(folder.absolute())) if inside else str(home)
+def _name_in(folder: Path, job_folder: Path) -> str:
+    inside = job_folder.absolute().is_relative_to(folder.absolute())
+    return str(job_folder.absolute().relative_to(folder.absolute())) if inside else str(job_folder)
 
 
-def _homes_below(folder: Path, depth: int) -> Iterator[Path]:
+def _job_folders_below(folder: Path, depth: int) -> Iterator[Path]:
     try:
-        pipeline = read_object(folder / _PIPELINE_FILE)
+        pipeline = read_object(folder / PIPELINE_FILE)
         below = [Path(entry.path) for entry in os.scandir(folder) if not entry.is_file(follow_symlinks=False)]
-    except OSError:  # no folder, somebody else's, or deleted just now
+    except OSError:  # no folder, no permission, or deleted just now
         return
-    if pipeline is not None:  # the homes of its stages, some of which are run folders elsewhere
+    if pipeline is not None:  # some of its stages have their run folders elsewhere
         try:
-            homes = [Path(stage["home"]) for stage in pipeline["stages"]]
-        except (KeyError, TypeError):  # not ours, or damaged: what lies below tells for itself
-            homes = []
-        if homes:
-            yield from homes
+            job_folders = [Path(stage["home"]) for stage in pipeline["stages"]]
+        except (KeyError, TypeError):  # another program's file, or damaged: look at the folders below
+            job_folders = []
+        if job_folders:
+            yield from job_folders
             return
     for path in below:
-        if is_home(path):
+        if is_job_folder(path):
             yield path
         elif depth > 1:
-            yield from _homes_below(path, depth - 1)
+            yield from _job_folders_below(path, depth - 1)
 
 
-def is_home(folder: Path) -> bool:
-    """Whether a run has begun there, or a job was launched."""
+def is_job_folder(folder: Path) -> bool:
+    """Whether a run has begun in this folder, or a job was launched there."""
     try:
         return not _MARKS.isdisjoint(os.listdir(folder))
-    except OSError:  # not there, no folder, or somebody else's
+    except OSError:  # missing, no folder, or no permission
         return False
 
 
 def resolve_run(word: str) -> Path:
-    """A run by its folder, its name below runs/, or the beginning of its name. InputError unless that is one run."""
+    """Find a run by its folder, its name below runs/, or the beginning of its name. InputError unless one matches."""
     path = Path(word)
-    if is_home(path):
+    if is_job_folder(path):
         return path
     if path.is_dir() and len(path.parts) > 1:
         raise NoSuchRun(
             f"{path}: no run folder: it has none of {', '.join(sorted(_MARKS))}; `pomscale runs {path}` looks below"
         )
     named = find_runs(RUNS) if RUNS.is_dir() else {}
-    exact = [home for home, name in named.items() if word in (name, home.name)]
-    begun = [home for home, name in named.items() if word and (name.startswith(word) or home.name.startswith(word))]
+    exact = [job_folder for job_folder, name in named.items() if word in (name, job_folder.name)]
+    begun = [
+        job_folder
+        for job_folder, name in named.items()
+        if word and (name.startswith(word) or job_folder.name.startswith(word))
+    ]
     found = exact or begun
     if len(found) == 1:
         return found[0]
     if found:
-        several = ", ".join(sorted(str(home) for home in found)[:8])
-        raise InputError(f"{word}: several runs are called so: {several}; name the folder of one")
-    raise NoSuchRun(f"{word}: no run folder, and no run of that name in {RUNS}/; `pomscale runs` lists those there are")
+        several = ", ".join(sorted(str(job_folder) for job_folder in found)[:8])
+        raise InputError(f"{word}: several runs have this name: {several}; name the folder of one")
+    raise NoSuchRun(f"{word}: no run folder, and no run of that name in {RUNS}/; `pomscale runs` lists the runs")
 
 
-def summarize(homes: Mapping[Path, str]) -> Summaries:
+def summarize(job_folders: Mapping[Path, str]) -> Summaries:
     """homes: folder -> name. One question to SLURM for all; never fails for what one of the folders holds."""
     now_unix_s = time.time()
     facts: dict[Path, Facts] = {}
     unreadable: list[RunSummary] = []
-    for home, name in homes.items():
+    for job_folder, name in job_folders.items():
         try:
-            facts[home] = read_facts(home)
+            facts[job_folder] = read_facts(job_folder)
         except PomscaleError as error:
-            unreadable.append(RunSummary(home, name, "unknown", str(error)))
+            unreadable.append(RunSummary(job_folder, name, "unknown", str(error)))
     jobs, problem = ask_slurm(facts.values(), now_unix_s)
     runs = [
-        summary(of_home, homes[home], state_of(of_home, jobs, now_unix_s), now_unix_s)
-        for home, of_home in facts.items()
+        summary(one, job_folders[job_folder], state_of(one, jobs, now_unix_s), now_unix_s)
+        for job_folder, one in facts.items()
     ]
     runs.sort(key=lambda run: run.started_unix_s, reverse=True)
     return Summaries(runs + unreadable, problem)
 
 
 def ask_slurm(facts: Iterable[Facts], now_unix_s: float) -> tuple[Mapping[str, JobState] | None, str]:
-    """(What SLURM knows of the jobs of those homes that do not tell how they ended, why it could not be asked.)
+    """Ask SLURM about the jobs of those job folders that have no record of their end.
 
-    None where nobody need be asked, or nobody answers.
+    Returns (states by job id, why SLURM could not be asked). The states are None if SLURM need not be asked, or does
+    not answer.
     """
-    job_ids = {of_home.slurm_job for of_home in facts if not is_settled(of_home, state_by_home(of_home, now_unix_s))}
+    job_ids = {one.slurm_job for one in facts if not is_settled(one, state_by_folder(one, now_unix_s))}
     asked = sorted(job_id for job_id in job_ids if job_id is not None)
     if not asked:
         return None, ""
@@ -176,18 +179,19 @@ def ask_slurm(facts: Iterable[Facts], now_unix_s: float) -> tuple[Mapping[str, J
 
 
 def summary(facts: Facts, name: str, state: State, now_unix_s: float) -> RunSummary:
+    """Summarize the facts and the state of a run."""
     started = [facts.claim.unix_s] if facts.claim is not None else []
     if facts.submission is not None:
         started.append(facts.submission.submitted_unix_s)
-    if facts.incarnation is not None:
-        started.append(facts.incarnation["started_unix_s"])
+    if facts.run_start is not None:
+        started.append(facts.run_start["started_unix_s"])
     samples = _samples(facts)
-    total = None if facts.incarnation is None else facts.incarnation.get("total_samples")
+    total = None if facts.run_start is None else facts.run_start.get("total_samples")
     return RunSummary(
-        facts.home,
+        facts.job_folder,
         name,
         state.word,
-        " ".join(state.reason.split()),  # an exception may have said more than a line
+        " ".join(state.reason.split()),  # the message of an exception may have several lines
         state.log,
         facts.slurm_job,
         facts.num_starts,
@@ -203,14 +207,14 @@ def summary(facts: Facts, name: str, state: State, now_unix_s: float) -> RunSumm
 
 
 def _samples(facts: Facts) -> int | None:
-    """Seen so far: a new start goes back to its checkpoint before it logs."""
-    if facts.rows and (facts.incarnation is None or facts.rows[-1]["incarnation"] >= facts.incarnation["incarnation"]):
+    """Return the samples seen so far. A new start goes back to its checkpoint before it logs."""
+    if facts.rows and (facts.run_start is None or facts.rows[-1]["incarnation"] >= facts.run_start["incarnation"]):
         return int(facts.rows[-1]["samples"])
-    return None if facts.incarnation is None else int(facts.incarnation["start_samples"])
+    return None if facts.run_start is None else int(facts.run_start["start_samples"])
 
 
 def _eta_s(rows: Sequence[Mapping[str, float]], samples: int | None, total: int | None) -> float | None:
-    """At the speed of the last rows, saving and evaluation included."""
+    """Estimate the time left from the speed of the last rows, which includes saving and evaluation."""
     if samples is None or total is None or len(rows) < 2:
         return None
     gained, took_s = rows[-1]["samples"] - rows[0]["samples"], rows[-1]["time_unix_s"] - rows[0]["time_unix_s"]

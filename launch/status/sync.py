@@ -1,8 +1,9 @@
-"""`pomscale runs sync`: what wandb has recorded offline -> its server, from a machine that has the internet.
+"""`pomscale runs sync`: upload what wandb has recorded offline, from a machine that has access to the internet.
 
-Every start of a run leaves a folder RUN/wandb/offline-run-TIME-ID, all of one wandb run. They are uploaded one after
-the other, oldest first, each once: `wandb sync` marks what it has uploaded, and what is still being written waits. Only
-an upload that is interrupted is begun anew; what it had sent is then there twice, at the same samples.
+Every start of a run leaves a folder RUN/wandb/offline-run-TIME-ID; all of them belong to one wandb run. They are
+uploaded one after another, oldest first, each once: `wandb sync` marks what it has uploaded, and a folder that is still
+being written waits. An upload that is interrupted is repeated; rows that it had sent are then on the server twice, at
+the same samples.
 
 wandb itself is never imported here: the command of the same environment does the work.
 """
@@ -24,9 +25,10 @@ from pathlib import Path
 from launch.status.runs import summarize
 from launch.status.state import ACTIVE
 from pomscale.base.errors import PomscaleError
+from pomscale.runs.layout import WANDB_FOLDER, WANDB_SYNC_LOCK_FILE
 
 _COMMAND = [sys.executable, "-m", "wandb", "sync"]
-# Without it wandb takes every folder for the beginning of the run, and overwrites on the server what is there.
+# Without this variable wandb takes every folder for the beginning of the run, and overwrites the data on the server.
 _APPEND = {"WANDB_RESUME": "allow"}
 _STALE_S = 900.0
 
@@ -38,44 +40,51 @@ _EXIT = re.compile(rb"\x08[\x80-\xff]*[\x00-\x7f]\x82\x01", re.DOTALL)
 
 @dataclass(frozen=True)
 class Synced:
-    """num_synced, num_waiting: folders that were uploaded, and that are still being written."""
+    """Result of a sync. num_synced: folders that were uploaded. num_waiting: folders that are still being written."""
 
     num_synced: int
     num_waiting: int
 
 
 class NotLoggedIn(PomscaleError):
-    """wandb would refuse every other run as well."""
+    """This machine is not logged in to wandb, so that every other run would be refused as well."""
 
 
 class _Unreadable(PomscaleError):
-    """A log of wandb's that a kill or a full disk has torn; nothing of it was uploaded, and nothing ever will be."""
+    """A log of wandb that was damaged by a kill or a full disk, so that nothing of it can be uploaded."""
 
 
-def sync(homes: Mapping[Path, str], show: Callable[[str], None] = print) -> Synced:
-    """All that is ready, of all runs; what another `sync` has in hand is left to it.
+def sync(job_folders: Mapping[Path, str], show: Callable[[str], None] = print) -> Synced:
+    """Upload all folders of all runs that are ready, except for runs that another `sync` is uploading.
 
-    A folder that fails holds up the later ones of its run, for they come after it on the server, unless there is
-    nothing in it to be had. Other runs go on. PomscaleError at the end, with wandb's own words, where that happened.
+    If a folder fails, the later ones of its run wait, since they come after it on the server, unless the folder is
+    damaged. Other runs are not affected. At the end a PomscaleError with wandb's own messages reports all failures.
+
+    Args:
+        job_folders: Names of runs by run folder.
+        show: Called with each line for the user.
     """
-    recorded = {home: found for home in homes if (found := _not_synced(home))}
-    states = {run.home: run.state for run in summarize({home: homes[home] for home in recorded}).runs}
+    recorded = {job_folder: found for job_folder in job_folders if (found := _not_synced(job_folder))}
+    states = {
+        run.job_folder: run.state
+        for run in summarize({job_folder: job_folders[job_folder] for job_folder in recorded}).runs
+    }
     ready = {
-        home: [folder for folder in found if not _is_being_written(folder, found, states[home])]
-        for home, found in recorded.items()
+        job_folder: [folder for folder in found if not _is_being_written(folder, found, states[job_folder])]
+        for job_folder, found in recorded.items()
     }
     num_ready = sum(map(len, ready.values()))
     num_synced, problems = 0, []
-    for home, folders in ready.items():
+    for job_folder, folders in ready.items():
         try:
-            with _alone(home) as alone:
+            with _alone(job_folder) as alone:
                 if not alone:
-                    show(f"{homes[home]}: another `runs sync` is at it")
+                    show(f"{job_folders[job_folder]}: another `runs sync` is uploading it")
                     continue
                 for folder in folders:
                     if _is_synced(folder):
                         continue
-                    show(f"{homes[home]}: {folder.name} ({num_synced + 1} of {num_ready})")
+                    show(f"{job_folders[job_folder]}: {folder.name} ({num_synced + 1} of {num_ready})")
                     try:
                         _upload(folder, show)
                         num_synced += 1
@@ -85,15 +94,15 @@ def sync(homes: Mapping[Path, str], show: Callable[[str], None] = print) -> Sync
             raise
         except PomscaleError as problem:
             problems.append(str(problem))
-        except OSError as problem:  # somebody else's run
-            problems.append(f"{home}: left out: {problem}")
+        except OSError as problem:  # another user's run
+            problems.append(f"{job_folder}: left out: {problem}")
     if problems:
         raise PomscaleError("\n".join(problems))
     return Synced(num_synced, sum(map(len, recorded.values())) - num_ready)
 
 
 def watch_and_sync(find: Callable[[], Mapping[Path, str]], minutes: float, show: Callable[[str], None] = print) -> None:
-    """For ever: a server that is away, or a run folder that is, only delays it."""
+    """Sync again and again, without end. A server or a run folder that cannot be reached only causes a delay."""
     while True:
         try:
             synced = sync(find(), show)
@@ -103,14 +112,14 @@ def watch_and_sync(find: Callable[[], Mapping[Path, str]], minutes: float, show:
         time.sleep(60 * minutes)
 
 
-def _not_synced(home: Path) -> list[Path]:
-    """Oldest first: their names begin with the time."""
-    folders = sorted((home / "wandb").glob("offline-run-*"))
+def _not_synced(job_folder: Path) -> list[Path]:
+    """Return the folders that are not uploaded, oldest first: their names begin with the time."""
+    folders = sorted((job_folder / WANDB_FOLDER).glob("offline-run-*"))
     return [folder for folder in folders if not _is_synced(folder) and _has_begun(folder)]
 
 
 def _has_begun(folder: Path) -> bool:
-    """One that was killed in its first seconds has left nothing but the header of its log."""
+    """Whether a log has more than its header, which is all that a start leaves if it is killed in its first seconds."""
     return any(file.stat().st_size > _FILE_HEADER for file in folder.glob("*.wandb"))
 
 
@@ -119,14 +128,14 @@ def _is_synced(folder: Path) -> bool:
 
 
 def _mark_of(file: Path) -> Path:
-    """wandb makes it, and leaves out what has one."""
+    """Return the file by which wandb marks a log that it has uploaded."""
     return file.with_name(f"{file.name}.synced")
 
 
-def _is_being_written(folder: Path, of_run: list[Path], state: str) -> bool:
-    """Only the newest can be. One that was killed was never closed: it counts once its run is over."""
+def _is_being_written(folder: Path, folders: list[Path], state: str) -> bool:
+    """Whether a folder may still grow: only the newest, if it is not closed and its run is not over."""
     file = next(folder.glob("*.wandb"))
-    if folder != of_run[-1] or _is_closed(file):
+    if folder != folders[-1] or _is_closed(file):
         return False
     return state in ACTIVE or (state == "unknown" and time.time() - file.stat().st_mtime < _STALE_S)
 
@@ -138,18 +147,18 @@ def _is_closed(file: Path) -> bool:
         at = max(0, size - 1) // _BLOCK * _BLOCK
         stream.seek(at)
         block = stream.read()
-    place, kind, record = _FILE_HEADER if at == 0 else 0, 0, b""
-    while place + _CHUNK <= len(block):
-        _, length, kind = struct.unpack_from("<IHB", block, place)
-        record = block[place + _CHUNK : place + _CHUNK + length]
-        place += _CHUNK + length
+    offset, kind, record = _FILE_HEADER if at == 0 else 0, 0, b""
+    while offset + _CHUNK <= len(block):
+        _, length, kind = struct.unpack_from("<IHB", block, offset)
+        record = block[offset + _CHUNK : offset + _CHUNK + length]
+        offset += _CHUNK + length
     return kind == _WHOLE and _EXIT.match(record) is not None
 
 
 @contextmanager
-def _alone(home: Path) -> Iterator[bool]:
-    """Whether no other process is uploading this run; none will until the block ends."""
-    with (home / "wandb" / ".pomscale-sync.lock").open("w") as lock:
+def _alone(job_folder: Path) -> Iterator[bool]:
+    """Lock the upload of a run for the duration of the block. Yield False if another process has the lock."""
+    with (job_folder / WANDB_SYNC_LOCK_FILE).open("w") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -159,11 +168,13 @@ def _alone(home: Path) -> Iterator[bool]:
 
 
 def _upload(folder: Path, show: Callable[[str], None]) -> None:
-    """wandb waits, and says so, while its server is away."""
+    """Upload a folder. While its server cannot be reached, wandb waits and prints that."""
     last = ""
     with subprocess.Popen(
         [*_COMMAND, str(folder)],
-        env=os.environ | _APPEND | {"WANDB_DIR": str(folder.parent.parent)},  # or its own logs lie where one is
+        env=os.environ
+        | _APPEND
+        | {"WANDB_DIR": str(folder.parent.parent)},  # else its own logs are written to the working folder
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -177,10 +188,10 @@ def _upload(folder: Path, show: Callable[[str], None]) -> None:
     if "api key" in last.lower() or "authenticated" in last.lower():
         raise NotLoggedIn(f"wandb: {last}; log in on this machine with `wandb login`, then run the same command again")
     if "Failed to read" in last:
-        raise _Unreadable(f"{folder}: left out: {last}; delete it, metrics.jsonl has all of it")
-    if "ends with an incomplete record" in last:  # cut off by a kill: all of it that there is was uploaded
+        raise _Unreadable(f"{folder}: left out: {last}; delete it, metrics.jsonl has the same data")
+    if "ends with an incomplete record" in last:  # cut off by a kill: everything before the cut was uploaded
         for file in folder.glob("*.wandb"):
             _mark_of(file).touch()
-    # Its exit code is 0 also where something has failed: only its mark tells.
+    # The exit code is 0 even after a failure: only the mark shows success.
     if not _is_synced(folder):
         raise PomscaleError(f"{folder}: not uploaded, nor what comes after it: {last}")

@@ -1,9 +1,10 @@
-"""`pomscale runs`: a line per run."""
+"""`pomscale runs`: a table with a line per run. The tables of other commands are laid out here, too."""
 
 from __future__ import annotations
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
@@ -20,19 +21,24 @@ NOTHING = "-"
 
 
 def list_runs(folders: Sequence[Path], states: Collection[str] = ()) -> Summaries:
-    """Of all folders; states: only runs that are in one of them. InputError for a state or a folder that is none."""
+    """Summarize the runs below folders. InputError for an unknown state or folder.
+
+    Args:
+        folders: Default: the folder runs/.
+        states: If given, only runs in one of these states.
+    """
     unknown = sorted(set(states) - set(WORDS))
     if unknown:
         raise InputError(f"--state: {', '.join(unknown)}: no such state; there are {', '.join(WORDS)}")
-    homes: dict[Path, str] = {}
+    job_folders: dict[Path, str] = {}
     for folder in folders or [RUNS]:
-        homes |= find_runs(folder)
-    found = summarize(homes)
+        job_folders |= find_runs(folder)
+    found = summarize(job_folders)
     return Summaries([run for run in found.runs if not states or run.state in states], found.problem)
 
 
 def as_table(summaries: Summaries) -> str:
-    """For people."""
+    """Return the table for the terminal."""
     if not summaries.runs:
         return "no runs"
     now_unix_s = time.time()
@@ -40,13 +46,14 @@ def as_table(summaries: Summaries) -> str:
 
 
 def as_json(summaries: Summaries) -> str:
-    """For programs: a list of objects. Numbers that JSON lacks are the strings "nan", "inf" and "-inf"."""
+    """Return a JSON list of objects. Numbers that JSON lacks are the strings "nan", "inf" and "-inf"."""
     return json.dumps([_plain(run) for run in summaries.runs], indent=1, allow_nan=False)
 
 
 def _plain(run: RunSummary) -> dict[str, object]:
-    values = asdict(run) | {"home": str(run.home.resolve()), "share": run.share}
-    return {
+    values = asdict(run) | {"share": run.share}
+    folder = values.pop("job_folder").resolve()
+    return {"home": str(folder)} | {
         name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in values.items()
     }
@@ -68,12 +75,12 @@ def _cells(run: RunSummary, now_unix_s: float) -> list[str]:
 
 
 def few(words: Sequence[str], most: int = 4) -> str:
-    """The first ones, and how many there are besides."""
+    """Return the first words, and the number of the others: "a, b and 3 more"."""
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> str:
-    """Columns as wide as they must be, with two spaces between them. right: names of columns of numbers."""
+    """Lay out a table with columns as wide as needed. right: the columns that are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = []
     for row in (head, *rows):
@@ -83,3 +90,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def shell_path(folder: Path) -> str:
+    """Return a folder as one may type it in the current folder, quoted for a shell."""
+    here = Path.cwd()
+    return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))

@@ -1,4 +1,4 @@
-"""Files that others append to: their end, and what they have gained since one last looked."""
+"""Files that other processes append to: read their end, or what was added since the last look."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 
 def tail(path: Path, num_bytes: int) -> bytes:
-    """The whole lines among the last bytes of a file; empty without the file."""
+    """Return the complete lines among the last bytes of a file; empty if there is no file."""
     try:
         with path.open("rb") as stream:
             stream.seek(_first_line(stream, os.fstat(stream.fileno()).st_size, num_bytes))
@@ -19,7 +19,7 @@ def tail(path: Path, num_bytes: int) -> bytes:
 
 
 def _first_line(stream: BinaryIO, size: int, num_bytes: int) -> int:
-    """Where the first line begins of which all lies in the last bytes."""
+    """Return the position of the first line that lies completely in the last bytes."""
     if size <= num_bytes:
         return 0
     stream.seek(size - num_bytes - 1)
@@ -27,7 +27,7 @@ def _first_line(stream: BinaryIO, size: int, num_bytes: int) -> int:
 
 
 def objects(lines: bytes) -> list[dict[str, Any]]:
-    """The JSON objects among the lines; a line that a kill has cut off, or that is none, is left out."""
+    """Return the JSON objects among the lines. A line that is none, or that a kill has cut off, is left out."""
     found = []
     for line in lines.splitlines():
         try:
@@ -40,7 +40,7 @@ def objects(lines: bytes) -> list[dict[str, Any]]:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None without it, and where it is none, e.g. since a disk was full."""
+    """Return the JSON object in a file; None if there is no file, or no object in it, e.g. after a full disk."""
     try:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -49,17 +49,17 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 class Growing:
-    """A file that grows, and that may not be there yet. Gives out whole lines: half of one waits for its end."""
+    """A file that grows, and that may not exist yet. It is read in complete lines."""
 
     def __init__(self, path: Path, *, num_bytes: int | None = None) -> None:
-        """num_bytes: of what is there when it is first seen, at most; None = all of it."""
+        """num_bytes: how much of its first content is read at most; None for all of it."""
         self.path = path
         self._num_bytes = num_bytes
-        self._at: int | None = None  # of the first byte that was not given out
+        self._at: int | None = None  # position of the first byte that was not returned
         self._inode = 0
 
     def read(self) -> bytes:
-        """What came since the last call. A file that was replaced, or cut off, is read from its beginning."""
+        """Return what was added since the last call. A file that was replaced or cut off is read from the start."""
         try:
             with self.path.open("rb") as stream:
                 status = os.fstat(stream.fileno())

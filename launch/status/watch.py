@@ -1,4 +1,4 @@
-"""`pomscale watch RUN`: one run, live, in a terminal. Reads only what has been written since the last look."""
+"""`pomscale watch RUN`: one run, live, in a terminal. Each look reads only what was written since the last one."""
 
 from __future__ import annotations
 
@@ -20,38 +20,42 @@ from launch.record.job import log_path
 from launch.scheduler.slurm import JobState
 from launch.status.facts import Facts, read_facts
 from launch.status.plot import plot
-from launch.status.runs import RunSummary, ask_slurm, is_home, summary
+from launch.status.runs import RunSummary, ask_slurm, is_job_folder, summary
 from launch.status.state import state_of
 from launch.status.table import few
 from launch.status.tail import Growing, objects
 from pomscale.base.console import format_age, format_count, format_duration
 from pomscale.base.errors import PomscaleError
-from pomscale.monitoring.sinks import METRICS_FILE
 from pomscale.runs.checkpoint_folder import complete_checkpoints, incomplete_checkpoints
-from pomscale.runs.history import INCARNATIONS_FILE
-from pomscale.runs.ledger import EVENTS_FILE
+from pomscale.runs.layout import CHECKPOINTS_FOLDER, EVENTS_FILE, METRICS_FILE, STARTS_FILE
 from pomscale.runs.metric_names import GOODPUT_PREFIX, GOODPUT_SUFFIX, WALL_TIME
 
 _EVERY_S, _ASK_SLURM_EVERY_S = 2.0, 30.0
 _METRICS_BYTES, _EVENTS_BYTES, _LOG_BYTES = 8 << 20, 1 << 16, 1 << 14
 _MAX_EVENTS, _MAX_LOG_LINES = 30, 200
-# Of the panels, borders included; what is left of the terminal is shared by the curves, the events and the log.
+# Sizes of the panels, borders included. The curves, the events and the log share the rest of the terminal.
 _MIN_HEIGHT, _MIN_WIDTH, _ONCE_HEIGHT = 30, 60, 44
 _HEADER_HEIGHT, _GOODPUT_HEIGHT, _MAX_CURVES_HEIGHT, _MAX_EVENTS_HEIGHT = 5, 5, 16, 10
 
-# As in the report: green is what counts, greys are nobody's fault.
+# The colours of the report: green is productive time, grey is time in the queue or without a node.
 _COLORS = {
     "productive": "green", "lost": "red", "queue": "bright_black", "down": "bright_black", "start_up": "blue",
     "compile": "bright_blue", "data_wait": "yellow", "checkpoint_stall": "magenta", "evaluation": "bright_yellow",
     "rollback": "bright_red", "other": "white",
 }  # fmt: skip
-_OF_STATE = {"running": "green", "finished": "bold green", "failed": "bold red", "killed": "bold red"}
+_STATE_COLORS = {"running": "green", "finished": "bold green", "failed": "bold red", "killed": "bold red"}
 
 
-def watch(home: Path, *, once: bool, console: Console | None = None) -> None:
-    """Until Ctrl-C; once: a single frame, as without a terminal. home: may be one that is not there yet."""
+def watch(job_folder: Path, *, once: bool, console: Console | None = None) -> None:
+    """Show a run until Ctrl-C.
+
+    Args:
+        job_folder: Run folder; it may not exist yet.
+        once: Show a single frame, as is also done without a terminal.
+        console: Default: the terminal.
+    """
     console = console or Console()
-    view = _View(home)
+    view = _View(job_folder)
     if once or not console.is_terminal:
         console.print(view.frame(console.width, _ONCE_HEIGHT))
         return
@@ -66,7 +70,7 @@ def watch(home: Path, *, once: bool, console: Console | None = None) -> None:
 
 @dataclass
 class _Curve:
-    """A metric over the samples, without what a run that went back has given up."""
+    """A metric by number of samples, without the values that a run gave up when it went back."""
 
     samples: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
@@ -83,14 +87,14 @@ class _Curve:
 
 
 class _View:
-    def __init__(self, home: Path) -> None:
-        self._home = home
-        self._metrics = Growing(home / METRICS_FILE, num_bytes=_METRICS_BYTES)
-        self._events_file = Growing(home / EVENTS_FILE, num_bytes=_EVENTS_BYTES)
-        self._incarnations_file = Growing(home / INCARNATIONS_FILE)
-        self._log_file = Growing(log_path(home, 0), num_bytes=_LOG_BYTES)
+    def __init__(self, job_folder: Path) -> None:
+        self._job_folder = job_folder
+        self._metrics = Growing(job_folder / METRICS_FILE, num_bytes=_METRICS_BYTES)
+        self._events_file = Growing(job_folder / EVENTS_FILE, num_bytes=_EVENTS_BYTES)
+        self._starts_file = Growing(job_folder / STARTS_FILE)
+        self._log_file = Growing(log_path(job_folder, 0), num_bytes=_LOG_BYTES)
         self._loss, self._speed = _Curve(), _Curve()
-        self._incarnation = 0
+        self._start_number = 0
         self._start_samples: dict[int, int] = {}
         self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
         self._log: deque[str] = deque(maxlen=_MAX_LOG_LINES)
@@ -99,12 +103,12 @@ class _View:
         self._asked_s: float | None = None
 
     def frame(self, width: int, height: int) -> RenderableType:
-        """As wide and as high as the terminal, unless that is tiny."""
+        """Return a frame of the size of the terminal, unless that is tiny."""
         width, height = max(width, _MIN_WIDTH), max(height, _MIN_HEIGHT)
-        if not is_home(self._home):
-            return _message(f"waiting for {self._home}: no run has begun there yet. Ctrl-C ends this")
+        if not is_job_folder(self._job_folder):
+            return _message(f"waiting for {self._job_folder}: no run has begun there yet. Ctrl-C ends this")
         try:
-            facts = read_facts(self._home)
+            facts = read_facts(self._job_folder)
             run = self._summary(facts)
             self._read()
         except (PomscaleError, OSError) as problem:
@@ -126,10 +130,10 @@ class _View:
         if self._asked_s is None or now_s - self._asked_s > _ASK_SLURM_EVERY_S:
             self._asked_s = now_s
             self._jobs, self._problem = ask_slurm([facts], now_unix_s)
-        return summary(facts, self._home.resolve().name, state_of(facts, self._jobs, now_unix_s), now_unix_s)
+        return summary(facts, self._job_folder.resolve().name, state_of(facts, self._jobs, now_unix_s), now_unix_s)
 
     def _read(self) -> None:
-        for start in objects(self._incarnations_file.read()):
+        for start in objects(self._starts_file.read()):
             self._start_samples[start["incarnation"]] = start["start_samples"]
         for row in objects(self._metrics.read()):
             self._add(row)
@@ -137,13 +141,13 @@ class _View:
         self._log.extend(self._log_file.read().decode(errors="replace").splitlines())
 
     def _add(self, row: dict[str, Any]) -> None:
-        """As monitoring.history, of a run that goes on."""
-        if row.get("incarnation", -1) < self._incarnation or "samples" not in row:
+        """Add a row of metrics, in the way of pomscale.runs.history, but while the run continues."""
+        if row.get("incarnation", -1) < self._start_number or "samples" not in row:
             return
         back_to = row["samples"] if "faults/rollbacks" in row else None
-        if row["incarnation"] > self._incarnation:
-            self._incarnation = row["incarnation"]
-            back_to = self._start_samples.get(self._incarnation, row["samples"] - 1)
+        if row["incarnation"] > self._start_number:
+            self._start_number = row["incarnation"]
+            back_to = self._start_samples.get(self._start_number, row["samples"] - 1)
         if back_to is not None:
             for curve in (self._loss, self._speed):
                 curve.go_back(back_to)
@@ -167,18 +171,18 @@ class _View:
         table.add_column(ratio=2)
         table.add_column(ratio=1)
         events = [_event_line(row) for row in list(self._events)[-(height - 2) :]]
-        checkpoints = _checkpoints(self._home / "checkpoints")[-(height - 2) :]
+        checkpoints = _checkpoints(self._job_folder / CHECKPOINTS_FOLDER)[-(height - 2) :]
         table.add_row(_lines_panel("events", events, height), _lines_panel("checkpoints", checkpoints, height))
         return table
 
     def _log_panel(self, height: int) -> RenderableType:
         if not self._log_file.path.is_file():
-            return _lines_panel("log", ["none: `pomscale launch` keeps logs, and has printed nothing here yet"], height)
+            return _lines_panel("log", ["none yet: only runs that `pomscale launch` has started have logs"], height)
         return _lines_panel(f"log of rank 0: {self._log_file.path}", list(self._log)[-(height - 2) :], height)
 
 
 def _checkpoints(root: Path) -> list[str]:
-    """Oldest first; what is not complete last."""
+    """Describe the checkpoints: the complete ones, oldest first, then those that are not complete."""
     lines = []
     for path in complete_checkpoints(root):
         try:
@@ -193,18 +197,18 @@ def _message(text: str) -> Panel:
 
 
 def _header(facts: Facts, run: RunSummary, problem: str) -> Panel:
-    hosts = facts.attempt.start.hosts if facts.attempt is not None and not facts.is_by_hand else []
+    hosts = facts.start.record.hosts if facts.start is not None and not facts.is_by_hand else []
     if not hosts and facts.claim is not None and facts.claim.host:
         hosts = [facts.claim.host]
     words = [f"start {run.num_starts}"]
-    if facts.incarnation is not None:
-        num_ranks = facts.incarnation["num_ranks"]
-        words.append(f"{num_ranks} rank{'s' * (num_ranks > 1)} on {few(hosts) or facts.incarnation['host']}")
+    if facts.run_start is not None:
+        num_ranks = facts.run_start["num_ranks"]
+        words.append(f"{num_ranks} rank{'s' * (num_ranks > 1)} on {few(hosts) or facts.run_start['host']}")
     if run.job_id is not None:
         words.append(f"job {run.job_id}")
     if run.last_row_unix_s is not None:
         words.append(f"last row {format_age(run.last_row_unix_s, time.time())}")
-    first = Text.assemble((run.state, _OF_STATE.get(run.state, "bold")), "  " + "  ·  ".join(words), no_wrap=True)
+    first = Text.assemble((run.state, _STATE_COLORS.get(run.state, "bold")), "  " + "  ·  ".join(words), no_wrap=True)
     why = Text(run.reason or problem, style="yellow", no_wrap=True, overflow="ellipsis")
     return Panel(Group(first, _progress(run), why), title=run.name, height=_HEADER_HEIGHT, title_align="left")
 

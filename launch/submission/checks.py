@@ -1,4 +1,4 @@
-"""What is looked at before anything is written or submitted. Each check raises one InputError that names the remedy."""
+"""Checks before anything is written or submitted. Each raises an InputError that names the remedy."""
 
 from __future__ import annotations
 
@@ -12,33 +12,27 @@ from launch.status.runs import summarize
 from launch.status.state import LIVE
 from pomscale.base.errors import InputError
 from pomscale.config.cluster import ClusterProfile, expanded, is_time_limit, minutes_of
+from pomscale.config.data import MixtureComponentConfig
+from pomscale.config.encode import EncodeRecipe, ImageFolderConfig, VideoFolderConfig
 from pomscale.config.identity import differences
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import (
-    EncodeRecipe,
-    ImageFolderConfig,
-    MixtureComponentConfig,
-    TrainRecipe,
-    ValidationConfig,
-    VideoFolderConfig,
-)
+from pomscale.config.train import TrainRecipe, ValidationConfig
 from pomscale.config.yaml_file import read_source
 from pomscale.plan.checks import check_layout
 from pomscale.plan.report import DatasetSize, misfit, plan, summary
-from pomscale.runs.checkpoint_folder import META, complete_checkpoints, samples_of
+from pomscale.runs.checkpoint_folder import complete_checkpoints, samples_of
+from pomscale.runs.layout import CHECKPOINT_META, CHECKPOINTS_FOLDER, LAUNCHED_RECIPE_FILE, RECIPE_FILE
 from pomscale.runs.outcome import is_finished
 from pomscale.shards.location import local_folder
 from pomscale.shards.schema import Manifest, check_compatible, check_text, read_manifest
-
-RECIPE_FILE = "launch/recipe.yaml"
 
 
 def check_training_data(
     recipe: TrainRecipe, profile: ClusterProfile, to_come: Collection[Path] = ()
 ) -> DatasetSize | None:
-    """The datasets of a recipe are there, and are made for it. to_come: folders that a job before this one writes.
+    """Check that the datasets of a recipe exist and fit it. Return their total size; None if one is still to come.
 
-    Returns what they add up to; None while one of them is still to come.
+    to_come: folders that jobs before this one will write.
     """
     manifests = [_check_dataset(component.path, recipe, profile, to_come) for component in recipe.data.components]
     sets_with_text: list[MixtureComponentConfig | ValidationConfig] = [*recipe.data.components]
@@ -67,14 +61,14 @@ def _check_dataset(
 
 
 def _check_texts(path: str, model: VideoModelConfig, profile: ClusterProfile, to_come: Collection[Path]) -> None:
-    """path: of the set that has the texts."""
+    """Check the texts in the dataset at `path`."""
     manifest = _manifest(path, profile, to_come)
     if manifest is not None:
         check_text(path, manifest, model)
 
 
 def _manifest(path: str, profile: ClusterProfile, to_come: Collection[Path]) -> Manifest | None:
-    """None: a job before this one writes the dataset."""
+    """Return the manifest of a dataset; None if a job before this one will write it."""
     folder = local_folder(path)
     if folder is None and profile.offline:
         raise InputError(f"dataset {path}: the nodes of this cluster have no internet; copy it to a disk that they see")
@@ -84,7 +78,7 @@ def _manifest(path: str, profile: ClusterProfile, to_come: Collection[Path]) -> 
 
 
 def check_source(recipe: EncodeRecipe, to_come: Collection[Path] = ()) -> None:
-    """A source that is one folder is there. Others tell when they are listed."""
+    """Check that a source that is one folder exists. Other sources are checked when they are listed."""
     if isinstance(recipe.source, ImageFolderConfig | VideoFolderConfig):
         _check_there("source.path", recipe.source.path, to_come)
 
@@ -103,7 +97,10 @@ def _is_to_come(path: Path, to_come: Collection[Path]) -> bool:
 def check_machine(
     recipe: TrainRecipe, profile: ClusterProfile, num_nodes: int, num_ranks: int, dataset: DatasetSize | None
 ) -> list[str]:
-    """So many ranks can share the recipe, and it fits their GPUs where the profile says which. Returns the plan."""
+    """Check that so many ranks can share the recipe's batch, and that it fits their GPUs if the profile names them.
+
+    Returns the lines of the memory plan; none if the GPU is not known.
+    """
     check_layout(recipe, num_ranks)
     if profile.gpus_per_node == 0 and recipe.compute.device == "cuda":
         raise InputError("compute.device: cuda, but this cluster profile gives no GPUs (gpus_per_node: 0)")
@@ -116,77 +113,80 @@ def check_machine(
     return summary(made)
 
 
-def check_run_folder(home: Path, recipe: TrainRecipe) -> None:
-    """This run has not begun, or may go on with this recipe and has something left to do."""
-    then = _recipe_then(home)
+def check_run_folder(job_folder: Path, recipe: TrainRecipe) -> None:
+    """Check that the run has not begun, or that it may continue with this recipe and is not finished."""
+    then = _recipe_then(job_folder)
     if then is None:
         return
-    complete = complete_checkpoints(home / "checkpoints")
+    complete = complete_checkpoints(job_folder / CHECKPOINTS_FOLDER)
     wrong = [f"kind: {then['kind']}"] if then["kind"] != "train" else differences(then, recipe.model_dump(mode="json"))
     if wrong:
         instead = "choose another name" if complete else "choose another name, delete it (there is no checkpoint in it)"
-        raise InputError(f"{home}: this run began with another recipe; {instead}, or undo: {'; '.join(wrong)}")
+        raise InputError(f"{job_folder}: this run began with another recipe; {instead}, or undo: {'; '.join(wrong)}")
     if complete and recipe.resume == "never":
-        raise InputError(f"{home}: holds checkpoints, and resume is never; choose another name or delete the folder")
-    if has_finished(home, recipe):
         raise InputError(
-            f"{home}: finished already, {samples_of(complete[-1]):,} samples; to go on, raise training.total_samples"
+            f"{job_folder}: holds checkpoints, and resume is never; choose another name or delete the folder"
+        )
+    if has_finished(job_folder, recipe):
+        raise InputError(
+            f"{job_folder}: finished already, {samples_of(complete[-1]):,} samples; "
+            "to continue, raise training.total_samples"
         )
 
 
-def has_finished(home: Path, recipe: TrainRecipe) -> bool:
-    """Whether nothing of this recipe is left to do."""
-    complete = complete_checkpoints(home / "checkpoints")
+def has_finished(job_folder: Path, recipe: TrainRecipe) -> bool:
+    """Whether the run has finished all samples of this recipe."""
+    complete = complete_checkpoints(job_folder / CHECKPOINTS_FOLDER)
     is_whole = bool(complete) and _recipe_in(complete[-1]) is not None
-    return is_whole and samples_of(complete[-1]) >= recipe.training.total_samples and is_finished(home)
+    return is_whole and samples_of(complete[-1]) >= recipe.training.total_samples and is_finished(job_folder)
 
 
 def _recipe_in(checkpoint: Path) -> dict[str, Any] | None:
-    """None = it is damaged: training sets it aside, and says so."""
+    """Return the recipe in a checkpoint; None if it is damaged, in which case training sets the checkpoint aside."""
     try:
-        recipe: dict[str, Any] = json.loads((checkpoint / META).read_text(encoding="utf-8"))["recipe"]
+        recipe: dict[str, Any] = json.loads((checkpoint / CHECKPOINT_META).read_text(encoding="utf-8"))["recipe"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return recipe
 
 
-def _recipe_then(home: Path) -> Mapping[str, Any] | None:
-    """With which the run began, as its newest checkpoint tells, or the first start that left none."""
-    for checkpoint in reversed(complete_checkpoints(home / "checkpoints")):
+def _recipe_then(job_folder: Path) -> Mapping[str, Any] | None:
+    """Return the recipe of the run so far: that of its newest checkpoint, else of its newest start or launch."""
+    for checkpoint in reversed(complete_checkpoints(job_folder / CHECKPOINTS_FOLDER)):
         if (recipe := _recipe_in(checkpoint)) is not None:
             return recipe
-    for name in ("recipe.yaml", RECIPE_FILE):
-        if (home / name).is_file():
-            return read_source(home / name).values
+    for name in (RECIPE_FILE, LAUNCHED_RECIPE_FILE):
+        if (job_folder / name).is_file():
+            return read_source(job_folder / name).values
     return None
 
 
-def check_encode_home(home: Path, recipe: EncodeRecipe) -> None:
-    """What was launched there before was an encode of the same dataset."""
-    if not (home / RECIPE_FILE).is_file():
+def check_encode_folder(job_folder: Path, recipe: EncodeRecipe) -> None:
+    """Check that any earlier launch in this job folder was an encode of the same dataset."""
+    if not (job_folder / LAUNCHED_RECIPE_FILE).is_file():
         return
-    then = read_source(home / RECIPE_FILE).values
+    then = read_source(job_folder / LAUNCHED_RECIPE_FILE).values
     if (then["kind"], then.get("output")) != ("encode", recipe.output):
-        raise InputError(f"{home}: jobs of another recipe were launched there; choose another name, or delete it")
+        raise InputError(f"{job_folder}: jobs of another recipe were launched there; choose another name, or delete it")
 
 
-def check_not_in_queue(home: Path) -> None:
-    """Nothing waits or runs in this home."""
-    if not home.is_dir():
+def check_not_in_queue(job_folder: Path) -> None:
+    """Check that no job waits or runs in this job folder."""
+    if not job_folder.is_dir():
         return
-    found = summarize({home: home.name})
+    found = summarize({job_folder: job_folder.name})
     state = found.runs[0]
     if state.state in LIVE:
         job = f", job {state.job_id}" if state.job_id else ""
-        by_home = f" (as its folder tells; {found.problem})" if found.problem else ""
+        by_folder = f" (according to its folder; {found.problem})" if found.problem else ""
         raise InputError(
-            f"{home}: {state.state} already{job}{by_home}; watch it with `pomscale watch {home}`, "
-            f"or end it with `pomscale runs cancel {home}`"
+            f"{job_folder}: {state.state} already{job}{by_folder}; watch it with `pomscale watch {job_folder}`, "
+            f"or end it with `pomscale runs cancel {job_folder}`"
         )
 
 
 def check_interpreter(profile: ClusterProfile) -> None:
-    """Of a job on this machine. On the nodes of a cluster it is `pomscale cluster check` that finds out."""
+    """Check the interpreter of a job on this machine. For the nodes of a cluster `pomscale cluster check` does it."""
     if profile.python is not None and shutil.which(expanded(profile.python, "python")) is None:
         raise InputError(
             f"python: {profile.python} is no program on this machine; give the profile (or --set python=) another"
@@ -194,7 +194,7 @@ def check_interpreter(profile: ClusterProfile) -> None:
 
 
 def check_time_limit(profile: ClusterProfile, time_limit: str | None) -> None:
-    """Of the form that SLURM knows, and long enough for the signal before it."""
+    """Check that a time limit has SLURM's form, and that it is longer than the time of the signal before it."""
     if time_limit is None:
         return
     if not is_time_limit(time_limit):

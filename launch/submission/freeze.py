@@ -1,9 +1,9 @@
-"""The code that a job runs: a copy in its home, made when it is launched first.
+"""Frozen code: a copy in the job folder of the code that a job runs, made when the job is launched first.
 
-    HOME/code/{pomscale,launch,data_pipelines,slurm}      what PYTHONPATH of the ranks points to
-    HOME/code/code.json, code.diff                        git commit, and what differed from it
+    JOB_FOLDER/code/{pomscale,launch,data_pipelines,recipes,slurm}   PYTHONPATH of the ranks points to JOB_FOLDER/code
+    JOB_FOLDER/code/code.json, code.diff                             git commit, and the differences from it
 
-A job may wait in the queue for days and be started many times. Whoever edits the checkout meanwhile does not change it.
+A job may wait in the queue for days and be started many times. Edits of the checkout meanwhile do not change it.
 """
 
 from __future__ import annotations
@@ -16,28 +16,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from launch.record.job import CODE
+from pomscale.base import installation
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder, write_text
-from pomscale.runs.outcome import code_state
+from pomscale.runs.code_state import code_state
+from pomscale.runs.layout import CODE_DIFF_FILE, CODE_FOLDER, CODE_STATE_FILE
 
-STATE_FILE, DIFF_FILE = "code.json", "code.diff"
-
-_ROOT = Path(__file__).resolve().parent.parent
-_FOLDERS = ("pomscale", "launch", "data_pipelines", "slurm")
 _NOT_CODE = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
-def freeze(home: Path, *, new_code: bool = False) -> None:
-    """Copy the code that is running into the home. What is there already stays, unless new_code.
+def freeze(job_folder: Path, *, new_code: bool = False) -> None:
+    """Copy the code that is running into the job folder, completely or not at all.
 
-    Whole or not at all. InputError if it cannot be copied.
+    A copy that exists already stays, unless new_code is set. InputError if the code cannot be copied.
     """
-    code = home / CODE
+    code = job_folder / CODE_FOLDER
     if code.exists() and not new_code:
         return
-    make_folder(home)
-    copy, old = (home / f"{CODE}.{word}-{os.getpid()}" for word in ("new", "old"))
+    make_folder(job_folder)
+    copy, old = (job_folder / f"{CODE_FOLDER}.{word}-{os.getpid()}" for word in ("new", "old"))
     try:
         _copy_to(copy)
         if code.exists():
@@ -53,31 +50,32 @@ def freeze(home: Path, *, new_code: bool = False) -> None:
 
 
 def _copy_to(folder: Path) -> None:
-    for name in _FOLDERS:
-        if (_ROOT / name).is_dir():  # an installation from a wheel has no slurm/
-            shutil.copytree(_ROOT / name, folder / name, ignore=_NOT_CODE)
-    state, diff = _code_of_now()
-    write_text(folder / STATE_FILE, json.dumps(state, indent=1))
-    write_text(folder / DIFF_FILE, diff)
+    packages = [installation.root() / name for name in installation.CODE_PACKAGES]
+    for source in (*packages, installation.recipes_folder(), installation.slurm_folder()):
+        if source.parent == installation.root():  # in a wheel, recipes and scripts are part of pomscale
+            shutil.copytree(source, folder / source.name, ignore=_NOT_CODE)
+    state, diff = _running_code()
+    write_text(folder / CODE_STATE_FILE, json.dumps(state, indent=1))
+    write_text(folder / CODE_DIFF_FILE, diff)
 
 
-def which_code(home: Path, *, new_code: bool = False) -> str:
-    """What a job that is launched in this home will run, for people."""
-    state_file = home / CODE / STATE_FILE
-    if not (home / CODE).exists():
-        return f"of now, {_name(_code_of_now()[0])}"
+def which_code(job_folder: Path, *, new_code: bool = False) -> str:
+    """Describe, for the user, the code that a job will run when it is launched in this job folder."""
+    state_file = job_folder / CODE_FOLDER / CODE_STATE_FILE
+    if not (job_folder / CODE_FOLDER).exists():
+        return f"this checkout, {_name(_running_code()[0])}"
     if new_code:
-        return f"of now, {_name(_code_of_now()[0])}, instead of what it began with"
+        return f"this checkout, {_name(_running_code()[0])}, in place of its frozen copy"
     if not state_file.is_file():
-        return f"that in {home / CODE}"
+        return f"the copy in {job_folder / CODE_FOLDER}"
     frozen = datetime.fromtimestamp(state_file.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     state = json.loads(state_file.read_text(encoding="utf-8"))
-    return f"what it began with ({_name(state)}, copied {frozen}); --new-code takes that of now"
+    return f"its frozen copy ({_name(state)}, copied {frozen}); --new-code replaces it by this checkout"
 
 
 @cache
-def _code_of_now() -> tuple[dict[str, Any], str]:
-    """Asks git once: a sweep copies it for every run, and git takes its time on a large file system."""
+def _running_code() -> tuple[dict[str, Any], str]:
+    """Ask git once: a sweep needs the answer for every run, and git is slow on a large file system."""
     return code_state()
 
 

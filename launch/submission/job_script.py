@@ -1,4 +1,4 @@
-"""A job and a cluster profile -> submitit's SlurmExecutor, and with it the job script."""
+"""The job script: made from a job and a cluster profile by submitit's SlurmExecutor."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from submitit import SlurmExecutor
 
-from launch.record.job import CODE, SUBMITIT, JobSpec
+from launch.record.job import Condition, JobSpec
 from pomscale.base.errors import InputError
+from pomscale.base.installation import slurm_folder
 from pomscale.config.cluster import ClusterProfile, ContainerConfig, expanded, minutes_of
+from pomscale.runs.layout import CODE_FOLDER, SUBMITIT_FOLDER
 
-Condition = Literal["ok", "any"]
-
-_ROOT = Path(__file__).resolve().parent.parent
 _DEPENDENCIES: dict[Condition, str] = {"ok": "afterok", "any": "afterany"}
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What one submission asks for beside the job itself.
+class SubmitOptions:
+    """Options of one submission of a job.
 
-    time_limit, gpus_per_node: instead of the profile's. after: SLURM jobs that must have ended before ("ok": well).
-    array: so many tasks, which share the work. exclude: hosts to avoid.
+    time_limit, gpus_per_node: replace the profile's. after: the condition by id, for SLURM jobs to wait for. array:
+    number of tasks that share the work. exclude: hosts to avoid.
     """
 
     time_limit: str | None = None
@@ -36,25 +35,29 @@ class Wish:
     exclude: Sequence[str] = ()
 
 
-def slurm_executor(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> _Executor:
-    """Ready to submit. Writes nothing yet, and needs no SLURM here. InputError for a home that SLURM cannot name."""
-    if "%" in spec.home:
-        raise InputError(f"{spec.home}: SLURM puts other things in the place of %; choose a path without it")
-    executor = _Executor(Path(spec.home) / SUBMITIT, python=_python(profile, has_gpus=_num_gpus(profile, wish) > 0))
-    executor.update_parameters(**_resources(spec, profile, wish), **_options(spec, profile, wish))
+def slurm_executor(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) -> _Executor:
+    """Return an executor that is ready to submit. It has written nothing yet, and needs no SLURM on this machine.
+
+    InputError for a job folder whose path SLURM would change.
+    """
+    if "%" in spec.job_folder:
+        raise InputError(f"{spec.job_folder}: SLURM replaces % and what follows; choose a path without it")
+    python = _python(profile, has_gpus=_num_gpus(profile, options) > 0)
+    executor = _Executor(Path(spec.job_folder) / SUBMITIT_FOLDER, python=python)
+    executor.update_parameters(**_resources(spec, profile, options), **_options(spec, profile, options))
     return executor
 
 
-def job_script(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> str:
-    """The text that sbatch is given."""
-    executor = slurm_executor(spec, profile, wish)
-    if wish.array is not None and wish.array > 1:
-        executor.parameters["map_count"] = wish.array
+def job_script(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) -> str:
+    """Return the text of the job script."""
+    executor = slurm_executor(spec, profile, options)
+    if options.array is not None and options.array > 1:
+        executor.parameters["map_count"] = options.array
     return executor.script()
 
 
 class _Executor(SlurmExecutor):
-    """submitit's refuses to be where there is no srun: a dry run on a laptop needs none."""
+    """Executor that also works where there is no srun, as for a dry run on a laptop; submitit's refuses that."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -64,16 +67,16 @@ class _Executor(SlurmExecutor):
         return self._make_submission_file_text(self._submitit_command_str, uid="")
 
 
-def _num_gpus(profile: ClusterProfile, wish: Wish) -> int:
-    return profile.gpus_per_node if wish.gpus_per_node is None else wish.gpus_per_node
+def _num_gpus(profile: ClusterProfile, options: SubmitOptions) -> int:
+    return profile.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
 
 
-def _resources(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> dict[str, Any]:
-    """Of a node with only some of its GPUs, the same share of cores and memory."""
-    num_gpus = _num_gpus(profile, wish)
+def _resources(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) -> dict[str, Any]:
+    """Return the resources of a node. A job that uses a share of its GPUs gets the same share of cores and memory."""
+    num_gpus = _num_gpus(profile, options)
     share = num_gpus / profile.gpus_per_node if num_gpus and profile.gpus_per_node else 1.0
     tasks_per_node = spec.ranks_per_node if spec.ranks_by == "srun" else 1
-    limit = wish.time_limit or profile.time_limit
+    limit = options.time_limit or profile.time_limit
     assert limit is not None  # ClusterProfile asks for one
     return {
         "nodes": spec.num_nodes,
@@ -87,12 +90,12 @@ def _resources(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> dict[str, 
     }
 
 
-def _options(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> dict[str, Any]:
+def _options(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) -> dict[str, Any]:
     further: dict[str, Any] = {"requeue": True}
-    if wish.after:
+    if options.after:
         further["kill-on-invalid-dep"] = "yes"
     further |= {name: value or True for name, value in profile.sbatch.items()}
-    dependencies = (f"{_DEPENDENCIES[condition]}:{job_id}" for job_id, condition in wish.after.items())
+    dependencies = (f"{_DEPENDENCIES[condition]}:{job_id}" for job_id, condition in options.after.items())
     return {
         "job_name": spec.name,
         "partition": profile.partition,
@@ -100,19 +103,19 @@ def _options(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> dict[str, An
         "qos": profile.qos,
         "constraint": profile.constraint,
         "wckey": profile.wckey,  # submitit's own default is refused by sites that check
-        "exclude": ",".join(wish.exclude) or None,
+        "exclude": ",".join(options.exclude) or None,
         "dependency": ",".join(dependencies) or None,
         "setup": _setup(spec, profile),
         "teardown": _end(spec),
-        "srun_args": _srun(spec, profile, wish),
+        "srun_args": _srun(spec, profile, options),
         "stderr_to_stdout": True,
         "additional_parameters": further,
     }
 
 
-def _srun(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> list[str]:
+def _srun(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) -> list[str]:
     # srun does not take the cores per task from sbatch everywhere, and one core would starve the reader threads.
-    words = ["--kill-on-bad-exit=1", f"--cpus-per-task={_resources(spec, profile, wish)['cpus_per_task']}"]
+    words = ["--kill-on-bad-exit=1", f"--cpus-per-task={_resources(spec, profile, options)['cpus_per_task']}"]
     container = profile.container
     if container is not None and container.kind == "pyxis":
         words.append(f"--container-image={expanded(container.image, 'container.image')}")
@@ -123,7 +126,7 @@ def _srun(spec: JobSpec, profile: ClusterProfile, wish: Wish) -> list[str]:
 
 
 def _python(profile: ClusterProfile, *, has_gpus: bool) -> str:
-    """The command that starts Python on a node, as the shell reads it."""
+    """Return the command that starts Python on a node, quoted for the shell."""
     container = profile.container
     if container is None:
         return shlex.quote(sys.executable if profile.python is None else expanded(profile.python, "python"))
@@ -140,23 +143,23 @@ def _mounts(container: ContainerConfig) -> str:
 
 
 def _end(spec: JobSpec) -> list[str]:
-    """Lines behind srun: what the supervisor has decided is done, and the script ends with srun's exit code."""
-    text = (_ROOT / "slurm" / "requeue.sh").read_text(encoding="utf-8")
+    """Return the lines after srun: they carry out the verdict, and the script ends with srun's exit code."""
+    text = (slurm_folder() / "requeue.sh").read_text(encoding="utf-8")
     function = [line for line in text.splitlines() if not line.startswith("#")]
-    return ["code=$?", *function, f'pomscale_end "$code" {shlex.quote(spec.home)}']
+    return ["code=$?", *function, f'pomscale_end "$code" {shlex.quote(spec.job_folder)}']
 
 
 def _setup(spec: JobSpec, profile: ClusterProfile) -> list[str]:
-    """Lines before srun, which hands the variables on to the ranks."""
+    """Return the lines before srun, which passes the variables that they set to the ranks."""
     lines = []
     if profile.modules:
         lines += ["command -v module > /dev/null || source /etc/profile", "module purge"]
         lines += [f"module load {module} || exit 1" for module in profile.modules]
-    lines += [*profile.setup, "set +e"] if profile.setup else []  # or a rank that fails would skip what ends the job
-    code = Path(spec.home) / CODE
+    lines += [*profile.setup, "set +e"] if profile.setup else []  # else a rank that fails would skip the end of the job
+    code = Path(spec.job_folder) / CODE_FOLDER
     lines.append(f"if [ -d {shlex.quote(str(code))} ]; then")
     lines.append(f"  export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1")
     lines.append("fi")
     if profile.local_disk is not None:
-        lines.append(f'export TMPDIR="{profile.local_disk}"')  # a variable in it is that of the node
+        lines.append(f'export TMPDIR="{profile.local_disk}"')  # a variable in it is expanded on the node
     return lines + [f"export {name}={shlex.quote(value)}" for name, value in spec.environment.items()]

@@ -1,21 +1,16 @@
-"""Recipe + cluster profile -> a job that has been checked and can be submitted. Nothing is written before that."""
+"""From a recipe, or commands, and a request to a job that has been checked. Nothing is written here."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict, Unpack
 
-from launch.record.job import JOBS_FILE, LAUNCH_FILE, JobSpec, LaunchedAs, Submission, keep, sole_launch, submissions
-from launch.scheduler import slurm
-from launch.status.runs import summarize
+from launch.record.job import JobSpec, LaunchedAs, Submission, read_submissions
+from launch.status.runs import RUNS, summarize
 from launch.status.state import LIVE
 from launch.submission.checks import (
-    RECIPE_FILE,
-    check_encode_home,
-    check_interpreter,
+    check_encode_folder,
     check_machine,
     check_not_in_queue,
     check_run_folder,
@@ -23,276 +18,183 @@ from launch.submission.checks import (
     check_time_limit,
     check_training_data,
 )
-from launch.submission.freeze import freeze
-from launch.submission.job_script import Condition, Wish
-from launch.submission.submit import batch_script, submit
+from launch.submission.prepared import Prepared
 from pomscale.base.errors import InputError
-from pomscale.base.files import make_folder, write_text
 from pomscale.config.cluster import ClusterProfile, expanded
-from pomscale.config.load import dump_recipe, load_encode_recipe, load_train_recipe
+from pomscale.config.load import load_encode_recipe, load_train_recipe
 from pomscale.config.monitoring import WandbConfig
-from pomscale.config.schema import EncodeRecipe, TrainRecipe
 from pomscale.config.sweep import check_is_one_run
-
-RUNS = "runs"
+from pomscale.config.train import TrainRecipe
+from pomscale.runs.layout import LAUNCHED_RECIPE_FILE
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A job that may be submitted as it stands.
+class JobRequest:
+    """Request for a job: the cluster, the number of machines, the limits.
 
-    recipe: resolved, as the job will read it; None for a job of commands. notes: what people should know, a line each.
-    plan: lines, none where no GPU is known. The rest: see launch.submission.submit.submit.
+    gpus_per_node, ranks_per_node, time_limit: replace the profile's. command_line: as typed, to launch the same again.
+    to_come: absolute paths of datasets and run folders that jobs before this one make. replacing: whether the job that
+    waits in the job folder will be cancelled before this one is submitted.
     """
 
-    spec: JobSpec
     profile: ClusterProfile
-    launched_as: LaunchedAs
-    recipe: TrainRecipe | EncodeRecipe | None = None
-    notes: tuple[str, ...] = ()
-    plan: tuple[str, ...] = ()
-    array: int | None = None
+    cluster_name: str
+    num_nodes: int = 1
     gpus_per_node: int | None = None
-    num_before: int = 0
-
-    @property
-    def home(self) -> Path:
-        return Path(self.spec.home)
-
-    @property
-    def time_limit(self) -> str | None:
-        return self.launched_as.time_limit
-
-    def waiting_for(self, homes: Mapping[str, Condition]) -> Prepared:
-        """After the jobs in these homes, where no scheduler sees to it."""
-        return replace(self, spec=replace(self.spec, wait_for=dict(homes)))
-
-    def script(self, after: Mapping[str, Condition] | None = None) -> str:
-        """What sbatch will be given; "" without SLURM."""
-        return batch_script(self.spec, self.profile, self._wish(after))
-
-    def submit(self, after: Mapping[str, Condition] | None = None, *, new_code: bool = False) -> str:
-        """Make the home, with the code and the recipe in it, and submit. Returns the job id.
-
-        Of a job that is refused nothing is left, but for what was there before.
-        """
-        if self.profile.scheduler == "slurm":
-            slurm.check_answers()
-        elif self.profile.scheduler == "local":
-            check_interpreter(self.profile)
-        first_new = _first_missing(self.home)
-        try:
-            with sole_launch(self.home):
-                if len(submissions(self.home)) > self.num_before:
-                    raise InputError(f"{self.home}: launched by somebody else just now; look with `pomscale runs`")
-                self.write_home(new_code=new_code)
-                return submit(self.spec, self.profile, self._wish(after))
-        except Exception:
-            if first_new is not None and not (self.home / JOBS_FILE).exists():
-                _take_away(self.home, first_new)
-            raise
-
-    def _wish(self, after: Mapping[str, Condition] | None) -> Wish:
-        return Wish(self.time_limit, after or {}, self.array, self.gpus_per_node)
-
-    def write_home(self, *, new_code: bool = False) -> None:
-        """All of it but job.json."""
-        make_folder(self.home)
-        freeze(self.home, new_code=new_code)
-        if self.recipe is not None:
-            make_folder((self.home / RECIPE_FILE).parent)
-            write_text(self.home / RECIPE_FILE, dump_recipe(self.recipe))
-        keep(self.home / LAUNCH_FILE, replace(self.launched_as, gpus_per_node=self.gpus_per_node))
+    ranks_per_node: int | None = None
+    time_limit: str | None = None
+    command_line: Sequence[str] = ()
+    to_come: Collection[Path] = ()
+    replacing: bool = False
 
 
-def _first_missing(folder: Path) -> Path | None:
-    """The topmost of the folders that would have to be made for this one."""
-    missing = None
-    while not folder.exists():
-        missing, folder = folder, folder.parent
-    return missing
-
-
-def _take_away(home: Path, first_new: Path) -> None:
-    """And the folders above it up to first_new, unless another launch has put something there meanwhile."""
-    shutil.rmtree(home, ignore_errors=True)
-    folder = home
-    while folder != first_new:
-        folder = folder.parent
-        try:
-            folder.rmdir()
-        except OSError:
-            return
-
-
-class How(TypedDict, total=False):
-    """gpus_per_node, ranks_per_node, time_limit: instead of the profile's. to_come: absolute paths of datasets and runs
-    that jobs before this one make. replacing: the job that waits in this home will be cancelled before."""
-
-    num_nodes: int
-    gpus_per_node: int | None
-    ranks_per_node: int | None
-    time_limit: str | None
-    command_line: Sequence[str]
-    to_come: Collection[Path]
-    replacing: bool
-
-
-def prepare_train(
-    path: Path, overrides: Sequence[str], profile: ClusterProfile, cluster_name: str, **how: Unpack[How]
-) -> Prepared:
-    """A training run, whose home is its run folder. InputError, with the remedy, for whatever is wrong."""
+def prepare_train(path: Path, overrides: Sequence[str], request: JobRequest) -> Prepared:
+    """Prepare a training run, whose job folder is its run folder. InputError, with the remedy, if anything is wrong."""
     recipe = load_train_recipe(path, list(overrides))
     check_is_one_run(recipe, path)
-    return prepare_run(recipe, profile, cluster_name, **how)
+    return prepare_run(recipe, request)
 
 
-def prepare_run(
-    recipe: TrainRecipe,
-    profile: ClusterProfile,
-    cluster_name: str,
-    *,
-    num_nodes: int = 1,
-    gpus_per_node: int | None = None,
-    ranks_per_node: int | None = None,
-    time_limit: str | None = None,
-    command_line: Sequence[str] = (),
-    to_come: Collection[Path] = (),
-    replacing: bool = False,
-) -> Prepared:
-    """As prepare_train, of a recipe that has been read."""
-    check_time_limit(profile, time_limit)
+def prepare_run(recipe: TrainRecipe, request: JobRequest) -> Prepared:
+    """Prepare a training run, like prepare_train, from a recipe that has been read."""
+    profile = request.profile
+    check_time_limit(profile, request.time_limit)
     for evaluation in recipe.evaluations:
         try:
             check_time_limit(profile, evaluation.time_limit)
         except InputError as error:
             raise InputError(f"evaluations: {evaluation.name}: {error}") from error
-    num_ranks = _ranks_per_node(profile, gpus_per_node, ranks_per_node)
-    dataset = check_training_data(recipe, profile, to_come)
-    plan = check_machine(recipe, profile, num_nodes, num_nodes * num_ranks, dataset)
-    home = run_home(recipe, profile)
-    if not replacing:
-        check_not_in_queue(home)
-    check_run_folder(home, recipe)
-    wandb, notes = _wandb(recipe.monitoring.wandb, profile, home)
-    monitoring = recipe.monitoring.model_copy(update={"wandb": wandb})
-    resolved = recipe.model_copy(update={"output": str(home.parent), "monitoring": monitoring})
-    spec = JobSpec(
-        home=str(home),
-        name=recipe.name,
-        commands=[["train", str(home / RECIPE_FILE)]],
-        cwd=str(Path.cwd()),
-        num_nodes=num_nodes,
-        ranks_per_node=num_ranks,
-        ranks_by=profile.ranks_by,
-        environment=_environment(profile),
-        max_idle_requeues=profile.max_idle_requeues,
+    job_folder = run_folder(recipe, profile)
+    spec = replace(
+        _job_spec(recipe.name, job_folder, [["train", str(job_folder / LAUNCHED_RECIPE_FILE)]], request),
         is_run=True,
         evaluations=bool(recipe.evaluations),
     )
-    launched = _launched_as(RECIPE_FILE, profile, cluster_name, num_nodes, time_limit, command_line)
-    return Prepared(spec, profile, launched, resolved, notes, tuple(plan), None, gpus_per_node, len(submissions(home)))
+    dataset = check_training_data(recipe, profile, request.to_come)
+    plan = check_machine(recipe, profile, spec.num_nodes, spec.num_ranks, dataset)
+    if not request.replacing:
+        check_not_in_queue(job_folder)
+    check_run_folder(job_folder, recipe)
+    wandb, notes = _wandb(recipe.monitoring.wandb, profile, job_folder)
+    monitoring = recipe.monitoring.model_copy(update={"wandb": wandb})
+    return Prepared(
+        spec,
+        profile,
+        _launched_as(LAUNCHED_RECIPE_FILE, request),
+        recipe=recipe.model_copy(update={"output": str(job_folder.parent), "monitoring": monitoring}),
+        notes=notes,
+        plan=tuple(plan),
+        gpus_per_node=request.gpus_per_node,
+        num_before=len(read_submissions(job_folder)),
+    )
 
 
 def prepare_encode(
     path: Path,
     overrides: Sequence[str],
-    profile: ClusterProfile,
-    cluster_name: str,
+    request: JobRequest,
     *,
     array: int | None = None,
-    num_nodes: int = 1,
-    gpus_per_node: int | None = None,
-    ranks_per_node: int | None = None,
-    time_limit: str | None = None,
-    command_line: Sequence[str] = (),
-    to_come: Collection[Path] = (),
-    replacing: bool = False,
-    home: Path | None = None,
+    job_folder: Path | None = None,
 ) -> Prepared:
-    """An encode, by an array of tasks or by the ranks of one job. A task has one rank, and one GPU where there are any.
+    """Prepare an encode. A task has one rank, and one GPU if the nodes have any, unless the request says otherwise.
 
-    home: default runs/encode-NAME. The dataset's folder is that of the recipe, relative to this folder and not to the
-    profile's scratch: `data.path` of who trains on it names it in the same way. The rest: see How. Raises as
-    prepare_train.
+    The dataset's folder is that of the recipe, relative to the current folder and not to the profile's scratch, as
+    `data.path` of a recipe that trains on it is, too.
+
+    Args:
+        path: The recipe.
+        overrides: Changes of the recipe, such as "a.b=c".
+        request: How the job shall run.
+        array: Number of tasks of an array that share the work; None for the ranks of one job.
+        job_folder: Default: runs/encode-NAME.
+
+    Raises:
+        InputError: With the remedy, if anything is wrong.
     """
-    check_time_limit(profile, time_limit)
+    check_time_limit(request.profile, request.time_limit)
     recipe = load_encode_recipe(path, list(overrides))
-    check_source(recipe, to_come)
-    if gpus_per_node is None and ranks_per_node is None:
-        gpus_per_node = min(profile.gpus_per_node, 1)
-        ranks_per_node = 1
-    num_ranks = _ranks_per_node(profile, gpus_per_node, ranks_per_node)
-    home = home or resolved_output(RUNS, profile) / f"encode-{recipe.name}"
-    if not replacing:
-        check_not_in_queue(home)
-    check_encode_home(home, recipe)
-    wandb, notes = _wandb(recipe.wandb, profile, home)
-    spec = JobSpec(
-        home=str(home),
-        name=home.name,
-        commands=[["data", "encode", str(home / RECIPE_FILE)]],
-        cwd=str(Path.cwd()),
-        num_nodes=num_nodes,
-        ranks_per_node=num_ranks,
-        ranks_by=profile.ranks_by,
-        environment=_environment(profile),
-        max_idle_requeues=profile.max_idle_requeues,
+    check_source(recipe, request.to_come)
+    request = _one_process_by_default(request)
+    job_folder = job_folder or resolved_output(str(RUNS), request.profile) / f"encode-{recipe.name}"
+    spec = _job_spec(job_folder.name, job_folder, [["data", "encode", str(job_folder / LAUNCHED_RECIPE_FILE)]], request)
+    if not request.replacing:
+        check_not_in_queue(job_folder)
+    check_encode_folder(job_folder, recipe)
+    wandb, notes = _wandb(recipe.wandb, request.profile, job_folder)
+    return Prepared(
+        spec,
+        request.profile,
+        _launched_as(LAUNCHED_RECIPE_FILE, request),
+        recipe=recipe.model_copy(update={"wandb": wandb}),
+        notes=notes,
+        array=array,
+        gpus_per_node=request.gpus_per_node,
+        num_before=len(read_submissions(job_folder)),
     )
-    launched = _launched_as(RECIPE_FILE, profile, cluster_name, num_nodes, time_limit, command_line)
-    resolved = recipe.model_copy(update={"wandb": wandb})
-    return Prepared(spec, profile, launched, resolved, notes, (), array, gpus_per_node, len(submissions(home)))
 
 
-def prepare_commands(
-    name: str,
-    home: Path,
-    commands: list[list[str]],
-    profile: ClusterProfile,
-    cluster_name: str,
-    *,
-    num_nodes: int = 1,
-    gpus_per_node: int | None = None,
-    ranks_per_node: int | None = None,
-    time_limit: str | None = None,
-    command_line: Sequence[str] = (),
-    replacing: bool = False,
-) -> Prepared:
-    """Commands of pomscale, one after another; all ranks run them all. commands: words after `pomscale`, for each."""
-    check_time_limit(profile, time_limit)
-    if not replacing:
-        check_not_in_queue(home)
-    spec = JobSpec(
-        home=str(home.absolute()),
-        name=name,
-        commands=commands,
-        cwd=str(Path.cwd()),
-        num_nodes=num_nodes,
-        ranks_per_node=_ranks_per_node(profile, gpus_per_node, ranks_per_node),
-        ranks_by=profile.ranks_by,
-        environment=_environment(profile),
-        max_idle_requeues=profile.max_idle_requeues,
+def prepare_commands(name: str, job_folder: Path, commands: list[list[str]], request: JobRequest) -> Prepared:
+    """Prepare a job of pomscale's commands, which all of its ranks run one after another.
+
+    Args:
+        name: Name of the job.
+        job_folder: Made absolute.
+        commands: The words after `pomscale`, for each command.
+        request: How the job shall run.
+
+    Raises:
+        InputError: With the remedy, if anything is wrong.
+    """
+    check_time_limit(request.profile, request.time_limit)
+    if not request.replacing:
+        check_not_in_queue(job_folder)
+    return Prepared(
+        _job_spec(name, job_folder.absolute(), commands, request),
+        request.profile,
+        _launched_as(None, request),
+        gpus_per_node=request.gpus_per_node,
+        num_before=len(read_submissions(job_folder)),
     )
-    launched = _launched_as(None, profile, cluster_name, num_nodes, time_limit, command_line)
-    return Prepared(spec, profile, launched, gpus_per_node=gpus_per_node, num_before=len(submissions(home)))
 
 
 def resolved_output(output: str, profile: ClusterProfile) -> Path:
-    """Where a folder of runs lies: a relative one below the profile's scratch, if it has one. Absolute."""
+    """Return the absolute path of a folder of runs. A relative one lies below the profile's scratch, if it has one."""
     scratch = "" if profile.scratch is None else expanded(profile.scratch, "scratch")
     return Path(scratch, output).absolute()
 
 
-def run_home(recipe: TrainRecipe, profile: ClusterProfile) -> Path:
-    """The run folder, absolute."""
+def run_folder(recipe: TrainRecipe, profile: ClusterProfile) -> Path:
+    """Return the absolute path of the run folder."""
     return resolved_output(recipe.output, profile) / recipe.name
 
 
-def in_queue(home: Path) -> Submission | None:
-    """The submission that waits or runs in this home."""
-    if not home.is_dir() or summarize({home: home.name}).runs[0].state not in LIVE:
+def in_queue(job_folder: Path) -> Submission | None:
+    """Return the submission that waits or runs in this job folder, if there is one."""
+    if not job_folder.is_dir() or summarize({job_folder: job_folder.name}).runs[0].state not in LIVE:
         return None
-    return next(iter(submissions(home)[-1:]), None)
+    return next(iter(read_submissions(job_folder)[-1:]), None)
+
+
+def _one_process_by_default(request: JobRequest) -> JobRequest:
+    if request.gpus_per_node is not None or request.ranks_per_node is not None:
+        return request
+    return replace(request, gpus_per_node=min(request.profile.gpus_per_node, 1), ranks_per_node=1)
+
+
+def _job_spec(name: str, job_folder: Path, commands: list[list[str]], request: JobRequest) -> JobSpec:
+    profile = request.profile
+    return JobSpec(
+        job_folder=str(job_folder),
+        name=name,
+        commands=commands,
+        cwd=str(Path.cwd()),
+        num_nodes=request.num_nodes,
+        ranks_per_node=_ranks_per_node(profile, request.gpus_per_node, request.ranks_per_node),
+        ranks_by=profile.ranks_by,
+        environment=_environment(profile),
+        max_idle_requeues=profile.max_idle_requeues,
+    )
 
 
 def _ranks_per_node(profile: ClusterProfile, gpus_per_node: int | None, ranks_per_node: int | None) -> int:
@@ -308,28 +210,24 @@ def _ranks_per_node(profile: ClusterProfile, gpus_per_node: int | None, ranks_pe
 
 
 def _environment(profile: ClusterProfile) -> dict[str, str]:
-    """Of every rank. What the profile says by name wins over what follows from it."""
-    follows = {}
+    """Return the variables of every rank. Those that the profile names win over those derived from other settings."""
+    derived = {}
     if profile.network_interface is not None:
-        follows = {name: profile.network_interface for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")}
+        derived = {name: profile.network_interface for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")}
     if profile.offline:
-        follows["HF_HUB_OFFLINE"] = "1"  # weights come from the cache at once, not after requests that time out
-    return {**follows, **profile.environment}
+        derived["HF_HUB_OFFLINE"] = "1"  # weights come from the cache at once, not after requests that time out
+    return {**derived, **profile.environment}
 
 
-def _wandb(config: WandbConfig, profile: ClusterProfile, home: Path) -> tuple[WandbConfig, tuple[str, ...]]:
+def _wandb(config: WandbConfig, profile: ClusterProfile, job_folder: Path) -> tuple[WandbConfig, tuple[str, ...]]:
+    """Return the settings of wandb for the nodes of a cluster, and notes for the user."""
     if config.mode != "online" or not profile.offline:
         return config, ()
-    note = f"wandb is offline, since these nodes have no internet: `pomscale runs sync {home}` uploads from here"
+    note = f"wandb is offline, since these nodes have no internet: `pomscale runs sync {job_folder}` uploads from here"
     return config.model_copy(update={"mode": "offline"}), (note,)
 
 
-def _launched_as(
-    recipe: str | None,
-    profile: ClusterProfile,
-    cluster_name: str,
-    num_nodes: int,
-    time_limit: str | None,
-    command_line: Sequence[str],
-) -> LaunchedAs:
-    return LaunchedAs(recipe, cluster_name, profile.model_dump(mode="json"), num_nodes, time_limit, list(command_line))
+def _launched_as(recipe: str | None, request: JobRequest) -> LaunchedAs:
+    profile = request.profile.model_dump(mode="json")
+    command_line = list(request.command_line)
+    return LaunchedAs(recipe, request.cluster_name, profile, request.num_nodes, request.time_limit, command_line)

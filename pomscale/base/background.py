@@ -1,4 +1,4 @@
-"""Work that training must not wait for: one thread, and a queue that cannot grow for ever."""
+"""Calls made in a thread of their own, so that training does not wait for them, from a queue of limited length."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-CLOSE_TIMEOUT_S = 15.0  # a scheduler gives a job that must go half a minute
+CLOSE_TIMEOUT_S = 15.0  # a scheduler gives a job half a minute to end
 
 logger = logging.getLogger(__name__)
 
 
 class Background:
-    """Makes the calls that it is given, one after another, in a thread of its own.
+    """Makes calls one after another in a thread of its own.
 
-    `do` never waits and never raises. What does not fit into the queue, since a call hangs or is too slow, is dropped;
-    it is counted, and told when it happens first and at the end. So is what a call raises: a log is worth less than
-    the run. Calls that wait are lost if the process is killed, so a file is behind by what the queue holds:
-    milliseconds, unless a call hangs.
+    `do` never waits and never raises. A call that does not fit into the queue, since another one hangs or is too slow,
+    is dropped. Calls that are dropped or raise an error are counted, with a warning at the first one and at the end: a
+    log is worth less than the run. Calls that wait are lost if the process is killed, so a file is behind by the calls
+    in the queue: milliseconds, unless one hangs.
 
-    The thread holds no process back: it is a daemon, and `join` has a limit. A forked child has no such thread, so
-    nothing happens there. name: what the calls are for, in every warning.
+    The thread never keeps the process from ending: it is a daemon, and `join` has a limit. A forked child has no such
+    thread, so nothing happens there.
     """
 
     def __init__(self, name: str, most_waiting: int = 4096) -> None:
+        """Start the thread. `name` says in every warning what the calls are for."""
         self._name = name
         self._most_waiting = most_waiting
         self._calls: deque[Callable[[], object]] = deque()
@@ -36,7 +37,7 @@ class Background:
         self._thread.start()
 
     def do(self, call: Callable[[], object]) -> None:
-        """Make this call soon."""
+        """Queue a call."""
         with self._has_news:
             fits = len(self._calls) < self._most_waiting and self._last is None
             if fits:
@@ -48,13 +49,16 @@ class Background:
             logger.warning("%s does not keep up: entries are dropped from here on; the run goes on", self._name)
 
     def finish(self, last: Callable[[], object]) -> None:
-        """Make this call after all that wait, and none after it. Returns at once: `join` waits."""
+        """Queue the last call; none is made after it. Returns at once: `join` waits."""
         with self._has_news:
             self._last = last
             self._has_news.notify()
 
     def join(self, deadline_s: float) -> bool:
-        """Wait for the last call until time.monotonic() is `deadline_s`; whether it has ended. Tells what is lost."""
+        """Wait for the last call until time.monotonic() is `deadline_s`, and return whether it has ended.
+
+        Warns of the entries that are lost.
+        """
         self._thread.join(max(0.0, deadline_s - time.monotonic()))
         num_lost = self._num_dropped + self._num_failed + len(self._calls)
         if num_lost:
@@ -78,7 +82,7 @@ class Background:
             assert call is not None
             try:
                 call()
-            except (Exception, SystemExit) as error:  # whatever a library raises
+            except (Exception, SystemExit) as error:  # a library may raise anything
                 self._num_failed += 1
                 if self._num_failed == 1:
                     logger.warning("%s fails; the run goes on", self._name, exc_info=error)

@@ -1,4 +1,4 @@
-"""How far a run is: the clock of everything, and where it is in its data."""
+"""Clock of a run: samples seen by the optimiser, and the position in the data."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 @dataclass
 class Clock:
-    """samples: seen by the optimiser; learning rate, averages, saves and evaluation go by it.
+    """Samples seen and position in the data; the two differ once steps were left out.
 
-    position: the global position (data.order) at which the next step begins. They part where steps are left out.
-    skipped: ranges [first, end) of positions that no optimiser step of this run counts.
+    Attributes:
+        samples: samples seen by the optimiser; learning rate, averages, saves and evaluation depend on it.
+        position: global position (data.order) at which the next step begins.
+        skipped: ranges [first, end) of positions that no optimiser step of this run counts.
     """
 
     samples: int = 0
@@ -20,17 +22,17 @@ class Clock:
     skipped: list[tuple[int, int]] = field(default_factory=list)
 
     def take(self, batch: int) -> None:
-        """The optimiser has seen the step at `position`."""
+        """Count a step of the optimiser on the `batch` samples at `position`."""
         self.samples += batch
         self.position += batch
 
     def leave_out(self, batch: int) -> None:
-        """The step at `position` was not taken."""
+        """Leave out the `batch` samples at `position`: no step was taken."""
         self._skip(self.position, self.position + batch)
         self.position += batch
 
     def go_back(self, then: Clock) -> None:
-        """To an earlier state of the run, but not to its data: what came since is left out."""
+        """Go back to an earlier state of the run but not in its data: the positions since then are left out."""
         now = self.position
         self.samples, self.skipped = then.samples, list(then.skipped)
         self._skip(then.position, now)
@@ -42,7 +44,7 @@ class Clock:
             self.skipped.append((first, end))
 
     def dump(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the clock as JSON for a checkpoint; see `of`."""
         return {
             "samples": self.samples,
             "position": self.position,
@@ -51,5 +53,5 @@ class Clock:
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Clock:
-        """The clock of a checkpoint, from its meta."""
+        """Return the clock of a checkpoint, from its meta."""
         return cls(meta["samples"], meta["position"], [(first, end) for first, end in meta["skipped"]])

@@ -1,4 +1,4 @@
-"""What a network is told about a sample: its class, or a text."""
+"""Condition of a sample: its class, or a text."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch.nn.functional import pad
 
 
 class Text(NamedTuple):
-    """Embeddings of captions. A tuple, so that torch's own tree functions (FSDP's casts, compile) see the tensors.
+    """Embeddings of captions, as a tuple, so that torch's tree functions (FSDP's casts, compile) see the tensors.
 
-    embeddings: (b, n, dim) floating, in any state where `mask` is False. mask: (b, n) bool, True = a token of the text.
+    Attributes:
+        embeddings: (b, n, dim) floating; any value where `mask` is False.
+        mask: (b, n) bool, True = a token of the text.
     """
 
     embeddings: Tensor
@@ -25,12 +27,12 @@ Condition: TypeAlias = Tensor | Text
 
 
 def map_condition(condition: Condition, function: Callable[[Tensor], Tensor]) -> Condition:
-    """The condition with `function` applied to each of its tensors."""
+    """Return the condition with `function` applied to each of its tensors."""
     return Text(*map(function, condition)) if isinstance(condition, Text) else function(condition)
 
 
 def join_conditions(parts: Sequence[Condition]) -> Condition:
-    """One batch of several, of one kind; texts are padded to the longest."""
+    """Join several batches of one kind to one batch; texts are padded to the longest."""
     texts = [part for part in parts if isinstance(part, Text)]
     if not texts:
         return torch.cat([part for part in parts if isinstance(part, Tensor)])
@@ -43,10 +45,10 @@ def join_conditions(parts: Sequence[Condition]) -> Condition:
 
 
 def batch_size(condition: Condition) -> int:
-    """Samples that are told about."""
+    """Number of samples of the condition."""
     return len(condition.mask if isinstance(condition, Text) else condition)
 
 
 def device_of(condition: Condition) -> torch.device:
-    """Where it is."""
+    """Device of the condition's tensors."""
     return (condition.mask if isinstance(condition, Text) else condition).device

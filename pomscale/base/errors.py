@@ -1,7 +1,7 @@
 """The two kinds of failure a user meets. Everything else is a bug and keeps its traceback.
 
-This module imports nothing, so that every room may raise the same errors and the command line can turn them
-into one clear message and an exit code.
+This module imports nothing, so that every package may raise the same errors, and the command line turns them into one
+clear message and an exit code.
 """
 
 from __future__ import annotations

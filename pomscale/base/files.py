@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, also after a power cut. A leaf: every room may use it."""
+"""Files that are either whole or absent, also after a power cut."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from pomscale.base.errors import InputError, PomscaleError
 _TEMPORARY = ".{pid}-{token}.tmp"
 _TEMPORARIES = "*.*-" + 8 * "[0-9a-f]" + ".tmp"
 
-# Why a file system will not link: another one, no links at all, or too many of them.
+# Reasons for which a file system refuses a link: another file system, no links at all, or too many of them.
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BufferedRandom]:
-    """A stream, readable and writable, that becomes `path` when the block ends without an error.
+    """Give a stream, readable and writable, whose file becomes `path` when the block ends without an error.
 
-    On an error nothing is left behind. PomscaleError, naming the file, where the disk is full or cannot be written;
-    errors of anything else in the block stay what they are. Writers of one path never meet: the last one wins.
+    On an error nothing is left behind. Raises PomscaleError, naming the file, where the disk is full or cannot be
+    written; other errors in the block stay as they are. Writers of one path do not disturb each other: the last one
+    wins.
     """
     temporary = path.with_name(path.name + _TEMPORARY.format(pid=os.getpid(), token=secrets.token_hex(4)))
     file = _File(temporary, path)
@@ -44,7 +45,7 @@ def atomic_write(path: Path) -> Iterator[BufferedRandom]:
 
 
 class _File(FileIO):
-    """The raw file under `atomic_write`'s stream. It explains its own errors, so nobody has to guess whose they are."""
+    """Raw file under `atomic_write`'s stream; errors of its own become a PomscaleError, those of other files do not."""
 
     def __init__(self, temporary: Path, path: Path) -> None:
         self._path = path
@@ -68,21 +69,21 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`atomic_write` of UTF-8 text."""
+    """Write a text as UTF-8 by `atomic_write`."""
     with atomic_write(path) as stream:
         stream.write(text.encode())
 
 
 def remove_leftovers(folder: Path, start: str = "") -> None:
-    """Delete what killed writers of files `start`... left in a folder. Only where nobody else writes those now."""
+    """Delete what killed writers of files `start`... left in a folder, which nobody else may be writing now."""
     for path in folder.glob(start + _TEMPORARIES):
         path.unlink(missing_ok=True)
 
 
 def link_or_copy(source: Path, target: Path) -> bool:
-    """Make `target`, which is replaced, a hard link to `source`; a copy where there are no links. Whether it is a copy.
+    """Replace `target` by a hard link to `source`, or a copy where there are no links; return whether it is a copy.
 
-    PomscaleError, naming both, if neither can be made.
+    Raises PomscaleError, naming both, if neither can be made.
     """
     try:
         target.unlink(missing_ok=True)
@@ -107,17 +108,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder that the user named, with its parents. InputError if that cannot be."""
+    """Make a folder that the user named, with its parents. Raises InputError if that is impossible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{folder}: this folder cannot be made: {error}; choose another place") from error
+        raise InputError(f"{folder}: this folder cannot be made: {error}; choose another location") from error
 
 
 def check_can_be_written(path: Path) -> None:
-    """Before the work, not after it: a file may be put there. Makes its folder. InputError if that cannot be."""
+    """Check before the work that a file can be written there, and make its folder. Raises InputError if not."""
     make_folder(path.parent)
     if path.is_dir():
         raise InputError(f"{path}: this is a folder; name a file in it, such as {path / 'NAME'}")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: {path.parent} cannot be written; choose another place")
+        raise InputError(f"{path}: {path.parent} cannot be written; choose another location")

@@ -1,4 +1,4 @@
-"""A file of JSON objects, one per line, that only ever grows, and survives kills and full disks."""
+"""Files of JSON objects, one per line, to which lines are appended, and that survive kills and full disks."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ logger = logging.getLogger(__name__)
 
 
 class JsonLines:
-    """Appends to a file. A row is handed to the kernel before `append` returns, so a kill -9 loses none.
+    """Appends objects to a file. A row is handed to the kernel before `append` returns, so a kill -9 loses none.
 
-    Training does not wait for that: there a thread appends, see Background. On a full disk rows are kept in memory and
-    tried again with the next one: a run is worth more than its log.
-    Raises OSError when the file cannot be opened.
+    In training a thread appends, see Background. On a full disk rows are kept in memory and tried again with the next
+    one: a run is worth more than its log. Raises OSError when the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._warned = False
-        # Unbuffered: what write() did not take is known to the byte and is kept in _pending, so a full disk can
-        # never leave half a row in the middle of the file.
+        # Unbuffered: bytes that write() did not take are kept in _pending, so a full disk can never leave half a row in
+        # the middle of the file.
         self._file = path.open("a+b", buffering=0)
         # A node that died while writing leaves half a line; start on a fresh one, or the next row would be lost too.
         self._pending = b"" if self._ends_with_newline() else b"\n"
@@ -35,7 +34,7 @@ class JsonLines:
         return self._file.read(1) == b"\n"
 
     def append(self, row: dict[str, Any]) -> None:
-        """Raises ValueError for numbers that JSON lacks."""
+        """Append a row. Raises ValueError for numbers that JSON lacks."""
         self._pending += json.dumps(row, allow_nan=False).encode() + b"\n"
         self._write_pending()
 
@@ -54,6 +53,7 @@ class JsonLines:
                 )
 
     def close(self) -> None:
+        """Write what is pending and close the file; bytes that the disk does not take are lost, with an error."""
         self._write_pending()
         if self._pending:
             logger.error("%s: %d bytes are lost: the disk is still full", self._path, len(self._pending))
@@ -61,7 +61,7 @@ class JsonLines:
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a file (none without the file) and the number of unreadable lines.
+    """Return the objects of a file (none without the file) and the number of unreadable lines.
 
     Half an object is never an object, so whatever parses as one was written whole.
     """

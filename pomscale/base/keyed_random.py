@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, never on who draws them.
+"""Random numbers that depend on their purpose, never on the process that draws them.
 
 Every draw is keyed by (seed, stream, index): the index is a sample's global position, so noise, time,
 condition dropout, flips and shuffles are the same on 1 rank or 64, in any order, after any resume.
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What a draw is for. Numbers are part of the reproducibility contract: append, never renumber."""
+    """Purposes of draws. The numbers are part of the reproducibility contract: append, never renumber."""
 
     NOISE = 0
     TIME = 1
@@ -31,7 +31,7 @@ class Stream(IntEnum):
 
 
 def keyed_generator(seed: int, stream: Stream, index: int, subindex: int = 0) -> np.random.Generator:
-    """A generator for one purpose: same arguments, same numbers, on any machine and any rank.
+    """Return a generator for one purpose: same arguments, same numbers, on any machine and any rank.
 
     seed and index key the generator; stream and subindex choose disjoint parts of its counter space.
     """
@@ -39,7 +39,7 @@ def keyed_generator(seed: int, stream: Stream, index: int, subindex: int = 0) ->
 
 
 def keyed_uniforms(seed: int, stream: Stream, indices: np.ndarray, subindex: int = 0) -> np.ndarray:
-    """The first uniform number in [0, 1) of many generators at once: int (b,) -> float64 (b,).
+    """Return the first uniform number in [0, 1) of many generators at once: int (b,) -> float64 (b,).
 
     Value i equals `keyed_generator(seed, stream, indices[i], subindex).random()` to the last bit, for a fiftieth of
     the time where there are many.
@@ -56,7 +56,7 @@ _LOW_HALF, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 def _philox_4x64_10(counter: tuple[int, int, int, int], seed: int, indices: np.ndarray) -> np.ndarray:
-    """The first word of a Philox4x64 block of 10 rounds, for many keys (seed, index) at once: uint64 (b,) -> (b,)."""
+    """Return the first word of a 10-round Philox4x64 block for many keys (seed, index): uint64 (b,) -> (b,)."""
     c0, c1, c2, c3 = counter
     key = np.stack([np.full_like(indices, seed), indices])
     even, odd = (np.repeat(np.array(words, np.uint64)[:, None], len(indices), 1) for words in ([c0, c2], [c1, c3]))
@@ -68,7 +68,7 @@ def _philox_4x64_10(counter: tuple[int, int, int, int], seed: int, indices: np.n
 
 
 def _multiply(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """High and low 64 bits of the 128-bit products a * b: by 32-bit halves, for NumPy has no wider integer."""
+    """Return high and low 64 bits of the 128-bit products a * b, from 32-bit halves: NumPy has no wider integer."""
     a_high, a_low, b_high, b_low = a >> _HALF, a & _LOW_HALF, b >> _HALF, b & _LOW_HALF
     middle = a_high * b_low + (a_low * b_low >> _HALF)  # at most 2**64 - 2**32
     carry = a_low * b_high + (middle & _LOW_HALF)

@@ -1,1 +1,1 @@
-"""Measurements: each against a named rival in the same run, on checked results."""
+"""Benchmarks: each measures against a named rival in the same run, on checked results."""

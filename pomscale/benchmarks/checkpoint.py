@@ -1,8 +1,8 @@
-"""`pomscale bench checkpoint`: how long a save keeps training waiting, how long it takes in all, and a load.
+"""`pomscale bench checkpoint`: the stall of training by a save, and the duration of saves and loads.
 
 One process saves a DiPoM with Adam's two moments and one average, fp32, to a real disk, with fsync. Synchronous saves,
 asynchronous ones and those of torch's own `async_save` take turns, so that all meet the same disk. The asynchronous
-ones are measured twice: with nothing else going on, and while the process trains a perceptron in the meantime.
+ones are measured twice: in an idle process, and in one that trains a perceptron in the meantime.
 """
 
 from __future__ import annotations
@@ -31,13 +31,19 @@ from pomscale.models import DiPoM
 from pomscale.runs.integrity import find_damage
 
 _WANTED_STALL = 0.15
-_NUM_FOLDERS = 4  # one that each of two stores keeps, one that is being written, and some room to spare
+_NUM_FOLDERS = 4  # each of two stores keeps one, one is being written, and one is spare
 
 
 def bench_checkpoint(*, depth: int, num_saves: int, folder: Path | None) -> BenchReport:
-    """depth: blocks of 768 channels; 15 are 200 M parameters, 3.2 GB of state. num_saves: of each kind.
+    """Measure saves and loads of a DiPoM.
 
-    folder: where to write; None = the system's temporary folder. InputError if that has not the room.
+    Args:
+        depth: number of blocks of 768 channels; 15 are 200 M parameters, 3.2 GB of state.
+        num_saves: number of saves of each kind.
+        folder: folder to write into; None = the system's temporary folder.
+
+    Raises:
+        InputError: if the folder's disk has too little space.
     """
     report = BenchReport("checkpoint")
     state, num_parameters = _training_state(depth)
@@ -49,14 +55,14 @@ def bench_checkpoint(*, depth: int, num_saves: int, folder: Path | None) -> Benc
         saved = _saves(report, root, state, num_saves)
         _loads(report, root / "asynchronous", state, num_bytes)
     ratio = {kind: saved[kind] / saved["synchronous"] for kind in saved}
-    report.judge("stall of an asynchronous save over a synchronous save, idle", ratio["idle"], _WANTED_STALL, False)
-    report.judge("the same while training", ratio["training"], _WANTED_STALL, False)
-    report.judge("stall over that of torch's async_save", saved["idle"] / saved["torch"], 1.0, False)
+    report.compare("stall of an asynchronous save over a synchronous save, idle", ratio["idle"], _WANTED_STALL, False)
+    report.compare("the same while training", ratio["training"], _WANTED_STALL, False)
+    report.compare("stall over that of torch's async_save", saved["idle"] / saved["torch"], 1.0, False)
     return report
 
 
 def _training_state(depth: int) -> tuple[dict[str, Any], int]:
-    """As Engine.state_dict lays it out, every number its own; and how many parameters it has."""
+    """Return a state as Engine.state_dict lays it out, with distinct numbers, and its number of parameters."""
     config = ImageModelConfig(
         latent_shape=(4, 32, 32), num_classes=1000, patch_size=2, dim=768, depth=depth, num_heads=12
     )
@@ -80,17 +86,19 @@ def _check_room(root: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise InputError(
             f"{root}: {free / 2**30:.1f} GiB are free and {num_bytes / 2**30:.1f} are needed; "
-            "name another place with --folder, or measure a smaller model with --depth"
+            "name another folder with --folder, or measure a smaller model with --depth"
         )
 
 
 def _saves(report: BenchReport, root: Path, state: dict[str, Any], num_saves: int) -> dict[str, float]:
-    """Median stall in s by kind: synchronous, idle, training (both asynchronous), torch."""
+    """Return the median stall in s by kind: synchronous, idle and training (both asynchronous), torch."""
     stores = {
         mode: CheckpointStore(root / mode, CheckpointConfig(every_samples=1, keep_last=1, asynchronous=is_async), None)
         for mode, is_async in (("synchronous", False), ("asynchronous", True))
     }
-    first = _save(stores["asynchronous"], 1, state, lambda: None)  # allocates the memory that the others use again
+    first = _save(
+        stores["asynchronous"], 1, state, lambda: None
+    )  # this save allocates the memory that the others reuse
     report.add("asynchronous, first save", stall_s=first.stall_s, total_s=first.total_s)
     step = _training_step()
     kinds: dict[str, Callable[[int], Saved]] = {
@@ -124,7 +132,7 @@ def _saves(report: BenchReport, root: Path, state: dict[str, Any], num_saves: in
 
 
 def _save(store: CheckpointStore, samples: int, state: dict[str, Any], meanwhile: Callable[[], object]) -> Saved:
-    """One save, and `meanwhile` over and over until it is complete."""
+    """Save once, and call `meanwhile` over and over until the save is complete."""
     store.save(samples, state, {"samples": samples})
     while (saved := store.poll()) is None:
         meanwhile()
@@ -132,12 +140,12 @@ def _save(store: CheckpointStore, samples: int, state: dict[str, Any], meanwhile
 
 
 def _save_with_torch(folder: Path, state: dict[str, Any]) -> Saved:
-    """As its documentation shows, with the group of its own that it needs, and fsync as by default."""
+    """Save by torch's async_save as its documentation shows, with a process group of its own, and fsync by default."""
     group = dist.new_group(backend="gloo")
     start_s = time.perf_counter()
     done = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(folder), process_group=group)
     stall_s = time.perf_counter() - start_s
-    done.result()  # type: ignore[union-attr]  # without a stager of our own this is a future
+    done.result()  # type: ignore[union-attr]  # without a stager it returns a future
     total_s = time.perf_counter() - start_s
     shutil.rmtree(folder)
     return Saved(0, stall_s, total_s, 0)
@@ -157,7 +165,7 @@ def _training_step() -> Callable[[], None]:
 
 
 def _loads(report: BenchReport, root: Path, state: dict[str, Any], num_bytes: int) -> None:
-    """Time to check and to load, from the page cache as far as that holds it. No figure if another state comes back."""
+    """Measure checking and loading, from the page cache if it holds the state; a wrong state gets no figure."""
     store = CheckpointStore(root, CheckpointConfig(every_samples=1), None)
     folder = store.newest()
     assert folder is not None

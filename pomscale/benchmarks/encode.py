@@ -1,4 +1,4 @@
-"""`pomscale bench encode`: what the pipeline costs beyond its network, how tasks scale, and whether memory grows.
+"""`pomscale bench encode`: overhead of the pipeline over its network, scaling over tasks, and growth of memory.
 
 - Overhead: pictures on disk through `encode` (decoding, writing, checksums, fsync), against a bare loop of the same
   VAE over tensors that lie in memory.
@@ -29,14 +29,20 @@ from pomscale.benchmarks.memory import peak_private_mib
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.synthetic import table_recipe
 from pomscale.codecs import Codec, build_codec
-from pomscale.config.schema import EncodeRecipe
+from pomscale.config.encode import EncodeRecipe
+from pomscale.runs.layout import METRICS_FILE
 
 _SIZE = 128
-_NUM_ROUNDS = 3  # what is compared is measured in turns, since the speed of a machine that is shared drifts by more
+_NUM_ROUNDS = 3  # rivals are measured in turns, since the speed of a shared machine drifts by more than they differ
 
 
 def bench_encode(*, num_pictures: int, num_items: int) -> BenchReport:
-    """num_pictures: JPEG files for overhead and scaling; num_items: rows of the large table of the memory part."""
+    """Measure overhead, scaling and memory.
+
+    Args:
+        num_pictures: number of JPEG files for overhead and scaling.
+        num_items: rows of the large table for memory.
+    """
     report = BenchReport("encode")
     with tempfile.TemporaryDirectory(prefix="pomscale-bench-") as temporary:
         folder = Path(temporary)
@@ -48,7 +54,7 @@ def bench_encode(*, num_pictures: int, num_items: int) -> BenchReport:
 
 
 def _write_pictures(folder: Path, count: int) -> None:
-    """JPEGs of 500x375, ImageNet's usual size: smooth noise, so that they compress as photographs do."""
+    """Write JPEGs of 500x375, ImageNet's usual size: smooth noise, which compresses as photographs do."""
     rng = np.random.default_rng(0)
     for number in range(count):
         target = folder / f"class-{number % 4}" / f"{number:06d}.jpg"
@@ -74,7 +80,7 @@ def _recipe(folder: Path, name: str, **changes: Any) -> EncodeRecipe:
 
 
 def _save_vae(folder: Path) -> Path:
-    """An AutoencoderKL of Stable Diffusion's shape at a quarter of its width: minutes, not hours, on a CPU."""
+    """Save an AutoencoderKL of Stable Diffusion's shape at a quarter of its width: minutes, not hours, on a CPU."""
     from diffusers import AutoencoderKL  # noqa: PLC0415  optional, and seconds to import
 
     torch.manual_seed(0)
@@ -101,18 +107,18 @@ def _overhead(report: BenchReport, folder: Path, count: int) -> None:
         done = encode(recipe, progress=False)
         if done.datasets[0].num_samples != count:
             raise PomscaleError(f"the encode made {done.datasets[0].num_samples} of {count} samples: no figure")
-        ours.append(done.items_per_s)  # its clock starts with the first item: loading the VAE counts for neither
+        ours.append(done.items_per_s)  # its clock starts with the first item, so loading the VAE counts for neither
         busy.append(done.busy_share)
         bare.append(_bare_loop(codec, recipe.batch, count))
     report.add("bare loop of the VAE over tensors in memory", images_per_s=bare, threads=torch.get_num_threads())
     report.add("pomscale data encode, JPEG 500x375 on disk", images_per_s=ours, encoder_busy=min(busy))
     around = [(before + after) / 2 for before, after in itertools.pairwise(bare)]
     overheads = [rival / our - 1.0 for rival, our in zip(around, ours, strict=True)]
-    report.judge("pipeline overhead over the bare loop", statistics.median(overheads), 0.10, at_least=False)
+    report.compare("pipeline overhead over the bare loop", statistics.median(overheads), 0.10, at_least=False)
 
 
 def _bare_loop(codec: Codec, batch: int, count: int) -> float:
-    """Pictures per second."""
+    """Return the pictures per second of a loop over tensors in memory."""
     images = torch.rand(batch, 3, _SIZE, _SIZE)
     start = time.perf_counter()
     for _ in range(count // batch):
@@ -121,7 +127,7 @@ def _bare_loop(codec: Codec, batch: int, count: int) -> float:
 
 
 def _scaling(report: BenchReport, folder: Path, count: int) -> None:
-    """Real processes, as an array of tasks would be, each on a core of its own."""
+    """Measure real processes, as an array of tasks would be, each on a core of its own."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         report.verdicts.append("scaling: this machine has one core")
@@ -133,11 +139,11 @@ def _scaling(report: BenchReport, folder: Path, count: int) -> None:
     for num_tasks, found in rates.items():
         report.add(f"decode-bound encode, {num_tasks} task(s), a core each", images_per_s=found)
     ratios = [two / one for one, two in zip(*rates.values(), strict=True)]
-    report.judge("two tasks over one", statistics.median(ratios), 1.6)
+    report.compare("two tasks over one", statistics.median(ratios), 1.6)
 
 
 def _pinned_rate(folder: Path, name: str, cores: list[int], count: int) -> float:
-    """Pictures per second of as many tasks as there are cores."""
+    """Return the pictures per second of one task on each of `cores`."""
     recipe = _recipe(folder, name, shard_samples=32)
     path = folder / f"{name}.yaml"
     path.write_text(recipe.model_dump_json(), encoding="utf-8")  # JSON is YAML
@@ -165,8 +171,8 @@ main(["data", "encode", sys.argv[2], "--task", sys.argv[3]])
 
 
 def _span(output: Path, task: int) -> tuple[float, float]:
-    """When a task began with its items and when it was done, by its last row; the import of torch is not part of it."""
-    lines = (output / "parts" / f"task-{task:05d}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    """Return when a task began with its items, after imports, and when it was done, by its last row of metrics."""
+    lines = (output / "parts" / f"task-{task:05d}" / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     row = json.loads(lines[-1])
     return row["time_unix_s"] - row["encode/seconds"], row["time_unix_s"]
 
@@ -180,7 +186,7 @@ def _memory(report: BenchReport, folder: Path, num_items: int) -> None:
         peaks[count] = peak_private_mib(_ENCODE, str(path))
         report.add(f"encode of {count:,} items", peak_private_mib=peaks[count])
     few, many = min(peaks), max(peaks)
-    report.judge(f"peak memory at {many:,} items over {few:,}", peaks[many] / peaks[few], 1.1, at_least=False)
+    report.compare(f"peak memory at {many:,} items over {few:,}", peaks[many] / peaks[few], 1.1, at_least=False)
 
 
 _ENCODE = """

@@ -1,4 +1,4 @@
-"""`pomscale bench engine`: what training costs beside forward, backward and optimiser, the averages, and a cold start.
+"""`pomscale bench engine`: overhead of training over forward, backward and optimiser; averages; a cold start.
 
 The trainer is run as users run it, in a process of its own that logs every step; its rival is a plain PyTorch loop over
 the same model with the same batches already in memory. They take turns, so that both meet the same machine.
@@ -22,16 +22,23 @@ from pomscale.base.errors import PomscaleError
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.synthetic import make_dataset
 from pomscale.config.model import ImageModelConfig
-from pomscale.distributed.compile_cache import FILE
 from pomscale.engine.averages import Ema
 from pomscale.models import DiPoM, init_weights
+from pomscale.runs.layout import COMPILE_CACHE_FILE, EVENTS_FILE, METRICS_FILE
 
 _SHAPE, _NUM_CLASSES = (4, 32, 32), 10
 _WARM_UP_STEPS = 2
 
 
 def bench_engine(*, batch: int, num_steps: int, num_turns: int, compile_start: bool) -> BenchReport:
-    """batch: per step; num_steps: measured in each of num_turns turns. compile_start: also cold starts (minutes)."""
+    """Measure the trainer beside a plain loop.
+
+    Args:
+        batch: samples per step.
+        num_steps: steps measured in each turn.
+        num_turns: number of turns.
+        compile_start: also measure cold starts, which takes minutes.
+    """
     report = BenchReport("engine")
     with tempfile.TemporaryDirectory(prefix="pomscale-bench-") as temporary:
         folder = Path(temporary)
@@ -52,14 +59,14 @@ def _overhead(report: BenchReport, folder: Path, dataset: Path, batch: int, num_
     for name, step_s in times.items():
         report.add(name, batch=batch, step_s=step_s, num_steps=num_steps * num_turns)
     ours, rival = times.values()
-    report.judge("trainer overhead over the bare loop", ours / rival - 1, 0.03, at_least=False)
+    report.compare("trainer overhead over the bare loop", ours / rival - 1, 0.03, at_least=False)
 
 
 def _trainer_steps(folder: Path, dataset: Path, name: str, batch: int, num_steps: int) -> list[float]:
-    """Seconds of each step, as the run itself logs them, without the first."""
+    """Return the seconds of each step but the first, as the run itself logs them."""
     total = batch * (_WARM_UP_STEPS + num_steps)
     _train(folder, dataset, name, f"training.total_samples={total}", f"training.global_batch={batch}")
-    rows = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "runs" / name / METRICS_FILE).read_text().splitlines()]
     return [row["speed/step_time_s"] for row in rows if "speed/step_time_s" in row][_WARM_UP_STEPS:]
 
 
@@ -90,7 +97,7 @@ monitoring: {{every_samples: 1, wandb: {{mode: disabled}}}}
 
 
 def bare_steps(batch: int, num_steps: int) -> list[float]:
-    """Seconds of each step of a plain loop: forward, backward, clipping, fused AdamW. No averages."""
+    """Return the seconds of each step of a plain loop: forward, backward, clipping, fused AdamW, no averages."""
     values = {"preset": "dipom-s-2", "latent_shape": _SHAPE, "num_classes": _NUM_CLASSES}
     config = ImageModelConfig.model_validate(values)
     model = DiPoM(config)
@@ -113,7 +120,7 @@ def bare_steps(batch: int, num_steps: int) -> list[float]:
 
 
 def ema_steps(batch: int, num_steps: int) -> list[float]:
-    """Alternately the seconds of a step of DiPoM-B/2, and of the update of one average of its weights."""
+    """Return the seconds of steps of DiPoM-B/2, and of updates of one average of its weights, measured in turns."""
     values = {"preset": "dipom-b-2", "latent_shape": _SHAPE, "num_classes": _NUM_CLASSES}
     config = ImageModelConfig.model_validate(values)
     model = DiPoM(config)
@@ -137,24 +144,24 @@ def _ema(report: BenchReport, batch: int) -> None:
     seconds = _in_a_process("ema_steps", batch, 3)
     step_s, update_s = statistics.median(seconds[0::2]), statistics.median(seconds[1::2])
     report.add("one average, DiPoM-B/2", batch=batch, update_s=update_s, step_s=step_s)
-    report.judge("update of an average over a step", update_s / step_s, 0.05, at_least=False)
+    report.compare("update of an average over a step", update_s / step_s, 0.05, at_least=False)
 
 
 def _starts(report: BenchReport, folder: Path, dataset: Path) -> None:
-    """From the start of the process to the end of the first step, on a node whose own cache is empty each time."""
+    """Measure from the start of the process to the end of the first step, each time with an empty cache of the node."""
     first_start = _start_s(folder, dataset, folder / "node-0", 1)
     without = _start_s(folder, dataset, folder / "node-1", 2, forget=True)
     with_cache = _start_s(folder, dataset, folder / "node-2", 3)
     report.add("compiled, first start of a run", seconds=first_start)
     report.add("compiled, requeued to another node, cache file deleted", seconds=without)
     report.add("compiled, requeued to another node", seconds=with_cache)
-    report.judge("start to first step, with the cache over without", with_cache / without, 1.0, at_least=False)
+    report.compare("start to first step, with the cache over without", with_cache / without, 1.0, at_least=False)
 
 
 def _start_s(folder: Path, dataset: Path, node: Path, num_steps: int, *, forget: bool = False) -> float:
     run = folder / "runs" / "compiled"
     if forget:
-        (run / FILE).unlink()
+        (run / COMPILE_CACHE_FILE).unlink()
     _train(
         folder,
         dataset,
@@ -164,13 +171,13 @@ def _start_s(folder: Path, dataset: Path, node: Path, num_steps: int, *, forget:
         "model.depth=2",
         TORCHINDUCTOR_CACHE_DIR=str(node),
     )
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (run / EVENTS_FILE).read_text().splitlines()]
     newest = [event["seconds"] for event in events if "seconds" in event and event["incarnation"] == num_steps]
     return sum(seconds.get(kind, 0.0) for seconds in newest for kind in ("start_up", "compile"))
 
 
 def _in_a_process(function: str, *arguments: int) -> list[float]:
-    """What a function of this module gives: what one rival leaves behind in memory slows down the next."""
+    """Call a function of this module in a process of its own: memory left by one rival slows down the next."""
     code = (
         f"import json; from pomscale.benchmarks.engine import {function}; print(json.dumps({function}(*{arguments})))"
     )

@@ -29,8 +29,8 @@ from pomscale.base.errors import PomscaleError
 from pomscale.benchmarks.memory import peak_private_mib
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.synthetic import make_dataset
-from pomscale.config.schema import DataConfig
-from pomscale.data.loader import Loader, MicroBatch
+from pomscale.config.data import DataConfig
+from pomscale.data.loader import Loader, MicroBatch, ReadAhead
 from pomscale.data.mixture import Mixture
 from pomscale.shards.schema import read_manifest
 
@@ -41,9 +41,13 @@ _SEED = 0
 
 
 def bench_loader(*, num_samples: int, num_resume: int, seconds: float, folder: Path | None) -> BenchReport:
-    """num_samples: in the set that is read; num_resume: in the set that is resumed (smaller latents).
+    """Measure our loader beside other readers.
 
-    `folder` keeps the datasets for another time; None = a temporary folder.
+    Args:
+        num_samples: samples of the set that is read.
+        num_resume: samples of the set that is resumed, which has smaller latents.
+        seconds: duration of each measurement.
+        folder: folder that keeps the datasets for another time; None = a temporary one.
     """
     report = BenchReport("loader")
     with tempfile.TemporaryDirectory(prefix="pomscale-bench-") as temporary:
@@ -54,10 +58,10 @@ def bench_loader(*, num_samples: int, num_resume: int, seconds: float, folder: P
             name: max(_measure(report, dataset, name, setting, seconds) for setting in settings)
             for name, settings in _readers(dataset).items()
         }
-        report.judge("pomscale over stock webdataset", best["pomscale"] / best["webdataset"], 10.0)
-        report.judge("pomscale over the bare mmap reader", best["pomscale"] / best["bare mmap"], 0.5)
+        report.compare("pomscale over stock webdataset", best["pomscale"] / best["webdataset"], 10.0)
+        report.compare("pomscale over the bare mmap reader", best["pomscale"] / best["bare mmap"], 0.5)
         if "energon" in best:
-            report.judge("pomscale over Megatron-Energon", best["pomscale"] / best["energon"], 1.0)
+            report.compare("pomscale over Megatron-Energon", best["pomscale"] / best["energon"], 1.0)
         if num_resume:
             large = _dataset(root, f"resume-{num_resume}", num_resume, side=8, flip=False, shard_samples=8192)
             _resume(report, large, num_resume, seconds)
@@ -70,7 +74,7 @@ def bench_loader(*, num_samples: int, num_resume: int, seconds: float, folder: P
 def _dataset(root: Path, name: str, count: int, *, side: int, flip: bool, shard_samples: int) -> Path:
     if not (root / name / "manifest.json").exists():
         make_dataset(root, name, count, side, flip=flip, shard_samples=shard_samples)
-    for shard in sorted((root / name).glob("*.tar")):  # into the page cache
+    for shard in sorted((root / name).glob("*.tar")):  # this fills the page cache
         shard.read_bytes()
     return root / name
 
@@ -84,15 +88,13 @@ def _open(dataset: Path, num_threads: int, start: int = 0) -> Loader[Any]:
         rank=0,
         world_size=1,
         start_position=start,
-        num_threads=num_threads,
-        prefetch=config.prefetch,
+        ahead=ReadAhead(num_threads, config.prefetch),
         finish=lambda batch: batch,
-        pin_memory=False,
     )
 
 
 def _check(dataset: Path, count: int) -> None:
-    """No figure for a loader that reads something else than stock webdataset does: one epoch against the other."""
+    """Compare one epoch with that of stock webdataset; a loader that reads something else gets no figure."""
     stock: Counter[tuple[bytes, int]] = Counter()
     original_of: dict[bytes, bytes] = {}
     for sample in webdataset.WebDataset(_shards(dataset), shardshuffle=False).decode():
@@ -103,7 +105,9 @@ def _check(dataset: Path, count: int) -> None:
     num_seen = 0
     with _open(dataset, 2) as loader:
         for batch in loader:
-            here = min(len(batch.latents), count - num_seen)  # the last batch of the epoch holds some of the next
+            here = min(
+                len(batch.latents), count - num_seen
+            )  # the last batch of the epoch holds samples of the next one
             latents = batch.latents[:here].numpy()
             labels = batch.condition[:here].tolist()
             ours.update((original_of[x.tobytes()], label) for x, label in zip(latents, labels, strict=True))
@@ -119,7 +123,7 @@ def _shards(dataset: Path) -> list[str]:
 
 
 def _measure(report: BenchReport, dataset: Path, name: str, setting: str, seconds: float) -> float:
-    """In a process of its own: what one reader leaves behind in memory slows down the next."""
+    """Measure in a process of its own: memory left by one reader slows down the next."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _ONE_READER, str(dataset), name, setting, str(seconds)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -142,7 +146,7 @@ os._exit(0)  # worker processes are not waited for
 
 
 def samples_per_s(dataset: Path, name: str, setting: str, seconds: float) -> float:
-    """Of one reader over about `seconds`, after a warm-up."""
+    """Return the samples per second of one reader over about `seconds`, after a warm-up."""
     batches = iter(_readers(dataset)[name][setting]())
     for _ in range(_WARM_UP_BATCHES):
         next(batches)
@@ -176,7 +180,7 @@ def _readers(dataset: Path) -> dict[str, dict[str, Callable[[], Any]]]:
 
 
 def _stock(shards: list[str]) -> Any:
-    """As its documentation shows: shuffled shards, a buffer of samples, tuples. Only what is kept is decoded."""
+    """Read by webdataset as its documentation shows: shuffled shards, a buffer of samples, tuples, lazy decoding."""
 
     def pick(sample: dict[str, Any]) -> dict[str, Any]:
         array = "latent_flip.npy" if np.random.rand() < 0.5 else "latent.npy"
@@ -195,7 +199,7 @@ def _stock_batched(shards: list[str], num_workers: int) -> Any:
 
 
 class _BareReader(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
-    """The least that random access to these shards can be: offsets, mmap, copy. No checks, no normalisation."""
+    """Reader that does the least for random access: offsets, mmap and a copy, without checks or normalisation."""
 
     def __init__(self, dataset: Path) -> None:
         self._shards = _shards(dataset)
@@ -240,7 +244,7 @@ def _threaded(reader: _BareReader, num_threads: int) -> Iterator[tuple[torch.Ten
 
 
 def _energon(dataset: Path) -> dict[str, Callable[[], Any]] | None:
-    """Megatron-Energon, where it is installed (a rival only: no dependency of ours)."""
+    """Import Megatron-Energon where it is installed; it is a rival, no dependency of ours."""
     try:
         from megatron import energon  # noqa: PLC0415
     except ImportError:
@@ -249,8 +253,8 @@ def _energon(dataset: Path) -> dict[str, Callable[[], Any]] | None:
 
 
 def _energon_readers(energon: Any, dataset: Path) -> dict[str, Callable[[], Any]]:
-    """Its CrudeWebdataset with a cooker that picks original or flip, as its documentation shows for raw tars."""
-    folder = dataset.with_name(f"{dataset.name}-energon")  # it writes its notes beside the tars
+    """Build a CrudeWebdataset with a cooker that picks original or flip, as its documentation shows for raw tars."""
+    folder = dataset.with_name(f"{dataset.name}-energon")  # energon writes an index beside the tars
     if not (folder / ".nv-meta" / "dataset.yaml").exists():
         folder.mkdir(exist_ok=True)
         for shard in dataset.glob("*.tar"):
@@ -290,7 +294,7 @@ def _energon_readers(energon: Any, dataset: Path) -> dict[str, Callable[[], Any]
 
 
 def _resume(report: BenchReport, dataset: Path, count: int, seconds: float) -> None:
-    """To the first batch at the last tenth of an epoch, in a process that has everything imported."""
+    """Measure the time to the first batch at the last tenth of an epoch, after all imports."""
     start = int(0.9 * count) // _BATCH * _BATCH
     began = time.perf_counter()
     with _open(dataset, 2, start) as loader:
@@ -304,11 +308,11 @@ def _resume(report: BenchReport, dataset: Path, count: int, seconds: float) -> N
         skipped += 1
     rate = skipped / (time.perf_counter() - began)
     report.add(f"webdataset: skipping {skipped:,}, the rest at that speed", seconds=start / rate, samples_per_s=rate)
-    report.judge("seconds to resume", ours, 1.0, at_least=False)
+    report.compare("seconds to resume", ours, 1.0, at_least=False)
 
 
 def _memory(report: BenchReport, datasets: dict[int, Path]) -> None:
-    """Of a process that has read 200 batches of either set, which differ in nothing but their length."""
+    """Measure the memory of processes that read 200 batches of sets that differ only in their length."""
     peaks = {}
     for count, dataset in datasets.items():
         peaks[count] = peak_private_mib(_READ, str(dataset))
@@ -316,7 +320,7 @@ def _memory(report: BenchReport, datasets: dict[int, Path]) -> None:
     few, many = min(peaks), max(peaks)
     growth = (peaks[many] - peaks[few]) * 2**20 / (many - few)
     report.add("growth of a loader process with the dataset", bytes_per_sample=growth)
-    report.judge(f"peak memory at {many:,} samples over {few:,}", peaks[many] / peaks[few], 1.1, at_least=False)
+    report.compare(f"peak memory at {many:,} samples over {few:,}", peaks[many] / peaks[few], 1.1, at_least=False)
 
 
 _READ = """

@@ -1,9 +1,8 @@
-"""`pomscale bench logging`: what a row of metrics costs a training step, with all sinks: metrics.jsonl, console, wandb.
+"""`pomscale bench logging`: cost of a row of metrics for a training step, with metrics.jsonl, console and wandb.
 
-A row is what the trainer makes of it: host statistics, ledger, alerts, monitor. It holds up the step for as long as the
-call takes; then threads, and wandb's own process, write it beside the next step. What that can take from the step at
-most is its processor time, which is measured without a step; for a step after a row and a step after none, in turns,
-are seconds that differ by more than that from one to the next on a machine that does anything else.
+A row has all that the trainer logs: host statistics, ledger, alerts, monitor. The call itself holds up the step; then
+threads, and wandb's own process, write the row beside the next step. They can take at most their processor time from
+the step, which is measured without a step: the durations of single steps vary by more than that.
 """
 
 from __future__ import annotations
@@ -32,7 +31,13 @@ _WARM_UP_STEPS = 3
 
 
 def bench_logging(*, batch: int, num_steps: int, num_rows: int) -> BenchReport:
-    """batch: per step; num_steps: half of them after a row. num_rows: written alone."""
+    """Measure the cost of rows.
+
+    Args:
+        batch: samples per step.
+        num_steps: steps measured, every second one after a row.
+        num_rows: rows written without steps.
+    """
     report = BenchReport("logging")
     held_s: list[float] = []
     after_row_s: list[float] = []
@@ -56,13 +61,13 @@ def bench_logging(*, batch: int, num_steps: int, num_rows: int) -> BenchReport:
     report.add("row and step", batch=batch, step_s=statistics.median(after_row_s), num_steps=len(after_row_s))
     report.add("row, call", held_ms=1e3 * row_s, longest_ms=1e3 * max(held_s), num_metrics=log.num_metrics)
     report.add("row, processor time of all threads and of wandb", cpu_ms=1e3 * row_cpu_s, num_rows=num_rows)
-    report.judge("a row's call over a step", row_s / step_s, 0.01, at_least=False)
-    report.judge("a row's processor time over a step", row_cpu_s / step_s, 0.01, at_least=False)
+    report.compare("a row's call over a step", row_s / step_s, 0.01, at_least=False)
+    report.compare("a row's processor time over a step", row_cpu_s / step_s, 0.01, at_least=False)
     return report
 
 
 def _cpu_per_row(log: Callable[[], None], num_rows: int) -> float:
-    """Of this process and the one of wandb, which stay for a while after the last row to write it."""
+    """Return the processor time per row of this process and of wandb's, until the last row is written."""
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
 
     def spent_s() -> float:
@@ -77,7 +82,7 @@ def _cpu_per_row(log: Callable[[], None], num_rows: int) -> float:
 
 
 def _training_step(batch: int) -> Callable[[], None]:
-    """Forward, backward and optimiser on the same random batch, waiting for the loss as the trainer does."""
+    """Return a step on one random batch: forward, backward and optimiser, waiting for the loss as the trainer does."""
     values = {"preset": "dipom-s-2", "latent_shape": _SHAPE, "num_classes": _NUM_CLASSES}
     config = ImageModelConfig.model_validate(values)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,7 +103,7 @@ def _training_step(batch: int) -> Callable[[], None]:
 
 
 class _Log:
-    """A row as trainer.py logs it, with every sink open."""
+    """Log of rows as the trainer writes them, with every sink open."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._host = HostStats()
@@ -107,7 +112,7 @@ class _Log:
         console = stack.enter_context((folder / "console.txt").open("w", encoding="utf-8"))
         with redirect_stdout(console):
             self._monitor = stack.enter_context(
-                open_monitor(folder, monitoring, run_name="bench", recipe_dump={}, total_samples=10**9, incarnation=0)
+                open_monitor(folder, monitoring, run_name="bench", recipe_dump={}, total_samples=10**9, start=0)
             )
         self._alerts = Alerts(monitoring.alerts, self._monitor, self._ledger)
         self._samples = 0
@@ -136,7 +141,7 @@ class _Log:
             "ranks/data_wait_rank": 0,
         }
         self._ledger.write(self._samples)
-        self._alerts.judge(self._samples, 0.1)
+        self._alerts.check_row(self._samples, 0.1)
         metrics |= self._ledger.metrics()
         self._monitor.log(self._samples, metrics)
         self.num_metrics = len(metrics)

@@ -1,4 +1,4 @@
-"""The memory that a piece of Python takes, in a process of its own."""
+"""Memory of a piece of Python, measured in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-# Private memory (RssAnon), sampled: pages of mapped files count in RSS, but the kernel takes them back at will.
+# It samples private memory (RssAnon): RSS also has pages of mapped files, which the kernel can reclaim at any time.
 _WATCH = """
 import re, threading, time
 _peak = 0
@@ -21,7 +21,7 @@ threading.Thread(target=_watch, daemon=True).start()
 
 
 def peak_private_mib(code: str, *arguments: str) -> float:
-    """Peak of a process that runs `code` with these arguments, in MiB."""
+    """Return the peak of a process that runs `code` with these arguments, in MiB."""
     done = subprocess.run(
         [sys.executable, "-c", f"{_WATCH}\n{code}\nprint(_peak)", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

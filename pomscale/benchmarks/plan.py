@@ -1,8 +1,8 @@
 """`pomscale bench plan`: the memory that a plan predicts, beside that of real training steps.
 
-On the CPU, storages are counted (`storage_tracker`), and ranks that are not there are played by torch's fake process
-group: each collective returns at once, so one process has the memory of one rank of many. On a GPU the allocator's
-peak is compared, alone. DeepSpeed has processes of its own, since it can be set up once per process.
+On the CPU, storages are counted (`storage_tracker`), and torch's fake process group stands for the other ranks: each
+collective returns at once, so one process has the memory of one rank of many. On a GPU, one rank is compared by the
+allocator's peak. DeepSpeed has processes of its own, since it can be set up only once per process.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from pomscale.base.condition import Condition, Text
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.storage_tracker import step_peak_bytes
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
-from pomscale.config.schema import TrainRecipe
-from pomscale.diffusion.loss import Network, per_sample_loss
-from pomscale.diffusion.objectives import FlowMatching
+from pomscale.config.train import TrainRecipe
+from pomscale.diffusion.objectives import FlowMatching, Network, per_sample_loss
 from pomscale.distributed.flat_shard import FlatShard
 from pomscale.distributed.world import World, join_world
 from pomscale.engine import build_engine
@@ -39,7 +38,7 @@ from pomscale.plan.model_cost import TEXT_LENGTH
 
 _MIB = 2**20
 _MODES = ("none", "selective", "every-2", "full")
-# Widths of the presets; depth, latents and batch such that a step takes seconds on two cores.
+# The widths are those of the presets; depth, latents and batch let a step take seconds on two cores.
 _SIZES: dict[str, dict[str, Any]] = {
     "S": {"size": "s-2", "depth": 4, "latent_shape": [4, 32, 32], "batch": 2},
     "B": {"size": "b-2", "depth": 4, "latent_shape": [4, 24, 24], "batch": 2},
@@ -50,7 +49,7 @@ _GPU_SIZES: dict[str, dict[str, Any]] = {
     "L/2": {"size": "l-2", "depth": 24, "latent_shape": [4, 32, 32], "batch": 32},
     "XL/2": {"size": "xl-2", "depth": 28, "latent_shape": [4, 32, 32], "batch": 32},
 }
-# Of clips: 5 frame groups, as the presets' text of T5-XXL, scaled down with the trunk.
+# Clips have 5 frame groups; the width of the text is scaled down with the trunk.
 _VIDEO: dict[str, Any] = {"size": "s-2", "depth": 4, "latent_shape": [16, 10, 8, 12], "batch": 2}
 _GPU_VIDEO: dict[str, Any] = {"size": "xl-2", "depth": 20, "latent_shape": [16, 20, 30, 48], "batch": 2}
 _VIDEO_MODES: dict[str, dict[str, Any]] = {
@@ -70,8 +69,10 @@ _NUM_RANKS = 8
 
 
 def bench_plan() -> BenchReport:
-    """A row per setting: the measured peak, the planned one, and the error of both the whole and of what a step adds to
-    what is resident between steps."""
+    """Report a row per setting: measured and planned peak.
+
+    The error is given for the whole and for what a step adds to the memory between steps.
+    """
     report = BenchReport("plan")
     if torch.cuda.is_available():
         with join_world("cuda") as world:
@@ -88,7 +89,7 @@ def bench_plan() -> BenchReport:
         for stage in (1, 2, 3):
             _compare_deepspeed(report, stage)
     errors = [abs(row["error"]) for row in report.rows]
-    report.judge("largest error of the planned peak", max(errors), 0.1, at_least=False)
+    report.compare("largest error of the planned peak", max(errors), 0.1, at_least=False)
     return report
 
 
@@ -112,7 +113,14 @@ def _compare_modes(report: BenchReport, sizes: Mapping[str, Mapping[str, Any]], 
 def make_recipe(
     mixer: str, size: Mapping[str, Any], changes: Mapping[str, Mapping[str, Any]], num_ranks: int
 ) -> TrainRecipe:
-    """mixer: dipom or dit, vdipom or vdit; size: as _SIZES, `batch` per rank; changes: section -> fields."""
+    """Build the recipe of a setting.
+
+    Args:
+        mixer: dipom or dit, vdipom or vdit.
+        size: as in _SIZES, with `batch` per rank.
+        changes: section -> fields.
+        num_ranks: number of ranks.
+    """
     batch, is_video = size["batch"] * num_ranks, mixer.startswith("v")
     fields: dict[str, dict[str, Any]] = {
         "codec": {"name": "cogvideox_vae" if is_video else "sd_vae"},
@@ -134,7 +142,7 @@ def make_recipe(
 
 @contextmanager
 def pretended_world(num_ranks: int) -> Iterator[World]:
-    """Rank 0 of `num_ranks`, on the CPU; the others are not there, and what they would send is not set."""
+    """Open a world as rank 0 of `num_ranks`, on the CPU, without the other ranks; what they would send is not set."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
     try:
         yield World(0, num_ranks, torch.device("cpu"))
@@ -143,7 +151,7 @@ def pretended_world(num_ranks: int) -> Iterator[World]:
 
 
 def measure(recipe: TrainRecipe, world: World) -> tuple[int, int]:
-    """Bytes at the peak of a step of the real engine, and between steps; of the second step, as every later one."""
+    """Return the bytes at the peak of a step of the real engine, and between steps; the second step is measured."""
     with torch.device("meta"):
         model = make_model(recipe.model)
     engine = build_engine(recipe, model, lambda model, assign: init_weights(model, 0, assign), world)
@@ -155,8 +163,8 @@ def measure(recipe: TrainRecipe, world: World) -> tuple[int, int]:
         x0, eps = torch.randn(shape, device=world.device), torch.randn(shape, device=world.device)
         times = num_times(recipe)
         t = torch.rand(share.micro_batch if times == 1 else (share.micro_batch, times), device=world.device)
-        condition, told = _told(recipe.model, share.micro_batch, network, world.device)
-        return per_sample_loss(FlowMatching(), told, x0, eps, t, condition).mean()
+        condition, conditioned = _conditioned(recipe.model, share.micro_batch, network, world.device)
+        return per_sample_loss(FlowMatching(), conditioned, x0, eps, t, condition).mean()
 
     def step() -> None:
         engine.forward_backward([None] * share.num_micro_batches, loss)
@@ -167,10 +175,10 @@ def measure(recipe: TrainRecipe, world: World) -> tuple[int, int]:
     return step_peak_bytes(step, world.device, held), sum(engine.resident_bytes().values())
 
 
-def _told(
+def _conditioned(
     model: ImageModelConfig | VideoModelConfig, batch: int, network: nn.Module, device: torch.device
 ) -> tuple[Condition, Network]:
-    """What samples are told, and the network that is told where clips begin."""
+    """Return the condition of a batch, and the network, which for clips is given their first frame groups."""
     zeros = torch.zeros(batch, dtype=torch.int64, device=device)
     if not isinstance(model, VideoModelConfig):
         return zeros, network
@@ -199,7 +207,7 @@ def _compare_deepspeed(report: BenchReport, stage: int) -> None:
 
 
 def measure_deepspeed(stage: int) -> tuple[int, int]:
-    """`measure` for `deepspeed_recipe(stage)`, in a process of its own."""
+    """Call `measure` for `deepspeed_recipe(stage)` in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _ONE_STAGE, str(stage), str(_NUM_RANKS)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},

@@ -1,4 +1,4 @@
-"""What a benchmark says, and where it was said."""
+"""Report of a benchmark, with the machine it ran on."""
 
 from __future__ import annotations
 
@@ -15,32 +15,34 @@ from typing import Any
 
 import torch
 
+from pomscale.base import installation
+
 _PACKAGES = ("torch", "numpy", "torchdata", "webdataset", "diffusers", "deepspeed", "megatron-energon")
 
 
 @dataclass
 class BenchReport:
-    """Rows of figures, and lines that judge ratios. Printed as a table, kept as JSON."""
+    """Rows of figures, and lines that compare ratios with targets; printed as a table, kept as JSON."""
 
     name: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     verdicts: list[str] = field(default_factory=list)
 
     def add(self, what: str, **figures: Any) -> None:
-        """One measured thing; shown at once, so that long benchmarks are not silent."""
+        """Add a row of figures and print it at once, so that long benchmarks are not silent."""
         self.rows.append({"what": what, **figures})
         shown = "  ".join(f"{name} {_shown(value)}" for name, value in figures.items())
         print(f"{what:<58}{shown}", flush=True)
 
-    def judge(self, what: str, value: float, wanted: float, at_least: bool = True) -> None:
-        """A figure beside the one that was wanted; never changes the exit code: benchmarks measure."""
+    def compare(self, what: str, value: float, wanted: float, at_least: bool = True) -> None:
+        """Print a figure beside the wanted one. The exit code never depends on it: benchmarks measure."""
         reached = value >= wanted if at_least else value <= wanted
         relation = "at least" if at_least else "at most"
         self.verdicts.append(f"{what}: {value:.3g}, wanted {relation} {wanted:g}: {'reached' if reached else 'MISSED'}")
         print(self.verdicts[-1], flush=True)
 
     def write(self, path: Path) -> None:
-        """As JSON, with machine, versions and commit."""
+        """Write the report as JSON, with machine, versions and commit."""
         content = {"benchmark": self.name, **machine(), "rows": self.rows, "verdicts": self.verdicts}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -48,7 +50,7 @@ class BenchReport:
 
 
 def machine() -> dict[str, Any]:
-    """Everything that a figure depends on and that is not in it."""
+    """Return the machine, versions and commit that figures depend on."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -60,7 +62,7 @@ def machine() -> dict[str, Any]:
         capture_output=True,
         text=True,
         check=False,
-        cwd=Path(__file__).parent,
+        cwd=installation.root(),
     ).stdout.strip()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

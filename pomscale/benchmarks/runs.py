@@ -1,7 +1,7 @@
-"""`pomscale bench runs`: how long the table of many runs takes, from the command to its last line.
+"""`pomscale bench runs`: duration of the table of many runs, from the command to its last line.
 
-The folders are such as runs leave: written by the same code, several starts each, some finished, some failed, some that
-seem to run elsewhere. Their metrics are as long as asked for, since the table must not depend on that.
+The folders are written by the code that writes those of real runs, with several starts each; some have finished, some
+have failed, some seem to run elsewhere. Their metrics have the length asked for, on which the table must not depend.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from launch.record.job import JOBS_FILE, Start, Submission, Verdict, attempt_folder, keep
+from launch.record.job import StartRecord, Submission, Verdict, keep, start_folder
 from launch.status.runs import find_runs, summarize
 from pomscale.base.jsonl import JsonLines
 from pomscale.benchmarks.report import BenchReport
+from pomscale.runs import starts
+from pomscale.runs.layout import JOBS_FILE, METRICS_FILE, STARTS_FILE, claim_path
 from pomscale.runs.metric_names import METRICS, WALL_TIME, goodput_share
 from pomscale.runs.outcome import write_outcome
-from pomscale.runs.starts import Generation
 
 _WANTED_S = 1.0
 _NUM_STARTS, _NUM_TURNS = 4, 5
@@ -30,7 +31,7 @@ _BATCH = 256
 
 
 def bench_runs(*, num_runs: int, num_rows: int) -> BenchReport:
-    """num_rows: of the metrics of each run."""
+    """Measure the table of `num_runs` runs with `num_rows` rows of metrics each."""
     report = BenchReport("runs")
     with tempfile.TemporaryDirectory(prefix="pomscale-bench-") as temporary:
         folder = Path(temporary)
@@ -46,47 +47,47 @@ def bench_runs(*, num_runs: int, num_rows: int) -> BenchReport:
         report.add("of that, reading the folders", seconds=time.perf_counter() - begin_s)
         start_up = [_seconds([sys.executable, "-c", "import launch.status.table"]) for _ in range(_NUM_TURNS)]
         report.add("of that, Python and imports", seconds=statistics.median(start_up))
-    report.judge(f"seconds for {num_runs} runs", statistics.median(commands), _WANTED_S, at_least=False)
+    report.compare(f"seconds for {num_runs} runs", statistics.median(commands), _WANTED_S, at_least=False)
     return report
 
 
 def _make_runs(folder: Path, num_runs: int, num_rows: int) -> dict[str, str]:
-    """Name -> the state that the table should show."""
+    """Make the run folders. Returns name -> the state that the table should show."""
     (folder / "metrics").write_text("".join(json.dumps(_row(number)) + "\n" for number in range(1, num_rows + 1)))
     states = {}
     for number in range(num_runs):
-        home = folder / f"run-{number:04d}"
-        home.mkdir()
-        states[home.name] = ("finished", "failed", "unknown")[number % 3]
-        shutil.copy(folder / "metrics", home / "metrics.jsonl")
-        _start(home, states[home.name], num_rows)
+        run = folder / f"run-{number:04d}"
+        run.mkdir()
+        states[run.name] = ("finished", "failed", "unknown")[number % 3]
+        shutil.copy(folder / "metrics", run / METRICS_FILE)
+        _record_starts(run, states[run.name], num_rows)
     (folder / "metrics").unlink()
     return states
 
 
-def _start(home: Path, state: str, num_rows: int) -> None:
-    jobs, incarnations = JsonLines(home / JOBS_FILE), JsonLines(home / "incarnations.jsonl")
+def _record_starts(run: Path, state: str, num_rows: int) -> None:
+    jobs, run_starts = JsonLines(run / JOBS_FILE), JsonLines(run / STARTS_FILE)
     for restart in range(_NUM_STARTS):
         began_unix_s = time.time() - 86400 * (_NUM_STARTS - restart)
         job_id = str(1000 + restart)
         jobs.append(asdict(Submission(job_id, began_unix_s, "local", 1)))
-        attempt = attempt_folder(home, job_id, 0)
-        keep(attempt / "start.json", Start(job_id, 0, ["elsewhere"], 8, began_unix_s, restart))
-        number = Generation.claim(home).number
-        claim = home / "generations" / f"{number:06d}"
+        folder = start_folder(run, job_id, 0)
+        keep(folder / "start.json", StartRecord(job_id, 0, ["elsewhere"], 8, began_unix_s, restart))
+        number = starts.Start.claim(run).number
+        claim = claim_path(run, number)
         claim.write_text(json.dumps(json.loads(claim.read_text()) | {"host": "elsewhere", "time": _iso(began_unix_s)}))
-        incarnations.append(
+        run_starts.append(
             {"incarnation": number, "started_unix_s": began_unix_s, "start_samples": 0, "num_ranks": 8,
              "total_samples": num_rows * _BATCH, "host": "elsewhere", "versions": {"torch": "2.13.0"}}
         )  # fmt: skip
         if restart < _NUM_STARTS - 1:
-            keep(attempt / "verdict.json", Verdict("requeue", "stopped on request (SIGUSR2)", 75, began_unix_s + 1))
+            keep(folder / "verdict.json", Verdict("requeue", "stopped on request (SIGUSR2)", 75, began_unix_s + 1))
         elif state == "failed":
-            keep(attempt / "verdict.json", Verdict("fail", "rank 0: no disk", 1, time.time()))
+            keep(folder / "verdict.json", Verdict("fail", "rank 0: no disk", 1, time.time()))
         elif state == "finished":
-            write_outcome(home, number, 0, "finished", samples=num_rows * _BATCH)
+            write_outcome(run, number, 0, "finished", samples=num_rows * _BATCH)
     jobs.close()
-    incarnations.close()
+    run_starts.close()
 
 
 def _iso(unix_s: float) -> str:
@@ -94,12 +95,12 @@ def _iso(unix_s: float) -> str:
 
 
 def _row(number: int) -> dict[str, float]:
-    """As long as a real one: every metric that training logs, and where its time went."""
+    """Make a row as long as a real one: every metric that training logs, and shares of its time."""
     metrics = {name: 1.0 / number for name in METRICS if not name.startswith("encode/")}
     shares = {goodput_share(kind): 1.0 / len(WALL_TIME) for kind in WALL_TIME}
     written_unix_s = time.time() - 86400 + number
-    place = {"samples": number * _BATCH, "time_unix_s": written_unix_s, "incarnation": _NUM_STARTS}
-    return {**place, **metrics, **shares}
+    position = {"samples": number * _BATCH, "time_unix_s": written_unix_s, "incarnation": _NUM_STARTS}
+    return {**position, **metrics, **shares}
 
 
 def _seconds(command: list[str]) -> float:
@@ -109,7 +110,7 @@ def _seconds(command: list[str]) -> float:
 
 
 def _check(printed: str, states: dict[str, str], num_rows: int) -> None:
-    """No figure is given for a table that is wrong."""
+    """Check the table; a wrong one gets no figure."""
     shown = {run["name"]: run for run in json.loads(printed)}
     wrong = [
         name
@@ -120,4 +121,4 @@ def _check(printed: str, states: dict[str, str], num_rows: int) -> None:
         or shown[name]["num_starts"] != _NUM_STARTS
     ]
     if wrong:
-        raise RuntimeError(f"the table is wrong of {', '.join(wrong[:5])}")
+        raise RuntimeError(f"the table is wrong for {', '.join(wrong[:5])}")

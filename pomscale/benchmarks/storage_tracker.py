@@ -1,4 +1,4 @@
-"""Bytes of tensor storages, exactly: what torch's operators were given and have made, and what is still alive of it."""
+"""Exact bytes of the live tensor storages that torch's operators were given or have made."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_iter
 
 
 class StorageTracker(TorchDispatchMode):
-    """Within the block, `peak` is the most that was alive at the end of any operator. Of all devices but meta.
+    """Tracker of storages on all devices but meta: `peak` is the most alive at the end of any operator in the block.
 
-    Sees neither what an operator allocates and frees within itself, nor the allocator's rounding.
+    It sees neither what an operator allocates and frees within itself, nor the allocator's rounding.
     """
 
     def __init__(self, held: Iterable[Tensor]) -> None:
-        """held: tensors that are there before the block; those that no operator touches would not be noticed."""
+        """Track `held`, too: tensors from before the block, which are not noticed until an operator touches them."""
         super().__init__()
         self._sizes: dict[int, tuple[weakref.ref[Any], int]] = {}
         self.live = self.peak = 0
@@ -51,7 +51,7 @@ class StorageTracker(TorchDispatchMode):
         self.live -= self._sizes.pop(key)[1]
 
     def _measure(self) -> None:
-        """All sizes anew: FSDP frees weights by setting the size of their storage to 0, which is no operator."""
+        """Measure all sizes again: FSDP frees weights by setting their storage's size to 0, without an operator."""
         for key, (reference, before) in list(self._sizes.items()):
             storage = reference()
             if storage is not None and storage.nbytes() != before:
@@ -61,9 +61,9 @@ class StorageTracker(TorchDispatchMode):
 
 
 def step_peak_bytes(step: Any, device: torch.device, held: Iterable[Tensor]) -> int:
-    """Most bytes alive during step(), of those that it makes and of `held`; on a GPU the allocator's own figure.
+    """Return the most bytes alive during step(), of storages that it makes and of `held`.
 
-    There, what is alive before and is not `held` does not count.
+    On a GPU it is the allocator's own figure, less what was alive before and is not `held`.
     """
     if device.type != "cuda":
         with StorageTracker(held) as tracker:

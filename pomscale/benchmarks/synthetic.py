@@ -1,4 +1,4 @@
-"""Datasets for benchmarks, made by the real encoder from a table that names the same few pictures over and over."""
+"""Datasets for benchmarks, made by the real encoder from a table that repeats a few pictures."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.encode.encode import encode
-from pomscale.config.schema import EncodeRecipe
+from pomscale.config.encode import EncodeRecipe
 
 _NUM_PICTURES = 2048
 
 
 def table_recipe(folder: Path, name: str, num_items: int, side: int, *, flip: bool, shard_samples: int) -> EncodeRecipe:
-    """Grey pictures of side x side pixels, with classes: latents (4, side/2, side/2) of the pixel codec."""
+    """Return a recipe for grey pictures of side x side pixels with classes.
+
+    The pixel codec makes latents (4, side/2, side/2) of them.
+    """
     pictures = folder / f"pictures-{side}"
     pictures.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -50,7 +53,7 @@ def table_recipe(folder: Path, name: str, num_items: int, side: int, *, flip: bo
 
 
 def make_dataset(folder: Path, name: str, num_items: int, side: int, *, flip: bool, shard_samples: int) -> Path:
-    """Encoded, and returned as a dataset folder."""
+    """Encode a set as `table_recipe` describes it, and return the dataset's folder."""
     recipe = table_recipe(folder, name, num_items, side, flip=flip, shard_samples=shard_samples)
     encode(recipe)
     return Path(recipe.output)

@@ -1,8 +1,8 @@
-"""`pomscale bench video`: what clips cost, generated frame group by frame group and trained on, with PoM and attention.
+"""`pomscale bench video`: cost of clips, generated frame group by frame group and trained on, with PoM and attention.
 
 Generation is measured in a process of its own for each mixer and length, which writes the groups to disk as they come.
 On the CPU the networks are small ones; on a GPU they are the presets of `config.presets` at the sizes of the recipes.
-No figure is given unless what is measured is right: sequential generation must equal the masked forward pass.
+No figure is given unless sequential generation equals the masked forward pass.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.storage_tracker import StorageTracker, step_peak_bytes
 from pomscale.config.hardware import peak_flops
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import TrainRecipe
-from pomscale.diffusion.loss import per_sample_loss
-from pomscale.diffusion.objectives import FlowMatching
+from pomscale.config.train import TrainRecipe
+from pomscale.diffusion.objectives import FlowMatching, per_sample_loss
+from pomscale.diffusion.options import SamplingOptions
 from pomscale.diffusion.sequential import SequentialSampler
 from pomscale.distributed.activation_checkpointing import checkpoint_blocks
 from pomscale.distributed.world import World, join_world, resolve_device
@@ -50,8 +50,10 @@ _NAMES = {"pom": "PoM", "attention": "attention"}
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Fields of VideoModelConfig: of clips that are streamed, of a training step of 3,600 tokens, and of the sweep over
-    tokens, which has `tokens_of_group` in a frame group."""
+    """Fields of VideoModelConfig for clips that are streamed, a step of 3,600 tokens, and the sweep over tokens.
+
+    The sweep has `tokens_of_group` tokens in a frame group.
+    """
 
     stream: Mapping[str, Any]
     step: Mapping[str, Any]
@@ -81,17 +83,23 @@ _MOST_TOKENS = {"cpu": 16384, "cuda": 131072}
 
 @dataclass
 class Stream:
-    """What making each frame group of a clip took: seconds, and MiB that the process held at its end (GPU: at most)."""
+    """Seconds of each frame group of a clip, and the MiB that the process held at its end (GPU: at most)."""
 
     seconds: list[float]
     memory_mib: list[float]
 
 
 def bench_video(*, num_groups: int, num_tokens: int | None, num_turns: int, plot: Path | None) -> BenchReport:
-    """num_groups: of the longest clip; a tenth and a hundredth of it are generated too. num_tokens: the most in the
-    sweep, which begins with 4 frame groups; by default 16384, on a GPU 131072. num_turns: of each training step.
+    """Measure generation, training and a sweep over tokens.
 
-    plot: a PNG for the curves. PomscaleError if sequential generation is not exact.
+    Args:
+        num_groups: frame groups of the longest clip; a tenth and a hundredth of it are generated too.
+        num_tokens: most tokens of the sweep, which begins with 4 frame groups; None = 16384, on a GPU 131072.
+        num_turns: turns of each training step.
+        plot: PNG for the curves.
+
+    Raises:
+        PomscaleError: if sequential generation is not exact.
     """
     report = BenchReport("video")
     device = resolve_device("auto")
@@ -113,7 +121,7 @@ def bench_video(*, num_groups: int, num_tokens: int | None, num_turns: int, plot
 def make_network(
     mixer: str, fields: Mapping[str, Any], device: torch.device, dtype: torch.dtype, **more: Any
 ) -> VDiPoM:
-    """Random weights everywhere: a fresh network is the identity, and would hide errors."""
+    """Build a network with random weights everywhere; with initial ones it is the identity, which would hide errors."""
     config = VideoModelConfig.model_validate({"kind": "video", **fields, "mixer": mixer, **more})
     torch.manual_seed(0)
     with device:
@@ -132,7 +140,7 @@ def _text(config: VideoModelConfig, batch: int, device: torch.device) -> Text:
 
 
 def _check_exactness(report: BenchReport) -> None:
-    """Frame groups one after another against all of them under the mask, in fp32, in both forms."""
+    """Compare frame groups one after another with all of them under the mask, in fp32, in both forms."""
     fields = {**_SMALL, "latent_shape": (4, 16, 12, 16), "dim": 128, "depth": 4, "temporal": "block_causal"}
     for mixer, name in _NAMES.items():
         model = make_network(mixer, fields, torch.device("cpu"), torch.float32).requires_grad_(False)
@@ -167,7 +175,7 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 
 def _streams(report: BenchReport, num_groups: int, device: torch.device) -> dict[str, Stream]:
-    """By mixer, of the longest clip."""
+    """Measure generation. Returns mixer -> the stream of the longest clip."""
     lengths = sorted({max(1, num_groups // 100), max(1, num_groups // 10), num_groups})
     longest = {}
     for mixer, name in _NAMES.items():
@@ -185,13 +193,13 @@ def _streams(report: BenchReport, num_groups: int, device: torch.device) -> dict
         if mixer == "pom":
             for kind, peak in peaks[lengths[-1]].items():
                 what = f"PoM, {kind} of {lengths[-1]} frame groups over {lengths[0]}"
-                report.judge(what, peak / peaks[lengths[0]][kind], 1.02, at_least=False)
-            report.judge("PoM, change of the time per frame group", abs(last_s / first_s - 1), 0.05, at_least=False)
+                report.compare(what, peak / peaks[lengths[0]][kind], 1.02, at_least=False)
+            report.compare("PoM, change of the time per frame group", abs(last_s / first_s - 1), 0.05, at_least=False)
     return longest
 
 
 def stream_clip(mixer: str, num_groups: int) -> dict[str, list[float]]:
-    """The fields of a Stream. Form (a): one t for all frames, so that a state is carried per network evaluation."""
+    """Generate a clip and return the fields of a Stream; with one t for all frames, each evaluation carries a state."""
     clips, _ = _new_clip(mixer)
     seconds, memory_mib = [], []
     with tempfile.TemporaryFile() as file:
@@ -206,7 +214,7 @@ def stream_clip(mixer: str, num_groups: int) -> dict[str, list[float]]:
 
 
 def stream_peak_mib(mixer: str, num_groups: int) -> float:
-    """Most bytes of tensors that were alive at once, weights included; on the CPU."""
+    """Return the peak of tensors that are alive at once, weights included, in MiB on the CPU."""
     clips, model = _new_clip(mixer)
     with tempfile.TemporaryFile() as file, StorageTracker(model.parameters()) as tracker:
         for _ in range(num_groups):
@@ -222,13 +230,13 @@ def _new_clip(mixer: str) -> tuple[SequentialSampler[list[MixerState]], VDiPoM]:
     text = _text(model.config, 1, device)
     group_shape = (channels, model.config.patch_frames, height, width)
     clips = SequentialSampler(
-        FlowMatching(), model.step, group_shape, text, text, [0], time_per_group=False, num_steps=2
+        FlowMatching(), model.step, group_shape, text, text, [0], SamplingOptions(num_steps=2), time_per_group=False
     )
     return clips, model
 
 
 def _held_mib() -> float:
-    """On the CPU private memory (RssAnon): pages of mapped files are in RSS too, but the kernel takes them at will."""
+    """Return the memory held; on the CPU the private one, since the kernel can reclaim pages of mapped files."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / _MIB
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
@@ -236,7 +244,7 @@ def _held_mib() -> float:
 
 
 def _in_a_process(function: str, mixer: str, num_groups: int) -> Any:
-    """What a function of this module gives: what another clip leaves behind in memory would count."""
+    """Call a function of this module in a process of its own: memory left by another clip would count."""
     arguments = f"{mixer!r}, {num_groups}"
     code = f"import json; from pomscale.benchmarks.video import {function}; print(json.dumps({function}({arguments})))"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
@@ -247,7 +255,7 @@ def _in_a_process(function: str, mixer: str, num_groups: int) -> Any:
 
 
 def _steps(report: BenchReport, sizes: _Sizes, device: torch.device, num_turns: int) -> None:
-    """Forward and backward of one clip; the kinds take turns, so that all meet the same machine."""
+    """Measure forward and backward of one clip; the kinds take turns, so that all meet the same machine."""
     kinds: dict[str, VDiPoM] = {
         "PoM, no mask": make_network("pom", sizes.step, device, sizes.dtype),
         "PoM, block-causal": make_network("pom", sizes.step, device, sizes.dtype, temporal="block_causal"),
@@ -282,13 +290,13 @@ def _steps(report: BenchReport, sizes: _Sizes, device: torch.device, num_turns: 
     base = medians["PoM, no mask"]
     for name, step_s in medians.items():
         report.add(f"step of {config.num_tokens} tokens, {name}", step_s=step_s, over_no_mask=step_s / base)
-    report.judge(
+    report.compare(
         "PoM, block-causal step over one with no mask", medians["PoM, block-causal"] / base, 1.15, at_least=False
     )
 
 
 class _ExplicitMask(nn.Module):
-    """The block-causal mask as a tensor (b n n), as an operator without a form of its own for it would need."""
+    """Block-causal mask as a tensor (b n n), as an operator without a form of its own would need it."""
 
     def __init__(self, mixer: nn.Module, num_tokens: int, frame_length: int, device: torch.device) -> None:
         super().__init__()
@@ -322,7 +330,7 @@ def _seconds(step: Callable[[], object], device: torch.device) -> float:
 def _train(
     report: BenchReport, mixer: str, fields: Mapping[str, Any], world: World, *, batch: int = 8, num_steps: int = 8
 ) -> None:
-    """Whole steps with compiled blocks, AdamW and an average: block-causal in bf16, the blocks recomputed."""
+    """Measure whole steps with compiled blocks, AdamW and an average: block-causal in bf16, the blocks recomputed."""
     recipe = TrainRecipe.model_validate(
         {
             "kind": "train",
@@ -369,7 +377,7 @@ def _train(
 
 
 def _sweep(report: BenchReport, sizes: _Sizes, device: torch.device, most: int) -> dict[str, list[tuple[int, float]]]:
-    """By mixer, (tokens, seconds) of forward and backward of one clip without a mask, its blocks recomputed."""
+    """Return mixer -> (tokens, seconds) of forward and backward of one clip, unmasked, its blocks recomputed."""
     curves: dict[str, list[tuple[int, float]]] = {mixer: [] for mixer in _NAMES}
     models = {mixer: make_network(mixer, sizes.sweep, device, sizes.dtype) for mixer in _NAMES}
     for model in models.values():

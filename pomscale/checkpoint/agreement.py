@@ -1,4 +1,4 @@
-"""Steps that all ranks take together: either all go on, or all raise the same error."""
+"""Steps that all ranks take together: either all succeed, or all raise the same error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def on_all_ranks(step: Callable[[], T], group: dist.ProcessGroup) -> list[T]:
-    """What `step` gives on each rank, on every rank. A collective; results are small and picklable.
+    """Call `step` on each rank, and return all results on every rank. A collective; results are small and picklable.
 
     Where it raises PomscaleError or OSError, every rank raises the error of the first rank that failed.
     """
@@ -30,12 +30,12 @@ def on_all_ranks(step: Callable[[], T], group: dist.ProcessGroup) -> list[T]:
     try:
         raise problem
     finally:
-        # An error knows the frames it went through: as their variable it would keep them, and the group, for ever.
+        # An error refers to the frames it went through: as a variable of one it would keep them and the group for ever.
         del outcome, outcomes, problem
 
 
 def on_main_rank(step: Callable[[], T], group: dist.ProcessGroup) -> T:
-    """What `step` gives on rank 0, which alone takes it, on every rank; or its error. As `on_all_ranks`."""
+    """Call `step` on rank 0 alone, and return its result, or raise its error, on every rank; see `on_all_ranks`."""
     is_main = dist.get_rank(group) == 0
     results: list[Any] = on_all_ranks(lambda: step() if is_main else None, group)
     return results[0]

@@ -1,7 +1,6 @@
-"""Which checkpoints stay: the last few, one per so many samples, and the best by a metric.
+"""Choice of the checkpoints that are kept: the last few, one per so many samples, and the best by a metric.
 
-judged.json   {samples: value of the metric}, beside the checkpoints: measured after they are complete, and those
-              are never written to again
+judged.json   {samples: value of the metric}, beside the checkpoints, which are never written to once complete
 """
 
 from __future__ import annotations
@@ -14,16 +13,15 @@ from pathlib import Path
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import write_text
 from pomscale.config.engine import CheckpointConfig
-
-JUDGED = "judged.json"
+from pomscale.runs.layout import JUDGED_FILE
 
 
 def expendable(complete: Sequence[int], judged: Mapping[int, float], config: CheckpointConfig) -> list[int]:
-    """Which of the checkpoints `complete` (their samples, ascending) may be deleted, in the same order.
+    """Return which of the checkpoints `complete` (their samples, ascending) may be deleted, in the same order.
 
     Kept are the last `keep_last`; the first at or after each multiple of `keep_every_samples`, since batches need not
-    end on a multiple; the `keep_best` of lowest value among those that were judged, of equals the newer. Deleting
-    what is returned changes nothing for the rest: asked again, the answer is [].
+    end on a multiple; the `keep_best` of lowest value in `judged`, the newer of equals. Once they are deleted, the same
+    call returns [].
     """
     keep = set(complete[-config.keep_last :])
     if config.keep_every_samples is not None:
@@ -36,8 +34,8 @@ def expendable(complete: Sequence[int], judged: Mapping[int, float], config: Che
 
 
 def read_judged(root: Path) -> dict[int, float]:
-    """Values by samples; empty where nothing was judged. PomscaleError if the file cannot be read."""
-    path = root / JUDGED
+    """Return the metric's values by samples; empty without the file. Raises PomscaleError if it cannot be read."""
+    path = root / JUDGED_FILE
     if not path.exists():
         return {}
     try:
@@ -45,12 +43,12 @@ def read_judged(root: Path) -> dict[int, float]:
     except (OSError, ValueError) as error:
         raise PomscaleError(
             f"{path} cannot be read ({error}), so it is not known which checkpoints are the best, and none is deleted; "
-            "delete this file to go on without"
+            "delete this file to continue without these values"
         ) from error
 
 
 def write_judged(root: Path, judged: Mapping[int, float], known: Collection[int | None]) -> None:
-    """Keep the values of the checkpoints `known`. PomscaleError if that cannot be written."""
+    """Write the values of the checkpoints `known`. Raises PomscaleError if that is impossible."""
     root.mkdir(parents=True, exist_ok=True)  # something may be measured before the first checkpoint
     kept = {str(samples): value for samples, value in sorted(judged.items()) if samples in known}
-    write_text(root / JUDGED, json.dumps(kept, indent=1))
+    write_text(root / JUDGED_FILE, json.dumps(kept, indent=1))

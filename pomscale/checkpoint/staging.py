@@ -1,7 +1,7 @@
-"""A copy of the training state in host memory, so that it can be written while training changes it.
+"""Copy of the training state in host memory, so that it can be written while training changes it.
 
-Allocating is what costs: fresh memory is given page by page, and pinning it takes longer than filling it. So the
-memory is allocated at the first save and used again by all that follow.
+The cost is in allocating: fresh memory is given page by page, and pinning it takes longer than filling it. So the
+memory is allocated at the first save and used again by all later ones.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from pomscale.distributed.flat_shard import FlatShard, local_part
 
-# Pinned memory comes in powers of two: pieces of one keep what is lost to rounding small, and calls few.
+# Pinned memory comes in powers of two: pieces of this size lose little to rounding, and need few calls.
 _PIECE_BYTES = 1 << 28
 _ALIGNMENT = 64
 
 
 def leaves(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of nested dicts; a name joins the keys with dots, as torch.distributed.checkpoint has it."""
+    """Yield (name, tensor) of nested dicts; a name joins the keys with dots, as in torch.distributed.checkpoint."""
     for key, value in state.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")
@@ -32,15 +32,16 @@ def leaves(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Te
 
 
 class HostCopy:
-    """What this rank has of one state, in memory that is allocated once."""
+    """Copy of this rank's part of one state, in memory that is allocated once."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Copies by name, overwriting those taken before: of a DTensor this rank's part, of a FlatShard the same range.
+        """Return copies by name, which overwrite those of the last call; of a DTensor this rank's part is copied.
 
-        Returns when the state may change again. Memory is allocated anew only when names, shapes or dtypes are others.
+        Of a FlatShard the copy is one of the same range. Returns when the state may change again. Memory is allocated
+        again only when names, shapes or dtypes have changed.
         """
         live = dict(leaves(state))
         with torch.no_grad():
@@ -59,14 +60,14 @@ class HostCopy:
 
 
 class CopyPlanner(DefaultSavePlanner):
-    """Plans from the live state, of which only names and shapes are read, and writes from copies of its tensors."""
+    """Planner that plans from names and shapes of the live state, and writes from copies of its tensors."""
 
     def __init__(self, copies: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._copies = copies
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """torch's hook: the data of one item of the plan."""
+        """Return the data of one item of the plan (a hook of torch)."""
         copy = self._copies[index.fqn]
         return copy.__get_tensor_shard__(index) if isinstance(copy, FlatShard) else copy
 
@@ -76,7 +77,7 @@ def _layout(tensors: Mapping[str, Tensor]) -> list[tuple[str, torch.Size, torch.
 
 
 def _allocate(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Uninitialised host tensors like `parts`, pinned if any of those is on a GPU.
+    """Return uninitialised host tensors like `parts`, pinned if any of those is on a GPU.
 
     Each has a storage of its own extent, though it lies in a larger piece of memory: torch.save writes whole storages.
     """

@@ -1,21 +1,20 @@
-"""The checkpoints of one run, on disk.
+"""Checkpoints of one run, on disk.
 
     checkpoints/samples-000000012800/
         __0_0.distcp ...   shards of model, optimiser and EMA (torch.distributed.checkpoint), by parameter name
-        .metadata          where every tensor lies; written after all shards
+        .metadata          each tensor's position; written after all shards
         checkpoint.json    clock, recipe, data fingerprint, codec and normalisation, versions
-        checksums.json     length and CRC-32 of each of these files (checkpoint.integrity)
+        checksums.json     length and CRC-32 of each of these files (runs.integrity)
         COMPLETE           the marker, written last, after everything else has reached the disk
 
-A folder without the marker never counts (checkpoint.folder). Every name and shape in a checkpoint is global, so it
-loads on any number of ranks.
+A folder without the marker is never loaded (runs.checkpoint_folder). Every name and shape in a checkpoint is global,
+so it loads on any number of ranks.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping
@@ -32,6 +31,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from pomscale.base.console import warn
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.checkpoint.agreement import on_all_ranks, on_main_rank
 from pomscale.checkpoint.retention import expendable, read_judged, write_judged
@@ -39,7 +39,6 @@ from pomscale.checkpoint.staging import CopyPlanner, HostCopy, leaves
 from pomscale.checkpoint.summed_writer import SummedWriter
 from pomscale.config.engine import CheckpointConfig
 from pomscale.runs.checkpoint_folder import (
-    META,
     begin,
     commit,
     complete_checkpoints,
@@ -52,16 +51,24 @@ from pomscale.runs.checkpoint_folder import (
     samples_of,
     set_aside,
 )
-from pomscale.runs.integrity import MARKER, Checksum, find_damage, find_damage_of, seal
-from pomscale.runs.starts import Generation, Superseded
+from pomscale.runs.integrity import Checksum, find_damage, find_damage_of, seal
+from pomscale.runs.layout import CHECKPOINT_META, CHECKPOINTS_FOLDER, MARKER
+from pomscale.runs.starts import Start, Superseded
 
-# A rank that is gone breaks the connection; of one that is slow, only the watchdog may say that it hangs.
+# A rank that is gone breaks the connection; whether one that is slow hangs is for the watchdog to decide.
 _LONGEST_SAVE = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A save that is complete. stall_s: training stood still; total_s: from the call to the commit; of this rank."""
+    """A save that is complete, as this rank saw it.
+
+    Attributes:
+        samples: samples seen by the checkpoint.
+        stall_s: seconds that training stood still.
+        total_s: seconds from the call to the commit.
+        num_bytes: bytes written by this rank.
+    """
 
     samples: int
     stall_s: float
@@ -71,25 +78,32 @@ class Saved:
 
 @dataclass(frozen=True)
 class Damaged:
-    """A checkpoint that is not what was written. folder: where it lies now; it is not loaded any more."""
+    """A checkpoint that is not what was written, its folder now, and the reason. It is never loaded."""
 
     folder: Path
     reason: str
 
 
 class CheckpointStore:
-    """Saves and loads the checkpoints below `root`. Every method but `poll` and `judge` is a collective.
+    """Saves and loads the checkpoints below a folder. Every method but `poll` and `record_metrics` is a collective.
 
-    generation: of this start of the run; None where nobody else writes there. `damaged`: what `newest` has found.
+    `damaged` lists the damaged checkpoints that `newest` has found.
     """
 
-    def __init__(self, root: Path, config: CheckpointConfig, generation: Generation | None) -> None:
+    def __init__(self, root: Path, config: CheckpointConfig, start: Start | None) -> None:
+        """Open the store.
+
+        Args:
+            root: folder of the checkpoints.
+            config: what to keep, and whether to save in the background.
+            start: this start of the run; None where no other process can write there.
+        """
         self.root = root
         self.damaged: list[Damaged] = []
         self._config = config
-        self._generation = generation
-        self._number = 0 if generation is None else generation.number
-        # Saving goes on while training does; on the training's own group their collectives would mix.
+        self._start = start
+        self._number = 0 if start is None else start.number
+        # A save runs beside training; in one group their collectives would mix.
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_SAVE)
         self._is_main = dist.get_rank() == 0
         self._host_copy = HostCopy()
@@ -101,11 +115,17 @@ class CheckpointStore:
     # Saving
 
     def save(self, samples: int, state: dict[str, Any], meta: Mapping[str, Any]) -> float:
-        """Begin to save; returns when the state may change again: the seconds that training stood still.
+        """Begin to save, and return once the state may change again, with the seconds that training stood still.
 
-        state: as from Engine.state_dict; meta: what JSON can hold. Raises PomscaleError if this save or the one before
-        it failed, for instance on a full disk: earlier checkpoints stay as they are. Superseded, and nothing is
-        written, where a newer start of the run has taken over.
+        Args:
+            samples: samples seen by the optimiser.
+            state: tensors as from Engine.state_dict.
+            meta: JSON content of checkpoint.json.
+
+        Raises:
+            PomscaleError: this save or the one before it failed, for instance on a full disk; earlier checkpoints stay
+                as they are.
+            Superseded: a newer start of the run has taken over; nothing is written.
         """
         start_s = time.perf_counter()
         self._finish()
@@ -122,14 +142,14 @@ class CheckpointStore:
         return stall_s
 
     def poll(self) -> Saved | None:
-        """The save that has finished since the last call, once, or its error. Costs nothing; not a collective."""
+        """Return the save that has finished since the last call, or raise its error. Cheap; not a collective."""
         if self._pending is not None and self._pending.written.done():
             self._finish()
         saved, self._saved = self._saved, None
         return saved
 
     def wait(self) -> Saved | None:
-        """Finish the save under way, if there is one; otherwise as `poll`."""
+        """Finish the save under way, if there is one, then do as `poll`."""
         self._finish()
         return self.poll()
 
@@ -143,7 +163,7 @@ class CheckpointStore:
     def _write(
         self, samples: int, state: dict[str, Any], meta: Mapping[str, Any], planner: dcp.SavePlanner
     ) -> tuple[int, float]:
-        """From nothing to a complete checkpoint; (bytes written by this rank, when it was complete)."""
+        """Write a complete checkpoint, and return the bytes written by this rank and when it was complete."""
         folder = final_folder(self.root, samples)
         partial = partial_folder(folder, self._number)
         try:
@@ -151,13 +171,13 @@ class CheckpointStore:
             writer = SummedWriter(partial)
             dcp.save(state, storage_writer=writer, planner=planner, process_group=self._group)
             of_ranks = on_all_ranks(lambda: writer.checksums, self._group)
-            on_main_rank(lambda: self._commit(folder, partial, [{META: of_meta}, *of_ranks]), self._group)
+            on_main_rank(lambda: self._commit(folder, partial, [{CHECKPOINT_META: of_meta}, *of_ranks]), self._group)
         except Superseded:
             raise
         except (CheckpointException, PomscaleError, OSError, RuntimeError) as error:
             if self._is_main:
-                self._check_generation()  # what a newer start has cleared away cannot be written, either
-                shutil.rmtree(partial, ignore_errors=True)  # on a full disk, half a checkpoint only takes room
+                self._check_start()  # a newer start may have deleted `partial`
+                shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint only takes up a full disk
             raise PomscaleError(_save_error(folder, error)) from error
         end_s = time.perf_counter()
         if self._is_main:
@@ -165,7 +185,7 @@ class CheckpointStore:
         return sum(checksum.num_bytes for checksum in writer.checksums.values()), end_s
 
     def _begin(self, folder: Path, partial: Path, meta: Mapping[str, Any]) -> Checksum:
-        self._check_generation()
+        self._check_start()
         if is_complete(folder):
             raise PomscaleError("it is complete already, and a checkpoint is never overwritten")
         _delete(remains(self.root, self._number))
@@ -173,43 +193,43 @@ class CheckpointStore:
 
     def _commit(self, folder: Path, partial: Path, checksums: Iterable[Mapping[str, Checksum]]) -> None:
         seal(partial, {name: checksum for part in checksums for name, checksum in part.items()})
-        self._check_generation()
+        self._check_start()
         commit(partial, folder)
 
     def _prune(self) -> None:
-        """Delete what need not be kept. What goes wrong here costs room on the disk, not the run."""
+        """Delete checkpoints that need not be kept. A failure costs room on the disk, not the run."""
         try:
-            self._check_generation()
+            self._check_start()
             complete = {samples_of(folder): folder for folder in complete_checkpoints(self.root)}
             _delete([complete[n] for n in expendable(list(complete), read_judged(self.root), self._config)])
         except (PomscaleError, OSError) as problem:
-            print(f"warning: {problem}", file=sys.stderr)
+            warn(str(problem))
 
-    def _check_generation(self) -> None:
-        if self._generation is not None:
-            self._generation.check()
+    def _check_start(self) -> None:
+        if self._start is not None:
+            self._start.check()
 
-    # Judging
+    # Metrics of checkpoints
 
-    def judge(self, samples: int, metrics: Mapping[str, float | str]) -> None:
-        """Tell what was measured of the checkpoint at `samples`, which may still be under way. Not a collective."""
+    def record_metrics(self, samples: int, metrics: Mapping[str, float | str]) -> None:
+        """Record the best_metric of the checkpoint at `samples`, whose save may be under way. Not a collective."""
         value = metrics.get(self._config.best_metric)
         if not self._is_main or value is None:
             return
         known = {samples_of(folder) for folder in complete_checkpoints(self.root)} | {self._last_samples}
         try:
-            self._check_generation()
+            self._check_start()
             write_judged(self.root, {**read_judged(self.root), samples: float(value)}, known)
         except PomscaleError as problem:
-            print(f"warning: {problem}", file=sys.stderr)
+            warn(str(problem))
 
     # Loading
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint whose files are what was written; every byte is read, shared by the ranks.
+        """Return the newest complete checkpoint that is undamaged; every byte is read, shared by the ranks.
 
         Damaged ones are set aside, warned of and added to `damaged`. Raises PomscaleError if the save under way fails,
-        or if a file cannot be read that may be good.
+        or if a file that may be good cannot be read.
         """
         self._finish()
         while True:
@@ -220,12 +240,12 @@ class CheckpointStore:
             self.damaged.append(on_main_rank(bind(self._set_aside, folder, reason), self._group))
 
     def check(self, folder: Path) -> None:
-        """Raises InputError, naming the file, if this checkpoint is not what was written."""
+        """Raise InputError, naming the file, if this checkpoint is not what was written."""
         self._finish()
         _refuse_damaged(folder, self._find_damage(folder))
 
     def load(self, folder: Path, state: dict[str, Any]) -> None:
-        """Fill `state` in place from a checkpoint of `newest`, or one that went through `check`.
+        """Fill `state` in place from a checkpoint that `newest` returned or `check` has accepted.
 
         Raises InputError if the checkpoint has not all of its tensors in the same shapes; it may have more.
         """
@@ -237,12 +257,12 @@ class CheckpointStore:
             raise PomscaleError(f"{folder} could not be read ({_causes(error)}); run the same command again") from error
 
     def forget_after(self, samples: int) -> None:
-        """Delete what was saved beyond `samples`, in a future of the run that it has given up."""
+        """Delete checkpoints beyond `samples`, since the run has gone back to before them."""
         self._finish()
         on_main_rank(lambda: self._forget_after(samples), self._group)
 
     def _forget_after(self, samples: int) -> None:
-        self._check_generation()
+        self._check_start()
         _delete(folder for folder in complete_checkpoints(self.root) if samples_of(folder) > samples)
 
     def _find_damage(self, folder: Path) -> str | None:
@@ -250,12 +270,11 @@ class CheckpointStore:
         return next((reason for reason in on_all_ranks(share, self._group) if reason is not None), None)
 
     def _set_aside(self, folder: Path, reason: str) -> Damaged:
-        self._check_generation()
+        self._check_start()
         aside = set_aside(folder)
-        print(
-            f"warning: {reason}. This checkpoint is DAMAGED and is not used; it is kept as {aside}. "
-            "Going on with the one before it: the training since then is lost. Check the disk.",
-            file=sys.stderr,
+        warn(
+            f"{reason}. This checkpoint is DAMAGED and is not used; it is kept as {aside}. "
+            "The run continues from the one before it: the training since then is lost. Check the disk."
         )
         return Damaged(aside, reason)
 
@@ -269,38 +288,35 @@ class _Pending:
 
 
 def _start_thread() -> ThreadPoolExecutor:
-    """One thread, so that saves follow each other in the same order on every rank."""
-    if torch.cuda.is_initialized():  # a new thread's GPU would be the node's first
+    """Return an executor with one thread, so that saves follow each other in the same order on every rank."""
+    if torch.cuda.is_initialized():  # otherwise a new thread uses the node's first GPU
         return ThreadPoolExecutor(1, "checkpoint", torch.cuda.set_device, (torch.cuda.current_device(),))
     return ThreadPoolExecutor(1, "checkpoint")
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest complete checkpoint, or None. Its content is not looked at. Warns of what is incomplete."""
+    """Return the newest complete checkpoint, or None, without reading its content. Warns of incomplete ones."""
     complete = complete_checkpoints(root)
     for folder in incomplete_checkpoints(root):
-        print(
-            f"warning: {folder} has no {MARKER} marker and final name: it is being written, or was cut off; ignored",
-            file=sys.stderr,
-        )
+        warn(f"{folder} has no {MARKER} marker and final name: it is being written, or was cut off; ignored")
     return complete[-1] if complete else None
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest one of a run folder. Raises InputError if none."""
-    if (path / META).is_file():
+    """Return the checkpoint that `path` means: itself, or the newest of a run folder. Raises InputError if none."""
+    if (path / CHECKPOINT_META).is_file():
         if not is_complete(path):
             raise InputError(f"{path}: this checkpoint has no {MARKER} marker: its save did not finish; use another")
         return path
-    latest = latest_checkpoint(path / "checkpoints")
+    latest = latest_checkpoint(path / CHECKPOINTS_FOLDER)
     if latest is None:
         raise InputError(f"{path}: no complete checkpoint here; give a run folder or a checkpoint folder")
     return latest
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The checkpoint.json of a complete checkpoint. Raises InputError if it is not what was written."""
-    path = folder / META
+    """Return the checkpoint.json of a complete checkpoint. Raises InputError if it is not what was written."""
+    path = folder / CHECKPOINT_META
     _refuse_damaged(folder, find_damage_of(path))
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -308,8 +324,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def read_tensors(folder: Path, state: dict[str, Any], *, check: bool = True) -> None:
     """Fill `state` in place, in this process alone: for sampling and tools, outside of training.
 
-    Raises InputError if any file of the checkpoint is damaged, or as CheckpointStore.load. check: False leaves out the
-    first, which reads every byte, for one who reads a checkpoint part by part and has had it checked.
+    Raises InputError if any file of the checkpoint is damaged, or as CheckpointStore.load. With check False damage is
+    not looked for, which reads every byte: for a caller that reads a checkpoint part by part and has checked it.
     """
     if check:
         _refuse_damaged(folder, find_damage(folder))
@@ -329,7 +345,7 @@ def _refuse_damaged(folder: Path, reason: str | None) -> None:
 
 
 def _check_fits(folder: Path, state: Mapping[str, Any]) -> None:
-    """Raises InputError unless every tensor of `state` is in the checkpoint, in its shape."""
+    """Raise InputError unless every tensor of `state` is in the checkpoint, in its shape."""
     saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     problems = []
     for name, tensor in leaves(state):
@@ -348,7 +364,7 @@ def _delete(folders: Iterable[Path]) -> None:
         try:
             remove(folder)
         except OSError as error:  # a file held open on NFS, say: the run matters more than its garbage
-            print(f"warning: {folder} could not be deleted ({error}) and takes up space", file=sys.stderr)
+            warn(f"{folder} could not be deleted ({error}) and takes up space")
 
 
 def _causes(error: BaseException) -> str:

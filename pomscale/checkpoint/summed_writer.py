@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint's writer of files, with a checksum of each."""
+"""Writer of files for torch.distributed.checkpoint that computes a checksum of each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pomscale.runs.integrity import Checksum, SummedFile
 
 
 class SummedWriter(FileSystemWriter):
-    """Writes into `folder`, which is new. `checksums`: by name, of the files that this rank has written."""
+    """Writer of this rank's files into a new folder."""
 
     def __init__(self, folder: Path) -> None:
         # torch syncs .metadata before its buffer is flushed; a SummedFile is synced when it is closed.
@@ -25,6 +25,7 @@ class SummedWriter(FileSystemWriter):
 
     @property
     def checksums(self) -> dict[str, Checksum]:
+        """Checksums by name of the files that this rank has written."""
         return self._files.checksums
 
 

@@ -1,4 +1,4 @@
-"""`pomscale bench ...`: measure this machine."""
+"""`pomscale bench ...`: measure this machine, beside named rivals."""
 
 from __future__ import annotations
 
@@ -13,60 +13,128 @@ if TYPE_CHECKING:
 
 
 def add(verbs: Any) -> None:
-    bench = verbs.add_parser("bench", help="measure this machine, beside named rivals")
+    """Add the verb and its own verbs."""
+    bench = verbs.add_parser("bench", help="Measure this machine, beside named rivals")
     bench_verbs = bench.add_subparsers(metavar="WHAT", required=True)
-    bench_loader = bench_verbs.add_parser("loader", help="samples per second, resume, memory of the training loader")
-    bench_loader.add_argument("--num-samples", type=positive, default=20_000, help="in the set that is read (20,000)")
-    bench_loader.add_argument("--num-resume", type=positive, default=1_000_000, help="in the set that is resumed (1 M)")
-    bench_loader.add_argument("--seconds", type=float, default=5.0, help="per reader and setting (default 5)")
-    bench_loader.add_argument("--folder", type=Path, help="keep the datasets here (default: a temporary folder)")
-    bench_loader.set_defaults(run=_run, measure=_loader)
-    bench_encode = bench_verbs.add_parser("encode", help="overhead, scaling and memory of `data encode`")
-    bench_encode.add_argument("--num-pictures", type=positive, default=512, help="JPEG files (default 512)")
-    bench_encode.add_argument("--num-items", type=positive, default=1_000_000, help="for memory (default 1 M)")
-    bench_encode.set_defaults(run=_run, measure=_encode)
-    bench_checkpoint = bench_verbs.add_parser("checkpoint", help="stall and time of saves, beside torch's own; loads")
-    bench_checkpoint.add_argument("--depth", type=positive, default=15, help="15 = 200 M parameters (default)")
-    bench_checkpoint.add_argument("--num-saves", type=positive, default=5, help="of each kind (default 5)")
-    bench_checkpoint.add_argument("--folder", type=Path, help="on the disk to measure (default: the temporary folder)")
-    bench_checkpoint.set_defaults(run=_run, measure=_checkpoint)
-    bench_engine = bench_verbs.add_parser("engine", help="cost of the trainer, of averages, and of a cold start")
-    bench_engine.add_argument("--batch", type=positive, default=16, help="samples per step (default 16)")
-    bench_engine.add_argument("--num-steps", type=positive, default=4, help="measured per turn (default 4)")
-    bench_engine.add_argument("--num-turns", type=positive, default=3, help="of trainer and rival (default 3)")
-    bench_engine.add_argument("--no-compile", action="store_true", help="leave out starts with torch.compile")
-    bench_engine.set_defaults(run=_run, measure=_engine)
-    bench_plan = bench_verbs.add_parser("plan", help="what `pomscale plan` says of memory, beside what is allocated")
-    bench_plan.set_defaults(run=_run, measure=_plan)
-    bench_logging = bench_verbs.add_parser("logging", help="what a row of metrics costs a step, with all sinks")
-    bench_logging.add_argument("--batch", type=positive, default=2, help="samples per step (default 2)")
-    bench_logging.add_argument("--num-steps", type=positive, default=60, help="half of them after a row (default 60)")
-    bench_logging.add_argument("--num-rows", type=positive, default=500, help="written alone (default 500)")
-    bench_logging.set_defaults(run=_run, measure=_logging)
-    bench_runs = bench_verbs.add_parser("runs", help="seconds of `pomscale runs` with many run folders")
-    bench_runs.add_argument("--num-runs", type=positive, default=200, help="run folders (default 200)")
-    bench_runs.add_argument("--num-rows", type=positive, default=1000, help="of metrics in each (default 1,000)")
-    bench_runs.set_defaults(run=_run, measure=_runs)
-    bench_video = bench_verbs.add_parser("video", help="clips of any length: memory and time, with PoM and attention")
-    bench_video.add_argument("--num-groups", type=positive, default=1000, help="of the longest clip (default 1,000)")
-    bench_video.add_argument(
-        "--num-tokens", type=positive, help="the most that are trained on (default 16,384; on a GPU 131,072)"
+    for add_one in (
+        _add_loader,
+        _add_encode,
+        _add_checkpoint,
+        _add_engine,
+        _add_plan,
+        _add_logging,
+        _add_runs,
+        _add_video,
+    ):
+        parser = add_one(bench_verbs)
+        parser.add_argument(
+            "--out",
+            type=Path,
+            metavar="FILE",
+            help="File that also receives the figures, as JSON with machine, versions and commit",
+        )
+        parser.set_defaults(run=_run)
+
+
+def _add_loader(verbs: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "loader", help="Measure samples per second, resume and memory of the training loader"
     )
-    bench_video.add_argument("--num-turns", type=positive, default=7, help="of each training step (default 7)")
-    bench_video.add_argument("--plot", type=Path, help="draw the curves into this PNG")
-    bench_video.set_defaults(run=_run, measure=_video)
-    benches = (
-        bench_loader,
-        bench_encode,
-        bench_checkpoint,
-        bench_engine,
-        bench_plan,
-        bench_logging,
-        bench_runs,
-        bench_video,
+    _add_number(parser, "--num-samples", 20_000, "Number of samples in the dataset that is read")
+    _add_number(parser, "--num-resume", 1_000_000, "Number of samples in the dataset that is resumed")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="Seconds of each reader and setting (default: %(default)s)"
     )
-    for one in benches:
-        one.add_argument("--out", type=Path, help="also write the figures as JSON, with machine, versions and commit")
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="Directory that keeps the datasets (default: a temporary one)"
+    )
+    parser.set_defaults(measure=_loader)
+    return parser
+
+
+def _add_encode(verbs: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "encode", help="Measure overhead, scaling and memory of `data encode`"
+    )
+    _add_number(parser, "--num-pictures", 512, "Number of JPEG files")
+    _add_number(parser, "--num-items", 1_000_000, "Number of items for the measurement of memory")
+    parser.set_defaults(measure=_encode)
+    return parser
+
+
+def _add_checkpoint(verbs: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "checkpoint", help="Measure stall and time of saves beside torch's own, and the time of loads"
+    )
+    _add_number(parser, "--depth", 15, "Depth of the network; 15 has 200 M parameters")
+    _add_number(parser, "--num-saves", 5, "Number of saves of each kind")
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="Directory on the disk to measure (default: a temporary one)"
+    )
+    parser.set_defaults(measure=_checkpoint)
+    return parser
+
+
+def _add_engine(verbs: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "engine", help="Measure the cost of the trainer, of averages and of a cold start"
+    )
+    _add_number(parser, "--batch", 16, "Samples per step")
+    _add_number(parser, "--num-steps", 4, "Number of steps measured in a turn")
+    _add_number(parser, "--num-turns", 3, "Number of turns of the trainer and of its rival")
+    parser.add_argument("--no-compile", action="store_true", help="Leave out the starts with torch.compile")
+    parser.set_defaults(measure=_engine)
+    return parser
+
+
+def _add_plan(verbs: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "plan", help="Compare the memory that `pomscale plan` computes with what is allocated"
+    )
+    parser.set_defaults(measure=_plan)
+    return parser
+
+
+def _add_logging(verbs: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "logging", help="Measure the cost of a row of metrics for a step, with all sinks"
+    )
+    _add_number(parser, "--batch", 2, "Samples per step")
+    _add_number(parser, "--num-steps", 60, "Number of steps, half of which follow a row")
+    _add_number(parser, "--num-rows", 500, "Number of rows that are written alone")
+    parser.set_defaults(measure=_logging)
+    return parser
+
+
+def _add_runs(verbs: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "runs", help="Measure the time of `pomscale runs` with many run folders"
+    )
+    _add_number(parser, "--num-runs", 200, "Number of run folders")
+    _add_number(parser, "--num-rows", 1000, "Number of rows of metrics in each")
+    parser.set_defaults(measure=_runs)
+    return parser
+
+
+def _add_video(verbs: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "video", help="Measure memory and time of clips of any length, with PoM and with attention"
+    )
+    _add_number(parser, "--num-groups", 1000, "Number of frame groups of the longest clip")
+    parser.add_argument(
+        "--num-tokens",
+        type=positive,
+        metavar="N",
+        help="Most tokens that are trained on (default: 16384, or 131072 on a GPU)",
+    )
+    _add_number(parser, "--num-turns", 7, "Number of turns of each training step")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="PNG that receives the curves")
+    parser.set_defaults(measure=_video)
+    return parser
+
+
+def _add_number(parser: argparse.ArgumentParser, option: str, default: int, what: str) -> None:
+    parser.add_argument(option, type=positive, default=default, metavar="N", help=f"{what} (default: %(default)s)")
 
 
 def _run(arguments: argparse.Namespace) -> int:

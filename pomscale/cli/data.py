@@ -1,4 +1,4 @@
-"""`pomscale data ...`: make and check datasets."""
+"""`pomscale data ...`: make, check and inspect datasets."""
 
 from __future__ import annotations
 
@@ -12,48 +12,103 @@ from pomscale.cli.arguments import add_recipe, positive
 
 
 def add(verbs: Any) -> None:
-    data = verbs.add_parser("data", help="make and check datasets of latent shards")
+    """Add the verb and its own verbs."""
+    data = verbs.add_parser("data", help="Make, check and inspect datasets of shards")
     data_verbs = data.add_subparsers(metavar="VERB", required=True)
-    encode = data_verbs.add_parser("encode", help="pictures, clips, captions -> shards; goes on where it stopped")
+    _add_encode(data_verbs)
+    _add_checks(data_verbs)
+    _add_derivation(data_verbs)
+    _add_inspection(data_verbs)
+
+
+def _add_encode(verbs: Any) -> None:
+    encode = verbs.add_parser(
+        "encode", help="Encode pictures, clips or captions as a dataset, or continue an encode that stopped"
+    )
     add_recipe(encode)
-    encode.add_argument("--dry-run", action="store_true", help="encode a short sample, tell sizes and time")
-    encode.add_argument("--task", help="INDEX/COUNT, one of several on one output (default: from SLURM or torchrun)")
-    encode.add_argument("--only-failed", action="store_true", help="make the parts again that list failed items")
-    encode.add_argument("--rescan", action="store_true", help="list the source again; refuse if it has changed")
+    encode.add_argument(
+        "--dry-run", action="store_true", help="Encode a short sample, and report the sizes and the time of the whole"
+    )
+    encode.add_argument(
+        "--task",
+        metavar="INDEX/COUNT",
+        help="Number of this process among those that share one output (default: from SLURM or torchrun)",
+    )
+    encode.add_argument("--only-failed", action="store_true", help="Make the parts again that list failed items")
+    encode.add_argument(
+        "--rescan", action="store_true", help="List the source again, and refuse to continue if it has changed"
+    )
     encode.set_defaults(run=_encode, leaves_threads=True)
-    verify = data_verbs.add_parser("verify", help="prove a dataset whole: every byte, record and item")
+
+
+def _add_checks(verbs: Any) -> None:
+    verify = verbs.add_parser("verify", help="Verify every byte, record and item of a dataset")
+    _add_dataset(verify)
+    _add_num_workers(verify)
     verify.set_defaults(run=_verify)
-    repair = data_verbs.add_parser("repair", help="make the damaged shards of a dataset again, and only those")
+    repair = verbs.add_parser("repair", help="Make the damaged shards of a dataset again, and only those")
+    _add_dataset(repair)
+    repair.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="Changes to the dataset's recipe, such as source.path=/new"
+    )
+    _add_num_workers(repair)
     repair.set_defaults(run=_repair)
-    stats = data_verbs.add_parser("stats", help="means, ranges, classes and lengths, from one pass over the shards")
-    stats.set_defaults(run=_stats)
-    stats.add_argument("--out", type=Path, help="also a PNG of the distributions")
-    split = data_verbs.add_parser("split", help="deal the records to several datasets, by key")
+
+
+def _add_derivation(verbs: Any) -> None:
+    split = verbs.add_parser("split", help="Distribute the records over several datasets, by key")
+    _add_dataset(split)
+    split.add_argument(
+        "parts",
+        nargs="+",
+        metavar="FOLDER=SHARE",
+        help="New dataset and its share of the records, such as data/train=0.99 data/heldout=0.01",
+    )
+    split.add_argument("--seed", type=int, default=0, help="Seed of the distribution (default: %(default)s)")
+    _add_num_workers(split)
     split.set_defaults(run=_split)
-    for one in (verify, repair, stats, split):
-        one.add_argument("dataset", type=Path)
-    split.add_argument("parts", nargs="+", metavar="FOLDER=SHARE", help="e.g. data/train=0.99 data/heldout=0.01")
-    split.add_argument("--seed", type=int, default=0)
-    repair.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to its recipe, e.g. source.path=/new")
-    merge = data_verbs.add_parser("merge", help="several datasets of one kind as one; shards are linked, not copied")
+    merge = verbs.add_parser("merge", help="Combine several datasets of one kind; shards are linked, not copied")
+    merge.add_argument("datasets", nargs="+", type=Path, metavar="DATASET", help="Dataset to combine with the others")
+    merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="Directory of the new dataset")
+    _add_num_workers(merge)
     merge.set_defaults(run=_merge)
-    merge.add_argument("datasets", nargs="+", type=Path, metavar="DATASET")
-    merge.add_argument("--out", type=Path, required=True, help="folder of the new dataset")
-    for one in (verify, repair, stats, split, merge):
-        one.add_argument("--num-workers", type=positive, help="processes (default: as many as there are cores)")
-    join = data_verbs.add_parser("join", help="match text embeddings of a companion set with a dataset, by key")
+    join = verbs.add_parser("join", help="Match the text embeddings of a companion dataset with a dataset, by key")
+    join.add_argument("dataset", type=Path, metavar="DATASET", help="Dataset with the latents")
+    join.add_argument(
+        "companion", type=Path, metavar="COMPANION", help="Dataset with the embeddings, which receives the join table"
+    )
     join.set_defaults(run=_join)
-    join.add_argument("dataset", type=Path, help="the set with the latents")
-    join.add_argument("companion", type=Path, help="the set with the embeddings; the table is written there")
-    info = data_verbs.add_parser("info", help="what a dataset is")
-    info.add_argument("dataset", type=Path)
+
+
+def _add_inspection(verbs: Any) -> None:
+    info = verbs.add_parser("info", help="Describe a dataset")
+    _add_dataset(info)
     info.set_defaults(run=_info)
-    show = data_verbs.add_parser("show", help="pictures as a PNG grid, clips as a contact sheet, captions as text")
-    show.add_argument("dataset", type=Path)
-    show.add_argument("--num", type=positive, default=64, help="number of samples (default 64)")
-    show.add_argument("--seed", type=int, default=0, help="chooses the samples (default 0)")
-    show.add_argument("--out", type=Path, default=Path("grid.png"))
+    show = verbs.add_parser(
+        "show", help="Show samples: pictures as a PNG grid, clips as a contact sheet, captions as text"
+    )
+    _add_dataset(show)
+    show.add_argument("--num", type=positive, default=64, help="Number of samples (default: %(default)s)")
+    show.add_argument("--seed", type=int, default=0, help="Seed that chooses the samples (default: %(default)s)")
+    show.add_argument(
+        "--out", type=Path, default=Path("grid.png"), metavar="PNG", help="PNG to write (default: %(default)s)"
+    )
     show.set_defaults(run=_show)
+    stats = verbs.add_parser("stats", help="Measure means, ranges, classes and lengths in one pass over the shards")
+    _add_dataset(stats)
+    stats.add_argument("--out", type=Path, metavar="PNG", help="PNG that receives the distributions")
+    _add_num_workers(stats)
+    stats.set_defaults(run=_stats)
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", type=Path, metavar="DATASET", help="Directory of the dataset")
+
+
+def _add_num_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num-workers", type=positive, metavar="N", help="Number of processes (default: the number of cores)"
+    )
 
 
 def _encode(arguments: argparse.Namespace) -> int:
@@ -63,12 +118,12 @@ def _encode(arguments: argparse.Namespace) -> int:
 
     from pomscale.distributed.stop import StopRequest
 
-    request = StopRequest(nothing_to_save=True)  # before torch, so that no signal finds nobody there
+    request = StopRequest(nothing_to_save=True)  # before torch, so that no signal arrives before its handler
 
     with large_imports():
         from data_pipelines.encode.dry_run import describe
         from data_pipelines.encode.encode import encode
-        from data_pipelines.encode.tasks import this_task
+        from pomscale.base.task_index import this_task
 
     task = this_task(arguments.task)
     if arguments.dry_run:
@@ -121,7 +176,7 @@ def _split(arguments: argparse.Namespace) -> int:
 
 
 def parse_shares(words: list[str]) -> dict[str | Path, float]:
-    """FOLDER=SHARE words. Raises InputError for what is none, and for a folder that is there twice."""
+    """Parse FOLDER=SHARE words. Raise InputError for other words, and for a folder that is there twice."""
     shares: dict[str | Path, float] = {}
     for word in words:
         folder, _, share = word.rpartition("=")

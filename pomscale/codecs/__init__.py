@@ -1,4 +1,4 @@
-"""Codecs: what turns pictures, clips and captions into latents and embeddings, and latents back."""
+"""Codecs: networks that turn pictures, clips and captions into latents and embeddings, and latents back."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import logging
 from pomscale.base.imports import large_imports
 from pomscale.codecs.base import Codec, TextEncoder
 from pomscale.codecs.pixel import PixelCodec
-from pomscale.config.schema import CodecConfig, PixelCodecConfig, SdVaeCodecConfig, TextEncoderConfig
+from pomscale.config.codecs import CodecConfig, PixelCodecConfig, SdVaeCodecConfig, TextEncoderConfig
 
 __all__ = ["Codec", "TextEncoder", "build_codec", "build_text_encoder"]
 
-# diffusers and transformers import torchao where it is installed, which tells of all kernels that are not for this
-# machine.
+# diffusers and transformers import torchao where it is installed, which logs all kernels that are not for this machine.
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
@@ -21,7 +20,7 @@ for _name in ("torchao", "torch.utils._pytree"):
 
 
 def build_codec(config: CodecConfig) -> Codec:
-    """The codec that a recipe names, on the CPU, ready to encode and decode.
+    """Return the codec that a recipe names, on the CPU, ready to encode and decode.
 
     Raises InputError where its weights or the package that runs them are missing.
     """
@@ -39,7 +38,7 @@ def build_codec(config: CodecConfig) -> Codec:
 
 
 def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
-    """The text encoder that a recipe names, on the CPU. Raises InputError as `build_codec` does."""
+    """Return the text encoder that a recipe names, on the CPU. Raises InputError as `build_codec` does."""
     with large_imports():
         from pomscale.codecs.t5 import T5TextEncoder
 

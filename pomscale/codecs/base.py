@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pomscale.config.schema import CodecConfig, TextEncoderConfig
+from pomscale.config.codecs import CodecConfig, TextEncoderConfig
 
 
 class Codec(Protocol):
@@ -28,7 +28,7 @@ class Codec(Protocol):
 
     @property
     def num_channels_in(self) -> int:
-        """1 = grey, 3 = RGB."""
+        """Channels of pictures: 1 = grey, 3 = RGB."""
 
     @property
     def scaling_factor(self) -> float: ...
@@ -47,39 +47,41 @@ class Codec(Protocol):
     def device(self) -> torch.device: ...
 
     def latent_shape(self, *size: int) -> tuple[int, ...]:
-        """Shape of one latent, (c, h, w) or (c, f, h, w), of (height, width) or (frames, height, width) pixels.
+        """Return the shape of a latent: (c, h, w) of (height, width), (c, f, h, w) of (frames, height, width) pixels.
 
-        InputError for sizes that do not fit.
+        Raises InputError for sizes that do not fit.
         """
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Stored latents, float32, on the codec's device. `noise`: (b, c, ...) standard normal if `needs_noise`."""
+        """Return stored latents, float32, on the codec's device. `noise`: standard normal (b, c, ...), if needed."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures or clips, float32 in [0, 1], of unscaled latents (b, c, ...)."""
+        """Return pictures or clips, float32 in [0, 1], of unscaled latents (b, c, ...)."""
 
     def identity(self) -> str:
-        """sha256 (hex) of the network: equal identities decode each other's latents.
+        """Return the sha256 (hex) of the network: codecs of equal identity decode each other's latents.
 
-        What is stored of a picture, and in which precision it was encoded, are the config's to tell.
+        The config has the format of stored latents and the precision of the encoder.
         """
 
     def to(self, device: torch.device | str) -> Codec:
-        """Moves the codec and returns it."""
+        """Move the codec and return it."""
 
 
 class ClipDecoder(Protocol):
-    """Latents of clips to pixels chunk by chunk, as `Codec.decode` of whole clips. What it carries does not grow."""
+    """Decodes clips chunk by chunk, with the frames of `Codec.decode` of whole clips. Its state does not grow."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Unscaled latents (b c f h w) of the next frames -> all frames that are complete by now, (b 1|3 F H W) float32
-        in [0, 1]; F may be 0."""
+        """Return all frames that are complete by now, (b 1|3 F H W) float32 in [0, 1]; F may be 0.
+
+        `latents` are the unscaled ones (b c f h w) of the next frames.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that is carried, to go on exactly with `load_state_dict`."""
+        """Return the state, with which `load_state_dict` continues exactly."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """InputError for the state of another codec."""
+        """Restore a state. Raises InputError for that of another codec."""
 
 
 @runtime_checkable
@@ -92,17 +94,17 @@ class ClipCodec(Codec, Protocol):
 
     @property
     def latent_batch(self) -> int:
-        """Latent frames that are decoded together; what a clip is continued by is a multiple of it."""
+        """Latent frames that are decoded together; a clip is continued by multiples of it."""
 
     def num_pixel_frames(self, latent_frames: int) -> int:
-        """Frames of a clip of so many latent frames."""
+        """Return the number of frames of a clip of so many latent frames."""
 
     def decoder(self, latent_frames: int) -> ClipDecoder:
-        """For clips that begin with so many latent frames, and may then be continued."""
+        """Return a decoder for clips that begin with so many latent frames, and may then be continued."""
 
 
 class TextEncoder(Protocol):
-    """Captions to sequences of embeddings."""
+    """Turns captions into sequences of embeddings."""
 
     @property
     def config(self) -> TextEncoderConfig: ...
@@ -111,13 +113,13 @@ class TextEncoder(Protocol):
     def dim(self) -> int: ...
 
     def encode(self, captions: Sequence[str]) -> list[np.ndarray]:
-        """Per caption (n, dim) float32, without padding; n is 1 to max_length. The empty caption is allowed."""
+        """Return (n, dim) float32 per caption, without padding; n is 1 to max_length. The empty caption is allowed."""
 
     def num_tokens(self, captions: Sequence[str]) -> list[int]:
-        """Of each caption, the end token included; `encode` cuts those with more than max_length."""
+        """Return the number of tokens per caption, the end token included; `encode` cuts those beyond max_length."""
 
     def identity(self) -> str:
-        """sha256 (hex) of network and tokenizer: equal identities give equal embeddings."""
+        """Return the sha256 (hex) of network and tokenizer: equal identities give equal embeddings."""
 
     def to(self, device: torch.device | str) -> TextEncoder:
-        """Moves the encoder and returns it."""
+        """Move the encoder and return it."""

@@ -1,4 +1,4 @@
-"""From latents to pixels chunk by chunk: clips as long as one likes, in the memory of a few frames."""
+"""Decode latents to pixels chunk by chunk: clips of any length, in the memory of a few frames."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pomscale.base.errors import InputError
 
-# CogVideoX decodes so many latent frames at a time, as it was trained to; an odd clip has one more in its first batch.
+# Latent frames that CogVideoX decodes at a time, as in its training; an odd clip has one more in its first batch.
 COGVIDEOX_BATCH = 2
 
 # Convolutions over one frame have no past, but diffusers puts their whole input into the cache all the same: two fifths
@@ -19,7 +19,7 @@ _WITHOUT_PAST = ("conv_y", "conv_b")
 
 
 class FramewiseDecoder:
-    """Of a codec that decodes each frame by itself: there is nothing to carry."""
+    """The decoder of a codec that decodes each frame by itself, and so has no state."""
 
     def __init__(self, decode: Callable[[Tensor], Tensor]) -> None:
         self.decode = decode
@@ -29,25 +29,25 @@ class FramewiseDecoder:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if state:
-            raise InputError("the saved clip was decoded by another codec; go on with the model that it was made with")
+            raise InputError("the saved clip was decoded by another codec; continue with the model that made it")
 
 
 class CogVideoXDecoder:
-    """`vae.decode` of a whole clip, chunk by chunk: the same frames, for chunks of any length.
+    """Decodes a clip chunk by chunk to the frames of `vae.decode` of the whole clip, for chunks of any length.
 
-    The network decodes latent frames in batches of two and hands the last two inputs of every convolution over to the
-    next batch. It normalises over a batch, so the batches have to be the same ones: latent frames wait here until
-    their batch is full, and a clip of an odd number has three in the first. So that number must be known at the
-    beginning; whatever a clip is continued by must then be even.
+    The network decodes latent frames in batches of two and passes the last two inputs of every convolution on to the
+    next batch. It normalises over a batch, so the batches must be the same ones: latent frames wait here until their
+    batch is full, and a clip of an odd number has three in the first. So that number must be known at the beginning,
+    and a clip is continued by an even number.
 
-    In tiles, if the network has them enabled, each with a past of its own, blended as `vae.tiled_decode` does.
+    If the network has tiles enabled, each has a past of its own, and they are blended as in `vae.tiled_decode`.
 
-    State: per clip and tile the pasts, and the latent frames that wait. For CogVideoX's own sizes the pasts are large
-    (1.4 GiB per clip of 240x384 pixels), but they do not grow.
+    The state consists of the pasts per clip and tile, and the latent frames that wait. For CogVideoX's own sizes the
+    pasts are large (1.4 GiB per clip of 240x384 pixels), but they do not grow.
     """
 
     def __init__(self, vae: Any, latent_frames: int) -> None:
-        """`latent_frames`: how many the clip begins with, before it is continued."""
+        """Prepare for clips that begin with `latent_frames`, before they are continued."""
         self._vae = vae
         self._due = 1 if latent_frames == 1 else COGVIDEOX_BATCH + latent_frames % COGVIDEOX_BATCH
         self._waiting: Tensor | None = None
@@ -76,23 +76,23 @@ class CogVideoXDecoder:
         return state if self._waiting is None else {**state, "waiting": self._waiting}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """InputError for what is no state of this kind, or was saved with other tiles."""
+        """Restore a state. Raises InputError for one of another codec, or one that was saved with other tiles."""
         if "due" not in state:
-            raise InputError("the saved clip was decoded by another codec; go on with the model that it was made with")
+            raise InputError("the saved clip was decoded by another codec; continue with the model that made it")
         if not torch.equal(state["tile"].cpu(), self._tile_size()):
-            raise InputError("the saved clip was decoded in other tiles; go on with the codec.tiling it was made with")
+            raise InputError("the saved clip was decoded in other tiles; continue with the codec.tiling that made it")
         self._due = int(state["due"])
         device = self._vae.device
         self._waiting = state["waiting"].to(device) if "waiting" in state else None
         self._pasts = {name.removeprefix("past."): past.to(device) for name, past in state.items() if "." in name}
 
     def _tile_size(self) -> Tensor:
-        """Height and width in latent pixels; 0 = whole frames."""
+        """Return height and width of a tile in latent pixels; 0 = whole frames."""
         vae = self._vae
         return torch.tensor([vae.tile_latent_min_height, vae.tile_latent_min_width]) * vae.use_tiling
 
     def _decode_clip(self, number: int, batch: Tensor) -> Tensor:
-        """(1 c f h w) -> (1 3 F H W) in [-1, 1]; as diffusers' `_decode` and `tiled_decode`."""
+        """Decode (1 c f h w) to (1 3 F H W) in [-1, 1], as diffusers' `_decode` and `tiled_decode` do."""
         vae = self._vae
         height, width = batch.shape[3:]
         if not (vae.use_tiling and (width > vae.tile_latent_min_width or height > vae.tile_latent_min_height)):
@@ -119,7 +119,7 @@ class CogVideoXDecoder:
         return torch.cat(rows, dim=3)
 
     def _decode_tile(self, name: str, latents: Tensor) -> Tensor:
-        """One batch of one tile, with the past of that tile."""
+        """Decode one batch of one tile, with the past of that tile."""
         vae = self._vae
         prefix = f"{name}."
         past = {key.removeprefix(prefix): value for key, value in self._pasts.items() if key.startswith(prefix)}
@@ -131,7 +131,7 @@ class CogVideoXDecoder:
 
 
 def _flat(cache: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of diffusers' nested dict, by their dotted names."""
+    """Yield the tensors of diffusers' nested dict, by their dotted names."""
     for name, value in cache.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
@@ -140,7 +140,7 @@ def _flat(cache: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor
 
 
 def _nested(cache: dict[str, Tensor]) -> dict[str, Any]:
-    """What `_flat` took apart."""
+    """Return the nested dict that `_flat` took apart."""
     nested: dict[str, Any] = {}
     for name, value in cache.items():
         *folders, last = name.split(".")

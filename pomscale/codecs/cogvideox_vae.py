@@ -7,7 +7,7 @@ from torch import Tensor
 from pomscale.base.errors import InputError
 from pomscale.codecs.clip_decoders import COGVIDEOX_BATCH, CogVideoXDecoder
 from pomscale.codecs.diffusers_vae import AutoencoderKLCogVideoX, DiffusersVae
-from pomscale.config.schema import CogVideoXVaeCodecConfig
+from pomscale.config.codecs import CogVideoXVaeCodecConfig
 
 # The network takes frames in batches of 8 and latent frames in batches of 2, whatever its config says; it carries the
 # convolutions' past from batch to batch, and a frame more than whole batches goes with the first.
@@ -16,7 +16,7 @@ _TIME_COMPRESSION = _BATCH_FRAMES // COGVIDEOX_BATCH
 
 
 class CogVideoXVaeCodec(DiffusersVae):
-    """Clips (b, 3, f, H, W) to latents (b, 16, f', H / 8, W / 8); channels and factor are what the config.json says.
+    """Codec of clips (b, 3, f, H, W) and latents (b, 16, f', H / 8, W / 8); channels and factor follow the config.json.
 
     f' is f / 4 for f = 8k and (f + 3) / 4 for f = 8k + 1. The network takes other counts too, but decodes them to clips
     of another length (20 frames to 17), so they are refused. Pictures (b, 3, H, W) go through it as clips of one frame,
@@ -81,7 +81,7 @@ class CogVideoXVaeCodec(DiffusersVae):
         return CogVideoXDecoder(self.vae, latent_frames)
 
     def _check_tiles(self) -> None:
-        """diffusers places tiles by rounding: where pixels and latents round apart, the latent has a wrong shape."""
+        """Raise InputError where diffusers would round the positions of tiles differently in pixels and latents."""
         vae = self.vae
         for side, overlap in (("height", vae.tile_overlap_factor_height), ("width", vae.tile_overlap_factor_width)):
             pixels, latents = getattr(vae, f"tile_sample_min_{side}"), getattr(vae, f"tile_latent_min_{side}")
@@ -95,12 +95,12 @@ class CogVideoXVaeCodec(DiffusersVae):
 
 
 def _fitting_frames(frames: int) -> list[int]:
-    """`frames` if that count fits, else the nearest below and above."""
+    """Return `frames` if that count fits, else the nearest below and above."""
     extra = frames % _BATCH_FRAMES
     return [frames] if extra <= 1 else [frames - extra + 1, frames - extra + _BATCH_FRAMES]
 
 
 def _multiples(pixels: int, factor: int) -> list[int]:
-    """`pixels` if it is a multiple of `factor`, else the nearest below, unless that is 0, and above."""
+    """Return `pixels` if it is a multiple of `factor`, else the nearest below, unless that is 0, and above."""
     extra = pixels % factor
     return [pixels] if extra == 0 else [side for side in (pixels - extra, pixels - extra + factor) if side]

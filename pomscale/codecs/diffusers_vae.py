@@ -1,4 +1,4 @@
-"""What the codecs on diffusers' KL autoencoders share: loading, moments or a sample, decode, identity."""
+"""Base class of the codecs on diffusers' KL autoencoders: loading, moments or a sample, decode, identity."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from pomscale.base.errors import InputError
-from pomscale.config.schema import CogVideoXVaeCodecConfig, SdVaeCodecConfig
+from pomscale.config.codecs import CogVideoXVaeCodecConfig, SdVaeCodecConfig
 
 try:
     from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
 except (ImportError, RuntimeError) as error:  # RuntimeError: diffusers is there, but something that it imports is not
     raise InputError(f"codec.name: a VAE needs the package diffusers: {error}. Run: pip install -e '.[vae]'") from error
 
-# What diffusers raises for folders that hold no weights, or a config.json with wrong values.
+# Errors of diffusers for folders that hold no weights, or a config.json with wrong values.
 _LOAD_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
@@ -46,10 +46,10 @@ class DiffusersVae(ABC):
     name: ClassVar[str]
     num_channels_in = 3
 
-    # Those of `_ARITHMETIC_KEYS`' kind that only this network has.
+    # Further keys of this kind that only this network has.
     own_arithmetic_keys: ClassVar[tuple[str, ...]]
 
-    # Pictures or clips decoded at once: decoding takes many times the memory of what comes out.
+    # Pictures or clips decoded at once: decoding takes many times the memory of its result.
     decode_batch: ClassVar[int]
 
     def __init__(
@@ -58,7 +58,7 @@ class DiffusersVae(ABC):
         vae_class: type[AutoencoderKL] | type[AutoencoderKLCogVideoX],
         subfolder: str = "",
     ) -> None:
-        """InputError if `config.path` holds no such network, or weights that do not fit it."""
+        """Load the network. Raises InputError if `config.path` holds no such network, or weights that do not fit it."""
         self.vae = _load(config.path, subfolder, vae_class)
         self.scaling_factor = float(self.vae.config.scaling_factor)
         self.shift = float(self.vae.config.shift_factor or 0.0)
@@ -69,7 +69,7 @@ class DiffusersVae(ABC):
 
     @abstractmethod
     def latent_shape(self, *size: int) -> tuple[int, ...]:
-        """As `Codec.latent_shape`."""
+        """Return the shape of a latent, see `Codec.latent_shape`."""
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -104,8 +104,8 @@ class DiffusersVae(ABC):
 
 
 def _load(path: str, subfolder: str, vae_class: Any) -> Any:
-    """The network in float32, for inference only."""
-    place = f"{path}/{subfolder}" if subfolder else path
+    """Load the network in float32, for inference only."""
+    folder = f"{path}/{subfolder}" if subfolder else path
     try:
         vae, loading = vae_class.from_pretrained(
             path,
@@ -117,14 +117,14 @@ def _load(path: str, subfolder: str, vae_class: Any) -> Any:
         float(vae.config.scaling_factor)
     except _LOAD_ERRORS as error:
         raise InputError(
-            f"codec.path: cannot load an {vae_class.__name__} from {place!r}: {error}. "
+            f"codec.path: cannot load an {vae_class.__name__} from {folder!r}: {error}. "
             f"Give a folder with config.json and weights, or a hub id that this machine can reach"
         ) from error
     # diffusers only warns of these, and gives missing tensors random values.
     misfits = {kind: names for kind, names in loading.items() if names}
     if misfits:
         raise InputError(
-            f"codec.path: the weights in {place!r} do not fit its config.json: {misfits}. "
+            f"codec.path: the weights in {folder!r} do not fit its config.json: {misfits}. "
             f"Get them again; the copy is incomplete or of another model"
         )
     return vae.eval().requires_grad_(False)

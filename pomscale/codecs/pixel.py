@@ -12,11 +12,11 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from pomscale.base.errors import InputError
 from pomscale.codecs.base import ClipDecoder
 from pomscale.codecs.clip_decoders import FramewiseDecoder
-from pomscale.config.schema import PixelCodecConfig
+from pomscale.config.codecs import PixelCodecConfig
 
 
 class PixelCodec:
-    """x -> space-to-depth of 2x - 1, frame by frame. The decode of latents stored in fp16 is exact for 8-bit pixels."""
+    """Space-to-depth of 2x - 1, frame by frame. The decode of latents stored in fp16 is exact for 8-bit pixels."""
 
     name = "pixel"
     scaling_factor = 1.0
@@ -63,7 +63,7 @@ class PixelCodec:
         return self
 
     def _fold(self, x: Tensor, shuffle: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """(b c h w), or (b c f h w) with every frame by itself."""
+        """Apply `shuffle` to (b c h w), or to (b c f h w) with every frame by itself."""
         if x.ndim == 4:
             return shuffle(x, self.config.block)
         return shuffle(x.transpose(1, 2), self.config.block).transpose(1, 2)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pomscale.base.errors import InputError
 from pomscale.codecs.diffusers_vae import AutoencoderKL, DiffusersVae
-from pomscale.config.schema import SdVaeCodecConfig
+from pomscale.config.codecs import SdVaeCodecConfig
 
 
 class SdVaeCodec(DiffusersVae):
-    """Pictures (b, 3, H, W) to latents (b, c, H / 8, W / 8); the factor is that of the network's config."""
+    """Codec of pictures (b, 3, H, W) and latents (b, c, H / 8, W / 8); the factor is that of the network's config."""
 
     name = "sd_vae"
     own_arithmetic_keys = ("mid_block_add_attention",)

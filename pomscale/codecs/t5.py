@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from pomscale.base.errors import InputError
-from pomscale.config.schema import TextEncoderConfig
+from pomscale.config.codecs import TextEncoderConfig
 
 try:
     import transformers
@@ -39,7 +39,7 @@ _ARITHMETIC_KEYS = (
     "vocab_size",
 )
 
-# What transformers raises for folders that hold no weights or no tokenizer, or a config.json with wrong values.
+# Errors of transformers for folders that hold no weights or no tokenizer, or a config.json with wrong values.
 _LOAD_ERRORS = (
     OSError,
     ValueError,
@@ -67,7 +67,7 @@ class T5TextEncoder:
     """
 
     def __init__(self, config: TextEncoderConfig) -> None:
-        """InputError if `config.path` holds no such network, weights that do not fit it, or no tokenizer."""
+        """Load the network. InputError if `config.path` holds none, weights that do not fit it, or no tokenizer."""
         self.config = config
         self.device = torch.device("cpu")
         self._network = _load_network(config)
@@ -79,10 +79,10 @@ class T5TextEncoder:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[np.ndarray]:
-        """Per caption (n, dim) float32, n from 1 (the end token) to max_length.
+        """Return (n, dim) float32 per caption, n from 1 (the end token) to max_length.
 
-        Captions of like length share a forward, in whatever order they come. Padding is masked, so with whom a caption
-        shares it changes its embeddings by rounding only.
+        Captions of similar length share a forward pass, whatever their order. Padding is masked, so the other captions
+        of a pass change an embedding by rounding only.
         """
         tokens = [
             torch.tensor(ids)
@@ -105,9 +105,9 @@ class T5TextEncoder:
         return [len(ids) for ids in tokens]
 
     def identity(self) -> str:
-        """sha256 of the architecture, the vocabulary, and the weights rounded to bfloat16.
+        """Return the sha256 of the architecture, the vocabulary, and the weights rounded to bfloat16.
 
-        So it is the same in either precision, although the embeddings then differ by rounding.
+        It is the same in either precision, although the embeddings then differ by rounding.
         """
         architecture = {key: getattr(self._network.config, key) for key in _ARITHMETIC_KEYS}
         digest = hashlib.sha256(f"t5 {json.dumps(architecture, sort_keys=True)} {self.config.tokenizer}".encode())
@@ -124,7 +124,7 @@ class T5TextEncoder:
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in order of length, as many together as _BATCH_TOKENS allows when padded to the longest of them."""
+    """Yield indices in order of length, as many together as _BATCH_TOKENS allows when padded to the longest of them."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batch and (len(batch) + 1) * lengths[index] > _BATCH_TOKENS:
@@ -136,7 +136,7 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _load_network(config: TextEncoderConfig) -> Any:
-    place = f"{config.path}/{config.subfolder}" if config.subfolder else config.path
+    folder = f"{config.path}/{config.subfolder}" if config.subfolder else config.path
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     network: Any
     loading: Any
@@ -146,7 +146,7 @@ def _load_network(config: TextEncoderConfig) -> Any:
         )
     except _LOAD_ERRORS as error:
         raise InputError(
-            f"text.path: cannot load a T5EncoderModel from {place!r}: {error}. "
+            f"text.path: cannot load a T5EncoderModel from {folder!r}: {error}. "
             f"Give a folder with config.json and weights, or a hub id that this machine can reach"
         ) from error
     # transformers only warns of these, and gives missing tensors random values. A whole T5 has a decoder as well.
@@ -155,14 +155,14 @@ def _load_network(config: TextEncoderConfig) -> Any:
     misfits = {kind: sorted(map(str, names)) for kind, names in misfits.items() if names}
     if misfits:
         raise InputError(
-            f"text.path: the weights in {place!r} do not fit its config.json: {misfits}. "
+            f"text.path: the weights in {folder!r} do not fit its config.json: {misfits}. "
             f"Get them again; the copy is incomplete or of another model"
         )
     return network.eval().requires_grad_(False)
 
 
 def _load_tokenizer(config: TextEncoderConfig, num_embeddings: int) -> Any:
-    """The tokenizer that belongs to a network of so many tokens."""
+    """Load the tokenizer that belongs to a network of so many tokens."""
     tokenizer: Any
     if config.tokenizer == "bytes":
         tokenizer = ByT5Tokenizer()
@@ -186,21 +186,21 @@ def _load_tokenizer(config: TextEncoderConfig, num_embeddings: int) -> Any:
 
 
 def _tokenizer_folder(config: TextEncoderConfig) -> str:
-    """Where the vocabulary lies inside `config.path`: beside the weights, or where diffusers puts it."""
+    """Return the folder of the vocabulary inside `config.path`: beside the weights, or where diffusers puts it."""
     # text_encoder -> tokenizer, text_encoder_2 -> tokenizer_2
     folders = dict.fromkeys([config.subfolder, config.subfolder.replace("text_encoder", "tokenizer"), "tokenizer"])
     for folder in folders:
         if any(_exists(config.path, folder, name) for name in _VOCABULARIES):
             return folder
-    places = " or ".join(f"{config.path}/{folder}".rstrip("/") for folder in folders)
+    names = " or ".join(f"{config.path}/{folder}".rstrip("/") for folder in folders)
     raise InputError(
-        f"text.path: no {' or '.join(_VOCABULARIES)} in {places}; put the tokenizer there, or set "
+        f"text.path: no {' or '.join(_VOCABULARIES)} in {names}; put the tokenizer there, or set "
         f"text.tokenizer=bytes for a ByT5"
     )
 
 
 def _exists(path: str, folder: str, name: str) -> bool:
-    """Whether a local folder or a hub id has the file."""
+    """Return whether a local folder or a hub id has the file."""
     try:
         cached_file(path, name, subfolder=folder)
     except OSError:

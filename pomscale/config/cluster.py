@@ -1,4 +1,4 @@
-"""A cluster as data: what `pomscale launch --cluster NAME` needs to know of it. slurm/clusters/NAME.yaml."""
+"""Cluster profiles, slurm/clusters/NAME.yaml: all that `pomscale launch --cluster NAME` knows about a cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from pomscale.base.errors import InputError
 from pomscale.config.section import PositiveFloat, Section
 
-# Not 20:00, which SLURM takes for 20 minutes.
+# 20:00 is refused, since SLURM takes it for 20 minutes.
 _TIME_LIMIT = r"^(\d+-\d{1,2}:\d{2}(:\d{2})?|\d{1,3}:\d{2}:\d{2})$"
 
 TimeLimit = Annotated[str, Field(pattern=_TIME_LIMIT, description="HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES.")]
@@ -22,13 +22,13 @@ def is_time_limit(text: str) -> bool:
 
 
 def minutes_of(limit: str) -> int:
-    """Of a TimeLimit, rounded up."""
+    """Return the minutes of a TimeLimit, rounded up."""
     days, _, rest = limit.rpartition("-")
     hours, minutes, seconds = (*map(int, rest.split(":")), 0)[:3]
     return int(days or 0) * 1440 + hours * 60 + minutes + (seconds > 0)
 
 
-# What only SLURM, or its job script, would do anything about.
+# Fields that only SLURM, or its job script, acts on.
 _OF_SLURM = (
     "partition", "account", "qos", "constraint", "wckey", "exclusive", "sbatch", "srun", "memory_gib", "time_limit",
     "modules", "setup", "container",
@@ -36,7 +36,10 @@ _OF_SLURM = (
 
 
 def expanded(text: str, key: str) -> str:
-    """With the $VARIABLES of this process. InputError, naming the profile's key, for one that is not set."""
+    """Return `text` with the $VARIABLES of this process filled in.
+
+    Raises InputError, which names the profile's key, for a variable that is not set.
+    """
     found = os.path.expandvars(text)
     if "$" in found:
         raise InputError(f"{key}: {found}: this variable is not set here; set it, or write the value into the profile")
@@ -44,17 +47,17 @@ def expanded(text: str, key: str) -> str:
 
 
 class ContainerConfig(Section):
-    """Every rank runs inside an image."""
+    """Image of a container in which every rank runs."""
 
     kind: Literal["pyxis", "apptainer"]
     image: str = Field(description="pyxis: as --container-image takes it; apptainer: path of the .sif file.")
     mounts: list[str] = Field([], description="HOST:CONTAINER; the folder of the run must be among them or be there.")
     options: list[str] = Field([], description="Further words for srun (pyxis) or `apptainer exec`.")
-    python: str = Field("python", description="The interpreter inside the image.")
+    python: str = Field("python", description="Interpreter inside the image.")
 
 
 class ClusterProfile(Section):
-    """How jobs are asked for on one cluster, and what they find there."""
+    """Resources that jobs ask for on one cluster, and the environment that they find there."""
 
     kind: Literal["cluster"]
     scheduler: Literal["slurm", "local", "debug"] = Field(
@@ -63,7 +66,7 @@ class ClusterProfile(Section):
     description: str = ""
 
     partition: str | None = None
-    account: str | None = Field(None, description="$VARIABLES count.")
+    account: str | None = Field(None, description="Account to charge; $VARIABLES are filled in.")
     qos: str | None = None
     constraint: str | None = None
     wckey: str | None = None
@@ -71,30 +74,36 @@ class ClusterProfile(Section):
     sbatch: dict[str, str] = Field({}, description="Further options of sbatch, without the dashes; '' = no value.")
     srun: list[str] = Field([], description="Further words for srun.")
 
-    gpus_per_node: NonNegativeInt = Field(description="0 = train on CPUs. local: those of this machine at most.")
-    gpu: Literal["a100", "h100", "h200"] | None = Field(None, description="For the plan; null = no plan of memory.")
-    cpus_per_node: PositiveInt = Field(description="Cores that a job gets on a node; shared by its ranks.")
-    memory_gib: PositiveFloat | None = Field(None, description="Per node; null = what the scheduler gives by itself.")
-    ranks_per_node: PositiveInt | None = Field(None, description="null: one per GPU; needed where there are none.")
+    gpus_per_node: NonNegativeInt = Field(
+        description="GPUs of a node; 0 = train on CPUs. local: at most this machine's."
+    )
+    gpu: Literal["a100", "h100", "h200"] | None = Field(None, description="Kind of GPU; null = memory is not planned.")
+    cpus_per_node: PositiveInt = Field(description="Cores of a job on each node, shared by its ranks.")
+    memory_gib: PositiveFloat | None = Field(None, description="Memory per node; null = the scheduler's default.")
+    ranks_per_node: PositiveInt | None = Field(None, description="Ranks per node; null = one per GPU.")
     ranks_by: Literal["srun", "torchrun"] = Field(
         "srun", description="srun: one task per rank. torchrun: one task per node, which starts its ranks."
     )
 
-    time_limit: TimeLimit | None = Field(None, description="Of a job, unless --time says otherwise. SLURM needs one.")
-    signal_lead_s: PositiveInt = Field(180, description="Before the time limit, to save and stop.")
+    time_limit: TimeLimit | None = Field(None, description="Time limit of a job without --time. SLURM needs one.")
+    signal_lead_s: PositiveInt = Field(180, description="Time before the limit, to save and stop.")
     max_idle_requeues: NonNegativeInt = Field(3, description="Starts in a row that may make no progress.")
 
-    modules: list[str] = Field([], description="For `module load`, after `module purge`.")
+    modules: list[str] = Field([], description="Modules to load, after `module purge`.")
     setup: list[str] = Field([], description="Lines of the job script before the ranks start.")
     python: str | None = Field(
-        None, description="Interpreter on the nodes; $VARIABLES count; null = that of this command."
+        None, description="Interpreter on the nodes; $VARIABLES are filled in; null = that of this command."
     )
     container: ContainerConfig | None = None
     environment: dict[str, str] = Field({}, description="Variables of every rank, e.g. NCCL_DEBUG.")
-    network_interface: str | None = Field(None, description="Between nodes: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME.")
+    network_interface: str | None = Field(
+        None, description="Network between nodes: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME."
+    )
 
-    scratch: str | None = Field(None, description="Shared folder for relative outputs. $VARIABLES count.")
-    local_disk: str | None = Field(None, description="Disk of each node: TMPDIR of the ranks. $VARIABLES count.")
+    scratch: str | None = Field(None, description="Shared folder for relative outputs; $VARIABLES are filled in.")
+    local_disk: str | None = Field(
+        None, description="Disk of each node: TMPDIR of the ranks; $VARIABLES are filled in."
+    )
     offline: bool = Field(False, description="Nodes without internet: wandb offline, `pomscale runs sync` afterwards.")
 
     @model_validator(mode="after")

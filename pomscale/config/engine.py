@@ -1,5 +1,4 @@
-"""The parts of a training recipe that say how a model is sharded, stepped, averaged and saved, and what is done when
-something goes wrong."""
+"""The parts of a training recipe for engine, optimiser, schedule, averages, checkpoints and faults."""
 
 from __future__ import annotations
 
@@ -86,7 +85,7 @@ class EmaConfig(Section):
     """Exponential moving averages of the weights; their lengths are half-lives in samples (EDM2, appendix C)."""
 
     halflives_samples: list[PositiveInt] = Field(
-        [500_000], min_length=1, description="One average each; the first is validated, drawn from and exported."
+        [500_000], min_length=1, description="One average each; the first is validated, sampled and exported."
     )
     rampup_ratio: PositiveFloat | None = Field(
         0.05, description="A half-life is at most this share of the samples seen; null = no warm-up."
@@ -114,7 +113,7 @@ class EmaConfig(Section):
 
     @property
     def main(self) -> str:
-        """Name of the average that stands for the model: validated, drawn from and exported."""
+        """Name of the average that stands for the model: it is validated, sampled and exported."""
         return self.averages[0]
 
 
@@ -122,22 +121,22 @@ class CheckpointConfig(Section):
     every_samples: PositiveInt
     keep_last: PositiveInt = 2
     keep_every_samples: PositiveInt | None = Field(
-        None, description="Keep for good the first at or after each multiple."
+        None, description="Keep forever the first one at or after each multiple."
     )
-    keep_best: NonNegativeInt = Field(0, description="Keep those with the lowest `best_metric`.")
-    best_metric: str = Field("validation/loss", description="Judges a checkpoint where it is measured at its samples.")
-    asynchronous: bool = Field(True, description="Write while training goes on.")
+    keep_best: NonNegativeInt = Field(0, description="Keep this many with the lowest `best_metric`.")
+    best_metric: str = Field("validation/loss", description="Metric at a checkpoint's samples that ranks it.")
+    asynchronous: bool = Field(True, description="Write beside training.")
 
 
 class LossSpikeConfig(Section):
-    """A loss that is out of all proportion to those before it: go back to the last checkpoint, past this data."""
+    """Rule by which a loss far above those before it sends a run back to the last checkpoint, past this data."""
 
     z_score: PositiveFloat = Field(10.0, description="Robust: distance from the median in 1.4826 MAD.")
     num_steps: Annotated[int, Field(ge=16)] = Field(128, description="Steps that the median is taken over.")
 
 
 class FaultsConfig(Section):
-    """What a run does when something goes wrong."""
+    """Reactions of a run to faults."""
 
     max_non_finite: PositiveInt = Field(
         3, description="Steps in a row whose loss or gradient is not finite, each left out, before going back."

@@ -1,4 +1,4 @@
-"""Evaluations of checkpoints while training goes on, each as a job of its own."""
+"""Evaluations of checkpoints beside training, each as a job of its own."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class EvaluationConfig(Section):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Figures are logged as evaluation/NAME/FIGURE."
     )
-    every_samples: PositiveInt = Field(description="Of the complete checkpoints, the first after each multiple.")
+    every_samples: PositiveInt = Field(description="Evaluate the first complete checkpoint after each multiple.")
     run: list[str] = Field(
         min_length=1,
         description="Commands of `pomscale` with {checkpoint}, {samples} and {folder} filled in. Pictures and videos "
         "that they leave in {folder} are logged too.",
     )
-    time_limit: TimeLimit | None = Field(None, description="Instead of the run's.")
+    time_limit: TimeLimit | None = Field(None, description="Time limit, if not that of the run's job.")
 
     @field_validator("run")
     @classmethod

@@ -1,4 +1,4 @@
-"""What data sheets say of GPUs; shared by those who plan and those who measure."""
+"""Data sheets of GPUs, for plans and measurements alike."""
 
 from __future__ import annotations
 
@@ -22,20 +22,26 @@ _PEAK_FLOPS: tuple[tuple[str, dict[Precision, float]], ...] = (
 
 
 def peak_flops(device_name: str, precision: Precision) -> float | None:
-    """Dense peak in FLOP/s of a device, by torch.cuda.get_device_name(); None for a CPU or an unknown device."""
+    """Return the dense peak in FLOP/s of a device, named as by torch.cuda.get_device_name().
+
+    None for a CPU or an unknown device.
+    """
     return next((peaks[precision] for name, peaks in _PEAK_FLOPS if name in device_name), None)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU that runs are planned for. `memory_gib`: what torch sees of it, less than the name says."""
+    """A kind of GPU that runs are planned for.
+
+    memory_gib is the memory that torch can use, which is less than the name of the GPU says.
+    """
 
     name: str
     memory_gib: float
     has_float8: bool
 
     def peak(self, precision: Precision) -> float:
-        """FLOP/s."""
+        """Return the dense peak in FLOP/s."""
         peak = peak_flops(self.name, precision)
         assert peak is not None
         return peak

@@ -1,11 +1,11 @@
-"""What a run cannot change on its way, as far as its recipe says it."""
+"""Fields of a recipe that must stay as they are for the whole of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# The samples, the noise, the network or its averages would no longer be those it began with.
+# A change of these would change the samples, the noise, the network or its averages.
 _FIXED_FOR_A_RUN = (
     ("seed",),
     ("codec",),
@@ -23,7 +23,12 @@ NOT_OF_THE_LATENTS = frozenset({"path", "subfolder", "precision", "tiling"})
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Between the recipes (as `model_dump(mode="json")` has them) with which a run began and is to go on."""
+    """Return the fixed fields in which two recipes of one run differ, one line each.
+
+    Args:
+        then: recipe with which the run began, as `model_dump(mode="json")` gives it.
+        now: recipe with which it is to continue.
+    """
     return [
         f"{'.'.join(keys)}: {_at(then, keys)} then, {_at(now, keys)} now"
         for keys in _FIXED_FOR_A_RUN
@@ -32,7 +37,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _at(recipe: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
-    """Of the codec only what its latents depend on."""
+    """Return the value at `keys`; of a codec, only the settings that its latents depend on."""
     value: Any = recipe
     for key in keys:
         value = value.get(key)

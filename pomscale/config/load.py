@@ -1,4 +1,4 @@
-"""Recipe file + overrides -> validated recipe, or one error that lists every problem. Cluster profiles too."""
+"""Recipe or cluster profile + overrides -> a validated object, or one error that lists every problem."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Annotated, Any, Union, cast, get_args
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from pomscale.config.cluster import ClusterProfile
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.pipeline import PipelineRecipe
-from pomscale.config.schema import EncodeRecipe, TrainRecipe
 from pomscale.config.section import Section
+from pomscale.config.shipped import known_clusters, recipe_file, shipped_recipes
+from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import KeyPath, RecipeError, RecipeSource, dump_yaml, read_source
 
 Recipe = TrainRecipe | EncodeRecipe | PipelineRecipe
@@ -23,7 +25,6 @@ _CLUSTER: dict[str, type[Section]] = {"cluster": ClusterProfile}
 _ANY_KIND: TypeAdapter[Any] = TypeAdapter(
     Annotated[Union[TrainRecipe, EncodeRecipe, PipelineRecipe, ClusterProfile], Field(discriminator="kind")]
 )
-_CLUSTERS = Path(__file__).resolve().parents[2] / "slurm" / "clusters"
 
 # kind -> the command that takes such a file.
 _COMMANDS = {
@@ -35,15 +36,15 @@ _COMMANDS = {
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read, merge and validate a recipe.
+    """Read, merge and validate a recipe, given by path or by the name of a shipped one.
 
-    Raises RecipeError (exit code 2) that lists every problem as `file:line: key: what is wrong; remedy`.
+    Raises RecipeError (exit code 2), which lists every problem as `file:line: key: what is wrong; remedy`.
     """
     return cast(Recipe, validate(read_recipe_source(path, overrides), _KINDS))
 
 
 def load_train_recipe(path: str | Path, overrides: list[str] | None = None) -> TrainRecipe:
-    """As load_recipe; a recipe of another kind is an error."""
+    """Load a recipe as load_recipe does; a recipe of a kind other than `train` is an error."""
     recipe = load_recipe(path, overrides)
     if not isinstance(recipe, TrainRecipe):
         raise _other_kind(path, recipe.kind, "training needs kind: train")
@@ -51,7 +52,7 @@ def load_train_recipe(path: str | Path, overrides: list[str] | None = None) -> T
 
 
 def load_encode_recipe(path: str | Path, overrides: list[str] | None = None) -> EncodeRecipe:
-    """As load_recipe; a recipe of another kind is an error."""
+    """Load a recipe as load_recipe does; a recipe of a kind other than `encode` is an error."""
     recipe = load_recipe(path, overrides)
     if not isinstance(recipe, EncodeRecipe):
         raise _other_kind(path, recipe.kind, "encoding needs kind: encode")
@@ -65,7 +66,7 @@ def _other_kind(path: str | Path, kind: str, wanted: str) -> RecipeError:
 def load_cluster(name_or_path: str | Path, overrides: list[str] | None = None) -> ClusterProfile:
     """Read a cluster profile as load_recipe reads a recipe; profiles inherit from each other in the same way.
 
-    A word is the name of one in slurm/clusters; whatever ends in .yaml or has a slash is a path.
+    A single word is the name of a shipped profile; a string that ends in .yaml or has a slash is a path.
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml") and len(path.parts) == 1:
@@ -82,21 +83,24 @@ def load_cluster(name_or_path: str | Path, overrides: list[str] | None = None) -
     return cast(ClusterProfile, validate(read_recipe_source(path, overrides), _CLUSTER))
 
 
-def known_clusters() -> dict[str, Path]:
-    """Name -> file of the profiles that come with this checkout."""
-    return {path.stem: path for path in sorted(_CLUSTERS.glob("*.yaml"))}
+def read_recipe_source(name_or_path: str | Path, overrides: list[str] | None = None) -> RecipeSource:
+    """Read a recipe, given by path or by the name of a shipped one, before it is validated.
 
-
-def read_recipe_source(path: str | Path, overrides: list[str] | None = None) -> RecipeSource:
-    """read_source; that there is no such file is a RecipeError too."""
+    Raises RecipeError as read_source does, and when there is no such recipe.
+    """
     try:
-        return read_source(path, overrides)
+        return read_source(recipe_file(name_or_path), overrides)
     except FileNotFoundError:
-        raise RecipeError([f"{path}: no such recipe file"]) from None
+        nearest = _suggest(Path(name_or_path).as_posix().removesuffix(".yaml"), str(list(shipped_recipes())))
+        hint = f"{nearest} (`pomscale config list` names all shipped recipes)" if nearest else ""
+        raise RecipeError([f"{name_or_path}: no such recipe file{hint}"]) from None
 
 
 def validate(source: RecipeSource, kinds: dict[str, type[Section]] = _KINDS) -> Section:
-    """The recipe or profile that is written there, of one of these kinds. RecipeError lists all that is wrong."""
+    """Build the recipe or profile that `source` describes.
+
+    Raises RecipeError, which lists every problem, also if its kind is none of `kinds`.
+    """
     kind = source.values.get("kind")
     section = kinds.get(kind) if isinstance(kind, str) else None
     if section is None:
@@ -122,8 +126,10 @@ def dump_recipe(recipe: Recipe | ClusterProfile) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema for editors, of recipes and cluster profiles. Nothing is required in it, since any key may be
-    inherited from a base."""
+    """JSON schema of recipes and cluster profiles, for editors.
+
+    No key is required in it, since any may be inherited from a base.
+    """
     kinds = {**_KINDS, **_CLUSTER}
     schema = _ANY_KIND.json_schema()
     _relax(schema)
@@ -164,7 +170,7 @@ def _explain(error: ValidationError, source: RecipeSource, root: type[Section]) 
 
 
 def _key_path(loc: tuple[int | str, ...], values: Any, *, missing: bool) -> KeyPath:
-    """pydantic's location, without the union tags it inserts, which no user wrote."""
+    """Return pydantic's location without the union tags that it inserts, which no user wrote."""
     path: list[str] = []
     current = values
     for i, part in enumerate(loc):
@@ -202,18 +208,18 @@ def _message(  # noqa: PLR0911 (one line per kind of error)
 
 
 def _discriminator(item: Any) -> str:
-    """The key that tells a section's kind: pydantic quotes a key, and calls a function of that name."""
+    """Return the key that tells a section's kind. pydantic quotes keys, and writes functions of that name with ()."""
     return item["ctx"]["discriminator"].strip("'").removesuffix("()")
 
 
 def _suggest(word: str, quoted: str) -> str:
-    """The nearest of the words that pydantic lists in single quotes."""
+    """Return a question with the nearest of the words in single quotes, or '' if none is near."""
     nearest = difflib.get_close_matches(word, re.findall(r"'([^']+)'", quoted), n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def _suggest_key(path: KeyPath, values: dict[str, Any], root: type[Section]) -> str:
-    """The nearest valid key of the same section, else the same word elsewhere in the recipe."""
+    """Return a hint: the nearest valid key of the same section, else the same word elsewhere in the recipe."""
     section = _section_at(root, path[:-1], values)
     siblings = list(section.model_fields) if section else []
     nearest = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
@@ -248,7 +254,7 @@ def _section_at(root: type[BaseModel], path: KeyPath, values: Any) -> type[BaseM
 
 
 def _is_tagged(section: type[BaseModel], values: Any) -> bool:
-    """Whether `name` or `kind` in the values says that they are this kind of section."""
+    """Return whether `name` or `kind` in the values says that they are this kind of section."""
     fields = section.model_fields
     return isinstance(values, dict) and any(
         tag in fields and values.get(tag) in get_args(fields[tag].annotation) for tag in ("name", "kind")

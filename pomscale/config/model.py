@@ -1,4 +1,4 @@
-"""The network's part of a recipe: what all trunks have, and what pictures and clips add to it."""
+"""The network's part of a recipe: fields of all trunks, and those that pictures and clips add."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _nearest_preset(name: str) -> str:
 
 
 class TrunkConfig(Section):
-    """The blocks. A preset fills every field that the recipe does not set."""
+    """Blocks of a network. A preset fills every field that the recipe does not set."""
 
     _presets: ClassVar[dict[str, dict[str, Any]]]
 
@@ -141,7 +141,10 @@ class VideoModelConfig(TrunkConfig):
 
 
 def kind(value: Any) -> str:
-    """Which network is meant: what it says, or what its preset is. Named like its key, since errors name it."""
+    """Return the kind of a network, as written or as its preset has it.
+
+    The function is named like its key, since pydantic's errors name it.
+    """
     if not isinstance(value, dict):
         return str(getattr(value, "kind", "image"))
     of_preset = "video" if _nearest_preset(str(value.get("preset"))) in VIDEO_PRESETS else "image"

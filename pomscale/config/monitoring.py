@@ -1,4 +1,4 @@
-"""How a run is watched."""
+"""The part of a training recipe that says what is logged and when people are alerted."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ class WandbConfig(Section):
 
 
 class AlertsConfig(Section):
-    """When people are told, through wandb, on the console and in events.jsonl.
+    """Conditions of alerts, which go to wandb, the console and events.jsonl.
 
-    Of losses and gradients that are not finite, of rollbacks and of restarts they always are.
+    Losses and gradients that are not finite, rollbacks and new starts always raise one.
     """
 
     min_goodput: Fraction | None = Field(
         0.5,
-        description="Least share of the wall time, that between starts and in the queue left out, that went into steps "
-        "that count; null = never.",
+        description="Least share of the wall time that went into steps that count; time between starts and in the "
+        "queue is left out. null = never.",
     )
-    goodput_after_s: PositiveFloat = Field(3600.0, description="So much wall time before goodput is judged.")
+    goodput_after_s: PositiveFloat = Field(3600.0, description="Wall time after which goodput is judged.")
     stall_factor: Annotated[float, Field(gt=1.0)] | None = Field(
-        3.0, description="Steps so many times slower than the median row, for a minute and two rows; null = never."
+        3.0,
+        description="Alert once steps have been this many times slower than the median row, for a minute and two "
+        "rows; null = never.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Several jobs as one wish: encode -> verify -> train -> sample -> evaluate."""
+"""Recipes of kind `pipeline`: several jobs in order, e.g. encode -> verify -> train -> sample -> evaluate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
 def fill_in(command: str, homes: Mapping[str, Path]) -> list[str]:
-    """Words of a stage's command, with the folders of stages in place of {STAGE}."""
+    """Return the words of a stage's command, each {STAGE} replaced by the folder of that stage."""
     return [_PLACEHOLDER.sub(lambda found: str(homes[found[1]]), word) for word in shlex.split(command)]
 
 
@@ -29,17 +29,18 @@ class StageConfig(Section):
     overrides: list[str] = Field([], description="Changes to the recipe, a.b=c.")
     run: list[str] = Field(
         [],
-        description="Or commands of `pomscale`, one after another: 'data verify data/x'. {STAGE} is the folder of a "
-        "stage, this one or one before it: of one that trains, its run folder.",
+        description="Commands of `pomscale` instead of a recipe, one after another: 'data verify data/x'. {STAGE} is "
+        "the folder of this stage or of one before it; that of a stage that trains is its run folder.",
     )
     after: dict[str, Literal["ok", "any"]] | None = Field(
-        None, description="Stages to wait for: ok = only if it succeeded. null = the stage before, ok."
+        None,
+        description="Stages to wait for: ok = to succeed, any = to end. null = the stage before, ok.",
     )
-    array: PositiveInt | None = Field(None, description="Tasks of an encode that work side by side.")
+    array: PositiveInt | None = Field(None, description="Number of tasks that share an encode.")
     nodes: PositiveInt = 1
-    gpus_per_node: NonNegativeInt | None = Field(None, description="Instead of the profile's; 0 = a job without GPUs.")
-    ranks_per_node: PositiveInt | None = Field(None, description="Instead of the profile's, without GPUs.")
-    time_limit: TimeLimit | None = Field(None, description="Instead of the profile's.")
+    gpus_per_node: NonNegativeInt | None = Field(None, description="GPUs per node; null = the profile's; 0 = none.")
+    ranks_per_node: PositiveInt | None = Field(None, description="Ranks per node without GPUs; null = the profile's.")
+    time_limit: TimeLimit | None = Field(None, description="Time limit; null = the profile's.")
 
     @model_validator(mode="after")
     def _check(self) -> StageConfig:
@@ -79,8 +80,8 @@ class PipelineRecipe(Section):
         return self
 
     def waits_for(self, stage: StageConfig) -> dict[str, Literal["ok", "any"]]:
-        """Stages before it -> whether they must have succeeded."""
+        """Return the stages that `stage` waits for -> whether they must have succeeded (ok) or only ended (any)."""
         if stage.after is not None:
             return stage.after
-        place = self.stages.index(stage)
-        return {self.stages[place - 1].name: "ok"} if place else {}
+        index = self.stages.index(stage)
+        return {self.stages[index - 1].name: "ok"} if index else {}

@@ -1,13 +1,15 @@
-"""What the modes of `compute.activation_checkpointing` mean; shared by those who wrap blocks and those who plan."""
+"""Meaning of the modes of `compute.activation_checkpointing`, for the engine that wraps blocks and for plans."""
 
 from __future__ import annotations
 
 
 def is_recomputed(mode: str, block: int) -> bool:
-    """Whether block number `block`, from 0, runs again in the backward pass, from its input alone.
+    """Return whether a block runs again in the backward pass, from its input alone.
 
-    mode: as ComputeConfig.activation_checkpointing; every-N recomputes blocks 0, N, 2N, ... In "selective" every block
-    runs again but for its matrix products: that is not meant here.
+    Args:
+        mode: as ComputeConfig.activation_checkpointing; every-N recomputes blocks 0, N, 2N, ... "selective" counts as
+            no: there every block runs again except for its matrix products.
+        block: number of the block, from 0.
     """
     if mode.startswith("every-"):
         return block % int(mode.removeprefix("every-")) == 0

@@ -1,4 +1,4 @@
-"""What every part of a recipe is made of."""
+"""Base class and types of the parts of a recipe."""
 
 from __future__ import annotations
 

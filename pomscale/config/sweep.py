@@ -4,7 +4,7 @@
       optimizer.lr: [1e-4, 2e-4]
       model.degree: [2, 3]
 
-Four runs, NAME.lr=0.0001-degree=2 and so on, in the wandb group NAME.
+These are four runs, NAME.lr=0.0001-degree=2 and so on, in the wandb group NAME.
 """
 
 from __future__ import annotations
@@ -20,23 +20,26 @@ from pathlib import Path
 from typing import Any
 
 from pomscale.config.load import load_train_recipe, read_recipe_source, validate
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError, RecipeSource
 
-# What a point is called by, or what makes it a sweep.
+# Fields that name a point, or that make a recipe a sweep.
 _NOT_SWEPT = {"kind", "name", "output", "sweep"}
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """values: by dotted key, as the sweep writes them. recipe: of this point alone, with a name of its own."""
+    """One run of a sweep.
+
+    values are those of the grid by dotted key; recipe is that of this run alone, with a name of its own.
+    """
 
     values: dict[str, Any]
     recipe: TrainRecipe
 
 
 def check_is_one_run(recipe: TrainRecipe, path: str | Path) -> None:
-    """RecipeError, with the remedy, for a recipe that is several runs."""
+    """Raise RecipeError, with the remedy, for a recipe that is several runs."""
     if not recipe.sweep:
         return
     first = shlex.join(f"{key}={_text(values[0])}" for key, values in recipe.sweep.items())
@@ -49,9 +52,9 @@ def check_is_one_run(recipe: TrainRecipe, path: str | Path) -> None:
 
 
 def load_points(path: str | Path, overrides: list[str] | None = None) -> list[SweepPoint]:
-    """The runs of a recipe with a sweep, the last key changing fastest; none without a sweep.
+    """Return the runs of a recipe with a sweep, the last key changing fastest; [] for a recipe without one.
 
-    RecipeError, naming the line of the sweep and the point, for a point that is no valid recipe.
+    Raises RecipeError, which names the line of the sweep and the point, for a point that is no valid recipe.
     """
     recipe = load_train_recipe(path, overrides)
     if not recipe.sweep:
@@ -91,7 +94,7 @@ def _recipe_at(source: RecipeSource, recipe: TrainRecipe, point: dict[str, Any],
 def _check_keys(source: RecipeSource, recipe: TrainRecipe) -> None:
     for key in recipe.sweep:
         if key.partition(".")[0] in _NOT_SWEPT:
-            raise RecipeError([f"{source.origin(('sweep', key))}: sweep: {key!r} is not for a sweep to change"])
+            raise RecipeError([f"{source.origin(('sweep', key))}: sweep: {key!r} cannot be changed by a sweep"])
 
 
 def _check_names(source: RecipeSource, points: list[SweepPoint]) -> None:
@@ -103,19 +106,19 @@ def _check_names(source: RecipeSource, points: list[SweepPoint]) -> None:
 
 
 def _labels(sweep: dict[str, list[Any]]) -> dict[str, str]:
-    """Key -> its last word, or all of it where that is not its alone."""
+    """Return key -> its last word, or the whole key where two keys have the same last word."""
     last = {key: key.rpartition(".")[2] for key in sweep}
     shared = Counter(last.values())
     return {key: word if shared[word] == 1 else key for key, word in last.items()}
 
 
 def _text(value: Any) -> str:
-    """As an override has it."""
+    """Write a value as an override has it."""
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _word(value: Any) -> str:
-    """As part of a folder's name."""
+    """Write a value as part of a folder's name."""
     return re.sub(r"[^A-Za-z0-9.-]+", "_", _text(value)).strip("_")

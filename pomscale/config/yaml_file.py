@@ -27,19 +27,19 @@ class RecipeError(InputError):
 
 @dataclass
 class RecipeSource:
-    """The merged mapping and, for every key path in it, `file:line` (or the override) that set it."""
+    """Merged mapping of a recipe and, for every key path in it, the `file:line` or the override that set it."""
 
     values: dict[str, Any]
     origins: dict[KeyPath, str] = field(default_factory=dict)
 
     def origin(self, path: KeyPath) -> str:
-        """Where `path` was written; for a missing key, where the nearest enclosing section was."""
+        """Return where `path` was written; for a missing key, where the nearest enclosing section was."""
         while path and path not in self.origins:
             path = path[:-1]
         return self.origins[path]
 
     def set(self, keys: KeyPath, value: Any, origin: str) -> None:
-        """Write a value over what is there. RecipeError if the path leads through a value."""
+        """Replace what is at `keys` by a value. Raises RecipeError if the path leads through a value."""
         section = self.values
         for depth, key in enumerate(keys[:-1]):
             if section.get(key) is None:
@@ -48,7 +48,7 @@ class RecipeSource:
             if not isinstance(section, dict):
                 raise RecipeError([f"{origin}: {'.'.join(keys[: depth + 1])} is a value, not a section"])
         section[keys[-1]] = value
-        # What the files said below this key is gone; so is where they said it.
+        # What the files said below this key is replaced, so its origins are dropped.
         self.origins = {path: where for path, where in self.origins.items() if path[: len(keys)] != keys}
         self.origins[keys] = origin
 
@@ -56,7 +56,7 @@ class RecipeSource:
 class _Yaml12Loader(yaml.SafeLoader):
     """SafeLoader that reads `1e-4` as a number and 20:00:00 as a string, as YAML 1.2 does.
 
-    PyYAML's YAML 1.1 makes a string of the one, and of the other 72000, a number to the base of 60.
+    PyYAML implements YAML 1.1, in which the first is a string and the second is 72000, a number to the base of 60.
     """
 
 
@@ -92,7 +92,8 @@ def dump_yaml(values: dict[str, Any]) -> str:
 def read_source(path: str | Path, overrides: list[str] | None = None) -> RecipeSource:
     """Read a recipe file, its bases and the command line's overrides into one mapping.
 
-    Raises RecipeError: file missing, YAML that does not parse, duplicate key, base cycle, malformed override.
+    Raises FileNotFoundError without such a file, and RecipeError for a missing base, YAML that does not parse, a
+    duplicate key, bases in a circle or a malformed override.
     """
     source = _read_with_bases(Path(path), seen=())
     for override in overrides or []:
@@ -147,13 +148,13 @@ def _read_file(path: Path) -> RecipeSource:
 
 
 def _construct(loader: yaml.SafeLoader, node: yaml.Node, path: KeyPath, file: Path, origins: dict[KeyPath, str]) -> Any:
-    """The node's value; notes the line of every key below it in `origins`."""
+    """Return the node's value, and note the line of every key below it in `origins`."""
     if isinstance(node, yaml.SequenceNode):
         return [_construct(loader, item, (*path, str(i)), file, origins) for i, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
         try:
             return loader.construct_object(node)
-        except ValueError as error:  # looks like a date or a number, but is none: 2024-13-45
+        except ValueError as error:  # it looks like a date or a number but is none: 2024-13-45
             raise RecipeError([f"{file}:{node.start_mark.line + 1}: {'.'.join(path)}: {error}"]) from error
     loader.flatten_mapping(node)
     values: dict[str, Any] = {}
@@ -169,7 +170,7 @@ def _construct(loader: yaml.SafeLoader, node: yaml.Node, path: KeyPath, file: Pa
 
 
 def _merge(base: dict[str, Any], child: dict[str, Any]) -> None:
-    """Merge child into base: mappings key by key, anything else replaced."""
+    """Merge child into base: mappings are merged key by key, all else is replaced."""
     for key, value in child.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):
             _merge(base[key], value)

@@ -1,1 +1,1 @@
-"""Latent shards: the contract (schema), the index, the sample order, the dataset and the loader."""
+"""The training reader: datasets, mixtures of them, the sample order, and the loader of micro-batches."""

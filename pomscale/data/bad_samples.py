@@ -1,25 +1,29 @@
-"""Samples that cannot be read: what is said of each, and the list of those that a run went on without."""
+"""Samples that cannot be read: a description of each, and the list of those that a run skipped."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from pomscale.base.console import warn
 from pomscale.base.errors import InputError, PomscaleError
 
 
 @dataclass(frozen=True, slots=True)
 class BadSample:
-    """`reason` is a whole line for people: file, record, what is wrong with it, and the remedy.
+    """A sample that cannot be read.
 
-    `record` is its number in the dataset at `location`, whose fingerprint is `dataset`; `key` is "#" and its hash where
-    the shard cannot tell it.
+    Attributes:
+        dataset: Fingerprint of its dataset.
+        location: Location of the dataset.
+        record: Number of its record in the dataset.
+        key: Its key, or "#" and the key's hash where the shard does not have it.
+        reason: A line for people with file, record, fault and remedy.
     """
 
     dataset: str
@@ -33,10 +37,10 @@ class BadSample:
 
 
 class BadSampleList:
-    """The bad samples of a run, each once, however often training comes by.
+    """The bad samples of a run, each once, however often training meets it.
 
     Every rank holds the same list; the one that has a `path` also appends each sample to that file, a line of JSON, if
-    it is not in it yet. What is known goes into checkpoints, so that a resumed run counts on.
+    it is not in it yet. Checkpoints have the known samples, so that a resumed run continues to count.
     """
 
     def __init__(self, limit: int, known: Iterable[tuple[str, int]] = (), path: Path | None = None) -> None:
@@ -50,13 +54,13 @@ class BadSampleList:
 
     @property
     def known(self) -> list[tuple[str, int]]:
-        """Fingerprint of the dataset and record number of each, sorted."""
+        """Fingerprint of the dataset and record number of each sample, sorted."""
         return sorted(self._known)
 
     def add(self, samples: int, met: Iterable[BadSample]) -> None:
-        """Note those that are new; `samples` is the run's clock. PomscaleError if there are more than allowed."""
+        """Add the new ones, at `samples` on the run's clock. Raises PomscaleError if there are more than allowed."""
         new = {(sample.dataset, sample.record): sample for sample in met}
-        # A run that fell back to an older checkpoint meets some that are in the file, but not in the checkpoint.
+        # After a fall back to an older checkpoint some are in the file, but not in the checkpoint.
         unlisted = [sample for name, sample in new.items() if name not in self._known | self._listed]
         self._known |= new.keys()
         if self._path is not None and unlisted:
@@ -69,14 +73,14 @@ class BadSampleList:
 
 
 def _read_list(path: Path) -> set[tuple[str, int]]:
-    """Dataset and record number of the samples in the file."""
+    """Return dataset and record number of the samples in the file."""
     listed = set()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return set()
     except OSError as error:
-        print(f"warning: {path} could not be read ({error}); samples may be listed twice", file=sys.stderr)
+        warn(f"{path} could not be read ({error}); samples may be listed twice")
         return set()
     for line in lines:
         with suppress(ValueError):  # a line that a kill has cut off
@@ -93,7 +97,7 @@ def _append(path: Path, samples: int, unlisted: list[BadSample]) -> None:
                 lines = "\n" + lines
             file.write(lines.encode())
     except OSError as error:  # a full disk costs a line of a list, not the run
-        print(f"warning: {path} could not be written ({error}); training goes on", file=sys.stderr)
+        warn(f"{path} could not be written ({error}); training continues")
 
 
 def _ends_a_line(file: BinaryIO) -> bool:

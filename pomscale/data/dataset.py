@@ -1,4 +1,4 @@
-"""One dataset: latents as they are stored, labels and text embeddings of any of its records."""
+"""Random access to one dataset: latents as they are stored, labels and text embeddings of any records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pomscale.base.errors import InputError
 from pomscale.base.keyed_random import Stream, keyed_generator, keyed_uniforms
-from pomscale.config.schema import CacheConfig
+from pomscale.config.data import CacheConfig
 from pomscale.data.bad_samples import BadSample
 from pomscale.data.order import groups
 from pomscale.data.readers.arrays import ArrayReader, Faults, Members
@@ -25,7 +25,7 @@ from pomscale.data.remote.shard_cache import local_index
 from pomscale.shards.index import NO_LABEL
 from pomscale.shards.schema import Manifest, Normalization, read_manifest
 
-# A micro-batch is too short for the vectorised draw to be at its best; the next one needs its neighbours.
+# Flips are drawn for so many positions at once: a micro-batch alone is too short for a vectorised draw.
 _FLIPS_AT_ONCE = 8192
 
 
@@ -41,11 +41,7 @@ class Samples:
 
 
 class LatentDataset:
-    """Random access to the records of a dataset, in a folder or behind a URL. Safe to share between threads.
-
-    text: location of the set that has the text embeddings, which may be this very dataset; None = they are not read.
-    bad_samples: "raise" ends with the error of the first record that cannot be read, "skip" tells which those are.
-    """
+    """Random access to the records of a dataset, in a folder or behind a URL. Safe to share between threads."""
 
     def __init__(
         self,
@@ -58,6 +54,17 @@ class LatentDataset:
         cache: CacheConfig | None = None,
         bad_samples: Literal["raise", "skip"] = "raise",
     ) -> None:
+        """Open a dataset.
+
+        Args:
+            location: Folder or URL.
+            manifest: Its manifest.
+            normalization: How its latents are to be normalised.
+            text: Location of the set that has the text embeddings, perhaps this very dataset; None = do not read them.
+            reading: Whether shards are memory-mapped, or streamed into memory.
+            cache: Cache of the node for shards behind a URL.
+            bad_samples: "raise" the error of the first record that cannot be read, or "skip" and list such records.
+        """
         self.location = str(location)
         self.manifest = manifest
         self.normalization = normalization
@@ -73,7 +80,7 @@ class LatentDataset:
 
     @classmethod
     def open(cls, location: str | Path, normalization: Literal["codec", "dataset"]) -> LatentDataset:
-        """A finished dataset, without text. InputError if it is missing, unfinished or its index does not fit."""
+        """Open a dataset without text. Raises InputError if it is missing, unfinished or its index does not fit."""
         manifest = read_manifest(location)
         return cls(location, manifest, Normalization.of(manifest, normalization))
 
@@ -81,11 +88,17 @@ class LatentDataset:
         return self.manifest.num_samples
 
     def read(self, records: np.ndarray, positions: np.ndarray, *, seed: int, flip_probability: float) -> Samples:
-        """The records (b,) int64, all of one group, for the global positions (b,) int64.
+        """Return the samples of some records.
 
-        Which of original and flip is read, and the posterior draw where moments are stored, are keyed by
-        (seed, position). flip_probability has no effect on a dataset without flipped copies.
-        InputError, naming file, record and remedy, where `bad_samples` is "raise" and a record cannot be read.
+        The choice between original and flip, and the posterior draw where moments are stored, are keyed by
+        (seed, position). Raises InputError, naming file, record and remedy, where `bad_samples` is "raise" and a record
+        cannot be read.
+
+        Args:
+            records: Record numbers (b,) int64, all of one group.
+            positions: Their global positions (b,) int64.
+            seed: Seed of the run.
+            flip_probability: Share of flipped copies; no effect on a dataset without them.
         """
         faults: Faults = {}
         rows = self._reader.index.take(records)
@@ -106,17 +119,17 @@ class LatentDataset:
 
     @property
     def reads_ahead(self) -> bool:
-        """Whether it matters what `will_need` says."""
+        """Whether `will_need` has an effect."""
         return self._reader.files.reads_ahead or (self.text is not None and self.text.source.files.reads_ahead)
 
     def will_need(self, shards: Sequence[int]) -> None:
-        """The shards of the records that are read from now on, soonest first; replaces what was said before."""
+        """Announce the shards of the records that are read next, soonest first; this replaces the last announcement."""
         self._reader.files.will_need(shards)
         if self.text is not None and self.text.source is not self._reader:
             self.text.source.files.will_need(self._text_shards(self.text, shards))
 
     def num_bytes(self, shards: Sequence[int]) -> int:
-        """Size of these shards, and of those of the companion set that have their texts."""
+        """Return the size of these shards, and of those of the companion set that have their texts."""
         needed = [self.manifest.shards[shard] for shard in shards]
         if self.text is not None and self.text.source is not self._reader:
             of_text = self.text.source.manifest.shards
@@ -124,9 +137,9 @@ class LatentDataset:
         return sum(shard.num_bytes for shard in needed)
 
     def check_indexes(self) -> None:
-        """Hash the index, and that of the texts. InputError, naming the remedy, if one is not what its manifest says.
+        """Hash the index, and that of the texts. Raises InputError if one is not what its manifest says.
 
-        Nothing else would notice a wrong label, since the checksums of the records are in the index too.
+        No other check would notice a wrong label, since the checksums of the records are in the index too.
         """
         for reader in {self._reader, self._reader if self.text is None else self.text.source}:
             path = local_index(reader.location, reader.manifest, self._cache)
@@ -139,18 +152,18 @@ class LatentDataset:
                 raise InputError(f"{path}: its checksum is not that of the manifest. {remedy(reader.location)}")
 
     def close(self) -> None:
-        """Ends what reads ahead in the background."""
+        """Stop reading ahead in the background."""
         self._reader.files.close()
         if self.text is not None:
             self.text.source.files.close()
 
     def _text_shards(self, text: TextReader, shards: Sequence[int]) -> list[int]:
-        """Shards of the companion set that have the texts of all records in these shards."""
+        """Return the shards of the companion set that have the texts of all records in these shards."""
         ranges = [np.arange(self._ends[s] - self.manifest.shards[s].num_samples, self._ends[s]) for s in shards]
         return list(dict.fromkeys(shard for records in ranges for shard in text.shards(records).tolist()))
 
     def _stored_shape(self, records: np.ndarray) -> tuple[int, ...]:
-        # By the record's number, not by what its row says of its shard, which may be what is wrong with it.
+        # By the record's number: the shard in its row may be damaged.
         first, last = np.searchsorted(self._ends, [records.min(), records.max()], side="right").tolist()
         group = self.manifest.shards[first].group
         assert group == self.manifest.shards[last].group, "one batch, one shape"
@@ -159,22 +172,22 @@ class LatentDataset:
     def _flips(self, positions: np.ndarray, seed: int, probability: float) -> np.ndarray | None:
         if not self.manifest.latents.has_flip:
             return None
-        blocks, places = np.divmod(positions, _FLIPS_AT_ONCE)
+        blocks, offsets = np.divmod(positions, _FLIPS_AT_ONCE)
         flips = np.empty(len(positions), bool)
         for block, here in groups(blocks):
-            flips[here] = _draw_flips(seed, block)[places[here]] < probability
+            flips[here] = _draw_flips(seed, block)[offsets[here]] < probability
         return flips
 
 
 @functools.lru_cache(maxsize=8)
 def _draw_flips(seed: int, block: int) -> np.ndarray:
-    """Uniform numbers of the positions of a block."""
+    """Return uniform numbers for the positions of a block."""
     positions = np.arange(block * _FLIPS_AT_ONCE, (block + 1) * _FLIPS_AT_ONCE)
     return keyed_uniforms(seed, Stream.FLIP, positions)
 
 
 def _sample_posterior(moments: Tensor, positions: np.ndarray, seed: int) -> Tensor:
-    """mean + std * noise of (b, 2c, ...), mean and log-variance: (b, c, ...)."""
+    """Return mean + std * noise, (b, c, ...), of moments (b, 2c, ...), mean and log-variance."""
     mean, logvar = moments.float().chunk(2, dim=1)
     noise = np.empty(mean.shape, np.float32)
     for row, position in zip(noise, positions.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Several endless streams become one, in given proportions and in an order that is a pure function of the seed."""
+"""Interleave several endless streams in given proportions, in an order that is a pure function of the seed."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from pomscale.base.keyed_random import Stream, keyed_generator
 
 PERIOD = 65_536
 
-# A batch that straddles the border of two periods, read by a few threads.
+# Enough for a batch that straddles the border of two periods, read by a few threads.
 _CACHED_PERIODS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class _Period:
-    """Places `first` to `first + n` of the result. Arrays (n,)."""
+    """Layout of the positions `first` to `first + n` of the result. Arrays (n,)."""
 
     first: int
-    streams: np.ndarray  # int32, which stream a place is given to
-    indices: np.ndarray  # int64, and which place of that stream it is
+    streams: np.ndarray  # int32, the stream that fills a position
+    indices: np.ndarray  # int64, the index of its element in that stream
 
 
 class Interleave:
-    """Place i of the result is place `index` of stream `stream`; see `places`.
+    """Position i of the result has element `index` of stream `stream`; see `locate`.
 
-    Stream g with share s_g has given floor(k PERIOD s_g) places, in exact arithmetic, when period k begins. So no share
-    is ever rounded, however small: a period's counts vary by one, and so, by a few places, does its length. Inside a
-    period a stream's n places lie at random, one in each n-th of it, so that every prefix of the result has each stream
-    to about one place. Alone, a stream is passed through. Memory is O(period), finding a place costs the same wherever
-    it is. Safe to share between threads.
+    Stream g with share s_g has filled floor(k PERIOD s_g) positions, in exact arithmetic, when period k begins. So no
+    share is ever rounded, however small: a period's counts vary by one, and its length by a few positions. Inside a
+    period the n elements of a stream lie at random, one in each n-th of it, so that every prefix of the result has each
+    share to about one element. A stream alone is passed through. Memory is O(period), and every position costs the
+    same. Safe to share between threads.
     """
 
     def __init__(self, weights: Sequence[Fraction | int], seed: int, subindex: int, period: int = PERIOD) -> None:
@@ -46,15 +46,15 @@ class Interleave:
         self._subindex = subindex
         self._laid_out = functools.lru_cache(maxsize=_CACHED_PERIODS)(self._lay_out)
 
-    def places(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places of the result, int64 (b,) -> stream and place in that stream, int64 (b,) each."""
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return stream and index in that stream, int64 (b,) each, of positions of the result, int64 (b,)."""
         if len(self._weights) == 1:
-            return np.zeros_like(places), places
-        streams, indices = np.empty_like(places), np.empty_like(places)
-        left = np.arange(len(places))
+            return np.zeros_like(positions), positions
+        streams, indices = np.empty_like(positions), np.empty_like(positions)
+        left = np.arange(len(positions))
         while len(left):
-            period = self._laid_out(self._period_of(int(places[left].min())))
-            offsets = places[left] - period.first
+            period = self._laid_out(self._period_of(int(positions[left].min())))
+            offsets = positions[left] - period.first
             inside = offsets < len(period.streams)
             here = left[inside]
             streams[here] = period.streams[offsets[inside]]
@@ -62,23 +62,23 @@ class Interleave:
             left = left[~inside]
         return streams, indices
 
-    def counts(self, num_places: int) -> np.ndarray:
-        """How many of the first places of the result each stream has. int64 (streams,)."""
+    def counts(self, num_positions: int) -> np.ndarray:
+        """Return how many of the first positions of the result each stream has filled, int64 (streams,)."""
         if len(self._weights) == 1:
-            return np.array([num_places])
-        number = self._period_of(num_places)
+            return np.array([num_positions])
+        number = self._period_of(num_positions)
         period = self._laid_out(number)
-        begun = np.bincount(period.streams[: num_places - period.first], minlength=len(self._weights))
+        begun = np.bincount(period.streams[: num_positions - period.first], minlength=len(self._weights))
         return np.array(self._given_before(number)) + begun
 
     def _given_before(self, period: int) -> list[int]:
-        """How many places each stream has before a period."""
+        """Return how many positions each stream has filled before a period."""
         return [period * self._period * weight // self._total for weight in self._weights]
 
-    def _period_of(self, place: int) -> int:
-        # Rounding down makes periods begin early, never late, by less than one place per stream.
-        number = place // self._period
-        while sum(self._given_before(number + 1)) <= place:
+    def _period_of(self, position: int) -> int:
+        # Rounding down makes periods begin early, never late, by less than one position per stream.
+        number = position // self._period
+        while sum(self._given_before(number + 1)) <= position:
             number += 1
         return number
 

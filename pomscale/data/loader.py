@@ -1,4 +1,4 @@
-"""From a mixture of datasets to the micro-batches of one rank, read ahead by threads.
+"""Load the micro-batches of one rank from a mixture of datasets, read ahead by threads.
 
 torchdata.nodes carries threads, prefetch and pinning; the order is ours, so the loader has no state to save beyond
 the number of samples consumed, and starting at any position costs the same.
@@ -27,7 +27,7 @@ from pomscale.data.mixture import Mixture
 
 T = TypeVar("T")
 
-# Most micro-batches that go from thread to thread at a time: handing one over costs as much as a third of reading it.
+# Most micro-batches that threads hand over at a time: handing one over costs as much as a third of reading it.
 _MOST_AT_ONCE = 4
 
 Piece = tuple[np.ndarray, np.ndarray]
@@ -50,10 +50,25 @@ class MicroBatch:
     bad: tuple[BadSample, ...]
 
 
-def num_micro_batches(global_batch: int, world_size: int, micro_batch: int | None) -> int:
-    """Micro-batches per step, the same on every rank: collectives inside a forward pass must meet.
+@dataclass(frozen=True, slots=True)
+class ReadAhead:
+    """Threads and buffers that read micro-batches ahead.
 
-    InputError if there are more ranks than samples in a step.
+    Attributes:
+        num_threads: Number of reader threads.
+        prefetch: Micro-batches that are kept ready.
+        pin_memory: Whether results are pinned for the copy to a GPU.
+    """
+
+    num_threads: int
+    prefetch: int
+    pin_memory: bool = False
+
+
+def num_micro_batches(global_batch: int, world_size: int, micro_batch: int | None) -> int:
+    """Return the micro-batches per step, the same on every rank, since collectives in a forward pass must meet.
+
+    Raises InputError if there are more ranks than samples in a step.
     """
     if world_size > global_batch:
         raise InputError(
@@ -67,11 +82,11 @@ def num_micro_batches(global_batch: int, world_size: int, micro_batch: int | Non
 def micro_batch_positions(
     start: int, *, global_batch: int, micro_batch: int | None, rank: int, world_size: int
 ) -> Iterator[Piece]:
-    """One rank's micro-batches, endless, from position `start` on.
+    """Yield one rank's micro-batches, endlessly, from position `start` on.
 
-    Step s covers positions [s G, (s+1) G). Rank r takes the slice [r G // R, (r+1) G // R) of it, cut into
-    `num_micro_batches` near-even pieces. Slices differ by at most one sample, so a piece may be empty on some
-    ranks: it repeats a position of the rank with weight 0.
+    Step s covers positions [s G, (s+1) G) with the global batch G. Rank r of R takes the slice
+    [r G // R, (r+1) G // R) of it, cut into `num_micro_batches` near-even pieces. Slices differ by at most one sample,
+    so a piece may be empty on some ranks: it then repeats a position of the rank with weight 0.
     """
     num_pieces = num_micro_batches(global_batch, world_size, micro_batch)
     begin, end = rank * global_batch // world_size, (rank + 1) * global_batch // world_size
@@ -86,14 +101,12 @@ def micro_batch_positions(
 class Loader(Generic[T]):
     """Endless iterator over one rank's micro-batches, `num_micro_batches` per step, in order.
 
-    `finish` turns a MicroBatch into what the trainer wants, inside the reader threads; with `pin_memory` its
-    result must be something torch can pin (a tensor, a container of tensors, or an object with pin_memory()).
-    A PomscaleError met by a reader thread is raised by `next`, once the batches before it were handed out.
-    Use as a context manager, or call `close`, to end the threads.
+    A PomscaleError in a reader thread is raised by `next`, once the batches before it were returned. Use the loader as
+    a context manager, or call `close`, to end the threads.
 
-    Micro-batches are read, pinned and kept ready in groups of min(4, prefetch). Ready are at most `prefetch` of them,
-    up to whole groups; besides, each of the `num_threads` has a group in hand, one may be being pinned, and one is
-    being handed out.
+    Micro-batches are read, pinned and kept ready in groups of min(4, prefetch). At most `prefetch` of them, up to whole
+    groups, are ready; besides, each of the `num_threads` has one group, one may be being pinned, and one is being
+    returned.
     """
 
     def __init__(
@@ -104,11 +117,21 @@ class Loader(Generic[T]):
         rank: int,
         world_size: int,
         start_position: int,
-        num_threads: int,
-        prefetch: int,
+        ahead: ReadAhead,
         finish: Callable[[MicroBatch], T],
-        pin_memory: bool,
     ) -> None:
+        """Start to read.
+
+        Args:
+            mixture: The datasets.
+            micro_batch: Most samples of a micro-batch; None for a whole slice.
+            rank: Number of this rank.
+            world_size: Number of ranks.
+            start_position: Position of the first sample, a multiple of the global batch.
+            ahead: Threads, prefetch and pinning.
+            finish: Turns a MicroBatch into the trainer's batch, inside the reader threads. With `ahead.pin_memory`
+                torch must be able to pin its result: a tensor, a container of tensors, or an object with pin_memory().
+        """
         global_batch = mixture.order.global_batch
         if start_position % global_batch:
             raise InputError(
@@ -123,21 +146,21 @@ class Loader(Generic[T]):
         pieces = micro_batch_positions(
             start_position, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size
         )
-        at_once = min(_MOST_AT_ONCE, prefetch)
+        at_once = min(_MOST_AT_ONCE, ahead.prefetch)
         node: BaseNode = Batcher(IterableWrapper(self._reading.noted(pieces)), at_once)
         # snapshot_frequency=0: torchdata need not track a state that one integer describes.
         node = ParallelMapper(
             node,
             self._read,
-            num_threads,
+            ahead.num_threads,
             in_order=True,
             method="thread",
-            max_concurrent=num_threads,
+            max_concurrent=ahead.num_threads,
             snapshot_frequency=0,
         )
-        if pin_memory:
+        if ahead.pin_memory:
             node = PinMemory(node, "cuda", snapshot_frequency=0)
-        node = Prefetcher(node, -(-prefetch // at_once), snapshot_frequency=0)
+        node = Prefetcher(node, -(-ahead.prefetch // at_once), snapshot_frequency=0)
         self._node: BaseNode | None = Unbatcher(node)
 
     def __iter__(self) -> Iterator[T]:
@@ -159,7 +182,7 @@ class Loader(Generic[T]):
         self.close()
 
     def close(self) -> None:
-        """Ends the reader threads. Safe to call twice; a closed loader yields nothing more."""
+        """End the reader threads. Safe to call twice; a closed loader yields nothing more."""
         # torchdata's nodes stop and join their threads when the last reference to them goes.
         self._node = None
 
@@ -177,21 +200,21 @@ class Loader(Generic[T]):
 
 
 class _Reading:
-    """Which steps are being read, by several threads at once: the datasets hear of it whenever it changes.
+    """Announces to the datasets which steps are being read, by several threads at once, whenever that changes.
 
-    From the moment of reading and not of queuing, and from the oldest step on: a dataset may drop the shards that are
-    no longer announced.
+    A step is announced once it is read and not when it is queued, together with all later ones that are being read: a
+    dataset may drop the shards that are no longer announced.
     """
 
     def __init__(self, mixture: Mixture) -> None:
         self._mixture = mixture
         self._lock = threading.Lock()
         self._unread: deque[int] = deque()  # first positions of the pieces that are queued or being read
-        self._read: list[int] = []  # a heap: those of them that are read, though pieces before them are not
+        self._read: list[int] = []  # a heap of those that are read, while pieces before them are not
         self._newest = -1
 
     def noted(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """The pieces, on their way to the threads. Called by one thread."""
+        """Yield the pieces on their way to the threads, noting each. Called by one thread."""
         for piece in pieces:
             with self._lock:
                 self._unread.append(int(piece[0][0]))
@@ -199,7 +222,7 @@ class _Reading:
 
     @contextmanager
     def of(self, positions: np.ndarray) -> Iterator[None]:
-        """While a piece is read."""
+        """Announce a piece while the block reads it."""
         position, global_batch = int(positions[0]), self._mixture.order.global_batch
         with self._lock:
             self._newest = max(self._newest, position)

@@ -1,4 +1,4 @@
-"""Files mapped into memory without a file descriptor each, so that a process can have thousands of them.
+"""Map files into memory without a file descriptor each, so that a process can have thousands of them.
 
 `mmap.mmap` keeps a duplicate of the descriptor for as long as the mapping lives (Python 3.13 can be told not to), and
 the usual limit of a process is 1,024. The kernel needs none: a mapping holds the opened file itself, and with it its
@@ -24,7 +24,7 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 class _Mapping:
-    """What numpy takes an array's memory from; the array, and every view of it, keeps this alive."""
+    """The memory of a mapped file, for numpy; the array, and every view of it, keeps it alive."""
 
     def __init__(self, address: int, num_bytes: int) -> None:
         read_only = True
@@ -38,7 +38,7 @@ class _Mapping:
 
 
 def map_file(file: BinaryIO, num_bytes: int) -> np.ndarray:
-    """The first bytes of a file, (num_bytes,) uint8, read-only, which must be there. `file` may be closed. OSError."""
+    """Map the first `num_bytes` of a file, which must exist, read-only as (num_bytes,) uint8. `file` may be closed."""
     address = _libc.mmap(0, num_bytes, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
     if address == _FAILED:
         number = ctypes.get_errno()

@@ -1,4 +1,4 @@
-"""What a run trains on: one dataset or several, in one order."""
+"""The training data of a run: one dataset or several, in one order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pomscale.base.errors import InputError
-from pomscale.config.schema import DataConfig
+from pomscale.config.data import DataConfig
 from pomscale.data.dataset import LatentDataset, Samples
 from pomscale.data.mixture_order import MixtureOrder
 from pomscale.data.readers.shard_files import check_room
@@ -33,17 +33,14 @@ class Epochs:
 
     @classmethod
     def of(cls, buckets: Sequence[tuple[int, int]]) -> Epochs:
-        """Of the samples drawn from each bucket, and its records."""
+        """Return the passes, given samples drawn from and records of each bucket."""
         drawn, sizes = zip(*buckets, strict=True)
         passes = [count / size for count, size in buckets]
         return cls(sum(drawn) / sum(sizes), min(passes), max(passes), len(passes))
 
 
 class Mixture:
-    """Samples by their global position. `weights`: share of the samples per dataset, relative to each other.
-
-    InputError if a dataset is empty.
-    """
+    """Samples by their global position, from one dataset or several."""
 
     def __init__(
         self,
@@ -55,6 +52,16 @@ class Mixture:
         shuffle_window: int,
         flip_probability: float,
     ) -> None:
+        """Mix datasets. Raises InputError if one is empty.
+
+        Args:
+            datasets: The datasets, normalised in the same way.
+            weights: Share of the samples per dataset, relative to each other.
+            seed: Seed of the run.
+            global_batch: Samples per step.
+            shuffle_window: Records that are shuffled together.
+            flip_probability: Share of flipped copies, where the datasets have them.
+        """
         for dataset in datasets:
             if len(dataset) == 0:
                 raise InputError(f"dataset {dataset.location}: has no records, so there is nothing to train on")
@@ -76,10 +83,10 @@ class Mixture:
 
     @classmethod
     def open(cls, config: DataConfig, *, seed: int, global_batch: int, read_text: bool) -> Mixture:
-        """The datasets of a recipe, all normalised in the same way.
+        """Open the datasets of a recipe, all normalised in the same way.
 
-        InputError if one is missing, unfinished or damaged, if they do not belong together, or if the shards of a
-        window and the next do not fit into the cache, or into memory where they are streamed.
+        Raises InputError if one is missing, unfinished or damaged, if they do not belong together, or if the shards of
+        two windows do not fit into the cache, or into memory where they are streamed.
         """
         components = config.components
         manifests = [read_manifest(component.path) for component in components]
@@ -118,16 +125,16 @@ class Mixture:
 
     @property
     def text(self) -> TextReader | None:
-        """Of the first dataset: what all have in common, encoder and null embedding. None if texts are not read."""
+        """Text reader of the first dataset, whose encoder and null embedding all have; None if texts are not read."""
         return self.datasets[0].text
 
     @property
     def fps(self) -> float | None:
-        """Frames per second of the clips, which all have in common; None = there are none."""
+        """Frames per second of all clips; None if there are none."""
         return next((dataset.manifest.fps for dataset in self.datasets if dataset.manifest.fps is not None), None)
 
     def read(self, positions: np.ndarray) -> Samples:
-        """The samples at these global positions (b,) int64, all of one step. Errors as `LatentDataset.read`."""
+        """Return the samples at global positions (b,) int64 of one step. Raises the errors of `LatentDataset.read`."""
         parts: list[tuple[np.ndarray, Samples]] = []
         for part in self.order.parts(positions):
             dataset = self.datasets[self.order.components[part.component].dataset]
@@ -138,7 +145,7 @@ class Mixture:
         return parts[0][1] if len(parts) == 1 else _merge(len(positions), parts)
 
     def will_need(self, oldest: int, newest: int) -> None:
-        """Tell the datasets that the steps at positions `oldest` to `newest` are being read.
+        """Announce to the datasets that the steps at positions `oldest` to `newest` are being read.
 
         Returns at once. Called by one thread at a time.
         """
@@ -152,12 +159,12 @@ class Mixture:
         self._announced = ahead
 
     def epochs(self, num_samples: int) -> dict[str, Epochs]:
-        """How often each dataset, by name, was gone through when `num_samples` were seen."""
+        """Return the passes through each dataset, by name, after `num_samples` samples."""
         counts = self.order.epochs(num_samples)
         return {name: Epochs.of(of_buckets) for name, of_buckets in zip(self.names, counts, strict=True)}
 
     def check_indexes(self) -> None:
-        """Hash the indexes. InputError, naming the remedy, if one is not what its manifest says."""
+        """Hash the indexes. Raises InputError, naming the remedy, if one is not what its manifest says."""
         for dataset in self.datasets:
             dataset.check_indexes()
 
@@ -167,12 +174,12 @@ class Mixture:
 
 
 def _merge(batch: int, parts: Sequence[tuple[np.ndarray, Samples]]) -> Samples:
-    """One batch of the parts' rows, wherever they belong."""
-    places = [torch.from_numpy(rows) for rows, _ in parts]
+    """Return one batch, with the rows of each part at their positions in it."""
+    targets = [torch.from_numpy(rows) for rows, _ in parts]
 
     def scattered(tensors: Sequence[Tensor]) -> Tensor:
         out = tensors[0].new_zeros((batch, *tensors[0].shape[1:]))
-        for rows, tensor in zip(places, tensors, strict=True):
+        for rows, tensor in zip(targets, tensors, strict=True):
             out[rows] = tensor
         return out
 
@@ -190,13 +197,13 @@ def _merge(batch: int, parts: Sequence[tuple[np.ndarray, Samples]]) -> Samples:
 
 
 def _names(locations: Sequence[str]) -> list[str]:
-    """Last parts of the locations; with a number in front where they do not tell the datasets apart."""
+    """Return the last parts of the locations, with a number in front where two of them are equal."""
     names = [PurePosixPath(location).name for location in locations]
     return names if len(set(names)) == len(names) else [f"{i}-{name}" for i, name in enumerate(names)]
 
 
 def _check_belong_together(locations: Sequence[str], manifests: Sequence[Manifest], *, read_classes: bool) -> None:
-    """One network and one codec serve all datasets of a mixture."""
+    """Raise InputError if one network and one codec cannot serve all datasets of a mixture."""
     for location, manifest in zip(locations, manifests, strict=True):
         check_has_latents(location, manifest)
     first = manifests[0]
@@ -217,12 +224,12 @@ def _check_belong_together(locations: Sequence[str], manifests: Sequence[Manifes
         if fps != clips[0][1]:
             raise InputError(
                 f"data.mixture: {clips[0][0]} and {location}: their clips have {clips[0][1]:g} and {fps:g} frames per "
-                f"second, and the network is not told which. Encode one of them again with the other's transform.fps"
+                f"second, which the network does not know. Encode one of them again with the other's transform.fps"
             )
 
 
 def _check_same_text(datasets: Sequence[LatentDataset]) -> None:
-    """One network reads all embeddings of a mixture."""
+    """Raise InputError if one network cannot read all embeddings of a mixture."""
     first = datasets[0].text
     for dataset in datasets[1:]:
         other = dataset.text

@@ -1,14 +1,14 @@
-"""The sample order of any number of datasets and shapes: which record of which dataset stands at a global position.
+"""The sample order of any number of datasets and shapes: a record of one of them for each global position.
 
-A pure function of (seed, position, manifests, weights, global batch, window). Three choices, each exact and each
-found at once for any position:
+It is a pure function of (seed, position, manifests, weights, global batch, window). It makes three choices, each exact
+and at the same cost for any position:
 
 1. A step gets a *lane*: all records of one latent shape, in whatever dataset, so that a global batch has one shape.
-2. A place in a lane gets a *component*: the records of one dataset that have the lane's shape.
-3. A place in a component's endless stream gets a record (`SampleOrder`).
+2. A position in a lane gets a *component*: the records of one dataset that have the lane's shape.
+3. A position in a component's endless stream gets a record (`SampleOrder`).
 
-So batches straddle epochs, what a shape has left over at the end of an epoch begins the next one, and each component
-counts epochs of its own. One dataset of one shape keeps the order of `SampleOrder`.
+So batches straddle epochs, the rest of a shape at the end of an epoch begins the next one, and each component counts
+epochs of its own. One dataset of one shape keeps the order of `SampleOrder`.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class Component:
     order: SampleOrder
 
     def window_shards(self, window: int) -> list[int]:
-        """Shards of the dataset that have records of a window."""
+        """Return the shards of the dataset that have records of a window."""
         return [self.first_shard + shard for shard in self.order.window_shards(window)]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one component contributes to a batch. Arrays (k,) int64."""
+    """Contribution of one component to a batch. Arrays (k,) int64."""
 
     component: int
-    rows: np.ndarray  # places in the batch
+    rows: np.ndarray  # positions in the batch
     records: np.ndarray  # record numbers in its dataset
 
 
@@ -78,15 +78,15 @@ class MixtureOrder:
         self._steps = Interleave(lane_shares, seed, subindex=0)
 
     def parts(self, positions: np.ndarray) -> list[Part]:
-        """Who fills which of these positions, int64 (b,), with which records. The rows of all parts make up b."""
+        """Return the records at positions, int64 (b,), by component. The rows of all parts make up b."""
         steps, offsets = np.divmod(positions, self.global_batch)
-        lanes, batches = self._steps.places(steps)
+        lanes, batches = self._steps.locate(steps)
         parts = []
         rows = np.arange(len(positions))
         for number, here in groups(lanes):
             in_lane = rows[here]
             lane = self._lanes[number]
-            streams, indices = lane.interleave.places(batches[in_lane] * self.global_batch + offsets[in_lane])
+            streams, indices = lane.interleave.locate(batches[in_lane] * self.global_batch + offsets[in_lane])
             for stream, of_stream in groups(streams):
                 component = self.components[lane.components[stream]]
                 records = component.first_record + component.order.records(indices[of_stream])
@@ -94,20 +94,20 @@ class MixtureOrder:
         return parts
 
     def counts(self, num_samples: int) -> list[int]:
-        """How many of the first samples of training come from each component."""
+        """Return how many of the first samples of training come from each component."""
         num_steps, rest = divmod(num_samples, self.global_batch)
         lane_samples = self._steps.counts(num_steps) * self.global_batch
-        lane_samples[self._steps.places(np.array([num_steps]))[0]] += rest
+        lane_samples[self._steps.locate(np.array([num_steps]))[0]] += rest
         counts = [0] * len(self.components)
-        for lane, num_places in zip(self._lanes, lane_samples.tolist(), strict=True):
-            for component, count in zip(lane.components, lane.interleave.counts(num_places).tolist(), strict=True):
+        for lane, num_positions in zip(self._lanes, lane_samples.tolist(), strict=True):
+            for component, count in zip(lane.components, lane.interleave.counts(num_positions).tolist(), strict=True):
                 counts[component] = count
         return counts
 
     def shards_ahead(self, oldest: int, newest: int) -> list[list[int]]:
-        """Per dataset, the shards that are read while the steps at positions `oldest` to `newest` are under way.
+        """Return for each dataset the shards that the steps at positions `oldest` to `newest` and the next ones read.
 
-        Those of the windows in use come first, then those of the windows after them.
+        The shards of the windows in use come first, then those of the windows after them.
         """
         in_use: list[list[int]] = [[] for _ in range(self.num_datasets)]
         soon: list[list[int]] = [[] for _ in range(self.num_datasets)]
@@ -121,7 +121,7 @@ class MixtureOrder:
         return [list(dict.fromkeys(now + then)) for now, then in zip(in_use, soon, strict=True)]
 
     def epochs(self, num_samples: int) -> list[list[tuple[int, int]]]:
-        """Samples drawn and records there are, of each component of each dataset, when `num_samples` were seen."""
+        """Return samples drawn and number of records of each component, by dataset, after `num_samples` samples."""
         found: list[list[tuple[int, int]]] = [[] for _ in range(self.num_datasets)]
         for component, count in zip(self.components, self.counts(num_samples), strict=True):
             found[component.dataset].append((count, component.order.num_records))

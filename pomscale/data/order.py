@@ -1,7 +1,7 @@
-"""The sample order of records of one shape: which of them stands at which position.
+"""The sample order of records of one shape: a record for each position.
 
-A pure function of (seed, position, shard sizes, window), so a run's whole reading state is one number, whatever the
-ranks, threads and micro-batches. In each epoch the shards are permuted and laid end to end, the result is cut into
+It is a pure function of (seed, position, shard sizes, window), so a run's whole reading state is one number, whatever
+the ranks, threads and micro-batches. In each epoch the shards are permuted and laid end to end, the result is cut into
 windows of `window` records, and each window is permuted. A window holds few shards, so a parallel file system sees
 large neighbouring reads; a window of at least the dataset is a full shuffle.
 """
@@ -20,8 +20,8 @@ _CACHED_WINDOWS = 4
 
 
 def groups(numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray | slice]]:
-    """Each number that is in `numbers` (b,), b > 0, and an index of the rows that have it."""
-    if (numbers == numbers[0]).all():  # of a batch nearly always, so it should cost nearly nothing
+    """Yield each number that is in `numbers` (b,), b > 0, and an index of the rows that have it."""
+    if (numbers == numbers[0]).all():  # true of nearly every batch, so it should cost nearly nothing
         yield int(numbers[0]), slice(None)
         return
     for number in np.unique(numbers).tolist():
@@ -47,27 +47,27 @@ class SampleOrder:
         self._permutation = functools.lru_cache(maxsize=_CACHED_WINDOWS)(self._permute_window)
 
     def records(self, positions: np.ndarray) -> np.ndarray:
-        """Record number at each global position. int64 (b,) -> int64 (b,)."""
+        """Return the record number at each global position, int64 (b,) each."""
         records = np.empty_like(positions)
         epochs, offsets = np.divmod(positions, self.num_records)
-        windows, places = np.divmod(offsets, self._window)
+        windows, ranks_in_window = np.divmod(offsets, self._window)
         numbers = epochs * self._windows_per_epoch + windows
         for number, here in groups(numbers):
             epoch, window = divmod(number, self._windows_per_epoch)
             shards, ends = self._shards(epoch)
-            ranks = window * self._window + self._permutation(epoch, window)[places[here]]
+            ranks = window * self._window + self._permutation(epoch, window)[ranks_in_window[here]]
             slots = np.searchsorted(ends, ranks, side="right")
             starts = ends[slots] - self._sizes[shards[slots]]
             records[here] = self._first_record[shards[slots]] + ranks - starts
         return records
 
     def window_at(self, position: int) -> int:
-        """The window of a position, counted from the start of training."""
+        """Return the window of a position, counted from the start of training."""
         epoch, offset = divmod(position, self.num_records)
         return epoch * self._windows_per_epoch + offset // self._window
 
     def window_shards(self, number: int) -> list[int]:
-        """The shards that a window has records of."""
+        """Return the shards that have records of a window."""
         epoch, window = divmod(number, self._windows_per_epoch)
         begin = window * self._window
         shards, ends = self._shards(epoch)
@@ -76,7 +76,7 @@ class SampleOrder:
         return shards[first : last + 1].tolist()
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards in the order of this epoch, and where each ends when they are laid end to end."""
+        """Return the shards in the order of an epoch, and where each ends when they are laid end to end."""
         generator = keyed_generator(self._seed, Stream.SHARD_ORDER, epoch, self._first_key)
         shards = generator.permutation(len(self._sizes))
         return shards, np.cumsum(self._sizes[shards])

@@ -1,1 +1,1 @@
-"""Paths, objectives, guidance and samplers. The network is a callable to this room."""
+"""Objectives with their paths and loss, random draws, guidance and samplers. The network is any callable."""

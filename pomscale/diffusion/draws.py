@@ -1,24 +1,32 @@
-"""Everything random about training on one sample, keyed by its global position.
+"""Draw all random numbers of training, keyed by global position, and of sampling, keyed by seed.
 
-Drawn on the CPU (in the loader's threads), so that the numbers are the same on every device and layout.
+Drawn on the CPU (for training in the loader's threads), so that they are the same on every device and layout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pomscale.base.condition import Condition, device_of
 from pomscale.base.keyed_random import Stream, keyed_generator
-from pomscale.config.schema import DiffusionConfig, TimeConfig
+from pomscale.config.train import DiffusionConfig, TimeConfig
 
 
 @dataclass
 class Draws:
-    """eps (b, ...) fp32; t (b,), or (b, g) with one per frame group, fp32 in (0, 1); drop_condition (b,) bool;
-    start (b,) int64, the number of a clip's first frame group."""
+    """Random numbers of a batch in training.
+
+    Attributes:
+        eps: Noise (b, ...) fp32.
+        t: Times (b,), or (b, g) with one per frame group, fp32 in (0, 1).
+        drop_condition: Whether a sample is trained without its condition, (b,) bool.
+        start: Number of a clip's first frame group, (b,) int64.
+    """
 
     eps: Tensor
     t: Tensor
@@ -27,7 +35,7 @@ class Draws:
 
 
 def keyed_normal(seed: int, stream: Stream, indices: list[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal (len(indices), *shape) fp32; row i depends on (seed, stream, indices[i]) alone."""
+    """Return standard normal (len(indices), *shape) fp32; row i depends on (seed, stream, indices[i]) alone."""
     out = np.empty((len(indices), *shape), dtype=np.float32)
     for row, index in zip(out, indices, strict=True):
         keyed_generator(seed, stream, index).standard_normal(out=row, dtype=np.float32)
@@ -35,7 +43,7 @@ def keyed_normal(seed: int, stream: Stream, indices: list[int], shape: tuple[int
 
 
 def draw_time(config: TimeConfig, generator: np.random.Generator) -> float:
-    """One t: uniform, or logit-normal (Esser et al. 2024, equation 19)."""
+    """Draw one t: uniform, or logit-normal (Esser et al. 2024, equation 19)."""
     if config.distribution == "uniform":
         return float(generator.random())
     return float(1 / (1 + np.exp(-generator.normal(config.mean, config.std))))
@@ -44,9 +52,14 @@ def draw_time(config: TimeConfig, generator: np.random.Generator) -> float:
 def draw(
     seed: int, positions: list[int], shape: tuple[int, ...], config: DiffusionConfig, num_groups: int = 1
 ) -> Draws:
-    """All that is random about the samples at global `positions`; shape is one sample's latent shape.
+    """Draw the random numbers of the samples at some global positions.
 
-    num_groups: frame groups of a clip.
+    Args:
+        seed: Seed of the run.
+        positions: Global positions of the b samples.
+        shape: Latent shape of one sample.
+        config: Distributions of times and of dropped conditions.
+        num_groups: Frame groups of a clip.
     """
     num_times = num_groups if config.time.per_frame_group else 1
     times = [
@@ -67,3 +80,35 @@ def draw(
             dtype=torch.int64,
         ),
     )
+
+
+def sampling_noise(
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
+    condition: Condition,
+    group_frames: int | None = None,
+    first_group: int = 0,
+) -> Tensor:
+    """Return the noise that sampling starts from: standard normal (b, *shape) fp32, on the device of the conditions.
+
+    Each frame group of a clip has noise of its own, keyed by its number, so a clip is the same drawn at once or group
+    by group. Raises ValueError if the groups do not fill the clip; a single frame, a picture, need not fill one.
+
+    Args:
+        seeds: One seed per sample.
+        shape: Shape of a sample; (c F H W) of a clip.
+        condition: Conditions of the samples.
+        group_frames: Latent frames of a frame group, for clips.
+        first_group: Number of the first frame group.
+    """
+    device = device_of(condition)
+    if group_frames is None:
+        return torch.cat([keyed_normal(seed, Stream.SAMPLING_NOISE, [0], shape) for seed in seeds]).to(device)
+    channels, num_frames, height, width = shape
+    frames = 1 if num_frames == 1 else group_frames
+    if num_frames % frames:
+        raise ValueError(f"clips of {num_frames} latent frames cannot be cut into groups of {frames}")
+    groups = list(range(first_group, first_group + num_frames // frames))
+    group_shape = (channels, frames, height, width)
+    noise = torch.stack([keyed_normal(seed, Stream.SAMPLING_NOISE, groups, group_shape) for seed in seeds])
+    return noise.transpose(1, 2).flatten(2, 3).to(device)  # (b g c p H W) -> (b c F H W)

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from pomscale.base.condition import Condition, join_conditions
-from pomscale.diffusion.loss import Network
+from pomscale.diffusion.objectives import Network
 from pomscale.diffusion.samplers.types import Denoiser
 
 
 def guided(network: Network, condition: Condition, null_condition: Condition, weight: float) -> Denoiser:
-    """The network as a function of (x, t) alone, with the conditions of a batch bound and guidance applied.
+    """Return the network as a function of (x, t) alone, with the conditions of a batch bound and guidance applied.
 
     weight 0 is off and costs one evaluation per step; any other weight evaluates both halves in one batch, the
     conditional one first. weight = diffusers' `guidance_scale` - 1.

@@ -1,4 +1,4 @@
-"""What the network predicts on the path from data (t = 0) to noise (t = 1).
+"""Objectives: what the network predicts on the path from data (t = 0) to noise (t = 1), and the loss.
 
 A path is x_t = alpha(t) x0 + sigma(t) eps. Both objectives predict the derivative of an ordinary differential
 equation dy/ds = f, which is all that a sampler needs to know (DDIM, Song et al. 2021, equation 14;
@@ -14,12 +14,17 @@ for each of g groups of F / g frames; all floating dtypes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pomscale.config.schema import DiffusionConfig
+from pomscale.base.condition import Condition
+from pomscale.config.train import DiffusionConfig
+
+Network = Callable[[Tensor, Tensor, Condition], Tensor]
+"""(latents (b, ...), t (b,) or (b, g), condition) -> prediction (b, ...)."""
 
 
 class Objective(Protocol):
@@ -28,36 +33,36 @@ class Objective(Protocol):
     name: str
 
     def alpha(self, t: Tensor) -> Tensor:
-        """Weight of the data at t."""
+        """Return the weight of the data at t."""
         ...
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Weight of the noise at t."""
+        """Return the weight of the noise at t."""
         ...
 
     def target(self, x0: Tensor, eps: Tensor) -> Tensor:
-        """What the network should predict."""
+        """Return the prediction that the network is trained towards."""
         ...
 
     def decompose(self, x: Tensor, t: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
-        """The (x0, eps) that the prediction implies at x = x_t."""
+        """Return the (x0, eps) that the prediction implies at x = x_t."""
         ...
 
     def to_ode(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(y, s) of the sampling equation dy/ds = prediction."""
+        """Return (y, s) of the sampling equation dy/ds = prediction."""
         ...
 
     def from_ode(self, y: Tensor, t: Tensor) -> Tensor:
-        """x_t from y."""
+        """Return x_t from y."""
         ...
 
     def time_grid(self, num_steps: int) -> Tensor:
-        """num_steps + 1 times from the start of sampling down to 0, float64."""
+        """Return num_steps + 1 times from the first of sampling down to 0, float64."""
         ...
 
 
 def expand_time(t: Tensor, like: Tensor) -> Tensor:
-    """t (b,), () or (b, g) shaped to broadcast over like (b, ...), in its dtype."""
+    """Return t (b,), () or (b, g) in a shape that broadcasts over like (b, ...), in its dtype."""
     t = t.to(like.dtype)
     if t.ndim < 2 or t.shape[1] == 1:  # a picture is one group
         return t.reshape(-1, *([1] * (like.ndim - 1)))
@@ -66,13 +71,13 @@ def expand_time(t: Tensor, like: Tensor) -> Tensor:
 
 
 def interpolate(objective: Objective, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """x_t = alpha(t) x0 + sigma(t) eps."""
+    """Return x_t = alpha(t) x0 + sigma(t) eps."""
     t = expand_time(t, x0)
     return objective.alpha(t) * x0 + objective.sigma(t) * eps
 
 
 class FlowMatching:
-    """x_t = (1 - t) x0 + t eps; the network predicts v = eps - x0."""
+    """Flow matching: x_t = (1 - t) x0 + t eps; the network predicts v = eps - x0."""
 
     name = "flow"
 
@@ -100,7 +105,7 @@ class FlowMatching:
 
 
 class EpsPrediction:
-    """x_t = sqrt(1 - t) x0 + sqrt(t) eps, the PoM authors' linear schedule; the network predicts eps."""
+    """Noise prediction: x_t = sqrt(1 - t) x0 + sqrt(t) eps, the PoM authors' linear schedule."""
 
     name = "eps"
     start_time = 0.999
@@ -137,4 +142,14 @@ OBJECTIVES: dict[str, type[FlowMatching] | type[EpsPrediction]] = {"flow": FlowM
 
 
 def build_objective(config: DiffusionConfig) -> Objective:
+    """Return the objective that a recipe names."""
     return OBJECTIVES[config.objective]()
+
+
+def per_sample_loss(
+    objective: Objective, network: Network, x0: Tensor, eps: Tensor, t: Tensor, condition: Condition
+) -> Tensor:
+    """Return the training loss: the mean squared error over the elements of each sample, (b,) fp32."""
+    prediction = network(interpolate(objective, x0, eps, t), t, condition)
+    error = prediction.float() - objective.target(x0, eps).float()
+    return error.square().flatten(1).mean(1)

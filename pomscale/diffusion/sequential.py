@@ -1,11 +1,11 @@
-"""Clips frame group by frame group: the past is a carried state, and what is made is never looked at again.
+"""Sample clips frame group by frame group: the past is a carried state, and finished frames are not read again.
 
-The network needs the block-causal mask, and predicts a frame group from the state that the groups before it have left.
-What is carried depends on what the network was trained for. Both forms are exact:
+The network needs the block-causal mask, and predicts a frame group from the state of the groups before it. The state
+depends on how the network was trained. Both forms are exact:
 
     (a) one t for all frames. While a group is denoised, the groups before it pass through the same noise levels. So
         there is a state for each network evaluation of the sampler: evaluation i of a group continues what evaluation i
-        of the group before has left. The clip is the one that sampling all frames at once gives.
+        of the group before has left. The clip equals the one of sampling all frames at once.
     (b) t per frame group (diffusion forcing, Chen et al. 2024). The groups before are clean: each finished group goes
         through the network once more with t = 0, and only the state of that is carried. A prediction is that of all
         frames at once with t = (0, .., 0, t).
@@ -22,26 +22,30 @@ import torch
 from torch import Tensor
 
 from pomscale.base.condition import Condition, Text
+from pomscale.diffusion.draws import sampling_noise
+from pomscale.diffusion.generate import sample_after
 from pomscale.diffusion.guidance import guided
-from pomscale.diffusion.known import sample_after
-from pomscale.diffusion.noise import sampling_noise
 from pomscale.diffusion.objectives import Objective
+from pomscale.diffusion.options import SamplingOptions
 from pomscale.diffusion.samplers import DEFAULT_SAMPLER, SAMPLERS
 from pomscale.diffusion.samplers.types import Denoiser
 
 State = TypeVar("State")
-"""What the network carries of the groups before; what it is made of is the network's business."""
+"""State of the network after some frame groups, of any type."""
 
 Step = Callable[[Tensor, Tensor, Text, State | None, int], tuple[Tensor, State]]
 """(latents (b c p H W), t (b,), text, state of the groups before or None, number of the group) ->
-prediction (b c p H W), state of the groups up to this one. Leaves the state that it was given as it was."""
+prediction (b c p H W), state of the groups up to this one. The given state is not changed."""
 
 
 class SequentialSampler(Generic[State]):
-    """b clips, drawn frame group by frame group. `states` and `next_group` are all that there is of the past.
+    """Samples b clips frame group by frame group. `states` and `next_group` hold the whole past.
 
-    states: (a) one for each network evaluation of the sampler, (b) one; none before the first group. With guidance they
-    are of a batch of 2b. They only change between two groups, so at any other time they belong to `next_group`.
+    Attributes:
+        states: One state for each network evaluation of the sampler in form (a), one in form (b), none before the first
+            group. With guidance they belong to a batch of 2b. They only change between two groups, so at any other time
+            they belong to `next_group`.
+        next_group: Number of the frame group that `advance` samples next.
     """
 
     def __init__(
@@ -52,13 +56,22 @@ class SequentialSampler(Generic[State]):
         text: Text,
         null_text: Text,
         seeds: Sequence[int],
+        options: SamplingOptions = SamplingOptions(),  # noqa: B008  frozen
         *,
         time_per_group: bool,
-        sampler: str | None = None,
-        num_steps: int = 50,
-        guidance: float = 0.0,
     ) -> None:
-        """group_shape (c p H W); text, null_text: of b clips; time_per_group: form (b); the rest as in `generate`."""
+        """Prepare b clips.
+
+        Args:
+            objective: What the network was trained to predict.
+            step: The network.
+            group_shape: (c p H W) of a frame group.
+            text: Texts of the b clips.
+            null_text: b texts that say nothing, for guidance.
+            seeds: One seed per clip.
+            options: Sampler, steps and guidance.
+            time_per_group: Whether the network was trained with a t per frame group: form (b), else form (a).
+        """
         self.states: list[State] = []
         self.next_group = 0
         self._objective = objective
@@ -68,15 +81,16 @@ class SequentialSampler(Generic[State]):
         self._null_text = null_text
         self._seeds = seeds
         self._time_per_group = time_per_group
-        self._sample = SAMPLERS[sampler or DEFAULT_SAMPLER[objective.name]]
-        self._times = objective.time_grid(num_steps).float()
-        self._guidance = guidance
+        self._sample = SAMPLERS[options.sampler or DEFAULT_SAMPLER[objective.name]]
+        self._times = objective.time_grid(options.num_steps).float()
+        self._guidance = options.guidance
 
     @torch.no_grad()
     def advance(self, known: Tensor | None = None) -> Tensor:
-        """The next frame group, normalised latents (b c p H W) fp32.
+        """Return the next frame group, normalised latents (b c p H W) fp32.
 
-        known (b c f H W), f <= p: the first f frames of the group, which are given.
+        Args:
+            known: (b c f H W), f <= p, the first f frames of the group where they are given.
         """
         states: list[State] = []
         group_frames = self._group_shape[1]
@@ -100,7 +114,7 @@ class SequentialSampler(Generic[State]):
         return sample_after(known, self._sample, self._objective, denoise, noise, self._times)
 
     def _reading(self) -> Denoiser:
-        """Reads the one state of the groups before, and leaves none."""
+        """Return the network that reads the one state of the groups before, and leaves none."""
         state = self.states[0] if self.states else None
 
         def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -110,7 +124,7 @@ class SequentialSampler(Generic[State]):
         return guided(network, self._text, self._null_text, self._guidance)
 
     def _carrying(self, left: list[State]) -> Denoiser:
-        """Evaluation i reads state i of the groups before, and appends to `left` what is to be the next state i."""
+        """Return the network whose evaluation i reads state i of the groups before, and appends the next to `left`."""
 
         def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
             assert isinstance(condition, Text)

@@ -1,1 +1,1 @@
-"""Processes and what they agree on: groups, device mesh, activation checkpointing, stop requests."""
+"""Processes of a run: their world, checks of their machines, stop requests, watchdog, activation checkpointing."""

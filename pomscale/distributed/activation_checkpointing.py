@@ -1,4 +1,4 @@
-"""Trade compute for memory: recompute a block's activations in the backward pass, all of them or the cheap ones."""
+"""Activation checkpointing: a block's activations, all or the cheap ones, are recomputed in the backward pass."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ _KEPT = frozenset(
 
 
 def checkpoint_blocks(blocks: nn.ModuleList, mode: str) -> None:
-    """Change the blocks in place, before they are compiled or sharded. mode: as ComputeConfig.activation_checkpointing
+    """Change the blocks in place, before they are compiled or sharded, by ComputeConfig.activation_checkpointing.
 
+    Modes:
         none       all activations are kept
-        full       of every block its input is kept, the rest is recomputed
-        every-N    the same for blocks 0, N, 2N, ...; the others keep all
-        selective  of every block its input and the outputs of `kept_operators()` are kept
+        full       every block keeps its input, and recomputes the rest
+        every-N    blocks 0, N, 2N, ... keep their input; the others keep all activations
+        selective  every block keeps its input and the outputs of `kept_operators()`
 
     Replaces `forward` rather than wrapping the module, so that parameter names are the same in every mode and a
     checkpoint of one loads in another.
@@ -57,14 +58,14 @@ def checkpoint_blocks(blocks: nn.ModuleList, mode: str) -> None:
 
 
 def kept_operators() -> list[str]:
-    """Names of the operators whose outputs "selective" keeps, e.g. "aten.addmm"."""
+    """Return the names of the operators whose outputs "selective" keeps, e.g. "aten.addmm"."""
     return sorted(str(operator).removesuffix(".default") for operator in _KEPT)
 
 
 def _recomputing(block: nn.Module, **how: Any) -> Callable[..., Any]:
     forward = block.forward
 
-    # A function of its own and no partial: torch.compile would not look into torch's `checkpoint`, and run all eagerly.
+    # A function and no partial: torch.compile would not look into torch's `checkpoint`, and would run all eagerly.
     def recomputing(*inputs: Any) -> Any:
         # The blocks draw no random numbers, so there is no generator state to save and restore.
         return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **how)

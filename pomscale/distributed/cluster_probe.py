@@ -1,6 +1,6 @@
-"""The job of `pomscale cluster check`, on every rank: what is here, can we talk, do signals arrive.
+"""Job of `pomscale cluster check` on every rank: it readings at the node, communicates, and waits for a signal.
 
-Each rank first tells what it finds alone, so that a rendezvous that hangs does not hide the rest.
+Each rank first writes what it finds alone, so that a rendezvous that hangs does not hide the rest.
 """
 
 from __future__ import annotations
@@ -35,23 +35,30 @@ _JOIN_S = 120.0
 _SEE_S = 20.0  # a file that takes longer to be seen is never seen
 _SIGNAL_S = 60.0
 _ANSWER_S = 8.0
-_NUM_CLOCK_LOOKS = 9
+_NUM_CLOCK_READINGS = 9
 
 
 def probe(folder: Path, *, offline: bool, expect_signal: bool) -> None:
-    """Leave in `folder`, shared by all ranks, what cluster_facts describes.
+    """Write the files that runs.cluster_facts describes into `folder`, which all ranks share.
 
-    offline: ask nothing of the internet. expect_signal: then wait for SIGUSR2, a minute at most. Raises PomscaleError
-    where the folder cannot be written; what else is wrong is told in the files, or ends this process.
+    Other problems than the one below are written into the files, or end this process.
+
+    Args:
+        folder: the shared folder.
+        offline: do not look for servers in the internet.
+        expect_signal: wait for SIGUSR2 at the end, a minute at most.
+
+    Raises:
+        PomscaleError: the folder cannot be written.
     """
     arrived: list[int] = []
     signal.signal(signal.SIGUSR2, lambda number, frame: arrived.append(number))
     make_folder(folder)
     rank, is_first = int(os.environ.get("RANK", "0")), os.environ.get("LOCAL_RANK", "0") == "0"
-    _about_this_rank(folder, rank, is_first=is_first, offline=offline).keep(rank_path(folder, rank))
+    _rank_facts(folder, rank, is_first=is_first, offline=offline).keep(rank_path(folder, rank))
     start_s = time.perf_counter()
     with join_world("auto", timeout=timedelta(seconds=_JOIN_S)) as world:
-        facts = _about_all(world, folder, join_s=time.perf_counter() - start_s)
+        facts = _world_facts(world, folder, join_s=time.perf_counter() - start_s)
         if world.is_main:
             facts.keep(folder / WORLD_FILE)
         if expect_signal:
@@ -68,7 +75,7 @@ def _wait_for_signal(arrived: list[int], folder: Path, rank: int) -> None:
         write_text(signal_path(folder, rank), "")
 
 
-def _about_this_rank(folder: Path, rank: int, *, is_first: bool, offline: bool) -> RankFacts:
+def _rank_facts(folder: Path, rank: int, *, is_first: bool, offline: bool) -> RankFacts:
     folders = {}
     if is_first:
         folders = {"runs": folder, "temporary": Path(tempfile.gettempdir()), "home": Path.home()}
@@ -80,39 +87,39 @@ def _about_this_rank(folder: Path, rank: int, *, is_first: bool, offline: bool) 
             problems[what] = str(error)
     has_cuda = torch.cuda.is_available()
     return RankFacts(
-        rank,
-        _node(),
-        platform.python_version(),
-        sys.executable,
-        torch.__version__,
-        ".".join(map(str, torch.cuda.nccl.version())) if has_cuda else None,
-        _gpu(resolve_device("cuda")) if has_cuda else None,
-        torch.cuda.device_count() if has_cuda else 0,
-        len(os.sched_getaffinity(0)),
-        [name for _, name in socket.if_nameindex()],
-        {what: str(path) for what, path in folders.items()},
-        speeds,
-        problems,
-        _silent_servers() if is_first and not offline else None,
+        rank=rank,
+        node=_node(),
+        python=platform.python_version(),
+        executable=sys.executable,
+        torch=torch.__version__,
+        nccl=".".join(map(str, torch.cuda.nccl.version())) if has_cuda else None,
+        gpu=_gpu(resolve_device("cuda")) if has_cuda else None,
+        num_gpus=torch.cuda.device_count() if has_cuda else 0,
+        num_cores=len(os.sched_getaffinity(0)),
+        interfaces=[name for _, name in socket.if_nameindex()],
+        folders={what: str(path) for what, path in folders.items()},
+        write_gb_per_s=speeds,
+        cannot_write=problems,
+        internet=_silent_servers() if is_first and not offline else None,
     )
 
 
 def _gpu(device: torch.device) -> tuple[str, str]:
-    """(its name, which one it is)."""
+    """Return name and identity of a GPU."""
     properties = torch.cuda.get_device_properties(device)
     return properties.name, str(properties.uuid)
 
 
 def _node() -> str:
-    """As SLURM calls it."""
+    """Return the name of this node in SLURM, else its host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _silent_servers() -> str | None:
-    """Those of the servers that runs use that do not answer, with the reason; None if all do."""
+    """Return the servers that runs use and that do not answer, with the reasons; None if all answer."""
     urls = [os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"), "https://huggingface.co"]
     answers: dict[str, str] = {}
-    # Threads, since to look up a name where there is no network may take minutes.
+    # In threads: without a network, to look up a name may take minutes.
     threads = [Thread(target=_ask, args=(url, answers), daemon=True) for url in urls]
     for thread in threads:
         thread.start()
@@ -124,7 +131,7 @@ def _silent_servers() -> str | None:
 
 
 def _ask(url: str, answers: dict[str, str]) -> None:
-    """url -> why it does not answer, "" if it does. Any status is an answer. By the proxy, where one is set."""
+    """Note in `answers` why a URL does not answer, "" if it does. Any status is an answer; a proxy is used if set."""
     try:
         urllib.request.urlopen(url, timeout=_ANSWER_S).close()
     except urllib.error.HTTPError:
@@ -135,8 +142,8 @@ def _ask(url: str, answers: dict[str, str]) -> None:
         answers[url] = ""
 
 
-def _about_all(world: World, folder: Path, join_s: float) -> WorldFacts:
-    """The same on all ranks. A collective of some seconds."""
+def _world_facts(world: World, folder: Path, join_s: float) -> WorldFacts:
+    """Measure what all ranks find together; the result is the same on all. A collective of some seconds."""
     nodes: list[str] = world.gather(_node())  # type: ignore[assignment]
     seen_after_s = _seen_after_s(world, nodes, folder)
     clock_s = _clock_s(world, nodes)
@@ -149,20 +156,22 @@ def _about_all(world: World, folder: Path, join_s: float) -> WorldFacts:
     except PomscaleError as error:
         problem = str(error)
     return WorldFacts(
-        world.size,
-        join_s,
-        problem,
-        list(warnings),
-        [metrics[name] for name in ("preflight/matmul_tflops", "preflight/matmul_slowest_tflops") if metrics],
-        metrics.get("preflight/all_reduce_gb_per_s") if len(set(nodes)) > 1 else None,
-        inside_gb_per_s,
-        seen_after_s,
-        clock_s,
+        num_ranks=world.size,
+        join_s=join_s,
+        problem=problem,
+        warnings=list(warnings),
+        matmul_tflops=[
+            metrics[name] for name in ("preflight/matmul_tflops", "preflight/matmul_slowest_tflops") if metrics
+        ],
+        across_gb_per_s=metrics.get("preflight/all_reduce_gb_per_s") if len(set(nodes)) > 1 else None,
+        inside_gb_per_s=inside_gb_per_s,
+        seen_after_s=seen_after_s,
+        clock_s=clock_s,
     )
 
 
 def _seen_after_s(world: World, nodes: list[str], folder: Path) -> dict[str, float | None]:
-    """Each way between the first node and the last."""
+    """Return how long each node takes to see a file of the first node and one of the last, the longer of the two."""
     longest_s = 0.0
     for writer in sorted({0, world.size - 1}):
         mark = folder / f"seen-{writer}"
@@ -177,7 +186,7 @@ def _seen_after_s(world: World, nodes: list[str], folder: Path) -> dict[str, flo
 
 
 def _seconds_until(path: Path) -> float:
-    """Infinity if it does not come to be."""
+    """Return the seconds until a file exists; infinity if it never does."""
     start_s = time.perf_counter()
     while not path.exists():
         if time.perf_counter() - start_s > _SEE_S:
@@ -187,7 +196,7 @@ def _seconds_until(path: Path) -> float:
 
 
 def _worst(nodes: list[str], values: list[float]) -> dict[str, float]:
-    """The largest of the values of each node's ranks."""
+    """Return the largest of the values of each node's ranks."""
     worst: dict[str, float] = {}
     for node, value in zip(nodes, values, strict=True):
         worst[node] = max(value, worst.get(node, value))
@@ -195,17 +204,17 @@ def _worst(nodes: list[str], values: list[float]) -> dict[str, float]:
 
 
 def _clock_s(world: World, nodes: list[str]) -> dict[str, float]:
-    """All look at once, as near as a collective brings them; the median of some looks."""
-    looks: list[list[float]] = []
-    for _ in range(_NUM_CLOCK_LOOKS):
+    """Return how far each node's clock is ahead: the median of some readings that follow a barrier."""
+    readings: list[list[float]] = []
+    for _ in range(_NUM_CLOCK_READINGS):
         world.barrier()
-        looks.append(world.gather(time.time()))  # type: ignore[arg-type]
-    ahead = [statistics.median(look[rank] - look[0] for look in looks) for rank in range(world.size)]
+        readings.append(world.gather(time.time()))  # type: ignore[arg-type]
+    ahead = [statistics.median(look[rank] - look[0] for look in readings) for rank in range(world.size)]
     return {node: ahead[nodes.index(node)] for node in dict.fromkeys(nodes)}
 
 
 def _inside_gb_per_s(world: World, nodes: list[str]) -> tuple[dict[str, float], str | None]:
-    """(by node, problem). Nodes of one rank have nothing to reduce."""
+    """Return the all-reduce speed within each node, and the problem if one is wrong. Nodes of one rank are left out."""
     own = None
     for node in dict.fromkeys(nodes):
         ranks = [rank for rank, where in enumerate(nodes) if where == node]

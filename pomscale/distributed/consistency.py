@@ -1,7 +1,7 @@
-"""Are the ranks that hold copies of a number holding the same one, to the bit?
+"""Check that ranks which hold copies of a tensor hold the same one, to the bit.
 
-Replicas compute the same update from the same reduced gradient, so they never differ; unless a device computes wrongly
-or memory flips a bit. Nothing else would tell: the loss goes on, as a mean over models that drift apart.
+Replicas compute the same update from the same reduced gradient, so they never differ, unless a device computes wrongly
+or memory flips a bit. Nothing else would show that: the loss is a mean over models that drift apart.
 """
 
 from __future__ import annotations
@@ -24,10 +24,16 @@ _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio (Knuth, volu
 
 
 def check_replicas(world: World, group: dist.ProcessGroup, tensors: Mapping[str, Tensor]) -> None:
-    """PomscaleError, on all ranks of the world, if ranks of one group hold different bits.
+    """Compare the copies of `tensors` within each group. A collective of the world, in which every rank has a group.
 
-    group: the ranks that hold copies of this rank's `tensors` (DTensors and FlatShards: of their local data), in the
-    same order on all of them. A collective of the world, in which every rank has a group.
+    Args:
+        world: all ranks.
+        group: the ranks that hold copies of this rank's `tensors`.
+        tensors: tensors by name, in the same order on all ranks of the group; of DTensors and FlatShards the local
+            data is compared.
+
+    Raises:
+        PomscaleError: on all ranks of the world, if ranks of one group hold different bits.
     """
     problems = [problem for problem in world.gather(_difference(group, tensors)) if problem is not None]
     if problems:
@@ -38,7 +44,7 @@ def check_replicas(world: World, group: dist.ProcessGroup, tensors: Mapping[str,
 
 
 def _difference(group: dist.ProcessGroup, tensors: Mapping[str, Tensor]) -> str | None:
-    """What the replicas of a group differ in; the same answer on all of its ranks."""
+    """Return what the replicas of a group differ in, the same on all of its ranks; None if they are equal."""
     mine = torch.stack([checksum(local_part(tensor)) for tensor in tensors.values()])
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, mine, group=group)
@@ -57,15 +63,16 @@ def _difference(group: dist.ProcessGroup, tensors: Mapping[str, Tensor]) -> str 
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """Of the bits of a tensor and their places: int64 scalar on its device.
+    """Return a checksum of the bits of a tensor and their positions, as an int64 scalar on its device.
 
-    The sum of each element's bits, as an integer plus one, times a scrambled odd number of its place, modulo 2^64. One
-    changed element always changes it, since odd numbers have inverses; several do but for a chance of about 2^-32.
+    Each element's bits, as an integer plus one, are multiplied by a scrambled odd number of its position, and summed
+    modulo 2^64. One changed element always changes the sum, since odd numbers have inverses; several do but for a
+    chance of about 2^-32.
     """
     bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).flatten()
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for begin in range(0, bits.numel(), _CHUNK):
         part = bits[begin : begin + _CHUNK].to(torch.int64)
-        places = torch.arange(begin, begin + part.numel(), device=tensor.device) * _ODD
-        total += ((part + 1) * (places ^ (places >> 32) | 1)).sum()
+        positions = torch.arange(begin, begin + part.numel(), device=tensor.device) * _ODD
+        total += ((part + 1) * (positions ^ (positions >> 32) | 1)).sum()
     return total

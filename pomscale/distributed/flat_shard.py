@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 
 class Box(NamedTuple):
-    """`view`, of shape `sizes`, is the part of the global tensor that begins at `offsets`."""
+    """Part of a global tensor: `view`, of shape `sizes`, begins at `offsets`."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -34,8 +34,8 @@ class Box(NamedTuple):
 class FlatShard(torch.Tensor):
     """One rank's elements [start, start + values.numel()) of a row-major tensor of `shape`.
 
-    `values` (1-D, contiguous, perhaps empty) is live: what is loaded into the shard is written there. For the
-    checkpoint planners this is a tensor of the global shape, values' dtype and device; it computes nothing.
+    `values` (1-D, contiguous, perhaps empty) is live: data that is loaded into the shard is written there. For the
+    checkpoint planners a shard is a tensor of the global shape, with values' dtype and device; it computes nothing.
     """
 
     start: int
@@ -57,25 +57,25 @@ class FlatShard(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub forgets `func`
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> NoReturn:
-        raise NotImplementedError(f"{func}: a FlatShard is a place to save from and load into; compute on its .values")
+        raise NotImplementedError(f"{func}: a FlatShard can only be saved from and loaded into; compute on its .values")
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"FlatShard(shape={tuple(self.shape)}, start={self.start}, values={self.values})"
 
     def on(self, values: Tensor) -> FlatShard:
-        """The same range over another buffer."""
+        """Return the same range over another buffer."""
         assert values.shape == self.values.shape
         return FlatShard(self.shape, self.start, values)
 
     def boxes(self) -> list[Box]:
-        """Boxes that tile the range, in memory order; none if it is empty."""
+        """Return the boxes that tile the range, in memory order; none if it is empty."""
         stop = self.start + self.values.numel()
         return [
             Box(offsets, sizes, self.values[begin - self.start :][: math.prod(sizes)].view(sizes))
             for begin, offsets, sizes in _boxes(tuple(self.shape), self.start, stop)
         ]
 
-    # What torch.distributed.checkpoint asks of an object that is a part of a tensor (torch's _Checkpointable).
+    # Methods that torch.distributed.checkpoint asks of an object that is a part of a tensor (torch's _Checkpointable).
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
         properties = TensorProperties(dtype=self.dtype)
@@ -97,7 +97,7 @@ class FlatShard(torch.Tensor):
 
 
 def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-    """(first element, offsets, sizes) of boxes that tile elements [start, stop) of a row-major tensor of `shape`."""
+    """Yield (first element, offsets, sizes) of boxes that tile [start, stop) of a row-major tensor of `shape`."""
     if start == stop:
         return
     if not shape:
@@ -123,7 +123,7 @@ def _in_row(
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a DTensor or a FlatShard, live and without a graph; another tensor is whole."""
+    """Return this rank's part of a DTensor or a FlatShard, live and without a graph; any other tensor as a whole."""
     if isinstance(tensor, FlatShard):
         return tensor.values
     tensor = tensor.detach()  # first: to_local() of a parameter would be part of the autograd graph

@@ -1,4 +1,4 @@
-"""What a process that must end at once still says and writes."""
+"""Last message and record of a process that must end at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LIMIT_S = 10.0
 
 
 def last_words(line: str, record: Callable[[], None] | None) -> None:
-    """Write a line to stderr and call `record`, within 10 s in all: what made the process hang may be the disk."""
+    """Write a line to stderr and call `record`, for at most 10 s in all: the disk may be why the process hangs."""
 
     def speak() -> None:
         os.write(2, f"{line}\n".encode())  # not sys.stderr: another thread may hold its lock for good

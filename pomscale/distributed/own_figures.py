@@ -1,4 +1,4 @@
-"""What this process and its host and GPU are doing: why a rank may be slow."""
+"""Figures of this process, its host and its GPU that may explain why a rank is slow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _GIB = 2**30
 _CPU_INTERVAL_S = 0.2
 _TIMEOUT_S = 10.0
 
-# Of nvidia-smi, and what they become: name and factor.
+# Field of nvidia-smi -> name of the metric, and factor.
 _GPU_FIGURES = {
     "clocks.sm": ("straggler/gpu_clock_mhz", 1.0),
     "clocks.max.sm": ("straggler/gpu_max_clock_mhz", 1.0),
@@ -22,7 +22,7 @@ _GPU_FIGURES = {
     "utilization.gpu": ("straggler/gpu_percent", 1.0),
     "memory.used": ("straggler/gpu_memory_gib", 1 / 1024),
 }
-_REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # as newer and older drivers call them
+_REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # names in newer and older drivers
 
 # Bits of NVML's clocks event reasons. An idle GPU lowers its clock too: that is no reason to be slow.
 _HELD_DOWN_BY = {
@@ -38,7 +38,7 @@ _HELD_DOWN_BY = {
 
 
 def own_figures(device: torch.device) -> dict[str, float | str]:
-    """straggler/* of this rank, see monitoring.names; without a GPU, or its nvidia-smi, those of the host alone.
+    """Return straggler/* of this rank, see runs.metric_names; without a GPU and nvidia-smi those of the host alone.
 
     Takes a few tenths of a second.
     """
@@ -57,20 +57,20 @@ def own_figures(device: torch.device) -> dict[str, float | str]:
 
 
 def gpu_figures(identity: str) -> dict[str, float | str]:
-    """What nvidia-smi tells of a GPU, by its UUID, index or bus id; empty where it tells nothing."""
+    """Return the figures of nvidia-smi on a GPU, given by UUID, index or bus id; empty where there are none."""
     for reasons in _REASONS:
         command = ["nvidia-smi", f"--id={identity}", "--format=csv,noheader,nounits"]
         command.append(f"--query-gpu={','.join([*_GPU_FIGURES, reasons])}")
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
         except subprocess.CalledProcessError:
-            continue  # it does not know the reasons by this name
+            continue  # this driver does not know the reasons by this name
         except (OSError, subprocess.TimeoutExpired):
             return {}
         try:
             return _parsed(done.stdout)
         except ValueError:
-            return {}  # some complaint: a GPU that makes its rank slow may well be ill
+            return {}  # an error message: a GPU that makes its rank slow may well be damaged
     return {}
 
 

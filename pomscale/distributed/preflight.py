@@ -1,6 +1,6 @@
-"""Before the first GPU hour: does every rank compute, communicate and write, rightly and as fast as the others?
+"""Check, before the first step, that every rank computes, communicates and writes rightly, and as fast as the others.
 
-One slow or broken machine of a hundred slows or breaks the whole run. A few seconds at the start name it.
+One slow or broken machine of a hundred slows or breaks the whole run; a few seconds at the start find it.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch.distributed as dist
 from pomscale.base.errors import PomscaleError
 from pomscale.distributed.probe import MatmulProbe
 from pomscale.distributed.world import World
+from pomscale.runs.layout import PREFLIGHT_PREFIX
 
-_SLOW = 0.7  # of the median: slower than this is worth a warning
+_SLOW = 0.7  # a speed below this share of the median is worth a warning
 _WRITE_CHUNK = 4 << 20
 _MAX_WRITTEN = 64 << 20
-_MAX_WRITE_S = 1.0  # a disk that is slower has shown it by then
-_MARK = ".preflight-"
-_NUM_REDUCES = 4  # the first makes the connections
+_MAX_WRITE_S = 1.0  # enough to find a slow disk
+_NUM_REDUCES = 4  # the first one makes the connections
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """The same on all ranks. line: the figures; warnings: who is slow; metrics: preflight/*, see monitoring.names."""
+    """Result, the same on all ranks: a line of figures, warnings of slow ranks, and preflight/* (runs.metric_names)."""
 
     line: str
     warnings: tuple[str, ...]
@@ -40,7 +40,7 @@ class Preflight:
 
 @dataclass(frozen=True)
 class _Rank:
-    """What one rank found. write_gb_per_s: None unless it writes for its host. problem: what makes a run impossible."""
+    """Findings of one rank: write_gb_per_s is None unless it writes for its host; a problem makes a run impossible."""
 
     where: str
     matmul_tflops: float
@@ -52,8 +52,8 @@ class _Rank:
 def preflight(world: World, run_folder: Path, precision: Literal["fp32", "bf16"]) -> Preflight:
     """Time each rank's matrix products, an all-reduce, and writing into the run folder, by one rank per host.
 
-    A collective of a few seconds; the folder is there. Raises PomscaleError on all ranks, naming rank and host, where a
-    product or a sum is wrong, or the folder cannot be written, or is not the same one on all hosts.
+    A collective of a few seconds; the folder must exist. Raises PomscaleError on all ranks, naming rank and host, where
+    a product or a sum is wrong, or the folder cannot be written or is not the same one on all hosts.
     """
     hosts = world.gather(socket.gethostname())
     writes = hosts.index(hosts[world.rank]) == world.rank  # the first rank of each host
@@ -70,22 +70,22 @@ def preflight(world: World, run_folder: Path, precision: Literal["fp32", "bf16"]
 
 
 def _matmul(world: World, dtype: torch.dtype) -> tuple[float, str | None]:
-    """(TFLOP/s, problem)."""
+    """Return the TFLOP/s of this rank, and the problem if a product is wrong."""
     probe = MatmulProbe(world.device, dtype)
     tflops = probe.num_flops / probe.seconds(num_tries=5) / 1e12
     return tflops, None if probe.is_right() else "a matrix product is wrong: this device is damaged, exclude the host"
 
 
 def _all_reduce(world: World) -> tuple[float, str | None]:
-    """(GB/s, problem)."""
+    """Return the GB/s of an all-reduce over all ranks, and the problem if a sum is wrong."""
     gb_per_s, is_right = all_reduce_speed(world.device)
     return gb_per_s, None if is_right else "an all-reduce gave a wrong sum: a device or the network is damaged there"
 
 
 def all_reduce_speed(device: torch.device, group: dist.ProcessGroup | None = None) -> tuple[float, bool]:
-    """(bus bandwidth in GB/s as nccl-tests has it, whether all sums were right) over all ranks, or those of a group.
+    """Return the bus bandwidth in GB/s, as nccl-tests defines it, and whether all sums were right.
 
-    A collective of these ranks. The sum of small integers is exact in fp32.
+    A collective of all ranks, or of those of a group. The sum of small integers is exact in fp32.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     num_elements = (64 << 20 if device.type == "cuda" else 1 << 20) // 4
@@ -96,7 +96,7 @@ def all_reduce_speed(device: torch.device, group: dist.ProcessGroup | None = Non
         values = pattern + rank
         start = torch.zeros(1, device=device)
         dist.all_reduce(start, group=group)
-        start.item()  # waits for the device: all begin together
+        start.item()  # waits for the device, so that all begin together
         start_s = time.perf_counter()
         dist.all_reduce(values, group=group)
         all_right = bool(values.equal(expected)) and all_right  # waits for the device
@@ -105,13 +105,13 @@ def all_reduce_speed(device: torch.device, group: dist.ProcessGroup | None = Non
 
 
 def _write(world: World, run_folder: Path, writes: bool) -> tuple[float | None, str | None]:
-    """(GB/s with fsync, problem) of a rank that writes for its host. All ranks call it."""
-    mark = run_folder / f"{_MARK}{world.gather(secrets.token_hex(8))[0]}"
+    """Return the GB/s with fsync of a rank that writes for its host, and the problem. A collective of all ranks."""
+    mark = run_folder / f"{PREFLIGHT_PREFIX}{world.gather(secrets.token_hex(8))[0]}"
     problem = _touch(mark) if world.is_main else None
     could_mark = world.gather(problem)[0] is None
     speed = None
     if writes and could_mark:
-        # Under a name that nobody has asked for before, no cache of a network file system can answer.
+        # The name is new, so that no cache of a network file system can answer for it.
         if not mark.exists():
             problem = f"{run_folder} is not rank 0's folder of that name: put it on a file system that all hosts share"
         else:
@@ -127,7 +127,7 @@ def _write(world: World, run_folder: Path, writes: bool) -> tuple[float | None, 
 
 def _touch(path: Path) -> str | None:
     try:
-        for left in path.parent.glob(f"{_MARK}*"):  # by a start that was killed here
+        for left in path.parent.glob(f"{PREFLIGHT_PREFIX}*"):  # left by a start that was killed here
             left.unlink(missing_ok=True)
         path.touch()
     except OSError as error:
@@ -136,7 +136,7 @@ def _touch(path: Path) -> str | None:
 
 
 def write_speed(path: Path) -> float:
-    """GB/s of a file that is written, made durable and removed."""
+    """Return the GB/s at which a file is written and made durable; it is removed."""
     chunk = os.urandom(_WRITE_CHUNK)  # no file system compresses it
     written, start_s = 0, time.perf_counter()
     try:

@@ -1,4 +1,4 @@
-"""How fast this rank's device multiplies matrices, by a fixed amount of work."""
+"""Speed of this rank's device at a fixed amount of matrix products."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 class MatmulProbe:
     """Products of two fixed random square matrices: about 2 ms on one CPU core or a GPU of this decade.
 
-    Holds its matrices: 3 MiB on a CPU, 24 MiB (bf16) or 48 MiB (fp32) on a GPU.
+    The matrices stay in memory: 3 MiB on a CPU, 24 MiB (bf16) or 48 MiB (fp32) on a GPU.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
         size, self._num_products = (2048, 64) if device.type == "cuda" else (512, 1)
         generator = torch.Generator().manual_seed(0)
-        # Random, as training data is: a GPU draws less power on zeros, so it would hide that it throttles.
+        # Random like training data: a GPU draws less power on zeros, which would hide that it throttles.
         self.a, self.b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
         self.product = torch.empty_like(self.a)
         self.num_flops = 2 * size**3 * self._num_products
         self.seconds()  # loads kernels and libraries
 
     def seconds(self, num_tries: int = 3) -> float:
-        """Of the fastest of a few tries: what the device can do, not what disturbed it. Waits for the device."""
+        """Return the seconds of the fastest of a few tries, so that disturbances do not count. Waits for the device."""
         return min(self._timed() for _ in range(num_tries))
 
     def _timed(self) -> float:
@@ -47,7 +47,7 @@ class MatmulProbe:
                 torch.mm(self.a, self.b, out=self.product)
 
     def is_right(self) -> bool:
-        """Whether sixteen rows of the last product are what the CPU finds in float64, within the dtype's rounding."""
+        """Whether sixteen rows of the last product equal those of the CPU in float64, within the dtype's rounding."""
         rows = torch.arange(0, len(self.a), len(self.a) // 16)
         return _close(self.product[rows.to(self._device)], self.a[rows.to(self._device)], self.b)
 

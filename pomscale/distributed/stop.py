@@ -1,6 +1,6 @@
-"""Requests to stop: a signal only sets a flag; ranks agree on it at a step boundary.
+"""Requests to stop: a signal only sets a flag, on which the ranks agree at a step boundary.
 
-A save inside a handler would be a collective entered by one rank alone, and would hang the others.
+A save inside a handler would be a collective that one rank enters alone, and would hang the others.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from pomscale.distributed.last_words import last_words
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 EXIT_STOPPED = 75
-"""Stopped on request, nothing lost: run the same command again to go on."""
+"""Exit code of a run that stopped on request and lost nothing: the same command continues it."""
 
-# Where a scheduler signals all processes of a job, torchrun sends its own children the signal once more, at once.
+# Where a scheduler signals all processes of a job, torchrun at once sends its own children the same signal again.
 _DUPLICATE_S = 2.0
 
 _current: StopRequest | None = None
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C. To be made in the main thread.
+    """Flag that SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C sets. Must be made in the main thread.
 
-    The same signal a second time, 2 s or more after the first, ends the process at once with code 128 + its number:
-    what was complete on disk stays so. This works while the main thread computes, compiles or waits in a collective,
-    where Python's own handlers do not run: a thread reads the signals from a pipe.
+    The same signal a second time, 2 s or more after the first, ends the process at once with code 128 + its number;
+    files that are complete on disk stay complete. This works while the main thread computes, compiles or waits in a
+    collective, where Python's own handlers do not run: a thread reads the signals from a pipe.
 
     `on_quit(reason)` is called before such an end, for at most 10 s. While `nothing_to_save`, the first signal ends the
     process, with code 75.
@@ -53,7 +53,7 @@ class StopRequest:
         self.signal_name = signal.Signals(number).name
 
     def _read(self, reader: int) -> None:
-        """Every signal of the process, one byte each, until the pipe is closed."""
+        """Read every signal of the process, one byte each, until the pipe is closed."""
         first: dict[int, float] = {}
         with os.fdopen(reader, "rb", buffering=0) as signals:
             while received := signals.read(1):
@@ -74,10 +74,11 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
+        """Whether a signal has come."""
         return self.signal_name is not None
 
     def restore(self) -> None:
-        """Give the signals back to whoever handled them before."""
+        """Restore the signal handlers of before."""
         global _current  # noqa: PLW0603
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -87,7 +88,7 @@ class StopRequest:
 
 
 def _in_forked_child() -> None:
-    """A fork has the parent's pipe: a signal to the child would stop the parent."""
+    """Leave the parent's pipe, which a fork shares: a signal to the child would stop the parent."""
     if _current is not None:
         _current.restore()
 

@@ -1,11 +1,10 @@
-"""Which rank holds the others up?
+"""Search for the rank that holds the others up.
 
 Sharded training waits for all ranks several times a step, so every rank's step takes as long as the slowest one's: step
-times tell that a run is slow and never who makes it slow. What is a rank's own is measured instead, at the logging
-interval: a fixed amount of computation with nobody to wait for (a throttled GPU, a busy core), and how long it waited
-for its data (a slow disk or network). One all-gather of a few numbers. Only of a rank that is named, and only then, it
-is asked what its host and its GPU are doing: watching every GPU of a large run all the time would drown the one figure
-that matters.
+times show that a run is slow, but not which rank makes it slow. Two times that depend on one rank alone are measured at
+the logging interval instead: a fixed amount of computation (a throttled GPU, a busy core), and the wait for its data (a
+slow disk or network). One all-gather collects these numbers. Only a rank that is found slow reports figures of its host
+and its GPU: those of every GPU of a large run would hide the one that matters.
 """
 
 from __future__ import annotations
@@ -22,15 +21,18 @@ from pomscale.distributed.own_figures import own_figures
 from pomscale.distributed.probe import MatmulProbe
 from pomscale.distributed.world import World
 
-_FACTOR = 1.3  # times the median: slower than this is worth a warning
-_NUM_IN_A_ROW = 3  # reports: anything can be slow once
+_FACTOR = 1.3  # a rank that takes this many times the median is worth a warning
+_NUM_IN_A_ROW = 3  # reports in a row before a warning: anything can be slow once
 
 
 @dataclass(frozen=True)
 class StragglerReport:
-    """The same on all ranks. metrics: ranks/*, see monitoring.names; warning: for people, when it is due.
+    """Report, the same on all ranks.
 
-    named: the rank that has been slowest for a multiple of _NUM_IN_A_ROW reports.
+    Attributes:
+        metrics: ranks/*, see runs.metric_names.
+        warning: a message for people, when it is due.
+        named: the rank that has been slowest for a multiple of _NUM_IN_A_ROW reports.
     """
 
     metrics: dict[str, float | str]
@@ -39,7 +41,7 @@ class StragglerReport:
 
 
 class Stragglers:
-    """Made by all ranks together: it gathers the host names."""
+    """Comparison of ranks over the reports of a run. All ranks make it together: it gathers the host names."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -50,10 +52,14 @@ class Stragglers:
         self._in_a_row = 0
 
     def report(self, step_time_s: float, data_wait_s: float) -> StragglerReport:
-        """A collective of a few milliseconds; waits for the device.
+        """Measure this rank and compare all. A collective of a few milliseconds; waits for the device.
 
-        Both arguments: this rank's mean per step since the last report. A world of one has nothing to report. Where a
-        rank is named, a second collective brings its straggler/* figures; it takes as long as they do.
+        A world of one rank has nothing to report. Where a rank is named, a second collective brings its straggler/*
+        figures, and takes as long as measuring them.
+
+        Args:
+            step_time_s: this rank's mean per step since the last report.
+            data_wait_s: this rank's mean wait for data per step since the last report.
         """
         if self._world.size == 1:
             return StragglerReport({}, None)
@@ -62,15 +68,15 @@ class Stragglers:
         )
         gathered = [torch.empty_like(mine) for _ in range(self._world.size)]
         dist.all_gather(gathered, mine)
-        report = self.judge(*torch.stack(gathered, dim=1).tolist())  # waits for the device once, not once per rank
+        report = self.compare(*torch.stack(gathered, dim=1).tolist())  # waits for the device once, not once per rank
         if report.named is None:
             return report
         own = own_figures(self._world.device) if self._world.rank == report.named else None
         figures: Any = self._world.gather(own)[report.named]
         return replace(report, metrics={**report.metrics, "straggler/rank": report.named, **figures})
 
-    def judge(self, probe_s: list[float], data_wait_s: list[float], step_time_s: list[float]) -> StragglerReport:
-        """The report on figures of all ranks, in rank order. Remembers who was slow."""
+    def compare(self, probe_s: list[float], data_wait_s: list[float], step_time_s: list[float]) -> StragglerReport:
+        """Return the report on figures of all ranks, in rank order, and remember which rank was slow."""
         step = statistics.median(step_time_s)
         compute = _excess(probe_s, statistics.median(probe_s))
         data = _excess(data_wait_s, step)  # a rank that waits for data for half a step makes the step half longer
@@ -103,6 +109,6 @@ class _Excess:
 
 
 def _excess(values: list[float], unit: float) -> _Excess:
-    """The largest value, and by how many units it is above the median."""
+    """Return the rank of the largest value, and by how many units it is above the median."""
     rank = max(range(len(values)), key=values.__getitem__)
     return _Excess(rank, (values[rank] - statistics.median(values)) / unit)

@@ -1,7 +1,7 @@
-"""Ends a process that hangs, with the stacks of its threads on disk.
+"""Watchdog that ends a process that hangs, with the stacks of its threads on disk.
 
 One rank that is stuck holds all others in a collective, until NCCL gives up half an hour later without saying where
-anybody was. Here every rank watches itself: its stacks are written while the hang lasts, and it ends, so that the run
+each one was. Here every rank watches itself: it writes its stacks while the hang lasts, and ends, so that the run
 starts again.
 """
 
@@ -24,23 +24,29 @@ _EXIT_HUNG = 1
 
 
 class Watchdog:
-    """As a context manager: from entering to leaving it, `beat()` must come every `timeout_s`, else the process ends.
+    """Context manager that ends the process unless `beat()` is called every `timeout_s` within its block.
 
-    timeout_s: None watches nothing. slow_timeout_s: holds instead until the first beat, and inside `slow()`.
-    stacks_path: of this rank and incarnation alone; it is there while watched, and stays if something was written.
-    on_late(reason), which may be set later, is told when half of that is over, once for each wait, by a thread.
-    on_hang(reason) is called after the stacks are written, for at most 10 s in all; then the process ends with code 1.
+    A thread looks at the clock. A thread that holds Python's lock for good (a C extension, a regular expression) would
+    stop that one too, so faulthandler's timer, which needs no lock, is set a little later each time the thread looks.
+    The timer writes the stacks and ends the process with code 1, but cannot call on_hang.
 
-    A thread looks at the clock. One that holds Python's lock for good (a C extension, a regular expression) would stop
-    that thread too: faulthandler has a timer that needs no lock, set a little later each time the thread looks. It
-    writes the stacks and ends the process with code 1, but cannot call on_hang.
-
-    Raises PomscaleError when stacks_path cannot be written.
+    `on_late(reason)`, which may be set later, is called by a thread when half of the time is over, once for each wait.
+    Entering the block raises PomscaleError when stacks_path cannot be written.
     """
 
     def __init__(
         self, timeout_s: float | None, slow_timeout_s: float, stacks_path: Path, on_hang: Callable[[str], None]
     ) -> None:
+        """Prepare to watch.
+
+        Args:
+            timeout_s: longest time between two beats; None watches nothing.
+            slow_timeout_s: longest time until the first beat, and inside `slow()`.
+            stacks_path: a file for this rank and start alone; it exists while the process is watched, and is kept if
+                something was written.
+            on_hang: called with the reason after the stacks are written, for at most 10 s in all; then the process
+                ends with code 1.
+        """
         self._timeout_s = timeout_s
         self._slow_timeout_s = slow_timeout_s
         self._stacks_path = stacks_path
@@ -79,15 +85,15 @@ class Watchdog:
             self._stacks_path.unlink()
 
     def beat(self) -> None:
-        """A step is done. Costs less than a microsecond: the clock is all that is touched."""
+        """Report that a step is done. Costs less than a microsecond, since it only reads the clock."""
         self._last_s = time.monotonic()
         if not self._has_begun:
             self._has_begun = True
-            self._arm()  # the timer has the longer limit until now
+            self._arm()  # until now the timer has the longer limit
 
     @contextmanager
     def slow(self, what: str) -> Iterator[None]:
-        """Around what may take `slow_timeout_s`, e.g. "validation"."""
+        """Allow `slow_timeout_s` within the block, for work such as "validation"."""
         self._slow.append(what)
         self._last_s = time.monotonic()
         self._arm()  # the timer still has the shorter limit, and the thread may not get to change it
@@ -99,7 +105,7 @@ class Watchdog:
             self._arm()
 
     def _limit(self, share: float = 1.0) -> tuple[float, str]:
-        """(a share of the seconds, what it means that they are over)."""
+        """Return a share of the present limit in seconds, and the message for when it is over."""
         assert self._timeout_s is not None
         slow_s, limit_s = share * self._slow_timeout_s, share * self._timeout_s
         if self._slow:
@@ -109,15 +115,15 @@ class Watchdog:
         return limit_s, f"no step for {limit_s:g} s"
 
     def _watch(self) -> None:
-        told_s = None  # the beat after which nothing came, once that was told
+        late_since_s = None  # time of the beat for which on_late was called last
         while not self._leaving.wait(self._look_every_s):
             last_s, (limit_s, reason) = self._last_s, self._limit()
             late_s, late = self._limit(0.5)
             waited_s = time.monotonic() - last_s
             if waited_s > limit_s:
                 self._abort(reason)
-            if waited_s > late_s and told_s != last_s:
-                told_s = last_s
+            if waited_s > late_s and late_since_s != last_s:
+                late_since_s = last_s
                 self.on_late(late)
             self._arm()
 
@@ -130,7 +136,7 @@ class Watchdog:
                 faulthandler.dump_traceback_later(later_s, file=self._stacks, exit=True)
 
     def _abort(self, reason: str) -> NoReturn:
-        faulthandler.cancel_dump_traceback_later()  # the lock is free, this thread has it: no timer is needed any more
+        faulthandler.cancel_dump_traceback_later()  # this thread has Python's lock, so the timer is not needed any more
         last_words(f"hung: {reason}; stacks in {self._stacks_path}", lambda: self._record(reason))
         # A launcher ends all processes when the first is gone: let the other ranks write their stacks as well.
         time.sleep(2 * self._look_every_s)

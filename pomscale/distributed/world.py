@@ -1,6 +1,6 @@
-"""The processes of a run: who am I, which device is mine.
+"""World of a run: its processes, the rank of this one, and its device.
 
-Works the same alone and under torchrun, SLURM or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK,
+The module works the same alone and under torchrun, SLURM or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK,
 MASTER_ADDR and MASTER_PORT.
 """
 
@@ -32,10 +32,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float | Tensor]) -> list[float]:
-        """Elementwise sum of numbers and scalar tensors over all ranks, in float64.
+        """Return the elementwise sum of numbers and scalar tensors over all ranks, in float64.
 
         A collective: every rank calls it with the same length. Waits for the device once, for all of them.
         """
@@ -46,15 +47,16 @@ class World:
         return tensor.tolist()
 
     def gather(self, value: object) -> list[object]:
-        """One picklable object per rank, in rank order, on every rank. A collective; not for large data."""
+        """Return the picklable objects of all ranks, in rank order, on every rank. A collective; not for large data."""
         gathered: list[object] = [None] * self.size
         dist.all_gather_object(gathered, value)
         return gathered
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """What `function` gives on rank 0, picklable, on every rank; or, on every rank, the PomscaleError it raises.
+        """Call `function` on rank 0 alone, and return its picklable result, or raise its PomscaleError, on every rank.
 
-        A collective. What one rank looks up, all agree on: a shared file system may show a new file to some later.
+        A collective. It lets all ranks agree on what is on disk: a shared file system may show a new file to some
+        ranks later than to others.
         """
         outcome: object = None
         if self.is_main:
@@ -73,7 +75,7 @@ class World:
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" (cuda where there is one), "cpu" or "cuda" -> this process's device.
+    """Return this process's device for "auto" (cuda where there is one), "cpu" or "cuda".
 
     Raises InputError for another word, and when cuda is asked for and absent.
     """
@@ -84,17 +86,20 @@ def resolve_device(device: str) -> torch.device:
         raise InputError("device: cuda was asked for, but torch sees no GPU here; use auto or cpu")
     if device == "cpu" or not has_cuda:
         return torch.device("cpu")
-    # Launchers differ in whether a process sees all GPUs of its node or only its own.
+    # With some launchers a process sees all GPUs of its node, with others only its own.
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 @contextmanager
 def join_world(device: str, *, timeout: timedelta | None = None) -> Iterator[World]:
-    """Join (or alone, be) the world for the duration of the block.
+    """Join the world of a run, or make one of this process alone, for the duration of the block.
 
-    device: as resolve_device, which says what it raises. timeout: of a collective that other ranks do not enter; None =
-    torch's. After an error on GPUs the world is left to the end of the
-    process: NCCL would wait there for the other ranks, which may be waiting for this one.
+    After an error on GPUs the world is not left before the process ends: NCCL would wait there for the other ranks,
+    which may be waiting for this one.
+
+    Args:
+        device: see resolve_device, and the errors that it raises.
+        timeout: longest wait in a collective that other ranks do not enter; None = torch's default.
     """
     this_device = resolve_device(device)
     if this_device.type == "cuda":

@@ -1,19 +1,19 @@
-"""Engines: how a model is sharded, stepped and saved. They never know which model it is."""
+"""Engines, which shard, step and save a model; they know of no model in particular."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from pomscale.base.imports import large_imports
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.distributed.world import World
 from pomscale.engine.protocol import Engine, InitWeights
 
 
 def build_engine(recipe: TrainRecipe, model: nn.Module, init_weights: InitWeights, world: World) -> Engine:
-    """The engine that the recipe asks for. `model` is on the meta device; see the engines for their errors.
+    """Return the engine of the recipe. `model` is on the meta device; see the engines for their errors.
 
-    InputError if a package that the recipe needs is not installed.
+    Raises InputError if a package that the recipe needs is not installed.
     """
     compute, optimizer, averages = recipe.compute, recipe.optimizer, recipe.ema.averages
     if compute.float8:

@@ -1,8 +1,8 @@
-"""AdamW whose moments are bf16: 4 bytes per parameter less than with fp32 moments.
+"""AdamW with moments in bf16, which saves 4 bytes per parameter.
 
 With beta2 = 0.999 the second moment changes by a thousandth of itself per step, less than half of a bf16 digit:
-rounded to nearest it would stand still. Rounded up or down at random, in proportion to how near each is, it is right on
-average (Gupta et al. 2015, arXiv 1502.02551).
+rounded to nearest it would never change. Rounded up or down at random, in proportion to how near each is, it is right
+on average (Gupta et al. 2015, arXiv 1502.02551).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _DROPPED_BITS = 16  # of fp32's 32 bits, bf16 keeps the upper half
 
 
 class AdamWBf16(torch.optim.Optimizer):
-    """Decoupled weight decay (Loshchilov and Hutter 2019), arithmetic in fp32 on fp32 parameters, moments in bf16.
+    """AdamW (Loshchilov and Hutter 2019) on fp32 parameters, with arithmetic in fp32 and moments in bf16.
 
-    The rounding draws from a generator that is seeded with the number of the step: a run that is resumed with the same
-    shards is the same, and so are the replicas of a shard.
+    The rounding draws from a generator that is seeded with the number of the step, so that a run which is resumed with
+    the same shards is the same, and so are the replicas of a shard.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class AdamWBf16(torch.optim.Optimizer):
     def _step(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, (beta1, beta2) = self.state[parameter], group["betas"]
         state["step"] += 1
-        # On the CPU, as torch.optim keeps it, or this would wait for the device.
+        # The count is on the CPU, as torch.optim keeps it, so that this does not wait for the device.
         step = int(state["step"].item())
         held = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
         value, gradient, first, second = map(local_part, held)
@@ -56,7 +56,7 @@ class AdamWBf16(torch.optim.Optimizer):
 
 
 def round_to_bf16(x: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 -> bf16 of the same shape, stochastically: the expected value of the result is x."""
+    """Round fp32 to bf16 of the same shape, at random, so that the expected value of the result is x."""
     noise = torch.randint(0, 1 << _DROPPED_BITS, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     # Adding below the digits that stay carries into them with the right probability, for either sign.
     bits = (x.view(torch.int32) + noise) & -(1 << _DROPPED_BITS)

@@ -1,7 +1,7 @@
-"""Moving averages of sharded weights: each rank averages what it holds, without communication.
+"""Moving averages of sharded weights: each rank averages its own shards, without communication.
 
 Two profiles (Karras et al. 2024, "EDM2", arXiv 2312.02696): exponential, by half-life in samples, with a warm-up; and
-power functions, of which snapshots give any other profile after training (`checkpoint.post_hoc`).
+power functions, whose snapshots give any other profile after training (`pretrained.post_hoc`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pomscale.config.engine import EmaConfig
 
 
 def ema_weights(config: EmaConfig, samples: int, batch: int) -> dict[str, float]:
-    """How much of the new weights enters each average at a step that ends at `samples` seen."""
+    """Return the weight of the new parameters in each average at a step that ends at `samples` seen."""
     longest = math.inf if config.rampup_ratio is None else samples * config.rampup_ratio
     weights = [1 - 0.5 ** (batch / min(halflife, longest)) for halflife in config.halflives_samples]
     if config.post_hoc is not None:
@@ -28,7 +28,7 @@ def ema_weights(config: EmaConfig, samples: int, batch: int) -> dict[str, float]
 
 
 def power_exponent(width: float) -> float:
-    """gamma of the power function t^gamma on [0, 1] whose standard deviation is `width` (EDM2, algorithm 2).
+    """Return gamma of the power function t^gamma on [0, 1] whose standard deviation is `width` (EDM2, algorithm 2).
 
     sigma^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)); the largest real root of that cubic in gamma.
     """
@@ -37,7 +37,7 @@ def power_exponent(width: float) -> float:
 
 
 class Ema:
-    """Averages of `tensors`, fp32, which this rank holds and the optimiser changes in place."""
+    """Averages of fp32 `tensors`, which this rank holds and the optimiser changes in place."""
 
     def __init__(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
@@ -45,13 +45,13 @@ class Ema:
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, float]) -> None:
-        """average += weight (tensor - average), for each average; `weights` by name."""
+        """Set average += weight (tensor - average) for each average; `weights` are by name of the average."""
         for name, average in self.averages.items():
             torch._foreach_lerp_(average, self._tensors, weights[name])
 
     @contextmanager
     def swapped_in(self, name: str) -> Iterator[None]:
-        """Within the block the tensors hold this average. Costs memory for one more tensor, not for a model."""
+        """Let the tensors hold this average within the block; needs memory for one more tensor, not for a model."""
         self._swap(self.averages[name])
         try:
             yield

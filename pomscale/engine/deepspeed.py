@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO 1, 2 and 3: what the ranks share out is cut from flattened tensors, wherever that falls.
+"""Engine on DeepSpeed's ZeRO 1, 2 and 3, which cuts the ranks' shards from flattened tensors, at any element.
 
 Every rank holds fp32 master weights and Adam's moments for flat ranges of the parameters ("partitions"); the moving
 averages live over the same ranges. The working parameters, fp32 or bf16, are made from the masters after every step:
@@ -32,7 +32,7 @@ from pomscale.engine.optimizers import build_optimizer, init_adam_state
 from pomscale.engine.protocol import InitWeights, MicroBatch, Replicas, ShardableModel
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no GPU
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it found no GPU
 try:
     import deepspeed
 except ImportError as error:
@@ -40,17 +40,17 @@ except ImportError as error:
         f"engine: deepspeed cannot be imported ({error}); run `pip install 'pomscale[deepspeed]'`, or use engine: fsdp2"
     ) from error
 
-# Or the first use on CPUs spends a minute on compiling a shared-memory all-reduce; gloo is there.
+# Otherwise the first use on CPUs spends a minute on compiling a shared-memory all-reduce; gloo does the same.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-# DeepSpeed calls collectives by names that torch 2.13 has replaced; it would say so at every call.
+# DeepSpeed calls collectives by names that torch 2.13 has replaced, which it would warn of at every call.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
-# Elements that are reduced or gathered at once. DeepSpeed's own 5e8 make buffers of 2 GB.
+# Elements that are reduced or gathered at once; DeepSpeed's default of 5e8 makes buffers of 2 GB.
 BUCKET_ELEMENTS = 50_000_000
 
 
 class _Range(NamedTuple):
-    """Elements [start, start + size) of a flattened parameter are [offset, offset + size) of a partition."""
+    """Position of a parameter's part: its elements [start, start + size) are [offset, offset + size) of a partition."""
 
     partition: int
     offset: int
@@ -59,7 +59,7 @@ class _Range(NamedTuple):
 
 
 class DeepSpeedEngine:
-    """See protocol.Engine. Takes a model on the meta device; with stage 3 no rank ever holds the whole of it."""
+    """Engine (see protocol.Engine) on DeepSpeed, for a model on the meta device."""
 
     def __init__(
         self,
@@ -72,7 +72,20 @@ class DeepSpeedEngine:
         optimizer: OptimizerConfig,
         averages: Sequence[str],
     ) -> None:
-        """averages: names of the moving averages to keep. InputError if DeepSpeed was set up for another device."""
+        """Shard and initialise the model.
+
+        Args:
+            model: on the meta device.
+            init_weights: gives each parameter its value.
+            world: the ranks that share the model.
+            deepspeed: stage and offload.
+            compute: precision, activation checkpointing and compile.
+            optimizer: AdamW's settings.
+            averages: names of the moving averages to keep.
+
+        Raises:
+            InputError: DeepSpeed was set up for another device.
+        """
         self.device = world.device
         self._num_ranks = world.size
         self._stage = deepspeed.zero_stage
@@ -82,7 +95,7 @@ class DeepSpeedEngine:
         _prepare_blocks(model, compute)
         _allocate(model, zero_config, compute, world.device)
         self._deepspeed = _initialize(model, _optimizer_of(model, on_meta, optimizer), zero_config)
-        # DeepSpeed's wrapper, not the model: it has to know of every forward pass.
+        # This is DeepSpeed's wrapper, which has to see every forward pass.
         self.model: nn.Module = self._deepspeed
         self._zero = self._deepspeed.optimizer
         self._optimizer: torch.optim.Optimizer = self._zero.optimizer
@@ -98,8 +111,10 @@ class DeepSpeedEngine:
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], loss: Callable[[nn.Module, MicroBatch], Tensor]
     ) -> Tensor:
-        """Gradients are reduced over ranks with the last micro-batch by stage 1, with each by stages 2 and 3: between
-        micro-batches these hold only this rank's part of them."""
+        """Accumulate gradients (see Engine); they are reduced over ranks with the last micro-batch, or with each one.
+
+        Stages 2 and 3 reduce with each one, since between micro-batches they hold only this rank's part.
+        """
         total = torch.zeros((), device=self.device)
         for i, micro_batch in enumerate(micro_batches):
             self._deepspeed.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
@@ -112,7 +127,7 @@ class DeepSpeedEngine:
     def step(self, learning_rate: float, ema_weights: Mapping[str, float]) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        # Leaves everything as it is if the norm is not finite, and reports it as infinite.
+        # DeepSpeed changes nothing if the norm is not finite, and reports it as infinite.
         self._deepspeed.step()
         norm = float(self._deepspeed.get_global_grad_norm())
         if math.isfinite(norm):
@@ -121,8 +136,10 @@ class DeepSpeedEngine:
 
     @contextmanager
     def averaged(self, average: str) -> Iterator[None]:
-        """An exception that leaves the block leaves the model with the average, too: setting it right would wait for
-        ranks that may not come."""
+        """Compute with an average within the block (see Engine).
+
+        After an exception the model keeps the average: to restore it would be to wait for ranks that may not come.
+        """
         with self._ema.swapped_in(average):
             self._refresh_working()
             yield
@@ -162,7 +179,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _init_weights(self, on_meta: nn.Module, init_weights: InitWeights) -> None:
-        """Into the fp32 masters, one whole parameter at a time; from bf16 working parameters they would lose digits."""
+        """Set the fp32 masters, one whole parameter at a time; bf16 working parameters would lose digits."""
         names = {parameter: name for name, parameter in on_meta.named_parameters()}
         masters = self._shards(self._partitions)
 
@@ -175,14 +192,14 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _refresh_working(self) -> None:
-        """Make the working parameters from the masters, which have changed. All ranks."""
+        """Make the working parameters from the masters, which have changed. All ranks call it."""
         if self._stage < 3:
             self._zero.update_lp_params()
             return
-        self._deepspeed.empty_partition_cache()  # what is still gathered is out of date
+        self._deepspeed.empty_partition_cache()  # gathered parameters are out of date
         for working, master in zip(self._zero.fp16_partitioned_groups_flat, self._partitions, strict=True):
             working.copy_(master)
-        if self.device.type == "cuda":  # DeepSpeed gathers on a stream of its own, which does not wait for this one
+        if self.device.type == "cuda":  # DeepSpeed gathers on another stream, which does not wait for this one
             torch.cuda.current_stream(self.device).synchronize()
 
     def _working(self) -> list[Tensor]:
@@ -192,7 +209,7 @@ class DeepSpeedEngine:
         return {name: self._shard(name, tensors) for name in self._ranges}
 
     def _shard(self, name: str, tensors: list[Tensor]) -> FlatShard:
-        """This rank's part of a parameter, or of what belongs to it; `tensors` are laid out like the partitions."""
+        """Return this rank's part of a parameter, moment or average; `tensors` are laid out like the partitions."""
         of = self._ranges[name]
         return FlatShard(self._shapes[name], of.start, tensors[of.partition][of.offset :][: of.size])
 
@@ -204,7 +221,7 @@ def _use_device(device: torch.device) -> None:
             f"compute.device: {device.type}, but DeepSpeed is set up for {accelerator}; "
             f"run with DS_ACCELERATOR={device.type} in the environment"
         )
-    # DeepSpeed takes its device from here. Launchers differ in whether they set it, and in what they count.
+    # DeepSpeed takes its device from this variable. Not all launchers set it, and not all count the same.
     os.environ.setdefault("LOCAL_RANK", "0")
     if device.index is not None:
         os.environ["LOCAL_RANK"] = str(device.index)
@@ -218,10 +235,11 @@ def _zero_config(
         "stage": config.zero_stage,
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
-        # Small parameters would stay gathered, to be kept up to date in two places. A block's are gathered together.
+        # Otherwise small parameters would stay gathered, and have to be updated twice. A block's are gathered together.
         "stage3_param_persistence_threshold": 0,
-        # Its F.linear adds the bias in place to a product that "selective" has kept: recomputed, the bias counts twice.
-        # Without it a linear map holds its gathered weight until the backward pass, unless it is recomputed.
+        # DeepSpeed's F.linear adds the bias in place to a product that "selective" has kept: recomputed, the bias
+        # counts twice. Without this F.linear a linear map holds its gathered weight until the backward pass, unless it
+        # is recomputed.
         "memory_efficient_linear": compute.activation_checkpointing != "selective",
     }
     if config.offload_optimizer:
@@ -231,31 +249,31 @@ def _zero_config(
     return {
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # its own takes minutes to compile; torch's is fused on CPUs, too
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's takes minutes to compile; torch's is fused on CPUs too
         "bf16": {"enabled": compute.precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "gradient_clipping": optimizer.grad_clip or 0.0,
-        # Batches are the caller's business; DeepSpeed only wants them to multiply up.
+        # The caller makes the batches; DeepSpeed only checks that these numbers multiply up.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
     }
 
 
 def _prepare_blocks(model: nn.Module, compute: ComputeConfig) -> None:
-    """Activation checkpointing, then compile: each wraps what the one before made."""
+    """Apply activation checkpointing, then compile, which wraps it."""
     shardable: ShardableModel = model  # type: ignore[assignment]  # nn.Module hides attributes from protocols
     blocks = shardable.blocks()
     checkpoint_blocks(blocks, compute.activation_checkpointing)
     for block in blocks:
-        # Stage 3 gathers and frees the whole block by hooks around it. Hooks inside would cut what is compiled to bits.
+        # Stage 3 gathers and frees the whole block by hooks around it. Hooks inside would break up the compiled code.
         deepspeed.utils.set_z3_leaf_module(block, True)
         if compute.compile:
             block.forward = torch.compile(block.forward)
 
 
 def _allocate(model: nn.Module, zero_config: dict[str, Any], compute: ComputeConfig, device: torch.device) -> None:
-    """Storage for the working parameters, its content undefined. With stage 3 one module at a time, cut at once."""
+    """Allocate the working parameters, with undefined content; with stage 3 one module at a time, sharded at once."""
     dtype = torch.bfloat16 if compute.precision == "bf16" else torch.float32
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -268,7 +286,7 @@ def _allocate(model: nn.Module, zero_config: dict[str, Any], compute: ComputeCon
 
 
 def _optimizer_of(model: nn.Module, on_meta: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over `model`'s parameters, without a state: that belongs to the partitions that DeepSpeed makes of them."""
+    """Return AdamW over `model`'s parameters without a state: the state belongs to DeepSpeed's partitions of them."""
     names = {parameter: name for name, parameter in on_meta.named_parameters()}
     optimizer = build_optimizer(on_meta, config)
     optimizer.state.clear()
@@ -278,32 +296,32 @@ def _optimizer_of(model: nn.Module, on_meta: nn.Module, config: OptimizerConfig)
 
 
 def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, zero_config: dict[str, Any]) -> Any:
-    with redirect_stdout(io.StringIO()):  # stage 1 in bf16 prints the memory in use, its warnings go elsewhere
+    with redirect_stdout(io.StringIO()):  # stage 1 in bf16 prints the memory in use; its warnings go to stderr
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero_config)
     return engine
 
 
 def _partitions(zero: Any, stage: int) -> list[Tensor]:
-    """The flat fp32 tensors that the optimiser steps on this rank."""
+    """Return the flat fp32 tensors that the optimiser steps on this rank."""
     if stage == 3:
         return list(zero.fp32_partitioned_groups_flat)
     return [group["params"][0] for group in zero.optimizer.param_groups]
 
 
 def _range_of(zero: Any, parameter: Any) -> _Range:
-    """Where this rank's part of a parameter lies; padding left out."""
+    """Return the position of this rank's part of a parameter, without padding."""
     if hasattr(parameter, "ds_tensor"):  # stage 3 cuts every parameter into equal parts
         partition, offset, size = zero.grad_position[zero.get_param_id(parameter)]
         start = min(dist.get_rank() * size, parameter.ds_numel)
         return _Range(partition, offset, min(size, parameter.ds_numel - start), start)
-    place = parameter._hp_mapping  # stages 1 and 2 cut a whole group of parameters, one after the other
-    if place is None:
+    mapping = parameter._hp_mapping  # stages 1 and 2 cut a whole group of parameters, one after the other
+    if mapping is None:
         return _Range(0, 0, 0, 0)
-    inside, of_parameter = place.hp_fragment_address, place.lp_fragment_address
-    return _Range(place.param_group_index, inside.start, inside.numel, of_parameter.start)
+    inside, of_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return _Range(mapping.param_group_index, inside.start, inside.numel, of_parameter.start)
 
 
 def _storage_bytes(tensors: Sequence[Tensor]) -> int:
-    """Many of them are views of one flat tensor."""
+    """Return the bytes of the tensors' storages, each counted once: many are views of one flat tensor."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

@@ -1,4 +1,4 @@
-"""Is a step to be kept, left out, or is it time to go back? Pure logic on numbers that are the same on every rank."""
+"""Decision whether a step is taken, left out or rolled back: pure logic on numbers that all ranks share."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from pomscale.config.engine import FaultsConfig
 
 Verdict = Literal["ok", "skip", "rollback"]
 
-_MAD_TO_SIGMA = 1.4826  # of a normal distribution, where both measure the same
-# A loss within z_score hundredths of the median is no spike, however still the losses before it were: they are as good
-# as constant where batches are large or samples are few.
+_MAD_TO_SIGMA = 1.4826  # ratio of both for a normal distribution
+# Share of the median. A loss within z_score hundredths of the median is no spike, even if the losses before it hardly
+# differed, as they do where batches are large or samples are few.
 _LEAST_SIGMA = 0.01
 
 
 class Divergence:
-    """Judges each step by its loss and gradient norm. state: of `dump`, from the checkpoint that a run goes on from.
+    """Detector of steps that diverge, by their loss and gradient norm.
 
-    skip: loss or norm is not finite. rollback: that for the `max_non_finite`-th time in a row, or a loss spike: more
-    than `z_score` robust standard deviations (1.4826 MAD) above the median of the last `num_steps` good losses, once
-    there are so many.
+    "skip": loss or norm is not finite. "rollback": the same for the `max_non_finite`-th time in a row, or a loss spike,
+    that is, a loss more than `z_score` robust standard deviations (1.4826 MAD) above the median of the last `num_steps`
+    good losses, once there are so many.
     """
 
     def __init__(self, faults: FaultsConfig, state: Mapping[str, Any] | None = None) -> None:
+        """Start from the state that `dump` returned for the checkpoint of a resumed run, or from none."""
         self._faults = faults
         window = faults.loss_spike.num_steps if faults.loss_spike else 0
         state = state or {"good": [], "num_in_a_row": 0, "num_rollbacks": 0, "num_skipped": 0}
@@ -38,7 +39,7 @@ class Divergence:
         self.reason = ""  # of the last verdict that was not "ok"
 
     def dump(self) -> dict[str, Any]:
-        """For a checkpoint: a run that is requeued judges as one that is not."""
+        """Return the state as JSON for a checkpoint, so that a resumed run decides as one that was never stopped."""
         return {
             "good": list(self._good),
             "num_in_a_row": self._num_in_a_row,
@@ -46,8 +47,8 @@ class Divergence:
             "num_skipped": self.num_skipped,
         }
 
-    def judge(self, loss: float, norm: float) -> Verdict:
-        """Of one step. Call it once per step."""
+    def assess(self, loss: float, norm: float) -> Verdict:
+        """Decide on one step. Call it once per step."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.reason = f"loss {loss:g} and gradient norm {norm:g}: not finite"
             self.num_skipped += 1
@@ -72,17 +73,18 @@ class Divergence:
         return True
 
     def rolled_back(self) -> None:
-        """The run is at its last checkpoint again: forget what came after it."""
+        """Forget the losses since the last checkpoint, which the run has gone back to."""
         self._good.clear()
         self._num_in_a_row = 0
         self.num_rollbacks += 1
 
     @property
     def may_roll_back(self) -> bool:
+        """Whether the recipe allows one more rollback."""
         return self.num_rollbacks < self._faults.max_rollbacks
 
     def give_up(self, first: int, end: int, has_checkpoint: bool) -> PomscaleError:
-        """The end of the run, at global positions `first` to `end` - 1, where a rollback is due and cannot be."""
+        """Return the error that ends the run at positions `first` to `end` - 1, where a rollback is impossible."""
         why = (
             f"the run has gone back {self.num_rollbacks} times already (faults.max_rollbacks)"
             if has_checkpoint

@@ -1,4 +1,4 @@
-"""Blocks' linear maps in float8, by torchao: about twice the matmul speed of bf16 on GPUs that have it."""
+"""Linear maps of blocks in float8, by torchao: about twice the matmul speed of bf16 on GPUs that support it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ except ImportError as error:
     raise InputError("compute.float8: needs torchao: pip install 'pomscale[float8]'") from error
 
 _FIRST_CAPABILITY = (8, 9)  # Ada; H100 is (9, 0)
-_MULTIPLE = 16  # of both sizes of a matrix, asked for by the float8 kernels
+_MULTIPLE = 16  # both sizes of a matrix must be multiples of it for the float8 kernels
 
 
 def to_float8(model: nn.Module, device: torch.device) -> None:
-    """Exchange, in place, the linear maps of the blocks; names and master weights stay as they are.
+    """Replace the linear maps of the blocks in place; names and master weights stay as they are.
 
     Inputs, weights and gradients are scaled per tensor at every step. On a CPU the arithmetic is emulated, for tests.
-    InputError where the GPU has no float8.
+    Raises InputError where the GPU has no float8.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FIRST_CAPABILITY:
         raise InputError(f"compute.float8: {torch.cuda.get_device_name(device)} has no float8; H100 and newer have")
     shardable: ShardableModel = model  # type: ignore[assignment]  # nn.Module hides attributes from protocols
-    # The gradient of a weight is a sum over the micro-batch (of what is computed once per sample) or over its tokens:
-    # padded with zeros where their number is no multiple either.
+    # The gradient of a weight is a sum over samples (for what is computed once per sample) or tokens of a micro-batch;
+    # their number is padded with zeros where it is no multiple either.
     config = Float8LinearConfig(emulate=device.type == "cpu", pad_inner_dim=True)
     for block in shardable.blocks():
         convert_to_float8_training(block, module_filter_fn=_has_kernels, config=config)

@@ -1,7 +1,7 @@
-"""FSDP2: every block and the root are sharded; parameters are fp32, compute is fp32 or bf16.
+"""Engine on FSDP2: every block and the root are sharded; parameters are fp32, compute is fp32 or bf16.
 
-Parameters are sharded along their first axis over the mesh's "shard" dimension. With HSDP there is a "replicate"
-dimension beside it: each row of ranks holds a whole copy, gradients are reduced within a copy, then over the copies.
+Parameters are sharded along their first axis over the mesh's "shard" dimension. HSDP adds a "replicate" dimension: each
+row of ranks holds a whole copy, gradients are reduced within a copy, then over the copies.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def assign_shard(parameter: nn.Parameter, full: Tensor) -> None:
 
 
 class Fsdp2Engine:
-    """See protocol.Engine. Takes a model on the meta device, so that no rank ever holds the whole of it."""
+    """Engine (see protocol.Engine) on FSDP2. The model is on the meta device, so that no rank ever holds all of it."""
 
     def __init__(
         self,
@@ -50,7 +50,17 @@ class Fsdp2Engine:
         optimizer: OptimizerConfig,
         averages: Sequence[str],
     ) -> None:
-        """averages: names of the moving averages to keep. world.size is a multiple of shard_size."""
+        """Shard and initialise the model.
+
+        Args:
+            model: on the meta device.
+            init_weights: gives each parameter its value.
+            world: the ranks that share the model; their number is a multiple of fsdp2.shard_size.
+            fsdp2: sharding, prefetch and offload.
+            compute: precision, activation checkpointing and compile.
+            optimizer: AdamW's settings and the limit of the gradient norm.
+            averages: names of the moving averages to keep.
+        """
         self.model = model
         self.device = world.device
         self._num_ranks = world.size
@@ -59,7 +69,7 @@ class Fsdp2Engine:
         shard_model(model, self._mesh, fsdp2, compute)
         model.to_empty(device="cpu" if fsdp2.cpu_offload else world.device)
         init_weights(model, assign_shard)
-        # The sharded parameters. While a module's parameters are gathered, model.parameters() gives other tensors.
+        # These are the sharded parameters: while a module is gathered, model.parameters() gives other tensors.
         self._parameters = {name: _as_dtensor(p) for name, p in model.named_parameters()}
         self._ema = Ema(averages, [local_part(p) for p in self._parameters.values()])
         self._optimizer = build_optimizer(model, optimizer)
@@ -86,7 +96,7 @@ class Fsdp2Engine:
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self._mesh.ndim == 2:
-            # Each copy sums in a communicator of its own, maybe in another order: its last digit would part the copies.
+            # Each copy sums in its own communicator, maybe in another order: the last digit would differ.
             dist.broadcast(norm, group=self._mesh.get_group("replicate"), group_src=0)
         value = norm.item()
         if math.isfinite(value):
@@ -138,21 +148,21 @@ class Fsdp2Engine:
         return Replicas(self._mesh.get_group("replicate"), tensors)
 
     def _free_gathered(self) -> None:
-        """Without a backward pass FSDP may keep gathered parameters, always the root's: they are out of date now."""
+        """Free gathered parameters, now out of date; without a backward pass FSDP keeps some, always the root's."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, fsdp2: Fsdp2Config, compute: ComputeConfig) -> None:
-    """Activation checkpointing, compile, FSDP, in this order: each wraps what the one before made."""
+    """Apply activation checkpointing, compile and FSDP, in this order: each wraps the result of the one before."""
     shardable: ShardableModel = model  # type: ignore[assignment]  # nn.Module hides attributes from protocols
     blocks = shardable.blocks()
     checkpoint_blocks(blocks, compute.activation_checkpointing)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if compute.precision == "bf16" else None,
         reduce_dtype=torch.float32,
-        # The model casts for itself: a bf16 t would have 3 digits, and 1000 t none after the point.
+        # The model casts its inputs: a bf16 t would have 3 digits, and 1000 t none after the point.
         cast_forward_inputs=False,
     )
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if fsdp2.cpu_offload else OffloadPolicy()
@@ -172,7 +182,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, fsdp2: Fsdp2Config, compute:
 
 
 def _prefetch(blocks: list[nn.Module], num_ahead: int) -> None:
-    """Gather blocks ahead of the one that computes: in the forward the next ones, in the backward those before."""
+    """Gather blocks ahead of the one that computes: the next ones in the forward pass, those before in the backward."""
     for direction in (blocks, blocks[::-1]):
         for i, block in enumerate(direction):
             following: list[Any] = direction[i + 1 : i + 1 + num_ahead]
@@ -198,7 +208,7 @@ def _as_dtensor(parameter: nn.Parameter) -> DTensor:
 
 
 def _like(local: Tensor, parameter: DTensor) -> DTensor:
-    """The sharded tensor of which `local` is this rank's part, laid out as the parameter is."""
+    """Return the sharded tensor of which `local` is this rank's part, laid out like the parameter."""
     return DTensor.from_local(
         local,
         parameter.device_mesh,

@@ -1,4 +1,4 @@
-"""AdamW, and the learning rate as a function of samples seen."""
+"""AdamW and its learning rate as a function of samples seen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pomscale.engine.adamw_bf16 import AdamWBf16
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW that leaves biases and embeddings undecayed; its state is there from the start.
+    """Return AdamW that leaves biases and embeddings undecayed; its state exists from the start.
 
     Decay would pull the gate biases from their start at -1 towards 0, that is, open every block; and a class
     embedding would shrink at every step in which its class does not occur.
@@ -38,10 +38,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def init_adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor, config: OptimizerConfig) -> None:
-    """AdamW's own initial state, which it would make at the first step: a checkpoint can be loaded into it before."""
+    """Make AdamW's initial state before the first step, so that a checkpoint can be loaded into it."""
     dtype = torch.bfloat16 if config.moments == "bf16" else torch.float32
     optimizer.state[parameter] = {
-        # The fused kernel counts on the device, the other reads the count.
+        # The fused kernel counts on the device; AdamWBf16 reads the count.
         "step": torch.zeros((), device="cpu" if config.moments == "bf16" else parameter.device),
         "exp_avg": torch.zeros_like(parameter, dtype=dtype, requires_grad=False),
         "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype, requires_grad=False),
@@ -49,7 +49,10 @@ def init_adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor, config:
 
 
 def learning_rate(config: ScheduleConfig, peak: float, samples: int, total_samples: int) -> float:
-    """Linear warm-up, constant, then peak (1 - sqrt(u)) with u in [0, 1] over the cooldown (Haegele et al. 2024)."""
+    """Return the rate: linear warm-up, constant, then peak (1 - sqrt(u)), u from 0 to 1, in the cooldown.
+
+    This is the schedule of Haegele et al. 2024.
+    """
     if samples < config.warmup_samples:
         return peak * samples / config.warmup_samples
     into_cooldown = samples - (total_samples - config.cooldown_samples)

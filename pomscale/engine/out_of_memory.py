@@ -1,4 +1,4 @@
-"""Out of memory: what was asked for, what was resident, what to change."""
+"""Explanation of running out of memory: the request, the resident memory, and the changes that help."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from pomscale.base.errors import PomscaleError
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 
 _GIB = 2**30
 _CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
@@ -19,9 +19,9 @@ _CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 def explained_out_of_memory(
     recipe: TrainRecipe, device: torch.device, resident_bytes: Callable[[], Mapping[str, int]]
 ) -> Iterator[None]:
-    """Out of memory within the block, of the GPU or of the host, becomes a PomscaleError that says what to change.
+    """Turn running out of memory within the block, on GPU or host, into a PomscaleError that says what to change.
 
-    resident_bytes: see Engine; asked when it has happened.
+    `resident_bytes` (see Engine) is called when that happens.
     """
     try:
         yield
@@ -44,7 +44,7 @@ def _explanation(
 
 
 def _asked(error: BaseException) -> str:
-    """The allocator's own sentence on what it was asked for, of a message that may go on for a screen."""
+    """Return the allocator's sentence on the request, from a message that may fill a screen."""
     text = str(error) or type(error).__name__
     if _CPU_ALLOCATOR in text:
         return text[text.index(_CPU_ALLOCATOR) :].splitlines()[0].rstrip(".")
@@ -64,7 +64,7 @@ def _usage(device: torch.device) -> str:
 
 
 def remedies(recipe: TrainRecipe) -> list[str]:
-    """Changes to the recipe that save memory and are not made yet, those that cost least speed first."""
+    """Return changes to the recipe that save memory and are not made yet, those that cost least speed first."""
     micro_batch = recipe.training.micro_batch
     stronger = {"none": "selective|full", "full": ""}.get(recipe.compute.activation_checkpointing, "full")
     fsdp2, deepspeed = (recipe.fsdp2, None) if recipe.engine == "fsdp2" else (None, recipe.deepspeed)

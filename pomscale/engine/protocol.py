@@ -1,4 +1,4 @@
-"""What the trainer and the checkpoints ask of an engine."""
+"""Protocol that the trainer and the checkpoints expect of an engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ShardableModel(Protocol):
 
 @dataclass(frozen=True)
 class Replicas:
-    """What has to be the same, bit for bit, on all ranks of a group."""
+    """Tensors that must be equal, bit for bit, on all ranks of a group."""
 
     group: dist.ProcessGroup
     tensors: Mapping[str, Tensor]
@@ -44,40 +44,46 @@ class Engine(Protocol):
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], loss: Callable[[nn.Module, MicroBatch], Tensor]
     ) -> Tensor:
-        """Accumulate gradients. `loss` gives the micro-batch's share of the global mean loss, so that the sum over
-        micro-batches and ranks is the loss of the global batch. Returns this rank's share, fp32 scalar on `device`:
-        reading it waits for the device, so that is left to the caller."""
+        """Accumulate gradients, and return this rank's share of the loss as an fp32 scalar on `device`.
+
+        `loss` returns the micro-batch's share of the global mean loss, so that the sum over micro-batches and ranks is
+        the loss of the global batch. To read the result waits for the device, which is left to the caller.
+        """
         ...
 
     def step(self, learning_rate: float, ema_weights: Mapping[str, float]) -> float:
-        """Clip, step the optimiser, update the moving averages, clear gradients; returns the global gradient norm
-        before clipping. Nothing is changed, but for the cleared gradients, when the norm is not finite."""
+        """Clip, step the optimiser, update the moving averages and clear gradients; return the norm before clipping.
+
+        The gradient norm is global. When it is not finite, nothing is changed but the gradients, which are cleared.
+        """
         ...
 
     def averaged(self, average: str) -> AbstractContextManager[None]:
-        """Within the block the model computes with this average of the weights. All ranks enter it."""
+        """Let the model compute with this average of the weights within the block, which all ranks enter."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """The live, sharded tensors, by fully qualified parameter name:
+        """Return the live, sharded tensors by fully qualified parameter name.
+
+        The layout is the same for every engine, so each loads what another has saved:
 
             {"model": {name: tensor},
              "optimizer": {name: {"exp_avg": tensor, "exp_avg_sq": tensor, "step": tensor}},
              "ema": {average: {name: tensor}}}
 
         A tensor is a DTensor or a FlatShard (distributed.flat_shard) of the parameter's global shape, or, if every rank
-        has the whole of it, a Tensor. The layout is the same for every engine, so each loads what another has saved.
+        has the whole of it, a Tensor.
         """
         ...
 
     def loading(self) -> AbstractContextManager[dict[str, Any]]:
-        """Gives `state_dict()`, to be filled in place within the block; it counts after it. All ranks enter it."""
+        """Give `state_dict()` to be filled in place within the block, after which it counts. All ranks enter it."""
         ...
 
     def resident_bytes(self) -> dict[str, int]:
-        """Bytes of storage that this rank holds between steps: "parameters", "optimizer", "ema"."""
+        """Return the bytes of storage that this rank holds between steps: "parameters", "optimizer", "ema"."""
         ...
 
     def replicas(self) -> Replicas | None:
-        """What several ranks hold copies of; None where every number is on one rank only."""
+        """Return the tensors that several ranks hold copies of; None where every number is on one rank only."""
         ...

@@ -1,1 +1,1 @@
-"""Measuring a model: held-out loss, generation over ranks, recognisability."""
+"""Measurements of a trained model: held-out loss, recognition of generated digits, scores of VBench."""

@@ -1,4 +1,4 @@
-"""Are generated digits recognised as what was asked for, and are they more than copies?
+"""`pomscale evaluate digits`: whether generated digits are recognised, and whether they are copies.
 
 A support vector classifier is fitted on real digits that were not trained on. The distance of every picture to its
 nearest training picture is set beside that of real held-out pictures: a model that copies has distances near 0.
@@ -11,17 +11,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from sklearn.metrics import pairwise_distances
 from sklearn.svm import SVC
 
 from pomscale.base.errors import InputError
+from pomscale.media.pictures import read_grey
 
 
 @dataclass(frozen=True)
 class DigitsReport:
-    """Accuracies are shares; distances are Euclidean between pictures with values in [0, 1], to the nearest
-    training picture: mean and 5th percentile."""
+    """Accuracies as shares, and distances to the nearest training picture.
+
+    Distances are Euclidean, between pictures with values in [0, 1]; mean and 5th percentile.
+    """
 
     num_generated: int
     accuracy_generated: float
@@ -33,7 +35,7 @@ class DigitsReport:
     nearest_heldout_p05: float
 
     def table(self) -> str:
-        """For people."""
+        """Return a table for people."""
         rows = [
             ("recognised as the class asked for", f"{self.accuracy_generated:.1%}", f"{self.accuracy_real:.1%}"),
             ("distance to training half, mean", _three(self.nearest_generated_mean), _three(self.nearest_heldout_mean)),
@@ -50,13 +52,23 @@ class DigitsReport:
         )
 
     def to_json(self) -> str:
+        """Return the figures as JSON."""
         return json.dumps(asdict(self), indent=1)
 
 
 def evaluate_digits(npz: Path, train_folder: Path, heldout_folder: Path) -> DigitsReport:
-    """npz: as written by `pomscale sample --npz`. The folders hold one subfolder of PNGs per class.
+    """Evaluate generated digits.
 
-    Raises InputError if a file is missing or the pictures' sizes differ.
+    Args:
+        npz: File of `pomscale sample --npz`.
+        train_folder: Folder of the training pictures, with one subfolder of PNGs per class.
+        heldout_folder: Folder of pictures that were not trained on, likewise.
+
+    Returns:
+        The figures.
+
+    Raises:
+        InputError: A file is missing, or the pictures' sizes differ.
     """
     train, train_labels = _read_folder(train_folder)
     heldout, heldout_labels = _read_folder(heldout_folder)
@@ -90,9 +102,9 @@ def _three(value: float) -> str:
 
 
 def _read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (n, pixels) float64 in [0, 1] and labels (n,) of a class folder."""
+    """Read pictures (n, pixels) float64 in [0, 1] and labels (n,) from the subfolders of classes."""
     files = sorted(folder.glob("*/*.png"))
     if not files:
         raise InputError(f"{folder}: no class folders of PNGs here; write them: python -m data_pipelines.demos.digits")
-    pictures = np.stack([np.asarray(Image.open(file)).ravel() for file in files]) / 255.0
+    pictures = np.stack([read_grey(file).ravel() for file in files]) / 255.0
     return pictures, np.array([int(file.parent.name) for file in files])

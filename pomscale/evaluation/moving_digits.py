@@ -1,13 +1,15 @@
-"""Do generated clips show the digit that was asked for, and does it move the way that was asked for?
+"""`pomscale evaluate moving-digits`: whether clips show the digit and the direction that their prompts ask for.
 
-**Digit.** A support vector classifier is fitted on the middle frames of real clips that were not trained on, and judges
-the middle frames of the generated ones. Before, the digit is rolled to the centre of the canvas and cut out.
+**Digit.** A support vector classifier is fitted on the middle frames of real clips that were not trained on, and
+classifies the middle frames of the generated ones. Before that, the digit is rolled to the centre of the canvas and cut
+out.
 
 **Direction.** The centroid of the brightness is followed from frame to frame, on a canvas whose opposite sides touch:
-it is the angle of the first Fourier coefficient, axis by axis. A step is the shorter way round. A clip moves where the
-sum of its steps points. How many single steps point there as well is shown beside, for a digit that jumps may arrive.
+it is the angle of the first Fourier coefficient, axis by axis. A step is the shorter way round. A clip moves in the
+direction of the sum of its steps. The share of single steps in that direction is reported too, since a digit that jumps
+may also arrive.
 
-Both are measured of real clips in the same way. They are the ceiling.
+Both are measured for real clips in the same way, which gives the ceiling.
 """
 
 from __future__ import annotations
@@ -21,11 +23,7 @@ import numpy as np
 from sklearn.svm import SVC
 
 from pomscale.base.errors import InputError
-
-try:
-    import av
-except ImportError as error:
-    raise InputError(f"clips need the package av: {error}. Run: pip install -e '.[video]'") from error
+from pomscale.media.clips import read_grey_frames
 
 _DIGIT = 8  # side of a digit, in pixels
 _DIRECTIONS = (("up", "down"), ("left", "right"))  # by axis, and by sign
@@ -34,7 +32,7 @@ _MAX_REAL = 600  # more real clips of the training half would not change the cei
 
 @dataclass(frozen=True)
 class MovingDigitsReport:
-    """All are shares. `by_prompt`: of the generated clips of a prompt, digit and direction."""
+    """Shares of clips; `by_prompt` has the shares of digit and direction among the generated clips of each prompt."""
 
     num_generated: int
     num_frames_generated: int
@@ -48,7 +46,7 @@ class MovingDigitsReport:
     by_prompt: dict[str, tuple[float, float]]
 
     def table(self) -> str:
-        """For people."""
+        """Return a table for people."""
         rows = [
             ("digit asked for, middle frame", self.digit_generated, self.digit_real),
             ("direction asked for", self.direction_generated, self.direction_real),
@@ -69,13 +67,23 @@ class MovingDigitsReport:
         )
 
     def to_json(self) -> str:
+        """Return the figures as JSON."""
         return json.dumps(asdict(self), indent=1)
 
 
 def evaluate_moving_digits(npz: Path, train_folder: Path, heldout_folder: Path) -> MovingDigitsReport:
-    """npz: as written by `pomscale sample --npz`. The folders: data_pipelines.demos.moving_digits writes them.
+    """Evaluate generated clips of moving digits.
 
-    Raises InputError if a file is missing, or clips and captions are not of moving digits on canvases of one size.
+    Args:
+        npz: File of `pomscale sample --npz`.
+        train_folder: Folder of the training clips, which data_pipelines.demos.moving_digits writes.
+        heldout_folder: Folder of clips that were not trained on, likewise.
+
+    Returns:
+        The figures.
+
+    Raises:
+        InputError: A file is missing, or clips and captions are not of moving digits on canvases of one size.
     """
     try:
         with np.load(npz) as arrays:
@@ -91,8 +99,8 @@ def evaluate_moving_digits(npz: Path, train_folder: Path, heldout_folder: Path) 
     # gamma = "scale" adapts the kernel to the data; this is scikit-learn's own digits example otherwise.
     classifier = SVC(C=10.0).fit(_middle_digits(heldout), [_digit(caption) for caption in heldout_captions])
     digits = classifier.predict(_middle_digits(generated)) == [_digit(prompt) for prompt in prompts]
-    directions, steps = _right_ways(generated, prompts)
-    real_directions, real_steps = _right_ways(real, real_captions)
+    directions, steps = _follow_captions(generated, prompts)
+    real_directions, real_steps = _follow_captions(real, real_captions)
     asked = np.array(prompts)
     return MovingDigitsReport(
         num_generated=len(generated),
@@ -112,8 +120,10 @@ def evaluate_moving_digits(npz: Path, train_folder: Path, heldout_folder: Path) 
 
 
 def directions_of(clip: np.ndarray) -> tuple[str, list[str]]:
-    """Where the bright part of a clip (f, h, w) of at least two frames moves: left, right, up or down, on the whole and
-    from each frame to the next."""
+    """Return the direction in which the bright part of a clip moves, on the whole and from each frame to the next.
+
+    The clip is (f, h, w) with at least two frames; directions are left, right, up and down.
+    """
     sides = np.array(clip.shape[1:])
     steps = np.diff(_centroids(clip), axis=0)
     steps = (steps + sides / 2) % sides - sides / 2
@@ -121,7 +131,7 @@ def directions_of(clip: np.ndarray) -> tuple[str, list[str]]:
 
 
 def digit_of(frame: np.ndarray) -> np.ndarray:
-    """The digit in a frame (h, w), cut out (8, 8). An axis that it fills is left as it is, for there it cannot move."""
+    """Cut the digit (8, 8) out of a frame (h, w). An axis that the digit fills is kept, since it cannot move there."""
     centroid = _centroids(frame[None])[0]
     for axis, side in enumerate(frame.shape):
         if side > _DIGIT:
@@ -131,13 +141,13 @@ def digit_of(frame: np.ndarray) -> np.ndarray:
 
 
 def _direction(move: np.ndarray) -> str:
-    """Of rows and columns (2,), the one that is more."""
+    """Return the direction of the larger part of a move in rows and columns (2,)."""
     axis = int(np.argmax(np.abs(move)))
     return _DIRECTIONS[axis][int(move[axis] > 0)]
 
 
 def _centroids(clip: np.ndarray) -> np.ndarray:
-    """(f, h, w) -> row and column of each frame's centroid on a torus (f, 2)."""
+    """Return row and column (f, 2) of the centroid of each frame of a clip (f, h, w) on a torus."""
     centroids = []
     for axis, side in ((2, clip.shape[1]), (1, clip.shape[2])):
         circle = np.exp(2j * np.pi * np.arange(side) / side)
@@ -146,24 +156,24 @@ def _centroids(clip: np.ndarray) -> np.ndarray:
 
 
 def _middle_digits(clips: np.ndarray) -> np.ndarray:
-    """(n, f, h, w) -> (n, 64)"""
+    """Return the digits in the middle frames of clips (n, f, h, w): (n, 64)."""
     return np.stack([digit_of(clip[len(clip) // 2]).ravel() for clip in clips])
 
 
-def _right_ways(clips: np.ndarray, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Of clips (n, f, h, w), whether each moves as its caption says, and whether each step does (n, f - 1)."""
+def _follow_captions(clips: np.ndarray, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return whether each clip of (n, f, h, w) moves as its caption says, and whether each step does (n, f - 1)."""
     asked = [caption.split()[-1] for caption in captions]
     wholes, steps = zip(*map(directions_of, clips), strict=True)
     return np.array(wholes) == asked, np.array(steps) == np.array(asked)[:, None]
 
 
 def _digit(caption: str) -> str:
-    """three, of "three moving left"."""
+    """Return the digit of a caption: "three" for "three moving left"."""
     return caption.split(maxsplit=1)[0]
 
 
 def _read_folder(folder: Path, canvas: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
-    """Clips (n, f, h, w) in [0, 1] on a canvas (h, w), and their captions."""
+    """Read clips (n, f, h, w) in [0, 1] on a canvas (h, w), and their captions."""
     files = sorted(folder.glob("*.mp4"))[:_MAX_REAL]
     if not files:
         raise InputError(f"{folder}: no clips here; write them: python -m data_pipelines.demos.moving_digits")
@@ -172,9 +182,8 @@ def _read_folder(folder: Path, canvas: tuple[int, int]) -> tuple[np.ndarray, lis
 
 
 def _read_clip(file: Path, canvas: tuple[int, int]) -> np.ndarray:
-    """(f, h, w) in [0, 1]: the mean over the pixels of the file that a pixel of the canvas became."""
-    with av.open(str(file)) as container:
-        frames = np.stack([frame.to_ndarray(format="gray") for frame in container.decode(video=0)])
+    """Read a clip (f, h, w) in [0, 1], as means over the pixels of the file that show one pixel of the canvas."""
+    frames = read_grey_frames(file)
     height, width = canvas
     zoom = frames.shape[1] // height
     if frames.shape[1:] != (height * zoom, width * zoom):

@@ -1,9 +1,10 @@
-"""VBench's result files, and the quality, semantic and total score that are made of them.
+"""VBench's result files, and the quality, semantic and total scores that are computed from them.
 
 VBench (Huang et al. 2024) measures videos in 16 dimensions and writes NAME_eval_results.json: by dimension its score
-and a list of its videos. Taken from github.com/Vchitect/VBench at 45e79ec: names, ranges, weights and the formula of
-its leaderboard (scripts/constant.py and scripts/cal_final_score.py), and the prompts per dimension (prompts/README.md).
-The ranges are of scores that models can reach; a better one is above 1 when normalised, as on the leaderboard.
+and a list of its videos. Names, ranges, weights and the formula of its leaderboard are taken from
+github.com/Vchitect/VBench at 45e79ec (scripts/constant.py and scripts/cal_final_score.py), and so is the number of
+prompts per dimension (prompts/README.md). The ranges are those of scores that models can reach; a better score is
+above 1 when normalised, as on the leaderboard.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pomscale.base.errors import InputError
-
-VIDEOS_PER_PROMPT = 5
+from pomscale.sampling.vbench_suite import NUM_VIDEOS
 
 _QUALITY_WEIGHT, _SEMANTIC_WEIGHT = 4.0, 1.0
 _SLACK = 1e-3  # the cosine of two equal vectors may come out a little above 1
@@ -25,11 +25,17 @@ _SLACK = 1e-3  # the cosine of two equal vectors may come out a little above 1
 
 @dataclass(frozen=True)
 class Dimension:
-    """normalised score = (score - low) / (high - low).
+    """A dimension of VBench.
 
-    num_prompts: of its suite. all_count: every video of the suite has a score; VBench leaves out videos that move
-    (temporal flickering, by static_filter.py) and videos in which it does not find the object (color).
-    lowest: that a score can be. Most are shares or means of values in [0, 1]; the cosine of two embeddings is not.
+    Attributes:
+        low: Score that counts as 0 when normalised.
+        high: Score that counts as 1 when normalised.
+        num_prompts: Number of prompts in its suite.
+        weight: Weight in the mean of its group.
+        all_count: Every video of the suite has a score. VBench leaves out videos that move (temporal flickering, by
+            static_filter.py) and videos in which it does not find the object (color).
+        lowest: Lowest possible score. Most are shares or means of values in [0, 1]; the cosine of two embeddings is
+            not.
     """
 
     low: float
@@ -40,6 +46,7 @@ class Dimension:
     lowest: float = 0.0
 
     def normalized(self, score: float) -> float:
+        """Return (score - low) / (high - low)."""
         return (score - self.low) / (self.high - self.low)
 
 
@@ -68,24 +75,24 @@ DIMENSIONS = QUALITY | SEMANTIC
 
 @dataclass(frozen=True)
 class VBenchScores:
-    """By dimension: the score that VBench gave, not normalised, and how many videos it is of."""
+    """Scores by dimension as VBench gave them, not normalised, and the number of videos behind each."""
 
     scores: dict[str, float]
     num_videos: dict[str, int]
 
     @property
     def quality(self) -> float | None:
-        """Mean of the normalised scores; None unless all dimensions of QUALITY are there."""
+        """Mean of the normalised scores of QUALITY; None unless all its dimensions are there."""
         return self._mean(QUALITY)
 
     @property
     def semantic(self) -> float | None:
-        """The same of SEMANTIC."""
+        """Mean of the normalised scores of SEMANTIC; None unless all its dimensions are there."""
         return self._mean(SEMANTIC)
 
     @property
     def total(self) -> float | None:
-        """Of the leaderboard; None unless all 16 are there."""
+        """Total score of the leaderboard; None unless all 16 dimensions are there."""
         quality, semantic = self.quality, self.semantic
         if quality is None or semantic is None:
             return None
@@ -93,12 +100,12 @@ class VBenchScores:
 
     @property
     def figures(self) -> dict[str, float]:
-        """To be recorded: the scores as VBench gave them, and quality, semantic and total where they exist."""
+        """Figures to record: the scores as VBench gave them, and quality, semantic and total where they exist."""
         sums = {"quality": self.quality, "semantic": self.semantic, "total": self.total}
         return {name: value for name, value in sums.items() if value is not None} | self.scores
 
     def table(self) -> str:
-        """For people: a line per dimension, then the three scores, or why there are none."""
+        """Return a table for people: a line per dimension, then the three scores, or the dimensions they lack."""
         lines = [f"{'dimension':24}{'score':>10}{'normalised':>12}  videos"]
         for name, dimension in DIMENSIONS.items():
             if name in self.scores:
@@ -110,8 +117,8 @@ class VBenchScores:
             ("total", self.total, DIMENSIONS),
         ):
             missing = [name for name in needed if name not in self.scores]
-            told = f"{value:12.2%}" if value is not None else f"{'-':>12}  missing: {', '.join(missing)}"
-            lines.append(f"{title:34}{told}")
+            shown = f"{value:12.2%}" if value is not None else f"{'-':>12}  missing: {', '.join(missing)}"
+            lines.append(f"{title:34}{shown}")
         return "\n".join(lines)
 
     def _mean(self, group: dict[str, Dimension]) -> float | None:
@@ -121,17 +128,17 @@ class VBenchScores:
         return sum(weighted) / sum(one.weight for one in group.values())
 
     def _videos(self, name: str) -> str:
-        found, expected = self.num_videos[name], DIMENSIONS[name].num_prompts * VIDEOS_PER_PROMPT
+        found, expected = self.num_videos[name], DIMENSIONS[name].num_prompts * NUM_VIDEOS
         if DIMENSIONS[name].all_count and found != expected:
             return f"{found:,} (VBench's suite: {expected:,}; not comparable with its leaderboard)"
         return f"{found:,}"
 
 
 def read_results(paths: Sequence[Path]) -> VBenchScores:
-    """The scores in one or several NAME_eval_results.json, which share the dimensions among them.
+    """Read the scores in one or several NAME_eval_results.json, each of which has some of the dimensions.
 
-    InputError, naming the file, for what is none, for a dimension that VBench does not have or that is there twice, and
-    for a score that is no number or impossible.
+    Raise InputError, naming the file, for a file of another kind, for a dimension that VBench does not have or that is
+    there twice, and for a score that is no number or impossible.
     """
     scores: dict[str, float] = {}
     num_videos: dict[str, int] = {}
@@ -170,7 +177,7 @@ def _score(path: Path, name: str, entry: Any) -> tuple[float, int]:
             raise InputError(f"{path}: {name}: must be [score, [videos]], as VBench writes it")
     if not videos or not math.isfinite(score):
         raise InputError(
-            f"{path}: {name}: score {score} of {len(videos)} videos: VBench has found no video to score; "
+            f"{path}: {name}: score {score} of {len(videos)} videos: VBench found no video to score; "
             "its --videos_path must be the folder `videos` of `pomscale sample --vbench`"
         )
     lowest = DIMENSIONS[name].lowest

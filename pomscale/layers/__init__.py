@@ -1,4 +1,4 @@
-"""Layers: modules with weights, ignorant of models, process groups and sharding."""
+"""Layers: modules with weights, which know no models, process groups or sharding."""
 
 from pomscale.layers.attention import Attention, AttentionState
 from pomscale.layers.embeddings import TimestepEmbedding, sincos_positions_2d, sincos_positions_3d, timestep_features

@@ -13,7 +13,7 @@ from pomscale.ops.pom import BlockCausal, Mask, check_mask, dense_mask
 
 @dataclass(frozen=True)
 class AttentionState:
-    """What attention carries of n past tokens: key and value (b heads n d/heads), takes_part (b n) bool."""
+    """State that attention carries of n past tokens: key and value (b heads n d/heads), takes_part (b n) bool."""
 
     key: Tensor
     value: Tensor
@@ -38,7 +38,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Mask = None) -> Tensor:
-        """x (b m d) reads context (b n d), by default itself -> (b m d).
+        """Let x (b m d) read context (b n d), by default x itself -> (b m d).
 
         Masks as in `PoM.forward`, built densely except for None and "causal". For a query with an empty context the
         heads give 0. Raises ValueError for a mask that does not fit.
@@ -59,9 +59,9 @@ class Attention(nn.Module):
         return self._merge_heads(heads)
 
     def step(self, x: Tensor, state: AttentionState | None = None, mask: Mask = None) -> tuple[Tensor, AttentionState]:
-        """The next chunk x (b n d) of a sequence -> (b n d) and the state to pass to the next call.
+        """Map the next chunk x (b n d) of a sequence -> (b n d) and the state to pass to the next call.
 
-        mask as in `PoM.step`: None, bool (b n) or "causal".
+        mask is as in `PoM.step`: None, bool (b n) or "causal".
         """
         batch, num_tokens, _ = x.shape
         check_mask(mask, batch, num_tokens, num_tokens)
@@ -79,16 +79,16 @@ class Attention(nn.Module):
         return self._merge_heads(heads), AttentionState(key, value, takes_part)
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        """(b n d) -> (b heads n d/heads)"""
+        """Split x (b n d) -> (b heads n d/heads)."""
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
     def _merge_heads(self, heads: Tensor) -> Tensor:
-        """(b heads n d/heads) -> (b n d), through the output map"""
+        """Join heads (b heads n d/heads) -> (b n d), through the output map."""
         return self.output(heads.transpose(1, 2).flatten(2))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, readable: Tensor) -> Tensor:
-    """Attention under a dense mask `readable` (b m n); rows that read nothing give 0."""
+    """Attend under a dense mask `readable` (b m n); rows that read nothing give 0."""
     readable = readable[:, None]
     # A softmax over nothing is NaN in some backends: such rows read everything, and what they read is dropped.
     empty = ~readable.any(-1, keepdim=True)

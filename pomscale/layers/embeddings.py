@@ -1,5 +1,8 @@
-"""Time and position as vectors. Nothing is stored: features are computed in fp32 in every forward pass, so that
-modules built on the meta device and images of any resolution just work."""
+"""Time and position as vectors.
+
+Nothing is stored: features are computed in fp32 in every forward pass, so that modules built on the meta device and
+images of any resolution work.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ _NUM_TIMESTEPS = 1000
 
 
 def timestep_features(t: Tensor, dim: int) -> Tensor:
-    """t (..) in [0, 1], dim even -> fp32 (.. dim): [cos, sin](1000 t f_i), f_i = 1000^(-2i / dim), i < dim / 2."""
+    """Embed t (..) in [0, 1] as (.. dim) fp32: [cos, sin](1000 t f_i), f_i = 1000^(-2i / dim), i < dim / 2."""
     index = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
     # In HoMM's order of operations: angles go up to 1000, where the last bit of a frequency shows in an output.
     frequencies = torch.exp(-2 * math.log(_NUM_TIMESTEPS) * index / dim)
@@ -22,7 +25,7 @@ def timestep_features(t: Tensor, dim: int) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """t (..) in [0, 1] -> (.. d) in the dtype of the weights: features, Linear to 4d, SiLU, Linear to d."""
+    """Map t (..) in [0, 1] -> (.. d) in the dtype of the weights: features, Linear to 4d, SiLU, Linear to d."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -36,7 +39,7 @@ class TimestepEmbedding(nn.Module):
 
 
 def sincos_positions_2d(height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(height * width, dim) of a grid in row-major order: x half, then y half, each [sin, cos](pi (2i + 1) p).
+    """Embed a grid in row-major order (height * width, dim): x half, then y half, each [sin, cos](pi (2i + 1) p).
 
     i < dim / 4; p runs from 0 to 1 along the axis at any resolution. Raises ValueError if 4 does not divide dim.
     """
@@ -48,7 +51,7 @@ def sincos_positions_2d(height: int, width: int, dim: int, device: torch.device,
 
 
 def _features_of_side(length: int, dim: int, device: torch.device) -> Tensor:
-    """fp32 (length, dim): [sin, cos](pi (2i + 1) p), i < dim / 2; p runs from 0 to 1."""
+    """Embed one axis as fp32 (length, dim): [sin, cos](pi (2i + 1) p), i < dim / 2; p runs from 0 to 1."""
     odd = 2 * torch.arange(dim // 2, dtype=torch.float32, device=device) + 1
     # In HoMM's order of operations, for the same reason as the frequencies of time.
     angles = torch.linspace(0, 1, length, dtype=torch.float32, device=device)[:, None] * odd * math.pi
@@ -62,7 +65,7 @@ _LONGEST_PERIOD = 10_000
 def sincos_positions_3d(
     groups: Tensor, height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """(b, g * height * width, dim) of tokens in row-major order, for frame groups numbered `groups` (b, g) int64.
+    """Embed tokens in row-major order (b, g * height * width, dim), of frame groups numbered `groups` (b, g) int64.
 
     x and y as in `sincos_positions_2d`, on a third of the channels each; the rest tells the group: [sin, cos](n f_i),
     f_i = 10000^(-i / m), i < m. Groups are counted from the beginning of time, whatever a clip's length or start, so

@@ -1,4 +1,4 @@
-"""The feed-forward half of a block."""
+"""Feed-forward half of a block."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class FeedForward(nn.Sequential):
-    """(.. d) -> (.. d): Linear to expansion * d, exact GELU, Linear back."""
+    """Map (.. d) -> (.. d): Linear to expansion * d, exact GELU, Linear back."""
 
     def __init__(self, dim: int, expansion: int) -> None:
         super().__init__(nn.Linear(dim, expansion * dim), nn.GELU(), nn.Linear(expansion * dim, dim))

@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (b n d), shift and scale broadcastable to it, usually (b 1 d): x (1 + scale) + shift."""
+    """Return x (1 + scale) + shift for x (b n d); shift and scale broadcast to it and are usually (b 1 d)."""
     return x * (1 + scale) + shift

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 
 class PatchEmbedding(nn.Module):
-    """(b c H W) -> (b n d), one token per patch_size x patch_size square, row-major; ValueError on uneven sides.
+    """Map pictures (b c H W) -> (b n d), one token per patch_size x patch_size square, row-major.
 
-    A convolution, so that its weight has the layout of the authors' checkpoints. Pictures are cast to its dtype.
+    This is a convolution, so that its weight has the layout of the authors' checkpoints. Pictures are cast to its
+    dtype. Raises ValueError for sides that are no multiple of patch_size.
     """
 
     def __init__(self, channels: int, dim: int, patch_size: int) -> None:
@@ -24,7 +25,7 @@ class PatchEmbedding(nn.Module):
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:
-    """tokens (b, height * width, p * p * c), channels (patch row, patch column, c) -> (b, c, height p, width p).
+    """Turn tokens (b, height * width, p * p * c), channels (patch row, patch column, c), to (b, c, height p, width p).
 
     height and width count tokens. The order of the channels is that of the authors' head.
     """
@@ -36,7 +37,7 @@ def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tens
 
 
 class ClipPatchEmbedding(nn.Module):
-    """(b c F H W) -> (b n d), one token per patch_frames x patch_size x patch_size, frame groups first, then row-major.
+    """Map (b c F H W) -> (b n d), a token per patch_frames x patch_size x patch_size: frame groups, then row-major.
 
     ValueError where the patches do not fill the clip. Clips are cast to the dtype of the weight.
     """
@@ -57,7 +58,7 @@ class ClipPatchEmbedding(nn.Module):
 
 
 def unpatchify_clips(tokens: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
-    """tokens (b, G * H * W, f * p * q * c), channels (frame, row, column, c) -> (b, c, G f, H p, W q).
+    """Turn tokens (b, G * H * W, f * p * q * c), channels (frame, row, column, c), to (b, c, G f, H p, W q).
 
     grid (G, H, W) counts tokens, patch is (f, p, q).
     """

@@ -14,7 +14,9 @@ _OFFICIAL_NAMES = {"projection": "ho_proj", "gate": "se_proj", "output": "ag_pro
 
 
 class PoM(nn.Module):
-    """Every query reads the mean monomial state of its context through a gate (arXiv 2411.12663, product form):
+    """Mixer in which every query reads the mean monomial state of its context through a gate.
+
+    In the product form (arXiv 2411.12663):
 
         PoM(X, C) = Wo [sigmoid(Ws X) o H(C)],  H(C) = mean [h(W1 c); h(W1 c) o h(W2 c); ..; prod_m h(Wm c)],  h = GELU
 
@@ -39,7 +41,7 @@ class PoM(nn.Module):
         self.state_reduce: StateReduce | None = None
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Mask = None) -> Tensor:
-        """x (b m d) reads context (b n d), by default itself -> (b m d).
+        """Let x (b m d) read context (b n d), by default x itself -> (b m d).
 
         mask: None, "causal", BlockCausal(frame_length), bool (b n) of the context or bool (b m n); True takes part.
         A query with an empty context gets H = 0. Raises ValueError for a mask that does not fit.
@@ -48,7 +50,7 @@ class PoM(nn.Module):
         return self.output(polynomial_mixer(u, self.gate(x), self.degree, mask, state_reduce=self.state_reduce))
 
     def step(self, x: Tensor, state: PomState | None = None, mask: Mask = None) -> tuple[Tensor, PomState]:
-        """The next chunk x (b n d) of a sequence -> (b n d) and the state to pass to the next call.
+        """Map the next chunk x (b n d) of a sequence -> (b n d) and the state to pass to the next call.
 
         mask None or bool (b n): the chunk is one block that reads the past and all of itself, so chunks of frames
         equal the block-causal full pass. "causal": each token reads the past and the chunk up to itself.
@@ -60,7 +62,7 @@ class PoM(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Tensor], degree: int = 2) -> PoM:
-        """The layer with the weights of a HoM layer of davidpicard/HoMM.
+        """Build the layer with the weights of a HoM layer of davidpicard/HoMM.
 
         Keys: ho_proj, se_proj, ag_proj with .weight and, all or none, .bias. The degree cannot be seen in the shapes;
         dim and expand are. Raises ValueError for other keys and for shapes that do not fit together.

@@ -1,4 +1,4 @@
-"""From a video file to frames of one size, evenly spaced in time.
+"""Decode video files to frames of one size, evenly spaced in time.
 
 **Time.** Frame k of the result is the source frame whose presentation time is nearest to k / fps seconds after the
 first frame's, the earlier of two equally near ones. So it is right to half a source frame at a constant rate, and as
@@ -20,23 +20,24 @@ import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from pomscale.base.errors import InputError
-from pomscale.media.shapes import Filter, UnreadableMediaError, nearest_bucket
+from pomscale.media import Filter, UnreadableMediaError, nearest_bucket
 
 try:
     import av
     from av.video.reformatter import Interpolation, VideoReformatter
 except ImportError as error:
-    raise InputError(f"transform.kind: clips need the package av: {error}. Run: pip install -e '.[video]'") from error
+    raise InputError(f"clips need the package av: {error}. Run: pip install -e '.[video]'") from error
 
 # Containers, as FFmpeg names them. Not playlists and the like: those make FFmpeg open further files and addresses.
 _FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
 
-# What swscale calls 1 channel, from black 0 to white 255, and 3.
+# Names of swscale for 1 channel, from black 0 to white 255, and 3.
 _FORMATS_OUT = {1: "gray", 3: "rgb24"}
 
 # Wider or higher ones are no pictures, and to cover a target they would take any amount of memory.
@@ -50,22 +51,35 @@ _SCALERS: dict[Filter, int] = {"area": Interpolation.AREA | _ACCURATE, "lanczos"
 
 @dataclass(frozen=True, slots=True)
 class DecodedClip:
-    frames: np.ndarray  # (f, h, w, 3) uint8, RGB, or (f, h, w, 1), grey
-    target: int  # index of the target that it got
-    info: dict[str, Any]  # for the record's JSON
+    """A decoded clip."""
+
+    frames: np.ndarray
+    """(f, h, w, 3) uint8, RGB, or (f, h, w, 1), grey."""
+    target: int
+    """Index of the target whose size the frames have."""
+    info: dict[str, Any]
+    """Facts for the record's JSON: width and height of the file, duration_s by its header, source_fps (the mean) and
+    num_source_frames of the decoded part, and whether their rate varies."""
 
 
 def decode_clip(
     stream: BinaryIO, targets: Sequence[tuple[int, int, int]], fps: float, filter: Filter, num_channels: int = 3
 ) -> DecodedClip:
-    """The first seconds of a clip at `fps`, as one of the `targets` (frames, height, width), RGB or grey (1 channel).
+    """Return the first seconds of a clip in the best of several sizes.
 
-    It gets the longest that it can fill, and of those the one of the nearest aspect ratio. Runs in one thread; other
-    threads may decode other streams meanwhile. `info`: width and height of the file, duration_s as its header has it,
-    source_fps (the mean) and num_source_frames of what was decoded, and whether their rate varies.
+    The clip gets the longest target that it can fill, and of those the one of the nearest aspect ratio. Decoding runs
+    in this thread alone; other threads may decode other streams meanwhile.
 
-    UnreadableMediaError for what is no video or too short; what reading the stream raises is passed on, for it says
-    nothing about the clip.
+    Args:
+        stream: The video file, seekable.
+        targets: Possible sizes (frames, height, width).
+        fps: Frames per second of the result.
+        filter: How frames are scaled.
+        num_channels: 3 for RGB, 1 for grey.
+
+    Raises:
+        UnreadableMediaError: The file is no video or too short. Errors of reading the stream are passed on instead,
+            since they say nothing about the clip.
     """
     try:
         with av.open(stream, "r", options={"format_whitelist": _FORMATS}, metadata_errors="ignore") as container:
@@ -92,7 +106,7 @@ def decode_clip(
 def _resample(
     reader: _FrameReader, targets: Sequence[tuple[int, int, int]], fps: float, filter: Filter, num_channels: int
 ) -> tuple[np.ndarray, int]:
-    """Frames (f, h, w, num_channels) uint8 and the index of their target, which is known when the source has ended."""
+    """Return frames (f, h, w, num_channels) uint8 and the index of their target, known when the source has ended."""
     interval = 1 / Fraction(fps)
     longest = max(target[0] for target in targets)
     chosen: dict[int, int] = {}  # by number of frames, longest first: the target of a clip that fills no more
@@ -130,7 +144,7 @@ class _Collected:
 
 
 def _nearest_by_length(shown: tuple[float, float], targets: Sequence[tuple[int, int, int]]) -> dict[int, int]:
-    """For every number of frames, from the largest, the index of the target with the nearest aspect ratio."""
+    """Return for every number of frames, from the largest, the index of the target of the nearest aspect ratio."""
     chosen = {}
     for length in sorted({target[0] for target in targets}, reverse=True):
         indices = [index for index, target in enumerate(targets) if target[0] == length]
@@ -147,16 +161,16 @@ class _FrameReader:
         self._gaps: tuple[Fraction, Fraction] | None = None  # the shortest and the longest between frames
         self._last_time = Fraction(0)
         self.num_frames = 0
-        self.seconds = Fraction(0)  # read so far, with the time that the last frame is shown
-        self.stopped = ""  # what came then, if it was not the end
+        self.seconds = Fraction(0)  # duration of the frames so far, the last one included
+        self.stopped = ""  # why reading stopped before the end
 
     @property
     def pixel_aspect(self) -> Fraction:
-        """Width over height of a pixel."""
+        """Width of a pixel over its height."""
         return self._video.sample_aspect_ratio or Fraction(1)
 
     def nearest(self, interval: Fraction) -> Iterator[tuple[av.VideoFrame, Fraction]]:
-        """Every frame with the time up to which it is the nearest, in seconds after the first frame's.
+        """Yield every frame with the time up to which it is the nearest, in seconds after the first frame's.
 
         The last one counts for half its duration, or until an `interval` before it ends if that is later: so a clip
         that lasts n intervals fills n frames at any rate.
@@ -231,11 +245,11 @@ class _Fitter:
 
     @property
     def shown(self) -> tuple[float, float]:
-        """Height and width as a player shows it."""
+        """Height and width in which a player shows the clip."""
         return (self._width, self._height) if self._transposed else (self._height, self._width)
 
     def fit(self, frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
-        """(h, w, num_channels) uint8 of `size` = (h, w)."""
+        """Return the frame in `size` = (h, w), as (h, w, num_channels) uint8."""
         height, width = reversed(size) if self._transposed else size
         scale = max(height / self._height, width / self._width)
         cover_height = max(height, round(self._height * scale))
@@ -253,7 +267,7 @@ class _Fitter:
 
 
 def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """What makes a frame upright: whether to transpose it, then to reverse rows, then columns.
+    """Return whether to transpose a frame, then to reverse its rows, then its columns, to turn it upright.
 
     The display matrix (a b u; c d v; x y w) puts a pixel (p, q), right and down, at (a p + c q, b p + d q).
     """
@@ -272,3 +286,9 @@ def _header_seconds(container: av.container.InputContainer, video: av.VideoStrea
     if video.duration is not None and video.time_base is not None:
         return round(float(video.duration * video.time_base), 3)
     return None if container.duration is None else round(container.duration / av.time_base, 3)
+
+
+def read_grey_frames(path: Path) -> np.ndarray:
+    """Return all frames of a video file as they are stored, in grey: (f, h, w) uint8."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="gray") for frame in container.decode(video=0)])

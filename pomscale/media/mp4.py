@@ -1,4 +1,4 @@
-"""Clips as mp4 files: H.264 in yuv420p, which every browser plays. A thin adapter on PyAV."""
+"""Encode clips as mp4 files: H.264 in yuv420p, which every browser plays. A thin adapter on PyAV."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ try:
 except ImportError as error:
     raise InputError(f"clips need the package av: {error}. Run: pip install -e '.[video]'") from error
 
-# Fragments while it is written, so that what a killed process leaves (FILE.*.tmp) can be played; an ordinary file,
-# which players can search in, as soon as it is closed.
+# The file has fragments while it is written, so that the FILE.*.tmp of a killed process can be played; once closed it
+# is an ordinary file, in which players can seek.
 _CONTAINER_OPTIONS = {"movflags": "+hybrid_fragmented+frag_keyframe"}
 
 # Seconds from one key frame, and so one fragment, to the next.
@@ -30,11 +30,11 @@ _CRF = 16
 
 
 class Mp4Stream:
-    """Frames of one size into an open file.
+    """Writes frames of one size into an open file.
 
-    The same frames make the same film to the eye, but not always to the byte: of frames under some 50 pixels x264
-    compresses a few in a thousand otherwise (core 165, its mbtree with vector instructions). Without mbtree they never
-    differed, but films grow by a third and more, so it stays; what is to be compared exactly is saved as npz.
+    The same frames make the same clip to the eye, but not always to the byte: of frames under some 50 pixels x264
+    compresses a few in a thousand differently (core 165, its mbtree with vector instructions). Without mbtree they
+    never differed, but clips grow by a third and more, so it stays. Save clips as npz to compare them exactly.
     """
 
     def __init__(self, container: av.container.OutputContainer, fps: float) -> None:
@@ -43,7 +43,10 @@ class Mp4Stream:
         self._num_frames = 0
 
     def write(self, frames: np.ndarray) -> None:
-        """(f, h, w, 3) uint8; a side of odd length gets a white pixel more, since the colours of two share one."""
+        """Write frames (f, h, w, 3) uint8.
+
+        A side of odd length gets one more white pixel, since pairs of pixels share their colour.
+        """
         frames = np.pad(
             frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), constant_values=255
         )
@@ -56,7 +59,7 @@ class Mp4Stream:
             self._container.mux(self._stream.encode(frame))
 
     def finish(self) -> None:
-        """Writes what the encoder still holds back."""
+        """Write the frames that the encoder still holds back."""
         if self._stream is not None:
             self._container.mux(self._stream.encode(None))
 
@@ -64,7 +67,7 @@ class Mp4Stream:
         stream = self._container.add_stream("libx264", rate=self._rate, options={"crf": str(_CRF)})
         stream.height, stream.width = height, width
         stream.pix_fmt = "yuv420p"
-        # Said, since players guess from the size, and would take large frames for BT.709.
+        # Stated, since players otherwise guess from the size, and take large frames for BT.709.
         stream.codec_context.colorspace = Colorspace.ITU601
         # By default as many as there are cores, with buffers for each: too many where many clips are written at once,
         # and the file would depend on the machine.
@@ -75,7 +78,7 @@ class Mp4Stream:
 
 @contextmanager
 def open_mp4(path: Path, fps: float) -> Iterator[Mp4Stream]:
-    """A stream into `path`, which is there as soon as the block ends without an error; raises as `atomic_write`."""
+    """Open a stream into `path`, which exists once the block ends without an error. Raises as `atomic_write`."""
     with atomic_write(path) as file:
         container = av.open(file, "w", format="mp4", container_options=_CONTAINER_OPTIONS)
         stream = Mp4Stream(container, fps)
@@ -84,7 +87,24 @@ def open_mp4(path: Path, fps: float) -> Iterator[Mp4Stream]:
             stream.finish()
             container.close()
         except BaseException:
-            # What it would write now goes nowhere, and where a full disk was the reason it fails again.
+            # Closing writes the rest to a file that is deleted, and fails again where the disk is full.
             with suppress(av.FFmpegError, PomscaleError):
                 container.close()
             raise
+
+
+def write_grey_clip(path: Path, frames: np.ndarray, *, fps: int, crf: int) -> None:
+    """Write grey frames (f, h, w) uint8 to an mp4 of constant rate factor `crf`. The same frames give the same bytes.
+
+    The options of `Mp4Stream` are left out: datasets are made from these files, and their bytes must not change.
+    """
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(crf)})
+        stream.height, stream.width = frames.shape[1:]
+        stream.pix_fmt = "yuv420p"  # which every player takes
+        stream.codec_context.thread_count = 1  # the bytes depend on it
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="gray")
+            frame.pts, frame.time_base = number, Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))

@@ -1,4 +1,4 @@
-"""From a picture file to pixels of one size."""
+"""Decode picture files to pixels of one size, and write pixels to PNG files."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pomscale.media.shapes import Filter, UnreadableMediaError
+from pomscale.media import Filter, UnreadableMediaError
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _FILTERS: dict[Filter, Image.Resampling] = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 
-# What turns a picture of each EXIF orientation upright.
+# Transposition that turns a picture of each EXIF orientation upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -27,7 +28,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# What Pillow raises for files that are damaged or cut off, and for damaged EXIF and XMP.
+# Errors of Pillow for files that are damaged or cut off, and for damaged EXIF and XMP.
 _DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -47,16 +48,18 @@ MAX_PICTURE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class DecodedPicture:
+    """A decoded picture, and the size of its file."""
+
     image: Image.Image  # upright, mode L or RGB
-    width: int  # of the file, before it was turned upright
+    width: int  # before the picture was turned upright
     height: int
 
 
 def decode_picture(stream: BinaryIO, num_channels: int) -> DecodedPicture:
-    """Reads a PNG, JPEG or WebP file, turns it upright (EXIF) and converts it to grey (1 channel) or RGB (3).
+    """Read a PNG, JPEG or WebP file, turn it upright (EXIF) and convert it to grey (1 channel) or RGB (3).
 
-    Transparency is laid on white. UnreadableMediaError if that is impossible or the file is larger than
-    MAX_PICTURE_BYTES; what `stream.read` raises is passed on, for it says nothing about the picture.
+    Transparent pixels are laid on white. Raises UnreadableMediaError if that is impossible or the file is larger than
+    MAX_PICTURE_BYTES. Errors of `stream.read` are passed on, since they say nothing about the picture.
     """
     content = stream.read(MAX_PICTURE_BYTES + 1)
     if len(content) > MAX_PICTURE_BYTES:
@@ -65,7 +68,7 @@ def decode_picture(stream: BinaryIO, num_channels: int) -> DecodedPicture:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as file:
             width, height = file.size
             flat = _flatten(file, num_channels)
-            # Only the tag is read: ImageOps.exif_transpose writes EXIF anew as well, and fails where it is damaged.
+            # Only the tag is read: ImageOps.exif_transpose also writes EXIF again, and fails where it is damaged.
             orientation = file.getexif().get(ExifTags.Base.Orientation)
         image = flat.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else flat
     except UnidentifiedImageError as error:
@@ -76,9 +79,9 @@ def decode_picture(stream: BinaryIO, num_channels: int) -> DecodedPicture:
 
 
 def fit_picture(image: Image.Image, target: tuple[int, int], filter: Filter) -> np.ndarray:
-    """(height, width, channels) uint8 of `target` = (height, width): the central box of its aspect ratio, resized.
+    """Return the central box of the target's aspect ratio, resized to `target` = (height, width).
 
-    Smaller pictures are enlarged.
+    Smaller pictures are enlarged. The result is (height, width, channels) uint8.
     """
     height, width = target
     # Cut and resized in one go: a long strip, resized as a whole, takes any amount of memory.
@@ -88,9 +91,9 @@ def fit_picture(image: Image.Image, target: tuple[int, int], filter: Filter) -> 
 
 
 def _central_box(size: tuple[float, float], target: tuple[int, int]) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of the largest central box with the target's aspect ratio.
+    """Return (left, top, right, bottom) of the largest central box with the target's aspect ratio.
 
-    Sizes are (height, width). Its corner lies on whole pixels, so that what has the right size already is not blurred.
+    Sizes are (height, width). The corner lies on whole pixels, so that a picture of the right size is not blurred.
     """
     height, width = size
     if height * target[1] <= width * target[0]:
@@ -103,10 +106,21 @@ def _central_box(size: tuple[float, float], target: tuple[int, int]) -> tuple[fl
 
 def _flatten(image: Image.Image, num_channels: int) -> Image.Image:
     if image.mode.startswith(("I", "F")):
-        # Pillow would clip 16-bit greys to white without a word.
+        # Pillow would clip 16-bit greys to white without a warning.
         raise ValueError(f"pixels of more than 8 bits (Pillow mode {image.mode}); convert the file to 8 bits")
     mode = "L" if num_channels == 1 else "RGB"
     if not image.has_transparency_data:
         return image.convert(mode)
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)
+
+
+def read_grey(path: Path) -> np.ndarray:
+    """Return the pixels of a grey picture file, (h, w) uint8."""
+    with path.open("rb") as stream:
+        return np.asarray(decode_picture(stream, 1).image)
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """Write pixels, (h, w) grey or (h, w, 3) RGB uint8, to a PNG."""
+    Image.fromarray(pixels).save(path, format="PNG")

@@ -19,12 +19,12 @@ _CONFIG: TypeAdapter[ImageModelConfig | VideoModelConfig] = TypeAdapter(ModelCon
 
 
 def make_model(config: ImageModelConfig | VideoModelConfig) -> Model:
-    """The network of a recipe, its weights not yet set."""
+    """Build the network of a recipe, its weights not yet set."""
     return VDiPoM(config) if isinstance(config, VideoModelConfig) else DiPoM(config)
 
 
 def build_model(preset: str, *, latent_shape: Sequence[int], seed: int = 0, **changes: Any) -> Model:
-    """A named network with initial weights on the CPU:
+    """Build a named network with initial weights on the CPU.
 
         build_model("dipom-xl-2", num_classes=1000, latent_shape=(4, 32, 32))           # (channels, height, width)
         build_model("vdipom-xl-2", text_dim=4096, latent_shape=(16, 20, 30, 48))        # (channels, frames, ...)

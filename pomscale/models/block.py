@@ -1,4 +1,4 @@
-"""The block of an image network: a mixer and a feed-forward, both modulated and gated by the condition."""
+"""Block of an image network: a mixer and a feed-forward, both modulated and gated by the condition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pomscale.layers import Attention, FeedForward, PoM, modulate
 
 
 class Block(nn.Module):
-    """x (b n d), condition c (b 1 d) -> (b n d):
+    """Block that maps x (b n d) with condition c (b 1 d) -> (b n d).
 
         x <- x + (1 + g1) mixer(modulate(norm(x), shift1, scale1))
         x <- x + (1 + g2) ffn(modulate(norm(x), shift2, scale2))
@@ -36,7 +36,7 @@ class Block(nn.Module):
 
 
 def build_mixer(config: TrunkConfig, name: MixerName) -> PoM | Attention:
-    """A mixer as the config has it: as a self mixer, or as a cross mixer, which reads another sequence."""
+    """Build a mixer of a config, for use as a self mixer or as a cross mixer, which reads another sequence."""
     if name == "attention":
         return Attention(config.dim, config.num_heads)
     return PoM(config.dim, config.degree, config.expand)

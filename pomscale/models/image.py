@@ -12,7 +12,9 @@ from pomscale.models.block import Block, build_mixer
 
 
 class DiPoM(nn.Module):
-    """Predicts noise or velocity from noisy latents (arXiv 2411.12663, section 4; trunk of Peebles & Xie 2023).
+    """Network that predicts noise or velocity from noisy latents.
+
+    It is that of arXiv 2411.12663, section 4, with the trunk of Peebles & Xie 2023.
 
     Inputs may be of any floating dtype; activations and the output have the dtype of the weights.
     """
@@ -23,7 +25,7 @@ class DiPoM(nn.Module):
         channels, dim = config.latent_shape[0], config.dim
         self.patch_embedding = PatchEmbedding(channels, dim, config.patch_size)
         self.time_embedding = TimestepEmbedding(dim)
-        # The last row: no class. Given weights, it does not draw its own, which on the meta device takes half a second.
+        # The last row stands for no class. Given weights, it does not draw its own, which takes half a second on meta.
         self.class_embedding = nn.Embedding.from_pretrained(torch.empty(config.num_classes + 1, dim), freeze=False)
         self.trunk = nn.ModuleList(
             Block(dim, build_mixer(config, name), config.ffn_expansion) for name in config.mixers
@@ -33,15 +35,15 @@ class DiPoM(nn.Module):
         self.head = nn.Linear(dim, config.patch_size**2 * channels)
 
     def blocks(self) -> nn.ModuleList:
-        """The repeated blocks, in order: what an engine shards, checkpoints and compiles one by one."""
+        """Return the repeated blocks, in order, which an engine shards, checkpoints and compiles one by one."""
         return self.trunk
 
     def null_condition(self, batch_size: int, device: torch.device | str) -> Tensor:
-        """(batch_size,) int64: the condition that stands for no class."""
+        """Return the condition that stands for no class, (batch_size,) int64."""
         return torch.full((batch_size,), self.config.num_classes, dtype=torch.int64, device=device)
 
     def forward(self, latents: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """latents (b c h w), t (b,) in [0, 1] with 1 = noise, condition (b,) int64 class ids -> (b c h w).
+        """Predict from latents (b c h w), t (b,) in [0, 1] with 1 = noise, and class ids (b,) int64 -> (b c h w).
 
         h and w may differ from the config's; ValueError if the patch size does not divide them.
         """

@@ -1,4 +1,4 @@
-"""Initial weights that depend on the seed and on the name of a parameter, and on nothing else.
+"""Initial weights, which depend on the seed and on the name of a parameter alone.
 
 Every parameter has its own generator, so the result does not depend on build order, world size or sharding, and no
 process ever holds more than one whole parameter beside its shard.
@@ -30,7 +30,7 @@ def init_weights(model: nn.Module, seed: int, assign: Callable[[nn.Parameter, Te
 
 @torch.no_grad()
 def initial_value(model: nn.Module, name: str, seed: int) -> Tensor:
-    """What `init_weights` gives to the parameter `name`: all of it, fp32 on the CPU."""
+    """Return what `init_weights` gives to the whole parameter `name`, in fp32 on the CPU."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     value = torch.empty(module.get_parameter(leaf).shape, dtype=torch.float32, device="cpu")
@@ -44,8 +44,11 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _fill(value: Tensor, module: nn.Module, path: list[str], generator: torch.Generator) -> None:
-    """Linear maps and convolutions xavier uniform with bias 0; class and time embeddings N(0, 0.02); whatever
-    modulates starts at 0, and so does the head; gates start at 0 = 1 + bias."""
+    """Fill `value` with the initial value of the parameter at `path` of `module`.
+
+    Linear maps and convolutions are xavier uniform with bias 0, class and time embeddings N(0, 0.02). Modulation and
+    head start at 0; gates start at 0 = 1 + bias.
+    """
     owner, leaf = path[-2], path[-1]
     if not isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d | nn.Embedding) or leaf not in ("weight", "bias"):
         raise ValueError(f"{'.'.join(path)}: no rule says how to initialise this parameter")

@@ -1,4 +1,4 @@
-"""Carried states as plain tensors with names, so that a clip can be gone on with in another process."""
+"""Carried states as plain tensors with names, so that another process can continue a clip."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pomscale.ops.pom import PomState
 
 
 def states_to_tensors(states: Sequence[MixerState]) -> dict[str, Tensor]:
-    """The states of all blocks, as `VDiPoM.step` returns them: BLOCK.FIELD -> the tensor itself, not a copy."""
+    """Name the states of all blocks, as `VDiPoM.step` returns them: BLOCK.FIELD -> the tensor itself, not a copy."""
     return {
         f"{block}.{field.name}": getattr(state, field.name)
         for block, state in enumerate(states)
@@ -23,7 +23,7 @@ def states_to_tensors(states: Sequence[MixerState]) -> dict[str, Tensor]:
 
 
 def states_from_tensors(config: VideoModelConfig, tensors: Mapping[str, Tensor]) -> list[MixerState]:
-    """Undoes `states_to_tensors`, for a network of this config. KeyError if a tensor is not there."""
+    """Invert `states_to_tensors`, for a network of this config. Raises KeyError if a tensor is missing."""
     states: list[MixerState] = []
     for block, name in enumerate(config.mixers):
         kind = AttentionState if name == "attention" else PomState

@@ -29,18 +29,18 @@ from pomscale.models.block import build_mixer
 from pomscale.ops.pom import BlockCausal, Mask, PomState
 
 MixerState = PomState | AttentionState
-"""What a self mixer carries from one frame group to the next."""
+"""State that a self mixer carries from one frame group to the next."""
 
 
 class VideoBlock(nn.Module):
-    """x (b n d), condition c (b 1 d), or (b g d) with one per frame group, and text (b m d) -> (b n d):
+    """Block that maps x (b n d) with condition c and text (b m d) -> (b n d); c is (b 1 d), or (b g d) by frame group.
 
         x <- x + (1 + g1) cross(modulate(norm(x), 1), modulate(norm(text), 2))
         x <- x + (1 + g2) mixer(modulate(norm(x), 3))
         x <- x + (1 + g3) ffn(modulate(norm(x), 4))
 
-    The four scales and shifts and the three gates are linear in SiLU(c), which knows the time alone: what is asked for
-    comes in by the cross mixer. Starts as the identity, as `Block` does.
+    The four scales and shifts and the three gates are linear in SiLU(c), which knows the time alone; the text
+    comes in by the cross mixer. The block starts as the identity, as `Block` does.
     """
 
     def __init__(self, dim: int, cross: PoM | Attention, mixer: PoM | Attention, ffn_expansion: int) -> None:
@@ -53,7 +53,7 @@ class VideoBlock(nn.Module):
         self.gates = nn.Linear(dim, 3 * dim)
 
     def forward(self, x: Tensor, c: Tensor, text: Tensor, text_mask: Tensor, mask: Mask = None) -> Tensor:
-        """text_mask (b m) bool, True = takes part; mask: of the self mixer."""
+        """Apply the block. text_mask (b m) bool is True where a token takes part; mask is that of the self mixer."""
         modulation, gates = self._of_time(c)
         x = self._read_text(x, text, text_mask, modulation, gates[0])
         x = x + _gated(gates[1], self.mixer(self._modulated(x, *modulation[4:6]), mask=mask))
@@ -62,7 +62,7 @@ class VideoBlock(nn.Module):
     def step(
         self, x: Tensor, c: Tensor, text: Tensor, text_mask: Tensor, state: MixerState | None
     ) -> tuple[Tensor, MixerState]:
-        """The next frame group of a clip: `forward` under the block-causal mask, with the past as a state."""
+        """Map the next frame group of a clip as `forward` under the block-causal mask, with the past as a state."""
         modulation, gates = self._of_time(c)
         x = self._read_text(x, text, text_mask, modulation, gates[0])
         mixed, new_state = self.mixer.step(self._modulated(x, *modulation[4:6]), state)  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ class VideoBlock(nn.Module):
         return x + _gated(gates[2], self.ffn(self._modulated(x, *modulation[6:]))), new_state
 
     def _of_time(self, c: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Eight of scale and shift, and three gates, each like c."""
+        """Return eight scales and shifts, and three gates, each like c."""
         c = F.silu(c)
         return self.modulation(c).chunk(8, dim=-1), self.gates(c).chunk(3, dim=-1)
 
@@ -83,7 +83,7 @@ class VideoBlock(nn.Module):
         context = modulate(self.norm(text)[:, None], shift[:, :, None], scale[:, :, None]).flatten(0, 1)  # (b g) m d
         if num_times == 1:
             return x + _gated(gate, self.cross(queries, context, text_mask))
-        # The text as it looks at another time is another text: frame groups become samples.
+        # The text is modulated differently at each time, so frame groups become samples.
         queries = queries.unflatten(1, (num_times, -1)).flatten(0, 1)
         text_mask = text_mask[:, None].expand(-1, num_times, -1).flatten(0, 1)
         return x + _gated(gate, self.cross(queries, context, text_mask).view_as(x))
@@ -94,12 +94,12 @@ class VideoBlock(nn.Module):
 
 
 def _gated(gate: Tensor, x: Tensor) -> Tensor:
-    """gate (b g d), x (b n d) -> (b n d)"""
+    """Multiply x (b n d) by 1 + gate (b g d)."""
     return ((1 + gate)[:, :, None] * x.unflatten(1, (gate.shape[1], -1))).flatten(1, 2)
 
 
 class VDiPoM(nn.Module):
-    """Predicts noise or velocity from noisy latents of clips (arXiv 2411.12663, section 4.3).
+    """Network that predicts noise or velocity from noisy latents of clips (arXiv 2411.12663, section 4.3).
 
     Clips may have other frames, heights and widths than the config's. A picture is a clip of one latent frame: that
     frame is repeated to fill a frame group, and the predictions for its copies are averaged. Inputs may be of any
@@ -122,13 +122,13 @@ class VDiPoM(nn.Module):
         self.head = nn.Linear(dim, config.patch_frames * config.patch_size**2 * channels)
 
     def blocks(self) -> nn.ModuleList:
-        """The repeated blocks, in order: what an engine shards, checkpoints and compiles one by one."""
+        """Return the repeated blocks, in order, which an engine shards, checkpoints and compiles one by one."""
         return self.trunk
 
     def forward(self, latents: Tensor, t: Tensor, condition: Text, start: Tensor | None = None) -> Tensor:
-        """latents (b c F H W), or pictures (b c H W), t (b,) or (b g) in [0, 1] with 1 = noise -> like latents.
+        """Predict from latents (b c F H W), or pictures (b c H W), and t (b,) or (b g) in [0, 1] with 1 = noise.
 
-        start (b,) int64: the number of a clip's first frame group, by default 0.
+        The result is like the latents. start (b,) int64 is the number of a clip's first frame group, by default 0.
         ValueError if the patches do not fill the clips, or if there are neither one t nor g of them.
         """
         clips = latents if latents.ndim == 5 else latents[:, :, None]
@@ -154,7 +154,7 @@ class VDiPoM(nn.Module):
     def step(
         self, latents: Tensor, t: Tensor, condition: Text, states: Sequence[MixerState] | None, group: int
     ) -> tuple[Tensor, list[MixerState]]:
-        """Frame group number `group` of clips: what `forward` gives for it, from the states that earlier groups left.
+        """Predict frame group number `group` of clips as `forward` does, from the states that earlier groups left.
 
         latents (b c patch_frames H W), t (b,), states: None, or one per block as returned by the call for the group
         before -> prediction like latents, and the states. The past costs nothing, however long it is. ValueError for a
@@ -178,7 +178,7 @@ class VDiPoM(nn.Module):
         return self._unembed(x, c, grid), new_states
 
     def _grid(self, clips: Tensor) -> tuple[int, int, int]:
-        """Tokens by frame group, height and width."""
+        """Return the number of tokens by frame group, height and width."""
         frames, height, width = clips.shape[-3:]
         size = self.config.patch_size
         return frames // self.config.patch_frames, height // size, width // size
@@ -187,7 +187,7 @@ class VDiPoM(nn.Module):
         return sincos_positions_3d(groups, grid[1], grid[2], self.config.dim, x.device, x.dtype)
 
     def _embedded_time(self, t: Tensor) -> Tensor:
-        """(b 1 d), or (b g d)."""
+        """Embed t as (b 1 d), or (b g d) by frame group."""
         return self.time_embedding(t if t.ndim == 2 else t[:, None])
 
     def _embedded_text(self, condition: Text) -> Tensor:

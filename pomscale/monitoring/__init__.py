@@ -1,1 +1,1 @@
-"""What a run tells about itself: metric sinks, throughput, host, profiler window, report."""
+"""Monitoring of a run: metric sinks, alerts, throughput, host, profiler window, wandb, report."""

@@ -1,4 +1,4 @@
-"""What the host and this process use."""
+"""CPU and memory in use by the host and by this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class HostStats:
         psutil.cpu_percent()  # psutil measures between two calls: this is the first
 
     def metrics(self) -> dict[str, float]:
-        """The host/* metrics: percent and GiB."""
+        """Return the host/* metrics, in percent and GiB."""
         memory = psutil.virtual_memory()
         return {
             "host/cpu_percent": psutil.cpu_percent(),
@@ -29,7 +29,7 @@ class HostStats:
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process so far in GiB: allocated on its GPU if it uses one, else resident."""
+    """Return the peak memory of this process so far in GiB: allocated on its GPU if it uses one, else resident."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / GIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""The one object the trainer logs to."""
+"""Monitor: the one object that the trainer logs to."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ logger = logging.getLogger(__name__)
 
 
 class Monitor:
-    """Gives everything to all sinks, each in a thread of its own: nobody waits for one, nor one for another.
+    """Hands everything to all sinks, each in a thread of its own, so that neither training nor other sinks wait for it.
 
-    So a row is in metrics.jsonl milliseconds after `log` has returned, and a kill -9 costs at most the rows of those
-    milliseconds. A sink that hangs or fails costs what goes to it; see Background. `Monitor([])` logs nothing: what
-    every rank but 0 holds. As a context manager it closes the sinks; a run left by an exception is closed as failed.
+    A row is in metrics.jsonl milliseconds after `log` has returned, and a kill -9 costs at most the rows of those
+    milliseconds. A sink that hangs or fails loses only its own entries; see Background. `Monitor([])` logs nothing, and
+    is what every rank but 0 has. As a context manager it closes the sinks, as failed after an exception.
     """
 
     def __init__(self, sinks: Sequence[MetricSink]) -> None:
         self._sinks = [(sink, Background(sink.name)) for sink in sinks]
 
     def log(self, samples: int, metrics: dict[str, float | str]) -> None:
-        """One row, unless it is empty. samples: seen by the optimiser; metrics: names of `names.py` -> numbers."""
+        """Log one row, unless it is empty: numbers by names of `runs.metric_names`, at `samples` seen."""
         if metrics:
             row, now = dict(metrics), time.time()
             self._give(lambda sink: sink.log(samples, row, now))
 
     def log_image(self, samples: int, name: str, path: Path) -> None:
-        """A picture that lies on disk already, e.g. a sample grid; name: e.g. "samples/grid"."""
+        """Log a picture that is on disk already, e.g. a sample grid by the name "samples/grid"."""
         self._give(lambda sink: sink.log_image(samples, name, path))
 
     def log_video(self, samples: int, name: str, path: Path) -> None:
-        """A clip (mp4, webm) that lies on disk already; name: e.g. "samples/clip"."""
+        """Log a clip (mp4, webm) that is on disk already, e.g. by the name "samples/clips"."""
         self._give(lambda sink: sink.log_video(samples, name, path))
 
     def alert(self, samples: int, title: str, text: str, level: Level) -> None:
-        """What people should hear of now. From any thread."""
+        """Alert people. May be called by any thread."""
         self._give(lambda sink: sink.alert(samples, title, text, level))
 
     def _give(self, call: Callable[[MetricSink], None]) -> None:
@@ -53,7 +53,7 @@ class Monitor:
             background.do(partial(call, sink))
 
     def close(self, failed: bool = False) -> None:
-        """Close all sinks, at the same time, and go on after CLOSE_TIMEOUT_S. `failed`: the run ends with an error."""
+        """Close all sinks at the same time, for CLOSE_TIMEOUT_S at most. `failed`: the run ends with an error."""
         deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
         for sink, background in self._sinks:
             background.finish(partial(sink.close, failed))
@@ -78,15 +78,24 @@ def open_monitor(
     run_name: str,
     recipe_dump: dict[str, Any],
     total_samples: int,
-    incarnation: int,
+    start: int,
 ) -> Monitor:
-    """The sinks of a run, for rank 0: metrics.jsonl, console, and wandb unless it is disabled.
+    """Open the sinks of a run, on rank 0: metrics.jsonl, console, and wandb unless it is disabled.
 
-    incarnation: how often the run was started before; it never decreases in one run folder (see history.py).
-    Raises InputError when wandb refuses to start, OSError when the run folder cannot be written.
+    Args:
+        run_folder: the run folder.
+        monitoring: settings of the recipe.
+        run_name: name of the wandb run.
+        recipe_dump: the resolved recipe, for wandb.
+        total_samples: samples at which the run is complete.
+        start: number of this start, which never decreases in one run folder (see runs.history).
+
+    Raises:
+        InputError: wandb refuses to start.
+        OSError: the run folder cannot be written.
     """
     with ExitStack() as opened:
-        jsonl = JsonlSink(run_folder, incarnation)
+        jsonl = JsonlSink(run_folder, start)
         opened.callback(jsonl.close, failed=True)
         sinks: list[MetricSink] = [jsonl, ConsoleSink(total_samples)]
         if monitoring.wandb.mode != "disabled":

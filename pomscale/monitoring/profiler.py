@@ -1,4 +1,4 @@
-"""A profiler window on request: a few steps recorded once into the run folder."""
+"""Profiler window: a few steps that the recipe asks to record into the run folder."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pomscale.config.schema import ProfileConfig
+from pomscale.config.train import ProfileConfig
+from pomscale.runs.layout import memory_history_path, trace_path
 
 
 class ProfileWindow:
-    """Records `num_steps` steps from `start_samples` on; with config None it does nothing.
+    """Recorder of `num_steps` steps from `start_samples` on; with config None it does nothing.
 
     Writes RUN/profile/rank-R-trace.json.gz (Chrome trace with memory events; open it in ui.perfetto.dev) and on
-    CUDA rank-R-memory.pickle (allocator history; open it in pytorch.org/memory_viz). A run that resumes behind
-    `start_samples` records nothing: the window is past.
+    CUDA rank-R-memory.pickle (allocator history; open it in pytorch.org/memory_viz). A run that resumes after
+    `start_samples` records nothing.
     """
 
     def __init__(self, config: ProfileConfig | None, run_folder: Path, rank: int, device: torch.device) -> None:
         self._start_samples = config.start_samples if config else 0
         self._steps_left = config.num_steps if config else 0
-        self._stem = run_folder / "profile" / f"rank-{rank}"
+        self._trace_path = trace_path(run_folder, rank)
+        self._memory_path = memory_history_path(run_folder, rank)
         self._on_cuda = device.type == "cuda"
         self._profiler: profile | None = None
         self._called = False
 
     def step(self, samples: int) -> None:
-        """Call before every optimiser step; samples: seen so far."""
+        """Begin or end the recording if it is due; call it before every step, with the samples seen so far."""
         if self._steps_left == 0:
             return
         if self._profiler is not None:
@@ -49,14 +51,14 @@ class ProfileWindow:
         self._profiler.start()
 
     def close(self) -> None:
-        """End the window and write it; also for a run that ends inside it. Does nothing outside a window."""
+        """End the recording and write it, also for a run that ends inside it. Does nothing outside of one."""
         if self._profiler is None:
             return
-        self._stem.parent.mkdir(exist_ok=True)
+        self._trace_path.parent.mkdir(exist_ok=True)
         self._profiler.stop()
-        self._profiler.export_chrome_trace(f"{self._stem}-trace.json.gz")
+        self._profiler.export_chrome_trace(str(self._trace_path))
         if self._on_cuda:
-            torch.cuda.memory._dump_snapshot(f"{self._stem}-memory.pickle")
+            torch.cuda.memory._dump_snapshot(str(self._memory_path))
             torch.cuda.memory._record_memory_history(enabled=None)
         self._profiler = None
         self._steps_left = 0

@@ -1,7 +1,7 @@
-"""Where metrics go: metrics.jsonl (the truth) and the console. wandb has its own module.
+"""Sinks of metrics: metrics.jsonl, which has every row, and the console. wandb has its own package.
 
-A sink never raises because its destination is away or full: a run is worth more than its log. It may wait for it:
-Monitor calls every sink in a thread of its own.
+A sink never raises because its destination is away or full: a run is worth more than its log. It may wait for its
+destination, since Monitor calls every sink in a thread of its own.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from typing import Literal, Protocol, TextIO
 
 from pomscale.base.console import format_count, format_duration
 from pomscale.base.jsonl import JsonLines
-
-METRICS_FILE = "metrics.jsonl"
+from pomscale.runs.layout import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +25,10 @@ Level = Literal["INFO", "WARN", "ERROR"]
 
 
 class MetricSink(Protocol):
-    """One destination. `samples` is the clock of the run: samples seen by the optimiser so far.
+    """Protocol of a destination. `samples` is the clock of the run: samples seen by the optimiser so far.
 
-    name: for warnings. if_cut_off: what it means when it has no time to end. time_unix_s: when it happened, where that
-    is not now.
+    `name` and `if_cut_off`, the consequence of not having the time to close, are for warnings. time_unix_s is when
+    something happened, if not now.
     """
 
     name: str
@@ -44,30 +43,30 @@ class MetricSink(Protocol):
     def alert(self, samples: int, title: str, text: str, level: Level) -> None: ...
 
     def close(self, failed: bool = False) -> None:
-        """Write out what is left. `failed`: the run ends with an error."""
+        """Write what is left. `failed`: the run ends with an error."""
 
 
 class JsonlSink:
     """Appends one JSON object per line to RUN/metrics.jsonl: samples, time_unix_s, incarnation, then the metrics.
 
-    Numbers that JSON lacks are the strings "nan", "inf" and "-inf". An image or a video is a row that holds its path,
-    relative to the run folder where it lies inside. For kills and full disks see JsonLines. Raises OSError when the
-    file cannot be opened.
+    "incarnation" is the number of the start. Numbers that JSON lacks are the strings "nan", "inf" and "-inf". An image
+    or a video is a row with its path, relative to the run folder if it lies inside. For kills and full disks see
+    JsonLines. Raises OSError when the file cannot be opened.
     """
 
     name = METRICS_FILE
     if_cut_off = "its last rows may be missing"
 
-    def __init__(self, run_folder: Path, incarnation: int) -> None:
+    def __init__(self, run_folder: Path, start: int) -> None:
         self._run_folder = run_folder
-        self._incarnation = incarnation
+        self._start = start
         self._rows = JsonLines(run_folder / METRICS_FILE)
 
     def log(self, samples: int, metrics: dict[str, float | str], time_unix_s: float | None = None) -> None:
         row: dict[str, float | str] = {
             "samples": samples,
             "time_unix_s": round(time.time() if time_unix_s is None else time_unix_s, 3),
-            "incarnation": self._incarnation,
+            "incarnation": self._start,
         }
         for name, value in metrics.items():
             row[name] = value if isinstance(value, str) or math.isfinite(value) else str(float(value))
@@ -80,17 +79,17 @@ class JsonlSink:
     log_video = log_image
 
     def alert(self, samples: int, title: str, text: str, level: Level) -> None:
-        """Not here: what happens to a run is in events.jsonl; see alerts.py."""
+        """Do nothing: alerts are kept in events.jsonl; see alerts.py."""
 
     def close(self, failed: bool = False) -> None:
         self._rows.close()
 
 
 class ConsoleSink:
-    """One line per row: progress, what training does, how fast, and when it will be done.
+    """Prints one line per row: progress, loss and speed, and the time that is left.
 
-    The ETA is that of this incarnation's own throughput, validation and saving included, so it is known from the
-    second row on.
+    The ETA comes from the throughput of this start, validation and saving included, so it is known from the second row
+    on.
     """
 
     # In the order of the line; a row shows those it has.
@@ -123,7 +122,7 @@ class ConsoleSink:
     def _print(self, samples: int, parts: list[str]) -> None:
         progress = f"{samples / self._total_samples:6.1%}  {format_count(samples)}/{format_count(self._total_samples)}"
         try:
-            self._stream.write("  ".join([progress, *parts]) + "\n")  # at once: another thread may print too
+            self._stream.write("  ".join([progress, *parts]) + "\n")  # in one call: another thread may print too
             self._stream.flush()
         except OSError as error:  # the job's log is on a full disk, or its reader has gone
             if not self._warned:
@@ -149,4 +148,4 @@ class ConsoleSink:
         self._print(samples, [f"{level}  {title}: {text}"])
 
     def close(self, failed: bool = False) -> None:
-        """Nothing is held back: every line was flushed."""
+        """Do nothing: every line was flushed."""

@@ -1,4 +1,4 @@
-"""How fast a run is: seconds per step, samples per second, share of waiting, MFU."""
+"""Speed of a run: seconds per step, samples per second, share of waiting, MFU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class StepTimer:
-    """Accumulates one interval between two rows of metrics.
+    """Timer of one interval between two rows of metrics.
 
     All wall time counts, except what happens inside `paused()`. Kernels run asynchronously on a GPU: call
     `metrics()` and enter `paused()` right after something that waits for the device (reading the loss), else
@@ -28,25 +28,25 @@ class StepTimer:
 
     @contextmanager
     def data_wait(self) -> Iterator[None]:
-        """Around fetching a batch."""
+        """Count the block, which fetches a batch, as waiting for data."""
         start_s = self._clock()
         yield
         self._data_wait_s += self._clock() - start_s
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training: validation, sampling, saving."""
+        """Leave out the block, which is no training: validation, sampling or saving."""
         start_s = self._clock()
         yield
         self._paused_s += self._clock() - start_s
 
     def count_step(self, num_samples: int) -> None:
-        """One optimiser step is done; num_samples: its global batch."""
+        """Count an optimiser step with a global batch of `num_samples`."""
         self._num_steps += 1
         self._num_samples += num_samples
 
     def metrics(self) -> dict[str, float]:
-        """The interval's speed/* metrics (empty without a step); starts the next interval."""
+        """Return the interval's speed/* metrics (empty without a step), and start the next interval."""
         elapsed_s = self._clock() - self._start_s - self._paused_s
         metrics = {}
         if self._num_steps:
@@ -60,9 +60,12 @@ class StepTimer:
 
 
 def mfu(samples_per_s: float, training_flops_per_sample: float, num_devices: int, peak: float) -> float:
-    """Model FLOPs utilisation, 0 to 1 (PaLM, arXiv 2204.02311, appendix B).
+    """Return the model FLOPs utilisation, 0 to 1 (PaLM, arXiv 2204.02311, appendix B).
 
-    samples_per_s: over all devices. training_flops_per_sample: forward and backward, without the recomputation
-    of activation checkpointing. peak: FLOP/s of one device.
+    Args:
+        samples_per_s: samples per second over all devices.
+        training_flops_per_sample: of forward and backward pass, without the recomputation of activation checkpointing.
+        num_devices: number of devices.
+        peak: FLOP/s of one device.
     """
     return samples_per_s * training_flops_per_sample / (num_devices * peak)

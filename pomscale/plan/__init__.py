@@ -1,4 +1,4 @@
-"""Formulas about runs that need no torch: what a model costs and needs, before a GPU is asked for."""
+"""Cost and memory of a run by formulas, without torch, before a GPU is asked for."""
 
 from pomscale.plan.model_cost import forward_flops, num_parameters, training_flops
 

@@ -1,4 +1,4 @@
-"""What would fit better: the cheapest change that fits where the recipe does not, and else what there is room for."""
+"""Changes of a recipe: the cheapest one that fits into memory, or one that uses memory that is left."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.plan.batch import batch_share
 from pomscale.plan.memory import StepMemory, step_memory
 
 Changes = dict[str, Any]
 
-# Ways to keep fewer activations, by what they cost.
+# Ways to keep fewer activations, the cheapest first.
 _CHECKPOINTING = ("none", "selective", "every-2", "full")
-# Smaller micro-batches than this part of the recipe's leave a GPU idle: other changes are cheaper.
+# A micro-batch below 1/8 of the recipe's leaves a GPU idle, so other changes are cheaper.
 _SMALLEST_SHARE = 8
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Recipe keys with their new values, and the memory with them."""
+    """Recipe keys with their new values, and the memory of a step with them."""
 
     changes: Changes
     memory: StepMemory
@@ -31,7 +31,7 @@ class Advice:
 
 
 def changed(recipe: TrainRecipe, changes: Mapping[str, Any]) -> TrainRecipe:
-    """The recipe with these keys, section.field, set to values that are valid."""
+    """Return the recipe with `changes`: keys section.field -> values, which must be valid."""
     for key, value in changes.items():
         section, field = key.split(".")
         recipe = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={field: value})})
@@ -39,10 +39,10 @@ def changed(recipe: TrainRecipe, changes: Mapping[str, Any]) -> TrainRecipe:
 
 
 def cheapest_fit(recipe: TrainRecipe, num_gpus: int, usable: float) -> Advice | None:
-    """For a recipe that needs more than `usable` bytes per GPU. None: no change of this recipe fits.
+    """Return the cheapest change by which a recipe fits into `usable` bytes per GPU; None if none does.
 
-    In this order: smaller micro-batches; stronger checkpointing, each with the largest micro-batch that fits; then
-    the same with more sharding, bf16 moments, offloading, each on top of the ones before.
+    Changes are tried in this order: smaller micro-batches; stronger checkpointing, each with the largest micro-batch
+    that fits; then the same with more sharding, bf16 moments and offloading, each on top of the ones before.
     """
     asked = batch_share(recipe.training, num_gpus).micro_batch
     modes = _modes(recipe.compute.activation_checkpointing)
@@ -62,9 +62,9 @@ def cheapest_fit(recipe: TrainRecipe, num_gpus: int, usable: float) -> Advice | 
 
 
 def room_for_more(recipe: TrainRecipe, num_gpus: int, usable: float) -> Advice | None:
-    """For a recipe that fits: less recomputation at the same micro-batch, else the largest micro-batch that fits.
+    """Return a faster setting for a recipe that fits: less recomputation, else the largest micro-batch that fits.
 
-    None if it is as good as it can be.
+    Recomputation is reduced at the same micro-batch. None if there is no better setting.
     """
     now = batch_share(recipe.training, num_gpus)
     for mode in _CHECKPOINTING:
@@ -83,11 +83,11 @@ def room_for_more(recipe: TrainRecipe, num_gpus: int, usable: float) -> Advice |
 
 
 def _largest(recipe: TrainRecipe, num_gpus: int, usable: float, changes: Changes, *, at_most: int) -> Advice | None:
-    """With the largest micro-batch that fits. There are as many sizes as numbers of micro-batches, since a rank's
-    samples are cut into even pieces.
+    """Return `changes` with the largest micro-batch that fits, at most `at_most`; None if none fits.
 
-    The peak is nearly linear in the size, so where one is too large the next to try is known well enough; then back to
-    larger ones, up to one that is known to be too large.
+    A rank's samples are cut into even pieces, so there is one size for each number of micro-batches. The peak is nearly
+    linear in the size: from one that is too large, the search estimates the next to try, and then goes back to larger
+    ones, up to one that is known to be too large.
     """
     most = -(-recipe.training.global_batch // num_gpus)
     number = fewest = -(-most // at_most)
@@ -110,20 +110,20 @@ def _largest(recipe: TrainRecipe, num_gpus: int, usable: float, changes: Changes
 
 
 def _modes(current: str) -> list[str]:
-    """The current mode and all that keep less."""
+    """Return the current mode of checkpointing and all that keep less."""
     if current in _CHECKPOINTING:
         return list(_CHECKPOINTING[_CHECKPOINTING.index(current) :])
     return [current, "every-2", "full"]  # every-N, N > 2
 
 
 def _milder(recipe: TrainRecipe) -> tuple[str, ...]:
-    """Modes that recompute less than the recipe's."""
+    """Return the modes of checkpointing that recompute less than the recipe's."""
     current = recipe.compute.activation_checkpointing
     return _CHECKPOINTING[: _CHECKPOINTING.index(current)] if current in _CHECKPOINTING else ("none", "selective")
 
 
 def _sharding(recipe: TrainRecipe, num_gpus: int) -> Iterator[Changes]:
-    """Further changes, by what they cost."""
+    """Yield changes of sharding, optimiser and offloading, the cheapest first."""
     deepspeed, fsdp2 = recipe.deepspeed, recipe.fsdp2
     if recipe.engine == "deepspeed":
         for stage in range(deepspeed.zero_stage + 1, 4):

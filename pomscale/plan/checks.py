@@ -1,14 +1,14 @@
-"""Whether recipe and machine fit together, apart from memory."""
+"""Checks that recipe and machine fit together, apart from memory."""
 
 from __future__ import annotations
 
 from pomscale.base.errors import InputError
 from pomscale.config.hardware import Gpu
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 
 
 def check_layout(recipe: TrainRecipe, num_ranks: int) -> None:
-    """InputError, naming the key, where the recipe cannot be shared by so many ranks."""
+    """Raise InputError, which names the key, unless `num_ranks` ranks can share the recipe's batch and state."""
     batch, shard_size = recipe.training.global_batch, recipe.fsdp2.shard_size
     if batch < num_ranks:
         raise InputError(
@@ -23,13 +23,13 @@ def check_layout(recipe: TrainRecipe, num_ranks: int) -> None:
 
 
 def check_gpu(recipe: TrainRecipe, gpu: Gpu) -> None:
-    """InputError, naming the key, for what this kind of GPU cannot do."""
+    """Raise InputError, which names the key, for a setting that this kind of GPU does not support."""
     if recipe.compute.float8 and not gpu.has_float8:
         raise InputError(f"compute.float8: {gpu.name} has no float8 arithmetic; set it to false, or use H100 or newer")
 
 
 def notes(recipe: TrainRecipe, num_nodes: int, gpus_per_node: int) -> list[str]:
-    """What works and costs something, and what the figures leave out; each names its key."""
+    """Return notes on settings that cost time, and on costs that the figures leave out; each names its key."""
     num_gpus, batch = num_nodes * gpus_per_node, recipe.training.global_batch
     found = []
     if batch % num_gpus:

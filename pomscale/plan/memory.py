@@ -1,10 +1,10 @@
-"""Memory of one GPU at its fullest moment in a training step, and what rests in host memory for it."""
+"""Peak memory of one GPU in a training step, and host memory per GPU."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.plan.batch import BatchShare, batch_share, num_times
 from pomscale.plan.model_cost import num_parameters
 from pomscale.plan.shadow.fsdp2 import Fsdp2Shadow
@@ -17,8 +17,11 @@ _FP32, _BF16 = 4, 2
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes. `by_part` adds up to `peak`; `moment` says when that is. Not in it: the CUDA context, communication
-    buffers and what the allocator loses to fragments, which is why not all of a GPU's memory counts as usable."""
+    """Peak of a step in bytes.
+
+    `by_part` adds up to `peak`; `moment` names the moment of the peak. The CUDA context, communication buffers and
+    fragments of the allocator are not included, which is why not all of a GPU's memory counts as usable.
+    """
 
     peak: int
     by_part: dict[Part, int]
@@ -26,9 +29,12 @@ class StepMemory:
 
 
 def step_memory(recipe: TrainRecipe, num_gpus: int, share: BatchShare | None = None) -> StepMemory:
-    """Of an eager step; torch.compile fuses elementwise work, so a compiled one needs at most that.
+    """Return the peak memory of an eager step; a compiled one, whose elementwise work is fused, needs at most that.
 
-    share: another one than the recipe's. `num_gpus` is a multiple of fsdp2.shard_size (`checks.check_layout`).
+    Args:
+        recipe: training recipe.
+        num_gpus: number of GPUs, a multiple of fsdp2.shard_size (`checks.check_layout`).
+        share: samples of this GPU, if not those that the recipe gives.
     """
     share = share or batch_share(recipe.training, num_gpus)
     network = build_network(recipe.model, num_times(recipe))
@@ -57,28 +63,28 @@ def step_memory(recipe: TrainRecipe, num_gpus: int, share: BatchShare | None = N
 
 
 def num_shards(recipe: TrainRecipe, num_gpus: int) -> int:
-    """GPUs that share one copy of the training state."""
+    """Return the number of GPUs that share one copy of the training state."""
     return num_gpus if recipe.engine == "deepspeed" else recipe.fsdp2.shard_size or num_gpus
 
 
 def state_bytes(recipe: TrainRecipe) -> int:
-    """Of a checkpoint: weights, Adam's two moments, moving averages."""
+    """Return the bytes of a checkpoint: weights, Adam's two moments, moving averages."""
     moments = 2 * (_BF16 if recipe.optimizer.moments == "bf16" else _FP32)
     return num_parameters(recipe.model) * (_FP32 + moments + _FP32 * len(recipe.ema.averages))
 
 
 def host_bytes(recipe: TrainRecipe, num_gpus: int) -> int:
-    """Of host memory per GPU: what is offloaded, and the copy that an asynchronous save writes from."""
+    """Return the bytes of host memory per GPU: offloaded state, and the copy that an asynchronous save writes."""
     shards = num_shards(recipe, num_gpus)
     parameters = num_parameters(recipe.model)
     num_bytes = 0
     if recipe.engine == "deepspeed":
         if recipe.deepspeed.offload_optimizer:
-            num_bytes += (state_bytes(recipe) + parameters * _FP32) // shards  # with the gradients
+            num_bytes += (state_bytes(recipe) + parameters * _FP32) // shards  # gradients are there, too
         if recipe.deepspeed.offload_parameters:
             num_bytes += parameters * (_BF16 if recipe.compute.precision == "bf16" else _FP32) // shards
     elif recipe.fsdp2.cpu_offload:
         num_bytes += (state_bytes(recipe) + parameters * _FP32) // shards
     if recipe.checkpoint.asynchronous:
-        num_bytes += state_bytes(recipe) // num_gpus  # of replicas each saves a part
+        num_bytes += state_bytes(recipe) // num_gpus  # each replica saves a part
     return num_bytes

@@ -7,22 +7,22 @@ Modulation costs 6 d^2 per picture and block.
 
 A block of clips has a cross mixer besides, over M tokens of text: per token PoM 2 k e d^2, attention 2 d^2 + 2 M d, and
 per token of text PoM k e d^2, attention 2 d^2. Its modulation costs 11 d^2: with k = e = 2 and f = 4 a PoM block has
-12 d^2 (cross) + 12 d^2 (self) + 8 d^2 (feed-forward) + 11 d^2 (modulation) = 43 d^2 parameters, biases aside. What a
-clip has one of for every t (the modulation, and the text as it is modulated) costs as often as it has times.
+12 d^2 (cross) + 12 d^2 (self) + 8 d^2 (feed-forward) + 11 d^2 (modulation) = 43 d^2 parameters, biases aside. The
+modulation and the modulated text, of which a clip has one for every t, cost as often as it has values of t.
 """
 
 from __future__ import annotations
 
+from pomscale.config.codecs import TextEncoderConfig
 from pomscale.config.model import MixerName, ModelConfig, VideoModelConfig
 from pomscale.config.recomputation import is_recomputed
-from pomscale.config.schema import TextEncoderConfig
 
 TEXT_LENGTH: int = TextEncoderConfig.model_fields["max_length"].default
-"""Tokens of text that a clip is trained with, where nobody says: captions are padded to the encoder's max_length."""
+"""Default length of a clip's text in tokens: captions are padded to the encoder's max_length."""
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Trainable parameters of the network."""
+    """Return the number of trainable parameters of the network."""
     dim, values = config.dim, _patch_values(config)
     embeddings = _linear(values, dim) + _linear(dim, 4 * dim) + _linear(4 * dim, dim)
     if isinstance(config, VideoModelConfig):
@@ -34,7 +34,7 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def num_block_parameters(config: ModelConfig) -> int:
-    """Those of all blocks."""
+    """Return the number of trainable parameters of all blocks."""
     dim = config.dim
     block = _linear(dim, config.ffn_expansion * dim) + _linear(config.ffn_expansion * dim, dim)
     block += _linear(dim, _num_modulations(config) * dim)
@@ -48,9 +48,12 @@ def num_block_parameters(config: ModelConfig) -> int:
 
 
 def forward_flops(config: ModelConfig, *, text_length: int = TEXT_LENGTH, num_times: int = 1) -> int:
-    """FLOPs of one forward pass of one sample of `config.latent_shape`.
+    """Return the FLOPs of one forward pass of one sample of `config.latent_shape`.
 
-    Of clips: text_length tokens of text, padding included, and num_times values of t: one, or one per frame group.
+    Args:
+        config: network.
+        text_length: tokens of text of a clip, padding included.
+        num_times: values of t of a clip: one, or one per frame group.
     """
     dim, tokens = config.dim, config.num_tokens
     patches = 2 * tokens * _patch_values(config) * dim  # embedding and head
@@ -61,9 +64,9 @@ def forward_flops(config: ModelConfig, *, text_length: int = TEXT_LENGTH, num_ti
 
 
 def training_flops(config: ModelConfig, *, text_length: int = TEXT_LENGTH, num_times: int = 1) -> int:
-    """FLOPs of forward and backward of one sample: the backward pass multiplies twice for each forward product.
+    """Return the FLOPs of forward and backward of one sample; each forward product costs two in the backward pass.
 
-    Recomputation by activation checkpointing is not counted, as is usual for MFU. Arguments as of `forward_flops`.
+    Recomputation by activation checkpointing is not counted, as is usual for MFU. Arguments are as of `forward_flops`.
     """
     return 3 * forward_flops(config, text_length=text_length, num_times=num_times)
 
@@ -71,9 +74,9 @@ def training_flops(config: ModelConfig, *, text_length: int = TEXT_LENGTH, num_t
 def recomputed_flops(
     config: ModelConfig, activation_checkpointing: str, *, text_length: int = TEXT_LENGTH, num_times: int = 1
 ) -> int:
-    """FLOPs that one sample's backward pass repeats, by mode of ComputeConfig.activation_checkpointing.
+    """Return the FLOPs that one sample's backward pass repeats under a mode of compute.activation_checkpointing.
 
-    "selective" repeats none: it keeps what matrix products give. Other arguments as of `forward_flops`.
+    "selective" repeats none, since it keeps the outputs of matrix products. Other arguments are as of `forward_flops`.
     """
     mixers = enumerate(config.mixers)
     return sum(
@@ -98,7 +101,7 @@ def _block_flops(config: ModelConfig, name: MixerName, text_length: int, num_tim
 
 
 def _num_modulations(config: ModelConfig) -> int:
-    """Scales, shifts and gates of a block, each of width d."""
+    """Return the number of scales, shifts and gates of a block, each of width d."""
     return 8 + 3 if isinstance(config, VideoModelConfig) else 4 + 2
 
 
@@ -107,6 +110,6 @@ def _linear(inputs: int, outputs: int) -> int:
 
 
 def _patch_values(config: ModelConfig) -> int:
-    """Numbers of the latents that one token stands for."""
+    """Return the count of latent values in one token."""
     num_frames = config.patch_frames if isinstance(config, VideoModelConfig) else 1
     return num_frames * config.patch_size**2 * config.latent_shape[0]

@@ -1,4 +1,4 @@
-"""`pomscale plan`: everything about a run that can be said before it starts, in a table for people."""
+"""`pomscale plan`: memory, traffic, time and storage of a run before it starts, as a table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pomscale.base.errors import InputError
 from pomscale.config.hardware import GPUS, Gpu
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.plan.advice import Advice, cheapest_fit, room_for_more
 from pomscale.plan.batch import BatchShare, batch_share, num_times
 from pomscale.plan.checks import check_gpu, check_layout, notes
@@ -19,7 +19,7 @@ from pomscale.plan.storage import Storage, storage
 from pomscale.plan.traffic import traffic
 
 USABLE_SHARE = 0.9
-"""Of a GPU's memory: the rest is the CUDA context, NCCL's and cuBLAS's buffers, and what the allocator cannot join."""
+"""Share of a GPU's memory that counts as usable; the rest is for the CUDA context, NCCL, cuBLAS and fragments."""
 
 DEFAULT_UTILIZATION = 0.4
 
@@ -37,15 +37,18 @@ _PARTS: dict[Part, str] = {
 
 @dataclass(frozen=True)
 class DatasetSize:
-    """What the manifests of the training data add up to."""
+    """Samples and bytes of all training data, as the manifests say."""
 
     num_samples: int
     num_bytes: int
 
 
 @dataclass(frozen=True)
-class Plan:
-    """See `plan`. Memory and traffic in bytes, per GPU; `advice` is None if nothing better is known."""
+class RunPlan:
+    """Plan of a run, made by `plan`.
+
+    Memory and traffic are in bytes per GPU; `advice` is None if nothing better is known.
+    """
 
     recipe: TrainRecipe
     num_nodes: int
@@ -83,12 +86,20 @@ def plan(
     gpu: str,
     utilization: float = DEFAULT_UTILIZATION,
     dataset: DatasetSize | None = None,
-) -> Plan:
-    """What the run needs and how long it takes on num_nodes x gpus_per_node GPUs of the kind `gpu`, a key of GPUS.
+) -> RunPlan:
+    """Plan a run: its memory, speed, traffic and storage on num_nodes x gpus_per_node GPUs.
 
-    utilization: share of the data sheet's peak that the GPUs reach, 0 to 1, whatever they compute: the run's MFU is
-    lower by what is recomputed. dataset: None = there is none yet.
-    Raises InputError for a machine that is not known, or that the recipe does not fit in other ways than memory.
+    Args:
+        recipe: training recipe.
+        num_nodes: number of nodes.
+        gpus_per_node: GPUs of each node.
+        gpu: kind of GPU, a key of GPUS.
+        utilization: share of the data sheet's peak that the GPUs reach, 0 to 1, recomputation included; the run's MFU
+            counts none and is lower.
+        dataset: size of the training data; None if there is none yet.
+
+    Raises:
+        InputError: for an unknown kind of GPU, or a machine that the recipe does not fit for reasons other than memory.
     """
     if gpu not in GPUS:
         raise InputError(f"--gpu {gpu!r}: is none of {', '.join(GPUS)}")
@@ -99,7 +110,7 @@ def plan(
     check_gpu(recipe, kind)
     memory, usable = step_memory(recipe, num_gpus), USABLE_SHARE * kind.memory_gib * _GIB
     better = room_for_more if memory.peak <= usable else cheapest_fit
-    return Plan(
+    return RunPlan(
         recipe=recipe,
         num_nodes=num_nodes,
         gpus_per_node=gpus_per_node,
@@ -117,15 +128,15 @@ def plan(
     )
 
 
-def render(plan: Plan) -> str:
-    """The plan as text, one line per figure, ending in a newline."""
+def render(plan: RunPlan) -> str:
+    """Write the plan as text, one line per figure, ending in a newline."""
     lines = [_heading(plan), "", *_model(plan), *_memory(plan), *_speed(plan), *_traffic(plan), *_storage(plan)]
     lines += [f"{'note':<10}{note}" for note in plan.notes]
     return "\n".join([*lines, *_verdict(plan)]) + "\n"
 
 
-def summary(plan: Plan) -> list[str]:
-    """The plan in a few lines: speed, and whether it fits."""
+def summary(plan: RunPlan) -> list[str]:
+    """Write the plan in a few lines: speed, and whether it fits."""
     return [
         f"{'plan':<10}{_heading(plan)}",
         *_speed(plan),
@@ -134,8 +145,8 @@ def summary(plan: Plan) -> list[str]:
     ]
 
 
-def misfit(plan: Plan) -> str:
-    """Why a plan that does not fit will fail, and the remedy."""
+def misfit(plan: RunPlan) -> str:
+    """Say why a plan that does not fit will fail, and the remedy."""
     needed, usable = (num_bytes / _GIB for num_bytes in (plan.memory.peak, plan.usable_bytes))
     return (
         f"{plan.recipe.name}: needs {needed:.1f} GiB per GPU, and {usable:.1f} GiB of an {plan.gpu.name} are usable; "
@@ -143,7 +154,7 @@ def misfit(plan: Plan) -> str:
     )
 
 
-def _heading(plan: Plan) -> str:
+def _heading(plan: RunPlan) -> str:
     recipe, compute = plan.recipe, plan.recipe.compute
     sharding = f"ZeRO-{recipe.deepspeed.zero_stage}" if recipe.engine == "deepspeed" else recipe.engine
     if recipe.engine == "fsdp2" and recipe.fsdp2.shard_size not in (None, plan.num_gpus):
@@ -154,7 +165,7 @@ def _heading(plan: Plan) -> str:
     )
 
 
-def _model(plan: Plan) -> list[str]:
+def _model(plan: RunPlan) -> list[str]:
     model, training, share = plan.recipe.model, plan.recipe.training, plan.share
     parameters, flops = num_parameters(model), forward_flops(model, num_times=num_times(plan.recipe))
     tokens = f"{model.num_tokens} tokens"
@@ -167,7 +178,7 @@ def _model(plan: Plan) -> list[str]:
     ]
 
 
-def _memory(plan: Plan) -> list[str]:
+def _memory(plan: RunPlan) -> list[str]:
     held = plan.memory.by_part
     shown = [part for part in _PARTS if held.get(part, 0) > plan.memory.peak / 1000]
     rows = [f"{'':<10}{_PARTS[part]:<20}{held[part] / _GIB:8.2f} GiB" for part in shown]
@@ -180,7 +191,7 @@ def _memory(plan: Plan) -> list[str]:
     return [*rows, f"{'':<10}{'host, per GPU':<20}{plan.host_bytes / _GIB:8.2f} GiB"]
 
 
-def _speed(plan: Plan) -> list[str]:
+def _speed(plan: RunPlan) -> list[str]:
     at = plan.speed
     line = f"{'speed':<10}{at.samples_per_s:,.0f} samples/s at {plan.utilization:.0%} of {_count(_peak(plan))}FLOP/s"
     if at.recomputed_share:
@@ -193,7 +204,7 @@ def _speed(plan: Plan) -> list[str]:
     ]
 
 
-def _traffic(plan: Plan) -> list[str]:
+def _traffic(plan: RunPlan) -> list[str]:
     if not plan.traffic:
         return []
     sent = sum(plan.traffic.values())
@@ -206,7 +217,7 @@ def _traffic(plan: Plan) -> list[str]:
     ]
 
 
-def _storage(plan: Plan) -> list[str]:
+def _storage(plan: RunPlan) -> list[str]:
     disk = plan.storage
     line = f"{'storage':<10}{disk.num_checkpoints} checkpoints of {disk.checkpoint / _GIB:.1f} GiB"
     if disk.num_ema_snapshots:
@@ -220,7 +231,7 @@ def _storage(plan: Plan) -> list[str]:
     return lines
 
 
-def _verdict(plan: Plan) -> list[str]:
+def _verdict(plan: RunPlan) -> list[str]:
     if plan.advice is not None:
         with_it = f"{plan.advice.memory.peak / _GIB:.1f} GiB"
     if plan.fits:
@@ -231,7 +242,7 @@ def _verdict(plan: Plan) -> list[str]:
     return [f"{'NO FIT':<10}cheapest change that fits: {plan.advice} ({with_it})"]
 
 
-def _peak(plan: Plan) -> float:
+def _peak(plan: RunPlan) -> float:
     return plan.gpu.peak(plan.recipe.compute.precision) * plan.num_gpus
 
 
@@ -240,7 +251,7 @@ def _time(days: float) -> str:
 
 
 def _count(count: float) -> str:
-    """Three significant digits: 833 M, 305 G, 2.5 P."""
+    """Write a count with three significant digits: 833 M, 305 G, 2.5 P."""
     for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= 0.9995 * factor:
             return f"{count / factor:.3g} {prefix}"

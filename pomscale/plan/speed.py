@@ -1,31 +1,34 @@
-"""How fast a run would be, at a stated share of what the data sheet says of the GPUs' arithmetic."""
+"""Speed of a run at a given share of the GPUs' peak arithmetic."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from pomscale.config.hardware import Gpu
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.plan.batch import num_times
 from pomscale.plan.model_cost import recomputed_flops, training_flops
 
 
 @dataclass(frozen=True)
 class Speed:
-    """`mfu`: what monitoring would show. It counts the model's arithmetic alone, so recomputation lowers it."""
+    """Speed of a run.
+
+    `mfu` is what monitoring would show: it counts the model's arithmetic alone, so recomputation lowers it.
+    """
 
     samples_per_s: float
     step_time_s: float
     mfu: float
     recomputed_share: float
-    """Arithmetic done again by activation checkpointing, over the model's own."""
+    """Arithmetic repeated by activation checkpointing, as a share of the model's own."""
 
     def days(self, num_samples: int) -> float:
         return num_samples / self.samples_per_s / 86400
 
 
 def speed(recipe: TrainRecipe, num_gpus: int, gpu: Gpu, attained: float) -> Speed:
-    """attained: share of the peak that the GPUs reach while they compute, recomputation included."""
+    """Return the speed of a run on `num_gpus` GPUs that attain a share of their peak, recomputation included."""
     times = num_times(recipe)
     model = training_flops(recipe.model, num_times=times)
     again = recomputed_flops(recipe.model, recipe.compute.activation_checkpointing, num_times=times)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.plan.memory import state_bytes
 from pomscale.plan.model_cost import num_parameters
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes, at the end of the run, when most is there."""
+    """Bytes on disk at the end of the run, when they are most."""
 
     checkpoint: int
     num_checkpoints: int
@@ -26,7 +26,7 @@ class Storage:
 def storage(recipe: TrainRecipe) -> Storage:
     total_samples, config, post_hoc = recipe.training.total_samples, recipe.checkpoint, recipe.ema.post_hoc
     num_made = -(-total_samples // config.every_samples)
-    # A new one is written before an old one goes.
+    # A new checkpoint is written before an old one is deleted.
     num_kept = config.keep_last + 1 + config.keep_best
     if config.keep_every_samples is not None:
         num_kept += total_samples // config.keep_every_samples

@@ -1,12 +1,12 @@
 """Bytes that each GPU sends in a step, by collective; it receives as many.
 
-Of n ranks, each sends (n - 1) / n of a tensor's bytes in an all-gather or a reduce-scatter, and twice that in an
+Each of n ranks sends (n - 1) / n of a tensor's bytes in an all-gather or a reduce-scatter, and twice that in an
 all-reduce (ring algorithms, which are optimal in volume). The averages and the optimiser need none.
 """
 
 from __future__ import annotations
 
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.plan.batch import batch_share
 from pomscale.plan.memory import num_shards
 from pomscale.plan.model_cost import num_block_parameters, num_parameters
@@ -15,14 +15,17 @@ _FP32, _BF16 = 4, 2
 
 
 def traffic(recipe: TrainRecipe, num_gpus: int) -> dict[str, int]:
-    """Name of the collective -> bytes sent per GPU and step; without those that are not there."""
+    """Return the name of each collective that is used -> bytes sent per GPU and step."""
     sent = _zero(recipe, num_gpus) if recipe.engine == "deepspeed" else _fsdp2(recipe, num_gpus)
     return {collective: round(num_bytes) for collective, num_bytes in sent.items() if num_bytes}
 
 
 def _fsdp2(recipe: TrainRecipe, num_gpus: int) -> dict[str, float]:
-    """Weights are gathered for every micro-batch, and again for its backward pass if freed after the forward pass (the
-    root's are not); gradients are reduced in fp32 once per step."""
+    """Return the traffic of FSDP2.
+
+    Weights are gathered for every micro-batch, and again for its backward pass if they were freed after the forward
+    pass (the root's are not); gradients are reduced in fp32 once per step.
+    """
     shards = num_shards(recipe, num_gpus)
     replicas, others = num_gpus // shards, (shards - 1) / shards
     whole = num_parameters(recipe.model)
@@ -36,9 +39,11 @@ def _fsdp2(recipe: TrainRecipe, num_gpus: int) -> dict[str, float]:
 
 
 def _zero(recipe: TrainRecipe, num_gpus: int) -> dict[str, float]:
-    """Stage 1 reduces once per step, 2 and 3 for every micro-batch, in fp32. Stages 1 and 2 gather the new weights
-    once; 3 gathers them for every micro-batch, and for the backward pass what it had to free: nothing below 1e9
-    parameters."""
+    """Return the traffic of DeepSpeed's ZeRO.
+
+    Stage 1 reduces once per step, 2 and 3 for every micro-batch, in fp32. Stages 1 and 2 gather the new weights once;
+    3 gathers them for every micro-batch, and again for the backward pass if it had to free them, above 1e9 parameters.
+    """
     others = (num_gpus - 1) / num_gpus
     whole = num_parameters(recipe.model)
     num_micro_batches = batch_share(recipe.training, num_gpus).num_micro_batches

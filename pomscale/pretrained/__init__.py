@@ -1,1 +1,1 @@
-"""Trained weights for use: cards, exported folders, loading, averages and foreign formats."""
+"""Trained weights for use: model cards, exported folders, loading, post-hoc averages and foreign formats."""

@@ -1,4 +1,7 @@
-"""What must travel with weights to use them: stored in every checkpoint, attached to every loaded model."""
+"""The model card: everything that must travel with weights to use them.
+
+It is stored in every checkpoint and exported folder, and attached to every loaded model.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,24 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
-from torch.nn.functional import pad
 
 from pomscale import __version__
-from pomscale.base.condition import Text
 from pomscale.base.errors import InputError
 from pomscale.codecs import build_codec, build_text_encoder
 from pomscale.codecs.base import Codec, TextEncoder
+from pomscale.config.codecs import CodecConfig
 from pomscale.config.model import ModelConfig
-from pomscale.config.schema import CodecConfig, DiffusionConfig, SamplingConfig, TrainRecipe
+from pomscale.config.sampling import SamplingConfig
+from pomscale.config.train import DiffusionConfig, TrainRecipe
 from pomscale.data.mixture import Mixture
-from pomscale.data.readers.texts import null_embedding
 from pomscale.shards.schema import Normalization, TextInfo
 
 DEFAULT_FPS = 16.0
-"""Of clips of a model that has seen pictures only."""
+"""Frames per second of clips from a model that was trained on pictures only."""
 
 
 class ModelCard(BaseModel):
-    """The network, how it was noised, and how its latents become pictures. Nothing about data paths or schedules."""
+    """The network, its diffusion process, and the codec of its latents; no data paths or schedules."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -36,20 +38,21 @@ class ModelCard(BaseModel):
     sampling: SamplingConfig
     codec: CodecConfig
     codec_identity: str | None
-    """None = not known, for an imported model: any codec of this kind is taken for the one."""
+    """Identity of the codec's weights; None = unknown (imported model): any codec of the kind is accepted."""
     class_names: tuple[str, ...]
-    """By class id; empty = not known."""
+    """Names in the order of class ids; empty = not known."""
     text: TextInfo | None = None
-    """The text encoder of the captions, for a network that is told texts."""
+    """The text encoder of the captions, for a network that is conditioned on texts."""
     fps: float | None = None
-    """Frames per second of the clips that it was trained on; None = it was trained on none."""
+    """Frames per second of the training clips; None = there were none."""
     latent_mean: tuple[float, ...]
     latent_std: tuple[float, ...]
     averages: tuple[str, ...]
-    """Averages of the weights that there are beside them; the first, if any, stands for the model."""
+    """Names of the averages of the weights; the first, if any, stands for the model."""
 
     @classmethod
     def of(cls, recipe: TrainRecipe, mixture: Mixture) -> ModelCard:
+        """Return the card of the model that `recipe` trains on `mixture`."""
         manifest, normalization = mixture.datasets[0].manifest, mixture.normalization
         return cls(
             model=recipe.model,
@@ -67,7 +70,7 @@ class ModelCard(BaseModel):
 
     @classmethod
     def read(cls, folder: Path, meta: Mapping[str, Any]) -> ModelCard:
-        """The card in the JSON of a checkpoint or an exported folder. InputError if this pomscale cannot read it."""
+        """Read the card in the JSON of a checkpoint or exported folder. Raise InputError if it has another format."""
         try:
             return cls.model_validate(meta["card"])
         except ValidationError as error:
@@ -78,27 +81,28 @@ class ModelCard(BaseModel):
 
     @property
     def main_weights(self) -> str:
-        """Name of the weights that stand for the model: sampled from, measured, exported."""
+        """Name of the weights that stand for the model, and are sampled from, measured and exported by default."""
         return self.averages[0] if self.averages else "model"
 
     @property
     def normalization(self) -> Normalization:
+        """Mean and standard deviation of the training latents by channel."""
         return Normalization(self.latent_mean, self.latent_std)
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        """Normalised latents (b c ...), as the network sees them -> unscaled latents, as the codec decodes them."""
+        """Turn normalised latents (b c ...), which the network sees, into unscaled ones, which the codec decodes."""
         size = (-1, *[1] * (latents.ndim - 2))
         mean, std = (latents.new_tensor(v).view(size) for v in (self.latent_mean, self.latent_std))
         return latents * std + mean
 
     @property
     def texts(self) -> TextInfo:
-        """`text`, for a network that is told texts."""
+        """The text encoder of the captions, for a network that is known to be conditioned on texts."""
         assert self.text is not None
         return self.text
 
     def load_text_encoder(self, device: torch.device) -> TextEncoder:
-        """That of the training captions. Raises InputError if it is not there, or if its weights are not those."""
+        """Load the text encoder of the training captions. Raise InputError if it is missing or has other weights."""
         config = self.texts.config
         if self.sampling.text_path is not None:
             config = config.model_copy(update={"path": self.sampling.text_path})
@@ -115,7 +119,7 @@ class ModelCard(BaseModel):
         return encoder
 
     def load_codec(self, device: torch.device) -> Codec:
-        """The codec of the training latents. Raises InputError if it is not there, or if its weights are not those."""
+        """Load the codec of the training latents. Raise InputError if it is missing or has other weights."""
         remedy = "Where the right ones lie: codec.path in a recipe, --codec-path when sampling"
         try:
             codec = build_codec(self.codec).to(device)
@@ -127,13 +131,3 @@ class ModelCard(BaseModel):
                 f"come out wrong. {remedy}"
             )
         return codec
-
-
-def null_text(texts: TextInfo) -> Text:
-    """The stored embedding of the empty caption, as a batch of one: embeddings (1 n dim) float16, n the encoder's
-    max_length."""
-    num_more = texts.config.max_length - texts.null_length
-    return Text(
-        pad(null_embedding(texts), (0, 0, 0, num_more))[None],
-        (torch.arange(texts.config.max_length) < texts.null_length)[None],
-    )

@@ -1,7 +1,7 @@
-"""An exported folder: weights to use or to publish, without what only training needs.
+"""An exported folder: weights to use or to publish, without the state that only training needs.
 
-    config.json             the card, where the weights come from, versions, CRC-32s
-    NAME.safetensors        one file per set of weights; NAME is "model" (as last trained) or that of an average
+    config.json             the card, the provenance of the weights, versions, CRC-32s
+    NAME.safetensors        one file per set of weights; NAME is "model" (as last trained) or the name of an average
 
 The folder appears under its name when all of it is on disk.
 """
@@ -32,7 +32,7 @@ _GROUP_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported folder that can be read. `meta`: card, provenance and versions, as they were written."""
+    """An exported folder that can be read; `meta` holds card, provenance and versions as they were written."""
 
     folder: Path
     meta: dict[str, Any]
@@ -43,16 +43,17 @@ class Exported:
         return tuple(self.meta["weights"])
 
     def read(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Fill `tensors` in place with those of a set. Raises InputError if its file is missing or damaged."""
+        """Fill `tensors` in place with those of a set. Raise InputError if its file is missing or damaged."""
         read_safetensors(self.folder / f"{name}.safetensors", tensors, self.meta["weights"][name]["crc32"])
 
 
 def is_exported(path: Path) -> bool:
+    """Tell whether `path` is an exported folder."""
     return (path / CONFIG).is_file()
 
 
 def read_exported(folder: Path) -> Exported:
-    """Raises InputError for a folder that another program, or a later pomscale, has written."""
+    """Open an exported folder. Raise InputError for one that another program, or a later pomscale, has written."""
     try:
         meta = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -74,9 +75,18 @@ def write_exported(
     sets: Mapping[str, Iterable[Tensor]],
     dtype: torch.dtype,
 ) -> None:
-    """Make the folder `out`. meta: "card", "provenance" and "versions"; sets: tensors in the order of `shapes`.
+    """Make the exported folder `out`.
 
-    Raises InputError if there is something at `out` already, PomscaleError if the disk is full.
+    Args:
+        out: The folder to make.
+        meta: JSON with "card", "provenance" and "versions".
+        shapes: Shapes of the parameters by name.
+        sets: Tensors of each set in the order of `shapes`.
+        dtype: torch.float32 or torch.bfloat16.
+
+    Raises:
+        InputError: Something exists at `out` already.
+        PomscaleError: The disk is full.
     """
     with _new_folder(out) as folder:
         weights = {}
@@ -88,7 +98,7 @@ def write_exported(
 
 
 def groups(shapes: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Sequence[int]]]:
-    """Parts of `shapes`, in order, of up to 64 MiB in fp32 or one tensor: what to hold at a time of a large model."""
+    """Split `shapes`, in order, into groups of at most 64 MiB in fp32, or one tensor, to be held one at a time."""
     group: dict[str, Sequence[int]] = {}
     num_bytes = 0
     for name, shape in shapes.items():
@@ -104,7 +114,7 @@ def groups(shapes: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Sequence[i
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` when the block ends without an error; else nothing is left of it."""
+    """Yield a folder that becomes `out` when the block ends without an error, and is removed otherwise."""
     if out.exists():
         raise InputError(f"{out}: exists already; choose another folder or delete this one")
     make_folder(out.parent)

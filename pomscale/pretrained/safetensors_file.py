@@ -1,6 +1,6 @@
-"""safetensors files, written tensor by tensor and read back with proof.
+"""safetensors files, written tensor by tensor and read back with checksums.
 
-The safetensors package can only write what is in memory as a whole. The format is simple enough to write as a stream:
+The safetensors package can only write tensors that are all in memory. The format is simple enough to write as a stream:
 the length of a JSON header (8 bytes, little-endian), the header, then the tensors' bytes, in the header's order.
 """
 
@@ -24,9 +24,19 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 def write_safetensors(
     path: Path, shapes: Mapping[str, Sequence[int]], tensors: Iterable[Tensor], dtype: torch.dtype
 ) -> dict[str, int]:
-    """Write `tensors`, which come in the order of `shapes`, as fp32 or bf16. Returns the CRC-32 of each one's bytes.
+    """Write `tensors` as fp32 or bf16, holding one of them at a time.
 
-    Holds one tensor at a time. PomscaleError if the disk is full.
+    Args:
+        path: The file to write.
+        shapes: Shapes by name.
+        tensors: Tensors in the order of `shapes`.
+        dtype: torch.float32 or torch.bfloat16.
+
+    Returns:
+        The CRC-32 of each tensor's bytes, by name.
+
+    Raises:
+        PomscaleError: The disk is full.
     """
     header = {}
     end = 0
@@ -47,7 +57,7 @@ def write_safetensors(
 
 
 def read_safetensors(path: Path, tensors: Mapping[str, Tensor], crc32s: Mapping[str, int]) -> None:
-    """Fill `tensors` in place, by name, whatever their dtype. InputError if the file is not as it was written."""
+    """Fill `tensors` of any dtype in place, by name. Raise InputError if the file is not as it was written."""
     try:
         with safe_open(path, framework="pt") as file:
             for name, target in tensors.items():

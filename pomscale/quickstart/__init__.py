@@ -1,1 +1,1 @@
-"""The quickstarts: the whole life of a run on a laptop's CPU, by the commands one uses all day."""
+"""Quickstarts: the whole life of a run on a laptop's CPU, by the usual commands."""

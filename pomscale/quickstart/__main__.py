@@ -1,4 +1,4 @@
-"""`python -m pomscale.quickstart`: the quickstart on pictures, with the mixers that are named, else with both."""
+"""`python -m pomscale.quickstart [MIXER ...]`: the quickstart on pictures, by default with both mixers."""
 
 import sys
 

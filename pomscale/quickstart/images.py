@@ -1,4 +1,4 @@
-"""`make quickstart`: the whole life of a run on real pictures, on a laptop's CPU, by the commands one uses all day.
+"""`make quickstart`: the whole life of a run on real pictures, on a laptop's CPU, by the usual commands.
 
 raw pictures -> latent shards -> FSDP2 training on two processes -> a SIGKILL and an exact resume -> samples of the
 averaged weights -> curves -> figures; then the same recipe once more with attention in place of PoM. Every command
@@ -7,7 +7,6 @@ is printed before it runs.
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -20,28 +19,29 @@ from typing import Any
 import psutil
 
 from pomscale.quickstart.tour import ENVIRONMENT, pomscale, read_figures, remove_earlier, run, section, train_command
+from pomscale.runs.history import samples_seen
 
 DIGITS, LATENTS = Path("data/digits"), Path("data/digits-latents")
-RECIPE = "recipes/quickstart.yaml"
+RECIPE = "quickstart"
 RUNS = {"PoM": Path("runs/quickstart"), "attention": Path("runs/quickstart-attention")}
-KILL_AFTER_SAMPLES = 16_000  # between the checkpoints at 12,800 and 19,200: some work is lost and done again
+KILL_AFTER_SAMPLES = 16_000  # lies between the checkpoints at 12,800 and 19,200: some work is lost and done again
 NUM_PER_CLASS = 20
 
 
 def main(mixers: Sequence[str]) -> None:
-    """`mixers`: of RUNS, PoM first; attention, which is compared with it, may be left out."""
+    """Run the tour. `mixers` are keys of RUNS, PoM first; attention, which is compared with it, may be left out."""
     started = time.monotonic()
     runs = {mixer: RUNS[mixer] for mixer in mixers}
     remove_earlier(*runs.values())
-    section("1. raw pictures: 1,797 scans of handwritten digits, one half to train on, one half to judge by")
+    section("1. raw pictures: 1,797 scans of handwritten digits, one half to train on, one half to evaluate on")
     run("-m", "data_pipelines.demos.digits", str(DIGITS))
     section("2. pictures -> latent shards, verified")
     for recipe, half in (("digits", "train"), ("digits-heldout", "heldout")):
-        pomscale("data", "encode", f"recipes/data/{recipe}.yaml")
+        pomscale("data", "encode", f"data/{recipe}")
         pomscale("data", "verify", str(LATENTS / half))
     section("3. training a DiPoM on two processes (FSDP2), killed with SIGKILL midway")
     train_and_kill(RUNS["PoM"])
-    section("4. the same command again: it goes on from the last complete checkpoint")
+    section("4. the same command again: training continues from the last complete checkpoint")
     train(RUNS["PoM"])
     if "attention" in runs:
         section("5. the same recipe with attention: one override (and a name of its own)")
@@ -82,12 +82,6 @@ def train_and_kill(folder: Path) -> None:
     print(f"--- killed {len(victims)} processes with SIGKILL at {samples_seen(folder):,} samples", flush=True)
 
 
-def samples_seen(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.is_file() else []
-    return json.loads(lines[-1])["samples"] if lines else 0
-
-
 def table(figures: dict[str, dict[str, Any]], minutes: float) -> str:
     real = figures["PoM"]
     rows = [
@@ -101,19 +95,19 @@ def table(figures: dict[str, dict[str, Any]], minutes: float) -> str:
     for label, key, real_key, form in rows:
         cells = "".join(f"{format(found[key], form):>12}" for found in figures.values())
         lines.append(f"{label:38}{cells}{format(real[real_key], form) if real_key else '':>14}")
-    home = RUNS["PoM"]
+    folder = RUNS["PoM"]
     return "\n".join(
         [
             *lines,
             "(real digits: recognition of the training half, distance of the held-out half to it)",
             "",
             f"{minutes:.1f} minutes. Look at:",
-            f"  {home}/grid.png      {NUM_PER_CLASS} samples per class",
-            f"  {home}/report.html   curves, grids, recipe, where the run was resumed",
+            f"  {folder}/grid.png      {NUM_PER_CLASS} samples per class",
+            f"  {folder}/report.html   curves, grids, recipe, where the run was resumed",
             "",
             "What to run next:",
-            f"  pomscale sample {home} --classes 3,8 --num 30 --sampler heun --guidance 2 --out more.png",
-            "  pomscale config show recipes/image/dipom-xl-2.yaml",
-            "  pomscale data encode recipes/data/imagenet-256.yaml source.path=YOUR_IMAGENET --dry-run",
+            f"  pomscale sample {folder} --classes 3,8 --num 30 --sampler heun --guidance 2 --out more.png",
+            "  pomscale config show image/dipom-xl-2",
+            "  pomscale data encode data/imagenet-256 source.path=YOUR_IMAGENET --dry-run",
         ]
     )

@@ -1,4 +1,4 @@
-"""What the quickstarts share: they run the commands that one uses all day, and print each before it runs."""
+"""Shared part of the quickstarts: they run the usual commands, and print each before it runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from pomscale.runs.layout import METRICS_FILE
 
 # One thread per process: on two cores, two processes with two spinning threads each are many times slower.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -32,7 +34,7 @@ def pomscale(*arguments: str) -> None:
 
 
 def train_command(recipe: str, folder: Path, *overrides: str) -> list[str]:
-    """Training on two processes, into runs/NAME."""
+    """Return the words that train on two processes, into runs/NAME."""
     return [*_TORCHRUN, "-m", "pomscale", "train", recipe, f"name={folder.name}", *overrides]
 
 
@@ -44,8 +46,8 @@ def remove_earlier(*folders: Path) -> None:
 
 
 def read_figures(run_folder: Path, evaluation: str) -> dict[str, Any]:
-    """The last value of every metric of a run, and what the evaluation wrote into RUN_FOLDER/NAME.json."""
+    """Return the last value of every metric of a run, and the figures of RUN_FOLDER/EVALUATION.json."""
     figures: dict[str, Any] = json.loads((run_folder / f"{evaluation}.json").read_text(encoding="utf-8"))
-    for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (run_folder / METRICS_FILE).read_text(encoding="utf-8").splitlines():
         figures.update(json.loads(line))
     return figures

@@ -1,4 +1,4 @@
-"""`make quickstart-video`: text to video with a carried state, on a laptop's CPU, by the commands one uses all day.
+"""`make quickstart-video`: text to video with a carried state, on a laptop's CPU, by the usual commands.
 
 clips with captions -> latent shards -> block-causal training on two processes -> clips three times as long as those
 trained on, made frame group by frame group -> are they what was asked for? Every command is printed before it runs.
@@ -15,32 +15,32 @@ from typing import Any
 from pomscale.quickstart.tour import pomscale, read_figures, remove_earlier, run, section, train_command
 
 CLIPS, TEXT_ENCODER, LATENTS = Path("data/moving-digits"), Path("data/byte-t5"), Path("data/moving-digits-latents")
-RECIPE = "recipes/quickstart-video.yaml"
+RECIPE = "quickstart-video"
 RUN = Path("runs/quickstart-video")
 NUM_FRAMES = 24  # the clips trained on have 8
-NUM_SHOWN, NUM_JUDGED = 3, 10  # per caption
+NUM_SHOWN, NUM_EVALUATED = 3, 10  # per caption
 
 
 def main(overrides: Sequence[str]) -> None:
-    """`overrides`: of the training recipe, e.g. model.mixer=attention."""
+    """Run the tour. `overrides` change the training recipe, e.g. model.mixer=attention."""
     started = time.monotonic()
     remove_earlier(RUN)
-    section("1. clips: handwritten digits that move over a small canvas, one half to train on, one half to judge by")
+    section("1. clips: handwritten digits that move over a small canvas, one half to train on, one half to evaluate on")
     run("-m", "data_pipelines.demos.moving_digits", str(CLIPS))
     section("2. a text encoder: a small byte-level T5, its weights random but always the same")
     run("-m", "data_pipelines.demos.byte_t5", str(TEXT_ENCODER))
     section("3. clips and captions -> latent shards, verified")
     for recipe, half in (("moving-digits", "train"), ("moving-digits-heldout", "heldout")):
-        pomscale("data", "encode", f"recipes/data/{recipe}.yaml")
+        pomscale("data", "encode", f"data/{recipe}")
         pomscale("data", "verify", str(LATENTS / half))
     section("4. training a V-DiPoM with block-causal time on two processes (FSDP2)")
     run(*train_command(RECIPE, RUN, *overrides))
     pomscale("report", str(RUN))
     section(f"5. clips of {NUM_FRAMES} frames: group by group, from a state that does not grow")
     sample("--num", str(NUM_SHOWN), "--out", f"{RUN}/clips.mp4", "--sheet", f"{RUN}/clips.png")
-    section("6. more of them, and a judge")
+    section("6. more clips, and their evaluation")
     npz = f"{RUN}/clips.npz"
-    sample("--num", str(NUM_JUDGED), "--out", f"{RUN}/judged.mp4", "--npz", npz)
+    sample("--num", str(NUM_EVALUATED), "--out", f"{RUN}/judged.mp4", "--npz", npz)
     pomscale("evaluate", "moving-digits", npz, "--out", f"{RUN}/moving-digits.json")
     summary = table(read_figures(RUN, "moving-digits"), minutes=(time.monotonic() - started) / 60)
     (RUN / "summary.txt").write_text(summary + "\n", encoding="utf-8")
@@ -49,7 +49,7 @@ def main(overrides: Sequence[str]) -> None:
 
 
 def sample(*arguments: str) -> None:
-    """Clips of the recipe's prompts."""
+    """Generate clips of the recipe's prompts."""
     pomscale("sample", str(RUN), "--frames", str(NUM_FRAMES), *arguments)
 
 
@@ -77,7 +77,7 @@ def table(figures: dict[str, Any], minutes: float) -> str:
             "",
             "What to run next:",
             f'  pomscale sample {RUN} --prompt "four moving right" --frames 48 --out long.mp4',
-            "  pomscale config show recipes/moving-digits-full.yaml   # all digits, four directions: for a GPU",
+            "  pomscale config show moving-digits-full   # all digits, four directions: for a GPU",
             "  pomscale bench video",
         ]
     )

@@ -1,1 +1,1 @@
-"""A run folder: what it holds, who may write it, and how each of its starts ended. No torch."""
+"""A run folder: its files, the start that may write it, and how each of its starts ended. No torch."""

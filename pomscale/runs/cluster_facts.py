@@ -1,9 +1,9 @@
-"""What `pomscale cluster check` finds on the nodes: written there by cluster_probe, read on the login node. No torch.
+"""Findings of `pomscale cluster check` on the nodes: cluster_probe writes them, the login node reads them. No torch.
 
-FOLDER/rank-00000.json      a rank alone (RankFacts)
-FOLDER/world.json           all ranks together (WorldFacts), by rank 0
+FOLDER/rank-00000.json      findings of one rank alone (RankFacts)
+FOLDER/world.json           findings of all ranks together (WorldFacts), by rank 0
 FOLDER/ready-00000          the rank waits for a signal
-FOLDER/signal-00000         it came
+FOLDER/signal-00000         the signal has reached the rank
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WORLD_FILE = "world.json"
 
 class _Kept:
     def keep(self, path: Path) -> None:
-        """PomscaleError if it cannot be written."""
+        """Write the findings as JSON. Raises PomscaleError if that is impossible."""
         write_text(path, json.dumps(asdict(self)))  # type: ignore[call-overload]
 
     @classmethod
@@ -30,9 +30,24 @@ class _Kept:
 
 @dataclass(frozen=True)
 class RankFacts(_Kept):
-    """gpu: name and identity of the one that this rank would use. num_cores: that it may run on. folders: what they
-    are for -> where; how fast a file is made durable there, or why it cannot be. internet: what did not answer; None
-    if all did, or if nothing was asked. The last four are of the first rank of each node.
+    """Findings of one rank alone.
+
+    Attributes:
+        rank: number of the rank.
+        node: name of its node.
+        python: version of Python.
+        executable: path of the Python interpreter.
+        torch: version of torch.
+        nccl: version of NCCL; None without a GPU.
+        gpu: name and identity of the GPU that this rank would use.
+        num_gpus: GPUs that the process sees.
+        num_cores: cores that the process may run on.
+        interfaces: names of the network interfaces.
+        folders: purpose -> path of the folders that runs write into. This field and those after it are filled in by
+            the first rank of each node.
+        write_gb_per_s: purpose -> speed at which a file is written and made durable there.
+        cannot_write: purpose -> why nothing can be written there.
+        internet: servers that did not answer; None if all did, or if none was asked.
     """
 
     rank: int
@@ -53,11 +68,18 @@ class RankFacts(_Kept):
 
 @dataclass(frozen=True)
 class WorldFacts(_Kept):
-    """problem: what makes a run impossible. warnings: ranks that are slow. matmul_tflops: median and slowest rank.
+    """Findings of all ranks together.
 
-    inside_gb_per_s: of an all-reduce among the ranks of each node. across_gb_per_s: among all; None on one node.
-    seen_after_s: until a file that another node has written is seen, the longest of each node; None if it never is.
-    clock_s: ahead of the clock of rank 0.
+    Attributes:
+        num_ranks: number of ranks.
+        join_s: seconds until all ranks had found each other.
+        problem: what makes a run impossible; None if nothing does.
+        warnings: ranks that are slow.
+        matmul_tflops: TFLOP/s of the median and of the slowest rank; empty if there is a problem.
+        across_gb_per_s: bus bandwidth of an all-reduce among all ranks; None on one node.
+        inside_gb_per_s: node -> bus bandwidth of an all-reduce among its ranks.
+        seen_after_s: node -> longest time until it sees a file that another node has written; None if it never does.
+        clock_s: node -> seconds that its clock is ahead of the clock of rank 0.
     """
 
     num_ranks: int
@@ -72,24 +94,27 @@ class WorldFacts(_Kept):
 
 
 def rank_path(folder: Path, rank: int) -> Path:
+    """Findings of a rank alone."""
     return folder / f"rank-{rank:05d}.json"
 
 
 def ready_path(folder: Path, rank: int) -> Path:
+    """Mark of a rank that waits for a signal."""
     return folder / f"ready-{rank:05d}"
 
 
 def signal_path(folder: Path, rank: int) -> Path:
+    """Mark of a rank that a signal has reached."""
     return folder / f"signal-{rank:05d}"
 
 
 def rank_facts(folder: Path) -> dict[int, RankFacts]:
-    """Of the ranks that have told so far."""
+    """Return the findings of the ranks that have written theirs so far, by rank."""
     facts: list[Any] = [RankFacts.read(path) for path in sorted(folder.glob("rank-*.json"))]
     return {one.rank: one for one in facts}
 
 
 def world_facts(folder: Path) -> WorldFacts | None:
-    """None as long as the ranks have not found together."""
+    """Return the findings of all ranks together; None as long as the ranks have not found each other."""
     path = folder / WORLD_FILE
     return WorldFacts.read(path) if path.is_file() else None

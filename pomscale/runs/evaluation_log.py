@@ -1,8 +1,8 @@
-"""What jobs measure of a run's checkpoints while training goes on, or after it: RUN/evaluations.jsonl.
+"""Evaluations of a run's checkpoints, by jobs beside or after training: RUN/evaluations.jsonl.
 
-An evaluation is done samples after its checkpoint was saved, by another job on another node. So it is no row of
-metrics.jsonl, which training alone writes and in which samples only grow: it has a file of its own, read_history puts
-the two together, and Delivery tells which of it the run's wandb run has not been given yet.
+An evaluation ends while training is many samples past its checkpoint, in another job on another node. So it is no row
+of metrics.jsonl, which training alone writes and in which samples only grow, but a line of a file of its own.
+`read_history` joins the two files, and `Delivery` knows which evaluations the run's wandb run has not been given yet.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from typing import Any
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import write_text
 from pomscale.base.jsonl import read_json_lines
+from pomscale.runs.layout import DELIVERED_FILE, EVALUATIONS_FILE, RECIPE_FILE
 from pomscale.runs.metric_names import EVALUATION_PREFIX
 
-EVALUATIONS_FILE = "evaluations.jsonl"
-DELIVERED_FILE = "evaluations.delivered"
 IMAGES, VIDEOS = (".png", ".jpg", ".jpeg", ".gif", ".webp"), (".mp4", ".webm")
 
 _NAME = re.compile(re.escape(EVALUATION_PREFIX) + r"[^/\s]+/\S+")
@@ -32,7 +31,7 @@ _NAME = re.compile(re.escape(EVALUATION_PREFIX) + r"[^/\s]+/\S+")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of the checkpoint at `samples`: figures and media, by names of names.evaluation_name."""
+    """Figures and media of the checkpoint at `samples`, by names as from `metric_names.evaluation_name`."""
 
     samples: int
     time_unix_s: float  # when it was recorded
@@ -41,9 +40,9 @@ class Evaluation:
 
     @classmethod
     def of(cls, run_folder: Path, row: Mapping[str, Any]) -> Evaluation:
-        """A line of the file."""
+        """Parse a line of the file."""
         metrics = {name: float(value) for name, value in row["metrics"].items()}
-        # An absolute path stays what it is.
+        # Joined to the run folder, an absolute path stays what it is.
         pictures = {name: run_folder / path for name, path in row["pictures"].items()}
         return cls(row["samples"], row["time_unix_s"], metrics, pictures)
 
@@ -51,15 +50,23 @@ class Evaluation:
 def record(
     run_folder: Path, samples: int, metrics: Mapping[str, float], pictures: Mapping[str, Path] | None = None
 ) -> None:
-    """Append an evaluation of the checkpoint at `samples`. Any process of any node may, also several at once.
+    """Append an evaluation of the checkpoint at `samples`; any process of any node may, also several at once.
 
-    pictures: images and clips that lie on disk, by name; see IMAGES and VIDEOS. Where the file system has locks, lines
-    of several nodes never mix; on one node they never do. Raises InputError for what is no evaluation of this run,
-    PomscaleError if it cannot be written: then nothing was.
+    Lines of one node never mix, and those of several nodes do not where the file system has locks.
+
+    Args:
+        run_folder: the run folder.
+        samples: samples seen by the checkpoint.
+        metrics: figures by name.
+        pictures: images and clips on disk by name; see IMAGES and VIDEOS for their suffixes.
+
+    Raises:
+        InputError: this is no evaluation of this run.
+        PomscaleError: the file cannot be written; nothing was written then.
     """
     pictures = pictures or {}
-    if not (run_folder / "recipe.yaml").is_file():
-        raise InputError(f"{run_folder}: no run folder: it has no recipe.yaml")
+    if not (run_folder / RECIPE_FILE).is_file():
+        raise InputError(f"{run_folder}: no run folder: it has no {RECIPE_FILE}")
     if samples < 0 or not (metrics or pictures):
         raise InputError(f"{run_folder}: nothing to record: {len(metrics)} figures at {samples} samples")
     for name in (*metrics, *pictures):
@@ -78,13 +85,13 @@ def record(
 
 
 def _from(run_folder: Path, path: Path) -> str:
-    """Relative where it lies inside, so that a run folder can be moved."""
+    """Return the path relative to the run folder if it lies inside, so that a run folder can be moved."""
     path, run_folder = path.absolute(), run_folder.absolute()
     return str(path.relative_to(run_folder) if path.is_relative_to(run_folder) else path)
 
 
 def _append(path: Path, line: bytes) -> None:
-    """A line, whole or not at all."""
+    """Append a line, whole or not at all."""
     try:
         with path.open("a+b", buffering=0) as file:
             _lock(file.fileno())
@@ -111,49 +118,50 @@ def _lock(descriptor: int) -> None:
 
 
 def read_evaluations(run_folder: Path) -> list[Evaluation]:
-    """All that were recorded, oldest first; also those of checkpoints that were given up (see read_history)."""
+    """Return all recorded evaluations, oldest first, including those of checkpoints given up (see read_history)."""
     rows, _ = read_json_lines(run_folder / EVALUATIONS_FILE)
     return [Evaluation.of(run_folder, row) for row in rows]
 
 
 class Delivery:
-    """Which evaluations a run's wandb run has been given: those before a place in the file, which is kept on disk.
+    """Position in evaluations.jsonl up to which the run's wandb run has been given the evaluations, kept on disk.
 
-    For the process that holds the run's wandb lock (see wandb_run): so there is one at a time. If it is killed between
-    giving and noting, the next one gives an evaluation again: the same figures at the same samples.
+    Only the process that holds the run's wandb lock uses it (see monitoring.wandb.run). If that process is killed
+    between giving and noting, the next one gives an evaluation again: the same figures at the same samples.
     """
 
     def __init__(self, run_folder: Path) -> None:
         self._run_folder = run_folder
         self._path = run_folder / EVALUATIONS_FILE
-        self._place_path = run_folder / DELIVERED_FILE
-        self._place = int(self._place_path.read_text()) if self._place_path.is_file() else 0
+        self._position_path = run_folder / DELIVERED_FILE
+        self._position = int(self._position_path.read_text()) if self._position_path.is_file() else 0
 
     @property
     def has_more(self) -> bool:
-        return self._path.is_file() and self._path.stat().st_size > self._place
+        """Whether there are evaluations that were not given yet."""
+        return self._path.is_file() and self._path.stat().st_size > self._position
 
     def due(self) -> Iterator[tuple[Evaluation, int]]:
-        """Those to be given, each once in this process, with the place to note when it was given."""
+        """Yield the evaluations to give, each once in this process, with the position to note once it was given."""
         if not self.has_more:
             return
         with self._path.open("rb") as file:
-            file.seek(self._place)
+            file.seek(self._position)
             for line in file:
                 if not line.endswith(b"\n"):
-                    break  # somebody is just writing it
-                self._place += len(line)
+                    break  # another process is just writing it
+                self._position += len(line)
                 row = _parsed(line)
                 if row is not None:
-                    yield Evaluation.of(self._run_folder, row), self._place
+                    yield Evaluation.of(self._run_folder, row), self._position
 
-    def note(self, place: int) -> None:
-        """All before this place was given. PomscaleError where that cannot be written."""
-        write_text(self._place_path, f"{place}\n")
+    def note(self, position: int) -> None:
+        """Record that all before this position was given. Raises PomscaleError where that cannot be written."""
+        write_text(self._position_path, f"{position}\n")
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """None for a line that a kill has cut off."""
+    """Return the object of a line; None for a line that a kill has cut off."""
     try:
         row = json.loads(line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint are, to the bit, those that were written.
+"""Seal of a checkpoint: checksums that tell whether its files are, to the bit, those that were written.
 
     checksums.json   {file: {"bytes": length, "crc32": checksum}}, for every file but itself and the marker
     COMPLETE         the marker: the CRC-32 of checksums.json, in hexadecimal
@@ -21,31 +21,31 @@ from isal import isal_zlib
 
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import write_text
+from pomscale.runs.layout import CHECKSUMS, MARKER
 
-CHECKSUMS = "checksums.json"
-MARKER = "COMPLETE"
 _PIECE = 1 << 22
 
 
 class Checksum(NamedTuple):
-    """Of a whole file."""
+    """Length and CRC-32 of a whole file."""
 
     num_bytes: int
     crc32: int
 
     @classmethod
     def of(cls, content: bytes) -> Checksum:
+        """Return the checksum of a file with this content."""
         return cls(len(content), isal_zlib.crc32(content))
 
     def followed_by(self, content: memoryview) -> Checksum:
-        """Of the same file with `content` (bytes) at its end."""
+        """Return the checksum of the same file with `content` (bytes) at its end."""
         return Checksum(self.num_bytes + len(content), isal_zlib.crc32(content, self.crc32))
 
 
 class SummedFile(FileIO):
-    """A new file, written from beginning to end, that knows its checksum. Once closed, it is on the disk.
+    """A new file, written from beginning to end, that computes its checksum. Once closed, it is on the disk.
 
-    problem: why the system would not write; torch.save tells of other things then.
+    `problem` is the error of a write that failed; torch.save raises another, less helpful error then.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,16 +69,17 @@ class SummedFile(FileIO):
 
 
 def seal(folder: Path, checksums: dict[str, Checksum]) -> None:
-    """Write checksums.json, then the marker. All else must have reached the disk."""
+    """Write checksums.json, then the marker. All other files must be on the disk."""
     text = json.dumps({name: {"bytes": n, "crc32": crc} for name, (n, crc) in sorted(checksums.items())}, indent=1)
     write_text(folder / CHECKSUMS, text)
     write_text(folder / MARKER, _fingerprint(text.encode()).decode())
 
 
 def find_damage(folder: Path, share: int = 0, num_shares: int = 1) -> str | None:
-    """What is wrong with a sealed folder, naming the file; None if nothing is. Reads every byte of its share of files.
+    """Return what is wrong with a sealed folder, naming the file; None if nothing is.
 
-    Raises PomscaleError where a file may be good but cannot be read now.
+    Reads every byte of share number `share` (of `num_shares`) of the files. Raises PomscaleError where a file may be
+    good but cannot be read now.
     """
     try:
         checksums = _read_checksums(folder)
@@ -91,7 +92,7 @@ def find_damage(folder: Path, share: int = 0, num_shares: int = 1) -> str | None
 
 
 def find_damage_of(path: Path) -> str | None:
-    """The same for one file of a sealed folder."""
+    """Return what is wrong with one file of a sealed folder; None if nothing is."""
     try:
         _compare(path, _read_checksums(path.parent)[path.name])
     except _Damage as damage:
@@ -139,5 +140,5 @@ def _reading(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.EIO:  # the disk has lost it
             raise _Damage(f"{path} cannot be read: {error}") from error
-        # Rights, a stale handle, too many open files: the content may be as good as ever.
+        # Missing rights, a stale handle, too many open files: the content may be intact.
         raise PomscaleError(f"{path} cannot be read: {error}; run the same command again once it can") from error

@@ -6,9 +6,9 @@ METRICS: dict[str, str] = {
     "train/loss": "training loss, mean over the samples since the last row",
     "train/grad_norm": "global gradient norm before clipping, mean over the steps since the last row",
     "train/learning_rate": "learning rate of the last step",
-    "data/epoch": "how often the dataset was gone through; of a mixture, data/epoch/NAME for each dataset",
-    "data/epoch_min": "the same for the latent shape that was gone through least, where there are several",
-    "data/epoch_max": "the same for the latent shape that was gone through most, where there are several",
+    "data/epoch": "number of passes over the dataset so far; of a mixture, data/epoch/NAME for each dataset",
+    "data/epoch_min": "number of passes over the latent shape with the fewest, where there are several",
+    "data/epoch_max": "number of passes over the latent shape with the most, where there are several",
     "data/bad_samples": "samples of this run that could not be read and were left out, each counted once",
     "speed/samples_per_s": "samples per second over all ranks, without validation, sampling and saving",
     "speed/step_time_s": "seconds per optimiser step, mean",
@@ -27,31 +27,31 @@ METRICS: dict[str, str] = {
     "encode/eta_s": "seconds until this task's items are done, at the speed so far",
     "checkpoint/stall_s": "seconds that training stood still for the save which has just been completed",
     "checkpoint/total_s": "seconds from the start of that save until it was complete",
-    "faults/skipped_steps": "steps of this incarnation that were left out, since loss or gradient was not finite",
-    "faults/rollbacks": "how often this run went back to a checkpoint, since it diverged",
+    "faults/skipped_steps": "steps of this start that were left out, since loss or gradient was not finite",
+    "faults/rollbacks": "number of times that this run diverged and went back to a checkpoint",
     "ranks/compute_slowdown": "seconds of a fixed computation on the slowest rank over those of the median rank",
-    "ranks/slowest_rank": "the rank that is slowest at it",
-    "ranks/slowest_host": "its host",
-    "ranks/data_wait_excess_share": "how much longer than the median rank one waits for data, over the step time",
-    "ranks/data_wait_rank": "the rank that waits longest for data",
-    "straggler/rank": "the rank that holds the others up; what follows is measured there, once it has been named",
-    "straggler/host": "its host",
+    "ranks/slowest_rank": "rank that is slowest at this computation",
+    "ranks/slowest_host": "host of the rank that is slowest at this computation",
+    "ranks/data_wait_excess_share": "how much longer than the median rank one rank waits for data, over the step time",
+    "ranks/data_wait_rank": "rank that waits longest for data",
+    "straggler/rank": "rank that holds the others up, once it is known; all of straggler/ is measured there",
+    "straggler/host": "host of that rank",
     "straggler/cpu_percent": "CPU use of that host in percent, while the other ranks wait",
-    "straggler/load_per_cpu": "its processes that run or wait to, mean of the last minute, over its cores",
+    "straggler/load_per_cpu": "processes of that host that run or wait, mean of the last minute, over its cores",
     "straggler/memory_gib": "memory in use on that host, GiB",
     "straggler/process_memory_gib": "resident memory of that rank's process, GiB",
     "straggler/gpu_clock_mhz": "clock of that rank's GPU",
-    "straggler/gpu_max_clock_mhz": "its highest clock",
-    "straggler/gpu_temperature_c": "its temperature",
-    "straggler/gpu_power_w": "the power it draws",
-    "straggler/gpu_percent": "share of the time in which it computed, in percent",
-    "straggler/gpu_memory_gib": "its memory in use, GiB",
-    "straggler/gpu_throttled_by": "why its clock is held down, in NVML's words; empty if it is not",
+    "straggler/gpu_max_clock_mhz": "highest clock of that GPU",
+    "straggler/gpu_temperature_c": "temperature of that GPU",
+    "straggler/gpu_power_w": "power that the GPU draws",
+    "straggler/gpu_percent": "share of the time in which that GPU computed, in percent",
+    "straggler/gpu_memory_gib": "memory of that GPU in use, GiB",
+    "straggler/gpu_throttled_by": "why the clock of that GPU is held down, in NVML's words; empty if it is not",
     "preflight/matmul_tflops": "matrix products at the start, TFLOP/s of the median rank",
-    "preflight/matmul_slowest_tflops": "the same of the slowest rank",
+    "preflight/matmul_slowest_tflops": "matrix products at the start, TFLOP/s of the slowest rank",
     "preflight/write_gb_per_s": "writing into the run folder at the start, with fsync, GB/s of the median host",
-    "preflight/write_slowest_gb_per_s": "the same of the slowest host",
-    "preflight/all_reduce_gb_per_s": "all-reduce over all ranks at the start, bus bandwidth in GB/s",
+    "preflight/write_slowest_gb_per_s": "writing into the run folder at the start, with fsync, GB/s of the slowest",
+    "preflight/all_reduce_gb_per_s": "bus bandwidth of an all-reduce over all ranks at the start, GB/s",
     "validation/loss": "held-out loss with noise fixed for the whole run",
     "validation/bad_samples": "held-out samples that could not be read and do not count in the held-out loss",
 }
@@ -60,24 +60,24 @@ WALL_TIME: dict[str, str] = {
     "productive": "steps that count",
     "lost": "steps done again, since the run went back to a checkpoint",
     "queue": "waiting for machines",
-    "down": "between two incarnations; after a kill also the seconds before it that were not written yet",
+    "down": "between two starts; after a kill also the seconds before it that were not written yet",
     "start_up": "from the start of the process to its first batch",
-    "compile": "the first step of an incarnation",
+    "compile": "the first step of a start",
     "data_wait": "waiting for data",
     "checkpoint_stall": "training held up by saving",
     "evaluation": "validation and pictures",
     "rollback": "going back to a checkpoint",
     "other": "anything else",
 }
-"""What the wall time of a run is spent on, in the order in which it is shown."""
+"""Kinds of wall time of a run, in the order in which they are shown."""
 
 VALIDATION_BIN_PREFIX = "validation/loss_bin_"
 GOODPUT_PREFIX, GOODPUT_SUFFIX = "goodput/", "_share"
 EVALUATION_PREFIX = "evaluation/"
 EPOCH_PREFIXES = {
-    "data/epoch/": "how often dataset {} was gone through",
-    "data/epoch_min/": "how often the latent shape of dataset {} that was gone through least was gone through",
-    "data/epoch_max/": "how often the latent shape of dataset {} that was gone through most was gone through",
+    "data/epoch/": "number of passes over dataset {} so far",
+    "data/epoch_min/": "number of passes over the latent shape of dataset {} with the fewest",
+    "data/epoch_max/": "number of passes over the latent shape of dataset {} with the most",
 }
 
 
@@ -94,7 +94,7 @@ def evaluation_name(evaluation: str, figure: str) -> str:
 def goodput_share(kind: str) -> str:
     """Name of the share of all wall time, queue and pauses included, that went into a kind of WALL_TIME.
 
-    goodput/productive_share is how much of it went into steps that count.
+    goodput/productive_share is the share of steps that count.
     """
     return f"{GOODPUT_PREFIX}{kind}{GOODPUT_SUFFIX}"
 
@@ -105,7 +105,7 @@ def describe(name: str) -> str:
         return f"held-out loss of time bin {int(name.removeprefix(VALIDATION_BIN_PREFIX))} (0 = nearest to the data)"
     if name.startswith(GOODPUT_PREFIX):
         kind = name.removeprefix(GOODPUT_PREFIX).removesuffix(GOODPUT_SUFFIX)
-        return f"share of the run's wall time, over all incarnations: {WALL_TIME.get(kind, kind)}"
+        return f"share of the run's wall time, over all starts: {WALL_TIME.get(kind, kind)}"
     if name.startswith(EVALUATION_PREFIX) and name.count("/") > 1:
         evaluation, figure = name.removeprefix(EVALUATION_PREFIX).split("/", 1)
         return f"{figure} of the checkpoint at these samples, measured by evaluation {evaluation}"

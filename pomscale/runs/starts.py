@@ -1,10 +1,10 @@
-"""Which start of a run is the newest: only that one may write.
+"""Starts of a run: the number that each one claims, by which only the newest may write, and what each one records.
 
-    RUN/generations/000003     made by the third start of the run: host, process, time, SLURM job
+    RUN/generations/000003     claim of the third start of the run: host, process, time, SLURM job
 
 A scheduler may take a node for dead and start the run again elsewhere while a rank of the start before lives on, behind
 a network that was cut or a file system that hung. When it wakes up it must not commit, delete or overwrite anything.
-So every start claims the next number, and whoever is about to write looks whether there is a higher one. No torch here.
+So every start claims the next number, and looks for a higher one before it writes. This module needs no torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,21 +21,32 @@ from typing import Any
 import psutil
 
 from pomscale.base.errors import PomscaleError
-
-FOLDER = "generations"
+from pomscale.base.files import write_text
+from pomscale.config.load import dump_recipe
+from pomscale.config.train import TrainRecipe
+from pomscale.runs.code_state import code_state, versions
+from pomscale.runs.layout import (
+    CLAIMS_FOLDER,
+    CODE_DIFF_FILE,
+    CODE_STATE_FILE,
+    OUTCOME_FILE,
+    RECIPE_FILE,
+    STARTS_FILE,
+    claim_path,
+)
 
 _SAME_START_S = 2.0  # claims are written in whole seconds
 
 
 class Superseded(PomscaleError):
-    """A newer start of this run has taken over; nothing was written by this one since it noticed."""
+    """A newer start of this run has taken over; this start has written nothing since it noticed."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A start of a run, as its rank 0 has recorded it: a file of generations/.
+    """The record that rank 0 of a start has left of itself: a file of generations/.
 
-    host None: it has the number already, and is about to say who it is; or what it said is torn.
+    host is None where the number is claimed but the file is still empty, or torn.
     """
 
     number: int
@@ -45,7 +57,7 @@ class Claim:
 
     @property
     def lives(self) -> bool | None:
-        """Whether its process is there; None where that cannot be seen from here."""
+        """Whether the process of this start lives; None where that cannot be seen from this host."""
         if self.pid is None or self.host != socket.gethostname():
             return None
         return process_lives(self.pid, began_before_unix_s=self.unix_s + _SAME_START_S)
@@ -54,31 +66,31 @@ class Claim:
         if self.host is None:
             return "just now"
         job = "" if self.slurm_job_id is None else f", SLURM job {self.slurm_job_id}"
-        time = datetime.fromtimestamp(self.unix_s, UTC).isoformat(timespec="seconds")
-        return f"{self.host}, process {self.pid}{job}, {time}"
+        claimed = datetime.fromtimestamp(self.unix_s, UTC).isoformat(timespec="seconds")
+        return f"{self.host}, process {self.pid}{job}, {claimed}"
 
 
-class Generation:
-    """One start of a run. Rank 0 claims it; the other ranks are told its number."""
+class Start:
+    """One start of a run. Rank 0 claims its number, which the other ranks then receive."""
 
     def __init__(self, run_folder: Path, number: int) -> None:
         self.number = number
-        self._folder = run_folder / FOLDER
+        self._run_folder = run_folder
 
     @classmethod
-    def claim(cls, run_folder: Path) -> Generation:
-        """A number above all others of this run, which no other process has or will get. Called by rank 0 alone.
+    def claim(cls, run_folder: Path) -> Start:
+        """Claim a number above all others of this run, which no other process has or will get. Called by rank 0 alone.
 
         Raises PomscaleError if the run folder cannot be written.
         """
-        folder = run_folder / FOLDER
+        folder = run_folder / CLAIMS_FOLDER
         try:
             folder.mkdir(parents=True, exist_ok=True)
             while True:
                 number = _newest(folder) + 1
                 try:
                     # Exclusive: of two that start at once, one has the lower number, and will stop.
-                    with (folder / f"{number:06d}").open("x", encoding="utf-8") as file:
+                    with claim_path(run_folder, number).open("x", encoding="utf-8") as file:
                         json.dump(_this_process(), file)
                 except FileExistsError:
                     continue
@@ -89,42 +101,66 @@ class Generation:
             ) from error
 
     def check(self) -> None:
-        """One look into a small folder, before every commit. Raises Superseded if this is not the newest start.
+        """Raise Superseded if this is not the newest start; called before every commit.
 
-        Raises PomscaleError where that cannot be known.
+        Costs one look into a small folder. Raises PomscaleError where the newest start cannot be known.
         """
+        folder = self._run_folder / CLAIMS_FOLDER
         try:
-            newest = _newest(self._folder)
-            newer = _read_claim(self._folder, newest) if newest > self.number else None
+            newest = _newest(folder)
+            newer = _read_claim(self._run_folder, newest) if newest > self.number else None
         except OSError as error:
             raise PomscaleError(
-                f"{self._folder} cannot be read ({error}), so a newer start of this run may have taken over; "
+                f"{folder} cannot be read ({error}), so a newer start of this run may have taken over; "
                 "fix the file system, then run the same command again"
             ) from error
         if newer is not None:
             raise Superseded(
-                f"a newer start ({newer}) of this run has taken over {self._folder.parent}; "
+                f"a newer start ({newer}) of this run has taken over {self._run_folder}; "
                 "this process stops without writing"
             )
 
     def other_alive(self) -> Claim | None:
-        """The start before this one, if its process still lives on this machine: it is being taken over from."""
+        """Return the claim of the start before this one if its process still lives on this machine, else None."""
         if self.number == 1:
             return None
-        claim = _read_claim(self._folder, self.number - 1)
+        claim = _read_claim(self._run_folder, self.number - 1)
         return claim if claim.lives else None
 
 
-def newest_generation(run_folder: Path) -> int:
-    """The number of the newest start of a run; 0 if there was none."""
-    folder = run_folder / FOLDER
+def record_start(run_folder: Path, recipe: TrainRecipe, start: int, *, start_samples: int, num_ranks: int) -> None:
+    """Record a start in the run folder: recipe, state of the code, and a line of incarnations.jsonl.
+
+    Called by rank 0 alone. The outcome of the start before it is removed.
+    """
+    write_text(run_folder / RECIPE_FILE, dump_recipe(recipe))
+    code, diff = code_state()
+    write_text(run_folder / CODE_STATE_FILE, json.dumps(code, indent=1))
+    write_text(run_folder / CODE_DIFF_FILE, diff)
+    (run_folder / OUTCOME_FILE).unlink(missing_ok=True)
+    line = {
+        "incarnation": start,
+        "started_unix_s": time.time(),
+        "start_samples": start_samples,
+        "num_ranks": num_ranks,
+        "total_samples": recipe.training.total_samples,
+        "host": socket.gethostname(),
+        "versions": versions(),
+    }
+    with (run_folder / STARTS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def newest_start(run_folder: Path) -> int:
+    """Return the number of the newest start of a run; 0 if there was none."""
+    folder = run_folder / CLAIMS_FOLDER
     return _newest(folder) if folder.is_dir() else 0
 
 
 def newest_claim(run_folder: Path) -> Claim | None:
-    """The newest start of a run; None if there was none."""
-    number = newest_generation(run_folder)
-    return _read_claim(run_folder / FOLDER, number) if number else None
+    """Return the claim of the newest start of a run; None if there was none."""
+    number = newest_start(run_folder)
+    return _read_claim(run_folder, number) if number else None
 
 
 def process_lives(pid: int, *, began_before_unix_s: float) -> bool:
@@ -149,8 +185,8 @@ def _this_process() -> dict[str, Any]:
     }
 
 
-def _read_claim(folder: Path, number: int) -> Claim:
-    path = folder / f"{number:06d}"
+def _read_claim(run_folder: Path, number: int) -> Claim:
+    path = claim_path(run_folder, number)
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         began = datetime.fromisoformat(said["time"]).timestamp()

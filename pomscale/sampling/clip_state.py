@@ -1,4 +1,4 @@
-"""What is needed to go on with clips, as one safetensors file. All of it is checked when it is read back.
+"""The state from which clips can be continued, as one safetensors file that is checked when it is read back.
 
 Metadata of the file: "format", "format_version", "pomscale" (the version that wrote it), "meta" (JSON) and "crc32" (of
 meta and of all tensors, in the order of their names).
@@ -25,7 +25,10 @@ _FORMAT, _FORMAT_VERSION = "pomscale-clip-state", "1"
 
 
 def write_clip_state(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """`path` is whole, or stays as it was. meta: what JSON can hold. PomscaleError if the disk is full."""
+    """Write `path` as a whole, or leave it as it was. Raise PomscaleError if the disk is full.
+
+    `meta` must be JSON.
+    """
     # Copies: safetensors refuses tensors that share memory, as key and value of an attention layer may.
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     text = json.dumps(meta)
@@ -44,13 +47,15 @@ def write_clip_state(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def read_clip_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """meta and tensors (on the CPU), as they were written. InputError for any other file."""
+    """Return meta and tensors (on the CPU) as they were written. Raise InputError for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: there is no such file; give one that the state of clips was saved to") from error
+        raise InputError(
+            f"{path}: there is no such file; give the file that the state of clips was saved to"
+        ) from error
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path}: cannot be read ({error}): no state of clips, or a part of one; copy or save it again"
@@ -63,7 +68,7 @@ def read_clip_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"use pomscale {header['pomscale']}"
         )
     if header.get("crc32") != str(_crc32(header["meta"], tensors)):
-        raise InputError(f"{path}: damaged; copy it again, or begin the clips anew")
+        raise InputError(f"{path}: damaged; copy it again, or begin the clips again")
     meta: dict[str, Any] = json.loads(header["meta"])
     return meta, tensors
 

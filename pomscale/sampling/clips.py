@@ -1,6 +1,7 @@
-"""`pomscale sample` of a model of clips: into mp4 files, at constant memory where the model makes frame by frame.
+"""`pomscale sample` for a model of clips: mp4 files, at constant memory where the model makes frame by frame.
 
-Frames are those one sees, the pixel frames; latent frames, of which a codec makes one to four of them, are called so.
+"Frames" are pixel frames. A codec decodes each latent frame to one to four of them; these are always called "latent
+frames".
 """
 
 from __future__ import annotations
@@ -9,44 +10,48 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pomscale.base.condition import Text
+from pomscale.base.console import track
 from pomscale.base.errors import InputError
 from pomscale.base.files import atomic_write, make_folder
-from pomscale.base.progress import Progress
 from pomscale.codecs.base import ClipCodec, ClipDecoder
-from pomscale.config.schema import SamplerName
 from pomscale.data.normalize import normalize
+from pomscale.diffusion.options import SamplingOptions
 from pomscale.media.sheets import ContactSheet, open_clips, to_bytes
 from pomscale.pretrained.card import DEFAULT_FPS
-from pomscale.pretrained.load import PretrainedVDiPoM, sample
+from pomscale.pretrained.load import PretrainedVDiPoM
+from pomscale.sampling.api import sample_latents
 from pomscale.sampling.stream import ClipStream
 
 MP4 = ".mp4"
 
 
 @dataclass(frozen=True, slots=True)
-class Films:
-    """Where clips go. What is None is not written."""
+class ClipFiles:
+    """The files that clips are written to; None = not written.
+
+    Attributes:
+        out: NAME.mp4 = one file with all clips, a row per prompt; any other name = a folder with one file per clip.
+        sheet: PNG with a row per clip, whose frames are evenly spaced in it.
+        npz: File for clips (uint8 n f h w c), prompts and seeds; it takes memory for all frames.
+        state: File for the state that `continue_clips` needs.
+    """
 
     out: Path
-    """NAME.mp4: one file with all clips, a row per prompt; any other name: a folder with one file per clip."""
     sheet: Path | None = None
-    """PNG: a row per clip, frames evenly spaced in it."""
     npz: Path | None = None
-    """clips uint8 (n f h w c), prompts and seeds; takes memory for all frames."""
     state: Path | None = None
-    """What `continue_clips` needs."""
 
     def make_folders(self) -> None:
-        """InputError if there cannot be such files, or `out` is no name for clips: before the work, not after it."""
+        """Make the folders of the files. Raise InputError if a file cannot be written, before any work."""
         if self.out.suffix not in ("", MP4):
             raise InputError(f"--out {self.out}: clips are written to a file {MP4}, or one by one into a folder")
         if not self.out.suffix:
@@ -57,158 +62,174 @@ class Films:
                 raise InputError(f"{path}: is a folder; name a file")
 
     def mp4s(self, num_clips: int) -> list[tuple[Path, slice]]:
-        """The files, each with the clips that it shows."""
+        """Return the mp4 files, each with the clips that it shows."""
         if self.out.suffix:
             return [(self.out, slice(None))]
         return [(self.out / f"{number:04d}{MP4}", slice(number, number + 1)) for number in range(num_clips)]
 
 
 @dataclass(frozen=True, slots=True)
-class Take:
-    """How clips are made. None = as the model's recipe says."""
+class ClipRequest:
+    """The clips to make, but for their prompts and seeds.
 
+    Attributes:
+        options: Options of sampling.
+        num_frames: Frames of a clip; None = as the model's recipe says.
+        size: (height, width) in pixels; None = that of the training clips.
+        start: Frames (1 1|3 f H W) in [0, 1] that every clip begins with, f one of `start_frames`. One frame is a
+            picture, which the clips set in motion.
+        batch: Most clips at once, for a model that makes all frames at once; it does not change the clips.
+    """
+
+    options: SamplingOptions
     num_frames: int | None = None
     size: tuple[int, int] | None = None
-    """(height, width) in pixels."""
-    sampler: SamplerName | None = None
-    steps: int | None = None
-    guidance: float | None = None
+    start: Tensor | None = None
     batch: int = 64
-    """Most clips at once, where all frames of them are made at once. Does not change the clips."""
 
 
-class Filmed(NamedTuple):
-    """num_frames: of each clip, that are written now; fewer than asked for if it was to stop."""
+class WrittenClips(NamedTuple):
+    """Number of clips, and number of frames of each clip that were written; fewer than asked for after a stop."""
 
     num_clips: int
     num_frames: int
 
 
-class _Settings(TypedDict):
-    sampler: SamplerName | None
-    steps: int
-    guidance: float
-
-
-def film_clips(
+def write_clips(
     model: PretrainedVDiPoM,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    films: Films,
-    take: Take = Take(),
+    files: ClipFiles,
+    request: ClipRequest,
     *,
     text: Text | None = None,
-    start: Tensor | None = None,
     stopping: Callable[[], bool] = lambda: False,
     show_progress: bool = False,
-) -> Filmed:
-    """A clip per prompt and seed. text: what `encode_prompts` has made of the prompts, if that is there already.
+) -> WrittenClips:
+    """Make a clip per prompt and seed, and write them.
 
-    A model with the block-causal mask makes them frame group by frame group, and what is written needs no memory; once
-    `stopping()`, it makes no more, and what is there becomes whole files. Other models make all frames at once.
-    start: (1 1|3 f H W) in [0, 1], frames that every clip begins with, f one of `start_frames`; one frame is a picture,
-    which the clips set in motion.
-    Raises InputError for what does not fit the model, PomscaleError if a file cannot be written.
+    A model with the block-causal mask makes them frame group by frame group, and memory does not grow with their
+    length. Other models make all frames at once.
+
+    Args:
+        model: The model.
+        prompts: One prompt per clip.
+        seeds: One seed per clip.
+        files: The files to write.
+        request: The clips to make.
+        text: The embedded prompts, if they are known already.
+        stopping: Once it returns True, a model with the block-causal mask makes no more frame groups, and the frames
+            made so far become whole files.
+        show_progress: Show progress on standard error.
+
+    Returns:
+        The numbers of clips and of frames that were written.
+
+    Raises:
+        InputError: The request does not fit the model.
+        PomscaleError: A file cannot be written.
     """
-    films.make_folders()
-    codec, of_group = clip_codec(model), model.config.patch_frames
-    num_latent = num_latent_frames(model, take.num_frames)
-    size = _latent_size(model, take.size)
-    known = None
-    if start is not None:
-        known = _known(model, start, start_frames(model, take.num_frames)[0]).expand(len(seeds), -1, -1, -1, -1)
-        if known.shape[2] >= num_latent:
-            raise InputError(
-                "--from: what is given fills all the frames asked for, and leaves none to make; raise --frames"
-            )
-    settings = _settings(model, take)
-    num_groups, num_frames = num_latent // of_group, codec.num_pixel_frames(num_latent)
+    files.make_folders()
+    codec, patch_frames = clip_codec(model), model.config.patch_frames
+    num_latent = num_latent_frames(model, request.num_frames)
+    size, known = _latent_size(model, request.size), _known(model, request, len(seeds))
+    if known is not None and known.shape[2] >= num_latent:
+        raise InputError(
+            "--from: the frames given are as many as the clips have, and leave none to make; raise --frames"
+        )
+    num_groups, num_frames = num_latent // patch_frames, codec.num_pixel_frames(num_latent)
     decoder = codec.decoder(num_latent)
     if model.config.temporal == "block_causal":
-        stream = ClipStream(model, text or prompts, seeds, num_groups=num_groups, known=known, size=size, **settings)
-        groups = _shown(_until(stopping, model, stream, num_groups), num_groups, show_progress)
-        num_frames = _write(model, groups, decoder, prompts, seeds, num_frames, films)
-        if films.state is not None:
-            stream.save(films.state, decoder.state_dict())
-        return Filmed(len(seeds), num_frames)
-    if films.state is not None:
+        stream = ClipStream(
+            model, text or prompts, seeds, num_groups=num_groups, known=known, size=size, **asdict(request.options)
+        )
+        groups = track(_until(stopping, model, stream, num_groups), "frame groups", num_groups, enabled=show_progress)
+        num_frames = _write(model, groups, decoder, prompts, seeds, num_frames, files)
+        if files.state is not None:
+            stream.save(files.state, decoder.state_dict())
+        return WrittenClips(len(seeds), num_frames)
+    if files.state is not None:
         raise InputError(
-            "--save-state: this model makes all frames at once, so there is nothing to go on with; "
+            "--save-state: this model makes all frames at once, so its clips cannot be continued from a state; "
             "train one with model.temporal: block_causal, or continue a clip with --from"
         )
-    latents = sample(
+    latents = sample_latents(
         model,
         text or prompts,
-        seeds=seeds,
+        seeds,
+        request.options,
         num_frames=num_latent,
         size=size,
         known=known,
-        batch=take.batch,
+        batch=request.batch,
         show_progress=show_progress,
-        **settings,
     )
-    groups = _shown(iter(latents.split(of_group, dim=2)), num_groups, show_progress)
-    return Filmed(len(seeds), _write(model, groups, decoder, prompts, seeds, num_frames, films))
+    groups = track(latents.split(patch_frames, dim=2), "frame groups", num_groups, enabled=show_progress)
+    return WrittenClips(len(seeds), _write(model, groups, decoder, prompts, seeds, num_frames, files))
 
 
 def continue_clips(
     model: PretrainedVDiPoM,
     state: Path,
     num_frames: int,
-    films: Films,
+    files: ClipFiles,
     *,
     stopping: Callable[[], bool] = lambda: False,
     show_progress: bool = False,
-) -> Filmed:
-    """The next `num_frames` of clips whose state was saved, exactly as if they had not been interrupted.
+) -> WrittenClips:
+    """Make the next `num_frames` of clips whose state was saved, exactly as if they had not been interrupted.
 
-    What is written holds these frames alone. stopping as in `film_clips`. Raises as `film_clips`, and InputError for
-    the state of another model.
+    Args:
+        model: The model that began the clips.
+        state: The file of the state.
+        num_frames: Number of further frames.
+        files: The files to write; they hold the further frames alone.
+        stopping: See `write_clips`.
+        show_progress: Show progress on standard error.
+
+    Returns:
+        The numbers of clips and of frames that were written.
+
+    Raises:
+        InputError: The state belongs to another model, or the number of frames does not fit.
+        PomscaleError: A file cannot be written.
     """
-    films.make_folders()
+    files.make_folders()
     stream, carried = ClipStream.resume(model, state, num_groups=None)
     if stream.prompts is None:
-        raise InputError(f"{state}: saved without prompts, of embeddings of texts; go on with clips.ClipStream.resume")
+        raise InputError(f"{state}: saved without prompts, from a text batch; continue it with ClipStream.resume")
     begun = stream.next_group * model.config.patch_frames
     num_groups = num_latent_frames(model, num_frames, begun) // model.config.patch_frames
     decoder = clip_codec(model).decoder(begun)
     decoder.load_state_dict(carried)
-    groups = _shown(_until(stopping, model, stream, num_groups), num_groups, show_progress)
-    num_frames = _write(model, groups, decoder, stream.prompts, stream.seeds, num_frames, films)
-    if films.state is not None:
-        stream.save(films.state, decoder.state_dict())
-    return Filmed(len(stream.seeds), num_frames)
-
-
-def film(
-    model: PretrainedVDiPoM,
-    prompt: str,
-    *,
-    seed: int,
-    out: Path,
-    num_frames: int | None = None,
-    sampler: SamplerName | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    text: Text | None = None,
-) -> None:
-    """One clip into one mp4. text as in `film_clips`."""
-    take = Take(num_frames=num_frames, sampler=sampler, steps=steps, guidance=guidance)
-    film_clips(model, [prompt], [seed], Films(out), take, text=text)
+    groups = track(_until(stopping, model, stream, num_groups), "frame groups", num_groups, enabled=show_progress)
+    num_frames = _write(model, groups, decoder, stream.prompts, stream.seeds, num_frames, files)
+    if files.state is not None:
+        stream.save(files.state, decoder.state_dict())
+    return WrittenClips(len(stream.seeds), num_frames)
 
 
 def clip_codec(model: PretrainedVDiPoM) -> ClipCodec:
-    """The model's codec. InputError as `model.codec`."""
+    """Return the model's codec, which is one for clips. Raise InputError as `model.codec`."""
     codec = model.codec
     assert isinstance(codec, ClipCodec), "recipes with another codec are refused"
     return codec
 
 
 def num_latent_frames(model: PretrainedVDiPoM, num_frames: int | None, begun: int = 0) -> int:
-    """Latent frames of so many frames, that follow on `begun` latent frames; None = of clips as in the recipe.
+    """Return the number of latent frames for `num_frames` frames that follow on `begun` latent frames.
 
-    InputError, with the nearest numbers that fit, if they are no whole frame groups of the model, or no whole batches
-    of the codec.
+    Args:
+        model: The model.
+        num_frames: Number of frames; None = of clips as in the recipe.
+        begun: Number of latent frames that exist already.
+
+    Returns:
+        The number of further latent frames.
+
+    Raises:
+        InputError: They are no whole frame groups of the model, or no whole batches of the codec; the message names
+            the nearest numbers that fit.
     """
     if num_frames is None:
         return model.card.sampling.num_frames or model.config.latent_shape[1]
@@ -218,7 +239,7 @@ def num_latent_frames(model: PretrainedVDiPoM, num_frames: int | None, begun: in
     def frames(num_units: int) -> int:
         return codec.num_pixel_frames(begun + num_units * unit) - codec.num_pixel_frames(begun)
 
-    # A latent frame is one frame at least.
+    # A latent frame is at least one frame.
     num_units = bisect_right(range(1, num_frames // unit + 1), num_frames, key=frames)
     if frames(num_units) == num_frames > 0:
         return num_units * unit
@@ -230,9 +251,10 @@ def num_latent_frames(model: PretrainedVDiPoM, num_frames: int | None, begun: in
 
 
 def start_frames(model: PretrainedVDiPoM, num_frames: int | None) -> list[int]:
-    """How many given frames clips of `num_frames` can begin with, ascending; the last number is all of them.
+    """Return the numbers of given frames that clips of `num_frames` can begin with, ascending; the last is all frames.
 
-    Those whose latent frames are the beginning of such clips: a codec may encode others in another way.
+    The latent frames of so many frames are the beginning of those of the clips; a codec may encode other numbers in
+    another way.
     """
     codec = clip_codec(model)
     num_latent = num_latent_frames(model, num_frames)
@@ -241,7 +263,7 @@ def start_frames(model: PretrainedVDiPoM, num_frames: int | None) -> list[int]:
 
 
 def pixel_size(model: PretrainedVDiPoM, size: tuple[int, int] | None) -> tuple[int, int]:
-    """(height, width) of clips, by default of the largest trained on. InputError for what the model cannot make."""
+    """Return the (height, width) of clips in pixels; None = the largest trained on. Raise InputError for a misfit."""
     height, width = _latent_size(model, size)
     factor = clip_codec(model).factor
     return height * factor, width * factor
@@ -261,37 +283,33 @@ def _latent_size(model: PretrainedVDiPoM, size: tuple[int, int] | None) -> tuple
     return size[0] // factor, size[1] // factor
 
 
-def _known(model: PretrainedVDiPoM, start: Tensor, fewest: int) -> Tensor:
-    """Normalised latents (1 c f h w) of the frames that are given.
+def _known(model: PretrainedVDiPoM, request: ClipRequest, num_clips: int) -> Tensor | None:
+    """Encode the frames that the clips begin with: normalised latents (b c f h w).
 
-    A picture is shown for as many frames as the codec needs, of which the first latent frame counts: so the clip can
-    begin to move as soon as possible.
+    A picture is repeated for as many frames as the codec needs, and only the first latent frame is kept: so the clip
+    can begin to move as soon as possible.
     """
+    start = request.start
+    if start is None:
+        return None
     codec = clip_codec(model)
     is_picture = start.shape[2] == 1
+    fewest = start_frames(model, request.num_frames)[0]
     frames = start.expand(-1, -1, fewest, -1, -1) if is_picture else start
     noise = torch.zeros(1, *codec.latent_shape(*frames.shape[2:])) if codec.needs_noise else None
     stored = codec.encode(frames, noise)
     latents = stored.chunk(2, dim=1)[0] if codec.stores_moments else stored  # the posterior's mean, in either case
-    return normalize(latents[:, :, :1] if is_picture else latents, model.card.normalization)
-
-
-def _settings(model: PretrainedVDiPoM, take: Take) -> _Settings:
-    """What is asked for, or else as the recipe says."""
-    defaults = model.card.sampling
-    return {
-        "sampler": take.sampler or defaults.sampler,
-        "steps": take.steps or defaults.num_steps,
-        "guidance": defaults.guidance if take.guidance is None else take.guidance,
-    }
+    known = normalize(latents[:, :, :1] if is_picture else latents, model.card.normalization)
+    return known.expand(num_clips, -1, -1, -1, -1)
 
 
 def _until(
     stopping: Callable[[], bool], model: PretrainedVDiPoM, stream: ClipStream, num_groups: int
 ) -> Iterator[Tensor]:
-    """So many groups of a stream, or fewer, but whole batches of the codec: clips can only be gone on with after one.
+    """Yield `num_groups` groups of a stream; once `stopping()`, fewer, but whole batches of the codec.
 
-    A first batch that is longer, of an odd number of latent frames, is whole when those that are missing are.
+    Clips can only be continued after a whole batch. A first batch that is longer, of an odd number of latent frames,
+    is whole when the frames that are still missing are whole batches.
     """
     patch_frames, latent_batch = model.config.patch_frames, clip_codec(model).latent_batch
     for number in range(num_groups):
@@ -301,17 +319,6 @@ def _until(
         yield next(stream)
 
 
-def _shown(groups: Iterator[Tensor], num_groups: int, show_progress: bool) -> Iterator[Tensor]:
-    """With a count of them, for people."""
-    if not show_progress:
-        yield from groups
-        return
-    with Progress("frame groups", num_groups) as progress:
-        for group in groups:
-            yield group
-            progress.advance()
-
-
 def _write(
     model: PretrainedVDiPoM,
     groups: Iterator[Tensor],
@@ -319,15 +326,18 @@ def _write(
     prompts: Sequence[str],
     seeds: Sequence[int],
     num_frames: int,
-    films: Films,
+    files: ClipFiles,
 ) -> int:
-    """Frame groups (b c p h w), normalised, as they come: decoded and written, `num_frames` in all. How many it was."""
+    """Decode frame groups (b c p h w), normalised, and write them as they come; return the number of frames.
+
+    `num_frames` is the number that is expected.
+    """
     sheet, num_written = ContactSheet(num_frames), 0
     kept = []
     with ExitStack() as stack:
         fps, num_columns = model.card.fps or DEFAULT_FPS, list(prompts).count(prompts[0])
         writers = [
-            (stack.enter_context(open_clips(path, fps, num_columns)), clips) for path, clips in films.mp4s(len(seeds))
+            (stack.enter_context(open_clips(path, fps, num_columns)), clips) for path, clips in files.mp4s(len(seeds))
         ]
         for group in groups:
             pixels = decoder.decode(model.card.denormalize(group)).cpu()
@@ -335,12 +345,12 @@ def _write(
                 writer.write(pixels[clips])
             sheet.add(pixels)
             num_written += pixels.shape[2]
-            if films.npz is not None:
+            if files.npz is not None:
                 kept.append(to_bytes(pixels))
-    if films.sheet is not None:
-        sheet.save(films.sheet)
-    if films.npz is not None:
+    if files.sheet is not None:
+        sheet.save(files.sheet)
+    if files.npz is not None:
         whole = np.concatenate(kept, axis=2).transpose(0, 2, 3, 4, 1)
-        with atomic_write(films.npz) as file:
+        with atomic_write(files.npz) as file:
             np.savez_compressed(file, clips=whole, prompts=np.array(prompts), seeds=np.array(seeds))
     return num_written

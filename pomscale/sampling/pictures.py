@@ -1,4 +1,4 @@
-"""`pomscale sample`: pictures of a trained model into a PNG grid, and into an npz for measuring."""
+"""`pomscale sample` for a model of pictures: a PNG grid, and an npz file for measuring."""
 
 from __future__ import annotations
 
@@ -7,51 +7,51 @@ from pathlib import Path
 import numpy as np
 
 from pomscale.base.files import atomic_write, check_can_be_written
-from pomscale.config.schema import SamplerName
-from pomscale.media.sheets import save_grid
-from pomscale.pretrained.load import PretrainedDiPoM, decode, sample
+from pomscale.diffusion.options import SamplingOptions
+from pomscale.media.sheets import save_grid, to_bytes
+from pomscale.pretrained.load import PretrainedDiPoM
+from pomscale.sampling.api import decode, sample_latents
 from pomscale.sampling.on_ranks import grid_classes
 
 
-def draw_pictures(
+def write_pictures(
     model: PretrainedDiPoM,
     classes: list[int] | None,
+    options: SamplingOptions,
     *,
     num_each: int,
     seed: int,
-    sampler: SamplerName | None,
-    steps: int | None,
-    guidance: float | None,
     batch: int,
     out: Path,
     npz: Path | None,
 ) -> None:
-    """One row of pictures per class; picture i has seed + i. None means what the model's recipe says.
+    """Sample one row of pictures per class and write them.
 
-    Raises InputError if `out` or `npz` is a folder, or theirs cannot be made, before any work.
+    Args:
+        model: The model.
+        classes: Class ids; None = the classes of the grid in the model's recipe.
+        options: Options of sampling.
+        num_each: Pictures per class.
+        seed: Picture i has seed + i.
+        batch: Most pictures at once; it does not change them.
+        out: PNG of the grid.
+        npz: File for images (uint8 n h w c), classes and seeds; None = not written.
+
+    Raises:
+        InputError: `out` or `npz` is a folder, or its folder cannot be made. This is checked before any work.
     """
     for path in filter(None, (out, npz)):
         check_can_be_written(path)
-    defaults = model.card.sampling
     if classes is None:
-        classes = sorted(set(grid_classes(defaults, model.config.num_classes)))
+        classes = sorted(set(grid_classes(model.card.sampling, model.config.num_classes)))
     condition = [c for c in classes for _ in range(num_each)]
     seeds = range(seed, seed + len(condition))
-    latents = sample(
-        model,
-        condition,
-        seeds=seeds,
-        sampler=sampler or defaults.sampler,
-        steps=steps or defaults.num_steps,
-        guidance=defaults.guidance if guidance is None else guidance,
-        batch=batch,
-        show_progress=True,
-    )
+    latents = sample_latents(model, condition, seeds, options, batch=batch, show_progress=True)
     images = decode(model, latents).clamp(0, 1).cpu()
     save_grid(images, out, num_each)
     print(f"wrote {out}: {len(classes)} classes x {num_each}")
     if npz is not None:
-        pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        pixels = to_bytes(images).transpose(0, 2, 3, 1)
         with atomic_write(npz) as stream:
             np.savez_compressed(stream, images=pixels, classes=np.array(condition), seeds=np.array(seeds))
         print(f"wrote {npz}: images {pixels.shape} uint8, classes, seeds")

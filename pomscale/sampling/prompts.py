@@ -1,4 +1,4 @@
-"""Prompts to text batches."""
+"""Prompts, turned into the text conditions of a network."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pomscale.codecs.base import TextEncoder
 
 
 def embed_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> Text:
-    """A text per prompt, as training has them: float16, padded to the encoder's max_length; on the CPU.
+    """Encode prompts as training has its captions: (n max_length dim) float16, padded, on the CPU.
 
-    Of a prompt with more tokens the beginning is used, and a warning says how much that is.
+    Only the beginning of a prompt with more tokens than max_length is used, and a warning says how much that is.
     """
     longest = encoder.config.max_length
     distinct = list(dict.fromkeys(prompts))
     for prompt, num_tokens in zip(distinct, encoder.num_tokens(distinct), strict=True):
         if num_tokens > longest:
             warn(
-                f"prompt {shown(prompt)}: {num_tokens} tokens, and the text encoder was used with at most {longest}: "
-                f"the last {num_tokens - longest} are left out"
+                f"prompt {abbreviated(prompt)}: {num_tokens} tokens, and the text encoder was used with at most "
+                f"{longest}: the last {num_tokens - longest} are left out"
             )
     embeddings = dict(zip(distinct, encoder.encode(distinct), strict=True))
     rows = [torch.from_numpy(embeddings[prompt]).half() for prompt in prompts]
@@ -33,6 +33,6 @@ def embed_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> Text:
     )
 
 
-def shown(prompt: str) -> str:
-    """Its beginning, in quotes."""
+def abbreviated(prompt: str) -> str:
+    """Return the first 60 characters of a prompt, in quotes."""
     return repr(prompt if len(prompt) <= 60 else f"{prompt[:57]}...")

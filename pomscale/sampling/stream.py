@@ -1,4 +1,4 @@
-"""Clips of any length from a trained model: frame group by frame group, at constant memory, and to be continued."""
+"""Clips of any length from a trained model: frame group by frame group, at constant memory, resumable."""
 
 from __future__ import annotations
 
@@ -6,28 +6,31 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from pomscale.base.condition import Text
 from pomscale.base.errors import InputError
-from pomscale.config.schema import SamplerName
+from pomscale.data.texts import null_text
 from pomscale.diffusion.objectives import build_objective
+from pomscale.diffusion.options import SamplingArguments, SamplingOptions
 from pomscale.diffusion.sequential import SequentialSampler
 from pomscale.models import MixerState
 from pomscale.models.states import states_from_tensors, states_to_tensors
-from pomscale.pretrained.card import null_text
-from pomscale.pretrained.load import PretrainedVDiPoM, clip_size, encode_prompts, warn_of_unseen_positions
+from pomscale.pretrained.load import PretrainedVDiPoM
+from pomscale.sampling.api import clip_size, warn_of_unseen_positions
 from pomscale.sampling.clip_state import read_clip_state, write_clip_state
+from pomscale.sampling.prompts import embed_prompts
 
 
 class ClipStream(Iterator[Tensor]):
-    """Iterates over the frame groups of b clips: normalised latents (b c patch_frames H W) fp32, on the model's device.
+    """An iterator over the frame groups of b clips.
 
-    Earlier groups are carried as a state, whose size does not grow with PoM mixers. Between two groups the stream can
-    be saved, and `resume`d in another process: the groups that follow are the same, bit for bit.
+    It gives normalised latents (b c patch_frames H W) fp32 on the model's device. Earlier groups are carried as a
+    state, whose size does not grow with PoM mixers. Between two groups the stream can be saved, and `resume`d in
+    another process: the groups that follow are the same, bit for bit.
     """
 
     def __init__(
@@ -37,18 +40,24 @@ class ClipStream(Iterator[Tensor]):
         seeds: Sequence[int],
         *,
         num_groups: int | None,
-        sampler: SamplerName | None = None,
-        steps: int = 50,
-        guidance: float = 0.0,
         known: Tensor | None = None,
         size: tuple[int, int] | None = None,
+        **sampling: Unpack[SamplingArguments],
     ) -> None:
-        """One prompt and one seed per clip. num_groups: how many this stream gives; None = it never ends.
+        """Prepare the clips; nothing is generated yet.
 
-        known: normalised latents (b c f H W) of the first f frames, which are given; one is enough, and they need not
-        fill frame groups. They count among the groups. size: latent (height, width), by default that of `known` or of
-        the training clips. sampler, steps and guidance as in `pretrained.sample`.
-        Raises InputError for a model without the block-causal mask and for inputs that do not fit together.
+        Args:
+            model: A model with the block-causal mask.
+            prompts: One prompt per clip, or a text batch of them.
+            seeds: One seed per clip.
+            num_groups: Number of frame groups that this stream gives; None = it never ends.
+            known: Normalised latents (b c f H W) of the first f frames, which are given. One frame is enough, and they
+                need not fill frame groups. They count among the groups.
+            size: Latent (height, width); by default that of `known`, or else that of the training clips.
+            **sampling: sampler, num_steps and guidance; see SamplingOptions.
+
+        Raises:
+            InputError: The model has no block-causal mask, or the inputs do not fit together.
         """
         _check_carries_state(model)
         config = model.config
@@ -59,10 +68,10 @@ class ClipStream(Iterator[Tensor]):
         self.prompts = None if isinstance(prompts, Text) else list(prompts)
         self.seeds = [int(seed) for seed in seeds]
         self._model = model
-        self._text = _on(model, prompts if isinstance(prompts, Text) else encode_prompts(model, prompts))
+        self._text = _on(model, prompts if isinstance(prompts, Text) else embed_prompts(model.text_encoder, prompts))
         self._num_left = num_groups
         self._known = known
-        self._sampling: dict[str, Any] = {"sampler": sampler, "steps": steps, "guidance": guidance}
+        self._options = SamplingOptions(**sampling)
         self._size = (height, width)
         self._has_warned = False
         nothing = _on(model, null_text(model.card.texts))
@@ -73,15 +82,13 @@ class ClipStream(Iterator[Tensor]):
             self._text,
             Text(*(part.expand(num_clips, *part.shape[1:]) for part in nothing)),
             self.seeds,
+            self._options,
             time_per_group=model.card.diffusion.time.per_frame_group,
-            sampler=sampler,
-            num_steps=steps,
-            guidance=guidance,
         )
 
     @property
     def next_group(self) -> int:
-        """Number of the frame group that comes next, counted from the beginning of the clips."""
+        """Number of the next frame group, counted from the beginning of the clips."""
         return self._clips.next_group
 
     def __next__(self) -> Tensor:
@@ -99,9 +106,14 @@ class ClipStream(Iterator[Tensor]):
         return group
 
     def save(self, path: Path, extra: Mapping[str, Tensor] | None = None) -> None:
-        """Everything that the following groups depend on, but the model; `extra` is kept beside it for the caller.
+        """Save everything but the model that the following groups depend on; possible between any two groups.
 
-        Between two groups, at any time. PomscaleError if the file cannot be written.
+        Args:
+            path: The file to write.
+            extra: Tensors that the caller wants back from `resume`.
+
+        Raises:
+            PomscaleError: The file cannot be written.
         """
         meta = {
             "model": _identity(self._model),
@@ -110,7 +122,11 @@ class ClipStream(Iterator[Tensor]):
             "prompts": self.prompts,
             "seeds": self.seeds,
             "size": self._size,
-            "sampling": self._sampling,
+            "sampling": {
+                "sampler": self._options.sampler,
+                "steps": self._options.num_steps,
+                "guidance": self._options.guidance,
+            },
         }
         tensors = {f"text.{name}": part for name, part in self._text._asdict().items()}
         if self._known is not None:
@@ -124,22 +140,31 @@ class ClipStream(Iterator[Tensor]):
     def resume(
         cls, model: PretrainedVDiPoM, path: Path, *, num_groups: int | None
     ) -> tuple[ClipStream, dict[str, Tensor]]:
-        """A saved stream, for num_groups further groups, and what was saved as `extra` (on the CPU).
+        """Load a saved stream.
 
-        Raises InputError if the file is damaged, is no such state, or is one of another model.
+        Args:
+            model: The model that began the clips.
+            path: The file that `save` wrote.
+            num_groups: Number of further frame groups that the stream gives; None = it never ends.
+
+        Returns:
+            The stream, and the tensors that were saved as `extra` (on the CPU).
+
+        Raises:
+            InputError: The file is damaged, is no such state, or belongs to another model.
         """
         meta, tensors = read_clip_state(path)
         _check_carries_state(model)
         if meta["model"] != _identity(model):
             raise InputError(
                 f"{path}: these clips are of another model, or of other weights or another precision of it; "
-                "go on with the one that they were begun with, or begin new clips"
+                "continue with the model that began them, or begin new clips"
             )
-        device = model.head.weight.device
+        device, sampling = model.head.weight.device, meta["sampling"]
 
         def part(name: str) -> dict[str, Tensor]:
-            start = f"{name}."
-            return {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
+            prefix = f"{name}."
+            return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
         stream = cls(
             model,
@@ -148,7 +173,9 @@ class ClipStream(Iterator[Tensor]):
             num_groups=num_groups,
             known=tensors.get("known"),
             size=tuple(meta["size"]),
-            **meta["sampling"],
+            sampler=sampling["sampler"],
+            num_steps=sampling["steps"],
+            guidance=sampling["guidance"],
         )
         stream.prompts = meta["prompts"]
         stream._clips.next_group = meta["next_group"]
@@ -174,17 +201,17 @@ def _on(model: PretrainedVDiPoM, text: Text) -> Text:
 
 
 def _identity(model: PretrainedVDiPoM) -> str:
-    """SHA-256 of what the frames depend on: of the card, and of a few numbers of every tensor of the weights."""
+    """Return the SHA-256 of the parts of the card that frames depend on, and of a few numbers of every tensor."""
     card = model.card
-    told = {
-        # Without what is as by default, so that a later version with more settings still knows its models.
+    facts = {
+        # Defaults are excluded, so that a later version with more settings still recognises its models.
         "model": card.model.model_dump(mode="json", exclude_defaults=True),
         "diffusion": card.diffusion.model_dump(mode="json", exclude_defaults=True),
         "latents": [card.codec_identity, card.latent_mean, card.latent_std],
         "text": card.texts.identity,
         "dtype": str(model.head.weight.dtype),
     }
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     some = torch.cat([parameter.detach().flatten()[:16].float() for parameter in model.parameters()])
     digest.update(some.cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -1,37 +1,89 @@
 """`pomscale sample --vbench`: the videos that VBench measures, under the names by which it finds them.
 
 DIR/videos/          PROMPT-0.mp4 to PROMPT-4.mp4 of every prompt, and nothing else: VBench's --videos_path
-DIR/unfinished/      a video that is being made, by every process that makes one
-DIR/manifest.json    what made the videos, and the seed of each
+DIR/unfinished/      videos that processes are writing now
+DIR/manifest.json    the model and the options that made the videos, and the seed of each
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from pomscale.base.condition import Text
+from pomscale.base.console import Progress
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import make_folder, sync_folder
-from pomscale.base.progress import Progress
-from pomscale.config.schema import SamplerName
-from pomscale.pretrained.load import PretrainedVDiPoM, encode_prompts, load_pretrained
-from pomscale.pretrained.weights import open_weights
-from pomscale.runs.outcome import versions
-from pomscale.sampling.clips import clip_codec, film, num_latent_frames
+from pomscale.diffusion.options import SamplingChanges, SamplingOptions
+from pomscale.pretrained.load import PretrainedVDiPoM, load_pretrained
+from pomscale.pretrained.weights import TrainedWeights, open_weights
+from pomscale.runs.code_state import versions
+from pomscale.sampling.clips import ClipFiles, ClipRequest, clip_codec, num_latent_frames, write_clips
+from pomscale.sampling.prompts import embed_prompts
 from pomscale.sampling.vbench_suite import VIDEOS, Video, check, claim, list_videos, read_prompts
 
 UNFINISHED = "unfinished"
 
 
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """The model that makes the videos, and the machine's device and weights to use with it; see `load_pretrained`."""
+
+    path: Path
+    weights: str = "ema"
+    device: str = "auto"
+    codec_path: str | None = None
+    text_path: str | None = None
+
+    def load(self, weights: TrainedWeights) -> PretrainedVDiPoM:
+        """Load the model of `weights`, even if `path` is a run that has saved a newer checkpoint by now."""
+        model = load_pretrained(
+            weights.folder,
+            weights=self.weights,
+            device=self.device,
+            codec_path=self.codec_path,
+            text_path=self.text_path,
+        )
+        assert isinstance(model, PretrainedVDiPoM)
+        return model
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteRequest:
+    """The videos of a suite.
+
+    Attributes:
+        prompts: Text file with a prompt per line, or VBench_full_info.json.
+        num: Videos of a prompt; None = as VBench asks.
+        seed: Seed of the suite; each video has a seed of its own.
+        num_frames: Frames of a video; None = as the model's recipe says.
+        changes: Options of sampling that differ from the recipe's.
+    """
+
+    prompts: Path
+    num: int | None
+    seed: int
+    num_frames: int | None
+    changes: SamplingChanges
+
+    def recorded(self, options: SamplingOptions) -> dict[str, Any]:
+        """Return the entry "sampling" of the manifest."""
+        return {
+            "num_frames": self.num_frames,
+            "sampler": options.sampler,
+            "steps": options.num_steps,
+            "guidance": options.guidance,
+            "seed": self.seed,
+        }
+
+
 @dataclass(frozen=True)
 class SuiteReport:
-    """What one task has done, and how much of the whole is there now."""
+    """Numbers of videos: made by this task, existing now, and in the whole suite."""
 
     folder: Path
     num_made: int
@@ -45,49 +97,38 @@ class SuiteReport:
         return f"{self.folder}: {state}; give VBench --videos_path {self.folder / VIDEOS}"
 
 
-def film_suite(
-    path: Path,
-    prompts_path: Path,
-    folder: Path,
-    *,
-    num: int | None,
-    seed: int,
-    num_frames: int | None,
-    sampler: SamplerName | None,
-    steps: int | None,
-    guidance: float | None,
-    weights: str,
-    device: str,
-    codec_path: str | None,
-    text_path: str | None,
-    task: tuple[int, int] = (0, 1),
+def write_suite(
+    source: ModelSource, suite: SuiteRequest, folder: Path, *, task: tuple[int, int] = (0, 1)
 ) -> SuiteReport:
-    """Make the videos of `prompts_path` that are not in `folder` yet, by the model at `path`.
+    """Make the videos of a suite that `folder` does not have yet.
 
-    task (index, count): every count-th of them, so that several processes share the work. Stopped at any moment, also
-    by a kill, it goes on when it is called again. num: videos of a prompt; None = as VBench asks. num_frames (pixel
-    frames), sampler, steps and guidance: None = as the model's recipe says.
-    Raises InputError for prompts that cannot be read or cannot name a file, for a model that makes no clips, and for a
-    folder whose videos were made in another way; PomscaleError if a video cannot be written.
+    After a stop at any moment, also by a kill, the same call makes the videos that are missing.
+
+    Args:
+        source: The model.
+        suite: The videos.
+        folder: The folder of the suite.
+        task: (index, count) = every count-th video from `index` on, so that several processes share the work.
+
+    Returns:
+        The numbers of videos that were made and that exist.
+
+    Raises:
+        InputError: The prompts cannot be read or cannot name a file, the model makes no clips, or the videos in the
+            folder were made in another way.
+        PomscaleError: A video cannot be written.
     """
-    prompts = read_prompts(prompts_path, num)
-    source = open_weights(path)
-    card = source.card
+    prompts = read_prompts(suite.prompts, suite.num)
+    weights = open_weights(source.path)
+    card = weights.card
     if card.model.kind != "video":
-        raise InputError(f"{path}: this model makes pictures; VBench measures videos")
-    videos = list_videos(prompts, seed)
-    defaults = card.sampling
-    sampling = {
-        "num_frames": num_frames,
-        "sampler": sampler or defaults.sampler,
-        "steps": steps or defaults.num_steps,
-        "guidance": defaults.guidance if guidance is None else guidance,
-        "seed": seed,
-    }
-    provenance = {key: value for key, value in source.provenance.items() if key != "data"}
+        raise InputError(f"{source.path}: this model makes pictures; VBench measures videos")
+    videos = list_videos(prompts, suite.seed)
+    options = SamplingOptions.from_recipe(card.sampling, **suite.changes)
+    provenance = {key: value for key, value in weights.provenance.items() if key != "data"}
     made_by = {
-        "model": {**provenance, "weights": source.resolve(weights)},
-        "sampling": sampling,
+        "model": {**provenance, "weights": weights.resolve(source.weights)},
+        "sampling": suite.recorded(options),
         "videos": {video.name: video.seed for video in videos},
     }
     for inner in (VIDEOS, UNFINISHED):
@@ -96,45 +137,38 @@ def film_suite(
     index, count = task
     due = [video for video in videos[index::count] if not (folder / VIDEOS / video.name).exists()]
     if due:
-        # source.folder and not path: a run that goes on may have a newer checkpoint by now.
-        model = load_pretrained(
-            source.folder, weights=weights, device=device, codec_path=codec_path, text_path=text_path
-        )
-        assert isinstance(model, PretrainedVDiPoM)
-        # What can be wrong is noticed before the folder is given to these options.
-        num_latent_frames(model, num_frames)
+        model = source.load(weights)
+        # Wrong options and missing weights are noticed before the folder is claimed for these options.
+        num_latent_frames(model, suite.num_frames)
         _ = model.text_encoder, clip_codec(model)
-        claim(folder, made_by, {"prompts": str(prompts_path.resolve()), "fps": card.fps, "versions": versions()})
-        with Progress("videos", len(due)) as progress:
-            for prompt, of_prompt in groupby(due, key=lambda video: video.prompt):
-                text = encode_prompts(model, [prompt])
-                for video in of_prompt:
-                    _make(model, video, text, folder, sampling)
-                    progress.advance()
+        claim(folder, made_by, {"prompts": str(suite.prompts.resolve()), "fps": card.fps, "versions": versions()})
+        _make_videos(model, due, folder, ClipRequest(options, num_frames=suite.num_frames))
     num_there = sum((folder / VIDEOS / video.name).exists() for video in videos)
     if num_there == len(videos):
-        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # what killed processes have left
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # left by processes that were killed
     return SuiteReport(folder, len(due), num_there, len(videos))
 
 
-def _make(model: PretrainedVDiPoM, video: Video, text: Text, folder: Path, sampling: Mapping[str, Any]) -> None:
-    """The video, whole and on disk under its name; or nothing of that name."""
+def _make_videos(model: PretrainedVDiPoM, videos: list[Video], folder: Path, request: ClipRequest) -> None:
+    """Make the videos prompt by prompt, so that each prompt is encoded once."""
+    with Progress("videos", len(videos)) as progress:
+        for prompt, of_prompt in groupby(videos, key=lambda video: video.prompt):
+            text = embed_prompts(model.text_encoder, [prompt])
+            for video in of_prompt:
+                _make_video(model, video, text, folder, request)
+                progress.advance()
+
+
+def _make_video(model: PretrainedVDiPoM, video: Video, text: Text, folder: Path, request: ClipRequest) -> None:
+    """Make the video as a whole file on disk under its name, or no file of that name."""
     with tempfile.TemporaryDirectory(dir=folder / UNFINISHED, ignore_cleanup_errors=True) as own:
         unfinished = Path(own) / "video.mp4"
-        film(
-            model,
-            video.prompt,
-            seed=video.seed,
-            out=unfinished,
-            num_frames=sampling["num_frames"],
-            sampler=sampling["sampler"],
-            steps=sampling["steps"],
-            guidance=sampling["guidance"],
-            text=text,
-        )
+        write_clips(model, [video.prompt], [video.seed], ClipFiles(unfinished), request, text=text)
         target = folder / VIDEOS / video.name
         try:
             unfinished.replace(target)
             sync_folder(target.parent)
         except OSError as error:
-            raise PomscaleError(f"{target}: cannot be written: {error}; run the same command again to go on") from error
+            raise PomscaleError(
+                f"{target}: cannot be written: {error}; run the same command again to continue"
+            ) from error

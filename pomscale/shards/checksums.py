@@ -1,7 +1,7 @@
-"""The CRC-32s of many rows of equal length, checked with a few calls.
+"""Check the CRC-32s of many rows of equal length with a few calls.
 
-One call per row would give up and take back Python's global lock every few microseconds, and reader threads would spend
-their time on handing it around. isal's CRC-32 is that of zlib at ten times the speed: on every record, every time, it
+One call per row would release and take Python's global lock every few microseconds, and reader threads would spend
+their time on that. isal's CRC-32 is that of zlib at ten times the speed: on every record, every time, it
 then costs less than copying the record.
 """
 
@@ -12,12 +12,12 @@ import functools
 import numpy as np
 from isal import isal_zlib
 
-# As many as an image batch has: the sums are put together for next to nothing.
+# As many as an image batch has; combining their sums costs next to nothing.
 _ROWS_AT_ONCE = 256
 
 
 def wrong_rows(content: np.ndarray, crc32s: np.ndarray) -> list[int]:
-    """Rows of `content` (b, num_bytes) uint8, contiguous, whose CRC-32 is not what `crc32s` (b,) uint32 says."""
+    """Return the rows of `content` (b, num_bytes) uint8, contiguous, whose CRC-32 differs from `crc32s` (b,) uint32."""
     wrong = []
     for begin in range(0, len(content), _ROWS_AT_ONCE):
         rows, expected = content[begin : begin + _ROWS_AT_ONCE], crc32s[begin : begin + _ROWS_AT_ONCE]
@@ -28,20 +28,20 @@ def wrong_rows(content: np.ndarray, crc32s: np.ndarray) -> list[int]:
 
 
 def _of_concatenation(crc32s: np.ndarray, num_bytes: int) -> int:
-    """CRC-32 of rows laid end to end, from their own: crc(A B) = M crc(A) + crc(B), where M moves past B's bytes."""
+    """Return the CRC-32 of rows laid end to end: crc(A B) = M crc(A) + crc(B), where M shifts past the bytes of B."""
     powers = _powers(num_bytes)[_ROWS_AT_ONCE - len(crc32s) :]
     return int(np.bitwise_xor.reduce(_times(powers, crc32s[:, None]), axis=None))
 
 
 def _times(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Matrices over GF(2), by columns (..., 32) uint32, times vectors of bits (..., 1); the terms, not yet summed."""
+    """Return the terms of matrices over GF(2), by columns (..., 32) uint32, times vectors of bits (..., 1)."""
     bits = values >> np.arange(32, dtype=np.uint32) & np.uint32(1)
     return columns * bits
 
 
 @functools.lru_cache(maxsize=64)
 def _powers(num_bytes: int) -> np.ndarray:
-    """Columns of M**31, ..., M, 1 for rows of `num_bytes`: (_ROWS_AT_ONCE, 32) uint32."""
+    """Return the columns of M**(_ROWS_AT_ONCE - 1), ..., M, 1 for rows of `num_bytes`: (_ROWS_AT_ONCE, 32) uint32."""
     zeros = bytes(num_bytes)
     nothing = isal_zlib.crc32(zeros)  # CRC-32 is linear but for this constant
     past_a_row = np.array([isal_zlib.crc32(zeros, 1 << bit) ^ nothing for bit in range(32)], np.uint32)

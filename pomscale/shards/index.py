@@ -1,4 +1,4 @@
-"""The index of a dataset: one row per record with the place and the checksum of its arrays.
+"""The index of a dataset: one row per record with offset, length and checksum of its arrays.
 
 Rows are in the order of the manifest's shards, so a record's number is its row. The file is memory-mapped: a
 process pays only for the rows it reads.
@@ -21,33 +21,33 @@ NO_LABEL = -1
 
 
 def index_dtype(arrays: Sequence[ArrayName]) -> np.dtype:
-    """A row of the index of a dataset whose records have these arrays (`Manifest.arrays`).
+    """Return the dtype of an index row for records with these arrays (`Manifest.arrays`).
 
     `key` is `key_hash`, `label` the class id or NO_LABEL. Offset and length, in bytes, and crc32 are those of the whole
     .npy member in its tar; record_crc32 is that of all the record's headers, members and padding.
     """
-    places = [
+    fields = [
         (f"{array}_{field}", kind)
         for array in arrays
         for field, kind in (("offset", "<i8"), ("length", "<i4"), ("crc32", "<u4"))
     ]
-    return np.dtype([("key", "<u8"), ("shard", "<i4"), ("label", "<i4"), *places, ("record_crc32", "<u4")])
+    return np.dtype([("key", "<u8"), ("shard", "<i4"), ("label", "<i4"), *fields, ("record_crc32", "<u4")])
 
 
 def key_hash(key: str) -> int:
-    """64 bits of a key: tells records apart and joins datasets."""
+    """Return a 64-bit hash of a key, which identifies a record and joins datasets."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 def to_npy(array: np.ndarray) -> bytes:
-    """The bytes of a .npy file. The header depends on shape and dtype alone."""
+    """Return the bytes of a .npy file, whose header depends on shape and dtype alone."""
     stream = io.BytesIO()
     np.lib.format.write_array(stream, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return stream.getvalue()
 
 
 def npy_header(shape: tuple[int, ...], dtype: npt.DTypeLike) -> bytes:
-    """The header that `to_npy` writes for arrays of this shape and dtype."""
+    """Return the header that `to_npy` writes for arrays of this shape and dtype."""
     stream = io.BytesIO()
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(stream, header)
@@ -55,10 +55,10 @@ def npy_header(shape: tuple[int, ...], dtype: npt.DTypeLike) -> bytes:
 
 
 def map_index(path: Path, num_rows: int, dtype: np.dtype, row_shape: tuple[int, ...] = ()) -> np.ndarray:
-    """The rows (`index_dtype`) of an index, memory-mapped: (num_rows, *row_shape), as of other tables of fixed rows.
+    """Return the rows of an index, or of another table of fixed rows, memory-mapped: (num_rows, *row_shape).
 
-    OSError, or ValueError if it is no such file of `num_rows`. Not by np.load: NumPy's parser meets a damaged header
-    with errors of its own (tokenize's, EOFError).
+    Raises OSError, or ValueError if it is no such file of `num_rows`. np.load is not used, since NumPy's parser raises
+    errors of many kinds for a damaged header (tokenize's, EOFError).
     """
     content = np.memmap(path, np.uint8, "r")
     header = npy_header((num_rows, *row_shape), dtype)
@@ -69,7 +69,7 @@ def map_index(path: Path, num_rows: int, dtype: np.dtype, row_shape: tuple[int, 
 
 
 def split_member_name(name: str) -> tuple[str, str]:
-    """Key and suffix, as WebDataset splits them: at the first dot of the last part."""
+    """Return key and suffix of a member, split as WebDataset does: at the first dot of the last part."""
     folder, slash, base = name.rpartition("/")
     stem, dot, extensions = base.partition(".")
     return folder + slash + stem, dot + extensions

@@ -1,7 +1,7 @@
-"""Which row of a companion set (text embeddings) belongs to which record of a dataset.
+"""The table that joins a companion set (text embeddings) to a dataset.
 
-Sets with the same keys in the same order need nothing. Others need a table, which `pomscale data join` leaves in the
-companion's folder: one row number of the companion per record of the main set, NO_ROW where it has none.
+Sets with the same keys in the same order need no table. For others `pomscale data join` writes one into the companion's
+folder: one row number of the companion per record of the main set, NO_ROW where it has none.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ NO_ROW = -1
 
 
 def join_path(companion_folder: str | Path, main: Manifest) -> Path:
-    """Where the table for a main set lies."""
+    """Return the path of the table for a main set."""
     return Path(companion_folder) / f"join-{main.keys_sha256[:12]}.npy"
 
 
 def open_join(main_location: str, main: Manifest, companion_location: str, companion: Manifest) -> np.ndarray | None:
-    """The table, memory-mapped, int64 (records of main,); None where row i belongs to record i.
+    """Return the table, memory-mapped, int64 (records of main,); None where row i belongs to record i.
 
-    InputError, naming the remedy, if a table is needed and missing, or has another size.
+    Raises InputError, naming the remedy, if a table is needed and missing, or has another size.
     """
     if main.keys_sha256 == companion.keys_sha256:
         return None
@@ -47,4 +47,5 @@ def open_join(main_location: str, main: Manifest, companion_location: str, compa
 
 
 def join_remedy(main_location: str, companion_location: str) -> str:
+    """Return the remedy for a missing or wrong table."""
     return f"run `pomscale data join {main_location} {companion_location}`"

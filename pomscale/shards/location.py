@@ -1,4 +1,4 @@
-"""Where a dataset lies: in a local folder, or behind a URL of any kind that fsspec knows.
+"""The location of a dataset: a local folder, or a URL of any kind that fsspec knows.
 
 A location is a str: a Path would swallow a slash of "s3://". This module imports neither torch nor numpy.
 """
@@ -17,16 +17,16 @@ from pomscale.base.errors import InputError, PomscaleError
 
 T = TypeVar("T")
 
-# Pauses between the attempts at one file: an object store that is busy or restarting is back within seconds.
+# Pauses between the tries to read one file: an object store that is busy or restarting is back within seconds.
 RETRY_DELAYS_S = (0.5, 2.0, 8.0)
 
-# No use in asking again.
+# Errors that another try would meet again.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 # Answers 4xx that are worth another request: the server took too long to listen, or has too many of them.
 _BUSY = (408, 429)
 
-# What to do about failures of this machine, which say nothing about the file that was to be read.
+# Remedies for failures of this machine, which say nothing about the file that was to be read.
 _MACHINE_REMEDIES = {
     errno.EMFILE: "Raise this process's limit of open files (`ulimit -n 65536`) and run the same command again",
     errno.ENFILE: "Raise this machine's limit of open files (sysctl fs.file-max) and run the same command again",
@@ -36,19 +36,19 @@ _MACHINE_REMEDIES = {
 
 
 def local_folder(location: str | Path) -> Path | None:
-    """The folder on this machine, None behind a URL. A file:// URL is a local folder."""
+    """Return the folder on this machine; None for a URL. A file:// URL is a local folder."""
     path = str(location).removeprefix("file://")
     return None if "://" in path else Path(path)
 
 
 def join(location: str | Path, name: str) -> str:
-    """What a file of a dataset is called in messages, and to fsspec."""
+    """Return the path or URL of a file of a dataset, for messages and for fsspec."""
     folder = local_folder(location)
     return f"{str(location).rstrip('/')}/{name}" if folder is None else str(folder / name)
 
 
 def open_filesystem(source: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URL, and the file's path in it. InputError if there is none for this kind of URL."""
+    """Return the file system of a URL and the file's path in it. InputError if there is none for this kind of URL."""
     try:
         return fsspec.url_to_fs(source)
     except (ImportError, ValueError) as error:  # a package that is not installed; an unknown kind
@@ -56,7 +56,10 @@ def open_filesystem(source: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def read_bytes(location: str | Path, name: str) -> bytes:
-    """A small file of a dataset. OSError where it cannot be read, PomscaleError where the connection keeps failing."""
+    """Read a small file of a dataset.
+
+    Raises OSError where it cannot be read, PomscaleError where the connection keeps failing.
+    """
     folder = local_folder(location)
     if folder is not None:
         return (folder / name).read_bytes()
@@ -66,9 +69,9 @@ def read_bytes(location: str | Path, name: str) -> bytes:
 
 
 def retried(source: str, attempt: Callable[[], T], sleep: Callable[[float], object]) -> T:
-    """attempt(), again after each of RETRY_DELAYS_S while the network fails it; in the end PomscaleError.
+    """Return attempt(), tried again after each of RETRY_DELAYS_S while the network fails; in the end PomscaleError.
 
-    That a file is missing or refused, and errors with a message for people, are raised at once.
+    Errors for a file that is missing or refused, and errors with a message for people, are raised at once.
     """
     for delay_s in (*RETRY_DELAYS_S, None):
         try:
@@ -91,13 +94,14 @@ def retried(source: str, attempt: Callable[[], T], sleep: Callable[[float], obje
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether it is an answer of the server that will be the same the next time. gcsfs's errors call it `code`."""
+    """Return whether an error is an answer of the server that would be the same the next time."""
+    # gcsfs's errors call it `code`.
     status = error.status if hasattr(error, "status") else getattr(error, "code", None)
     return isinstance(status, int) and 400 <= status < 500 and status not in _BUSY
 
 
 def unreadable(source: str | Path, error: OSError) -> PomscaleError:
-    """The error for a file that cannot be read, though nothing says that the file is at fault."""
+    """Return the error for a file that cannot be read, with a remedy for the machine or its storage."""
     default = "When the disk or the file server is back, run the same command again"
     remedy = _MACHINE_REMEDIES.get(error.errno or 0, default)
     return PomscaleError(f"{source}: cannot be read: {error}. {remedy}")

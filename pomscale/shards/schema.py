@@ -1,4 +1,4 @@
-"""The shard contract: what a dataset folder declares about itself, and how its latents are normalised.
+"""The manifest of a dataset, its checks against a recipe, and the normalisation of its latents.
 
 This module imports neither torch nor numpy, so that login nodes and planners can read a manifest.
 """
@@ -16,9 +16,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pomscale.base.errors import InputError
+from pomscale.config.codecs import CodecConfig, TextEncoderConfig
+from pomscale.config.encode import TransformConfig, VideoTransformConfig
 from pomscale.config.identity import NOT_OF_THE_LATENTS
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
-from pomscale.config.schema import CodecConfig, TextEncoderConfig, TransformConfig, VideoTransformConfig
 from pomscale.shards.location import join, local_folder, read_bytes
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -26,12 +27,12 @@ MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
 FAILURES_NAME = "failures.jsonl"
 
-# What to do when the dataset is damaged.
+# Remedy for a damaged dataset.
 REMEDY = "run `pomscale data repair` on it"
-# What to do when it does not fit the recipe.
+# Remedy for a dataset that does not fit the recipe.
 _CHANGE_OR_ENCODE = "Change the recipe, or encode the dataset again with `pomscale data encode`"
 
-# Arrays that a record may have: its name in the index, and what its member in the tar is called after the key.
+# Arrays that a record may have: name in the index, and suffix of the member in the tar.
 ArrayName = Literal["latent", "flip", "text"]
 ARRAY_MEMBERS: dict[ArrayName, str] = {"latent": ".latent.npy", "flip": ".latent_flip.npy", "text": ".text.npy"}
 CLASS_MEMBER = ".cls"
@@ -53,11 +54,12 @@ class CodecInfo(_Part):
 
 
 class LatentInfo(_Part):
-    """What is stored of a latent, and the statistics of the set.
+    """Format of the stored latents, and their statistics.
 
     With `stores_moments` an array in a shard is (2c, ...), mean and log-variance. `mean` and `std` (c values each) are
-    those of unscaled latents, over `num_values` values per channel; of posterior samples for moments. float16 and not
-    bfloat16: three more bits of mantissa, latents are small numbers (what does not fit is refused), and .npy has it.
+    those of unscaled latents, over `num_values` values per channel; for moments those of posterior samples. float16 is
+    used and not bfloat16, since it has three more bits of mantissa, latents are small numbers (those that do not fit
+    are refused), and .npy has it.
     """
 
     dtype: Literal["float16"] = "float16"
@@ -73,7 +75,7 @@ class LatentInfo(_Part):
 
 
 class TextInfo(_Part):
-    """The text encoder and what it makes of an empty caption: (null_length, dim) float16, base64."""
+    """The text encoder, and its embedding of an empty caption: (null_length, dim) float16, base64."""
 
     config: TextEncoderConfig
     identity: str
@@ -90,14 +92,14 @@ class TextInfo(_Part):
 
     @property
     def null_bytes(self) -> bytes:
-        """Little-endian float16, row by row."""
+        """Embedding of the empty caption, little-endian float16, row by row."""
         return base64.b64decode(self.null_embedding)
 
 
 class GroupInfo(_Part):
     """Shards whose latents have one shape, (c, h, w) or (c, f, h, w); () in a set without latents.
 
-    `target` is what the codec was given: (height, width) or (frames, height, width) in pixels.
+    `target` is the size of the codec's input: (height, width) or (frames, height, width) in pixels.
     """
 
     shape: tuple[int, ...]
@@ -105,6 +107,8 @@ class GroupInfo(_Part):
 
 
 class ShardInfo(_Part):
+    """A shard as the manifest lists it."""
+
     # A plain file name: a manifest may come from elsewhere, and says what is written into a cache.
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")
     num_samples: int = Field(gt=0)
@@ -114,12 +118,14 @@ class ShardInfo(_Part):
 
 
 class IndexInfo(_Part):
+    """Size and checksum of the index."""
+
     num_bytes: int = Field(ge=0)
     sha256: str
 
 
 class SourceInfo(_Part):
-    """Where the items came from. `num_items` is what the source lists: samples and failures together."""
+    """The source of the items. `num_items` is the number that it lists: samples and failures together."""
 
     fingerprint: str
     num_items: int = Field(ge=0)
@@ -178,12 +184,12 @@ class Manifest(_Part):
 
     @property
     def fps(self) -> float | None:
-        """Frames per second of its clips; None = it has none."""
+        """Frames per second of the clips; None if there are none."""
         return self.transform.fps if isinstance(self.transform, VideoTransformConfig) else None
 
     @property
     def num_classes(self) -> int:
-        """0 = records have no class."""
+        """Number of classes; 0 if records have no class."""
         return len(self.class_names)
 
     @property
@@ -200,22 +206,38 @@ class Manifest(_Part):
             raise InputError("this is a set of text embeddings without latents; name the dataset that has the latents")
         return self.codec
 
+    @property
+    def is_derived(self) -> bool:
+        """Whether the set was made from other datasets (merge, split), and not by an encode."""
+        return self.recipe.get("kind") in ("merge", "split")
+
+    @property
+    def max_skipped(self) -> int:
+        """Number of skipped items that the recipe of the dataset allows.
+
+        A set that was made from others skipped nothing itself: its failures are those of the others, and their recipes
+        allowed them.
+        """
+        if self.is_derived:
+            return self.num_failures
+        return int(self.recipe.get("max_skipped", 0))  # sets of older releases have no such key
+
     def stored_shape(self, group: int) -> tuple[int, ...]:
-        """Shape of a latent array in the shards of a group: with moments twice the channels."""
+        """Return the shape of a latent array in the shards of a group: twice the channels with moments."""
         channels, *size = self.groups[group].shape
         return (2 * channels if self.latents.stores_moments else channels), *size
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of the shard list: equal fingerprints, equal samples in the same order."""
+        """The sha256 (hex) of the shard list: equal fingerprints mean equal samples in the same order."""
         lines = (f"{shard.name} {shard.num_samples} {shard.sha256}\n" for shard in self.shards)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def read_manifest(location: str | Path) -> Manifest:
-    """The manifest of a dataset, a folder or any URL that fsspec knows (as a str).
+    """Read the manifest of a dataset, a folder or any URL that fsspec knows (as a str).
 
-    InputError if the folder or the manifest is missing or of another version, PomscaleError if the network fails.
+    Raises InputError if folder or manifest is missing or of another version, PomscaleError if the network fails.
     """
     path = join(location, MANIFEST_NAME)
     folder = local_folder(location)
@@ -226,7 +248,7 @@ def read_manifest(location: str | Path) -> Manifest:
     except FileNotFoundError:
         raise InputError(
             f"dataset {location}: no {MANIFEST_NAME}; is the encode finished? "
-            f"Run `pomscale data encode RECIPE` again, it goes on where it stopped"
+            f"Run `pomscale data encode RECIPE` again, it continues where it stopped"
         ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
@@ -250,16 +272,20 @@ class Normalization:
 
     @classmethod
     def of(cls, manifest: Manifest, rule: Literal["codec", "dataset"]) -> Normalization:
-        """rule "codec": the codec's shift and scaling factor. rule "dataset": the measured mean and std."""
+        """Return the normalisation of a dataset.
+
+        Rule "codec" uses the codec's shift and scaling factor, rule "dataset" the measured mean and std.
+        """
         return cls.of_mixture([manifest], [1.0], rule)
 
     @classmethod
     def of_mixture(
         cls, manifests: Sequence[Manifest], weights: Sequence[float], rule: Literal["codec", "dataset"]
     ) -> Normalization:
-        """One for all: the codec's, or mean and std of samples drawn with these weights (law of total variance).
+        """Return one normalisation for several datasets, by the rules of `of`.
 
-        InputError if the codecs disagree, or a channel is constant.
+        Rule "dataset" uses mean and std of samples drawn with the weights (law of total variance). Raises InputError if
+        the codecs disagree, or a channel is constant.
         """
         if rule == "codec":
             scalings = {(m.latent_codec.shift, m.latent_codec.scaling_factor) for m in manifests}
@@ -285,7 +311,7 @@ class Normalization:
 
 
 def _pool(shares: Sequence[float], moments: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Mean and standard deviation of a mixture, of those of its parts."""
+    """Return mean and standard deviation of a mixture, given those of its parts."""
     if len(moments) == 1:
         return moments[0]  # to the last digit
     mean = math.fsum(share * m for share, (m, _) in zip(shares, moments, strict=True))
@@ -294,7 +320,7 @@ def _pool(shares: Sequence[float], moments: Sequence[tuple[float, float]]) -> tu
 
 
 def check_has_latents(location: str | Path, manifest: Manifest) -> None:
-    """InputError for a set of text embeddings alone."""
+    """Raise InputError for a set of text embeddings alone."""
     if manifest.latent is None:
         raise InputError(
             f"dataset {location}: has text embeddings and no latents; name the dataset that has the latents"
@@ -304,9 +330,9 @@ def check_has_latents(location: str | Path, manifest: Manifest) -> None:
 def check_compatible(
     folder: str | Path, manifest: Manifest, codec_config: CodecConfig, model: ImageModelConfig | VideoModelConfig
 ) -> None:
-    """InputError, naming both values and the remedy, if the dataset does not fit the recipe's codec and model.
+    """Raise InputError, naming both values and the remedy, if the dataset does not fit the recipe's codec and model.
 
-    Of texts see `check_text`: they may lie in another set.
+    `check_text` checks the texts, which may lie in another set.
     """
     check_has_latents(folder, manifest)
     made_with = manifest.latent_codec.config
@@ -335,7 +361,10 @@ def _misfit(shape: tuple[int, ...], model: ImageModelConfig) -> str | None:
 
 
 def _misfit_of_clips(shape: tuple[int, ...], model: VideoModelConfig) -> str | None:
-    """Clips (c, f, h, w), which may have other sizes than the largest, or pictures (c, h, w): one frame."""
+    """Return why a shape does not fit a model of clips, or None.
+
+    It is that of clips (c, f, h, w), which may be smaller than the model's largest, or of pictures (c, h, w).
+    """
     channels, num_frames, height, width = shape if len(shape) == 4 else (shape[0], 1, *shape[1:])
     if channels != model.latent_shape[0]:
         return f"model.latent_shape says {model.latent_shape[0]} channels"
@@ -353,7 +382,7 @@ def _misfit_of_clips(shape: tuple[int, ...], model: VideoModelConfig) -> str | N
 
 
 def check_text(location: str | Path, manifest: Manifest, model: VideoModelConfig) -> None:
-    """InputError, naming both values and the remedy, if the set that is to have the texts does not fit the model."""
+    """Raise InputError, naming both values and the remedy, if the set of the texts does not fit the model."""
     dim = text_info(location, manifest).dim
     if dim != model.text_dim:
         raise InputError(
@@ -363,7 +392,7 @@ def check_text(location: str | Path, manifest: Manifest, model: VideoModelConfig
 
 
 def text_info(location: str | Path, manifest: Manifest) -> TextInfo:
-    """`manifest.text`. InputError, naming the remedy, for a set without texts."""
+    """Return `manifest.text`. Raises InputError, naming the remedy, for a set without texts."""
     if manifest.text is None:
         raise InputError(
             f"dataset {location}: has no text embeddings; encode them with a `text` section in its recipe, or name the "

@@ -15,9 +15,9 @@ from pomscale.checkpoint.store import CheckpointStore
 from pomscale.config.engine import CheckpointConfig
 from pomscale.config.hardware import peak_flops
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.data.bad_samples import BadSampleList
-from pomscale.data.loader import Loader
+from pomscale.data.loader import Loader, ReadAhead
 from pomscale.data.mixture import Mixture
 from pomscale.diffusion.objectives import Objective, build_objective
 from pomscale.distributed.stragglers import Stragglers
@@ -26,6 +26,7 @@ from pomscale.engine import build_engine
 from pomscale.engine.divergence import Divergence
 from pomscale.engine.out_of_memory import explained_out_of_memory
 from pomscale.engine.protocol import Engine, InitWeights
+from pomscale.evaluation.heldout import shape_sizes
 from pomscale.models import make_model
 from pomscale.monitoring.profiler import ProfileWindow
 from pomscale.monitoring.throughput import mfu
@@ -33,10 +34,11 @@ from pomscale.monitoring.wandb.sink import read_wandb_id
 from pomscale.plan.model_cost import training_flops
 from pomscale.pretrained.card import ModelCard
 from pomscale.runs.checkpoint_folder import final_folder, is_complete
-from pomscale.runs.outcome import BAD_SAMPLES, versions
+from pomscale.runs.code_state import versions
+from pomscale.runs.layout import BAD_SAMPLES_FILE, EMA_FOLDER
 from pomscale.shards.schema import check_compatible, check_text
 from pomscale.training.loss import TrainBatch, draw_batch, share_of_loss, spoil_gradient_if_not_finite, steps
-from pomscale.training.periodic import PeriodicWork, open_events, shape_sizes
+from pomscale.training.periodic import PeriodicWork, open_events
 from pomscale.training.process import Process
 from pomscale.training.recovery import Recovery
 from pomscale.training.resume import CHECKPOINT_FORMAT, Resumed, identity, restore
@@ -90,10 +92,8 @@ def open_loader(inputs: Inputs, world: World, position: int) -> Loader[TrainBatc
         rank=world.rank,
         world_size=world.size,
         start_position=position,
-        num_threads=recipe.data.num_threads,
-        prefetch=recipe.data.prefetch,
+        ahead=ReadAhead(recipe.data.num_threads, recipe.data.prefetch, pin_memory=world.device.type == "cuda"),
         finish=partial(draw_batch, recipe, texts=None if mixture.text is None else mixture.text.info),
-        pin_memory=world.device.type == "cuda",
     )
 
 
@@ -121,7 +121,7 @@ def build_trainer(
     bad_samples = BadSampleList(
         recipe.data.max_bad_samples,
         [] if meta is None else meta["bad_samples"],
-        inputs.folder / BAD_SAMPLES if process.world.is_main else None,
+        inputs.folder / BAD_SAMPLES_FILE if process.world.is_main else None,
     )
     saver = Saver(
         engine=resumed.engine,
@@ -171,7 +171,7 @@ def _periodic(
     recipe, engine = inputs.recipe, resumed.engine
     return PeriodicWork(
         events=open_events(recipe, inputs.folder, inputs.card, objective, engine.model, records.monitor, process.world),
-        judge=resumed.checkpoints.judge,
+        record_metrics=resumed.checkpoints.record_metrics,
         consistency_every_samples=recipe.faults.consistency_every_samples,
         engine=engine,
         average=recipe.ema.main,
@@ -192,7 +192,7 @@ def _snapshots(inputs: Inputs, process: Process) -> Series | None:
         keep_every_samples=1,
         asynchronous=inputs.recipe.checkpoint.asynchronous,
     )
-    store = CheckpointStore(inputs.folder / "ema", keep_all, process.start)
+    store = CheckpointStore(inputs.folder / EMA_FOLDER, keep_all, process.start)
     return Series(
         store,
         ema.post_hoc.every_samples,

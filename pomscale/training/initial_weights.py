@@ -9,7 +9,7 @@ from torch import nn
 
 from pomscale.base.errors import InputError
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
-from pomscale.config.schema import InitFromConfig, TrainRecipe
+from pomscale.config.train import InitFromConfig, TrainRecipe
 from pomscale.distributed.world import World
 from pomscale.engine.protocol import Assign, InitWeights
 from pomscale.models import init_weights, initial_value

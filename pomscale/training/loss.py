@@ -8,19 +8,16 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from pomscale.base.condition import Condition, Text, map_condition
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.data.bad_samples import BadSample
-from pomscale.data.dataset import Samples
 from pomscale.data.loader import Loader, MicroBatch
 from pomscale.data.normalize import normalize
+from pomscale.data.texts import null_text, text_batch
 from pomscale.diffusion.draws import draw
-from pomscale.diffusion.loss import per_sample_loss
-from pomscale.diffusion.objectives import Objective
-from pomscale.pretrained.card import null_text
+from pomscale.diffusion.objectives import Objective, per_sample_loss
 from pomscale.shards.schema import Normalization, TextInfo
 
 
@@ -84,16 +81,6 @@ def draw_batch(recipe: TrainRecipe, batch: MicroBatch, texts: TextInfo | None) -
     draws = draw(recipe.seed, batch.positions.tolist(), shape, recipe.diffusion)
     condition = torch.where(draws.drop_condition, model.num_classes, batch.condition)
     return TrainBatch(batch.latents, draws.eps, draws.t, condition, None, batch.weights, batch.bad)
-
-
-def text_batch(batch: MicroBatch | Samples, texts: TextInfo) -> Text:
-    """The captions of a batch. Always of the encoder's max_length, so that all batches of a run have one shape: a
-    network is compiled once, and its result does not depend on which captions meet."""
-    assert batch.text is not None
-    assert batch.text_lengths is not None
-    length = texts.config.max_length
-    embeddings = pad(batch.text, (0, 0, 0, length - batch.text.shape[1]))
-    return Text(embeddings, torch.arange(length) < batch.text_lengths[:, None])
 
 
 def _drop_texts(text: Text, dropped: Tensor, texts: TextInfo) -> Text:

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pomscale.base.condition import Condition, Text, map_condition
 from pomscale.base.console import warn
-from pomscale.base.errors import InputError, PomscaleError
+from pomscale.base.errors import PomscaleError
 from pomscale.codecs.base import Codec
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
-from pomscale.config.schema import CacheConfig, TrainRecipe, ValidationConfig
+from pomscale.config.train import TrainRecipe, ValidationConfig
 from pomscale.data.dataset import LatentDataset
-from pomscale.data.normalize import normalize
+from pomscale.data.texts import null_text
 from pomscale.diffusion.objectives import Objective
 from pomscale.distributed.consistency import check_replicas
 from pomscale.distributed.world import World
 from pomscale.engine.protocol import Engine
-from pomscale.evaluation.heldout import ReadRecords, heldout_loss
+from pomscale.evaluation.heldout import heldout_loss, open_heldout, read_in_order, shape_sizes
 from pomscale.media.sheets import check_clips_can_be_written, save_clips, save_grid
 from pomscale.monitoring.monitor import Monitor
-from pomscale.pretrained.card import DEFAULT_FPS, ModelCard, null_text
+from pomscale.pretrained.card import DEFAULT_FPS, ModelCard
+from pomscale.runs.layout import samples_path
 from pomscale.runs.metric_names import validation_bin
 from pomscale.sampling.on_ranks import generate_on_all_ranks, grid_classes
 from pomscale.sampling.prompts import embed_prompts
-from pomscale.shards.schema import check_compatible, read_manifest
-from pomscale.training.loss import text_batch
 from pomscale.training.process import Process
 from pomscale.training.schedule import Schedule
 from pomscale.training.telemetry import Records
@@ -55,12 +51,12 @@ class Event:
 class PeriodicWork:
     """Runs the events that are due with the average of the recipe, and compares the replicas of the weights.
 
-    judge(samples, metrics): tells the checkpoint store what was measured. consistency_every_samples: None = replicas
-    are not compared.
+    record_metrics(samples, metrics): tells the checkpoint store what was measured. consistency_every_samples: None if
+    replicas are not compared.
     """
 
     events: Sequence[Event]
-    judge: Callable[[int, dict[str, float | str]], None]
+    record_metrics: Callable[[int, dict[str, float | str]], None]
     consistency_every_samples: int | None
     engine: Engine
     average: str
@@ -86,7 +82,7 @@ class PeriodicWork:
                 with self.process.watchdog.slow(event.name), self.engine.averaged(self.average):
                     metrics = event.run(samples)
                 self.records.monitor.log(samples, metrics)
-                self.judge(samples, metrics)
+                self.record_metrics(samples, metrics)
                 self.records.ledger.charge("evaluation")
 
 
@@ -119,9 +115,7 @@ def open_events(
     if recipe.sampling.every_samples is not None:
         # Loaded before the first step: a missing codec should fail now, not after an hour of training.
         codec = card.load_codec(world.device) if world.is_main else None
-        display = (
-            None if codec is None else _Display(folder / "samples", card, codec, monitor, recipe.sampling.num_each)
-        )
+        display = None if codec is None else _Display(folder, card, codec, monitor, recipe.sampling.num_each)
         draw = _Samples(recipe, objective, model, _conditions(recipe, card, world), world, display)
         events.append(Event("sampling", recipe.sampling.every_samples, draw))
     return events
@@ -153,64 +147,6 @@ def _conditions(recipe: TrainRecipe, card: ModelCard, world: World) -> _Conditio
     return _Conditions(map_condition(prompts, lambda part: part[each]), null_text(card.texts))
 
 
-def open_heldout(
-    path: str,
-    card: ModelCard,
-    *,
-    reading: Literal["mapped", "streamed"] = "mapped",
-    text: str | None = None,
-    cache: CacheConfig | None = None,
-    bad_samples: Literal["raise", "skip"] = "raise",
-) -> LatentDataset:
-    """A held-out set for the model of `card`, normalised as its training set was: the network knows no other space.
-
-    `text`: its companion set of text embeddings, None = they are in its own shards. `reading`, `cache` and
-    `bad_samples` as in DataConfig. Raises InputError if it is missing or was encoded in another way.
-    """
-    manifest = read_manifest(path)
-    check_compatible(path, manifest, card.codec, card.model)
-    if card.codec_identity is not None and manifest.latent_codec.identity != card.codec_identity:
-        raise InputError(f"dataset {path}: encoded with other weights than the training set; encode it again")
-    dataset = LatentDataset(
-        path,
-        manifest,
-        card.normalization,
-        text=None if card.text is None else text or path,
-        reading=reading,
-        cache=cache,
-        bad_samples=bad_samples,
-    )
-    if dataset.text is not None and dataset.text.info.identity != card.texts.identity:
-        raise InputError(
-            f"dataset {dataset.text.source.location}: its captions went through another text encoder than those of the "
-            "training set; encode them again"
-        )
-    return dataset
-
-
-def shape_sizes(dataset: LatentDataset) -> dict[int, int]:
-    """How many records each group (of one latent shape) has, in the order in which they lie."""
-    sizes = Counter[int]()
-    for shard in dataset.manifest.shards:
-        sizes[shard.group] += shard.num_samples
-    return dict(sizes)
-
-
-def read_in_order(dataset: LatentDataset) -> ReadRecords:
-    """A reader of records by their place in the dataset, without flips; see evaluation.heldout.ReadRecords."""
-
-    def read(indices: list[int]) -> tuple[Tensor, Condition, Tensor]:
-        records = np.array(indices)
-        samples = dataset.read(records, records, seed=0, flip_probability=0.0)
-        weights = torch.ones(len(indices))
-        weights[list(samples.bad)] = 0
-        texts = dataset.text
-        condition = samples.labels if texts is None else text_batch(samples, texts.info)
-        return normalize(samples.latents, dataset.normalization), condition, weights
-
-    return read
-
-
 def _validate(
     config: ValidationConfig,
     objective: Objective,
@@ -226,7 +162,7 @@ def _validate(
 
 @dataclass(frozen=True)
 class _Display:
-    """Decodes generated samples, writes them into `folder` and logs them. A row per class or prompt."""
+    """Decodes generated samples, writes them into the run folder and logs them. A row per class or prompt."""
 
     folder: Path
     card: ModelCard
@@ -236,7 +172,7 @@ class _Display:
 
     def show(self, latents: Tensor, samples: int, device: torch.device) -> None:
         """Show pictures (n c h w) or clips (n c f h w), normalised latents of the training clock `samples`."""
-        path = self.folder / f"samples-{samples:012d}.png"
+        path = samples_path(self.folder, samples)
         decoded = self.codec.decode(self.card.denormalize(latents).to(device))
         show = self._show_pictures if latents.ndim == 4 else self._show_clips
         try:

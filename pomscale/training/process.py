@@ -10,7 +10,7 @@ from pomscale.base.errors import PomscaleError
 from pomscale.distributed.stop import StopRequest
 from pomscale.distributed.watchdog import Watchdog
 from pomscale.distributed.world import World
-from pomscale.runs.starts import Generation, Superseded
+from pomscale.runs.starts import Start, Superseded
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Process:
     """One rank of one start of a run. `after_first_step` is called once, when this process has done its first step."""
 
     world: World
-    start: Generation
+    start: Start
     stop: StopRequest
     watchdog: Watchdog
     after_first_step: Callable[[], None] = lambda: None

@@ -57,9 +57,9 @@ class Recovery:
         met: list[Any] = self.process.world.gather(bad)
         self.bad_samples.add(samples, itertools.chain.from_iterable(met))
 
-    def judge(self, samples: int, loss: float, norm: float) -> Verdict:
+    def assess(self, samples: int, loss: float, norm: float) -> Verdict:
         """Return the verdict on the step that began at `samples`. Call it before the step's time is charged."""
-        verdict = self.divergence.judge(loss, norm)
+        verdict = self.divergence.assess(loss, norm)
         if verdict != "ok":
             # Otherwise the time of this step would be counted with that of the good steps before it.
             self.records.ledger.write(samples)

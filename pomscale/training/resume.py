@@ -14,12 +14,13 @@ from pomscale.base.clock import Clock
 from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import CheckpointStore, read_meta
 from pomscale.config.identity import differences
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.data.mixture import Mixture
 from pomscale.engine.protocol import Engine
 from pomscale.pretrained.card import ModelCard
-from pomscale.runs.checkpoint_folder import META, complete_checkpoints
+from pomscale.runs.checkpoint_folder import complete_checkpoints
 from pomscale.runs.integrity import find_damage_of
+from pomscale.runs.layout import CHECKPOINT_META, CHECKPOINTS_FOLDER
 from pomscale.runs.outcome import is_finished
 
 CHECKPOINT_FORMAT = 4
@@ -52,11 +53,11 @@ def find_standing(
     this_run: see identity; card: of the recipe. Raises InputError if the recipe may not continue the run.
     """
     mixture.check_indexes()
-    complete = complete_checkpoints(folder / "checkpoints")
+    complete = complete_checkpoints(folder / CHECKPOINTS_FOLDER)
     if complete and recipe.resume == "never":
         raise InputError(f"{folder}: holds checkpoints, and resume is never; choose another name or delete the folder")
     for checkpoint in reversed(complete):
-        if find_damage_of(checkpoint / META) is not None:
+        if find_damage_of(checkpoint / CHECKPOINT_META) is not None:
             continue  # CheckpointStore.newest sets it aside and warns
         meta = read_meta(checkpoint)
         check_same_run(folder, checkpoint, this_run, card, meta)

@@ -14,7 +14,7 @@ from pomscale.base.console import say, warn
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import make_folder
 from pomscale.checkpoint.store import CheckpointStore
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.distributed.compile_cache import CompileCache
 from pomscale.distributed.preflight import preflight
 from pomscale.distributed.stop import EXIT_STOPPED, StopRequest
@@ -26,9 +26,10 @@ from pomscale.monitoring.alerts import Alerts
 from pomscale.monitoring.monitor import Monitor, open_monitor
 from pomscale.plan.checks import check_layout
 from pomscale.plan.model_cost import num_parameters
+from pomscale.runs.layout import CHECKPOINTS_FOLDER, stacks_path
 from pomscale.runs.ledger import RESTARTED_BECAUSE, Ledger
-from pomscale.runs.outcome import open_run_folder, stacks_path, write_outcome
-from pomscale.runs.starts import Generation, Superseded
+from pomscale.runs.outcome import write_outcome
+from pomscale.runs.starts import Start, Superseded, record_start
 from pomscale.training.build import Inputs, build_trainer, make_engine, mean_flops, open_inputs, open_loader
 from pomscale.training.initial_weights import FineTuning, fine_tuned, seeded
 from pomscale.training.process import Process
@@ -76,7 +77,7 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
     initial = fine_tuned(recipe, inputs.card, world) if is_new and recipe.init_from is not None else seeded(recipe)
     world.on_main(lambda: make_folder(folder))
     number = world.on_main(lambda: _claim(folder).number)
-    run = _Run(world, folder, Generation(folder, number), stop)
+    run = _Run(world, folder, Start(folder, number), stop)
     try:
         samples = run.train(inputs, initial)
     except BaseException as error:
@@ -92,9 +93,9 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
     return EXIT_STOPPED if stopped else 0
 
 
-def _claim(folder: Path) -> Generation:
+def _claim(folder: Path) -> Start:
     """Claim the next start of the run. Warn if another one is alive: the command may have been typed twice."""
-    start = Generation.claim(folder)
+    start = Start.claim(folder)
     if other := start.other_alive():
         warn(
             f"{folder}: another start of this run is still alive ({other}). This one continues from its newest "
@@ -106,7 +107,7 @@ def _claim(folder: Path) -> Generation:
 class _Run:
     """One start of a run, on one rank."""
 
-    def __init__(self, world: World, folder: Path, start: Generation, stop: StopRequest) -> None:
+    def __init__(self, world: World, folder: Path, start: Start, stop: StopRequest) -> None:
         self.world = world
         self.folder = folder
         self.start = start
@@ -169,7 +170,7 @@ class _Run:
         """The newest checkpoint, or the initial weights of a run that has none."""
         recipe = inputs.recipe
         engine = make_engine(recipe, initial, self.world)
-        resumed = resume(engine, CheckpointStore(self.folder / "checkpoints", recipe.checkpoint, self.start))
+        resumed = resume(engine, CheckpointStore(self.folder / CHECKPOINTS_FOLDER, recipe.checkpoint, self.start))
         if resumed.checkpoint is None and recipe.init_from is not None and not isinstance(initial, FineTuning):
             raise PomscaleError(
                 f"{self.folder}: all of its checkpoints are damaged; run the same command again to start from init_from"
@@ -181,7 +182,7 @@ class _Run:
         world, recipe, samples = self.world, inputs.recipe, resumed.clock.samples
         if world.is_main:
             self.start.check()
-            open_run_folder(self.folder, recipe, self.start.number, start_samples=samples, num_ranks=world.size)
+            record_start(self.folder, recipe, self.start.number, start_samples=samples, num_ranks=world.size)
         ledger = stack.enter_context(Ledger(self.folder if world.is_main else None, self.start.number, samples))
         for damaged in resumed.checkpoints.damaged:
             ledger.event("damaged_checkpoint", samples, path=str(damaged.folder), reason=damaged.reason)
@@ -199,7 +200,7 @@ class _Run:
             run_name=recipe.name,
             recipe_dump=recipe.model_dump(mode="json"),
             total_samples=recipe.training.total_samples,
-            incarnation=self.start.number,
+            start=self.start.number,
         )
 
     def _announce(self, inputs: Inputs, resumed: Resumed, initial: InitWeights) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pomscale.config.engine import EmaConfig, ScheduleConfig
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.engine.averages import ema_weights
 from pomscale.engine.optimizers import learning_rate
 

@@ -93,7 +93,7 @@ class Telemetry:
             if self.mfu is not None:
                 row["speed/mfu"] = self.mfu(speed["speed/samples_per_s"])
         self.records.ledger.write(clock.samples)
-        self.records.alerts.judge(clock.samples, speed.get("speed/step_time_s"))
+        self.records.alerts.check_row(clock.samples, speed.get("speed/step_time_s"))
         self.records.monitor.log(clock.samples, {**row, **self.records.ledger.metrics()})
 
     def _means(self) -> Row:

@@ -90,7 +90,7 @@ class Trainer:
         )
         if num_bad:
             self.recovery.note_bad_samples(clock.samples, bad)
-        verdict = self.recovery.judge(clock.samples, loss, norm)
+        verdict = self.recovery.assess(clock.samples, loss, norm)
         self.telemetry.charge_step()
         self.process.step_done()
         outcome = self.recovery.carry_out(verdict, clock, norm)

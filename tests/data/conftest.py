@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pomscale.config.schema import EncodeRecipe
+from pomscale.config.encode import EncodeRecipe
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import pytest
 av = pytest.importorskip("av")
 
 from pomscale.base.errors import InputError  # noqa: E402
+from pomscale.media import UnreadableMediaError  # noqa: E402
 from pomscale.media.clips import DecodedClip, decode_clip  # noqa: E402
-from pomscale.media.shapes import UnreadableMediaError  # noqa: E402
 from support.make_video import numbered_frame, read_number, write_video  # noqa: E402
 
 TARGET = (16, 60, 96)  # one second at 16 fps

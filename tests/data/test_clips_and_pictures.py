@@ -14,16 +14,15 @@ from pomscale.base.condition import Condition, Text
 from pomscale.base.errors import InputError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.model import VideoModelConfig
-from pomscale.config.schema import TrainRecipe, ValidationConfig
-from pomscale.data.loader import Loader
+from pomscale.config.train import TrainRecipe, ValidationConfig
+from pomscale.data.loader import Loader, ReadAhead
 from pomscale.data.mixture import Mixture
 from pomscale.diffusion.objectives import FlowMatching
 from pomscale.distributed.world import join_world
-from pomscale.evaluation.heldout import heldout_loss
+from pomscale.evaluation.heldout import heldout_loss, read_in_order, shape_sizes
 from pomscale.models import VDiPoM, init_weights
 from pomscale.shards.schema import check_compatible, check_text
 from pomscale.training.loss import TrainBatch, draw_batch, share_of_loss
-from pomscale.training.periodic import read_in_order, shape_sizes
 from support.synthetic_dataset import TEXT_DIM, write_dataset
 
 GLOBAL_BATCH = 6
@@ -72,10 +71,8 @@ def batches(
         rank=rank,
         world_size=num_ranks,
         start_position=start,
-        num_threads=2,
-        prefetch=3,
+        ahead=ReadAhead(2, 3),
         finish=partial(draw_batch, recipe, texts=mixture.text.info),
-        pin_memory=False,
     )
     with loader:
         return list(itertools.islice(loader, num_steps))
@@ -138,9 +135,9 @@ def test_batches_do_not_depend_on_ranks_or_on_where_a_run_was_resumed(recipe: Tr
     num_steps, done = 20, 7
     alone = batches(recipe, mixture, num_steps)
     resumed = batches(recipe, mixture, num_steps - done, start=done * GLOBAL_BATCH)
-    of_ranks = [batches(recipe, mixture, num_steps, rank=rank, num_ranks=3) for rank in range(3)]
+    rank_findings = [batches(recipe, mixture, num_steps, rank=rank, num_ranks=3) for rank in range(3)]
     for step, batch in enumerate(alone):
-        shares = [tensors(rank[step]) for rank in of_ranks]
+        shares = [tensors(rank[step]) for rank in rank_findings]
         together = [torch.cat(parts) for parts in zip(*shares, strict=True)]
         later = tensors(resumed[step - done]) if step >= done else tensors(batch)
         for whole, joined, again in zip(tensors(batch), together, later, strict=True):

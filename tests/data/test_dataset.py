@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pomscale.base.errors import InputError, PomscaleError
-from pomscale.config.schema import CacheConfig
+from pomscale.config.data import CacheConfig
 from pomscale.data.dataset import LatentDataset, Samples
 from pomscale.data.normalize import normalize
 from pomscale.shards.index import index_dtype

@@ -20,13 +20,12 @@ from PIL import Image
 from data_pipelines.check.verify import verify
 from data_pipelines.encode.dry_run import describe
 from data_pipelines.encode.encode import encode
-from data_pipelines.shards.part_writer import PartWriter
 from data_pipelines.shards.parts import PartStore
-from data_pipelines.shards.writer import Record
+from data_pipelines.shards.writers import PartWriter, Record
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.codecs import build_codec
 from pomscale.codecs.pixel import PixelCodec
-from pomscale.config.schema import EncodeRecipe
+from pomscale.config.encode import EncodeRecipe
 from pomscale.media.pictures import decode_picture, fit_picture
 from pomscale.shards.schema import FAILURES_NAME, MANIFEST_NAME, read_manifest
 from support.encoding import contents, only, read_all, shard_members

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines.encode.encode import encode
-from pomscale.config.schema import EncodeRecipe
+from pomscale.config.encode import EncodeRecipe
 from pomscale.shards.schema import MANIFEST_NAME
 from support.encoding import contents, only
 
@@ -29,7 +29,7 @@ import os, random, signal, sys, time
 from data_pipelines.encode.encode import encode
 from data_pipelines.shards.parts import PARTS_FOLDER, PartStore
 from pathlib import Path
-from pomscale.config.schema import EncodeRecipe
+from pomscale.config.encode import EncodeRecipe
 recipe = EncodeRecipe.model_validate_json(sys.argv[1])
 num_kills, undisturbed_s, most_records = int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
 num_records = lambda: len(list(Path(recipe.output, PARTS_FOLDER).glob("part-*.json")))

@@ -19,7 +19,7 @@ from data_pipelines.check.verify import verify
 from data_pipelines.encode.dry_run import describe
 from data_pipelines.encode.encode import encode
 from pomscale.codecs import build_codec, build_text_encoder
-from pomscale.config.schema import EncodeRecipe
+from pomscale.config.encode import EncodeRecipe
 from pomscale.shards.schema import FAILURES_NAME, read_manifest
 from support.encoding import contents, only, read_all, shard_members
 from support.make_video import numbered_frame, write_video

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import subprocess
 import sys
@@ -16,18 +15,18 @@ from PIL import Image
 
 from data_pipelines.check.verify import verify
 from data_pipelines.encode.encode import encode
-from data_pipelines.encode.tasks import Task, this_task
 from data_pipelines.shards.parts import Claims
 from pomscale.base.errors import InputError
-from pomscale.config.schema import EncodeRecipe
+from pomscale.base.task_index import TaskIndex, this_task
+from pomscale.config.encode import EncodeRecipe
 from pomscale.monitoring import monitor as monitor_module
 from pomscale.monitoring.wandb import run as wandb_run
 from pomscale.shards.schema import MANIFEST_NAME
 from support.encoding import contents, only
+from support.running import open_process
 
 MakeRecipe = Callable[..., EncodeRecipe]
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 # Claims a part as another task would, and holds it until its input ends.
 HOLDER = """
@@ -57,7 +56,7 @@ main(sys.argv[1:])
 
 def start_task(recipe: Path, task: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pomscale", "data", "encode", str(recipe), "--task", task]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return open_process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def write_pictures(folder: Path, count: int) -> None:
@@ -116,7 +115,7 @@ def test_a_file_system_without_locks_is_warned_of(
     assert only(encode(make_recipe(pictures), progress=False)).num_samples == 21
     assert capsys.readouterr().err.count("do not start a second encode") == 1
     with pytest.raises(InputError, match=r"has no locks.*use one task"):
-        encode(make_recipe(pictures, output=str(pictures.parent / "other")), progress=False, task=Task(0, 2))
+        encode(make_recipe(pictures, output=str(pictures.parent / "other")), progress=False, task=TaskIndex(0, 2))
 
 
 def test_a_stop_keeps_what_was_finished(tmp_path: Path, make_recipe: MakeRecipe) -> None:
@@ -138,7 +137,7 @@ def test_a_signal_stops_the_command(tmp_path: Path, make_recipe: MakeRecipe) -> 
     path.write_text(make_recipe(tmp_path / "in").model_dump_json())
     # It is to be met in the middle, and has 600 parts.
     command = [sys.executable, "-c", UNHURRIED, "data", "encode", str(path), "--task", "0/1"]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = open_process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         while not list((tmp_path / "latents" / "parts").glob("part-*.json")):
             assert process.poll() is None, process.communicate()
@@ -154,22 +153,22 @@ def test_a_signal_stops_the_command(tmp_path: Path, make_recipe: MakeRecipe) -> 
 def test_which_task_is_this(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT", "SLURM_PROCID", "RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert this_task(None) == Task(0, 1)
-    assert this_task("3/1000") == Task(3, 1000)
+    assert this_task(None) == TaskIndex(0, 1)
+    assert this_task("3/1000") == TaskIndex(3, 1000)
     for wrong in ("3", "4/4", "-1/4", "a/b"):
         with pytest.raises(InputError, match="--task"):
             this_task(wrong)
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "5")
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "10")
-    assert this_task(None) == Task(2, 10)
+    assert this_task(None) == TaskIndex(2, 10)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert this_task(None) == Task(19, 80)
+    assert this_task(None) == TaskIndex(19, 80)
 
 
 def test_tasks_begin_apart_and_cover_everything() -> None:
-    orders = [Task(index, 3).order(8) for index in range(3)]
+    orders = [TaskIndex(index, 3).order(8) for index in range(3)]
     assert orders[1] == [1, 4, 7, 2, 5, 0, 3, 6]
     assert all(sorted(order) == list(range(8)) for order in orders)
 
@@ -204,7 +203,7 @@ def test_failures_are_tried_again_by_one_task_each(pictures: Path, make_recipe: 
     parts = {
         path for path in (Path(recipe.output) / "parts").glob("part-*.json") if '"failures": []' not in path.read_text()
     }
-    made = [encode(recipe, progress=False, task=Task(i, 3), only_failed=True).num_made for i in range(3)]
+    made = [encode(recipe, progress=False, task=TaskIndex(i, 3), only_failed=True).num_made for i in range(3)]
     assert sum(made) == len(parts)
     assert verify(recipe.output).problems == []
 
@@ -212,6 +211,6 @@ def test_failures_are_tried_again_by_one_task_each(pictures: Path, make_recipe: 
 def test_a_task_that_comes_late_tells_of_failures_too(pictures: Path, make_recipe: MakeRecipe) -> None:
     (pictures / "cat" / "00.png").write_bytes(b"damaged")
     recipe = make_recipe(pictures)
-    encode(recipe, progress=False, task=Task(0, 2))
-    late = encode(recipe, progress=False, task=Task(1, 2))
+    encode(recipe, progress=False, task=TaskIndex(0, 2))
+    late = encode(recipe, progress=False, task=TaskIndex(1, 2))
     assert (late.num_made, only(late).num_failures, late.exit_code) == (0, 1, 3)

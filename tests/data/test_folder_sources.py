@@ -11,12 +11,12 @@ import fsspec
 import pytest
 
 from data_pipelines.encode.items import ItemTable
-from data_pipelines.sources import build_source, fs
-from data_pipelines.sources.keys import checked_key
-from data_pipelines.sources.sorting import sorted_on_disk
-from data_pipelines.sources.source import Item, Source, SourceChangedError
+from data_pipelines.sources import build_source, storage
+from data_pipelines.sources.item_fields import checked_key
+from data_pipelines.sources.protocol import Item, Source, SourceChangedError
+from data_pipelines.sources.storage import sorted_on_disk
 from pomscale.base.errors import InputError, PomscaleError
-from pomscale.config.schema import ImageFolderConfig, VideoFolderConfig
+from pomscale.config.encode import ImageFolderConfig, VideoFolderConfig
 
 
 def touch(path: Path, content: bytes = b"x") -> None:
@@ -190,7 +190,7 @@ def test_items_that_changed_since_the_scan_are_told_from_failing_storage(
 
     monkeypatch.setattr(type(memory), "cat_file", failing)
     with pytest.raises(
-        PomscaleError, match=r"memory://set/a/1.png: cannot be read: .*Connection reset.*again to go on"
+        PomscaleError, match=r"memory://set/a/1.png: cannot be read: .*Connection reset.*again to continue"
     ):
         source.open(item)
 
@@ -214,7 +214,7 @@ def test_a_path_that_is_none_of_a_file_concerns_one_item_or_ends_the_scan(
     with pytest.raises(SourceChangedError, match=f"cannot be read: .*{reason}"):
         image_folder(tmp_path).open(Item("key", "where", [name, None]))
     with pytest.raises(InputError, match=f"cannot read .*{reason}"):
-        fs.read_file(f"{tmp_path}/{name}")
+        storage.read_file(f"{tmp_path}/{name}")
     if name != "cat":
         with pytest.raises(InputError, match=f"cannot read .*({reason}|Not a directory)"):
             scan(image_folder(f"{tmp_path}/{name}"))

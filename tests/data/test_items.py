@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from data_pipelines.encode import items as items_module
 from data_pipelines.encode.items import ItemTable, share_table
-from data_pipelines.sources.source import Item
+from data_pipelines.sources.protocol import Item
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.shards.index import key_hash
 from support.paths import TESTS
@@ -36,7 +36,7 @@ class ListedSource:
         yield from self.items
 
     def fingerprint_line(self, item: Item) -> str:
-        return f"{item.key} {item.place}"
+        return f"{item.key} {item.location}"
 
     def open(self, item: Item) -> BinaryIO:
         raise AssertionError("a table opens no item")
@@ -65,7 +65,7 @@ def test_items_come_back_as_the_source_told_them(tmp_path: Path) -> None:
 
 def test_the_fingerprint_follows_every_line_and_their_order(tmp_path: Path) -> None:
     items = some_items(["a", "b"])
-    changed = [items[0], replace(items[1], place=["d/1", 7])]
+    changed = [items[0], replace(items[1], location=["d/1", 7])]
     prints = [ItemTable.build(ListedSource(x), tmp_path).fingerprint for x in (items, items[::-1], changed, items)]
     assert len(set(prints)) == 3
     assert prints[0] == prints[3]
@@ -146,7 +146,7 @@ def test_an_incomplete_table_is_none_and_a_damaged_one_is_told(tmp_path: Path) -
         ItemTable.open(tmp_path)
 
 
-def test_a_disk_that_fails_is_no_reason_to_list_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_is_no_reason_to_list_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ItemTable.build(ListedSource(some_items(["a"])), tmp_path)
 
     def stale(path: Path) -> bytes:
@@ -211,10 +211,10 @@ def test_a_table_is_shared_also_where_there_are_no_links(
 _MEASURE = """
 import sys, threading
 from pathlib import Path
-from data_pipelines.encode.dealing import Dealing
+from data_pipelines.encode.items import ItemOrder
 from data_pipelines.encode.items import ItemTable
 from data_pipelines.sources import build_source
-from pomscale.config.schema import TableSourceConfig
+from pomscale.config.encode import TableSourceConfig
 
 def anonymous_kib():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -230,9 +230,9 @@ peaks, done = [before], threading.Event()
 watcher = threading.Thread(target=watch)
 watcher.start()
 table = ItemTable.build(build_source(config), Path(folder))
-dealing = Dealing(len(table), 0, True)
-for place in range(0, len(table), 97):
-    table[dealing.item(place)]
+order = ItemOrder(len(table), 0, True)
+for position in range(0, len(table), 97):
+    table[order.item(position)]
 done.set()
 watcher.join()
 print(len(table), table.num_problems, peaks[0] - before)

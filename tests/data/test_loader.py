@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pomscale.base.errors import InputError
-from pomscale.config.schema import CacheConfig
+from pomscale.config.data import CacheConfig
 from pomscale.data.dataset import LatentDataset
-from pomscale.data.loader import Loader, MicroBatch, micro_batch_positions, num_micro_batches
+from pomscale.data.loader import Loader, MicroBatch, ReadAhead, micro_batch_positions, num_micro_batches
 from pomscale.data.mixture import Mixture
 from pomscale.data.order import SampleOrder
 from pomscale.data.readers import shard_files
@@ -52,18 +52,12 @@ def mix(*datasets: LatentDataset, weights: list[float] | None = None, global_bat
     )
 
 
-def open_loader(mixture: Mixture, **changes: object) -> Loader[MicroBatch]:
-    options = {
-        "micro_batch": None,
-        "rank": 0,
-        "world_size": 1,
-        "start_position": 0,
-        "num_threads": 2,
-        "prefetch": 3,
-        "finish": lambda batch: batch,
-        "pin_memory": False,
-    }
-    return Loader(mixture, **(options | changes))  # type: ignore[arg-type]
+def open_loader(
+    mixture: Mixture, num_threads: int = 2, prefetch: int = 3, pin_memory: bool = False, **changes: object
+) -> Loader[MicroBatch]:
+    options = {"micro_batch": None, "rank": 0, "world_size": 1, "start_position": 0, "finish": lambda batch: batch}
+    ahead = ReadAhead(num_threads, prefetch, pin_memory)
+    return Loader(mixture, ahead=ahead, **(options | changes))  # type: ignore[arg-type]
 
 
 def records_of(batch: MicroBatch) -> list[int]:

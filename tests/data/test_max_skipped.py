@@ -15,7 +15,7 @@ from data_pipelines.check.verify import verify
 from data_pipelines.derive.merge import merge
 from data_pipelines.derive.split import split
 from data_pipelines.encode.encode import encode
-from pomscale.config.schema import EncodeRecipe
+from pomscale.config.encode import EncodeRecipe
 from pomscale.shards.schema import FAILURES_NAME, MANIFEST_NAME, read_manifest
 
 MakeRecipe = Callable[..., EncodeRecipe]

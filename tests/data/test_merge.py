@@ -10,7 +10,7 @@ import pytest
 from data_pipelines.check.repair import repair
 from data_pipelines.check.verify import verify
 from data_pipelines.derive.merge import merge
-from data_pipelines.shards.keys import equal_keys, sorted_buckets
+from data_pipelines.shards.equal_keys import equal_keys, sorted_buckets
 from data_pipelines.shards.statistics import ChannelStatistics
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.shards.index import key_hash

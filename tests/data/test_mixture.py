@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pomscale.base.errors import InputError
-from pomscale.config.schema import DataConfig
+from pomscale.config.data import DataConfig
 from pomscale.data.interleave import PERIOD, Interleave
 from pomscale.data.mixture import Mixture
 from pomscale.data.mixture_order import MixtureOrder
@@ -65,13 +65,13 @@ def test_the_order_is_that_of_counting_one_by_one(root: Path) -> None:
     lanes = [[0, 4], [1, 3], [2]]
 
     steps = Interleave([sum((weights[c] for c in lane), Fraction(0)) for lane in lanes], SEED, 0)
-    lane_of = steps.places(np.arange(num_steps))[0]
+    lane_of = steps.locate(np.arange(num_steps))[0]
     inside = [Interleave([weights[c] for c in lane], SEED, 1 + i) for i, lane in enumerate(lanes)]
     given_by_lane, given_by_component = [0] * 3, [0] * 5
     expected = []
     for lane in lane_of.tolist():
         for _ in range(GLOBAL_BATCH):
-            stream = int(inside[lane].places(np.array([given_by_lane[lane]]))[0][0])
+            stream = int(inside[lane].locate(np.array([given_by_lane[lane]]))[0][0])
             component = lanes[lane][stream]
             index = given_by_component[component]
             record = components[component].first_record + components[component].order.records(np.array([index]))[0]

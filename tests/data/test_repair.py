@@ -10,7 +10,7 @@ from data_pipelines.check.repair import repair
 from data_pipelines.check.verify import verify
 from data_pipelines.encode.encode import encode
 from pomscale.base.errors import InputError, PomscaleError
-from pomscale.config.schema import EncodeRecipe
+from pomscale.config.encode import EncodeRecipe
 from pomscale.shards.schema import INDEX_NAME, MANIFEST_NAME, read_manifest
 
 
@@ -36,7 +36,7 @@ def encoded(pictures: Path, make_recipe: Callable[..., EncodeRecipe]) -> Path:
     return Path(recipe.output)
 
 
-def test_bad_shards_are_made_anew_and_nothing_else(encoded: Path) -> None:
+def test_bad_shards_are_made_again_and_nothing_else(encoded: Path) -> None:
     before = files_of(encoded)
     assert len(before) == 5 + 2
     names = sorted(name for name in before if name.endswith(".tar"))
@@ -44,7 +44,7 @@ def test_bad_shards_are_made_anew_and_nothing_else(encoded: Path) -> None:
     (encoded / names[3]).unlink()
     report = repair(encoded, progress=False)
     assert report.exit_code == 0
-    assert f"made anew: {names[1]}, {names[3]}" in str(report)
+    assert f"made again: {names[1]}, {names[3]}" in str(report)
     assert verify(encoded, progress=False).problems == []
     after = files_of(encoded)
     assert {name: content for name, (content, _) in after.items()} == {n: content for n, (content, _) in before.items()}
@@ -53,14 +53,14 @@ def test_bad_shards_are_made_anew_and_nothing_else(encoded: Path) -> None:
     assert repair(encoded, progress=False).encoded is None
 
 
-def test_an_index_is_made_anew(encoded: Path) -> None:
+def test_an_index_is_made_again(encoded: Path) -> None:
     before = (encoded / INDEX_NAME).read_bytes()
     flip_bit(encoded / INDEX_NAME, 500)
     assert repair(encoded, progress=False).exit_code == 0
     assert (encoded / INDEX_NAME).read_bytes() == before
 
 
-def test_shards_of_several_groups_are_made_anew(pictures: Path, make_recipe: Callable[..., EncodeRecipe]) -> None:
+def test_shards_of_several_groups_are_made_again(pictures: Path, make_recipe: Callable[..., EncodeRecipe]) -> None:
     recipe = make_recipe(pictures, transform={"buckets": [[16, 8], [8, 16]]}, shard_samples=11)
     encode(recipe, progress=False)
     output = Path(recipe.output)
@@ -72,7 +72,7 @@ def test_shards_of_several_groups_are_made_anew(pictures: Path, make_recipe: Cal
     assert {n: content for n, (content, _) in files_of(output).items()} == {n: c for n, (c, _) in before.items()}
 
 
-def test_one_size_of_several_is_made_anew(pictures: Path, make_recipe: Callable[..., EncodeRecipe]) -> None:
+def test_one_size_of_several_is_made_again(pictures: Path, make_recipe: Callable[..., EncodeRecipe]) -> None:
     recipe = make_recipe(pictures, transform={"sizes": [8, 16]})
     encode(recipe, progress=False)
     output = Path(recipe.output) / "8"

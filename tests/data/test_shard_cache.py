@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 
 from pomscale.base.errors import InputError, PomscaleError
-from pomscale.config.schema import CacheConfig
+from pomscale.config.data import CacheConfig
 from pomscale.data.readers.shard_files import ShardFiles, open_shard_files
 from pomscale.data.remote.shard_cache import ShardCache
 from pomscale.shards.schema import Manifest, read_manifest
 from support.file_server import FileServer
+from support.running import open_process
 from support.synthetic_dataset import write_dataset
 
 NUM_SHARDS = 6
@@ -31,7 +32,7 @@ NUM_SHARDS = 6
 READER = """
 import hashlib, sys
 from contextlib import closing
-from pomscale.config.schema import CacheConfig
+from pomscale.config.data import CacheConfig
 from pomscale.shards.schema import read_manifest
 from pomscale.data.remote.shard_cache import local_index
 from pomscale.data.readers.shard_files import open_shard_files
@@ -60,8 +61,7 @@ def cache_folder(tmp_path: Path) -> Path:
 @contextmanager
 def reader(location: str, cache_folder: Path) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-c", READER, location, str(cache_folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = open_process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield process
     finally:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pomscale.base.errors import InputError, PomscaleError
-from pomscale.config.schema import CacheConfig
+from pomscale.config.data import CacheConfig
 from pomscale.data.readers.shard_files import ShardFiles, check_room, open_shard_files
 from pomscale.data.remote.shard_cache import local_index
 from pomscale.shards import location as location_module

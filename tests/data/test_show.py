@@ -12,7 +12,8 @@ from data_pipelines.inspect.info import info
 from data_pipelines.inspect.show import show
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.codecs import build_codec
-from pomscale.config.schema import CogVideoXVaeCodecConfig, EncodeRecipe, PixelCodecConfig
+from pomscale.config.codecs import CogVideoXVaeCodecConfig, PixelCodecConfig
+from pomscale.config.encode import EncodeRecipe
 from pomscale.shards.schema import read_manifest
 from support.damage import change_row
 from support.synthetic_dataset import change_manifest, write_dataset

@@ -11,7 +11,7 @@ from data_pipelines.encode.encode import encode
 from data_pipelines.inspect.stats import stats
 from data_pipelines.inspect.stats_picture import draw_stats
 from data_pipelines.shards.statistics import RunningStatistics
-from data_pipelines.shards.writer import Record, ShardWriter
+from data_pipelines.shards.writers import Record, ShardWriter
 from pomscale.base.errors import PomscaleError
 from pomscale.shards.schema import read_manifest
 from support.synthetic_dataset import TEXT_DIM, change_manifest, write_dataset

@@ -22,9 +22,9 @@ from fsspec.implementations.memory import MemoryFile
 
 from data_pipelines.encode.items import ItemTable
 from data_pipelines.sources import build_source
-from data_pipelines.sources.source import Item, Source, SourceChangedError
+from data_pipelines.sources.protocol import Item, Source, SourceChangedError
 from pomscale.base.errors import InputError, PomscaleError
-from pomscale.config.schema import TableSourceConfig
+from pomscale.config.encode import TableSourceConfig
 
 Rows = Sequence[dict[str, Any]]
 
@@ -88,7 +88,7 @@ def test_webvid(tmp_path: Path, kind: str) -> None:
     )
     items = scan(source)
     missing = "its caption is empty" if kind == "csv" else "its caption is missing"
-    assert [(item.key, item.place, item.caption, item.problem) for item in items] == [
+    assert [(item.key, item.location, item.caption, item.problem) for item in items] == [
         ("1021", "000001_000050/1021.mp4", 'A man, walking his "dog".\nSlowly', None),
         ("7", "000051_000100/7.mp4", "Über die Brücke", None),
         ("8", "000051_000100/8.mp4", None, missing),
@@ -110,7 +110,7 @@ def test_several_tables_are_one_in_the_order_of_their_paths(tmp_path: Path, kind
     source = table(f"{tmp_path}/part-{{0..1}}.{kind}", media="{path}", label="label")
     items = scan(source)
     assert [item.key for item in items] == [f"{i:012d}" for i in range(10)]
-    assert [item.place for item in items] == [f"{i}{k}.jpg" for i in range(2) for k in range(5)]
+    assert [item.location for item in items] == [f"{i}{k}.jpg" for i in range(2) for k in range(5)]
     assert items[7].where == f"part-1.{kind} row 2: 12.jpg"
     assert source.class_names == ("0", "1", "2", "3", "4")
     assert [item.label for item in items] == [0, 1, 2, 3, 4] * 2
@@ -219,7 +219,7 @@ def test_tables_of_captions_only(tmp_path: Path) -> None:
     write_parquet(tmp_path / "t.parquet", [{"id": "a.b", "text": "one"}, {"id": "/abs", "text": "two"}])
     source = table(tmp_path / "t.parquet", key="id", caption="text")
     items = scan(source)
-    assert [(item.key, item.caption, item.place) for item in items] == [("a_b", "one", None), ("/abs", "two", None)]
+    assert [(item.key, item.caption, item.location) for item in items] == [("a_b", "one", None), ("/abs", "two", None)]
     assert "empty part" in (items[1].problem or "")
     with pytest.raises(InputError, match=r"captions only.*source\.media"):
         source.open(items[0])
@@ -299,7 +299,7 @@ def test_tables_and_files_behind_urls(tmp_path: Path) -> None:
         storage.pipe("/pictures/3.jpg", b"picture")
         source = table(f"memory://set/*.{kind}", media="{path}", root="memory://pictures/")
         items = scan(source)
-        assert [item.place for item in items] == [row["path"] for row in rows]
+        assert [item.location for item in items] == [row["path"] for row in rows]
         assert content(source, items[3]) == b"picture"
         with pytest.raises(FileNotFoundError):
             source.open(items[4])
@@ -348,7 +348,7 @@ def test_parquet_asks_for_pyarrow_and_nothing_else_does(tmp_path: Path) -> None:
 import sys
 sys.modules["pyarrow"] = None  # as where it is not installed
 from data_pipelines.sources import build_source
-from pomscale.config.schema import TableSourceConfig
+from pomscale.config.encode import TableSourceConfig
 print(len(list(build_source(TableSourceConfig(kind="table", path="{tmp_path}/t.csv", media="{{path}}")).scan())))
 (list(build_source(TableSourceConfig(kind="table", path="{tmp_path}/*.parquet")).scan()))
 """

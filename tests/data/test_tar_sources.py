@@ -19,9 +19,9 @@ from PIL import Image
 
 from data_pipelines.encode.items import ItemTable
 from data_pipelines.sources import build_source
-from data_pipelines.sources.source import Item, Source, SourceChangedError
+from data_pipelines.sources.protocol import Item, Source, SourceChangedError
 from pomscale.base.errors import InputError
-from pomscale.config.schema import LatentsSourceConfig, TarSourceConfig
+from pomscale.config.encode import LatentsSourceConfig, TarSourceConfig
 from pomscale.shards.index import key_hash
 from support.file_server import FileServer
 from support.synthetic_dataset import write_dataset
@@ -101,7 +101,7 @@ def test_tars_of_gnu_tar_are_read(tmp_path: Path) -> None:
 
 
 def test_the_img2dataset_layout(tmp_path: Path) -> None:
-    """Keys start anew in every tar; what could not be downloaded is only in the parquet beside it."""
+    """Keys start again in every tar; files that could not be downloaded are only in the parquet beside it."""
     for shard in range(2):
         samples = [
             img2dataset_sample("000000000", b"first", "a dog", width=10, class_id=7),

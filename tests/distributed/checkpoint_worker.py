@@ -18,7 +18,7 @@ from pomscale.config.engine import CheckpointConfig
 from pomscale.distributed.flat_shard import FlatShard
 from pomscale.distributed.world import World, join_world
 from pomscale.runs.checkpoint_folder import complete_checkpoints
-from pomscale.runs.starts import Generation, Superseded
+from pomscale.runs.starts import Start, Superseded
 
 CONFIG = CheckpointConfig(every_samples=10, keep_last=3)
 
@@ -68,9 +68,9 @@ def assert_holds(folder: Path, value: float) -> None:
 
 
 def exercise(world: World, run_folder: Path) -> None:
-    number = Generation.claim(run_folder).number if world.is_main else 0
+    number = Start.claim(run_folder).number if world.is_main else 0
     number = int(world.sum([float(number)])[0])
-    store = CheckpointStore(run_folder / "checkpoints", CONFIG, Generation(run_folder, number))
+    store = CheckpointStore(run_folder / "checkpoints", CONFIG, Start(run_folder, number))
     assert store.newest() is None
 
     state = sharded(world, 1.0)
@@ -138,7 +138,7 @@ def check_newer_start(world: World, store: CheckpointStore, run_folder: Path) ->
     before = sorted(store.root.iterdir())
     world.barrier()
     if world.is_main:
-        Generation.claim(run_folder)
+        Start.claim(run_folder)
     store.save(40, sharded(world, 4.0), {"samples": 40})
     with pytest.raises(Superseded, match="this process stops without writing"):
         store.wait()

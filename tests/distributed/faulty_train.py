@@ -33,7 +33,7 @@ import pomscale.training.build
 import pomscale.training.periodic
 from pomscale.checkpoint.store import complete_checkpoints
 from pomscale.cli import main
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.data.loader import MicroBatch
 from pomscale.distributed.watchdog import Watchdog
 from pomscale.shards.schema import TextInfo

@@ -25,7 +25,7 @@ from pomscale.config.engine import CheckpointConfig
 from pomscale.distributed.world import join_world
 from pomscale.runs.checkpoint_folder import complete_checkpoints, incomplete_checkpoints, samples_of
 from pomscale.runs.integrity import find_damage
-from pomscale.runs.starts import Generation
+from pomscale.runs.starts import Start
 
 STEPS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 NUM_ROUNDS = 15
@@ -37,7 +37,7 @@ def state(samples: int, size: int) -> dict[str, Any]:
 
 def open_store(run: Path, asynchronous: bool = True) -> CheckpointStore:
     config = CheckpointConfig(every_samples=10, keep_last=2, asynchronous=asynchronous)
-    return CheckpointStore(run / "checkpoints", config, Generation.claim(run))
+    return CheckpointStore(run / "checkpoints", config, Start.claim(run))
 
 
 def save(store: CheckpointStore, samples: int, size: int) -> None:

@@ -26,7 +26,8 @@ from pomscale.distributed.flat_shard import FlatShard
 from pomscale.distributed.world import join_world
 from pomscale.runs import checkpoint_folder
 from pomscale.runs.integrity import find_damage, seal
-from pomscale.runs.starts import Generation, Superseded
+from pomscale.runs.layout import CHECKPOINT_META
+from pomscale.runs.starts import Start, Superseded
 from support.running import mounted_disk, run
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
@@ -42,8 +43,8 @@ def state(value: float) -> dict[str, dict[str, torch.Tensor]]:
     return {"model": {"weight": torch.full((300, 200), float(value)), "step": torch.tensor(float(value))}}
 
 
-def open_store(root: Path, generation: Generation | None = None, **config: object) -> CheckpointStore:
-    return CheckpointStore(root, CheckpointConfig.model_validate({"every_samples": 10, **config}), generation)
+def open_store(root: Path, start: Start | None = None, **config: object) -> CheckpointStore:
+    return CheckpointStore(root, CheckpointConfig.model_validate({"every_samples": 10, **config}), start)
 
 
 def save(store: CheckpointStore, samples: int) -> None:
@@ -123,15 +124,15 @@ def test_the_last_the_rare_and_the_best_are_kept_also_over_a_restart(tmp_path: P
     store = open_store(tmp_path, **rules)
     for n, loss in ((10, 0.5), (20, 0.1), (30, 0.3), (40, 0.4)):
         store.save(n, state(n), {"samples": n})
-        store.judge(n, {"loss": loss, "other": 0.0})  # the save may still be under way
+        store.record_metrics(n, {"loss": loss, "other": 0.0})  # the save may still be under way
     store.wait()
     assert samples(tmp_path) == [20, 40]
     store = open_store(tmp_path, **rules)
-    store.judge(999, {"loss": 0.0})  # nothing was saved there
+    store.record_metrics(999, {"loss": 0.0})  # nothing was saved there
     save(store, 50)
     save(store, 60)
     assert samples(tmp_path) == [20, 40, 60]
-    store.judge(60, {"loss": 0.05})
+    store.record_metrics(60, {"loss": 0.05})
     save(store, 70)
     assert samples(tmp_path) == [40, 60, 70]
 
@@ -140,7 +141,7 @@ def test_the_remains_of_killed_saves_and_deletions_are_ignored_and_cleared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "checkpoints"
-    Generation.claim(tmp_path)
+    Start.claim(tmp_path)
     half_written, half_deleted = root / "samples-000000000020.g00001.partial", root / "samples-000000000010"
     damaged = root / "samples-000000000005.damaged"
     for path in (half_written, half_deleted, damaged):
@@ -150,23 +151,23 @@ def test_the_remains_of_killed_saves_and_deletions_are_ignored_and_cleared(
     errors = capsys.readouterr().err
     assert f"{half_written} has no COMPLETE marker" in errors
     assert f"{half_deleted} has no COMPLETE marker" in errors
-    save(open_store(root, Generation.claim(tmp_path)), 10)
+    save(open_store(root, Start.claim(tmp_path)), 10)
     assert names(root) == [damaged.name, half_deleted.name]  # the one deleted by half is replaced
     assert samples(root) == [10]
 
 
 def test_a_stale_start_changes_nothing(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
-    stale = open_store(root, Generation.claim(tmp_path), keep_last=1, keep_best=1, best_metric="loss")
+    stale = open_store(root, Start.claim(tmp_path), keep_last=1, keep_best=1, best_metric="loss")
     save(stale, 10)
-    stale.judge(10, {"loss": 1.0})
-    live = open_store(root, Generation.claim(tmp_path), keep_last=3)
+    stale.record_metrics(10, {"loss": 1.0})
+    live = open_store(root, Start.claim(tmp_path), keep_last=3)
     (root / "samples-000000000005").mkdir()  # remains, not the stale start's to clear
     before = names(root)
     stale.save(20, state(20), {"samples": 20})
     with pytest.raises(Superseded, match=r"a newer start .* has taken over"):
         stale.wait()
-    stale.judge(10, {"loss": 0.0})
+    stale.record_metrics(10, {"loss": 0.0})
     assert '"10": 1.0' in (root / "judged.json").read_text()
     (root / "samples-000000000010" / ".metadata").write_bytes(b"damaged")
     with pytest.raises(Superseded):
@@ -180,10 +181,10 @@ def test_a_file_system_that_hides_the_generations_stops_what_matters_and_only_th
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, hidden = tmp_path / "checkpoints", tmp_path / "hidden"
-    store = open_store(root, Generation.claim(tmp_path), best_metric="loss")
+    store = open_store(root, Start.claim(tmp_path), best_metric="loss")
     save(store, 10)
     (tmp_path / "generations").rename(hidden)
-    store.judge(10, {"loss": 1.0})
+    store.record_metrics(10, {"loss": 1.0})
     assert "cannot be read" in capsys.readouterr().err
     store.save(20, state(20), {"samples": 20})
     with pytest.raises(PomscaleError, match="generations cannot be read"):
@@ -196,9 +197,9 @@ def test_a_file_system_that_hides_the_generations_stops_what_matters_and_only_th
 def test_two_starts_that_write_the_same_samples_never_mix(tmp_path: Path) -> None:
     """The stale one has passed its last look at the generations when the newer one commits: the rename itself fails."""
     final = checkpoint_folder.final_folder(tmp_path, 10)
-    stale, newer = (checkpoint_folder.partial_folder(final, generation) for generation in (1, 2))
+    stale, newer = (checkpoint_folder.partial_folder(final, start) for start in (1, 2))
     for partial in (stale, newer):
-        seal(partial, {checkpoint_folder.META: checkpoint_folder.begin(partial, {"by": partial.name})})
+        seal(partial, {CHECKPOINT_META: checkpoint_folder.begin(partial, {"by": partial.name})})
     checkpoint_folder.commit(newer, final)
     with pytest.raises(OSError, match="not empty"):
         checkpoint_folder.commit(stale, final)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pomscale.distributed.compile_cache import FILE, CompileCache
-from support.running import ENVIRONMENT, run
+from pomscale.distributed.compile_cache import CompileCache
+from pomscale.runs.layout import COMPILE_CACHE_FILE
+from support.running import run
 
 START = """
 import os, sys
@@ -27,16 +28,12 @@ print(f"compiled: {counters['inductor']['fxgraph_cache_miss']}")
 """
 
 
-# Otherwise each machine without a cache first compiles a program per vector extension, and headers: 10 s of 19.
-QUICK = {**ENVIRONMENT, "TORCHINDUCTOR_VEC_ISA_OK": "1", "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
-
-
 @pytest.mark.slow
 def test_a_start_elsewhere_compiles_nothing_again(tmp_path: Path) -> None:
     """Nor what the start before it had no use for: it may have ended before its first validation."""
     for node, functions, expected in (("first", ("sin", "cos"), 2), ("second", ("sin",), 0), ("third", ("cos",), 0)):
         start = [sys.executable, "-c", START, str(tmp_path), str(tmp_path / node), *functions]
-        assert run(start, env=QUICK, timeout=600).stdout == f"compiled: {expected}\n", node
+        assert run(start, timeout=600).stdout == f"compiled: {expected}\n", node
 
 
 def test_only_the_main_rank_of_a_run_that_compiles_writes(tmp_path: Path) -> None:
@@ -47,6 +44,6 @@ def test_only_the_main_rank_of_a_run_that_compiles_writes(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("content", [b"", b"torn" * 100])
 def test_a_damaged_file_costs_a_compilation_and_not_the_run(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / FILE).write_bytes(content)
+    (tmp_path / COMPILE_CACHE_FILE).write_bytes(content)
     CompileCache(tmp_path, is_main=False).load()
-    assert (tmp_path / FILE).read_bytes() == content  # the main rank replaces it, once it has compiled
+    assert (tmp_path / COMPILE_CACHE_FILE).read_bytes() == content  # the main rank replaces it, once it has compiled

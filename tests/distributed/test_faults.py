@@ -18,8 +18,7 @@ import psutil
 import pytest
 
 from pomscale.checkpoint.store import complete_checkpoints, find_checkpoint, read_meta
-from pomscale.quickstart.images import samples_seen
-from pomscale.runs.history import read_history
+from pomscale.runs.history import read_history, samples_seen
 from pomscale.runs.ledger import goodput
 from pomscale.runs.outcome import write_outcome
 from support.running import (
@@ -302,8 +301,8 @@ def test_a_hang_ends_with_the_stacks_of_all_ranks(tiny_recipe: Path) -> None:
     assert not list((folder / "stacks").glob("incarnation-0003-*"))
 
 
-def stacks(folder: Path, incarnation: int, rank: int) -> str:
-    return (folder / "stacks" / f"incarnation-{incarnation:04d}-rank-{rank:05d}.txt").read_text()
+def stacks(folder: Path, start: int, rank: int) -> str:
+    return (folder / "stacks" / f"incarnation-{start:04d}-rank-{rank:05d}.txt").read_text()
 
 
 def test_out_of_memory_is_explained(tiny_recipe: Path) -> None:

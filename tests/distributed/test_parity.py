@@ -136,7 +136,7 @@ def test_a_run_moves_between_engines(alone: Path, tiny_recipe: Path) -> None:
 
 
 def report_difference(folder: Path, reference: Path) -> None:
-    """Shown with `pytest -rA`: the figures of the table in README.md."""
+    """Shown with `pytest -rA`: the figures of the table in docs/results.md."""
     pairs = list(zip(losses(folder).values(), losses(reference).values(), strict=True))
     differences = [abs(ours / theirs - 1) for ours, theirs in pairs]
     assert len(differences) == NUM_STEPS

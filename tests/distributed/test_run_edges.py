@@ -16,7 +16,7 @@ import pomscale.training.build
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.checkpoint.store import complete_checkpoints, find_checkpoint, read_meta
 from pomscale.config.load import load_train_recipe
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.data.loader import MicroBatch
 from pomscale.distributed.stop import EXIT_STOPPED
 from pomscale.runs.ledger import goodput

@@ -16,8 +16,8 @@ from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import CheckpointStore, complete_checkpoints, find_checkpoint, read_meta, read_tensors
 from pomscale.config.engine import CheckpointConfig
 from pomscale.distributed.world import join_world
-from pomscale.runs.integrity import MARKER
-from pomscale.runs.starts import Generation
+from pomscale.runs.layout import MARKER
+from pomscale.runs.starts import Start
 from support.running import run
 
 KILLED_SAVES = Path(__file__).with_name("killed_saves.py")
@@ -32,9 +32,7 @@ def state(value: float) -> dict[str, dict[str, torch.Tensor]]:
 def store(tmp_path: Path) -> Iterator[CheckpointStore]:
     """Of a run with checkpoints at 10 and 20 samples, in a world of one."""
     with join_world("cpu"):
-        store = CheckpointStore(
-            tmp_path / "checkpoints", CheckpointConfig(every_samples=10), Generation.claim(tmp_path)
-        )
+        store = CheckpointStore(tmp_path / "checkpoints", CheckpointConfig(every_samples=10), Start.claim(tmp_path))
         for samples in (10, 20):
             store.save(samples, state(samples), {"samples": samples})
         store.wait()

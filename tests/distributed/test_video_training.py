@@ -15,7 +15,7 @@ from data_pipelines.encode.encode import encode
 from pomscale.base.errors import InputError
 from pomscale.config.load import load_encode_recipe, load_train_recipe
 from pomscale.data.mixture import Mixture
-from pomscale.evaluation.measure import measure_heldout
+from pomscale.evaluation.heldout import measure_heldout
 from pomscale.plan.model_cost import training_flops
 from pomscale.shards.schema import read_manifest
 from pomscale.training.build import mean_flops

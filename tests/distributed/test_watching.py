@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pomscale.quickstart.images import samples_seen
+from pomscale.runs.history import samples_seen
 from support import running, wandb_reader
 from support.running import GLOBAL_BATCH, TIMEOUT_S, outcome, rows, run, started
 
@@ -68,11 +68,11 @@ def test_three_starts_are_one_wandb_run_with_the_rows_of_metrics_jsonl(
     files = _wandb_files(folder)
     run_id = (folder / "wandb_id.txt").read_text().strip()
     assert [path.name for path in files] == [f"run-{run_id}.wandb"] * 3
-    for incarnation, path in enumerate(files, start=1):
-        ours = [row for row in rows(folder) if row["incarnation"] == incarnation and "train/loss" in row]
+    for number, path in enumerate(files, start=1):
+        ours = [row for row in rows(folder) if row["incarnation"] == number and "train/loss" in row]
         theirs = [row for row in wandb_reader.read_rows(path) if "train/loss" in row]
         # The kill has cost wandb what its process had not written yet: the last second or two.
-        assert len(theirs) == len(ours) > 5 or incarnation == 2
+        assert len(theirs) == len(ours) > 5 or number == 2
         for our, their in zip(ours, theirs, strict=False):
             assert (their["samples"], their["train/loss"]) == (our["samples"], our["train/loss"])
     alerts = [
@@ -82,7 +82,7 @@ def test_three_starts_are_one_wandb_run_with_the_rows_of_metrics_jsonl(
         if record.HasField("alert")
     ]
     starts = [json.loads(line)["start_samples"] for line in (folder / "incarnations.jsonl").read_text().splitlines()]
-    assert alerts[-1] == ("requeued", "INFO", f"going on from {starts[2]:,} samples: node n7 went down")
+    assert alerts[-1] == ("requeued", "INFO", f"continuing from {starts[2]:,} samples: node n7 went down")
     kept = [(row["incarnation"], row["title"]) for row in _events(folder, "alert")]
     assert kept == [(2, "requeued"), (3, "requeued")]
     artifacts = [record.artifact.type for record in wandb_reader.read_records(files[2]) if record.HasField("artifact")]

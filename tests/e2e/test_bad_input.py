@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pomscale.checkpoint.store import MARKER, complete_checkpoints
+from pomscale.runs.checkpoint_folder import complete_checkpoints
+from pomscale.runs.layout import MARKER
 from support.running import GLOBAL_BATCH, Finished, losses, mounted_disk, outcome, pomscale, run, train, train_command
 
 

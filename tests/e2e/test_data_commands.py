@@ -57,7 +57,7 @@ def test_the_life_of_a_dataset(recipe: Path, tmp_path: Path) -> None:
     refused = pomscale("data", "repair", pets, expect=2).stderr
     assert "source.path=" in refused
     mended = pomscale("data", "repair", pets, f"source.path={tmp_path}/moved").stdout
-    assert "made anew: shard-000002.tar" in mended
+    assert "made again: shard-000002.tar" in mended
     assert {path.name: path.read_bytes() for path in pets.glob("shard-*.tar")} == before
 
     told = pomscale("data", "split", pets, f"{tmp_path}/train=0.8", f"{tmp_path}/heldout=0.2").stdout

@@ -34,11 +34,11 @@ main()
 """
 AFTER_SOME_PARTS = """
 import itertools, time
-from data_pipelines.encode.pipeline import Pipeline
+from data_pipelines.encode.part_encoder import PartEncoder
 from pomscale.cli import main
 from pomscale.distributed import stop
 
-begin, numbers = Pipeline._begin, itertools.count(1)
+begin, numbers = PartEncoder._begin, itertools.count(1)
 
 def begin_or_wait(*arguments):
     if next(numbers) == 16:
@@ -46,7 +46,7 @@ def begin_or_wait(*arguments):
             time.sleep(0.02)
     return begin(*arguments)
 
-Pipeline._begin = begin_or_wait
+PartEncoder._begin = begin_or_wait
 main()
 """
 

@@ -13,23 +13,31 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.record.job import attempts, submissions
-from support.running import ENVIRONMENT, GLOBAL_BATCH, TIMEOUT_S, checkpoint_samples, controller_of, held_at, outcome
+from launch.record.job import read_starts, read_submissions
+from support.running import (
+    GLOBAL_BATCH,
+    TIMEOUT_S,
+    checkpoint_samples,
+    controller_of,
+    held_at,
+    open_process,
+    outcome,
+    pomscale,
+    run,
+)
 
 SHORT = [f"training.total_samples={10 * GLOBAL_BATCH}", "schedule={}", "faults.preflight=false"]
 
 
 def test_a_local_run_outlives_the_command_and_its_terminal(tiny_recipe: Path) -> None:
-    home = tiny_recipe.parent / "runs" / "tiny"
+    job_folder = tiny_recipe.parent / "runs" / "tiny"
     words = [sys.executable, "-m", "pomscale", "launch", str(tiny_recipe), "--cluster", "local", *SHORT]
     # In a session of its own, as a terminal's is; a pipe that its processes kept open would never end.
     # It does not end before it was looked at.
     held = tiny_recipe.parent / "held"
     environment = held_at(held, 5 * GLOBAL_BATCH)
-    done = subprocess.run(
-        words, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, start_new_session=True, check=True
-    )
-    (submission,) = submissions(home)
+    done = run(words, env=environment, start_new_session=True)
+    (submission,) = read_submissions(job_folder)
     assert submission.scheduler == "local"
     assert f"job       {submission.job_id}, submitted" in done.stdout
     controller = psutil.Process(int(submission.job_id))
@@ -43,21 +51,21 @@ def test_a_local_run_outlives_the_command_and_its_terminal(tiny_recipe: Path) ->
     finally:
         with suppress(psutil.NoSuchProcess):
             controller.send_signal(signal.SIGTERM)
-    assert outcome(home)["state"] == "finished"
-    assert checkpoint_samples(home) == 10 * GLOBAL_BATCH
-    (attempt,) = attempts(home)
-    assert attempt.verdict is not None
-    assert (attempt.verdict.action, attempt.verdict.exit_code) == ("done", 0)
+    assert outcome(job_folder)["state"] == "finished"
+    assert checkpoint_samples(job_folder) == 10 * GLOBAL_BATCH
+    (start,) = read_starts(job_folder)
+    assert start.verdict is not None
+    assert (start.verdict.action, start.verdict.exit_code) == ("done", 0)
 
 
-def interrupt_while_submitting(recipe: Path, home: Path, *overrides: str) -> str:
+def interrupt_while_submitting(recipe: Path, job_folder: Path, *overrides: str) -> str:
     """Ctrl-C just when a job is being started, which is not over before. Returns what people were told."""
     held = recipe.parent / "held"
     words = [sys.executable, "-m", "pomscale", "launch", str(recipe), "--cluster", "local", *overrides]
     environment = held_at(held, 0)
-    launching = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    launching = open_process(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline_s = time.monotonic() + TIMEOUT_S
-    while not (home / "submitit").is_dir():  # now it is just being submitted
+    while not (job_folder / "submitit").is_dir():  # now it is just being submitted
         assert launching.poll() is None
         assert time.monotonic() < deadline_s
         time.sleep(0.005)
@@ -68,23 +76,22 @@ def interrupt_while_submitting(recipe: Path, home: Path, *overrides: str) -> str
     return told
 
 
-def wait_for_end(home: Path) -> None:
-    (_,) = submissions(home)
-    if (controller := controller_of(home)) is not None:
+def wait_for_end(job_folder: Path) -> None:
+    (_,) = read_submissions(job_folder)
+    if (controller := controller_of(job_folder)) is not None:
         controller.wait(TIMEOUT_S)
 
 
 def test_ctrl_c_while_a_job_is_submitted_leaves_none_that_nobody_knows_of(tiny_recipe: Path) -> None:
-    home = tiny_recipe.parent / "runs" / "tiny"
-    told = interrupt_while_submitting(tiny_recipe, home, "training.total_samples=320000")
-    assert f"`pomscale runs cancel {home}` ends it" in told
-    (submission,) = submissions(home)
+    job_folder = tiny_recipe.parent / "runs" / "tiny"
+    told = interrupt_while_submitting(tiny_recipe, job_folder, "training.total_samples=320000")
+    assert f"`pomscale runs cancel {job_folder}` ends it" in told
+    (submission,) = read_submissions(job_folder)
     of_process = Path(f"/proc/{submission.job_id}/status").read_text()
     blocked = int(of_process.partition("SigBlk:")[2].split()[0], 16)
     assert not blocked & 1 << signal.SIGINT - 1
-    cancelling = [sys.executable, "-m", "pomscale", "runs", "cancel", str(home)]
-    subprocess.run(cancelling, env=ENVIRONMENT, timeout=TIMEOUT_S, check=True)
-    wait_for_end(home)
+    pomscale("runs", "cancel", job_folder)
+    wait_for_end(job_folder)
 
 
 def test_ctrl_c_while_a_pipeline_is_submitted_leaves_none_of_its_jobs(tiny_recipe: Path) -> None:
@@ -95,34 +102,31 @@ def test_ctrl_c_while_a_pipeline_is_submitted_leaves_none_of_its_jobs(tiny_recip
         "  - {name: look, run: ['report {train}']}",
     ]
     pipeline.write_text("\n".join(["kind: pipeline", "name: all", f"output: {folder}/pipelines", "stages:", *stages]))
-    home = folder / "runs" / "tiny"
-    told = interrupt_while_submitting(pipeline, home)
+    job_folder = folder / "runs" / "tiny"
+    told = interrupt_while_submitting(pipeline, job_folder)
     assert "nothing is left in the queue: train had been submitted" in told
-    wait_for_end(home)
+    wait_for_end(job_folder)
     assert not (folder / "pipelines" / "all" / "look").exists()
 
 
 @pytest.mark.parametrize(("overrides", "expect"), [([], 0), (["optimizer.lr=1e30", "faults.max_rollbacks=0"], 1)])
 def test_a_debug_run_ends_with_its_own_exit_code(tiny_recipe: Path, overrides: list[str], expect: int) -> None:
     words = [sys.executable, "-m", "pomscale", "launch", str(tiny_recipe), "--cluster", "debug", *SHORT, *overrides]
-    done = subprocess.run(
-        words, env=ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
-    assert done.returncode == expect, done.stdout + done.stderr
-    home = tiny_recipe.parent / "runs" / "tiny"
-    (submission,) = submissions(home)
-    (attempt,) = attempts(home)
+    run(words, expect, stdin=subprocess.DEVNULL)
+    job_folder = tiny_recipe.parent / "runs" / "tiny"
+    (submission,) = read_submissions(job_folder)
+    (start,) = read_starts(job_folder)
     assert submission.scheduler == "debug"
-    assert attempt.start.job_id == submission.job_id
-    assert attempt.verdict is not None
-    assert attempt.verdict.exit_code == expect
+    assert start.record.job_id == submission.job_id
+    assert start.verdict is not None
+    assert start.verdict.exit_code == expect
 
 
 def test_the_runs_of_a_sweep_take_turns_on_one_machine(tiny_recipe: Path) -> None:
     with tiny_recipe.open("a") as file:
         file.write("sweep: {seed: [0, 1]}\n")
     words = [sys.executable, "-m", "pomscale", "launch", str(tiny_recipe), "--cluster", "local", *SHORT]
-    subprocess.run(words, env=ENVIRONMENT, capture_output=True, timeout=TIMEOUT_S, check=True)
+    run(words)
     first, second = (tiny_recipe.parent / "runs" / f"tiny.seed={seed}" for seed in (0, 1))
     controllers = [process for process in map(controller_of, (first, second)) if process is not None]
     try:
@@ -132,7 +136,7 @@ def test_the_runs_of_a_sweep_take_turns_on_one_machine(tiny_recipe: Path) -> Non
         for controller in controllers:
             with suppress(psutil.NoSuchProcess):
                 controller.send_signal(signal.SIGTERM)
-    (before,), (after,) = attempts(first), attempts(second)
+    (before,), (after,) = read_starts(first), read_starts(second)
     assert before.verdict is not None
     assert after.verdict is not None
     assert after.start.started_unix_s >= before.verdict.decided_unix_s

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,9 @@ from pomscale.checkpoint.store import complete_checkpoints
 from pomscale.config.load import load_train_recipe
 from pomscale.data.dataset import LatentDataset
 from pomscale.diffusion.objectives import OBJECTIVES
-from pomscale.training.periodic import open_heldout
-from support.paths import RECIPES, ROOT
-from support.running import GLOBAL_BATCH, checkpoint_samples, pomscale, rows, run, train, write_tiny_recipe
+from pomscale.evaluation.heldout import open_heldout
+from support.paths import RECIPES
+from support.running import GLOBAL_BATCH, checkpoint_samples, pomscale, rows, run_tour, train, write_tiny_recipe
 
 STEPS = 20
 EXTRAS = """
@@ -107,7 +106,7 @@ def test_public_functions(folder: Path, objective: str, sampler: str) -> None:
     model = public.load_pretrained(folder, device="cpu")
     diffusion = model.card.diffusion.model_copy(update={"objective": objective})
     model.card = model.card.model_copy(update={"diffusion": diffusion})
-    latents = public.sample(model, [1, 10], seeds=range(2), sampler=sampler, steps=3, guidance=1.0)
+    latents = public.sample(model, [1, 10], seeds=range(2), sampler=sampler, num_steps=3, guidance=1.0)
     pictures = public.decode(model, latents)
     assert latents.shape == (2, 4, 4, 4)
     assert pictures.shape == (2, 1, 8, 8)
@@ -167,15 +166,14 @@ def test_an_unreadable_picture_among_good_ones(digits: Path, tmp_path: Path) -> 
     pictures = tmp_path / "pictures"
     shutil.copytree(digits / "digits" / "heldout", pictures)
     (pictures / "3" / "0000-broken.png").write_bytes(b"not a picture")
-    command = ["data", "encode", "recipes/data/digits.yaml", f"source.path={pictures}", f"output={tmp_path}/out"]
-    root = ROOT
-    done = pomscale(*command, expect=3, cwd=root)
+    command = ["data", "encode", RECIPES / "data" / "digits.yaml", f"source.path={pictures}", f"output={tmp_path}/out"]
+    done = pomscale(*command, expect=3)
     assert "896 samples" in done.stdout
     (failure,) = (json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines())
     assert "0000-broken" in json.dumps(failure)
     pomscale("data", "verify", tmp_path / "out", expect=3)
     # Who puts up with one says so: nothing is made again, and both commands succeed.
-    assert "896 samples" in pomscale(*command, "max_skipped=1", cwd=root).stdout
+    assert "896 samples" in pomscale(*command, "max_skipped=1").stdout
     pomscale("data", "verify", tmp_path / "out")
 
 
@@ -183,18 +181,16 @@ def test_an_empty_class_folder_is_named(digits: Path, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     shutil.copytree(digits / "digits" / "heldout", pictures)
     (pictures / "unicorn").mkdir()
-    root = ROOT
-    command = ["data", "encode", "recipes/data/digits.yaml", f"source.path={pictures}", f"output={tmp_path}/out"]
-    assert "unicorn" in pomscale(*command, expect=2, cwd=root).stderr
+    command = ["data", "encode", RECIPES / "data" / "digits.yaml", f"source.path={pictures}", f"output={tmp_path}/out"]
+    assert "unicorn" in pomscale(*command, expect=2).stderr
     # Nothing stands in the way of the same command on a source that is in order.
     (pictures / "unicorn").rmdir()
-    pomscale(*command, cwd=root)
+    pomscale(*command)
 
 
 def test_dry_run_writes_nothing(digits: Path, tmp_path: Path) -> None:
-    root = ROOT
     overrides = [f"source.path={digits}/digits/train", f"output={tmp_path}/out"]
-    done = pomscale("data", "encode", "recipes/data/digits.yaml", overrides[0], "--dry-run", overrides[1], cwd=root)
+    done = pomscale("data", "encode", RECIPES / "data" / "digits.yaml", overrides[0], "--dry-run", overrides[1])
     assert "901" in done.stdout
     assert not (tmp_path / "out").exists()
 
@@ -204,8 +200,8 @@ def test_dry_run_writes_nothing(digits: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mixers", [["PoM"], pytest.param([], marks=pytest.mark.exhaustive, id="all")])
 def test_quickstart_reaches_its_figures(tmp_path: Path, mixers: list[str]) -> None:
     """The tour of `make quickstart`, in a folder of its own."""
-    (tmp_path / "recipes").symlink_to(RECIPES)
-    done = run([sys.executable, "-m", "pomscale.quickstart.images", *mixers], cwd=tmp_path, timeout=1750)
+    code = f"from pomscale.quickstart.images import RUNS, main\nmain({mixers} or list(RUNS))"
+    done = run_tour(code, cwd=tmp_path, timeout=1750)
     killed = re.search(r"killed \d+ processes with SIGKILL at ([\d,]+) samples", done.stdout)
     resumed = re.search(r"resuming from runs/quickstart/checkpoints/samples-(\d{12})", done.stdout)
     assert killed is not None

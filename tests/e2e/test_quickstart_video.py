@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pomscale.quickstart.video import NUM_JUDGED
-from support.paths import ROOT
-from support.running import run
+from pomscale.quickstart.video import NUM_EVALUATED
+from support.running import run_tour
 
 av = pytest.importorskip("av")
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 
 
-def tour(folder: Path, *overrides: str, num_judged: int = NUM_JUDGED) -> dict[str, Any]:
-    """The figures that it found, in a folder of its own. num_judged: clips per caption."""
-    (folder / "recipes").symlink_to(ROOT / "recipes")
-    main = f"from pomscale import quickstart_video as tour; tour.NUM_JUDGED = {num_judged}; tour.main({overrides})"
-    done = run([sys.executable, "-c", main], cwd=folder, timeout=1700)
+def tour(folder: Path, *overrides: str, num_evaluated: int = NUM_EVALUATED) -> dict[str, Any]:
+    """The figures that it found, in a folder of its own. num_evaluated: clips per caption."""
+    main = (
+        f"from pomscale.quickstart import video as tour; tour.NUM_EVALUATED = {num_evaluated}; tour.main({overrides})"
+    )
+    done = run_tour(main, cwd=folder, timeout=1700)
     run_folder = folder / "runs" / "quickstart-video"
     assert (run_folder / "summary.txt").read_text() in done.stdout
     assert (run_folder / "clips.png").stat().st_size > 0
@@ -43,7 +42,7 @@ def tour(folder: Path, *overrides: str, num_judged: int = NUM_JUDGED) -> dict[st
 def test_the_tour_with_a_training_of_twenty_steps(tmp_path: Path) -> None:
     few = ["training.total_samples=640", "schedule.warmup_samples=0", "schedule.cooldown_samples=0"]
     few += ["sampling.num_steps=4", "validation.num_samples=32"]
-    figures = tour(tmp_path, *few, num_judged=2)
+    figures = tour(tmp_path, *few, num_evaluated=2)
     assert figures["digit_generated"] < 0.6  # a judge that calls noise a digit would prove nothing
 
 

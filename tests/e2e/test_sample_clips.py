@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 from pomscale.cli import main
-from pomscale.pretrained.load import PretrainedVDiPoM, decode, load_pretrained, sample
+from pomscale.pretrained.load import PretrainedVDiPoM, load_pretrained
+from pomscale.sampling.api import decode, sample
 from pomscale.sampling.clips import num_latent_frames, start_frames
 from support.make_video import write_video
-from support.running import ENVIRONMENT, TIMEOUT_S, pomscale, run
+from support.running import TIMEOUT_S, open_process, pomscale, run
 from support.tiny_films import FPS, MAX_LENGTH, save_cogvideox_model, save_model, save_picture_model
 
 av = pytest.importorskip("av")
@@ -105,7 +106,7 @@ def test_clips_are_what_python_gives_and_grow_as_they_are_made_at_once(
         film(model, *TWO, "--npz", "clips.npz", "--batch", "3", "--out", "clips.mp4")
         loaded = load_pretrained(model, device="cpu")
         prompts = ["three left"] * 2 + ["one right"] * 2
-        clips = decode(loaded, sample(loaded, prompts, seeds=range(4), steps=2))
+        clips = decode(loaded, sample(loaded, prompts, seeds=range(4), num_steps=2))
         expected = (clips.permute(0, 2, 3, 4, 1) * 255).round().byte().numpy()
         found = np.load(tmp_path / "clips.npz")["clips"]
         assert found.shape == (4, 6, 20, 12, 3)
@@ -171,8 +172,8 @@ def test_what_ctrl_c_has_stopped_is_whole_and_can_be_gone_on_with(
     asked = 4001 if kind else 4000
     command = [sys.executable, "-m", "pomscale", "sample", model, "--prompt", "x", "--num", 1, "--frames", asked]
     files = ["--npz", "0.npz", "--sheet", "sheet.png", "--save-state", "state", "--out", "0.mp4"]
-    with subprocess.Popen(
-        [*map(str, command), *files], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    with open_process(
+        [*map(str, command), *files], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     ) as process:  # fmt: skip
         assert process.stderr is not None
@@ -181,7 +182,7 @@ def test_what_ctrl_c_has_stopped_is_whole_and_can_be_gone_on_with(
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 75
-    found = re.search(r"1 clips of (\d+) frames\nstopped by SIGINT: (\d+) frames are missing; go on .*--continue", said)
+    found = re.search(r"1 clips of (\d+) frames\nstopped by SIGINT: (\d+) frames are missing; .*--continue", said)
     assert found is not None, said
     made, missing = map(int, found.groups())
     assert made + missing == asked
@@ -264,7 +265,7 @@ def test_what_of_a_given_clip_is_left_out_is_told(cogvideox: Path, film: Sample,
     write_video(tmp_path / "start.mp4", greys, FPS)
     said = film(cogvideox, *command)
     assert said.count("warning") == 1
-    assert "--from start.mp4: the clips go on from its first 16 of 20 frames" in said
+    assert "--from start.mp4: the clips continue its first 16 of 20 frames" in said
     write_video(tmp_path / "start.mp4", greys[:16], FPS)
     assert "warning" not in film(cogvideox, *command)
 
@@ -307,8 +308,8 @@ def test_what_does_not_fit_the_model_is_one_clear_error(
     (tmp_path / "text.png").write_text("no picture")
     Image.new("RGB", (12, 20)).save(tmp_path / "start.bmp")
     more = ["--frames", "2", "--out", "more.mp4"]
-    for arguments, told in [
-        ([causal, "--classes", "0"], "--classes: not for .*, which makes clips: say with --prompt"),
+    for arguments, message in [
+        ([causal, "--classes", "0"], "--classes: not for .*, which makes clips: describe with --prompt"),
         ([causal], "say with --prompt what the clips are to show"),
         ([causal, "--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read"),
         ([causal, "--prompts", "empty.txt"], "--prompts empty.txt: holds no prompt"),
@@ -321,10 +322,10 @@ def test_what_does_not_fit_the_model_is_one_clear_error(
         ([causal, *TWO, "--from", "state"], "--from state: no video that can be read"),
         (
             [causal, *TWO, "--from", "clips.mp4", "--frames", "2"],
-            "--from: what is given fills all the frames",
+            "--from: the frames given are as many as the clips have",
         ),
-        ([causal, "--continue", "state"], "--continue: say with --frames how many frames more"),
-        ([causal, "--continue", "state", "--frames", "2"], "--continue: say with --out where"),
+        ([causal, "--continue", "state"], "--continue: give the number of further frames with --frames"),
+        ([causal, "--continue", "state", "--frames", "2"], "--continue: name the file for them with --out"),
         (
             [causal, "--continue", "state", *TWO, "--frames", "2", "--guidance", "0"],
             "--prompt, --guidance: not with --continue",
@@ -337,7 +338,7 @@ def test_what_does_not_fit_the_model_is_one_clear_error(
     ]:
         said = film(*arguments, expect=2)
         assert said.startswith("error: "), said
-        assert re.search(told, said), said
+        assert re.search(message, said), said
 
 
 def test_a_seed_beyond_those_of_the_keys_is_refused(causal: Path, film: Sample) -> None:

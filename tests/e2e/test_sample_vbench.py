@@ -17,16 +17,20 @@ import pytest
 
 from pomscale.base.errors import InputError
 from pomscale.codecs import build_text_encoder
-from pomscale.config.schema import DiffusionConfig, PixelCodecConfig, SamplingConfig, TextEncoderConfig
+from pomscale.config.codecs import PixelCodecConfig, TextEncoderConfig
+from pomscale.config.sampling import SamplingConfig
+from pomscale.config.train import DiffusionConfig
+from pomscale.diffusion.options import SamplingOptions
 from pomscale.models import make_model
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.load import PretrainedVDiPoM, load_pretrained
 from pomscale.pretrained.weights import parameter_shapes, write_weights
-from pomscale.sampling.clips import film
-from pomscale.sampling.vbench import SuiteReport, film_suite
+from pomscale.sampling.clips import ClipFiles, ClipRequest, write_clips
+from pomscale.sampling.vbench import ModelSource, SuiteReport, SuiteRequest, write_suite
 from pomscale.sampling.vbench_suite import read_manifest, video_seed
 from pomscale.shards.schema import TextInfo
-from support.running import ENVIRONMENT, TIMEOUT_S, mounted_disk, started
+from support import running
+from support.running import TIMEOUT_S, Finished, mounted_disk, started
 from support.tiny_clips import TEXT_DIM, awaken, video_config
 from support.tiny_models import save_t5
 
@@ -84,9 +88,16 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def suite(model: Path, prompts: Path, folder: Path, **changes: Any) -> SuiteReport:
-    settings = dict.fromkeys(("num_frames", "sampler", "steps", "guidance", "codec_path", "text_path"))
-    others: dict[str, Any] = {"num": 2, "seed": 3, "weights": "ema", "device": "cpu", **changes}
-    return film_suite(model, prompts, folder, **{**settings, **others})
+    chosen = {"num": 2, "seed": 3, "num_frames": None, "task": (0, 1), **changes}
+    request = SuiteRequest(
+        prompts,
+        num=chosen.pop("num"),
+        seed=chosen.pop("seed"),
+        num_frames=chosen.pop("num_frames"),
+        changes={"num_steps": chosen.pop("steps", None), "guidance": chosen.pop("guidance", None)},
+    )
+    task = chosen.pop("task")
+    return write_suite(ModelSource(model, device="cpu", **chosen), request, folder, task=task)
 
 
 def command(model: Path, prompts: Path, folder: Path, *words: str) -> list[str]:
@@ -94,10 +105,8 @@ def command(model: Path, prompts: Path, folder: Path, *words: str) -> list[str]:
     return [sys.executable, "-m", "pomscale", "sample", str(model), *named, *words]
 
 
-def run(*words: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*words), capture_output=True, text=True, env=ENVIRONMENT, timeout=TIMEOUT_S, check=False
-    )
+def run(*words: Any) -> Finished:
+    return running.run(command(*words), expect=None)
 
 
 def frames(path: Path) -> np.ndarray:
@@ -138,7 +147,8 @@ def test_the_folder_is_what_vbench_reads_and_says_what_made_it(model: Path, prom
     assert isinstance(network, PretrainedVDiPoM)
     for prompt in PROMPTS:
         alone = tmp_path / "alone.mp4"
-        film(network, prompt, seed=expected[f"{prompt}-1.mp4"], out=alone, steps=1)
+        seed = expected[f"{prompt}-1.mp4"]
+        write_clips(network, [prompt], [seed], ClipFiles(alone), ClipRequest(SamplingOptions(num_steps=1)))
         found = frames(folder / "videos" / f"{prompt}-1.mp4")
         assert found.shape == (NUM_FRAMES, SIZE, SIZE, 3)
         assert mean_difference(found, frames(alone)) < SAME_FILM
@@ -243,16 +253,17 @@ def _wait_for(folder: Path, num_videos: int, process: subprocess.Popen[str]) -> 
 # The command, which makes no sixth video: however late the kill comes, it comes in the middle.
 FIVE_VIDEOS = """
 import itertools, time
-from pomscale import cli, vbench
+from pomscale import cli
+from pomscale.sampling import vbench
 
-film, numbers = vbench.film, itertools.count(1)
+write_clips, numbers = vbench.write_clips, itertools.count(1)
 
-def film_and_wait(*arguments, **options):
-    film(*arguments, **options)
+def write_and_wait(*arguments, **options):
+    write_clips(*arguments, **options)
     if next(numbers) == 6:
         time.sleep(3600)
 
-vbench.film = film_and_wait
+vbench.write_clips = write_and_wait
 cli.main()
 """
 
@@ -285,7 +296,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_no_half_video(model: Path, pr
         done = run(model, prompts, folder, "--num", "100", "--steps", "1")
         assert done.returncode == 1, done.stderr
         assert "No space left" in done.stderr.splitlines()[-1]
-        assert "run the same command again to go on" in done.stderr
+        assert "run the same command again to continue" in done.stderr
         assert _there(folder)
         assert all(len(frames(path)) == NUM_FRAMES for path in _there(folder))
         assert json.loads((folder / "manifest.json").read_text())["sampling"]["steps"] == 1

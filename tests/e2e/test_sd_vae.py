@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support.paths import ROOT
+from support.paths import RECIPES
 from support.running import losses, pomscale, train, write_tiny_recipe
 from support.tiny_models import save_vae
 
@@ -22,10 +22,9 @@ def test_from_colour_pictures_to_decoded_samples(tmp_path: Path) -> None:
             Image.fromarray(pixels).save(tmp_path / "pictures" / str(label) / f"{i}.webp")
     vae = save_vae(tmp_path / "vae", seed=0)
     pomscale(
-        "data", "encode", "recipes/data/imagenet-256.yaml", f"source.path={tmp_path}/pictures",
+        "data", "encode", RECIPES / "data" / "imagenet-256.yaml", f"source.path={tmp_path}/pictures",
         f"output={tmp_path}/latents/train", f"codec.path={vae}", "codec.precision=bf16",
         "transform.size=16", "transform.flip=true",
-        cwd=ROOT,
     )  # fmt: skip
     pomscale("data", "verify", tmp_path / "latents" / "train")
 
@@ -56,8 +55,8 @@ def test_from_colour_pictures_to_decoded_samples(tmp_path: Path) -> None:
 def test_missing_weights_are_one_clear_error(path: str, digits: Path, tmp_path: Path) -> None:
     source = f"source.path={digits}/digits/train"
     done = pomscale(
-        "data", "encode", "recipes/data/imagenet-256.yaml", source, f"output={tmp_path}/out",
-        f"codec.path={tmp_path / path}", expect=2, cwd=ROOT,
+        "data", "encode", RECIPES / "data" / "imagenet-256.yaml", source, f"output={tmp_path}/out",
+        f"codec.path={tmp_path / path}", expect=2,
     )  # fmt: skip
     assert "codec.path" in done.stderr
     assert "Traceback" not in done.stderr

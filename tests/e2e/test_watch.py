@@ -119,3 +119,11 @@ def test_without_a_terminal_it_is_one_frame(recipe: Path) -> None:
     shown = pomscale("watch", home, "--once").stdout
     assert "\x1b" not in shown
     assert "unknown  start 0" in shown
+
+
+def test_a_terminal_that_lacks_characters_gets_others(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"samples": 8, "time_unix_s": 1, "incarnation": 1, "train/loss": 0.5}\n')
+    command = [sys.executable, "-m", "pomscale", "watch", str(tmp_path), "--once"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"training loss 0.5" in done.stdout

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from pomscale.base.keyed_random import Stream
-from pomscale.config.schema import DiffusionConfig, ImageModelConfig, TimeConfig
-from pomscale.diffusion.draws import draw, keyed_normal
+from pomscale.config.model import ImageModelConfig
+from pomscale.config.names import SamplerName
+from pomscale.config.train import DiffusionConfig, TimeConfig
+from pomscale.diffusion.draws import draw, keyed_normal, sampling_noise
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.guidance import guided
-from pomscale.diffusion.loss import Network, per_sample_loss
-from pomscale.diffusion.objectives import OBJECTIVES, Objective, expand_time, interpolate
+from pomscale.diffusion.objectives import OBJECTIVES, Network, Objective, expand_time, interpolate, per_sample_loss
+from pomscale.diffusion.options import SamplingOptions
 from pomscale.diffusion.samplers import DEFAULT_SAMPLER, SAMPLERS
 from pomscale.diffusion.samplers.types import Denoiser
 from pomscale.models import DiPoM
@@ -133,7 +135,7 @@ def test_the_time_grid_falls_from_noise_to_exactly_zero(objective: Objective, nu
 
 
 @pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("euler", 1), ("heun", 2)])
-def test_order_of_convergence(objective: Objective, sampler: str, order: int) -> None:
+def test_order_of_convergence(objective: Objective, sampler: SamplerName, order: int) -> None:
     x = normal(4, *SHAPE)
     errors = []
     for num_steps in (200, 400, 800):
@@ -152,7 +154,7 @@ def test_ddim_is_euler_in_exact_arithmetic(objective: Objective) -> None:
 
 @pytest.mark.parametrize(("sampler", "evaluations"), [("ddim", 7), ("euler", 7), ("heun", 13)])
 def test_samplers_ask_once_or_twice_per_step_and_never_without_noise(
-    objective: Objective, sampler: str, evaluations: int
+    objective: Objective, sampler: SamplerName, evaluations: int
 ) -> None:
     network = Recorded(lambda x, t, condition: exact_denoiser(objective)(x, t))
     denoise = guided(network, torch.zeros(4), torch.zeros(4), 0)
@@ -188,15 +190,16 @@ def test_no_guidance_costs_one_evaluation_of_the_condition_alone() -> None:
 
 
 def pictures(
-    objective: Objective, classes: list[int], seeds: list[int], sampler: str | None, guidance: float
+    objective: Objective, classes: list[int], seeds: list[int], sampler: SamplerName | None, guidance: float
 ) -> Tensor:
     condition, null = torch.tensor(classes), torch.full((len(classes),), 5)
-    return generate(objective, dipom(), SHAPE, condition, null, seeds, sampler=sampler, num_steps=6, guidance=guidance)
+    noise = sampling_noise(seeds, SHAPE, condition)
+    return generate(objective, dipom(), noise, condition, null, SamplingOptions(sampler, 6, guidance))
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_picture_does_not_depend_on_its_batch(objective: Objective, sampler: str, guidance: float) -> None:
+def test_a_picture_does_not_depend_on_its_batch(objective: Objective, sampler: SamplerName, guidance: float) -> None:
     """To rounding, which is all that a batch may change in a matrix product."""
     together = pictures(objective, [1, 0, 3, 1], [11, 12, 13, 14], sampler, guidance)
     alone = pictures(objective, [3], [13], sampler, guidance)
@@ -219,7 +222,8 @@ def test_generated_samples_have_the_moments_of_the_data(objective: Objective) ->
         return exact_denoiser(objective)(x.double(), t.double()).float()
 
     none = torch.zeros(500)
-    found = generate(objective, network, SHAPE, none, none, list(range(500)), num_steps=100).double()
+    noise = sampling_noise(range(500), SHAPE, none)
+    found = generate(objective, network, noise, none, none, SamplingOptions(num_steps=100)).double()
     channels = found.transpose(0, 1).flatten(1)  # 8000 numbers per channel
     torch.testing.assert_close(channels.mean(1), MU.flatten(), rtol=0, atol=0.06)
     torch.testing.assert_close(channels.std(1), S.flatten(), rtol=0.04, atol=0)

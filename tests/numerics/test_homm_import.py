@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from pomscale.base.errors import InputError
 from pomscale.pretrained.homm import import_homm
-from pomscale.pretrained.load import decode, load_pretrained
+from pomscale.pretrained.load import load_pretrained
+from pomscale.sampling.api import decode
 from support.tiny_models import save_vae
 
 CLASSES, CHANNELS, SIDE, PATCH, DIM, DEPTH, HEADS = 10, 4, 8, 2, 32, 3, 4

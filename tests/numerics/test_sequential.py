@@ -11,9 +11,11 @@ from torch import Tensor
 
 from pomscale.base.condition import Condition, Text
 from pomscale.benchmarks.storage_tracker import StorageTracker
+from pomscale.config.names import SamplerName
+from pomscale.diffusion.draws import sampling_noise
 from pomscale.diffusion.generate import generate
-from pomscale.diffusion.noise import sampling_noise
 from pomscale.diffusion.objectives import OBJECTIVES
+from pomscale.diffusion.options import SamplingOptions
 from pomscale.diffusion.sequential import SequentialSampler
 from pomscale.models import MixerState, VDiPoM
 from pomscale.models.states import states_from_tensors, states_to_tensors
@@ -69,25 +71,26 @@ def stream(
     time_per_group: bool = False,
     known: Tensor | None = None,
     objective: str = "flow",
-    sampler: str | None = None,
+    sampler: SamplerName | None = None,
     guidance: float = 0.0,
     text: Text = TEXT,
 ) -> Iterator[Tensor]:
     clips = SequentialSampler(
         OBJECTIVES[objective](), recorded.step, SHAPE, text, NULL, SEEDS,
-        time_per_group=time_per_group, sampler=sampler, num_steps=STEPS, guidance=guidance,
+        SamplingOptions(sampler, STEPS, guidance), time_per_group=time_per_group,
     )  # fmt: skip
     given = iter(() if known is None else known.split(SHAPE[1], dim=2))
     while True:
         yield clips.advance(next(given, None))
 
 
-def at_once(recorded: Recorded, objective: str, sampler: str | None, guidance: float, known: Tensor | None) -> Tensor:
+def at_once(
+    recorded: Recorded, objective: str, sampler: SamplerName | None, guidance: float, known: Tensor | None
+) -> Tensor:
     channels, frames, height, width = SHAPE
-    return generate(
-        OBJECTIVES[objective](), recorded, (channels, GROUPS * frames, height, width), TEXT, NULL, SEEDS,
-        sampler=sampler, num_steps=STEPS, guidance=guidance, group_frames=frames, known=known,
-    )  # fmt: skip
+    noise = sampling_noise(SEEDS, (channels, GROUPS * frames, height, width), TEXT, group_frames=frames)
+    options = SamplingOptions(sampler, STEPS, guidance)
+    return generate(OBJECTIVES[objective](), recorded, noise, TEXT, NULL, options, known=known)
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -99,7 +102,7 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def check_equals_all_at_once(
-    model: VDiPoM, objective: str, sampler: str | None, guidance: float, known: Tensor | None, tolerance: float
+    model: VDiPoM, objective: str, sampler: SamplerName | None, guidance: float, known: Tensor | None, tolerance: float
 ) -> None:
     """Every single prediction, and the clips."""
     one_by_one, together = Recorded(model), Recorded(model)
@@ -122,7 +125,7 @@ def check_equals_all_at_once(
 @every_sampler
 @every_objective
 def test_form_a_equals_all_at_once(
-    objective: str, sampler: str, guidance: float, dtype: torch.dtype, tolerance: float
+    objective: str, sampler: SamplerName, guidance: float, dtype: torch.dtype, tolerance: float
 ) -> None:
     check_equals_all_at_once(build(dtype=dtype), objective, sampler, guidance, None, tolerance)
 
@@ -189,7 +192,7 @@ def test_known_frames_come_back_as_they_are_and_lead_the_others(time_per_group: 
 
 @every_objective
 @every_sampler
-def test_known_frames_are_noised_as_in_training(objective: str, sampler: str) -> None:
+def test_known_frames_are_noised_as_in_training(objective: str, sampler: SamplerName) -> None:
     """What the network sees of them is on their own path, at every evaluation, also of a network without a mask."""
     path = OBJECTIVES[objective]()
     known = normal(BATCH, SHAPE[0], 3, *SHAPE[2:], seed=7)
@@ -220,7 +223,7 @@ def test_only_attention_carries_more_and_more(mixer: str, time_per_group: bool) 
     model = build(mixer)
     clips = SequentialSampler(
         OBJECTIVES["flow"](), model.step, SHAPE, TEXT, NULL, SEEDS,
-        time_per_group=time_per_group, num_steps=2, guidance=1.0,
+        SamplingOptions(num_steps=2, guidance=1.0), time_per_group=time_per_group,
     )  # fmt: skip
     sizes, peaks = [], []
     for number in range(51):
@@ -244,7 +247,7 @@ def test_only_attention_carries_more_and_more(mixer: str, time_per_group: bool) 
 def test_nothing_that_was_made_needs_a_gradient() -> None:
     model = build().requires_grad_()
     clips = SequentialSampler(
-        OBJECTIVES["flow"](), model.step, SHAPE, TEXT, NULL, SEEDS, time_per_group=True, num_steps=2
+        OBJECTIVES["flow"](), model.step, SHAPE, TEXT, NULL, SEEDS, SamplingOptions(num_steps=2), time_per_group=True
     )  # fmt: skip
     assert not clips.advance().requires_grad
     assert not any(tensor.requires_grad for tensor in states_to_tensors(clips.states[0]).values())
@@ -262,7 +265,9 @@ def test_an_interrupted_frame_group_leaves_the_state_of_those_before() -> None:
         return model.step(*arguments)
 
     stopped, whole = (
-        SequentialSampler(OBJECTIVES["flow"](), one, SHAPE, TEXT, NULL, SEEDS, time_per_group=False, num_steps=3)
+        SequentialSampler(
+            OBJECTIVES["flow"](), one, SHAPE, TEXT, NULL, SEEDS, SamplingOptions(num_steps=3), time_per_group=False
+        )
         for one in (step, model.step)
     )
     stopped.advance()

@@ -89,10 +89,10 @@ def main() -> None:
     for what in ("srun", "torchrun"):
         median_s = statistics.median(seconds[what])
         report.add(f"SLURM, ranks_by {what}, first process to first row", median_s=median_s, all_s=seconds[what])
-        report.judge(f"overhead, ranks_by {what}, s", median_s - rival_s, 3.0, at_least=False)
+        report.decide_verdict(f"overhead, ranks_by {what}, s", median_s - rival_s, 3.0, at_least=False)
     slowest_s = max(seconds["submit"])
     report.add("pomscale launch, command to job id", median_s=statistics.median(seconds["submit"]), most_s=slowest_s)
-    report.judge("slowest launch, s", slowest_s, 3.0, at_least=False)
+    report.decide_verdict("slowest launch, s", slowest_s, 3.0, at_least=False)
     if arguments.out:
         report.write(arguments.out)
 

@@ -14,6 +14,7 @@ import pytest
 from launch.cluster.check import CheckReport, check_cluster
 from pomscale.config.load import load_cluster
 from support.cluster import SlurmCluster
+from support.running import run
 
 SUBJECTS = [
     "SLURM",
@@ -45,16 +46,7 @@ SPEEDS = {"slow rank", "cores", "folder of runs", "temporary folder", "home fold
 @pytest.mark.parametrize("ranks_by", ["torchrun", pytest.param("srun", marks=pytest.mark.exhaustive)])
 def test_a_cluster_that_works(slurm: SlurmCluster, tmp_path: Path, ranks_by: str) -> None:
     settings = ["--set", f"ranks_by={ranks_by}", "--set", f"local_disk={tmp_path}/disk-$SLURM_JOB_ID"]
-    done = subprocess.run(
-        [*_command(slurm, tmp_path), *settings],
-        env=slurm.environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run([*_command(slurm, tmp_path), *settings], timeout=400, env=slurm.environment, cwd=tmp_path)
     lines = [line for line in done.stdout.splitlines() if line[:9].strip() in ("ok", "warning", "FAILED")]
     status = {line[9:33].strip(): line[:9].strip() for line in lines}
     assert [subject for subject in status if subject != "slow rank"] == SUBJECTS

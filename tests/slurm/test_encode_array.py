@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from launch.record.job import Attempt, attempts, submissions
+from launch.record.job import JobStart, read_starts, read_submissions
 from pomscale.shards.schema import MANIFEST_NAME, read_manifest
 from support.cluster import CPUS_PER_NODE, SlurmCluster
 from support.launched import pomscale
@@ -72,7 +72,7 @@ def wait_for_parts(latents: Path, count: int, told: Path) -> None:
 
 
 def test_tasks_that_are_killed_and_preempted_leave_no_gap(slurm: SlurmCluster, tmp_path: Path, recipe: Path) -> None:
-    latents, home = tmp_path / "latents", tmp_path / "pipelines" / "all" / "encode"
+    latents, job_folder = tmp_path / "latents", tmp_path / "pipelines" / "all" / "encode"
     stages = [
         {"name": "encode", "recipe": str(recipe), "array": NUM_TASKS},
         {"name": "finish", "recipe": str(recipe)},
@@ -83,12 +83,12 @@ def test_tasks_that_are_killed_and_preempted_leave_no_gap(slurm: SlurmCluster, t
     # Six tasks of four cores fill the three nodes.
     profile = slurm.profile(tmp_path)
     pomscale(slurm, "launch", str(path), "--cluster", str(profile), f"output={tmp_path}/pipelines")
-    (submission,) = submissions(home)
+    (submission,) = read_submissions(job_folder)
     assert submission.num_tasks == NUM_TASKS
 
-    wait_for_parts(latents, 2, home)
-    wait_until(lambda: len(attempts(home)) >= NUM_TASKS, "not all tasks have begun", timeout_s=120)
-    hosts = {attempt.start.job_id.rpartition("_")[2]: attempt.start.hosts[0] for attempt in attempts(home)}
+    wait_for_parts(latents, 2, job_folder)
+    wait_until(lambda: len(read_starts(job_folder)) >= NUM_TASKS, "not all tasks have begun", timeout_s=120)
+    hosts = {start.record.job_id.rpartition("_")[2]: start.record.hosts[0] for start in read_starts(job_folder)}
     elsewhere = min(set(hosts.values()) - {hosts["3"]})
     deadline_s = time.monotonic() + 240
     while (victim := encoder(slurm, submission.job_id, 3)) is None:
@@ -98,14 +98,14 @@ def test_tasks_that_are_killed_and_preempted_leave_no_gap(slurm: SlurmCluster, t
     # All of a node, or it could have the place that the victim leaves.
     whole = [f"--nodelist={elsewhere}", "--ntasks=1", f"--cpus-per-task={CPUS_PER_NODE}"]
     other = slurm.submit("sleep 2", "--partition=high", *whole, cwd=tmp_path)
-    last = submissions(home.with_name("verify"))[-1].job_id
+    last = read_submissions(job_folder.with_name("verify"))[-1].job_id
     state = slurm.wait_for(last, "COMPLETED", "FAILED", "CANCELLED", timeout_s=600)
-    assert state == "COMPLETED", "\n".join(log.read_text()[-3000:] for log in home.parent.glob("*/logs/*.log"))
+    assert state == "COMPLETED", "\n".join(log.read_text()[-3000:] for log in job_folder.parent.glob("*/logs/*.log"))
     slurm.wait_for(other, "COMPLETED")
 
-    starts: dict[str, list[Attempt]] = {}
-    for attempt in attempts(home):
-        starts.setdefault(attempt.start.job_id, []).append(attempt)
+    starts: dict[str, list[JobStart]] = {}
+    for start in read_starts(job_folder):
+        starts.setdefault(start.record.job_id, []).append(start)
     assert sorted(starts) == [f"{submission.job_id}_{task}" for task in range(NUM_TASKS)]
     ends = {task: [one.verdict.action for one in found if one.verdict] for task, found in starts.items()}
     assert all(actions[-1] == "done" for actions in ends.values()), ends
@@ -121,9 +121,9 @@ def test_tasks_that_are_killed_and_preempted_leave_no_gap(slurm: SlurmCluster, t
 
     manifest = read_manifest(latents)
     assert (manifest.num_samples, manifest.num_failures) == (NUM_PICTURES, 0)
-    (log,) = home.with_name("finish").glob("logs/*.log")
+    (log,) = job_folder.with_name("finish").glob("logs/*.log")
     assert f"0 of {NUM_PICTURES // 25} parts made, {NUM_PICTURES // 25} were there" in log.read_text()
     assert f"{NUM_PICTURES:,} samples in {NUM_PICTURES // 25} shards" in log.read_text()
     made_unix_s = (latents / MANIFEST_NAME).stat().st_mtime
-    verified = attempts(home.with_name("verify"))[0].start
+    verified = read_starts(job_folder.with_name("verify"))[0].start
     assert made_unix_s < verified.started_unix_s

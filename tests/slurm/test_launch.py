@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch.record.job import JobSpec, LaunchedAs, submissions
-from launch.submission.prepare import prepare_commands
+from launch.record.job import JobSpec, LaunchedAs, read_submissions
+from launch.submission.prepare import JobRequest, prepare_commands
 from pomscale.config.load import load_cluster, load_train_recipe
 from pomscale.shards.schema import read_manifest
+from support import running
 from support.cluster import SlurmCluster
 from support.launched import OVERRIDES, hold, launch, pomscale
 from support.paths import RECIPES
@@ -56,7 +55,7 @@ def test_two_nodes_train_as_four_processes_do_without_slurm(
     launched = LaunchedAs.read(run.folder / "launch.json")
     assert (launched.cluster, launched.num_nodes) == (str(tmp_path / "test.yaml"), 2)
     assert launched.command_line[1:3] == ["launch", str(tmp_path / "tiny.yaml")]
-    (submission,) = submissions(run.folder)
+    (submission,) = read_submissions(run.folder)
     assert (submission.job_id, submission.scheduler, submission.num_nodes) == (run.job_id, "slurm", 2)
     assert JobSpec.read(run.folder / "job.json").num_ranks == 4
     resolved = load_train_recipe(run.folder / "launch" / "recipe.yaml")
@@ -71,8 +70,8 @@ def test_two_nodes_train_as_four_processes_do_without_slurm(
     assert {rank.environ()[name] for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")} == {"4", "2"}
     held.unlink()
 
-    (attempt,) = run.finish()
-    assert len(set(attempt.start.hosts)) == 2
+    (start,) = run.finish()
+    assert len(set(start.record.hosts)) == 2
     assert json.loads((run.folder / "code.json").read_text()) == json.loads((run.folder / "code/code.json").read_text())
     without = tmp_path / "without"
     without.mkdir()
@@ -96,22 +95,15 @@ def test_an_encode_as_an_array(slurm: SlurmCluster, tmp_path: Path, digits: Path
     slurm.profile(tmp_path, ranks_per_node=1, cpus_per_node=1)
     words = ["launch", str(RECIPES / "data" / "digits.yaml"), "--cluster", str(tmp_path / "test.yaml"), "--array", "3"]
     overrides = [f"source.path={digits}/digits/heldout", f"output={tmp_path}/latents", "shard_samples=128"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pomscale", *words, *overrides],
-        cwd=tmp_path,
-        env=slurm.environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    home = tmp_path / "runs" / "encode-digits"
-    (submission,) = submissions(home)
+    done = running.pomscale(*words, *overrides, cwd=tmp_path, env=slurm.environment)
+    job_folder = tmp_path / "runs" / "encode-digits"
+    (submission,) = read_submissions(job_folder)
     assert submission.num_tasks == 3
     assert f"{submission.job_id}, an array of 3 tasks" in done.stdout
     for task in range(3):
         slurm.wait_for(f"{submission.job_id}_{task}", "COMPLETED")
     assert read_manifest(tmp_path / "latents").num_samples == read_manifest(digits / "latents" / "heldout").num_samples
-    assert sorted(path.name for path in (home / "attempts").iterdir()) == [
+    assert sorted(path.name for path in (job_folder / "attempts").iterdir()) == [
         f"{submission.job_id}_{i}-0" for i in range(3)
     ]
 
@@ -119,7 +111,7 @@ def test_an_encode_as_an_array(slurm: SlurmCluster, tmp_path: Path, digits: Path
 def test_a_job_waits_for_another_and_falls_with_it(slurm: SlurmCluster, tmp_path: Path) -> None:
     profile = load_cluster(slurm.profile(tmp_path, ranks_per_node=1))
     fails, waits, follows = (
-        prepare_commands(name, tmp_path / name, [["data", "info", str(tmp_path)]], profile, "test")
+        prepare_commands(name, tmp_path / name, [["data", "info", str(tmp_path)]], JobRequest(profile, "test"))
         for name in ("fails", "waits", "follows")
     )
     first = fails.submit()
@@ -142,7 +134,7 @@ def test_a_sweep_submits_what_is_left(slurm: SlurmCluster, tmp_path: Path, digit
     names = ["tiny.lr=0.001-seed=0", "tiny.lr=0.0003-seed=0"]
 
     told = pomscale(slurm, *words)
-    jobs = {name: submissions(tmp_path / "runs" / name)[-1].job_id for name in names}
+    jobs = {name: read_submissions(tmp_path / "runs" / name)[-1].job_id for name in names}
     for name, job_id in jobs.items():
         assert any(line.split()[0] == job_id and line.endswith(name) for line in told.splitlines())
         assert slurm.job_state(job_id) == "PENDING"
@@ -152,7 +144,7 @@ def test_a_sweep_submits_what_is_left(slurm: SlurmCluster, tmp_path: Path, digit
     slurm.run(["scancel", jobs[names[0]]])
     slurm.wait_for(jobs[names[0]], "CANCELLED")
     assert "1 of 2 runs" in pomscale(slurm, *words)
-    assert [len(submissions(tmp_path / "runs" / name)) for name in names] == [2, 1]
+    assert [len(read_submissions(tmp_path / "runs" / name)) for name in names] == [2, 1]
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ WITH_AND_WITHOUT_ACCOUNTING = True
 pytestmark = pytest.mark.slow
 
 TOTAL = NUM_STEPS * GLOBAL_BATCH
-MIDDLE = 30 * GLOBAL_BATCH
+MIDDLE = 20 * GLOBAL_BATCH
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def test_a_request_to_stop_is_a_pause(
     run = launch(slurm, tmp_path, digits)
     run.wait_for_samples(MIDDLE)
     slurm.run(["scancel", "--signal=USR2", run.job_id])
-    run.wait_for_attempt(2)
+    run.wait_for_start(2)
     held.unlink()
     first, second = run.finish()
     assert first.verdict is not None
@@ -88,7 +88,7 @@ def test_one_task_per_node_with_torchrun(
     run = launch(slurm, tmp_path, digits)
     run.wait_for_samples(MIDDLE)
     slurm.run(["scancel", "--signal=USR2", run.job_id])
-    run.wait_for_attempt(2)
+    run.wait_for_start(2)
     held.unlink()
     run.finish()
     assert_one_run(run, reference, 2)
@@ -100,7 +100,7 @@ def test_preemption_by_another_job(
     run = launch(slurm, tmp_path, digits)
     run.wait_for_samples(MIDDLE)
     other = slurm.submit("sleep 5", "--partition=high", "--nodes=3", "--exclusive", cwd=tmp_path)
-    run.wait_for_attempt(2)
+    run.wait_for_start(2)
     held.unlink()
     run.finish()
     assert slurm.job_state(other) == "COMPLETED"
@@ -109,8 +109,9 @@ def test_preemption_by_another_job(
     assert first["start_samples"] >= MIDDLE  # it has saved: nothing was done again
 
 
-def test_the_time_limit(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> None:
+def test_the_time_limit(slurm: SlurmCluster, tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SLURM looks at time limits twice a minute, so its signal may come half a minute early."""
+    monkeypatch.setitem(slurm.environment, "UNHURRIED_S", "0.5")
     slurm.profile(tmp_path, signal_lead_s=30, ranks_per_node=1)
     many = f"training.total_samples={40 * TOTAL}"
     words = (many, "checkpoint.every_samples=100000")
@@ -118,7 +119,7 @@ def test_the_time_limit(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> No
     run.wait_for_samples(GLOBAL_BATCH)  # to have something to save, before the limit is near
     elapsed_s = commands.job_states([run.job_id])[run.job_id].elapsed_s
     slurm.run(["scontrol", "update", f"JobId={run.job_id}", f"TimeLimit={int(elapsed_s // 60) + 2}"])
-    run.wait_for_attempt(2, timeout_s=300)
+    run.wait_for_start(2, timeout_s=300)
     slurm.run(["scancel", run.job_id])
     first = run.finish("CANCELLED")[0]
     assert first.verdict is not None
@@ -135,7 +136,7 @@ def test_a_killed_rank_is_started_again_elsewhere(
     victim = run.rank(1)
     node = victim.environ()["SLURMD_NODENAME"]
     victim.send_signal(signal.SIGKILL)
-    run.wait_for_attempt(2)
+    run.wait_for_start(2)
     held.unlink()
     assert excluded(slurm, run.job_id) == node
     first, second = run.finish()
@@ -160,7 +161,7 @@ def test_a_node_that_goes_down_and_leaves_a_rank_behind(
     assert guard is not None
     with suppress(psutil.NoSuchProcess):
         guard.kill()  # as SLURM does after KILL_WAIT_S, for its rank waits for the other; that dies with it
-    run.wait_for_attempt(2)
+    run.wait_for_start(2)
     run.wait_for_samples(TOTAL // 2)
     stale.resume()
     held.unlink()

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.pipelines.file import read_pipeline
-from launch.record.job import attempts, submissions
-from launch.record.state import ended
-from pomscale.quickstart.images import samples_seen
+from launch.record.job import read_starts, read_submissions
+from launch.record.pipeline import read_pipeline
+from launch.record.result import final_verdict
+from pomscale.runs.history import samples_seen
 from support.cluster import SlurmCluster
 from support.launched import hold, pomscale
 from support.paths import RECIPES
@@ -32,12 +32,12 @@ def write(folder: Path, stages: list[dict[str, object]]) -> Path:
 
 def jobs_of(pipeline: Path) -> dict[str, str]:
     """Stage -> job."""
-    return {stage.name: submissions(Path(stage.home))[-1].job_id for stage in read_pipeline(pipeline).stages}
+    return {stage.name: read_submissions(Path(stage.job_folder))[-1].job_id for stage in read_pipeline(pipeline).stages}
 
 
 def told(pipeline: Path) -> str:
     """What the stages have printed, for a test that fails."""
-    logs = [path for stage in read_pipeline(pipeline).stages for path in Path(stage.home).glob("logs/*.log")]
+    logs = [path for stage in read_pipeline(pipeline).stages for path in Path(stage.job_folder).glob("logs/*.log")]
     return "\n".join(f"--- {path}\n{path.read_text(errors='replace')[-2000:]}" for path in logs)
 
 
@@ -69,7 +69,7 @@ def test_the_digits_from_pictures_to_a_verdict(
     assert all(job_id in said for job_id in jobs.values())
     assert state_of(slurm, jobs["evaluate"]) == "COMPLETED", told(pipeline)
     starts = {
-        stage.name: [(start.start.started_unix_s, start.verdict) for start in attempts(Path(stage.home))]
+        stage.name: [(start.record.started_unix_s, start.verdict) for start in read_starts(Path(stage.job_folder))]
         for stage in read_pipeline(pipeline).stages
     }
     assert {name: len(found) for name, found in starts.items()} == {name: 1 for name in jobs} | {"encode": 2}
@@ -118,7 +118,7 @@ def test_cancelling_the_middle_stops_the_rest_and_launching_again_goes_on(
         "show": "CANCELLED",
         "report": "COMPLETED",
     }
-    assert attempts(pipeline / "sample") == attempts(pipeline / "show") == []
+    assert read_starts(pipeline / "sample") == read_starts(pipeline / "show") == []
     held.unlink()
 
     said = pomscale(slurm, *command)
@@ -141,10 +141,10 @@ def test_a_stage_that_fails_stops_the_rest(slurm: SlurmCluster, tmp_path: Path, 
     pipeline = tmp_path / "pipelines" / "all"
     jobs = jobs_of(pipeline)
     assert [state_of(slurm, jobs[name]) for name in ("verify", "then")] == ["FAILED", "CANCELLED"]
-    verdict = ended(pipeline / "verify")
+    verdict = final_verdict(pipeline / "verify")
     assert verdict is not None
     assert "problems" in verdict.reason
-    assert attempts(pipeline / "then") == []
+    assert read_starts(pipeline / "then") == []
 
 
 def test_if_one_stage_is_refused_none_is_submitted(slurm: SlurmCluster, tmp_path: Path, tiny_recipe: Path) -> None:

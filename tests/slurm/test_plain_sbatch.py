@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.record.job import submissions
+from launch.record.job import read_submissions
 from support.cluster import ACCOUNT, SlurmCluster
 from support.launched import OVERRIDES, Launched, hold
 from support.paths import ROOT
@@ -32,11 +32,11 @@ def test_it_saves_requeues_and_finishes(
     run = Launched(slurm, sbatch(slurm, tmp_path, str(recipe), *OVERRIDES), tmp_path / "runs" / "tiny")
     run.wait_for_samples(30 * GLOBAL_BATCH)
     slurm.run(["scancel", "--signal=USR2", run.job_id])
-    run.wait_for_attempt(2)
+    run.wait_for_start(2)
     held.unlink()
-    attempts = run.finish()
-    assert [attempt.verdict and attempt.verdict.action for attempt in attempts] == ["requeue", "done"]
-    assert [submission.job_id for submission in submissions(run.folder)] == [run.job_id]
+    starts = run.finish()
+    assert [start.verdict and start.verdict.action for start in starts] == ["requeue", "done"]
+    assert [submission.job_id for submission in read_submissions(run.folder)] == [run.job_id]
     assert outcome(run.folder)["state"] == "finished"
     assert (run.folder / "code" / "code.json").is_file()
 

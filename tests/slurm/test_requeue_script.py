@@ -29,8 +29,8 @@ pomscale_end 75 "{home}"
 
 
 def submit(slurm: SlurmCluster, folder: Path, *options: str, suspects: str = "", before: str = "") -> str:
-    home = folder / "a home"
-    text = JOB.format(home=home, suspects=suspects, before=before, script=SCRIPT)
+    job_folder = folder / "a home"
+    text = JOB.format(job_folder=job_folder, suspects=suspects, before=before, script=SCRIPT)
     return slurm.submit(text, "--requeue", *options, cwd=folder)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launch.record.job import attempts
+from launch.record.job import read_starts
 from support.cluster import SlurmCluster
 from support.launched import Launched, incarnations, launch, pomscale
 from support.paths import RECIPES
@@ -22,7 +22,14 @@ pytestmark = pytest.mark.slow
 
 ENDLESS = f"training.total_samples={100_000 * GLOBAL_BATCH}"
 WITH_AND_WITHOUT_ACCOUNTING = True
-MIDDLE = 20 * GLOBAL_BATCH
+MIDDLE = 10 * GLOBAL_BATCH
+
+
+@pytest.fixture(autouse=True)
+def slow_steps(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Make the endless runs of this module leave the processor to others."""
+    for name in {"slurm", "slurm_accounted"} & set(request.fixturenames):
+        monkeypatch.setitem(request.getfixturevalue(name).environment, "UNHURRIED_S", "0.3")
 
 
 def listed(cluster: SlurmCluster, folder: Path) -> dict[str, Any]:
@@ -47,50 +54,50 @@ def running(cluster: SlurmCluster, tmp_path: Path, digits: Path, num_nodes: int 
 
 def test_a_run_is_watched_requeued_cancelled_and_resumed(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> None:
     run = running(slurm, tmp_path, digits, num_nodes=2)
-    home = str(run.folder)
+    job_folder = str(run.folder)
     shown = listed(slurm, run.folder)
     assert (shown["state"], shown["job_id"], shown["num_starts"]) == ("running", run.job_id, 1)
     assert 0 < shown["share"] < 1
     assert shown["eta_s"] > 0
-    told = pomscale(slurm, "runs", "status", home)
+    told = pomscale(slurm, "runs", "status", job_folder)
     assert f"{run.job_id}-0  {', '.join(slurm.nodes[:2])}" in told
-    assert f"pomscale runs logs {home} --follow" in told
-    assert "2 ranks on" in pomscale(slurm, "watch", home, "--once")
-    assert "running already" in pomscale(slurm, "runs", "resume", home, expect=2)
+    assert f"pomscale runs logs {job_folder} --follow" in told
+    assert "2 ranks on" in pomscale(slurm, "watch", job_folder, "--once")
+    assert "running already" in pomscale(slurm, "runs", "resume", job_folder, expect=2)
 
     for node in slurm.nodes:  # it is not to start again before that was seen
         slurm.set_node(node, "DRAIN")
-    assert "asked to save and start again" in pomscale(slurm, "runs", "requeue", home)
+    assert "asked to save and start again" in pomscale(slurm, "runs", "requeue", job_folder)
     waits = wait_for_state(slurm, run.folder, "requeued")
     assert "SIGUSR2" in waits["reason"]
     for node in slurm.nodes:
         slurm.set_node(node, "RESUME")
-    run.wait_for_attempt(2)
+    run.wait_for_start(2)
     run.wait_for_samples(incarnations(run.folder)[0]["start_samples"] + 1)
     wait_for_state(slurm, run.folder, "running")
     assert listed(slurm, run.folder)["num_starts"] == 2
-    everything = pomscale(slurm, "runs", "logs", home, "--rank", "all", "--attempt", f"{run.job_id}-0")
+    everything = pomscale(slurm, "runs", "logs", job_folder, "--rank", "all", "--attempt", f"{run.job_id}-0")
     for rank in range(2):
         assert f"[rank {rank}] ===== start {run.job_id}-0 on {slurm.nodes[rank]}" in everything
     assert f"start {run.job_id}-1" not in everything
 
-    assert "is requeued; saved: " in pomscale(slurm, "runs", "requeue", home, "--now")
-    run.wait_for_attempt(3)
+    assert "is requeued; saved: " in pomscale(slurm, "runs", "requeue", job_folder, "--now")
+    run.wait_for_start(3)
 
-    assert f"job {run.job_id}" in pomscale(slurm, "runs", "cancel", home)
+    assert f"job {run.job_id}" in pomscale(slurm, "runs", "cancel", job_folder)
     cancelled = wait_for_state(slurm, run.folder, "cancelled")
     assert cancelled["job_id"] == run.job_id
-    assert "not in the queue: cancelled" in pomscale(slurm, "runs", "cancel", home, expect=1)
-    assert "only a job that runs can be requeued" in pomscale(slurm, "runs", "requeue", home, expect=2)
+    assert "not in the queue: cancelled" in pomscale(slurm, "runs", "cancel", job_folder, expect=1)
+    assert "only a running job can be requeued" in pomscale(slurm, "runs", "requeue", job_folder, expect=2)
 
     saved = checkpoint_samples(run.folder)
-    told = pomscale(slurm, "runs", "resume", home, "--nodes", "1", "--time", "0:30:00")
+    told = pomscale(slurm, "runs", "resume", job_folder, "--nodes", "1", "--time", "0:30:00")
     resumed = wait_for_state(slurm, run.folder, "running")
     assert f"job {resumed['job_id']}" in told
     assert resumed["job_id"] != run.job_id
     assert incarnations(run.folder)[-1]["start_samples"] == saved
     assert incarnations(run.folder)[-1]["num_ranks"] == 1
-    assert len(attempts(run.folder)[-1].start.hosts) == 1
+    assert len(read_starts(run.folder)[-1].record.hosts) == 1
     assert "TimeLimit=00:30:00" in slurm.run(["scontrol", "show", "job", resumed["job_id"]])
 
 
@@ -153,11 +160,11 @@ def test_what_squeue_has_forgotten(
 
 def test_an_array(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> None:
     profile = slurm.profile(tmp_path, scratch=str(tmp_path))
-    home = tmp_path / "runs" / "encode-digits"
+    job_folder = tmp_path / "runs" / "encode-digits"
     overrides = [f"source.path={digits}/digits/train", f"output={tmp_path}/latents"]
     words = [str(RECIPES / "data" / "digits.yaml"), "--cluster", str(profile), "--array", "3", *overrides]
     pomscale(slurm, "launch", *words)
-    done = wait_for_state(slurm, home, "finished")
+    done = wait_for_state(slurm, job_folder, "finished")
     assert done["reason"] == ""
-    told = pomscale(slurm, "runs", "status", str(home))
+    told = pomscale(slurm, "runs", "status", str(job_folder))
     assert [f"{done['job_id']}_{task}-0" in told for task in range(3)] == [True] * 3

@@ -24,7 +24,7 @@ SLEEP = "srun --overlap sleep 600"
 
 FROM_INSIDE = """
 import signal, sys
-from launch import slurm
+from launch.scheduler import slurm
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 restart, job_id, host = sys.argv[1:]
 if restart == "0":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +11,22 @@ from typing import Any
 import psutil
 import pytest
 
-from launch.record.job import Attempt, attempts
-from pomscale.quickstart.images import samples_seen
+from launch.record.job import JobStart, read_starts
+from pomscale.runs.history import samples_seen
+from support import running
 from support.cluster import SlurmCluster
 from support.running import GLOBAL_BATCH, losses, write_tiny_recipe
 
-NUM_STEPS = 100  # with UNHURRIED at least 4 s: long enough to be met in the middle
+NUM_STEPS = 60
 OVERRIDES = [
     f"training.total_samples={NUM_STEPS * GLOBAL_BATCH}",
     "schedule={}",
     "optimizer.lr=3e-4",
+    "model.depth=1",
     "faults.preflight=false",
     "monitoring.wandb.mode=offline",
 ]
-HELD_AT = 60 * GLOBAL_BATCH  # beyond where tests meet the run, before its end
+HELD_AT = 40 * GLOBAL_BATCH  # beyond where tests meet the run, before its end
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,19 @@ class Launched:
             assert time.monotonic() < deadline_s, f"not at {samples} samples in time\n{self.told()}"
             time.sleep(0.02)
 
-    def wait_for_attempt(self, number: int, timeout_s: float = 180) -> None:
+    def wait_for_start(self, number: int, timeout_s: float = 180) -> None:
         """Until it was started so many times."""
         deadline_s = time.monotonic() + timeout_s
-        while len(attempts(self.folder)) < number:
+        while len(read_starts(self.folder)) < number:
             assert time.monotonic() < deadline_s, f"not started {number} times in time\n{self.told()}"
             time.sleep(0.1)
 
-    def finish(self, *states: str, timeout_s: float = 240) -> list[Attempt]:
+    def finish(self, *states: str, timeout_s: float = 240) -> list[JobStart]:
         """Its starts, when it has come to its end in one of these states (COMPLETED)."""
         states = states or ("COMPLETED",)
         state = self.cluster.wait_for(self.job_id, "COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", timeout_s=timeout_s)
         assert state in states, f"{state}\n{self.told()}"
-        return attempts(self.folder)
+        return read_starts(self.folder)
 
     def rank(self, rank: int, job_id: str | None = None) -> psutil.Process:
         """The training process of a rank."""
@@ -88,10 +88,10 @@ def launch(
         cluster.profile(folder, ranks_per_node=1)
     words = ["launch", str(recipe), "--cluster", str(profile), "--nodes", str(num_nodes), *options]
     out = pomscale(cluster, *words, *OVERRIDES, *overrides)
-    home = folder / "runs" / "tiny"
-    job_id = json.loads((home / "jobs.jsonl").read_text().splitlines()[-1])["job_id"]
+    job_folder = folder / "runs" / "tiny"
+    job_id = json.loads((job_folder / "jobs.jsonl").read_text().splitlines()[-1])["job_id"]
     assert job_id in out
-    return Launched(cluster, job_id, home)
+    return Launched(cluster, job_id, job_folder)
 
 
 def hold(cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch, file: Path, samples: int = HELD_AT) -> Path:
@@ -105,15 +105,7 @@ def hold(cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch, file: Path, sam
 
 
 def pomscale(cluster: SlurmCluster, *words: str, expect: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "pomscale", *words],
-        env=cluster.environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == expect, f"{done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    done = running.pomscale(*words, expect=expect, env=cluster.environment)
     return done.stdout + done.stderr
 
 

@@ -1,4 +1,8 @@
-"""Start the real commands as users do, and read what they leave in the run folder."""
+"""Start the real commands as users do, and read what they leave in the run folder.
+
+Commands of Python are forked from a process that has done the imports (support.forking), unless what a test asks for
+needs a start from nothing.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,16 @@ import psutil
 import pytest
 import torch
 
-from launch.record.job import submissions
+from launch.record.job import read_submissions
 from pomscale.checkpoint.store import find_checkpoint, read_meta, read_tensors
 from pomscale.pretrained.load import load_pretrained
-from pomscale.quickstart.images import samples_seen
+from pomscale.runs.history import samples_seen
+from support.forking import ENVIRONMENT, ForkedPopen, may_fork
+from support.paths import TESTS
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-UNHURRIED = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).with_name("unhurried"))}  # of runs met in the middle
+_UNHURRIED = str(Path(__file__).with_name("unhurried"))
+# The environment of runs that a test meets in the middle.
+UNHURRIED = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, [_UNHURRIED, os.environ.get("PYTHONPATH")]))}
 TIMEOUT_S = 240
 KILLED_WITHIN_S = 120  # on a machine with too much to do
 GLOBAL_BATCH = 32
@@ -82,18 +89,27 @@ def train_command(recipe: Path, *overrides: str, num_processes: int = 1) -> list
     return [sys.executable, *launcher, "train", str(recipe), *overrides]
 
 
-def run(command: list[str], expect: int = 0, timeout: float = TIMEOUT_S, **options: Any) -> Finished:
-    """Run to the end; the test fails with the command's own output if it ends in another way than expected."""
+def run(command: list[str], expect: int | None = 0, timeout: float = TIMEOUT_S, **options: Any) -> Finished:
+    """Run a command to its end. The test fails with the command's output if the exit code is not `expect`.
+
+    expect: None if any exit code will do.
+    """
     with started(command, stderr=subprocess.PIPE, **options) as process:
         out, err = process.communicate(timeout=timeout)
-    assert process.returncode == expect, f"exit code {process.returncode}\n{out[-4000:]}\n{err[-4000:]}"
+    assert expect in (None, process.returncode), f"exit code {process.returncode}\n{out[-4000:]}\n{err[-4000:]}"
     return Finished(process.returncode, out, err)
+
+
+def open_process(command: list[str], **options: Any) -> subprocess.Popen[Any]:
+    """Start a command with the options of subprocess.Popen, forked if it may be; the environment is ENVIRONMENT."""
+    options.setdefault("env", ENVIRONMENT)
+    return ForkedPopen(command, **options) if may_fork(command, options) else subprocess.Popen(command, **options)
 
 
 @contextmanager
 def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A command under way. Whatever happens to the test, no process of it is left behind."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **{"env": ENVIRONMENT, **options})
+    """Start a command. Whatever happens to the test, no process of it is left behind."""
+    process = open_process(command, stdout=subprocess.PIPE, text=True, **options)
     known = {process.pid: psutil.Process(process.pid)}
     try:
         yield process
@@ -130,13 +146,21 @@ def held_at(file: Path, samples: int, step_s: float = 0.0) -> dict[str, str]:
     return {**ENVIRONMENT, **unhurried}
 
 
-def controller_of(home: Path) -> psutil.Process | None:
+def controller_of(job_folder: Path) -> psutil.Process | None:
     """The process of the newest local job, while it is there. Numbers of processes come again: this is no other's."""
     with suppress(psutil.NoSuchProcess, IndexError):
-        process = psutil.Process(int(submissions(home)[-1].job_id))
-        if str(home) in " ".join(process.cmdline()):
+        process = psutil.Process(int(read_submissions(job_folder)[-1].job_id))
+        if str(job_folder) in " ".join(process.cmdline()):
             return process
     return None
+
+
+def run_tour(code: str, **options: Any) -> Finished:
+    """Run Python code that starts a quickstart's commands with subprocess. They are forked where they may be."""
+    environment = {**ENVIRONMENT, "PYTHONWARNINGS": "ignore"}  # as the quickstarts have it
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    code = f"from support.forking import fork_commands\nfork_commands()\n{code}"
+    return run([sys.executable, "-c", code], env=environment, **options)
 
 
 def pomscale(*arguments: str | Path, expect: int = 0, **options: Any) -> Finished:

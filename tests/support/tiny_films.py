@@ -9,16 +9,10 @@ from typing import Any
 import numpy as np
 
 from pomscale.codecs import build_text_encoder
-from pomscale.config.schema import (
-    CodecConfig,
-    CogVideoXVaeCodecConfig,
-    DiffusionConfig,
-    ImageModelConfig,
-    PixelCodecConfig,
-    SamplingConfig,
-    TextEncoderConfig,
-    TimeConfig,
-)
+from pomscale.config.codecs import CodecConfig, CogVideoXVaeCodecConfig, PixelCodecConfig, TextEncoderConfig
+from pomscale.config.model import ImageModelConfig
+from pomscale.config.sampling import SamplingConfig
+from pomscale.config.train import DiffusionConfig, TimeConfig
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.load import PretrainedDiPoM, PretrainedModel, PretrainedVDiPoM
 from pomscale.pretrained.weights import write_weights

@@ -71,8 +71,8 @@ class ListStore:
             self.damaged.append(SimpleNamespace(reason=self.damage.pop()))
         return Path(f"samples-{self.metas[-1]['samples']}") if self.metas else None
 
-    def judge(self, samples: int, metrics: Any) -> None:
-        self.happened.append(("judge", samples))
+    def record_metrics(self, samples: int, metrics: Any) -> None:
+        self.happened.append(("record metrics", samples))
 
     def forget_after(self, samples: int) -> None:
         self.happened.append((f"forget {self.name} after", samples))

@@ -1,1 +1,1 @@
-"""Readers of arrays and text embeddings out of shards."""
+"""Readers of arrays and text embeddings from the bytes of shards."""

@@ -1,4 +1,4 @@
-"""From record numbers to the arrays of a batch, straight out of the shards: every byte is checked, and copied once."""
+"""Read the arrays of a batch of records straight from the shards: every byte is checked, and copied once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from isal import isal_zlib
 from torch import Tensor
 
 from pomscale.base.errors import InputError
-from pomscale.config.schema import CacheConfig
+from pomscale.config.data import CacheConfig
 from pomscale.data.bad_samples import BadSample
 from pomscale.data.readers.gather import gather
 from pomscale.data.readers.shard_files import open_shard_files
@@ -28,8 +28,8 @@ from pomscale.shards.schema import INDEX_NAME, Manifest
 _TAR_BLOCK = 512
 
 Faults = dict[int, BadSample]
-"""What is wrong with which row of a batch. A reader leaves out the rows that are in it and adds those it cannot read;
-what a batch holds in such rows means nothing."""
+"""Faults of a batch by row. A reader skips rows that have one and adds those it cannot read; the contents of such rows
+mean nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +45,16 @@ class Members:
 
     @classmethod
     def of(cls, records: np.ndarray, rows: np.ndarray, array: str, instead: np.ndarray | None = None) -> Members:
-        """The members of an array, by their rows of the index; the flipped copies where `instead` (b,) bool says so."""
-        places = [rows[f"{array}_{field}"] for field in ("offset", "length", "crc32")]
+        """Return the members of an array by index rows (b,); the flipped copies where `instead` (b,) bool is true."""
+        fields = [rows[f"{array}_{field}"] for field in ("offset", "length", "crc32")]
         if instead is not None:
             flips = (rows[f"flip_{field}"] for field in ("offset", "length", "crc32"))
-            places = [np.where(instead, flip, place) for flip, place in zip(flips, places, strict=True)]
-        return cls(records, rows["key"], rows["shard"], *places)
+            fields = [np.where(instead, flip, field) for flip, field in zip(flips, fields, strict=True)]
+        return cls(records, rows["key"], rows["shard"], *fields)
 
 
 class ArrayReader:
-    """The stored arrays of the dataset at `location`. Safe to share between threads."""
+    """Reads the stored arrays of the dataset at `location`. Safe to share between threads."""
 
     def __init__(
         self, location: str, manifest: Manifest, reading: Literal["mapped", "streamed"], cache: CacheConfig | None
@@ -67,7 +67,7 @@ class ArrayReader:
         self.index = self._open_index(local_index(location, manifest, cache))
 
     def _open_index(self, path: Path) -> np.ndarray:
-        """The rows of the index, memory-mapped: a process pays for those it reads."""
+        """Return the rows of the index, memory-mapped, so that a process pays for those it reads."""
         expected = self.manifest.index.num_bytes
         try:
             num_bytes = path.stat().st_size
@@ -81,7 +81,7 @@ class ArrayReader:
             raise unreadable(path, error) from error
 
     def same_shape(self, members: Members, shape: tuple[int, ...], faults: Faults) -> Tensor:
-        """Arrays of one shape: (b, *shape) float16, each contiguous in itself, with its header in front of it."""
+        """Return arrays of one shape, (b, *shape) float16; each is contiguous, with its header in front of it."""
         header = _array_header(shape)
         length = len(header) + 2 * math.prod(shape)
         contents = self._contents(members, faults)
@@ -101,9 +101,14 @@ class ArrayReader:
     def sequences(
         self, members: Members, dim: int, max_length: int, room: int, faults: Faults
     ) -> tuple[Tensor, Tensor]:
-        """Arrays (n, dim) of n = 1 to max_length: (b, longest, dim) float16, zero after each row's n, and n (b,) int64.
+        """Return sequences (b, longest, dim) float16, zero after each row's length, and lengths (b,) int64.
 
-        There is room for `room` at least.
+        Args:
+            members: Arrays (n, dim) of n = 1 to max_length.
+            dim: Values per element of a sequence.
+            max_length: Greatest length that is accepted.
+            room: Least value of `longest`.
+            faults: Faults of the batch.
         """
         header_bytes = len(_sequence_header(1, dim))
         lengths = (members.lengths - header_bytes) // (2 * dim)
@@ -130,7 +135,7 @@ class ArrayReader:
         return tensor, torch.from_numpy(lengths.astype(np.int64))
 
     def check_rows(self, records: np.ndarray, rows: np.ndarray, faults: Faults) -> None:
-        """Whether the index names shards and classes that there are. Rows that do not are zeroed: shard 0 there is."""
+        """Check that shards and classes in the index exist. Rows with others are set to zeros, since shard 0 exists."""
         num_classes, num_shards = self.manifest.num_classes, len(self.manifest.shards)
         # Without classes the only label is NO_LABEL, -1.
         lowest_label = 0 if num_classes else -1
@@ -144,7 +149,7 @@ class ArrayReader:
         rows[wrong] = np.zeros((), rows.dtype)
 
     def member_name(self, members: Members, row: int) -> str | None:
-        """What the tar calls a member; None where its header is not that of this record."""
+        """Return the name of a member in the tar; None where its header is not that of this record."""
         try:
             shard = self.files.open(int(members.shards[row]))
         except DamagedFile:
@@ -156,7 +161,7 @@ class ArrayReader:
         return name if key_hash(split_member_name(name)[0]) == members.keys[row] else None
 
     def fault(self, members: Members, row: int, what: str, remedy: str | None = None) -> BadSample:
-        """Something that is wrong with a member of a shard. The remedy is to mend the shard, if no other is given."""
+        """Return a fault of a member of a shard. The default remedy is to repair the shard."""
         file = join(self.location, self.manifest.shards[members.shards[row]].name)
         record, name = int(members.records[row]), self.member_name(members, row)
         key = _hashed(members.keys[row]) if name is None else split_member_name(name)[0]
@@ -164,7 +169,7 @@ class ArrayReader:
         return BadSample(self.manifest.fingerprint, self.location, record, key, reason)
 
     def _contents(self, members: Members, faults: Faults) -> dict[int, np.ndarray]:
-        """The shards that hold the members of rows without faults, each member wholly in its shard."""
+        """Return the shards of the rows without faults, whose members lie wholly in their shards."""
         contents: dict[int, np.ndarray] = {}
         for shard in set(members.shards.tolist()):
             try:
@@ -180,8 +185,8 @@ class ArrayReader:
         return contents
 
     def _fetched_again(self, members: Members, row: int, faults: Faults) -> memoryview | None:
-        """The bytes of a member whose checksum is wrong, where a fresh copy of its shard has them right."""
-        shard, offset, length = (int(place[row]) for place in (members.shards, members.offsets, members.lengths))
+        """Return the bytes of a member whose checksum is wrong, where a fresh copy of its shard has them right."""
+        shard, offset, length = (int(field[row]) for field in (members.shards, members.offsets, members.lengths))
         if self.files.renew(shard):
             try:
                 fresh = self.files.open(shard).data[offset : offset + length]
@@ -201,14 +206,17 @@ class ArrayReader:
         return self.fault(members, row, f"it is not a float16 array of shape ({', '.join(map(str, shape))})")
 
     def _find_non_finite(self, members: Members, values: Tensor, faults: Faults) -> None:
-        """values (b, k) float16. A sum is the fastest test: it is not finite if a value is not, or if it overflows."""
+        """Find rows of values (b, k) float16 that are not finite.
+
+        A sum is the fastest test: it is not finite if a value is not, or if it overflows.
+        """
         for row in _newly(~np.isfinite(values.sum(1).numpy()), faults):
             if not torch.isfinite(values[row]).all():
                 faults[row] = self.fault(members, row, "it holds a value that is not finite")
 
 
 def _newly(wrong: np.ndarray, faults: Faults) -> list[int]:
-    """The rows of `wrong` (b,) bool of which nothing worse is known yet."""
+    """Return the rows of `wrong` (b,) bool that have no fault yet."""
     return [row for row in np.flatnonzero(wrong).tolist() if row not in faults]
 
 
@@ -217,7 +225,7 @@ def _hashed(key: int) -> str:
 
 
 def _copied(contents: dict[int, np.ndarray], members: Members, length: int, faults: Faults) -> np.ndarray:
-    """The bytes of every member, (b, length) uint8, zeros for rows with faults: the only copy."""
+    """Copy the bytes of every member, the only copy: (b, length) uint8, zeros for rows with faults."""
     if not faults:
         return gather(contents, members.shards, members.offsets, length)
     rows = np.zeros((len(members.shards), length), np.uint8)

@@ -1,8 +1,8 @@
-"""Rows of bytes out of several arrays, in one copy that lets other threads run meanwhile.
+"""Gather rows of bytes from several arrays, in one copy that lets other threads run meanwhile.
 
 Slices that Python joins are as fast to copy, but hold its global lock for as long: two reader threads were no faster
-than one. torch gathers without the lock, out of one tensor, so there is one over all the memory between the arrays.
-What is not in one of them is never touched.
+than one. torch gathers without the lock, from one tensor, so this module makes a tensor over all the memory between the
+arrays. Memory outside of the arrays is never touched.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-# What torch and numpy can count in one array.
+# Most elements that torch and numpy can count in one array.
 _MOST_ELEMENTS = 2**63 - 1
 
 
 def gather(arrays: Mapping[int, np.ndarray], numbers: np.ndarray, offsets: np.ndarray, length: int) -> np.ndarray:
-    """The bytes from `offsets` (b,) int64 on of the arrays with these `numbers` (b,), b > 0: (b, length) uint8.
+    """Return rows of bytes, (b, length) uint8. Raises ValueError if a row is not wholly in its array.
 
-    arrays: (n,) uint8 each, contiguous, by a number of at least 0. ValueError if a row is not wholly in its array.
+    Args:
+        arrays: Arrays (n,) uint8, contiguous, by a number of at least 0.
+        numbers: Number of each row's array, (b,), b > 0.
+        offsets: Offset of each row in its array, (b,) int64.
+        length: Bytes of a row.
     """
     addresses, sizes = (np.zeros(max(arrays) + 1, np.int64) for _ in range(2))
     for number, array in arrays.items():
@@ -40,7 +44,7 @@ def gather(arrays: Mapping[int, np.ndarray], numbers: np.ndarray, offsets: np.nd
 
 
 def _one_by_one(arrays: Mapping[int, np.ndarray], numbers: np.ndarray, offsets: np.ndarray, length: int) -> np.ndarray:
-    """The same, with a tensor per array and a second copy."""
+    """Return the same as `gather`, with a tensor per array and a second copy."""
     rows = np.empty((len(numbers), length), np.uint8)
     for number in np.unique(numbers).tolist():
         here = numbers == number
@@ -49,7 +53,7 @@ def _one_by_one(arrays: Mapping[int, np.ndarray], numbers: np.ndarray, offsets: 
 
 
 class _Rows:
-    """What numpy makes an array of, without owning it: overlapping rows, one every `step` bytes."""
+    """Memory that numpy uses without owning it: overlapping rows, one every `step` bytes."""
 
     def __init__(self, address: int, shape: tuple[int, int], step: int) -> None:
         read_only = False  # though nobody writes: torch warns of arrays that are

@@ -1,4 +1,4 @@
-"""Where the bytes of shards come from: a local folder, the cache of a node, or a stream that nobody keeps."""
+"""The bytes of shards, from a local folder, from the cache of a node, or streamed into memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from pomscale.base.errors import InputError
-from pomscale.config.schema import CacheConfig
+from pomscale.config.data import CacheConfig
 from pomscale.data.mapping import map_file
 from pomscale.data.remote.fetch import DatasetFile, fetch
 from pomscale.data.remote.fetched_shards import Drop, FetchedShards
@@ -25,7 +25,7 @@ _GIB = 2**30
 # Mapped shards kept per dataset. They need no descriptors; the kernel allows a process 65,530 mappings.
 _MAX_MAPPED = 512
 
-# What the shards of a process that streams may take of its memory.
+# Most memory that the shards of a process that streams may take.
 _MAX_STREAMED_GIB = 16
 
 # Background threads of a process. All processes of a node fill its cache, each with another shard; streams are private.
@@ -34,41 +34,40 @@ _NUM_STREAM_FETCHERS = 4
 
 
 class ShardFiles(Protocol):
-    """The bytes of a dataset's shards, by their number in the manifest. Safe to share between threads.
-
-    `reads_ahead`: whether `will_need` does something.
-    """
+    """The bytes of a dataset's shards, by their number in the manifest. Safe to share between threads."""
 
     reads_ahead: bool
+    """Whether `will_need` has an effect."""
 
     def open(self, shard: int) -> np.ndarray:
-        """All bytes of a shard, (num_bytes,) uint8, read-only; they stay readable for as long as the array lives.
+        """Return all bytes of a shard, (num_bytes,) uint8, read-only, readable for as long as the array lives.
 
-        DamagedFile, naming file and remedy, if it is missing or is not what the manifest says; PomscaleError if the
-        network, this node's disk or the process's limits fail.
+        Raises DamagedFile, naming file and remedy, if it is missing or is not what the manifest says; PomscaleError if
+        the network, this node's disk or the process's limits fail.
         """
 
     def will_need(self, shards: Sequence[int]) -> None:
-        """The shards needed from now on, soonest first, those in use among them. Returns at once.
+        """Announce the shards needed next, soonest first, those in use among them. Returns at once.
 
         The list replaces the one before. A shard that is in neither of the two may be dropped, and is then fetched
         again when it is opened.
         """
 
     def renew(self, shard: int) -> bool:
-        """Of a shard with wrong bytes: whether they were a copy's, in which case it is fetched again, once."""
+        """Return whether a shard with wrong bytes is a copy, which is then fetched again, once."""
 
     def close(self) -> None:
-        """Ends what runs in the background. Arrays that were handed out stay readable."""
+        """End the background threads. Arrays that were returned stay readable."""
 
 
 def open_shard_files(
     location: str, manifest: Manifest, reading: Literal["mapped", "streamed"], cache: CacheConfig | None
 ) -> ShardFiles:
-    """The shards of the dataset at `location`, a folder or a URL, read as `data.reading` and `data.cache` say.
+    """Open the shards of the dataset at `location`, a folder or a URL, read as `data.reading` and `data.cache` say.
 
-    Mapped, memory is the page cache's. Streamed, each process fetches every shard it needs for itself, and has those of
-    the last two announcements in memory. InputError for a URL that is to be mapped without a cache.
+    Mapped shards take memory of the page cache only. Streamed, each process fetches every shard that it needs, and
+    keeps those of the last two announcements in memory. Raises InputError for a URL that is to be mapped without a
+    cache.
     """
     folder = local_folder(location)
     if reading == "streamed":
@@ -87,8 +86,10 @@ def open_shard_files(
 def check_room(
     num_bytes: int, shuffle_window: int, reading: Literal["mapped", "streamed"], cache: CacheConfig | None
 ) -> None:
-    """InputError if the shards of two windows, those in use and the next, `num_bytes` in all datasets of a run, do not
-    fit into where they are kept: read in shuffled order from less, every record would cost a shard.
+    """Raise InputError if the shards of two windows do not fit into the cache, or into memory where they are streamed.
+
+    These are the windows in use and the next ones, `num_bytes` in all datasets of a run. With less room, every record
+    in shuffled order would cost the fetch of a shard.
     """
     shards = (
         f"data.shuffle_window: the shards of two windows of {shuffle_window:,} records take {num_bytes / _GIB:.3g} GiB"
@@ -104,7 +105,7 @@ def check_room(
 
 
 class MappedShards:
-    """A local folder: shards are memory-mapped, so only what is read of them costs."""
+    """The shards of a local folder, memory-mapped, so only the parts that are read cost."""
 
     reads_ahead = False
 
@@ -114,10 +115,10 @@ class MappedShards:
         self.open = functools.lru_cache(maxsize=_MAX_MAPPED)(self._map_shard)
 
     def will_need(self, shards: Sequence[int]) -> None:
-        """There is nothing to fetch."""
+        """Do nothing, since there is nothing to fetch."""
 
     def renew(self, shard: int) -> bool:
-        """These bytes are the dataset's own."""
+        """Return False: these bytes are no copy."""
         return False
 
     def close(self) -> None:
@@ -141,7 +142,7 @@ class MappedShards:
 def _stream(
     location: str, manifest: Manifest, shard: int, stop: threading.Event, _ahead: bool, _drop: Drop
 ) -> np.ndarray:
-    """A shard into memory. Its sha256 is left alone: every record has a checksum, and a bad one spoils itself only."""
+    """Read a shard into memory. Its sha256 is not checked, since every record has a checksum of its own."""
     info = manifest.shards[shard]
     content = np.empty(info.num_bytes, np.uint8)
 

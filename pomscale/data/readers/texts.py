@@ -12,27 +12,31 @@ from pomscale.shards.schema import TextInfo, text_info
 
 
 def null_embedding(info: TextInfo) -> Tensor:
-    """What the encoder makes of the empty caption: (null_length, dim) float16."""
+    """Return the embedding of the empty caption, (null_length, dim) float16."""
     null = np.frombuffer(info.null_bytes, "<f2").reshape(info.null_length, info.dim)
     return torch.from_numpy(null.astype(np.float16))
 
 
 class TextReader:
-    """`source` may be `main` itself. InputError if it has no embeddings, or if a table to join them is missing."""
+    """Reads the text embeddings of the records of a main set."""
 
     def __init__(self, main: ArrayReader, source: ArrayReader) -> None:
+        """Open the embeddings in `source`, which may be `main` itself.
+
+        Raises InputError if it has no embeddings, or if a table to join them is missing.
+        """
         self.source = source
         self.info = text_info(source.location, source.manifest)
         self._main = main
         self._table = open_join(main.location, main.manifest, source.location, source.manifest)
         self.null = null_embedding(self.info)
-        """Of the empty caption: (null_length, dim) float16."""
+        """Embedding of the empty caption, (null_length, dim) float16."""
 
     def read(self, members: Members, faults: Faults) -> tuple[Tensor, Tensor]:
-        """Embeddings (b, n, dim) float16, zero after each row's length, and lengths (b,) int64.
+        """Return embeddings (b, n, dim) float16, zero after each row's length, and lengths (b,) int64.
 
-        `members`: any array of the records in the main set. Rows with faults get the embedding of the empty caption;
-        there is always room for it, so that a caption can be dropped.
+        Rows with faults get the embedding of the empty caption; there is always room for it, so that a caption can be
+        dropped. `members` are those of any array of the records in the main set.
         """
         records, rows = self._rows(members, faults)
         text, info = Members.of(records, rows, "text"), self.info
@@ -44,12 +48,12 @@ class TextReader:
         return values, lengths
 
     def shards(self, records: np.ndarray) -> np.ndarray:
-        """The source's shards that have the embeddings of these records of the main set."""
+        """Return the source's shards that have the embeddings of these records of the main set."""
         rows = records if self._table is None else self._table[records]
         return np.unique(self.source.index["shard"][rows[rows >= 0]])
 
     def _rows(self, members: Members, faults: Faults) -> tuple[np.ndarray, np.ndarray]:
-        """Record numbers and index rows in the source; those of rows with faults are of any record."""
+        """Return record numbers and index rows in the source; for rows with faults those of any record."""
         records = members.records if self._table is None else self._table[members.records]
         inside = (records >= 0) & (records < len(self.source.index))
         records = np.where(inside, records, 0)

@@ -1,1 +1,1 @@
-"""Shards behind URLs: fetched, cached on the node, or streamed."""
+"""Shards that must be fetched before they are read: into the cache of a node, or into memory."""

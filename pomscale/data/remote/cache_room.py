@@ -1,8 +1,8 @@
-"""The room that a cache folder may take: who holds a lock, how much is taken, and what goes when more is needed.
+"""The space that a cache folder may take: locks, the number of bytes taken, and the eviction of shards.
 
-What is taken is kept as a number in room.lock, since looking at every file takes a second where there are 20,000. It is
-never too low for long: whoever opens a cache counts once, so does whoever would pass the limit, and what is deleted by
-others is not subtracted. room.lock without a number says that the next one is to count.
+The number of bytes taken is kept in room.lock, since a look at 20,000 files takes a second. It is never too low for
+long: each process counts the files once when it opens the cache and again when it would pass the limit, and files that
+others delete are not subtracted. Where room.lock has no number, the next process counts.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ INDEX = ".npy"
 _TEMPORARY = ".tmp"
 _ROOM = f"room{LOCK}"
 
-# Nothing else in the folder that the user named is counted or deleted.
+# Other files in the folder that the user named are neither counted nor deleted.
 NUM_DIGITS = 16
 _DATASET_FOLDERS = NUM_DIGITS * "[0-9a-f]"
 
-# How often to look again while a lock, or all of the room, belongs to others that are fetching.
+# Interval of the checks while a lock, or all of the space, belongs to others that are fetching.
 POLL_S = 0.05
 
-# Evicted beyond what is needed, of what is idle: one part in so many of the limit. A full cache is counted once for
-# all of that, and not for every shard.
+# Beyond what is needed, idle shards of one part in so many of the limit are evicted, so that a full cache is counted
+# once for many shards, and not for each.
 _SPARE = 64
 
 _TOTAL = b"%020d"  # of one length, so that it is overwritten in place also where the disk is full
 
 
 class Room:
-    """`limit` bytes of the folder `root`, for all datasets in it."""
+    """Space of `limit` bytes in the folder `root`, for all datasets in it."""
 
     def __init__(self, root: Path, limit: int) -> None:
         self._root = root
@@ -46,9 +46,10 @@ class Room:
 
     @contextmanager
     def reserved(self, num_bytes: int, *, take_in_use: bool) -> Iterator[bool]:
-        """Holds room.lock. Whether `num_bytes` fit below the limit, after all the evictions that it takes, or none.
+        """Hold room.lock during the block, and yield whether `num_bytes` fit below the limit.
 
-        With `take_in_use`, shards that others have open may be evicted too; InputError if even that is not enough.
+        Shards are evicted to make them fit; none, if that is not enough. With `take_in_use`, shards that others have
+        open may be evicted too; InputError if even that is not enough.
         """
         with locked(self._root / _ROOM) as lock:
             assert lock is not None
@@ -64,7 +65,7 @@ class Room:
                 yield True
 
     def _evict(self, num_bytes: int, take_in_use: bool) -> int:
-        """Make room, if that is possible; the bytes that are taken then."""
+        """Evict shards for `num_bytes`, if that is possible. Return the number of bytes taken afterwards."""
         while True:
             present = _scan(self._root)
             total = sum(cached.num_bytes for cached in present)
@@ -85,7 +86,7 @@ class Room:
 
 
 def forget_total(root: Path) -> None:
-    """Something was put into the cache past its Room: have it counted again."""
+    """Let the next process count again, since a file was added to the cache without its Room."""
     with locked(root / _ROOM) as lock:
         assert lock is not None
         os.ftruncate(lock.fileno(), 0)
@@ -99,7 +100,7 @@ def _read_total(lock: BinaryIO) -> int | None:
 def _write_total(lock: BinaryIO, total: int) -> None:
     try:
         os.pwrite(lock.fileno(), _TOTAL % total, 0)
-    except OSError:  # not even room for a number
+    except OSError:  # the disk is full
         os.ftruncate(lock.fileno(), 0)
 
 
@@ -110,7 +111,7 @@ class _Cached(NamedTuple):
 
 
 def _scan(root: Path) -> list[_Cached]:
-    """All that fills the cache, opened longest ago first.
+    """Return all files in the cache, opened longest ago first.
 
     In two passes: of a file that is renamed in the meantime, one pass over its folder may see neither name.
     """
@@ -126,7 +127,7 @@ def _scan(root: Path) -> list[_Cached]:
 
 
 def _victims(present: list[_Cached], excess: int, spare: int, take_in_use: bool) -> list[_Cached]:
-    """What to delete: idle shards and what dead processes left, `spare` beyond the excess, then shards in use."""
+    """Choose files to delete: idle ones and those of dead processes, `spare` beyond the excess, then shards in use."""
     victims: list[_Cached] = []
     in_use = []
     freed = 0
@@ -149,7 +150,7 @@ def _victims(present: list[_Cached], excess: int, spare: int, take_in_use: bool)
 
 
 def _is_idle(path: Path) -> bool:
-    """Whether no living process has a shard open, or is fetching it."""
+    """Return whether no living process has a shard open, or is fetching it."""
     lock = lock_of(_final(path)) if path.suffix == _TEMPORARY else path
     try:
         with lock.open("rb") as file:
@@ -162,7 +163,7 @@ def _is_idle(path: Path) -> bool:
 
 
 def _delete(path: Path) -> None:
-    """A shard, with its lock file unless somebody is about to fetch it again."""
+    """Delete a shard, with its lock file unless another process is about to fetch it again."""
     with suppress(FileNotFoundError), locked(lock_of(_final(path)), wait=False) as lock:
         path.unlink(missing_ok=True)
         if lock is not None:
@@ -170,19 +171,20 @@ def _delete(path: Path) -> None:
 
 
 def _final(path: Path) -> Path:
-    """What a file that is being fetched will be."""
+    """Return the final path of a file that is being fetched."""
     return path.with_name(path.name.rsplit(".", 2)[0]) if path.suffix == _TEMPORARY else path
 
 
 def lock_of(path: Path) -> Path:
+    """Return the path of a file's lock file."""
     return path.with_name(path.name + LOCK)
 
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True, stop: threading.Event | None = None) -> Iterator[BinaryIO | None]:
-    """Holds the exclusive lock of a lock file, and gives the file; None if another has it and this is not to wait.
+    """Hold the exclusive lock of a lock file and yield the file; None if another process has it and `wait` is False.
 
-    PomscaleError soon after `stop` is set, InputError where there may be no such file.
+    Raises PomscaleError soon after `stop` is set, InputError where the file cannot be made.
     """
     while True:
         try:

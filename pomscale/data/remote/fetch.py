@@ -1,7 +1,7 @@
-"""Brings whole files of a dataset over, as one sequential read, and lets nothing pass as whole that is not.
+"""Fetch whole files of a dataset, as one sequential read, and check that they are whole.
 
-Through fsspec and not webdataset.gopen, which starts a curl or gsutil per file, has no s3://, and tells a missing file
-from a failing network by an exit code alone. A stream is equally fast (0.8 to 0.9 GB/s from localhost, both).
+It uses fsspec and not webdataset.gopen, which starts a curl or gsutil per file, has no s3://, and distinguishes a
+missing file from a failing network by an exit code alone. Both are equally fast (0.8 to 0.9 GB/s from localhost).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _RANGE_BYTES = 2**24
 _CONNECT_TIMEOUT_S = 30
 _READ_TIMEOUT_S = 60
 
-# Takes the bytes that belong at an offset: in order from 0 on, and from 0 again when an attempt has failed.
+# Takes the bytes that belong at an offset: in order from 0 on, and from 0 again after a failure.
 Write = Callable[[int, bytes], object]
 
 
@@ -44,24 +44,26 @@ class DatasetFile:
 
     @property
     def source(self) -> str:
+        """Path or URL of the file."""
         return join(self.location, self.name)
 
     def refused(self, reason: object) -> DamagedFile:
+        """Return the error for this file, with the remedy."""
         return DamagedFile(f"{self.source}: {reason}. {remedy(self.location)}")
 
 
 def remedy(location: str | Path) -> str:
-    """What to do about a dataset with a file that is missing or damaged."""
+    """Return the remedy for a dataset with a file that is missing or damaged."""
     if local_folder(location) is None:
         return "Upload it again; `pomscale data verify` on the folder it came from tells whether that one is whole"
     return f"Run `pomscale data verify {location}` for the whole list, then {REMEDY}"
 
 
 def fetch(file: DatasetFile, write: Write, stop: threading.Event, *, check_sha256: bool) -> None:
-    """Pass a file's bytes to `write`. Its size is always checked.
+    """Pass a file's bytes to `write`, and check its size, with `check_sha256` also its sha256.
 
-    DamagedFile, naming file and remedy, if it is missing or is not what the manifest says; PomscaleError if it cannot
-    be read for any other reason, or soon after `stop` is set; and whatever PomscaleError `write` raises.
+    Raises DamagedFile, naming file and remedy, if the file is missing or is not what the manifest says; PomscaleError
+    if it cannot be read for any other reason, or soon after `stop` is set; and any PomscaleError of `write`.
     """
     folder = local_folder(file.location)
     try:
@@ -79,15 +81,15 @@ def fetch(file: DatasetFile, write: Write, stop: threading.Event, *, check_sha25
 def _download(file: DatasetFile, write: Write, stop: threading.Event, check_sha256: bool) -> None:
     filesystem, path = open_filesystem(file.source)
     options = _http_options() if "http" in filesystem.protocol else {"block_size": _RANGE_BYTES}
-    # Telling the size spares the request that asks for it.
+    # With the size given, fsspec sends no request for it.
     with filesystem.open(path, "rb", size=file.num_bytes, **options) as stream:
         _copy(file, stream, write, stop, check_sha256)
 
 
 def _http_options() -> dict[str, Any]:
-    import aiohttp  # noqa: PLC0415  here, as it is there only for those who have fsspec's http
+    import aiohttp  # noqa: PLC0415  optional, it comes with fsspec's http
 
-    # fsspec gives a whole download five minutes. What counts is that bytes keep coming.
+    # fsspec limits a whole download to five minutes; this limits the time without a byte instead.
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_READ_TIMEOUT_S)
     # Block size 0 is one request for all of the file, from servers with and without ranges.
     return {"block_size": 0, "timeout": timeout}

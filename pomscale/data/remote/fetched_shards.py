@@ -1,4 +1,4 @@
-"""Shards that must be brought before they can be read: once for all threads, and ahead of their use."""
+"""Shards that must be fetched before they are read: once for all threads, and ahead of their use."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from concurrent.futures import Future
 
 import numpy as np
 
-# Shards kept of those that nobody announced.
+# Number of shards that are kept although they were not announced.
 _NUM_UNANNOUNCED = 2
 
-# drop(num_bytes) lets go of so many bytes of shards, opened longest ago first, to make room; False: there are none.
+# drop(num_bytes) drops so many bytes of shards, opened longest ago first, to make room; False if there are none.
 Drop = Callable[[int], bool]
 
-# fetch(shard, stop, ahead, drop) -> all bytes of the shard, (num_bytes,) uint8. It raises soon after `stop` is set;
-# None says that the shard cannot be fetched ahead at this moment.
+# fetch(shard, stop, ahead, drop) -> all bytes of the shard, (num_bytes,) uint8; None if it cannot be fetched ahead at
+# this moment. It raises soon after `stop` is set.
 Fetch = Callable[[int, threading.Event, bool, Drop], np.ndarray | None]
 
 
 class FetchedShards:
     """`ShardFiles` over a function that fetches one shard.
 
-    Kept are the shards of the last two announcements and the last _NUM_UNANNOUNCED of the others.
-    discard: deletes the copy of a shard, so that the next fetch brings a fresh one; None = there are no copies.
+    It keeps the shards of the last two announcements and the last _NUM_UNANNOUNCED of the others.
     """
 
     reads_ahead = True
 
     def __init__(self, fetch: Fetch, num_threads: int, discard: Callable[[int], None] | None = None) -> None:
+        """Use `fetch` in `num_threads` background threads.
+
+        `discard` deletes the copy of a shard, so that the next fetch makes a fresh one; None = there are no copies.
+        """
         self._fetch = fetch
         self._discard = discard
         self._num_threads = num_threads
@@ -58,7 +61,7 @@ class FetchedShards:
 
     def will_need(self, shards: Sequence[int]) -> None:
         with self._changed:
-            # The same list again says nothing new, and must not push out the one before it.
+            # The same list again must not replace the one before it.
             if self._stop.is_set() or tuple(shards) == self._announced:
                 return
             self._announced_before, self._announced = self._announced, tuple(shards)
@@ -66,7 +69,7 @@ class FetchedShards:
             self._drop_unneeded()
             self._changed.notify_all()
             if not self._threads:
-                # Daemons: a process that ends without `close` does not wait for what it no longer needs.
+                # Daemons, so that a process that ends without `close` does not wait for them.
                 self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._num_threads)]
                 for thread in self._threads:
                     thread.start()
@@ -75,7 +78,7 @@ class FetchedShards:
         if self._discard is None:
             return False
         with self._changed:
-            # Once: bytes that are wrong again are wrong in the dataset. Others may still hold what was there before.
+            # Only once: bytes that are wrong again are wrong in the dataset. Others may still hold the old copy.
             if shard not in self._renewed:
                 self._discard(shard)
                 self._renewed.add(shard)
@@ -93,7 +96,7 @@ class FetchedShards:
 
     def _work(self) -> None:
         while not self._stop.is_set():
-            self._fetch_next()  # a function of its own, so that a waiting thread holds on to no shard
+            self._fetch_next()  # a function of its own, so that a waiting thread keeps no shard alive
 
     def _fetch_next(self) -> None:
         with self._changed:
@@ -113,7 +116,7 @@ class FetchedShards:
         return future
 
     def _run(self, shard: int, future: Future[np.ndarray | None], *, ahead: bool) -> None:
-        """Fetch a shard for all who wait for it. After a failure the next to open it tries again."""
+        """Fetch a shard for all threads that wait for it. After a failure the next to open it tries again."""
         try:
             content = self._fetch(shard, self._stop, ahead, functools.partial(self._drop, ahead))
         except BaseException as error:  # noqa: BLE001  raised where the shard is opened
@@ -129,7 +132,7 @@ class FetchedShards:
             self._shards.pop(shard, None)
 
     def _drop(self, ahead: bool, num_bytes: int) -> bool:
-        """`Drop`: shards that are announced go last, and not at all for one that is fetched ahead."""
+        """Drop shards (`Drop`): announced ones last, and not at all for a shard that is fetched ahead."""
         with self._changed:
             idle = [shard for shard, future in self._shards.items() if future.done()]
             announced = set(self._announced)

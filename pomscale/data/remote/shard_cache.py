@@ -1,15 +1,15 @@
-"""Whole files of datasets on a disk of this node, shared by its processes.
+"""A cache of whole files of datasets on a disk of this node, shared by its processes.
 
-    PATH/room.lock                       held while room is made, by one process at a time; says how much is taken
+    PATH/room.lock                       held by the process that makes room; has the number of bytes taken
     PATH/FINGERPRINT/NAME                a shard; FINGERPRINT = the first 16 hex digits of Manifest.fingerprint
     PATH/FINGERPRINT/NAME.lock           held by the process that fetches the shard
-    PATH/FINGERPRINT/NAME.PID-TOKEN.tmp  a shard that is being fetched; its whole room is taken from the start
+    PATH/FINGERPRINT/NAME.PID-TOKEN.tmp  a shard that is being fetched; its whole size is allocated at once
     PATH/FINGERPRINT/index-SHA256.npy    an index
 
-A file under its final name is whole: it was checked on the way, and synced before it was renamed, since it is not
-hashed again after a power cut. Locks are flock's, which the kernel takes from a process that dies. An open shard has a
-shared lock until the last mapping of it is gone: that is how other processes see that it is in use. A shard that is
-deleted all the same stays readable for those who have it mapped.
+A file under its final name is whole: it was checked while it was fetched, and synced before it was renamed, since it is
+not hashed again after a power cut. Locks are flock's, which the kernel releases when a process dies. An open shard has
+a shared lock until its last mapping is gone, which tells other processes that it is in use. A shard that is deleted
+nevertheless stays readable for the processes that have it mapped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import atomic_write, make_folder, remove_leftovers
-from pomscale.config.schema import CacheConfig
+from pomscale.config.data import CacheConfig
 from pomscale.data.mapping import map_file
 from pomscale.data.remote.cache_room import INDEX, NUM_DIGITS, POLL_S, Room, forget_total, lock_of, locked
 from pomscale.data.remote.fetch import DatasetFile, fetch
@@ -41,10 +41,9 @@ _GIB = 2**30
 class ShardCache:
     """The shards of one dataset in the cache of this node. Safe to share between threads.
 
-    The limit is that of the folder, all datasets together: room is made by deleting the shards that were opened
-    longest ago, those in use last, and of these the caller's own, which it lets go, before those of others, whose room
-    the disk has again when they are no longer mapped. Indexes count but stay, since processes map them for as long as
-    they run.
+    The limit holds for the folder, all datasets together. Room is made by deleting the shards that were opened longest
+    ago, those in use last: first the caller's own, which it drops, then those of others, whose space is free once they
+    are no longer mapped. Indexes count but stay, since processes map them for as long as they run.
     """
 
     def __init__(self, location: str, manifest: Manifest, config: CacheConfig) -> None:
@@ -61,15 +60,15 @@ class ShardCache:
             )
 
     def open(self, shard: int, stop: threading.Event, ahead: bool, drop: Drop) -> np.ndarray | None:
-        """A shard, memory-mapped, fetched first if it is missing. It counts as in use for as long as the array lives.
+        """Return a shard, memory-mapped, fetched first if it is missing. It is in use for as long as the array lives.
 
-        With `ahead`, for what is not needed yet: None if another process is fetching the shard right now, or if there
-        is no room for it beside the shards in use. Errors are those of `fetch`, and PomscaleError where the disk is
-        full or fails.
+        With `ahead`, for a shard that is not needed yet, return None if another process is fetching it right now, or if
+        there is no room for it beside the shards in use. Raises the errors of `fetch`, and PomscaleError where the disk
+        is full or fails.
         """
         file = self._files[shard]
         path = self._folder / file.name
-        with _failures_told(path):
+        with _disk_errors_explained(path):
             # In a loop, since a shard may be evicted between its arrival and its opening.
             while (opened := _open_in_use(path, file.num_bytes)) is None:
                 make_folder(self._folder)  # it may have been deleted meanwhile
@@ -83,7 +82,7 @@ class ShardCache:
     def discard(self, shard: int) -> None:
         """Delete the copy of a shard, whose bytes were found to be wrong."""
         path = self._folder / self._files[shard].name
-        with _failures_told(path):
+        with _disk_errors_explained(path):
             path.unlink(missing_ok=True)
 
     def _fetch(self, file: DatasetFile, path: Path, stop: threading.Event, ahead: bool, drop: Drop) -> bool:
@@ -102,7 +101,7 @@ class ShardCache:
         return True
 
     def _reserve(self, path: Path, num_bytes: int, take_in_use: bool, stack: ExitStack) -> BufferedRandom | None:
-        """The stream of `atomic_write` with all its room, entered into `stack`. None if there is no room now."""
+        """Return the stream of `atomic_write` with all its space, entered into `stack`; None if there is no room."""
         with self._room.reserved(num_bytes, take_in_use=take_in_use) as fits:
             if not fits:
                 return None
@@ -118,19 +117,19 @@ class ShardCache:
 
 
 def local_index(location: str, manifest: Manifest, cache: CacheConfig | None) -> Path:
-    """The index of a dataset on this machine: in the folder itself, or behind a URL a copy of it, fetched once.
+    """Return the local path of a dataset's index: in the folder itself, or, for a URL, of a copy fetched once.
 
-    The copy is in the cache, without one in $XDG_CACHE_HOME/pomscale (~/.cache/pomscale). Errors are those of `fetch`,
-    and PomscaleError where the disk is full or fails.
+    The copy is in the cache; without a cache in $XDG_CACHE_HOME/pomscale (~/.cache/pomscale). Raises the errors of
+    `fetch`, and PomscaleError where the disk is full or fails.
     """
     folder = local_folder(location)
     if folder is not None:
         return folder / INDEX_NAME
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    root = home / "pomscale" if cache is None else Path(cache.path)
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = user_cache / "pomscale" if cache is None else Path(cache.path)
     file = DatasetFile(location, INDEX_NAME, manifest.index.num_bytes, manifest.index.sha256)
     path = _make_dataset_folder(root, manifest) / f"index-{file.sha256[:16]}{INDEX}"
-    with _failures_told(path), locked(lock_of(path)):
+    with _disk_errors_explained(path), locked(lock_of(path)):
         if not _is_whole(path, file.num_bytes):
             remove_leftovers(path.parent, path.name)
             with atomic_write(path) as stream:
@@ -154,7 +153,7 @@ def _fetch_into(stream: BufferedRandom, file: DatasetFile, stop: threading.Event
 
 
 def _open_in_use(path: Path, num_bytes: int) -> np.ndarray | None:
-    """A shard with the lock that says so, which the mapping keeps. None if it is not there, or not whole."""
+    """Map a shard with a shared lock, which the mapping keeps. None if it is missing, or not whole."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -163,7 +162,7 @@ def _open_in_use(path: Path, num_bytes: int) -> np.ndarray | None:
         fcntl.flock(file, fcntl.LOCK_SH)
         if os.fstat(file.fileno()).st_size != num_bytes:
             return None
-        now = time.time_ns()  # by the kernel's own clock shards that are opened together would tie
+        now = time.time_ns()  # the kernel's own clock would give shards that are opened together the same time
         os.utime(file.fileno(), ns=(now, now))
         return map_file(file, num_bytes)
 
@@ -176,8 +175,8 @@ def _is_whole(path: Path, num_bytes: int) -> bool:
 
 
 @contextmanager
-def _failures_told(path: Path) -> Iterator[None]:
-    """What this machine fails to do with the cache is no fault of the dataset."""
+def _disk_errors_explained(path: Path) -> Iterator[None]:
+    """Turn errors of the cache's disk into errors that do not blame the dataset."""
     try:
         yield
     except OSError as error:

@@ -11,7 +11,7 @@ from pomscale.diffusion.samplers.types import Denoiser
 
 
 def ddim(objective: Objective, denoise: Denoiser, x: Tensor, times: Tensor) -> Tensor:
-    """x (b, ...) at times[0] -> x (b, ...) at times[-1], one network evaluation per step.
+    """Return x (b, ...) at times[-1] from x (b, ...) at times[0], by one network evaluation per step.
 
     Estimate (x0, eps) from the prediction, then mix them again for the next time. On every path this equals
     Euler in the path's own variables; DDIM is the form that never divides by alpha of the next time.

@@ -11,7 +11,7 @@ from pomscale.diffusion.samplers.types import Denoiser
 
 
 def euler(objective: Objective, denoise: Denoiser, x: Tensor, times: Tensor) -> Tensor:
-    """x (b, ...) at times[0] -> x (b, ...) at times[-1], one network evaluation per step."""
+    """Return x (b, ...) at times[-1] from x (b, ...) at times[0], by one network evaluation per step."""
     for t, t_next in pairwise(times.to(x.device)):
         y, s = objective.to_ode(x, t)
         _, s_next = objective.to_ode(x, t_next)

@@ -11,7 +11,7 @@ from pomscale.diffusion.samplers.types import Denoiser
 
 
 def heun(objective: Objective, denoise: Denoiser, x: Tensor, times: Tensor) -> Tensor:
-    """x (b, ...) at times[0] -> x (b, ...) at times[-1], two network evaluations per step.
+    """Return x (b, ...) at times[-1] from x (b, ...) at times[0], by two network evaluations per step.
 
     A step that ends at t = 0 is an Euler step, as in EDM: no network was trained on data without noise.
     """

@@ -1,4 +1,4 @@
-"""What samplers share: the shape of a denoiser and of a sampler."""
+"""Types of a denoiser and of a sampler."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The report of runs: one picture and one self-contained HTML page."""
+"""Report of one or several runs: one picture and one self-contained HTML page."""

@@ -1,4 +1,4 @@
-"""The report of several runs, side by side: where they differ in what they were asked for and in what came of it."""
+"""Report of several runs side by side: how their recipes and their results differ."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from pomscale.base.console import format_count, format_duration
 from pomscale.monitoring.report import html
 from pomscale.monitoring.report.plots import Panel, Style, draw_overview, draw_panel, draw_times, run_styles
 from pomscale.monitoring.report.run import Run, evaluation_figures, read_object, sample_grids, sample_prompts
+from pomscale.runs.layout import CODE_STATE_FILE, RECIPE_FILE
 from pomscale.runs.metric_names import EVALUATION_PREFIX, GOODPUT_PREFIX, VALIDATION_BIN_PREFIX, WALL_TIME, describe
 
-# What most readers compare; everything else that was logged is one click away.
+# Metrics that most readers compare; all others that were logged are one click away.
 _FOREMOST = ("train/loss", "validation/loss", "speed/samples_per_s", "speed/mfu", "memory/peak_gib")
 
 _CURVES = (
@@ -33,12 +34,13 @@ _CSS_DASHES = {"-": "solid", "--": "dashed", ":": "dotted"}
 
 
 def overview(runs: Sequence[Run]) -> bytes:
-    """PNG of all curves."""
+    """Return a PNG of all curves."""
     named = _named(runs)
     return draw_overview(_title(named), _panels(named), _times(named), styles=run_styles(list(named)))
 
 
 def page(runs: Sequence[Run]) -> str:
+    """Return the page as HTML."""
     named = _named(runs)
     styles = run_styles(list(named))
     plots = [html.plot(draw_panel(panel, styles=styles), panel.title) for panel in _panels(named)]
@@ -62,7 +64,7 @@ def _title(names: Iterable[str]) -> str:
 
 
 def _named(runs: Sequence[Run]) -> dict[str, Run]:
-    """By the end of their paths, as much of it as tells them apart."""
+    """Name each run by the last parts of its path, as many as it takes to tell them apart."""
     num_parts = 1
     while len({_tail(run.folder, num_parts) for run in runs}) < len(runs):
         num_parts += 1
@@ -74,7 +76,7 @@ def _tail(folder: Path, num_parts: int) -> str:
 
 
 def _panels(named: Mapping[str, Run]) -> list[Panel]:
-    """A plot for every curve that at least one run has."""
+    """Return a panel for every curve that at least one run has."""
 
     def lines(metric: str) -> dict[str, tuple[list[int], list[float]]]:
         return {name: run.history.series[metric] for name, run in named.items() if metric in run.history.series}
@@ -128,7 +130,7 @@ def _runs_table(named: Mapping[str, Run]) -> str:
                 format_count(run.last_samples),
                 format_duration(sum(times.seconds.values())) if times is not None else html.MISSING,
                 f"{times.productive_share:.1%}" if times is not None else html.MISSING,
-                str(len(run.history.incarnations)),
+                str(len(run.history.starts)),
                 html.utc(last) if last is not None else html.MISSING,
             ]
         )
@@ -141,7 +143,7 @@ def _figures(named: Mapping[str, Run]) -> str:
     foremost = [metric for metric in _FOREMOST if metric in metrics]
     evaluations = [names[0] for names in evaluation_figures(metrics) if len(names) == 1]
     rest = [metric for metric in metrics if metric not in {*foremost, *evaluations}]
-    rest = [metric for metric in rest if not metric.startswith(GOODPUT_PREFIX)]  # the wall time says it better
+    rest = [metric for metric in rest if not metric.startswith(GOODPUT_PREFIX)]  # the table of wall time shows these
     return _figures_table(named, [*foremost, *evaluations]) + html.folded(
         f"{len(rest)} more", _figures_table(named, rest)
     )
@@ -163,7 +165,7 @@ def _last(run: Run, metric: str) -> str:
 
 
 def _differences(named: Mapping[str, Run]) -> str:
-    """Keys of recipe, code and versions that are not the same for all; a run that lacks a key counts as different."""
+    """Return a table of keys of recipe, code and versions that differ; a run that lacks a key counts as different."""
     asked = {name: _asked_for(run) for name, run in named.items()}
     keys = dict.fromkeys(key for content in asked.values() for key in content)
     rows = []
@@ -177,21 +179,21 @@ def _differences(named: Mapping[str, Run]) -> str:
 
 
 def _asked_for(run: Run) -> dict[str, str]:
-    recipe = run.folder / "recipe.yaml"
+    recipe = run.folder / RECIPE_FILE
     content: dict[str, Any] = {}
     if recipe.is_file():
         content = _without_lists(yaml.safe_load(recipe.read_text(encoding="utf-8")))
-    code = read_object(run.folder / "code.json")
+    code = read_object(run.folder / CODE_STATE_FILE)
     if "git_commit" in code:
         content["code"] = {"git_commit": str(code["git_commit"])[:12], "dirty": code.get("dirty", False)}
-    if run.history.incarnations:
-        newest = run.history.incarnations[-1]
+    if run.history.starts:
+        newest = run.history.starts[-1]
         content |= {"num_ranks": newest["num_ranks"], "versions": newest.get("versions", {})}
     return dict(html.flatten(content))
 
 
 def _without_lists(recipe: Any) -> Any:
-    """Lists as one value each, since their places have no names."""
+    """Return the recipe with each list as one value, since positions in a list have no names."""
     if isinstance(recipe, dict):
         return {str(key): _without_lists(value) for key, value in recipe.items()}
     return json.dumps(recipe) if isinstance(recipe, list) else recipe

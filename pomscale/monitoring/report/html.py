@@ -1,4 +1,4 @@
-"""What the pages of the report are made of: HTML that loads nothing, with every text escaped."""
+"""HTML elements of the report's pages, which load nothing and have every text escaped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-# Browsers give up on pages of hundreds of megabytes; a larger clip is named instead.
+# A larger clip is named instead of shown: browsers cannot show pages of hundreds of megabytes.
 MAX_CLIP_BYTES = 8 << 20
 MISSING = "–"
 
@@ -76,13 +76,13 @@ pre { margin: 0; font: .82rem/1.45 ui-monospace, Menlo, Consolas, monospace; }
 
 
 def page(title: str, sections: Iterable[str]) -> str:
-    """The page. Its content security policy forbids everything but inline styles and inline pictures and clips."""
+    """Return a page, whose content security policy forbids all but inline styles and inline pictures and clips."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'\">\n"
-        # Browsers ask every site for an icon; here the policy would have them complain.
+        # Browsers ask every site for an icon, which the policy would make an error.
         '<link rel="icon" href="data:,">\n'
         f"<title>{escape(title)} · pomscale report</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(filter(None, sections))
@@ -91,52 +91,55 @@ def page(title: str, sections: Iterable[str]) -> str:
 
 
 def section(title: str, body: str) -> str:
-    """Nothing, where there is nothing to tell."""
+    """Return a section; nothing for an empty body."""
     return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>" if body else ""
 
 
 def tiles(shown: Iterable[tuple[str, str]]) -> str:
-    """(label, value) pairs."""
+    """Return tiles of (label, value) pairs."""
     cells = (f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in shown)
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
 def note(text: str) -> str:
+    """Return a note; nothing for an empty text."""
     return f'<p class="note">{escape(text)}</p>' if text else ""
 
 
 def grid(kind: str, figures: Sequence[str]) -> str:
-    """kind: "plots" or "grids", smaller ones."""
+    """Return figures in a grid of one of two kinds: "plots", or "grids", which are smaller."""
     return f'<div class="{kind}">{"".join(figures)}</div>' if figures else ""
 
 
 def plot(png: bytes, alt: str) -> str:
+    """Return a plot, with a description for people who cannot see it."""
     return _figure(_image(png, "image/png", alt), "")
 
 
 def without_posters(media: Iterable[Path]) -> list[Path]:
-    """Pictures that are the poster of a clip among `media` are left out: NAME.png of NAME.mp4."""
+    """Return `media` without the pictures that are the poster of a clip among them: NAME.png of NAME.mp4."""
     media = list(media)
     posters = {poster_of(path) for path in media if is_clip(path)}
     return [path for path in media if path not in posters]
 
 
 def is_clip(path: Path) -> bool:
+    """Whether a file is a clip, by its suffix."""
     return _MEDIA_TYPES[path.suffix.lower()].startswith("video/")
 
 
 def poster_of(clip: Path) -> Path:
-    """What is shown of a clip before it is played, if there is such a file."""
+    """Return the path of a clip's poster, the picture that is shown before it is played; the file may be missing."""
     return clip.with_suffix(".png")
 
 
 def medium(path: Path, caption: str, rows: Sequence[str] = ()) -> str:
-    """A picture, or a clip with its poster, from disk; what is gone or too large for a page is only named.
+    """Return a picture, or a clip with its poster, from disk; a file that is gone or too large is only named.
 
-    rows: what is in the rows of the picture or clip, from the top.
+    `rows` describes the rows of the picture or clip, from the top.
     """
     content, problem = _read(path)
-    told = f"{caption}: {problem}" if problem else caption
+    full_caption = f"{caption}: {problem}" if problem else caption
     shown = ""
     if is_clip(path):
         poster, _ = _read(poster_of(path))
@@ -148,11 +151,11 @@ def medium(path: Path, caption: str, rows: Sequence[str] = ()) -> str:
             shown = _image(poster, "image/png", caption)
     elif content:
         shown = _image(content, _MEDIA_TYPES[path.suffix.lower()], caption)
-    return _figure(shown, told, rows)
+    return _figure(shown, full_caption, rows)
 
 
 def _read(path: Path) -> tuple[bytes, str]:
-    """(content, why there is none): empty where there is something."""
+    """Return the content of a file, and the reason why there is none, which is empty where there is content."""
     try:
         num_bytes = path.stat().st_size
         if num_bytes > MAX_CLIP_BYTES:
@@ -164,7 +167,7 @@ def _read(path: Path) -> tuple[bytes, str]:
 
 
 def _image(content: bytes, media_type: str, alt: str) -> str:
-    width = int.from_bytes(content[16:20], "big") if media_type == "image/png" else None  # of the PNG header
+    width = int.from_bytes(content[16:20], "big") if media_type == "image/png" else None  # from the PNG header
     kind = ' class="small"' if width and width < 400 else ""  # tiny pictures are enlarged: show pixels, no blur
     return f'<img{kind} src="{_data(content, media_type)}" alt="{escape(alt)}">'
 
@@ -175,16 +178,20 @@ def _data(content: bytes, media_type: str) -> str:
 
 def _figure(body: str, caption: str, rows: Sequence[str] = ()) -> str:
     listed = "".join(f"<li>{escape(row)}</li>" for row in rows)
-    told = escape(caption) + (f"<ol>{listed}</ol>" if listed else "")
-    return f"<figure>{body}{f'<figcaption>{told}</figcaption>' if told else ''}</figure>"
+    text = escape(caption) + (f"<ol>{listed}</ol>" if listed else "")
+    return f"<figure>{body}{f'<figcaption>{text}</figcaption>' if text else ''}</figure>"
 
 
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: int | None = None, wide: bool = False
 ) -> str:
-    """Cells are text, or HTML made by `described`; columns from numbers_from on hold numbers.
+    """Return a table; nothing without rows.
 
-    wide: has a column per run or figure; the first stays in view when the others are scrolled.
+    Args:
+        head: headings of the columns.
+        rows: cells, which are text, or HTML made by `described`.
+        numbers_from: first column that holds numbers.
+        wide: the table has a column per run or figure; the first stays in view when the others are scrolled.
     """
     if not rows:
         return ""
@@ -200,11 +207,11 @@ def table(
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """Text that is HTML already, and not escaped again."""
 
 
 def described(text: str, description: str) -> Html:
-    """A cell with small print below."""
+    """Return a cell with a description in small print below the text."""
     return Html(escape(text) + (f"<small>{escape(description)}</small>" if description else ""))
 
 
@@ -213,7 +220,7 @@ def _cell(text: str) -> str:
 
 
 def key_values(content: Mapping[str, Any]) -> str:
-    """Keys of inner objects are joined by dots."""
+    """Return a table of keys and values; keys of inner objects are joined by dots."""
     rows = "".join(
         f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in flatten(content)
     )
@@ -221,16 +228,17 @@ def key_values(content: Mapping[str, Any]) -> str:
 
 
 def preformatted(text: str) -> str:
+    """Return a text with its line breaks and spaces."""
     return f'<div class="card"><pre>{escape(text)}</pre></div>'
 
 
 def folded(title: str, body: str) -> str:
-    """To be opened by a click."""
+    """Return a body that a click opens; nothing for an empty one."""
     return f"<details><summary>{escape(title)}</summary>{body}</details>" if body else ""
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Dotted keys and values as text."""
+    """Return dotted keys and values as text."""
     rows: list[tuple[str, str]] = []
     for key, value in content.items():
         if isinstance(value, dict) and value:
@@ -241,4 +249,5 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
 
 
 def utc(time_unix_s: float) -> str:
+    """Return a moment as text, in UTC."""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(time_unix_s))

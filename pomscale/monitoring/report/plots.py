@@ -18,12 +18,12 @@ from pomscale.runs.ledger import Goodput
 
 INK, MUTED, RULE = "#1f2733", "#5f6b7a", "#e3e7ed"
 
-# Okabe & Ito's colours, which people who see no red or green tell apart too; without their yellow, which is lost on
+# Colours of Okabe and Ito, which colour-blind people can tell apart too, without their yellow, which is invisible on
 # white. Those that differ most come first.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 DASHES = ("-", "--", ":")
 
-# Bluish green is what counts; everything else is told apart by hue, what is nobody's fault in greys.
+# Green is the time that counts, grey the time that is not the fault of the run.
 _TIME_COLORS = {
     "productive": "#009e73",
     "lost": "#b3261e",
@@ -43,14 +43,22 @@ _MAX_LABEL = 28
 
 @dataclass(frozen=True)
 class Style:
+    """Colour and dashes of a line."""
+
     color: Any
     dash: str = "-"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot. lines: label -> (x, y); noisy: show a running mean over a faint curve. x_name: "samples" or what else
-    the numbers on the x axis are."""
+    """One plot.
+
+    Attributes:
+        title: title.
+        lines: label -> (x, y).
+        noisy: show a running mean over a faint curve.
+        x_name: "samples", or the name of other numbers on the x axis.
+    """
 
     title: str
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
@@ -59,12 +67,12 @@ class Panel:
 
     @property
     def varies(self) -> bool:
-        """Whether there is anything to see that one number would not say."""
+        """Whether the lines have more than one value."""
         return len({value for _, y in self.lines.values() for value in y}) > 1
 
 
 def run_styles(names: Sequence[str]) -> dict[str, Style]:
-    """A style for each run, the same in every plot."""
+    """Return a style for each run, the same in every plot."""
     return {
         name: Style(COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)])
         for number, name in enumerate(names)
@@ -79,12 +87,12 @@ def draw_overview(
     resumed_at: Sequence[int] = (),
     styles: Mapping[str, Style] | None = None,
 ) -> bytes:
-    """All panels, two in a row, and where the time of each run went below them."""
+    """Return a PNG of all panels, two in a row, with the wall time of each run below them."""
     num_rows = -(-len(panels) // 2)
     heights = [3.1] * num_rows + ([_times_height(len(times))] if times else [])
     figure = Figure(figsize=(12, 0.6 + sum(heights)), layout="constrained")
     figure.suptitle(title, color=INK, fontsize=14, fontweight="bold", parse_math=False)
-    if not heights:  # a run that has not come to its first step
+    if not heights:  # the run has not taken its first step
         return _png(figure)
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     for index, panel in enumerate(panels):
@@ -95,13 +103,14 @@ def draw_overview(
 
 
 def draw_panel(panel: Panel, resumed_at: Sequence[int] = (), styles: Mapping[str, Style] | None = None) -> bytes:
+    """Return a PNG of one panel."""
     figure = Figure(figsize=(5.2, 3), layout="constrained")
     _draw(figure.add_subplot(), panel, resumed_at, styles)
     return _png(figure)
 
 
 def draw_times(times: Mapping[str, Goodput]) -> bytes:
-    """All wall time as one bar per run."""
+    """Return a PNG of all wall time as one bar per run."""
     figure = Figure(figsize=(10.6, _times_height(len(times))), layout="constrained")
     _draw_times(figure.add_subplot(), times)
     return _png(figure)
@@ -118,7 +127,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def _draw(axes: Axes, panel: Panel, resumed_at: Sequence[int], styles: Mapping[str, Style] | None) -> None:
-    # A handful of quantities are told apart by hue, an ordered family of bins by lightness.
+    # Up to four lines differ by hue; more are an ordered family of bins, and differ by lightness.
     ordered = styles is None and len(panel.lines) > 4
     if ordered:
         ramp = colormaps["viridis"](np.linspace(0.0, 0.85, len(panel.lines)))
@@ -182,17 +191,17 @@ def _draw_times(axes: Axes, times: Mapping[str, Goodput]) -> None:
             begin += seconds / total
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
-    told = {
+    words = {
         name: f"{format_duration(sum(of.seconds.values()))}, {of.productive_share:.1%}" for name, of in times.items()
     }
     if len(times) == 1:
-        (only,) = told.values()
+        (only,) = words.values()
         title = f"wall time {only.replace(', ', ', productive ')}"
         axes.set_axis_off()
     else:
         title = "wall time, and how much of it was productive"
         axes.set_yticks(
-            range(len(times)), [f"{_short(name)}\n{words}" for name, words in told.items()], parse_math=False
+            range(len(times)), [f"{_short(name)}\n{text}" for name, text in words.items()], parse_math=False
         )
         axes.tick_params(colors=MUTED, labelsize=8.5, length=0, labelbottom=False)
         for spine in axes.spines.values():
@@ -202,13 +211,13 @@ def _draw_times(axes: Axes, times: Mapping[str, Goodput]) -> None:
 
 
 def _short(label: str) -> str:
-    """What runs are called begins and ends in what tells them apart, mostly."""
+    """Shorten a label in the middle: names of runs mostly differ at their beginning or end."""
     half = _MAX_LABEL // 2
     return label if len(label) <= _MAX_LABEL else f"{label[:half]}…{label[1 - half :]}"
 
 
 def _spans_decades(lines: Sequence[Sequence[float]]) -> bool:
-    """Whether a logarithmic axis shows more: all values positive, the largest 30 times the smallest."""
+    """Whether a logarithmic axis is better: all values are positive, and the largest is over 30 times the smallest."""
     values = np.concatenate([np.asarray(line, float) for line in lines])
     values = values[np.isfinite(values)]
     return values.size > 0 and values.min() > 0 and values.max() > 30 * values.min()

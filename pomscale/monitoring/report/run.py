@@ -1,6 +1,6 @@
-"""The report of one run.
+"""Report of one run.
 
-Next to metrics.jsonl these are shown where they exist: recipe.yaml, outcome.json, code.json, incarnations.jsonl,
+Beside metrics.jsonl these are shown where they exist: recipe.yaml, outcome.json, code.json, incarnations.jsonl,
 events.jsonl, evaluations.jsonl, evaluations/*/*/failed.json, samples/ and checkpoints/*/.
 """
 
@@ -20,9 +20,21 @@ from pomscale.base.console import format_count, format_duration
 from pomscale.base.jsonl import read_json_lines
 from pomscale.monitoring.report import html
 from pomscale.monitoring.report.plots import Panel, draw_overview, draw_panel, draw_times
+from pomscale.runs.checkpoint_folder import is_complete
 from pomscale.runs.evaluation_log import IMAGES, VIDEOS, Evaluation
 from pomscale.runs.history import History
-from pomscale.runs.ledger import EVENTS_FILE, Goodput
+from pomscale.runs.layout import (
+    CHECKPOINT_META,
+    CHECKPOINTS_FOLDER,
+    CODE_STATE_FILE,
+    EVALUATIONS_FOLDER,
+    EVENTS_FILE,
+    FAILED_FILE,
+    OUTCOME_FILE,
+    RECIPE_FILE,
+    SAMPLES_FOLDER,
+)
+from pomscale.runs.ledger import Goodput
 from pomscale.runs.metric_names import EVALUATION_PREFIX, VALIDATION_BIN_PREFIX, WALL_TIME, describe
 
 NUM_SAMPLE_GRIDS = 4
@@ -33,7 +45,7 @@ _FAMILY = re.compile(r"(.+)_\d+$")
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder tells. times: None without a ledger."""
+    """Content of a run folder; times is None without a ledger."""
 
     folder: Path
     history: History
@@ -41,32 +53,37 @@ class Run:
 
     @property
     def outcome(self) -> dict[str, Any]:
-        return read_object(self.folder / "outcome.json")
+        """Content of outcome.json; empty without the file."""
+        return read_object(self.folder / OUTCOME_FILE)
 
     @property
     def state(self) -> str:
+        """State in which the newest start ended, in words."""
         outcome = self.outcome
         return str(outcome.get("state", "outcome unreadable")) if outcome else "no outcome yet: running or killed"
 
     @property
     def last_samples(self) -> int:
+        """Samples of the last row that counts."""
         return max(samples[-1] for samples, _ in self.history.series.values())
 
     def last(self, metric: str) -> float | None:
+        """Return the last value of a metric; None if it was never logged."""
         series = self.history.series.get(metric)
         return series[1][-1] if series else None
 
 
 def overview(run: Run) -> bytes:
-    """PNG of all curves."""
+    """Return a PNG of all curves."""
     times = {run.folder.name: run.times} if run.times is not None else {}
     return draw_overview(run.folder.name, _panels(run.history), times, resumed_at=run.history.resumed_at)
 
 
 def page(run: Run) -> str:
+    """Return the page as HTML."""
     history, folder = run.history, run.folder
-    versions = history.incarnations[-1].get("versions", {}) if history.incarnations else {}
-    recipe = folder / "recipe.yaml"
+    versions = history.starts[-1].get("versions", {}) if history.starts else {}
+    recipe = folder / RECIPE_FILE
     return html.page(
         folder.name,
         [
@@ -82,7 +99,7 @@ def page(run: Run) -> str:
             html.section("Starts", _starts(history)),
             html.section("Checkpoints", _checkpoints(folder)),
             html.section("Data", html.key_values(_data_card(folder))),
-            html.section("Code", html.key_values(read_object(folder / "code.json"))),
+            html.section("Code", html.key_values(read_object(folder / CODE_STATE_FILE))),
             html.section("Versions", html.key_values(versions)),
             html.section(
                 "Recipe",
@@ -93,14 +110,14 @@ def page(run: Run) -> str:
 
 
 def sample_grids(folder: Path) -> list[Path]:
-    """The newest first; file names begin with the samples seen, so their order is that of the run."""
-    media = [path for path in (folder / "samples").glob("*") if path.suffix.lower() in IMAGES + VIDEOS]
+    """Return the newest sample grids and clips, newest first; their names begin with the samples seen."""
+    media = [path for path in (folder / SAMPLES_FOLDER).glob("*") if path.suffix.lower() in IMAGES + VIDEOS]
     return sorted(html.without_posters(media))[: -NUM_SAMPLE_GRIDS - 1 : -1]
 
 
 def sample_prompts(folder: Path) -> list[str]:
-    """What the rows of the run's clips are to show, by its recipe; empty for pictures, and where it is damaged."""
-    recipe = folder / "recipe.yaml"
+    """Return the prompts of the rows of the run's clips, by its recipe; empty for pictures or a damaged recipe."""
+    recipe = folder / RECIPE_FILE
     try:
         content = yaml.safe_load(recipe.read_bytes())
         return [str(prompt) for prompt in content["sampling"]["prompts"]]
@@ -114,7 +131,7 @@ def _samples(folder: Path) -> list[str]:
 
 
 def evaluation_figures(series: Iterable[str]) -> list[list[str]]:
-    """Names of evaluations' figures, those of one family (KEY_00, KEY_01, ...) together."""
+    """Return the names of evaluations' figures, grouped by family (KEY_00, KEY_01, ...)."""
     families: dict[str, list[str]] = {}
     for name in sorted(name for name in series if name.startswith(EVALUATION_PREFIX)):
         family = _FAMILY.fullmatch(name)
@@ -123,7 +140,7 @@ def evaluation_figures(series: Iterable[str]) -> list[list[str]]:
 
 
 def _panels(history: History) -> list[Panel]:
-    """The plots for which the run has data, in reading order."""
+    """Return the panels for which the run has data, in reading order."""
 
     def lines(names: Mapping[str, str]) -> dict[str, tuple[list[int], list[float]]]:
         return {label: history.series[name] for name, label in names.items() if name in history.series}
@@ -143,7 +160,7 @@ def _panels(history: History) -> list[Panel]:
             "memory, GiB",
             lines({"memory/peak_gib": "peak", "host/memory_gib": "host", "host/process_memory_gib": "process"}),
         ),
-        # What is measured of the real pictures each time is always the same; the tables have it.
+        # Figures of real pictures are the same at each evaluation: they are shown in the tables only.
         *(panel for names in evaluation_figures(history.series) if (panel := _evaluation_panel(names, history)).varies),
     ]
     return [panel for panel in panels if panel.lines]
@@ -188,7 +205,7 @@ def _tiles(run: Run) -> str:
 
 
 def _evaluations(run: Run) -> str:
-    """By evaluation: its figures over the checkpoints, the newest first, its newest pictures, and what has failed."""
+    """Return each evaluation: its figures by checkpoint, newest first, its newest pictures, and its failures."""
     by_name: dict[str, list[Evaluation]] = {}
     for evaluation in run.history.evaluations:
         for name in {_evaluation_of(figure) for figure in (*evaluation.metrics, *evaluation.pictures)}:
@@ -236,11 +253,11 @@ def _evaluation_of(figure: str) -> str:
 
 
 def _failed_evaluations(folder: Path) -> dict[str, list[str]]:
-    """By evaluation, one line for each checkpoint that was given up."""
+    """Return, by evaluation, one line for each checkpoint whose evaluation failed."""
     failures: dict[str, list[str]] = {}
-    for path in sorted((folder / "evaluations").glob("*/samples-*/failed.json")):
+    for path in sorted((folder / EVALUATIONS_FOLDER).glob(f"*/samples-*/{FAILED_FILE}")):
         samples = int(path.parent.name.removeprefix("samples-"))
-        reason = read_object(path).get("reason", "its failed.json cannot be read")
+        reason = read_object(path).get("reason", f"its {FAILED_FILE} cannot be read")
         failures.setdefault(path.parent.parent.name, []).append(f"failed at {format_count(samples)} samples: {reason}")
     return failures
 
@@ -250,7 +267,7 @@ def _number(value: float | None) -> str:
 
 
 def _wall_time(times: Goodput | None) -> str:
-    """Where the time went, over all incarnations, and what happened."""
+    """Return the wall time by kind, over all starts, and the number of each event."""
     if times is None:
         return ""
     total = sum(times.seconds.values())
@@ -265,7 +282,7 @@ def _wall_time(times: Goodput | None) -> str:
 
 
 def _alerts(folder: Path) -> str:
-    """The newest first."""
+    """Return a table of the alerts, newest first."""
     rows, _ = read_json_lines(folder / EVENTS_FILE)
     alerts = [row for row in rows if row.get("event") == "alert"][: -_NUM_ALERTS - 1 : -1]
     shown = [
@@ -291,7 +308,7 @@ def _starts(history: History) -> str:
             str(start["num_ranks"]),
             start["host"],
         ]
-        for start in history.incarnations
+        for start in history.starts
     ]
     return html.table(["started", "from samples", "ranks", "host"], rows)
 
@@ -302,20 +319,20 @@ def _checkpoints(folder: Path) -> str:
         try:
             size_mib = sum(file.stat().st_size for file in checkpoint.rglob("*")) / 2**20
         except FileNotFoundError:
-            continue  # the run that is going on has just replaced it by a newer one
-        state = "complete" if (checkpoint / "COMPLETE").exists() else "incomplete, never loaded"
+            continue  # the run, which is alive, has just deleted it
+        state = "complete" if is_complete(checkpoint) else "incomplete, never loaded"
         rows.append([checkpoint.name, f"{size_mib:.1f} MiB", state])
     return html.table(["folder", "size", "state"], rows)
 
 
 def _checkpoint_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in (folder / "checkpoints").glob("*") if path.is_dir())
+    return sorted(path for path in (folder / CHECKPOINTS_FOLDER).glob("*") if path.is_dir())
 
 
 def _data_card(folder: Path) -> dict[str, Any]:
-    """Where the training data lay, its fingerprint and how it was normalised, by the newest readable checkpoint."""
+    """Return location, fingerprint and normalisation of the training data, from the newest readable checkpoint."""
     for checkpoint in reversed(_checkpoint_folders(folder)):
-        meta = read_object(checkpoint / "checkpoint.json")
+        meta = read_object(checkpoint / CHECKPOINT_META)
         if "data" in meta:
             shown = ("codec", "codec_identity", "latent_mean", "latent_std")
             datasets = {f"dataset {number}": dataset for number, dataset in enumerate(meta["data"])}
@@ -324,7 +341,7 @@ def _data_card(folder: Path) -> dict[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty without the file, and the reason when it was cut off by a kill."""
+    """Return the JSON object in a file; empty without the file, and the reason where it cannot be read."""
     if not path.exists():
         return {}
     try:

@@ -1,7 +1,7 @@
-"""`pomscale report`: run folders as one picture and one self-contained HTML page; several of them side by side.
+"""Report of run folders as one picture and one self-contained HTML page (`pomscale report`).
 
-Only files of the run folders are read, so it works without a network, on a run that is still going, and on one that
-was killed. The page loads nothing: pictures and clips are inside of it.
+Only files of the run folders are read, so it works without a network, on a run that is still running, and on one that
+was killed. The page loads nothing: it contains its pictures and clips.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from pomscale.base.files import atomic_write, make_folder, write_text
 from pomscale.monitoring.report import compare, run
 from pomscale.monitoring.report.run import Run
 from pomscale.runs.history import read_history
+from pomscale.runs.layout import REPORT_NAME
 from pomscale.runs.ledger import goodput
 
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """left_out: of several runs, those that have logged nothing yet."""
+    """Paths of a report, and the runs that were left out since they have logged nothing yet."""
 
     png: Path
     html: Path
@@ -30,8 +31,8 @@ class ReportPaths:
 def write_report(run_folders: Sequence[Path], out: Path | None = None) -> ReportPaths:
     """Write report.png and report.html into the folder `out`.
 
-    Default: the run folder; of several runs the folder that holds the first, as comparison.png and comparison.html.
-    Raises InputError for a run that has logged nothing yet, if no other has, and for one that is named twice.
+    By default `out` is the run folder. The report of several runs is comparison.png and comparison.html, by default in
+    the folder that holds the first one. Raises InputError if no run has logged anything yet, or one is named twice.
     """
     runs, problems = [], {}
     for folder in run_folders:
@@ -44,7 +45,7 @@ def write_report(run_folders: Sequence[Path], out: Path | None = None) -> Report
     if len({run.folder for run in runs}) < len(runs):
         raise InputError("report: the same run is named twice")
     if len(runs) == 1:
-        folder, name = out or runs[0].folder, "report"
+        folder, name = out or runs[0].folder, REPORT_NAME
         png, page = run.overview(runs[0]), run.page(runs[0])
     else:
         folder, name = out or runs[0].folder.parent, "comparison"

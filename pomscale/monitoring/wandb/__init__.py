@@ -1,1 +1,1 @@
-"""wandb as one view of a run."""
+"""View of a run in wandb: its wandb run, and the sink that logs into it."""

@@ -1,4 +1,4 @@
-"""The wandb run of a run folder: which it is, who may write into it, and how it is opened."""
+"""The wandb run of a run folder: its id, the lock of the process that writes into it, and opening it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,27 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from pomscale.base.errors import InputError
 from pomscale.base.files import write_text
 from pomscale.config.monitoring import WandbConfig
+from pomscale.runs.layout import (
+    CODE_DIFF_FILE,
+    CODE_FOLDER,
+    CODE_STATE_FILE,
+    RECIPE_FILE,
+    WANDB_FOLDER,
+    WANDB_ID_FILE,
+    WANDB_LOCK_FILE,
+)
 from pomscale.runs.metric_names import EVALUATION_PREFIX
 
 if TYPE_CHECKING:
     from wandb import Run
 
-ID_FILE, LOCK_FILE = "wandb_id.txt", "wandb.lock"
-INIT_TIMEOUT_S = 30.0  # every rank of the job waits at the start while wandb's server does not answer
+INIT_TIMEOUT_S = 30.0  # while wandb's server does not answer, every rank of the job waits at the start
 
 _FLUSH_EVERY_S = 1.0
-_LOCK_TIMEOUT_S = 60.0  # whoever brings an evaluation has gone by then
+_LOCK_TIMEOUT_S = 60.0  # a process that delivers an evaluation has ended by then
 _NAME_EVERY_S = 1.1  # wandb names its folders by the second
 
-# What is shown of a metric beside its curve; of all others it is the last value.
+# Values that are shown of a metric beside its curve; of all others it is the last value.
 _SUMMARIES = {
     "samples": "max",
     "train/loss": "min,last",
@@ -40,10 +48,10 @@ logger = logging.getLogger(__name__)
 
 
 class WandbRun:
-    """Opens the one wandb run of a run folder, again and again if need be.
+    """Opener of the one wandb run of a run folder, which may be opened many times.
 
     The wandb id is drawn once and kept in RUN/wandb_id.txt. All files go to RUN/wandb, also those that wandb would
-    stage in the home folder: a run folder has all that `wandb sync` needs. lock: held already; None = it is waited for.
+    stage in the user's home directory: a run folder has all that `wandb sync` needs.
     """
 
     def __init__(
@@ -54,8 +62,9 @@ class WandbRun:
         recipe_dump: dict[str, Any],
         lock: WandbLock | None = None,
     ) -> None:
-        os.environ.setdefault("WANDB_DATA_DIR", str(run_folder / "wandb"))
-        # Here and not above: with wandb disabled, and on every rank but 0, nobody pays its half second of import.
+        """Prepare to open the wandb run, without opening it. `lock` is held already; None = `open` waits for it."""
+        os.environ.setdefault("WANDB_DATA_DIR", str(run_folder / WANDB_FOLDER))
+        # Imported here, which takes half a second, and so not with wandb disabled, nor on any rank but 0.
         import wandb  # noqa: PLC0415
 
         self.wandb = wandb
@@ -68,9 +77,10 @@ class WandbRun:
         self._opened_s = float("-inf")
 
     def open(self) -> Run:
-        """When the server is away, it is recorded offline under the same id; `wandb sync` joins it later.
+        """Open the wandb run; offline under the same id while the server is away, for `wandb sync` to join it later.
 
-        InputError for a set-up that only the user can repair (no API key, unknown entity); else whatever wandb raises.
+        Raises InputError for a set-up that only the user can repair (no API key, unknown entity), and any other error
+        that wandb raises.
         """
         self._lock.take(_LOCK_TIMEOUT_S)
         self._wait_for_another_name()
@@ -87,7 +97,7 @@ class WandbRun:
             logger.warning("wandb's server is away (%s): recording offline; `wandb sync` will join it", error)
             self.wandb.teardown()  # the failed attempt still holds the id in wandb's service process
             run = self._init("offline")
-        # A resumed run writes some samples again, and wandb's own step starts anew offline: samples are the axis.
+        # Samples are the axis: a resumed run logs some samples again, and offline wandb's own step begins at 0 again.
         run.define_metric("*", step_metric="samples")
         for name, summary in _SUMMARIES.items():
             run.define_metric(name, step_metric=None if name == "samples" else "samples", summary=summary)
@@ -95,11 +105,13 @@ class WandbRun:
 
     def _init(self, mode: Literal["online", "offline", "disabled"]) -> Run:
         config, settings = self._config, self.wandb.Settings
-        flush = "x_transaction_log_flush_interval"  # not every version has it; 15 s by itself, which a kill would cost
+        flush = (
+            "x_transaction_log_flush_interval"  # not in every version; the default of 15 s is what a kill would cost
+        )
         return self.wandb.init(
             mode=mode,
             id=self._id,
-            # Offline there is no server to resume from, and wandb warns; the same id does it at sync.
+            # Offline there is no server to resume from, and wandb warns; the same id joins them at sync.
             resume="allow" if mode == "online" else None,
             dir=self._folder,
             name=self._run_name,
@@ -122,19 +134,19 @@ class WandbRun:
     def log_files(self, run: Run) -> None:
         """Recipe and code as artifacts. wandb copies them, but for RUN/code, which stays as it was launched."""
         name = re.sub(r"[^A-Za-z0-9._-]", "-", self._run_name)
-        for kind, files in (("recipe", ["recipe.yaml"]), ("code", ["code.json", "code.diff"])):
+        for kind, files in (("recipe", [RECIPE_FILE]), ("code", [CODE_STATE_FILE, CODE_DIFF_FILE])):
             artifact = self.wandb.Artifact(f"{kind}-{name}", type=kind)
             for file in files:
                 if (self._folder / file).is_file():
                     artifact.add_file(str(self._folder / file), name=file)
             if kind == "code":
-                for path in sorted((self._folder / "code").rglob("*.py")):
+                for path in sorted((self._folder / CODE_FOLDER).rglob("*.py")):
                     artifact.add_file(str(path), name=str(path.relative_to(self._folder)), policy="immutable")
             if artifact.manifest.entries:
                 run.log_artifact(artifact)
 
     def close(self) -> None:
-        """The run is finished: somebody else may open it."""
+        """Release the lock, so that another process may open the wandb run."""
         self._wait_for_another_name()
         self._lock.release()
 
@@ -143,19 +155,19 @@ class WandbRun:
 
 
 class WandbLock:
-    """RUN/wandb.lock, held by whoever writes into the run's wandb run: training from its first row to its end.
+    """RUN/wandb.lock, held by the process that writes into the run's wandb run: by training from its first row on.
 
-    So a process that brings an evaluation knows whether training is alive, and two of them do not meet. The kernel
-    takes the lock from a process that dies. It holds across nodes where the file system's locks do: NFS, GPFS, and
-    Lustre mounted with `flock`.
+    So a process that delivers an evaluation knows whether training is alive, and two of them do not write at once. The
+    kernel releases the lock of a process that dies. The lock holds across nodes where the file system's locks do: NFS,
+    GPFS, and Lustre mounted with `flock`.
     """
 
     def __init__(self, run_folder: Path) -> None:
-        self._path = run_folder / LOCK_FILE
+        self._path = run_folder / WANDB_LOCK_FILE
         self._file: BinaryIO | None = None
 
     def take(self, timeout_s: float = 0.0) -> bool:
-        """Whether it is held now. False also where the file system has no locks, or no room for the file."""
+        """Take the lock, and return whether it is held; False also where the file system has no locks or no room."""
         deadline_s = time.monotonic() + timeout_s
         while self._file is None:
             try:
@@ -177,21 +189,22 @@ class WandbLock:
         return True
 
     def release(self) -> None:
+        """Release the lock, if it is held."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def read_wandb_id(run_folder: Path) -> str | None:
-    """The wandb run of this folder; None if it has none."""
-    path = run_folder / ID_FILE
+    """Return the id of this folder's wandb run; None if it has none."""
+    path = run_folder / WANDB_ID_FILE
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
 
 def _make_wandb_id(run_folder: Path) -> str:
-    """The wandb run of this folder, drawn at the first call."""
+    """Return the id of this folder's wandb run, which is drawn at the first call."""
     found = read_wandb_id(run_folder)
     if found is None:
         found = secrets.token_hex(8)
-        write_text(run_folder / ID_FILE, found + "\n")
+        write_text(run_folder / WANDB_ID_FILE, found + "\n")
     return found

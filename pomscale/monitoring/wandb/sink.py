@@ -1,4 +1,4 @@
-"""wandb as one more view of a run. It may fail at any time; the run and metrics.jsonl go on."""
+"""Sink for wandb, which may fail at any time without harm to the run or to metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pomscale.config.monitoring import WandbConfig
 from pomscale.monitoring.sinks import Level
 from pomscale.monitoring.wandb.run import WandbLock, WandbRun, read_wandb_id
 from pomscale.runs.evaluation_log import VIDEOS, Delivery, Evaluation, read_evaluations
+from pomscale.runs.layout import RECIPE_FILE, WANDB_ROOM_FILE
 from pomscale.runs.metric_names import EVALUATION_PREFIX
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _MOST_WAITING = 4096
 _RETRY_EVERY_S = 30.0
 _LOOK_FOR_ROOM_EVERY_S = 5.0
 _ROOM_BYTES = 256 * 1024
-_UNSURE_S = 20.0  # wandb may not have written yet what it was given so recently: by itself it does every 15 s
+_UNSURE_S = 20.0  # wandb may not have written yet what it was given in this time: its default is to write every 15 s
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +36,13 @@ _Call = Callable[["Run"], object]
 
 
 class WandbSink:
-    """Logs into one wandb run per run folder, over any number of incarnations, with `samples` as the axis.
+    """Logs into one wandb run per run folder, over any number of starts, with `samples` as the axis.
 
-    Beside rows, wandb gets the recipe and the code as artifacts, and what is in evaluations.jsonl. While its server is
-    away, wandb's own process keeps on disk what it is given. That process may die; on a full disk it goes on, and
-    drops everything without a word. So it is not given anything while there is no room, and what it cannot be given
-    waits here. It is tried again, in a new process and a new folder of the same wandb run, together with what the old
-    one was given in its last seconds: the same figures twice at the same samples do no harm. What is lost is counted.
-
-    lock: for a short session beside training, which has logged recipe and code. Raises InputError for a set-up that
-    only the user can repair (no API key, unknown entity), before any work; offline there is nothing to refuse, and
-    wandb is opened with the first row.
+    Beside rows, wandb gets the recipe and the code as artifacts, and the evaluations of evaluations.jsonl. While its
+    server is away, wandb's own process keeps on disk what it is given. That process may die; on a full disk it lives,
+    and silently drops everything. So it is given nothing while there is no room, and entries wait here. They are tried
+    again, in a new process and a new folder of the same wandb run, together with the entries that the old process got
+    in its last seconds: the same figures twice at the same samples do no harm. Entries that are lost are counted.
     """
 
     name = "wandb"
@@ -59,6 +56,18 @@ class WandbSink:
         recipe_dump: dict[str, Any],
         lock: WandbLock | None = None,
     ) -> None:
+        """Open wandb at once if it is online, else with the first row.
+
+        Args:
+            run_folder: the run folder.
+            config: settings of the recipe.
+            run_name: name of the wandb run.
+            recipe_dump: the resolved recipe.
+            lock: a lock that is held already, by a short session beside training; recipe and code are not logged then.
+
+        Raises:
+            InputError: a set-up that only the user can repair (no API key, unknown entity).
+        """
         self._folder = run_folder
         self._opening = WandbRun(run_folder, config, run_name, recipe_dump, lock)
         self._wandb = self._opening.wandb
@@ -78,7 +87,7 @@ class WandbSink:
                 self._run = self._opening.open()
             except InputError:
                 raise
-            except Exception as error:  # noqa: BLE001 (whatever wandb raises)
+            except Exception as error:  # noqa: BLE001 (wandb may raise anything)
                 self._fail(error)
 
     def log(self, samples: int, metrics: dict[str, float | str], time_unix_s: float | None = None) -> None:
@@ -111,7 +120,7 @@ class WandbSink:
             try:
                 self._run.finish(exit_code=int(failed))
                 self._wandb.teardown()  # its process writes the last rows after `finish` has returned
-            except Exception as error:  # noqa: BLE001 (whatever wandb raises)
+            except Exception as error:  # noqa: BLE001 (wandb may raise anything)
                 self._fail(error)
             else:
                 break
@@ -139,7 +148,7 @@ class WandbSink:
             self._num_lost += 1
 
     def _hand_over(self) -> None:
-        """All that waits, as far as wandb takes it now."""
+        """Hand over all that waits, as far as wandb takes it now."""
         try:
             self._look_for_room()
             if self._run is None:
@@ -154,31 +163,31 @@ class WandbSink:
                 self._hand(self._run, call)
                 self._waiting.popleft()
                 self._given.append((time.monotonic(), call))
-        except Exception as error:  # noqa: BLE001 (whatever wandb raises)
+        except Exception as error:  # noqa: BLE001 (wandb may raise anything)
             self._fail(error)
 
     def _give_files(self, run: Run) -> None:
-        """Once, and it may fail: the run folder has them."""
+        """Give recipe and code once, even if that fails: the run folder has them."""
         if not self._has_files_to_give:
             return
         self._has_files_to_give = False
         try:
             self._opening.log_files(run)
-        except Exception as error:  # noqa: BLE001 (whatever wandb raises)
+        except Exception as error:  # noqa: BLE001 (wandb may raise anything)
             logger.warning("wandb did not take code and recipe: %r", error)
 
     def _hand(self, run: Run, call: _Call) -> None:
         try:
             call(run)
         except Exception:
-            if self._refused is call:  # by a new wandb as well: it must not hold up what comes after it
+            if self._refused is call:  # refused by a new wandb as well: it must not hold up later entries
                 self._waiting.popleft()
                 self._num_lost += 1
             self._refused = call
             raise
 
     def _look_for_room(self) -> None:
-        """OSError where the disk is full, or a quota."""
+        """Check that there is room for rows. Raises OSError where the disk or a quota is full."""
         now_s = time.monotonic()
         while self._given and self._given[0][0] < now_s - _UNSURE_S:
             self._given.popleft()
@@ -189,7 +198,7 @@ class WandbSink:
         self._has_room, self._looked_for_room_s = True, now_s
 
     def _has_room_for(self, num_bytes: int) -> bool:
-        """And for rows after it: a copy that wandb breaks off would keep the last bytes of the disk."""
+        """Whether there is room for a copy and for rows after it: a copy that breaks off would keep the disk full."""
         try:
             self._probe(num_bytes + _ROOM_BYTES)
         except OSError:
@@ -197,8 +206,8 @@ class WandbSink:
         return True
 
     def _probe(self, num_bytes: int) -> None:
-        """OSError unless so much can be written, which no question to the file system tells where there are quotas."""
-        probe = self._folder / "wandb" / ".room"
+        """Write and delete so many bytes, the only test that knows quotas. Raises OSError where there is no room."""
+        probe = self._folder / WANDB_ROOM_FILE
         probe.parent.mkdir(exist_ok=True)
         try:
             with probe.open("wb") as file:
@@ -208,7 +217,7 @@ class WandbSink:
             probe.unlink(missing_ok=True)
 
     def _fail(self, error: Exception) -> None:
-        """wandb has died, or could not write what it was given last."""
+        """Give up the present wandb, which has died or could not write, and queue its latest entries again."""
         if not self._has_warned:
             self._has_warned = True
             logger.warning("wandb fails (%r): rows wait and are tried again; metrics.jsonl has every row", error)
@@ -217,7 +226,7 @@ class WandbSink:
         self._waiting.extendleft(call for _, call in reversed(self._given))
         self._given.clear()
         run, self._run = self._run, None
-        # What is left of it may hold the id, and may be broken in any way.
+        # Its remains may hold the id, and may be broken in any way.
         with suppress(Exception):
             run.finish()
         with suppress(Exception):
@@ -225,18 +234,18 @@ class WandbSink:
 
     def _queue_evaluations(self) -> None:
         num_waiting = len(self._waiting)
-        for evaluation, place in self._delivery.due():
-            self._wait_with(partial(self._give_evaluation, evaluation, place))
+        for evaluation, position in self._delivery.due():
+            self._wait_with(partial(self._give_evaluation, evaluation, position))
         if len(self._waiting) > num_waiting:
             self._wait_with(self._give_table)
 
-    def _give_evaluation(self, evaluation: Evaluation, place: int, run: Run) -> None:
+    def _give_evaluation(self, evaluation: Evaluation, position: int, run: Run) -> None:
         media, num_bytes = {}, 0
         for name, path in evaluation.pictures.items():
-            # One that was deleted since, is broken or has no room is no reason to hold back the figures.
+            # A file that was deleted since, is broken or has no room does not hold back the figures.
             try:
                 medium, size = self._medium(path), path.stat().st_size
-            except Exception as error:  # noqa: BLE001 (whatever wandb raises)
+            except Exception as error:  # noqa: BLE001 (wandb may raise anything)
                 logger.warning("%s: wandb does not take it (%r)", path, error)
                 continue
             if self._has_room_for(num_bytes + size):
@@ -246,7 +255,7 @@ class WandbSink:
                 logger.warning("%s: no room for wandb's copy of it", path)
         run.log(self._row(evaluation.samples, {**evaluation.metrics, **media}, evaluation.time_unix_s))
         self.num_delivered += 1
-        self._delivery.note(place)
+        self._delivery.note(position)
 
     def _give_table(self, run: Run) -> None:
         columns, rows = _table(read_evaluations(self._folder))
@@ -254,7 +263,7 @@ class WandbSink:
 
 
 def _table(evaluations: list[Evaluation]) -> tuple[list[str], list[list[float | None]]]:
-    """(columns, rows): a row per checkpoint, of its samples and all that was measured; the last of a figure counts."""
+    """Return the columns, and one row per checkpoint of its samples and figures; the last of a figure counts."""
     found: dict[int, dict[str, float]] = {}
     for evaluation in evaluations:
         found.setdefault(evaluation.samples, {}).update(evaluation.metrics)
@@ -264,12 +273,13 @@ def _table(evaluations: list[Evaluation]) -> tuple[list[str], list[list[float | 
 
 
 def deliver_without_training(run_folder: Path) -> int:
-    """Give evaluations to the run's wandb run in a short session of its own; how many it took.
+    """Give evaluations to the run's wandb run in a short session of its own, and return how many it took.
 
-    None while training is alive, which gives them with its next row; nor where the run has no wandb run, or has them
-    already. What wandb does not take stays for the next who comes by. InputError if the run's recipe cannot be read.
+    Returns 0 while training is alive, which gives them with its next row, and where the run has no wandb run or has
+    them already. Evaluations that wandb does not take are left for the next delivery. Raises InputError if the run's
+    recipe cannot be read.
     """
-    recipe = load_train_recipe(run_folder / "recipe.yaml")
+    recipe = load_train_recipe(run_folder / RECIPE_FILE)
     config, lock = recipe.monitoring.wandb, WandbLock(run_folder)
     if config.mode == "disabled" or read_wandb_id(run_folder) is None or not Delivery(run_folder).has_more:
         return 0

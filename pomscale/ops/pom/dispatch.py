@@ -1,4 +1,4 @@
-"""The operator's front door: checks the operands once and chooses the implementation."""
+"""Entry of the operator: checks the operands once and chooses the implementation."""
 
 from __future__ import annotations
 

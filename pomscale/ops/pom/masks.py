@@ -1,4 +1,4 @@
-"""Which context tokens a query reads. True always means: the token takes part."""
+"""Masks: which context tokens a query reads. True always means that the token takes part."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_mask(mask: Mask, batch: int, num_queries: int, num_context: int) -> No
 
 
 def dense_mask(mask: Mask, batch: int, num_queries: int, num_context: int, device: torch.device) -> Tensor:
-    """The same mask as bool (b m n); broadcast dimensions are expanded views."""
+    """Return the mask as bool (b m n); broadcast dimensions are expanded views."""
     shape = (batch, num_queries, num_context)
     if isinstance(mask, Tensor):
         return mask if mask.dim() == 3 else mask[:, None, :].expand(shape)

@@ -1,4 +1,4 @@
-"""The oracle: PoM as the equations state it, slow and dense, in the dtype of its inputs. Other paths are held to it.
+"""Reference: PoM as the equations state it, slow and dense, in the dtype of its inputs. Tests hold other paths to it.
 
 With a = GELU(u) cut into k pieces a_1 .. a_k along the channels (PoM v1, arXiv 2411.12663, section 3):
 
@@ -20,14 +20,14 @@ from pomscale.ops.pom.state import PomState
 
 
 def polynomial_mixer(u: Tensor, gate: Tensor, degree: int, mask: Mask) -> Tensor:
-    """u (b n kD), gate (b m kD) -> y (b m kD)."""
+    """Mix u (b n kD) by gate (b m kD) -> y (b m kD)."""
     batch, _, width = u.shape
     nothing = PomState.zeros(batch, width, u.dtype, u.device)
     return _read(u, gate, degree, mask, nothing)
 
 
 def polynomial_mixer_step(u: Tensor, gate: Tensor, degree: int, past: PomState, mask: Mask) -> tuple[Tensor, PomState]:
-    """One chunk after the tokens of `past`: u, gate (b n kD) -> y (b n kD) and the state after the chunk."""
+    """Mix one chunk after the tokens of `past`: u, gate (b n kD) -> y (b n kD) and the state after the chunk."""
     batch, num_tokens, _ = u.shape
     # The state after the chunk is what a query that follows the whole chunk would read.
     takes_part = dense_mask(mask, batch, num_tokens, num_tokens, u.device)[:, -1, :]

@@ -1,4 +1,4 @@
-"""The state of a Polynomial Mixer: a sum over tokens and how many they were."""
+"""State of a Polynomial Mixer: a sum over tokens and their number."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums over tokens run in fp32, or in float64 for float64 inputs."""
+    """Return the dtype of sums over tokens: fp32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -28,18 +28,18 @@ class PomState:
 
     @classmethod
     def zeros(cls, batch: int, width: int, dtype: torch.dtype, device: torch.device) -> PomState:
-        """The state of no tokens, for pre-activations of type `dtype`."""
+        """Return the state of no tokens, for pre-activations of type `dtype`."""
         return cls(
             torch.zeros(batch, width, dtype=accumulation_dtype(dtype), device=device),
             torch.zeros(batch, dtype=torch.int64, device=device),
         )
 
     def __add__(self, other: PomState) -> PomState:
-        """The state of the union of two disjoint sets of tokens."""
+        """Return the state of the union of two disjoint sets of tokens."""
         return PomState(self.sum + other.sum, self.count + other.count)
 
     def mean(self) -> Tensor:
-        """H (b, kD); 0 where no token took part."""
+        """Return H (b, kD), which is 0 where no token took part."""
         return self.sum / self.count.clamp(min=1)[:, None]
 
 

@@ -14,7 +14,7 @@ from pomscale.ops.pom.state import PomState, StateReduce, accumulation_dtype
 
 
 def polynomial_mixer(u: Tensor, gate: Tensor, degree: int, mask: Mask, state_reduce: StateReduce | None) -> Tensor:
-    """u (b n kD), gate (b m kD) -> y (b m kD) in the dtype of `gate`."""
+    """Mix u (b n kD) by gate (b m kD) -> y (b m kD) in the dtype of `gate`."""
     if isinstance(mask, BlockCausal):
         return _block_causal(u, gate, degree, mask.frame_length)
     if isinstance(mask, str):
@@ -29,7 +29,7 @@ def polynomial_mixer(u: Tensor, gate: Tensor, degree: int, mask: Mask, state_red
 
 
 def polynomial_mixer_step(u: Tensor, gate: Tensor, degree: int, past: PomState, mask: Mask) -> tuple[Tensor, PomState]:
-    """One chunk after the tokens of `past`: u, gate (b n kD) -> y (b n kD) and the state after the chunk."""
+    """Mix one chunk after the tokens of `past`: u, gate (b n kD) -> y (b n kD) and the state after the chunk."""
     if isinstance(mask, str):
         return _causal(u, gate, degree, past)
     assert not isinstance(mask, BlockCausal)
@@ -38,7 +38,7 @@ def polynomial_mixer_step(u: Tensor, gate: Tensor, degree: int, past: PomState, 
 
 
 def _products(u: Tensor, degree: int) -> list[Tensor]:
-    """The k cumulative products of the pieces of GELU(u), each (b n D)."""
+    """Return the k cumulative products of the pieces of GELU(u), each (b n D)."""
     pieces = F.gelu(u).chunk(degree, dim=-1)
     products = [pieces[0]]
     for piece in pieces[1:]:
@@ -47,7 +47,7 @@ def _products(u: Tensor, degree: int) -> list[Tensor]:
 
 
 def _without(u: Tensor, takes_part: Tensor) -> Tensor:
-    """u with the tokens outside `takes_part` (b n) set to 0: GELU(0) = 0, so every monomial of theirs vanishes.
+    """Set u to 0 at tokens outside `takes_part` (b n); GELU(0) = 0, so all their monomials vanish.
 
     Filling rather than multiplying keeps a NaN in a padded token out of the sums and out of the gradients.
     """
@@ -55,7 +55,7 @@ def _without(u: Tensor, takes_part: Tensor) -> Tensor:
 
 
 def _select(gate: Tensor, mean: Tensor) -> Tensor:
-    """sigmoid(gate) o H. H stays fp32 up to here; only what is broadcast over the queries is rounded."""
+    """Return sigmoid(gate) o H. H stays fp32 up to here; only what is broadcast over the queries is rounded."""
     return torch.sigmoid(gate) * mean.to(gate.dtype)
 
 
@@ -71,7 +71,7 @@ def _aggregate(u: Tensor, degree: int, mask: Tensor | None) -> PomState:
 
 
 def _any_pattern(u: Tensor, gate: Tensor, degree: int, mask: Tensor) -> Tensor:
-    """Mask (b m n). Dense in m x n, as the mask that the caller holds already is."""
+    """Mix under a mask (b m n), dense in m x n as the caller's mask already is."""
     dtype = accumulation_dtype(u.dtype)
     products = _products(_without(u, mask.any(1)), degree)
     with torch.autocast(u.device.type, enabled=False):  # autocast would round the fp32 operands to bf16
@@ -84,20 +84,20 @@ def _causal(u: Tensor, gate: Tensor, degree: int, past: PomState) -> tuple[Tenso
     sums = torch.cat([product.cumsum(1, dtype=dtype) for product in _products(u, degree)], dim=-1)
     sums = sums + past.sum[:, None]
     counts = past.count[:, None] + torch.arange(1, num_tokens + 1, device=u.device)
-    # A copy: a view of the last row would keep all n rows alive for as long as the state is carried.
+    # This is a copy, since a view of the last row would keep all n rows alive for as long as the state is carried.
     state = PomState(sums[:, -1].clone(), past.count + num_tokens)
     return _select(gate, sums / counts[..., None]), state
 
 
 def _frames(x: Tensor, frame_length: int) -> list[Tensor]:
-    """x (b n c) as views: the whole frames (b f K c) and, if K does not divide n, the last one (b 1 n%K c)."""
+    """View x (b n c) as whole frames (b f K c) and, if K does not divide n, the last one (b 1 n%K c)."""
     num_whole, rest = x.shape[1] // frame_length, x.shape[1] % frame_length  # torch.compile cannot trace divmod
     whole = x[:, : x.shape[1] - rest].unflatten(1, (num_whole, frame_length))
     return [whole, x[:, -rest:].unsqueeze(1)] if rest else [whole]
 
 
 def _block_causal(u: Tensor, gate: Tensor, degree: int, frame_length: int) -> Tensor:
-    """S_f = sum of h over frame f; H_f = (S_1 + .. + S_f) / (tokens up to the end of frame f)."""
+    """Mix block-causally: S_f = sum of h over frame f; H_f = (S_1 + .. + S_f) / (tokens up to the end of frame f)."""
     num_tokens, dtype = u.shape[1], accumulation_dtype(u.dtype)
     frame_sums = torch.cat(
         [

@@ -1,1 +1,1 @@
-"""The step of a network, run with sizes alone: what torch allocates, keeps and frees. No torch in here."""
+"""A training step run with sizes alone, without torch, to find what torch would allocate, keep and free."""

@@ -1,4 +1,4 @@
-"""A training step of engine/fsdp2.py: when torch's FSDP2 gathers, frees and reduces (torch.distributed.fsdp).
+"""Memory of a training step of engine/fsdp2.py: when FSDP2 (torch.distributed.fsdp) gathers, frees and reduces.
 
 Weights rest as fp32 shards. A group is gathered through one flat buffer in the precision of compute, from which its
 weights are copied out; gradients are copied into one flat fp32 buffer, which is reduced and scattered.
@@ -15,7 +15,7 @@ from pomscale.plan.shadow.operators import BF16, FP32, Weight
 from pomscale.plan.shadow.step import StepShadow, num_elements
 from pomscale.plan.shadow.tensor import Tensor
 
-# Of AdamWBf16, per element of the weight that is being stepped: two moments in fp32, random bits, and two sums of bits.
+# AdamWBf16 holds, per element of the weight that it steps: two moments in fp32, random bits, and two sums of bits.
 _BF16_STEP_BYTES = 20
 
 
@@ -32,7 +32,7 @@ class _Group:
         self.reduced: Storage | None = None
 
     def gather(self) -> None:
-        """Start: the flat buffer. Alone there is nobody to gather from."""
+        """Start gathering, into a flat buffer. A single rank has all weights and gathers nothing."""
         step, itemsize = self.step, self.step.tape.itemsize
         if step.num_shards > 1 and not self.gathered and self.buffer is None:
             cast = None if itemsize == FP32 else step.allocate("gathered", self.num_local * itemsize)
@@ -40,7 +40,7 @@ class _Group:
             del cast
 
     def finish_gathering(self, *, forward: bool) -> None:
-        """Copy the weights out. In the forward pass the buffer stays until the next group's, to overlap with it."""
+        """Copy the weights out of the buffer, which in the forward pass stays until the next group's is there."""
         if self.gathered:
             return
         self.gather()
@@ -52,7 +52,7 @@ class _Group:
         self.gathered = True
         self.step.last_buffer = self.buffer if forward else None
         self.buffer = None
-        del before  # FSDP2 lets go of it earlier, but for a local name
+        del before  # FSDP2 drops it earlier, except for a local name
 
     def free(self) -> None:
         for weight in self.weights:
@@ -60,17 +60,17 @@ class _Group:
         self.gathered = False
 
     def hold_whole_gradients(self) -> None:
-        """Those of earlier micro-batches, whole and in fp32: between micro-batches nothing is reduced."""
+        """Allocate whole fp32 gradients of earlier micro-batches, since nothing is reduced between micro-batches."""
         for weight in self.weights:
             gradient = self.step.tape.new(weight.shape, FP32, "gradients")
             if self.step.tape.itemsize == FP32:
                 weight.leaf.gradient = gradient
-            else:  # those of the micro-batch are in another precision, and added to it
+            else:  # gradients of the micro-batch are in another precision, and added to these
                 self.accumulated.append(gradient)
 
     def reduce(self) -> None:
         """Average the gradients over the shards; this rank's part stays."""
-        if self.accumulated:  # this micro-batch's have been added to them
+        if self.accumulated:  # the gradients of this micro-batch have been added to them
             for weight in self.weights:
                 weight.leaf.gradient = None
         self.step.last_reduction = None
@@ -84,7 +84,7 @@ class _Group:
 
 
 class Fsdp2Shadow(StepShadow):
-    """num_shards: ranks that share one copy of the model. `run` once; the ledger then knows the peak of a step."""
+    """Step of FSDP2: `run` it once, and the ledger knows the peak. num_shards ranks share one copy of the state."""
 
     def __init__(
         self, network: Network, compute: ComputeConfig, fsdp2: Fsdp2Config, *, num_shards: int,
@@ -102,7 +102,7 @@ class Fsdp2Shadow(StepShadow):
         return Storage(self.ledger, part, num_bytes)
 
     def run(self, micro_batch: int, num_micro_batches: int) -> None:
-        """One step. Its last micro-batch needs most: whole gradients of those before it are held from its start."""
+        """Run the last micro-batch of a step, which needs most: it starts with the gradients of those before it."""
         resident = self._resident()
         if num_micro_batches > 1:
             for group in (self.root, *self.groups):
@@ -115,7 +115,7 @@ class Fsdp2Shadow(StepShadow):
         del resident
 
     def _resident(self) -> list[Storage]:
-        """Held on the device between steps."""
+        """Allocate the state that is on the device between steps."""
         if self.offload:
             return []
         num_local = num_elements(list(self.network.weights()), self.num_shards)
@@ -145,7 +145,7 @@ class Fsdp2Shadow(StepShadow):
         number = len(self.groups) if block is None else self.numbers[block]
         if block is not None:
             self.groups[number].finish_gathering(forward=False)
-        # FSDP2 itself gathers one group ahead where it is not told otherwise.
+        # FSDP2 by default gathers one group ahead.
         ahead = 1 if block is None else max(self.prefetch, 1)
         for group in self.groups[max(number - ahead, 0) : number][::-1]:
             group.gather()

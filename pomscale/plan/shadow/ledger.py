@@ -1,4 +1,4 @@
-"""Bytes that are alive, by what they are for, and the moment when they were most."""
+"""Ledger of the bytes that are alive, by their use, and of the moment when they were most."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Part: TypeAlias = Literal["parameters", "gradients", "optimizer", "ema", "gather
 
 
 class Ledger:
-    """`live` and `peak` bytes; `at_peak` are the bytes by part at the moment of the peak, `moment` its name."""
+    """Counts of `live` and `peak` bytes; `at_peak` has the bytes by part at the peak, `moment` is its name."""
 
     def __init__(self) -> None:
         self.live = 0
@@ -17,7 +17,7 @@ class Ledger:
         self.at_peak: dict[Part, int] = {}
         self.moment = ""
         self.now = "start"
-        """What is going on, for `moment`; set by who runs the step."""
+        """Name of the present moment, set by the code that runs the step."""
 
     def add(self, part: Part, num_bytes: int) -> None:
         self.live += num_bytes
@@ -45,7 +45,7 @@ class Storage:
         self.ledger.remove(self.part, self.num_bytes)
 
     def becomes(self, part: Part) -> None:
-        """The same bytes now serve something else."""
+        """Book the same bytes under another part."""
         if part != self.part:
             self.ledger.remove(self.part, self.num_bytes)
             self.part = part

@@ -1,4 +1,4 @@
-"""The networks of `pomscale.models`, line by line, on tensors without numbers."""
+"""The networks of `pomscale.models`, line by line, on tensors that have sizes but no values."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Linear:
 PADDING: Literal["padding"] = "padding"
 
 Mask: TypeAlias = Literal["padding"] | int | None
-"""Of a mixer: which tokens of its context are padding, or block-causal over so many frame groups."""
+"""Mask of a mixer: padding of its context, or block-causal over a number of frame groups."""
 
 
 class PoM:
-    """layers/pom.py and ops/pom/torch_path.py."""
+    """Mixer of layers/pom.py and ops/pom/torch_path.py."""
 
     def __init__(self, dim: int, degree: int, expand: int) -> None:
         width = degree * expand * dim
@@ -80,7 +80,7 @@ class PoM:
 
 
 class Attention:
-    """layers/attention.py: any mask is dense in queries and context."""
+    """Mixer of layers/attention.py; any mask is dense in queries and context."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         self.num_heads = num_heads
@@ -93,7 +93,7 @@ class Attention:
         if mask is None:
             return self.output(op.attention(query, key, value, self.num_heads))
         tape, (batch, num_queries), num_context = x.tape, x.shape[:2], context.shape[1]
-        if isinstance(mask, int):  # block-causal: one for all samples
+        if isinstance(mask, int):  # block-causal: one mask for all samples
             readable = tape.new((1, 1, num_queries, num_context), op.BOOL)
             return self.output(op.attention(query, key, value, self.num_heads, readable))
         readable = tape.new((batch, 1, num_queries, num_context), op.BOOL)
@@ -106,7 +106,7 @@ class Attention:
 
 
 class FeedForward:
-    """layers/mlp.py."""
+    """Feed-forward of layers/mlp.py."""
 
     def __init__(self, dim: int, expansion: int) -> None:
         self.expand, self.contract = Linear(dim, expansion * dim), Linear(expansion * dim, dim)
@@ -119,14 +119,14 @@ class FeedForward:
 
 
 def build_mixer(config: ModelConfig, name: MixerName) -> PoM | Attention:
-    """models/block.py."""
+    """Mirror of the same name in models/block.py."""
     if name == "attention":
         return Attention(config.dim, config.num_heads)
     return PoM(config.dim, config.degree, config.expand)
 
 
 class Block:
-    """models/block.py."""
+    """Mirror of the same name in models/block.py."""
 
     def __init__(self, config: ImageModelConfig, mixer: MixerName) -> None:
         dim = config.dim
@@ -147,7 +147,7 @@ class Block:
 
 
 class VideoBlock:
-    """models/video.py; c (b g 1 d), with a g for every t."""
+    """Block of models/video.py; the condition is (b g 1 d), with one g for every t."""
 
     def __init__(self, config: VideoModelConfig, mixer: MixerName) -> None:
         dim = config.dim
@@ -180,17 +180,17 @@ class VideoBlock:
 
 
 def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x (b n d), scale and shift (b g 1 d)."""
+    """Modulate x (b n d) by scale and shift (b g 1 d)."""
     return op.view(modulate(by_time(op.layer_norm(x), scale.shape[1]), shift, scale), *x.shape)
 
 
 def gated(gate: Tensor, x: Tensor) -> Tensor:
-    """gate (b g 1 d), x (b n d)."""
+    """Multiply x (b n d) by 1 + gate (b g 1 d)."""
     return op.view((1 + gate) * by_time(x, gate.shape[1]), *x.shape)
 
 
 def by_time(x: Tensor, num_times: int) -> Tensor:
-    """(b n d) -> (b g n/g d)"""
+    """Reshape x (b n d) -> (b g n/g d)."""
     batch, num_tokens, dim = x.shape
     return op.view(x, batch, num_times, num_tokens // num_times, dim)
 
@@ -202,11 +202,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 AnyBlock: TypeAlias = Block | VideoBlock
 
 BlockCall: TypeAlias = Callable[..., Tensor]
-"""How a block is called, block and inputs: with what an engine does before and after, and checkpointed or not."""
+"""Call of a block with its inputs, by which an engine adds its work before and after, and checkpointing."""
 
 
 class Network(ABC):
-    """What the networks of pictures and of clips have in common. `values`: numbers of the latents in a token."""
+    """Base of the networks of pictures and of clips. `values` is the count of latent values in a token."""
 
     blocks: Sequence[AnyBlock]
 
@@ -220,7 +220,7 @@ class Network(ABC):
 
     @abstractmethod
     def __call__(self, latents: Tensor, call: BlockCall) -> Tensor:
-        """latents (b ..) fp32 -> as many, in the precision of compute."""
+        """Map latents (b ..) fp32 to as many values in the precision of compute."""
 
     def patches(self, latents: Tensor) -> Tensor:
         embedding = self.patch_embedding
@@ -231,7 +231,7 @@ class Network(ABC):
         return self.time_contract(op.activation(self.time_expand(features)))
 
     def root_weights(self) -> list[Weight]:
-        """What is in no block."""
+        """Return the weights that are in no block."""
         linears = [self.patch_embedding, self.time_expand, self.time_contract, self.modulation, self.head]
         return [weight for linear in linears for weight in linear.weights()]
 
@@ -242,7 +242,7 @@ class Network(ABC):
 
 
 class ImageNetwork(Network):
-    """models/image.py."""
+    """Network of models/image.py."""
 
     def __init__(self, config: ImageModelConfig) -> None:
         super().__init__(config, config.patch_size**2 * config.latent_shape[0])
@@ -267,7 +267,7 @@ class ImageNetwork(Network):
 
 
 class VideoNetwork(Network):
-    """models/video.py. num_times: values of t per clip; texts are of the length that `model_cost` counts with."""
+    """Network of models/video.py, with num_times values of t per clip and texts of `model_cost.TEXT_LENGTH`."""
 
     def __init__(self, config: VideoModelConfig, num_times: int) -> None:
         super().__init__(config, config.patch_frames * config.patch_size**2 * config.latent_shape[0])
@@ -294,12 +294,12 @@ class VideoNetwork(Network):
 
 
 def build_network(config: ModelConfig, num_times: int) -> Network:
-    """num_times: as `batch.num_times`."""
+    """Build the network of a config. num_times is the number of values of t per sample (`batch.num_times`)."""
     return VideoNetwork(config, num_times) if isinstance(config, VideoModelConfig) else ImageNetwork(config)
 
 
 def loss(predict: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
-    """diffusion/loss.py and the loss of train.py; latents (b ..) fp32, noise of the same size."""
+    """Mirror the loss of diffusion/loss.py and training/loss.py; latents (b ..) and noise are fp32."""
     noise = latents.tape.new(latents.shape, FP32)
     prediction = predict(op.scaled(latents))
     return op.mean_squared(op.cast(prediction, FP32) - (noise - latents))

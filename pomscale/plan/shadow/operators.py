@@ -1,4 +1,4 @@
-"""torch's operators as `shadow.tensor` sees them: what they allocate, keep for the backward pass, and allocate there.
+"""Operators of torch for `shadow.tensor`: what they allocate, keep for the backward pass, and allocate there.
 
 Each is written after the operator's line in torch's derivatives.yaml. Vectors of a few numbers per sample (counts,
 positions) are left out.
@@ -15,7 +15,7 @@ FP32, BF16, FP16, BOOL = 4, 2, 2, 1
 
 
 class Weight:
-    """A parameter; `tensor` is what operators read, and may be replaced (gathered, given up) by an engine."""
+    """A parameter. Operators read `tensor`, which an engine may replace when it gathers or frees the weight."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
@@ -28,7 +28,7 @@ class Weight:
 
 
 def linear(x: Tensor, weight: Weight, bias: Weight) -> Tensor:
-    """x (.. i), weight (o i), bias (o) -> (.. o)."""
+    """Map x (.. i) by weight (o i) and bias (o) -> (.. o)."""
     w, b = weight.read(), bias.read()
     result = product(x.tape, (*x.shape[:-1], w.shape[0]))
     needs_input, shape = x.node is not None, x.shape
@@ -47,7 +47,7 @@ def linear(x: Tensor, weight: Weight, bias: Weight) -> Tensor:
 
 
 def convolution(x: Tensor, weight: Weight, bias: Weight, positions: int) -> Tensor:
-    """x of any shape (b ..), as patches -> (b, positions, o); the gradient of x is not needed."""
+    """Map the patches of x (b ..) -> (b, positions, o); the gradient of x is not needed."""
     w, b = weight.read(), bias.read()
     result = product(x.tape, (x.shape[0], positions, w.shape[0]))
     w_shape, w_itemsize = w.shape, w.itemsize
@@ -61,7 +61,7 @@ def convolution(x: Tensor, weight: Weight, bias: Weight, positions: int) -> Tens
 
 
 def embedding(weight: Weight, batch: int) -> Tensor:
-    """A row of weight (n d) for each sample -> (b d). Its gradient is dense."""
+    """Look up a row of weight (n d) for each sample -> (b d). The gradient is dense."""
     w = weight.read()
     result = w.tape.new((batch, w.shape[1]))
     shape, itemsize, tape = w.shape, w.itemsize, w.tape
@@ -70,21 +70,21 @@ def embedding(weight: Weight, batch: int) -> Tensor:
 
 
 def activation(x: Tensor) -> Tensor:
-    """GELU, SiLU, square: elementwise, differentiated from the input."""
+    """Apply GELU, SiLU or a square: elementwise, differentiated from the input."""
     result = x.tape.new(x.shape, x.itemsize)
     record([x], [result], [x], lambda gradients, saved: [saved[0].tape.new(saved[0].shape, saved[0].itemsize)])
     return result
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """Differentiated from the output."""
+    """Apply a sigmoid, which is differentiated from the output."""
     result = x.tape.new(x.shape, x.itemsize)
     record([x], [result], [result], lambda gradients, saved: [saved[0].tape.new(saved[0].shape, saved[0].itemsize)])
     return result
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """Without weights; keeps its input, and mean and deviation of each token in fp32."""
+    """Normalise without weights; keeps the input, and mean and deviation of each token in fp32."""
     result = x.tape.new(x.shape, x.itemsize)
     rows = (*x.shape[:-1], 1)
     statistics = [x.tape.new(rows, FP32), x.tape.new(rows, FP32)]
@@ -98,7 +98,7 @@ def layer_norm(x: Tensor) -> Tensor:
 
 
 def chunk(x: Tensor, pieces: int) -> list[Tensor]:
-    """Views of x along its last axis; their gradients are joined."""
+    """Cut x into views along its last axis; their gradients are joined."""
     shape = (*x.shape[:-1], x.shape[-1] // pieces)
     views = [Tensor(x.tape, shape, x.itemsize, x.storage) for _ in range(pieces)]
     whole, itemsize, tape = x.shape, x.itemsize, x.tape
@@ -107,7 +107,7 @@ def chunk(x: Tensor, pieces: int) -> list[Tensor]:
 
 
 def concatenate(pieces: Sequence[Tensor]) -> Tensor:
-    """Along the last axis; the gradients are views."""
+    """Join pieces along the last axis; their gradients are views."""
     first, shapes = pieces[0], [piece.shape for piece in pieces]
     result = first.tape.new((*first.shape[:-1], sum(shape[-1] for shape in shapes)), first.itemsize)
 
@@ -121,7 +121,7 @@ def concatenate(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def sum_tokens(x: Tensor) -> Tensor:
-    """(.. n d) -> (.. 1 d) fp32. The gradient is a broadcast view, which becomes a tensor when it is cast."""
+    """Sum x (.. n d) -> (.. 1 d) fp32. The gradient is a broadcast view, which becomes a tensor when it is cast."""
     result = x.tape.new((*x.shape[:-2], 1, x.shape[-1]), FP32)
     shape, itemsize = x.shape, x.itemsize
 
@@ -137,7 +137,7 @@ def sum_tokens(x: Tensor) -> Tensor:
 
 
 def view(x: Tensor, *shape: int) -> Tensor:
-    """x in another shape. Its gradient is a view too, unless it was broadcast, which is when it is copied."""
+    """View x in another shape. The gradient is a view too, unless it was broadcast and is copied."""
     result = Tensor(x.tape, shape, x.itemsize, x.storage)
     before = x.shape
 
@@ -153,7 +153,7 @@ def view(x: Tensor, *shape: int) -> Tensor:
 
 
 def cast(x: Tensor, itemsize: int) -> Tensor:
-    """A copy in another precision; x itself if it has it."""
+    """Copy x in another precision; x itself if it has that one."""
     if x.itemsize == itemsize:
         return x
     result = x.tape.new(x.shape, itemsize)
@@ -163,7 +163,7 @@ def cast(x: Tensor, itemsize: int) -> Tensor:
 
 
 def scaled(x: Tensor) -> Tensor:
-    """x times or over a number that needs no gradient; a reordering that copies."""
+    """Copy x: multiplied or divided by a number without gradient, or reordered."""
     result = x.tape.new(x.shape, x.itemsize)
     shape, itemsize, tape = x.shape, x.itemsize, x.tape
     record([x], [result], [], lambda gradients, saved: [tape.new(shape, itemsize)])
@@ -171,11 +171,14 @@ def scaled(x: Tensor) -> Tensor:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, readable: Tensor | None = None) -> Tensor:
-    """Fused: queries (b m d), key and value (b n d) -> (b m d). Keeps operands, output and a log-sum-exp per head and
-    query; of a mask `readable` (b 1 m n) bool, numbers to add, and without one no m x n."""
+    """Apply fused attention: queries (b m d), key and value (b n d) -> (b m d).
+
+    Keeps operands, output and a log-sum-exp per head and query. A mask `readable` (b 1 m n) bool is kept as numbers to
+    add; without one nothing is m x n.
+    """
     tape, (batch, num_queries, _) = query.tape, query.shape
     added = [] if readable is None else [_numbers_of(readable)]
-    # One operator with two outputs: where its output is kept, so is the other.
+    # This is one operator with two outputs: where one is kept, so is the other.
     result = product(tape, query.shape)
     normalizer = product(tape, (batch, num_queries, num_heads), FP32)
     record(
@@ -188,7 +191,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, readabl
 
 
 def _numbers_of(readable: Tensor) -> Tensor:
-    """0 and -inf, by way of the mask's opposite."""
+    """Make the numbers 0 and -inf of a mask, by way of its inverse."""
     opposite = readable.tape.new(readable.shape, BOOL)
     numbers = readable.tape.new(readable.shape)
     del opposite
@@ -196,7 +199,7 @@ def _numbers_of(readable: Tensor) -> Tensor:
 
 
 def mean_squared(error: Tensor) -> Tensor:
-    """(b ..) fp32 -> a number: the gradient is as large as the error, twice."""
+    """Average the squares of error (b ..) fp32 -> a number; the gradient takes the size of the error twice."""
     squares = error.tape.new(error.shape, FP32)
     result = error.tape.new((1,), FP32)
     del squares

@@ -1,4 +1,4 @@
-"""What every engine's step has in common: the weights of a network by group, and its loss over micro-batches."""
+"""Base of every engine's step: the weights of a network by group, and the loss of a micro-batch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pomscale.plan.shadow.tensor import Tape, Tensor, backward, checkpoint, reco
 
 
 class StepShadow:
-    """Runs the forward and the backward pass of micro-batches, and tells the engine when a group of weights is needed.
+    """Forward and backward pass of a micro-batch, with hooks for the engine wherever a group of weights is needed.
 
     A group is what an engine gathers and reduces together: each block, and the root, which is all the rest. Engines
-    override the hooks, in the order in which they are called.
+    override the hooks, which stand here in the order of their calls.
     """
 
     def __init__(self, network: Network, itemsize: int, checkpointing: str) -> None:
@@ -30,17 +30,17 @@ class StepShadow:
         return self.tape.ledger
 
     def before_forward(self, block: AnyBlock | None) -> None:
-        """The weights of `block` (None: of the root) will be read."""
+        """Prepare the weights of `block` (None: of the root) to be read."""
 
     def after_forward(self, block: AnyBlock | None) -> None: ...
 
     def before_backward(self, block: AnyBlock | None) -> None: ...
 
     def after_backward(self, block: AnyBlock | None) -> None:
-        """All gradients of the group's weights are there."""
+        """Take over the gradients of the group's weights, which are complete."""
 
     def micro_batch(self, size: int) -> None:
-        """Forward and backward of `size` samples."""
+        """Run forward and backward of `size` samples."""
         tape = self.tape
         latents = tape.new((size, *self.network.latent_shape), FP32)
         tape.ledger.now = "forward"
@@ -76,7 +76,7 @@ class StepShadow:
 
 
 def _hooked(tensors: Sequence[Tensor], hook: Callable[[], None]) -> list[Tensor]:
-    """The same tensors; `hook` runs once their gradients are there."""
+    """Return the same tensors; `hook` runs once their gradients are there."""
     passed = [tensor.detached() for tensor in tensors]
 
     def backward(gradients: Sequence[Tensor | None], _: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -88,5 +88,5 @@ def _hooked(tensors: Sequence[Tensor], hook: Callable[[], None]) -> list[Tensor]
 
 
 def num_elements(weights: Sequence[Weight], num_shards: int = 1) -> int:
-    """Of the largest shard, if each weight is cut along its first axis."""
+    """Return the elements of the largest shard, each weight being cut along its first axis."""
     return sum(-(-weight.shape[0] // num_shards) * math.prod(weight.shape[1:]) for weight in weights)

@@ -1,7 +1,7 @@
-"""Tensors without numbers, and automatic differentiation over them: what torch would allocate, keep and free, and when.
+"""Tensors without values, and automatic differentiation over them, which allocate, keep and free as torch does.
 
 A network written with `shadow.operators` runs here with sizes alone. Storages die with their last reference, in the
-order in which torch's die, so the ledger's peak is that of the real step. Rules taken over from torch:
+order in which torch's die, so the ledger's peak is that of the real step. The rules are torch's:
 
 - an operator keeps for its backward pass what its formula needs, and gives it up once it has run (saved variables);
 - the backward pass runs operators in the reverse order of their making, gradients of leaves at once;
@@ -23,7 +23,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 class Tape:
-    """One process: its ledger, and the order of its operators. `itemsize`: bytes of an activation's element."""
+    """One process: its ledger, and the order of its operators. `itemsize` is the bytes of an activation's element."""
 
     def __init__(self, itemsize: int) -> None:
         self.ledger = Ledger()
@@ -48,7 +48,7 @@ class Tensor:
         self.node, self.index = node, index
 
     def detached(self) -> Tensor:
-        """The same storage, made by nothing."""
+        """Return a tensor over the same storage that no operator made."""
         return Tensor(self.tape, self.shape, self.itemsize, self.storage)
 
     def __add__(self, other: Tensor | int) -> Tensor:
@@ -64,7 +64,7 @@ class Tensor:
 
 
 class Leaf:
-    """Where a gradient comes to rest: the first one is taken over, later ones are added to it in place."""
+    """Accumulator of a gradient: the first one is taken over, later ones are added to it in place."""
 
     def __init__(self) -> None:
         self.gradient: Tensor | None = None
@@ -76,7 +76,7 @@ class Leaf:
 
 
 Backward: TypeAlias = Callable[[Sequence["Tensor | None"], Sequence[Tensor]], Sequence["Tensor | None"]]
-"""(gradients of the outputs, what was saved) -> gradients of the inputs, None where none is needed."""
+"""Backward pass: (gradients of the outputs, saved tensors) -> gradients of the inputs, None where none is needed."""
 
 
 class Node:
@@ -146,7 +146,7 @@ def _accumulate(gradients: list[Tensor | None], index: int, gradient: Tensor) ->
 
 
 class Frame:
-    """One call of a checkpointed function. `products`: outputs of matrix products, if these are kept."""
+    """One call of a checkpointed function. `products` has the outputs of matrix products, if these are kept."""
 
     def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], keep_products: bool) -> None:
         self.function = function
@@ -156,7 +156,7 @@ class Frame:
         self.products: list[Tensor] | None = [] if keep_products else None
 
     def load(self, number: int) -> Tensor:
-        """The saved tensor of this number, which is then given up."""
+        """Return the saved tensor of this number, and drop it."""
         if self.recomputed is None:
             self._recompute()
         assert self.recomputed is not None
@@ -179,14 +179,14 @@ class Frame:
 
 
 class _AllRecomputed(Exception):
-    """The rest of the function is not needed."""
+    """Signal that the rest of the function is not needed."""
 
 
 _Saved: TypeAlias = "Tensor | tuple[Frame, int]"
 
 
 def checkpoint(function: Callable[..., Tensor], *inputs: Tensor, keep_products: bool) -> Tensor:
-    """function(*inputs), to be run again in the backward pass."""
+    """Return function(*inputs), to be run again in the backward pass."""
     tape = inputs[0].tape
     outer, tape.frame = tape.frame, Frame(function, inputs, keep_products)
     try:
@@ -196,7 +196,7 @@ def checkpoint(function: Callable[..., Tensor], *inputs: Tensor, keep_products: 
 
 
 def product(tape: Tape, shape: Shape, itemsize: int | None = None) -> Tensor:
-    """The new output of a matrix product or of fused attention."""
+    """Allocate the output of a matrix product or of fused attention."""
     frame = tape.frame
     if frame is None or frame.products is None:
         return tape.new(shape, itemsize)
@@ -229,14 +229,14 @@ def _load(saved: _Saved) -> Tensor:
 
 
 def broadcast(a: Shape, b: Shape) -> Shape:
-    """The shape of an elementwise operation."""
+    """Return the shape of an elementwise operation."""
     longest = max(len(a), len(b))
     padded = [(1,) * (longest - len(shape)) + shape for shape in (a, b)]
     return tuple(max(pair) for pair in zip(*padded, strict=True))
 
 
 def _sum_to(gradient: Tensor, shape: Shape) -> Tensor:
-    """The gradient of what was broadcast to it."""
+    """Return the gradient of an operand that was broadcast."""
     return gradient if gradient.shape == shape else gradient.tape.new(shape, gradient.itemsize)
 
 

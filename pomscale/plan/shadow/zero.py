@@ -1,9 +1,9 @@
-"""A training step of engine/deepspeed.py: what each stage of ZeRO holds, as DeepSpeed 0.19 does it.
+"""Memory of a training step of engine/deepspeed.py: what each stage of ZeRO holds in DeepSpeed 0.19.
 
 Working weights, fp32 or bf16, are made from fp32 masters; masters, moments and averages are shared out over the ranks.
     stage 1    every rank has all working weights, and all gradients until the end of the backward pass
     stage 2    gradients are reduced through a bucket as they come; this rank's part of them stays
-    stage 3    so are working weights, which are gathered ahead of their use and stay, up to 1e9 of them
+    stage 3    working weights are sharded too; they are gathered ahead of their use and stay, up to 1e9 of them
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pomscale.plan.shadow.step import StepShadow, num_elements
 from pomscale.plan.shadow.tensor import Tensor
 
 BUCKET_ELEMENTS = 50_000_000
-"""As the engine sets reduce_bucket_size and allgather_bucket_size; stage 3 prefetches as many by default."""
+"""Value of reduce_bucket_size and allgather_bucket_size in the engine; stage 3 prefetches as many by default."""
 _MAX_FLAT_ELEMENTS = 500_000_000  # stage 1 in bf16 reduces its fp32 gradients in pieces of this size
 _MAX_LIVE_ELEMENTS = 1_000_000_000  # stage3_max_live_parameters, stage3_max_reuse_distance
 
 
 class ZeroShadow(StepShadow):
-    """`run` once; the ledger then knows the peak of a step. num_ranks: that share what the stage shares out."""
+    """Step of ZeRO: `run` it once, and the ledger knows the peak. num_ranks ranks share what the stage shards."""
 
     def __init__(
         self, network: Network, compute: ComputeConfig, deepspeed: DeepSpeedConfig, *, num_ranks: int,
@@ -42,7 +42,7 @@ class ZeroShadow(StepShadow):
         self.held.append(Storage(self.ledger, part, num_bytes))
 
     def run(self, micro_batch: int, num_micro_batches: int) -> None:
-        """One step, its last micro-batch."""
+        """Run the last micro-batch of a step."""
         self._hold_resident()
         self._hold_working()
         if self.stage == 1 and self.tape.itemsize != FP32:
@@ -78,7 +78,7 @@ class ZeroShadow(StepShadow):
 
     def before_forward(self, block: AnyBlock | None) -> None:
         if block is None and self.stage == 3:
-            # Fetched together: as many as are prefetched, up to the end of a block. Copied from, and freed.
+            # Weights are fetched together, as many as are prefetched up to the end of a block; copied out, and freed.
             largest = max(num_elements(block.weights()) for block in self.network.blocks)
             fetched = min(self.num_whole, BUCKET_ELEMENTS + largest)
             Storage(self.ledger, "gathered", fetched * self.tape.itemsize)
@@ -94,7 +94,7 @@ class ZeroShadow(StepShadow):
             self._finish()
 
     def _reduce(self, weights: list[Weight]) -> None:
-        """Through the bucket, which is emptied when the next gradient does not go in."""
+        """Reduce gradients through the bucket, which is emptied when the next gradient does not fit."""
         for weight in weights[::-1]:
             size = num_elements([weight])
             if self.num_in_bucket + size > BUCKET_ELEMENTS:
@@ -103,8 +103,11 @@ class ZeroShadow(StepShadow):
             weight.leaf.gradient = None
 
     def _empty_bucket(self) -> None:
-        """Its gradients joined and, where that is another precision, in that of the reduction. Stage 3 reduces in
-        place; its part of the gradients is there all the time."""
+        """Reduce the gradients of the bucket.
+
+        They are joined and, where its precision is another one, cast to that of the reduction. Stage 3 reduces in
+        place, and its part of the gradients is there all the time.
+        """
         if self.stage < 3:
             copies = FP32 if self.tape.itemsize == FP32 else FP32 + self.tape.itemsize
             Storage(self.ledger, "reduction", self.num_in_bucket * copies)

@@ -1,8 +1,9 @@
-"""On PYTHONPATH (running.UNHURRIED) of runs that a test meets in the middle: each step of training waits at first.
+"""Makes each training step wait, in runs that a test meets in the middle (running.UNHURRIED has it on PYTHONPATH).
 
-Such a run lasts as long on any machine, and leaves the cores to the tests beside it. A test that stands still may come
-too late all the same: where HELD names a file (running.held_at), no step is taken from the number of samples on that
-the file says, and no local job begins, until the file has gone or says more. A request to stop lets a step go on.
+Such a run takes as long on any machine, and leaves the cores to the tests beside it. A test that stands still may come
+too late all the same. The variable UNHURRIED_HELD therefore names a file (running.held_at) with a number of samples:
+from there on no step is taken, and where the number is 0 no local job begins, until the file is deleted or holds a
+larger number. A request to stop ends the wait of a step.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from typing import Any
 WAIT_S = float(os.environ.get("UNHURRIED_S", "0.04"))
 HELD = os.environ.get("UNHURRIED_HELD")
 LOOK_EVERY_S = 0.02
+TRAINER = "pomscale.training.trainer"
 
 
 def held_at() -> float:
-    """Samples; those of a file that is just being written are 0: to be looked at again."""
+    """Return the number of samples in the file: 0 while it is being written, infinity when there is none."""
     if HELD is None:
         return float("inf")
     try:
@@ -32,9 +34,22 @@ def held_at() -> float:
         return float("inf")
 
 
-class _Slow(MetaPathFinder):
+def slow_down(module: ModuleType) -> None:
+    """Make each step of the trainer wait first."""
+    step = module.Trainer._step
+
+    def waiting_step(trainer: Any, clock: Any) -> Any:
+        time.sleep(WAIT_S)
+        while clock.samples >= held_at() and not trainer.process.stop.requested:
+            time.sleep(LOOK_EVERY_S)
+        return step(trainer, clock)
+
+    module.Trainer._step = waiting_step
+
+
+class _SlowDownOnImport(MetaPathFinder):
     def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
-        if name != "pomscale.training.trainer":
+        if name != TRAINER:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)
@@ -42,24 +57,19 @@ class _Slow(MetaPathFinder):
         assert spec.loader is not None
         execute = spec.loader.exec_module
 
-        def execute_and_slow(module: ModuleType) -> None:
+        def execute_and_slow_down(module: ModuleType) -> None:
             execute(module)
-            step = module.Trainer._step
+            slow_down(module)
 
-            def waiting_step(trainer: Any, clock: Any) -> Any:
-                time.sleep(WAIT_S)
-                while clock.samples >= held_at() and not trainer.process.stop.requested:
-                    time.sleep(LOOK_EVERY_S)
-                return step(trainer, clock)
-
-            module.Trainer._step = waiting_step
-
-        spec.loader.exec_module = execute_and_slow  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_slow_down  # type: ignore[method-assign]
         return spec
 
 
-sys.meta_path.insert(0, _Slow())
+if TRAINER in sys.modules:  # a process forked by support.forking
+    slow_down(sys.modules[TRAINER])
+else:
+    sys.meta_path.insert(0, _SlowDownOnImport())
 
-if "submitit.local._local" in sys.orig_argv:  # the controller of a local job: nobody knows yet that there is one
+if "submitit.local._local" in sys.orig_argv:  # the controller of a local job
     while held_at() == 0:
         time.sleep(LOOK_EVERY_S)

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: nothing that is wanted is ever deleted, in whatever order saves and judgements come."""
+"""Retention: no wanted checkpoint is ever deleted, in any order of saves and of metrics."""
 
 from __future__ import annotations
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from pomscale.cli import jobs
+from pomscale.cli import runs, watch
+from pomscale.cli.arguments import VerbParser
 
 
 def parse(*words: str) -> argparse.Namespace:
-    parser = jobs.VerbParser(prog="pomscale")
-    jobs.add(parser.add_subparsers(required=True))
+    parser = VerbParser(prog="pomscale")
+    verbs = parser.add_subparsers(required=True)
+    runs.add(verbs)
+    watch.add(verbs)
     return parser.parse_args(words)
 
 
@@ -34,7 +34,7 @@ def parse(*words: str) -> argparse.Namespace:
 )
 def test_without_a_verb_it_is_the_list(words: list[str], folders: list[Path]) -> None:
     parsed = parse("runs", *words)
-    assert parsed.run is jobs._list
+    assert parsed.run is runs._list
     assert parsed.folders == folders
     assert parsed.json == ("--json" in words)
 
@@ -43,7 +43,7 @@ def test_verbs_are_verbs() -> None:
     assert parse("runs", "status", "x").run_folder == "x"
     assert parse("runs", "logs", "x", "--rank", "all").rank is None
     assert parse("runs", "logs", "x", "--rank", "3").rank == 3
-    assert parse("watch", "x").run is jobs._watch
+    assert parse("watch", "x").run is watch._watch
 
 
 @pytest.mark.parametrize(
@@ -62,11 +62,3 @@ def test_wrong_words(words: list[str], complaint: str, capsys: pytest.CaptureFix
         parse(*words)
     assert ended.value.code == 2
     assert complaint in capsys.readouterr().err
-
-
-def test_a_terminal_that_lacks_characters_gets_others(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"samples": 8, "time_unix_s": 1, "incarnation": 1, "train/loss": 0.5}\n')
-    command = [sys.executable, "-m", "pomscale", "watch", str(tmp_path), "--once"]
-    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"training loss 0.5" in done.stdout

@@ -12,7 +12,7 @@ from pomscale.base.errors import InputError
 from pomscale.codecs.base import ClipDecoder
 from pomscale.codecs.clip_decoders import FramewiseDecoder
 from pomscale.codecs.cogvideox_vae import CogVideoXVaeCodec
-from pomscale.config.schema import CogVideoXVaeCodecConfig
+from pomscale.config.codecs import CogVideoXVaeCodecConfig
 from support.tiny_models import save_video_vae
 
 # Of the network that `folder` holds: one tile, and 2 x 2 of them (tiles are 6 x 10 latent pixels).

@@ -12,7 +12,7 @@ import torch
 from pomscale.base.errors import InputError
 from pomscale.codecs import build_codec
 from pomscale.codecs.pixel import PixelCodec
-from pomscale.config.schema import CogVideoXVaeCodecConfig, PixelCodecConfig, SdVaeCodecConfig
+from pomscale.config.codecs import CogVideoXVaeCodecConfig, PixelCodecConfig, SdVaeCodecConfig
 from support.tiny_models import save_vae, save_video_vae
 
 

@@ -11,7 +11,7 @@ import torch
 
 from pomscale.base.errors import InputError
 from pomscale.codecs import TextEncoder, build_text_encoder
-from pomscale.config.schema import TextEncoderConfig
+from pomscale.config.codecs import TextEncoderConfig
 from support.tiny_models import save_sentencepiece, save_t5
 
 CAPTIONS = ["a red dog", "", "a very old horse walks over the river and the hill", "a", "naïve 馬 🐴", "a red dog"]

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from launch.record.job import JobSpec
-from launch.submission.job_script import Wish, job_script
+from launch.submission.job_script import SubmitOptions, job_script
 from pomscale.base.errors import InputError
 from pomscale.config.cluster import minutes_of
-from pomscale.config.load import known_clusters, load_cluster
+from pomscale.config.load import load_cluster
+from pomscale.config.shipped import known_clusters
 from pomscale.config.yaml_file import RecipeError
 from support.paths import RECIPES
 
@@ -71,7 +72,9 @@ def test_all_that_the_readme_names_are_there() -> None:
 def test_jean_zay_is_as_its_documentation_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IDRPROJ", "abc")
     for name, gpus, cores in (("h100", 4, 24), ("a100", 8, 8)):
-        options = script_options(job_script(spec(ranks_per_node=gpus), load_cluster(f"jean-zay-{name}"), Wish()))
+        options = script_options(
+            job_script(spec(ranks_per_node=gpus), load_cluster(f"jean-zay-{name}"), SubmitOptions())
+        )
         assert options["account"] == f"abc@{name}"
         assert options["constraint"] == name
         assert options["qos"] == f"qos_gpu_{name}-t3"
@@ -135,7 +138,7 @@ def test_a_recipe_is_no_profile() -> None:
 def test_a_variable_that_is_not_set_is_named(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("IDRPROJ", raising=False)
     with pytest.raises(InputError, match=r"account: \$IDRPROJ@h100: this variable is not set here"):
-        job_script(spec(), load_cluster("jean-zay-h100"), Wish())
+        job_script(spec(), load_cluster("jean-zay-h100"), SubmitOptions())
 
 
 def test_profiles_inherit_and_may_be_changed_in_passing(write: Write, tmp_path: Path) -> None:
@@ -151,7 +154,7 @@ def test_profiles_inherit_and_may_be_changed_in_passing(write: Write, tmp_path: 
     ("limit", "minutes"), [("0:40:00", 40), ("20:00:00", 1200), ("0:00:01", 1), ("2-00:30", 2910), ("100:00:00", 6000)]
 )
 def test_time_limits_are_read_as_hours_and_rounded_up(write: Write, limit: str, minutes: int) -> None:
-    """Without quotes, too: YAML 1.1 would make 72000 of 20:00:00."""
+    """A time limit needs no quotes, although YAML 1.1 would make 72000 of 20:00:00."""
     path = write(f"time_limit: {limit}", text=PROFILE.replace("time_limit: 2:00:00\n", "signal_lead_s: 1\n"))
     if minutes == 1:
         assert minutes_of(limit) == 1
@@ -163,7 +166,12 @@ def test_time_limits_are_read_as_hours_and_rounded_up(write: Write, limit: str, 
 
 
 def spec(**changes: Any) -> JobSpec:
-    values: dict[str, Any] = {"home": "/runs/a run", "name": "a-run", "commands": [["train", "x.yaml"]], "cwd": "/"}
+    values: dict[str, Any] = {
+        "job_folder": "/runs/a run",
+        "name": "a-run",
+        "commands": [["train", "x.yaml"]],
+        "cwd": "/",
+    }
     return JobSpec(**{**values, "ranks_per_node": 4, **changes})
 
 
@@ -178,20 +186,20 @@ def srun_words(script: str) -> list[str]:
 
 
 def test_one_task_per_rank_or_one_per_node(write: Write) -> None:
-    by_srun = script_options(job_script(spec(num_nodes=2), load_cluster(write()), Wish()))
+    by_srun = script_options(job_script(spec(num_nodes=2), load_cluster(write()), SubmitOptions()))
     assert {name: by_srun[name] for name in ("nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node")} == {
         "nodes": "2",
         "ntasks-per-node": "4",
         "cpus-per-task": "8",
         "gpus-per-node": "4",
     }
-    script = job_script(spec(num_nodes=2, ranks_by="torchrun"), load_cluster(write()), Wish())
+    script = job_script(spec(num_nodes=2, ranks_by="torchrun"), load_cluster(write()), SubmitOptions())
     assert (script_options(script)["ntasks-per-node"], script_options(script)["cpus-per-task"]) == ("1", "32")
     assert "--cpus-per-task=32" in srun_words(script)
 
 
 def test_what_a_run_needs_to_be_started_again(write: Write) -> None:
-    script = job_script(spec(), load_cluster(write("signal_lead_s: 90")), Wish())
+    script = job_script(spec(), load_cluster(write("signal_lead_s: 90")), SubmitOptions())
     options = script_options(script)
     assert options["signal"] == "USR2@90"
     assert options["requeue"] == ""
@@ -202,9 +210,9 @@ def test_what_a_run_needs_to_be_started_again(write: Write) -> None:
 
 def test_some_of_the_gpus_bring_their_share_of_cores_and_memory(write: Write) -> None:
     profile = load_cluster(write("memory_gib: 480", "exclusive: true"))
-    whole = script_options(job_script(spec(), profile, Wish()))
-    one = script_options(job_script(spec(ranks_per_node=1), profile, Wish(gpus_per_node=1)))
-    none = script_options(job_script(spec(ranks_per_node=1), profile, Wish(gpus_per_node=0)))
+    whole = script_options(job_script(spec(), profile, SubmitOptions()))
+    one = script_options(job_script(spec(ranks_per_node=1), profile, SubmitOptions(gpus_per_node=1)))
+    none = script_options(job_script(spec(ranks_per_node=1), profile, SubmitOptions(gpus_per_node=0)))
     assert (whole["mem"], whole["exclusive"]) == ("491520M", "")
     assert (one["gpus-per-node"], one["cpus-per-task"], one["mem"]) == ("1", "8", "122880M")
     assert "exclusive" not in one
@@ -213,8 +221,8 @@ def test_some_of_the_gpus_bring_their_share_of_cores_and_memory(write: Write) ->
 
 def test_further_options_and_jobs_to_wait_for(write: Write) -> None:
     profile = load_cluster(write("partition: gpu", "wckey: ours", "sbatch: {comment: a b, overcommit: ''}"))
-    wish = Wish(time_limit="0:30:00", after={"7": "ok", "9": "any"}, array=6, exclude=["n1", "n2"])
-    options = script_options(job_script(spec(), profile, wish))
+    options = SubmitOptions(time_limit="0:30:00", after={"7": "ok", "9": "any"}, array=6, exclude=["n1", "n2"])
+    options = script_options(job_script(spec(), profile, options))
     assert (options["comment"], options["overcommit"], options["wckey"]) == ("a b", "", "ours")
     assert (options["time"], options["exclude"], options["array"]) == ("30", "n1,n2", "0-5%6")
     assert (options["dependency"], options["kill-on-invalid-dep"]) == ("afterok:7,afterany:9", "yes")
@@ -223,20 +231,20 @@ def test_further_options_and_jobs_to_wait_for(write: Write) -> None:
 
 def test_containers(write: Write) -> None:
     container = "container: {kind: %s, image: /images/pomscale, mounts: ['/a:/b', '/c'], options: [--writable]}"
-    pyxis = srun_words(job_script(spec(), load_cluster(write(container % "pyxis")), Wish()))
+    pyxis = srun_words(job_script(spec(), load_cluster(write(container % "pyxis")), SubmitOptions()))
     assert pyxis[6:9] == ["--container-image=/images/pomscale", "--container-mounts=/a:/b,/c", "--writable"]
     assert pyxis[9:11] == ["python", "-u"]
     profile = load_cluster(write(container % "apptainer"))
-    apptainer = srun_words(job_script(spec(), profile, Wish()))
+    apptainer = srun_words(job_script(spec(), profile, SubmitOptions()))
     words = ["apptainer", "exec", "--nv", "--bind", "/a:/b,/c", "--writable", "/images/pomscale", "python", "-u"]
     assert apptainer[6:15] == words
-    assert "--nv" not in srun_words(job_script(spec(ranks_per_node=1), profile, Wish(gpus_per_node=0)))
+    assert "--nv" not in srun_words(job_script(spec(ranks_per_node=1), profile, SubmitOptions(gpus_per_node=0)))
 
 
 def test_the_script_hands_the_environment_on(write: Write, tmp_path: Path) -> None:
     """The script itself, run by bash; only srun is one that writes down what it gets."""
-    home = tmp_path / "a run"
-    (home / "code").mkdir(parents=True)
+    job_folder = tmp_path / "a run"
+    (job_folder / "code").mkdir(parents=True)
     tools = tmp_path / "bin"
     tools.mkdir()
     shown = "import json, os, sys; json.dump([dict(os.environ), sys.argv[1:]], open(os.environ['GOT'], 'w'))"
@@ -244,9 +252,9 @@ def test_the_script_hands_the_environment_on(write: Write, tmp_path: Path) -> No
     (tools / "srun").chmod(0o755)
     lines = ["modules: [arch/h100, cuda]", "setup: ['export FROM_SETUP=1']", "local_disk: $NODE_DISK/tmp"]
     script = job_script(
-        spec(home=str(home), environment={"QUOTED": "it's $HOME", "NCCL_DEBUG": "INFO"}),
+        spec(job_folder=str(job_folder), environment={"QUOTED": "it's $HOME", "NCCL_DEBUG": "INFO"}),
         load_cluster(write(*lines)),
-        Wish(),
+        SubmitOptions(),
     )
     loaded = tmp_path / "loaded"
     module = f'module() {{ echo "$@" >> {shlex.quote(str(loaded))}; }}; export -f module\n'
@@ -262,5 +270,5 @@ def test_the_script_hands_the_environment_on(write: Write, tmp_path: Path) -> No
     assert found["FROM_SETUP"] == "1"
     assert (found["QUOTED"], found["NCCL_DEBUG"]) == ("it's $HOME", "INFO")
     assert found["TMPDIR"] == "/disk/tmp"
-    assert (found["PYTHONPATH"], found["PYTHONSAFEPATH"]) == (f"{home}/code:/before", "1")
-    assert words[-5:] == [sys.executable, "-u", "-m", "submitit.core._submit", f"{home}/submitit"]
+    assert (found["PYTHONPATH"], found["PYTHONSAFEPATH"]) == (f"{job_folder}/code:/before", "1")
+    assert words[-5:] == [sys.executable, "-u", "-m", "submitit.core._submit", f"{job_folder}/submitit"]

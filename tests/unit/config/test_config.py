@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from pomscale.config.codecs import SdVaeCodecConfig
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.load import dump_recipe, load_encode_recipe, load_recipe, load_train_recipe
-from pomscale.config.schema import EncodeRecipe, SdVaeCodecConfig, TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError, read_source
 
 Write = Callable[[str, str], Path]
@@ -343,26 +345,6 @@ def imported(result: subprocess.CompletedProcess[str]) -> set[str]:
     """Top-level packages in a log of -X importtime."""
     lines = [line for line in result.stderr.splitlines() if line.startswith("import time:")]
     return {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines}
-
-
-def test_validate_lists_the_problems_of_all_files_and_exits_2(write: Write) -> None:
-    good, typo = write("good.yaml", TRAIN), write("typo.yaml", f"{TRAIN}lr: 1\nsede: 1\n")
-    short = write("short.yaml", TRAIN.replace("total_samples: 640", "total_samples: 600"))
-    result = pomscale("config", "validate", good, typo, short)
-    assert result.returncode == 2
-    assert result.stderr.removeprefix("error: ").splitlines() == [
-        f"{typo}:12: lr: unknown key; did you mean 'optimizer.lr'?",
-        f"{typo}:13: sede: unknown key; did you mean 'seed'?",
-        f"{short}:10: training.total_samples: 600 is not a multiple of training.global_batch 64",
-    ]
-    assert (pomscale("config", "validate", good).returncode, result.stdout) == (0, "")
-
-
-def test_show_prints_the_recipe_that_training_would_use(write: Write) -> None:
-    path = write("train.yaml", TRAIN)
-    result = pomscale("config", "show", path, "optimizer.lr=3e-4")
-    assert result.returncode == 0, result.stderr
-    assert load_recipe(write("shown.yaml", result.stdout)) == train(path, "optimizer.lr=3e-4")
 
 
 def test_help_imports_nothing_heavy() -> None:

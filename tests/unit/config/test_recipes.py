@@ -11,9 +11,11 @@ import pytest
 import torch
 import yaml
 
+from pomscale.config.codecs import PixelCodecConfig
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.identity import NOT_OF_THE_LATENTS
 from pomscale.config.load import json_schema, load_recipe
-from pomscale.config.schema import EncodeRecipe, PixelCodecConfig, TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.models import make_model
 from pomscale.plan import num_parameters
 from support.paths import RECIPES
@@ -45,7 +47,7 @@ def test_the_first_line_points_editors_to_the_schema(path: Path) -> None:
 
 
 def test_the_shipped_schema_is_the_current_one() -> None:
-    """Else: pomscale config schema > recipes/schema.json"""
+    """If this fails: pomscale config schema > recipes/schema.json"""
     assert json.loads(SCHEMA_FILE.read_text(encoding="utf-8")) == json_schema()
 
 

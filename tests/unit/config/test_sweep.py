@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from launch.submission.prepare import How
-from launch.submission.sweep import plan_sweep, table
-from pomscale.config.load import load_cluster, load_train_recipe
-from pomscale.config.schema import TrainRecipe
+from launch.pipelines.sweep import plan_sweep, sweep_table
+from launch.submission.prepare import JobRequest
+from pomscale.config.load import load_cluster
 from pomscale.config.sweep import load_points
+from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError
-from pomscale.runs.checkpoint_folder import META
+from pomscale.runs.layout import CHECKPOINT_META
 from pomscale.runs.outcome import write_outcome
 
 RECIPE = """\
@@ -100,7 +98,7 @@ def test_a_recipe_without_a_sweep_has_no_points(path: Path) -> None:
             "grid.yaml:10: training.total_samples: 650 is not a multiple of training.global_batch 32 "
             "(sweep: lr=0.0001-total_samples=650)",
         ),
-        ("model.degree: [2, 3]", "name: [a, b]", "grid.yaml:10: sweep: 'name' is not for a sweep to change"),
+        ("model.degree: [2, 3]", "name: [a, b]", "grid.yaml:10: sweep: 'name' cannot be changed by a sweep"),
         ("[2, 3]", "[2, 2]", "grid.yaml:8: sweep: 2 points would be called grid.lr=0.0001-degree=2; a value is"),
         ("[2, 3]", "[]", "grid.yaml:10: sweep.model.degree: list should have at least 1 item"),
         ("[2, 3]", "2", "grid.yaml:10: sweep.model.degree: input should be a valid list, got 2"),
@@ -113,30 +111,19 @@ def test_a_bad_point_is_told_with_the_line_of_the_sweep(path: Path, old: str, ne
     assert len(more) <= 1  # the same name twice, for the other rate
 
 
-def test_train_says_how_to_start_a_sweep_or_a_point(path: Path) -> None:
-    command = [sys.executable, "-m", "pomscale", "train", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert f"pomscale launch {path} --cluster" in done.stderr
-    offered = f"pomscale train {path} sweep={{}} name=NAME optimizer.lr=0.0001 model.degree=2"
-    assert offered in done.stderr
-    one = load_train_recipe(path, offered.split()[3:])
-    assert (one.name, one.sweep, one.model.degree) == ("NAME", {}, 2)
-
-
 def test_launching_again_takes_only_what_is_left(path: Path, digits: Path, tmp_path: Path) -> None:
     overrides = [f"data.path={digits}/latents/train", f"output={tmp_path}/runs", "compute.device=cpu"]
     points = load_points(path, overrides)
     finish(points[1].recipe)
-    planned = plan_sweep(points, load_cluster("local"), "local", How())
+    planned = plan_sweep(points, JobRequest(load_cluster("local"), "local"))
     assert [(one.state, one.prepared is not None) for one in planned] == [
         ("new", True),
         ("finished", False),
         ("new", True),
         ("new", True),
     ]
-    assert not planned[0].home.exists()
-    lines = table(planned, {planned[0].home: "17"}).splitlines()
+    assert not planned[0].job_folder.exists()
+    lines = sweep_table(planned, {planned[0].job_folder: "17"}).splitlines()
     assert lines[0].split() == ["job", "optimizer.lr", "model.degree", "run"]
     assert lines[1].split() == ["17", "0.0001", "2", "grid.lr=0.0001-degree=2"]
     assert lines[2].split() == ["finished", "0.0001", "3", "grid.lr=0.0001-degree=3"]
@@ -144,9 +131,9 @@ def test_launching_again_takes_only_what_is_left(path: Path, digits: Path, tmp_p
 
 def finish(recipe: TrainRecipe) -> None:
     """What a run that has come to its end leaves, as far as a launch looks."""
-    home = Path(recipe.output) / recipe.name
-    checkpoint = home / "checkpoints" / f"samples-{recipe.training.total_samples:012d}"
+    job_folder = Path(recipe.output) / recipe.name
+    checkpoint = job_folder / "checkpoints" / f"samples-{recipe.training.total_samples:012d}"
     checkpoint.mkdir(parents=True)
-    (checkpoint / META).write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
+    (checkpoint / CHECKPOINT_META).write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
     (checkpoint / "COMPLETE").write_text("")
-    write_outcome(home, 1, 0, "finished", samples=recipe.training.total_samples)
+    write_outcome(job_folder, 1, 0, "finished", samples=recipe.training.total_samples)

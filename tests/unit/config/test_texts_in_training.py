@@ -1,4 +1,4 @@
-"""What a network of clips is told: texts of one length, some of them dropped, and prompts that are cut."""
+"""Conditions of a network of clips: texts of one length, some of them dropped, and prompts that are cut."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 
 from pomscale.base.condition import Text, batch_size, device_of, join_conditions, map_condition
 from pomscale.codecs import build_text_encoder
-from pomscale.config.schema import TextEncoderConfig, TrainRecipe
+from pomscale.config.codecs import TextEncoderConfig
+from pomscale.config.train import TrainRecipe
 from pomscale.data.loader import MicroBatch
-from pomscale.pretrained.card import null_text
+from pomscale.data.texts import null_text, text_batch
 from pomscale.sampling.prompts import embed_prompts
 from pomscale.shards.schema import TextInfo
-from pomscale.training.loss import draw_batch, text_batch
+from pomscale.training.loss import draw_batch
 from support.tiny_models import save_t5
 
 MAX_LENGTH, DIM = 6, 3

@@ -9,7 +9,7 @@ import pytest
 from pomscale.config.load import dump_recipe, load_recipe, load_train_recipe
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.config.presets import IMAGE_PRESETS, VIDEO_PRESETS
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError
 
 VIDEO = """\
@@ -140,7 +140,7 @@ def test_the_preset_says_that_clips_are_meant(recipe: Path, name: str) -> None:
 
 
 def test_recipes_that_say_no_kind_are_of_pictures() -> None:
-    """As they were before there were clips, with and without a preset."""
+    """Recipes from before there were clips stay valid, with and without a preset."""
     sizes = {"latent_shape": [4, 8, 8], "num_classes": 10}
     models = [{"dim": 16, "depth": 1, **sizes}, *({"preset": name, **sizes} for name in IMAGE_PRESETS)]
     for model in models:

@@ -119,7 +119,7 @@ def test_every_prefix_gives_each_stream_its_share(
     weights: list[Fraction], seed: int, period: int, first: int, length: int
 ) -> None:
     interleave = Interleave(weights, seed, 0, period)
-    streams, indices = interleave.places(np.arange(first, first + length))
+    streams, indices = interleave.locate(np.arange(first, first + length))
     before = interleave.counts(first).tolist()
     assert sum(before) == first
     for stream in range(len(weights)):
@@ -146,14 +146,14 @@ def test_shares_are_never_rounded(weights: list[Fraction | int]) -> None:
 
 
 def test_two_equal_streams_take_turns_in_pairs() -> None:
-    streams, _ = Interleave([5, 5], 0, 0, 64).places(np.arange(640))
+    streams, _ = Interleave([5, 5], 0, 0, 64).locate(np.arange(640))
     assert np.abs(np.cumsum(2 * streams - 1)).max() == 1
     assert 200 < np.count_nonzero(np.diff(streams)) < 600  # at random, not A B A B
 
 
 def test_a_stream_alone_is_passed_through() -> None:
     places = np.array([5, 0, 10**15])
-    streams, indices = Interleave([3], 0, 0).places(places)
+    streams, indices = Interleave([3], 0, 0).locate(places)
     assert streams.tolist() == [0, 0, 0]
     assert indices.tolist() == places.tolist()
 
@@ -162,14 +162,14 @@ def test_a_stream_alone_is_passed_through() -> None:
 @given(data=st.data(), period=st.integers(1, 30))
 def test_places_may_be_asked_in_any_order_and_any_company(data: st.DataObject, period: int) -> None:
     weights = [1, 5, 2]
-    whole = Interleave(weights, 5, 0, period).places(np.arange(100))
+    whole = Interleave(weights, 5, 0, period).locate(np.arange(100))
     some = np.array(data.draw(st.lists(st.integers(0, 99), min_size=1, max_size=30)))
-    found = Interleave(weights, 5, 0, period).places(some)
+    found = Interleave(weights, 5, 0, period).locate(some)
     assert [part.tolist() for part in found] == [part[some].tolist() for part in whole]
 
 
-def test_streams_are_shuffled_anew_in_every_period_and_for_every_purpose() -> None:
+def test_streams_are_shuffled_again_in_every_period_and_for_every_purpose() -> None:
     interleave, other = Interleave([1, 1], 0, 0, 64), Interleave([1, 1], 0, 1, 64)
-    first, second = interleave.places(np.arange(64))[0], interleave.places(np.arange(64, 128))[0]
+    first, second = interleave.locate(np.arange(64))[0], interleave.locate(np.arange(64, 128))[0]
     assert first.tolist() != second.tolist()
-    assert first.tolist() != other.places(np.arange(64))[0].tolist()
+    assert first.tolist() != other.locate(np.arange(64))[0].tolist()

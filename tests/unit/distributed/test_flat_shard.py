@@ -39,7 +39,7 @@ def cut(flat: Tensor, shape: tuple[int, ...], at: list[int]) -> list[FlatShard]:
 
 @given(shapes_and_cuts())
 def test_boxes_tile_the_range(case: tuple[tuple[int, ...], list[int], list[int]]) -> None:
-    """Every element of the range is in one box, at its place of the whole; no box is there without need."""
+    """Every element of the range is in one box, at its position in the whole, and no box could be left out."""
     shape, at, _ = case
     whole = torch.arange(math.prod(shape))
     for shard in cut(whole, shape, at):
@@ -90,7 +90,7 @@ def test_the_same_range_over_another_buffer() -> None:
 
 
 def save(folder: Path, states: list[dict[str, object]]) -> None:
-    """What dcp.save does, for one state per rank."""
+    """Save one state per rank as dcp.save does."""
     planners = [DefaultSavePlanner() for _ in states]
     writers = [FileSystemWriter(folder, sync_files=False) for _ in states]
     plans = []

@@ -1,4 +1,4 @@
-"""What a slow rank tells of itself; of a GPU through a program that answers as nvidia-smi does."""
+"""Figures of a slow rank; those of its GPU come from a program that answers as nvidia-smi does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which slow steps are told: numbers of rows as the trainer gives them, under a clock of its own."""
+"""Alerts of slow steps, from numbers of rows as the trainer gives them, and a clock of the test."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pomscale.runs.ledger import Ledger, goodput
 
 
 def told(folder: Path, rows: list[tuple[float, float]]) -> int:
-    """How many alerts came of rows, each (seconds since the row before, seconds per step)."""
+    """Number of alerts after rows, each (seconds since the row before, seconds per step)."""
     now_s = 0.0
     with Ledger(folder, 0, 0) as ledger:
         alerts = Alerts(AlertsConfig(min_goodput=None), Monitor([]), ledger, lambda: now_s)
         for number, (since_s, step_time_s) in enumerate(rows):
             now_s += since_s
-            alerts.judge(8 * number, step_time_s)
+            alerts.check_row(8 * number, step_time_s)
     balance = goodput(folder)
     assert balance is not None
     return balance.events["alert"]
@@ -48,7 +48,7 @@ def test_a_run_that_was_left_alone_has_lost_nothing(spent: dict[str, float], num
     with Ledger(tmp_path, 0, 0) as ledger:
         alerts = Alerts(AlertsConfig(), Monitor([]), ledger)
         ledger._balance.add({"samples": 8, "incarnation": 0, "seconds": {"step": 3_700.0, **spent}})
-        alerts.judge(8, None)
+        alerts.check_row(8, None)
     balance = goodput(tmp_path)
     assert balance is not None
     assert balance.events["alert"] == num_told

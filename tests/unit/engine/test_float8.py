@@ -72,8 +72,11 @@ def test_only_maps_inside_blocks_whose_sizes_the_kernels_take_are_exchanged() ->
 
 
 def test_any_micro_batch_fits_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They refuse sums over a number of terms that is no multiple of 16; the CPU's and the emulation do not. What is
-    computed once per sample has a gradient that is a sum over the micro-batch."""
+    """Sums over a number of terms that is no multiple of 16 are padded, which the kernels of a GPU need.
+
+    The CPU and the emulation do not need it. What is computed once per sample has a gradient that is a sum over the
+    micro-batch.
+    """
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     model = network(float8=False)
     to_float8(model, torch.device("cuda"))

@@ -47,7 +47,7 @@ def test_the_second_moment_moves_where_rounding_to_nearest_would_stall() -> None
 
 
 def descend(moments: Literal["fp32", "bf16"]) -> tuple[list[float], Tensor, Tensor]:
-    """Of a small regression: losses, and the weights before and after."""
+    """Losses of a small regression, and its weights before and after."""
     generator = torch.Generator().manual_seed(0)
     inputs, targets = torch.randn(256, 16, generator=generator), torch.randn(256, 4, generator=generator)
     model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 4))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.demos import digits
 from data_pipelines.demos.digits import write_digits
 
 
@@ -16,18 +16,20 @@ def test_digits_are_halved_by_class_and_exact(tmp_path: Path) -> None:
     assert write_digits(tmp_path / "one") == {"train": 901, "heldout": 896}
     files = sorted((tmp_path / "one").glob("*/*/*.png"))
     assert len({path.stem for path in files}) == 1797
-    digits = sklearn_datasets.load_digits()
+    scans = sklearn_datasets.load_digits()
     for path in (files[0], files[-1]):
-        assert digits.target[int(path.stem)] == int(path.parent.name)
+        assert scans.target[int(path.stem)] == int(path.parent.name)
         np.testing.assert_array_equal(
-            np.asarray(Image.open(path)), np.rint(digits.images[int(path.stem)] * 255 / 16).astype(np.uint8)
+            np.asarray(Image.open(path)), np.rint(scans.images[int(path.stem)] * 255 / 16).astype(np.uint8)
         )
     write_digits(tmp_path / "two")
     for path in files:
         assert (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes() == path.read_bytes()
 
 
-def test_the_digits_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "data_pipelines.demos.digits", str(tmp_path)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "901 handwritten digits" in out
+def test_the_digits_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["digits", str(tmp_path)])
+    assert digits.main() == 0
+    assert "901 handwritten digits" in capsys.readouterr().out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 pytest.importorskip("sklearn")
 pytest.importorskip("av")
 
+from data_pipelines.demos import moving_digits
 from data_pipelines.demos.moving_digits import NAMES, VELOCITIES, World, write_moving_digits
 from pomscale.base.errors import InputError
 from pomscale.cli import main
@@ -106,15 +106,18 @@ def test_worlds_that_cannot_be(changes: dict[str, Any], told: str) -> None:
         World(**changes)
 
 
-def test_the_command_makes_the_world_that_it_is_told(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "data_pipelines.demos.moving_digits", str(tmp_path / "out")]
+def test_the_command_makes_the_world_that_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["moving_digits", str(tmp_path / "out")]
     options = ["--digits", "3", "--directions", "up", "--height", "16", "--train", "2", "--heldout", "1"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
-    assert "train: 2 clips of 8 frames, 16x16 pixels" in done.stdout
+    monkeypatch.setattr(sys, "argv", [*command, *options])
+    assert moving_digits.main() == 0
+    assert "train: 2 clips of 8 frames, 16x16 pixels" in capsys.readouterr().out
     assert (tmp_path / "out" / "train" / "000001.txt").read_text() == "three moving up\n"
-    refused = subprocess.run([*command, "--digits", "two"], capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
-    assert "--digits" in refused.stderr
+    monkeypatch.setattr(sys, "argv", [*command, "--digits", "two"])
+    assert moving_digits.main() == 2
+    assert "--digits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("direction", VELOCITIES)

@@ -1,11 +1,9 @@
-"""VBench: which videos it wants, under which names; what its results are worth, and that runs get to know them."""
+"""VBench: which videos it wants, under which names, and what its results are worth."""
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import pytest
 
 from pomscale.base.errors import InputError
 from pomscale.evaluation.vbench import DIMENSIONS, VBenchScores, read_results
-from pomscale.runs.evaluation_log import read_evaluations
 from pomscale.sampling.vbench_suite import (
     MANIFEST,
     VIDEOS,
@@ -25,7 +22,6 @@ from pomscale.sampling.vbench_suite import (
     read_prompts,
     video_seed,
 )
-from support.running import ENVIRONMENT
 
 # --- prompts and names ---------------------------------------------------------------------------------------------
 
@@ -111,7 +107,7 @@ def test_a_folder_is_of_one_model_one_sampler_and_one_list_of_prompts(tmp_path: 
     claim(tmp_path, made_by(), {"versions": {"torch": "2"}})
     assert read_manifest(tmp_path)["versions"] == {"torch": "1"}
     for change, message in (
-        ({"samples": 128}, "made otherwise: samples 64 there and 128 now"),
+        ({"samples": 128}, "made in another way: samples 64 there and 128 now"),
         ({"steps": 50}, "steps 5 there and 50 now"),
         ({"prompts": "abc"}, "2 videos of other prompts there and 3 now"),
     ):
@@ -191,7 +187,7 @@ def test_all_dimensions_of_a_perfect_model_are_full() -> None:
         ('{"color": 0.5}', r"color: must be \[score, \[videos\]\]"),
         ('{"color": ["0.5", [1]]}', "color: must be"),
         ('{"color": [true, [1]]}', "color: its score is no number"),
-        ('{"color": [0.5, []]}', "color: score 0.5 of 0 videos: VBench has found no video"),
+        ('{"color": [0.5, []]}', "color: score 0.5 of 0 videos: VBench found no video"),
         ('{"color": [NaN, [1]]}', "color: score nan"),
         ('{"color": [45.2, [1]]}', "color: score 45.2 is not between 0 and 1"),
         ('{"color": [-0.1, [1]]}', "color: score -0.1 is not between 0 and 1"),
@@ -216,60 +212,3 @@ def test_a_dimension_of_two_files_is_refused(tmp_path: Path) -> None:
 
 def test_a_cosine_that_rounds_to_more_than_one_is_no_error(tmp_path: Path) -> None:
     assert read_results([write_results(tmp_path / "a.json", {"subject_consistency": 1.0000001})]).scores
-
-
-# --- into the run --------------------------------------------------------------------------------------------------
-
-RECIPE = """
-kind: train
-name: digits
-codec: {name: pixel, channels: 1}
-data: {path: nowhere}
-model: {latent_shape: [4, 4, 4], num_classes: 10, dim: 32, depth: 2}
-training: {total_samples: 64, global_batch: 8}
-checkpoint: {every_samples: 32}
-monitoring: {wandb: {mode: disabled}}
-"""
-
-
-def evaluate(run: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pomscale", "evaluate", "vbench", str(run), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder
-
-
-def test_the_command_records_at_the_samples_of_the_videos(run: Path, tmp_path: Path) -> None:
-    results = write_results(tmp_path / "r_eval_results.json", SCORES)
-    videos = tmp_path / "films"
-    videos.mkdir()
-    manifest: dict[str, Any] = {"model": {"run": "digits", "samples": 48}, "sampling": {}, "videos": {}}
-    (videos / MANIFEST).write_text(json.dumps(manifest))
-    done = evaluate(run, results, "--videos", videos)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "total                                   -2.61%" in done.stdout
-    assert f"recorded at 48 samples of {run}" in done.stdout
-    done = evaluate(run, results, "--samples", "64")
-    assert done.returncode == 0
-    first, second = read_evaluations(run)
-    assert (first.samples, second.samples) == (48, 64)
-    assert first.metrics == {f"evaluation/vbench/{name}": value for name, value in SCORES.items()} | {
-        "evaluation/vbench/quality": pytest.approx(QUALITY),
-        "evaluation/vbench/semantic": pytest.approx(SEMANTIC),
-        "evaluation/vbench/total": pytest.approx(TOTAL),
-    }
-    for model, message in (
-        ({"run": "other", "samples": 48}, "videos of run 'other'"),
-        ({"run": "digits"}, "--samples"),
-    ):
-        (videos / MANIFEST).write_text(json.dumps(manifest | {"model": model}))
-        done = evaluate(run, results, "--videos", videos)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert message in done.stderr
-    assert len(read_evaluations(run)) == 2

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from launch.cluster.findings import Finding, of_ranks, of_requeue, of_signal, of_slurm, of_world
+from launch.cluster.findings import (
+    Finding,
+    rank_findings,
+    requeue_finding,
+    signal_finding,
+    slurm_findings,
+    world_findings,
+)
 from pomscale.config.cluster import ClusterProfile
 from pomscale.runs.cluster_facts import RankFacts, WorldFacts
 
@@ -66,16 +73,16 @@ def found(findings: list[Finding], subject: str) -> Finding:
 
 
 def judged(facts: dict[int, RankFacts], subject: str, **changes: Any) -> Finding:
-    return found(of_ranks(facts, 4, profile(**changes), Path("/scratch/runs")), subject)
+    return found(rank_findings(facts, 4, profile(**changes), Path("/scratch/runs")), subject)
 
 
 def test_a_healthy_cluster_is_ok_throughout() -> None:
     findings = [
-        *of_slurm(profile(), {"SLURM_VERSION": "24.05", "AccountingStorageType": "slurmdbd"}, {"gpu": PARTITION}),
-        of_requeue({"Requeue": "1"}),
-        *of_ranks(ranks(), 4, profile(network_interface="ib0"), Path("/scratch/runs")),
-        *of_world(WORLD, has_gpus=True),
-        of_signal(4, 4, 0.4, ""),
+        *slurm_findings(profile(), {"SLURM_VERSION": "24.05", "AccountingStorageType": "slurmdbd"}, {"gpu": PARTITION}),
+        requeue_finding({"Requeue": "1"}),
+        *rank_findings(ranks(), 4, profile(network_interface="ib0"), Path("/scratch/runs")),
+        *world_findings(WORLD, has_gpus=True),
+        signal_finding(4, 4, 0.4, ""),
     ]
     assert {finding.status for finding in findings} == {"ok"}
     assert found(findings, "GPUs").found == "4 x NVIDIA H100 80GB HBM3, one for each rank"
@@ -96,20 +103,20 @@ def test_a_healthy_cluster_is_ok_throughout() -> None:
 )
 def test_partition(changes: dict[str, Any], partition: dict[str, str], status: str, words: str) -> None:
     whole = {**PARTITION, **partition} if partition else {}
-    finding = found(of_slurm(profile(**changes), {}, {"gpu": whole}), "partition")
+    finding = found(slurm_findings(profile(**changes), {}, {"gpu": whole}), "partition")
     assert finding.status == status
     assert words in finding.found
     assert bool(finding.remedy) == (status != "ok")
 
 
 def test_jobs_that_may_not_start_again() -> None:
-    assert of_requeue({"Requeue": "0"}).status == "FAILED"
+    assert requeue_finding({"Requeue": "0"}).status == "FAILED"
 
 
 def test_ranks_that_are_silent_or_differ() -> None:
     facts = ranks()
     del facts[3]
-    assert judged(facts, "ranks") == Finding("ranks", "FAILED", "nothing was heard of rank 3 of 4", "see the job above")
+    assert judged(facts, "ranks") == Finding("ranks", "FAILED", "no report from rank 3 of 4", "see the job above")
     facts = ranks()
     facts[2] = replace(facts[2], torch="2.10.0")
     assert judged(facts, "torch").status == "FAILED"
@@ -172,7 +179,7 @@ def test_internet_is_needed_unless_the_profile_says_offline() -> None:
 
 
 def test_ranks_that_do_not_find_together() -> None:
-    (finding,) = of_world(None, has_gpus=True)
+    (finding,) = world_findings(None, has_gpus=True)
     assert finding.status == "FAILED"
     assert "network_interface" in finding.remedy
 
@@ -190,19 +197,19 @@ def test_ranks_that_do_not_find_together() -> None:
     ],
 )
 def test_what_the_ranks_find_together(change: dict[str, Any], subject: str, status: str) -> None:
-    finding = found(of_world(replace(WORLD, **change), has_gpus=True), subject)
+    finding = found(world_findings(replace(WORLD, **change), has_gpus=True), subject)
     assert finding.status == status
     assert finding.remedy
 
 
 def test_on_cpus_no_speed_is_asked_for_and_one_node_shares_with_nobody() -> None:
     slow = replace(WORLD, across_gb_per_s=None, inside_gb_per_s={"n1": 0.1}, clock_s={"n1": 0.0})
-    findings = of_world(slow, has_gpus=False)
+    findings = world_findings(slow, has_gpus=False)
     assert {finding.status for finding in findings} == {"ok"}
     assert not {"all-reduce across nodes", "shared folder", "clocks"} & {finding.subject for finding in findings}
 
 
 def test_signals_that_do_not_arrive() -> None:
-    assert of_signal(3, 4, 60.0, "").found == "USR2 reached 3 of 4 ranks"
-    assert of_signal(0, 4, None, "scancel: not allowed").found == "scancel: not allowed"
-    assert {of_signal(3, 4, 60.0, "").status, of_signal(0, 4, None, "").status} == {"FAILED"}
+    assert signal_finding(3, 4, 60.0, "").found == "USR2 reached 3 of 4 ranks"
+    assert signal_finding(0, 4, None, "scancel: not allowed").found == "scancel: not allowed"
+    assert {signal_finding(3, 4, 60.0, "").status, signal_finding(0, 4, None, "").status} == {"FAILED"}

@@ -10,30 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from launch.evaluation_job import commands_of
+from launch.evaluation_job import evaluation_commands
 from launch.node import evaluations
-from launch.node.evaluations import CHECKPOINT, FAILED_FILE, Evaluations, evaluation_home, note_failure
-from launch.record.job import (
-    JOB_FILE,
-    JOBS_FILE,
-    LAUNCH_FILE,
-    JobSpec,
-    LaunchedAs,
-    Start,
-    Verdict,
-    attempt_folder,
-    keep,
-)
+from launch.node.evaluations import Evaluations, evaluation_folder, note_failure
+from launch.record.job import JobSpec, LaunchedAs, StartRecord, Verdict, keep, start_folder
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.cli import _parser as command_parser
-from pomscale.cli.record import read_figures
+from pomscale.cli.evaluate.record import read_figures
 from pomscale.config.evaluation import EvaluationConfig
 from pomscale.config.load import dump_recipe, load_recipe, load_train_recipe
 from pomscale.config.pipeline import PipelineRecipe, fill_in
-from pomscale.config.schema import TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError
 from pomscale.runs.checkpoint_folder import complete_checkpoints, remove, samples_of
 from pomscale.runs.evaluation_log import read_evaluations
+from pomscale.runs.layout import EVALUATED_FOLDER, FAILED_FILE, JOB_FILE, JOBS_FILE, LAUNCH_FILE
 from support.paths import RECIPES
 from support.running import pomscale
 
@@ -77,13 +68,13 @@ class Scheduler:
 
     def submit(self, run: Path, name: str, samples: int) -> None:
         self.asked.append((name, samples))
-        home = evaluation_home(run, name, samples)
+        job_folder = evaluation_folder(run, name, samples)
         assert [samples_of(path) for path in complete_checkpoints(run / "checkpoints")], "there is one to evaluate"
-        assert (home / CHECKPOINT / "COMPLETE").is_file(), "all of it is there when the job is submitted"
+        assert (job_folder / EVALUATED_FOLDER / "COMPLETE").is_file(), "all of it is there when the job is submitted"
         if self.refuses is not None:
             raise PomscaleError(self.refuses)
         line = {"job_id": str(os.getpid()), "submitted_unix_s": time.time(), "scheduler": "local", "num_nodes": 1}
-        (home / JOBS_FILE).write_text(json.dumps(line) + "\n")
+        (job_folder / JOBS_FILE).write_text(json.dumps(line) + "\n")
 
 
 @pytest.fixture
@@ -136,7 +127,7 @@ def test_another_start_of_the_run_goes_on(run: Path, scheduler: Scheduler) -> No
     save(run, 120)
     Evaluations(run).poll()
     # The supervisor is killed after it has linked a checkpoint, and before it could submit.
-    (evaluation_home(run, "a", 120) / JOBS_FILE).unlink()
+    (evaluation_folder(run, "a", 120) / JOBS_FILE).unlink()
     scheduler.asked.clear()
     Evaluations(run).poll()
     assert scheduler.asked == [("a", 120)]
@@ -145,7 +136,7 @@ def test_another_start_of_the_run_goes_on(run: Path, scheduler: Scheduler) -> No
 def test_retention_does_not_take_a_checkpoint_away(run: Path, scheduler: Scheduler) -> None:
     checkpoint = save(run, 120)
     Evaluations(run).poll()
-    linked = evaluation_home(run, "a", 120) / CHECKPOINT
+    linked = evaluation_folder(run, "a", 120) / EVALUATED_FOLDER
     assert (linked / "ranks" / "0.bin").samefile(checkpoint / "ranks" / "0.bin"), "a link, not a copy"
     remove(checkpoint)
     assert (linked / "ranks" / "0.bin").read_text() == "120 ranks/0.bin"
@@ -164,7 +155,7 @@ def test_a_checkpoint_that_goes_while_it_is_linked(
     monkeypatch.setattr(evaluations, "link_or_copy", gone_in_between)
     Evaluations(run).poll()
     assert scheduler.asked == []
-    assert not (evaluation_home(run, "a", 120) / CHECKPOINT).exists()
+    assert not (evaluation_folder(run, "a", 120) / EVALUATED_FOLDER).exists()
 
 
 def test_a_refusal_is_told_once_and_tried_again_for_a_while(
@@ -181,9 +172,9 @@ def test_a_refusal_is_told_once_and_tried_again_for_a_while(
         pass_time(61)
         watching.poll()
     assert scheduler.asked == [("a", 120), ("b", 120)] * 3
-    home = evaluation_home(run, "a", 120)
-    assert json.loads((home / FAILED_FILE).read_text()) == {"reason": "account is over its limit"}
-    assert not (home / CHECKPOINT).exists(), "its files are let go"
+    job_folder = evaluation_folder(run, "a", 120)
+    assert json.loads((job_folder / FAILED_FILE).read_text()) == {"reason": "account is over its limit"}
+    assert not (job_folder / EVALUATED_FOLDER).exists(), "its files are let go"
     assert capsys.readouterr().err.count("has failed") == 2
     scheduler.refuses = None
     save(run, 240)
@@ -197,16 +188,16 @@ def test_an_evaluation_that_failed_is_listed_and_its_files_go(
     save(run, 120)
     watching = Evaluations(run)
     watching.poll()
-    bad, good = (evaluation_home(run, name, 120) for name in ("a", "b"))
-    for home, action, reason in ((bad, "fail", "rank 0: no such folder"), (good, "done", "finished")):
-        attempt = attempt_folder(home, str(os.getpid()), 0)
-        keep(attempt / "start.json", Start(str(os.getpid()), 0, ["here"], 1, time.time(), -1))
-        keep(attempt / "verdict.json", Verdict(action, reason, int(action == "fail"), time.time()))  # type: ignore[arg-type]
+    bad, good = (evaluation_folder(run, name, 120) for name in ("a", "b"))
+    for job_folder, action, reason in ((bad, "fail", "rank 0: no such folder"), (good, "done", "finished")):
+        start = start_folder(job_folder, str(os.getpid()), 0)
+        keep(start / "start.json", StartRecord(str(os.getpid()), 0, ["here"], 1, time.time(), -1))
+        keep(start / "verdict.json", Verdict(action, reason, int(action == "fail"), time.time()))  # type: ignore[arg-type]
     pass_time(61)
     watching.poll()
     watching.poll()
     assert json.loads((bad / FAILED_FILE).read_text()) == {"reason": "rank 0: no such folder"}
-    assert not (bad / CHECKPOINT).exists()
+    assert not (bad / EVALUATED_FOLDER).exists()
     assert not (good / FAILED_FILE).exists()
     assert capsys.readouterr().err.count("rank 0: no such folder") == 1
 
@@ -215,13 +206,13 @@ def test_an_evaluation_notes_its_own_failure(run: Path, scheduler: Scheduler) ->
     """Its supervisor does, which knows nothing of evaluations: it says so of every job that fails."""
     save(run, 120)
     Evaluations(run).poll()
-    home = evaluation_home(run, "a", 120)
-    note_failure(home, "no such folder")
-    assert json.loads((home / FAILED_FILE).read_text()) == {"reason": "no such folder"}
-    assert not (home / CHECKPOINT).exists()
-    (run / CHECKPOINT).mkdir()
+    job_folder = evaluation_folder(run, "a", 120)
+    note_failure(job_folder, "no such folder")
+    assert json.loads((job_folder / FAILED_FILE).read_text()) == {"reason": "no such folder"}
+    assert not (job_folder / EVALUATED_FOLDER).exists()
+    (run / EVALUATED_FOLDER).mkdir()
     note_failure(run, "diverged")
-    assert (run / CHECKPOINT).is_dir()
+    assert (run / EVALUATED_FOLDER).is_dir()
     assert not (run / FAILED_FILE).exists()
 
 
@@ -245,10 +236,10 @@ def test_a_disk_that_takes_nothing_does_not_end_the_run(
 def test_commands_are_filled_in_word_by_word(tmp_path: Path) -> None:
     run = tmp_path / "with space"
     config = EvaluationConfig(name="fid", every_samples=1, run=["sample {checkpoint} --seed {samples}", MEASURE])
-    home = str(evaluation_home(run, "fid", 42))
-    first, second, record = commands_of(config, run, 42)
-    assert first == ["sample", f"{home}/checkpoint", "--seed", "42"]
-    assert second[-1] == f"{home}/figures.json"
+    job_folder = str(evaluation_folder(run, "fid", 42))
+    first, second, record = evaluation_commands(config, run, 42)
+    assert first == ["sample", f"{job_folder}/checkpoint", "--seed", "42"]
+    assert second[-1] == f"{job_folder}/figures.json"
     assert record[:5] == ["evaluate", "record", str(run), "fid", "42"]
 
 
@@ -278,10 +269,12 @@ def test_shipped_commands_are_commands() -> None:
     for path in RECIPES.rglob("*.yaml"):
         recipe = load_recipe(path)
         if isinstance(recipe, TrainRecipe):
-            commands += [words for config in recipe.evaluations for words in commands_of(config, Path("run"), 1)]
+            commands += [
+                words for config in recipe.evaluations for words in evaluation_commands(config, Path("run"), 1)
+            ]
         elif isinstance(recipe, PipelineRecipe):
-            homes = {stage.name: Path(stage.name) for stage in recipe.stages}
-            commands += [fill_in(command, homes) for stage in recipe.stages for command in stage.run]
+            job_folders = {stage.name: Path(stage.name) for stage in recipe.stages}
+            commands += [fill_in(command, job_folders) for stage in recipe.stages for command in stage.run]
     assert len(commands) > 8
     for words in commands:
         assert command_parser().parse_args(words).run, words

@@ -133,7 +133,7 @@ def test_a_run_by_path_name_or_beginning(copied: Path) -> None:
     assert resolve_run("tiny") == resolve_run("ti") == Path("runs/tiny")
     shutil.copytree(copied / "tiny", copied / "tiny-2")
     assert resolve_run("tiny") == Path("runs/tiny")  # the whole name
-    with pytest.raises(InputError, match="several runs are called so: runs/tiny, runs/tiny-2"):
+    with pytest.raises(InputError, match="several runs have this name: runs/tiny, runs/tiny-2"):
         resolve_run("ti")
     with pytest.raises(InputError, match=r"no run of that name in runs/"):
         resolve_run("tony")
@@ -164,7 +164,7 @@ def test_status_of_a_run_that_failed_says_why_and_what_to_type(copied: Path) -> 
 
 def test_logs_of_a_run_by_hand(runs: Path) -> None:
     with pytest.raises(InputError, match="not started by `pomscale launch`"):
-        show_logs(runs / "tiny", rank=0, lines=None, attempt=None, follow=True)
+        show_logs(runs / "tiny", rank=0, lines=None, start=None, follow=True)
 
 
 def test_diff_shows_what_differs_and_nothing_else(copied: Path) -> None:

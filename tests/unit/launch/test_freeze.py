@@ -24,31 +24,34 @@ def test_the_copy_runs_and_says_where_it_comes_from(tmp_path: Path) -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     assert (state["git_commit"] or "") == commit.strip()
     asked = (
-        "import json, pomscale, launch, data_pipelines; from pomscale.runs.outcome import code_state; "
-        "print(json.dumps([pomscale.__file__, launch.__file__, data_pipelines.__file__, *code_state()]))"
+        "import json, pomscale, launch, data_pipelines; from pomscale.runs.code_state import code_state; "
+        "from pomscale.base.installation import recipes_folder, slurm_folder; "
+        "folders = [str(recipes_folder()), str(slurm_folder())]; "
+        "print(json.dumps([pomscale.__file__, launch.__file__, data_pipelines.__file__, *folders, *code_state()]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
     done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, env=environment, capture_output=True, check=True)
     *files, found_state, found_diff = json.loads(done.stdout)
-    assert all(Path(file).is_relative_to(code) for file in files)
+    assert all(Path(file).is_relative_to(code) for file in files), "with its own recipes and scripts"
+    assert (code / "recipes" / "quickstart.yaml").read_text() == (ROOT / "recipes" / "quickstart.yaml").read_text()
     assert found_state == state, "a frozen copy knows its commit without git"
     assert found_diff == (code / "code.diff").read_text()
 
 
 def test_a_run_goes_on_with_its_code_unless_told_otherwise(tmp_path: Path) -> None:
-    assert which_code(tmp_path).startswith("of now, ")
+    assert which_code(tmp_path).startswith("this checkout, ")
     freeze(tmp_path)
     marked = tmp_path / "code" / "pomscale" / "__init__.py"
     marked.write_text("# as it was\n")
     freeze(tmp_path)
     assert marked.read_text() == "# as it was\n"
-    assert "what it began with (" in which_code(tmp_path)
-    assert "--new-code takes that of now" in which_code(tmp_path)
+    assert "its frozen copy (" in which_code(tmp_path)
+    assert "--new-code replaces it by this checkout" in which_code(tmp_path)
 
     freeze(tmp_path, new_code=True)
     assert marked.read_text() == (ROOT / "pomscale" / "__init__.py").read_text()
     assert os.listdir(tmp_path) == ["code"]
-    assert which_code(tmp_path, new_code=True).endswith(" instead of what it began with")
+    assert which_code(tmp_path, new_code=True).endswith(" in place of its frozen copy")
 
 
 def test_new_code_that_cannot_take_its_place_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

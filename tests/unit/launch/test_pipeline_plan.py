@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from launch.pipelines.launch import launch_pipeline
-from launch.pipelines.plan import Plan, Planned
+from launch.pipelines.plan import PipelinePlan, PlannedStage
+from launch.submission.prepare import JobRequest
 from pomscale.base.errors import InputError
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.load import load_recipe
@@ -62,10 +63,11 @@ def pipeline_of(path: Path) -> PipelineRecipe:
     return recipe
 
 
-def plan(folder: Path, *stages: str, profile: ClusterProfile = HERE) -> list[Planned]:
+def plan(folder: Path, *stages: str, profile: ClusterProfile = HERE) -> list[PlannedStage]:
     path = write(folder, stages)
     recipe = pipeline_of(path)
-    planner = Plan(recipe, path, folder / "pipelines" / "all", profile, "here", ["pomscale"], check_command)
+    request = JobRequest(profile, "here", command_line=["pomscale"])
+    planner = PipelinePlan(recipe, path, folder / "pipelines" / "all", request, check_command)
     return [planner.add(stage) for stage in recipe.stages]
 
 
@@ -79,9 +81,9 @@ def test_data_and_runs_that_earlier_stages_make_need_not_be_there(folder: Path) 
     )
     assert [list(stage.record.after) for stage in stages] == [[], ["encode"], ["verify"], ["train"]]
     specs = [stage.prepared.spec for stage in stages if stage.prepared is not None]
-    homes = [folder / place for place in ("pipelines/all/encode", "pipelines/all/verify", "runs/pets")]
-    assert [Path(spec.home) for spec in specs[:3]] == homes
-    assert specs[3].commands == [["sample", str(homes[2]), "--out", f"{folder}/pipelines/all/sample/grid.png"]]
+    job_folders = [folder / identity for identity in ("pipelines/all/encode", "pipelines/all/verify", "runs/pets")]
+    assert [Path(spec.job_folder) for spec in specs[:3]] == job_folders
+    assert specs[3].commands == [["sample", str(job_folders[2]), "--out", f"{folder}/pipelines/all/sample/grid.png"]]
     assert [spec.is_run for spec in specs] == [False, False, True, False]
     assert [spec.ranks_per_node for spec in specs] == [1, 1, 2, 1], "a command is run once, not by every rank"
 
@@ -121,11 +123,9 @@ def test_one_wrong_stage_is_told_before_anything_happens(folder: Path, stage: st
         launch_pipeline(
             pipeline_of(path),
             path,
-            HERE,
-            "here",
+            JobRequest(HERE, "here", command_line=["pomscale"]),
+            check_command,
             dry_run=False,
-            command_line=["pomscale"],
-            check_command=check_command,
         )
     assert sorted(folder.rglob("*")) == before
 
@@ -170,11 +170,9 @@ def test_a_dry_run_shows_the_stages_and_writes_nothing(folder: Path) -> None:
     told = launch_pipeline(
         pipeline_of(path),
         path,
-        HERE,
-        "here",
+        JobRequest(HERE, "here", command_line=["pomscale"]),
+        check_command,
         dry_run=True,
-        command_line=["pomscale"],
-        check_command=check_command,
     )
     assert sorted(folder.rglob("*")) == before
     rows = [line.split("  ") for line in told.splitlines()]

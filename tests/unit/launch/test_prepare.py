@@ -11,15 +11,17 @@ from typing import Any
 
 import pytest
 
-from launch.record.job import JobSpec, LaunchedAs, Submission, sole_launch, submissions
-from launch.submission import prepare as of_prepare
-from launch.submission.prepare import Prepared, prepare_commands, prepare_encode, prepare_train
-from launch.submission.submit import record
+from launch.record.job import JobSpec, LaunchedAs, Submission, read_submissions, sole_launch
+from launch.submission import prepared as prepared_module
+from launch.submission.prepare import JobRequest, prepare_commands, prepare_encode, prepare_train
+from launch.submission.prepared import Prepared
+from launch.submission.submit import record_submission
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.cluster import ClusterProfile
+from pomscale.config.encode import EncodeRecipe
 from pomscale.config.load import dump_recipe, load_train_recipe
-from pomscale.config.schema import EncodeRecipe, TrainRecipe
-from pomscale.runs.checkpoint_folder import META
+from pomscale.config.train import TrainRecipe
+from pomscale.runs.layout import CHECKPOINT_META
 from pomscale.runs.outcome import write_outcome
 from support.paths import RECIPES
 
@@ -39,7 +41,7 @@ def profile(**changes: Any) -> ClusterProfile:
 
 
 def prepare(recipe: Path, *overrides: str, on: ClusterProfile | None = None, **how: Any) -> Prepared:
-    return prepare_train(recipe, overrides, on or profile(), "test", **how)
+    return prepare_train(recipe, overrides, JobRequest(on or profile(), "test", **how))
 
 
 @pytest.fixture(autouse=True)
@@ -57,12 +59,12 @@ def _nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_training_run(tiny_recipe: Path, tmp_path: Path) -> None:
     on = profile(environment={"NCCL_DEBUG": "INFO"}, network_interface="ib0", max_idle_requeues=7)
     made = prepare(tiny_recipe, "optimizer.lr=1e-2", on=on, num_nodes=3, command_line=["pomscale", "launch"])
-    home = tmp_path / "runs" / "tiny"
+    job_folder = tmp_path / "runs" / "tiny"
     variables = {"NCCL_DEBUG": "INFO", "NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "ib0"}
     assert made.spec == JobSpec(
-        home=str(home),
+        job_folder=str(job_folder),
         name="tiny",
-        commands=[["train", str(home / "launch" / "recipe.yaml")]],
+        commands=[["train", str(job_folder / "launch" / "recipe.yaml")]],
         cwd=str(tmp_path),
         num_nodes=3,
         ranks_per_node=2,
@@ -84,10 +86,10 @@ def test_a_relative_output_lies_on_scratch_and_datasets_do_not(
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     (tmp_path / "data").symlink_to(digits)
     made = prepare(tiny_recipe, "output=out", "data.path=data/latents/train", on=profile(scratch="$SCRATCH/pom"))
-    assert made.home == Path("/scratch/me/pom/out/tiny")
+    assert made.job_folder == Path("/scratch/me/pom/out/tiny")
     assert isinstance(made.recipe, TrainRecipe)
     assert (made.recipe.output, made.recipe.data.path) == ("/scratch/me/pom/out", "data/latents/train")
-    assert prepare(tiny_recipe, on=profile(scratch="$SCRATCH")).home == tmp_path / "runs" / "tiny"
+    assert prepare(tiny_recipe, on=profile(scratch="$SCRATCH")).job_folder == tmp_path / "runs" / "tiny"
     with pytest.raises(InputError, match=r"scratch: \$NOWHERE: this variable is not set here"):
         prepare(tiny_recipe, on=profile(scratch="$NOWHERE"))
 
@@ -106,25 +108,27 @@ def test_nodes_without_internet(tiny_recipe: Path) -> None:
 def test_an_encode_has_one_rank_and_one_gpu_per_task(digits: Path, tmp_path: Path) -> None:
     overrides = [f"source.path={digits}/digits/train", "output=data/latents"]
     path = RECIPES / "data" / "digits.yaml"
-    made = prepare_encode(path, overrides, profile(**ON_GPUS, scratch="/scratch"), "test", array=6)
-    assert made.home == Path("/scratch/runs/encode-digits")
+    made = prepare_encode(path, overrides, JobRequest(profile(**ON_GPUS, scratch="/scratch"), "test"), array=6)
+    assert made.job_folder == Path("/scratch/runs/encode-digits")
     assert (made.spec.num_nodes, made.spec.ranks_per_node, made.gpus_per_node, made.array) == (1, 1, 1, 6)
-    assert made.spec.commands == [["data", "encode", str(made.home / "launch" / "recipe.yaml")]]
+    assert made.spec.commands == [["data", "encode", str(made.job_folder / "launch" / "recipe.yaml")]]
     assert not made.spec.is_run
     assert isinstance(made.recipe, EncodeRecipe)
     assert made.recipe.output == "data/latents"
     assert "--array=0-5%6" in made.script()
     assert "--gpus-per-node=1" in made.script()
-    whole = prepare_encode(path, overrides, profile(**ON_GPUS), "test", gpus_per_node=4)
+    whole = prepare_encode(path, overrides, JobRequest(profile(**ON_GPUS), "test", gpus_per_node=4))
     assert (whole.spec.ranks_per_node, whole.gpus_per_node) == (4, 4)
     with pytest.raises(InputError, match=r"source\.path: nowhere: there is no such file or folder"):
-        prepare_encode(path, ["source.path=nowhere"], profile(), "test")
-    prepare_encode(path, ["source.path=nowhere"], profile(), "test", to_come={tmp_path / "nowhere"})
+        prepare_encode(path, ["source.path=nowhere"], JobRequest(profile(), "test"))
+    to_come = {tmp_path / "nowhere"}
+    prepare_encode(path, ["source.path=nowhere"], JobRequest(profile(), "test", to_come=to_come))
 
 
 def test_commands(tmp_path: Path) -> None:
     words = [["data", "verify", "x"], ["data", "stats", "x"]]
-    made = prepare_commands("p-check", tmp_path / "p" / "check", words, profile(**ON_GPUS), "test", gpus_per_node=0)
+    request = JobRequest(profile(**ON_GPUS), "test", gpus_per_node=0)
+    made = prepare_commands("p-check", tmp_path / "p" / "check", words, request)
     assert (made.spec.commands, made.spec.ranks_per_node, made.recipe) == (words, 1, None)
     after = made.waiting_for({"/runs/before": "ok"})
     assert after.spec.wait_for == {"/runs/before": "ok"}
@@ -179,22 +183,22 @@ def test_data_that_another_job_will_make_need_not_be_there(tiny_recipe: Path, tm
 @pytest.fixture
 def begun(tiny_recipe: Path, tmp_path: Path) -> Path:
     """The folder of a run that has saved once, as far as a launch looks."""
-    home = tmp_path / "runs" / "tiny"
+    job_folder = tmp_path / "runs" / "tiny"
     recipe = load_train_recipe(tiny_recipe)
-    write_checkpoint(home, recipe, 320)
-    (home / "recipe.yaml").write_text(dump_recipe(recipe))
-    return home
+    write_checkpoint(job_folder, recipe, 320)
+    (job_folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    return job_folder
 
 
-def write_checkpoint(home: Path, recipe: TrainRecipe, samples: int) -> None:
-    checkpoint = home / "checkpoints" / f"samples-{samples:012d}"
+def write_checkpoint(job_folder: Path, recipe: TrainRecipe, samples: int) -> None:
+    checkpoint = job_folder / "checkpoints" / f"samples-{samples:012d}"
     checkpoint.mkdir(parents=True)
     (checkpoint / "checkpoint.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
     (checkpoint / "COMPLETE").write_text("")
 
 
 def test_a_run_goes_on_with_its_own_recipe_only(tiny_recipe: Path, begun: Path) -> None:
-    assert prepare(tiny_recipe, "optimizer.lr=1e-5", "training.total_samples=3200", num_nodes=2).home == begun
+    assert prepare(tiny_recipe, "optimizer.lr=1e-5", "training.total_samples=3200", num_nodes=2).job_folder == begun
     with pytest.raises(InputError) as refused:
         prepare(tiny_recipe, "seed=1", "model.depth=3", "codec.block=2")
     assert str(refused.value).startswith(f"{begun}: this run began with another recipe; choose another name, or undo: ")
@@ -218,24 +222,24 @@ def test_before_the_first_checkpoint_it_is_the_recipe_that_was_launched(tiny_rec
 def test_a_run_that_has_finished_is_not_launched_again(tiny_recipe: Path, begun: Path) -> None:
     write_checkpoint(begun, load_train_recipe(tiny_recipe), 1600)
     write_outcome(begun, 1, 0, "finished", samples=1600)
-    with pytest.raises(InputError, match="finished already, 1,600 samples; to go on, raise"):
+    with pytest.raises(InputError, match="finished already, 1,600 samples; to continue, raise"):
         prepare(tiny_recipe)
-    assert prepare(tiny_recipe, "training.total_samples=3200").home == begun
+    assert prepare(tiny_recipe, "training.total_samples=3200").job_folder == begun
     newest = max((begun / "checkpoints").iterdir())
-    (newest / META).write_text("[]")  # damaged, so training sets it aside and makes it again
-    assert prepare(tiny_recipe).home == begun
+    (newest / CHECKPOINT_META).write_text("[]")  # damaged, so training sets it aside and makes it again
+    assert prepare(tiny_recipe).job_folder == begun
 
 
 def test_a_run_that_is_at_work_is_left_alone(tiny_recipe: Path, begun: Path) -> None:
     """A local job, whose process lives: this one."""
-    record(begun, Submission(str(os.getpid()), 2e10, "local", 1))
+    record_submission(begun, Submission(str(os.getpid()), 2e10, "local", 1))
     (begun / "job.json").write_text("{}")
     try:
         with pytest.raises(
             InputError, match=r"queued already.*`pomscale watch .*tiny`, or end it with `pomscale runs c"
         ):
             prepare(tiny_recipe)
-        assert prepare(tiny_recipe, replacing=True).home == begun
+        assert prepare(tiny_recipe, replacing=True).job_folder == begun
     finally:
         (begun / "job.json").unlink()
 
@@ -300,7 +304,7 @@ def test_nothing_is_left_of_a_job_that_is_refused(
             other.write_text("{}")
         raise InputError("sbatch refuses this job")
 
-    monkeypatch.setattr(of_prepare, "submit", refuse)
+    monkeypatch.setattr(prepared_module, "submit", refuse)
     for beside in (False, True):
         with pytest.raises(InputError, match="refuses"):
             prepare(tiny_recipe, on=profile(scheduler="local", time_limit=None)).submit()
@@ -312,9 +316,9 @@ def test_nothing_is_left_of_a_job_that_is_refused(
 def test_two_launches_at_once_make_one_job(tiny_recipe: Path) -> None:
     """Both were checked before either was submitted."""
     first, second = (prepare(tiny_recipe, on=profile(scheduler="local", time_limit=None)) for _ in range(2))
-    with sole_launch(first.home), pytest.raises(InputError, match="another launch is at work there"):
+    with sole_launch(first.job_folder), pytest.raises(InputError, match="another launch is under way there"):
         second.submit()
-    record(first.home, Submission("1", 0.0, "local", 1))
-    with pytest.raises(InputError, match="launched by somebody else just now"):
+    record_submission(first.job_folder, Submission("1", 0.0, "local", 1))
+    with pytest.raises(InputError, match="another launch has just submitted it"):
         second.submit()
-    assert len(submissions(first.home)) == 1
+    assert len(read_submissions(first.job_folder)) == 1

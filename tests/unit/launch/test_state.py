@@ -12,16 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from launch.record.job import JOB_FILE, JOBS_FILE, Action, JobSpec, Start, Submission, Verdict, attempt_folder, keep
+from launch.record.job import Action, JobSpec, StartRecord, Submission, Verdict, keep, start_folder
 from launch.scheduler.slurm import JobState
 from launch.status.facts import read_facts
 from launch.status.runs import summarize
 from launch.status.state import State, state_of
 from pomscale.base.jsonl import JsonLines
 from pomscale.monitoring.sinks import JsonlSink
+from pomscale.runs import starts
+from pomscale.runs.layout import JOB_FILE, JOBS_FILE
 from pomscale.runs.ledger import Ledger
 from pomscale.runs.outcome import write_outcome
-from pomscale.runs.starts import Generation
 
 LOCAL = "99999999"  # above any number that a process can have
 
@@ -32,34 +33,36 @@ def number_of_no_process() -> int:
     return ended.pid
 
 
-class Home:
+class JobFolder:
     """Writes what the parts of a job write, at moments given in seconds from now."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.now_s = time.time()
 
-    def submitted(self, at_s: float, job_id: str = "12", scheduler: str = "slurm", num_tasks: int = 1) -> Home:
+    def submitted(self, at_s: float, job_id: str = "12", scheduler: str = "slurm", num_tasks: int = 1) -> JobFolder:
         keep(self.folder / JOB_FILE, JobSpec(str(self.folder), "x", [["train", "r.yaml"]], "/", is_run=num_tasks == 1))
         file = JsonLines(self.folder / JOBS_FILE)
         file.append(asdict(Submission(job_id, self.now_s + at_s, scheduler, 1, num_tasks)))  # type: ignore[arg-type]
         file.close()
         return self
 
-    def began(self, at_s: float, job_id: str = "12", restart: int = 0, newest_generation: int = 0) -> Home:
+    def began(self, at_s: float, job_id: str = "12", restart: int = 0, newest_generation: int = 0) -> JobFolder:
         hosts = ["n1", "n2"] if job_id != LOCAL else [socket.gethostname()]
-        start = Start(job_id, restart, hosts, 1, self.now_s + at_s, newest_generation)
-        keep(attempt_folder(self.folder, job_id, restart) / "start.json", start)
+        start = StartRecord(job_id, restart, hosts, 1, self.now_s + at_s, newest_generation)
+        keep(start_folder(self.folder, job_id, restart) / "start.json", start)
         return self
 
-    def judged(self, action: Action, at_s: float, reason: str = "why", job_id: str = "12", restart: int = 0) -> Home:
+    def judged(
+        self, action: Action, at_s: float, reason: str = "why", job_id: str = "12", restart: int = 0
+    ) -> JobFolder:
         verdict = Verdict(action, reason, 0, self.now_s + at_s, log="logs/rank-00000.log")
-        keep(attempt_folder(self.folder, job_id, restart) / "verdict.json", verdict)
+        keep(start_folder(self.folder, job_id, restart) / "verdict.json", verdict)
         return self
 
-    def claimed(self, at_s: float, *, lives: bool | None, job_id: str | None = "12") -> Home:
+    def claimed(self, at_s: float, *, lives: bool | None, job_id: str | None = "12") -> JobFolder:
         """lives: None = on a host that cannot be seen from here."""
-        number = Generation.claim(self.folder).number
+        number = starts.Start.claim(self.folder).number
         path = self.folder / "generations" / f"{number:06d}"
         claim = json.loads(path.read_text()) | {"slurm_job_id": job_id}
         if not lives:  # a claim that was not made by this process, now
@@ -70,8 +73,8 @@ class Home:
         path.write_text(json.dumps(claim))
         return self
 
-    def logged(self, at_s: float, incarnation: int = 1) -> Home:
-        sink = JsonlSink(self.folder, incarnation)
+    def logged(self, at_s: float, start: int = 1) -> JobFolder:
+        sink = JsonlSink(self.folder, start)
         sink.log(100, {"train/loss": 1.0})
         sink.close()
         path = self.folder / "metrics.jsonl"
@@ -80,14 +83,14 @@ class Home:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return self
 
-    def asked_to_stop(self) -> Home:
+    def asked_to_stop(self) -> JobFolder:
         ledger = Ledger(self.folder, 1, 0)
         ledger.event("stop_requested", 100, signal="SIGUSR2")
         ledger.close()
         return self
 
-    def ended(self, state: str, incarnation: int = 1, reason: str = "") -> Home:
-        write_outcome(self.folder, incarnation, 0, state, samples=100, reason=reason)
+    def ended(self, state: str, start: int = 1, reason: str = "") -> JobFolder:
+        write_outcome(self.folder, start, 0, state, samples=100, reason=reason)
         return self
 
     def state(self, jobs: dict[str, JobState] | None = None) -> State:
@@ -95,118 +98,143 @@ class Home:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Home:
-    return Home(tmp_path)
+def job_folder(tmp_path: Path) -> JobFolder:
+    return JobFolder(tmp_path)
 
 
 def slurm_says(state: str, reason: str = "", restarts: int = 0) -> dict[str, JobState]:
     return {"12": JobState("12", state, reason, [], 0.0, None, restarts)}
 
 
-def on_slurm(home: Home, *, logged: bool = True) -> Home:
+def on_slurm(job_folder: JobFolder, *, logged: bool = True) -> JobFolder:
     """A run in its job, on nodes that cannot be seen."""
-    home.submitted(-100).began(-90).claimed(-80, lives=None)
-    return home.logged(-5) if logged else home
+    job_folder.submitted(-100).began(-90).claimed(-80, lives=None)
+    return job_folder.logged(-5) if logged else job_folder
 
 
-def by_hand(home: Home, *, lives: bool | None = True) -> Home:
-    return home.claimed(-80, lives=lives, job_id=None).logged(-5)
+def by_hand(job_folder: JobFolder, *, lives: bool | None = True) -> JobFolder:
+    return job_folder.claimed(-80, lives=lives, job_id=None).logged(-5)
 
 
-ALONE: dict[str, tuple[Callable[[Home], Home], str]] = {
+ALONE: dict[str, tuple[Callable[[JobFolder], JobFolder], str]] = {
     "a run by hand": (by_hand, "running"),
-    "one that has not logged": (lambda home: home.claimed(-80, lives=True, job_id=None), "starting"),
-    "one that saves before it stops": (lambda home: by_hand(home).asked_to_stop(), "stopping"),
-    "one that saves, on another host": (lambda home: by_hand(home, lives=None).asked_to_stop(), "stopping"),
-    "one that was killed": (lambda home: by_hand(home, lives=False), "killed"),
-    "on another host": (lambda home: by_hand(home, lives=None), "running"),
+    "one that has not logged": (lambda job_folder: job_folder.claimed(-80, lives=True, job_id=None), "starting"),
+    "one that saves before it stops": (lambda job_folder: by_hand(job_folder).asked_to_stop(), "stopping"),
+    "one that saves, on another host": (lambda job_folder: by_hand(job_folder, lives=None).asked_to_stop(), "stopping"),
+    "one that was killed": (lambda job_folder: by_hand(job_folder, lives=False), "killed"),
+    "on another host": (lambda job_folder: by_hand(job_folder, lives=None), "running"),
     "on another host, silent for a day": (
-        lambda home: home.claimed(-90000, lives=None, job_id=None).logged(-86400),
+        lambda job_folder: job_folder.claimed(-90000, lives=None, job_id=None).logged(-86400),
         "unknown",
     ),
     "on another host, silent for less than its rows are apart": (
-        lambda home: home.claimed(-9000, lives=None, job_id=None).logged(-5420).logged(-1820).logged(-1800),
+        lambda job_folder: job_folder.claimed(-9000, lives=None, job_id=None).logged(-5420).logged(-1820).logged(-1800),
         "running",
     ),
-    "finished": (lambda home: by_hand(home, lives=False).ended("finished"), "finished"),
-    "stopped": (lambda home: by_hand(home, lives=False).ended("stopped"), "stopped"),
-    "stopped at once": (lambda home: by_hand(home, lives=False).ended("quit"), "stopped"),
-    "failed": (lambda home: by_hand(home, lives=False).ended("failed"), "failed"),
-    "hung": (lambda home: by_hand(home, lives=False).ended("hung"), "failed"),
+    "finished": (lambda job_folder: by_hand(job_folder, lives=False).ended("finished"), "finished"),
+    "stopped": (lambda job_folder: by_hand(job_folder, lives=False).ended("stopped"), "stopped"),
+    "stopped at once": (lambda job_folder: by_hand(job_folder, lives=False).ended("quit"), "stopped"),
+    "failed": (lambda job_folder: by_hand(job_folder, lives=False).ended("failed"), "failed"),
+    "hung": (lambda job_folder: by_hand(job_folder, lives=False).ended("hung"), "failed"),
     "started again after a failure": (
-        lambda home: by_hand(home, lives=False).ended("failed").claimed(0, lives=True, job_id=None),
+        lambda job_folder: by_hand(job_folder, lives=False).ended("failed").claimed(0, lives=True, job_id=None),
         "starting",
     ),
-    "submitted": (lambda home: home.submitted(-5), "queued"),
-    "begun by its guard": (lambda home: home.submitted(-9).began(-5), "starting"),
+    "submitted": (lambda job_folder: job_folder.submitted(-5), "queued"),
+    "begun by its guard": (lambda job_folder: job_folder.submitted(-9).began(-5), "starting"),
     "in its job": (on_slurm, "running"),
-    "in its job, compiling": (lambda home: on_slurm(home, logged=False), "starting"),
-    "about to be judged": (lambda home: on_slurm(home).ended("stopped"), "stopping"),
-    "judged: requeue": (lambda home: on_slurm(home).ended("stopped").judged("requeue", -1), "requeued"),
-    "judged: fail": (lambda home: on_slurm(home).ended("failed").judged("fail", -1), "failed"),
-    "judged: done": (lambda home: on_slurm(home).judged("done", -1), "finished"),
+    "in its job, compiling": (lambda job_folder: on_slurm(job_folder, logged=False), "starting"),
+    "about to be judged": (lambda job_folder: on_slurm(job_folder).ended("stopped"), "stopping"),
+    "judged: requeue": (lambda job_folder: on_slurm(job_folder).ended("stopped").judged("requeue", -1), "requeued"),
+    "judged: fail": (lambda job_folder: on_slurm(job_folder).ended("failed").judged("fail", -1), "failed"),
+    "judged: done": (lambda job_folder: on_slurm(job_folder).judged("done", -1), "finished"),
     "started again by SLURM": (
-        lambda home: on_slurm(home).judged("requeue", -4).began(-3, restart=1, newest_generation=1),
+        lambda job_folder: on_slurm(job_folder).judged("requeue", -4).began(-3, restart=1, newest_generation=1),
         "starting",
     ),
-    "submitted again after a failure": (lambda home: on_slurm(home).judged("fail", -4).submitted(-2, "13"), "queued"),
+    "submitted again after a failure": (
+        lambda job_folder: on_slurm(job_folder).judged("fail", -4).submitted(-2, "13"),
+        "queued",
+    ),
     "by hand after its job": (
-        lambda home: on_slurm(home).judged("fail", -4).claimed(0, lives=True, job_id=None),
+        lambda job_folder: on_slurm(job_folder).judged("fail", -4).claimed(0, lives=True, job_id=None),
         "starting",
     ),
     "a local job that is gone": (
-        lambda home: home.submitted(-100, LOCAL, "local").began(-90, LOCAL).claimed(-80, lives=False),
+        lambda job_folder: job_folder.submitted(-100, LOCAL, "local").began(-90, LOCAL).claimed(-80, lives=False),
         "killed",
     ),
     "a local job that was told to end": (
-        lambda home: home.submitted(-100, LOCAL, "local").began(-90, LOCAL).judged("requeue", -5, job_id=LOCAL),
+        lambda job_folder: (
+            job_folder.submitted(-100, LOCAL, "local").began(-90, LOCAL).judged("requeue", -5, job_id=LOCAL)
+        ),
         "stopped",
     ),
     "a local job that was refused before it began": (
-        lambda home: home.submitted(-100, LOCAL, "local").judged("fail", -5, job_id=LOCAL),
+        lambda job_folder: job_folder.submitted(-100, LOCAL, "local").judged("fail", -5, job_id=LOCAL),
         "failed",
     ),
-    "nothing but a recipe": (lambda home: home, "unknown"),
+    "nothing but a recipe": (lambda job_folder: job_folder, "unknown"),
 }
 
 
 @pytest.mark.parametrize("case", ALONE)
-def test_without_slurm(case: str, home: Home) -> None:
+def test_without_slurm(case: str, job_folder: JobFolder) -> None:
     make, word = ALONE[case]
-    assert make(home).state().word == word
+    assert make(job_folder).state().word == word
 
 
-WITH_SLURM: dict[str, tuple[Callable[[Home], Home], dict[str, JobState], str]] = {
-    "waits": (lambda home: home.submitted(-5), slurm_says("PENDING", "Resources"), "queued"),
+WITH_SLURM: dict[str, tuple[Callable[[JobFolder], JobFolder], dict[str, JobState], str]] = {
+    "waits": (lambda job_folder: job_folder.submitted(-5), slurm_says("PENDING", "Resources"), "queued"),
     "waits again": (
-        lambda home: on_slurm(home).judged("requeue", -1),
+        lambda job_folder: on_slurm(job_folder).judged("requeue", -1),
         slurm_says("PENDING", "BeginTime", 1),
         "requeued",
     ),
     "waits again, nobody judged": (on_slurm, slurm_says("PENDING", "", 1), "requeued"),
-    "begins": (lambda home: home.submitted(-5), slurm_says("RUNNING"), "starting"),
-    "begins again": (lambda home: on_slurm(home).judged("requeue", -1), slurm_says("RUNNING", restarts=1), "starting"),
-    "is about to be requeued": (lambda home: on_slurm(home).judged("requeue", -1), slurm_says("RUNNING"), "stopping"),
+    "begins": (lambda job_folder: job_folder.submitted(-5), slurm_says("RUNNING"), "starting"),
+    "begins again": (
+        lambda job_folder: on_slurm(job_folder).judged("requeue", -1),
+        slurm_says("RUNNING", restarts=1),
+        "starting",
+    ),
+    "is about to be requeued": (
+        lambda job_folder: on_slurm(job_folder).judged("requeue", -1),
+        slurm_says("RUNNING"),
+        "stopping",
+    ),
     "runs": (on_slurm, slurm_says("RUNNING"), "running"),
     "runs, silent for a day": (
-        lambda home: home.submitted(-99000).began(-98000).claimed(-97000, lives=None).logged(-90000),
+        lambda job_folder: job_folder.submitted(-99000).began(-98000).claimed(-97000, lives=None).logged(-90000),
         slurm_says("RUNNING"),
         "running",
     ),
     "is ending": (on_slurm, slurm_says("COMPLETING"), "stopping"),
     "was cancelled": (on_slurm, slurm_says("CANCELLED"), "cancelled"),
-    "was cancelled before it began": (lambda home: home.submitted(-5), slurm_says("CANCELLED"), "cancelled"),
+    "was cancelled before it began": (
+        lambda job_folder: job_folder.submitted(-5),
+        slurm_says("CANCELLED"),
+        "cancelled",
+    ),
     "ran out of time": (on_slurm, slurm_says("TIMEOUT"), "timeout"),
     "lost its node for good": (on_slurm, slurm_says("NODE_FAIL"), "killed"),
     "failed without a word": (on_slurm, slurm_says("FAILED"), "failed"),
-    "ended well, its guard says": (lambda home: on_slurm(home).judged("done", -1), slurm_says("COMPLETED"), "finished"),
+    "ended well, its guard says": (
+        lambda job_folder: on_slurm(job_folder).judged("done", -1),
+        slurm_says("COMPLETED"),
+        "finished",
+    ),
     "ended well, but not the run": (on_slurm, slurm_says("COMPLETED"), "stopped"),
-    "is forgotten, never began": (lambda home: home.submitted(-5), {}, "unknown"),
+    "is forgotten, never began": (lambda job_folder: job_folder.submitted(-5), {}, "unknown"),
     "is forgotten, ended without a word": (on_slurm, {}, "killed"),
-    "is forgotten, saved": (lambda home: on_slurm(home).judged("leave", -1), {}, "stopped"),
-    "finished long ago": (lambda home: on_slurm(home).ended("finished"), slurm_says("CANCELLED"), "finished"),
+    "is forgotten, saved": (lambda job_folder: on_slurm(job_folder).judged("leave", -1), {}, "stopped"),
+    "finished long ago": (
+        lambda job_folder: on_slurm(job_folder).ended("finished"),
+        slurm_says("CANCELLED"),
+        "finished",
+    ),
     "of somebody's own script": (
-        lambda home: home.claimed(-80, lives=None, job_id="12").logged(-5),
+        lambda job_folder: job_folder.claimed(-80, lives=None, job_id="12").logged(-5),
         slurm_says("PENDING", restarts=1),
         "queued",
     ),
@@ -214,82 +242,83 @@ WITH_SLURM: dict[str, tuple[Callable[[Home], Home], dict[str, JobState], str]] =
 
 
 @pytest.mark.parametrize("case", WITH_SLURM)
-def test_with_slurm(case: str, home: Home) -> None:
+def test_with_slurm(case: str, job_folder: JobFolder) -> None:
     make, jobs, word = WITH_SLURM[case]
-    assert make(home).state(jobs).word == word
+    assert make(job_folder).state(jobs).word == word
 
 
-def test_the_reason_is_the_verdict(home: Home) -> None:
-    on_slurm(home).judged("fail", -1, "rank 3: ValueError: no such thing")
-    assert home.state(slurm_says("FAILED")) == State(
+def test_the_reason_is_the_verdict(job_folder: JobFolder) -> None:
+    on_slurm(job_folder).judged("fail", -1, "rank 3: ValueError: no such thing")
+    assert job_folder.state(slurm_says("FAILED")) == State(
         "failed", "rank 3: ValueError: no such thing", "logs/rank-00000.log"
     )
 
 
-def test_why_it_waits_and_why_it_waits_again(home: Home) -> None:
-    on_slurm(home).judged("requeue", -1, "stopped on request (USR2), saved")
+def test_why_it_waits_and_why_it_waits_again(job_folder: JobFolder) -> None:
+    on_slurm(job_folder).judged("requeue", -1, "stopped on request (USR2), saved")
     assert (
-        home.state(slurm_says("PENDING", "Priority", 1)).reason == "stopped on request (USR2), saved; waits: Priority"
+        job_folder.state(slurm_says("PENDING", "Priority", 1)).reason
+        == "stopped on request (USR2), saved; waits: Priority"
     )
 
 
-def test_a_stale_verdict_of_a_job_with_the_same_number_does_not_count(home: Home) -> None:
-    home.submitted(-9).began(-5).judged("fail", -500)
-    assert home.state().word == "starting"
+def test_a_stale_verdict_of_a_job_with_the_same_number_does_not_count(job_folder: JobFolder) -> None:
+    job_folder.submitted(-9).began(-5).judged("fail", -500)
+    assert job_folder.state().word == "starting"
 
 
-def test_an_array_is_as_its_foremost_task(home: Home) -> None:
-    home.submitted(-100, num_tasks=3).began(-90, "12_0").judged("done", -50, job_id="12_0")
-    home.began(-90, "12_1").judged("fail", -50, "rank 1 on n1: no disk", job_id="12_1")
-    assert home.state().word == "queued"  # the third, as far as the folder tells
-    home.began(-40, "12_2")
-    assert home.state().word == "running"
+def test_an_array_is_as_its_foremost_task(job_folder: JobFolder) -> None:
+    job_folder.submitted(-100, num_tasks=3).began(-90, "12_0").judged("done", -50, job_id="12_0")
+    job_folder.began(-90, "12_1").judged("fail", -50, "rank 1 on n1: no disk", job_id="12_1")
+    assert job_folder.state().word == "queued"  # the third, as far as the folder tells
+    job_folder.began(-40, "12_2")
+    assert job_folder.state().word == "running"
     jobs = {
         task: JobState(task, state, "", [], 0.0, None, 0)
         for task, state in (("12_0", "COMPLETED"), ("12_1", "FAILED"), ("12_2", "RUNNING"))
     }
-    assert home.state(jobs).word == "running"
+    assert job_folder.state(jobs).word == "running"
     jobs["12_2"] = replace(jobs["12_2"], state="COMPLETED")
-    home.judged("done", -1, job_id="12_2")
-    assert home.state(jobs) == State(
+    job_folder.judged("done", -1, job_id="12_2")
+    assert job_folder.state(jobs) == State(
         "failed", "tasks: 1 failed, 2 finished; rank 1 on n1: no disk", "logs/rank-00000.log"
     )
 
 
-def test_tasks_that_slurm_has_forgotten_count_as_their_guards_say(home: Home) -> None:
-    home.submitted(-900, num_tasks=4).began(-890, "12_0").judged("done", -800, job_id="12_0")
-    home.began(-890, "12_1").judged("fail", -800, "rank 1 on n1: no disk", job_id="12_1")
-    home.began(-890, "12_2").began(-90, "12_3")
+def test_tasks_that_slurm_has_forgotten_count_as_their_guards_say(job_folder: JobFolder) -> None:
+    job_folder.submitted(-900, num_tasks=4).began(-890, "12_0").judged("done", -800, job_id="12_0")
+    job_folder.began(-890, "12_1").judged("fail", -800, "rank 1 on n1: no disk", job_id="12_1")
+    job_folder.began(-890, "12_2").began(-90, "12_3")
     jobs = {"12_3": JobState("12_3", "RUNNING", "", [], 0.0, None, 0)}
-    assert home.state(jobs) == State(
+    assert job_folder.state(jobs) == State(
         "running",
         "tasks: 1 running, 1 failed, 1 killed, 1 finished; rank 1 on n1: no disk",
         "logs/rank-00000.log",
     )
 
 
-def test_only_what_is_not_settled_is_asked_for(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_slurm(home)
+def test_only_what_is_not_settled_is_asked_for(job_folder: JobFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_slurm(job_folder)
     monkeypatch.setenv("PATH", "")
-    assert summarize({home.folder: "x"}).problem == "SLURM's commands are not on this machine"
-    home.judged("fail", -1)
-    assert not summarize({home.folder: "x"}).problem
+    assert summarize({job_folder.folder: "x"}).problem == "SLURM's commands are not on this machine"
+    job_folder.judged("fail", -1)
+    assert not summarize({job_folder.folder: "x"}).problem
 
 
-def test_what_is_no_attempt_is_none(home: Home) -> None:
-    on_slurm(home)
-    (home.folder / "attempts" / ".nfs00000001").touch()
-    assert home.state(slurm_says("RUNNING")).word == "running"
+def test_what_is_no_attempt_is_none(job_folder: JobFolder) -> None:
+    on_slurm(job_folder)
+    (job_folder.folder / "attempts" / ".nfs00000001").touch()
+    assert job_folder.state(slurm_says("RUNNING")).word == "running"
 
 
-def test_unreadable_files_are_told_and_hide_no_other_run(home: Home, tmp_path: Path) -> None:
+def test_unreadable_files_are_told_and_hide_no_other_run(job_folder: JobFolder, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
-    Home(broken).submitted(-5).began(-4)
+    JobFolder(broken).submitted(-5).began(-4)
     (broken / "attempts" / "12-0" / "start.json").write_text('{"half": ')
     whole = tmp_path / "whole"
     whole.mkdir()
-    by_hand(Home(whole))
+    by_hand(JobFolder(whole))
     with (whole / "metrics.jsonl").open("a") as file:
         file.write('{"samples": 200, "time_uni\n[1, 2]\nnull\n')
     runs = {run.name: run for run in summarize({broken: "broken", whole: "whole"}).runs}

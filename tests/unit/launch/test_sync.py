@@ -12,7 +12,7 @@ import pytest
 
 from launch.status.sync import NotLoggedIn, Synced, sync, watch_and_sync
 from pomscale.base.errors import PomscaleError
-from pomscale.runs.starts import Generation
+from pomscale.runs.starts import Start
 from support.wandb_store import KEY, WandbStore, wandb_store
 
 _RECORD = """
@@ -33,8 +33,8 @@ run.finish()
 
 _CLAIM = """
 import sys, pathlib
-from pomscale.runs.starts import Generation
-Generation.claim(pathlib.Path(sys.argv[1]))
+from pomscale.runs.starts import Start
+Start.claim(pathlib.Path(sys.argv[1]))
 """
 _LOCK = """
 import fcntl, sys
@@ -65,7 +65,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def home(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def job_folder(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it, which nobody has uploaded."""
     monkeypatch.chdir(tmp_path)
     return Path(shutil.copytree(recorded, tmp_path / "tiny", symlinks=True))
@@ -79,39 +79,39 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbStore]:
         yield store
 
 
-def test_all_starts_become_one_run_and_are_uploaded_once(home: Path, server: WandbStore) -> None:
+def test_all_starts_become_one_run_and_are_uploaded_once(job_folder: Path, server: WandbStore) -> None:
     said: list[str] = []
-    assert sync({home: "tiny"}, said.append) == Synced(2, 0)
+    assert sync({job_folder: "tiny"}, said.append) == Synced(2, 0)
     assert server.samples("abc") == list(range(10))
     assert [row["_step"] for _, row in sorted(server.lines["abc"].items())] == list(range(10))
     assert any("(2 of 2)" in line for line in said)
     assert [path.name for path in Path.cwd().iterdir()] == ["tiny"]  # wandb's own logs lie in the run folder
     uploads = server.uploads
-    assert sync({home: "tiny"}, said.append) == Synced(0, 0)
+    assert sync({job_folder: "tiny"}, said.append) == Synced(0, 0)
     assert server.uploads == uploads
-    third = record(home, 10)
-    assert sync({home: "tiny"}, said.append) == Synced(1, 0)
+    third = record(job_folder, 10)
+    assert sync({job_folder: "tiny"}, said.append) == Synced(1, 0)
     assert server.samples("abc") == list(range(15))
     assert any(third.glob("*.synced"))
 
 
-def test_what_is_still_being_written_waits(home: Path, server: WandbStore) -> None:
+def test_what_is_still_being_written_waits(job_folder: Path, server: WandbStore) -> None:
     """A start that lives has no end in its file; that of one that was killed never gets one."""
-    record(home, 10, killed=True)
-    Generation.claim(home)  # by this process, which lives
-    assert sync({home: "tiny"}, print) == Synced(2, 1)
+    record(job_folder, 10, killed=True)
+    Start.claim(job_folder)  # by this process, which lives
+    assert sync({job_folder: "tiny"}, print) == Synced(2, 1)
     assert server.samples("abc") == list(range(10))
-    subprocess.run([sys.executable, "-c", _CLAIM, str(home)], check=True)  # by a process that is gone
-    assert sync({home: "tiny"}, print) == Synced(1, 0)
-    assert sync({home: "tiny"}, print) == Synced(0, 0)
+    subprocess.run([sys.executable, "-c", _CLAIM, str(job_folder)], check=True)  # by a process that is gone
+    assert sync({job_folder: "tiny"}, print) == Synced(1, 0)
+    assert sync({job_folder: "tiny"}, print) == Synced(0, 0)
     num_samples = len(server.samples("abc"))
     assert num_samples > 10
     assert server.samples("abc") == list(range(num_samples))
 
 
-def test_again_and_again_whatever_happens(home: Path, server: WandbStore) -> None:
+def test_again_and_again_whatever_happens(job_folder: Path, server: WandbStore) -> None:
     said: list[str] = []
-    rounds = iter([OSError("the disk is away"), {home: "tiny"}, {home: "tiny"}, KeyboardInterrupt()])
+    rounds = iter([OSError("the disk is away"), {job_folder: "tiny"}, {job_folder: "tiny"}, KeyboardInterrupt()])
 
     def find() -> dict[Path, str]:
         found = next(rounds)
@@ -126,59 +126,59 @@ def test_again_and_again_whatever_happens(home: Path, server: WandbStore) -> Non
     assert told[1:] == ["2 uploaded, 0 still being written", "0 uploaded, 0 still being written"]
 
 
-def test_two_at_once_do_not_upload_twice(home: Path, server: WandbStore) -> None:
+def test_two_at_once_do_not_upload_twice(job_folder: Path, server: WandbStore) -> None:
     said: list[str] = []
-    lock = str(home / "wandb" / ".pomscale-sync.lock")
+    lock = str(job_folder / "wandb" / ".pomscale-sync.lock")
     locked = subprocess.Popen(
         [sys.executable, "-c", _LOCK, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert locked.stdout is not None
     locked.stdout.readline()
     try:
-        assert sync({home: "tiny"}, said.append) == Synced(0, 0)
+        assert sync({job_folder: "tiny"}, said.append) == Synced(0, 0)
     finally:
         locked.communicate("\n", timeout=30)
-    assert said == ["tiny: another `runs sync` is at it"]
+    assert said == ["tiny: another `runs sync` is uploading it"]
     assert not server.lines
 
 
-def test_a_run_that_cannot_be_written_holds_up_no_other(home: Path, server: WandbStore) -> None:
-    odd = Path(shutil.copytree(home, home.parent / "odd"))
+def test_a_run_that_cannot_be_written_holds_up_no_other(job_folder: Path, server: WandbStore) -> None:
+    odd = Path(shutil.copytree(job_folder, job_folder.parent / "odd"))
     (odd / "wandb" / ".pomscale-sync.lock").mkdir()  # as little to be opened by root as a colleague's by others
     with pytest.raises(PomscaleError, match=r"odd: left out: .*sync\.lock"):
-        sync({odd: "odd", home: "run"}, lambda line: None)
-    assert sync({home: "run"}, lambda line: None) == Synced(0, 0)
+        sync({odd: "odd", job_folder: "run"}, lambda line: None)
+    assert sync({job_folder: "run"}, lambda line: None) == Synced(0, 0)
 
 
-def test_without_a_login_it_says_so(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_login_it_says_so(job_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(NotLoggedIn, match="wandb login"):
-        sync({home: "tiny"}, print)
-    assert not list(home.glob("wandb/*/*.synced"))
+        sync({job_folder: "tiny"}, print)
+    assert not list(job_folder.glob("wandb/*/*.synced"))
 
 
-def test_a_torn_log_does_not_hold_up_what_comes_after_it(home: Path, server: WandbStore) -> None:
-    first = min(home.glob("wandb/offline-run-*"))
+def test_a_torn_log_does_not_hold_up_what_comes_after_it(job_folder: Path, server: WandbStore) -> None:
+    first = min(job_folder.glob("wandb/offline-run-*"))
     next(first.glob("*.wandb")).write_bytes(b"no log at all")
     with pytest.raises(PomscaleError, match=f"{first.name}: left out: .*Failed to read"):
-        sync({home: "tiny"}, print)
+        sync({job_folder: "tiny"}, print)
     assert server.samples("abc") == list(range(5, 10))
 
 
-def test_a_start_that_was_killed_at_once_has_nothing_to_upload(home: Path, server: WandbStore) -> None:
-    first = min(home.glob("wandb/offline-run-*"))
+def test_a_start_that_was_killed_at_once_has_nothing_to_upload(job_folder: Path, server: WandbStore) -> None:
+    first = min(job_folder.glob("wandb/offline-run-*"))
     file = next(first.glob("*.wandb"))
     file.write_bytes(file.read_bytes()[:7])
-    assert sync({home: "tiny"}, print) == Synced(1, 0)
+    assert sync({job_folder: "tiny"}, print) == Synced(1, 0)
 
 
-def test_a_log_that_a_kill_has_cut_off_is_uploaded_once(home: Path, server: WandbStore) -> None:
+def test_a_log_that_a_kill_has_cut_off_is_uploaded_once(job_folder: Path, server: WandbStore) -> None:
     """wandb itself sends what there is, and would send it again."""
-    file = next(min(home.glob("wandb/offline-run-*")).glob("*.wandb"))
+    file = next(min(job_folder.glob("wandb/offline-run-*")).glob("*.wandb"))
     file.write_bytes(file.read_bytes()[:-3])
     said: list[str] = []
-    assert sync({home: "tiny"}, said.append) == Synced(2, 0)
+    assert sync({job_folder: "tiny"}, said.append) == Synced(2, 0)
     assert any("ends with an incomplete record" in line for line in said)
     assert server.samples("abc") == list(range(10))
-    assert sync({home: "tiny"}, said.append) == Synced(0, 0)
+    assert sync({job_folder: "tiny"}, said.append) == Synced(0, 0)

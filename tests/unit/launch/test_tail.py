@@ -76,9 +76,9 @@ def test_a_straight_line_is_drawn_straight() -> None:
     assert lines[0].startswith("7 ")
     assert lines[1].startswith("0 ")
     # Up, one row of dots per column of dots: four characters hold eight of each, from bottom left to top right.
-    dots = {(line, place) for line, text in enumerate(lines) for place, sign in enumerate(text[2:]) if sign > "⠀"}
+    dots = {(line, identity) for line, text in enumerate(lines) for identity, sign in enumerate(text[2:]) if sign > "⠀"}
     assert {line for line, _ in dots} == {0, 1}
-    assert min(place for line, place in dots if line == 1) < min(place for line, place in dots if line == 0)
+    assert min(identity for line, identity in dots if line == 1) < min(identity for line, identity in dots if line == 0)
 
 
 def test_a_plot_is_as_large_as_asked_for() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from launch.node.verdict import Evidence, judge
-from launch.record.job import Ending, Start, Verdict
+from launch.node.verdict import Evidence, decide_verdict
+from launch.record.job import Ending, StartRecord, Verdict
 
 HOSTS = ["n1", "n2"]
 GLOO = "rank 0: RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]"
@@ -31,9 +31,9 @@ def verdict(
     num_ranks: int = 4,
     max_idle_requeues: int = 3,
 ) -> Verdict:
-    start = Start("7", 0, HOSTS, 2, 0.0, 0)
+    start = StartRecord("7", 0, HOSTS, 2, 0.0, 0)
     evidence = Evidence(start, num_ranks, endings, {one["rank"]: one for one in outcomes}, samples)
-    return judge(evidence, before, max_idle_requeues)
+    return decide_verdict(evidence, before, max_idle_requeues)
 
 
 def test_finished() -> None:
@@ -46,7 +46,7 @@ def test_finished_though_a_rank_stumbles_at_its_exit() -> None:
 
 
 def test_a_stop_on_request_is_requeued() -> None:
-    found = verdict([ending(rank, 75, told_to_end="SIGUSR2") for rank in range(4)], samples=640)
+    found = verdict([ending(rank, 75, ended_by="SIGUSR2") for rank in range(4)], samples=640)
     assert (found.action, found.exit_code, found.suspects) == ("requeue", 75, [])
     assert "SIGUSR2" in found.reason
 
@@ -64,7 +64,7 @@ def test_a_killed_rank_is_requeued_without_its_node() -> None:
 def test_an_error_of_its_own_ends_the_job_and_is_told() -> None:
     """Also though the other ranks then lose it, and are killed or abort."""
     found = verdict(
-        [ending(0, 1, 101.0), ending(1, 1, 100.0), ending(2, -6, 100.2), ending(3, -9, 130.0, told_to_end="SIGTERM")],
+        [ending(0, 1, 101.0), ending(1, 1, 100.0), ending(2, -6, 100.2), ending(3, -9, 130.0, ended_by="SIGTERM")],
         [outcome(0, "failed", GLOO, 100.9), outcome(1, "failed", "rank 1: ValueError: no such class", 100.0)],
     )
     assert (found.action, found.exit_code) == ("fail", 1)
@@ -89,7 +89,7 @@ def test_wrong_input_before_the_run_began() -> None:
 def test_out_of_host_memory_is_its_own_fault() -> None:
     found = verdict([ending(0, 1, 101.0), ending(1, -9, 100.0, out_of_memory=True)], [outcome(0, "failed", GLOO)])
     assert found.action == "fail"
-    assert "rank 1 on n1 was killed for want of host memory" in found.reason
+    assert "rank 1 on n1 was killed because the host memory ran out" in found.reason
 
 
 def test_a_hang_is_requeued() -> None:
@@ -128,7 +128,7 @@ def test_skipped_items_are_told_by_the_exit_code() -> None:
 
 
 def test_a_second_signal_is_requeued_too() -> None:
-    found = verdict([ending(0, 128 + 12, told_to_end="SIGUSR2")], [outcome(0, "quit", "SIGUSR2 twice")], num_ranks=1)
+    found = verdict([ending(0, 128 + 12, ended_by="SIGUSR2")], [outcome(0, "quit", "SIGUSR2 twice")], num_ranks=1)
     assert found.action == "requeue"
     assert "before it could save" in found.reason
 
@@ -165,7 +165,7 @@ def test_ranks_that_abort_since_they_have_lost_one_are_not_blamed() -> None:
     assert (found.action, found.suspects, found.reason) == ("requeue", ["n2"], "rank 3 on n2 was killed by SIGKILL")
     found = verdict(aborted[:2])
     assert (found.action, found.suspects) == ("requeue", ["n2"])
-    assert "nothing was heard any more of rank 2, 3 on n2" in found.reason
+    assert "no sign of life from rank 2, 3 on n2" in found.reason
     found = verdict([*aborted, ending(3, -6, 100.0)])
     assert (found.action, found.suspects) == ("requeue", [])
 
@@ -178,11 +178,11 @@ def test_a_rank_that_aborts_alone_is_requeued_without_its_node() -> None:
 
 def test_when_most_nodes_are_silent_none_is_blamed() -> None:
     """A file system that shows new files late, or a switch: there would be no node left to start on."""
-    start = Start("7", 0, [f"n{number}" for number in range(1, 9)], 2, 0.0, 0)
+    start = StartRecord("7", 0, [f"n{number}" for number in range(1, 9)], 2, 0.0, 0)
     told = [ending(0, 1, last_line=GLOO), ending(1, 1, last_line=GLOO)]
-    found = judge(Evidence(start, 16, told, {}, None), None, 3)
+    found = decide_verdict(Evidence(start, 16, told, {}, None), None, 3)
     assert (found.action, found.suspects) == ("requeue", [])
-    found = judge(Evidence(start, 4, told, {}, None), None, 3)
+    found = decide_verdict(Evidence(start, 4, told, {}, None), None, 3)
     assert found.suspects == ["n2"]
 
 

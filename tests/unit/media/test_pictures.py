@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
-from pomscale.media import pictures
+from pomscale.media import Filter, UnreadableMediaError, nearest_bucket, pictures
 from pomscale.media.pictures import DecodedPicture, decode_picture, fit_picture
-from pomscale.media.shapes import Filter, UnreadableMediaError, nearest_bucket
 
 
 def decode(path: Path, channels: int = 3) -> DecodedPicture:

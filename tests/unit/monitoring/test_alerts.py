@@ -1,4 +1,4 @@
-"""When people are told, on numbers; and what they are told, through the real sinks."""
+"""Alerts: when they are sent, by numbers, and their texts, through the real sinks."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_restart_is_told_with_its_reason_and_a_first_start_is_not(tmp_path: Pa
     desk = Desk(tmp_path)
     desk.alerts.restarted(0, None)
     desk.alerts.restarted(12_800, "node n7 went down")
-    assert desk.close() == [(12_800, "requeued", "going on from 12,800 samples: node n7 went down", "INFO")]
+    assert desk.close() == [(12_800, "requeued", "continuing from 12,800 samples: node n7 went down", "INFO")]
 
 
 def test_steps_that_stay_slow_are_told_by_the_median_of_this_start(tmp_path: Path) -> None:
@@ -102,8 +102,8 @@ def test_steps_that_stay_slow_are_told_by_the_median_of_this_start(tmp_path: Pat
     # Ten steps a row. The first one compiled; one hiccup is no stall; then a minute of slow rows is.
     for row, step_time_s in enumerate([9.0, 1.0, 1.0, 1.1, 0.9, 1.0, 1.0, 2.9, 3.2, 1.0, 3.2, 3.3]):
         desk.now_s += 10 * step_time_s
-        desk.alerts.judge(8 * row, step_time_s)
-    desk.alerts.judge(96, None)  # no step since the last row
+        desk.alerts.check_row(8 * row, step_time_s)
+    desk.alerts.check_row(96, None)  # no step since the last row
     text = "at 88 samples, for 65 s: 3.3 s per step, 3.3 times the median of this start"
     assert desk.close() == [(88, "slow steps", text, "WARN")]
 
@@ -114,13 +114,13 @@ def test_a_few_rows_are_no_median_and_no_factor_means_no_alert(tmp_path: Path) -
     for desk, num_rows in ((few, 4), (never, 20)):
         for step_time_s in [0.1] * num_rows + [10.0]:
             desk.now_s += 1000 * step_time_s
-            desk.alerts.judge(8, step_time_s)
+            desk.alerts.check_row(8, step_time_s)
     assert few.close() == never.close() == []
 
 
 def test_no_step_at_all_is_told_from_another_thread(tmp_path: Path) -> None:
     desk = Desk(tmp_path)
-    desk.alerts.judge(640, 1.0)
+    desk.alerts.check_row(640, 1.0)
     desk.alerts.late("no step for 300 s")
     assert desk.close() == [(640, "stall", "after 640 samples: no step for 300 s", "ERROR")]
 
@@ -132,9 +132,9 @@ def test_goodput_below_the_limit_without_counting_the_queue(
 ) -> None:
     desk = Desk(tmp_path, min_goodput=0.5, goodput_after_s=3600)
     desk.spend(queue=queue_s, start_up=1500)
-    desk.alerts.judge(8, 1.0)  # 0 %, but too early to judge
+    desk.alerts.check_row(8, 1.0)  # 0 %, but too early to judge
     desk.spend(step=productive_s, data_wait=2500 - productive_s)
-    desk.alerts.judge(16, 1.0)
+    desk.alerts.check_row(16, 1.0)
     text = "48% of 1h 06m went into steps that count, wanted 50%; most of the rest is start_up, 25m 00s"
     assert desk.close() == ([(16, "goodput", text, "WARN")] if is_told else [])
 
@@ -145,7 +145,7 @@ def test_the_ranks_that_log_nothing_tell_nobody(
     monkeypatch.chdir(tmp_path)
     alerts = Alerts(AlertsConfig(goodput_after_s=1e-9), Monitor([]), Ledger(None, 0, 0))
     alerts.restarted(8, "preempted")
-    alerts.judge(16, 1.0)
+    alerts.check_row(16, 1.0)
     alerts.late("no step for 300 s")
     assert capfd.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []

@@ -1,8 +1,7 @@
-"""What a library, a rollback or a torn file does to logging: nothing."""
+"""Logging survives a library that exits, a rollback and a torn file."""
 
 from __future__ import annotations
 
-import errno
 import io
 import sys
 import time
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from pomscale.base.background import Background
-from pomscale.base.console import say, warn
 from pomscale.base.jsonl import read_json_lines
 from pomscale.monitoring.sinks import ConsoleSink
 from pomscale.runs.evaluation_log import Delivery
@@ -46,21 +44,3 @@ def test_what_is_torn_is_no_object(tmp_path: Path) -> None:
     assert (len(rows), num_unreadable) == (1, 1)
     Ledger(tmp_path, 2, 0).close()
     assert list(Delivery(tmp_path).due()) == []
-
-
-def test_a_console_on_a_full_disk_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full(io.StringIO):
-        num_refused = 0
-
-        def flush(self) -> None:
-            self.num_refused += 1
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    full = Full()
-    monkeypatch.setattr("sys.stdout", full)
-    monkeypatch.setattr("sys.stderr", full)
-    with pytest.raises(OSError, match="No space left"):
-        print("what would end a run", flush=True)
-    say("a line")
-    warn("another")
-    assert full.num_refused == 3

@@ -45,12 +45,12 @@ class Page(HTMLParser):
 def run_folder(tmp_path: Path) -> Path:
     run = tmp_path / "a&b $x$"
     (run / "samples").mkdir(parents=True)
-    for incarnation, start in ((0, 1), (1, 100)):
-        record = {"incarnation": incarnation, "started_unix_s": 1.8e9, "start_samples": 64 * (start - 1)}
-        record |= {"num_ranks": 2, "host": f"node-{incarnation}<", "versions": {"torch": "2.13.0"}}
+    for number, start in ((0, 1), (1, 100)):
+        record = {"incarnation": number, "started_unix_s": 1.8e9, "start_samples": 64 * (start - 1)}
+        record |= {"num_ranks": 2, "host": f"node-{number}<", "versions": {"torch": "2.13.0"}}
         with (run / "incarnations.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
-        sink = JsonlSink(run, incarnation)
+        sink = JsonlSink(run, number)
         for step in range(start, start + 150):
             metrics: dict[str, float | str] = {
                 "train/loss": 100.0 / step,
@@ -223,7 +223,7 @@ def two_runs(run_folder: Path, tmp_path: Path) -> list[Path]:
 
 
 def cells(text: str, first: str) -> list[str]:
-    """Of the row that begins with a cell."""
+    """Cells of the row that begins with a cell."""
     row = re.search(rf"<tr><td[^>]*>{re.escape(first)}(?:<small>.*?</small>)?</td>(.*?)</tr>", text)
     assert row is not None, first
     return [re.sub(r"<small>.*?</small>|<[^>]+>", "", cell) for cell in row[1].split("</td>")[:-1]]

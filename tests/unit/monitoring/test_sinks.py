@@ -34,11 +34,11 @@ def _rows(run_folder: Path) -> list[dict[str, float | str]]:
     return [json.loads(line, parse_constant=_refuse_constants) for line in lines]
 
 
-def _log(run_folder: Path, incarnation: int, losses: dict[int, float], start_samples: int | None = None) -> None:
+def _log(run_folder: Path, start: int, losses: dict[int, float], start_samples: int | None = None) -> None:
     if start_samples is not None:
         with (run_folder / "incarnations.jsonl").open("a") as file:
-            file.write(json.dumps({"incarnation": incarnation, "start_samples": start_samples}) + "\n")
-    sink = JsonlSink(run_folder, incarnation)
+            file.write(json.dumps({"incarnation": start, "start_samples": start_samples}) + "\n")
+    sink = JsonlSink(run_folder, start)
     for samples, loss in losses.items():
         sink.log(samples, {"train/loss": loss})
     sink.close()
@@ -125,7 +125,7 @@ def test_a_resumed_run_supersedes_what_its_predecessor_did_after_the_checkpoint(
     history = read_history(tmp_path)
     assert history.series["train/loss"] == ([8, 16], [1.0, 0.91])
     assert history.resumed_at == [8]
-    assert [start["incarnation"] for start in history.incarnations] == [0, 1, 2, 3]
+    assert [start["incarnation"] for start in history.starts] == [0, 1, 2, 3]
 
 
 def test_a_start_that_was_not_recorded_lies_before_its_first_row(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_history_of_a_folder_without_metrics(tmp_path: Path) -> None:
 # --- console -------------------------------------------------------------------------------------------------------
 
 
-def test_console_line_and_eta_of_this_incarnation() -> None:
+def test_console_line_and_eta_of_this_start() -> None:
     times = iter([100.0, 110.0])
     stream = io.StringIO()
     sink = ConsoleSink(total_samples=100_000, stream=stream, clock=lambda: next(times))
@@ -302,7 +302,7 @@ def test_a_kill_costs_what_is_in_the_queue(tmp_path: Path) -> None:
 def test_disabled_wandb_starts_no_process(tmp_path: Path) -> None:
     before = set(psutil.Process().children())
     monitoring = MonitoringConfig(wandb=WandbConfig(mode="disabled"))
-    with open_monitor(tmp_path, monitoring, run_name="a", recipe_dump={}, total_samples=8, incarnation=0) as monitor:
+    with open_monitor(tmp_path, monitoring, run_name="a", recipe_dump={}, total_samples=8, start=0) as monitor:
         monitor.log(8, {"train/loss": 1.0})
     assert set(psutil.Process().children()) <= before  # what other tests have left may end meanwhile
     assert not (tmp_path / "wandb").exists()

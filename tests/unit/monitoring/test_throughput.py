@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pomscale.base.console import format_count, format_duration
 from pomscale.config.hardware import peak_flops
-from pomscale.config.schema import ProfileConfig
+from pomscale.config.train import ProfileConfig
 from pomscale.monitoring.host import HostStats, peak_memory_gib
 from pomscale.monitoring.profiler import ProfileWindow
 from pomscale.monitoring.throughput import StepTimer, mfu
@@ -64,11 +63,6 @@ def test_host_stats_and_peak_memory() -> None:
     assert 0.05 < metrics["host/process_memory_gib"] < metrics["host/memory_gib"]
     if not torch.cuda.is_initialized():
         assert 0.9 * metrics["host/process_memory_gib"] < peak_memory_gib() < 100.0
-
-
-def test_numbers_for_people() -> None:
-    assert [format_count(n) for n in (0, 950, 8192, 999_999, 1_281_167)] == ["0", "950", "8.19k", "1M", "1.28M"]
-    assert [format_duration(s) for s in (42, 200, 18_420, 187_200)] == ["42s", "3m 20s", "5h 07m", "2d 04h"]
 
 
 def _train(run_folder: Path, start_samples: int, num_steps: int = 6) -> list[str]:

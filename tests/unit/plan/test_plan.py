@@ -18,7 +18,7 @@ from pomscale.benchmarks.plan import deepspeed_recipe, make_recipe, measure, mea
 from pomscale.benchmarks.storage_tracker import StorageTracker
 from pomscale.config.hardware import GPUS
 from pomscale.config.load import load_train_recipe
-from pomscale.config.schema import TrainingConfig, TrainRecipe
+from pomscale.config.train import TrainingConfig, TrainRecipe
 from pomscale.data.loader import micro_batch_positions, num_micro_batches
 from pomscale.distributed.world import join_world
 from pomscale.plan.advice import changed, cheapest_fit, room_for_more

@@ -1,4 +1,4 @@
-"""What V-DiPoM costs, by formula, against the real modules."""
+"""Cost of V-DiPoM by formula, against the real modules."""
 
 from __future__ import annotations
 

@@ -13,15 +13,17 @@ import torch
 
 from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import CheckpointStore
+from pomscale.config.codecs import PixelCodecConfig
 from pomscale.config.engine import CheckpointConfig, EmaConfig
-from pomscale.config.schema import DiffusionConfig, ImageModelConfig, PixelCodecConfig, SamplingConfig
+from pomscale.config.model import ImageModelConfig
+from pomscale.config.sampling import SamplingConfig
+from pomscale.config.train import DiffusionConfig
 from pomscale.distributed.world import join_world
 from pomscale.engine.averages import Ema, ema_weights
 from pomscale.models import DiPoM, init_weights
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.load import load_pretrained
-from pomscale.pretrained.post_hoc import ExponentialProfile, PowerProfile, Profile, fit
-from pomscale.pretrained.post_hoc_ema import export_post_hoc
+from pomscale.pretrained.post_hoc_ema import ExponentialProfile, PowerProfile, Profile, export_post_hoc, fit
 
 BATCH, STEPS = 32, 960
 WIDTHS = [0.05, 0.1]

@@ -16,15 +16,17 @@ from torch import Tensor, nn
 import pomscale
 from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import CheckpointStore
+from pomscale.config.codecs import PixelCodecConfig
 from pomscale.config.engine import CheckpointConfig
-from pomscale.config.schema import DiffusionConfig, ImageModelConfig, InitFromConfig, PixelCodecConfig, SamplingConfig
+from pomscale.config.model import ImageModelConfig
+from pomscale.config.sampling import SamplingConfig
+from pomscale.config.train import DiffusionConfig, InitFromConfig
 from pomscale.distributed.world import join_world
 from pomscale.models import DiPoM, init_weights
 from pomscale.pretrained.card import ModelCard
-from pomscale.pretrained.export import export
 from pomscale.pretrained.exported import groups
 from pomscale.pretrained.load import PretrainedDiPoM, load_pretrained
-from pomscale.pretrained.weights import parameter_shapes, write_weights
+from pomscale.pretrained.weights import export, parameter_shapes, write_weights
 from pomscale.training.initial_weights import fine_tuning
 
 MODEL = ImageModelConfig(latent_shape=(4, 4, 4), num_classes=10, patch_size=1, dim=16, depth=2, num_heads=2)

@@ -14,8 +14,9 @@ import pytest
 
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.monitoring.sinks import JsonlSink
-from pomscale.runs.evaluation_log import EVALUATIONS_FILE, Delivery, read_evaluations, record
+from pomscale.runs.evaluation_log import Delivery, read_evaluations, record
 from pomscale.runs.history import read_history
+from pomscale.runs.layout import EVALUATIONS_FILE
 from pomscale.runs.metric_names import describe, evaluation_name
 from support.running import mounted_disk, wait_until
 
@@ -30,11 +31,11 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def _train(run: Path, incarnation: int, start: int, *samples: int) -> None:
+def _train(run: Path, number: int, start: int, *samples: int) -> None:
     time.sleep(0.01)  # times are in milliseconds
     with (run / "incarnations.jsonl").open("a") as file:
-        file.write(json.dumps({"incarnation": incarnation, "start_samples": start}) + "\n")
-    sink = JsonlSink(run, incarnation)
+        file.write(json.dumps({"incarnation": number, "start_samples": start}) + "\n")
+    sink = JsonlSink(run, number)
     for at in samples:
         sink.log(at, {"train/loss": 1.0 / at})
     sink.close()

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from pomscale.runs.ledger import EVENTS_FILE, SUBMITTED, Ledger, goodput
+from pomscale.runs.layout import EVENTS_FILE
+from pomscale.runs.ledger import SUBMITTED, Ledger, goodput
 from pomscale.runs.metric_names import WALL_TIME, describe
 
 
@@ -24,21 +25,21 @@ def write(folder: Path, *rows: dict[str, Any]) -> None:
 
 
 def seconds(folder: Path) -> dict[str, float]:
-    """What the ledger finds, without the kinds that took no time."""
+    """Seconds by kind in the ledger, without kinds that took no time."""
     found = goodput(folder)
     assert found is not None
     return {kind: pytest.approx(value) for kind, value in found.seconds.items() if value}
 
 
-def start(incarnation: int, samples: int, **moments: float) -> dict[str, Any]:
-    return {"incarnation": incarnation, "samples": samples, "start": moments}
+def start(number: int, samples: int, **moments: float) -> dict[str, Any]:
+    return {"incarnation": number, "samples": samples, "start": moments}
 
 
-def spent(incarnation: int, samples: int, **times: float) -> dict[str, Any]:
-    return {"incarnation": incarnation, "samples": samples, "seconds": times}
+def spent(number: int, samples: int, **times: float) -> dict[str, Any]:
+    return {"incarnation": number, "samples": samples, "seconds": times}
 
 
-def test_a_run_of_three_incarnations(tmp_path: Path) -> None:
+def test_a_run_of_three_starts(tmp_path: Path) -> None:
     write(
         tmp_path,
         start(0, 0, submitted_unix_s=1000, job_unix_s=1600, process_unix_s=1610),
@@ -48,11 +49,11 @@ def test_a_run_of_three_incarnations(tmp_path: Path) -> None:
         start(1, 150, submitted_unix_s=1000, job_unix_s=1900, process_unix_s=1905),
         spent(1, 250, start_up=5, step=60),  # until 1970, then the node was rebooted
         {"incarnation": 1, "samples": 250, "event": "damaged_checkpoint"},
-        start(2, 50, submitted_unix_s=2100, job_unix_s=2300, process_unix_s=2300),  # somebody came and sent it again
+        start(2, 50, submitted_unix_s=2100, job_unix_s=2300, process_unix_s=2300),  # a person submitted it again
         spent(2, 300, step=30),
     )
     assert seconds(tmp_path) == {
-        "productive": 25 + 30,  # of 50 s to 100 samples half, and the last incarnation
+        "productive": 25 + 30,  # of 50 s to 100 samples half, and the last start
         "lost": 25 + 25 + 25 + 60,
         "queue": 600 + 140 + 200,
         "down": 130,

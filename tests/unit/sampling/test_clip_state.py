@@ -21,16 +21,13 @@ from torch import Tensor
 from pomscale.base.condition import Text
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.codecs import build_text_encoder
+from pomscale.config.codecs import PixelCodecConfig, TextEncoderConfig
 from pomscale.config.model import ImageModelConfig
-from pomscale.config.schema import (
-    DiffusionConfig,
-    PixelCodecConfig,
-    SamplingConfig,
-    TextEncoderConfig,
-    TimeConfig,
-)
+from pomscale.config.sampling import SamplingConfig
+from pomscale.config.train import DiffusionConfig, TimeConfig
 from pomscale.pretrained.card import ModelCard
-from pomscale.pretrained.load import PretrainedDiPoM, PretrainedVDiPoM, sample
+from pomscale.pretrained.load import PretrainedDiPoM, PretrainedVDiPoM
+from pomscale.sampling.api import sample
 from pomscale.sampling.stream import ClipStream
 from pomscale.shards.schema import TextInfo
 from support.paths import TESTS
@@ -78,7 +75,7 @@ def pretrained(
 
 
 def stream(model: PretrainedVDiPoM, num_groups: int | None = None, **changes: Any) -> ClipStream:
-    return ClipStream(model, TEXT, SEEDS, num_groups=num_groups, **{"steps": 3, **changes})
+    return ClipStream(model, TEXT, SEEDS, num_groups=num_groups, **{"num_steps": 3, **changes})
 
 
 @pytest.fixture
@@ -144,7 +141,7 @@ def test_a_stream_without_end_can_be_stopped_and_gone_on_with_twice(tmp_path: Pa
 
 def test_with_one_t_for_all_frames_the_stream_is_the_clip_that_sample_draws() -> None:
     model = pretrained(objective="eps")
-    at_once = sample(model, TEXT, seeds=SEEDS, num_frames=6, steps=3, guidance=1.0)
+    at_once = sample(model, TEXT, seeds=SEEDS, num_frames=6, num_steps=3, guidance=1.0)
     groups = torch.cat(list(stream(model, 3, guidance=1.0, size=(10, 6))), dim=2)
     torch.testing.assert_close(groups, at_once, rtol=1e-4, atol=1e-5)
 
@@ -155,9 +152,9 @@ def test_what_was_asked_comes_back_without_the_text_encoder(tmp_path: Path) -> N
     config = TextEncoderConfig(path=str(folder), tokenizer="bytes", max_length=12, precision="fp32")
     text = TEXT_INFO.model_copy(update={"config": config, "identity": build_text_encoder(config).identity()})
     prompts = ["a dog", "a cat that runs away"]
-    clips = ClipStream(pretrained(text=text), prompts, SEEDS, num_groups=2, steps=2, guidance=1.0)
+    clips = ClipStream(pretrained(text=text), prompts, SEEDS, num_groups=2, num_steps=2, guidance=1.0)
     expected = list(clips)
-    clips = ClipStream(pretrained(text=text), prompts, SEEDS, num_groups=0, steps=2, guidance=1.0)
+    clips = ClipStream(pretrained(text=text), prompts, SEEDS, num_groups=0, num_steps=2, guidance=1.0)
     clips.save(tmp_path / "state")
     shutil.rmtree(folder)
     again, _ = ClipStream.resume(pretrained(text=text), tmp_path / "state", num_groups=2)
@@ -231,7 +228,7 @@ def other_weights() -> PretrainedVDiPoM:
     ids=["weights", "form", "objective", "size", "precision"],
 )
 def test_a_state_of_another_model_is_refused(make: Callable[[], PretrainedVDiPoM], saved: Path) -> None:
-    with pytest.raises(InputError, match=r"state.safetensors: these clips are of another model.*go on with the one"):
+    with pytest.raises(InputError, match=r"state.safetensors: these clips are of another model.*the model that began"):
         ClipStream.resume(make(), saved, num_groups=1)
 
 
@@ -275,7 +272,7 @@ def other_version(path: Path) -> None:
             "cannot be read .* no state",
         ),
         (lambda path: save_file({"x": torch.zeros(2)}, path), "holds no state of clips; give a file"),
-        (lambda path: path.unlink(), "there is no such file; give one"),
+        (lambda path: path.unlink(), "there is no such file; give the file"),
         (lambda path: (path.unlink(), path.mkdir()), "cannot be read .* no state of clips"),
     ],
     ids=["truncated", "flipped bit", "changed by hand", "later version", "empty", "text", "weights", "none", "folder"],

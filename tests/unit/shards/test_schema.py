@@ -10,8 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from pomscale.base.errors import InputError
+from pomscale.config.codecs import CogVideoXVaeCodecConfig, PixelCodecConfig, SdVaeCodecConfig
+from pomscale.config.encode import ImageTransformConfig
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
-from pomscale.config.schema import CogVideoXVaeCodecConfig, ImageTransformConfig, PixelCodecConfig, SdVaeCodecConfig
 from pomscale.shards.schema import (
     MANIFEST_NAME,
     CodecInfo,

@@ -17,7 +17,7 @@ NAN = math.nan
 
 
 def step(desk: Desk, clock: Clock, loss: float, norm: float) -> StepOutcome:
-    verdict = desk.recovery.judge(clock.samples, loss, norm)
+    verdict = desk.recovery.assess(clock.samples, loss, norm)
     return desk.recovery.carry_out(verdict, clock, norm)
 
 
@@ -73,7 +73,7 @@ def test_without_a_checkpoint_a_spike_counts_and_what_is_not_finite_is_the_end(t
     desk, clock = Desk(tmp_path, max_non_finite=1), Clock()
     for _ in range(16):
         assert step(desk, clock, 1.0, 1.0) is StepOutcome.TAKEN
-    assert desk.divergence.judge(100.0, 1.0) == "rollback"
+    assert desk.divergence.assess(100.0, 1.0) == "rollback"
     assert step(desk, clock, 100.0, 1.0) is StepOutcome.TAKEN
     assert (clock.position, clock.skipped) == (0, [])
     with pytest.raises(PomscaleError, match=r"positions 0 to 7, and there is no checkpoint to go back to"):

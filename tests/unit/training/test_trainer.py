@@ -32,7 +32,7 @@ def trainer(desk: Desk, *, stop_at: int | None = None) -> Trainer:
 
     periodic = PeriodicWork(
         [Event("validation", 5 * BATCH, event)],
-        desk.checkpoints.judge,
+        desk.checkpoints.record_metrics,
         5 * BATCH,
         desk.engine,
         "halflife-200",
@@ -60,7 +60,7 @@ def test_a_run_to_its_end(tmp_path: Path) -> None:
     assert [samples // BATCH for _, samples in desk.of("save checkpoint")] == [4, 8, 10]
     assert [samples // BATCH for _, samples in desk.of("save snapshot")] == [3, 6, 9, 10]
     assert [row["samples"] // BATCH for row in desk.rows() if "train/loss" in row] == [2, 4, 6, 8, 10]
-    names = ("step", "compare replicas", "save checkpoint", "save snapshot", "averaged", "event", "judge")
+    names = ("step", "compare replicas", "save checkpoint", "save snapshot", "averaged", "event", "record metrics")
     last = [name for name, *_ in desk.of(*names)][-7:]
     assert last == ["step", *names[1:]], "saved before the events"
     assert [name for name, *_ in desk.happened[-4:]] == ["wait checkpoint", "wait snapshot", "charge", "write"]

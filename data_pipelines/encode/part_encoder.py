@@ -1,0 +1,344 @@
+"""Encode the parts of one task: threads decode ahead, this thread feeds the networks, another thread writes.
+
+Batches never cross a part, so a part's bytes do not depend on which parts came before it; decoding does cross, so the
+networks are not kept waiting at the borders.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipelines.encode.progress import EncodeProgress
+from data_pipelines.encode.setup import EncodeSetup, check_items_in_place
+from data_pipelines.shards.writers import PartWriter, Record
+from data_pipelines.sources.protocol import Item, SourceChangedError
+from pomscale.base.errors import PomscaleError
+from pomscale.base.keyed_random import Stream, keyed_generator
+from pomscale.config.encode import ImageTransformConfig, VideoTransformConfig
+from pomscale.media import UnreadableMediaError, nearest_bucket
+from pomscale.media.pictures import decode_picture, fit_picture
+from pomscale.shards.schema import ArrayName
+
+# Batches that may wait for the writer; each is small beside the decoded media that wait for the networks.
+_MAX_WAITING_WRITES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """Pixels of an item in the size of one variant, uint8, (h, w, c) or (f, h, w, c)."""
+
+    group: int
+    values: np.ndarray
+
+
+@dataclass(slots=True)
+class Loaded:
+    """An item with its media by variant, or with the reason why there are none."""
+
+    position: int
+    item: Item
+    media: dict[int, Pixels] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    text: np.ndarray | None = None  # (n, dim) float16, set by the text stage
+    failure: str | None = None
+    is_gone: bool = False
+
+
+@dataclass
+class PartWork:
+    """A part that this task has claimed, and its writers by variant."""
+
+    part: int
+    writers: dict[int, PartWriter]
+    captioned: list[Loaded] = field(default_factory=list)
+    batches: dict[tuple[int, int], list[Loaded]] = field(default_factory=dict)  # by variant and group
+    has_gone: bool = False  # whether a listed file is gone
+
+    @property
+    def first_variant(self) -> int:
+        return min(self.writers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A batch whose latents the device may still be computing."""
+
+    work: PartWork
+    variant: int
+    group: int
+    entries: list[Loaded]
+    arrays: dict[ArrayName, Tensor]
+
+
+class PartEncoder:
+    """Encodes parts; call `run` once. `stop` is asked between items; a part that is not finished then is abandoned."""
+
+    def __init__(self, setup: EncodeSetup, display: EncodeProgress, stop: Callable[[], bool] = lambda: False) -> None:
+        self._setup = setup
+        self._recipe = setup.recipe
+        self._codec = setup.encoders.codec
+        self._text = setup.encoders.text
+        self._display = display
+        self._stop = stop
+        self._launched: _Launched | None = None
+        self._writes: deque[Future[None]] = deque()
+        self._broken = False
+        self._open: list[PartWork] = []
+        self._decoder = ThreadPoolExecutor(self._recipe.num_workers, "decode")
+        self._writer = ThreadPoolExecutor(1, "write")
+
+    def run(self, parts: Iterable[tuple[int, list[int]]], done: Callable[[int], None]) -> None:
+        """Make parts, given with the variants that lack them; `done(part)` is called after each commit.
+
+        Raises PomscaleError where the disk is full, storage fails or a batch is too large for the device.
+        """
+        try:
+            for work, entry in self._load_ahead(parts):
+                if self._stop():
+                    return
+                if entry is None:
+                    self._finish(work, done)
+                elif entry.failure is not None:
+                    self._give_up(work, entry, entry.failure)
+                else:
+                    self._add(work, entry)
+            while self._writes:
+                self._writes.popleft().result()
+        finally:
+            self._broken = True
+            self._decoder.shutdown(cancel_futures=True)
+            self._writer.shutdown()
+            for work in self._open:
+                for writer in work.writers.values():
+                    writer.abandon()
+
+    # -- decode ----------------------------------------------------------------------------------------------------
+
+    def _load_ahead(self, parts: Iterable[tuple[int, list[int]]]) -> Iterator[tuple[PartWork, Loaded | None]]:
+        """Yield the items of each part in order, then None, while the decoding threads work some batches ahead."""
+        look_ahead = 2 * self._recipe.batch + self._recipe.num_workers
+        pending: deque[tuple[PartWork, Future[Loaded] | None]] = deque()
+        for part, variants in parts:
+            work = self._begin(part, variants)
+            for position in self._setup.positions(part):
+                pending.append((work, self._decoder.submit(self._load, position, variants)))
+                if len(pending) > look_ahead:
+                    yield self._wait(*pending.popleft())
+            pending.append((work, None))
+        while pending:
+            yield self._wait(*pending.popleft())
+
+    def _wait(self, work: PartWork, future: Future[Loaded] | None) -> tuple[PartWork, Loaded | None]:
+        if future is None:
+            return work, None
+        if future.done():
+            return work, future.result()
+        start = time.monotonic()
+        loaded = future.result()
+        self._display.waited(time.monotonic() - start)
+        return work, loaded
+
+    def _load(self, position: int, variants: list[int]) -> Loaded:
+        item = self._setup.item(position)
+        loaded = Loaded(position, item, failure=item.problem)
+        if item.problem is None and self._codec is not None:
+            try:
+                with self._setup.source.open(item) as stream:
+                    self._decode(stream, loaded, variants)
+            except (UnreadableMediaError, SourceChangedError) as error:
+                loaded.failure = str(error)
+            except FileNotFoundError:
+                loaded.failure, loaded.is_gone = "the file is gone", True
+        return loaded
+
+    def _decode(self, stream: Any, loaded: Loaded, variants: list[int]) -> None:
+        assert self._codec is not None
+        transform = self._recipe.transform
+        if isinstance(transform, ImageTransformConfig):
+            picture = decode_picture(stream, self._codec.num_channels_in)
+            loaded.info = {"width": picture.width, "height": picture.height}
+            width, height = picture.image.size
+            for number in variants:
+                targets = self._setup.variants[number].targets
+                group = nearest_bucket((height, width), targets)
+                values = fit_picture(picture.image, (targets[group][0], targets[group][1]), transform.filter)
+                loaded.media[number] = Pixels(group, values)
+            return
+        assert isinstance(transform, VideoTransformConfig)
+        from pomscale.media.clips import decode_clip  # noqa: PLC0415  PyAV is optional
+
+        clip = decode_clip(stream, transform.buckets, transform.fps, transform.filter, self._codec.num_channels_in)
+        loaded.info = clip.info
+        (only,) = variants  # pictures alone come in several sizes
+        loaded.media[only] = Pixels(clip.target, clip.frames)
+
+    # -- encode ----------------------------------------------------------------------------------------------------
+
+    def _begin(self, part: int, variants: list[int]) -> PartWork:
+        moments = self._codec is not None and self._codec.stores_moments
+        stores, arrays = self._setup.stores, self._setup.encoders.arrays
+        work = PartWork(part, {number: PartWriter(stores[number], part, arrays, moments) for number in variants})
+        self._open.append(work)
+        self._display.begin()
+        return work
+
+    def _add(self, work: PartWork, entry: Loaded) -> None:
+        if self._text is None:
+            self._route(work, entry)
+            return
+        work.captioned.append(entry)
+        if len(work.captioned) == self._recipe.batch:
+            self._embed(work)
+
+    def _embed(self, work: PartWork) -> None:
+        """Embed the captions of a batch of items, whatever their groups, and route each item to its group."""
+        entries, work.captioned = work.captioned, []
+        if not entries or self._text is None:
+            return
+        captions = [entry.item.caption or "" for entry in entries]
+        longest = self._text.config.max_length
+        self._display.cut(sum(length > longest for length in self._text.num_tokens(captions)))
+        for entry, embedding in zip(entries, self._on_device(self._text.encode, captions), strict=True):
+            with np.errstate(over="ignore"):  # values that do not fit become infinite, and `_store` lists the item
+                entry.text = embedding.astype(np.float16)
+            self._route(work, entry)
+
+    def _route(self, work: PartWork, entry: Loaded) -> None:
+        for number in work.writers:
+            group = entry.media[number].group if entry.media else 0
+            batch = work.batches.setdefault((number, group), [])
+            batch.append(entry)
+            if len(batch) == self._recipe.batch:
+                self._encode(work, number, group)
+
+    def _encode(self, work: PartWork, variant: int, group: int) -> None:
+        """Launch a batch, then hand the one before it to the writer, so that the device has work meanwhile."""
+        entries = work.batches.pop((variant, group))
+        arrays: dict[ArrayName, Tensor] = {}
+        if self._codec is not None:
+            arrays = self._on_device(self._latents, entries, variant, group)
+        for entry in entries:
+            entry.media.pop(variant, None)  # the pixels are no longer needed
+        previous, self._launched = self._launched, _Launched(work, variant, group, entries, arrays)
+        self._hand_over(previous)
+
+    def _latents(self, entries: list[Loaded], variant: int, group: int) -> dict[ArrayName, Tensor]:
+        assert self._codec is not None
+        pixels = torch.from_numpy(np.stack([entry.media[variant].values for entry in entries]))
+        if self._codec.device.type == "cuda":
+            pixels = pixels.pin_memory().to(self._codec.device, non_blocking=True)
+        images = pixels.movedim(-1, 1).float() / 255.0
+        shape = self._setup.variants[variant].latent_shapes[group]
+        arrays: dict[ArrayName, Tensor] = {"latent": self._stored(images, entries, shape, mirrored=False)}
+        if "flip" in self._setup.encoders.arrays:
+            arrays["flip"] = self._stored(images.flip(-1), entries, shape, mirrored=True)
+        return arrays
+
+    def _stored(self, images: Tensor, entries: list[Loaded], shape: tuple[int, ...], mirrored: bool) -> Tensor:
+        """Return float16 latents as they are stored. Posterior draws are keyed by item, not by batch."""
+        assert self._codec is not None
+        noise = None
+        if self._codec.needs_noise:
+            draws = [
+                keyed_generator(self._recipe.seed, Stream.POSTERIOR, entry.position, int(mirrored)).standard_normal(
+                    shape, np.float32
+                )
+                for entry in entries
+            ]
+            noise = torch.from_numpy(np.stack(draws))
+        return self._codec.encode(images, noise).to(torch.float16)
+
+    def _on_device(self, compute: Callable[..., Any], *inputs: Any) -> Any:
+        try:
+            return compute(*inputs)
+        except torch.OutOfMemoryError as error:
+            raise PomscaleError(
+                f"the device has no room for a batch of {self._recipe.batch}: {error}. "
+                f"Lower `batch` and run the same command again; finished parts are kept"
+            ) from error
+
+    # -- write -----------------------------------------------------------------------------------------------------
+
+    def _hand_over(self, launched: _Launched | None) -> None:
+        if launched is not None:
+            arrays = {name: tensor.cpu().numpy() for name, tensor in launched.arrays.items()}
+            self._write(lambda: self._store(launched, arrays))
+
+    def _store(self, batch: _Launched, latents: dict[ArrayName, np.ndarray]) -> None:
+        writer = batch.work.writers[batch.variant]
+        counts = batch.variant == batch.work.first_variant
+        for i, entry in enumerate(batch.entries):
+            arrays = {name: values[i] for name, values in latents.items()}
+            if entry.text is not None:
+                arrays["text"] = entry.text
+            broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+            if broken:
+                reason = f"its {broken[0]} is not finite in float16"
+                writer.fail(entry.position, entry.item, reason)
+                if entry.failure is None:  # else it failed in another size, and is counted
+                    entry.failure = reason
+                    self._display.fail(was_encoded=not counts)
+                continue
+            info = {"source": entry.item.where, **entry.info}
+            record = Record(entry.item.key, arrays, entry.item.label, entry.item.caption, info)
+            self._display.advance(writer.add(batch.group, record), num_items=int(counts))
+
+    def _give_up(self, work: PartWork, entry: Loaded, reason: str) -> None:
+        work.has_gone |= entry.is_gone
+
+        def write() -> None:
+            for writer in work.writers.values():
+                writer.fail(entry.position, entry.item, reason)
+            self._display.fail()
+
+        self._write(write)
+
+    def _finish(self, work: PartWork, done: Callable[[int], None]) -> None:
+        """Encode the rest of a part, then commit it."""
+        if work.has_gone:
+            # One file was removed, which is a failure; or the whole storage was unmounted, which is an error.
+            check_items_in_place(self._recipe, self._setup.source, self._setup.table)
+        self._embed(work)
+        for variant, group in sorted(work.batches):
+            self._encode(work, variant, group)
+        launched, self._launched = self._launched, None
+        self._hand_over(launched)
+
+        def commit() -> None:
+            for writer in work.writers.values():
+                writer.commit()
+            self._open.remove(work)
+            done(work.part)
+
+        self._write(commit)
+
+    def _write(self, task: Callable[[], None]) -> None:
+        """Queue a task for the writing thread, which runs them in order; its errors are raised here.
+
+        After the first error, or a stop, none of the waiting tasks runs: the commit of a part must never follow a
+        record of it that was lost.
+        """
+
+        def guarded() -> None:
+            if self._broken:
+                return
+            try:
+                task()
+            except BaseException:
+                self._broken = True
+                raise
+
+        self._writes.append(self._writer.submit(guarded))
+        while self._writes and (len(self._writes) > _MAX_WAITING_WRITES or self._writes[0].done()):
+            start = time.monotonic()
+            self._writes.popleft().result()
+            self._display.waited(time.monotonic() - start)

@@ -1,0 +1,158 @@
+"""The setup of an encode: the listed source, the networks on their device, the outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipelines.encode.items import ItemOrder, ItemTable
+from data_pipelines.shards.parts import PARTS_FOLDER, EncodeSpec, PartStore
+from data_pipelines.sources.protocol import Item, Source, SourceChangedError
+from pomscale.base.errors import InputError
+from pomscale.codecs import Codec, TextEncoder, build_codec, build_text_encoder
+from pomscale.config.encode import EncodeRecipe, ImageTransformConfig, TableSourceConfig, TransformConfig
+from pomscale.distributed.world import resolve_device
+from pomscale.shards.schema import ArrayName
+
+# Number of listed items, spread over the list, that are looked for to tell whether a source is still where it was.
+_NUM_TRIED = 16
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One dataset that an encode writes; a transform with several `sizes` has several.
+
+    Group g of its shards has media of targets[g] and latents of latent_shapes[g]; text alone has one group, ().
+    """
+
+    output: Path
+    transform: TransformConfig | None
+    targets: tuple[tuple[int, ...], ...]
+    latent_shapes: tuple[tuple[int, ...], ...]
+
+
+class Encoders:
+    """The networks of a recipe, on this process's device, and the names of the arrays that they give a record."""
+
+    def __init__(self, recipe: EncodeRecipe) -> None:
+        device = resolve_device(recipe.device)
+        self.codec: Codec | None = None if recipe.codec is None else build_codec(recipe.codec).to(device)
+        self.text: TextEncoder | None = None if recipe.text is None else build_text_encoder(recipe.text).to(device)
+        flip = recipe.transform is not None and recipe.transform.flip
+        names: list[ArrayName] = ["latent"] if self.codec is not None else []
+        names += ["flip"] if flip else []
+        names += ["text"] if self.text is not None else []
+        self.arrays = tuple(names)
+        # Hashes of the weights: seconds for the largest.
+        self.codec_identity = None if self.codec is None else self.codec.identity()
+        self.text_identity = None if self.text is None else self.text.identity()
+
+
+def variants_of(recipe: EncodeRecipe, encoders: Encoders) -> tuple[Variant, ...]:
+    """Return the datasets that a recipe makes. Raises InputError where its codec does not take its sizes."""
+    return tuple(_variant(output, transform, encoders.codec) for output, transform in _outputs(recipe))
+
+
+def _variant(output: Path, transform: TransformConfig | None, codec: Codec | None) -> Variant:
+    if codec is None or transform is None:
+        return Variant(output, None, ((),), ((),))
+    targets = tuple(transform.targets)
+    return Variant(output, transform, targets, tuple(codec.latent_shape(*target) for target in targets))
+
+
+def _outputs(recipe: EncodeRecipe) -> list[tuple[Path, TransformConfig | None]]:
+    output, transform = Path(recipe.output), recipe.transform
+    if isinstance(transform, ImageTransformConfig) and transform.sizes:
+        return [
+            (output / str(size), ImageTransformConfig(size=size, filter=transform.filter, flip=transform.flip))
+            for size in transform.sizes
+        ]
+    return [(output, transform)]
+
+
+class EncodeSetup:
+    """Everything that an encode knows before it starts. Items are dealt to fixed parts; a part is a range of positions.
+
+    Sources are sorted by class or by upload. Dealt in a keyed random order, every shard holds a fair draw, and so does
+    the loader's shuffle window, which spans only a few shards.
+    """
+
+    def __init__(self, recipe: EncodeRecipe, source: Source, table: ItemTable, encoders: Encoders) -> None:
+        self.recipe = recipe
+        self.source = source
+        self.table = table
+        self.encoders = encoders
+        self.variants = variants_of(recipe, encoders)
+        self.stores = tuple(PartStore(v.output, encoders.arrays, len(v.targets)) for v in self.variants)
+        self.num_parts = -(-len(table) // recipe.shard_samples)
+        self._order = ItemOrder(len(table), recipe.seed, table.shuffled)
+
+    def positions(self, part: int) -> range:
+        """Return the positions of a part's items in the order in which they are dealt."""
+        size = self.recipe.shard_samples
+        return range(part * size, min((part + 1) * size, len(self.table)))
+
+    def item(self, position: int) -> Item:
+        """Return the item at a position of the order."""
+        return self.table[self._order.item(position)]
+
+    def spec(self, variant: Variant) -> EncodeSpec:
+        """Return the specification of a variant's bytes."""
+        recipe, location = self.recipe, {"path", "subfolder"}
+        return EncodeSpec(
+            source=recipe.source.model_dump(mode="json", exclude={"path", "root"}),
+            source_fingerprint=self.table.fingerprint,
+            num_items=len(self.table),
+            shard_samples=recipe.shard_samples,
+            seed=recipe.seed,
+            codec=None if recipe.codec is None else recipe.codec.model_dump(exclude=location),
+            codec_identity=self.encoders.codec_identity,
+            transform=variant.transform,
+            text=None if recipe.text is None else recipe.text.model_dump(exclude=location),
+            text_identity=self.encoders.text_identity,
+        )
+
+    def missing(self, part: int, only_failed: bool) -> list[int]:
+        """Return the numbers of the variants that lack a part, or, with only_failed, list failures in it."""
+        missing = []
+        for number, store in enumerate(self.stores):
+            record = store.read(part)
+            if record is None or (only_failed and record.failures):
+                missing.append(number)
+        return missing
+
+    def num_unrecorded(self) -> int:
+        """Return how many parts some variant has no record of, by one listing of each folder."""
+        return self.num_parts - len(set.intersection(*(store.recorded() for store in self.stores)))
+
+
+def check_items_in_place(recipe: EncodeRecipe, source: Source, table: ItemTable) -> None:
+    """Raise InputError if the items that were listed are no longer at the path that the recipe names.
+
+    To the encoder an item that is gone is a failure, so without this check a source that was moved or unmounted would
+    turn all items into failures.
+    """
+    if recipe.codec is None:  # captions are in the list; no item is opened
+        return
+    tried = 0
+    for number in range(0, len(table), max(1, len(table) // _NUM_TRIED)):
+        item = table[number]
+        if item.problem is not None:
+            continue
+        tried += 1
+        try:
+            source.open(item).close()
+        except (FileNotFoundError, SourceChangedError):
+            continue
+        return
+    if tried:
+        key = "root" if isinstance(recipe.source, TableSourceConfig) and recipe.source.root else "path"
+        raise InputError(
+            f"source: none of {tried} listed items that were looked for is in {getattr(recipe.source, key)} as it was; "
+            f"if they have moved, say where they are: source.{key}=..."
+        )
+
+
+def table_folder(recipe: EncodeRecipe) -> Path:
+    """Return the folder of the list of a source's items."""
+    return Path(recipe.output) / PARTS_FOLDER

@@ -1,0 +1,133 @@
+"""The fields of an item as sources give them, checked: its key, its caption and its class."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from data_pipelines.sources import storage
+from pomscale.base.errors import InputError
+from pomscale.shards.schema import ARRAY_MEMBERS
+
+# A ustar header holds 100 bytes of file name and 155 of folders; the longest member suffix must fit in as well.
+MAX_NAME_BYTES = 100 - max(map(len, ARRAY_MEMBERS.values()))
+MAX_FOLDER_BYTES = 155
+
+# Without a file of names every id up to the largest is a class, so a column of other numbers must not pass for ids.
+MAX_CLASSES = 1_000_000
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+# -- keys and other names ----------------------------------------------------------------------------------------------
+
+
+def checked_key(name: str) -> tuple[str, str | None]:
+    """Return the key of a name (a path without extension, a column's value), and why it cannot be stored, or None.
+
+    WebDataset splits a member's name at its first dot, so a key has none. Where the name cannot be stored, the key is
+    still a text that can be listed.
+    """
+    key = readable(name).replace(".", "_")
+    folder, _, base = key.rpartition("/")
+    problem = None
+    if not is_text(name):
+        problem = f"the name {key} is not UTF-8; rename it"
+    elif _CONTROL.search(name):
+        problem = f"the name {key} has control characters; rename it"
+    elif not base or key[0] == "/" or "//" in key:
+        problem = f"the name {key!r} has an empty part; rename it"
+    elif len(base.encode()) > MAX_NAME_BYTES or len(folder.encode()) > MAX_FOLDER_BYTES:
+        problem = (
+            f"the name is too long for a tar header: at most {MAX_NAME_BYTES} bytes of file name and "
+            f"{MAX_FOLDER_BYTES} of folders; rename it"
+        )
+    return key, problem
+
+
+def is_text(value: str) -> bool:
+    """Return whether a name or a cell can be written as UTF-8; those with undecodable bytes cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def readable(value: str) -> str:
+    r"""Return the text on one line, with undecodable bytes and control characters as \xNN."""
+    text = value if is_text(value) else value.encode(errors="backslashreplace").decode().replace(r"\udc", r"\x")
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+# -- captions ----------------------------------------------------------------------------------------------------------
+
+
+def decode_text(content: bytes) -> str:
+    """Return the text of a file; `checked_caption` finds bytes that are not UTF-8."""
+    return content.decode("utf-8-sig", errors="surrogateescape")
+
+
+def checked_caption(value: Any) -> tuple[str | None, str | None]:
+    """Return the caption without white space around it, and why there is none, or None."""
+    if value is None:
+        return None, "its caption is missing"
+    if not isinstance(value, str):
+        return None, f"its caption is no text but {value!r:.40}"
+    if not is_text(value):
+        return None, "its caption is not UTF-8"
+    caption = value.strip()
+    return (caption, None) if caption else (None, "its caption is empty")
+
+
+# -- classes -----------------------------------------------------------------------------------------------------------
+
+
+class ClassIds:
+    """Checks class ids against a file of names, or counts them where there is no such file."""
+
+    def __init__(self, names_file: str | None) -> None:
+        self._file = names_file
+        self._names: tuple[str, ...] | None = None
+        self._largest = -1
+
+    def begin(self) -> None:
+        """Read the names. Raises InputError if the file cannot be read or has an empty line."""
+        self._largest = -1
+        if self._file is not None:
+            lines = decode_text(storage.read_file(self._file)).rstrip().splitlines()
+            self._names = tuple(line.strip() for line in lines)
+            if not self._names or not all(name and is_text(name) for name in self._names):
+                raise InputError(f"source.class_names: {self._file} must have one class name in UTF-8 on every line")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names by id; "0" to the largest id that was checked where there is no file of names."""
+        return self._names or tuple(map(str, range(self._largest + 1)))
+
+    def checked(self, value: Any) -> tuple[int | None, str | None]:
+        """Return the class id, and why there is none, or None."""
+        if value is None or value == "":
+            return None, "its class is missing"
+        label = _whole_number(value)
+        if label is None:
+            return None, f"its class {value!r:.40} is no class id (0, 1, ...)"
+        limit = MAX_CLASSES if self._names is None else len(self._names)
+        if label >= limit:
+            return None, f"its class {label} is not among the {limit:,} classes" + (
+                f" of {self._file}" if self._file else "; if it is an id, name the classes in source.class_names"
+            )
+        self._largest = max(self._largest, label)
+        return label, None
+
+
+def _whole_number(value: Any) -> int | None:
+    """Return the whole number that a number or a text stands for, or None.
+
+    3.0 stands for 3: tables store whole numbers as floating point where some are missing.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return int(number) if number.is_integer() and number >= 0 and not isinstance(value, bool) else None

@@ -1,0 +1,57 @@
+"""pipeline.json: the stages of a pipeline and their job folders."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch.record.job import Condition, Stored, stored_as
+from pomscale.base.errors import PomscaleError
+from pomscale.base.files import make_folder, write_text
+
+PIPELINE_FILE = "pipeline.json"
+
+
+@dataclass(frozen=True)
+class Stage(Stored):
+    """One stage as it was launched.
+
+    after: the condition by name, for the stages that it waits for. made_from: checksum of its recipe or commands.
+    """
+
+    name: str
+    job_folder: str = field(metadata=stored_as("home"))
+    after: dict[str, Condition]
+    made_from: str
+
+
+@dataclass(frozen=True)
+class Pipeline(Stored):
+    """Content of pipeline.json. command_line: what was typed, in the folder cwd."""
+
+    name: str
+    cluster: str
+    command_line: list[str]
+    cwd: str
+    stages: list[Stage]
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"stages": [stage.to_dict() for stage in self.stages]}
+
+
+def read_pipeline(folder: Path) -> Pipeline:
+    """Read the pipeline.json of a folder that has one. PomscaleError if it cannot be read."""
+    path = folder / PIPELINE_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        stages = [Stage.from_dict(stage) for stage in content.pop("stages")]
+        return Pipeline(**content, stages=stages)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise PomscaleError(f"{path} cannot be read: {error}") from error
+
+
+def write_pipeline(folder: Path, pipeline: Pipeline) -> None:
+    make_folder(folder)
+    write_text(folder / PIPELINE_FILE, json.dumps(pipeline.to_dict(), indent=1))

@@ -1,0 +1,57 @@
+"""Codecs and text encoders: the part of a recipe that says how media become latents and captions embeddings."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Union
+
+from pydantic import Field, PositiveInt
+
+from pomscale.config.section import Section
+
+
+class PixelCodecConfig(Section):
+    """Space-to-depth of the pixels themselves: no weights, exact decode."""
+
+    name: Literal["pixel"]
+    block: PositiveInt = Field(2, description="Pixels per side folded into channels.")
+    channels: Literal[1, 3] = Field(3, description="1 = grey, 3 = RGB.")
+
+
+class SdVaeCodecConfig(Section):
+    """Stable Diffusion's AutoencoderKL, from a local folder or a hub id."""
+
+    name: Literal["sd_vae"]
+    path: str = Field("stabilityai/sd-vae-ft-ema", description="Local folder or hub id for from_pretrained.")
+    store: Literal["moments", "sample"] = Field(
+        "moments", description="moments = mean and log-variance stacked on channels; sample = one posterior draw."
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Arithmetic of the encoder.")
+
+
+class CogVideoXVaeCodecConfig(Section):
+    """CogVideoX's 3-D causal AutoencoderKL for clips, from a local folder or a hub id."""
+
+    name: Literal["cogvideox_vae"]
+    path: str = Field("THUDM/CogVideoX-5b", description="Local folder or hub id for from_pretrained.")
+    subfolder: str = Field("vae", description="Folder inside `path` that holds config.json; '' = path itself.")
+    store: Literal["moments", "sample"] = Field(
+        "sample", description="sample = one posterior draw; moments = mean and log-variance, twice the bytes."
+    )
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="Arithmetic of the encoder.")
+    tiling: bool = Field(False, description="Encode and decode in overlapping tiles: less memory, not the same bits.")
+
+
+CodecConfig = Annotated[Union[PixelCodecConfig, SdVaeCodecConfig, CogVideoXVaeCodecConfig], Field(discriminator="name")]
+
+
+class TextEncoderConfig(Section):
+    """T5's encoder, from a local folder or a hub id. Embeddings are stored without padding, in float16."""
+
+    name: Literal["t5"] = "t5"
+    path: str = Field("google/t5-v1_1-xxl", description="Local folder or hub id for from_pretrained.")
+    subfolder: str = Field("", description="Folder inside `path` that holds the encoder's config.json.")
+    tokenizer: Literal["pretrained", "bytes"] = Field(
+        "pretrained", description="pretrained: the tokenizer beside the weights; bytes: ByT5's, needs no vocabulary."
+    )
+    max_length: PositiveInt = Field(120, description="Most tokens kept of a caption, the end token included.")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="Arithmetic of the encoder.")

@@ -1,0 +1,189 @@
+"""Recipes of kind `encode`: a source of media and captions, and what is stored of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
+
+from pomscale.config.codecs import CodecConfig, SdVaeCodecConfig, TextEncoderConfig
+from pomscale.config.monitoring import WandbConfig
+from pomscale.config.section import NonNegativeInt, PositiveFloat, Section, Seed
+
+
+class ImageFolderConfig(Section):
+    """A folder with one subfolder of pictures (PNG, JPEG, WebP) per class; classes in sorted order."""
+
+    kind: Literal["image_folder"]
+    path: str = Field(description="Local folder or fsspec URL.")
+
+
+class VideoFolderConfig(Section):
+    """A folder of clips (mp4, webm, mkv, mov, avi), at any depth."""
+
+    kind: Literal["video_folder"]
+    path: str = Field(description="Local folder or fsspec URL.")
+    captions: bool = Field(False, description="Beside every clip lies NAME.txt with its caption.")
+
+
+class TarSourceConfig(Section):
+    """WebDataset tars of pictures or clips with their labels and captions, e.g. as img2dataset writes them."""
+
+    kind: Literal["tars"]
+    path: str | list[str] = Field(description="Local paths or fsspec URLs; wildcards and {000..012} are expanded.")
+    label: str | None = Field(None, description="Member with the class id: cls, or json:FIELD.")
+    caption: str | None = Field(None, description="Member with the caption: txt, or json:FIELD.")
+    class_names: str | None = Field(None, description="Text file with one class name per line, in the order of ids.")
+
+
+class TableSourceConfig(Section):
+    """A Parquet, CSV or JSONL table: one row is one picture or clip, named by a path or held as bytes."""
+
+    kind: Literal["table"]
+    path: str | list[str] = Field(description="Local paths or fsspec URLs (.parquet, .csv, .jsonl); wildcards.")
+    media: str | None = Field(
+        None, description="Path of the file, relative to `root`, with columns in braces: '{page_dir}/{videoid}.mp4'."
+    )
+    bytes_column: str | None = Field(None, description="Parquet: column that holds the file itself.")
+    root: str = Field("", description="Folder or URL that `media` is relative to; '' = as it stands.")
+    key: str | None = Field(None, description="Column with a unique key; null = the row's number.")
+    caption: str | None = Field(None, description="Column with the caption.")
+    label: str | None = Field(None, description="Column with the class id.")
+    class_names: str | None = Field(None, description="Text file with one class name per line, in the order of ids.")
+
+    @model_validator(mode="after")
+    def _check(self) -> TableSourceConfig:
+        if self.media is not None and self.bytes_column is not None:
+            raise ValueError("give `media` or `bytes_column`, not both")
+        return self
+
+
+class LatentsSourceConfig(Section):
+    """The captions of an existing dataset: a companion set of text embeddings leaves its latents untouched."""
+
+    kind: Literal["latents"]
+    path: str = Field(description="Dataset whose records carry captions.")
+
+
+SourceConfig = Annotated[
+    Union[ImageFolderConfig, VideoFolderConfig, TarSourceConfig, TableSourceConfig, LatentsSourceConfig],
+    Field(discriminator="kind"),
+]
+
+
+class ImageTransformConfig(Section):
+    """Transform of a picture to pixels: resize so that the target is just covered, then cut out the centre."""
+
+    kind: Literal["image"] = "image"
+    size: PositiveInt | None = Field(None, description="Square pictures of this side, in pixels.")
+    sizes: list[PositiveInt] = Field([], description="Several square sizes in one pass: datasets OUTPUT/SIZE.")
+    buckets: list[tuple[PositiveInt, PositiveInt]] = Field(
+        [], description="(height, width) in pixels; a picture goes to the nearest aspect ratio."
+    )
+    filter: Literal["lanczos", "area"] = "lanczos"
+    flip: bool = Field(False, description="Also store the latent of the horizontally flipped picture.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ImageTransformConfig:
+        if sum([self.size is not None, bool(self.sizes), bool(self.buckets)]) != 1:
+            raise ValueError("give exactly one of `size`, `sizes`, `buckets`")
+        for name in ("sizes", "buckets"):
+            if len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise ValueError(f"{name}: a value is there twice")
+        return self
+
+    @property
+    def targets(self) -> list[tuple[int, ...]]:
+        """Possible (height, width) of a picture in pixels; without `sizes`, each of which is a dataset of its own."""
+        return [(self.size, self.size)] if self.size is not None else list(self.buckets)
+
+
+class VideoTransformConfig(Section):
+    """Transform of a clip to frames: resample in time, resize to just cover the target, cut out the centre."""
+
+    kind: Literal["video"]
+    fps: PositiveFloat = Field(16.0, description="Frames per second after resampling.")
+    buckets: list[tuple[PositiveInt, PositiveInt, PositiveInt]] = Field(
+        [(80, 240, 384)],
+        min_length=1,
+        description="(frames, height, width); a clip goes to the longest it can fill, then the nearest aspect ratio.",
+    )
+    filter: Literal["lanczos", "area"] = "area"
+    flip: bool = Field(False, description="Also store the latent of the horizontally flipped clip.")
+
+    @field_validator("buckets")
+    @classmethod
+    def _distinct(cls, buckets: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+        if len(set(buckets)) != len(buckets):
+            raise ValueError("a bucket is there twice")
+        return buckets
+
+    @property
+    def targets(self) -> list[tuple[int, ...]]:
+        """Possible (frames, height, width) of a clip."""
+        return list(self.buckets)
+
+
+def kind(value: Any) -> str:
+    """Return the kind of a transform. The function is named like its key, since pydantic's errors name it."""
+    return value.get("kind", "image") if isinstance(value, dict) else getattr(value, "kind", "image")
+
+
+TransformConfig = Annotated[
+    Union[
+        Annotated[ImageTransformConfig, Tag("image")],
+        Annotated[VideoTransformConfig, Tag("video")],
+    ],
+    Discriminator(kind),
+]
+
+
+class EncodeRecipe(Section):
+    """One dataset of latents, of text embeddings, or of both in the same shards."""
+
+    kind: Literal["encode"]
+    name: str = Field(min_length=1)
+    output: str = Field(description="Folder that receives shards and manifest.json.")
+    seed: Seed = Field(0, description="Seed that deals items to shards, and of posterior draws (store: sample).")
+    source: SourceConfig
+    codec: CodecConfig | None = Field(None, description="null: no latents, text embeddings only.")
+    transform: TransformConfig | None = Field(None, description="Transform of media to the codec's pixels.")
+    text: TextEncoderConfig | None = Field(None, description="Also store embeddings of the captions.")
+    shard_samples: PositiveInt = Field(4096, description="Items per shard.")
+    batch: PositiveInt = Field(64, description="Items per encoder call.")
+    num_workers: PositiveInt = Field(2, description="Threads that decode pictures and clips.")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_skipped: NonNegativeInt = Field(
+        0,
+        description="Most items that may fail and be left out with exit code 0 instead of 3; all are listed.",
+    )
+    wandb: WandbConfig = WandbConfig(mode="disabled")
+
+    @model_validator(mode="after")
+    def _check(self) -> EncodeRecipe:
+        if (self.codec is None) != (self.transform is None):
+            raise ValueError("codec, transform: give both, or neither for a set of text embeddings only")
+        if self.codec is None and self.text is None:
+            raise ValueError("codec, text: give at least one of them, or there is nothing to encode")
+        if isinstance(self.codec, SdVaeCodecConfig) and self.transform is not None and self.transform.kind != "image":
+            raise ValueError("codec.name: sd_vae takes a transform of kind image")
+        if self.codec is not None and not _has_media(self.source):
+            raise ValueError(f"codec: a source of kind {self.source.kind} without files has captions only")
+        if self.text is not None and not has_captions(self.source):
+            raise ValueError("text: the source has no captions; set source.caption (or source.captions)")
+        return self
+
+
+def _has_media(source: SourceConfig) -> bool:
+    if isinstance(source, TableSourceConfig):
+        return source.media is not None or source.bytes_column is not None
+    return not isinstance(source, LatentsSourceConfig)
+
+
+def has_captions(source: SourceConfig) -> bool:
+    """Return whether every item of the source must have a caption."""
+    if isinstance(source, ImageFolderConfig):
+        return False
+    if isinstance(source, VideoFolderConfig):
+        return source.captions
+    return isinstance(source, LatentsSourceConfig) or source.caption is not None

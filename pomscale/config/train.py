@@ -1,0 +1,191 @@
+"""Recipes of kind `train`: one YAML file is one training run.
+
+Every field is checked here, once; all other packages receive these frozen objects and trust them. Anything counted in
+samples ends in `_samples`; steps appear nowhere in a recipe.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from pomscale.config.codecs import CodecConfig, SdVaeCodecConfig
+from pomscale.config.data import DataConfig
+from pomscale.config.engine import (
+    CheckpointConfig,
+    ComputeConfig,
+    DeepSpeedConfig,
+    EmaConfig,
+    FaultsConfig,
+    Fsdp2Config,
+    OptimizerConfig,
+    ScheduleConfig,
+)
+from pomscale.config.evaluation import EvaluationConfig
+from pomscale.config.model import ImageModelConfig, ModelConfig, VideoModelConfig
+from pomscale.config.monitoring import MonitoringConfig
+from pomscale.config.sampling import SamplingConfig
+from pomscale.config.section import Fraction, NonNegativeInt, PositiveFloat, Section, Seed
+
+
+class TimeConfig(Section):
+    """Distribution of t in [0, 1] (0 = data, 1 = noise)."""
+
+    distribution: Literal["uniform", "logit_normal"] = "uniform"
+    per_frame_group: bool = Field(
+        False, description="Clips: a t of its own for every frame group (diffusion forcing); needs block_causal."
+    )
+    mean: float = Field(0.0, description="logit_normal: mean of the normal.")
+    std: PositiveFloat = Field(1.0, description="logit_normal: standard deviation of the normal.")
+
+
+class DiffusionConfig(Section):
+    objective: Literal["flow", "eps"] = Field("flow", description="flow: v = eps - x0; eps: predict the noise.")
+    time: TimeConfig = TimeConfig()
+    condition_dropout: Fraction = Field(
+        0.1, description="Chance that a sample is trained without its class or text, for guidance."
+    )
+    max_start_group: NonNegativeInt = Field(
+        0,
+        description="Clips: each is given a random first frame group from 0 to this, so that generation may continue "
+        "to positions beyond the length of the clips.",
+    )
+
+
+class TrainingConfig(Section):
+    total_samples: PositiveInt
+    global_batch: PositiveInt = Field(description="Samples per optimiser step over all ranks; fixed for the run.")
+    micro_batch: PositiveInt | None = Field(None, description="Most samples per rank and forward; null = no split.")
+
+
+class ValidationConfig(Section):
+    """Held-out loss by time bin, with noise fixed for the whole run."""
+
+    path: str = Field(description="Dataset that is not trained on.")
+    text: str | None = Field(None, description="Its companion set of text embeddings, joined by key.")
+    every_samples: PositiveInt
+    num_samples: PositiveInt = 1024
+    num_time_bins: PositiveInt = 8
+    batch: PositiveInt = 64
+    seed: Seed = 0
+
+
+class ProfileConfig(Section):
+    """Window of the profiler, which leaves a Chrome trace and a memory snapshot in the run folder."""
+
+    start_samples: NonNegativeInt
+    num_steps: PositiveInt = 3
+
+
+class InitFromConfig(Section):
+    """Initial weights for fine-tuning; the network is the same, except for the size of its latents and its classes."""
+
+    path: str = Field(description="Run folder, checkpoint or exported folder.")
+    weights: str = Field("ema", description="ema: the average that stands for the model; model: as last trained.")
+
+
+class TrainRecipe(Section):
+    """One training run."""
+
+    kind: Literal["train"]
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$", description="Run folder: output/name.")
+    output: str = Field("runs", description="Folder of run folders.")
+    seed: Seed = 0
+    resume: Literal["auto", "never"] = Field("auto", description="auto: continue from the last complete checkpoint.")
+    codec: CodecConfig
+    data: DataConfig
+    model: ModelConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig
+    init_from: InitFromConfig | None = Field(None, description="Trained model whose weights the run begins with.")
+    engine: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    fsdp2: Fsdp2Config = Fsdp2Config()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    compute: ComputeConfig = ComputeConfig()
+    ema: EmaConfig = EmaConfig()
+    checkpoint: CheckpointConfig
+    faults: FaultsConfig = FaultsConfig()
+    validation: ValidationConfig | None = None
+    sampling: SamplingConfig = SamplingConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
+    evaluations: list[EvaluationConfig] = Field([], description="Jobs that evaluate checkpoints beside training.")
+    profile: ProfileConfig | None = None
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        {}, description="Dotted key -> values: `pomscale launch` starts one run per point of the grid."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainRecipe:
+        training, schedule = self.training, self.schedule
+        if training.total_samples % training.global_batch:
+            raise ValueError(
+                f"training.total_samples: {training.total_samples} is not a multiple of "
+                f"training.global_batch {training.global_batch}"
+            )
+        if schedule.warmup_samples + schedule.cooldown_samples > training.total_samples:
+            raise ValueError("schedule: warmup_samples + cooldown_samples exceed training.total_samples")
+        names = [evaluation.name for evaluation in self.evaluations]
+        if len(set(names)) < len(names):
+            raise ValueError("evaluations: two of them have the same name")
+        if isinstance(self.model, VideoModelConfig):
+            self._check_video(self.model)
+        else:
+            self._check_image(self.model)
+        self._check_best()
+        self._check_consistency()
+        return self
+
+    def _check_image(self, model: ImageModelConfig) -> None:
+        if self.sampling.num_classes is not None and self.sampling.num_classes > model.num_classes:
+            raise ValueError("sampling.num_classes: more than model.num_classes")
+        for key, is_set in (
+            ("sampling.prompts", self.sampling.prompts),
+            ("sampling.num_frames", self.sampling.num_frames),
+            ("sampling.text_path", self.sampling.text_path),
+            ("diffusion.time.per_frame_group", self.diffusion.time.per_frame_group),
+            ("diffusion.max_start_group", self.diffusion.max_start_group),
+            ("data.text", self.data.text),
+            *((f"data.mixture.{i}.text", component.text) for i, component in enumerate(self.data.mixture)),
+            ("validation.text", self.validation and self.validation.text),
+        ):
+            if is_set:
+                raise ValueError(f"{key}: is for clips, and model.kind is image")
+
+    def _check_video(self, model: VideoModelConfig) -> None:
+        if isinstance(self.codec, SdVaeCodecConfig):
+            raise ValueError("codec.name: sd_vae makes latents of pictures, and model.kind is video")
+        if self.diffusion.time.per_frame_group and model.temporal != "block_causal":
+            raise ValueError("diffusion.time.per_frame_group: needs model.temporal: block_causal")
+        sampling = self.sampling
+        if sampling.num_classes is not None:
+            raise ValueError("sampling.num_classes: is for pictures; for clips give sampling.prompts")
+        if sampling.every_samples is not None and not sampling.prompts:
+            raise ValueError("sampling.prompts: say what the clips are to show, or set sampling.every_samples: null")
+        if sampling.num_frames is not None and sampling.num_frames % model.patch_frames:
+            raise ValueError(
+                f"sampling.num_frames: {sampling.num_frames} frames are not divisible by "
+                f"model.patch_frames {model.patch_frames}"
+            )
+
+    def _check_best(self) -> None:
+        if not self.checkpoint.keep_best:
+            return
+        if self.validation is None:
+            raise ValueError("checkpoint.keep_best: nothing is measured to choose checkpoints by; add validation")
+        bins = [f"validation/loss_bin_{index:02d}" for index in range(self.validation.num_time_bins)]
+        if self.checkpoint.best_metric not in ("validation/loss", *bins):
+            raise ValueError(
+                f"checkpoint.best_metric: {self.checkpoint.best_metric!r} is not measured of a checkpoint; "
+                f"use validation/loss or one of {bins[0]} to {bins[-1]}"
+            )
+
+    def _check_consistency(self) -> None:
+        sharded = self.fsdp2.shard_size is None if self.engine == "fsdp2" else self.deepspeed.zero_stage == 3
+        if self.faults.consistency_every_samples is not None and sharded:
+            raise ValueError(
+                "faults.consistency_every_samples: every parameter is on one rank only, so there are no replicas to "
+                "compare; set fsdp2.shard_size, or deepspeed.zero_stage to 1 or 2, or leave it out"
+            )

@@ -1,0 +1,201 @@
+"""Sample from a trained model, and decode what it gives: `pomscale.sample` and `pomscale.decode`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from pomscale.base.condition import Condition, Text, batch_size, map_condition
+from pomscale.base.console import track, warn
+from pomscale.base.errors import InputError
+from pomscale.config.names import SamplerName
+from pomscale.data.texts import null_text
+from pomscale.diffusion.draws import sampling_noise
+from pomscale.diffusion.generate import generate
+from pomscale.diffusion.objectives import build_objective
+from pomscale.diffusion.options import SamplingOptions
+from pomscale.pretrained.load import PretrainedDiPoM, PretrainedModel, PretrainedVDiPoM
+from pomscale.sampling.prompts import embed_prompts
+
+
+class ClipArguments(TypedDict, total=False):
+    """Arguments of `sample` for clips.
+
+    num_frames: Latent frames of each clip; by default as many as the model was made for.
+    size: Latent (height, width); by default that of `known`, or else that of the training clips.
+    known: Normalised latents (n c f h w) of the first f frames, which are given. The clips begin with them.
+    """
+
+    num_frames: int | None
+    size: tuple[int, int] | None
+    known: Tensor | None
+
+
+def sample(
+    model: PretrainedModel,
+    condition: Sequence[int] | Sequence[str] | Tensor | Text,
+    *,
+    seeds: Sequence[int],
+    sampler: SamplerName | None = None,
+    num_steps: int = 50,
+    guidance: float = 0.0,
+    batch: int = 64,
+    show_progress: bool = False,
+    **clips: Unpack[ClipArguments],
+) -> Tensor:
+    """Sample latents from a trained model.
+
+    All frames of a clip are generated at once; ClipStream generates one frame group after another.
+
+    Args:
+        model: A model that `load_pretrained` returned.
+        condition: n class ids, n prompts, or a text batch of n.
+        seeds: One seed per sample.
+        sampler: "ddim", "euler" or "heun"; None follows the model's objective.
+        num_steps: Number of steps of the sampler.
+        guidance: w in pred_c + w (pred_c - pred_u); 0 is off, w = diffusers' guidance_scale - 1.
+        batch: Most samples at once; it does not change them.
+        show_progress: Show progress on standard error.
+        **clips: See ClipArguments.
+
+    Returns:
+        Normalised latents (n c h w), or (n c f h w) of clips, fp32, on the model's device.
+
+    Raises:
+        InputError: The classes are unknown, the frames do not fill frame groups, or the number of seeds is wrong.
+    """
+    options = SamplingOptions(sampler, num_steps, guidance)
+    return sample_latents(model, condition, seeds, options, batch=batch, show_progress=show_progress, **clips)
+
+
+def sample_latents(
+    model: PretrainedModel,
+    condition: Sequence[int] | Sequence[str] | Tensor | Text,
+    seeds: Sequence[int],
+    options: SamplingOptions,
+    *,
+    batch: int = 64,
+    show_progress: bool = False,
+    **clips: Unpack[ClipArguments],
+) -> Tensor:
+    """Do what `sample` says, with its options in one object."""
+    if not isinstance(model, PretrainedDiPoM | PretrainedVDiPoM):
+        raise InputError("sample: this network does not know its objective; use one of pomscale.load_pretrained")
+    device = next(model.parameters()).device
+    asked, nothing = _conditions(model, condition)
+    num_samples = batch_size(asked)
+    if num_samples != len(seeds):
+        raise InputError(f"sample: {num_samples} conditions but {len(seeds)} seeds; give one seed per picture or clip")
+    shape, group_frames = _shape(model, num_samples, **clips)
+    known = clips.get("known")
+    objective = build_objective(model.card.diffusion)
+    parts = []
+    for first in track(range(0, num_samples, batch), "batches", -(-num_samples // batch), enabled=show_progress):
+        rows = list(range(first, min(first + batch, num_samples)))
+        batch_condition = map_condition(asked, lambda part, rows=rows: part[rows].to(device))  # type: ignore[misc]
+        parts.append(
+            generate(
+                objective,
+                model,
+                sampling_noise([seeds[row] for row in rows], shape, batch_condition, group_frames),
+                batch_condition,
+                map_condition(nothing, lambda part, rows=rows: part[[0] * len(rows)].to(device)),  # type: ignore[misc]
+                options,
+                known=None if known is None else known[rows],
+            )
+        )
+    return torch.cat(parts)
+
+
+def decode(model: PretrainedModel, latents: Tensor) -> Tensor:
+    """Decode normalised latents with the model's codec.
+
+    Args:
+        model: A model that `load_pretrained` returned.
+        latents: Normalised latents (b c h w) or (b c f h w), on the model's device.
+
+    Returns:
+        Pictures (b 3|1 h w) or clips (b 3|1 f h w), fp32 in [0, 1].
+
+    Raises:
+        InputError: The codec found now is not the codec of the training latents.
+    """
+    return model.codec.decode(model.card.denormalize(latents))
+
+
+def clip_size(
+    model: PretrainedVDiPoM, num_clips: int, size: tuple[int, int] | None, known: Tensor | None
+) -> tuple[int, int]:
+    """Return the latent (height, width) of clips; size and known as in ClipArguments.
+
+    Raise InputError if these do not fit the model, the number of clips or each other.
+    """
+    channels, _, *trained_size = model.config.latent_shape
+    height, width = size or (trained_size if known is None else known.shape[-2:])
+    patch_size = model.config.patch_size
+    if height % patch_size or width % patch_size:
+        raise InputError(f"clips: latent size {height}x{width} is not divisible by patch_size {patch_size}")
+    if known is not None and (*known.shape[:2], *known.shape[3:]) != (num_clips, channels, height, width):
+        expected = f"({num_clips} {channels} frames {height} {width})"
+        raise InputError(f"known: expected latents of shape {expected}, got {tuple(known.shape)}")
+    return height, width
+
+
+def warn_of_unseen_positions(model: PretrainedVDiPoM, num_groups: int) -> bool:
+    """Warn if clips of so many frame groups reach positions beyond those of training; return whether they do."""
+    num_seen = model.config.num_groups + model.card.diffusion.max_start_group
+    if num_groups <= num_seen:
+        return False
+    warn(
+        f"the model was trained on frame groups 0 to {num_seen - 1}: from there on clips are at positions that it has "
+        "never seen, and may fall apart; train with a larger diffusion.max_start_group for longer ones"
+    )
+    return True
+
+
+def _conditions(
+    model: PretrainedModel, condition: Sequence[int] | Sequence[str] | Tensor | Text
+) -> tuple[Condition, Condition]:
+    """Return the checked condition (n) and the null condition (1)."""
+    if isinstance(model, PretrainedVDiPoM):
+        if not isinstance(condition, Text):
+            if isinstance(condition, str) or not all(isinstance(prompt, str) for prompt in condition):
+                raise InputError("sample: this model is conditioned on texts; give a list of prompts")
+            condition = embed_prompts(model.text_encoder, [str(prompt) for prompt in condition])
+        return condition, null_text(model.card.texts)
+    if isinstance(condition, Text) or any(isinstance(one, str) for one in condition):
+        raise InputError("sample: this model is conditioned on classes; give class ids, not prompts")
+    classes = torch.as_tensor(condition, dtype=torch.int64)
+    num_classes = model.config.num_classes
+    if len(classes) and not (int(classes.min()) >= 0 and int(classes.max()) <= num_classes):
+        raise InputError(f"sample: classes must lie in 0..{num_classes - 1} ({num_classes} = no class)")
+    return classes, torch.tensor([num_classes])
+
+
+def _shape(
+    model: PretrainedModel,
+    num_samples: int,
+    num_frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    known: Tensor | None = None,
+) -> tuple[tuple[int, ...], int | None]:
+    """Return the shape of a sample's latents, and for clips the latent frames of a frame group."""
+    if isinstance(model, PretrainedDiPoM):
+        if any(option is not None for option in (num_frames, size, known)):
+            raise InputError("sample: num_frames, size and known are for clips, and this model makes pictures")
+        return model.config.latent_shape, None
+    channels, most, *_ = model.config.latent_shape
+    patch_frames = model.config.patch_frames
+    if num_frames is not None and (num_frames < 1 or num_frames % patch_frames):
+        raise InputError(
+            f"sample: num_frames {num_frames} is no multiple of the model's {patch_frames} frames of a group"
+        )
+    height, width = clip_size(model, num_samples, size, known)
+    num_frames = num_frames or most
+    if known is not None and known.shape[2] > num_frames:
+        raise InputError(f"sample: {known.shape[2]} latent frames are known, and the clips have {num_frames}")
+    warn_of_unseen_positions(model, num_frames // patch_frames)
+    return (channels, num_frames, height, width), patch_frames
