@@ -220,7 +220,7 @@ def _meta(of_start: dict[str, Any], bad_samples: BadSampleList, divergence: Dive
 def _progress(
     mixture: Mixture, schedule: Schedule, bad_samples: BadSampleList, divergence: Divergence, clock: Clock
 ) -> Row:
-    """How far the run is at `clock`, as the part of a row; see Telemetry.progress."""
+    """Figures of a row of metrics that tell how far the run is at `clock`; see Telemetry.progress."""
     return {
         "train/learning_rate": schedule.learning_rate_to(clock.samples),
         **dict(_epochs(mixture, clock.position)),

@@ -34,7 +34,7 @@ class FineTuning:
 
     @property
     def keeps_classes(self) -> bool:
-        """Whether both models have the same number of classes."""
+        """True if both models have the same number of classes."""
         return _num_classes(self.source.card.model) == _num_classes(self.model)
 
     @property

@@ -25,7 +25,7 @@ class Process:
     _has_done_a_step: bool = field(default=False, init=False)
 
     def any_rank_asked_to_stop(self) -> bool:
-        """Whether any rank has received a request to stop. A collective."""
+        """Return whether any rank has received a request to stop. A collective."""
         (votes,) = self.world.sum([float(self.stop.requested)])
         return votes > 0
 

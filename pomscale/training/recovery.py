@@ -18,7 +18,7 @@ from pomscale.training.telemetry import Records, Telemetry
 
 
 class StepOutcome(Enum):
-    """What has become of a step."""
+    """Outcome of a step, the same on every rank."""
 
     TAKEN = "taken"  # the optimiser has stepped, and the clock has moved on
     SKIPPED = "skipped"  # loss or gradient was not finite: nothing has changed but the position in the data

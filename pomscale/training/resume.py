@@ -35,7 +35,7 @@ _LATENT_SPACE = {
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a run is. samples: of its newest checkpoint, 0 without one."""
+    """State of a run folder. samples: of its newest checkpoint, 0 without one."""
 
     samples: int
     is_finished: bool

@@ -24,7 +24,7 @@ class Saved(Protocol):
 
 
 class Store(Protocol):
-    """What training asks of a checkpoint store; see checkpoint.store."""
+    """The part of checkpoint.store.CheckpointStore that training uses."""
 
     @property
     def damaged(self) -> Sequence[Any]: ...

@@ -26,11 +26,11 @@ class Schedule:
         return cls(training.total_samples, training.global_batch, recipe.optimizer.lr, recipe.schedule, recipe.ema)
 
     def is_over(self, samples: int) -> bool:
-        """Whether all samples of the run have been seen."""
+        """Return whether all samples of the run have been seen."""
         return samples >= self.total_samples
 
     def is_due(self, every_samples: int, samples: int) -> bool:
-        """Whether the step that ended at `samples` reached or passed a multiple of `every_samples`."""
+        """Return whether the step that ended at `samples` reached or passed a multiple of `every_samples`."""
         return samples // every_samples > (samples - self.global_batch) // every_samples
 
     def learning_rate_from(self, samples: int) -> float:

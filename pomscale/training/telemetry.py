@@ -25,7 +25,7 @@ Row = dict[str, float | str]
 
 @dataclass(frozen=True)
 class Records:
-    """Where a start of a run records what happens: rows of metrics, what its time was spent on, and alerts."""
+    """The records of one start of a run: rows of metrics, the ledger of its time, and alerts."""
 
     monitor: Monitor
     ledger: Ledger

@@ -207,7 +207,7 @@ class Desk:
         return next(meta for meta in self.checkpoints.metas if f"samples-{meta['samples']}" == str(checkpoint))
 
     def of(self, *names: str) -> list[Any]:
-        """What happened under these names, in its order."""
+        """The events of these names, in their order."""
         return [each for each in self.happened if each[0] in names]
 
     def rows(self) -> list[dict[str, Any]]:
