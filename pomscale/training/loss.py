@@ -1,4 +1,4 @@
-"""From the micro-batches of the loader to the loss of the training loop."""
+"""The loss of training: micro-batches of the loader, what is drawn for them, and their share of the loss."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from pomscale.shards.schema import Normalization, TextInfo
 class TrainBatch:
     """A micro-batch with everything random drawn. Shapes: x0, eps (b, c, h, w) or (b, c, f, h, w); weights (b,).
 
-    `x0` is as the loader gives it: not normalised, mostly float16. `t`, `start`: see diffusion.draws; `start` is None
-    for a network of pictures. `bad`: the samples that could not be read; their weight is 0.
+    x0: as the loader gives it, not normalised, mostly float16. t, start: see diffusion.draws; pictures have no start.
+    bad: the samples that could not be read; their weight is 0.
     """
 
     x0: Tensor
@@ -38,6 +38,7 @@ class TrainBatch:
     bad: tuple[BadSample, ...]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
+        """The same batch with `function` applied to each of its tensors."""
         return TrainBatch(
             function(self.x0),
             function(self.eps),
@@ -49,22 +50,27 @@ class TrainBatch:
         )
 
     def pin_memory(self) -> TrainBatch:
-        """Called by the loader's pinning thread."""
+        """The same batch in pinned memory. The loader's pinning thread calls it."""
         return self.map(_pinned)
 
     def to(self, device: torch.device) -> TrainBatch:
+        """The same batch on `device`; a copy from pinned memory does not wait."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """A copy without gaps between rows, which latents have and Tensor.pin_memory would keep: a device cannot fetch it
-    while the host goes on otherwise.
+    """A copy in pinned memory without gaps between rows.
+
+    Latents have such gaps, and Tensor.pin_memory would keep them: then the host waits while a device fetches the copy.
     """
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def draw_batch(recipe: TrainRecipe, batch: MicroBatch, texts: TextInfo | None) -> TrainBatch:
-    """Runs in the loader's threads, so that drawing noise never keeps a GPU waiting. texts: of the captions."""
+    """Draw noise, times and dropped conditions for a micro-batch. texts: about the captions, None without them.
+
+    It runs in the loader's threads, so that drawing noise never keeps a GPU waiting.
+    """
     shape, model = tuple(batch.latents.shape[1:]), recipe.model
     if isinstance(model, VideoModelConfig):
         assert texts is not None
@@ -78,7 +84,7 @@ def draw_batch(recipe: TrainRecipe, batch: MicroBatch, texts: TextInfo | None) -
 
 
 def _drop_texts(text: Text, dropped: Tensor, texts: TextInfo) -> Text:
-    """The stored embedding of the empty caption in place of those that are dropped."""
+    """Replace the captions that are dropped by the stored embedding of the empty caption. dropped: (b,) bool."""
     null = null_text(texts)
     rows = dropped[:, None]
     return Text(
@@ -88,7 +94,7 @@ def _drop_texts(text: Text, dropped: Tensor, texts: TextInfo) -> Text:
 
 
 def steps(loader: Loader[TrainBatch]) -> Iterator[list[TrainBatch]]:
-    """The micro-batches of one rank, step by step."""
+    """Iterate over the steps of one rank: a list of micro-batches for each."""
     while True:
         yield [next(loader) for _ in range(loader.num_micro_batches)]
 
@@ -101,9 +107,24 @@ def share_of_loss(
     model: nn.Module,
     batch: TrainBatch,
 ) -> Tensor:
-    """The micro-batch's share of the mean over the global batch, scalar fp32."""
+    """A micro-batch's share of the mean loss over the global batch, a scalar in fp32.
+
+    The sum over the micro-batches of all ranks is the loss of the step.
+    """
     batch = batch.to(device)
     x0 = normalize(batch.x0, normalization)
     network = model if batch.start is None else partial(model, start=batch.start)
     losses = per_sample_loss(objective, network, x0, batch.eps, batch.t, batch.condition)
     return (losses * batch.weights).sum() / global_batch
+
+
+def spoil_gradient_if_not_finite(
+    loss: Callable[[nn.Module, TrainBatch], Tensor], model: nn.Module, batch: TrainBatch
+) -> Tensor:
+    """Return `loss(model, batch)`; where that is not finite, its gradient is not finite either.
+
+    A loss may overflow while its gradient does not. The engine leaves out a step by its gradient alone, and must leave
+    out the steps that Divergence does not let count.
+    """
+    value = loss(model, batch)
+    return value * (1 + 0 * value.detach())  # 0 * inf is nan

@@ -1,7 +1,8 @@
-"""What happens beside training, every so many samples: validation, and pictures or clips to look at."""
+"""Periodic work of training: checks of the replicas, validation, and pictures or clips to look at."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,9 @@ from pomscale.config.train import TrainRecipe, ValidationConfig
 from pomscale.data.dataset import LatentDataset
 from pomscale.data.texts import null_text
 from pomscale.diffusion.objectives import Objective
+from pomscale.distributed.consistency import check_replicas
 from pomscale.distributed.world import World
+from pomscale.engine.protocol import Engine
 from pomscale.evaluation.heldout import heldout_loss, open_heldout, read_in_order, shape_sizes
 from pomscale.media.sheets import check_clips_can_be_written, save_clips, save_grid
 from pomscale.monitoring.monitor import Monitor
@@ -27,7 +30,60 @@ from pomscale.runs.layout import samples_path
 from pomscale.runs.metric_names import validation_bin
 from pomscale.sampling.on_ranks import generate_on_all_ranks, grid_classes
 from pomscale.sampling.prompts import embed_prompts
-from pomscale.training.trainer import Event
+from pomscale.training.process import Process
+from pomscale.training.schedule import Schedule
+from pomscale.training.telemetry import Records
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happens every so many samples, and at the end of the run: validation, a grid of pictures.
+
+    `run(samples)` is a collective, computes with averaged weights, and returns metrics to log.
+    """
+
+    name: str
+    every_samples: int
+    run: Callable[[int], dict[str, float | str]]
+
+
+@dataclass(frozen=True)
+class PeriodicWork:
+    """Runs the events that are due with the average of the recipe, and compares the replicas of the weights.
+
+    record_metrics(samples, metrics): tells the checkpoint store what was measured. consistency_every_samples: None if
+    replicas are not compared.
+    """
+
+    events: Sequence[Event]
+    record_metrics: Callable[[int, dict[str, float | str]], None]
+    consistency_every_samples: int | None
+    engine: Engine
+    average: str
+    schedule: Schedule
+    process: Process
+    records: Records
+
+    def check_replicas(self, samples: int) -> None:
+        """Compare the ranks that hold copies of the same numbers, if that is due. Raises PomscaleError if they differ.
+
+        A collective.
+        """
+        every = self.consistency_every_samples
+        if every is not None and self.schedule.is_due(every, samples):
+            replicas = self.engine.replicas()
+            if replicas is not None:
+                check_replicas(self.process.world, replicas.group, replicas.tensors)
+
+    def run_events(self, samples: int) -> None:
+        """Run the events that are due, and all of them at the end of the run. A collective."""
+        for event in self.events:
+            if self.schedule.is_over(samples) or self.schedule.is_due(event.every_samples, samples):
+                with self.process.watchdog.slow(event.name), self.engine.averaged(self.average):
+                    metrics = event.run(samples)
+                self.records.monitor.log(samples, metrics)
+                self.record_metrics(samples, metrics)
+                self.records.ledger.charge("evaluation")
 
 
 def open_events(
@@ -39,7 +95,10 @@ def open_events(
     monitor: Monitor,
     world: World,
 ) -> list[Event]:
-    """Validation, and pictures or clips, where the recipe asks for them. InputError if what they need is missing."""
+    """Validation, and pictures or clips, where the recipe asks for them. A collective.
+
+    folder: of the run. model: as the engine has it. Raises InputError if what the events need is missing.
+    """
     events = []
     if recipe.validation is not None:
         data = recipe.data
@@ -56,27 +115,22 @@ def open_events(
     if recipe.sampling.every_samples is not None:
         # Loaded before the first step: a missing codec should fail now, not after an hour of training.
         codec = card.load_codec(world.device) if world.is_main else None
-        conditions = _conditions(recipe, card, world)
-        events.append(
-            Event(
-                "sampling",
-                recipe.sampling.every_samples,
-                partial(_draw, recipe, folder, card, codec, objective, model, conditions, monitor, world),
-            )
-        )
+        display = None if codec is None else _Display(folder, card, codec, monitor, recipe.sampling.num_each)
+        draw = _Samples(recipe, objective, model, _conditions(recipe, card, world), world, display)
+        events.append(Event("sampling", recipe.sampling.every_samples, draw))
     return events
 
 
 @dataclass(frozen=True)
 class _Conditions:
-    """What to draw, and what says nothing: a batch of n, and one of 1."""
+    """Conditions of the samples to draw, a batch of n, and the null condition, a batch of 1."""
 
-    asked: Condition
-    nothing: Condition
+    wanted: Condition
+    null: Condition
 
 
 def _conditions(recipe: TrainRecipe, card: ModelCard, world: World) -> _Conditions:
-    """A collective. InputError if the text encoder is missing."""
+    """Conditions of the recipe's samples. A collective. Raises InputError if the text encoder is missing."""
     config = recipe.sampling
     if isinstance(recipe.model, ImageModelConfig):
         num_classes = recipe.model.num_classes
@@ -85,7 +139,7 @@ def _conditions(recipe: TrainRecipe, card: ModelCard, world: World) -> _Conditio
     check_clips_can_be_written()
 
     def embed() -> Text:
-        # Once and for all: a text encoder may be larger than the network, and is gone when training begins.
+        # Once, before training begins: a text encoder may be larger than the network.
         return embed_prompts(card.load_text_encoder(world.device), config.prompts)
 
     prompts = world.on_main(embed)
@@ -106,50 +160,62 @@ def _validate(
     return {"validation/loss": loss.mean, "validation/bad_samples": loss.num_bad, **bins}
 
 
-def _draw(
-    recipe: TrainRecipe,
-    folder: Path,
-    card: ModelCard,
-    codec: Codec | None,
-    objective: Objective,
-    model: nn.Module,
-    conditions: _Conditions,
-    monitor: Monitor,
-    world: World,
-    samples: int,
-) -> dict[str, float | str]:
-    """A row of pictures per class, or of clips per prompt, into samples/: generated by all ranks, decoded by the one
-    that has the codec. Clips have all frames generated at once, which every network can.
-    """
-    config, network = recipe.sampling, recipe.model
-    shape: tuple[int, ...] = network.latent_shape
-    group_frames = None
-    if isinstance(network, VideoModelConfig):
-        channels, num_frames, *size = network.latent_shape
-        shape, group_frames = (channels, config.num_frames or num_frames, *size), network.patch_frames
-    latents = generate_on_all_ranks(
-        objective, model, shape, conditions.asked, conditions.nothing, config, world, group_frames
-    )
-    if codec is not None:
-        show = _show_grid if group_frames is None else _show_clips
-        path = samples_path(folder, samples)
-        decoded = codec.decode(card.denormalize(latents).to(world.device))
+@dataclass(frozen=True)
+class _Display:
+    """Decodes generated samples, writes them into the run folder and logs them. A row per class or prompt."""
+
+    folder: Path
+    card: ModelCard
+    codec: Codec
+    monitor: Monitor
+    num_each: int
+
+    def show(self, latents: Tensor, samples: int, device: torch.device) -> None:
+        """Show pictures (n c h w) or clips (n c f h w), normalised latents of the training clock `samples`."""
+        path = samples_path(self.folder, samples)
+        decoded = self.codec.decode(self.card.denormalize(latents).to(device))
+        show = self._show_pictures if latents.ndim == 4 else self._show_clips
         try:
-            show(decoded, path, config.num_each, card, monitor, samples)
+            show(decoded, path, samples)
         except PomscaleError as error:  # a full disk costs what was drawn, not the run
-            warn(f"{path} could not be written ({error}); training goes on")
-    return {}
+            warn(f"{path} could not be written ({error}); training continues")
+
+    def _show_pictures(self, pictures: Tensor, grid: Path, samples: int) -> None:
+        save_grid(pictures, grid, self.num_each)
+        self.monitor.log_image(samples, "samples/grid", grid)
+
+    def _show_clips(self, clips: Tensor, sheet: Path, samples: int) -> None:
+        video = sheet.with_suffix(".mp4")
+        save_clips(clips, video, sheet, num_columns=self.num_each, fps=self.card.fps or DEFAULT_FPS)
+        self.monitor.log_video(samples, "samples/clips", video)
+        self.monitor.log_image(samples, "samples/sheet", sheet)
 
 
-def _show_grid(
-    images: Tensor, picture: Path, num_columns: int, card: ModelCard, monitor: Monitor, samples: int
-) -> None:
-    save_grid(images, picture, num_columns)
-    monitor.log_image(samples, "samples/grid", picture)
+@dataclass(frozen=True)
+class _Samples:
+    """Draws pictures or clips: generated by all ranks, shown by the one that has a display.
 
+    All frames of a clip are generated at once, which every network can.
+    """
 
-def _show_clips(clips: Tensor, sheet: Path, num_columns: int, card: ModelCard, monitor: Monitor, samples: int) -> None:
-    film = sheet.with_suffix(".mp4")
-    save_clips(clips, film, sheet, num_columns=num_columns, fps=card.fps or DEFAULT_FPS)
-    monitor.log_video(samples, "samples/clips", film)
-    monitor.log_image(samples, "samples/sheet", sheet)
+    recipe: TrainRecipe
+    objective: Objective
+    model: nn.Module
+    conditions: _Conditions
+    world: World
+    display: _Display | None
+
+    def __call__(self, samples: int) -> dict[str, float | str]:
+        config, network = self.recipe.sampling, self.recipe.model
+        shape: tuple[int, ...] = network.latent_shape
+        group_frames = None
+        if isinstance(network, VideoModelConfig):
+            channels, num_frames, *size = network.latent_shape
+            shape, group_frames = (channels, config.num_frames or num_frames, *size), network.patch_frames
+        conditions = self.conditions
+        latents = generate_on_all_ranks(
+            self.objective, self.model, shape, conditions.wanted, conditions.null, config, self.world, group_frames
+        )
+        if self.display is not None:
+            self.display.show(latents, samples, self.world.device)
+        return {}

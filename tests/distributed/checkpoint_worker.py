@@ -37,7 +37,7 @@ def whole(value: float) -> dict[str, dict[str, Tensor]]:
 
 
 def sharded(world: World, value: float) -> dict[str, dict[str, Tensor]]:
-    """The same as each engine has it; all of it live."""
+    """The same state in the form that each engine has it, all of it live tensors."""
     model = whole(value)["model"]
     cut = (0, 11) if world.is_main else (11, 28)
     mesh = init_device_mesh("cpu", (world.size,))
@@ -97,7 +97,7 @@ def exercise(world: World, run_folder: Path) -> None:
 
 
 def check_damage(world: World, store: CheckpointStore, first: Path, second: Path) -> None:
-    """Whoever finds it, all set it aside and go on with the one before."""
+    """Whichever rank finds the damage, all set the checkpoint aside and use the one before it."""
     world.barrier()  # the other one may still be reading
     if world.is_main:
         shard = second / "__1_0.distcp"

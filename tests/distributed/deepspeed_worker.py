@@ -121,7 +121,7 @@ def build(
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A copy of what all ranks hold of it together. A collective."""
+    """A copy of the whole tensor, of which each rank holds a part. A collective."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor().clone()
     if not isinstance(tensor, FlatShard):
@@ -156,7 +156,7 @@ def train(engine: Engine, world: World, plain: Plain, steps: range, tolerance: f
 
 
 def compare(world: World, plain: Plain, folder: Path | None = None, tolerance: float = 1e-5, **options: Any) -> None:
-    """A whole run, interrupted by all that must leave it as it is. Saves half way if there is a folder."""
+    """A whole run, interrupted by calls that must not change it. Saves half way if there is a folder."""
     engine = build(world, **options)
     for name, value in engine.state_dict()["model"].items():
         assert whole(value).equal(plain.models[0].get_parameter(name)), f"{name}: another initial weight"
@@ -180,8 +180,9 @@ def check_end(engine: Engine, plain: Plain, tolerance: float) -> None:
 
 
 def assert_near(state: dict[str, Tensor], module: nn.Module, tolerance: float) -> None:
-    """In fp32 number by number, in bf16 as a vector: of a gradient near zero, where the sign is what rounding makes it,
-    Adam makes steps as long as of any other."""
+    """Assert that a state is near a module: in fp32 number by number, in bf16 as a vector.
+
+    In bf16 rounding decides the sign of a gradient near zero, and Adam makes a step as long as for any other."""
     ours = torch.cat([whole(state[name]).flatten() for name, _ in module.named_parameters()])
     theirs = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
     if tolerance < 1e-3:
@@ -262,7 +263,7 @@ def train_all(world: World, plain: Plain, folder: Path) -> None:
 
 
 def go_on(world: World, plain: Plain, folder: Path, following: Path) -> None:
-    """Loaded in place into fresh engines, it is the same to the bit, and each goes on as the plain loop does."""
+    """Load a checkpoint into fresh engines: it is the same to the bit, and each continues as the plain loop does."""
     whole_tensors = {name: torch.empty_like(p) for name, p in plain.models[0].named_parameters()}
     dcp.load({"model": whole_tensors}, storage_reader=dcp.FileSystemReader(folder))
     for name, parameter in plain.models[HALF_WAY].named_parameters():

@@ -49,7 +49,7 @@ def initialise(model: nn.Module, assign: object) -> None:
 
 
 def engines(world_size: int) -> list[dict[str, Any]]:
-    """What is compared on so many ranks."""
+    """Options of the engines that are compared on `world_size` ranks."""
     return [
         {},
         {"fsdp2": Fsdp2Config(reshard_after_forward=False, prefetch=0, cpu_offload=True)},

@@ -176,10 +176,10 @@ def check_consistency(world: World) -> None:
 
 
 def tell(folder: Path, world: World, reason: str) -> None:
-    """And wait until all have: the end of the first would be that of the others, before their watchdogs look."""
-    told = [folder / f"outcome-{rank}" for rank in range(world.size)]
-    told[world.rank].write_text(reason)
-    while not all(path.exists() for path in told):
+    """Write an outcome, and wait until all ranks have: the others end with the first, before their watchdogs look."""
+    outcomes = [folder / f"outcome-{rank}" for rank in range(world.size)]
+    outcomes[world.rank].write_text(reason)
+    while not all(path.exists() for path in outcomes):
         time.sleep(0.01)
 
 

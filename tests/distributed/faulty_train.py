@@ -3,9 +3,9 @@
 {"missing": "deepspeed"}                                      the package is not installed
 {"close_timeout_s": 120}                                      so long wandb may take to write out what is left
 {"factor": "nan", "positions": [160, 192]}                    samples at these global positions weigh so much more
-{"do": "sleep", "at": "step", "nth": 3, "rank": 1, ...}       in that rank, just before the third step of this process
+{"do": "sleep", "at": "step", "nth": 3, "rank": 1, ...}       on that rank, just before the third step of this process
 
-at: "step"; "validation" (just before it); or "commit": the thread that writes a checkpoint is about to commit it.
+at: "step"; "validation" (just before it); or "commit": when the thread that writes a checkpoint is about to commit it.
 do: a function below, which is given the rest of the fault, and the arguments of what it comes before.
 """
 
@@ -29,8 +29,8 @@ from torch import nn
 
 import pomscale.checkpoint.store
 import pomscale.monitoring.monitor
+import pomscale.training.build
 import pomscale.training.periodic
-import pomscale.training.run
 from pomscale.checkpoint.store import complete_checkpoints
 from pomscale.cli import main
 from pomscale.config.train import TrainRecipe
@@ -40,8 +40,8 @@ from pomscale.shards.schema import TextInfo
 from pomscale.training.loss import TrainBatch
 
 RANK = int(os.environ.get("RANK", "0"))
-PLACES = {
-    "step": (pomscale.training.run, "share_of_loss"),
+HOOKS = {
+    "step": (pomscale.training.build, "share_of_loss"),
     "validation": (pomscale.training.periodic, "heldout_loss"),
     "commit": (pomscale.checkpoint.store, "seal"),
 }
@@ -76,7 +76,7 @@ def send(*_: Any, number: str, after_s: float = 0.0, to_group: bool = False, the
 
 
 def expect_a_hang(*_: Any, within_s: float) -> None:
-    """Before it, a machine with too much to do may stand still for longer."""
+    """Set a short timeout from here on; before this step a busy machine may stand still for longer."""
     (watchdog,) = (found for found in gc.get_objects() if isinstance(found, Watchdog))
     watchdog.beat()
     watchdog._timeout_s, watchdog._look_every_s = within_s, within_s / 20
@@ -108,19 +108,19 @@ def inject(fault: dict[str, Any]) -> None:
 
 
 def change_weights(factor: float, begin: int, end: int) -> None:
-    draw_batch = pomscale.training.run.draw_batch
+    draw_batch = pomscale.training.build.draw_batch
 
     def with_other_weights(recipe: TrainRecipe, batch: MicroBatch, texts: TextInfo | None) -> TrainBatch:
         drawn = draw_batch(recipe, batch, texts)
         drawn.weights[(batch.positions >= begin) & (batch.positions < end)] *= factor
         return drawn
 
-    pomscale.training.run.draw_batch = with_other_weights
+    pomscale.training.build.draw_batch = with_other_weights
 
 
 def inject_before(do: str, at: str, nth: int, **options: Any) -> None:
-    place, name = PLACES[at]
-    right: Callable[..., Any] = getattr(place, name)
+    module, name = HOOKS[at]
+    right: Callable[..., Any] = getattr(module, name)
     calls = itertools.count(1)
 
     def faulty(*arguments: Any) -> Any:
@@ -131,7 +131,7 @@ def inject_before(do: str, at: str, nth: int, **options: Any) -> None:
         globals()[do](*arguments, **options)
         return right(*arguments)
 
-    setattr(place, name, faulty)
+    setattr(module, name, faulty)
 
 
 if __name__ == "__main__":

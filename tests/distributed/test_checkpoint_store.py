@@ -260,7 +260,7 @@ def test_garbage_that_cannot_be_deleted_costs_a_warning_and_nothing_else(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 1 MiB: room for two checkpoints and a half, and for each of their small files."""
+    """A real file system with space for two and a half checkpoints and their small files."""
     with mounted_disk(tmp_path / "disk", "640k") as disk:
         yield disk
 

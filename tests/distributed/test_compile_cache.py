@@ -1,4 +1,4 @@
-"""What one start of a run has compiled, the next one loads, on a machine that has no cache of its own."""
+"""The next start of a run loads what one start has compiled, on a machine that has no cache of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What guards a run, in real processes of which one has a fault."""
+"""The modules that guard a run, in real processes of which one has a fault."""
 
 from __future__ import annotations
 

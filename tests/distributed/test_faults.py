@@ -1,4 +1,4 @@
-"""Whole runs with faults in them (faulty_train.py): what is kept, what is said, and how the next start goes on."""
+"""Whole runs with faults in them (faulty_train.py): what is kept, what is reported, and how the next start resumes."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_deepspeed_does_the_same(stage: int, with_nans: Path, tiny_recipe: Path)
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """Of the newest checkpoint."""
+    """Read the clock and the number of rollbacks from the newest checkpoint."""
     meta = read_meta(find_checkpoint(folder))
     clock = {key: meta[key] for key in ("samples", "position", "skipped")}
     return {**clock, "num_rollbacks": meta["divergence"]["num_rollbacks"]}
@@ -306,7 +306,7 @@ def stacks(folder: Path, start: int, rank: int) -> str:
 
 
 def test_out_of_memory_is_explained(tiny_recipe: Path) -> None:
-    """Of one rank: its outcome is that of the run, since the other only knows that it is gone."""
+    """One rank runs out of memory: its outcome is that of the run, since the other only notices that it has ended."""
     folder = folder_of(tiny_recipe)
     fault = {"do": "allocate", "at": "step", "nth": 13, "rank": 1}
     done = train_with([fault], tiny_recipe, expect=1, num_processes=2)
@@ -453,7 +453,7 @@ def test_a_package_that_is_missing_is_asked_for_where_it_is_needed(
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_kills_at_fifty_random_moments(digits: Path, tiny_recipe: Path, asynchronous: str) -> None:
-    """Of all processes, launcher and all. A save at every step takes most of the time, so most kills fall into one."""
+    """All processes are killed, the launcher too. Saves take most of the time, so most kills fall into one."""
     num_kills, steps_between = 50, 8
     short = ["schedule={}", f"training.total_samples={(num_kills + 3) * steps_between * GLOBAL_BATCH}"]
     train(tiny_recipe, *short, "name=undisturbed", num_processes=2)

@@ -1,4 +1,4 @@
-"""A run on two datasets: the same losses on any layout, epochs logged for each, and no going on with other weights."""
+"""A run on two datasets: the same losses on any layout, epochs logged for each, and no resuming with other weights."""
 
 from __future__ import annotations
 

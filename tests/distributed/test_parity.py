@@ -117,7 +117,7 @@ def test_compiled_blocks_follow_eager_ones(calm: Path, tiny_recipe: Path, mode: 
 @needs_deepspeed
 @pytest.mark.slow
 def test_a_run_moves_between_engines(alone: Path, tiny_recipe: Path) -> None:
-    """Each leg goes on from the checkpoint of the one before it, which another engine has written."""
+    """Each part continues from the checkpoint of the part before it, which another engine has written."""
     folder = tiny_recipe.parent / "runs" / "tiny"
     zero_2, zero_3 = (["engine=deepspeed", f"deepspeed.zero_stage={stage}"] for stage in (2, 3))
     stopped_at = 0

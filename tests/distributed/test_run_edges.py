@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import pomscale.training.run
+import pomscale.training.build
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.checkpoint.store import complete_checkpoints, find_checkpoint, read_meta
 from pomscale.config.load import load_train_recipe
@@ -23,6 +23,7 @@ from pomscale.runs.ledger import goodput
 from pomscale.runs.metric_names import describe
 from pomscale.shards.schema import TextInfo
 from pomscale.training.loss import TrainBatch
+from pomscale.training.run import train as train_here
 from support.running import GLOBAL_BATCH, checkpoint_samples, outcome, rows, run
 
 STEP = GLOBAL_BATCH
@@ -32,7 +33,7 @@ SHORT = ("schedule={}", "faults.preflight=false", f"checkpoint={{every_samples: 
 def train(recipe: Path, *overrides: str, steps: int = 4) -> int:
     """In this process."""
     total = f"training.total_samples={steps * STEP}"
-    return pomscale.training.run.train(load_train_recipe(recipe, [*SHORT, total, *overrides]))
+    return train_here(load_train_recipe(recipe, [*SHORT, total, *overrides]))
 
 
 def samples_of(folders: Path) -> list[int]:
@@ -49,12 +50,12 @@ def test_a_stop_during_the_start_up_takes_no_step(
         os.kill(os.getpid(), signal.SIGUSR1)
         return open_events(*arguments)
 
-    open_events = pomscale.training.run.open_events
+    open_events = pomscale.training.build.open_events
     assert train(tiny_recipe, validation, steps=2) == 0
     before = len(rows(folder))
     (folder / "outcome.json").unlink()  # as if it had been killed in its last validation
     with monkeypatch.context() as patch:
-        patch.setattr(pomscale.training.run, "open_events", asked_meanwhile)
+        patch.setattr(pomscale.training.build, "open_events", asked_meanwhile)
         assert train(tiny_recipe, validation) == EXIT_STOPPED
         assert checkpoint_samples(folder) == 2 * STEP
         assert len(rows(folder)) == before  # not even the validation of these samples
@@ -70,7 +71,7 @@ def test_a_stop_during_the_start_up_takes_no_step(
 
 def test_a_stop_in_a_first_step_that_is_left_out(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_recipe.parent / "runs" / "tiny"
-    draw_batch, share_of_loss = pomscale.training.run.draw_batch, pomscale.training.run.share_of_loss
+    draw_batch, share_of_loss = pomscale.training.build.draw_batch, pomscale.training.build.share_of_loss
 
     def with_nans(recipe: TrainRecipe, batch: MicroBatch, texts: TextInfo | None) -> TrainBatch:
         drawn = draw_batch(recipe, batch, texts)
@@ -82,9 +83,9 @@ def test_a_stop_in_a_first_step_that_is_left_out(tiny_recipe: Path, monkeypatch:
         return share_of_loss(*arguments)
 
     rarely = (f"monitoring.every_samples={4 * STEP}", f"schedule.warmup_samples={4 * STEP}")
-    monkeypatch.setattr(pomscale.training.run, "draw_batch", with_nans)
+    monkeypatch.setattr(pomscale.training.build, "draw_batch", with_nans)
     with monkeypatch.context() as patch:
-        patch.setattr(pomscale.training.run, "share_of_loss", asked_meanwhile)
+        patch.setattr(pomscale.training.build, "share_of_loss", asked_meanwhile)
         assert train(tiny_recipe, *rarely) == EXIT_STOPPED
     (row,) = rows(folder)
     assert row["samples"] == row["train/learning_rate"] == 0

@@ -1,4 +1,4 @@
-"""A run on a dataset that is damaged in places: it goes on without the bad samples, counts them, and stops in time."""
+"""A run on a damaged dataset: it leaves out the bad samples, counts them, and stops when there are too many."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_limit_holds_over_a_resume_and_on_all_ranks(recipe: Path) -> None:
     assert "3 samples could not be read, more than data.max_bad_samples 2" in first.stderr
     assert sorted(bad_records(recipe)) == sorted(BAD)
     stopped_at = rows(recipe)[-1]["samples"]
-    # It goes on from the last step before, and what it has met before then counts.
+    # It continues from the last step before, and the samples that it has met before count.
     second = run(train_command(recipe, *limit), expect=1)
     assert f"({stopped_at:,.0f} samples)" in second.stdout
     assert "3 samples could not be read" in second.stderr

@@ -30,7 +30,7 @@ def state(value: float) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[CheckpointStore]:
-    """Of a run with checkpoints at 10 and 20 samples, in a world of one."""
+    """The store of a run with checkpoints at 10 and 20 samples, in a world of one."""
     with join_world("cpu"):
         store = CheckpointStore(tmp_path / "checkpoints", CheckpointConfig(every_samples=10), Start.claim(tmp_path))
         for samples in (10, 20):
@@ -61,7 +61,7 @@ def flip(path: Path, places: random.Random) -> None:
 
 
 def zero(path: Path, places: random.Random) -> None:
-    """As after a power cut, when the length has reached the disk and the content has not."""
+    """Leave the file as after a power cut, when its length has reached the disk and its content has not."""
     content = path.read_bytes()
     begin = places.randrange(len(content.rstrip(b"\0")))
     path.write_bytes(content[:begin] + bytes(len(content) - begin))
@@ -99,7 +99,7 @@ def test_every_damage_to_every_file_is_found_and_the_one_before_is_loaded(
 
 
 def _assert_refused(torn: Path, name: str) -> None:
-    """As who samples from exactly this folder meets it: one clear message, no other checkpoint instead."""
+    """Assert that reading exactly this folder is one clear error, and that no other checkpoint is read instead."""
     with pytest.raises(InputError, match=re.escape(str(torn))):
         read_tensors(_asked_for(torn), state(0.0))
     if name == "checkpoint.json":

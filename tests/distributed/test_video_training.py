@@ -18,7 +18,7 @@ from pomscale.data.mixture import Mixture
 from pomscale.evaluation.heldout import measure_heldout
 from pomscale.plan.model_cost import training_flops
 from pomscale.shards.schema import read_manifest
-from pomscale.training.run import mean_flops
+from pomscale.training.build import mean_flops
 from pomscale.training.run import train as train_here
 from support.running import GLOBAL_BATCH, NUM_STEPS, assert_same_curve, losses, rows, train
 from support.tiny_models import save_t5
@@ -230,7 +230,7 @@ text: {{path: {other}, tokenizer: bytes, max_length: 24, precision: fp32}}
 """
     )
     encode(load_encode_recipe(text), progress=False)
-    with pytest.raises(InputError, match="was told texts by another text encoder"):
+    with pytest.raises(InputError, match="was trained on texts of another text encoder"):
         train_alone(recipe, f"init_from={{path: {alone}}}", f"data.text={tmp_path}/text", "name=other")
     retold = losses(
         train_alone(recipe, f"data.text={tmp_path}/text", total, "schedule.warmup_samples=0", "name=retold")

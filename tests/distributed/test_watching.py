@@ -29,9 +29,9 @@ def _command(recipe: Path, *faults: dict[str, Any]) -> list[str]:
 
 
 def _start_and_kill(recipe: Path, folder: Path, after_steps: int, num_steps: int, num_files: int) -> int:
-    """The exit code. Training alone is killed, after so many steps of its own, and when wandb has begun its file.
+    """Kill training after `after_steps` steps of its own, once wandb has begun its file; return the exit code.
 
-    The process that wandb has started is not told.
+    The process that wandb has started is not killed.
     """
     waiting = {"do": "sleep", "at": "step", "nth": num_steps + 1}
     with started(_command(recipe, waiting), stderr=subprocess.STDOUT) as process:

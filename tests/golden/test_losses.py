@@ -1,6 +1,6 @@
-"""The first losses of a tiny run: numbers that must not drift without anybody noticing.
+"""The first losses of a tiny run: numbers that must not change unnoticed.
 
-After a change that moves them on purpose, write them anew and say in the commit why they moved:
+After a change that moves them on purpose, write them again and say in the commit why they moved:
 
     python tests/golden/test_losses.py
 """

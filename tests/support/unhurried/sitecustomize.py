@@ -40,7 +40,7 @@ def slow_down(module: ModuleType) -> None:
 
     def waiting_step(trainer: Any, clock: Any) -> Any:
         time.sleep(WAIT_S)
-        while clock.samples >= held_at() and not trainer.stop.requested:
+        while clock.samples >= held_at() and not trainer.process.stop.requested:
             time.sleep(LOOK_EVERY_S)
         return step(trainer, clock)
 

@@ -198,7 +198,7 @@ def test_fine_tuning_at_another_resolution_begins_with_the_same_weights(run: Pat
         found, note = initial_weights(source, larger, weights)
         expected = random_weights(MODEL, seed)
         assert all(torch.equal(found[name], value) for name, value in expected.items())
-        assert "anew" not in note
+        assert "class embedding" not in note
     assert "power-0.05 of" in note
 
 
@@ -210,7 +210,7 @@ def test_other_classes_begin_anew_and_nothing_else(run: Path) -> None:
     init_weights(fresh, 7)
     assert torch.equal(found.pop("class_embedding.weight"), fresh.class_embedding.weight)
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
-    assert "the class embedding begins anew, for 10 classes there are 7 here" in note
+    assert "the class embedding is new: there it is for 10 classes, here for 7" in note
 
 
 def test_another_network_is_refused_with_all_differences(run: Path) -> None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from pomscale.base.errors import PomscaleError
-from pomscale.config.load import load_train_recipe
 from pomscale.distributed.stop import StopRequest
+from pomscale.distributed.watchdog import Watchdog
 from pomscale.distributed.world import World
 from pomscale.runs.starts import Start, Superseded
-from pomscale.training.run import _Run
+from pomscale.training.process import Process
 
 CLAIM = "import sys, pathlib; from pomscale.runs.starts import Start as S; "
 CLAIM += "print([S.claim(pathlib.Path(sys.argv[1])).number for _ in range(20)], 'torch' in sys.modules)"
@@ -99,16 +99,16 @@ def test_a_look_that_fails_is_one_clear_error(tmp_path: Path) -> None:
 def test_a_stutter_of_the_file_system_while_logging_is_a_warning_and_a_newer_start_is_the_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = load_train_recipe(Path("recipes/quickstart.yaml"), [])
     stop = StopRequest()
+    watchdog = Watchdog(None, 1.0, tmp_path / "stacks.txt", print)
     try:
-        run = _Run(World(0, 1, torch.device("cpu")), recipe, tmp_path, Start(tmp_path, 1), stop)
-        run._still_ours()  # generations/ is not there
+        process = Process(World(0, 1, torch.device("cpu")), Start(tmp_path, 1), stop, watchdog)
+        process.check_start()  # generations/ is not there
         assert "cannot be read" in capsys.readouterr().err
         Start.claim(tmp_path)
-        run._still_ours()
+        process.check_start()
         Start.claim(tmp_path)
         with pytest.raises(Superseded):
-            run._still_ours()
+            process.check_start()
     finally:
         stop.restore()

@@ -1,0 +1,268 @@
+"""Building of a Trainer: a recipe and its data -> the parts that train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pomscale.base.clock import Clock
+from pomscale.checkpoint.store import CheckpointStore
+from pomscale.config.engine import CheckpointConfig
+from pomscale.config.hardware import peak_flops
+from pomscale.config.model import VideoModelConfig
+from pomscale.config.train import TrainRecipe
+from pomscale.data.bad_samples import BadSampleList
+from pomscale.data.loader import Loader, ReadAhead
+from pomscale.data.mixture import Mixture
+from pomscale.diffusion.objectives import Objective, build_objective
+from pomscale.distributed.stragglers import Stragglers
+from pomscale.distributed.world import World
+from pomscale.engine import build_engine
+from pomscale.engine.divergence import Divergence
+from pomscale.engine.out_of_memory import explained_out_of_memory
+from pomscale.engine.protocol import Engine, InitWeights
+from pomscale.evaluation.heldout import shape_sizes
+from pomscale.models import make_model
+from pomscale.monitoring.profiler import ProfileWindow
+from pomscale.monitoring.throughput import mfu
+from pomscale.monitoring.wandb.sink import read_wandb_id
+from pomscale.plan.model_cost import training_flops
+from pomscale.pretrained.card import ModelCard
+from pomscale.runs.checkpoint_folder import final_folder, is_complete
+from pomscale.runs.code_state import versions
+from pomscale.runs.layout import BAD_SAMPLES_FILE, EMA_FOLDER
+from pomscale.shards.schema import check_compatible, check_text
+from pomscale.training.loss import TrainBatch, draw_batch, share_of_loss, spoil_gradient_if_not_finite, steps
+from pomscale.training.periodic import PeriodicWork, open_events
+from pomscale.training.process import Process
+from pomscale.training.recovery import Recovery
+from pomscale.training.resume import CHECKPOINT_FORMAT, Resumed, identity, restore
+from pomscale.training.saving import Saver, Series
+from pomscale.training.schedule import Schedule
+from pomscale.training.telemetry import Records, Row, Telemetry
+from pomscale.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that all starts of a run have in common. identity: see resume.identity."""
+
+    recipe: TrainRecipe
+    folder: Path
+    mixture: Mixture
+    card: ModelCard
+    identity: dict[str, Any]
+
+
+def open_inputs(recipe: TrainRecipe, folder: Path) -> Inputs:
+    """Open the datasets of a recipe. Raises InputError if they do not fit its codec and model."""
+    model = recipe.model
+    mixture = Mixture.open(
+        recipe.data,
+        seed=recipe.seed,
+        global_batch=recipe.training.global_batch,
+        read_text=isinstance(model, VideoModelConfig),
+    )
+    for dataset in mixture.datasets:
+        check_compatible(dataset.location, dataset.manifest, recipe.codec, model)
+        if isinstance(model, VideoModelConfig) and dataset.text is not None:
+            check_text(dataset.text.source.location, dataset.text.source.manifest, model)
+    return Inputs(recipe, folder, mixture, ModelCard.of(recipe, mixture), identity(recipe, mixture))
+
+
+def make_engine(recipe: TrainRecipe, initial: InitWeights, world: World) -> Engine:
+    """Engine of the recipe with its model, initial weights and optimiser. A collective."""
+    with explained_out_of_memory(recipe, world.device, dict):
+        with torch.device("meta"):
+            model = make_model(recipe.model)
+        return build_engine(recipe, model, initial, world)
+
+
+def open_loader(inputs: Inputs, world: World, position: int) -> Loader[TrainBatch]:
+    """Loader of this rank's micro-batches from the global position `position` on, with everything random drawn."""
+    recipe, mixture = inputs.recipe, inputs.mixture
+    return Loader(
+        mixture,
+        micro_batch=recipe.training.micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        start_position=position,
+        ahead=ReadAhead(recipe.data.num_threads, recipe.data.prefetch, pin_memory=world.device.type == "cuda"),
+        finish=partial(draw_batch, recipe, texts=None if mixture.text is None else mixture.text.info),
+    )
+
+
+def build_trainer(
+    inputs: Inputs,
+    resumed: Resumed,
+    process: Process,
+    records: Records,
+    loader: Loader[TrainBatch],
+) -> Trainer:
+    """Build a Trainer that continues a run. A collective.
+
+    Args:
+        inputs: The recipe and its data.
+        resumed: The state that the run continues from.
+        process: This process.
+        records: Where the trainer records what happens.
+        loader: The micro-batches, opened at the position of `resumed.clock`.
+    """
+    recipe, meta = inputs.recipe, resumed.meta
+    schedule = Schedule.of(recipe)
+    objective = build_objective(recipe.diffusion)
+    periodic = _periodic(inputs, resumed, objective, schedule, process, records)
+    divergence = Divergence(recipe.faults, None if meta is None else meta["divergence"])
+    bad_samples = BadSampleList(
+        recipe.data.max_bad_samples,
+        [] if meta is None else meta["bad_samples"],
+        inputs.folder / BAD_SAMPLES_FILE if process.world.is_main else None,
+    )
+    saver = Saver(
+        engine=resumed.engine,
+        checkpoints=Series(resumed.checkpoints, recipe.checkpoint.every_samples),
+        snapshots=_snapshots(inputs, process),
+        meta=partial(_meta, _meta_of_start(inputs, process), bad_samples, divergence),
+        schedule=schedule,
+        process=process,
+        records=records,
+    )
+    telemetry = Telemetry(
+        process=process,
+        records=records,
+        profiler=ProfileWindow(recipe.profile, inputs.folder, process.world.rank, process.world.device),
+        stragglers=Stragglers(process.world),
+        every_samples=recipe.monitoring.every_samples,
+        progress=partial(_progress, inputs.mixture, schedule, bad_samples, divergence),
+        mfu=_mfu(recipe, inputs.mixture, process.world),
+    )
+    recovery = Recovery(
+        divergence=divergence,
+        bad_samples=bad_samples,
+        restore=partial(restore, resumed.engine, resumed.checkpoints),
+        global_batch=schedule.global_batch,
+        saver=saver,
+        telemetry=telemetry,
+        process=process,
+        records=records,
+    )
+    share = partial(share_of_loss, objective, inputs.card.normalization, schedule.global_batch, process.world.device)
+    return Trainer(
+        engine=resumed.engine,
+        batches=steps(loader),
+        loss=partial(spoil_gradient_if_not_finite, share),
+        schedule=schedule,
+        saver=saver,
+        recovery=recovery,
+        telemetry=telemetry,
+        periodic=periodic,
+        process=process,
+    )
+
+
+def _periodic(
+    inputs: Inputs, resumed: Resumed, objective: Objective, schedule: Schedule, process: Process, records: Records
+) -> PeriodicWork:
+    recipe, engine = inputs.recipe, resumed.engine
+    return PeriodicWork(
+        events=open_events(recipe, inputs.folder, inputs.card, objective, engine.model, records.monitor, process.world),
+        record_metrics=resumed.checkpoints.record_metrics,
+        consistency_every_samples=recipe.faults.consistency_every_samples,
+        engine=engine,
+        average=recipe.ema.main,
+        schedule=schedule,
+        process=process,
+        records=records,
+    )
+
+
+def _snapshots(inputs: Inputs, process: Process) -> Series | None:
+    """Snapshots of the averages for `pomscale ema`, where the recipe asks for them. A collective."""
+    ema = inputs.recipe.ema
+    if ema.post_hoc is None:
+        return None
+    powers = ema.averages[-len(ema.post_hoc.widths) :]
+    keep_all = CheckpointConfig(
+        every_samples=ema.post_hoc.every_samples,
+        keep_every_samples=1,
+        asynchronous=inputs.recipe.checkpoint.asynchronous,
+    )
+    store = CheckpointStore(inputs.folder / EMA_FOLDER, keep_all, process.start)
+    return Series(
+        store,
+        ema.post_hoc.every_samples,
+        part=lambda state: {"ema": {name: state["ema"][name] for name in powers}},
+        holds=lambda samples: process.world.on_main(lambda: is_complete(final_folder(store.root, samples))),
+    )
+
+
+def _meta_of_start(inputs: Inputs, process: Process) -> dict[str, Any]:
+    """The part of every checkpoint's meta that is the same during a start of the run."""
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "card": inputs.card.model_dump(mode="json"),
+        **inputs.identity,
+        "incarnation": process.start.number,
+        "wandb_id": read_wandb_id(inputs.folder),
+        "versions": versions(),
+    }
+
+
+def _meta(of_start: dict[str, Any], bad_samples: BadSampleList, divergence: Divergence) -> dict[str, Any]:
+    return {"bad_samples": bad_samples.known, "divergence": divergence.dump(), **of_start}
+
+
+def _progress(
+    mixture: Mixture, schedule: Schedule, bad_samples: BadSampleList, divergence: Divergence, clock: Clock
+) -> Row:
+    """Figures of a row of metrics that tell how far the run is at `clock`; see Telemetry.progress."""
+    return {
+        "train/learning_rate": schedule.learning_rate_to(clock.samples),
+        **dict(_epochs(mixture, clock.position)),
+        "data/bad_samples": len(bad_samples),
+        "faults/skipped_steps": divergence.num_skipped,
+    }
+
+
+def _epochs(mixture: Mixture, position: int) -> Iterator[tuple[str, float]]:
+    """Metrics of how often each dataset was read, and, where it has several buckets, the least and the most read."""
+    for name, epochs in mixture.epochs(position).items():
+        of_dataset = f"/{name}" if len(mixture.names) > 1 else ""
+        yield f"data/epoch{of_dataset}", epochs.mean
+        if epochs.num_buckets > 1:
+            yield f"data/epoch_min{of_dataset}", epochs.lowest
+            yield f"data/epoch_max{of_dataset}", epochs.highest
+
+
+def mean_flops(recipe: TrainRecipe, mixture: Mixture) -> float:
+    """FLOPs of training on one sample: the mean over the mixture, whose clips may be smaller than the largest."""
+    model = recipe.model
+    if not isinstance(model, VideoModelConfig) or mixture.text is None:
+        return training_flops(model)
+    total = 0.0
+    for dataset, share in zip(mixture.datasets, mixture.shares, strict=True):
+        for group, size in shape_sizes(dataset).items():
+            channels, *frames, height, width = dataset.manifest.groups[group].shape
+            shape = (channels, max([*frames, model.patch_frames]), height, width)
+            clip = model.model_copy(update={"latent_shape": shape})
+            flops = training_flops(
+                clip,
+                text_length=mixture.text.info.config.max_length,
+                num_times=clip.num_groups if recipe.diffusion.time.per_frame_group else 1,
+            )
+            total += share * size / len(dataset) * flops
+    return total
+
+
+def _mfu(recipe: TrainRecipe, mixture: Mixture, world: World) -> Callable[[float], float] | None:
+    """Samples per second -> model FLOPs utilisation; None where the device's peak is not known."""
+    if world.device.type != "cuda":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(), recipe.compute.precision)
+    flops = mean_flops(recipe, mixture)
+    return None if peak is None else lambda samples_per_s: mfu(samples_per_s, flops, world.size, peak)
