@@ -75,7 +75,9 @@ def test_a_controller_that_is_restarted_is_waited_for(slurm: SlurmCluster, tmp_p
 def test_a_start_that_slurm_gave_up_does_not_disturb_the_next(slurm: SlurmCluster, tmp_path: Path) -> None:
     """Its node was taken for dead, and wakes up."""
     end = f'source {SCRIPT}; SLURM_RESTART_COUNT=7; mkdir -p "{tmp_path}/a job folder/attempts/$SLURM_JOB_ID-7"; '
-    end += f'touch "{tmp_path}/a job folder/attempts/$SLURM_JOB_ID-7/requeue"; pomscale_end 75 "{tmp_path}/a job folder"'
+    end += (
+        f'touch "{tmp_path}/a job folder/attempts/$SLURM_JOB_ID-7/requeue"; pomscale_end 75 "{tmp_path}/a job folder"'
+    )
     job_id = submit(slurm, tmp_path, before=end)
     slurm.wait_for(job_id, "FAILED")
     assert starts(tmp_path) == [f"{job_id}-0", f"{job_id}-7"]
