@@ -1,1 +1,1 @@
-"""The job folder: what a job is and what it leaves."""
+"""The job folder: descriptions of a job, and of the files that it leaves."""

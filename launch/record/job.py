@@ -1,4 +1,4 @@
-"""What a job is, and what it leaves in its job folder: the run folder, or the folder of another kind of job.
+"""A job and the files in its job folder, which is the run folder or the folder of another kind of job.
 
     JOB_FOLDER/job.json               commands and processes of the job (JobSpec); read by every start of the job
     JOB_FOLDER/launch.json            how the job was launched (LaunchedAs); `pomscale runs resume` needs it
@@ -135,7 +135,7 @@ class Submission(Stored):
 
 @dataclass(frozen=True)
 class StartRecord(Stored):
-    """Where and when a start of a job runs.
+    """Hosts and time of a start of a job.
 
     hosts: by node; rank r runs on hosts[r // ranks_per_node]. newest_run_start: the number of the run's newest start
     when this start of the job began; later numbers belong to this start.

@@ -1,1 +1,1 @@
-"""The scheduler: what SLURM is asked and told."""
+"""The scheduler: adapters over the commands of SLURM."""

@@ -1,4 +1,4 @@
-"""From a recipe, or commands, and a request to a job that has been checked. Nothing is written here."""
+"""Preparation of a job: a recipe, or commands, and a request become a job that has been checked. Nothing is written."""
 
 from __future__ import annotations
 

@@ -18,24 +18,24 @@ SCRIPT = ROOT / "slurm" / "requeue.sh"
 # Its supervisor wants another start, once, without the hosts that are named.
 JOB = """
 name=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
-attempt="{home}/attempts/${{name:-$SLURM_JOB_ID}}-${{SLURM_RESTART_COUNT:-0}}"
+attempt="{job_folder}/attempts/${{name:-$SLURM_JOB_ID}}-${{SLURM_RESTART_COUNT:-0}}"
 mkdir -p "$attempt"
 if [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ]; then exit 0; fi
 {before}
 echo {suspects} > "$attempt/requeue"
 source {script}
-pomscale_end 75 "{home}"
+pomscale_end 75 "{job_folder}"
 """
 
 
 def submit(slurm: SlurmCluster, folder: Path, *options: str, suspects: str = "", before: str = "") -> str:
-    job_folder = folder / "a home"
+    job_folder = folder / "a job folder"
     text = JOB.format(job_folder=job_folder, suspects=suspects, before=before, script=SCRIPT)
     return slurm.submit(text, "--requeue", *options, cwd=folder)
 
 
 def starts(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "a home" / "attempts").iterdir())
+    return sorted(path.name for path in (folder / "a job folder" / "attempts").iterdir())
 
 
 def test_every_task_of_an_array_is_requeued_by_itself(slurm: SlurmCluster, tmp_path: Path) -> None:
@@ -74,8 +74,10 @@ def test_a_controller_that_is_restarted_is_waited_for(slurm: SlurmCluster, tmp_p
 
 def test_a_start_that_slurm_gave_up_does_not_disturb_the_next(slurm: SlurmCluster, tmp_path: Path) -> None:
     """Its node was taken for dead, and wakes up."""
-    end = f'source {SCRIPT}; SLURM_RESTART_COUNT=7; mkdir -p "{tmp_path}/a home/attempts/$SLURM_JOB_ID-7"; '
-    end += f'touch "{tmp_path}/a home/attempts/$SLURM_JOB_ID-7/requeue"; pomscale_end 75 "{tmp_path}/a home"'
+    end = f'source {SCRIPT}; SLURM_RESTART_COUNT=7; mkdir -p "{tmp_path}/a job folder/attempts/$SLURM_JOB_ID-7"; '
+    end += (
+        f'touch "{tmp_path}/a job folder/attempts/$SLURM_JOB_ID-7/requeue"; pomscale_end 75 "{tmp_path}/a job folder"'
+    )
     job_id = submit(slurm, tmp_path, before=end)
     slurm.wait_for(job_id, "FAILED")
     assert starts(tmp_path) == [f"{job_id}-0", f"{job_id}-7"]

@@ -39,7 +39,7 @@ def job_folder(tmp_path: Path) -> Path:
 
 def shown(job_folder: Path, **options: object) -> list[str]:
     lines: list[str] = []
-    wanted: dict[str, object] = {"rank": 0, "lines": None, "attempt": None, "follow": False}
+    wanted: dict[str, object] = {"rank": 0, "lines": None, "start": None, "follow": False}
     show_logs(job_folder, show=lines.append, **(wanted | options))  # type: ignore[arg-type]
     return lines
 

@@ -77,7 +77,7 @@ def test_a_training_run(tiny_recipe: Path, tmp_path: Path) -> None:
     assert made.launched_as == LaunchedAs(
         "launch/recipe.yaml", "test", on.model_dump(mode="json"), 3, None, ["pomscale", "launch"]
     )
-    assert ClusterProfile.model_validate(json.loads(made.launched_as.to_json())["profile"]) == on
+    assert ClusterProfile.model_validate(json.loads(json.dumps(made.launched_as.to_dict()))["profile"]) == on
 
 
 def test_a_relative_output_lies_on_scratch_and_datasets_do_not(
