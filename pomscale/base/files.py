@@ -64,7 +64,7 @@ def _explained(path: Path) -> Iterator[None]:
     except OSError as error:
         raise PomscaleError(
             f"cannot write {path}: {error}. What was finished before is kept; "
-            f"make room and run the same command again to go on"
+            f"make room and run the same command again to continue"
         ) from error
 
 

@@ -20,9 +20,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from pomscale.config.load import load_train_recipe
     from pomscale.config.sweep import check_is_one_run
 
-    recipe = load_train_recipe(
-        arguments.recipe, arguments.overrides
-    )  # before torch, so that a typo is reported at once
+    # Before torch, so that a typo is reported at once.
+    recipe = load_train_recipe(arguments.recipe, arguments.overrides)
     check_is_one_run(recipe, arguments.recipe)
 
     with large_imports():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.derive.join import join
-from data_pipelines.shards import keys
+from data_pipelines.shards import equal_keys
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.shards.join import NO_ROW, open_join
 from pomscale.shards.schema import INDEX_NAME, read_manifest
@@ -19,7 +19,7 @@ def opened(main: Path, companion: Path) -> np.ndarray | None:
 
 @pytest.mark.parametrize("rows_at_once", [4, 1 << 22])
 def test_every_record_finds_its_companion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_at_once: int) -> None:
-    monkeypatch.setattr(keys.sorted_buckets, "__defaults__", (rows_at_once,))
+    monkeypatch.setattr(equal_keys.sorted_buckets, "__defaults__", (rows_at_once,))
     main, companion = tmp_path / "main", tmp_path / "text"
     write_dataset(main, [4, 3, 6], first_record=5, flip=True)
     write_dataset(companion, [10, 6], text=True, latents=False)

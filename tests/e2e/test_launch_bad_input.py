@@ -92,7 +92,7 @@ def test_a_machine_without_slurm(tiny_recipe: Path, cluster: Path, tmp_path: Pat
     assert done.stderr.startswith("error: scontrol: no such command here; is this a machine of a SLURM cluster?")
     assert not (tmp_path / "runs").exists()
     shown = run(["/usr/bin/env", f"PATH={tmp_path}", *words, "--dry-run"])
-    assert "SLURM     not on this machine, so it was not asked\n" in shown.stdout
+    assert "SLURM     not on this machine, so the job script was not tested\n" in shown.stdout
     assert "#SBATCH --ntasks-per-node=2\n" in shown.stdout
 
 

@@ -139,5 +139,5 @@ def test_the_runs_of_a_sweep_take_turns_on_one_machine(tiny_recipe: Path) -> Non
     (before,), (after,) = read_starts(first), read_starts(second)
     assert before.verdict is not None
     assert after.verdict is not None
-    assert after.start.started_unix_s >= before.verdict.decided_unix_s
+    assert after.record.started_unix_s >= before.verdict.decided_unix_s
     assert (outcome(first)["state"], outcome(second)["state"]) == ("finished", "finished")

@@ -70,7 +70,7 @@ def test_a_job_that_cannot_even_start(slurm: SlurmCluster, tmp_path: Path, chang
     assert report.exit_code == 1
     assert _failed(report) == ["job", "ranks"]
     assert words in str(report)
-    log = next(finding for finding in report.findings if finding.subject == "job").remedy.split()[0]
+    log = next(finding for finding in report.findings if finding.subject == "job").remedy.split()[1]
     assert words in Path(log).read_text()
 
 

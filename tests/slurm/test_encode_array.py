@@ -115,7 +115,7 @@ def test_tasks_that_are_killed_and_preempted_leave_no_gap(slurm: SlurmCluster, t
     preempted = [found for task, found in starts.items() if len(found) > 1 and not task.endswith("_3")]
     assert preempted, ends
     for found in preempted:
-        assert found[0].start.hosts == [elsewhere]
+        assert found[0].record.hosts == [elsewhere]
         assert found[0].verdict is not None
         assert found[0].verdict.action == "requeue"
 
@@ -125,5 +125,5 @@ def test_tasks_that_are_killed_and_preempted_leave_no_gap(slurm: SlurmCluster, t
     assert f"0 of {NUM_PICTURES // 25} parts made, {NUM_PICTURES // 25} were there" in log.read_text()
     assert f"{NUM_PICTURES:,} samples in {NUM_PICTURES // 25} shards" in log.read_text()
     made_unix_s = (latents / MANIFEST_NAME).stat().st_mtime
-    verified = read_starts(job_folder.with_name("verify"))[0].start
+    verified = read_starts(job_folder.with_name("verify"))[0].record
     assert made_unix_s < verified.started_unix_s

@@ -142,7 +142,7 @@ def test_a_killed_rank_is_started_again_elsewhere(
     first, second = run.finish()
     assert first.verdict is not None
     assert first.verdict.reason == f"rank 1 on {node} was killed by SIGKILL"
-    assert node not in second.start.hosts
+    assert node not in second.record.hosts
     assert_one_run(run, reference, 2)
 
 
@@ -169,7 +169,7 @@ def test_a_node_that_goes_down_and_leaves_a_rank_behind(
     assert first.verdict is not None
     assert first.verdict.reason == f"node failure: {node}"
     assert excluded(slurm, run.job_id) == node
-    assert node not in second.start.hosts
+    assert node not in second.record.hosts
     assert_one_run(run, reference, 2)
 
 

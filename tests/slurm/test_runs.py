@@ -133,7 +133,7 @@ def test_slurm_is_away(slurm: SlurmCluster, tmp_path: Path, digits: Path, monkey
             patch.setitem(slurm.environment, "SLURM_CONF", str(config))
             told = pomscale(slurm, "runs", str(run.folder))
             assert "warning: squeue" in told
-            assert "the states are what the run folders tell" in told
+            assert "the states are those in the run folders" in told
             assert " running " in told
             assert "is SLURM's, and squeue" in pomscale(slurm, "runs", "cancel", str(run.folder), expect=1)
     finally:

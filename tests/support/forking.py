@@ -32,6 +32,7 @@ import sys
 import tempfile
 import threading
 import types
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -125,7 +126,12 @@ class ForkedPopen(subprocess.Popen):
             self._close_pipe_fds(*(given[name] for name in pipes))  # type: ignore[attr-defined]
 
     def _fork(self, request: _Request, streams: list[int]) -> int:
-        return _server().fork(request, streams)
+        try:
+            return _server().fork(request, streams)
+        except ServerGone as gone:  # the request has not been received, so nothing is started twice
+            warnings.warn(f"{gone}; another one is started", stacklevel=2)
+            stop_server()
+            return _server().fork(request, streams)
 
 
 def fork_commands() -> None:
@@ -136,6 +142,10 @@ def fork_commands() -> None:
         return (ForkedPopen if may_fork(command, options) else really)(command, **options)
 
     subprocess.Popen = popen  # type: ignore[misc, assignment]
+
+
+class ServerGone(Exception):
+    """The server has ended before it received a request."""
 
 
 class _Server:
@@ -155,11 +165,14 @@ class _Server:
         assert self._socket.recv(64), "the server of forks cannot import what it is to have"
 
     def fork(self, request: _Request, streams: list[int]) -> int:
-        """Number of the new process, a child of this one."""
+        """Return the number of the new process, a child of this one. ServerGone if the server does not listen."""
         with self._lock, _adopting():
-            _send(self._socket, request, streams)
+            try:
+                _send(self._socket, request, streams)
+            except (BrokenPipeError, ConnectionResetError) as error:
+                raise ServerGone(f"the server of forks has ended: exit code {self._process.wait()}") from error
             answer = self._socket.recv(64)
-        assert answer, f"the server of forks has ended: {self._process.poll()}"
+        assert answer, f"the server of forks has ended: exit code {self._process.wait()}"
         return int(answer)
 
     def stop(self) -> None:

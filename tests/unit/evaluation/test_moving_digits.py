@@ -191,7 +191,7 @@ def test_evaluation_of_the_wrong_thing(clips: Path, tmp_path: Path, which: str) 
     np.savez(npz, clips=np.zeros(shape, np.uint8), prompts=np.array([prompt]), seeds=[0])
     told = {
         "npz": r"not a file of `pomscale sample --npz`",
-        "folder": r"no clips here; write them: python -m data_pipelines\.videos\.moving_digits",
+        "folder": r"no clips here; write them: python -m data_pipelines\.demos\.moving_digits",
         "digit": r"asks for \['five'\]",
         "canvas": r"frames of \(64, 128\) are no multiple of the generated ones, \(12, 16\)",
     }[which]

@@ -52,7 +52,7 @@ def test_full_info_asks_for_more_videos_where_static_ones_are_chosen(tmp_path: P
         ("p.txt", " \n\n", "there is no prompt in it"),
         ("p.txt", "a\nup/down\n", "line 2: 'up/down' has a slash"),
         ("p.txt", "a\0b", "line 1: .*NUL"),
-        ("p.txt", "ü" * 130, "line 1: 'ü+'... makes a file name of 266 bytes, and 255 is the most"),
+        ("p.txt", "ü" * 130, "line 1: 'ü+'... makes a file name of 266 bytes; the most is 255"),
         ("p.json", "[", "cannot be read as JSON"),
         ("p.json", "[]", "there is no prompt"),
         ("p.json", '{"a cat": 5}', "entry 0 has no prompt_en"),
