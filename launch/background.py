@@ -21,7 +21,7 @@ from submitit import LocalExecutor
 from launch.task import LocalTask
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder
-from pomscale.runs.layout import SUBMITIT_FOLDER
+from pomscale.runs.layout import CONTROLLER_LOG_FILE, SUBMITIT_FOLDER
 
 _LOOK_EVERY_S = 0.02
 _FOREVER_MIN = 10 * 365 * 24 * 60  # submitit's own limit is two minutes
@@ -36,7 +36,7 @@ def main() -> None:
         executor.update_parameters(
             timeout_min=_FOREVER_MIN, gpus_per_node=num_gpus, visible_gpus=_visible_gpus(num_gpus), tasks_per_node=1
         )
-        answer = _leave_the_terminal(job_folder / SUBMITIT_FOLDER / "controller.log")
+        answer = _leave_the_terminal(job_folder / CONTROLLER_LOG_FILE)
         job = executor.submit(LocalTask(str(job_folder)))
         controller = psutil.Process(int(job.job_id))
         # Wait until the controller has a child to forward a request to end to.

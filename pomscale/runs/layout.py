@@ -105,7 +105,7 @@ ATTEMPTS_FOLDER = "attempts"
 START_FILE, VERDICT_FILE, END_FILE, REQUEUE_FILE = "start.json", "verdict.json", "end", "requeue"
 LOGS_FOLDER = "logs"
 SUBMITIT_FOLDER = "submitit"
-CONTROLLER_LOG_FILE = "submitit/controller.log"
+CONTROLLER_LOG_FILE = f"{SUBMITIT_FOLDER}/controller.log"
 
 
 def claim_path(run_folder: Path, start: int) -> Path:
