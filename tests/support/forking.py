@@ -32,7 +32,6 @@ import sys
 import tempfile
 import threading
 import types
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -126,12 +125,7 @@ class ForkedPopen(subprocess.Popen):
             self._close_pipe_fds(*(given[name] for name in pipes))  # type: ignore[attr-defined]
 
     def _fork(self, request: _Request, streams: list[int]) -> int:
-        try:
-            return _server().fork(request, streams)
-        except ServerGone as gone:  # the request has not been received, so nothing is started twice
-            warnings.warn(f"{gone}; another one is started", stacklevel=2)
-            stop_server()
-            return _server().fork(request, streams)
+        return _server().fork(request, streams)
 
 
 def fork_commands() -> None:
@@ -142,10 +136,6 @@ def fork_commands() -> None:
         return (ForkedPopen if may_fork(command, options) else really)(command, **options)
 
     subprocess.Popen = popen  # type: ignore[misc, assignment]
-
-
-class ServerGone(Exception):
-    """The server has ended before it received a request."""
 
 
 class _Server:
@@ -165,12 +155,10 @@ class _Server:
         assert self._socket.recv(64), "the server of forks cannot import what it is to have"
 
     def fork(self, request: _Request, streams: list[int]) -> int:
-        """Return the number of the new process, a child of this one. ServerGone if the server does not listen."""
+        """Return the number of the new process, a child of this one."""
+        assert self._process.poll() is None, f"the server of forks has ended: exit code {self._process.returncode}"
         with self._lock, _adopting():
-            try:
-                _send(self._socket, request, streams)
-            except (BrokenPipeError, ConnectionResetError) as error:
-                raise ServerGone(f"the server of forks has ended: exit code {self._process.wait()}") from error
+            _send(self._socket, request, streams)
             answer = self._socket.recv(64)
         assert answer, f"the server of forks has ended: exit code {self._process.wait()}"
         return int(answer)

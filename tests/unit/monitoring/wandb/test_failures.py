@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from pomscale.base.errors import InputError
@@ -33,15 +32,21 @@ from support.wandb_folder import (
 from support.wandb_server import KEY, wandb_server
 
 
+def kill_wandb() -> None:
+    """Kill wandb's processes, and no others: servers of other tests are children of this process, too."""
+    for service in wandb_services():
+        for process in [*service.children(recursive=True), service]:
+            process.kill()
+            process.wait()
+
+
 def test_a_wandb_that_dies_is_started_again_and_misses_nothing(
     run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(wandb_sink, "_RETRY_EVERY_S", 1.0)
     sink = WandbSink(run, WandbConfig(), "digits", {})
     sink.log(8, {"train/loss": 1.0})
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-        child.wait()
+    kill_wandb()
     for samples in (16, 24):
         sink.log(samples, {"train/loss": 1.0})
     time.sleep(1.0)
@@ -57,9 +62,7 @@ def test_a_wandb_that_dies_is_started_again_and_misses_nothing(
 def test_a_wandb_that_dies_after_the_last_row_is_started_again_at_the_end(run: Path) -> None:
     sink = WandbSink(run, WandbConfig(), "digits", {})
     sink.log(8, {"train/loss": 1.0})
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-        child.wait()
+    kill_wandb()
     sink.close()
     assert logged_samples(run)[-1] == [8]
 
