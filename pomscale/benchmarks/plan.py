@@ -203,13 +203,13 @@ def _compare_deepspeed(report: BenchReport, stage: int) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         print(f"ZeRO-{stage}: DeepSpeed is not installed, so this is not measured")
         return
-    _add(report, f"dipom-B, ZeRO-{stage}", deepspeed_recipe(stage), _NUM_RANKS, *measure_deepspeed(stage))
+    _add(report, f"dipom-B, ZeRO-{stage}", deepspeed_recipe(stage, "B"), _NUM_RANKS, *measure_deepspeed(stage, "B"))
 
 
-def measure_deepspeed(stage: int) -> tuple[int, int]:
-    """Call `measure` for `deepspeed_recipe(stage)` in a process of its own."""
+def measure_deepspeed(stage: int, size: str) -> tuple[int, int]:
+    """Call `measure` for `deepspeed_recipe(stage, size)` in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _ONE_STAGE, str(stage), str(_NUM_RANKS)],
+        [sys.executable, "-W", "ignore", "-c", _ONE_STAGE, str(stage), size, str(_NUM_RANKS)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         stdout=subprocess.PIPE,
         text=True,
@@ -222,13 +222,14 @@ def measure_deepspeed(stage: int) -> tuple[int, int]:
 _ONE_STAGE = """
 import sys
 from pomscale.benchmarks.plan import deepspeed_recipe, measure, pretended_world
-with pretended_world(int(sys.argv[2])) as world:
-    print(*measure(deepspeed_recipe(int(sys.argv[1])), world))
+with pretended_world(int(sys.argv[3])) as world:
+    print(*measure(deepspeed_recipe(int(sys.argv[1]), sys.argv[2]), world))
 """
 
 
-def deepspeed_recipe(stage: int) -> TrainRecipe:
-    return make_recipe("dipom", _SIZES["B"], {"deepspeed": {"zero_stage": stage}}, _NUM_RANKS)
+def deepspeed_recipe(stage: int, size: str) -> TrainRecipe:
+    """Build the recipe of a ZeRO stage at one of _SIZES."""
+    return make_recipe("dipom", _SIZES[size], {"deepspeed": {"zero_stage": stage}}, _NUM_RANKS)
 
 
 def _add(report: BenchReport, what: str, recipe: TrainRecipe, num_ranks: int, peak: int, resident: int) -> None:

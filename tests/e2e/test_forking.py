@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from typing import Any
 import psutil
 import pytest
 
-from support.forking import ForkedPopen, may_fork
+from support.forking import ForkedPopen, may_fork, standing_in
 from support.paths import ROOT
 from support.running import ENVIRONMENT, UNHURRIED, open_process
 
+STAND_IN = ROOT / "tests" / "support" / "stand_in.py"
 SEEN = """
 import json, os, signal, sys, tempfile
 print(json.dumps({
@@ -85,7 +87,8 @@ def test_it_ends_as_it_would_end(tmp_path: Path, program: str, code: int) -> Non
     forked, real = (ended(kind, [sys.executable, str(path)]) for kind in (ForkedPopen, subprocess.Popen))
     assert forked[:2] == real[:2]
     assert forked[0] == code
-    assert forked[2].splitlines()[-1:] == real[2].splitlines()[-1:]
+    # Among others: what is preloaded may have more to say at its end, as triton's bindings do with torch 2.15.
+    assert set(real[2].splitlines()[-1:]) <= set(forked[2].splitlines())
 
 
 def test_signals_reach_it_and_it_is_gone_once_waited_for(tmp_path: Path) -> None:
@@ -143,3 +146,65 @@ def test_what_starts_for_real(tmp_path: Path) -> None:
     assert not may_fork(command, {"env": ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}})
     with open_process(["true"]) as process:
         assert not isinstance(process, ForkedPopen)
+
+
+def stood_in(words: list[str], **options: Any) -> subprocess.Popen[str]:
+    """Start a stand-in, as a guard does for a rank; what it asks for runs as a fork, or for real."""
+    command = [sys.executable, "-I", "-S", str(STAND_IN), standing_in()["FORKED_RANKS"], str(ROOT), *words]
+    pipe = subprocess.PIPE
+    options = {"env": ENVIRONMENT, "process_group": 0, "stdout": pipe, "stderr": pipe, "text": True, **options}
+    return subprocess.Popen(command, **options)
+
+
+def test_what_is_stood_in_for_sees_what_a_rank_would_see(script: Path, tmp_path: Path) -> None:
+    options = {"cwd": tmp_path, "env": ENVIRONMENT | {"SEEN": "é", "PYTHONSAFEPATH": "1"}, "stdin": subprocess.DEVNULL}
+    with stood_in(["-u", str(script), "a b"], **options) as process:
+        out, err = process.communicate(timeout=120)
+    real = subprocess.run(
+        [sys.executable, "-u", script, "a b"], process_group=0, capture_output=True, text=True, check=True, **options
+    )
+    ours, theirs = json.loads(out), json.loads(real.stdout)
+    assert (process.returncode, err) == (0, real.stderr)
+    assert theirs.pop("parent") == os.getpid()
+    for seen in (ours, theirs):
+        for key in ("parent", "descriptors", "path"):  # with PYTHONSAFEPATH the script's folder is not on the path
+            seen.pop(key, None)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [
+        ("raise SystemExit(75)", 75),
+        ("1 / 0", 1),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
+    ],
+)
+def test_a_stand_in_ends_as_its_rank_ends(program: str, code: int) -> None:
+    with stood_in(["-c", program]) as process:
+        assert process.wait(120) == code
+
+
+def test_a_stand_in_passes_signals_on_and_takes_its_rank_along() -> None:
+    program = "import os, signal, time; signal.signal(signal.SIGUSR2, lambda *_: print('heard', flush=True))\n"
+    with stood_in(["-u", "-c", f"{program}print(os.getpid())\ntime.sleep(300)"]) as process:
+        assert process.stdout is not None
+        rank = psutil.Process(int(process.stdout.readline()))
+        assert rank.pid != process.pid
+        process.send_signal(signal.SIGUSR2)
+        assert process.stdout.readline() == "heard\n"
+        process.kill()
+        psutil.wait_procs([rank], timeout=60)
+        assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_stand_in_becomes_the_rank_where_a_fork_would_be_another(tmp_path: Path) -> None:
+    who = ["-c", "import os; print(os.getpid())"]
+    code = {"PYTHONPATH": str(tmp_path)}
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    for environment, is_real in ((code, False), ({"TORCH_LOGS": "all"}, True), (code, True)):
+        with stood_in(who, env=ENVIRONMENT | environment) as process:
+            out, err = process.communicate(timeout=120)
+            assert (int(out) == process.pid) == is_real, err
+        (tmp_path / "launch" / "held.py").write_text("other = 1\n")

@@ -114,11 +114,13 @@ def recipe(digits: Path, tmp_path: Path) -> Iterator[Path]:
                     process.kill()
 
 
-def launch(recipe: Path, *overrides: str, num_ranks: int = 2, **options: Any) -> Job:
-    """Whoever comes late finds it in the middle all the same: there it waits until it is asked to stop, or let go."""
+def launch(recipe: Path, *overrides: str, num_ranks: int = 2, forked: bool = True, **options: Any) -> Job:
+    """Launch a run that waits in the middle, until it is asked to stop or let go. forked: its ranks are."""
     words = ["launch", str(recipe), "--cluster", "local", "--set", f"ranks_per_node={num_ranks}"]
     words += ["--set", "cpus_per_node=2", "--set", "gpus_per_node=0"]
     environment = held_at(recipe.parent / "held", MIDDLE + 5 * GLOBAL_BATCH, STEP_S)
+    if not forked:
+        del environment["FORKED_RANKS"]
     pomscale(*words, *OVERRIDES, *overrides, env=environment, **options)
     job_folder = recipe.parent / "runs" / "tiny"
     return Job(job_folder, controller_of(job_folder))
@@ -206,7 +208,8 @@ def test_want_of_memory_is_its_own_fault(recipe: Path) -> None:
     group = GROUPS / f"pomscale-test-{os.getpid()}"
     group.mkdir()
     (group / "memory.limit_in_bytes").write_text(str(150 * 2**20))
-    job = launch(recipe, num_ranks=1, preexec_fn=lambda: (group / "cgroup.procs").write_text("0"))
+    # The server of forks is no member of the group.
+    job = launch(recipe, num_ranks=1, forked=False, preexec_fn=lambda: (group / "cgroup.procs").write_text("0"))
     (only,) = job.finish()
     assert verdict(only).action == "fail", job.told()
     assert "host memory ran out" in verdict(only).reason

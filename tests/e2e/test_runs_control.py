@@ -16,6 +16,7 @@ from launch.status.runs import RunSummary, summarize
 from launch.submission.control import cancel, requeue, resume
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.runs.starts import Start
+from support.forking import standing_in
 from support.running import (
     GLOBAL_BATCH,
     UNHURRIED,
@@ -52,7 +53,7 @@ def recipe(digits: Path, tmp_path: Path) -> Path:
 def job_folder(recipe: Path) -> Iterator[Path]:
     """Of a local job that runs; nothing of it is left behind."""
     job_folder = recipe.parent / "runs" / "tiny"
-    pomscale("launch", recipe, "--cluster", "local", *OVERRIDES, env=UNHURRIED)
+    pomscale("launch", recipe, "--cluster", "local", *OVERRIDES, env=UNHURRIED | standing_in())
     try:
         wait_until_it_trains(job_folder)
         yield job_folder

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from support.cluster import SlurmCluster, missing_packages
+from support.forking import standing_in
 from support.running import UNHURRIED
 
 
@@ -44,7 +45,7 @@ def _running(*, accounting: bool) -> Iterator[SlurmCluster]:
     if missing := missing_packages(accounting=accounting):
         pytest.skip(f"a SLURM cluster needs: apt-get install {' '.join(missing)}")
     with SlurmCluster(accounting=accounting) as cluster:
-        cluster.environment["PYTHONPATH"] = UNHURRIED["PYTHONPATH"]
+        cluster.environment |= {"PYTHONPATH": UNHURRIED["PYTHONPATH"], **standing_in()}
         yield cluster
 
 

@@ -147,9 +147,15 @@ def test_a_killed_rank_is_started_again_elsewhere(
 
 
 def test_a_node_that_goes_down_and_leaves_a_rank_behind(
-    slurm: SlurmCluster, tmp_path: Path, digits: Path, reference: dict[int, float], held: Path
+    slurm: SlurmCluster,
+    tmp_path: Path,
+    digits: Path,
+    reference: dict[int, float],
+    held: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its daemon is dead, so nobody ends the ranks there: they must not write any more."""
+    monkeypatch.delitem(slurm.environment, "FORKED_RANKS")  # SIGSTOP is for the rank itself
     run = launch(slurm, tmp_path, digits)
     run.wait_for_samples(MIDDLE)
     guard, stale = run.rank(0).parent(), run.rank(1)

@@ -8,6 +8,10 @@ command gets arguments, environment, working folder, standard streams, session a
 which commands must be started for real all the same. The ranks of `python -m torch.distributed.run` are forked as well:
 torchrun itself runs, only the starts of its workers are replaced.
 
+The ranks that a guard starts, of local and of SLURM jobs, are children of the guard, so they cannot be forked by the
+server. `standing_in` gives such a job variables by which its guards start a small process in the place of each rank
+(support.stand_in), and that one asks for a fork.
+
 What differs from a real start: modules are there already, /proc shows the server's command line and environment, and
 hashes of strings are the same in all commands.
 """
@@ -25,6 +29,7 @@ import json
 import os
 import re
 import runpy
+import selectors
 import signal
 import socket
 import subprocess
@@ -34,7 +39,7 @@ import threading
 import types
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,7 +52,7 @@ _MESSAGE_BYTES = 1 << 20
 _QUICK_COMPILATION = {"TORCHINDUCTOR_VEC_ISA_OK": "1", "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
 # Variables that the interpreter or a library reads when it starts; these few are set before the command runs, or later.
 _READ_AT_START = ("PYTHON", "LD_", "TORCH", "OMP_", "MKL_", "CUDA_", "LC_", "LANG", "MPL")
-_SET_BY_US = ("PYTHONPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_", *_QUICK_COMPILATION)
+_SET_BY_US = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_", *_QUICK_COMPILATION)
 _OPTIONS = {"args", "stdin", "stdout", "stderr", "text", "env", "cwd", "start_new_session", "process_group", "bufsize"}
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -58,13 +63,17 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", **_QUICK_COMPILATION}
 
 @dataclass(frozen=True)
 class _Request:
-    """A command for a forked process; its standard streams come along as file descriptors."""
+    """A command for a forked process; its standard streams come along as file descriptors.
+
+    blocked: numbers of the signals that wait until the process unblocks them.
+    """
 
     command: list[str]
     environment: dict[str, str]
     folder: str
     new_session: bool
     process_group: int
+    blocked: list[int] = field(default_factory=list)
 
 
 # The side of the tests
@@ -145,12 +154,17 @@ class _Server:
         self.owner = os.getpid()
         self._lock = threading.Lock()
         self._socket, theirs = _connected()
-        with theirs:
+        # Not under pytest's folders: the path of a socket has at most 107 characters.
+        self._folder = tempfile.TemporaryDirectory(prefix="forks-")
+        self.path = f"{self._folder.name}/socket"
+        with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(self.path)
+            listener.listen(64)
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
+                [sys.executable, __file__, str(theirs.fileno()), str(listener.fileno())],
                 stdin=subprocess.DEVNULL,
                 env=ENVIRONMENT,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), listener.fileno()],
             )
         assert self._socket.recv(64), "the server of forks cannot import what it is to have"
 
@@ -166,6 +180,7 @@ class _Server:
     def stop(self) -> None:
         self._socket.close()
         self._process.wait()
+        self._folder.cleanup()
 
 
 _running: _Server | None = None
@@ -185,6 +200,14 @@ def stop_server() -> None:
     if _running is not None and _running.owner == os.getpid():
         _running.stop()
     _running = None
+
+
+def standing_in() -> dict[str, str]:
+    """Return the variables of a job whose guards are to have their ranks forked; unhurried/sitecustomize.py reads them.
+
+    Guards need UNHURRIED's PYTHONPATH for it. Ranks that a test stops by SIGSTOP must do without.
+    """
+    return {"FORKED_RANKS": _server().path}
 
 
 class _adopting:
@@ -222,26 +245,99 @@ def _receive(connection: socket.socket) -> tuple[_Request, list[int]] | None:
 # The side of the server and of what it forks
 
 
-def _serve(connection: socket.socket) -> tuple[_Request, list[int]] | None:
-    """Fork for each request. Returns it in the forked process; None in the server, at its end."""
-    while (received := _receive(connection)) is not None:
-        reading, writing = os.pipe()
-        if (between := os.fork()) == 0:
-            # The process between the two ends at once, so that the command becomes a child of who asked for it.
-            if (command := os.fork()) != 0:
-                os.write(writing, str(command).encode())
-                os._exit(0)
-            os.close(reading)
-            os.close(writing)
-            connection.close()
+class _StandIns:
+    """The ranks that the server has forked for stand-ins: each ends with its stand-in, which is told how it ended."""
+
+    def __init__(self, listener: socket.socket, selector: selectors.BaseSelector) -> None:
+        self._listener = listener
+        self._selector = selector
+        self._processes: dict[int, tuple[int, socket.socket]] = {}  # by their descriptors of os.pidfd_open
+        selector.register(listener, selectors.EVENT_READ, self._fork)
+
+    def _fork(self, _: object) -> tuple[_Request, list[int]] | None:
+        """Fork for a stand-in that has connected. Return the request in the forked process."""
+        stand_in = self._listener.accept()[0]
+        received = _receive(stand_in)
+        if received is None:  # killed before it has asked
+            stand_in.close()
+            return None
+        request, streams = received
+        is_same = _start_variables(request.environment) == _start_variables(ENVIRONMENT)
+        if is_same and (process := os.fork()) == 0:
             return received
-        os.close(writing)
-        for stream in received[1]:
+        for stream in streams:
             os.close(stream)
-        os.waitpid(between, 0)
-        connection.send(os.read(reading, 64))
+        with suppress(OSError):  # killed meanwhile
+            stand_in.send(str(process if is_same else 0).encode())
+        if not is_same:
+            stand_in.close()
+            return None
+        descriptor = os.pidfd_open(process)
+        self._processes[descriptor] = process, stand_in
+        self._selector.register(descriptor, selectors.EVENT_READ, self._ended)
+        self._selector.register(stand_in, selectors.EVENT_READ, lambda _: self._deserted(descriptor))
+        return None
+
+    def _deserted(self, descriptor: int) -> None:
+        """End the rank of a stand-in that has ended."""
+        _, stand_in = self._processes[descriptor]
+        self._selector.unregister(stand_in)
+        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+
+    def _ended(self, descriptor: int) -> None:
+        """Tell the stand-in of a rank that has ended."""
+        process, stand_in = self._processes.pop(descriptor)
+        status = os.waitpid(process, 0)[1]
+        self._selector.unregister(descriptor)
+        os.close(descriptor)
+        with suppress(KeyError):  # deserted
+            self._selector.unregister(stand_in)
+        with stand_in, suppress(OSError):
+            stand_in.send(str(status).encode())
+
+    def end_all(self) -> None:
+        for descriptor in self._processes:
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+
+
+def _serve(connection: socket.socket, listener: socket.socket) -> tuple[_Request, list[int]] | None:
+    """Fork for each request. Return it in the forked process; None in the server, at its end."""
+    with selectors.DefaultSelector() as selector:
+        stand_ins = _StandIns(listener, selector)
+        selector.register(connection, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is connection:
+                    received = _receive(connection)
+                    if received is None:
+                        stand_ins.end_all()
+                        return None
+                    is_forked = _fork_for(connection, received[1])
+                else:
+                    received = key.data(key.fileobj)
+                    is_forked = received is not None
+                if is_forked:
+                    return received
+
+
+def _fork_for(connection: socket.socket, streams: list[int]) -> bool:
+    """Fork a process that becomes a child of who asked for it. Return True in the forked process."""
+    reading, writing = os.pipe()
+    if (between := os.fork()) == 0:
+        # The process between the two ends at once, so that the command becomes a child of who asked for it.
+        if (command := os.fork()) != 0:
+            os.write(writing, str(command).encode())
+            os._exit(0)
         os.close(reading)
-    return None
+        os.close(writing)
+        return True
+    os.close(writing)
+    for stream in streams:
+        os.close(stream)
+    os.waitpid(between, 0)
+    connection.send(os.read(reading, 64))
+    os.close(reading)
+    return False
 
 
 def _become(request: _Request, streams: list[int]) -> None:
@@ -253,6 +349,7 @@ def _become(request: _Request, streams: list[int]) -> None:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    signal.pthread_sigmask(signal.SIG_SETMASK, request.blocked)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request.folder)
     path = [path for path in sys.path if path not in _python_path(os.environ)]
@@ -348,14 +445,14 @@ def main() -> None:
     """Be the server, on the socket whose number is the argument."""
     del sys.path[0]  # this folder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which then closes the socket
-    connection = socket.socket(fileno=int(sys.argv[1]))
+    connection, listener = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
     gc.disable()
     for name in _PRELOADED:
         importlib.import_module(name)
     gc.freeze()
     gc.enable()
     connection.send(b"ready")
-    received = _serve(connection)
+    received = _serve(connection, listener)
     if received is not None:
         try:
             _become(*received)

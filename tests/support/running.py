@@ -27,7 +27,7 @@ from launch.record.job import read_submissions
 from pomscale.checkpoint.store import find_checkpoint, read_meta, read_tensors
 from pomscale.pretrained.load import load_pretrained
 from pomscale.runs.history import samples_seen
-from support.forking import ENVIRONMENT, ForkedPopen, may_fork
+from support.forking import ENVIRONMENT, ForkedPopen, may_fork, standing_in
 from support.paths import TESTS
 
 _UNHURRIED = str(Path(__file__).with_name("unhurried"))
@@ -139,11 +139,12 @@ def wait_until(
 def held_at(file: Path, samples: int, step_s: float = 0.0) -> dict[str, str]:
     """The environment of a run that goes no further than `samples`, while the file is there and says so.
 
-    Until the test has met it: see tests/support/unhurried. 0 samples: not even a local job's controller goes on.
+    Until the test has met it: see tests/support/unhurried. 0 samples: not even a local job's controller goes on. The
+    ranks of jobs are forked.
     """
     file.write_text(str(samples))
     unhurried = {"PYTHONPATH": UNHURRIED["PYTHONPATH"], "UNHURRIED_S": str(step_s), "UNHURRIED_HELD": str(file)}
-    return {**ENVIRONMENT, **unhurried}
+    return {**ENVIRONMENT, **unhurried, **standing_in()}
 
 
 def controller_of(job_folder: Path) -> psutil.Process | None:

@@ -9,6 +9,7 @@ larger number. A request to stop ends the wait of a step.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from importlib.abc import MetaPathFinder
@@ -64,6 +65,24 @@ class _SlowDownOnImport(MetaPathFinder):
         spec.loader.exec_module = execute_and_slow_down  # type: ignore[method-assign]
         return spec
 
+
+def fork_ranks(socket: str) -> None:
+    """Start a stand-in (support.stand_in) in the place of each rank that this process, a guard, is about to start."""
+    support = Path(__file__).parents[1]
+    start = subprocess.Popen.__init__
+
+    def start_a_stand_in(process: Any, command: list[str], **options: Any) -> None:
+        rank = [sys.executable, "-u", "-m", "pomscale"]
+        if command[: len(rank)] == rank:
+            stand_in = [str(support / "stand_in.py"), socket, str(support.parents[1])]
+            command = [sys.executable, "-I", "-S", *stand_in, *command[1:]]
+        start(process, command, **options)
+
+    subprocess.Popen.__init__ = start_a_stand_in  # type: ignore[method-assign]
+
+
+if "FORKED_RANKS" in os.environ and sys.orig_argv[1:4] == ["-u", "-m", "launch.guard"]:
+    fork_ranks(os.environ["FORKED_RANKS"])
 
 if TRAINER in sys.modules:  # a process forked by support.forking
     slow_down(sys.modules[TRAINER])
