@@ -20,6 +20,7 @@ from data_pipelines.encode.progress import EncodeProgress
 from data_pipelines.encode.setup import Encoders, EncodeSetup, check_items_in_place, table_folder, variants_of
 from data_pipelines.shards.parts import PARTS_FOLDER, Claims, part_of, record_path, skipped_exit_code
 from data_pipelines.sources import build_source
+from data_pipelines.sources.protocol import Source
 from pomscale.base.console import warn
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder
@@ -132,7 +133,7 @@ def encode(
     make_folder(table_folder(recipe))
     with Claims(table_folder(recipe), several=task.count > 1) as claims:
         with claims.listing():
-            setup = _open_setup(recipe, encoders, rescan)
+            setup = _open_setup(recipe, encoders, rescan, only_failed)
         with (
             _monitor(recipe, task, len(setup.table)) as monitor,
             EncodeProgress(len(setup.table), progress, monitor) as display,
@@ -175,23 +176,31 @@ def forget_shards(output: Path, shard_names: list[str]) -> None:
         record_path(output / PARTS_FOLDER, part).unlink(missing_ok=True)
 
 
-def _open_setup(recipe: EncodeRecipe, encoders: Encoders, rescan: bool) -> EncodeSetup:
+def _open_setup(recipe: EncodeRecipe, encoders: Encoders, rescan: bool, only_failed: bool) -> EncodeSetup:
     """Return the setup, with the item table that the first task lists and all others read."""
     source = build_source(recipe.source)
     folder = table_folder(recipe)
     table = ItemTable.open(folder)
-    if table is not None and rescan:
-        before = table.fingerprint
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            if ItemTable.build(source, Path(temporary)).fingerprint != before:
-                raise InputError(f"source: it is not what it was when {recipe.output} was begun; choose another output")
     if table is None:
-        table = ItemTable.build(source, folder)
+        table, rescan = ItemTable.build(source, folder), False
     setup = EncodeSetup(recipe, source, table, encoders)
     for variant, store in zip(setup.variants, setup.stores, strict=True):
         store.adopt(setup.spec(variant))
         share_table(folder, store.folder)  # each size is a dataset of its own, to be verified and repaired alone
+    if rescan or (not table.is_current and (only_failed or setup.num_unrecorded())):
+        _check_listing(recipe, source, table)
+        table.mark_current(folder)
     return setup
+
+
+def _check_listing(recipe: EncodeRecipe, source: Source, table: ItemTable) -> None:
+    """List the source again; InputError if that gives other items than the table has."""
+    with tempfile.TemporaryDirectory(dir=table_folder(recipe)) as temporary:
+        if ItemTable.build(source, Path(temporary)).fingerprint != table.fingerprint:
+            reason = f"it is not what it was when {recipe.output} was begun"
+            if not table.is_current:
+                reason += ", or this version of pomscale lists it in another way (CHANGELOG.md says what has changed)"
+            raise InputError(f"source: {reason}; choose another output")
 
 
 class _Chosen:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipelines.encode.items import ItemOrder, ItemTable
-from data_pipelines.shards.parts import PARTS_FOLDER, EncodeSpec, PartStore
+from data_pipelines.shards.parts import PARTS_FOLDER, SOURCE_LOCATION, EncodeSpec, PartStore
 from data_pipelines.sources.protocol import Item, Source, SourceChangedError
 from pomscale.base.errors import InputError
 from pomscale.codecs import Codec, TextEncoder, build_codec, build_text_encoder
@@ -100,7 +100,7 @@ class EncodeSetup:
         """Return the specification of a variant's bytes."""
         recipe, location = self.recipe, {"path", "subfolder"}
         return EncodeSpec(
-            source=recipe.source.model_dump(mode="json", exclude={"path", "root"}),
+            source=recipe.source.model_dump(mode="json", exclude=SOURCE_LOCATION),
             source_fingerprint=self.table.fingerprint,
             num_items=len(self.table),
             shard_samples=recipe.shard_samples,

@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
+# Version of the rules by which all sources list their items. Raised where a source that has not changed may now have
+# other items, keys or locations; an encode that was begun under other rules then compares the two lists.
+LISTING_VERSION = 2
+
 
 class SourceChangedError(Exception):
     """An item is no longer as the scan saw it, or may not be read. The encoder lists it as failed and continues."""

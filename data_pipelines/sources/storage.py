@@ -42,6 +42,14 @@ def join(root: str, relative: str) -> str:
     return f"{root.rstrip('/')}/{relative}" if root else relative
 
 
+def is_hidden(path: str) -> bool:
+    """Return whether a relative path is hidden at any depth; programs that browse folders leave such files there.
+
+    Hidden are names that begin with a dot (.ipynb_checkpoints, .DS_Store, the ._NAME of macOS) and __MACOSX.
+    """
+    return any(part == "__MACOSX" or (part[:1] == "." and part not in {".", ".."}) for part in path.split("/"))
+
+
 # -- files by name -----------------------------------------------------------------------------------------------------
 
 

@@ -426,6 +426,37 @@ def test_another_source_is_another_encode(tmp_path: Path, make_recipe: MakeRecip
         encode(make_recipe(tmp_path, source=source | {"caption": "name"}), progress=False)
 
 
+def of_before(recipe: EncodeRecipe) -> None:
+    """Change what an encode left to what it left before sources had versions and a field `media`."""
+    folder = Path(recipe.output) / "parts"
+    totals, plan = (json.loads((folder / name).read_text()) for name in ("items.json", "plan.json"))
+    del totals["listing_version"], plan["source"]["media"]
+    (folder / "items.json").write_text(json.dumps(totals))
+    (folder / "plan.json").write_text(json.dumps(plan))
+
+
+def test_an_encode_of_before_goes_on_if_its_source_is_listed_as_then(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    write_blank(tmp_path / "in", 6)
+    subprocess.run("tar --sort=name -cf ../0.tar *", shell=True, check=True, cwd=tmp_path / "in")
+    source = {"kind": "tars", "path": str(tmp_path / "0.tar")}
+    recipe = make_recipe(tmp_path, source=source)
+    encode(recipe, progress=False)
+    before = contents(Path(recipe.output))
+    of_before(recipe)
+    (tmp_path / "0.tar").rename(tmp_path / "away.tar")
+    encode(recipe, progress=False)  # all is done, so the source may be away
+    (tmp_path / "away.tar").rename(tmp_path / "0.tar")
+    (tmp_path / "latents/parts/part-000000.json").unlink()
+    encode(recipe, progress=False)
+    assert {**contents(Path(recipe.output)), "parts/plan.json": b""} == {**before, "parts/plan.json": b""}
+    of_before(recipe)
+    items = tmp_path / "latents/parts/items.json"
+    items.write_text(items.read_text().replace(json.loads(items.read_text())["fingerprint"], "0" * 64))
+    (tmp_path / "latents/parts/part-000000.json").unlink()
+    with pytest.raises(InputError, match=r"this version of pomscale lists it in another way .*; choose another output"):
+        encode(recipe, progress=False)
+
+
 def test_failures_are_not_tried_again_where_the_source_is_away(pictures: Path, make_recipe: MakeRecipe) -> None:
     (pictures / "cat" / "00.png").write_bytes(b"damaged")
     recipe = make_recipe(pictures)
