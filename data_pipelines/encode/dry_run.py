@@ -66,5 +66,5 @@ def _source_line(recipe: EncodeRecipe, table: ItemTable) -> str:
     if table.num_problems:
         line += f", {table.num_problems:,} of them cannot be used"
     if table.num_ignored:
-        line += f", {table.num_ignored:,} other files ignored"
+        line += f", {table.num_ignored:,} other files and hidden folders ignored"
     return line

@@ -68,7 +68,7 @@ class EncodeReport:
     num_cut: int
     """Captions that this task cut to max_length tokens."""
     num_ignored: int
-    """Files of the source that are no items."""
+    """Files of the source that are no items, and hidden folders."""
     stopped: bool
     busy_share: float
     items_per_s: float
@@ -94,7 +94,7 @@ class EncodeReport:
         if self.num_cut:
             parts += f"; {self.num_cut:,} captions were cut to max_length tokens"
         if self.num_ignored:
-            parts += f"; {self.num_ignored:,} files of the source were ignored"
+            parts += f"; {self.num_ignored:,} files and hidden folders of the source were ignored"
         if self.stopped:
             return f"stopped on request: {parts}; finished parts are kept, run the same command again to continue"
         if self.num_elsewhere:

@@ -144,7 +144,7 @@ class ItemTable:
 
     @property
     def num_ignored(self) -> int:
-        """Number of files of the source that are no items."""
+        """Number of files of the source that are no items, and of hidden folders."""
         return self._totals.num_ignored
 
     @property

@@ -51,7 +51,7 @@ class Source(Protocol):
 
     @property
     def num_ignored(self) -> int:
-        """Number of files that are no items; known once `scan` has been read to its end."""
+        """Number of files that are no items, and of hidden folders; known once `scan` has been read to its end."""
 
     def scan(self) -> Iterator[Item]:
         """Yield every item, in an order that depends on the source alone.
