@@ -17,7 +17,14 @@ from data_pipelines.encode.finish import finish
 from data_pipelines.encode.items import ItemTable, share_table
 from data_pipelines.encode.part_encoder import PartEncoder
 from data_pipelines.encode.progress import EncodeProgress
-from data_pipelines.encode.setup import Encoders, EncodeSetup, check_items_in_place, table_folder, variants_of
+from data_pipelines.encode.setup import (
+    Encoders,
+    EncodeSetup,
+    check_items_in_place,
+    find_source,
+    table_folder,
+    variants_of,
+)
 from data_pipelines.shards.parts import PARTS_FOLDER, Claims, part_of, record_path, skipped_exit_code
 from data_pipelines.sources import build_source
 from data_pipelines.sources.protocol import Source
@@ -128,12 +135,13 @@ def encode(
         PomscaleError: Nothing could be encoded, the disk is full or storage fails.
     """
     # Checked before anything is written, and before a long listing of the source.
+    source = find_source(recipe, rescan)
     encoders = Encoders(recipe)
     variants_of(recipe, encoders)
     make_folder(table_folder(recipe))
     with Claims(table_folder(recipe), several=task.count > 1) as claims:
         with claims.listing():
-            setup = _open_setup(recipe, encoders, rescan, only_failed)
+            setup = _open_setup(recipe, source, encoders, rescan, only_failed)
         with (
             _monitor(recipe, task, len(setup.table)) as monitor,
             EncodeProgress(len(setup.table), progress, monitor) as display,
@@ -176,9 +184,10 @@ def forget_shards(output: Path, shard_names: list[str]) -> None:
         record_path(output / PARTS_FOLDER, part).unlink(missing_ok=True)
 
 
-def _open_setup(recipe: EncodeRecipe, encoders: Encoders, rescan: bool, only_failed: bool) -> EncodeSetup:
+def _open_setup(
+    recipe: EncodeRecipe, source: Source, encoders: Encoders, rescan: bool, only_failed: bool
+) -> EncodeSetup:
     """Return the setup, with the item table that the first task lists and all others read."""
-    source = build_source(recipe.source)
     folder = table_folder(recipe)
     table = ItemTable.open(folder)
     if table is None:

@@ -10,11 +10,12 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from data_pipelines.sources.faults import while_opening
 from data_pipelines.sources.storage import is_hidden, join, native
-from data_pipelines.sources.urls import is_url, list_url
+from data_pipelines.sources.urls import check_url, is_url, list_url
 from pomscale.base.errors import InputError
 
 # Names that are sorted in memory at once.
@@ -39,18 +40,36 @@ class Entry:
         return is_hidden(self.path.rpartition("/")[2])
 
 
+def check_folder(root: str) -> None:
+    """Raise InputError if the folder is missing or cannot be read; its entries are not listed."""
+    root = native(root)
+    with _about_source(root):
+        if is_url(root):
+            check_url(root)
+        else:
+            with while_opening(root):
+                os.scandir(root).close()
+
+
 def list_folder(root: str, folder: str = "") -> Iterator[Entry]:
     """Yield the entries of root/folder, sorted by name, following links.
 
     Raises InputError if the folder is missing or cannot be read.
     """
     root = native(root)
-    try:
+    with _about_source(join(root, folder)):
         yield from (_list_remote if is_url(root) else _list_local)(root, folder)
+
+
+@contextmanager
+def _about_source(path: str) -> Iterator[None]:
+    """Raise InputError where a folder cannot be had: it might hold a whole class, so the rest alone will not do."""
+    try:
+        yield
     except OSError as error:
-        # A folder that cannot be listed might hold a whole class, so the rest alone will not do.
-        path = error.filename or join(root, folder)
-        raise InputError(f"source.path: cannot read {path}: {error.strerror or error}; mend or remove it") from error
+        raise InputError(
+            f"source.path: cannot read {error.filename or path}: {error.strerror or error}; mend or remove it"
+        ) from error
 
 
 def walk(root: str, folder: str = "") -> Iterator[Entry]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from data_pipelines.sources import storage
-from data_pipelines.sources.folders import Entry, list_folder, walk
+from data_pipelines.sources.folders import Entry, check_folder, list_folder, walk
 from data_pipelines.sources.item_fields import checked_key, readable
 from data_pipelines.sources.protocol import Item
 from pomscale.base.errors import InputError
@@ -33,6 +33,9 @@ class ImageFolderSource:
     def num_ignored(self) -> int:
         """Number of files that are no PNG, JPEG or WebP, or hidden, and of hidden folders, each as one."""
         return self._num_ignored
+
+    def check_exists(self) -> None:
+        check_folder(self._root)
 
     def scan(self) -> Iterator[Item]:
         """Yield the pictures, class by class.

@@ -53,6 +53,9 @@ class Source(Protocol):
     def num_ignored(self) -> int:
         """Number of files that are no items, and of hidden folders; known once `scan` has been read to its end."""
 
+    def check_exists(self) -> None:
+        """Raise InputError if what the recipe names is not there. Items are not looked at, so this takes no time."""
+
     def scan(self) -> Iterator[Item]:
         """Yield every item, in an order that depends on the source alone.
 

@@ -49,6 +49,9 @@ class TarSource:
         """Number of members that belong to no sample."""
         return self._num_ignored
 
+    def check_exists(self) -> None:
+        self._files.find()
+
     def scan(self) -> Iterator[Item]:
         """Yield an item per sample; a damaged tar yields an item with a problem as well.
 

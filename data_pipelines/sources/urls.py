@@ -124,6 +124,14 @@ class RemoteFile(io.RawIOBase):
 # -- listings ----------------------------------------------------------------------------------------------------------
 
 
+def check_url(url: str) -> None:
+    """Look whether a folder is there. Raises the errors of `requested`."""
+    if is_http(url):
+        requested(url, _read_page)
+    else:
+        requested(url, lambda storage, path: storage.info(path))
+
+
 def list_url(url: str) -> list[tuple[str, bool, int | None]]:
     """Return name, whether it is a folder, and size in bytes if it is known, of all that lies in a folder.
 

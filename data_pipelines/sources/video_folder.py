@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
 from data_pipelines.sources import storage
-from data_pipelines.sources.folders import Entry, walk
+from data_pipelines.sources.folders import Entry, check_folder, walk
 from data_pipelines.sources.item_fields import checked_caption, checked_key, decode_text, readable
 from data_pipelines.sources.protocol import Item, SourceChangedError
 from pomscale.base.errors import InputError
@@ -36,6 +36,9 @@ class VideoFolderSource:
     def num_ignored(self) -> int:
         """Number of files that are neither clips nor captions, and of hidden files and folders."""
         return self._num_ignored
+
+    def check_exists(self) -> None:
+        check_folder(self._root)
 
     def scan(self) -> Iterator[Item]:
         """Yield the clips. Raises InputError if the folder is missing or cannot be read, or has no clip in it."""

@@ -167,6 +167,27 @@ def test_the_result_depends_on_neither_threads_nor_batches(pictures: Path, make_
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"kind": "image_folder", "path": "nowhere"},
+        {"kind": "image_folder", "path": "memory://nowhere"},
+        {"kind": "video_folder", "path": "nowhere"},
+        {"kind": "tars", "path": "nowhere/*.tar"},
+        {"kind": "table", "path": "nowhere.csv", "media": "{path}"},
+    ],
+)
+def test_the_source_is_looked_for_before_a_network(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, source: dict[str, str]
+) -> None:
+    """A network may be looked for on the internet, for half a minute."""
+    monkeypatch.setattr("data_pipelines.encode.setup.Encoders.__init__", lambda *_: pytest.fail("the network is first"))
+    recipe = make_recipe(Path(), source=source, transform={"size": 16})
+    for action in (encode, describe):
+        with pytest.raises(InputError, match=r"source\.path: .*nowhere"):
+            action(recipe)
+
+
 def test_an_output_of_another_encode_is_refused(pictures: Path, make_recipe: MakeRecipe) -> None:
     encode(make_recipe(pictures), progress=False)
     before = contents(pictures.parent / "latents")

@@ -485,6 +485,20 @@ def test_captions_of_a_dataset_behind_a_url(tmp_path: Path) -> None:
     storage.rm("/set", recursive=True)
 
 
+def test_small_tars_of_a_server_that_does_not_send_parts(tmp_path: Path) -> None:
+    """Asked for a part, it sends everything, and fsspec does not tell."""
+    write_tar(tmp_path / "a b.tar", [(f"{i}.png", bytes([i]) * 600) for i in range(3)])
+    local = scan(tars(tmp_path / "a b.tar"))
+    with FileServer(tmp_path) as server:
+        for name in ("a%20b.tar", "a b.tar"):
+            source = tars(f"{server.url}/{name}")
+            assert scan(source) == local
+            assert [content(source, item) for item in local] == [bytes([i]) * 600 for i in range(3)]
+        write_tar(tmp_path / "a b.tar", [(f"{i}.png", bytes([i]) * 600) for i in range(30)])
+        with pytest.raises(SourceChangedError, match="changed since it was listed"):
+            source.open(local[0])
+
+
 def test_a_damaged_shard_and_missing_captions(tmp_path: Path) -> None:
     manifest = write_dataset(tmp_path / "set", [3, 2], text=True)
     shard = tmp_path / "set" / manifest.shards[0].name
