@@ -131,4 +131,4 @@ def unreadable(source: str | Path, error: OSError) -> PomscaleError:
     """Return the error for a file that cannot be read, with a remedy for the machine or its storage."""
     default = "When the disk or the file server is back, run the same command again"
     remedy = _MACHINE_REMEDIES.get(error.errno or 0, default)
-    return PomscaleError(f"{source}: cannot be read: {error}. {remedy}")
+    return PomscaleError(f"{source}: cannot be read: {described(error)}. {remedy}")

@@ -168,6 +168,22 @@ def test_what_is_hidden_is_ignored_and_counted_at_any_depth(tmp_path: Path) -> N
     assert (source.class_names, source.num_ignored) == (("a",), len(hidden))
 
 
+def test_a_failing_server_is_not_taken_for_a_missing_file(tmp_path: Path) -> None:
+    """fsspec raises FileNotFoundError for whatever keeps it from asking for a size."""
+    with FileServer(tmp_path) as server:
+        url = f"{server.url}/0.tar"
+        for open_file in (storage.open_stream, lambda url: storage.open_large_item(url, 10)):
+            server.plan["0.tar"] = ["503"] * 4
+            with pytest.raises(
+                PomscaleError, match=r"0\.tar: cannot be read, 4 attempts failed: ClientResponseError: 503"
+            ):
+                open_file(url)
+        with pytest.raises(InputError, match=r"cannot read .*0\.tar: the server answers 404"):
+            storage.open_stream(url)
+        with pytest.raises(FileNotFoundError):
+            storage.open_large_item(url, 10)
+
+
 def test_the_fingerprint_follows_names_and_sizes_not_the_place(tmp_path: Path) -> None:
     for root in ("one", "two", "three", "four"):
         touch(tmp_path / root / "a" / ("2.png" if root == "four" else "1.png"), b"xxx" if root == "three" else b"xx")
