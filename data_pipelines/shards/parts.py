@@ -38,6 +38,8 @@ SOURCE_LOCATION = {"path", "root"}
 _LISTING = 2**40
 _FINISH = 2**40 + 1
 
+_SOURCE: TypeAdapter[SourceConfig] = TypeAdapter(SourceConfig)
+
 _RECORD_NAME = re.compile(r"part-(\d+)\.json")
 
 
@@ -66,7 +68,7 @@ class EncodeSpec(BaseModel):
     @classmethod
     def _complete(cls, source: dict[str, Any]) -> dict[str, Any]:
         """Give the fields that sources have gained since then their defaults, under which an encode goes on."""
-        config: SourceConfig = TypeAdapter(SourceConfig).validate_python({**source, "path": ""})
+        config = _SOURCE.validate_python({**source, "path": ""})
         return config.model_dump(mode="json", exclude=SOURCE_LOCATION)
 
 

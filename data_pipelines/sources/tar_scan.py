@@ -5,7 +5,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from data_pipelines.sources import storage
 from data_pipelines.sources.item_fields import readable
@@ -134,7 +134,8 @@ class TarScan:
 def _stored_bytes(header: tarfile.TarInfo) -> int:
     """Return how many bytes of contents lie in the tar; a sparse member's `size` is that of the file outside of it."""
     if header.issparse():
-        return sum(size for _, size in header.sparse)  # type: ignore[attr-defined]
+        extents: Any = header.sparse  # pairs of offset and size, whatever the stubs say
+        return sum(size for _, size in extents)
     return header.size if header.isreg() else 0
 
 
