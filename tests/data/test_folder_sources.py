@@ -141,22 +141,21 @@ def test_a_page_that_links_to_other_places_lists_its_own_folder_only(tmp_path: P
 
 
 def test_a_server_that_fails_for_a_while_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(location_module, "READ_TIMEOUT_S", 0.2)
     touch(tmp_path / "set" / "a" / "1.png", b"picture")
     with FileServer(tmp_path) as server:
         source = image_folder(f"{server.url}/set")
         server.plan["a"] = ["503"]
         (item,) = scan(source)
-        for trouble in ("503", "cut", "hold"):
-            server.plan["1.png"] = [trouble]
-            assert read(source, item) == b"picture"
-        server.plan["1.png"] = ["hold"] * 4
-        with pytest.raises(PomscaleError, match=r"1\.png: cannot be read, 4 attempts failed: \w*Timeout\w*"):
-            source.open(item)
+        server.plan["1.png"] = ["503", "cut", "503"]
+        assert read(source, item) == b"picture"
         server.plan["1.png"] = ["403"]
         with pytest.raises(SourceChangedError, match="the server answers 403"):
             source.open(item)
-        assert server.num_requests["1.png"] == 2 + 2 + 2 + 4 + 1
+        assert server.num_requests["1.png"] == 4 + 1
+        monkeypatch.setattr(location_module, "READ_TIMEOUT_S", 0.1)
+        server.plan["1.png"] = ["hold"] * 4
+        with pytest.raises(PomscaleError, match=r"1\.png: cannot be read, 4 attempts failed: \w*Timeout\w*"):
+            source.open(item)
 
 
 def test_what_is_hidden_is_ignored_and_counted_at_any_depth(tmp_path: Path) -> None:
