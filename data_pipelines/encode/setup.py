@@ -128,9 +128,9 @@ class EncodeSetup:
 
 
 def find_source(recipe: EncodeRecipe, rescan: bool = False) -> Source:
-    """Return the source; InputError if it will be listed and is not there. To be called before `Encoders` are made.
+    """Return the source; InputError if it will be listed and is not there.
 
-    Those may try for half a minute to fetch a network, or read one of many gigabytes.
+    Call it before `Encoders` are made: they may try for half a minute to fetch a network, or read many gigabytes.
     """
     source = build_source(recipe.source)
     if rescan or ItemTable.open(table_folder(recipe)) is None:
