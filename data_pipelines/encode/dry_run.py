@@ -8,8 +8,7 @@ from pathlib import Path
 from data_pipelines.encode.items import ItemTable
 from data_pipelines.encode.part_encoder import PartEncoder
 from data_pipelines.encode.progress import EncodeProgress
-from data_pipelines.encode.setup import Encoders, EncodeSetup, table_folder, variants_of
-from data_pipelines.sources import build_source
+from data_pipelines.encode.setup import Encoders, EncodeSetup, find_source, table_folder, variants_of
 from pomscale.base.console import format_duration
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import make_folder
@@ -23,10 +22,10 @@ _SAMPLE_BATCHES = 3
 
 def describe(recipe: EncodeRecipe, *, task: TaskIndex = TaskIndex()) -> str:  # noqa: B008  frozen
     """Return a table for people; no files remain. Raises the errors of `encode` for a wrong source or codec."""
+    source = find_source(recipe)
     encoders = Encoders(recipe)
     variants = variants_of(recipe, encoders)
     with tempfile.TemporaryDirectory(prefix="pomscale-dry-run-") as temporary:
-        source = build_source(recipe.source)
         table = ItemTable.open(table_folder(recipe)) or ItemTable.build(source, Path(temporary, "items"))
         num_sampled = min(len(table), _SAMPLE_BATCHES * recipe.batch)
         changes = {"output": str(Path(temporary, "sample")), "shard_samples": num_sampled}
@@ -66,5 +65,5 @@ def _source_line(recipe: EncodeRecipe, table: ItemTable) -> str:
     if table.num_problems:
         line += f", {table.num_problems:,} of them cannot be used"
     if table.num_ignored:
-        line += f", {table.num_ignored:,} other files ignored"
+        line += f", {table.num_ignored:,} other files and hidden folders ignored"
     return line

@@ -17,9 +17,17 @@ from data_pipelines.encode.finish import finish
 from data_pipelines.encode.items import ItemTable, share_table
 from data_pipelines.encode.part_encoder import PartEncoder
 from data_pipelines.encode.progress import EncodeProgress
-from data_pipelines.encode.setup import Encoders, EncodeSetup, check_items_in_place, table_folder, variants_of
+from data_pipelines.encode.setup import (
+    Encoders,
+    EncodeSetup,
+    check_items_in_place,
+    find_source,
+    table_folder,
+    variants_of,
+)
 from data_pipelines.shards.parts import PARTS_FOLDER, Claims, part_of, record_path, skipped_exit_code
 from data_pipelines.sources import build_source
+from data_pipelines.sources.protocol import Source
 from pomscale.base.console import warn
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder
@@ -67,7 +75,7 @@ class EncodeReport:
     num_cut: int
     """Captions that this task cut to max_length tokens."""
     num_ignored: int
-    """Files of the source that are no items."""
+    """Files of the source that are no items, and hidden folders."""
     stopped: bool
     busy_share: float
     items_per_s: float
@@ -93,7 +101,7 @@ class EncodeReport:
         if self.num_cut:
             parts += f"; {self.num_cut:,} captions were cut to max_length tokens"
         if self.num_ignored:
-            parts += f"; {self.num_ignored:,} files of the source were ignored"
+            parts += f"; {self.num_ignored:,} files and hidden folders of the source were ignored"
         if self.stopped:
             return f"stopped on request: {parts}; finished parts are kept, run the same command again to continue"
         if self.num_elsewhere:
@@ -127,12 +135,13 @@ def encode(
         PomscaleError: Nothing could be encoded, the disk is full or storage fails.
     """
     # Checked before anything is written, and before a long listing of the source.
+    source = find_source(recipe, rescan)
     encoders = Encoders(recipe)
     variants_of(recipe, encoders)
     make_folder(table_folder(recipe))
     with Claims(table_folder(recipe), several=task.count > 1) as claims:
         with claims.listing():
-            setup = _open_setup(recipe, encoders, rescan)
+            setup = _open_setup(recipe, source, encoders, rescan, only_failed)
         with (
             _monitor(recipe, task, len(setup.table)) as monitor,
             EncodeProgress(len(setup.table), progress, monitor) as display,
@@ -175,23 +184,32 @@ def forget_shards(output: Path, shard_names: list[str]) -> None:
         record_path(output / PARTS_FOLDER, part).unlink(missing_ok=True)
 
 
-def _open_setup(recipe: EncodeRecipe, encoders: Encoders, rescan: bool) -> EncodeSetup:
+def _open_setup(
+    recipe: EncodeRecipe, source: Source, encoders: Encoders, rescan: bool, only_failed: bool
+) -> EncodeSetup:
     """Return the setup, with the item table that the first task lists and all others read."""
-    source = build_source(recipe.source)
     folder = table_folder(recipe)
     table = ItemTable.open(folder)
-    if table is not None and rescan:
-        before = table.fingerprint
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            if ItemTable.build(source, Path(temporary)).fingerprint != before:
-                raise InputError(f"source: it is not what it was when {recipe.output} was begun; choose another output")
     if table is None:
-        table = ItemTable.build(source, folder)
+        table, rescan = ItemTable.build(source, folder), False
     setup = EncodeSetup(recipe, source, table, encoders)
     for variant, store in zip(setup.variants, setup.stores, strict=True):
         store.adopt(setup.spec(variant))
         share_table(folder, store.folder)  # each size is a dataset of its own, to be verified and repaired alone
+    if rescan or (not table.is_current and (only_failed or setup.num_unrecorded())):
+        _check_listing(recipe, source, table)
+        table.mark_current(folder)
     return setup
+
+
+def _check_listing(recipe: EncodeRecipe, source: Source, table: ItemTable) -> None:
+    """List the source again; InputError if that gives other items than the table has."""
+    with tempfile.TemporaryDirectory(dir=table_folder(recipe)) as temporary:
+        if ItemTable.build(source, Path(temporary)).fingerprint != table.fingerprint:
+            reason = f"it is not what it was when {recipe.output} was begun"
+            if not table.is_current:
+                reason += ", or this version of pomscale lists it in another way (CHANGELOG.md says what has changed)"
+            raise InputError(f"source: {reason}; choose another output")
 
 
 class _Chosen:

@@ -28,7 +28,7 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_pipelines.sources.protocol import Item, Source
+from data_pipelines.sources.protocol import LISTING_VERSION, Item, Source
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import atomic_write, link_or_copy, make_folder, remove_leftovers, write_text
 from pomscale.base.keyed_random import Stream, keyed_generator
@@ -59,6 +59,7 @@ class _Totals(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[2] = 2
+    listing_version: int = 1
     fingerprint: str
     num_items: int
     num_ignored: int
@@ -93,6 +94,7 @@ class ItemTable:
         if num_items == 0:
             raise InputError("source: there are no items in it")
         totals = _Totals(
+            listing_version=LISTING_VERSION,
             fingerprint=fingerprint,
             num_items=num_items,
             num_ignored=source.num_ignored,
@@ -142,7 +144,7 @@ class ItemTable:
 
     @property
     def num_ignored(self) -> int:
-        """Number of files of the source that are no items."""
+        """Number of files of the source that are no items, and of hidden folders."""
         return self._totals.num_ignored
 
     @property
@@ -154,6 +156,16 @@ class ItemTable:
     def shuffled(self) -> bool:
         """`Source.shuffled` of the source."""
         return self._totals.shuffled
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the items were listed by the rules that sources follow now."""
+        return self._totals.listing_version == LISTING_VERSION
+
+    def mark_current(self, folder: Path) -> None:
+        """Record in the table's folder that a listing by the rules of now gives the same items."""
+        self._totals = self._totals.model_copy(update={"listing_version": LISTING_VERSION})
+        write_text(folder / _TABLE_NAME, self._totals.model_dump_json(indent=2))
 
     def __len__(self) -> int:
         return self._totals.num_items

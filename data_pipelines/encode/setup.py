@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipelines.encode.items import ItemOrder, ItemTable
-from data_pipelines.shards.parts import PARTS_FOLDER, EncodeSpec, PartStore
+from data_pipelines.shards.parts import PARTS_FOLDER, SOURCE_LOCATION, EncodeSpec, PartStore
+from data_pipelines.sources import build_source
 from data_pipelines.sources.protocol import Item, Source, SourceChangedError
 from pomscale.base.errors import InputError
 from pomscale.codecs import Codec, TextEncoder, build_codec, build_text_encoder
@@ -100,7 +101,7 @@ class EncodeSetup:
         """Return the specification of a variant's bytes."""
         recipe, location = self.recipe, {"path", "subfolder"}
         return EncodeSpec(
-            source=recipe.source.model_dump(mode="json", exclude={"path", "root"}),
+            source=recipe.source.model_dump(mode="json", exclude=SOURCE_LOCATION),
             source_fingerprint=self.table.fingerprint,
             num_items=len(self.table),
             shard_samples=recipe.shard_samples,
@@ -124,6 +125,17 @@ class EncodeSetup:
     def num_unrecorded(self) -> int:
         """Return how many parts some variant has no record of, by one listing of each folder."""
         return self.num_parts - len(set.intersection(*(store.recorded() for store in self.stores)))
+
+
+def find_source(recipe: EncodeRecipe, rescan: bool = False) -> Source:
+    """Return the source; InputError if it will be listed and is not there.
+
+    Call it before `Encoders` are made: they may try for half a minute to fetch a network, or read many gigabytes.
+    """
+    source = build_source(recipe.source)
+    if rescan or ItemTable.open(table_folder(recipe)) is None:
+        source.check_exists()
+    return source
 
 
 def check_items_in_place(recipe: EncodeRecipe, source: Source, table: ItemTable) -> None:

@@ -18,22 +18,27 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
 
 from data_pipelines.shards.statistics import ChannelStatistics
 from pomscale.base.console import warn
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import atomic_write, make_folder, remove_leftovers, write_text
-from pomscale.config.encode import TransformConfig
+from pomscale.config.encode import SourceConfig, TransformConfig
 from pomscale.shards.index import index_dtype, map_index, to_npy
 from pomscale.shards.schema import ArrayName, ShardInfo
 
 SPEC_NAME = "plan.json"
 PARTS_FOLDER = "parts"
 
+# Fields of a source that say where it lies, and not what it is.
+SOURCE_LOCATION = {"path", "root"}
+
 # Bytes of the file of claims beyond any part.
 _LISTING = 2**40
 _FINISH = 2**40 + 1
+
+_SOURCE: TypeAdapter[SourceConfig] = TypeAdapter(SourceConfig)
 
 _RECORD_NAME = re.compile(r"part-(\d+)\.json")
 
@@ -58,6 +63,13 @@ class EncodeSpec(BaseModel):
     transform: TransformConfig | None
     text: dict[str, Any] | None
     text_identity: str | None
+
+    @field_validator("source")
+    @classmethod
+    def _complete(cls, source: dict[str, Any]) -> dict[str, Any]:
+        """Give the fields that sources have gained since then their defaults, under which an encode goes on."""
+        config = _SOURCE.validate_python({**source, "path": ""})
+        return config.model_dump(mode="json", exclude=SOURCE_LOCATION)
 
 
 class Failure(BaseModel):

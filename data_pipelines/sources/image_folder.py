@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from data_pipelines.sources import storage
+from data_pipelines.sources.folders import Entry, check_folder, list_folder, walk
 from data_pipelines.sources.item_fields import checked_key, readable
 from data_pipelines.sources.protocol import Item
 from pomscale.base.errors import InputError
@@ -15,7 +16,7 @@ from pomscale.media import PICTURE_EXTENSIONS, extension
 
 
 class ImageFolderSource:
-    """ROOT/CLASS/**/*.{png,jpg,jpeg,webp}: classes sorted, then paths sorted. Hidden class folders are left out."""
+    """ROOT/CLASS/**/*.{png,jpg,jpeg,webp}: classes sorted, then paths sorted. What is hidden is left out."""
 
     shuffled = True
 
@@ -30,27 +31,30 @@ class ImageFolderSource:
 
     @property
     def num_ignored(self) -> int:
-        """Number of files that are no PNG, JPEG or WebP."""
+        """Number of files that are no PNG, JPEG or WebP, or hidden, and of hidden folders, each as one."""
         return self._num_ignored
+
+    def check_exists(self) -> None:
+        check_folder(self._root)
 
     def scan(self) -> Iterator[Item]:
         """Yield the pictures, class by class.
 
         Raises InputError if the folder is missing or cannot be read, has no class folders, or one of them is empty.
         """
-        top = list(storage.list_folder(self._root))
-        folders = [entry.path for entry in top if entry.is_folder and entry.path[0] != "."]
+        top = list(list_folder(self._root))
+        folders = [entry.path for entry in top if entry.is_folder and not entry.is_hidden]
         if not folders:
             raise InputError(
                 f"source.path: {self._root} has no class folders; put the pictures in one subfolder per class"
             )
         self._class_names = tuple(readable(folder) for folder in folders)
-        self._num_ignored = sum(not entry.is_folder for entry in top)
+        self._num_ignored = len(top) - len(folders)
         empty = []
         for label, folder in enumerate(folders):
             num_pictures = 0
-            for entry in storage.walk(self._root, folder):
-                if extension(entry.path) in PICTURE_EXTENSIONS:
+            for entry in walk(self._root, folder):
+                if extension(entry.path) in PICTURE_EXTENSIONS and not entry.is_hidden:
                     num_pictures += 1
                     yield _item(entry, label)
                 else:
@@ -73,6 +77,6 @@ class ImageFolderSource:
         return storage.open_item(storage.join(self._root, path), size)
 
 
-def _item(entry: storage.Entry, label: int) -> Item:
+def _item(entry: Entry, label: int) -> Item:
     key, problem = checked_key(os.path.splitext(entry.path)[0])
     return Item(key, readable(entry.path), [entry.path, entry.size], label, problem=entry.problem or problem)

@@ -13,7 +13,7 @@ from data_pipelines.sources.protocol import Item
 from pomscale.base.errors import InputError
 from pomscale.config.encode import LatentsSourceConfig
 from pomscale.shards.location import join
-from pomscale.shards.schema import CAPTION_MEMBER, REMEDY, read_manifest
+from pomscale.shards.schema import CAPTION_MEMBER, REMEDY, Manifest, read_manifest
 
 
 class LatentsSource:
@@ -26,15 +26,15 @@ class LatentsSource:
     def __init__(self, config: LatentsSourceConfig) -> None:
         self._path = config.path
 
+    def check_exists(self) -> None:
+        self._read_manifest()
+
     def scan(self) -> Iterator[Item]:
         """Yield a caption per record; a damaged shard yields an item with a problem as well.
 
         Raises InputError if the folder is no dataset or has no captions.
         """
-        manifest = read_manifest(self._path)
-        if not manifest.has_captions:
-            raise InputError(f"source.path: the records of {self._path} have no captions; encode it with captions")
-        for shard in manifest.shards:
+        for shard in self._read_manifest().shards:
             with storage.open_stream(join(self._path, shard.name)) as stream:
                 yield from _scan_shard(stream, shard.name)
 
@@ -44,6 +44,12 @@ class LatentsSource:
 
     def open(self, item: Item) -> BinaryIO:
         raise InputError("source: a dataset of latents is a source of captions only; leave out codec and transform")
+
+    def _read_manifest(self) -> Manifest:
+        manifest = read_manifest(self._path)
+        if not manifest.has_captions:
+            raise InputError(f"source.path: the records of {self._path} have no captions; encode it with captions")
+        return manifest
 
 
 def _scan_shard(stream: BinaryIO, name: str) -> Iterator[Item]:

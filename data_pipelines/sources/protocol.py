@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
+# Version of the rules by which all sources list their items. Raised where a source that has not changed may now have
+# other items, keys or locations; an encode that was begun under other rules then compares the two lists.
+LISTING_VERSION = 2
+
 
 class SourceChangedError(Exception):
     """An item is no longer as the scan saw it, or may not be read. The encoder lists it as failed and continues."""
@@ -47,7 +51,10 @@ class Source(Protocol):
 
     @property
     def num_ignored(self) -> int:
-        """Number of files that are no items; known once `scan` has been read to its end."""
+        """Number of files that are no items, and of hidden folders; known once `scan` has been read to its end."""
+
+    def check_exists(self) -> None:
+        """Raise InputError if what the recipe names is not there. Items are not looked at, so this takes no time."""
 
     def scan(self) -> Iterator[Item]:
         """Yield every item, in an order that depends on the source alone.

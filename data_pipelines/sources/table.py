@@ -52,6 +52,9 @@ class TableSource:
     def class_names(self) -> tuple[str, ...]:
         return () if self._config.label is None else self._classes.names
 
+    def check_exists(self) -> None:
+        self._files.find()
+
     def scan(self) -> Iterator[Item]:
         """Yield an item per row. Raises InputError if a table is missing, unknown or damaged, or lacks a column."""
         self._classes.begin()

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from data_pipelines.sources import storage
 from data_pipelines.sources.item_fields import ClassIds, checked_caption, checked_key, decode_text, readable
 from data_pipelines.sources.protocol import Item
+from data_pipelines.sources.tar_scan import DamagedTarError, Sample, TarScan
 from pomscale.base.errors import InputError
 from pomscale.config.encode import TarSourceConfig
 from pomscale.media import CLIP_EXTENSIONS, PICTURE_EXTENSIONS
-from pomscale.shards.index import split_member_name
 
 _MEDIA_SUFFIXES = {*PICTURE_EXTENSIONS, *CLIP_EXTENSIONS}
 _GZIP_MAGIC = b"\x1f\x8b"
+_NEIGHBOURS = (
+    "if it is elsewhere in the tar, write the tar with `tar --sort=name`: the members of a sample must be neighbours"
+)
 
 
 class TarSource:
@@ -32,8 +33,9 @@ class TarSource:
 
     def __init__(self, config: TarSourceConfig) -> None:
         self._files = storage.NamedFiles(config.path, "*.tar")
-        self._label = None if config.label is None else _Annotation("source.label", config.label)
-        self._caption = None if config.caption is None else _Annotation("source.caption", config.caption)
+        self._media = None if config.media is None else _suffix("source.media", config.media)
+        self._label = None if config.label is None else _Annotation("class", "source.label", config.label)
+        self._caption = None if config.caption is None else _Annotation("caption", "source.caption", config.caption)
         self._classes = ClassIds(config.class_names)
         self._num_ignored = 0
         self._reader = storage.RangeReader()
@@ -46,6 +48,9 @@ class TarSource:
     def num_ignored(self) -> int:
         """Number of members that belong to no sample."""
         return self._num_ignored
+
+    def check_exists(self) -> None:
+        self._files.find()
 
     def scan(self) -> Iterator[Item]:
         """Yield an item per sample; a damaged tar yields an item with a problem as well.
@@ -86,13 +91,12 @@ class TarSource:
     def _item(self, sample: Sample, name: str, prefix: str, num_bytes: int) -> Item:
         key, problem = checked_key(f"{prefix}/{sample.key}")
         where, location, label, caption = f"{name}/{sample.key}", None, None, None
-        media = next((suffix for suffix in sample.members if suffix.lower() in _MEDIA_SUFFIXES), None)
-        if media is None:
-            present = ", ".join(suffix[1:] for suffix in sample.members)
-            problem = problem or f"none of its members ({readable(present)}) is a picture or a clip"
-        else:
-            where += media
-            location = [name, *sample.members[media], num_bytes]
+        media, unusable = self._find_media(sample)
+        problem = problem or unusable
+        if media is not None:
+            member = sample.members[media]
+            where += member.suffix
+            location = None if unusable else [name, member.offset, member.size, num_bytes]
         if self._label is not None:
             value, missing = self._label.find(sample)
             label, unusable = self._classes.checked(value)
@@ -103,21 +107,43 @@ class TarSource:
             problem = problem or missing or unusable
         return Item(key, readable(where), location, label, caption, problem)
 
+    def _find_media(self, sample: Sample) -> tuple[str | None, str | None]:
+        """Return the suffix of the picture or clip, and why it cannot be used, or None."""
+        if self._media is not None:
+            found = [self._media] if self._media in sample.members else []
+        else:
+            found = [suffix for suffix in sample.members if f".{suffix.rpartition('.')[2]}" in _MEDIA_SUFFIXES]
+        if len(found) > 1:
+            return None, (
+                f"it has several pictures or clips ({_names(found)}); "
+                f"say which one with source.media, e.g. source.media={found[0][1:]}"
+            )
+        if not found:
+            wanted = "a picture or a clip" if self._media is None else f"called {self._media[1:]}"
+            return None, f"none of its members ({_names(sample.members)}) is {wanted}; {_NEIGHBOURS}"
+        return found[0], _fault_of(sample, found[0])
+
 
 class _Annotation:
     """The member of a sample that has the class or caption: by its extension (cls, txt), or json:FIELD."""
 
-    def __init__(self, name: str, rule: str) -> None:
+    def __init__(self, what: str, name: str, rule: str) -> None:
         extension, _, self._field = rule.partition(":")
-        if not extension or (extension == "json") != bool(self._field):
+        if not extension or (extension.lower() == "json") != bool(self._field):
             raise InputError(f"{name}: {rule!r} is neither a member's extension, such as txt, nor json:FIELD")
-        self.suffix = f".{extension}"
+        self.suffix = _suffix(name, extension)
+        self._what = what
 
     def find(self, sample: Sample) -> tuple[Any, str | None]:
         """Return the value, None if there is none, and what is wrong with the member, or None."""
-        content = sample.contents.get(self.suffix)
-        if content is None or not self._field:
-            return None if content is None else decode_text(content).strip(), None
+        if self.suffix not in sample.members:
+            return None, f"its {self._what} is missing: it has no {self.suffix[1:]} member; {_NEIGHBOURS}"
+        fault = _fault_of(sample, self.suffix)
+        if fault is not None:
+            return None, fault
+        content = sample.contents[self.suffix]
+        if not self._field:
+            return decode_text(content).strip(), None
         try:
             fields = json.loads(content)
         except ValueError:
@@ -125,82 +151,17 @@ class _Annotation:
         return (fields.get(self._field), None) if isinstance(fields, dict) else (None, "its json member has no fields")
 
 
-# -- samples of a tar --------------------------------------------------------------------------------------------------
+def _suffix(name: str, extension: str) -> str:
+    """Return the suffix of members with an extension that a recipe names; InputError if it can be that of none."""
+    if not extension or extension[0] == "." or "/" in extension:
+        raise InputError(f"{name}: {extension!r} is no member's extension, such as jpg or rgb.png")
+    return f".{extension.lower()}"
 
 
-class DamagedTarError(Exception):
-    """A tar cannot be read beyond some byte."""
+def _fault_of(sample: Sample, suffix: str) -> str | None:
+    fault = sample.members[suffix].fault
+    return None if fault is None else f"its {readable(suffix[1:])} member {fault}"
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Consecutive members of one key, by suffix."""
-
-    key: str
-    members: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Offset and size in bytes."""
-    contents: dict[str, bytes] = field(default_factory=dict)
-    """Bytes of the members that were asked for."""
-
-
-class TarScan:
-    """Iterates over the samples of a tar, in order, by its headers; of the contents only what is asked for is read.
-
-    Where the tar is cut off or a header is damaged, it raises DamagedTarError after the last sample that is whole.
-    """
-
-    def __init__(self, stream: BinaryIO, wanted: Collection[str]) -> None:
-        """Prepare a scan that reads the members with the suffixes `wanted` (with their dot)."""
-        self.num_ignored = 0  # members that are no part of a sample
-        self._stream = stream
-        self._num_bytes = storage.size_of(stream)
-        self._wanted = wanted
-
-    def __iter__(self) -> Iterator[Sample]:
-        sample = Sample("")
-        try:
-            for key, suffix, offset, size in self._members():
-                # A second member of the same name begins another sample, whose key is then a duplicate.
-                if key != sample.key or suffix in sample.members:
-                    if sample.members:
-                        yield sample
-                    sample = Sample(key)
-                sample.members[suffix] = offset, size
-                if suffix in self._wanted:
-                    self._stream.seek(offset)
-                    sample.contents[suffix] = self._stream.read(size)
-        except DamagedTarError:
-            if sample.members:
-                yield sample
-            raise
-        if sample.members:
-            yield sample
-
-    def _members(self) -> Iterator[tuple[str, str, int, int]]:
-        """Yield key, suffix, offset and size of plain files that WebDataset would read."""
-        try:
-            with tarfile.open(fileobj=self._stream, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
-                    if member.offset_data + member.size > self._num_bytes:
-                        raise DamagedTarError(f"{member.name} is cut off")
-                    key, suffix = split_member_name(member.name.removeprefix("./"))
-                    if member.isfile() and suffix and key and not key.endswith("/"):
-                        yield key, suffix, member.offset_data, member.size
-                    elif not member.isdir():
-                        self.num_ignored += 1
-                self._check_end(tar.offset)
-        except (tarfile.TarError, ValueError, OverflowError) as error:
-            raise DamagedTarError(str(error)) from error
-
-    def _check_end(self, offset: int) -> None:
-        """Raise DamagedTarError unless the tar ends with zeros at `offset`.
-
-        tarfile takes a damaged or missing header for the end.
-        """
-        self._stream.seek(offset)
-        block = self._stream.read(tarfile.BLOCKSIZE)
-        if not block:
-            raise DamagedTarError("it has no end mark, so it may be cut off")
-        if block.strip(b"\0") or len(block) < tarfile.BLOCKSIZE:
-            raise DamagedTarError(f"the header at byte {offset:,} is damaged")
+def _names(suffixes: Iterable[str]) -> str:
+    return readable(", ".join(suffix[1:] for suffix in suffixes))

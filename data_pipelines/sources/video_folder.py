@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
 from data_pipelines.sources import storage
+from data_pipelines.sources.folders import Entry, check_folder, walk
 from data_pipelines.sources.item_fields import checked_caption, checked_key, decode_text, readable
 from data_pipelines.sources.protocol import Item, SourceChangedError
 from pomscale.base.errors import InputError
@@ -21,7 +22,7 @@ _NUM_CAPTION_READERS = 32
 
 
 class VideoFolderSource:
-    """ROOT/**/*.{mp4,webm,mkv,mov,avi,m4v}, sorted by the parts of their paths."""
+    """ROOT/**/*.{mp4,webm,mkv,mov,avi,m4v}, sorted by the parts of their paths. What is hidden is left out."""
 
     shuffled = True
     class_names = ()
@@ -33,8 +34,11 @@ class VideoFolderSource:
 
     @property
     def num_ignored(self) -> int:
-        """Number of files that are neither clips nor, where captions are read, texts."""
+        """Number of files that are neither clips nor captions, and of hidden files and folders."""
         return self._num_ignored
+
+    def check_exists(self) -> None:
+        check_folder(self._root)
 
     def scan(self) -> Iterator[Item]:
         """Yield the clips. Raises InputError if the folder is missing or cannot be read, or has no clip in it."""
@@ -56,14 +60,14 @@ class VideoFolderSource:
         path, size = item.location
         return storage.open_item(storage.join(self._root, path), size)
 
-    def _clips(self) -> Iterator[storage.Entry]:
-        for entry in storage.walk(self._root):
-            if extension(entry.path) in CLIP_EXTENSIONS:
+    def _clips(self) -> Iterator[Entry]:
+        for entry in walk(self._root):
+            if extension(entry.path) in CLIP_EXTENSIONS and not entry.is_hidden:
                 yield entry
-            elif not (self._captions and extension(entry.path) == _CAPTION_EXTENSION):
+            elif entry.is_hidden or not (self._captions and extension(entry.path) == _CAPTION_EXTENSION):
                 self._num_ignored += 1
 
-    def _item(self, clip: storage.Entry) -> Item:
+    def _item(self, clip: Entry) -> Item:
         name = os.path.splitext(clip.path)[0]
         key, problem = checked_key(name)
         problem, caption = clip.problem or problem, None

@@ -31,6 +31,9 @@ class TarSourceConfig(Section):
 
     kind: Literal["tars"]
     path: str | list[str] = Field(description="Local paths or fsspec URLs; wildcards and {000..012} are expanded.")
+    media: str | None = Field(
+        None, description="Member with the picture or clip, such as jpg or rgb.png; null = the only one there is."
+    )
     label: str | None = Field(None, description="Member with the class id: cls, or json:FIELD.")
     caption: str | None = Field(None, description="Member with the caption: txt, or json:FIELD.")
     class_names: str | None = Field(None, description="Text file with one class name per line, in the order of ids.")

@@ -9,7 +9,7 @@ import errno
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 
@@ -19,6 +19,10 @@ T = TypeVar("T")
 
 # Pauses between the tries to read one file: an object store that is busy or restarting is back within seconds.
 RETRY_DELAYS_S = (0.5, 2.0, 8.0)
+
+# Longest times of one attempt over HTTP: to connect, and without a byte. fsspec itself would wait for five minutes.
+CONNECT_TIMEOUT_S = 15.0
+READ_TIMEOUT_S = 30.0
 
 # Errors that another try would meet again.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -50,9 +54,21 @@ def join(location: str | Path, name: str) -> str:
 def open_filesystem(source: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the file system of a URL and the file's path in it. InputError if there is none for this kind of URL."""
     try:
-        return fsspec.url_to_fs(source)
+        return find_filesystem(source)
     except (ImportError, ValueError) as error:  # a package that is not installed; an unknown kind
         raise InputError(f"{source}: this kind of URL cannot be read here: {error}") from error
+
+
+def find_filesystem(source: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return what `open_filesystem` returns; ImportError or ValueError if there is none for this kind of URL."""
+    options: dict[str, Any] = {}
+    if source.startswith(("http://", "https://")):
+        import aiohttp  # noqa: PLC0415  optional, it comes with fsspec's http
+
+        # No limit for a whole download, which may be large.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
+        options["client_kwargs"] = {"timeout": timeout}
+    return fsspec.url_to_fs(source, **options)
 
 
 def read_bytes(location: str | Path, name: str) -> bytes:
@@ -68,40 +84,51 @@ def read_bytes(location: str | Path, name: str) -> bytes:
     return retried(source, lambda: filesystem.cat_file(path), time.sleep)
 
 
-def retried(source: str, attempt: Callable[[], T], sleep: Callable[[float], object]) -> T:
+def retried(
+    source: str,
+    attempt: Callable[[], T],
+    sleep: Callable[[float], object],
+    final: tuple[type[Exception], ...] = (),
+) -> T:
     """Return attempt(), tried again after each of RETRY_DELAYS_S while the network fails; in the end PomscaleError.
 
-    Errors for a file that is missing or refused, and errors with a message for people, are raised at once.
+    Errors for a file that is missing or refused, errors with a message for people, and those in `final`, are raised at
+    once.
     """
     for delay_s in (*RETRY_DELAYS_S, None):
         try:
             return attempt()
-        except (PomscaleError, *_FINAL):
+        except (PomscaleError, *_FINAL, *final):
             raise
         except Exception as error:  # every backend has errors of its own: aiohttp's, botocore's, gcsfs's
-            if _is_refusal(error):
+            if refusal(error) is not None:
                 raise PomscaleError(
-                    f"{source}: the server refuses it: {type(error).__name__}: {error}. "
+                    f"{source}: the server refuses it: {described(error)}. "
                     f"Check the URL and the credentials, and run the same command again"
                 ) from error
             if delay_s is None:
                 raise PomscaleError(
                     f"{source}: cannot be read, {1 + len(RETRY_DELAYS_S)} attempts failed: "
-                    f"{type(error).__name__}: {error}. When the connection is back, run the same command again"
+                    f"{described(error)}. When the connection is back, run the same command again"
                 ) from error
             sleep(delay_s)
     raise AssertionError("the last attempt returns or raises")
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Return whether an error is an answer of the server that would be the same the next time."""
+def described(error: Exception) -> str:
+    """Return an error's type and, where it has one, its message: that of a time-out is often empty."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def refusal(error: Exception) -> int | None:
+    """Return the status of an error that is a server's answer, the same the next time (403, 404, ...); else None."""
     # gcsfs's errors call it `code`.
     status = error.status if hasattr(error, "status") else getattr(error, "code", None)
-    return isinstance(status, int) and 400 <= status < 500 and status not in _BUSY
+    return status if isinstance(status, int) and 400 <= status < 500 and status not in _BUSY else None
 
 
 def unreadable(source: str | Path, error: OSError) -> PomscaleError:
     """Return the error for a file that cannot be read, with a remedy for the machine or its storage."""
     default = "When the disk or the file server is back, run the same command again"
     remedy = _MACHINE_REMEDIES.get(error.errno or 0, default)
-    return PomscaleError(f"{source}: cannot be read: {error}. {remedy}")
+    return PomscaleError(f"{source}: cannot be read: {described(error)}. {remedy}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import resource
 import subprocess
 import tarfile
@@ -165,6 +166,27 @@ def test_the_result_depends_on_neither_threads_nor_batches(pictures: Path, make_
         del files[MANIFEST_NAME]  # holds the recipe, with its output and workers
         results.append(files)
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"kind": "image_folder", "path": "nowhere"},
+        {"kind": "image_folder", "path": "memory://nowhere"},
+        {"kind": "video_folder", "path": "nowhere"},
+        {"kind": "tars", "path": "nowhere/*.tar"},
+        {"kind": "table", "path": "nowhere.csv", "media": "{path}"},
+    ],
+)
+def test_the_source_is_looked_for_before_a_network(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, source: dict[str, str]
+) -> None:
+    """A network may be looked for on the internet, for half a minute."""
+    monkeypatch.setattr("data_pipelines.encode.setup.Encoders.__init__", lambda *_: pytest.fail("the network is first"))
+    recipe = make_recipe(Path(), source=source, transform={"size": 16})
+    for action in (encode, describe):
+        with pytest.raises(InputError, match=r"source\.path: .*nowhere"):
+            action(recipe)
 
 
 def test_an_output_of_another_encode_is_refused(pictures: Path, make_recipe: MakeRecipe) -> None:
@@ -424,6 +446,39 @@ def test_another_source_is_another_encode(tmp_path: Path, make_recipe: MakeRecip
     encode(make_recipe(tmp_path, source=source), progress=False)
     with pytest.raises(InputError, match=r"source is .*'caption': None.*there and .*'caption': 'name'.* here"):
         encode(make_recipe(tmp_path, source=source | {"caption": "name"}), progress=False)
+
+
+def of_before(recipe: EncodeRecipe) -> None:
+    """Change what an encode left to what it left before sources had versions and a field `media`."""
+    folder = Path(recipe.output) / "parts"
+    totals, plan = (json.loads((folder / name).read_text()) for name in ("items.json", "plan.json"))
+    del totals["listing_version"]
+    plan["source"].pop("media", None)
+    (folder / "items.json").write_text(json.dumps(totals))
+    (folder / "plan.json").write_text(json.dumps(plan))
+
+
+def test_an_encode_of_before_goes_on_if_its_source_is_listed_as_then(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    write_blank(tmp_path / "in", 6)
+    subprocess.run("tar --sort=name -cf ../0.tar *", shell=True, check=True, cwd=tmp_path / "in")
+    source = {"kind": "tars", "path": str(tmp_path / "0.tar")}
+    recipe = make_recipe(tmp_path, source=source)
+    encode(recipe, progress=False)
+    before = contents(Path(recipe.output))
+    of_before(recipe)
+    (tmp_path / "0.tar").rename(tmp_path / "away.tar")
+    encode(recipe, progress=False)  # all is done, so the source may be away
+    (tmp_path / "away.tar").rename(tmp_path / "0.tar")
+    (tmp_path / "latents/parts/part-000000.json").unlink()
+    encode(recipe, progress=False)
+    assert {**contents(Path(recipe.output)), "parts/plan.json": b""} == {**before, "parts/plan.json": b""}
+    of_before(recipe)
+    for name in ("items.json", "plan.json"):  # as if it had listed other items then
+        path = tmp_path / "latents/parts" / name
+        path.write_text(re.sub(r'("(source_)?fingerprint": )"\w+"', rf'\1"{"0" * 64}"', path.read_text()))
+    (tmp_path / "latents/parts/part-000000.json").unlink()
+    with pytest.raises(InputError, match=r"this version of pomscale lists it in another way .*; choose another output"):
+        encode(recipe, progress=False)
 
 
 def test_failures_are_not_tried_again_where_the_source_is_away(pictures: Path, make_recipe: MakeRecipe) -> None:

@@ -12,11 +12,13 @@ import pytest
 
 from data_pipelines.encode.items import ItemTable
 from data_pipelines.sources import build_source, storage
+from data_pipelines.sources.folders import sorted_on_disk
 from data_pipelines.sources.item_fields import checked_key
 from data_pipelines.sources.protocol import Item, Source, SourceChangedError
-from data_pipelines.sources.storage import sorted_on_disk
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.encode import ImageFolderConfig, VideoFolderConfig
+from pomscale.shards import location as location_module
+from support.file_server import FileServer
 
 
 def touch(path: Path, content: bytes = b"x") -> None:
@@ -36,6 +38,11 @@ def scan(source: Source) -> list[Item]:
     return list(source.scan())
 
 
+def read(source: Source, item: Item) -> bytes:
+    with source.open(item) as stream:
+        return stream.read()
+
+
 def problems(source: Source) -> dict[str, str | None]:
     return {item.key: item.problem for item in source.scan()}
 
@@ -45,6 +52,11 @@ def memory() -> Iterator[fsspec.AbstractFileSystem]:
     storage = fsspec.filesystem("memory")
     yield storage
     storage.rm("/", recursive=True)
+
+
+@pytest.fixture(autouse=True)
+def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(location_module, "RETRY_DELAYS_S", (0.01, 0.01, 0.01))
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -63,7 +75,7 @@ def test_pictures_are_sorted_and_keys_are_safe_for_tars(tmp_path: Path) -> None:
         ("b/deep-er/4", "b/deep-er/4.jpg", 1),
     ]
     assert source.class_names == ("a.1", "b")
-    assert source.num_ignored == 2
+    assert source.num_ignored == 3
     assert source.shuffled
 
 
@@ -77,12 +89,98 @@ def test_a_folder_is_the_same_source_on_disk_and_behind_a_url(
     tables = [ItemTable.build(source, tmp_path / str(i)) for i, source in enumerate((local, remote))]
     assert tables[0].fingerprint == tables[1].fingerprint
     assert scan(local) == scan(remote) == scan(image_folder(f"file://{tmp_path}/set"))
-    assert (local.class_names, local.num_ignored) == (remote.class_names, remote.num_ignored) == (("cat", "dog"), 1)
+    assert (local.class_names, local.num_ignored) == (remote.class_names, remote.num_ignored) == (("cat", "dog"), 2)
     for source in (local, remote):
         for item in source.scan():
             with source.open(item) as stream:
                 stream.seek(1)
                 assert stream.read() == item.where.encode()[1:]
+
+
+STRANGE_NAMES = (
+    "a b/1 2.png",
+    "a-b/50%.png",
+    "a-b/%20.png",
+    "c#d/#1.png",
+    "e?f/1?x=y.png",
+    "i&j/'1'&amp;.png",
+    "k+l/ü~.png",
+)
+
+
+def test_names_behind_http_are_those_on_disk(tmp_path: Path) -> None:
+    """Servers escape names in their listings, which would change keys, and with their order the ids of classes."""
+    for name in (*STRANGE_NAMES, "a b/.hidden.png", "a b/notes.txt", ".git/x.png"):
+        touch(tmp_path / "the set" / name, name.encode())
+    local = image_folder(tmp_path / "the set")
+    items = scan(local)
+    assert sorted(item.where for item in items) == sorted(STRANGE_NAMES)
+    with FileServer(tmp_path) as server:
+        for root in (f"{server.url}/the%20set", f"{server.url}/the set/"):
+            remote = image_folder(root)
+            found = scan(remote)
+            assert [(item.key, item.where, item.label) for item in found] == [
+                (item.key, item.where, item.label) for item in items
+            ]
+            assert (remote.class_names, remote.num_ignored) == (local.class_names, local.num_ignored)
+            assert [read(remote, item) for item in found] == [item.where.encode() for item in items]
+
+
+def test_a_page_that_links_to_other_places_lists_its_own_folder_only(tmp_path: Path) -> None:
+    """Apache's pages sort themselves and link upwards; other servers' have whole URLs."""
+    elsewhere = ("?C=N;O=D", "/set/", "/", "../", "b/c.png", "#top", "http://example.com/set/a/4.png")
+    links = (*elsewhere, "./1.png", "/set/a/2.png", "URL/set/a/3.png", "x&amp;y'z.png")
+    with FileServer(tmp_path) as server:
+        lines = "".join(f'<td><a href="{link}">name</a></td>' for link in links).replace("URL", server.url)
+        touch(tmp_path / "set" / "a" / "index.html", f"<html>http://example.com {lines}</html>".encode())
+        touch(tmp_path / "set" / "a" / "x&y'z.png")
+        source = image_folder(f"{server.url}/set")
+        found = scan(source)
+        assert [item.where for item in found] == ["a/1.png", "a/2.png", "a/3.png", "a/x&y'z.png"]
+        assert (source.num_ignored, read(source, found[3])) == (0, b"x")
+
+
+def test_a_server_that_fails_for_a_while_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path / "set" / "a" / "1.png", b"picture")
+    with FileServer(tmp_path) as server:
+        source = image_folder(f"{server.url}/set")
+        server.plan["a"] = ["503"]
+        (item,) = scan(source)
+        server.plan["1.png"] = ["503", "cut", "503"]
+        assert read(source, item) == b"picture"
+        server.plan["1.png"] = ["403"]
+        with pytest.raises(SourceChangedError, match="the server answers 403"):
+            source.open(item)
+        assert server.num_requests["1.png"] == 4 + 1
+        monkeypatch.setattr(location_module, "READ_TIMEOUT_S", 0.1)
+        server.plan["1.png"] = ["hold"] * 4
+        with pytest.raises(PomscaleError, match=r"1\.png: cannot be read, 4 attempts failed: \w*Timeout\w*"):
+            source.open(item)
+
+
+def test_what_is_hidden_is_ignored_and_counted_at_any_depth(tmp_path: Path) -> None:
+    hidden = ("a/.ipynb_checkpoints/1.png", "a/b/._2.png", "a/b/c/__MACOSX/._3.png", "__MACOSX/4.png", ".5.png")
+    for name in ("a/b/2.png", *hidden):
+        touch(tmp_path / name)
+    source = image_folder(tmp_path)
+    assert problems(source) == {"a/b/2": None}
+    assert (source.class_names, source.num_ignored) == (("a",), len(hidden))
+
+
+def test_a_failing_server_is_not_taken_for_a_missing_file(tmp_path: Path) -> None:
+    """fsspec raises FileNotFoundError for whatever keeps it from asking for a size."""
+    with FileServer(tmp_path) as server:
+        url = f"{server.url}/0.tar"
+        for open_file in (storage.open_stream, lambda url: storage.open_large_item(url, 10)):
+            server.plan["0.tar"] = ["503"] * 4
+            with pytest.raises(
+                PomscaleError, match=r"0\.tar: cannot be read, 4 attempts failed: ClientResponseError: 503"
+            ):
+                open_file(url)
+        with pytest.raises(InputError, match=r"cannot read .*0\.tar: the server answers 404"):
+            storage.open_stream(url)
+        with pytest.raises(FileNotFoundError):
+            storage.open_large_item(url, 10)
 
 
 def test_the_fingerprint_follows_names_and_sizes_not_the_place(tmp_path: Path) -> None:
@@ -190,7 +288,8 @@ def test_items_that_changed_since_the_scan_are_told_from_failing_storage(
 
     monkeypatch.setattr(type(memory), "cat_file", failing)
     with pytest.raises(
-        PomscaleError, match=r"memory://set/a/1.png: cannot be read: .*Connection reset.*again to continue"
+        PomscaleError,
+        match=r"memory://set/a/1.png: cannot be read, 4 attempts failed: ConnectionResetError: .*run the same command",
     ):
         source.open(item)
 
@@ -260,6 +359,9 @@ def test_clips_with_captions(tmp_path: Path, memory: fsspec.AbstractFileSystem) 
         "4.mkv": b"clip",
         "4.txt": b"\xff",
         "poster.jpg": b"x",
+        "a/._1.mp4": b"x",
+        "a/._1.txt": b"x",
+        "__MACOSX/1.mp4": b"x",
         "unused.txt": b"x",
     }
     for name, content in contents.items():
@@ -273,10 +375,10 @@ def test_clips_with_captions(tmp_path: Path, memory: fsspec.AbstractFileSystem) 
             ("4", None, "its caption is not UTF-8"),
             ("a/1", "ein Hund läuft", None),
         ]
-        assert (source.num_ignored, source.class_names, source.shuffled) == (1, (), True)
+        assert (source.num_ignored, source.class_names, source.shuffled) == (4, (), True)
         without = video_folder(path)
         assert [item.caption for item in without.scan()] == [None] * 4
-        assert without.num_ignored == 5
+        assert without.num_ignored == 8
         with without.open(next(iter(without.scan()))) as stream:
             assert stream.read() == b"clip"
 

@@ -32,6 +32,9 @@ class ListedSource:
     class_names: tuple[str, ...] = ("a", "b")
     num_ignored: int = 3
 
+    def check_exists(self) -> None:
+        pass
+
     def scan(self) -> Iterator[Item]:
         yield from self.items
 

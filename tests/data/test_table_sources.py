@@ -310,7 +310,9 @@ def test_tables_and_files_behind_urls(tmp_path: Path) -> None:
     storage.rm("/", recursive=True)
 
 
-def test_one_dead_link_is_told_from_a_server_that_fails(tmp_path: Path) -> None:
+def test_one_dead_link_is_told_from_a_server_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pomscale.shards.location.RETRY_DELAYS_S", (0.01, 0.01, 0.01))
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             status = int(self.path.removeprefix("/").removesuffix(".jpg"))

@@ -26,6 +26,10 @@ from pomscale.shards.index import key_hash
 from support.file_server import FileServer
 from support.synthetic_dataset import write_dataset
 
+NEIGHBOURS = (
+    "if it is elsewhere in the tar, write the tar with `tar --sort=name`: the members of a sample must be neighbours"
+)
+
 
 def tars(path: Path | str | list[str], **options: Any) -> Source:
     paths = path if isinstance(path, list) else str(path)
@@ -121,7 +125,7 @@ def test_the_img2dataset_layout(tmp_path: Path) -> None:
     assert [content(source, item) for item in items[3:]] == [b"first", b"second", b"third"]
     assert problems(tars(f"{tmp_path}/00000.tar", caption="txt")) == {
         "00000/000000000": None,
-        "00000/000000003": "its caption is missing",
+        "00000/000000003": f"its caption is missing: it has no txt member; {NEIGHBOURS}",
         "00000/000000005": "its caption is empty",
     }
 
@@ -133,14 +137,14 @@ def test_what_samples_may_lack(tmp_path: Path) -> None:
         "list": [("jpg", b"x"), ("json", b"[]")],
         "number": [("jpg", b"x"), ("json", b'{"text": 5}')],
         "latin": [("jpg", b"x"), ("json", b'{"text": "\\udc80"}')],
-        "good": [("seg.png", b"x"), ("MP4", b"clip"), ("jpg", b"second"), ("json", b'{"text": " a \\u00e9 "}')],
+        "good": [("MP4", b"clip"), ("json", b'{"text": " a \\u00e9 "}')],
     }
     members = [(f"d/{key}.{suffix}", payload) for key, parts in samples.items() for suffix, payload in parts]
     write_tar(tmp_path / "x.y.tar", members)
     source = tars(tmp_path / "x.y.tar", caption="json:text")
     items = {item.key.removeprefix("x_y/d/"): item for item in source.scan()}
     assert {key: item.problem for key, item in items.items()} == {
-        "nothing": "none of its members (json) is a picture or a clip",
+        "nothing": f"none of its members (json) is a picture or a clip; {NEIGHBOURS}",
         "broken": "its json member is no JSON",
         "list": "its json member has no fields",
         "number": "its caption is no text but 5",
@@ -149,6 +153,45 @@ def test_what_samples_may_lack(tmp_path: Path) -> None:
     }
     assert content(source, items["good"]) == b"clip"
     assert items["good"].caption == "a é"
+
+
+def test_the_case_of_suffixes_does_not_matter(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("a.PNG", b"x"), ("a.TXT", b"red"), ("a.Json", b'{"class": 1}')])
+    for caption, label in (("txt", "json:class"), ("TXT", "JSON:class")):
+        (item,) = scan(tars(tmp_path / "0.tar", caption=caption, label=label))
+        assert (item.where, item.caption, item.label, item.problem) == ("0.tar/a.PNG", "red", 1, None)
+
+
+def test_members_that_are_no_neighbours_are_told_with_the_remedy(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("0.png", b"x"), ("1.png", b"x"), ("0.txt", b"red"), ("1.txt", b"blue")])
+    with pytest.raises(InputError, match=r"none of its 4 items .*its caption is missing.*`tar --sort=name`"):
+        ItemTable.build(tars(tmp_path / "0.tar", caption="txt"), tmp_path / "table")
+    found = [item.problem for item in scan(tars(tmp_path / "0.tar"))]
+    assert found == [None, None, *2 * [f"none of its members (txt) is a picture or a clip; {NEIGHBOURS}"]]
+
+
+def test_the_picture_of_a_sample(tmp_path: Path) -> None:
+    """A suffix may have several parts; where a sample has several pictures, the recipe says which one."""
+    samples = {
+        "one": [("rgb.png", b"rgb")],
+        "two": [("png", b"mask"), ("webp", b"photo")],
+        "parts": [("rgb.PNG", b"rgb"), ("mask.png", b"mask"), ("txt", b"x")],
+    }
+    members = [(f"{key}.{suffix}", payload) for key, parts in samples.items() for suffix, payload in parts]
+    write_tar(tmp_path / "0.tar", members)
+
+    def found(**options: str) -> list[bytes | str | None]:
+        source = tars(tmp_path / "0.tar", **options)
+        return [item.problem or content(source, item) for item in source.scan()]
+
+    several = "it has several pictures or clips ({}); say which one with source.media, e.g. source.media={}"
+    assert found() == [b"rgb", several.format("png, webp", "png"), several.format("rgb.png, mask.png", "rgb.png")]
+    none = "none of its members ({}) is called rgb.png; " + NEIGHBOURS
+    assert found(media="rgb.png") == [b"rgb", none.format("png, webp"), b"rgb"]
+    assert found(media="WEBP")[1] == b"photo"
+    for media in ("", ".png", "a/b.png"):
+        with pytest.raises(InputError, match=r"source\.media: .* is no member's extension"):
+            tars(tmp_path / "0.tar", media=media)
 
 
 def test_class_names_from_a_file(tmp_path: Path) -> None:
@@ -219,6 +262,75 @@ def test_a_damaged_tar_gives_what_is_whole_and_one_problem(tmp_path: Path, damag
     assert (bad.key, bad.where) == ("1", "1.tar")
     assert f"the tar is damaged: {reason}" in (bad.problem or "")
     assert f"its {num_whole} samples before that are read" in (bad.problem or "")
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--format=gnu", *(f"--format=posix --sparse-version={version}" for version in ("0.0", "0.1", "1.0"))],
+)
+def test_a_sparse_member_is_a_problem_of_its_own(tmp_path: Path, options: str) -> None:
+    """The tar has such a file without its zeros: read as it stands, it would be shifted."""
+    (tmp_path / "a.png").write_bytes(b"a" * 1000)
+    with (tmp_path / "b.png").open("wb") as file:
+        file.write(b"begin" * 1000)
+        file.seek(1_000_000)
+        file.write(b"end" * 1000)
+    (tmp_path / "c.png").write_bytes(b"c" * 1000)
+    subprocess.run(
+        f"tar -S --hole-detection=raw {options} -cf 0.tar a.png b.png c.png", shell=True, check=True, cwd=tmp_path
+    )
+    assert (tmp_path / "0.tar").stat().st_size < 100_000
+    source = tars(tmp_path / "0.tar")
+    a, b, c = scan(source)
+    assert (b.key, b.where, b.location) == ("0/b", "0.tar/b.png", None)
+    assert b.problem == (
+        "its png member is stored sparse, without its zeros; write the tar without -S (bsdtar: with --no-read-sparse)"
+    )
+    assert (content(source, a), content(source, c)) == (b"a" * 1000, b"c" * 1000)
+
+
+def test_archives_behind_the_end_mark_of_another_are_read(tmp_path: Path) -> None:
+    """`cat a.tar b.tar` makes such files."""
+    for i in range(3):
+        write_tar(tmp_path / f"{i}.tar", [(f"{i}.png", bytes([i]) * 600), (f"{i}.txt", b"text")])
+    archives = [(tmp_path / f"{i}.tar").read_bytes() for i in range(3)]
+    (tmp_path / "all.tar").write_bytes(b"".join(archives))
+    source = tars(tmp_path / "all.tar", caption="txt")
+    assert [(item.key, item.problem, content(source, item)) for item in source.scan()] == [
+        (f"all/{i}", None, bytes([i]) * 600) for i in range(3)
+    ]
+    (tmp_path / "all.tar").write_bytes(archives[0] + b"no tar" * 1000)
+    whole, rest = scan(source)
+    assert (whole.key, whole.problem) == ("all/0", None)
+    assert f"the tar is damaged: the header at byte {len(archives[0]):,} is damaged" in (rest.problem or "")
+
+
+def test_links_in_a_tar_are_named_as_what_they_are(tmp_path: Path) -> None:
+    for name in ("a.png", "a.txt", "c.png", "c.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "b.png").hardlink_to(tmp_path / "a.png")
+    (tmp_path / "b.txt").write_bytes(b"x")
+    (tmp_path / "d.png").symlink_to("c.png")
+    (tmp_path / "d.txt").symlink_to("c.txt")
+    (tmp_path / "e.png").write_bytes(b"x")
+    (tmp_path / "e.txt").hardlink_to(tmp_path / "a.txt")
+    subprocess.run("tar --sort=name -cf 0.tar $(ls *.png *.txt | sort)", shell=True, check=True, cwd=tmp_path)
+    assert problems(tars(tmp_path / "0.tar", caption="txt")) == {
+        "0/a": None,
+        "0/b": "its png member is a hard link to a.png; write the tar with --hard-dereference",
+        "0/c": None,
+        "0/d": "its png member is a symbolic link to c.png; write the tar with --dereference",
+        "0/e": "its txt member is a hard link to a.txt; write the tar with --hard-dereference",
+    }
+    assert problems(tars(tmp_path / "0.tar"))["0/e"] is None
+
+
+def test_hidden_members_and_notes_on_the_tar_are_ignored_and_counted(tmp_path: Path) -> None:
+    hidden = ("a/._x.png", "a/.ipynb_checkpoints/x.png", ".git/x.png", "__MACOSX/a/x.png", ".x.png", "__meta__/x.json")
+    write_tar(tmp_path / "0.tar", [*((name, b"x") for name in hidden), ("./a/x.png", b"x"), ("../b/__x__.png", b"x")])
+    source = tars(tmp_path / "0.tar")
+    assert problems(source) == {"0/a/x": None, "0/__/b/__x__": None}
+    assert source.num_ignored == len(hidden)
 
 
 @pytest.mark.parametrize("garbage", [b"", b"<html>404</html>" * 100])
@@ -371,6 +483,20 @@ def test_captions_of_a_dataset_behind_a_url(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"/0\.tar: its server does not send parts of files; download it"):
             scan(tars(f"{server.url}/0.tar"))
     storage.rm("/set", recursive=True)
+
+
+def test_small_tars_of_a_server_that_does_not_send_parts(tmp_path: Path) -> None:
+    """Asked for a part, it sends everything, and fsspec does not tell."""
+    write_tar(tmp_path / "a b.tar", [(f"{i}.png", bytes([i]) * 600) for i in range(3)])
+    local = scan(tars(tmp_path / "a b.tar"))
+    with FileServer(tmp_path) as server:
+        for name in ("a%20b.tar", "a b.tar"):
+            source = tars(f"{server.url}/{name}")
+            assert scan(source) == local
+            assert [content(source, item) for item in local] == [bytes([i]) * 600 for i in range(3)]
+        write_tar(tmp_path / "a b.tar", [(f"{i}.png", bytes([i]) * 600) for i in range(30)])
+        with pytest.raises(SourceChangedError, match="changed since it was listed"):
+            source.open(local[0])
 
 
 def test_a_damaged_shard_and_missing_captions(tmp_path: Path) -> None:

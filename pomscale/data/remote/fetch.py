@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.shards.location import join, local_folder, open_filesystem, retried, unreadable
@@ -21,9 +21,6 @@ _CHUNK_BYTES = 2**20
 
 # Bytes per request to object stores, which are read range by range.
 _RANGE_BYTES = 2**24
-
-_CONNECT_TIMEOUT_S = 30
-_READ_TIMEOUT_S = 60
 
 # Takes the bytes that belong at an offset: in order from 0 on, and from 0 again after a failure.
 Write = Callable[[int, bytes], object]
@@ -80,19 +77,11 @@ def fetch(file: DatasetFile, write: Write, stop: threading.Event, *, check_sha25
 
 def _download(file: DatasetFile, write: Write, stop: threading.Event, check_sha256: bool) -> None:
     filesystem, path = open_filesystem(file.source)
-    options = _http_options() if "http" in filesystem.protocol else {"block_size": _RANGE_BYTES}
-    # With the size given, fsspec sends no request for it.
-    with filesystem.open(path, "rb", size=file.num_bytes, **options) as stream:
-        _copy(file, stream, write, stop, check_sha256)
-
-
-def _http_options() -> dict[str, Any]:
-    import aiohttp  # noqa: PLC0415  optional, it comes with fsspec's http
-
-    # fsspec limits a whole download to five minutes; this limits the time without a byte instead.
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_READ_TIMEOUT_S)
     # Block size 0 is one request for all of the file, from servers with and without ranges.
-    return {"block_size": 0, "timeout": timeout}
+    block_size = 0 if "http" in filesystem.protocol else _RANGE_BYTES
+    # With the size given, fsspec sends no request for it.
+    with filesystem.open(path, "rb", size=file.num_bytes, block_size=block_size) as stream:
+        _copy(file, stream, write, stop, check_sha256)
 
 
 def _copy(file: DatasetFile, stream: BinaryIO, write: Write, stop: threading.Event, check_sha256: bool) -> None:
