@@ -30,6 +30,7 @@ from launch.record.job import Ending, JobSpec, ending_path, keep, log_path, read
 from pomscale.base.console import warn
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import make_folder
+from pomscale.base.hosts import name_problem
 from pomscale.runs.layout import CODE_FOLDER, END_FILE, JOB_FILE
 from pomscale.runs.ledger import RESTARTED_BECAUSE, SUBMITTED
 
@@ -93,7 +94,11 @@ class _Rank:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             identity = self._identity
             _say(log.fileno(), f"===== start {identity.job_id}-{identity.restart} on {identity.host}, {now} =====")
-            for words in self._spec.commands:
+            problem = self._name_problem()
+            if problem is not None:
+                _say(log.fileno(), f"error: {problem}")
+                returncode = 1
+            for words in self._spec.commands if problem is None else []:
                 if self._forwarding.first is not None:
                     returncode = EXIT_STOPPED  # asked to stop before it began: nothing is lost
                     break
@@ -112,6 +117,11 @@ class _Rank:
             last_line=_last_line(self._log, begin) if returncode not in (0, EXIT_STOPPED) else "",
             log=str(self._log),
         )
+
+    def _name_problem(self) -> str | None:
+        """Return why this rank would not find the others: it would look for them for a long time, without a word."""
+        first = self._identity.environment.get("MASTER_ADDR")
+        return None if first is None else name_problem(first)
 
     def _run_command(self, words: list[str], log: int) -> tuple[int, int]:
         """Return (process number, return code)."""

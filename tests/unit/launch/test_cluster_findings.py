@@ -10,6 +10,7 @@ import pytest
 
 from launch.cluster.findings import (
     Finding,
+    name_findings,
     rank_findings,
     requeue_finding,
     signal_finding,
@@ -213,3 +214,11 @@ def test_signals_that_do_not_arrive() -> None:
     assert signal_finding(3, 4, 60.0, "").found == "USR2 reached 3 of 4 ranks"
     assert signal_finding(0, 4, None, "scancel: not allowed").found == "scancel: not allowed"
     assert {signal_finding(3, 4, 60.0, "").status, signal_finding(0, 4, None, "").status} == {"FAILED"}
+
+
+def test_a_name_that_does_not_resolve_is_a_finding() -> None:
+    why = "rank 1 on n2: the first node, n1, cannot be found by its name on n2: Name or service not known"
+    (finding,) = name_findings(f"{why}; the nodes of a job must know each other's names")
+    assert (finding.status, finding.found) == ("FAILED", why)
+    assert "/etc/hosts" in finding.remedy
+    assert name_findings("rank 1 on n2: ValueError: no such thing") == []
