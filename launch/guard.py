@@ -87,24 +87,13 @@ class _Rank:
     def run(self) -> Ending:
         started_unix_s = time.time()
         num_kills = num_out_of_memory_kills()
-        pid, returncode = 0, 0
         make_folder(self._log.parent)
         with _opened(self._log) as log:
             begin = log.seek(0, os.SEEK_END)
             now = datetime.now(UTC).isoformat(timespec="seconds")
             identity = self._identity
             _say(log.fileno(), f"===== start {identity.job_id}-{identity.restart} on {identity.host}, {now} =====")
-            problem = self._name_problem()
-            if problem is not None:
-                _say(log.fileno(), f"error: {problem}")
-                returncode = 1
-            for words in self._spec.commands if problem is None else []:
-                if self._forwarding.first is not None:
-                    returncode = EXIT_STOPPED  # asked to stop before it began: nothing is lost
-                    break
-                pid, returncode = self._run_command(words, log.fileno())
-                if returncode:
-                    break
+            pid, returncode = self._run_commands(log.fileno())
         return Ending(
             self._identity.rank,
             self._identity.host,
@@ -118,10 +107,20 @@ class _Rank:
             log=str(self._log),
         )
 
-    def _name_problem(self) -> str | None:
-        """Return why this rank would not find the others: it would look for them for a long time, without a word."""
+    def _run_commands(self, log: int) -> tuple[int, int]:
+        """Return (process number, return code) of the last command that was run."""
         first = self._identity.environment.get("MASTER_ADDR")
-        return None if first is None else name_problem(first)
+        if first is not None and (problem := name_problem(first)) is not None:
+            _say(log, f"error: {problem}")  # it would look for the other ranks for a long time
+            return 0, 1
+        pid, returncode = 0, 0
+        for words in self._spec.commands:
+            if self._forwarding.first is not None:
+                return pid, EXIT_STOPPED  # asked to stop before it began: nothing is lost
+            pid, returncode = self._run_command(words, log)
+            if returncode:
+                break
+        return pid, returncode
 
     def _run_command(self, words: list[str], log: int) -> tuple[int, int]:
         """Return (process number, return code)."""
