@@ -74,10 +74,9 @@ def requeue_finding(details: Mapping[str, str]) -> Finding:
 
 def name_findings(reason: str) -> list[Finding]:
     """Find out whether a job has failed because its nodes do not know each other. reason: why it has failed."""
-    if NOT_FOUND not in reason:
-        return []
+    told = [part.rpartition("error: ")[2] for part in reason.split("; ") if NOT_FOUND in part]
     remedy = "ask the site for entries of its nodes in DNS or /etc/hosts; mount /etc/hosts into a container"
-    return [Finding("names of nodes", "FAILED", reason.partition("; ")[0], remedy)]
+    return [Finding("names of nodes", "FAILED", what, remedy) for what in told[:1]]
 
 
 def rank_findings(ranks: Mapping[int, RankFacts], num_ranks: int, profile: ClusterProfile, runs: Path) -> list[Finding]:

@@ -256,7 +256,8 @@ def _after_the_end(facts: Facts, by_folder: State, job: JobState, start: JobStar
         return State(word, verdict.reason, verdict.log)
     if word == "cancelled":
         return State(word)
-    return _in_its_words(word, f"SLURM says {job.state}; there is no other record", facts, job.job_id, start)
+    told = _in_its_words(word, f"SLURM says {job.state}", facts, job.job_id, start)
+    return told if told.log else State(word, f"{told.reason}; there is no other record")
 
 
 def _array_state(tasks: Sequence[State]) -> State:

@@ -217,8 +217,10 @@ def test_signals_that_do_not_arrive() -> None:
 
 
 def test_a_name_that_does_not_resolve_is_a_finding() -> None:
-    why = "rank 1 on n2: the first node, n1, cannot be found by its name on n2: Name or service not known"
-    (finding,) = name_findings(f"{why}; the nodes of a job must know each other's names")
-    assert (finding.status, finding.found) == ("FAILED", why)
-    assert "/etc/hosts" in finding.remedy
+    why = "the first node, n1, cannot be found by its name on n2: Name or service not known"
+    for reason in (f"rank 1 on n2: {why}; and so on", f"SLURM says FAILED; it has printed: error: {why}; and so on"):
+        (finding,) = name_findings(reason)
+        assert finding.status == "FAILED"
+        assert finding.found.endswith(why)
+        assert "/etc/hosts" in finding.remedy
     assert name_findings("rank 1 on n2: ValueError: no such thing") == []

@@ -387,9 +387,7 @@ def test_what_a_rank_without_a_guard_has_printed_is_the_reason(
 
 def test_words_without_an_error_are_better_than_none(job_folder: JobFolder) -> None:
     log = printed(job_folder.submitted(-9), "12_0_log.out", f"bye\n{OF_SRUN}")
-    assert job_folder.state(slurm_says("FAILED")) == State(
-        "failed", "SLURM says FAILED; there is no other record; it has printed: bye", log
-    )
+    assert job_folder.state(slurm_says("FAILED")) == State("failed", "SLURM says FAILED; it has printed: bye", log)
 
 
 def test_words_of_an_earlier_job_say_nothing(job_folder: JobFolder) -> None:
