@@ -45,7 +45,7 @@ def last_words(job_folder: Path, task: str, since_unix_s: float, output: str | N
         output: File of the job's output if it is not in submitit/, see Submission.
     """
     paths = [Path(output)] if output is not None else sorted((job_folder / SUBMITIT_FOLDER).glob(f"{task}_*_log.*"))
-    found = []
+    found: list[LastWords] = []
     for path in paths:
         if path.is_file() and path.stat().st_mtime >= since_unix_s - _SAME_MOMENT_S:
             lines = [line.strip() for line in tail(path, _BYTES).decode(errors="replace").splitlines()]

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.hosts import name_problem
@@ -116,7 +117,7 @@ def _join(backend: str, join_timeout: timedelta, timeout: timedelta) -> None:
             f"within {join_timeout.total_seconds():g} s: {why}"
         ) from error
     store.set_timeout(timeout)
-    dist.distributed_c10d._set_pg_timeout(timeout)
+    _set_pg_timeout(timeout)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_group
 
 from launch.node.verdict import _LOST_PEER
 from pomscale.base import hosts
@@ -52,5 +52,4 @@ def test_collectives_have_the_timeout_of_the_run(port: int, monkeypatch: pytest.
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     with join_world("cpu", timeout=timedelta(hours=2), join_timeout=SOON):
-        group = dist.distributed_c10d._get_default_group()
-        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(hours=2)
+        assert _get_default_group()._get_backend(torch.device("cpu")).options._timeout == timedelta(hours=2)

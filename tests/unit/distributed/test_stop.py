@@ -50,8 +50,9 @@ while True:  # as in a collective: in C without Python's lock, where no Python h
 
 def start(how: str, outcome: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", PROGRAM, how, str(outcome)]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    process = subprocess.Popen(command, **pipes, text=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
