@@ -30,6 +30,7 @@ from launch.record.job import Ending, JobSpec, ending_path, keep, log_path, read
 from pomscale.base.console import warn
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import make_folder
+from pomscale.base.hosts import name_problem
 from pomscale.runs.layout import CODE_FOLDER, END_FILE, JOB_FILE
 from pomscale.runs.ledger import RESTARTED_BECAUSE, SUBMITTED
 
@@ -86,20 +87,13 @@ class _Rank:
     def run(self) -> Ending:
         started_unix_s = time.time()
         num_kills = num_out_of_memory_kills()
-        pid, returncode = 0, 0
         make_folder(self._log.parent)
         with _opened(self._log) as log:
             begin = log.seek(0, os.SEEK_END)
             now = datetime.now(UTC).isoformat(timespec="seconds")
             identity = self._identity
             _say(log.fileno(), f"===== start {identity.job_id}-{identity.restart} on {identity.host}, {now} =====")
-            for words in self._spec.commands:
-                if self._forwarding.first is not None:
-                    returncode = EXIT_STOPPED  # asked to stop before it began: nothing is lost
-                    break
-                pid, returncode = self._run_command(words, log.fileno())
-                if returncode:
-                    break
+            pid, returncode = self._run_commands(log.fileno())
         return Ending(
             self._identity.rank,
             self._identity.host,
@@ -112,6 +106,21 @@ class _Rank:
             last_line=_last_line(self._log, begin) if returncode not in (0, EXIT_STOPPED) else "",
             log=str(self._log),
         )
+
+    def _run_commands(self, log: int) -> tuple[int, int]:
+        """Return (process number, return code) of the last command that was run."""
+        first = self._identity.environment.get("MASTER_ADDR")
+        if first is not None and (problem := name_problem(first)) is not None:
+            _say(log, f"error: {problem}")  # it would look for the other ranks for a long time
+            return 0, 1
+        pid, returncode = 0, 0
+        for words in self._spec.commands:
+            if self._forwarding.first is not None:
+                return pid, EXIT_STOPPED  # asked to stop before it began: nothing is lost
+            pid, returncode = self._run_command(words, log)
+            if returncode:
+                break
+        return pid, returncode
 
     def _run_command(self, words: list[str], log: int) -> tuple[int, int]:
         """Return (process number, return code)."""

@@ -41,8 +41,14 @@ def prepare_here(words: list[str], environment: Mapping[str, str] = os.environ) 
     prepared = prepare_train(path, overrides, request)
     prepared.write_job_folder()
     keep(job_folder / JOB_FILE, prepared.spec)
-    record_submission(job_folder, Submission(job_id, time.time(), "slurm", num_nodes))
+    record_submission(job_folder, Submission(job_id, time.time(), "slurm", num_nodes, output=_output()))
     return job_folder
+
+
+def _output() -> str | None:
+    """Return the file that this job script prints into; None if that is no file."""
+    path = os.readlink("/proc/self/fd/2")
+    return path if os.path.isfile(path) else None
 
 
 def _profile(environment: Mapping[str, str]) -> ClusterProfile:

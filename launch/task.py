@@ -24,6 +24,7 @@ from launch.node.identity import LOCAL_JOB, LOCAL_RESTART, port_of, slurm_job
 from launch.node.signals import SignalForwarder, block_signals
 from launch.record.job import JobSpec, StartRecord, Verdict, keep, read_endings, read_submissions, start_folder
 from launch.record.result import final_verdict, is_success
+from pomscale.base.hosts import name_problem
 from pomscale.runs.layout import JOB_FILE, REQUEUE_FILE, START_FILE, VERDICT_FILE
 
 _GUARD = ["-m", "launch.guard"]
@@ -44,6 +45,8 @@ class SlurmTask:
         if spec.ranks_by == "srun" or spec.num_ranks == 1:
             become_guard(spec)
         job_id, restart, hosts = slurm_job(os.environ)
+        if spec.num_nodes > 1 and (problem := name_problem(hosts[0])) is not None:
+            sys.exit(f"error: {problem}")
         rendezvous = [
             f"--nnodes={spec.num_nodes}",
             f"--node-rank={os.environ['SLURM_NODEID']}",

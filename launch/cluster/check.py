@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launch.cluster.findings import (
     Finding,
+    name_findings,
     rank_findings,
     requeue_finding,
     signal_finding,
@@ -169,7 +170,8 @@ class _Job:
 
     def findings(self) -> list[Finding]:
         facts, profile = self._job_folder / _FACTS, self._prepared.profile
-        findings = [self._job_finding()]
+        assert self._state is not None
+        findings = [self._job_finding(), *name_findings(self._state.reason)]
         if self._requeue is not None:
             findings.append(self._requeue)
         ranks, world = rank_facts(facts), world_facts(facts)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from launch.scheduler import slurm
+from pomscale.base.hosts import NOT_FOUND
 from pomscale.config.cluster import ClusterProfile, minutes_of
 from pomscale.runs.cluster_facts import RankFacts, WorldFacts
 
@@ -69,6 +70,13 @@ def requeue_finding(details: Mapping[str, str]) -> Finding:
         return Finding("requeue", "ok", "allowed")
     remedy = "ask the site; until then submit again by `pomscale runs resume`"
     return Finding("requeue", "FAILED", "this cluster does not let jobs start again", remedy)
+
+
+def name_findings(reason: str) -> list[Finding]:
+    """Find out whether a job has failed because its nodes do not know each other. reason: why it has failed."""
+    told = [part.rpartition("error: ")[2] for part in reason.split("; ") if NOT_FOUND in part]
+    remedy = "ask the site for entries of its nodes in DNS or /etc/hosts; mount /etc/hosts into a container"
+    return [Finding("names of nodes", "FAILED", what, remedy) for what in told[:1]]
 
 
 def rank_findings(ranks: Mapping[int, RankFacts], num_ranks: int, profile: ClusterProfile, runs: Path) -> list[Finding]:

@@ -22,7 +22,7 @@ import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -32,6 +32,7 @@ from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import make_folder, write_text
 from pomscale.base.jsonl import read_json_lines
 from pomscale.runs.layout import ATTEMPTS_FOLDER, JOBS_FILE, LAUNCH_LOCK_FILE, LOGS_FOLDER, START_FILE, VERDICT_FILE
+from pomscale.runs.original import original_of
 
 Action = Literal["done", "requeue", "fail", "leave"]
 """leave: the scheduler is ending or restarting the job by itself."""
@@ -124,13 +125,24 @@ class LaunchedAs(Stored):
 
 @dataclass(frozen=True)
 class Submission(Stored):
-    """One line of jobs.jsonl. job_id: for an array, the id of the whole array; num_tasks: the size of the array."""
+    """One line of jobs.jsonl.
+
+    job_id: for an array, the id of the whole array. num_tasks: the size of the array. job_folder: path of the job
+    folder when the job was submitted; None in a line of an older version. output: file with what a job script of the
+    user's own prints; None for a job of `pomscale launch`, which prints into JOB_FOLDER/submitit.
+    """
 
     job_id: str
     submitted_unix_s: float
     scheduler: Literal["slurm", "local", "debug"]
     num_nodes: int
     num_tasks: int = 1
+    job_folder: str | None = field(default=None, metadata=stored_as("home"))
+    output: str | None = None
+
+    def original(self, job_folder: Path) -> Path | None:
+        """Return the job folder that this line of jobs.jsonl belongs to, if it came into this one with a copy."""
+        return original_of(job_folder, self.job_folder, lambda other: self in read_submissions(other))
 
 
 @dataclass(frozen=True)
@@ -188,6 +200,10 @@ class Verdict(Stored):
     num_idle: int = 0
     samples: int | None = None
     log: str = ""
+
+    def seen_from(self, job_folder: Path) -> Self:
+        """Return this verdict with the log where it lies now: the folder may have been moved or copied since."""
+        return replace(self, log=str(job_folder / LOGS_FOLDER / Path(self.log).name)) if self.log else self
 
 
 @dataclass(frozen=True)
@@ -261,7 +277,8 @@ def read_starts(job_folder: Path) -> list[JobStart]:
             continue  # its first process is just writing it
         record, verdict = _readable(StartRecord, folder / START_FILE), folder / VERDICT_FILE
         if record is not None:
-            found.append(JobStart(folder, record, _readable(Verdict, verdict) if verdict.is_file() else None))
+            decided = _readable(Verdict, verdict) if verdict.is_file() else None
+            found.append(JobStart(folder, record, None if decided is None else decided.seen_from(job_folder)))
     return sorted(found, key=lambda start: start.record.started_unix_s)
 
 

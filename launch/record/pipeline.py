@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ class Stage(Stored):
 
 @dataclass(frozen=True)
 class Pipeline(Stored):
-    """Content of pipeline.json. command_line: what was typed, in the folder cwd."""
+    """Content of pipeline.json, which names its own folder as well. command_line: what was typed, in the folder cwd."""
 
     name: str
     cluster: str
@@ -46,12 +48,29 @@ def read_pipeline(folder: Path) -> Pipeline:
     path = folder / PIPELINE_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        stages = [Stage.from_dict(stage) for stage in content.pop("stages")]
-        return Pipeline(**content, stages=stages)
+        content["stages"] = [Stage.from_dict(stage) for stage in content["stages"]]
+        return Pipeline.from_dict(content)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise PomscaleError(f"{path} cannot be read: {error}") from error
 
 
 def write_pipeline(folder: Path, pipeline: Pipeline) -> None:
     make_folder(folder)
-    write_text(folder / PIPELINE_FILE, json.dumps(pipeline.to_dict(), indent=1))
+    content = pipeline.to_dict() | {"home": str(folder.absolute())}
+    write_text(folder / PIPELINE_FILE, json.dumps(content, indent=1))
+
+
+def stage_folders(folder: Path, content: Mapping[str, Any]) -> list[Path]:
+    """Return the job folders of the stages where they lie now: the pipeline may have been moved or copied with them.
+
+    Args:
+        folder: Folder of the pipeline.
+        content: Content of its pipeline.json. KeyError or TypeError if it is not one.
+    """
+    then = content.get("home")  # absent in a file of an older version
+    found = []
+    for stage in content["stages"]:
+        recorded = Path(stage["home"])
+        beside = folder / (stage["name"] if then is None else os.path.relpath(recorded, then))
+        found.append(Path(os.path.normpath(beside)) if beside.is_dir() else recorded)
+    return found

@@ -62,7 +62,7 @@ def _newest_verdicts(job_folder: Path, submission: Submission) -> list[Verdict]:
     found = []
     for _, (_, folder) in sorted(newest.items()):
         if (folder / VERDICT_FILE).is_file():
-            verdict = Verdict.read(folder / VERDICT_FILE)
+            verdict = Verdict.read(folder / VERDICT_FILE).seen_from(job_folder)
             # Process numbers repeat, so this may be the verdict on an earlier job with the same number.
             is_its_own = submission.scheduler == "slurm" or verdict.decided_unix_s >= submission.submitted_unix_s
             if is_its_own:

@@ -11,6 +11,7 @@ from typing import Any
 
 from launch.record.job import JobStart, StartRecord, Submission, Verdict
 from launch.record.result import job_process_lives
+from launch.status.last_words import LastWords, last_words
 from launch.status.tail import objects, read_object, tail
 from pomscale.base.errors import PomscaleError
 from pomscale.runs.layout import (
@@ -39,7 +40,8 @@ class Facts:
     submission, claim: the newest. starts: the newest of each task of the newest job. claim_lives, local_lives: whether
     the process of the claim, and that of a local job, is alive; None if that cannot be seen from here, or if there is
     none. run_start: the last line of incarnations.jsonl. num_starts: of the run. rows: the last ones, all of the same
-    start.
+    start. original: the run folder that the newest job and process belong to, if this one is a copy of it in which
+    nothing has begun.
     """
 
     job_folder: Path
@@ -54,6 +56,7 @@ class Facts:
     rows: list[dict[str, Any]]
     stop_requested: bool
     is_run: bool
+    original: Path | None = None
 
     @property
     def start(self) -> JobStart | None:
@@ -86,6 +89,8 @@ class Facts:
     @property
     def slurm_job(self) -> str | None:
         """The id of the job that used the job folder last; None if that was no job of SLURM."""
+        if self.original is not None:
+            return None
         if self.is_waiting and self.submission is not None:
             return self.submission.job_id if self.submission.scheduler == "slurm" else None
         if self.is_by_hand and self.claim is not None:
@@ -99,6 +104,19 @@ class Facts:
         if submission is None or submission.job_id != job_of(start.record.job_id):
             return True
         return submission.scheduler == "slurm"
+
+    def last_words(self, start: JobStart | None, task: str) -> LastWords | None:
+        """Return what a task of the newest job has printed last; None if it has printed nothing.
+
+        start: the task's newest start, None if none began.
+        """
+        submission = self.submission
+        if submission is None or self.original is not None or job_of(task) != submission.job_id:
+            return None
+        # A rank may die before the first one has recorded the first start.
+        is_first = start is None or start.record.restart == 0
+        since_unix_s = submission.submitted_unix_s if is_first or start is None else start.record.started_unix_s
+        return last_words(self.job_folder, task, since_unix_s, submission.output)
 
     @property
     def current_outcome(self) -> dict[str, Any] | None:
@@ -136,6 +154,11 @@ def _read_facts(job_folder: Path) -> Facts:
         raise PomscaleError(f"{job_folder / JOBS_FILE}: its last line is no submission: {error}") from error
     starts = _newest_starts(job_folder / ATTEMPTS_FOLDER)
     claim = newest_claim(job_folder)
+    original = None if submission is None else submission.original(job_folder)
+    if original is not None and claim is not None and claim.original is None:
+        submission = original = None  # the run has begun here by hand since it was copied
+    elif submission is None and claim is not None:
+        original = claim.original
     run_starts = _with_numbers({"started_unix_s"}, objects(tail(job_folder / STARTS_FILE, _ROWS_BYTES)))
     rows = _with_numbers(_ROW_KEYS, objects(tail(job_folder / METRICS_FILE, _ROWS_BYTES)))
     newest = max((row["incarnation"] for row in rows), default=0)
@@ -145,13 +168,14 @@ def _read_facts(job_folder: Path) -> Facts:
         starts,
         claim,
         claim_lives=None if claim is None else claim.lives,
-        local_lives=None if submission is None else _local_job_lives(submission, starts),
+        local_lives=None if submission is None else original is None and _local_job_lives(submission, starts),
         outcome=read_outcome(job_folder),
         run_start=run_starts[-1] if run_starts else None,
         num_starts=claim.number if claim is not None else len(run_starts),
         rows=[row for row in rows if row["incarnation"] == newest],
         stop_requested=_stop_requested(job_folder, claim),
         is_run=claim is not None or bool(run_starts) or bool((read_object(job_folder / JOB_FILE) or {}).get("is_run")),
+        original=original,
     )
 
 
@@ -186,7 +210,7 @@ def _begun_unix_s(folder: Path) -> float:
 def _read_start(folder: Path, job_id: str, restart: int) -> JobStart | None:
     """Return a start; None while its first process is just writing it."""
     start_file, verdict_file = folder / START_FILE, folder / VERDICT_FILE
-    verdict = Verdict.read(verdict_file) if verdict_file.is_file() else None
+    verdict = Verdict.read(verdict_file).seen_from(folder.parents[1]) if verdict_file.is_file() else None
     if start_file.is_file():
         start = StartRecord.read(start_file)
         if verdict is not None and verdict.decided_unix_s < start.started_unix_s:

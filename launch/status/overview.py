@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.record.job import JobStart, read_starts
+from launch.record.moved import train_command
 from launch.status.facts import Facts, read_facts
 from launch.status.runs import RunSummary, ask_slurm, summary
 from launch.status.state import LIVE, state_of
@@ -187,7 +188,7 @@ def next_commands(job_folder: Path, run: RunSummary) -> list[str]:
     """Return the commands that are useful in the run's state."""
     launched = (job_folder / LAUNCH_FILE).is_file()
     logs = [f"pomscale runs logs {job_folder}"] if launched else []
-    again = f"pomscale runs resume {job_folder}" if launched else f"pomscale train {job_folder / 'recipe.yaml'}"
+    again = f"pomscale runs resume {job_folder}" if launched else train_command(job_folder)
     if run.state in LIVE:
         follow = f"pomscale runs logs {job_folder} --follow"
         return [f"pomscale watch {job_folder}", *([follow] if launched else []), f"pomscale runs cancel {job_folder}"]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.record.pipeline import PIPELINE_FILE
+from launch.record.pipeline import PIPELINE_FILE, stage_folders
 from launch.scheduler import slurm
 from launch.scheduler.slurm import JobState
 from launch.status.facts import Facts, read_facts
@@ -95,7 +95,7 @@ def _job_folders_below(folder: Path, depth: int) -> Iterator[Path]:
         return
     if pipeline is not None:  # some of its stages have their run folders elsewhere
         try:
-            job_folders = [Path(stage["home"]) for stage in pipeline["stages"]]
+            job_folders = stage_folders(folder, pipeline)
         except (KeyError, TypeError):  # another program's file, or damaged: look at the folders below
             job_folders = []
         if job_folders:

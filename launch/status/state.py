@@ -1,6 +1,6 @@
 """State of a run in one word, from the facts of its job folder and SLURM's state of its job.
 
-These are pure functions: no files, no SLURM, no clock.
+These are functions of the facts: no SLURM, no clock, and no files but what a job without a record has printed.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def state_of(facts: Facts, jobs: Mapping[str, JobState] | None, now_unix_s: floa
     starts = {} if facts.is_waiting else {start.record.job_id: start for start in facts.starts}
     if len(known) == 1 and (facts.submission is None or facts.submission.num_tasks == 1):
         task, job = next(iter(known.items()))
-        return _with_slurm(by_folder, job, starts.get(task))
+        return _with_slurm(facts, by_folder, job, starts.get(task))
     tasks = sorted(known.keys() | starts.keys())
-    return _array_state([_slurm_task_state(known.get(task), starts.get(task)) for task in tasks])
+    return _array_state([_slurm_task_state(facts, known.get(task), starts.get(task)) for task in tasks])
 
 
 def is_settled(facts: Facts, by_folder: State) -> bool:
@@ -90,10 +90,18 @@ def is_settled(facts: Facts, by_folder: State) -> bool:
 
 def state_by_folder(facts: Facts, now_unix_s: float) -> State:
     """Return the state without asking SLURM. A job that waited in the queue is assumed to be waiting still."""
+    state = _recorded_state(facts, now_unix_s)
+    if facts.original is not None and state.word in (*LIVE, "killed", "unknown"):
+        return State("stopped", f"a copy of {facts.original}, to which its last job and processes belong")
+    return state
+
+
+def _recorded_state(facts: Facts, now_unix_s: float) -> State:
     outcome, start, submission = facts.current_outcome, facts.start, facts.submission
-    if facts.is_waiting:
+    if facts.is_waiting and submission is not None:
         reason = f"its process is gone and has left nothing; see {facts.job_folder / SUBMITIT_FOLDER}"
-        return State("killed", reason) if facts.local_lives is False else State("queued")
+        is_gone = facts.local_lives is False
+        return _in_its_words("killed", reason, facts, submission.job_id, None) if is_gone else State("queued")
     if outcome is not None and outcome["state"] == "finished":
         return State("finished")
     if start is None or facts.is_by_hand:
@@ -128,13 +136,20 @@ def _task_state(start: JobStart | None) -> State:
     return State("running") if start.verdict is None else _verdict_state(start.verdict, ended=False)
 
 
-def _slurm_task_state(job: JobState | None, start: JobStart | None) -> State:
+def _slurm_task_state(facts: Facts, job: JobState | None, start: JobStart | None) -> State:
     """Return the state of a task of an array. job: None if SLURM has forgotten the task, while others still run."""
     if job is not None:
-        return _with_slurm(_task_state(start), job, start)
+        return _with_slurm(facts, _task_state(start), job, start)
     if start is not None and start.verdict is not None:
         return _verdict_state(start.verdict, ended=True)
-    return State("killed", "a task is not in the queue any more, and has left no record of its end")
+    gone = "a task is not in the queue any more, and has left no record of its end"
+    return State("killed", gone) if start is None else _in_its_words("killed", gone, facts, start.record.job_id, start)
+
+
+def _in_its_words(word: Word, reason: str, facts: Facts, task: str, start: JobStart | None) -> State:
+    """Return the state of a job that has left no record of its end: what it has printed last must do."""
+    words = facts.last_words(start, task)
+    return State(word, reason) if words is None else State(word, f"{reason}; it has printed: {words.line}", words.log)
 
 
 def _claim_state(facts: Facts, now_unix_s: float) -> State:
@@ -190,16 +205,19 @@ def _forgotten(facts: Facts, by_folder: State, job_id: str) -> State:
     if by_folder.word not in LIVE:
         return by_folder
     if facts.is_waiting:
-        return State("unknown", f"job {job_id} is not in the queue any more, and never began; was it cancelled?")
+        reason = f"job {job_id} is not in the queue any more, and never began"
+        told = _in_its_words("killed", reason, facts, job_id, None)
+        return told if told.log else State("unknown", f"{reason}; was it cancelled?")
     outcome, start = facts.current_outcome, facts.start
     if not facts.is_by_hand and start is not None and start.verdict is not None:
         return State("stopped", start.verdict.reason, start.verdict.log)
     if outcome is not None:
         return _outcome_state(outcome)
-    return _gone(f"job {job_id} is not in the queue any more", facts)
+    gone = _gone(f"job {job_id} is not in the queue any more", facts)
+    return _in_its_words(gone.word, gone.reason, facts, job_id, start)
 
 
-def _with_slurm(by_folder: State, job: JobState, start: JobStart | None) -> State:
+def _with_slurm(facts: Facts, by_folder: State, job: JobState, start: JobStart | None) -> State:
     """Return the state of a run whose job SLURM knows. The reason comes from the job folder if it has one."""
     if job.state in _PENDING:
         return _while_pending(job, start)
@@ -207,7 +225,7 @@ def _with_slurm(by_folder: State, job: JobState, start: JobStart | None) -> Stat
         return _while_running(by_folder, job, start)
     if job.state == "COMPLETING":
         return by_folder if by_folder.word in ("finished", "failed") else replace(by_folder, word="stopping")
-    return _after_the_end(by_folder, job, start)
+    return _after_the_end(facts, by_folder, job, start)
 
 
 def _while_pending(job: JobState, start: JobStart | None) -> State:
@@ -227,7 +245,7 @@ def _while_running(by_folder: State, job: JobState, start: JobStart | None) -> S
     return State("starting") if begins else replace(by_folder, word="stopping")
 
 
-def _after_the_end(by_folder: State, job: JobState, start: JobStart | None) -> State:
+def _after_the_end(facts: Facts, by_folder: State, job: JobState, start: JobStart | None) -> State:
     if by_folder.word in ("finished", "failed"):
         return by_folder
     if job.state == "COMPLETED":  # with exit code 0
@@ -236,7 +254,10 @@ def _after_the_end(by_folder: State, job: JobState, start: JobStart | None) -> S
     verdict = start.verdict if start is not None else None
     if verdict is not None:
         return State(word, verdict.reason, verdict.log)
-    return State(word, "" if word == "cancelled" else f"SLURM says {job.state}; there is no other record")
+    if word == "cancelled":
+        return State(word)
+    told = _in_its_words(word, f"SLURM says {job.state}", facts, job.job_id, start)
+    return told if told.log else State(word, f"{told.reason}; there is no other record")
 
 
 def _array_state(tasks: Sequence[State]) -> State:

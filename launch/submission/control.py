@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from launch.record.job import JobSpec, LaunchedAs, keep, read_starts, read_submissions, sole_launch
+from launch.record.moved import is_in_place, recipe_here, spec_here, train_command
 from launch.scheduler import slurm
 from launch.status.facts import Facts, read_facts
 from launch.status.runs import ask_slurm
@@ -19,8 +20,9 @@ from launch.submission.checks import check_machine, check_not_in_queue, check_ru
 from launch.submission.job_script import SubmitOptions
 from launch.submission.submit import submit
 from pomscale.base.errors import InputError, PomscaleError
+from pomscale.base.files import write_text
 from pomscale.config.cluster import ClusterProfile
-from pomscale.config.load import load_train_recipe
+from pomscale.config.load import dump_recipe, load_train_recipe
 from pomscale.runs.checkpoint_folder import complete_checkpoints, samples_of
 from pomscale.runs.layout import CHECKPOINTS_FOLDER, JOB_FILE, LAUNCH_FILE
 
@@ -74,6 +76,8 @@ def requeue(job_folder: Path, *, now: bool = False) -> str:
         raise InputError(
             f"{job_folder}: {state.word}{because}: only a running job can be requeued; see `pomscale runs resume`"
         )
+    if not facts.is_by_hand:
+        _check_in_place(job_folder)
     if facts.slurm_job is not None:
         if now:
             slurm.requeue(facts.slurm_job)
@@ -93,8 +97,9 @@ def requeue(job_folder: Path, *, now: bool = False) -> str:
 def resume(job_folder: Path, *, num_nodes: int | None = None, time_limit: str | None = None) -> str:
     """Submit a run again as it was launched. Return the job id.
 
-    Hosts that the last verdict suspects are avoided. InputError for a run that is in the queue, has finished, was never
-    launched, or does not fit the number of nodes.
+    It continues in this folder, also if that was moved, or copied from another run. Hosts that the last verdict
+    suspects are avoided. InputError for a run that is in the queue, has finished, was never launched, or does not fit
+    the number of nodes.
 
     Args:
         job_folder: Job folder of the run.
@@ -103,7 +108,8 @@ def resume(job_folder: Path, *, num_nodes: int | None = None, time_limit: str | 
     """
     if not (job_folder / LAUNCH_FILE).is_file() or not (job_folder / JOB_FILE).is_file():
         raise InputError(
-            f"{job_folder}: not started by `pomscale launch`: type the command again that has started it; it goes on"
+            f"{job_folder}: not started by `pomscale launch`: type the command again that has started it, or "
+            f"`{train_command(job_folder)}`; it goes on"
         )
     with sole_launch(job_folder):
         check_not_in_queue(job_folder)
@@ -111,23 +117,41 @@ def resume(job_folder: Path, *, num_nodes: int | None = None, time_limit: str | 
 
 
 def _submit_again(job_folder: Path, num_nodes: int | None, time_limit: str | None) -> str:
-    spec, launched = JobSpec.read(job_folder / JOB_FILE), LaunchedAs.read(job_folder / LAUNCH_FILE)
+    last_spec, launched = JobSpec.read(job_folder / JOB_FILE), LaunchedAs.read(job_folder / LAUNCH_FILE)
     profile = ClusterProfile.model_validate(launched.profile)
-    spec = replace(spec, num_nodes=num_nodes or spec.num_nodes, wait_for={})
+    spec = replace(spec_here(last_spec, job_folder), num_nodes=num_nodes or last_spec.num_nodes, wait_for={})
     launched = replace(launched, num_nodes=spec.num_nodes, time_limit=time_limit or launched.time_limit)
     check_time_limit(profile, launched.time_limit)
     if spec.is_run and launched.recipe is not None:
         recipe = load_train_recipe(job_folder / launched.recipe)
         check_run_folder(job_folder, recipe)
         check_machine(recipe, profile, spec.num_nodes, spec.num_ranks, None)
+        if not is_in_place(last_spec, job_folder):
+            recipe = recipe_here(recipe, job_folder)
+            spec = replace(spec, name=recipe.name)
+            write_text(job_folder / launched.recipe, dump_recipe(recipe))
     before = read_submissions(job_folder)
     array = before[-1].num_tasks if before and before[-1].num_tasks > 1 else None
     last = read_starts(job_folder)[-1:]
     suspects = last[0].verdict.suspects if last and last[0].verdict is not None else []
     options = SubmitOptions(launched.time_limit, {}, array, launched.gpus_per_node, suspects)
-    job_id = submit(spec, profile, options)
+    try:
+        job_id = submit(spec, profile, options)
+    except PomscaleError:
+        keep(job_folder / JOB_FILE, last_spec)
+        raise
     keep(job_folder / LAUNCH_FILE, launched)
     return job_id
+
+
+def _check_in_place(job_folder: Path) -> None:
+    """Raise InputError if the job runs although its folder was moved: it would start where nothing is any more."""
+    spec = JobSpec.read(job_folder / JOB_FILE)
+    if not is_in_place(spec, job_folder):
+        raise InputError(
+            f"{job_folder}: was moved from {spec.job_folder} while its job runs, which would start there again; "
+            f"`pomscale runs cancel {job_folder}`, then `pomscale runs resume {job_folder}`"
+        )
 
 
 def _look(job_folder: Path) -> tuple[Facts, State]:

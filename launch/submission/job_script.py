@@ -115,7 +115,10 @@ def _options(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) -> 
 
 def _srun(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) -> list[str]:
     # srun does not take the cores per task from sbatch everywhere, and one core would starve the reader threads.
-    words = ["--kill-on-bad-exit=1", f"--cpus-per-task={_resources(spec, profile, options)['cpus_per_task']}"]
+    # --export: a site, or a user, may have told sbatch or srun to export nothing (SBATCH_EXPORT, SLURM_EXPORT_ENV); the
+    # ranks need what this script has set.
+    cpus_per_task = _resources(spec, profile, options)["cpus_per_task"]
+    words = ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus_per_task}", "--export=ALL"]
     container = profile.container
     if container is not None and container.kind == "pyxis":
         words.append(f"--container-image={expanded(container.image, 'container.image')}")

@@ -216,7 +216,7 @@ def _run_here(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) ->
 
 def record_submission(job_folder: Path, submission: Submission) -> None:
     """Append a line to JOB_FOLDER/jobs.jsonl. PomscaleError if it cannot be written."""
-    line = json.dumps(submission.to_dict()) + "\n"
+    line = json.dumps(replace(submission, job_folder=str(job_folder)).to_dict()) + "\n"
     try:
         with (job_folder / JOBS_FILE).open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)

@@ -30,4 +30,4 @@ def _train(arguments: argparse.Namespace) -> int:
 
         from pomscale.training.run import train
 
-    return train(recipe)
+    return train(recipe, process_ends=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -54,6 +56,17 @@ class ContainerConfig(Section):
     mounts: list[str] = Field([], description="HOST:CONTAINER; the folder of the run must be among them or be there.")
     options: list[str] = Field([], description="Further words for srun (pyxis) or `apptainer exec`.")
     python: str = Field("python", description="Interpreter inside the image.")
+
+
+def _check_export(srun: Sequence[str]) -> None:
+    """Raise ValueError if srun would keep from the ranks what the job script sets."""
+    for word, following in pairwise([*srun, ""]):
+        name, equals, exported = word.partition("=")
+        exported = exported if equals else following
+        if name == "--export" and "ALL" not in exported.split(","):
+            raise ValueError(
+                f"srun: --export={exported}: the ranks need what the job script sets; write --export=ALL,NAME=VALUE"
+            )
 
 
 class ClusterProfile(Section):
@@ -124,6 +137,7 @@ class ClusterProfile(Section):
             )
         if self.scheduler == "slurm" and minutes_of(self.time_limit or "") * 60 <= self.signal_lead_s:
             raise ValueError("signal_lead_s: not shorter than time_limit, so a job would stop as soon as it starts")
+        _check_export(self.srun)
         if self.container is not None and self.python is not None:
             raise ValueError("python: in a container it is container.python that counts")
         return self

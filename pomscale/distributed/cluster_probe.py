@@ -57,7 +57,8 @@ def probe(folder: Path, *, offline: bool, expect_signal: bool) -> None:
     rank, is_first = int(os.environ.get("RANK", "0")), os.environ.get("LOCAL_RANK", "0") == "0"
     _rank_facts(folder, rank, is_first=is_first, offline=offline).keep(rank_path(folder, rank))
     start_s = time.perf_counter()
-    with join_world("auto", timeout=timedelta(seconds=_JOIN_S)) as world:
+    limit = timedelta(seconds=_JOIN_S)
+    with join_world("auto", timeout=limit, join_timeout=limit) as world:
         facts = _world_facts(world, folder, join_s=time.perf_counter() - start_s)
         if world.is_main:
             facts.keep(folder / WORLD_FILE)

@@ -7,6 +7,7 @@ MASTER_ADDR and MASTER_PORT.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +17,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from pomscale.base.errors import InputError, PomscaleError
+from pomscale.base.hosts import name_problem
+
+# Until all ranks are there. They start within minutes of each other, since torch may be slow to load.
+_JOIN_TIMEOUT = timedelta(minutes=10)
+_DEFAULT_TIMEOUT = timedelta(minutes=30)  # torch's own
 
 T = TypeVar("T")
 
@@ -90,8 +97,33 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
+def _join(backend: str, join_timeout: timedelta, timeout: timedelta) -> None:
+    """Join the other ranks, as RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say.
+
+    torch has one timeout for the join and for collectives, and would wait for a host that is not there as long as for
+    a collective. Raises PomscaleError, which names what was waited for.
+    """
+    first = os.environ.get("MASTER_ADDR", "")
+    if first and (problem := name_problem(first)) is not None:
+        raise PomscaleError(problem)
+    try:
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=join_timeout)))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=join_timeout)
+    except RuntimeError as error:  # torch's own are of this class, and gloo's
+        rank_name, num_ranks, port = (os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        raise PomscaleError(
+            f"rank {rank_name} on {socket.gethostname()} did not find all {num_ranks} ranks at {first} port {port} "
+            f"within {join_timeout.total_seconds():g} s: {why}"
+        ) from error
+    store.set_timeout(timeout)
+    _set_pg_timeout(timeout)
+
+
 @contextmanager
-def join_world(device: str, *, timeout: timedelta | None = None) -> Iterator[World]:
+def join_world(
+    device: str, *, timeout: timedelta | None = None, join_timeout: timedelta = _JOIN_TIMEOUT
+) -> Iterator[World]:
     """Join the world of a run, or make one of this process alone, for the duration of the block.
 
     After an error on GPUs the world is not left before the process ends: NCCL would wait there for the other ranks,
@@ -100,13 +132,17 @@ def join_world(device: str, *, timeout: timedelta | None = None) -> Iterator[Wor
     Args:
         device: see resolve_device, and the errors that it raises.
         timeout: longest wait in a collective that other ranks do not enter; None = torch's default.
+        join_timeout: longest wait until all ranks are there.
+
+    Raises:
+        PomscaleError: the other ranks are not found, with the host and the port at which they were to meet.
     """
     this_device = resolve_device(device)
     if this_device.type == "cuda":
         torch.cuda.set_device(this_device)
     backend = "cpu:gloo,cuda:nccl" if this_device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        _join(backend, join_timeout, timeout or _DEFAULT_TIMEOUT)
     else:  # alone: a store in memory needs no port, so any number of runs fit on one machine
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     world = World(dist.get_rank(), dist.get_world_size(), this_device)

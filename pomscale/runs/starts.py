@@ -34,6 +34,7 @@ from pomscale.runs.layout import (
     STARTS_FILE,
     claim_path,
 )
+from pomscale.runs.original import original_of
 
 _SAME_START_S = 2.0  # claims are written in whole seconds
 
@@ -46,7 +47,8 @@ class Superseded(PomscaleError):
 class Claim:
     """The record that rank 0 of a start has left of itself: a file of generations/.
 
-    host is None where the number is claimed but the file is still empty, or torn.
+    host is None where the number is claimed but the file is still empty, or torn. original: the run folder that the
+    claim belongs to, where this one is a copy of it.
     """
 
     number: int
@@ -54,10 +56,13 @@ class Claim:
     host: str | None = None
     pid: int | None = None
     slurm_job_id: str | None = None
+    original: Path | None = None
 
     @property
     def lives(self) -> bool | None:
-        """Whether the process of this start lives; None where that cannot be seen from this host."""
+        """Whether the process of this start lives and works here; None where that cannot be seen from this host."""
+        if self.original is not None:
+            return False
         if self.pid is None or self.host != socket.gethostname():
             return None
         return process_lives(self.pid, began_before_unix_s=self.unix_s + _SAME_START_S)
@@ -91,7 +96,7 @@ class Start:
                 try:
                     # Exclusive: of two that start at once, one has the lower number, and will stop.
                     with claim_path(run_folder, number).open("x", encoding="utf-8") as file:
-                        json.dump(_this_process(), file)
+                        json.dump(_this_process() | {"folder": str(run_folder.absolute())}, file)
                 except FileExistsError:
                     continue
                 return cls(run_folder, number)
@@ -190,6 +195,13 @@ def _read_claim(run_folder: Path, number: int) -> Claim:
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         began = datetime.fromisoformat(said["time"]).timestamp()
-        return Claim(number, began, said["host"], said["pid"], said["slurm_job_id"])
+        original = original_of(run_folder, said.get("folder"), lambda other: _holds(other, number, path))
+        return Claim(number, began, said["host"], said["pid"], said["slurm_job_id"], original)
     except (OSError, KeyError, TypeError, ValueError):
         return Claim(number, path.stat().st_mtime)
+
+
+def _holds(run_folder: Path, number: int, claim: Path) -> bool:
+    """Whether a run folder has the same claim of this number."""
+    other = claim_path(run_folder, number)
+    return other.is_file() and other.read_bytes() == claim.read_bytes()

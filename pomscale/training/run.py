@@ -41,18 +41,24 @@ from pomscale.training.telemetry import Records
 _MOST_COMPILED_VARIANTS = 64
 
 
-def train(recipe: TrainRecipe) -> int:
+def train(recipe: TrainRecipe, *, process_ends: bool = False) -> int:
     """Train until the recipe's samples are seen, or until a stop is requested; the exit code (0, or 75 if stopped).
 
     Call it in every process of the run, alone or under torchrun. Raises PomscaleError with a message for people. Once
     the recipe is accepted for the run folder, outcome.json tells how this start ended, except after a kill.
+
+    Args:
+        recipe: the run.
+        process_ends: whether nothing follows in this process but a last line; see StopRequest.restore.
     """
-    stop = StopRequest()  # before anything slow, so that a signal during the start-up is not lost
+    # Before anything slow, so that a signal during the start-up is not lost; while it waits for other ranks it ends.
+    stop = StopRequest(nothing_to_save=True)
     try:
         with join_world(recipe.compute.device, timeout=_collective_timeout(recipe)) as world:
+            stop.nothing_to_save = False
             return _train_in(world, recipe, Path(recipe.output) / recipe.name, stop)
     finally:
-        stop.restore()
+        stop.restore(process_ends=process_ends)
 
 
 def _collective_timeout(recipe: TrainRecipe) -> timedelta | None:

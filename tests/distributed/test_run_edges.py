@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,17 @@ from pomscale.runs.metric_names import describe
 from pomscale.shards.schema import TextInfo
 from pomscale.training.loss import TrainBatch
 from pomscale.training.run import train as train_here
-from support.running import GLOBAL_BATCH, checkpoint_samples, outcome, rows, run
+from support.forking import ENVIRONMENT
+from support.running import (
+    GLOBAL_BATCH,
+    TIMEOUT_S,
+    checkpoint_samples,
+    outcome,
+    rows,
+    run,
+    started,
+    train_command,
+)
 
 STEP = GLOBAL_BATCH
 SHORT = ("schedule={}", "faults.preflight=false", f"checkpoint={{every_samples: {2 * STEP}, keep_last: 9}}")
@@ -38,6 +50,21 @@ def train(recipe: Path, *overrides: str, steps: int = 4) -> int:
 
 def samples_of(folders: Path) -> list[int]:
     return [int(folder.name.removeprefix("samples-")) for folder in complete_checkpoints(folders)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_who_waits_for_other_ranks_obeys_at_once(tiny_recipe: Path, number: signal.Signals) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as first:  # it answers nothing
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(first.getsockname()[1])}
+        environment = {**ENVIRONMENT, "RANK": "1", "WORLD_SIZE": "2", **where}
+        with started(train_command(tiny_recipe), env=environment, stderr=subprocess.PIPE) as process:
+            connection, _ = first.accept()
+            process.send_signal(number)
+            _, err = process.communicate(timeout=TIMEOUT_S)
+            connection.close()
+    assert process.returncode == EXIT_STOPPED
+    assert f"{number.name}: stopped before the work began; run the same command again" in err
+    assert not (tiny_recipe.parent / "runs").exists()
 
 
 def test_a_stop_during_the_start_up_takes_no_step(

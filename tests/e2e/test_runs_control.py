@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from launch.record.job import read_starts
+from launch.record.job import JobSpec, read_starts
 from launch.status.facts import read_facts
 from launch.status.logs import show_logs
 from launch.status.runs import RunSummary, summarize
 from launch.submission.control import cancel, requeue, resume
 from pomscale.base.errors import InputError, PomscaleError
-from pomscale.runs.starts import Start
+from pomscale.runs.starts import Start, newest_start
 from support.forking import standing_in
 from support.running import (
     GLOBAL_BATCH,
@@ -58,7 +59,8 @@ def job_folder(recipe: Path) -> Iterator[Path]:
         wait_until_it_trains(job_folder)
         yield job_folder
     finally:
-        cancel(job_folder)
+        if job_folder.exists():
+            cancel(job_folder)
 
 
 @pytest.mark.slow
@@ -123,3 +125,31 @@ def test_a_run_on_another_machine_is_left_alone(tmp_path: Path) -> None:
     claim.write_text(json.dumps(json.loads(claim.read_text()) | {"host": "elsewhere", "slurm_job_id": None}))
     with pytest.raises(PomscaleError, match=r"runs on elsewhere, process \d+, outside of any job: end it there"):
         cancel(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_is_copied_or_moved_is_a_run_where_it_lies(job_folder: Path) -> None:
+    copy = job_folder.with_name("copy")
+    shutil.copytree(job_folder, copy, ignore=shutil.ignore_patterns("samples-*"))  # which may be deleted meanwhile
+    done = cancel(copy)
+    assert not done.done
+    assert f"a copy of {job_folder}" in done.text
+    with pytest.raises(InputError, match="only a running job can be requeued"):
+        requeue(copy)
+    resume(copy)
+    try:
+        wait_until_it_trains(copy, start=2)
+        assert newest_start(job_folder) == 1
+        assert summary(job_folder).state == "running"
+    finally:
+        assert cancel(copy, wait_s=120).done
+    assert JobSpec.read(copy / "job.json").name == "copy"
+    cancel(job_folder, wait_s=120)
+
+    moved = job_folder.rename(job_folder.with_name("moved"))
+    resume(moved)
+    try:
+        wait_until_it_trains(moved, start=2)
+        assert not job_folder.exists()
+    finally:
+        assert cancel(moved, wait_s=120).done

@@ -70,8 +70,9 @@ def test_a_job_that_cannot_even_start(slurm: SlurmCluster, tmp_path: Path, chang
     assert report.exit_code == 1
     assert _failed(report) == ["job", "ranks"]
     assert words in str(report)
-    log = next(finding for finding in report.findings if finding.subject == "job").remedy.split()[1]
-    assert words in Path(log).read_text()
+    job = next(finding for finding in report.findings if finding.subject == "job")
+    assert words in job.found
+    assert words in Path(job.remedy.split()[1]).read_text()
 
 
 def test_ranks_that_cannot_talk_still_tell_what_they_found(slurm: SlurmCluster, tmp_path: Path) -> None:
@@ -82,6 +83,15 @@ def test_ranks_that_cannot_talk_still_tell_what_they_found(slurm: SlurmCluster, 
     assert _failed(report) == ["job", "network interface", "rendezvous"]
     assert "has no ib7, but lo" in str(report)
     assert "correct `network_interface`" in str(report)
+
+
+@pytest.mark.parametrize("ranks_by", ["srun", "torchrun"])
+def test_a_name_that_does_not_resolve(slurm: SlurmCluster, tmp_path: Path, ranks_by: str) -> None:
+    names = ["env", "SLURM_JOB_NODELIST=nowhere-[1-2]"]  # to the ranks, instead of the nodes' own
+    report = _check(slurm, tmp_path, srun=names, ranks_per_node=1, ranks_by=ranks_by)
+    assert _failed(report) == ["job", "names of nodes", "ranks"]
+    assert "the first node, nowhere-1, cannot be found by its name on " in str(report)
+    assert "/etc/hosts" in str(report)
 
 
 def test_a_refused_job_is_told_in_sbatchs_words(slurm_accounted: SlurmCluster, tmp_path: Path) -> None:

@@ -108,6 +108,18 @@ def test_an_encode_as_an_array(slurm: SlurmCluster, tmp_path: Path, digits: Path
     ]
 
 
+@pytest.mark.parametrize("where", ["SBATCH_EXPORT", "SLURM_EXPORT_ENV", "profile"])
+def test_a_site_that_exports_nothing(
+    slurm: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    changes: dict[str, Any] = {"sbatch": {"export": "NONE"}} if where == "profile" else {}
+    if not changes:
+        monkeypatch.setenv(where, "NONE")
+    profile = load_cluster(slurm.profile(tmp_path, ranks_per_node=1, **changes))
+    job = prepare_commands("job", tmp_path / "job", [["completion", "bash"]], JobRequest(profile, "test", num_nodes=2))
+    slurm.wait_for(job.submit(), "COMPLETED")
+
+
 def test_a_job_waits_for_another_and_falls_with_it(slurm: SlurmCluster, tmp_path: Path) -> None:
     profile = load_cluster(slurm.profile(tmp_path, ranks_per_node=1))
     fails, waits, follows = (

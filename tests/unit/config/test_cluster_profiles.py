@@ -100,6 +100,8 @@ def test_a_field_that_is_missing_is_named_with_the_file(write: Write) -> None:
         ("container: {kind: docker, image: x}", "container.kind: must be 'pyxis' or 'apptainer', got 'docker'"),
         ("signal_lead_s: 7200", "signal_lead_s: not shorter than time_limit, so a job would stop as soon as it starts"),
         ("ranks_per_node: 2", "ranks_per_node: a rank has one GPU; leave it out, or change gpus_per_node"),
+        ("srun: [--export=NONE]", "srun: --export=NONE: the ranks need what the job script sets; write --export=ALL,"),
+        ("srun: [--export, A=1]", "srun: --export=A=1: the ranks need what the job script sets; write --export=ALL,"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line_and_a_remedy(write: Write, line: str, expected: str) -> None:
@@ -208,6 +210,14 @@ def test_what_a_run_needs_to_be_started_again(write: Write) -> None:
     assert "--kill-on-bad-exit=1" in srun_words(script)
 
 
+def test_the_ranks_get_what_the_script_has_set(write: Write) -> None:
+    """Also where the site, the user's environment or the profile's `sbatch` says that jobs get nothing."""
+    plain = srun_words(job_script(spec(), load_cluster(write("sbatch: {export: NONE}")), SubmitOptions()))
+    assert [word for word in plain if word.startswith("--export")] == ["--export=ALL"]
+    more = srun_words(job_script(spec(), load_cluster(write("srun: ['--export=ALL,A=1']")), SubmitOptions()))
+    assert [word for word in more if word.startswith("--export")] == ["--export=ALL", "--export=ALL,A=1"]
+
+
 def test_some_of_the_gpus_bring_their_share_of_cores_and_memory(write: Write) -> None:
     profile = load_cluster(write("memory_gib: 480", "exclusive: true"))
     whole = script_options(job_script(spec(), profile, SubmitOptions()))
@@ -232,12 +242,12 @@ def test_further_options_and_jobs_to_wait_for(write: Write) -> None:
 def test_containers(write: Write) -> None:
     container = "container: {kind: %s, image: /images/pomscale, mounts: ['/a:/b', '/c'], options: [--writable]}"
     pyxis = srun_words(job_script(spec(), load_cluster(write(container % "pyxis")), SubmitOptions()))
-    assert pyxis[6:9] == ["--container-image=/images/pomscale", "--container-mounts=/a:/b,/c", "--writable"]
-    assert pyxis[9:11] == ["python", "-u"]
+    assert pyxis[7:10] == ["--container-image=/images/pomscale", "--container-mounts=/a:/b,/c", "--writable"]
+    assert pyxis[10:12] == ["python", "-u"]
     profile = load_cluster(write(container % "apptainer"))
     apptainer = srun_words(job_script(spec(), profile, SubmitOptions()))
     words = ["apptainer", "exec", "--nv", "--bind", "/a:/b,/c", "--writable", "/images/pomscale", "python", "-u"]
-    assert apptainer[6:15] == words
+    assert apptainer[7:16] == words
     assert "--nv" not in srun_words(job_script(spec(ranks_per_node=1), profile, SubmitOptions(gpus_per_node=0)))
 
 

@@ -15,7 +15,7 @@ from pomscale.distributed.stop import StopRequest
 from support.running import wait_until
 
 PROGRAM = """
-import ctypes, os, sys, time
+import ctypes, os, signal, sys, time
 from pathlib import Path
 from pomscale.distributed import stop as of_stop
 from pomscale.distributed.stop import StopRequest
@@ -30,6 +30,9 @@ if sys.argv[1] == "polite":
     of_stop._DUPLICATE_S = 60.0  # what comes at once may arrive seconds apart on a busy machine
 stop = Told(nothing_to_save=sys.argv[1] == "start_up")
 stop.on_quit = Path(sys.argv[2]).write_text
+if sys.argv[1] == "late":
+    of_stop._DUPLICATE_S = 0.1
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # another thread gets it, so that this one stays in C
 print("ready", flush=True)
 if sys.argv[1] == "polite":
     while not stop.requested:
@@ -38,6 +41,8 @@ if sys.argv[1] == "polite":
     time.sleep(3)  # the save
     print("saved", flush=True)
     sys.exit(75)
+if sys.argv[1] == "late":  # in C with Python's lock, where nobody reads signals, until something can be read from stdin
+    ctypes.PyDLL(None).poll(ctypes.byref(ctypes.c_uint64(1 << 32)), 1, -1)
 while True:  # as in a collective: in C without Python's lock, where no Python handler runs
     ctypes.CDLL(None).poll(None, 0, 10**6)
 """
@@ -45,7 +50,9 @@ while True:  # as in a collective: in C without Python's lock, where no Python h
 
 def start(how: str, outcome: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", PROGRAM, how, str(outcome)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -78,6 +85,24 @@ def test_second_request_ends_a_process_that_is_stuck_in_c(tmp_path: Path) -> Non
     _, err = process.communicate(timeout=90)
     assert process.returncode == 128 + signal.SIGTERM
     assert (tmp_path / "outcome").read_text() == "SIGTERM twice: ended at once, without a save"
+    assert err == "SIGTERM twice: ended at once, without a save\n"
+
+
+def is_pending(process: subprocess.Popen[str], number: signal.Signals) -> bool:
+    """Whether a signal has not come to any of the process's threads yet."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    masks = [line.split()[1] for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd"))]
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
+
+
+def test_two_requests_that_are_read_late_are_two(tmp_path: Path) -> None:
+    process = start("late", tmp_path / "outcome")
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not is_pending(process, signal.SIGTERM), "its thread does not run", timeout_s=60)
+        time.sleep(0.3)
+    _, err = process.communicate("read", timeout=90)
+    assert process.returncode == 128 + signal.SIGTERM
     assert err == "SIGTERM twice: ended at once, without a save\n"
 
 
@@ -115,6 +140,13 @@ def own_threads() -> set[str]:
     """Their ids, where the system has them: others of this process may end meanwhile."""
     tasks = Path("/proc/self/task")
     return {task.name for task in tasks.iterdir()} if tasks.is_dir() else set()
+
+
+def test_a_request_at_the_end_does_not_cost_the_last_line() -> None:
+    program = "import os, signal; from pomscale.distributed.stop import StopRequest; stop = StopRequest(); "
+    program += "stop.restore(process_ends=True); os.kill(os.getpid(), signal.SIGTERM); print('the last line')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "the last line\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

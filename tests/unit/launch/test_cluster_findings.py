@@ -10,6 +10,7 @@ import pytest
 
 from launch.cluster.findings import (
     Finding,
+    name_findings,
     rank_findings,
     requeue_finding,
     signal_finding,
@@ -213,3 +214,13 @@ def test_signals_that_do_not_arrive() -> None:
     assert signal_finding(3, 4, 60.0, "").found == "USR2 reached 3 of 4 ranks"
     assert signal_finding(0, 4, None, "scancel: not allowed").found == "scancel: not allowed"
     assert {signal_finding(3, 4, 60.0, "").status, signal_finding(0, 4, None, "").status} == {"FAILED"}
+
+
+def test_a_name_that_does_not_resolve_is_a_finding() -> None:
+    why = "the first node, n1, cannot be found by its name on n2: Name or service not known"
+    for reason in (f"rank 1 on n2: {why}; and so on", f"SLURM says FAILED; it has printed: error: {why}; and so on"):
+        (finding,) = name_findings(reason)
+        assert finding.status == "FAILED"
+        assert finding.found.endswith(why)
+        assert "/etc/hosts" in finding.remedy
+    assert name_findings("rank 1 on n2: ValueError: no such thing") == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import socket
 import subprocess
 import time
@@ -16,7 +18,8 @@ from launch.record.job import Action, JobSpec, StartRecord, Submission, Verdict,
 from launch.scheduler.slurm import JobState
 from launch.status.facts import read_facts
 from launch.status.runs import summarize
-from launch.status.state import State, state_of
+from launch.status.state import LIVE, State, state_of
+from launch.submission.submit import record_submission
 from pomscale.base.jsonl import JsonLines
 from pomscale.monitoring.sinks import JsonlSink
 from pomscale.runs import starts
@@ -250,7 +253,7 @@ def test_with_slurm(case: str, job_folder: JobFolder) -> None:
 def test_the_reason_is_the_verdict(job_folder: JobFolder) -> None:
     on_slurm(job_folder).judged("fail", -1, "rank 3: ValueError: no such thing")
     assert job_folder.state(slurm_says("FAILED")) == State(
-        "failed", "rank 3: ValueError: no such thing", "logs/rank-00000.log"
+        "failed", "rank 3: ValueError: no such thing", str(job_folder.folder / "logs/rank-00000.log")
     )
 
 
@@ -281,7 +284,9 @@ def test_an_array_is_as_its_foremost_task(job_folder: JobFolder) -> None:
     jobs["12_2"] = replace(jobs["12_2"], state="COMPLETED")
     job_folder.judged("done", -1, job_id="12_2")
     assert job_folder.state(jobs) == State(
-        "failed", "tasks: 1 failed, 2 finished; rank 1 on n1: no disk", "logs/rank-00000.log"
+        "failed",
+        "tasks: 1 failed, 2 finished; rank 1 on n1: no disk",
+        str(job_folder.folder / "logs/rank-00000.log"),
     )
 
 
@@ -293,8 +298,117 @@ def test_tasks_that_slurm_has_forgotten_count_as_their_guards_say(job_folder: Jo
     assert job_folder.state(jobs) == State(
         "running",
         "tasks: 1 running, 1 failed, 1 killed, 1 finished; rank 1 on n1: no disk",
-        "logs/rank-00000.log",
+        str(job_folder.folder / "logs/rank-00000.log"),
     )
+
+
+LAUNCHED_AND_LIVE: dict[str, Callable[[JobFolder], JobFolder]] = {
+    "a run by hand": by_hand,
+    "on slurm": on_slurm,
+    "queued": lambda job_folder: job_folder.submitted(-5),
+    "no run": lambda job_folder: job_folder.submitted(-9).began(-5),
+    "requeued": lambda job_folder: on_slurm(job_folder).judged("requeue", -1),
+    "a local job": lambda job_folder: (
+        job_folder.submitted(-0.1, str(os.getpid()), "local").began(0, str(os.getpid())).claimed(0, lives=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LAUNCHED_AND_LIVE)
+def test_the_jobs_and_processes_of_a_copy_are_those_of_its_original(case: str, job_folder: JobFolder) -> None:
+    original = JobFolder(job_folder.folder / "a")
+    original.folder.mkdir()
+    before = LAUNCHED_AND_LIVE[case](original).state(slurm_says("PENDING")).word
+    assert before in LIVE
+    copy = JobFolder(Path(shutil.copytree(original.folder, job_folder.folder / "b")))
+    state = copy.state(slurm_says("RUNNING"))
+    assert state.word == "stopped"
+    if before != "requeued":  # there the verdict says why the original has stopped
+        assert state.reason == f"a copy of {original.folder}, to which its last job and processes belong"
+    assert read_facts(copy.folder).slurm_job is None, "nobody asks SLURM about it, or cancels it"
+    assert copy.claimed(0, lives=True, job_id=None).state(slurm_says("RUNNING")).word in LIVE
+    assert read_facts(copy.folder).is_by_hand
+    assert original.state(slurm_says("PENDING")).word == before
+
+
+@pytest.mark.parametrize("case", LAUNCHED_AND_LIVE)
+def test_a_folder_that_was_moved_keeps_its_job(case: str, job_folder: JobFolder) -> None:
+    original = JobFolder(job_folder.folder / "a")
+    original.folder.mkdir()
+    before = LAUNCHED_AND_LIVE[case](original).state(slurm_says("RUNNING"))
+    moved = JobFolder(original.folder.rename(job_folder.folder / "b"))
+    assert moved.state(slurm_says("RUNNING")).word == before.word
+    original.folder.mkdir()
+    another = JobFolder(original.folder).claimed(0, lives=True, job_id="99")  # of the same name
+    assert another.state().word == "starting"
+    assert moved.state(slurm_says("RUNNING")).word == before.word
+
+
+@pytest.mark.parametrize("action", ["done", "fail"])
+def test_a_copy_of_what_has_ended_has_ended(job_folder: JobFolder, action: Action) -> None:
+    original = JobFolder(job_folder.folder / "a")
+    original.folder.mkdir()
+    on_slurm(original).judged(action, -1)
+    copy = JobFolder(Path(shutil.copytree(original.folder, job_folder.folder / "b")))
+    state = copy.state({})
+    assert state.word == original.state({}).word
+    assert state.log == str(copy.folder / "logs/rank-00000.log")
+
+
+NO_PYTHON = "slurmstepd-n1: error: execve(): /no/such/python: No such file or directory"
+OF_SRUN = (
+    "srun: error: n1: task 0: Exited with exit code 2\nsrun: launch/slurm: _step_signal: Terminating StepId=12.0\n"
+)
+
+
+def printed(job_folder: JobFolder, name: str, text: str) -> str:
+    path = job_folder.folder / "submitit" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "word"), [(slurm_says("FAILED"), "failed"), (slurm_says("NODE_FAIL"), "killed"), ({}, "killed")]
+)
+@pytest.mark.parametrize("began", [False, True])
+def test_what_a_rank_without_a_guard_has_printed_is_the_reason(
+    job_folder: JobFolder, jobs: dict[str, JobState], word: str, began: bool
+) -> None:
+    job_folder.submitted(-9)
+    if began:  # only on the first node
+        job_folder.began(-5)
+    printed(job_folder, "12_0_log.out", f"Loading module cuda\n{OF_SRUN}")
+    log = printed(job_folder, "12_1_log.out", f"{NO_PYTHON}\n")
+    state = job_folder.state(jobs)
+    assert (state.word, state.log) == (word, log)
+    assert state.reason.endswith(f"; it has printed: {NO_PYTHON}")
+
+
+def test_words_without_an_error_are_better_than_none(job_folder: JobFolder) -> None:
+    log = printed(job_folder.submitted(-9), "12_0_log.out", f"bye\n{OF_SRUN}")
+    assert job_folder.state(slurm_says("FAILED")) == State("failed", "SLURM says FAILED; it has printed: bye", log)
+
+
+def test_words_of_an_earlier_job_say_nothing(job_folder: JobFolder) -> None:
+    path = printed(job_folder.submitted(-9).began(-5, restart=1), "12_0_log.out", f"{NO_PYTHON}\n")
+    os.utime(path, (job_folder.now_s - 8, job_folder.now_s - 8))
+    printed(job_folder, "1_0_log.out", f"{NO_PYTHON}\n")
+    assert job_folder.state(slurm_says("FAILED")) == State("failed", "SLURM says FAILED; there is no other record")
+
+
+def test_the_output_of_a_script_of_ones_own_is_read_where_it_is(job_folder: JobFolder) -> None:
+    log = job_folder.folder / "slurm-12.log"
+    log.write_text(f"{NO_PYTHON}\n")
+    record_submission(job_folder.folder, Submission("12", job_folder.now_s - 9, "slurm", 1, output=str(log)))
+    assert job_folder.state(slurm_says("FAILED")).log == str(log)
+
+
+def test_a_local_job_that_is_gone_has_words_too(job_folder: JobFolder) -> None:
+    log = printed(job_folder.submitted(-9, LOCAL, "local"), f"{LOCAL}_0_log.err", "ModuleNotFoundError: no submitit\n")
+    state = job_folder.state()
+    assert (state.word, state.log) == ("killed", log)
+    assert "no submitit" in state.reason
 
 
 def test_only_what_is_not_settled_is_asked_for(job_folder: JobFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from pomscale.base.errors import PomscaleError
 from pomscale.distributed.stop import StopRequest
 from pomscale.distributed.watchdog import Watchdog
 from pomscale.distributed.world import World
-from pomscale.runs.starts import Start, Superseded
+from pomscale.runs.starts import Start, Superseded, newest_claim
 from pomscale.training.process import Process
 
 CLAIM = "import sys, pathlib; from pomscale.runs.starts import Start as S; "
@@ -59,6 +60,20 @@ def test_a_start_that_is_still_alive_here_is_named(tmp_path: Path) -> None:
         process.communicate("")
     assert second.other_alive() is None
     assert Start(tmp_path, 1).other_alive() is None, "there is none before the first"
+
+
+def test_a_start_of_the_original_is_none_of_a_copy(tmp_path: Path) -> None:
+    original = tmp_path / "a"
+    first = Start.claim(original)  # by this process, which lives
+    copy = Path(shutil.copytree(original, tmp_path / "b"))
+    assert Start.claim(copy).other_alive() is None
+    assert Start.claim(original).other_alive() is not None
+    claim = newest_claim(copy)
+    assert claim is not None
+    assert claim.original is None
+    shutil.rmtree(original)
+    assert Start(copy, 2).other_alive() is not None, "it was moved"
+    assert first.number == 1
 
 
 def test_processes_race_without_torch(tmp_path: Path) -> None:

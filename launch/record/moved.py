@@ -1,0 +1,81 @@
+"""Job folders that were moved or copied: their job is made to run where the folder lies now.
+
+A job is described with absolute paths, since its ranks may start in any folder. Those of its own job folder are
+replaced when it is submitted again; other paths (datasets, scratch) are not the job's to change.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from launch.record.job import JobSpec
+from pomscale.base.errors import InputError
+from pomscale.config.load import load_train_recipe
+from pomscale.config.train import TrainRecipe
+from pomscale.runs.layout import EVALUATIONS_FOLDER, RECIPE_FILE
+
+
+def is_in_place(spec: JobSpec, job_folder: Path) -> bool:
+    """Whether the job is described with the path of the folder that it lies in, or with another path of the same."""
+    return _is_same(Path(spec.job_folder), job_folder)
+
+
+def spec_here(spec: JobSpec, job_folder: Path) -> JobSpec:
+    """Return the job such that it runs in this folder. InputError if the folder that it was launched from is gone."""
+    if not is_in_place(spec, job_folder):
+        then, now = Path(spec.job_folder), Path(os.path.abspath(job_folder))
+        own = re.compile(rf"(?<![^=]){re.escape(str(_run_of(then)))}(?=/|$)")
+        commands = [[own.sub(lambda _: str(_run_of(now)), word) for word in words] for words in spec.commands]
+        cwd = _working_folder(spec, now)
+        spec = replace(spec, job_folder=str(now), commands=commands, cwd=str(cwd))
+    if not Path(spec.cwd).is_dir():
+        raise InputError(
+            f"{job_folder}: it was launched from {spec.cwd}, which is gone, and paths in its recipe may be relative to "
+            "it; make that folder again, or launch the run again from where its data are"
+        )
+    return spec
+
+
+def recipe_here(recipe: TrainRecipe, job_folder: Path) -> TrainRecipe:
+    """Return the recipe of a run such that it trains in this folder."""
+    folder = Path(os.path.abspath(job_folder))
+    return recipe.model_copy(update={"name": folder.name, "output": str(folder.parent)})
+
+
+def train_command(run_folder: Path) -> str:
+    """Return the command that continues a run without a job in this folder, wherever its recipe lets it train."""
+    path = run_folder / RECIPE_FILE
+    words = ["pomscale", "train", str(path)]
+    with suppress(InputError, OSError):  # no such file: the run has not come so far
+        recipe = load_train_recipe(path)
+        if not _is_same(Path(recipe.output, recipe.name), run_folder):
+            here = recipe_here(recipe, run_folder)
+            words += [f"name={here.name}", f"output={here.output}"]
+    return shlex.join(words)
+
+
+def _is_same(path: Path, folder: Path) -> bool:
+    try:
+        return path.samefile(folder)
+    except OSError:
+        return False
+
+
+def _run_of(job_folder: Path) -> Path:
+    """Return the run folder that a job folder lies in, if it is that of an evaluation; else the job folder."""
+    return job_folder.parents[2] if job_folder.parent.parent.name == EVALUATIONS_FOLDER else job_folder
+
+
+def _working_folder(spec: JobSpec, now: Path) -> Path:
+    """Return where the job's commands start: where they did, unless that folder was moved with the job folder in it."""
+    cwd, then = Path(spec.cwd), Path(spec.job_folder)
+    if cwd.is_dir() or not then.is_relative_to(cwd):
+        return cwd
+    inside = then.relative_to(cwd)
+    moved = now.parents[len(inside.parts) - 1]
+    return moved if moved / inside == now else cwd

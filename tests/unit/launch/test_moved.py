@@ -1,0 +1,89 @@
+"""A job folder is what it is where it lies: after a move or a copy its job runs there, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.record.job import JobSpec
+from launch.record.moved import recipe_here, spec_here, train_command
+from launch.record.pipeline import PIPELINE_FILE, Pipeline, Stage, stage_folders, write_pipeline
+from pomscale.base.errors import InputError
+from pomscale.config.load import dump_recipe, load_train_recipe
+from pomscale.runs.layout import RECIPE_FILE
+from support.running import write_tiny_recipe
+
+
+def spec(folder: Path, *commands: list[str]) -> JobSpec:
+    return JobSpec(str(folder), folder.name, list(commands), str(folder.parent), is_run=True)
+
+
+def test_all_paths_of_the_job_folder_follow_it(tmp_path: Path) -> None:
+    then, now = tmp_path / "a", tmp_path / "b"
+    now.mkdir()
+    words = [f"{then}/launch/recipe.yaml", f"--out={then}", f"{then}b/x", f"/mnt{then}/x", str(tmp_path / "data")]
+    moved = spec_here(spec(then, ["train", *words]), now)
+    expected = [f"{now}/launch/recipe.yaml", f"--out={now}", *words[2:]]
+    assert moved == replace(spec(then), job_folder=str(now), commands=[["train", *expected]])
+
+
+def test_another_path_of_the_same_folder_is_no_move(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    job = spec(tmp_path / "a", ["train", f"{tmp_path}/a/launch/recipe.yaml"])
+    assert spec_here(job, tmp_path / "link") == job
+
+
+def test_an_evaluation_follows_its_run(tmp_path: Path) -> None:
+    inside = Path("evaluations", "fid", "samples-000000000064")
+    then, now = tmp_path / "a", tmp_path / "b"
+    (now / inside).mkdir(parents=True)
+    job = replace(
+        spec(then / inside, ["evaluate", "record", str(then), "--evaluated", f"{then / inside}/checkpoint"]),
+        cwd=str(tmp_path),
+    )
+    moved = spec_here(job, now / inside)
+    assert moved.commands == [["evaluate", "record", str(now), "--evaluated", f"{now / inside}/checkpoint"]]
+
+
+def test_a_checkout_that_was_moved_with_its_runs_is_found(tmp_path: Path) -> None:
+    now = tmp_path / "new" / "runs" / "a"
+    now.mkdir(parents=True)
+    old = tmp_path / "old"
+    job = replace(spec(old / "runs" / "a"), cwd=str(old))
+    assert spec_here(job, now).cwd == str(tmp_path / "new")
+    with pytest.raises(InputError, match=f"launched from {old}, which is gone"):
+        spec_here(replace(job, job_folder=str(tmp_path / "elsewhere" / "a")), now)
+
+
+def test_a_recipe_trains_in_the_folder_that_is_named(tmp_path: Path) -> None:
+    recipe = load_train_recipe(write_tiny_recipe(tmp_path, tmp_path / "digits"))
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    assert train_command(run) == f"pomscale train {run / RECIPE_FILE}"
+    (run / RECIPE_FILE).write_text(dump_recipe(recipe))
+    assert train_command(run) == f"pomscale train {run / RECIPE_FILE}"
+    copy = run.rename(tmp_path / "copy")
+    assert train_command(copy) == f"pomscale train {copy / RECIPE_FILE} name=copy output={tmp_path}"
+    moved = recipe_here(recipe, copy)
+    assert (moved.name, moved.output, moved.seed) == ("copy", str(tmp_path), recipe.seed)
+
+
+@pytest.mark.parametrize("names_its_folder", [True, False])
+def test_the_stages_of_a_pipeline_follow_it(tmp_path: Path, names_its_folder: bool) -> None:
+    then, now = tmp_path / "old" / "all", tmp_path / "new" / "all"
+    for stage in ("encode", "../train"):
+        (now / stage).mkdir(parents=True)
+    homes = {"encode": then / "encode", "train": then.parent / "train", "gone": tmp_path / "elsewhere"}
+    stages = [Stage(name, str(home), {}, "") for name, home in homes.items()]
+    write_pipeline(then, Pipeline("all", "local", [], "/", stages))
+    content = json.loads((then / PIPELINE_FILE).read_text())
+    assert content["home"] == str(then)
+    train = now.parent / "train"
+    if not names_its_folder:  # as an older version has written it: only what lies inside is found
+        del content["home"]
+        train = then.parent / "train"
+    assert stage_folders(now, content) == [now / "encode", train, tmp_path / "elsewhere"]
