@@ -88,6 +88,11 @@ def state_now(job_id: str) -> str:
     return lines[0] if lines else ""
 
 
+def has_not_begun(job_id: str) -> bool:
+    """Whether a job waits, and of an array every task."""
+    return set(_squeue([job_id], ["--format=%T"])) == {"PENDING"}
+
+
 def requeue(job_id: str) -> None:
     """End the job, if it runs, and start it again. A job that is just being cancelled would return: check before."""
     _run(["scontrol", "requeue", job_id])

@@ -21,6 +21,7 @@ from launch.submission.checks import (
 )
 from launch.submission.prepared import Prepared
 from pomscale.base.errors import InputError
+from pomscale.base.names import MAX_NAME_BYTES, shortened
 from pomscale.config.cluster import ClusterProfile, expanded
 from pomscale.config.load import load_encode_recipe, load_train_recipe
 from pomscale.config.monitoring import WandbConfig
@@ -222,7 +223,7 @@ def _job_spec(name: str, job_folder: Path, commands: list[list[str]], request: J
     profile = request.profile
     return JobSpec(
         job_folder=str(job_folder),
-        name=name,
+        name=shortened(name, MAX_NAME_BYTES),  # SLURM's accounting takes 255
         commands=commands,
         cwd=str(Path.cwd()),
         num_nodes=request.num_nodes,

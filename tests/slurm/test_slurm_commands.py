@@ -72,6 +72,7 @@ def test_tasks_of_an_array_come_one_by_one(slurm: SlurmCluster, tmp_path: Path) 
         f"{array}_3": "PENDING",
     }
     assert list(commands.job_states([f"{array}_1"])) == [f"{array}_1"]
+    assert [commands.has_not_begun(job) for job in (array, f"{array}_1", f"{array}_3")] == [False, False, True]
     # A task knows itself by a number of its own.
     wait_until(lambda: (tmp_path / "0").is_file() and (tmp_path / "0").read_text() != "", timeout_s=120)
     number = (tmp_path / "0").read_text().strip()
