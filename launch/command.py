@@ -11,6 +11,7 @@ from launch.pipelines.launch import launch_pipeline
 from launch.pipelines.sweep import plan_sweep, submit_sweep, sweep_table
 from launch.record.job import read_starts
 from launch.scheduler import slurm
+from launch.scheduler.environment import for_submission
 from launch.status.table import shell_path
 from launch.submission.freeze import which_code
 from launch.submission.prepare import JobRequest, prepare_encode, prepare_train
@@ -62,6 +63,7 @@ def launch(asked: Launch, check_command: Callable[[list[str]], None]) -> int:
         num_nodes=asked.num_nodes or 1,
         time_limit=asked.time_limit,
         command_line=asked.command_line,
+        dry_run=asked.dry_run,
     )
     if isinstance(recipe, PipelineRecipe):
         return _launch_pipeline(asked, recipe, request, check_command)
@@ -81,10 +83,11 @@ def _launch_pipeline(
     for option, value in given.items():
         if value is not None:
             raise InputError(f"{option}: every stage of a pipeline says this for itself, in {asked.recipe}")
-    lines = launch_pipeline(
-        recipe, recipe_file(asked.recipe), request, check_command, dry_run=asked.dry_run, new_code=asked.new_code
+    lines, refusals = launch_pipeline(
+        recipe, recipe_file(asked.recipe), request, check_command, new_code=asked.new_code
     )
     print(lines)
+    _raise_refusals(refusals)
     return 0
 
 
@@ -97,6 +100,7 @@ def _launch_sweep(asked: Launch, request: JobRequest) -> int:
     print(sweep_table(planned, jobs))
     if asked.dry_run or not new:
         print("nothing was submitted" if asked.dry_run else "nothing is left to submit")
+        _raise_refusals([f"{one.spec.name}: {refusal}" for one in new for refusal in one.refusals])
     else:
         folder = shell_path(new[0].job_folder.parent)
         _print_lines([("next", f"pomscale runs {folder}"), ("", f"pomscale report {folder}/*")])
@@ -107,6 +111,7 @@ def _launch_job(asked: Launch, prepared: Prepared) -> int:
     _print_lines(_description(prepared, asked, "on"))
     if asked.dry_run:
         _print_dry_run(prepared)
+        _raise_refusals(prepared.refusals)
         return 0
     job_id = prepared.submit(new_code=asked.new_code)
     if prepared.profile.scheduler == "debug":
@@ -126,8 +131,7 @@ def _launch_job(asked: Launch, prepared: Prepared) -> int:
 def _description(prepared: Prepared, asked: Launch, on: str) -> list[tuple[str, str]]:
     """Describe a job, or the first one of a sweep, in lines of (label, text)."""
     spec, limit = prepared.spec, prepared.time_limit or prepared.profile.time_limit
-    tasks = f"{prepared.array} tasks of " if prepared.array else ""
-    size = f"{tasks}{spec.num_nodes} x {spec.ranks_per_node} ranks"
+    size = f"{prepared.tasks}{spec.num_nodes} x {spec.ranks_per_node} ranks"
     lines = [
         ("launch", f"{asked.recipe} {on} {asked.cluster}: {size}" + (f", {limit}" if limit else "")),
         ("folder", shell_path(prepared.job_folder)),
@@ -145,11 +149,18 @@ def _print_dry_run(prepared: Prepared) -> None:
     print("nothing was written or submitted")
 
 
+def _raise_refusals(refusals: Sequence[str]) -> None:
+    """Raise InputError, at the end of a dry run, for problems for which jobs would be refused."""
+    if refusals:
+        raise InputError("this would be refused: " + "\n".join(refusals))
+
+
 def _test_submission(script: str) -> str:
     """Return what `sbatch --test-only` prints about a job script."""
     if not slurm.is_available():
         return "not on this machine, so the job script was not tested"
-    done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
+    words = ["sbatch", "--test-only"]
+    done = subprocess.run(words, input=script, env=for_submission(), capture_output=True, text=True, check=False)
     return "; ".join(line.removeprefix("sbatch: ") for line in done.stderr.splitlines() if line)
 
 

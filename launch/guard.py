@@ -27,6 +27,7 @@ from launch.node.signals import SignalForwarder
 from launch.node.supervisor import ENDED_BY_SUPERVISOR, GRACE_S, Supervisor
 from launch.node.verdict import EXIT_STOPPED
 from launch.record.job import Ending, JobSpec, ending_path, keep, log_path, read_submissions, start_folder
+from launch.record.result import why_not_to_begin
 from pomscale.base.console import warn
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import make_folder
@@ -38,6 +39,7 @@ _LOOK_EVERY_S = 0.2
 _LOOK_FOR_END_EVERY_S = 2.0  # every rank looks into the shared file system
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 _TAIL_BYTES = 8192
+_PATIENCE_S = 140.0  # with the record of a job before this one: NFS may take a minute to show it
 
 
 def guard(spec: JobSpec, identity: RankIdentity) -> int:
@@ -51,6 +53,10 @@ def guard(spec: JobSpec, identity: RankIdentity) -> int:
     folder = start_folder(job_folder, identity.job_id, identity.restart)
     supervisor = Supervisor(spec, identity, folder, forwarding) if identity.rank == 0 else None
     restarted_because = supervisor.begin() if supervisor is not None else None
+    if identity.on_slurm and identity.restart == 0:
+        reason = why_not_to_begin(spec.wait_for, _PATIENCE_S)
+        if reason:
+            return supervisor.refuse(reason) if supervisor is not None else 0
     ending = _Rank(spec, identity, forwarding, supervisor, restarted_because).run()
     try:
         keep(ending_path(folder, identity.rank), ending)

@@ -20,10 +20,11 @@ from typing import NoReturn
 import psutil
 from submitit.helpers import DelayedSubmission
 
-from launch.node.identity import LOCAL_JOB, LOCAL_RESTART, port_of, slurm_job
+from launch.node.identity import port_of, slurm_job
 from launch.node.signals import SignalForwarder, block_signals
 from launch.record.job import JobSpec, StartRecord, Verdict, keep, read_endings, read_submissions, start_folder
-from launch.record.result import final_verdict, is_success
+from launch.record.result import final_verdict, is_success, not_begun_after
+from launch.scheduler.environment import LOCAL_JOB, LOCAL_RESTART
 from pomscale.base.hosts import name_problem
 from pomscale.runs.layout import JOB_FILE, REQUEUE_FILE, START_FILE, VERDICT_FILE
 
@@ -122,8 +123,7 @@ def _wait_for(spec: JobSpec, forwarding: SignalForwarder) -> Verdict | None:
                 return Verdict("fail", f"{forwarding.first} while it waited for {job_folder}", 1, time.time())
             time.sleep(1.0)
         if condition == "ok" and not is_success(verdict):
-            reason = f"not begun, since the job before it ({job_folder}) did not succeed: {verdict.reason}"
-            return Verdict("fail", reason, 1, time.time())
+            return Verdict("fail", not_begun_after(job_folder, verdict), 1, time.time())
     return None
 
 

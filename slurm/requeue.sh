@@ -5,7 +5,10 @@
 # it should avoid. This function carries that out, outside of srun and of any container. SLURM ends this script as soon
 # as the job is requeued, but waits KillWait seconds, which is enough to exclude the nodes.
 pomscale_end() {
-  local code=$1 job_folder=$2 job=$SLURM_JOB_ID wanted state="" restarts="" requeued="" suspects already without left
+  local code=$1 job_folder=$2 job=$SLURM_JOB_ID wanted state="" restarts="" requeued="" refusal="" suspects
+  local already without left
+  # A user's own options for these commands, like SQUEUE_STATES, would hide this job (launch/scheduler/environment.py).
+  unset ${!SALLOC_@} ${!SBATCH_@} ${!SRUN_@} ${!SQUEUE_@} ${!SACCT_@} ${!SINFO_@} ${!SCANCEL_@} ${!SCONTROL_@}
   # The job number of the last task of an array is that of the array, so tasks are named by array and index.
   if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}; fi
   wanted=$job_folder/attempts/$job-${SLURM_RESTART_COUNT:-0}/requeue
@@ -27,9 +30,13 @@ pomscale_end() {
   fi
   trap '' TERM
   for _ in {1..6}; do
-    if scontrol requeue "$job"; then requeued=yes; break; fi
+    if refusal=$(scontrol requeue "$job" 2>&1); then requeued=yes; break; fi
     sleep 10
   done
+  if [ -z "$requeued" ]; then
+    echo "not requeued, SLURM refuses: $refusal"
+    echo "$refusal" > "${wanted%/*}/refused" # `pomscale runs` shows it
+  fi
   suspects=$(cat "$wanted")
   if [ -n "$requeued" ] && [ -n "$suspects" ]; then
     already=$(squeue --noheader --jobs "$job" --format %x) # nodes that are excluded already stay excluded

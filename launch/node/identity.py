@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 
 from launch.record.job import JobSpec
 from launch.scheduler import slurm
+from launch.scheduler.environment import LOCAL_JOB, LOCAL_RESTART
 from pomscale.base.errors import PomscaleError
-
-LOCAL_JOB, LOCAL_RESTART = "POMSCALE_LOCAL_JOB", "POMSCALE_LOCAL_RESTART"
-"""Environment variables that launch.task.LocalTask sets, since a local job has no scheduler to count its starts."""
 
 _FIRST_PORT, _NUM_PORTS = 20_000, 10_000  # below what the kernel hands out by itself (from 32,768 on)
 

@@ -23,7 +23,14 @@ from pomscale.base.console import say, warn
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import write_text
 from pomscale.runs.checkpoint_folder import complete_checkpoints, samples_of
-from pomscale.runs.layout import CHECKPOINTS_FOLDER, END_FILE, REQUEUE_FILE, START_FILE, VERDICT_FILE
+from pomscale.runs.layout import (
+    CHECKPOINTS_FOLDER,
+    END_FILE,
+    REFUSED_FILE,
+    REQUEUE_FILE,
+    START_FILE,
+    VERDICT_FILE,
+)
 from pomscale.runs.outcome import outcomes_after
 from pomscale.runs.starts import newest_start
 
@@ -72,7 +79,7 @@ class Supervisor:
             newest_start(self._job_folder),
         )
         # A SLURM that was set up again counts its jobs from 1, so an older job may have left files in this folder.
-        for name in (VERDICT_FILE, REQUEUE_FILE, END_FILE):
+        for name in (VERDICT_FILE, REQUEUE_FILE, REFUSED_FILE, END_FILE):
             (self._start_folder / name).unlink(missing_ok=True)
         keep(self._start_folder / START_FILE, start)
         self._start = start
@@ -92,6 +99,13 @@ class Supervisor:
         reason = f"{before.num_idle} starts in a row made no progress; the last one: {before.reason}"
         self._keep(self._start_folder, Verdict("fail", reason, 1, time.time(), samples=before.samples))
         raise PomscaleError(f"{self._job_folder}: {reason}; `pomscale runs resume` tries once more")
+
+    def refuse(self, reason: str) -> int:
+        """Record that this start does not begin. Return the job's exit code."""
+        verdict = Verdict("fail", reason, 1, time.time())
+        say(f"{verdict.action}: {reason}")
+        self._keep(self._start_folder, verdict)
+        return verdict.exit_code
 
     def _earlier_starts(self) -> list[JobStart]:
         """Return the starts so far. The tasks of an array run side by side: each counts only its own."""

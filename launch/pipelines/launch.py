@@ -32,19 +32,17 @@ def launch_pipeline(
     request: JobRequest,
     check_command: Callable[[list[str]], None],
     *,
-    dry_run: bool = False,
     new_code: bool = False,
-) -> str:
-    """Submit the stages that are not done. Return lines for the user.
+) -> tuple[str, list[str]]:
+    """Submit the stages that are not done. Return lines for the user, and for a dry run what would be refused.
 
     All stages are checked before the first is submitted. If one is refused, those submitted before it are cancelled.
 
     Args:
         recipe: The pipeline.
         path: File of the recipe; recipes of its stages are relative to it.
-        request: Cluster and command line; each stage says the rest for itself.
+        request: Cluster, command line, whether to submit at all; each stage says the rest for itself.
         check_command: Raises InputError for words that are no command of pomscale.
-        dry_run: Submit nothing.
         new_code: See Prepared.submit.
 
     Raises:
@@ -55,11 +53,13 @@ def launch_pipeline(
     folder = resolved_output(recipe.output, profile) / recipe.name
     plan = PipelinePlan(recipe, path, folder, request, check_command)
     planned = [plan.add(stage) for stage in recipe.stages]
-    if dry_run:
-        return _stage_table(f"pipeline {recipe.name} on {cluster_name}, not submitted", planned, {})
+    if request.dry_run:
+        shown = _stage_table(f"pipeline {recipe.name} on {cluster_name}, not submitted", planned, {})
+        prepared = {stage.record.name: stage.prepared for stage in planned if stage.prepared is not None}
+        return shown, [f"stage {name}: {refusal}" for name, one in prepared.items() for refusal in one.refusals]
     to_submit = [stage for stage in planned if stage.prepared is not None]
     if not to_submit:
-        return _stage_table(f"pipeline {recipe.name}: nothing to submit", planned, {})
+        return _stage_table(f"pipeline {recipe.name}: nothing to submit", planned, {}), []
     for stage in planned:
         if stage.replaces is not None:
             slurm.cancel(stage.replaces)
@@ -75,7 +75,7 @@ def launch_pipeline(
         f"          pomscale runs cancel {first}    # and with it the stages that wait for it",
         f"          {shlex.join(request.command_line)}    # again: continues with the stages that are not done",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines), []
 
 
 def _submit(plan: PipelinePlan, planned: Sequence[PlannedStage], *, with_slurm: bool, new_code: bool) -> dict[str, str]:
@@ -90,11 +90,12 @@ def _submit(plan: PipelinePlan, planned: Sequence[PlannedStage], *, with_slurm: 
         try:
             if with_slurm:
                 # A stage that is done already has no job to wait for.
-                waits_for = {jobs[before]: condition for before, condition in after.items() if before in jobs}
-                jobs[name] = stage.prepared.submit(after=waits_for, new_code=new_code)
+                conditions = {before: condition for before, condition in after.items() if before in jobs}
             else:
-                waits_for = {job_folders[before]: condition for before, condition in after.items()}
-                jobs[name] = stage.prepared.waiting_for(waits_for).submit(new_code=new_code)
+                conditions = after
+            prepared = stage.prepared.waiting_for({job_folders[before]: one for before, one in conditions.items()})
+            waits_for = {jobs[before]: one for before, one in conditions.items()} if with_slurm else None
+            jobs[name] = prepared.submit(after=waits_for, new_code=new_code)
         except PomscaleError as error:
             raise InputError(f"stage {name}: {error}\n{_take_back(submitted)}") from error
         except KeyboardInterrupt:
@@ -149,9 +150,8 @@ def _cells(stage: PlannedStage, jobs: Mapping[str, str]) -> list[str]:
 def _size(stage: PlannedStage) -> str:
     if stage.prepared is None:
         return "-"
-    spec, tasks = stage.prepared.spec, stage.prepared.array
-    nodes = f"{spec.num_nodes} x {spec.ranks_per_node}"
-    return f"{tasks} tasks of {nodes}" if tasks else nodes
+    spec = stage.prepared.spec
+    return f"{stage.prepared.tasks}{spec.num_nodes} x {spec.ranks_per_node}"
 
 
 def _limit(stage: PlannedStage) -> str:

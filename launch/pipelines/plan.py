@@ -182,7 +182,7 @@ class PipelinePlan:
             raise InputError(f"job {queued.job_id} still works on an earlier version of this stage; cancel it first")
         if not again:
             return PlannedStage(stage, record, "in the queue", job_id=queued.job_id)
-        if queued.scheduler != "slurm" or slurm.state_now(queued.job_id) != "PENDING":
+        if queued.scheduler != "slurm" or not slurm.has_not_begun(queued.job_id):
             raise InputError(f"job {queued.job_id} runs, although stage {again[0]} must run again; cancel it first")
         prepared = self._prepare(work, replacing=True)
         return PlannedStage(stage, record, "new", prepared, replaces=queued.job_id)

@@ -10,6 +10,7 @@
         verdict.json                  how the start ended and what happens next (Verdict)
         end                           made by the supervisor when a rank of a run has failed: all other ranks shall end
         requeue                       made if the job shall start again; holds the hosts to avoid, comma-separated
+        refused                       made by the job script if SLURM does not start it again; holds SLURM's words
     JOB_FOLDER/logs/rank-00000.log    output of a rank, over all starts; the tasks of an array are numbered in sequence
     JOB_FOLDER/submitit/              submitit's files, and the output of the guards
 
@@ -31,7 +32,15 @@ from pomscale.base.console import warn
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import make_folder, write_text
 from pomscale.base.jsonl import read_json_lines
-from pomscale.runs.layout import ATTEMPTS_FOLDER, JOBS_FILE, LAUNCH_LOCK_FILE, LOGS_FOLDER, START_FILE, VERDICT_FILE
+from pomscale.runs.layout import (
+    ATTEMPTS_FOLDER,
+    JOBS_FILE,
+    LAUNCH_LOCK_FILE,
+    LOGS_FOLDER,
+    REFUSED_FILE,
+    START_FILE,
+    VERDICT_FILE,
+)
 from pomscale.runs.original import original_of
 
 Action = Literal["done", "requeue", "fail", "leave"]
@@ -84,8 +93,8 @@ class JobSpec(Stored):
 
     commands: the words after `pomscale`, for each command. ranks_by: see ClusterProfile. is_run: whether the job folder
     is a run folder, whose outcomes, starts and checkpoints show what happened. wait_for: the condition by job folder,
-    for jobs to wait for where no scheduler sees to it. evaluations: whether the recipe asks for evaluations of
-    checkpoints.
+    for jobs before this one. Where no scheduler sees to it, this job waits for them; on SLURM it checks that they have
+    succeeded. evaluations: whether the recipe asks for evaluations of checkpoints.
     """
 
     job_folder: str = field(metadata=stored_as("home"))
@@ -210,12 +219,14 @@ class Verdict(Stored):
 class JobStart:
     """One start of a job, as its folder shows it.
 
-    verdict: None while the start runs, or if its supervisor died before it could decide.
+    verdict: None while the start runs, or if its supervisor died before it could decide. refusal: SLURM's reason for
+    not starting the job again although the verdict asks for it; "" otherwise.
     """
 
     folder: Path
     record: StartRecord
     verdict: Verdict | None
+    refusal: str = ""
 
 
 _Kept = TypeVar("_Kept", bound=Stored)
@@ -278,8 +289,17 @@ def read_starts(job_folder: Path) -> list[JobStart]:
         record, verdict = _readable(StartRecord, folder / START_FILE), folder / VERDICT_FILE
         if record is not None:
             decided = _readable(Verdict, verdict) if verdict.is_file() else None
-            found.append(JobStart(folder, record, None if decided is None else decided.seen_from(job_folder)))
+            decided = None if decided is None else decided.seen_from(job_folder)
+            found.append(JobStart(folder, record, decided, read_refusal(folder)))
     return sorted(found, key=lambda start: start.record.started_unix_s)
+
+
+def read_refusal(folder: Path) -> str:
+    """Return SLURM's reason for not starting a job again after the start in this folder; "" if it gave none."""
+    try:
+        return " ".join((folder / REFUSED_FILE).read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return ""
 
 
 def _readable(kind: type[_Kept], path: Path) -> _Kept | None:

@@ -7,14 +7,16 @@ submitted again and has not begun.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
-from launch.record.job import Submission, Verdict, read_submissions
+from launch.record.job import Condition, Submission, Verdict, read_submissions
 from pomscale.runs.layout import ATTEMPTS_FOLDER, VERDICT_FILE
 from pomscale.runs.starts import process_lives
 
 # The time between the submission of a local job and its start. A process that began later only has the same number.
 _STARTED_WITHIN_S = 120.0
+_LOOK_EVERY_S = 1.0
 
 
 def final_verdict(job_folder: Path) -> Verdict | None:
@@ -40,6 +42,31 @@ def final_verdict(job_folder: Path) -> Verdict | None:
 def is_success(verdict: Verdict) -> bool:
     """Whether a job that waits for this one may begin. More skipped items than the recipe tolerates are no success."""
     return verdict.action == "done" and verdict.exit_code == 0
+
+
+def why_not_to_begin(wait_for: Mapping[str, Condition], patience_s: float) -> str:
+    """Return why a job that SLURM has started must not begin; "" if all jobs that have to succeed before it have.
+
+    SLURM starts a job `afterok` of one that has failed, too, once it has forgotten the failed one.
+
+    Args:
+        wait_for: Condition by job folder of the jobs before this one.
+        patience_s: Time for which a record of success is waited for: a shared file system shows new files late.
+    """
+    deadline_s = time.monotonic() + patience_s
+    for job_folder in (Path(folder) for folder, condition in wait_for.items() if condition == "ok"):
+        while (verdict := final_verdict(job_folder)) is None and time.monotonic() < deadline_s:
+            time.sleep(_LOOK_EVERY_S)
+        if verdict is None:
+            return f"not begun, since the job before it ({job_folder}) has left no record of its success"
+        if not is_success(verdict):
+            return not_begun_after(job_folder, verdict)
+    return ""
+
+
+def not_begun_after(job_folder: Path | str, verdict: Verdict) -> str:
+    """Return the reason of a job that does not begin because the job before it did not succeed."""
+    return f"not begun, since the job before it ({job_folder}) did not succeed: {verdict.reason}"
 
 
 def job_process_lives(submission: Submission) -> bool:

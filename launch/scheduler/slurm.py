@@ -6,7 +6,6 @@ no longer knows are missing.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
@@ -15,27 +14,21 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from launch.scheduler import environment
 from pomscale.base.errors import PomscaleError
 
 _TIMEOUT_S = 60  # SLURM's commands themselves try for 20 s where the controller does not answer
 _ENDING_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
-# Defaults that users set for themselves would change what these commands print, or make them ask.
-_USER_DEFAULTS = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SCONTROL_")
 
 _UNKNOWN_JOB = "Invalid job id specified"
 _NO_ACCOUNTING = "accounting storage is disabled"
 _BAD_NODE = re.compile(r"down|drain|fail|.*\*")  # *: does not respond
 
-_FIELDS = {
-    "JobID": 24,
-    "JobArrayID": 64,
-    "State": 24,
-    "Reason": 64,
-    "NodeList": 8192,
-    "TimeUsed": 24,
-    "TimeLeft": 24,
-    "RestartCnt": 12,
-}
+# Columns of squeue, and the widths at which it cuts them off. Lists are asked for again, wider, until they are whole.
+_FIELDS = {"JobID": 24, "State": 24, "Reason": 64, "TimeUsed": 24, "RestartCnt": 12}
+_LISTS = {"NodeList": 4096, "JobArrayID": 128}
+
+_HOSTS = r"(?:[^,\[\]]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])+"  # one host, or several with the same beginning
 
 
 class SlurmError(PomscaleError):
@@ -47,9 +40,8 @@ class JobState:
     """State of a job, or of one task of an array, according to SLURM.
 
     state: its long name, such as "RUNNING". reason: why it is in this state, "" for none. hosts: where it runs or ran.
-    time_left_s: until its limit; None if it has none. num_restarts: how often it has been requeued; while it is
-    COMPLETING, more than its own SLURM_RESTART_COUNT means that it will start again. Both are None for a job that only
-    accounting remembers.
+    num_restarts: how often it has been requeued; while it is COMPLETING, more than its own SLURM_RESTART_COUNT means
+    that it will start again. It is None for a job that only accounting remembers.
     """
 
     job_id: str
@@ -57,7 +49,6 @@ class JobState:
     reason: str
     hosts: list[str]
     elapsed_s: float
-    time_left_s: float | None
     num_restarts: int | None
 
 
@@ -95,6 +86,11 @@ def state_now(job_id: str) -> str:
     """Return the state of one job by a single call of squeue; "" if squeue does not know it (any more)."""
     lines = _squeue([job_id], ["--format=%T"])
     return lines[0] if lines else ""
+
+
+def has_not_begun(job_id: str) -> bool:
+    """Whether a job waits, and of an array every task."""
+    return set(_squeue([job_id], ["--format=%T"])) == {"PENDING"}
 
 
 def requeue(job_id: str) -> None:
@@ -158,8 +154,13 @@ def _values(line: str) -> dict[str, str]:
 
 
 def hosts_of(nodelist: str) -> list[str]:
-    """Expand "n[1-2,07],gpu3" to ["n1", "n2", "n07", "gpu3"], like `scontrol show hostnames`, without asking SLURM."""
-    return [host for part in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", nodelist) for host in _expanded(part)]
+    """Expand "n[1-2,07],gpu3" to ["n1", "n2", "n07", "gpu3"], like `scontrol show hostnames`, without asking SLURM.
+
+    SlurmError for what is no such list.
+    """
+    if nodelist and re.fullmatch(f"{_HOSTS}(,{_HOSTS})*", nodelist) is None:
+        raise SlurmError(f"{nodelist}: no list of hosts that pomscale can read, such as n[1-2,07],gpu3")
+    return [host for part in re.findall(_HOSTS, nodelist) for host in _expanded(part)]
 
 
 def seconds_of(text: str) -> float | None:
@@ -171,6 +172,23 @@ def seconds_of(text: str) -> float | None:
     for part in rest.split(":"):
         seconds = seconds * 60 + int(part)
     return float(int(days or 0) * 86400 + seconds)
+
+
+def tasks_of(job_id: str) -> list[str]:
+    """Expand squeue's "12_[0-6:3,9%4]", the waiting tasks of an array, to ["12_0", "12_3", "12_6", "12_9"].
+
+    Any other job is its own only task. `squeue --array` does the same, but SLURM 22.05 leaves out the last task of
+    every list that has a step.
+    """
+    array, bracket, indices = job_id.partition("_[")
+    if not bracket:
+        return [job_id]
+    tasks: list[str] = []
+    for part in indices.rstrip("]").partition("%")[0].split(","):
+        span, _, step = part.partition(":")
+        first, _, last = span.partition("-")
+        tasks += [f"{array}_{index}" for index in range(int(first), int(last or first) + 1, int(step or 1))]
+    return tasks
 
 
 def _expanded(name: str) -> Iterator[str]:
@@ -187,20 +205,31 @@ def _expanded(name: str) -> Iterator[str]:
 
 
 def _in_queue(asked: list[str]) -> Iterator[JobState]:
-    # --format would have no field for the number of restarts.
-    fields = ",".join(f"{name}:{width}|" for name, width in _FIELDS.items())
-    for line in _squeue(asked, [f"--Format={fields}"]):
-        number, job_id, state, reason, nodes, used, left, restarts = (word.strip() for word in line.split("|")[:-1])
+    for number, state, reason, used, restarts, nodes, tasks in _rows_of_queue(asked):
         # A task of an array also has a job number of its own, which it finds in SLURM_JOB_ID.
-        if job_id.partition("_")[0] not in asked and number in asked:
-            job_id = number
-        why = "" if reason == "None" else reason
-        yield JobState(job_id, state, why, hosts_of(nodes), seconds_of(used) or 0.0, seconds_of(left), int(restarts))
+        is_asked_by_number = tasks.partition("_")[0] not in asked and number in asked
+        why, hosts, elapsed_s = "" if reason == "None" else reason, hosts_of(nodes), seconds_of(used) or 0.0
+        for job_id in [number] if is_asked_by_number else tasks_of(tasks):
+            yield JobState(job_id, state, why, hosts, elapsed_s, int(restarts))
+
+
+def _rows_of_queue(asked: list[str]) -> list[list[str]]:
+    """Return squeue's values of _FIELDS and _LISTS."""
+    lists = _LISTS
+    while True:
+        # --format, which cuts off nothing, has no field for the number of restarts.
+        fields = ",".join(f"{name}:{width}|" for name, width in (_FIELDS | lists).items())
+        rows = [[word.strip() for word in line.split("|")[:-1]] for line in _squeue(asked, [f"--Format={fields}"])]
+        values = [(name, value) for row in rows for name, value in zip(lists, row[-len(lists) :], strict=True)]
+        cut_off = {name for name, value in values if len(value) == lists[name]}
+        if not cut_off:
+            return rows
+        lists = {name: 16 * width if name in cut_off else width for name, width in lists.items()}
 
 
 def _squeue(job_ids: list[str], options: list[str]) -> list[str]:
     """Return squeue's lines; none for jobs that it does not know."""
-    words = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(job_ids)}", *options]
+    words = ["squeue", "--noheader", "--states=all", f"--jobs={','.join(job_ids)}", *options]
     try:
         return _run(words).splitlines()
     except SlurmError as error:
@@ -227,7 +256,7 @@ def _in_accounting(asked: list[str]) -> Iterator[JobState]:
         hosts = [] if nodes == "None assigned" else hosts_of(nodes)
         why = "" if reason == "None" else reason
         # "CANCELLED by 1000"
-        yield JobState(job_id, state.split()[0], why, hosts, float(elapsed), None, None)
+        yield JobState(job_id, state.split()[0], why, hosts, float(elapsed), None)
 
 
 def _run(words: list[str]) -> str:
@@ -244,7 +273,6 @@ def _failure(words: list[str], complaint: str) -> str:
 
 def _finished(words: list[str]) -> tuple[int, str, str]:
     """Return (exit code, standard output, standard error)."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(_USER_DEFAULTS)}
     # A supervisor asks while SLURM is ending its job: the signals to all its processes must not end this command.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING_SIGNALS)
     try:
@@ -255,7 +283,7 @@ def _finished(words: list[str]) -> tuple[int, str, str]:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            env=environment,
+            env=environment.for_questions(),
         )
     except FileNotFoundError as error:
         raise SlurmError(f"{words[0]}: no such command here; is this a machine of a SLURM cluster?") from error

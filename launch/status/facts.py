@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.record.job import JobStart, StartRecord, Submission, Verdict
+from launch.record.job import JobStart, StartRecord, Submission, Verdict, read_refusal
 from launch.record.result import job_process_lives
 from launch.status.last_words import LastWords, last_words
 from launch.status.tail import objects, read_object, tail
@@ -215,7 +215,7 @@ def _read_start(folder: Path, job_id: str, restart: int) -> JobStart | None:
         start = StartRecord.read(start_file)
         if verdict is not None and verdict.decided_unix_s < start.started_unix_s:
             verdict = None  # job ids repeat: the verdict is on an earlier job with the same id
-        return JobStart(folder, start, verdict)
+        return JobStart(folder, start, verdict, read_refusal(folder))
     if verdict is not None:  # refused before it began
         return JobStart(folder, StartRecord(job_id, restart, [], 1, verdict.decided_unix_s, 0), verdict)
     return None

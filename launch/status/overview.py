@@ -147,6 +147,8 @@ def _row(job_folder: Path, line: _Line) -> list[str]:
         ended = f"{ended}: {outcome['reason']}"
     if verdict is not None:
         ended = f"{verdict.action}: {verdict.reason}"
+        if start is not None and start.refusal:
+            ended += f"; SLURM refused it: {start.refusal}"
     until = outcome.get("samples", verdict.samples if verdict is not None else None)
     samples = NOTHING
     if run_start is not None:

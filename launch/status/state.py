@@ -37,8 +37,8 @@ _LATE_ROWS, _LATE_S = 10.0, 900.0
 _WORD_OF_ACTION: Mapping[str, Word] = {"done": "finished", "fail": "failed", "requeue": "requeued", "leave": "stopped"}
 _WORD_OF_OUTCOME: Mapping[str, Word] = {"finished": "finished", "stopped": "stopped", "quit": "stopped"}
 _PENDING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
-_RUNNING = {"RUNNING", "SIGNALING", "STAGE_OUT", "RESIZING", "SUSPENDED", "STOPPED"}
 _WORD_OF_SLURM: Mapping[str, Word] = {
+    "COMPLETED": "stopped",
     "FAILED": "failed",
     "OUT_OF_MEMORY": "failed",
     "DEADLINE": "failed",
@@ -54,6 +54,8 @@ _FOREMOST: tuple[Word, ...] = (
     "running", "starting", "stopping", "requeued", "queued", "failed", "killed", "timeout", "cancelled", "unknown",
     "stopped", "finished",
 )  # fmt: skip
+# States of a task that the user has to do something about, the worst first.
+_WRONG: tuple[Word, ...] = ("failed", "killed", "timeout", "stopped")
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ def _forgotten(facts: Facts, by_folder: State, job_id: str) -> State:
         return told if told.log else State("unknown", f"{reason}; was it cancelled?")
     outcome, start = facts.current_outcome, facts.start
     if not facts.is_by_hand and start is not None and start.verdict is not None:
-        return State("stopped", start.verdict.reason, start.verdict.log)
+        return _not_started_again(start.verdict, start.refusal)
     if outcome is not None:
         return _outcome_state(outcome)
     gone = _gone(f"job {job_id} is not in the queue any more", facts)
@@ -221,11 +223,12 @@ def _with_slurm(facts: Facts, by_folder: State, job: JobState, start: JobStart |
     """Return the state of a run whose job SLURM knows. The reason comes from the job folder if it has one."""
     if job.state in _PENDING:
         return _while_pending(job, start)
-    if job.state in _RUNNING:
-        return _while_running(by_folder, job, start)
     if job.state == "COMPLETING":
         return by_folder if by_folder.word in ("finished", "failed") else replace(by_folder, word="stopping")
-    return _after_the_end(facts, by_folder, job, start)
+    if job.state in _WORD_OF_SLURM:
+        return _after_the_end(facts, by_folder, job, start)
+    # Running, or in a state of another version of SLURM: a job that may be alive must not be submitted again.
+    return _while_running(by_folder, job, start)
 
 
 def _while_pending(job: JobState, start: JobStart | None) -> State:
@@ -250,9 +253,11 @@ def _after_the_end(facts: Facts, by_folder: State, job: JobState, start: JobStar
         return by_folder
     if job.state == "COMPLETED":  # with exit code 0
         return replace(by_folder, word="stopped") if by_folder.word in LIVE else by_folder
-    word = _WORD_OF_SLURM.get(job.state, "unknown")
-    verdict = start.verdict if start is not None else None
-    if verdict is not None:
+    word = _WORD_OF_SLURM[job.state]
+    if start is not None and start.verdict is not None:
+        verdict = start.verdict
+        if word == "failed" and verdict.action == "requeue":  # a job that stops to start again ends with code 75
+            return _not_started_again(verdict, start.refusal or f"its job is {job.state}")
         return State(word, verdict.reason, verdict.log)
     if word == "cancelled":
         return State(word)
@@ -260,12 +265,20 @@ def _after_the_end(facts: Facts, by_folder: State, job: JobState, start: JobStar
     return told if told.log else State(word, f"{told.reason}; there is no other record")
 
 
+def _not_started_again(verdict: Verdict, refusal: str) -> State:
+    """Return the state of a run that has stopped, and that its scheduler does not start again although it should."""
+    if verdict.action != "requeue" or not refusal:
+        return State("stopped", verdict.reason, verdict.log)
+    reason = f"{verdict.reason}; SLURM does not start it again ({refusal}): `pomscale runs resume` does"
+    return State("stopped", reason, verdict.log)
+
+
 def _array_state(tasks: Sequence[State]) -> State:
-    """Return the state of an array. The reason counts its tasks by state, and names the first that failed."""
+    """Return the state of an array. The reason counts its tasks by state, and has that of the first that went wrong."""
     counts = Counter(task.word for task in tasks)
     foremost = next(word for word in _FOREMOST if counts[word])
     if len(counts) == 1 and foremost in ("finished", "queued", "cancelled"):
         return State(foremost)
     by_word = ", ".join(f"{counts[word]} {word}" for word in _FOREMOST if counts[word])
-    failed = next((task for task in tasks if task.word in ("failed", "killed", "timeout")), State("unknown"))
-    return State(foremost, f"tasks: {by_word}" + (f"; {failed.reason}" if failed.reason else ""), failed.log)
+    wrong = next((task for word in _WRONG for task in tasks if task.word == word), State("unknown"))
+    return State(foremost, f"tasks: {by_word}" + (f"; {wrong.reason}" if wrong.reason else ""), wrong.log)

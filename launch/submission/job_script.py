@@ -94,7 +94,9 @@ def _options(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) -> 
     further: dict[str, Any] = {"requeue": True}
     if options.after:
         further["kill-on-invalid-dep"] = "yes"
-    further |= {name: value or True for name, value in profile.sbatch.items()}
+    for name, value in profile.sbatch.items():
+        further.pop(name.removeprefix("no-") if name.startswith("no-") else f"no-{name}", None)  # sbatch takes the last
+        further[name] = value or True
     dependencies = (f"{_DEPENDENCIES[condition]}:{job_id}" for job_id, condition in options.after.items())
     return {
         "job_name": spec.name,
@@ -108,9 +110,15 @@ def _options(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) -> 
         "setup": _setup(spec, profile),
         "teardown": _end(spec),
         "srun_args": _srun(spec, profile, options),
+        "array_parallelism": max_parallel_tasks(profile, options.array),  # submitit's own default is 256
         "stderr_to_stdout": True,
         "additional_parameters": further,
     }
+
+
+def max_parallel_tasks(profile: ClusterProfile, array: int | None) -> int:
+    """Return how many tasks of an array may run at once: all, unless the profile has a limit."""
+    return min(array or 1, profile.max_array_tasks or array or 1)
 
 
 def _srun(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from launch.submission.checks import (
 )
 from launch.submission.prepared import Prepared
 from pomscale.base.errors import InputError
+from pomscale.base.names import MAX_NAME_BYTES, shortened
 from pomscale.config.cluster import ClusterProfile, expanded
 from pomscale.config.load import load_encode_recipe, load_train_recipe
 from pomscale.config.monitoring import WandbConfig
@@ -34,7 +36,8 @@ class JobRequest:
 
     gpus_per_node, ranks_per_node, time_limit: replace the profile's. command_line: as typed, to launch the same again.
     to_come: absolute paths of datasets and run folders that jobs before this one make. replacing: whether the job that
-    waits in the job folder will be cancelled before this one is submitted.
+    waits in the job folder will be cancelled before this one is submitted. dry_run: note what would refuse the job,
+    instead of raising it: the job script can be shown all the same.
     """
 
     profile: ClusterProfile
@@ -46,6 +49,24 @@ class JobRequest:
     command_line: Sequence[str] = ()
     to_come: Collection[Path] = ()
     replacing: bool = False
+    dry_run: bool = False
+
+
+class _Checks:
+    """Checks of one job. The first that fails ends its preparation; in a dry run all are made, and refusals noted."""
+
+    def __init__(self, request: JobRequest) -> None:
+        self._dry_run = request.dry_run
+        self.refusals: list[str] = []
+
+    @contextmanager
+    def next(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            if not self._dry_run:
+                raise
+            self.refusals.append(str(error))
 
 
 def prepare_train(path: Path, overrides: Sequence[str], request: JobRequest) -> Prepared:
@@ -70,11 +91,15 @@ def prepare_run(recipe: TrainRecipe, request: JobRequest) -> Prepared:
         is_run=True,
         evaluations=bool(recipe.evaluations),
     )
-    dataset = check_training_data(recipe, profile, request.to_come)
-    plan = check_machine(recipe, profile, spec.num_nodes, spec.num_ranks, dataset)
-    if not request.replacing:
-        check_not_in_queue(job_folder)
-    check_run_folder(job_folder, recipe)
+    checks, dataset, plan = _Checks(request), None, list[str]()
+    with checks.next():
+        dataset = check_training_data(recipe, profile, request.to_come)
+    with checks.next():
+        plan = check_machine(recipe, profile, spec.num_nodes, spec.num_ranks, dataset)
+    with checks.next():
+        _check_queue(job_folder, request)
+    with checks.next():
+        check_run_folder(job_folder, recipe)
     wandb, notes = _wandb(recipe.monitoring.wandb, profile, job_folder)
     monitoring = recipe.monitoring.model_copy(update={"wandb": wandb})
     return Prepared(
@@ -86,6 +111,7 @@ def prepare_run(recipe: TrainRecipe, request: JobRequest) -> Prepared:
         plan=tuple(plan),
         gpus_per_node=request.gpus_per_node,
         num_before=len(read_submissions(job_folder)),
+        refusals=tuple(checks.refusals),
     )
 
 
@@ -114,13 +140,16 @@ def prepare_encode(
     """
     check_time_limit(request.profile, request.time_limit)
     recipe = load_encode_recipe(path, list(overrides))
-    check_source(recipe, request.to_come)
+    checks = _Checks(request)
+    with checks.next():
+        check_source(recipe, request.to_come)
     request = _one_process_by_default(request)
     job_folder = job_folder or resolved_output(str(RUNS), request.profile) / f"encode-{recipe.name}"
     spec = _job_spec(job_folder.name, job_folder, [["data", "encode", str(job_folder / LAUNCHED_RECIPE_FILE)]], request)
-    if not request.replacing:
-        check_not_in_queue(job_folder)
-    check_encode_folder(job_folder, recipe)
+    with checks.next():
+        _check_queue(job_folder, request)
+    with checks.next():
+        check_encode_folder(job_folder, recipe)
     wandb, notes = _wandb(recipe.wandb, request.profile, job_folder)
     return Prepared(
         spec,
@@ -131,6 +160,7 @@ def prepare_encode(
         array=array,
         gpus_per_node=request.gpus_per_node,
         num_before=len(read_submissions(job_folder)),
+        refusals=tuple(checks.refusals),
     )
 
 
@@ -147,14 +177,16 @@ def prepare_commands(name: str, job_folder: Path, commands: list[list[str]], req
         InputError: With the remedy, if anything is wrong.
     """
     check_time_limit(request.profile, request.time_limit)
-    if not request.replacing:
-        check_not_in_queue(job_folder)
+    checks = _Checks(request)
+    with checks.next():
+        _check_queue(job_folder, request)
     return Prepared(
         _job_spec(name, job_folder.absolute(), commands, request),
         request.profile,
         _launched_as(None, request),
         gpus_per_node=request.gpus_per_node,
         num_before=len(read_submissions(job_folder)),
+        refusals=tuple(checks.refusals),
     )
 
 
@@ -176,6 +208,11 @@ def in_queue(job_folder: Path) -> Submission | None:
     return next(iter(read_submissions(job_folder)[-1:]), None)
 
 
+def _check_queue(job_folder: Path, request: JobRequest) -> None:
+    if not request.replacing:
+        check_not_in_queue(job_folder)
+
+
 def _one_process_by_default(request: JobRequest) -> JobRequest:
     if request.gpus_per_node is not None or request.ranks_per_node is not None:
         return request
@@ -186,7 +223,7 @@ def _job_spec(name: str, job_folder: Path, commands: list[list[str]], request: J
     profile = request.profile
     return JobSpec(
         job_folder=str(job_folder),
-        name=name,
+        name=shortened(name, MAX_NAME_BYTES),  # SLURM's accounting takes 255
         commands=commands,
         cwd=str(Path.cwd()),
         num_nodes=request.num_nodes,

@@ -11,7 +11,7 @@ from launch.record.job import Condition, JobSpec, LaunchedAs, keep, read_submiss
 from launch.scheduler import slurm
 from launch.submission.checks import check_interpreter
 from launch.submission.freeze import freeze
-from launch.submission.job_script import SubmitOptions
+from launch.submission.job_script import SubmitOptions, max_parallel_tasks
 from launch.submission.submit import batch_script, submit
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder, write_text
@@ -27,8 +27,8 @@ class Prepared:
     """A job that has been checked, with all that its submission needs.
 
     recipe: resolved, as the job will read it; None for a job of commands. notes: lines for the user. plan: lines of the
-    memory plan, none if the GPU is not known. num_before: earlier submissions of the same job folder. The rest: see
-    SubmitOptions.
+    memory plan, none if the GPU is not known. num_before: earlier submissions of the same job folder. refusals: in a
+    dry run, problems for which the job would be refused. The rest: see SubmitOptions.
     """
 
     spec: JobSpec
@@ -40,6 +40,7 @@ class Prepared:
     array: int | None = None
     gpus_per_node: int | None = None
     num_before: int = 0
+    refusals: tuple[str, ...] = ()
 
     @property
     def job_folder(self) -> Path:
@@ -49,8 +50,17 @@ class Prepared:
     def time_limit(self) -> str | None:
         return self.launched_as.time_limit
 
+    @property
+    def tasks(self) -> str:
+        """The tasks of an array as a phrase before their size, such as "9 tasks, at most 3 at once, of "; or ""."""
+        if not self.array:
+            return ""
+        most = max_parallel_tasks(self.profile, self.array)
+        limit = "" if most == self.array or self.profile.scheduler != "slurm" else f", at most {most} at once,"
+        return f"{self.array} tasks{limit} of "
+
     def waiting_for(self, job_folders: Mapping[str, Condition]) -> Prepared:
-        """Return this job such that it waits for the jobs in these folders itself, where no scheduler sees to it."""
+        """Return this job such that it waits for the jobs in these folders itself; see JobSpec.wait_for."""
         return replace(self, spec=replace(self.spec, wait_for=dict(job_folders)))
 
     def script(self, after: Mapping[str, Condition] | None = None) -> str:

@@ -25,21 +25,14 @@ from pathlib import Path
 from submitit.core.utils import FailedJobError
 from submitit.local.debug import DebugExecutor
 
-from launch.node.identity import LOCAL_JOB
 from launch.record.job import JobSpec, Submission, keep
-from launch.scheduler import slurm
+from launch.scheduler import environment, slurm
 from launch.submission.job_script import SubmitOptions, job_script, slurm_executor
 from launch.task import LocalTask, SlurmTask
 from pomscale.base import installation
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.cluster import ClusterProfile, expanded
 from pomscale.runs.layout import CODE_FOLDER, JOB_FILE, JOBS_FILE, SUBMITIT_FOLDER
-
-# Variables that a job sets for its own processes. A job that is submitted from inside another must not inherit them.
-_JOB_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_", "TORCHELASTIC_", "POMSCALE_")
-_RANK_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-_JOB_VARIABLES = {"TMPDIR"}  # a folder that is deleted with the job
-_CLUSTER_VARIABLES = {"SLURM_CONF", "SLURM_CLUSTERS"}
 
 # sbatch's messages if the controller has not answered.
 _NO_ANSWER = ("contact slurm controller", "socket timed out", "connection failure", "temporarily unavailable")
@@ -66,6 +59,7 @@ def submit(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) -> st
 def batch_script(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) -> str:
     """Return the job script that submit() would pass to sbatch; "" for other schedulers."""
     if profile.scheduler == "slurm":
+        environment.warn_of_ignored_options()
         return job_script(spec, profile, options)
     _on_one_machine(spec, profile, options)
     return ""
@@ -75,11 +69,12 @@ def _submit_to_slurm(spec: JobSpec, profile: ClusterProfile, options: SubmitOpti
     if not slurm.is_available():
         raise PomscaleError("sbatch: there is no SLURM on this machine; launch from a login node of the cluster")
     executor = slurm_executor(spec, profile, options)
+    environment.warn_of_ignored_options()
     job_folder = Path(spec.job_folder)
     keep(job_folder / JOB_FILE, spec)
     submitted_unix_s = time.time()
     with _uninterrupted(job_folder):
-        with _login_node_environment(), _explained_refusal(job_folder):
+        with environment.submitting(), _explained_refusal(job_folder, options):
             tasks = [SlurmTask(spec.job_folder)] * (options.array or 1)
             job_id = executor.submit_array(tasks)[0].job_id.partition("_")[0]
         try:
@@ -115,25 +110,7 @@ def _uninterrupted(job_folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _login_node_environment() -> Iterator[None]:
-    """Hide the variables of the job that this process runs in: sbatch would pass them on.
-
-    Evaluations are submitted from inside a job, and users launch from inside salloc.
-    """
-    hidden = {}
-    if "SLURM_JOB_ID" in os.environ or LOCAL_JOB in os.environ:
-        names = [
-            name for name in os.environ if name.startswith(_JOB_PREFIXES) or name in _RANK_VARIABLES | _JOB_VARIABLES
-        ]
-        hidden = {name: os.environ.pop(name) for name in names if name not in _CLUSTER_VARIABLES}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
-@contextmanager
-def _explained_refusal(job_folder: Path) -> Iterator[None]:
+def _explained_refusal(job_folder: Path, options: SubmitOptions) -> Iterator[None]:
     try:
         with redirect_stderr(io.StringIO()):  # submitit prints what it raises
             yield
@@ -146,9 +123,15 @@ def _explained_refusal(job_folder: Path) -> Iterator[None]:
         words = "; ".join(filter(None, lines))
         if any(sign in words.lower() for sign in _NO_ANSWER):
             raise PomscaleError(f"SLURM does not answer: {words}; try again when it does") from error
-        raise InputError(
-            f"sbatch refuses this job: {words}. Change the cluster profile (account, partition, qos) or --nodes"
-        ) from error
+        raise InputError(f"sbatch refuses this job: {words}. {_remedy(words, options)}") from error
+
+
+def _remedy(words: str, options: SubmitOptions) -> str:
+    """Return what to do about sbatch's words."""
+    if options.array is not None and "array" in words.lower():
+        most = slurm.configuration().get("MaxArraySize", "?")
+        return f"--array {options.array}: give at most {most} tasks (MaxArraySize), which share the same work"
+    return "Change the cluster profile (account, partition, qos) or --nodes"
 
 
 def _on_one_machine(spec: JobSpec, profile: ClusterProfile, options: SubmitOptions) -> JobSpec:
@@ -165,7 +148,7 @@ def _start_in_background(spec: JobSpec, profile: ClusterProfile, options: Submit
     num_gpus = profile.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node
     submitted_unix_s = time.time()
     with _uninterrupted(job_folder):
-        with _login_node_environment():
+        with environment.submitting():
             started = subprocess.run(
                 [sys.executable, "-m", "launch.background", spec.job_folder, str(num_gpus), python],
                 env=os.environ | _paths(job_folder, profile),

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from pomscale.base.errors import InputError
-from pomscale.config.section import PositiveFloat, Section
+from pomscale.config.section import PositiveFloat, Section, Text
 
 # 20:00 is refused, since SLURM takes it for 20 minutes.
 _TIME_LIMIT = r"^(\d+-\d{1,2}:\d{2}(:\d{2})?|\d{1,3}:\d{2}:\d{2})$"
@@ -33,7 +33,7 @@ def minutes_of(limit: str) -> int:
 # Fields that only SLURM, or its job script, acts on.
 _OF_SLURM = (
     "partition", "account", "qos", "constraint", "wckey", "exclusive", "sbatch", "srun", "memory_gib", "time_limit",
-    "modules", "setup", "container",
+    "modules", "setup", "container", "max_array_tasks",
 )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ class ClusterProfile(Section):
     constraint: str | None = None
     wckey: str | None = None
     exclusive: bool = Field(False, description="Ask for whole nodes.")
-    sbatch: dict[str, str] = Field({}, description="Further options of sbatch, without the dashes; '' = no value.")
+    sbatch: dict[str, Text] = Field({}, description="Further options of sbatch, without the dashes; empty = no value.")
     srun: list[str] = Field([], description="Further words for srun.")
 
     gpus_per_node: NonNegativeInt = Field(
@@ -98,6 +98,9 @@ class ClusterProfile(Section):
         "srun", description="srun: one task per rank. torchrun: one task per node, which starts its ranks."
     )
 
+    max_array_tasks: PositiveInt | None = Field(
+        None, description="Tasks of an array that may run at once; null = all that --array asks for."
+    )
     time_limit: TimeLimit | None = Field(None, description="Time limit of a job without --time. SLURM needs one.")
     signal_lead_s: PositiveInt = Field(180, description="Time before the limit, to save and stop.")
     max_idle_requeues: NonNegativeInt = Field(3, description="Starts in a row that may make no progress.")
@@ -108,7 +111,7 @@ class ClusterProfile(Section):
         None, description="Interpreter on the nodes; $VARIABLES are filled in; null = that of this command."
     )
     container: ContainerConfig | None = None
-    environment: dict[str, str] = Field({}, description="Variables of every rank, e.g. NCCL_DEBUG.")
+    environment: dict[str, Text] = Field({}, description="Variables of every rank, e.g. NCCL_DEBUG.")
     network_interface: str | None = Field(
         None, description="Network between nodes: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME."
     )

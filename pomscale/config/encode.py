@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, mo
 
 from pomscale.config.codecs import CodecConfig, SdVaeCodecConfig, TextEncoderConfig
 from pomscale.config.monitoring import WandbConfig
-from pomscale.config.section import NonNegativeInt, PositiveFloat, Section, Seed
+from pomscale.config.section import FolderName, NonNegativeInt, PositiveFloat, Section, Seed
 
 
 class ImageFolderConfig(Section):
@@ -145,7 +145,7 @@ class EncodeRecipe(Section):
     """One dataset of latents, of text embeddings, or of both in the same shards."""
 
     kind: Literal["encode"]
-    name: str = Field(min_length=1)
+    name: FolderName
     output: str = Field(description="Folder that receives shards and manifest.json.")
     seed: Seed = Field(0, description="Seed that deals items to shards, and of posterior draws (store: sample).")
     source: SourceConfig

@@ -8,7 +8,7 @@ from string import Formatter
 from pydantic import Field, PositiveInt, field_validator
 
 from pomscale.config.cluster import TimeLimit
-from pomscale.config.section import Section
+from pomscale.config.section import FolderName, Section
 
 FIGURES = "figures.json"
 _PLACEHOLDERS = ("checkpoint", "samples", "folder")
@@ -20,7 +20,7 @@ class EvaluationConfig(Section):
     The last command writes {folder}/figures.json; its figures go to the run's own record.
     """
 
-    name: str = Field(
+    name: FolderName = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Figures are logged as evaluation/NAME/FIGURE."
     )
     every_samples: PositiveInt = Field(description="Evaluate the first complete checkpoint after each multiple.")

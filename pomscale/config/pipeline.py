@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from pomscale.config.cluster import TimeLimit
-from pomscale.config.section import Section
+from pomscale.config.section import FolderName, Section
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
@@ -24,7 +24,7 @@ def fill_in(command: str, homes: Mapping[str, Path]) -> list[str]:
 class StageConfig(Section):
     """One job, or one array of jobs."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: FolderName = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     recipe: str | None = Field(None, description="Recipe to train or encode, relative to this file.")
     overrides: list[str] = Field([], description="Changes to the recipe, a.b=c.")
     run: list[str] = Field(
@@ -55,7 +55,7 @@ class PipelineRecipe(Section):
     """Stages in order; a stage may wait for any before it."""
 
     kind: Literal["pipeline"]
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Folder: output/name.")
+    name: FolderName = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Folder: output/name.")
     output: str = Field("pipelines", description="Folder of pipelines: jobs, logs, verdicts of their stages.")
     stages: list[StageConfig] = Field(min_length=1)
 

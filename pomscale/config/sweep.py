@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pomscale.base.names import MAX_NAME_BYTES, shortened
 from pomscale.config.load import load_train_recipe, read_recipe_source, validate
 from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError, RecipeSource
@@ -82,7 +83,7 @@ def _recipe_at(source: RecipeSource, recipe: TrainRecipe, point: dict[str, Any],
     sweep = source.origin(("sweep",))
     for key, value in point.items():
         at.set(tuple(key.split(".")), copy.deepcopy(value), source.origin(("sweep", key)))
-    at.set(("name",), f"{recipe.name}.{name}", sweep)
+    at.set(("name",), shortened(f"{recipe.name}.{name}", MAX_NAME_BYTES), sweep)
     at.set(("sweep",), {}, sweep)
     if recipe.monitoring.wandb.group is None:
         at.set(("monitoring", "wandb", "group"), recipe.name, sweep)

@@ -26,7 +26,7 @@ from pomscale.config.evaluation import EvaluationConfig
 from pomscale.config.model import ImageModelConfig, ModelConfig, VideoModelConfig
 from pomscale.config.monitoring import MonitoringConfig
 from pomscale.config.sampling import SamplingConfig
-from pomscale.config.section import Fraction, NonNegativeInt, PositiveFloat, Section, Seed
+from pomscale.config.section import FolderName, Fraction, NonNegativeInt, PositiveFloat, Section, Seed
 
 
 class TimeConfig(Section):
@@ -89,7 +89,7 @@ class TrainRecipe(Section):
     """One training run."""
 
     kind: Literal["train"]
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$", description="Run folder: output/name.")
+    name: FolderName = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$", description="Run folder: output/name.")
     output: str = Field("runs", description="Folder of run folders.")
     seed: Seed = 0
     resume: Literal["auto", "never"] = Field("auto", description="auto: continue from the last complete checkpoint.")

@@ -56,6 +56,7 @@ were given when a start was called a generation or an incarnation.
         verdict.json                      supervisor: what happens next    runs, the job's process
         end                               supervisor: all ranks shall end  guards
         requeue                           supervisor: hosts to avoid       slurm/requeue.sh, the job's process
+        refused                           slurm/requeue.sh: SLURM's words  runs
       logs/rank-RANK.log                  guard: output of the rank        runs logs, people
       submitit/                           submitit, guards' own output     people
         controller.log                    the controller of a local job    people
@@ -103,6 +104,7 @@ LAUNCHED_RECIPE_FILE = "launch/recipe.yaml"
 CODE_FOLDER = "code"
 ATTEMPTS_FOLDER = "attempts"
 START_FILE, VERDICT_FILE, END_FILE, REQUEUE_FILE = "start.json", "verdict.json", "end", "requeue"
+REFUSED_FILE = "refused"
 LOGS_FOLDER = "logs"
 SUBMITIT_FOLDER = "submitit"
 CONTROLLER_LOG_FILE = f"{SUBMITIT_FOLDER}/controller.log"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from launch.record.job import JobSpec, LaunchedAs, read_submissions
+from launch.record.result import final_verdict
 from launch.submission.prepare import JobRequest, prepare_commands
 from pomscale.config.load import load_cluster, load_train_recipe
 from pomscale.shards.schema import read_manifest
@@ -136,6 +137,20 @@ def test_a_job_waits_for_another_and_falls_with_it(slurm: SlurmCluster, tmp_path
     assert (tmp_path / "follows" / "attempts" / f"{third}-0" / "verdict.json").is_file()
 
 
+def test_a_job_does_not_begin_after_one_that_failed_and_was_forgotten(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """SLURM 22.05 takes a job that it does not know for one that has succeeded."""
+    profile = load_cluster(slurm.profile(tmp_path, ranks_per_node=2))
+    words = [["data", "info", str(tmp_path)]]
+    fails, follows = (prepare_commands(name, tmp_path / name, words, JobRequest(profile, "test")) for name in "ab")
+    slurm.wait_for(fails.submit(), "FAILED")
+    job_id = follows.waiting_for({str(tmp_path / "a"): "ok"}).submit(after={"4242": "ok"})
+    slurm.wait_for(job_id, "FAILED")
+    verdict = final_verdict(tmp_path / "b")
+    assert verdict is not None
+    assert verdict.reason.startswith(f"not begun, since the job before it ({tmp_path}/a) did not succeed: ")
+    assert not list((tmp_path / "b" / "logs").glob("*")), "no rank has run anything"
+
+
 def test_a_sweep_submits_what_is_left(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> None:
     recipe = write_tiny_recipe(tmp_path, digits)
     with recipe.open("a") as file:
@@ -157,6 +172,28 @@ def test_a_sweep_submits_what_is_left(slurm: SlurmCluster, tmp_path: Path, digit
     slurm.wait_for(jobs[names[0]], "CANCELLED")
     assert "1 of 2 runs" in pomscale(slurm, *words)
     assert [len(read_submissions(tmp_path / "runs" / name)) for name in names] == [2, 1]
+
+
+def test_a_users_options_for_sbatch_are_not_those_of_the_job(
+    slurm: SlurmCluster, tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or another account would be charged than the profile says, without a word."""
+    of_the_user = {
+        "SBATCH_ACCOUNT": "elsewhere",
+        "SBATCH_PARTITION": "high",
+        "SBATCH_TIMELIMIT": "9",
+        "SRUN_DEBUG": "9",
+    }
+    for name, value in of_the_user.items():
+        monkeypatch.setitem(slurm.environment, name, value)
+    recipe, profile = write_tiny_recipe(tmp_path, digits), slurm.profile(tmp_path, account="lab", ranks_per_node=1)
+    words = ["launch", str(recipe), "--cluster", str(profile), "--set", "sbatch.hold="]
+    told = [pomscale(slurm, *words, *more) for more in (["--dry-run"], [])]
+    for name, value in of_the_user.items():
+        assert [one.count(f"{name}={value}") for one in told] == [1, 1]
+    (job_id,) = jobs_in_queue(slurm)
+    shown = set(slurm.run(["scontrol", "show", "job", job_id]).split())
+    assert {"Account=lab", "Partition=low", "TimeLimit=00:40:00"} <= shown
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------
@@ -199,6 +236,15 @@ def test_sbatch_has_the_last_word(
     assert words in told
     assert jobs_in_queue(slurm) == []
     assert words in launch_refused(slurm, tmp_path, digits, "--dry-run", expect=0)
+
+
+def test_an_array_that_is_too_large(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> None:
+    slurm.profile(tmp_path, ranks_per_node=1)
+    words = ["launch", str(RECIPES / "data" / "digits.yaml"), "--cluster", str(tmp_path / "test.yaml")]
+    overrides = [f"source.path={digits}/digits/heldout", f"output={tmp_path}/latents"]
+    told = pomscale(slurm, *words, "--array", "1002", *overrides, expect=2)
+    assert "--array 1002: give at most 1001 tasks (MaxArraySize)" in told
+    assert "--nodes" not in told
 
 
 def test_a_controller_that_is_down(slurm: SlurmCluster, tmp_path: Path, digits: Path) -> None:

@@ -46,6 +46,27 @@ def test_every_task_of_an_array_is_requeued_by_itself(slurm: SlurmCluster, tmp_p
     assert starts(tmp_path) == [f"{job_id}_0-0", f"{job_id}_1-0", f"{job_id}_1-1"]
 
 
+def test_a_users_options_for_slurms_commands_change_nothing(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """With SQUEUE_STATES the job would look gone, and with SINFO_PARTITION its partition empty."""
+    options = {"SQUEUE_STATES": "PENDING", "SQUEUE_FORMAT2": "name", "SINFO_PARTITION": "high", "SINFO_STATES": "down"}
+    export = ",".join(["ALL", *(f"{name}={value}" for name, value in options.items())])
+    job_id = submit(slurm, tmp_path, f"--export={export}", suspects="127.0.0.2")
+    slurm.wait_for(job_id, "COMPLETED")
+    assert starts(tmp_path) == [f"{job_id}-0", f"{job_id}-1"]
+    assert excluded(slurm, job_id) == "127.0.0.2"
+
+
+def test_the_words_of_a_refusal_are_kept(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """It is asked for several times, since a controller may be away."""
+    job_id = submit(slurm, tmp_path, "--no-requeue", before="sleep() { command sleep 0.1; }")
+    slurm.wait_for(job_id, "FAILED")
+    assert starts(tmp_path) == [f"{job_id}-0"]
+    refused = tmp_path / "a job folder" / "attempts" / f"{job_id}-0" / "refused"
+    words = f"Requested operation is presently disabled for job {job_id}"
+    assert refused.read_text() == f"{words}\n"
+    assert f"not requeued, SLURM refuses: {words}" in (tmp_path / f"slurm-{job_id}.out").read_text()
+
+
 def test_what_the_job_was_submitted_without_stays_out(slurm: SlurmCluster, tmp_path: Path) -> None:
     job_id = submit(slurm, tmp_path, "--exclude=127.0.0.3", suspects="127.0.0.2")
     slurm.wait_for(job_id, "COMPLETED")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from pomscale.base.errors import InputError
 from pomscale.base.files import write_text
+from pomscale.base.names import shortened
 from pomscale.config.monitoring import WandbConfig
 from pomscale.runs.layout import (
     CODE_DIFF_FILE,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 INIT_TIMEOUT_S = 30.0  # while wandb's server does not answer, every rank of the job waits at the start
 
 _FLUSH_EVERY_S = 1.0
+_MAX_ARTIFACT_NAME = 128  # wandb refuses longer ones
 _LOCK_TIMEOUT_S = 60.0  # a process that delivers an evaluation has ended by then
 _NAME_EVERY_S = 1.1  # wandb names its folders by the second
 
@@ -135,7 +137,7 @@ class WandbRun:
         """Recipe and code as artifacts. wandb copies them, but for RUN/code, which stays as it was launched."""
         name = re.sub(r"[^A-Za-z0-9._-]", "-", self._run_name)
         for kind, files in (("recipe", [RECIPE_FILE]), ("code", [CODE_STATE_FILE, CODE_DIFF_FILE])):
-            artifact = self.wandb.Artifact(f"{kind}-{name}", type=kind)
+            artifact = self.wandb.Artifact(shortened(f"{kind}-{name}", _MAX_ARTIFACT_NAME), type=kind)
             for file in files:
                 if (self._folder / file).is_file():
                     artifact.add_file(str(self._folder / file), name=file)

@@ -277,6 +277,7 @@ def test_a_recipe_of_the_other_kind_is_refused(write: Write) -> None:
         ("model.patch_size=3", "model.latent_shape: 8x8 is not divisible by patch_size 3"),
         ("model.dim=18", "model.dim: positions need a multiple of 4, got 18"),
         ("model.mixer=[pom, pom, attention]", "model.mixer: a pattern of 3 does not divide depth 2"),
+        ("name=" + "x" * 241, "name: 241 bytes; it is the name of a folder, so give at most 240"),
         ("model.mixer=[]", "model.mixer: must be 'pom' or 'attention', got []; or list should have at least 1 item"),
         (
             "model={latent_shape: [4, 8, 8], num_classes: 10, dim: 20, depth: 1, mixer: attention}",

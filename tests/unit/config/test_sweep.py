@@ -9,6 +9,7 @@ import pytest
 
 from launch.pipelines.sweep import plan_sweep, sweep_table
 from launch.submission.prepare import JobRequest
+from pomscale.base.names import MAX_NAME_BYTES
 from pomscale.config.load import load_cluster
 from pomscale.config.sweep import load_points
 from pomscale.config.train import TrainRecipe
@@ -127,6 +128,14 @@ def test_launching_again_takes_only_what_is_left(path: Path, digits: Path, tmp_p
     assert lines[0].split() == ["job", "optimizer.lr", "model.degree", "run"]
     assert lines[1].split() == ["17", "0.0001", "2", "grid.lr=0.0001-degree=2"]
     assert lines[2].split() == ["finished", "0.0001", "3", "grid.lr=0.0001-degree=3"]
+
+
+def test_a_name_that_is_too_long_for_a_folder_is_shortened(path: Path) -> None:
+    points = load_points(path, [f"name={'long-' * 45}"])
+    names = [point.recipe.name for point in points]
+    assert len(set(names)) == 4
+    assert {len(name) for name in names} == {MAX_NAME_BYTES}
+    assert {point.recipe.monitoring.wandb.group for point in points} == {"long-" * 45}
 
 
 def finish(recipe: TrainRecipe) -> None:

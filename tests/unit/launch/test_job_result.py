@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.record.job import Submission, Verdict, keep, start_folder
-from launch.record.result import final_verdict, is_success
+from launch.record.job import Condition, Submission, Verdict, keep, start_folder
+from launch.record.result import final_verdict, is_success, why_not_to_begin
 from pomscale.base.jsonl import JsonLines
 from pomscale.runs.layout import JOBS_FILE
 
@@ -48,6 +48,26 @@ def test_a_verdict_tells(tmp_path: Path, action: str, exit_code: int, success: b
     verdict = final_verdict(tmp_path)
     assert verdict is not None
     assert is_success(verdict) == success
+
+
+@pytest.mark.parametrize(
+    ("action", "condition", "expected"),
+    [
+        ("done", "ok", ""),
+        ("fail", "ok", "did not succeed: because"),
+        ("requeue", "ok", "has left no record of its success"),
+        (None, "ok", "has left no record of its success"),
+        ("fail", "any", ""),
+    ],
+)
+def test_a_job_that_slurm_starts_goes_by_the_verdict_on_the_job_before_it(
+    tmp_path: Path, action: str | None, condition: Condition, expected: str
+) -> None:
+    submitted(tmp_path, "12")
+    if action is not None:
+        judged(tmp_path, "12", 0, action)
+    reason = why_not_to_begin({str(tmp_path): condition}, patience_s=0.0)
+    assert reason == (f"not begun, since the job before it ({tmp_path}) {expected}" if expected else "")
 
 
 @pytest.mark.parametrize("action", ["requeue", "leave"])

@@ -125,7 +125,6 @@ def test_one_wrong_stage_is_told_before_anything_happens(folder: Path, stage: st
             path,
             JobRequest(HERE, "here", command_line=["pomscale"]),
             check_command,
-            dry_run=False,
         )
     assert sorted(folder.rglob("*")) == before
 
@@ -134,6 +133,14 @@ def test_two_stages_may_not_train_the_same_run(folder: Path) -> None:
     train = "recipe: train.yaml, after: {encode: ok}"
     with pytest.raises(InputError, match=r"stage again: trains in .*runs/pets, as stage train does"):
         plan(folder, "{name: encode, recipe: encode.yaml}", f"{{name: train, {train}}}", f"{{name: again, {train}}}")
+
+
+def test_a_dry_run_shows_all_stages_and_what_would_be_refused(folder: Path) -> None:
+    path = write(folder, ["{name: encode, recipe: encode.yaml}", "{name: train, recipe: train.yaml, after: {}}"])
+    request = JobRequest(GPUS, "here", command_line=["pomscale"], dry_run=True)
+    told, (refusal,) = launch_pipeline(pipeline_of(path), path, request, check_command)
+    assert [line.split()[0] for line in told.splitlines()[2:]] == ["encode", "train"]
+    assert refusal.startswith("stage train: dataset data/pets: there is no such folder")
 
 
 @pytest.mark.parametrize(
@@ -167,13 +174,9 @@ def test_a_dry_run_shows_the_stages_and_writes_nothing(folder: Path) -> None:
         ],
     )
     before = sorted(folder.rglob("*"))
-    told = launch_pipeline(
-        pipeline_of(path),
-        path,
-        JobRequest(HERE, "here", command_line=["pomscale"]),
-        check_command,
-        dry_run=True,
-    )
+    request = JobRequest(HERE, "here", command_line=["pomscale"], dry_run=True)
+    told, refusals = launch_pipeline(pipeline_of(path), path, request, check_command)
+    assert refusals == []
     assert sorted(folder.rglob("*")) == before
     rows = [line.split("  ") for line in told.splitlines()]
     assert "not submitted" in told

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from launch.command import Launch, launch
 from launch.record.job import JobSpec, LaunchedAs, Submission, read_submissions, sole_launch
 from launch.submission import prepared as prepared_module
 from launch.submission.prepare import JobRequest, prepare_commands, prepare_encode, prepare_train
@@ -125,6 +127,41 @@ def test_an_encode_has_one_rank_and_one_gpu_per_task(digits: Path, tmp_path: Pat
     prepare_encode(path, ["source.path=nowhere"], JobRequest(profile(), "test", to_come=to_come))
 
 
+@pytest.mark.parametrize(
+    ("limit", "asked", "line", "size"),
+    [
+        (None, 1000, "--array=0-999%1000", "1000 tasks of "),
+        (300, 1000, "--array=0-999%300", "1000 tasks, at most 300 at once, of "),
+        (300, 20, "--array=0-19%20", "20 tasks of "),
+    ],
+)
+def test_all_tasks_of_an_array_may_run_at_once_unless_the_profile_says_otherwise(
+    digits: Path, limit: int | None, asked: int, line: str, size: str
+) -> None:
+    """submitit would run 256 of them, and nobody is told."""
+    overrides, on = [f"source.path={digits}/digits/train", "output=data/latents"], profile(max_array_tasks=limit)
+    made = prepare_encode(RECIPES / "data" / "digits.yaml", overrides, JobRequest(on, "test"), array=asked)
+    assert f"#SBATCH {line}\n" in made.script()
+    assert made.tasks == size
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "present", "absent"),
+    [
+        ({}, "--requeue", "--no-requeue"),
+        ({"no-requeue": None}, "--no-requeue", "--requeue"),
+        ({"no-kill-on-invalid-dep": "", "requeue": ""}, "--requeue", "--kill-on-invalid-dep=yes"),
+    ],
+)
+def test_the_profile_has_the_last_word_on_what_sbatch_is_asked_for(
+    tmp_path: Path, sbatch: dict[str, Any], present: str, absent: str
+) -> None:
+    made = prepare_commands("x", tmp_path / "x", [["data", "info", "x"]], JobRequest(profile(sbatch=sbatch), "test"))
+    lines = made.script({"12": "ok"}).splitlines()
+    assert f"#SBATCH {present}" in lines
+    assert f"#SBATCH {absent}" not in lines
+
+
 def test_commands(tmp_path: Path) -> None:
     words = [["data", "verify", "x"], ["data", "stats", "x"]]
     request = JobRequest(profile(**ON_GPUS), "test", gpus_per_node=0)
@@ -159,6 +196,35 @@ def test_what_cannot_run_is_refused(tiny_recipe: Path, overrides: list[str], how
     with pytest.raises(InputError) as refused:
         prepare(tiny_recipe, *overrides, **how)
     assert expected in str(refused.value)
+
+
+def test_a_dry_run_has_the_script_and_all_that_would_refuse_it(tiny_recipe: Path) -> None:
+    made = prepare(tiny_recipe, "data.path=nowhere", "compute.device=cuda", dry_run=True, num_nodes=2)
+    assert "#SBATCH --nodes=2" in made.script()
+    missing, no_gpus = made.refusals
+    assert missing.startswith("dataset nowhere: there is no such folder; make it with `pomscale data encode")
+    assert no_gpus.startswith("compute.device: cuda, but this cluster profile gives no GPUs")
+    request = JobRequest(profile(), "test", dry_run=True)
+    encode = prepare_encode(RECIPES / "data" / "digits.yaml", ["source.path=nowhere"], request, array=3)
+    assert "--array=0-2%3" in encode.script()
+    assert encode.refusals == ("source.path: nowhere: there is no such file or folder",)
+
+
+def test_a_dry_run_that_would_be_refused_shows_the_script_and_fails(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    on = tmp_path / "test.yaml"
+    on.write_text(yaml.safe_dump(BASE))
+    with pytest.raises(InputError, match="this would be refused: dataset nowhere: there is no such folder"):
+        launch(Launch(tiny_recipe, ["data.path=nowhere"], str(on), dry_run=True), lambda words: None)
+    shown = capsys.readouterr().out
+    assert "#SBATCH --job-name=tiny" in shown
+    assert shown.endswith("nothing was written or submitted\n")
+    sweep = ["data.path=nowhere", "sweep={seed: [1, 2]}"]
+    with pytest.raises(InputError, match=r"this would be refused: tiny\.seed=1: dataset nowhere"):
+        launch(Launch(tiny_recipe, sweep, str(on), dry_run=True), lambda words: None)
+    assert "tiny.seed=2" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_refused_with_what_would(tiny_recipe: Path, digits: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from launch.record.job import Action, JobSpec, StartRecord, Submission, Verdict, keep, start_folder
 from launch.scheduler.slurm import JobState
 from launch.status.facts import read_facts
+from launch.status.overview import status
 from launch.status.runs import summarize
 from launch.status.state import LIVE, State, state_of
 from launch.submission.submit import record_submission
@@ -106,7 +107,7 @@ def job_folder(tmp_path: Path) -> JobFolder:
 
 
 def slurm_says(state: str, reason: str = "", restarts: int = 0) -> dict[str, JobState]:
-    return {"12": JobState("12", state, reason, [], 0.0, None, restarts)}
+    return {"12": JobState("12", state, reason, [], 0.0, restarts)}
 
 
 def on_slurm(job_folder: JobFolder, *, logged: bool = True) -> JobFolder:
@@ -212,6 +213,12 @@ WITH_SLURM: dict[str, tuple[Callable[[JobFolder], JobFolder], dict[str, JobState
         slurm_says("RUNNING"),
         "running",
     ),
+    "is in a state of another version": (on_slurm, slurm_says("EXPEDITING"), "running"),
+    "has not begun, in a state of another version": (
+        lambda job_folder: job_folder.submitted(-5),
+        slurm_says("EXPEDITING"),
+        "starting",
+    ),
     "is ending": (on_slurm, slurm_says("COMPLETING"), "stopping"),
     "was cancelled": (on_slurm, slurm_says("CANCELLED"), "cancelled"),
     "was cancelled before it began": (
@@ -265,6 +272,47 @@ def test_why_it_waits_and_why_it_waits_again(job_folder: JobFolder) -> None:
     )
 
 
+def refused(job_folder: JobFolder, job_id: str = "12") -> JobFolder:
+    """It should start again, and SLURM does not let it."""
+    on_slurm(job_folder).judged("requeue", -1, "stopped on request (SIGUSR2), saved", job_id=job_id)
+    words = "Requested operation is presently disabled for job 12\n"
+    (start_folder(job_folder.folder, job_id, 0) / "refused").write_text(words)
+    return job_folder
+
+
+@pytest.mark.parametrize("jobs", [slurm_says("FAILED", "NonZeroExitCode"), {}], ids=["just now", "long ago"])
+def test_a_requeue_that_slurm_refuses_is_a_stop_with_slurms_words(
+    job_folder: JobFolder, jobs: dict[str, JobState], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = refused(job_folder).state(jobs)
+    assert state.word == "stopped"
+    assert state.reason == (
+        "stopped on request (SIGUSR2), saved; SLURM does not start it again "
+        "(Requested operation is presently disabled for job 12): `pomscale runs resume` does"
+    )
+    monkeypatch.setenv("PATH", "")
+    assert "SLURM refused it: Requested operation" in status(job_folder.folder)
+
+
+def test_a_requeue_that_never_came_is_a_stop(job_folder: JobFolder) -> None:
+    """The job script was killed before it could ask."""
+    on_slurm(job_folder).judged("requeue", -1, "rank 1 on n2 was killed by SIGKILL")
+    state = job_folder.state(slurm_says("FAILED"))
+    assert state.word == "stopped"
+    assert state.reason.endswith("SLURM does not start it again (its job is FAILED): `pomscale runs resume` does")
+    assert job_folder.state(slurm_says("CANCELLED")).word == "cancelled"
+    assert job_folder.state(slurm_says("TIMEOUT")).word == "timeout"
+
+
+def test_a_task_that_slurm_does_not_requeue_is_the_reason_of_its_array(job_folder: JobFolder) -> None:
+    job_folder.submitted(-100, num_tasks=2).began(-90, "12_0").judged("done", -50, job_id="12_0")
+    job_folder.began(-90, "12_1").judged("requeue", -50, "stopped on request (SIGUSR2), saved", job_id="12_1")
+    ended = {"12_0": "COMPLETED", "12_1": "FAILED"}
+    state = job_folder.state({task: JobState(task, word, "", [], 0.0, 0) for task, word in ended.items()})
+    assert state.word == "stopped"
+    assert "1 stopped, 1 finished; stopped on request (SIGUSR2), saved; SLURM does not start it again" in state.reason
+
+
 def test_a_stale_verdict_of_a_job_with_the_same_number_does_not_count(job_folder: JobFolder) -> None:
     job_folder.submitted(-9).began(-5).judged("fail", -500)
     assert job_folder.state().word == "starting"
@@ -277,7 +325,7 @@ def test_an_array_is_as_its_foremost_task(job_folder: JobFolder) -> None:
     job_folder.began(-40, "12_2")
     assert job_folder.state().word == "running"
     jobs = {
-        task: JobState(task, state, "", [], 0.0, None, 0)
+        task: JobState(task, state, "", [], 0.0, 0)
         for task, state in (("12_0", "COMPLETED"), ("12_1", "FAILED"), ("12_2", "RUNNING"))
     }
     assert job_folder.state(jobs).word == "running"
@@ -294,7 +342,7 @@ def test_tasks_that_slurm_has_forgotten_count_as_their_guards_say(job_folder: Jo
     job_folder.submitted(-900, num_tasks=4).began(-890, "12_0").judged("done", -800, job_id="12_0")
     job_folder.began(-890, "12_1").judged("fail", -800, "rank 1 on n1: no disk", job_id="12_1")
     job_folder.began(-890, "12_2").began(-90, "12_3")
-    jobs = {"12_3": JobState("12_3", "RUNNING", "", [], 0.0, None, 0)}
+    jobs = {"12_3": JobState("12_3", "RUNNING", "", [], 0.0, 0)}
     assert job_folder.state(jobs) == State(
         "running",
         "tasks: 1 running, 1 failed, 1 killed, 1 finished; rank 1 on n1: no disk",

@@ -78,6 +78,7 @@ def test_a_group_of_ones_own_choice(run: Path) -> None:
 
 
 def test_code_and_recipe_are_artifacts_that_lie_in_the_run_folder(run: Path) -> None:
+    """Also those of a run whose name is longer than that of an artifact may be, as in a sweep of nine keys."""
     (run / "code.json").write_text("{}")
     (run / "code.diff").write_text("-old\n+new\n")
     (run / "code" / "pomscale" / "training").mkdir(parents=True)
@@ -86,7 +87,7 @@ def test_code_and_recipe_are_artifacts_that_lie_in_the_run_folder(run: Path) -> 
     program = (
         "import sys; from pathlib import Path\n"
         "from pomscale.config.monitoring import WandbConfig; from pomscale.monitoring.wandb.sink import WandbSink\n"
-        "sink = WandbSink(Path(sys.argv[1]), WandbConfig(), 'sweep-lr=1e-4', {})\n"
+        "sink = WandbSink(Path(sys.argv[1]), WandbConfig(), 'sweep-lr=1e-4-' + 'x' * 180, {})\n"
         "sink.log(8, {'train/loss': 1.0})\n"
         "sink.close()\n"
     )
@@ -94,8 +95,10 @@ def test_code_and_recipe_are_artifacts_that_lie_in_the_run_folder(run: Path) -> 
     environment = {**environment_without_wandb(), "HOME": "/proc/none"}
     subprocess.run([sys.executable, "-c", program, str(run)], env=environment, check=True, capture_output=True)
     recipe, code = wandb_records(wandb_files(run)[0], "artifact")
-    assert (recipe.name, recipe.type) == ("recipe-sweep-lr-1e-4", "recipe")
-    assert (code.name, code.type) == ("code-sweep-lr-1e-4", "code")
+    for artifact, kind in ((recipe, "recipe"), (code, "code")):
+        assert artifact.type == kind
+        assert artifact.name.startswith(f"{kind}-sweep-lr-1e-4-xxx")
+        assert len(artifact.name) == 128
     assert [entry.path for entry in recipe.manifest.contents] == ["recipe.yaml"]
     assert sorted(entry.path for entry in code.manifest.contents) == [
         "code.diff",
