@@ -37,6 +37,7 @@ class Encoded:
     output: Path
     num_samples: int
     num_failures: int
+    num_incomplete: int
     num_shards: int
     num_bytes: int
 
@@ -46,6 +47,8 @@ class Encoded:
         )
         if self.num_failures:
             text += f"; {self.num_failures:,} items failed, listed in {self.output / FAILURES_NAME}"
+        if self.num_incomplete:
+            text += f"; {self.num_incomplete:,} clips that end early were kept, marked `incomplete` in their JSON"
         return text
 
 
@@ -283,6 +286,7 @@ def _encoded(output: Path, manifest: Manifest) -> Encoded:
         output=output,
         num_samples=manifest.num_samples,
         num_failures=manifest.num_failures,
+        num_incomplete=manifest.num_incomplete,
         num_shards=len(manifest.shards),
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),
     )

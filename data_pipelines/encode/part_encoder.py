@@ -176,7 +176,14 @@ class PartEncoder:
         assert isinstance(transform, VideoTransformConfig)
         from pomscale.media.clips import decode_clip  # noqa: PLC0415  PyAV is optional
 
-        clip = decode_clip(stream, transform.buckets, transform.fps, transform.filter, self._codec.num_channels_in)
+        clip = decode_clip(
+            stream,
+            transform.buckets,
+            transform.fps,
+            transform.filter,
+            self._codec.num_channels_in,
+            keep_incomplete=transform.incomplete == "keep",
+        )
         loaded.info = clip.info
         (only,) = variants  # pictures alone come in several sizes
         loaded.media[only] = Pixels(clip.target, clip.frames)

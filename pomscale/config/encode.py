@@ -110,6 +110,11 @@ class VideoTransformConfig(Section):
     )
     filter: Literal["lanczos", "area"] = "area"
     flip: bool = Field(False, description="Also store the latent of the horizontally flipped clip.")
+    incomplete: Literal["fail", "keep"] = Field(
+        "fail",
+        description="Clips that are damaged or cut off before they fill the longest bucket: list them as failed, or "
+        "keep what precedes the damage as a shorter clip, marked in its JSON and counted in the manifest.",
+    )
 
     @field_validator("buckets")
     @classmethod
@@ -136,6 +141,17 @@ TransformConfig = Annotated[
     ],
     Discriminator(kind),
 ]
+
+
+def transform_version(transform: TransformConfig | None) -> int:
+    """Return the version of the pixels that a transform makes of media.
+
+    Raise it where the same files give other pixels than before: a half-done encode is then refused, and datasets of
+    two versions are not merged. Version 2 reads the times, colours and transparency of clips differently, and weighs
+    pixels by area (`filter: area`) in pictures, too.
+    """
+    is_unchanged = transform is None or (transform.kind == "image" and transform.filter == "lanczos")
+    return 1 if is_unchanged else 2
 
 
 class EncodeRecipe(Section):
