@@ -18,13 +18,8 @@ from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, BinaryIO
 
-from pomscale.base.errors import InputError
 from pomscale.media import UnreadableMediaError
-
-try:
-    import av
-except ImportError as error:
-    raise InputError(f"clips need the package av: {error}. Run: pip install -e '.[video]'") from error
+from pomscale.media.pyav import av
 
 # Containers, as FFmpeg names them. Not playlists and the like: those make FFmpeg open further files and addresses.
 _AVI = "avi"

@@ -25,13 +25,13 @@ from pomscale.media import Filter, UnreadableMediaError, nearest_bucket
 from pomscale.media.clip_frames import (
     FrameReader,
     StrayTimesError,
-    av,
     even_spacing,
     open_video,
     seconds_of_all_streams,
     stated_seconds,
 )
 from pomscale.media.frame_fitter import FrameFitter
+from pomscale.media.pyav import av
 
 # Seconds beyond a clip in which its packets must be evenly spaced, too: more than any codec reorders.
 _SPACING_MARGIN_S = 2.0

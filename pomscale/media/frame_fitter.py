@@ -3,7 +3,7 @@
 A frame is scaled to just cover the target and its centre cut out, in the shape it is shown in: turned and mirrored as
 the display matrix says, with pixels that need not be square. swscale does it from the decoder's colours in one go, in
 its accurate and bit-exact mode: the fast one is up to two grey levels off, and differs between processors. "area" is
-then the exact mean over the area (tests/data/test_filters.py).
+then the exact mean over the area (tests/unit/media/test_filters.py).
 
 **Colours** are those of the frame's tags. Frames without a tag are read as players do: by BT.709 if they are wider than
 1279 or higher than 576 pixels, else by BT.601; swscale would take BT.601 for all. **Transparency** is laid on white
@@ -15,11 +15,10 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-import av
 import numpy as np
-from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from pomscale.media import Filter, UnreadableMediaError
+from pomscale.media.pyav import Colorspace, Interpolation, VideoReformatter, av
 
 # Names of swscale for 1 channel, from black 0 to white 255, and 3.
 _FORMATS_OUT = {1: "gray", 3: "rgb24"}

@@ -91,7 +91,9 @@ class Kind:
         return f"{self.extension}-{self.codec}-{self.num_b_frames}{how}"
 
     def write(self, path: Path, **changes: Any) -> Path:
-        options = {"bf": str(self.num_b_frames), "g": "12", "preset": "veryfast", "x265-params": "log-level=none"}
+        options = {"bf": str(self.num_b_frames), "g": "12", "preset": "veryfast"}
+        if self.codec == "libx265":
+            options |= {"preset": "ultrafast", "x265-params": "log-level=none:pools=none:frame-threads=1"}
         if self.codec.startswith("libvpx"):
             options = {"g": "12", "deadline": "realtime", "cpu-used": "8", "crf": "20", "b": "1M"}
         if self.codec in ("mpeg4", "mjpeg"):
