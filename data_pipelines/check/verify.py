@@ -19,11 +19,11 @@ from data_pipelines.check.shard_check import (
     Problems,
     ShardTask,
     check_shard,
-    is_finite,
     wrong_size,
 )
 from data_pipelines.check.source_check import check_source
 from data_pipelines.shards.equal_keys import equal_keys
+from data_pipelines.shards.finite import is_finite
 from data_pipelines.shards.parts import skipped_exit_code
 from data_pipelines.shards.readers import read_records
 from data_pipelines.shards.workers import over_shards

@@ -198,8 +198,10 @@ class PartStore:
             if getattr(found, name) != getattr(spec, name)
         ]
         if differences:
+            older = ", or use the version of pomscale that began it"
             raise InputError(
                 f"output: {self.output} holds parts of another encode: {'; '.join(differences)}; {self._remedy()}"
+                f"{older if found.transform_version != spec.transform_version else ''}"
             )
 
     def shard_path(self, part: int, group: int) -> Path:

@@ -39,7 +39,6 @@ _DECODER_ERRORS = (
     AttributeError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
 
 # Larger files are no pictures that anyone meant to train on, and would fill the memory of a decode thread.
@@ -73,6 +72,11 @@ def decode_picture(stream: BinaryIO, num_channels: int) -> DecodedPicture:
         image = flat.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else flat
     except UnidentifiedImageError as error:
         raise UnreadableMediaError("no PNG, JPEG or WebP picture") from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableMediaError(
+            f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels, the most that are decoded, since "
+            f"a small file could fill the memory; make it smaller first, for example with: magick OLD -resize 50% NEW"
+        ) from error
     except _DECODER_ERRORS as error:
         raise UnreadableMediaError.of(error) from error
     return DecodedPicture(image, width, height)
