@@ -10,6 +10,8 @@ from pomscale.config.codecs import CodecConfig, SdVaeCodecConfig, TextEncoderCon
 from pomscale.config.monitoring import WandbConfig
 from pomscale.config.section import NonNegativeInt, PositiveFloat, Section, Seed
 
+_FILTER = "Filter that resizes. area: the mean over the area of each new pixel, and bilinear where it enlarges."
+
 
 class ImageFolderConfig(Section):
     """A folder with one subfolder of pictures (PNG, JPEG, WebP) per class; classes in sorted order."""
@@ -80,7 +82,7 @@ class ImageTransformConfig(Section):
     buckets: list[tuple[PositiveInt, PositiveInt]] = Field(
         [], description="(height, width) in pixels; a picture goes to the nearest aspect ratio."
     )
-    filter: Literal["lanczos", "area"] = "lanczos"
+    filter: Literal["lanczos", "area"] = Field("lanczos", description=_FILTER)
     flip: bool = Field(False, description="Also store the latent of the horizontally flipped picture.")
 
     @model_validator(mode="after")
@@ -108,7 +110,7 @@ class VideoTransformConfig(Section):
         min_length=1,
         description="(frames, height, width); a clip goes to the longest it can fill, then the nearest aspect ratio.",
     )
-    filter: Literal["lanczos", "area"] = "area"
+    filter: Literal["lanczos", "area"] = Field("area", description=_FILTER)
     flip: bool = Field(False, description="Also store the latent of the horizontally flipped clip.")
     incomplete: Literal["fail", "keep"] = Field(
         "fail",

@@ -105,12 +105,7 @@ def test_half_done_clips_of_before_are_refused(recipe_of: Callable[..., EncodeRe
 
 
 def test_sets_of_two_versions_are_not_merged(make_recipe: MakeRecipe, pictures: Path, tmp_path: Path) -> None:
-    recipes = [
-        make_recipe(
-            pictures / name, source={"kind": "image_folder", "path": str(pictures)}, output=str(tmp_path / name)
-        )
-        for name in ("cat", "dog")
-    ]
+    recipes = [make_recipe(pictures, output=str(tmp_path / name)) for name in ("cat", "dog")]
     for recipe in recipes:
         encode(recipe, progress=False)
     path = tmp_path / "dog" / MANIFEST_NAME

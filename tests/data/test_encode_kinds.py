@@ -262,7 +262,7 @@ def test_a_network_that_gives_nan_costs_only_what_it_spoiled(
     monkeypatch.setattr(T5TextEncoder, "encode", spoiled)
     recipe = clip_recipe(make_recipe, clips)
     assert only(encode(recipe, progress=False)).num_samples == 4
-    told = r"its text has 320 of 320 values that are NaN \(there are no others\): .*weights, and try precision: fp32"
+    told = r"its text has 256 of 256 values that are NaN \(there are no others\): .*weights, and try precision: fp32"
     assert re.fullmatch(told, failures(recipe.output)["3"])
 
 
