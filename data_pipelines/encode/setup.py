@@ -110,6 +110,7 @@ class EncodeSetup:
             transform=variant.transform,
             text=None if recipe.text is None else recipe.text.model_dump(exclude=location),
             text_identity=self.encoders.text_identity,
+            special_tokens=None if recipe.text is None else "text",
         )
 
     def missing(self, part: int, only_failed: bool) -> list[int]:

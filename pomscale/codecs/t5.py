@@ -17,6 +17,7 @@ from pomscale.config.codecs import TextEncoderConfig
 try:
     import transformers
     from safetensors import SafetensorError
+    from tokenizers.models import Unigram
     from transformers import AutoTokenizer, ByT5Tokenizer, T5EncoderModel
     from transformers.utils import cached_file
 except (ImportError, RuntimeError) as error:  # RuntimeError: it is there, but something that it imports is not
@@ -72,6 +73,8 @@ class T5TextEncoder:
         self.device = torch.device("cpu")
         self._network = _load_network(config)
         self._tokenizer = _load_tokenizer(config, self._network.config.vocab_size)
+        self._vocabulary = sorted(self._tokenizer.get_vocab().items())
+        _read_special_tokens_as_text(self._tokenizer)
 
     @property
     def dim(self) -> int:
@@ -111,7 +114,7 @@ class T5TextEncoder:
         """
         architecture = {key: getattr(self._network.config, key) for key in _ARITHMETIC_KEYS}
         digest = hashlib.sha256(f"t5 {json.dumps(architecture, sort_keys=True)} {self.config.tokenizer}".encode())
-        digest.update(json.dumps(sorted(self._tokenizer.get_vocab().items())).encode())
+        digest.update(json.dumps(self._vocabulary).encode())
         for name, tensor in sorted(self._network.named_parameters()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
@@ -183,6 +186,24 @@ def _load_tokenizer(config: TextEncoderConfig, num_embeddings: int) -> Any:
             f"{num_embeddings}; they do not belong together"
         )
     return tokenizer
+
+
+def _read_special_tokens_as_text(tokenizer: Any) -> None:
+    """Make `tokenizer` take "</s>" in a caption for four characters, as sentencepiece does.
+
+    As the end token, it would give the caption "</s>" the embedding of an empty caption, which means a dropped one.
+    `split_special_tokens` alone does this for bytes and for merges (BPE). The pieces of a Unigram model include the
+    special tokens; they get names that occur in no caption, and keep their ids.
+    """
+    tokenizer.split_special_tokens = True
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # ByT5 has none
+    if backend is None or not isinstance(backend.model, Unigram):
+        return
+    state = json.loads(backend.to_str())
+    special = {token["content"] for token in state["added_tokens"] if token["special"]}
+    # The pre-tokenizer of sentencepiece leaves no space in what it hands to the model.
+    pieces = [(f" {piece} " if piece in special else piece, score) for piece, score in state["model"]["vocab"]]
+    backend.model = Unigram(pieces, state["model"]["unk_id"], state["model"]["byte_fallback"])
 
 
 def _tokenizer_folder(config: TextEncoderConfig) -> str:
