@@ -58,7 +58,7 @@ class EncodeSpec(BaseModel):
     transform: TransformConfig | None
     text: dict[str, Any] | None
     text_identity: str | None
-    # "text": "</s>" in a caption is what it reads. None: no captions, or an encode of versions that took it for a token.
+    # "text": "</s>" in a caption is text. None: there are no captions, or an earlier version took it for a token.
     special_tokens: Literal["text"] | None = None
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -34,14 +35,13 @@ _FLUSH_EVERY_S = 1.0
 _LOCK_TIMEOUT_S = 60.0  # a process that delivers an evaluation has ended by then
 _NAME_EVERY_S = 1.1  # wandb names its folders by the second
 
-# Values that are shown of a metric beside its curve; of all others it is the last value.
+# Values that are shown of a metric beside its curve, by the beginning of its name; of all others it is the last value.
 _SUMMARIES = {
-    "samples": "max",
     "train/loss": "min,last",
-    "validation/*": "min,last",
+    "validation/": "min,last",
     "speed/samples_per_s": "max,last",
     "memory/peak_gib": "max",
-    f"{EVALUATION_PREFIX}*": "min,max,last",
+    EVALUATION_PREFIX: "min,max,last",
 }
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class WandbRun:
         self._lock = lock or WandbLock(run_folder)
         self._id = _make_wandb_id(run_folder)
         self._opened_s = float("-inf")
+        self._defined: set[str] = set()  # metrics of the wandb run that is open
 
     def open(self) -> Run:
         """Open the wandb run; offline under the same id while the server is away, for `wandb sync` to join it later.
@@ -97,11 +98,23 @@ class WandbRun:
             logger.warning("wandb's server is away (%s): recording offline; `wandb sync` will join it", error)
             self.wandb.teardown()  # the failed attempt still holds the id in wandb's service process
             run = self._init("offline")
-        # Samples are the axis: a resumed run logs some samples again, and offline wandb's own step begins at 0 again.
-        run.define_metric("*", step_metric="samples")
-        for name, summary in _SUMMARIES.items():
-            run.define_metric(name, step_metric=None if name == "samples" else "samples", summary=summary)
+        run.define_metric("samples", summary="max")
+        self._defined = {"samples"}
         return run
+
+    def log(self, run: Run, row: Mapping[str, Any]) -> None:
+        """Log a row, with "samples" in it, into the wandb run that is open.
+
+        Samples are the axis: a resumed run logs some samples again, and offline wandb's own step begins at 0 again. Each
+        metric is defined by its whole name, once: where two patterns match a name, wandb takes either, by chance.
+        """
+        for name in row.keys() - self._defined - {"_timestamp"}:
+            self._defined.add(name)
+            if "*" in name:  # wandb takes it for a pattern only; its axis is then wandb's own step
+                continue
+            whole_name = name.replace(".", r"\.")  # else a path into nested dictionaries
+            run.define_metric(whole_name, step_metric="samples", summary=_summary(name, row[name]))
+        run.log(dict(row))
 
     def _init(self, mode: Literal["online", "offline", "disabled"]) -> Run:
         config, settings = self._config, self.wandb.Settings
@@ -193,6 +206,13 @@ class WandbLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _summary(name: str, value: object) -> str | None:
+    """Return the values that wandb shows of a metric, in its words; None = the last one."""
+    if not isinstance(value, (int, float)):
+        return None
+    return next((summary for beginning, summary in _SUMMARIES.items() if name.startswith(beginning)), None)
 
 
 def read_wandb_id(run_folder: Path) -> str | None:

@@ -92,14 +92,14 @@ class WandbSink:
 
     def log(self, samples: int, metrics: dict[str, float | str], time_unix_s: float | None = None) -> None:
         row = self._row(samples, metrics, time_unix_s)
-        self._give(lambda run: run.log(row))
+        self._give(lambda run: self._opening.log(run, row))
 
     def log_image(self, samples: int, name: str, path: Path) -> None:
         num_bytes, row = path.stat().st_size, self._row(samples, {name: self._medium(path)})
 
         def give(run: Run) -> None:
             if self._has_room_for(num_bytes):
-                run.log(row)
+                self._opening.log(run, row)
             else:
                 self._num_lost += 1
                 logger.warning("%s: no room for wandb's copy of it", path)
@@ -253,13 +253,15 @@ class WandbSink:
                 num_bytes += size
             else:
                 logger.warning("%s: no room for wandb's copy of it", path)
-        run.log(self._row(evaluation.samples, {**evaluation.metrics, **media}, evaluation.time_unix_s))
+        row = self._row(evaluation.samples, {**evaluation.metrics, **media}, evaluation.time_unix_s)
+        self._opening.log(run, row)
         self.num_delivered += 1
         self._delivery.note(position)
 
     def _give_table(self, run: Run) -> None:
         columns, rows = _table(read_evaluations(self._folder))
-        run.log({"samples": rows[-1][0], f"{EVALUATION_PREFIX}table": self._wandb.Table(columns=columns, data=rows)})
+        table = self._wandb.Table(columns=columns, data=rows)
+        self._opening.log(run, {"samples": rows[-1][0], f"{EVALUATION_PREFIX}table": table})
 
 
 def _table(evaluations: list[Evaluation]) -> tuple[list[str], list[list[float | None]]]:
