@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -94,6 +95,8 @@ def open_monitor(
         InputError: wandb refuses to start.
         OSError: the run folder cannot be written.
     """
+    for line in monitoring.wandb.overruled(os.environ):
+        logger.warning("%s", line)
     with ExitStack() as opened:
         jsonl = JsonlSink(run_folder, start)
         opened.callback(jsonl.close, failed=True)

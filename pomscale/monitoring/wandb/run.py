@@ -105,8 +105,8 @@ class WandbRun:
     def log(self, run: Run, row: Mapping[str, Any]) -> None:
         """Log a row, with "samples" in it, into the wandb run that is open.
 
-        Samples are the axis: a resumed run logs some samples again, and offline wandb's own step begins at 0 again. Each
-        metric is defined by its whole name, once: where two patterns match a name, wandb takes either, by chance.
+        Samples are the axis: a resumed run logs some samples again, and offline wandb's own step begins at 0 again.
+        Each metric is defined by its whole name, once: where two patterns match a name, wandb takes either, by chance.
         """
         for name in row.keys() - self._defined - {"_timestamp"}:
             self._defined.add(name)

@@ -105,6 +105,15 @@ def test_nodes_without_internet(tiny_recipe: Path) -> None:
         prepare(tiny_recipe, "data.path=https://x/y", on=profile(offline=True))
 
 
+def test_a_variable_of_wandb_that_the_recipe_overrules_is_noted(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert prepare(tiny_recipe, "monitoring.wandb.mode=online", on=profile(offline=True)).notes[1:] == ()
+    (note,) = prepare(tiny_recipe, on=profile(environment={"WANDB_MODE": "disabled"})).notes
+    assert note.startswith("WANDB_MODE is set, and not obeyed")
+
+
 def test_an_encode_has_one_rank_and_one_gpu_per_task(digits: Path, tmp_path: Path) -> None:
     overrides = [f"source.path={digits}/digits/train", "output=data/latents"]
     path = RECIPES / "data" / "digits.yaml"

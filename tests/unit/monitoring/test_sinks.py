@@ -299,7 +299,10 @@ def test_a_kill_costs_what_is_in_the_queue(tmp_path: Path) -> None:
     assert read_history(tmp_path).series["train/loss"][0] == list(range(1, 101))
 
 
-def test_disabled_wandb_starts_no_process(tmp_path: Path) -> None:
+def test_disabled_wandb_starts_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")  # the recipe decides, and says so
     before = set(psutil.Process().children())
     monitoring = MonitoringConfig(wandb=WandbConfig(mode="disabled"))
     with open_monitor(tmp_path, monitoring, run_name="a", recipe_dump={}, total_samples=8, start=0) as monitor:
@@ -307,3 +310,4 @@ def test_disabled_wandb_starts_no_process(tmp_path: Path) -> None:
     assert set(psutil.Process().children()) <= before  # what other tests have left may end meanwhile
     assert not (tmp_path / "wandb").exists()
     assert len(_rows(tmp_path)) == 1
+    assert caplog.text.count("WANDB_MODE is set, and not obeyed") == 1
