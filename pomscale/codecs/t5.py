@@ -12,6 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from pomscale.base.errors import InputError
+from pomscale.codecs.loading import brief, check_fits, place
 from pomscale.config.codecs import TextEncoderConfig
 
 try:
@@ -122,7 +123,7 @@ class T5TextEncoder:
 
     def to(self, device: torch.device | str) -> T5TextEncoder:
         self.device = torch.device(device)
-        self._network.to(self.device)
+        place(self._network, self.device)
         return self
 
 
@@ -149,18 +150,16 @@ def _load_network(config: TextEncoderConfig) -> Any:
         )
     except _LOAD_ERRORS as error:
         raise InputError(
-            f"text.path: cannot load a T5EncoderModel from {folder!r}: {error}. "
+            f"text.path: cannot load a T5EncoderModel from {folder!r}: {brief(error)}. "
             f"Give a folder with config.json and weights, or a hub id that this machine can reach"
         ) from error
     # transformers only warns of these, and gives missing tensors random values. A whole T5 has a decoder as well.
     surplus = {name for name in loading["unexpected_keys"] if name.startswith(("encoder.", "shared."))}
-    misfits = {"missing": loading["missing_keys"], "mismatched": loading["mismatched_keys"], "unexpected": surplus}
-    misfits = {kind: sorted(map(str, names)) for kind, names in misfits.items() if names}
-    if misfits:
-        raise InputError(
-            f"text.path: the weights in {folder!r} do not fit its config.json: {misfits}. "
-            f"Get them again; the copy is incomplete or of another model"
-        )
+    check_fits(
+        "text.path",
+        folder,
+        {"missing": loading["missing_keys"], "mismatched": loading["mismatched_keys"], "unexpected": surplus},
+    )
     return network.eval().requires_grad_(False)
 
 
