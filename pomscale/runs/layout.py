@@ -35,6 +35,7 @@ were given when a start was called a generation or an incarnation.
         .room                             wandb sink, removed at once      wandb sink
         .pomscale-sync.lock               runs sync: a lock                runs sync
       wandb_id.txt                        wandb: id of the wandb run       wandb, runs sync
+      wandb_ids.json                      wandb: its folder, ids of before wandb, runs sync
       wandb.lock                          wandb: a lock                    wandb, runs sync
       report.png, report.html             report                           people
       evaluations/NAME/samples-SAMPLES/   a job folder, and in it
@@ -84,7 +85,7 @@ COMPILE_CACHE_FILE = "compile_cache.bin"
 PREFLIGHT_PREFIX = ".preflight-"
 WANDB_FOLDER = "wandb"
 WANDB_ROOM_FILE, WANDB_SYNC_LOCK_FILE = "wandb/.room", "wandb/.pomscale-sync.lock"
-WANDB_ID_FILE, WANDB_LOCK_FILE = "wandb_id.txt", "wandb.lock"
+WANDB_ID_FILE, WANDB_IDS_FILE, WANDB_LOCK_FILE = "wandb_id.txt", "wandb_ids.json", "wandb.lock"
 REPORT_NAME = "report"  # and .png or .html
 
 # A folder of checkpoints, and a checkpoint.

@@ -16,10 +16,11 @@ from pomscale.base.errors import InputError
 from pomscale.config.load import load_train_recipe
 from pomscale.config.monitoring import WandbConfig
 from pomscale.monitoring.sinks import Level
-from pomscale.monitoring.wandb.run import WandbLock, WandbRun, read_wandb_id
+from pomscale.monitoring.wandb.run import WandbLock, WandbRun
 from pomscale.runs.evaluation_log import VIDEOS, Delivery, Evaluation, read_evaluations
 from pomscale.runs.layout import RECIPE_FILE, WANDB_ROOM_FILE
 from pomscale.runs.metric_names import EVALUATION_PREFIX
+from pomscale.runs.wandb_id import read_wandb_id
 
 if TYPE_CHECKING:
     from wandb import Run

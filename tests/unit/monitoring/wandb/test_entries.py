@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from pomscale.config.monitoring import WandbConfig
-from pomscale.monitoring.wandb.run import read_wandb_id
 from pomscale.monitoring.wandb.sink import WandbSink, deliver_without_training
 from pomscale.runs.evaluation_log import record
+from pomscale.runs.wandb_id import read_wandb_id
 from support import wandb_reader
 from support.running import mounted_disk
 from support.wandb_folder import (

@@ -16,8 +16,8 @@ from pomscale.config.monitoring import WandbConfig
 from pomscale.monitoring import monitor as monitor_module
 from pomscale.monitoring.wandb import run as wandb_run
 from pomscale.monitoring.wandb import sink as wandb_sink
-from pomscale.monitoring.wandb.run import read_wandb_id
 from pomscale.monitoring.wandb.sink import WandbSink
+from pomscale.runs.wandb_id import read_wandb_id
 from support import wandb_reader
 from support.running import mounted_disk
 from support.wandb_folder import (
