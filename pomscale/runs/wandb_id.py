@@ -13,6 +13,7 @@ import secrets
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from pomscale.base.errors import InputError
 from pomscale.base.files import write_text
 from pomscale.runs.layout import WANDB_ID_FILE, WANDB_IDS_FILE
 from pomscale.runs.original import original_of
@@ -88,7 +89,12 @@ def _draw(run_folder: Path, left: dict[str, str]) -> str:
 
 def _read_ids(run_folder: Path) -> _Ids:
     path = run_folder / WANDB_IDS_FILE
-    return _Ids(**json.loads(path.read_bytes())) if path.exists() else _Ids()  # a run of an older version has none
+    if not path.exists():  # of an older version
+        return _Ids()
+    try:
+        return _Ids(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: damaged: {error}; delete it") from error
 
 
 def _write_ids(run_folder: Path, ids: _Ids) -> None:

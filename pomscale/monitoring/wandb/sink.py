@@ -69,6 +69,8 @@ class WandbSink:
         Raises:
             InputError: a set-up that only the user can repair (no API key, unknown entity).
         """
+        # Its process writes the record's end. Online it may wait for the server, which is not waited for.
+        self.is_slow_to_close = config.mode != "online"
         self._folder = run_folder
         self._opening = WandbRun(run_folder, config, run_name, recipe_dump, lock)
         self._wandb = self._opening.wandb
