@@ -105,7 +105,12 @@ def _find_refusal(folder: Path, begun_s: float) -> str | None:
                 entry = json.loads(line)
             except ValueError:  # it is just being written
                 continue
-            status = entry.get("status", 0)
-            if folder.name in entry.get("sync_path", "") and 400 <= status < 500 and status not in _MAY_PASS:
+            # Of a request that is tried again the status is a number, of others a text.
+            status = entry.get("status")
+            if folder.name in entry.get("sync_path", "") and _is_refusal(status):
                 return f"HTTP {status}: {entry.get('body', '')}"
     return None
+
+
+def _is_refusal(status: object) -> bool:
+    return isinstance(status, int) and 400 <= status < 500 and status not in _MAY_PASS

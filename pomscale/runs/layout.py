@@ -29,7 +29,7 @@ were given when a start was called a generation or an incarnation.
       samples/samples-SAMPLES.png, .mp4   training: generated samples      report, wandb
       profile/rank-RANK-trace.json.gz     the profiler                     ui.perfetto.dev
       profile/rank-RANK-memory.pickle     the profiler, on CUDA            pytorch.org/memory_viz
-      compile_cache.bin                   training: compiled code          resume
+      compile_cache.bin                   training: torch.compile's cache  resume
       .preflight-TOKEN                    preflight, removed at once       preflight
       wandb/                              wandb                            runs sync, `wandb sync`
         .room                             wandb sink, removed at once      wandb sink
