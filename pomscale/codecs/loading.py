@@ -33,10 +33,10 @@ def check_fits(key: str, folder: str, misfits: Mapping[str, Collection[object]])
         names = sorted(map(str, found))
         more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
         if names:
-            told.append(f"{kind}: {', '.join(names[:_MOST_NAMES])}{more}")
+            told.append(f"{kind} {', '.join(names[:_MOST_NAMES])}{more}")
     if told:
         raise InputError(
-            f"{key}: the weights in {folder!r} do not fit its config.json ({'; '.join(told)}). "
+            f"{key}: the weights in {folder!r} do not fit its config.json: {'; '.join(told)}. "
             f"Get them again; the copy is incomplete or of another model"
         )
 
