@@ -35,7 +35,7 @@ were given when a start was called a generation or an incarnation.
         .room                             wandb sink, removed at once      wandb sink
         .pomscale-sync.lock               runs sync: a lock                runs sync
       wandb_id.txt                        wandb: id of the wandb run       wandb, runs sync
-      wandb_ids.json                      wandb: its folder, ids of before wandb, runs sync
+      wandb_ids.json                      wandb: ids of before, and why    wandb, runs sync
       wandb.lock                          wandb: a lock                    wandb, runs sync
       report.png, report.html             report                           people
       evaluations/NAME/samples-SAMPLES/   a job folder, and in it
