@@ -1,9 +1,9 @@
 """Memory of a training step of engine/deepspeed.py: what each stage of ZeRO holds in DeepSpeed 0.19.
 
 Working weights, fp32 or bf16, are made from fp32 masters; masters, moments and averages are shared out over the ranks.
-    stage 1    every rank has all working weights, and all gradients until the end of the backward pass; in bf16 they
-               are fp32, held by DeepSpeed's BF16_Optimizer, or, where the optimizer is offloaded, summed up by its
-               DeepSpeedZeroOptimizer, which also makes the other stages
+    stage 1    every rank has all working weights, and all gradients until the end of the backward pass, in fp32: held
+               at all times by BF16_Optimizer, in bf16 unless the optimizer is offloaded; else summed up beside the
+               weights by DeepSpeedZeroOptimizer, which also makes stage 2
     stage 2    gradients are reduced through a bucket as they come; this rank's part of them stays
     stage 3    working weights are sharded too; they are gathered ahead of their use and stay, up to 1e9 of them
 """
@@ -33,9 +33,8 @@ class ZeroShadow(StepShadow):
         super().__init__(network, BF16 if compute.precision == "bf16" else FP32, compute.activation_checkpointing)
         self.stage, self.num_averages, self.moments = deepspeed.zero_stage, num_averages, moments
         self.offload_optimizer, self.offload_parameters = deepspeed.offload_optimizer, deepspeed.offload_parameters
-        is_bf16_stage_1 = self.stage == 1 and self.tape.itemsize != FP32
-        self.by_bf16_optimizer = is_bf16_stage_1 and not self.offload_optimizer
-        self.sums_beside_weights = is_bf16_stage_1 and self.offload_optimizer
+        self.by_bf16_optimizer = self.stage == 1 and self.tape.itemsize != FP32 and not self.offload_optimizer
+        self.sums_beside_weights = self.stage == 1 and not self.by_bf16_optimizer
         self.sums: list[Storage] = []
         self.root_weights = self.network.root_weights()
         self.num_whole = num_elements(list(self.network.weights()))
@@ -137,13 +136,20 @@ class ZeroShadow(StepShadow):
         if self.stage > 1:
             self._empty_bucket()
         elif self.sums_beside_weights:
-            # The sums move into the bucket until it is full; this rank's part of it is kept on the GPU.
-            num_moved = min(self.num_whole, BUCKET_ELEMENTS)
-            self.sums.clear()
-            self.hold("gradients", (self.num_whole - num_moved + self.num_local) * FP32)
-            Storage(self.ledger, "reduction", num_moved * FP32)
-        elif self.tape.itemsize == FP32:
-            Storage(self.ledger, "reduction", min(self.num_whole, BUCKET_ELEMENTS) * FP32)
-            self._hold_local_gradients(self.num_local)
+            self._reduce_sums()
         else:
             self.hold("reduction", min(self.num_whole, _MAX_FLAT_ELEMENTS) * FP32)
+
+    def _reduce_sums(self) -> None:
+        """Move the sums into the bucket until it is full, and reduce a copy of it.
+
+        In bf16 this rank's part of them is then kept on the GPU, also where the optimizer is offloaded.
+        """
+        num_moved = min(self.num_whole, BUCKET_ELEMENTS)
+        self.sums.clear()
+        self.hold("gradients", (self.num_whole - num_moved) * FP32)
+        if self.tape.itemsize != FP32:
+            self.hold("gradients", self.num_local * FP32)
+        Storage(self.ledger, "reduction", num_moved * FP32)
+        if self.tape.itemsize == FP32:
+            self._hold_local_gradients(self.num_local)

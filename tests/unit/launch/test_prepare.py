@@ -110,7 +110,8 @@ def test_a_variable_of_wandb_that_the_recipe_overrules_is_noted(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert prepare(tiny_recipe, "monitoring.wandb.mode=online", on=profile(offline=True)).notes[1:] == ()
-    (note,) = prepare(tiny_recipe, on=profile(environment={"WANDB_MODE": "disabled"})).notes
+    on = profile(environment={"WANDB_MODE": "disabled"})
+    (note,) = prepare(tiny_recipe, "monitoring.wandb.mode=offline", on=on).notes
     assert note.startswith("WANDB_MODE is set, and not obeyed")
 
 
@@ -211,7 +212,7 @@ def test_a_run_goes_on_with_its_own_recipe_only(tiny_recipe: Path, begun: Path) 
     with pytest.raises(InputError) as refused:
         prepare(tiny_recipe, "seed=1", "model.depth=3", "codec.block=2")
     assert str(refused.value).startswith(f"{begun}: this run began with another recipe; choose another name, or undo: ")
-    assert "seed: 0 then, 1 now; model: " in str(refused.value)
+    assert "seed: 0 then, 1 now; model.depth: " in str(refused.value)
     with pytest.raises(InputError, match="holds checkpoints, and resume is never"):
         prepare(tiny_recipe, "resume=never")
 
