@@ -118,6 +118,7 @@ class EncodeSetup:
             transform_version=transform_version(variant.transform),
             text=None if recipe.text is None else recipe.text.model_dump(exclude=location),
             text_identity=self.encoders.text_identity,
+            special_tokens=None if recipe.text is None else "text",
         )
 
     def missing(self, part: int, only_failed: bool) -> list[int]:

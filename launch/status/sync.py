@@ -5,18 +5,16 @@ uploaded one after another, oldest first, each once: `wandb sync` marks what it 
 being written waits. An upload that is interrupted is repeated; rows that it had sent are then on the server twice, at
 the same samples.
 
-wandb itself is never imported here: the command of the same environment does the work.
+Recordings under an id that is no longer the run's own (see pomscale.runs.wandb_id) are left out, and said.
 """
 
 from __future__ import annotations
 
 import fcntl
-import os
 import re
 import struct
-import subprocess
-import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,12 +22,11 @@ from pathlib import Path
 
 from launch.status.runs import summarize
 from launch.status.state import ACTIVE
+from launch.status.upload import Deleted, NotLoggedIn, Unreadable, is_synced, upload
 from pomscale.base.errors import PomscaleError
 from pomscale.runs.layout import WANDB_FOLDER, WANDB_SYNC_LOCK_FILE
+from pomscale.runs.wandb_id import left_wandb_ids, read_wandb_id, replace_wandb_id
 
-_COMMAND = [sys.executable, "-m", "wandb", "sync"]
-# Without this variable wandb takes every folder for the beginning of the run, and overwrites the data on the server.
-_APPEND = {"WANDB_RESUME": "allow"}
 _STALE_S = 900.0
 
 # A .wandb file is a LevelDB log: blocks of chunks (crc32, length, type, data); chunk 1 is a whole record, a protobuf
@@ -38,20 +35,15 @@ _BLOCK, _CHUNK, _WHOLE, _FILE_HEADER = 32768, 7, 1, 7
 _EXIT = re.compile(rb"\x08[\x80-\xff]*[\x00-\x7f]\x82\x01", re.DOTALL)
 
 
+_REMEDY = "`wandb sync --id NEW_ID FOLDER` uploads a recording as a run of its own"
+
+
 @dataclass(frozen=True)
 class Synced:
     """Result of a sync. num_synced: folders that were uploaded. num_waiting: folders that are still being written."""
 
     num_synced: int
     num_waiting: int
-
-
-class NotLoggedIn(PomscaleError):
-    """This machine is not logged in to wandb, so that every other run would be refused as well."""
-
-
-class _Unreadable(PomscaleError):
-    """A log of wandb that was damaged by a kill or a full disk, so that nothing of it can be uploaded."""
 
 
 def sync(job_folders: Mapping[Path, str], show: Callable[[str], None] = print) -> Synced:
@@ -64,7 +56,8 @@ def sync(job_folders: Mapping[Path, str], show: Callable[[str], None] = print) -
         job_folders: Names of runs by run folder.
         show: Called with each line for the user.
     """
-    recorded = {job_folder: found for job_folder in job_folders if (found := _not_synced(job_folder))}
+    uploads = _Uploads(job_folders, show)
+    recorded = {job_folder: found for job_folder in job_folders if (found := uploads.to_do(job_folder))}
     states = {
         run.job_folder: run.state
         for run in summarize({job_folder: job_folders[job_folder] for job_folder in recorded}).runs
@@ -73,32 +66,67 @@ def sync(job_folders: Mapping[Path, str], show: Callable[[str], None] = print) -
         job_folder: [folder for folder in found if not _is_being_written(folder, found, states[job_folder])]
         for job_folder, found in recorded.items()
     }
-    num_ready = sum(map(len, ready.values()))
-    num_synced, problems = 0, []
+    uploads.num_ready = sum(map(len, ready.values()))
     for job_folder, folders in ready.items():
+        uploads.make(job_folder, folders)
+    if uploads.problems:
+        raise PomscaleError("\n".join(uploads.problems))
+    return Synced(uploads.num_synced, sum(map(len, recorded.values())) - uploads.num_ready)
+
+
+class _Uploads:
+    """Uploads of one `sync`, with what failed of them."""
+
+    def __init__(self, job_folders: Mapping[Path, str], show: Callable[[str], None]) -> None:
+        self.num_ready = self.num_synced = 0
+        self.problems: list[str] = []
+        self._names = job_folders
+        self._show = show
+
+    def to_do(self, job_folder: Path) -> list[Path]:
+        """Return the folders of a run that are not uploaded, oldest first: their names begin with the time."""
+        folders = sorted((job_folder / WANDB_FOLDER).glob("offline-run-*"))
+        found = [folder for folder in folders if not is_synced(folder) and _has_begun(folder)]
+        try:
+            left = left_wandb_ids(job_folder) if found else {}
+        except (PomscaleError, OSError) as problem:
+            self.problems.append(f"{job_folder}: left out: {problem}")
+            return []
+        for wandb_id, num in Counter(map(_id_of, found)).items():
+            if wandb_id in left:
+                name = self._names[job_folder]
+                self._show(f"{name}: wandb run {wandb_id} left out ({num} recordings): {left[wandb_id]}; {_REMEDY}")
+        return [folder for folder in found if _id_of(folder) not in left]
+
+    def make(self, job_folder: Path, folders: list[Path]) -> None:
+        """Upload folders of a run, up to one that fails."""
         try:
             with _alone(job_folder) as alone:
-                if not alone:
-                    show(f"{job_folders[job_folder]}: another `runs sync` is uploading it")
-                    continue
-                for folder in folders:
-                    if _is_synced(folder):
-                        continue
-                    show(f"{job_folders[job_folder]}: {folder.name} ({num_synced + 1} of {num_ready})")
-                    try:
-                        _upload(folder, show)
-                        num_synced += 1
-                    except _Unreadable as problem:
-                        problems.append(str(problem))
+                if alone:
+                    for folder in folders:
+                        self._upload(job_folder, folder)
+                else:
+                    self._show(f"{self._names[job_folder]}: another `runs sync` is uploading it")
         except NotLoggedIn:
             raise
         except PomscaleError as problem:
-            problems.append(str(problem))
+            self.problems.append(str(problem))
         except OSError as problem:  # another user's run
-            problems.append(f"{job_folder}: left out: {problem}")
-    if problems:
-        raise PomscaleError("\n".join(problems))
-    return Synced(num_synced, sum(map(len, recorded.values())) - num_ready)
+            self.problems.append(f"{job_folder}: left out: {problem}")
+
+    def _upload(self, job_folder: Path, folder: Path) -> None:
+        if is_synced(folder):
+            return
+        self._show(f"{self._names[job_folder]}: {folder.name} ({self.num_synced + 1} of {self.num_ready})")
+        try:
+            upload(folder, self._show)
+            self.num_synced += 1
+        except Unreadable as problem:
+            self.problems.append(str(problem))
+        except Deleted as problem:
+            if _id_of(folder) == read_wandb_id(job_folder):
+                replace_wandb_id(job_folder, "it was deleted on wandb's server")
+            raise PomscaleError(f"{problem}; {_REMEDY}") from problem
 
 
 def watch_and_sync(find: Callable[[], Mapping[Path, str]], minutes: float, show: Callable[[str], None] = print) -> None:
@@ -112,24 +140,13 @@ def watch_and_sync(find: Callable[[], Mapping[Path, str]], minutes: float, show:
         time.sleep(60 * minutes)
 
 
-def _not_synced(job_folder: Path) -> list[Path]:
-    """Return the folders that are not uploaded, oldest first: their names begin with the time."""
-    folders = sorted((job_folder / WANDB_FOLDER).glob("offline-run-*"))
-    return [folder for folder in folders if not _is_synced(folder) and _has_begun(folder)]
+def _id_of(folder: Path) -> str:
+    return folder.name.rpartition("-")[2]
 
 
 def _has_begun(folder: Path) -> bool:
     """Whether a log has more than its header, which is all that a start leaves if it is killed in its first seconds."""
     return any(file.stat().st_size > _FILE_HEADER for file in folder.glob("*.wandb"))
-
-
-def _is_synced(folder: Path) -> bool:
-    return any(_mark_of(file).exists() for file in folder.glob("*.wandb"))
-
-
-def _mark_of(file: Path) -> Path:
-    """Return the file by which wandb marks a log that it has uploaded."""
-    return file.with_name(f"{file.name}.synced")
 
 
 def _is_being_written(folder: Path, folders: list[Path], state: str) -> bool:
@@ -165,33 +182,3 @@ def _alone(job_folder: Path) -> Iterator[bool]:
             yield False
             return
         yield True
-
-
-def _upload(folder: Path, show: Callable[[str], None]) -> None:
-    """Upload a folder. While its server cannot be reached, wandb waits and prints that."""
-    last = ""
-    with subprocess.Popen(
-        [*_COMMAND, str(folder)],
-        env=os.environ
-        | _APPEND
-        | {"WANDB_DIR": str(folder.parent.parent)},  # else its own logs are written to the working folder
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    ) as command:
-        assert command.stdout is not None
-        for line in command.stdout:
-            last = line.strip() or last
-            show(f"  {line.rstrip()}")
-    if "api key" in last.lower() or "authenticated" in last.lower():
-        raise NotLoggedIn(f"wandb: {last}; log in on this machine with `wandb login`, then run the same command again")
-    if "Failed to read" in last:
-        raise _Unreadable(f"{folder}: left out: {last}; delete it, metrics.jsonl has the same data")
-    if "ends with an incomplete record" in last:  # cut off by a kill: everything before the cut was uploaded
-        for file in folder.glob("*.wandb"):
-            _mark_of(file).touch()
-    # The exit code is 0 even after a failure: only the mark shows success.
-    if not _is_synced(folder):
-        raise PomscaleError(f"{folder}: not uploaded, nor what comes after it: {last}")

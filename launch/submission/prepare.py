@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -258,10 +259,13 @@ def _environment(profile: ClusterProfile) -> dict[str, str]:
 
 def _wandb(config: WandbConfig, profile: ClusterProfile, job_folder: Path) -> tuple[WandbConfig, tuple[str, ...]]:
     """Return the settings of wandb for the nodes of a cluster, and notes for the user."""
-    if config.mode != "online" or not profile.offline:
-        return config, ()
-    note = f"wandb is offline, since these nodes have no internet: `pomscale runs sync {job_folder}` uploads from here"
-    return config.model_copy(update={"mode": "offline"}), (note,)
+    notes = []
+    if config.mode == "online" and profile.offline:
+        config = config.model_copy(update={"mode": "offline"})
+        notes.append(
+            f"wandb is offline, since these nodes have no internet: `pomscale runs sync {job_folder}` uploads from here"
+        )
+    return config, (*notes, *config.overruled({**os.environ, **profile.environment}))
 
 
 def _launched_as(recipe: str | None, request: JobRequest) -> LaunchedAs:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 
 CLOSE_TIMEOUT_S = 15.0  # a scheduler gives a job half a minute to end
+PATIENT_CLOSE_TIMEOUT_S = 120.0  # where nobody waits for the end, and only a slow machine is in the way
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,11 @@ class Background:
         with self._has_news:
             self._last = last
             self._has_news.notify()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the last call for some time, and return whether it has ended."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def join(self, deadline_s: float) -> bool:
         """Wait for the last call until time.monotonic() is `deadline_s`, and return whether it has ended.

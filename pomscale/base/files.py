@@ -115,6 +115,12 @@ def make_folder(folder: Path) -> None:
         raise InputError(f"{folder}: this folder cannot be made: {error}; choose another location") from error
 
 
+def check_suffix(path: Path, suffix: str) -> None:
+    """Raise InputError if the name promises another format than that of `suffix` (".png"), which is written."""
+    if path.suffix and path.suffix.lower() != suffix:
+        raise InputError(f"{path}: this file is written as {suffix}; name it {path.with_suffix(suffix).name}")
+
+
 def check_can_be_written(path: Path) -> None:
     """Check before the work that a file can be written there, and make its folder. Raises InputError if not."""
     make_folder(path.parent)

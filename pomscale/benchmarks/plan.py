@@ -33,7 +33,7 @@ from pomscale.distributed.world import World, join_world
 from pomscale.engine import build_engine
 from pomscale.models import init_weights, make_model
 from pomscale.plan.batch import batch_share, num_times
-from pomscale.plan.memory import step_memory
+from pomscale.plan.memory import state_bytes, step_memory
 from pomscale.plan.model_cost import TEXT_LENGTH
 
 _MIB = 2**20
@@ -86,8 +86,8 @@ def bench_plan() -> BenchReport:
                 _compare(report, f"dipom-B, {layout}", make_recipe("dipom", _SIZES["B"], changes, world.size), world)
         with join_world("cpu") as world:
             _compare(report, "dipom-B, one rank", make_recipe("dipom", _SIZES["B"], {}, 1), world)
-        for stage in (1, 2, 3):
-            _compare_deepspeed(report, stage)
+        for stage, offload in ((1, False), (1, True), (2, False), (3, False)):
+            _compare_deepspeed(report, stage, offload)
     errors = [abs(row["error"]) for row in report.rows]
     report.compare("largest error of the planned peak", max(errors), 0.1, at_least=False)
     return report
@@ -199,37 +199,45 @@ def _compare(report: BenchReport, what: str, recipe: TrainRecipe, world: World) 
     _add(report, what, recipe, world.size, *measure(recipe, world))
 
 
-def _compare_deepspeed(report: BenchReport, stage: int) -> None:
+def _compare_deepspeed(report: BenchReport, stage: int, offload: bool) -> None:
+    what = f"ZeRO-{stage}{', optimizer offloaded' if offload else ''}"
     if importlib.util.find_spec("deepspeed") is None:
-        print(f"ZeRO-{stage}: DeepSpeed is not installed, so this is not measured")
+        print(f"{what}: DeepSpeed is not installed, so this is not measured")
         return
-    _add(report, f"dipom-B, ZeRO-{stage}", deepspeed_recipe(stage, "B"), _NUM_RANKS, *measure_deepspeed(stage, "B"))
+    planned_for = deepspeed_recipe(stage, offload=offload)
+    _add(report, f"dipom-B, {what}", planned_for, _NUM_RANKS, *measure_deepspeed(stage, offload=offload))
 
 
-def measure_deepspeed(stage: int, size: str) -> tuple[int, int]:
-    """Call `measure` for `deepspeed_recipe(stage, size)` in a process of its own."""
+def measure_deepspeed(stage: int, size: str = "B", *, offload: bool = False) -> tuple[int, int]:
+    """Call `measure` for `deepspeed_recipe` in a process of its own.
+
+    The state that is offloaded is taken off: on the CPU it is counted, too.
+    """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _ONE_STAGE, str(stage), size, str(_NUM_RANKS)],
+        [sys.executable, "-W", "ignore", "-c", _ONE_STAGE, str(stage), size, str(int(offload)), str(_NUM_RANKS)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
+    in_host_memory = state_bytes(deepspeed_recipe(stage, size, offload=offload)) // _NUM_RANKS if offload else 0
     peak, resident = done.stdout.split()[-2:]
-    return int(peak), int(resident)
+    return int(peak) - in_host_memory, int(resident) - in_host_memory
 
 
 _ONE_STAGE = """
 import sys
 from pomscale.benchmarks.plan import deepspeed_recipe, measure, pretended_world
-with pretended_world(int(sys.argv[3])) as world:
-    print(*measure(deepspeed_recipe(int(sys.argv[1]), sys.argv[2]), world))
+stage, size, offload, num_ranks = sys.argv[1:]
+with pretended_world(int(num_ranks)) as world:
+    print(*measure(deepspeed_recipe(int(stage), size, offload=offload == "1"), world))
 """
 
 
-def deepspeed_recipe(stage: int, size: str) -> TrainRecipe:
-    """Build the recipe of a ZeRO stage at one of _SIZES."""
-    return make_recipe("dipom", _SIZES[size], {"deepspeed": {"zero_stage": stage}}, _NUM_RANKS)
+def deepspeed_recipe(stage: int, size: str = "B", *, offload: bool = False) -> TrainRecipe:
+    """Build the recipe of a stage of ZeRO in bf16 at one of _SIZES, with the optimizer in host memory or not."""
+    changes = {"deepspeed": {"zero_stage": stage, "offload_optimizer": offload}}
+    return make_recipe("dipom", _SIZES[size], changes, _NUM_RANKS)
 
 
 def _add(report: BenchReport, what: str, recipe: TrainRecipe, num_ranks: int, peak: int, resident: int) -> None:

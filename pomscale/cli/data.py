@@ -157,7 +157,11 @@ def _repair(arguments: argparse.Namespace) -> int:
 
 def _stats(arguments: argparse.Namespace) -> int:
     from data_pipelines.inspect.stats import stats
+    from pomscale.base.files import check_can_be_written, check_suffix
 
+    if arguments.out:
+        check_can_be_written(arguments.out)
+        check_suffix(arguments.out, ".png")
     report = stats(arguments.dataset, num_workers=arguments.num_workers)
     print(report)
     if arguments.out:
@@ -215,9 +219,11 @@ def _info(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     with large_imports():
         from data_pipelines.inspect.show import show
+        from pomscale.base.files import check_suffix
         from pomscale.codecs import build_codec
         from pomscale.shards.schema import read_manifest
 
+    check_suffix(arguments.out, ".png")
     made_with = read_manifest(arguments.dataset).codec
     codec = None if made_with is None else build_codec(made_with.config)
     print(show(arguments.dataset, codec, arguments.num, arguments.out, seed=arguments.seed))

@@ -31,7 +31,7 @@ class CogVideoXVaeCodec(DiffusersVae):
     latent_batch = COGVIDEOX_BATCH
 
     def __init__(self, config: CogVideoXVaeCodecConfig) -> None:
-        super().__init__(config, AutoencoderKLCogVideoX, config.subfolder)
+        super().__init__(config, AutoencoderKLCogVideoX)
         self.config = config
         ratio = self.vae.config.temporal_compression_ratio
         if ratio != _TIME_COMPRESSION:

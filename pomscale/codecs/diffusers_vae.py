@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pomscale.base.errors import InputError
+from pomscale.codecs.loading import brief, check_fits, place
 from pomscale.config.codecs import CogVideoXVaeCodecConfig, SdVaeCodecConfig
 
 try:
@@ -21,6 +22,11 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: diffusers is there
 # Errors of diffusers for folders that hold no weights, or a config.json with wrong values.
 _LOAD_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
+# Remedies by the class that a config.json names.
+_OTHER_CODECS = {
+    "AutoencoderKL": "set codec.name=sd_vae",
+    "AutoencoderKLCogVideoX": "set codec.name=cogvideox_vae",
+}
 
 # The keys of config.json that change the arithmetic. Listed, since every version of diffusers adds keys of its own.
 _ARITHMETIC_KEYS = (
@@ -56,10 +62,9 @@ class DiffusersVae(ABC):
         self,
         config: SdVaeCodecConfig | CogVideoXVaeCodecConfig,
         vae_class: type[AutoencoderKL] | type[AutoencoderKLCogVideoX],
-        subfolder: str = "",
     ) -> None:
         """Load the network. Raises InputError if `config.path` holds no such network, or weights that do not fit it."""
-        self.vae = _load(config.path, subfolder, vae_class)
+        self.vae = _load(config.path, config.subfolder, vae_class)
         self.scaling_factor = float(self.vae.config.scaling_factor)
         self.shift = float(self.vae.config.shift_factor or 0.0)
         self.stores_moments = config.store == "moments"
@@ -99,7 +104,7 @@ class DiffusersVae(ABC):
 
     def to(self, device: torch.device | str) -> Self:
         self.device = torch.device(device)
-        self.vae.to(self.device)
+        place(self.vae, self.device)
         return self
 
 
@@ -107,6 +112,12 @@ def _load(path: str, subfolder: str, vae_class: Any) -> Any:
     """Load the network in float32, for inference only."""
     folder = f"{path}/{subfolder}" if subfolder else path
     try:
+        found = vae_class.load_config(path, subfolder=subfolder or None).get("_class_name", vae_class.__name__)
+        if found != vae_class.__name__:
+            raise InputError(
+                f"codec.path: {folder!r} holds an {found}, and this codec needs an {vae_class.__name__}; "
+                f"{_OTHER_CODECS.get(found, 'give another folder, or set codec.subfolder')}"
+            )
         vae, loading = vae_class.from_pretrained(
             path,
             subfolder=subfolder or None,
@@ -117,14 +128,9 @@ def _load(path: str, subfolder: str, vae_class: Any) -> Any:
         float(vae.config.scaling_factor)
     except _LOAD_ERRORS as error:
         raise InputError(
-            f"codec.path: cannot load an {vae_class.__name__} from {folder!r}: {error}. "
+            f"codec.path: cannot load an {vae_class.__name__} from {folder!r}: {brief(error)}. "
             f"Give a folder with config.json and weights, or a hub id that this machine can reach"
         ) from error
     # diffusers only warns of these, and gives missing tensors random values.
-    misfits = {kind: names for kind, names in loading.items() if names}
-    if misfits:
-        raise InputError(
-            f"codec.path: the weights in {folder!r} do not fit its config.json: {misfits}. "
-            f"Get them again; the copy is incomplete or of another model"
-        )
+    check_fits("codec.path", folder, loading)
     return vae.eval().requires_grad_(False)

@@ -12,11 +12,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from pomscale.base.errors import InputError
+from pomscale.codecs.loading import brief, check_fits, place
 from pomscale.config.codecs import TextEncoderConfig
 
 try:
     import transformers
     from safetensors import SafetensorError
+    from tokenizers.models import Unigram
     from transformers import AutoTokenizer, ByT5Tokenizer, T5EncoderModel
     from transformers.utils import cached_file
 except (ImportError, RuntimeError) as error:  # RuntimeError: it is there, but something that it imports is not
@@ -72,6 +74,8 @@ class T5TextEncoder:
         self.device = torch.device("cpu")
         self._network = _load_network(config)
         self._tokenizer = _load_tokenizer(config, self._network.config.vocab_size)
+        self._vocabulary = sorted(self._tokenizer.get_vocab().items())
+        _read_special_tokens_as_text(self._tokenizer)
 
     @property
     def dim(self) -> int:
@@ -111,7 +115,7 @@ class T5TextEncoder:
         """
         architecture = {key: getattr(self._network.config, key) for key in _ARITHMETIC_KEYS}
         digest = hashlib.sha256(f"t5 {json.dumps(architecture, sort_keys=True)} {self.config.tokenizer}".encode())
-        digest.update(json.dumps(sorted(self._tokenizer.get_vocab().items())).encode())
+        digest.update(json.dumps(self._vocabulary).encode())
         for name, tensor in sorted(self._network.named_parameters()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
@@ -119,7 +123,7 @@ class T5TextEncoder:
 
     def to(self, device: torch.device | str) -> T5TextEncoder:
         self.device = torch.device(device)
-        self._network.to(self.device)
+        place(self._network, self.device)
         return self
 
 
@@ -146,18 +150,16 @@ def _load_network(config: TextEncoderConfig) -> Any:
         )
     except _LOAD_ERRORS as error:
         raise InputError(
-            f"text.path: cannot load a T5EncoderModel from {folder!r}: {error}. "
+            f"text.path: cannot load a T5EncoderModel from {folder!r}: {brief(error)}. "
             f"Give a folder with config.json and weights, or a hub id that this machine can reach"
         ) from error
     # transformers only warns of these, and gives missing tensors random values. A whole T5 has a decoder as well.
     surplus = {name for name in loading["unexpected_keys"] if name.startswith(("encoder.", "shared."))}
-    misfits = {"missing": loading["missing_keys"], "mismatched": loading["mismatched_keys"], "unexpected": surplus}
-    misfits = {kind: sorted(map(str, names)) for kind, names in misfits.items() if names}
-    if misfits:
-        raise InputError(
-            f"text.path: the weights in {folder!r} do not fit its config.json: {misfits}. "
-            f"Get them again; the copy is incomplete or of another model"
-        )
+    check_fits(
+        "text.path",
+        folder,
+        {"missing": loading["missing_keys"], "mismatched": loading["mismatched_keys"], "unexpected": surplus},
+    )
     return network.eval().requires_grad_(False)
 
 
@@ -183,6 +185,24 @@ def _load_tokenizer(config: TextEncoderConfig, num_embeddings: int) -> Any:
             f"{num_embeddings}; they do not belong together"
         )
     return tokenizer
+
+
+def _read_special_tokens_as_text(tokenizer: Any) -> None:
+    """Make `tokenizer` take "</s>" in a caption for four characters, as sentencepiece does.
+
+    As the end token, it would give the caption "</s>" the embedding of an empty caption, which means a dropped one.
+    `split_special_tokens` alone does this for bytes and for merges (BPE). The pieces of a Unigram model include the
+    special tokens; they get names that occur in no caption, and keep their ids.
+    """
+    tokenizer.split_special_tokens = True
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # ByT5 has none
+    if backend is None or not isinstance(backend.model, Unigram):
+        return
+    state = json.loads(backend.to_str())
+    special = {token["content"] for token in state["added_tokens"] if token["special"]}
+    # The pre-tokenizer of sentencepiece leaves no space in what it hands to the model.
+    pieces = [(f" {piece} " if piece in special else piece, score) for piece, score in state["model"]["vocab"]]
+    backend.model = Unigram(pieces, state["model"]["unk_id"], state["model"]["byte_fallback"])
 
 
 def _tokenizer_folder(config: TextEncoderConfig) -> str:

@@ -22,6 +22,7 @@ class SdVaeCodecConfig(Section):
 
     name: Literal["sd_vae"]
     path: str = Field("stabilityai/sd-vae-ft-ema", description="Local folder or hub id for from_pretrained.")
+    subfolder: str = Field("", description="Folder inside `path` that holds config.json, e.g. vae; '' = path itself.")
     store: Literal["moments", "sample"] = Field(
         "moments", description="moments = mean and log-variance stacked on channels; sample = one posterior draw."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 # A change of these would change the samples, the noise, the network or its averages.
@@ -29,11 +29,20 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         then: recipe with which the run began, as `model_dump(mode="json")` gives it.
         now: recipe with which it is to continue.
     """
-    return [
-        f"{'.'.join(keys)}: {_at(then, keys)} then, {_at(now, keys)} now"
-        for keys in _FIXED_FOR_A_RUN
-        if _at(then, keys) != _at(now, keys)
-    ]
+    return [line for keys in _FIXED_FOR_A_RUN for line in _differences(".".join(keys), _at(then, keys), _at(now, keys))]
+
+
+def _differences(name: str, then: Any, now: Any) -> Iterator[str]:
+    """Yield a line for each field that differs, down to single values, which people can find in a recipe."""
+    if then == now:
+        return
+    if not (isinstance(then, Mapping) and isinstance(now, Mapping)):
+        yield f"{name}: {then} then, {now} now"
+        return
+    # Of two kinds of section, all other fields differ as well.
+    kinds = [key for key in ("kind", "name") if then.get(key) != now.get(key)]
+    for key in kinds or dict.fromkeys([*then, *now]):
+        yield from _differences(f"{name}.{key}", then.get(key), now.get(key))
 
 
 def _at(recipe: Mapping[str, Any], keys: tuple[str, ...]) -> Any:

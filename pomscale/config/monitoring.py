@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
 from pomscale.config.section import Fraction, PositiveFloat, Section
+
+# Variables by which wandb takes what the recipe says here. WANDB_MODE has two old words.
+_FIELDS = {"WANDB_MODE": "mode", "WANDB_PROJECT": "project", "WANDB_ENTITY": "entity", "WANDB_RUN_GROUP": "group"}
+_OLD_MODES = {"dryrun": "offline", "run": "online"}
 
 
 class WandbConfig(Section):
@@ -15,6 +20,24 @@ class WandbConfig(Section):
     entity: str | None = None
     group: str | None = Field(None, description="Runs of one experiment; null = the run's own name.")
     tags: list[str] = Field([], description="Labels of the run in wandb.")
+
+    def overruled(self, environment: Mapping[str, str]) -> list[str]:
+        """Return a line for each of wandb's variables that says otherwise than this recipe, which decides."""
+        asked = {name: environment[name] for name in _FIELDS if environment.get(name)}
+        if environment.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+            asked.pop("WANDB_MODE", None)
+            asked["WANDB_DISABLED"] = "disabled"
+        lines = []
+        for name, value in asked.items():
+            field = _FIELDS.get(name, "mode")
+            here = getattr(self, field)
+            # Without an entity in the recipe, wandb takes that of the environment.
+            if here != _OLD_MODES.get(value, value) and (field, here) != ("entity", None):
+                lines.append(
+                    f"{name} is set, and not obeyed: the recipe decides, and its wandb.{field} is "
+                    f"{'the name of the run' if here is None else here}; change it there"
+                )
+        return lines
 
 
 class AlertsConfig(Section):

@@ -146,6 +146,9 @@ class Loader(Generic[T]):
         pieces = micro_batch_positions(
             start_position, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size
         )
+        # torchdata's threads call torch.set_num_threads(1), which a thread that has not computed yet would take over.
+        # Asked for its number, this one keeps it.
+        torch.get_num_threads()
         at_once = min(_MOST_AT_ONCE, ahead.prefetch)
         node: BaseNode = Batcher(IterableWrapper(self._reading.noted(pieces)), at_once)
         # snapshot_frequency=0: torchdata need not track a state that one integer describes.

@@ -1,7 +1,9 @@
-"""Compiled code of torch.compile, kept in the run folder, so that a requeued job does not compile again.
+"""What torch.compile has made, kept in the run folder, so that a requeued job need not make all of it again.
 
-Inductor's own cache lies on a disk of the node, where the next start may not run. One file in the run folder holds it
-for all ranks. torch keys every artifact by all that it depends on, so one of another machine or version is not used.
+On GPUs these are the kernels as well; on CPUs a start is spared tracing and lowering, and g++ compiles the kernels
+again (torch 2.13). Inductor's own cache lies on a disk of the node, where the next start may not run. One file in the
+run folder holds it for all ranks. torch keys every artifact by all that it depends on, so one of another machine or
+version is not used.
 """
 
 from __future__ import annotations

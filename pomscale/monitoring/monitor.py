@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pomscale.base.background import CLOSE_TIMEOUT_S, Background
+from pomscale.base.background import CLOSE_TIMEOUT_S, PATIENT_CLOSE_TIMEOUT_S, Background
 from pomscale.config.monitoring import MonitoringConfig
 from pomscale.monitoring.sinks import ConsoleSink, JsonlSink, Level, MetricSink
 from pomscale.monitoring.wandb.sink import WandbSink
@@ -27,7 +28,9 @@ class Monitor:
     is what every rank but 0 has. As a context manager it closes the sinks, as failed after an exception.
     """
 
-    def __init__(self, sinks: Sequence[MetricSink]) -> None:
+    def __init__(self, sinks: Sequence[MetricSink], in_a_hurry: Callable[[], bool] = lambda: True) -> None:
+        """Start a thread for each sink. in_a_hurry: whether a scheduler or a user waits for the process to end."""
+        self._in_a_hurry = in_a_hurry
         self._sinks = [(sink, Background(sink.name)) for sink in sinks]
 
     def log(self, samples: int, metrics: dict[str, float | str]) -> None:
@@ -53,13 +56,21 @@ class Monitor:
             background.do(partial(call, sink))
 
     def close(self, failed: bool = False) -> None:
-        """Close all sinks at the same time, for CLOSE_TIMEOUT_S at most. `failed`: the run ends with an error."""
-        deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
+        """Close all sinks at the same time, for CLOSE_TIMEOUT_S at most. `failed`: the run ends with an error.
+
+        One that is slow to close has PATIENT_CLOSE_TIMEOUT_S, until there is a hurry.
+        """
+        begun_s = time.monotonic()
         for sink, background in self._sinks:
             background.finish(partial(sink.close, failed))
         for sink, background in self._sinks:
-            if not background.join(deadline_s):
-                logger.warning("%s has not ended within %g s: %s", sink.name, CLOSE_TIMEOUT_S, sink.if_cut_off)
+            while not background.wait(0.2) and time.monotonic() - begun_s < self._patience_s(sink):
+                pass
+            if not background.join(time.monotonic()):
+                logger.warning("%s has not ended within %g s: %s", sink.name, self._patience_s(sink), sink.if_cut_off)
+
+    def _patience_s(self, sink: MetricSink) -> float:
+        return CLOSE_TIMEOUT_S if self._in_a_hurry() or not sink.is_slow_to_close else PATIENT_CLOSE_TIMEOUT_S
 
     def __enter__(self) -> Monitor:
         return self
@@ -79,6 +90,7 @@ def open_monitor(
     recipe_dump: dict[str, Any],
     total_samples: int,
     start: int,
+    in_a_hurry: Callable[[], bool] = lambda: True,
 ) -> Monitor:
     """Open the sinks of a run, on rank 0: metrics.jsonl, console, and wandb unless it is disabled.
 
@@ -89,11 +101,14 @@ def open_monitor(
         recipe_dump: the resolved recipe, for wandb.
         total_samples: samples at which the run is complete.
         start: number of this start, which never decreases in one run folder (see runs.history).
+        in_a_hurry: whether somebody waits for the process to end.
 
     Raises:
         InputError: wandb refuses to start.
         OSError: the run folder cannot be written.
     """
+    for line in monitoring.wandb.overruled(os.environ):
+        logger.warning("%s", line)
     with ExitStack() as opened:
         jsonl = JsonlSink(run_folder, start)
         opened.callback(jsonl.close, failed=True)
@@ -101,4 +116,4 @@ def open_monitor(
         if monitoring.wandb.mode != "disabled":
             sinks.append(WandbSink(run_folder, monitoring.wandb, run_name, recipe_dump))
         opened.pop_all()
-    return Monitor(sinks)
+    return Monitor(sinks, in_a_hurry)

@@ -27,12 +27,13 @@ Level = Literal["INFO", "WARN", "ERROR"]
 class MetricSink(Protocol):
     """Protocol of a destination. `samples` is the clock of the run: samples seen by the optimiser so far.
 
-    `name` and `if_cut_off`, the consequence of not having the time to close, are for warnings. time_unix_s is when
-    something happened, if not now.
+    `name` and `if_cut_off`, the consequence of not having the time to close, are for warnings. is_slow_to_close:
+    whether a busy machine needs more than seconds to close it. time_unix_s is when something happened, if not now.
     """
 
     name: str
     if_cut_off: str
+    is_slow_to_close: bool
 
     def log(self, samples: int, metrics: dict[str, float | str], time_unix_s: float | None = None) -> None: ...
 
@@ -56,6 +57,7 @@ class JsonlSink:
 
     name = METRICS_FILE
     if_cut_off = "its last rows may be missing"
+    is_slow_to_close = False
 
     def __init__(self, run_folder: Path, start: int) -> None:
         self._run_folder = run_folder
@@ -104,6 +106,7 @@ class ConsoleSink:
 
     name = "the console"
     if_cut_off = "its last lines may be missing"
+    is_slow_to_close = False
 
     def __init__(
         self, total_samples: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic

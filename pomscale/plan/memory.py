@@ -81,6 +81,8 @@ def host_bytes(recipe: TrainRecipe, num_gpus: int) -> int:
     if recipe.engine == "deepspeed":
         if recipe.deepspeed.offload_optimizer:
             num_bytes += (state_bytes(recipe) + parameters * _FP32) // shards  # gradients are there, too
+            if recipe.deepspeed.zero_stage < 3 and recipe.compute.precision == "bf16":
+                num_bytes += parameters * _BF16 // shards  # new working weights, on their way to the GPU
         if recipe.deepspeed.offload_parameters:
             num_bytes += parameters * (_BF16 if recipe.compute.precision == "bf16" else _FP32) // shards
     elif recipe.fsdp2.cpu_offload:

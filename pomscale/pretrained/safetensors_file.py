@@ -61,7 +61,8 @@ def read_safetensors(path: Path, tensors: Mapping[str, Tensor], crc32s: Mapping[
     try:
         with safe_open(path, framework="pt") as file:
             for name, target in tensors.items():
-                tensor = file.get_tensor(name)
+                # A copy: safetensors gives a mapping of the file; what is written into it later shows in the tensor.
+                tensor = file.get_tensor(name).clone()
                 if tensor.shape != target.shape or isal_zlib.crc32(_bytes(tensor)) != crc32s.get(name):
                     raise InputError(f"{path}: {name} is damaged; copy the file again")
                 target.copy_(tensor)

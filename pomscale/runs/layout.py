@@ -29,12 +29,13 @@ were given when a start was called a generation or an incarnation.
       samples/samples-SAMPLES.png, .mp4   training: generated samples      report, wandb
       profile/rank-RANK-trace.json.gz     the profiler                     ui.perfetto.dev
       profile/rank-RANK-memory.pickle     the profiler, on CUDA            pytorch.org/memory_viz
-      compile_cache.bin                   training: compiled code          resume
+      compile_cache.bin                   training: torch.compile's cache  resume
       .preflight-TOKEN                    preflight, removed at once       preflight
       wandb/                              wandb                            runs sync, `wandb sync`
         .room                             wandb sink, removed at once      wandb sink
         .pomscale-sync.lock               runs sync: a lock                runs sync
       wandb_id.txt                        wandb: id of the wandb run       wandb, runs sync
+      wandb_ids.json                      wandb: ids of before, and why    wandb, runs sync
       wandb.lock                          wandb: a lock                    wandb, runs sync
       report.png, report.html             report                           people
       evaluations/NAME/samples-SAMPLES/   a job folder, and in it
@@ -85,7 +86,7 @@ COMPILE_CACHE_FILE = "compile_cache.bin"
 PREFLIGHT_PREFIX = ".preflight-"
 WANDB_FOLDER = "wandb"
 WANDB_ROOM_FILE, WANDB_SYNC_LOCK_FILE = "wandb/.room", "wandb/.pomscale-sync.lock"
-WANDB_ID_FILE, WANDB_LOCK_FILE = "wandb_id.txt", "wandb.lock"
+WANDB_ID_FILE, WANDB_IDS_FILE, WANDB_LOCK_FILE = "wandb_id.txt", "wandb_ids.json", "wandb.lock"
 REPORT_NAME = "report"  # and .png or .html
 
 # A folder of checkpoints, and a checkpoint.

@@ -51,7 +51,8 @@ def read_clip_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            # Copies: safetensors gives mappings of the file; what is written into it later shows in the tensors.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (no mapping)
     except FileNotFoundError as error:
         raise InputError(
             f"{path}: there is no such file; give the file that the state of clips was saved to"

@@ -21,7 +21,7 @@ from torch import Tensor
 from pomscale.base.condition import Text
 from pomscale.base.console import track
 from pomscale.base.errors import InputError
-from pomscale.base.files import atomic_write, make_folder
+from pomscale.base.files import atomic_write, check_suffix, make_folder
 from pomscale.codecs.base import ClipCodec, ClipDecoder
 from pomscale.data.normalize import normalize
 from pomscale.diffusion.options import SamplingOptions
@@ -60,6 +60,9 @@ class ClipFiles:
             make_folder(path.parent)
             if path.is_dir():
                 raise InputError(f"{path}: is a folder; name a file")
+        for path, suffix in ((self.sheet, ".png"), (self.npz, ".npz")):
+            if path is not None:
+                check_suffix(path, suffix)
 
     def mp4s(self, num_clips: int) -> list[tuple[Path, slice]]:
         """Return the mp4 files, each with the clips that it shows."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pomscale.base.files import atomic_write, check_can_be_written
+from pomscale.base.files import atomic_write, check_can_be_written, check_suffix
 from pomscale.diffusion.options import SamplingOptions
 from pomscale.media.sheets import save_grid, to_bytes
 from pomscale.pretrained.load import PretrainedDiPoM
@@ -38,10 +38,13 @@ def write_pictures(
         npz: File for images (uint8 n h w c), classes and seeds; None = not written.
 
     Raises:
-        InputError: `out` or `npz` is a folder, or its folder cannot be made. This is checked before any work.
+        InputError: `out` or `npz` is a folder, has the suffix of another format, or its folder cannot be made. This is
+            checked before any work.
     """
-    for path in filter(None, (out, npz)):
-        check_can_be_written(path)
+    for path, suffix in ((out, ".png"), (npz, ".npz")):
+        if path is not None:
+            check_can_be_written(path)
+            check_suffix(path, suffix)
     if classes is None:
         classes = sorted(set(grid_classes(model.card.sampling, model.config.num_classes)))
     condition = [c for c in classes for _ in range(num_each)]

@@ -30,12 +30,12 @@ from pomscale.evaluation.heldout import shape_sizes
 from pomscale.models import make_model
 from pomscale.monitoring.profiler import ProfileWindow
 from pomscale.monitoring.throughput import mfu
-from pomscale.monitoring.wandb.sink import read_wandb_id
 from pomscale.plan.model_cost import training_flops
 from pomscale.pretrained.card import ModelCard
 from pomscale.runs.checkpoint_folder import final_folder, is_complete
 from pomscale.runs.code_state import versions
 from pomscale.runs.layout import BAD_SAMPLES_FILE, EMA_FOLDER
+from pomscale.runs.wandb_id import read_wandb_id
 from pomscale.shards.schema import check_compatible, check_text
 from pomscale.training.loss import TrainBatch, draw_batch, share_of_loss, spoil_gradient_if_not_finite, steps
 from pomscale.training.periodic import PeriodicWork, open_events

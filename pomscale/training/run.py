@@ -207,6 +207,7 @@ class _Run:
             recipe_dump=recipe.model_dump(mode="json"),
             total_samples=recipe.training.total_samples,
             start=self.start.number,
+            in_a_hurry=lambda: self.stop.requested,
         )
 
     def _announce(self, inputs: Inputs, resumed: Resumed, initial: InitWeights) -> None:

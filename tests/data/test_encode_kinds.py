@@ -19,6 +19,7 @@ from PIL import Image
 from data_pipelines.check.verify import verify
 from data_pipelines.encode.dry_run import describe
 from data_pipelines.encode.encode import encode
+from pomscale.base.errors import InputError
 from pomscale.codecs import build_codec, build_text_encoder
 from pomscale.config.encode import EncodeRecipe
 from pomscale.shards.schema import FAILURES_NAME, read_manifest
@@ -228,6 +229,24 @@ def test_a_companion_set_holds_new_embeddings_of_the_same_records(clips: Path, m
     assert (other.arrays, other.modality) == (("text",), "text")
     assert other.keys_sha256 == manifest.keys_sha256
     assert shard_members(Path(companion.output), ".txt") == shard_members(Path(latents.output), ".txt")
+
+
+def test_a_caption_that_looks_like_a_token_is_text(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """An encode that took it for the end token, and is half done, is not finished with other embeddings."""
+    (tmp_path / "table.csv").write_text("id,caption\n1,</s>\n2,a red dog\n")
+    source = {"kind": "table", "path": str(tmp_path / "table.csv"), "media": "{id}", "key": "id", "caption": "caption"}
+    text = {"path": str(save_t5(tmp_path / "t5", seed=0)), "tokenizer": "bytes", "max_length": 16}
+    recipe = make_recipe(tmp_path, source=source, codec=None, transform=None, text=text)
+    encode(recipe, progress=False)
+    lengths = {len(np.load(io.BytesIO(member))) for member in shard_members(Path(recipe.output), ".text.npy")}
+    assert lengths == {5, 10}
+
+    plan = Path(recipe.output) / "parts" / "plan.json"
+    of_before = json.loads(plan.read_text())
+    del of_before["special_tokens"]
+    plan.write_text(json.dumps(of_before))
+    with pytest.raises(InputError, match=r"special_tokens is None there and text here; choose another output"):
+        encode(recipe, progress=False)
 
 
 def test_tars_of_stock_webdataset(tmp_path: Path, make_recipe: MakeRecipe) -> None:

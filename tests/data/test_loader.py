@@ -65,6 +65,23 @@ def records_of(batch: MicroBatch) -> list[int]:
     return batch.latents.flatten(1)[:, 0].long().tolist()
 
 
+def test_the_reader_threads_leave_the_number_of_torch_s_threads_alone(dataset: LatentDataset) -> None:
+    """torchdata sets it to 1 in each of them. The thread that trains is one that has not computed before."""
+    before = torch.get_num_threads()
+
+    def train() -> int:
+        torch.set_num_threads(3)
+        with open_loader(mix(dataset)) as loader:
+            next(loader)
+        return torch.get_num_threads()
+
+    try:
+        with ThreadPoolExecutor(1) as new_thread:
+            assert new_thread.submit(train).result() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 Leg = tuple[int, int | None, int, int]  # ranks, micro-batch, threads, steps
 
 

@@ -126,6 +126,7 @@ class RowSink:
     """A sink that keeps rows and the titles of alerts."""
 
     name, if_cut_off = "rows", ""
+    is_slow_to_close = False
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []

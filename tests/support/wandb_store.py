@@ -15,7 +15,7 @@ _PROJECT = {"id": "project", "name": "p", "entity": {"id": "entity", "name": "e"
 
 
 class WandbStore(ThreadingHTTPServer):
-    """url: for WANDB_BASE_URL. lines: run id -> line number of its history -> row."""
+    """url: for WANDB_BASE_URL. lines: run id -> line number of its history -> row. deleted: ids that are refused."""
 
     daemon_threads = True
 
@@ -23,6 +23,7 @@ class WandbStore(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.lines: dict[str, dict[int, dict[str, Any]]] = {}
+        self.deleted: set[str] = set()
         self.uploads = 0
 
     def samples(self, run_id: str) -> list[int]:
@@ -69,13 +70,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         answer: dict[str, Any] = {}
+        status = 200
         if self.path == "/graphql":
             asked = json.loads(body)
-            answer = {"data": self.server.answer(asked["query"], asked.get("variables") or {})}
+            variables = asked.get("variables") or {}
+            if "mutation UpsertBucket" in asked["query"] and variables["name"] in self.server.deleted:
+                reason = f"run p/{variables['name']} was previously created and deleted; try a new run name"
+                status, answer = 409, {"errors": [{"message": reason}]}
+            else:
+                answer = {"data": self.server.answer(asked["query"], variables)}
         elif self.path.endswith("/file_stream"):
             self.server.stream(self.path.split("/")[-2], json.loads(body))
         text = json.dumps(answer).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)

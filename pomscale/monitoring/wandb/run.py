@@ -6,13 +6,12 @@ import fcntl
 import logging
 import os
 import re
-import secrets
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from pomscale.base.errors import InputError
-from pomscale.base.files import write_text
 from pomscale.base.names import shortened
 from pomscale.config.monitoring import WandbConfig
 from pomscale.runs.layout import (
@@ -21,10 +20,10 @@ from pomscale.runs.layout import (
     CODE_STATE_FILE,
     RECIPE_FILE,
     WANDB_FOLDER,
-    WANDB_ID_FILE,
     WANDB_LOCK_FILE,
 )
 from pomscale.runs.metric_names import EVALUATION_PREFIX
+from pomscale.runs.wandb_id import WANDB_RUN_DELETED, own_wandb_id, replace_wandb_id
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -36,14 +35,13 @@ _MAX_ARTIFACT_NAME = 128  # wandb refuses longer ones
 _LOCK_TIMEOUT_S = 60.0  # a process that delivers an evaluation has ended by then
 _NAME_EVERY_S = 1.1  # wandb names its folders by the second
 
-# Values that are shown of a metric beside its curve; of all others it is the last value.
+# Values that are shown of a metric beside its curve, by the beginning of its name; of all others it is the last value.
 _SUMMARIES = {
-    "samples": "max",
     "train/loss": "min,last",
-    "validation/*": "min,last",
+    "validation/": "min,last",
     "speed/samples_per_s": "max,last",
     "memory/peak_gib": "max",
-    f"{EVALUATION_PREFIX}*": "min,max,last",
+    EVALUATION_PREFIX: "min,max,last",
 }
 
 logger = logging.getLogger(__name__)
@@ -52,7 +50,7 @@ logger = logging.getLogger(__name__)
 class WandbRun:
     """Opener of the one wandb run of a run folder, which may be opened many times.
 
-    The wandb id is drawn once and kept in RUN/wandb_id.txt. All files go to RUN/wandb, also those that wandb would
+    The wandb id is kept in RUN/wandb_id.txt, see runs.wandb_id. All files go to RUN/wandb, also those that wandb would
     stage in the user's home directory: a run folder has all that `wandb sync` needs.
     """
 
@@ -75,8 +73,9 @@ class WandbRun:
         self._run_name = run_name
         self._recipe_dump = recipe_dump
         self._lock = lock or WandbLock(run_folder)
-        self._id = _make_wandb_id(run_folder)
+        self._id = own_wandb_id(run_folder)
         self._opened_s = float("-inf")
+        self._defined: set[str] = set()  # metrics of the wandb run that is open
 
     def open(self) -> Run:
         """Open the wandb run; offline under the same id while the server is away, for `wandb sync` to join it later.
@@ -87,8 +86,29 @@ class WandbRun:
         self._lock.take(_LOCK_TIMEOUT_S)
         self._wait_for_another_name()
         self._opened_s = time.monotonic()
+        run = self._begin()
+        run.define_metric("samples", summary="max")
+        self._defined = {"samples"}
+        return run
+
+    def log(self, run: Run, row: Mapping[str, Any]) -> None:
+        """Log a row, with "samples" in it, into the wandb run that is open.
+
+        Samples are the axis: a resumed run logs some samples again, and offline wandb's own step begins at 0 again.
+        Each metric is defined by its whole name, once: where two patterns match a name, wandb takes either, by chance.
+        """
+        for name in row.keys() - self._defined - {"_timestamp"}:
+            self._defined.add(name)
+            if "*" in name:  # wandb takes it for a pattern only; its axis is then wandb's own step
+                continue
+            whole_name = name.replace(".", r"\.")  # else a path into nested dictionaries
+            run.define_metric(whole_name, step_metric="samples", summary=_summary(name, row[name]))
+        run.log(dict(row))
+
+    def _begin(self, *, again: bool = False) -> Run:
+        """Begin the wandb run, `again` under another id."""
         try:
-            run = self._init(self._config.mode)
+            return self._init(self._config.mode)
         except (self.wandb.errors.UsageError, self.wandb.errors.AuthenticationError) as error:
             raise InputError(
                 f"wandb refuses to start: {error}. Log in, or set monitoring.wandb.mode to offline or disabled"
@@ -96,14 +116,14 @@ class WandbRun:
         except (self.wandb.Error, OSError) as error:
             if self._config.mode != "online":
                 raise
-            logger.warning("wandb's server is away (%s): recording offline; `wandb sync` will join it", error)
             self.wandb.teardown()  # the failed attempt still holds the id in wandb's service process
-            run = self._init("offline")
-        # Samples are the axis: a resumed run logs some samples again, and offline wandb's own step begins at 0 again.
-        run.define_metric("*", step_metric="samples")
-        for name, summary in _SUMMARIES.items():
-            run.define_metric(name, step_metric=None if name == "samples" else "samples", summary=summary)
-        return run
+            if WANDB_RUN_DELETED in str(error) and not again:
+                self._id = replace_wandb_id(self._folder, "it was deleted on wandb's server")
+                return self._begin(again=True)
+            logger.warning(
+                "wandb's server is away or refuses the run (%s): recording offline; sync will join it", error
+            )
+            return self._init("offline")
 
     def _init(self, mode: Literal["online", "offline", "disabled"]) -> Run:
         config, settings = self._config, self.wandb.Settings
@@ -197,16 +217,8 @@ class WandbLock:
             self._file = None
 
 
-def read_wandb_id(run_folder: Path) -> str | None:
-    """Return the id of this folder's wandb run; None if it has none."""
-    path = run_folder / WANDB_ID_FILE
-    return path.read_text(encoding="utf-8").strip() if path.exists() else None
-
-
-def _make_wandb_id(run_folder: Path) -> str:
-    """Return the id of this folder's wandb run, which is drawn at the first call."""
-    found = read_wandb_id(run_folder)
-    if found is None:
-        found = secrets.token_hex(8)
-        write_text(run_folder / WANDB_ID_FILE, found + "\n")
-    return found
+def _summary(name: str, value: object) -> str | None:
+    """Return the values that wandb shows of a metric, in its words; None = the last one."""
+    if not isinstance(value, (int, float)):
+        return None
+    return next((summary for beginning, summary in _SUMMARIES.items() if name.startswith(beginning)), None)

@@ -16,10 +16,11 @@ from pomscale.base.errors import InputError
 from pomscale.config.load import load_train_recipe
 from pomscale.config.monitoring import WandbConfig
 from pomscale.monitoring.sinks import Level
-from pomscale.monitoring.wandb.run import WandbLock, WandbRun, read_wandb_id
+from pomscale.monitoring.wandb.run import WandbLock, WandbRun
 from pomscale.runs.evaluation_log import VIDEOS, Delivery, Evaluation, read_evaluations
 from pomscale.runs.layout import RECIPE_FILE, WANDB_ROOM_FILE
 from pomscale.runs.metric_names import EVALUATION_PREFIX
+from pomscale.runs.wandb_id import read_wandb_id
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -68,6 +69,8 @@ class WandbSink:
         Raises:
             InputError: a set-up that only the user can repair (no API key, unknown entity).
         """
+        # Its process writes the record's end. Online it may wait for the server, which is not waited for.
+        self.is_slow_to_close = config.mode != "online"
         self._folder = run_folder
         self._opening = WandbRun(run_folder, config, run_name, recipe_dump, lock)
         self._wandb = self._opening.wandb
@@ -92,14 +95,14 @@ class WandbSink:
 
     def log(self, samples: int, metrics: dict[str, float | str], time_unix_s: float | None = None) -> None:
         row = self._row(samples, metrics, time_unix_s)
-        self._give(lambda run: run.log(row))
+        self._give(lambda run: self._opening.log(run, row))
 
     def log_image(self, samples: int, name: str, path: Path) -> None:
         num_bytes, row = path.stat().st_size, self._row(samples, {name: self._medium(path)})
 
         def give(run: Run) -> None:
             if self._has_room_for(num_bytes):
-                run.log(row)
+                self._opening.log(run, row)
             else:
                 self._num_lost += 1
                 logger.warning("%s: no room for wandb's copy of it", path)
@@ -253,13 +256,15 @@ class WandbSink:
                 num_bytes += size
             else:
                 logger.warning("%s: no room for wandb's copy of it", path)
-        run.log(self._row(evaluation.samples, {**evaluation.metrics, **media}, evaluation.time_unix_s))
+        row = self._row(evaluation.samples, {**evaluation.metrics, **media}, evaluation.time_unix_s)
+        self._opening.log(run, row)
         self.num_delivered += 1
         self._delivery.note(position)
 
     def _give_table(self, run: Run) -> None:
         columns, rows = _table(read_evaluations(self._folder))
-        run.log({"samples": rows[-1][0], f"{EVALUATION_PREFIX}table": self._wandb.Table(columns=columns, data=rows)})
+        table = self._wandb.Table(columns=columns, data=rows)
+        self._opening.log(run, {"samples": rows[-1][0], f"{EVALUATION_PREFIX}table": table})
 
 
 def _table(evaluations: list[Evaluation]) -> tuple[list[str], list[list[float | None]]]:

@@ -1,7 +1,9 @@
 """Memory of a training step of engine/deepspeed.py: what each stage of ZeRO holds in DeepSpeed 0.19.
 
 Working weights, fp32 or bf16, are made from fp32 masters; masters, moments and averages are shared out over the ranks.
-    stage 1    every rank has all working weights, and all gradients until the end of the backward pass
+    stage 1    every rank has all working weights, and all gradients until the end of the backward pass, in fp32: held
+               at all times by BF16_Optimizer, in bf16 unless the optimizer is offloaded; else summed up beside the
+               weights by DeepSpeedZeroOptimizer, which also makes stage 2
     stage 2    gradients are reduced through a bucket as they come; this rank's part of them stays
     stage 3    working weights are sharded too; they are gathered ahead of their use and stay, up to 1e9 of them
 """
@@ -31,6 +33,9 @@ class ZeroShadow(StepShadow):
         super().__init__(network, BF16 if compute.precision == "bf16" else FP32, compute.activation_checkpointing)
         self.stage, self.num_averages, self.moments = deepspeed.zero_stage, num_averages, moments
         self.offload_optimizer, self.offload_parameters = deepspeed.offload_optimizer, deepspeed.offload_parameters
+        self.by_bf16_optimizer = self.stage == 1 and self.tape.itemsize != FP32 and not self.offload_optimizer
+        self.sums_beside_weights = self.stage == 1 and not self.by_bf16_optimizer
+        self.sums: list[Storage] = []
         self.root_weights = self.network.root_weights()
         self.num_whole = num_elements(list(self.network.weights()))
         self.num_local = -(-self.num_whole // num_ranks)
@@ -45,8 +50,11 @@ class ZeroShadow(StepShadow):
         """Run the last micro-batch of a step."""
         self._hold_resident()
         self._hold_working()
-        if self.stage == 1 and self.tape.itemsize != FP32:
+        self.has_sums = self.sums_beside_weights and num_micro_batches > 1  # of the micro-batches before
+        if self.by_bf16_optimizer:
             self.hold("gradients", self.num_whole * FP32)
+        elif self.has_sums:
+            self.sums.append(Storage(self.ledger, "gradients", self.num_whole * FP32))
         elif self.stage == 3 or (self.stage == 2 and num_micro_batches > 1):
             self._hold_local_gradients(self.num_local)
         if self.stage == 3:
@@ -84,14 +92,24 @@ class ZeroShadow(StepShadow):
             Storage(self.ledger, "gathered", fetched * self.tape.itemsize)
 
     def before_backward(self, block: AnyBlock | None) -> None:
-        if block is None and (self.stage == 2 or (self.stage == 1 and self.tape.itemsize == FP32)):
-            self.hold("reduction", BUCKET_ELEMENTS * self.tape.itemsize)
+        if block is None and self.stage < 3 and not self.by_bf16_optimizer:
+            self.hold("reduction", BUCKET_ELEMENTS * (self.tape.itemsize if self.stage == 2 else FP32))
 
     def after_backward(self, block: AnyBlock | None) -> None:
+        weights = self.root_weights if block is None else block.weights()
         if self.stage > 1:
-            self._reduce(self.root_weights if block is None else block.weights())
+            self._reduce(weights)
+        elif self.sums_beside_weights:
+            self._add_to_sums(weights)
         if block is None:
             self._finish()
+
+    def _add_to_sums(self, weights: list[Weight]) -> None:
+        """Replace gradients by fp32 sums over micro-batches."""
+        for weight in weights:
+            weight.leaf.gradient = None
+            if not self.has_sums:
+                self.sums.append(Storage(self.ledger, "gradients", num_elements([weight]) * FP32))
 
     def _reduce(self, weights: list[Weight]) -> None:
         """Reduce gradients through the bucket, which is emptied when the next gradient does not fit."""
@@ -117,8 +135,21 @@ class ZeroShadow(StepShadow):
     def _finish(self) -> None:
         if self.stage > 1:
             self._empty_bucket()
-        elif self.tape.itemsize == FP32:
-            Storage(self.ledger, "reduction", min(self.num_whole, BUCKET_ELEMENTS) * FP32)
-            self._hold_local_gradients(self.num_local)
+        elif self.sums_beside_weights:
+            self._reduce_sums()
         else:
             self.hold("reduction", min(self.num_whole, _MAX_FLAT_ELEMENTS) * FP32)
+
+    def _reduce_sums(self) -> None:
+        """Move the sums into the bucket until it is full, and reduce a copy of it.
+
+        In bf16 this rank's part of them is then kept on the GPU, also where the optimizer is offloaded.
+        """
+        num_moved = min(self.num_whole, BUCKET_ELEMENTS)
+        self.sums.clear()
+        self.hold("gradients", (self.num_whole - num_moved) * FP32)
+        if self.tape.itemsize != FP32:
+            self.hold("gradients", self.num_local * FP32)
+        Storage(self.ledger, "reduction", num_moved * FP32)
+        if self.tape.itemsize == FP32:
+            self._hold_local_gradients(self.num_local)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pomscale.base.errors import PomscaleError
-from pomscale.base.files import atomic_write, remove_leftovers, write_text
+from pomscale.base.errors import InputError, PomscaleError
+from pomscale.base.files import atomic_write, check_suffix, remove_leftovers, write_text
 
 
 def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
@@ -21,6 +21,17 @@ def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     write_text(tmp_path / "x", "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("name", ["g.png", "g.PNG", "g", "a.b/g"])
+def test_a_name_of_the_format_that_is_written_is_fine(name: str) -> None:
+    check_suffix(Path(name), ".png")
+
+
+@pytest.mark.parametrize("name", ["g.txt", "g.jpg", "g.png.bak"])
+def test_a_name_of_another_format_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=rf"{name}: this file is written as \.png; name it g\."):
+        check_suffix(Path(name), ".png")
 
 
 def test_writers_of_one_path_do_not_meet(tmp_path: Path) -> None:

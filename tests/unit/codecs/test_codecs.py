@@ -105,6 +105,45 @@ def test_sd_vae_identity_follows_weights_not_the_folder(vae_folder: Path, tmp_pa
     assert build_codec(sd_vae(vae_folder)).identity() != codec.identity()
 
 
+def test_weights_do_not_change_with_the_file_they_were_read_from(tmp_path: Path) -> None:
+    """safetensors maps it; a copy over it in place is in the mapping at once."""
+    (path,) = save_vae(tmp_path, seed=0).glob("*.safetensors")
+    codec = build_codec(sd_vae(tmp_path)).to("cpu")
+    identity = codec.identity()
+    with path.open("r+b") as file:
+        file.seek(-4000, 2)
+        file.write(bytes(4000))
+    assert codec.identity() == identity
+    assert build_codec(sd_vae(tmp_path)).to("cpu").identity() != identity
+
+
+def test_sd_vae_in_a_subfolder_as_in_a_whole_pipeline(vae_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(vae_folder, tmp_path / "pipeline" / "vae")
+    found = build_codec(sd_vae(tmp_path / "pipeline", subfolder="vae"))
+    assert found.identity() == build_codec(sd_vae(vae_folder)).identity()
+
+
+def test_a_vae_of_another_class_is_named(vae_folder: Path, tmp_path: Path) -> None:
+    clips = save_video_vae(tmp_path / "clips", seed=0)
+    with pytest.raises(
+        InputError, match=r"holds an AutoencoderKLCogVideoX, .* set codec\.name=cogvideox_vae"
+    ) as problem:
+        build_codec(sd_vae(clips))
+    assert len(str(problem.value)) < 400
+    config = CogVideoXVaeCodecConfig(name="cogvideox_vae", path=str(vae_folder), subfolder="")
+    with pytest.raises(InputError, match=r"holds an AutoencoderKL, .* set codec\.name=sd_vae"):
+        build_codec(config)
+
+
+def test_weights_of_another_size_take_a_few_lines(vae_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(vae_folder, tmp_path / "vae")
+    path = tmp_path / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"block_out_channels": [16, 32]}))
+    with pytest.raises(InputError, match=r"codec\.path: ") as problem:
+        build_codec(sd_vae(tmp_path / "vae"))
+    assert len(str(problem.value)) < 1000
+
+
 def test_sd_vae_identity_does_not_know_the_version_of_diffusers(vae_folder: Path) -> None:
     codec = build_codec(sd_vae(vae_folder))
     identity = codec.identity()

@@ -66,6 +66,41 @@ def test_words_of_the_vocabulary_are_known(folder: Path) -> None:
     assert len(encoder.encode(["a red dog jumps over the lazy fox"])[0]) == 4
 
 
+# A text that looks like a special token, one that does so after normalisation, and one with such a token inside.
+LOOK_ALIKES = ["</s>", "＜/s＞", "a red</s>dog", "<pad>", " <unk> ", "<extra_id_0> dog"]
+
+
+@pytest.mark.parametrize("caption", LOOK_ALIKES)
+def test_bytes_of_a_special_token_are_text(byte_folder: Path, caption: str) -> None:
+    encoder = text_encoder(byte_folder, tokenizer="bytes")
+    assert token_ids(encoder, caption) == [byte + 3 for byte in caption.encode()] + [1]
+
+
+@pytest.mark.parametrize("file", ["spiece.model", "tokenizer.json", "tokenizer.json with extra tokens"])
+def test_words_of_a_special_token_are_text(folder: Path, tmp_path: Path, file: str) -> None:
+    """Against sentencepiece itself, for which no text is a control token."""
+    sentencepiece, transformers = pytest.importorskip("sentencepiece"), pytest.importorskip("transformers")
+    encoder, path = text_encoder(folder), folder
+    if file != "spiece.model":
+        path = save_t5(tmp_path, seed=0, vocab_size=256)
+        extra_ids = 100 if "extra" in file else 0
+        transformers.T5Tokenizer.from_pretrained(folder, extra_ids=extra_ids).save_pretrained(path)
+        assert not (path / "spiece.model").exists()
+        encoder = text_encoder(path)
+    exact = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+    for caption in [*LOOK_ALIKES, *CAPTIONS, "zebra <x>"]:
+        assert token_ids(encoder, caption) == [*exact.encode(caption), 1], caption
+    with_end, empty = encoder.encode(["</s>", ""])
+    assert len(with_end) > len(empty) == 1
+
+
+def token_ids(encoder: TextEncoder, caption: str) -> list[int]:
+    """The ids that `encode` hands to the network."""
+    (ids,) = encoder._tokenizer([caption]).input_ids  # type: ignore[attr-defined]
+    assert encoder.num_tokens([caption]) == [len(ids)] == [len(encoder.encode([caption])[0])]
+    return list(ids)
+
+
 def test_bf16_is_close_to_fp32_and_fits_float16(byte_folder: Path, tmp_path: Path) -> None:
     exact = text_encoder(byte_folder, tokenizer="bytes")
     rough = text_encoder(byte_folder, tokenizer="bytes", precision="bf16")

@@ -231,7 +231,7 @@ def test_a_typo_is_told_with_its_line_and_a_remedy(write: Write, line: str, expe
         ),
         ("name: pixel", "block: 2", "codec.name: missing; it says what kind of section this is"),
         ("name: pixel", "name: pixel, blok: 2", "codec.blok: unknown key; did you mean 'block'?"),
-        ("name: pixel", "name: sd_vae, blok: 2", "codec.blok: unknown key; the nearest valid key is 'store'"),
+        ("name: pixel", "name: sd_vae, blok: 2", "codec.blok: unknown key; the nearest valid key is 'subfolder'"),
         ("data: {path: latents}\n", "", "data: missing; set it here or in a base file"),
         (
             "depth: 2",

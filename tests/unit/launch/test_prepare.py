@@ -107,6 +107,16 @@ def test_nodes_without_internet(tiny_recipe: Path) -> None:
         prepare(tiny_recipe, "data.path=https://x/y", on=profile(offline=True))
 
 
+def test_a_variable_of_wandb_that_the_recipe_overrules_is_noted(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert prepare(tiny_recipe, "monitoring.wandb.mode=online", on=profile(offline=True)).notes[1:] == ()
+    on = profile(environment={"WANDB_MODE": "disabled"})
+    (note,) = prepare(tiny_recipe, "monitoring.wandb.mode=offline", on=on).notes
+    assert note.startswith("WANDB_MODE is set, and not obeyed")
+
+
 def test_an_encode_has_one_rank_and_one_gpu_per_task(digits: Path, tmp_path: Path) -> None:
     overrides = [f"source.path={digits}/digits/train", "output=data/latents"]
     path = RECIPES / "data" / "digits.yaml"
@@ -268,7 +278,7 @@ def test_a_run_goes_on_with_its_own_recipe_only(tiny_recipe: Path, begun: Path) 
     with pytest.raises(InputError) as refused:
         prepare(tiny_recipe, "seed=1", "model.depth=3", "codec.block=2")
     assert str(refused.value).startswith(f"{begun}: this run began with another recipe; choose another name, or undo: ")
-    assert "seed: 0 then, 1 now; model: " in str(refused.value)
+    assert "seed: 0 then, 1 now; model.depth: " in str(refused.value)
     with pytest.raises(InputError, match="holds checkpoints, and resume is never"):
         prepare(tiny_recipe, "resume=never")
 

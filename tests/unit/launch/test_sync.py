@@ -13,6 +13,7 @@ import pytest
 from launch.status.sync import NotLoggedIn, Synced, sync, watch_and_sync
 from pomscale.base.errors import PomscaleError
 from pomscale.runs.starts import Start
+from pomscale.runs.wandb_id import own_wandb_id, read_wandb_id
 from support.wandb_store import KEY, WandbStore, wandb_store
 
 _RECORD = """
@@ -34,6 +35,7 @@ run.finish()
 _CLAIM = """
 import sys, pathlib
 from pomscale.runs.starts import Start
+from pomscale.runs.wandb_id import own_wandb_id, read_wandb_id
 Start.claim(pathlib.Path(sys.argv[1]))
 """
 _LOCK = """
@@ -164,6 +166,34 @@ def test_a_torn_log_does_not_hold_up_what_comes_after_it(job_folder: Path, serve
     with pytest.raises(PomscaleError, match=f"{first.name}: left out: .*Failed to read"):
         sync({job_folder: "tiny"}, print)
     assert server.samples("abc") == list(range(5, 10))
+
+
+def test_a_run_that_was_deleted_on_the_server_holds_up_no_other(job_folder: Path, server: WandbStore) -> None:
+    """wandb would ask again for hours, silently."""
+    (job_folder / "wandb_id.txt").write_text("abc\n")
+    other = Path(shutil.copytree(job_folder, job_folder.parent / "other"))
+    for folder in (other / "wandb").glob("offline-run-*"):
+        (folder / "run-abc.wandb").rename(folder / "run-other.wandb")
+        folder.rename(folder.with_name(folder.name.replace("abc", "other")))
+    server.deleted.add("abc")
+    with pytest.raises(PomscaleError, match=r"409: run p/abc was previously created and deleted.*`wandb sync --id"):
+        sync({job_folder: "tiny"}, print)
+    assert read_wandb_id(job_folder) != "abc"
+    said: list[str] = []
+    server.deleted.clear()
+    assert sync({job_folder: "tiny", other: "other"}, said.append) == Synced(2, 0)
+    assert said[0].startswith("tiny: wandb run abc left out (2 recordings): it was deleted on wandb's server")
+
+
+def test_a_copy_of_a_run_leaves_the_recordings_of_the_original_to_it(job_folder: Path, server: WandbStore) -> None:
+    (job_folder / "wandb_id.txt").write_text("abc\n")
+    assert own_wandb_id(job_folder) == "abc"
+    copy = Path(shutil.copytree(job_folder, job_folder.parent / "copy"))
+    said: list[str] = []
+    assert sync({copy: "copy"}, said.append) == Synced(0, 0)
+    assert said[0].startswith("copy: wandb run abc left out (2 recordings): it is that of")
+    assert sync({copy: "copy", job_folder: "tiny"}, said.append) == Synced(2, 0)
+    assert server.samples("abc") == list(range(10))
 
 
 def test_a_start_that_was_killed_at_once_has_nothing_to_upload(job_folder: Path, server: WandbStore) -> None:

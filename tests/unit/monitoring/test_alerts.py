@@ -18,6 +18,7 @@ class Told:
     """A sink, of alerts alone."""
 
     name, if_cut_off = "told", ""
+    is_slow_to_close = False
 
     def __init__(self) -> None:
         self.alerts: list[tuple[int, str, str, str]] = []

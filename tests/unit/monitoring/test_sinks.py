@@ -183,6 +183,7 @@ class Recorder:
     """A sink that keeps what it gets. `block`: its first row waits for that; `begun`: it has it."""
 
     if_cut_off = "nothing"
+    is_slow_to_close = False
 
     def __init__(self, name: str, block: threading.Event | None = None) -> None:
         self.name = name
@@ -252,6 +253,31 @@ def test_a_sink_that_hangs_holds_up_neither_the_run_nor_the_other_sinks_nor_the_
     for_ever.set()
 
 
+@pytest.mark.parametrize("in_a_hurry", [False, True])
+def test_a_sink_that_is_slow_to_close_has_time_if_nobody_waits(
+    in_a_hurry: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else wandb's offline record is cut off on a busy machine."""
+    monkeypatch.setattr(monitor_module, "CLOSE_TIMEOUT_S", 0.0)
+    may_close = threading.Event()
+    sink = Recorder("slow", may_close)
+    sink.is_slow_to_close = True
+
+    def look() -> bool:
+        looks.append(0)
+        if len(looks) == 3:
+            may_close.set()  # after CLOSE_TIMEOUT_S
+        return in_a_hurry
+
+    looks: list[int] = []
+    monitor = Monitor([sink], look)
+    monitor.log(8, {"train/loss": 1.0})
+    monitor.close()
+    assert ("slow has not ended within 0 s" in caplog.text) == in_a_hurry
+    assert (sink.closed == [False]) == (not in_a_hurry)
+    may_close.set()
+
+
 def test_a_console_whose_reader_has_stopped_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitor_module, "CLOSE_TIMEOUT_S", 0.5)
     reader, writer = os.pipe()
@@ -299,7 +325,10 @@ def test_a_kill_costs_what_is_in_the_queue(tmp_path: Path) -> None:
     assert read_history(tmp_path).series["train/loss"][0] == list(range(1, 101))
 
 
-def test_disabled_wandb_starts_no_process(tmp_path: Path) -> None:
+def test_disabled_wandb_starts_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")  # the recipe decides, and says so
     before = set(psutil.Process().children())
     monitoring = MonitoringConfig(wandb=WandbConfig(mode="disabled"))
     with open_monitor(tmp_path, monitoring, run_name="a", recipe_dump={}, total_samples=8, start=0) as monitor:
@@ -307,3 +336,4 @@ def test_disabled_wandb_starts_no_process(tmp_path: Path) -> None:
     assert set(psutil.Process().children()) <= before  # what other tests have left may end meanwhile
     assert not (tmp_path / "wandb").exists()
     assert len(_rows(tmp_path)) == 1
+    assert caplog.text.count("WANDB_MODE is set, and not obeyed") == 1

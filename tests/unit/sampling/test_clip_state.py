@@ -28,6 +28,7 @@ from pomscale.config.train import DiffusionConfig, TimeConfig
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.load import PretrainedDiPoM, PretrainedVDiPoM
 from pomscale.sampling.api import sample
+from pomscale.sampling.clip_state import read_clip_state, write_clip_state
 from pomscale.sampling.stream import ClipStream
 from pomscale.shards.schema import TextInfo
 from support.paths import TESTS
@@ -125,6 +126,16 @@ torch.save(list(clips), sys.argv[1] + ".pt")
     subprocess.run([sys.executable, "-c", code, str(saved), str(here), str(TESTS)], check=True)
     found = torch.load(f"{saved}.pt", weights_only=True)
     assert torch.equal(torch.stack(found), torch.stack(expected))
+
+
+def test_a_state_does_not_change_with_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    write_clip_state(path, {}, {"a": torch.ones(3000)})
+    _, tensors = read_clip_state(path)
+    with path.open("r+b") as file:  # as `cp` over it does
+        file.seek(-12000, 2)
+        file.write(bytes(12000))
+    assert torch.equal(tensors["a"], torch.ones(3000))
 
 
 def test_a_stream_without_end_can_be_stopped_and_gone_on_with_twice(tmp_path: Path) -> None:

@@ -7,14 +7,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from pomscale.config.monitoring import WandbConfig
-from pomscale.monitoring.wandb.run import read_wandb_id
 from pomscale.monitoring.wandb.sink import WandbSink, deliver_without_training
 from pomscale.runs.evaluation_log import record
+from pomscale.runs.wandb_id import read_wandb_id
 from support import wandb_reader
 from support.running import mounted_disk
 from support.wandb_folder import (
@@ -65,10 +66,34 @@ def test_wandb_gets_what_metrics_jsonl_has_and_resumed_runs_continue_it(run: Pat
     assert (list(described.tags), config["seed"], config["model"]) == (["test"], 7, {"dim": 64})
     (alert,) = wandb_records(files[0], "alert")
     assert (alert.title, alert.text, alert.level) == ("not finite", "a step is left out", "WARN")
-    metrics = {metric.name or metric.glob_name: metric for metric in wandb_records(files[0], "metric")}
-    assert {metric.step_metric for name, metric in metrics.items() if name != "samples"} == {"samples"}
-    assert metrics["train/loss"].summary.min
-    assert metrics["samples"].summary.max
+
+
+def test_every_metric_is_defined_by_its_whole_name(run: Path) -> None:
+    """Where two patterns match a metric, wandb takes either of them, by chance: validation/loss had no minimum then."""
+    record(run, 8, {"evaluation/digits-v1.5/accuracy": 0.5}, {})
+    names = ["train/loss", "train/grad_norm", "validation/loss", *(f"validation/loss_bin_{n:02d}" for n in range(60))]
+    for start in (0, 1):
+        with open_wandb(run, start) as monitor:
+            for samples, value in ((8, 2.0), (16, 1.0), (24, 3.0)):
+                monitor.log(samples, {**dict.fromkeys(names, value), "ranks/slowest_host": f"n{samples}"})
+    for file in wandb_files(run):
+        metrics = {metric.name: metric for metric in wandb_records(file, "metric")}
+        assert not any(metric.glob_name for metric in metrics.values())
+        assert {metric.step_metric for name, metric in metrics.items() if name != "samples"} == {"samples"}
+        summary = summary_of(file)
+        assert summary["samples"] == {"max": 24}
+        assert summary["train/grad_norm"] == 3.0
+        assert summary["ranks/slowest_host"] == "n24"
+        for name in names:
+            if name != "train/grad_norm":
+                assert summary[name] == {"min": 1.0, "last": 3.0}
+    assert summary_of(wandb_files(run)[0])["evaluation/digits-v1.5/accuracy"] == {"min": 0.5, "max": 0.5, "last": 0.5}
+
+
+def summary_of(file: Path) -> dict[str, Any]:
+    """What wandb shows of each metric beside its curve."""
+    updates = [item for found in wandb_records(file, "summary") for item in found.update]
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in updates}
 
 
 def test_a_group_of_ones_own_choice(run: Path) -> None:

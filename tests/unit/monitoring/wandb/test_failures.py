@@ -16,8 +16,8 @@ from pomscale.config.monitoring import WandbConfig
 from pomscale.monitoring import monitor as monitor_module
 from pomscale.monitoring.wandb import run as wandb_run
 from pomscale.monitoring.wandb import sink as wandb_sink
-from pomscale.monitoring.wandb.run import read_wandb_id
 from pomscale.monitoring.wandb.sink import WandbSink
+from pomscale.runs.wandb_id import own_wandb_id, read_wandb_id
 from support import wandb_reader
 from support.running import mounted_disk
 from support.wandb_folder import (
@@ -30,6 +30,7 @@ from support.wandb_folder import (
     wandb_services,
 )
 from support.wandb_server import KEY, wandb_server
+from support.wandb_store import wandb_store
 
 
 def kill_wandb() -> None:
@@ -178,6 +179,26 @@ def test_server_away_at_the_start_falls_back_to_offline_under_the_same_id(
     assert "recording offline" in caplog.text
     (path,) = (run / "wandb").glob(f"offline-run-*/run-{read_wandb_id(run)}.wandb")
     assert wandb_reader.read_rows(path)[0]["train/loss"] == 1.0
+
+
+def test_a_run_that_was_deleted_on_the_server_goes_on_as_another(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(wandb_run, "INIT_TIMEOUT_S", 8.0)  # wandb asks again until then
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    deleted = own_wandb_id(run)
+    with wandb_store() as store:
+        monkeypatch.setenv("WANDB_BASE_URL", store.url)
+        store.deleted.add(deleted)
+        sink = WandbSink(run, WandbConfig(mode="online"), "digits", {})
+        sink.log(8, {"train/loss": 1.0})
+        sink.close()
+        new = read_wandb_id(run)
+        assert new is not None
+        assert store.samples(new) == [8]
+    assert new != deleted
+    assert f"the wandb run {deleted} is not continued: it was deleted on wandb's server" in caplog.text
+    assert "away" not in caplog.text
 
 
 PROGRAM = """

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pomscale.config.identity import differences
+
+RECIPE: dict[str, Any] = {
+    "seed": 0,
+    "codec": {"name": "sd_vae", "path": "here", "store": "moments"},
+    "model": {"kind": "image", "depth": 2, "latent_shape": [4, 8, 8], "mixer": {"kind": "pom", "degree": 2}},
+    "diffusion": {},
+    "ema": {"halflives_samples": [100]},
+    "data": {"normalization": "channel", "flip_probability": 0.5, "shuffle_window": 8},
+    "training": {"global_batch": 8},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"seed": 1}, ["seed: 0 then, 1 now"]),
+        ({"model": {"depth": 4}}, ["model.depth: 2 then, 4 now"]),
+        ({"model": {"mixer": {"kind": "pom", "degree": 3}}}, ["model.mixer.degree: 2 then, 3 now"]),
+        ({"model": {"new": 1}}, ["model.new: None then, 1 now"]),
+        ({"model": {"kind": "video", "depth": 4}}, ["model.kind: image then, video now"]),
+        ({"codec": {"path": "there", "subfolder": "vae"}}, []),
+        ({"ema": {"halflives_samples": [200]}, "training": {"global_batch": 9}},
+         ["ema.halflives_samples: [100] then, [200] now", "training.global_batch: 8 then, 9 now"]),
+    ],
+)  # fmt: skip
+def test_the_fields_that_differ_are_named_one_by_one(changes: dict[str, Any], expected: list[str]) -> None:
+    now = {key: {**value, **changes.get(key, {})} if isinstance(value, dict) else changes.get(key, value)
+           for key, value in RECIPE.items()}  # fmt: skip
+    assert differences(RECIPE, now) == expected
