@@ -22,6 +22,7 @@ from pomscale import __version__
 from pomscale.base.errors import InputError
 from pomscale.base.files import atomic_write, link_or_copy, write_text
 from pomscale.config.encode import TransformConfig
+from pomscale.shards.class_names import check_same_classes
 from pomscale.shards.schema import (
     FAILURES_NAME,
     MANIFEST_NAME,
@@ -124,6 +125,9 @@ def _open(folder: Path) -> _Set:
 
 
 def _refuse_differences(one: _Set, other: _Set) -> None:
+    check_same_classes(
+        f"dataset {other.folder}", other.manifest.class_names, f"dataset {one.folder}", one.manifest.class_names
+    )
     others = _common_properties(other.manifest)
     for name, value in _common_properties(one.manifest).items():
         if value != others[name]:
@@ -148,7 +152,6 @@ def _common_properties(manifest: Manifest) -> dict[str, Any]:
         "text encoder": text and text.config.model_dump(exclude=location),
         "text encoder identity": text and (text.identity, text.dim, text.dtype),
         "has_captions": manifest.has_captions,
-        "class_names": manifest.class_names,
     }
 
 
