@@ -1,8 +1,9 @@
-"""The fields of an item as sources give them, checked: its key, its caption and its class."""
+"""The fields of an item as sources give them, checked: columns of a table, keys, captions and classes."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from data_pipelines.sources import storage
@@ -17,6 +18,19 @@ MAX_FOLDER_BYTES = 155
 MAX_CLASSES = 1_000_000
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+# -- columns of a table ------------------------------------------------------------------------------------------------
+
+
+def check_columns(path: str, wanted: Collection[str], present: Sequence[str]) -> None:
+    """Raise InputError if a wanted column is missing, or if two have its name, so that one would be taken by chance."""
+    for column in wanted:
+        if column not in present:
+            columns = ", ".join(present) or "none"
+            raise InputError(f"source: {path} has no column {column!r}; its columns are {columns}")
+        if present.count(column) > 1:
+            raise InputError(f"source: {path} has {present.count(column)} columns {column!r}; rename all but one")
 
 
 # -- keys and other names ----------------------------------------------------------------------------------------------
@@ -95,7 +109,8 @@ class ClassIds:
         """Read the names. Raises InputError if the file cannot be read or has an empty line."""
         self._largest = -1
         if self._file is not None:
-            lines = decode_text(storage.read_file(self._file)).rstrip().splitlines()
+            # Not splitlines, which also splits at characters that a name may hold: all ids after it would be wrong.
+            lines = re.split(r"\r\n|\n|\r", decode_text(storage.read_file(self._file)).rstrip())
             self._names = tuple(line.strip() for line in lines)
             if not self._names or not all(name and is_text(name) for name in self._names):
                 raise InputError(f"source.class_names: {self._file} must have one class name in UTF-8 on every line")
