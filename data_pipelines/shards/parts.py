@@ -58,6 +58,7 @@ class EncodeSpec(BaseModel):
     transform: TransformConfig | None
     text: dict[str, Any] | None
     text_identity: str | None
+    captions: str = "random"
 
 
 class Failure(BaseModel):

@@ -109,7 +109,7 @@ class TableSource:
             label, unusable = self._classes.checked(row.get(config.label))
             problem = problem or unusable
         if config.caption is not None:
-            caption, unusable = checked_caption(row.get(config.caption))
+            caption, unusable = checked_caption(row.get(config.caption), config.caption_lines)
             problem = problem or unusable
         return Item(key, where, location, label, caption, problem)
 

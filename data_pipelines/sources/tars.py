@@ -34,6 +34,7 @@ class TarSource:
         self._files = storage.NamedFiles(config.path, "*.tar")
         self._label = None if config.label is None else _Annotation("source.label", config.label)
         self._caption = None if config.caption is None else _Annotation("source.caption", config.caption)
+        self._caption_lines = config.caption_lines
         self._classes = ClassIds(config.class_names)
         self._num_ignored = 0
         self._reader = storage.RangeReader()
@@ -99,7 +100,7 @@ class TarSource:
             problem = problem or missing or unusable
         if self._caption is not None:
             value, missing = self._caption.find(sample)
-            caption, unusable = checked_caption(value)
+            caption, unusable = checked_caption(value, self._caption_lines)
             problem = problem or missing or unusable
         return Item(key, readable(where), location, label, caption, problem)
 
