@@ -118,12 +118,7 @@ def _label(record: TarRecord) -> int | None:
 
 def _check_record(manifest: Manifest, group: int, record: TarRecord, label: int | None) -> Iterator[str]:
     required = required_suffixes(manifest)
-    for suffix in required:
-        if suffix not in record.members:
-            yield f"{record.key}{suffix}: is missing"
-    for suffix in record.members:
-        if suffix not in required:
-            yield f"{record.key}{suffix}: does not belong here"
+    yield from _check_members(manifest, record, required)
     if CLASS_MEMBER in record.members and CLASS_MEMBER in required and (label is None or label >= manifest.num_classes):
         text = bytes(record.payload(CLASS_MEMBER)[:20]).decode(errors="backslashreplace")
         yield f"{record.key}: class {text} is not among the {manifest.num_classes} classes"
@@ -141,6 +136,26 @@ def _check_record(manifest: Manifest, group: int, record: TarRecord, label: int 
                 yield f"{record.key}{suffix}: holds a value that is not finite"
         except ValueError as error:
             yield f"{record.key}{suffix}: {error}"
+
+
+def _check_members(manifest: Manifest, record: TarRecord, required: tuple[str, ...]) -> Iterator[str]:
+    """Yield the members that are missing, or do not belong to a record."""
+    texts = [ARRAY_MEMBERS[array] for array in manifest.text_arrays]
+    num_texts = sum(suffix in record.members for suffix in texts)
+    for suffix in dict.fromkeys([*required, *texts[:num_texts]]):  # texts are those of the first captions
+        if suffix not in record.members:
+            yield f"{record.key}{suffix}: is missing"
+    for suffix in record.members:
+        if suffix not in required and suffix not in texts:
+            yield f"{record.key}{suffix}: does not belong here"
+    if num_texts > 1:
+        try:
+            num_captions = len(record.captions())
+        except ValueError as error:
+            yield f"{record.key}: its captions cannot be read: {error}"
+            return
+        if num_captions != num_texts:
+            yield f"{record.key}: has {num_texts} text embeddings of {num_captions} captions"
 
 
 def _compare_with_index(keys: list[str], found: np.ndarray, index: np.ndarray) -> Iterator[str]:

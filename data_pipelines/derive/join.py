@@ -11,6 +11,7 @@ from data_pipelines.shards.equal_keys import sorted_buckets
 from data_pipelines.shards.readers import open_checked_index, read_records
 from pomscale.base.errors import InputError
 from pomscale.base.files import atomic_write
+from pomscale.shards.class_names import check_companion_classes
 from pomscale.shards.index import npy_header
 from pomscale.shards.join import NO_ROW, join_path
 from pomscale.shards.schema import Manifest, read_manifest
@@ -41,11 +42,12 @@ class JoinReport:
 def join(main: str | Path, companion: str | Path) -> JoinReport:
     """Write the table that the loader opens (`pomscale.shards.join`) into the companion's folder.
 
-    Memory does not grow with the number of records. Raises InputError if the keys of two records of one set have the
-    same hash, so that neither can be identified.
+    Memory does not grow with the number of records. Raises InputError if the sets have different classes, or if the
+    keys of two records of one set have the same hash, so that neither can be identified.
     """
     main, companion = Path(main), Path(companion)
     manifest, other = read_manifest(main), read_manifest(companion)
+    check_companion_classes(main, manifest, companion, other)
     if manifest.keys_sha256 == other.keys_sha256:
         return JoinReport(None, manifest.num_samples, 0)
     index, other_index = open_checked_index(main, manifest), open_checked_index(companion, other)

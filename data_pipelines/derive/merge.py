@@ -22,6 +22,8 @@ from pomscale import __version__
 from pomscale.base.errors import InputError
 from pomscale.base.files import atomic_write, link_or_copy, write_text
 from pomscale.config.encode import TransformConfig
+from pomscale.shards.class_names import check_same_classes
+from pomscale.shards.index import index_dtype
 from pomscale.shards.schema import (
     FAILURES_NAME,
     MANIFEST_NAME,
@@ -30,6 +32,7 @@ from pomscale.shards.schema import (
     Manifest,
     ShardInfo,
     SourceInfo,
+    TextInfo,
     read_manifest,
 )
 
@@ -124,6 +127,9 @@ def _open(folder: Path) -> _Set:
 
 
 def _refuse_differences(one: _Set, other: _Set) -> None:
+    check_same_classes(
+        f"dataset {other.folder}", other.manifest.class_names, f"dataset {one.folder}", one.manifest.class_names
+    )
     others = _common_properties(other.manifest)
     for name, value in _common_properties(one.manifest).items():
         if value != others[name]:
@@ -149,7 +155,6 @@ def _common_properties(manifest: Manifest) -> dict[str, Any]:
         "text encoder": text and text.config.model_dump(exclude=location),
         "text encoder identity": text and (text.identity, text.dim, text.dtype),
         "has_captions": manifest.has_captions,
-        "class_names": manifest.class_names,
     }
 
 
@@ -209,13 +214,16 @@ def _write(
         with atomic_write(output / FAILURES_NAME) as stream:
             for one in sets:
                 stream.writelines(failure_lines(one.folder, one.manifest))
-    index, keys_sha256 = write_index(output, first.arrays, num_samples, _rows(shards))
+    text = _merged_text(sets)
+    arrays = first.model_copy(update={"text": text}).arrays
+    index, keys_sha256 = write_index(output, arrays, num_samples, _rows(shards, index_dtype(arrays)))
     fingerprints = "".join(f"{one.manifest.source.fingerprint}\n" for one in sets)
     manifest = first.model_copy(
         update={
             "pomscale_version": __version__,
             "latent": _merged_latent(sets),
             "transform": _merged_transform(sets),
+            "text": text,
             "num_samples": num_samples,
             "num_failures": num_failures,
             "num_incomplete": sum(one.manifest.num_incomplete for one in sets),
@@ -234,10 +242,13 @@ def _write(
     return manifest
 
 
-def _rows(shards: list[_MergedShard]) -> Iterator[np.ndarray]:
+def _rows(shards: list[_MergedShard], dtype: np.dtype) -> Iterator[np.ndarray]:
     for number, one in enumerate(shards):
         begin = one.of.first_row(one.number)
-        rows = one.of.index[begin : begin + one.info.num_samples].copy()
+        of_set = one.of.index[begin : begin + one.info.num_samples]
+        rows = np.zeros(len(of_set), dtype)
+        for name in of_set.dtype.names or ():  # a set whose records have fewer captions has fewer columns
+            rows[name] = of_set[name]
         rows["shard"] = number
         yield rows
 
@@ -260,6 +271,13 @@ def _merged_latent(sets: Sequence[_Set]) -> LatentInfo | None:
     return latents[0].model_copy(
         update={"num_values": statistics.count, "mean": statistics.mean, "std": statistics.std}
     )
+
+
+def _merged_text(sets: Sequence[_Set]) -> TextInfo | None:
+    texts = [one.manifest.text for one in sets if one.manifest.text is not None]
+    if not texts:
+        return None
+    return texts[0].model_copy(update={"num_captions": max(text.num_captions for text in texts)})
 
 
 def _merged_transform(sets: Sequence[_Set]) -> TransformConfig | None:

@@ -66,4 +66,6 @@ def _source_line(recipe: EncodeRecipe, table: ItemTable) -> str:
         line += f", {table.num_problems:,} of them cannot be used"
     if table.num_ignored:
         line += f", {table.num_ignored:,} other files and hidden folders ignored"
+    if table.num_captions > 1:
+        line += f", up to {table.num_captions} captions of an item"
     return line

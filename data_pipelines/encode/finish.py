@@ -71,7 +71,7 @@ def finish(setup: EncodeSetup, variant: Variant, store: PartStore) -> Manifest:
         )
     shards = sorted(parts.shards, key=lambda shard: (shard.info.group, shard.part))
     num_samples = sum(shard.info.num_samples for shard in shards)
-    index, keys_sha256 = write_index(output, setup.encoders.arrays, num_samples, _rows(store, shards))
+    index, keys_sha256 = write_index(output, setup.arrays, num_samples, _rows(store, shards))
     # The manifest has the groups that have shards, renumbered from 0.
     used = sorted({shard.info.group for shard in shards})
     manifest = Manifest(
@@ -168,6 +168,7 @@ def _text_info(setup: EncodeSetup) -> TextInfo | None:
         dim=encoder.dim,
         null_length=len(embedding),
         null_embedding=base64.b64encode(embedding.astype("<f2").tobytes()).decode(),
+        num_captions=setup.num_captions,
     )
 
 

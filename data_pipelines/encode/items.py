@@ -64,6 +64,7 @@ class _Totals(BaseModel):
     num_items: int
     num_ignored: int
     num_problems: int
+    num_captions: int = 1
     class_names: tuple[str, ...]
     shuffled: bool
 
@@ -90,7 +91,7 @@ class ItemTable:
         for name in _FILE_NAMES:
             remove_leftovers(folder, name)
         (folder / _TABLE_NAME).unlink(missing_ok=True)
-        num_items, num_problems, fingerprint = _write_items(source, folder)
+        num_items, num_problems, num_captions, fingerprint = _write_items(source, folder)
         if num_items == 0:
             raise InputError("source: there are no items in it")
         totals = _Totals(
@@ -99,6 +100,7 @@ class ItemTable:
             num_items=num_items,
             num_ignored=source.num_ignored,
             num_problems=num_problems + _write_duplicates(folder),
+            num_captions=num_captions,
             class_names=source.class_names,
             shuffled=source.shuffled,
         )
@@ -151,6 +153,11 @@ class ItemTable:
     def num_problems(self) -> int:
         """Number of items that have a `problem`."""
         return self._totals.num_problems
+
+    @property
+    def num_captions(self) -> int:
+        """Largest number of captions of an item, at least 1."""
+        return self._totals.num_captions
 
     @property
     def shuffled(self) -> bool:
@@ -247,9 +254,12 @@ class _ArrayWriter:
         self._rows.clear()
 
 
-def _write_items(source: Source, folder: Path) -> tuple[int, int, str]:
-    """Write lines, offsets and keys. Return the numbers of items and of problems, and the fingerprint."""
-    num_items, num_problems, digest = 0, 0, hashlib.sha256()
+def _write_items(source: Source, folder: Path) -> tuple[int, int, int, str]:
+    """Write lines, offsets and keys.
+
+    Return the numbers of items, of problems and of captions of an item at most, and the fingerprint.
+    """
+    num_items, num_problems, num_captions, digest = 0, 0, 1, hashlib.sha256()
     with (
         atomic_write(folder / _LINES_NAME) as lines,
         atomic_write(folder / _OFFSETS_NAME) as offsets_file,
@@ -266,9 +276,10 @@ def _write_items(source: Source, folder: Path) -> tuple[int, int, str]:
             digest.update(f"{source.fingerprint_line(item)}\n".encode(errors="surrogatepass"))
             num_items += 1
             num_problems += item.problem is not None
+            num_captions = max(num_captions, len(item.captions))
         offsets.finish()
         keys.finish()
-    return num_items, num_problems, digest.hexdigest()
+    return num_items, num_problems, num_captions, digest.hexdigest()
 
 
 def _write_duplicates(folder: Path) -> int:

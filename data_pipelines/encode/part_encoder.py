@@ -6,12 +6,13 @@ networks are not kept waiting at the borders.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.config.encode import ImageTransformConfig, VideoTransformConfig
 from pomscale.media import UnreadableMediaError, nearest_bucket
 from pomscale.media.pictures import decode_picture, fit_picture
-from pomscale.shards.schema import ArrayName
+from pomscale.shards.schema import CAPTIONS_FIELD, TEXT_ARRAYS, ArrayName
 
 # Batches that may wait for the writer; each is small beside the decoded media that wait for the networks.
 _MAX_WAITING_WRITES = 8
@@ -49,7 +50,7 @@ class Loaded:
     item: Item
     media: dict[int, Pixels] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
-    text: np.ndarray | None = None  # (n, dim) float16, set by the text stage
+    texts: list[np.ndarray] = field(default_factory=list)  # (n, dim) float16 each, set by the text stage
     failure: str | None = None
     is_gone: bool = False
 
@@ -193,7 +194,7 @@ class PartEncoder:
 
     def _begin(self, part: int, variants: list[int]) -> PartWork:
         moments = self._codec is not None and self._codec.stores_moments
-        stores, arrays = self._setup.stores, self._setup.encoders.arrays
+        stores, arrays = self._setup.stores, self._setup.arrays
         work = PartWork(part, {number: PartWriter(stores[number], part, arrays, moments) for number in variants})
         self._open.append(work)
         self._display.begin()
@@ -212,13 +213,20 @@ class PartEncoder:
         entries, work.captioned = work.captioned, []
         if not entries or self._text is None:
             return
-        captions = [entry.item.caption or "" for entry in entries]
-        longest = self._text.config.max_length
-        self._display.cut(sum(length > longest for length in self._text.num_tokens(captions)))
-        for entry, embedding in zip(entries, self._on_device(self._text.encode, captions), strict=True):
-            with np.errstate(over="ignore"):  # values that do not fit become infinite, and `_store` lists the item
-                entry.text = embedding.astype(np.float16)
+        texts = [_texts(entry.item, self._recipe.captions) for entry in entries]
+        embeddings = self._embeddings([text for of_item in texts for text in of_item])
+        for entry, of_item in zip(entries, texts, strict=True):
+            entry.texts = list(itertools.islice(embeddings, len(of_item)))
             self._route(work, entry)
+
+    def _embeddings(self, texts: list[str]) -> Iterator[np.ndarray]:
+        assert self._text is not None
+        longest, batch = self._text.config.max_length, self._recipe.batch
+        self._display.cut(sum(length > longest for length in self._text.num_tokens(texts)))
+        for begin in range(0, len(texts), batch):
+            for embedding in self._on_device(self._text.encode, texts[begin : begin + batch]):
+                with np.errstate(over="ignore"):  # values that do not fit become infinite, and `_store` lists the item
+                    yield embedding.astype(np.float16)
 
     def _route(self, work: PartWork, entry: Loaded) -> None:
         for number in work.writers:
@@ -286,8 +294,7 @@ class PartEncoder:
         counts = batch.variant == batch.work.first_variant
         for i, entry in enumerate(batch.entries):
             arrays = {name: values[i] for name, values in latents.items()}
-            if entry.text is not None:
-                arrays["text"] = entry.text
+            arrays |= zip(TEXT_ARRAYS, entry.texts, strict=False)
             broken = [name for name, array in arrays.items() if not is_finite(array)]
             if broken:
                 reason = f"its {broken[0]} has {why_not_finite(arrays[broken[0]])}"
@@ -296,8 +303,12 @@ class PartEncoder:
                     entry.failure = reason
                     self._display.fail(was_encoded=not counts)
                 continue
+            captions = entry.item.captions
             info = {"source": entry.item.where, **entry.info}
-            record = Record(entry.item.key, arrays, entry.item.label, entry.item.caption, info)
+            if len(captions) > 1:
+                info[CAPTIONS_FIELD] = captions
+            caption = _texts(entry.item, self._recipe.captions)[0] if captions else None
+            record = Record(entry.item.key, arrays, entry.item.label, caption, info)
             self._display.advance(writer.add(batch.group, record), num_items=int(counts))
 
     def _give_up(self, work: PartWork, entry: Loaded, reason: str) -> None:
@@ -350,3 +361,10 @@ class PartEncoder:
             start = time.monotonic()
             self._writes.popleft().result()
             self._display.waited(time.monotonic() - start)
+
+
+def _texts(item: Item, captions: Literal["random", "first", "join"]) -> list[str]:
+    """Return the texts of an item that are embedded, as the recipe's `captions` says; the first is its caption."""
+    if captions == "join":
+        return [" ".join(item.captions)]
+    return item.captions[:1] if captions == "first" else item.captions

@@ -19,7 +19,7 @@ from pomscale.config.encode import (
     transform_version,
 )
 from pomscale.distributed.world import resolve_device
-from pomscale.shards.schema import ArrayName
+from pomscale.shards.schema import TEXT_ARRAYS, ArrayName
 
 # Number of listed items, spread over the list, that are looked for to tell whether a source is still where it was.
 _NUM_TRIED = 16
@@ -39,7 +39,7 @@ class Variant:
 
 
 class Encoders:
-    """The networks of a recipe, on this process's device, and the names of the arrays that they give a record."""
+    """The networks of a recipe, on this process's device, and the names of the arrays that they give every record."""
 
     def __init__(self, recipe: EncodeRecipe) -> None:
         device = resolve_device(recipe.device)
@@ -90,7 +90,10 @@ class EncodeSetup:
         self.table = table
         self.encoders = encoders
         self.variants = variants_of(recipe, encoders)
-        self.stores = tuple(PartStore(v.output, encoders.arrays, len(v.targets)) for v in self.variants)
+        self.num_captions = table.num_captions if encoders.text is not None and recipe.captions == "random" else 1
+        """Largest number of embeddings of a record."""
+        self.arrays = (*encoders.arrays, *TEXT_ARRAYS[1 : self.num_captions])
+        self.stores = tuple(PartStore(v.output, self.arrays, len(v.targets)) for v in self.variants)
         self.num_parts = -(-len(table) // recipe.shard_samples)
         self._order = ItemOrder(len(table), recipe.seed, table.shuffled)
 
@@ -119,6 +122,7 @@ class EncodeSetup:
             text=None if recipe.text is None else recipe.text.model_dump(exclude=location),
             text_identity=self.encoders.text_identity,
             special_tokens=None if recipe.text is None else "text",
+            captions=recipe.captions,
         )
 
     def missing(self, part: int, only_failed: bool) -> list[int]:

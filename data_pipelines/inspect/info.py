@@ -64,7 +64,8 @@ def _text_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "text", f"{text.config.model_dump()}, identity {text.identity[:12]}"
     yield (
         "embeddings",
-        f"(1 to {text.config.max_length}, {text.dim}) {text.dtype}; empty caption {text.null_length} long",
+        f"(1 to {text.config.max_length}, {text.dim}) {text.dtype}; empty caption {text.null_length} long"
+        + (f"; up to {text.num_captions} captions of a record, one drawn per sample" if text.num_captions > 1 else ""),
     )
 
 

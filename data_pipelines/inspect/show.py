@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from pomscale.base.errors import InputError
 from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.codecs import Codec
 from pomscale.media.sheets import pad_to_largest, save_captioned_clips, save_grid
-from pomscale.shards.schema import ARRAY_MEMBERS, CAPTION_MEMBER, Manifest, read_manifest
+from pomscale.shards.schema import ARRAY_MEMBERS, Manifest, read_manifest
 
 # Subindex of Stream.DATASET; the encoder uses 1 for the order of items.
 _SHOWN = 2
@@ -51,7 +52,7 @@ def show(folder: str | Path, codec: Codec | None, num_samples: int, path: Path, 
     rows = rows[np.argsort(rows["label"], kind="stable")]
     records = list(read_records(folder, manifest, rows))
     if manifest.codec is None:
-        return "\n".join(_caption_line(manifest, record) for record in records)
+        return "\n".join(line for record in records for line in _caption_lines(manifest, record))
     if codec is None or codec.identity() != manifest.codec.identity:
         name = codec.name if codec else "none"
         raise InputError(f"dataset {folder}: this codec ({name}) is not the one that made the latents")
@@ -72,16 +73,18 @@ def _class_counts(manifest: Manifest, labels: np.ndarray) -> str:
 
 
 def _caption(record: TarRecord) -> str:
-    """Return the caption, or the key where there is none."""
-    if CAPTION_MEMBER not in record.members:
-        return record.key
-    return str(record.payload(CAPTION_MEMBER), "utf-8")
+    """Return the captions, or the key where there are none."""
+    return " | ".join(record.captions()) or record.key
 
 
-def _caption_line(manifest: Manifest, record: TarRecord) -> str:
+def _caption_lines(manifest: Manifest, record: TarRecord) -> Iterator[str]:
+    """Yield a line per embedding; the texts of one that is not of a single caption are in one line."""
     assert manifest.text is not None
-    num_tokens = text_length(len(record.payload(ARRAY_MEMBERS["text"])), manifest.text.dim)
-    return f"{record.key}  {num_tokens:>4} tokens  {textwrap.shorten(_caption(record), _MAX_CAPTION)}"
+    texts = [ARRAY_MEMBERS[name] for name in manifest.text_arrays if ARRAY_MEMBERS[name] in record.members]
+    captions = record.captions() if len(texts) > 1 else [_caption(record)]
+    for suffix, caption in zip(texts, captions, strict=True):
+        num_tokens = text_length(len(record.payload(suffix)), manifest.text.dim)
+        yield f"{record.key}  {num_tokens:>4} tokens  {textwrap.shorten(caption, _MAX_CAPTION)}"
 
 
 def _decode(manifest: Manifest, codec: Codec, records: list[TarRecord], groups: list[int]) -> list[np.ndarray]:

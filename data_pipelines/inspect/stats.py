@@ -12,7 +12,7 @@ import numpy as np
 from data_pipelines.shards.readers import TarReader, TarRecord, open_shard, stored_array, text_length
 from data_pipelines.shards.workers import over_shards
 from pomscale.base.errors import PomscaleError
-from pomscale.shards.schema import ARRAY_MEMBERS, CAPTION_MEMBER, REMEDY, Manifest, read_manifest
+from pomscale.shards.schema import ARRAY_MEMBERS, REMEDY, Manifest, read_manifest
 
 # float16 has 65,536 values. Their counts give every statistic of a channel, exactly and in any order.
 _NUM_PATTERNS = 1 << 16
@@ -198,10 +198,12 @@ def _count_record(manifest: Manifest, group: int, record: TarRecord, counts: Cou
     if manifest.num_classes:
         counts.classes[record.label()] += 1
     if manifest.has_captions:
-        counts.captions[len(str(record.payload(CAPTION_MEMBER), "utf-8"))] += 1
+        counts.captions.update(map(len, record.captions()))
     for name in manifest.arrays:
+        if name in manifest.text_arrays[1:] and ARRAY_MEMBERS[name] not in record.members:
+            continue
         payload = record.payload(ARRAY_MEMBERS[name])
-        if name == "text":
+        if name in manifest.text_arrays:
             assert manifest.text is not None
             counts.texts[text_length(len(payload), manifest.text.dim)] += 1
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from pomscale.shards.index import NO_LABEL, index_dtype, key_hash, map_index, np
 from pomscale.shards.schema import (
     ARRAY_MEMBERS,
     CAPTION_MEMBER,
+    CAPTIONS_FIELD,
     CLASS_MEMBER,
     FAILURES_NAME,
     INDEX_NAME,
@@ -69,6 +71,18 @@ class TarRecord:
             else:
                 fields += (0, 0, 0)
         return key_hash(self.key), shard, label, *fields, zlib.crc32(self.blocks)
+
+    def captions(self) -> list[str]:
+        """Return all captions; [] if there are none. ValueError if the members that hold them are damaged."""
+        if CAPTION_MEMBER not in self.members:
+            return []
+        info = json.loads(bytes(self.payload(INFO_MEMBER))) if INFO_MEMBER in self.members else {}
+        if not isinstance(info, dict) or CAPTIONS_FIELD not in info:
+            return [str(self.payload(CAPTION_MEMBER), "utf-8")]
+        captions = info[CAPTIONS_FIELD]
+        if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError(f"{CAPTIONS_FIELD} in {self.key}{INFO_MEMBER} is no list of texts")
+        return captions
 
     def label(self) -> int:
         """Return the class, or NO_LABEL where there is none. ValueError if it is no number that the index can hold."""
@@ -220,14 +234,15 @@ def _read_record(path: Path, stream: BinaryIO, arrays: Sequence[ArrayName], row:
 
 
 def stored_array(manifest: Manifest, group: int, name: ArrayName, payload: memoryview) -> np.ndarray:
-    """Return the array in a .npy member: latent, flip of `Manifest.stored_shape`; text (1 to max_length, dim).
+    """Return the array in a .npy member: latent, flip of `Manifest.stored_shape`; texts (1 to max_length, dim).
 
     Raises ValueError, naming the shape that the manifest promises, if the member has another. Values are not checked.
     """
-    shape = _text_shape(manifest, len(payload)) if name == "text" else manifest.stored_shape(group)
+    is_text = name in manifest.text_arrays
+    shape = _text_shape(manifest, len(payload)) if is_text else manifest.stored_shape(group)
     header = _header(shape)
     if len(payload) != len(header) + 2 * int(np.prod(shape)) or payload[: len(header)] != header:
-        wanted = f"(1 to {manifest.text.config.max_length}, {shape[1]})" if name == "text" and manifest.text else shape
+        wanted = f"(1 to {manifest.text.config.max_length}, {shape[1]})" if is_text and manifest.text else shape
         raise ValueError(f"is not a float16 array of shape {wanted}")
     return np.frombuffer(payload, "<f2", offset=len(header)).reshape(shape)
 
@@ -252,7 +267,7 @@ def _header(shape: tuple[int, ...]) -> bytes:
 
 def required_suffixes(manifest: Manifest) -> tuple[str, ...]:
     """Return the suffixes of the members that every record has, in the order in which they are written."""
-    suffixes = [ARRAY_MEMBERS[array] for array in manifest.arrays]
+    suffixes = [ARRAY_MEMBERS[array] for array in manifest.arrays if array not in manifest.text_arrays[1:]]
     suffixes += [CLASS_MEMBER] if manifest.num_classes else []
     suffixes += [CAPTION_MEMBER] if manifest.has_captions else []
     return (*suffixes, INFO_MEMBER)

@@ -38,12 +38,12 @@ from pomscale.shards.schema import (
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One sample as it is stored. All records of a dataset have the same arrays."""
+    """One sample as it is stored. The records of a dataset have the same arrays, but for captions that some have."""
 
     key: str
     arrays: Mapping[ArrayName, np.ndarray]
-    """Float16 arrays in the order of Manifest.arrays. latent, flip: unscaled (c, h, w) or (c, f, h, w), moments with 2c
-    channels; text: (tokens, dim)."""
+    """Float16 arrays by name. latent, flip: unscaled (c, h, w) or (c, f, h, w), moments with 2c channels; text and its
+    like: (tokens, dim)."""
     label: int | None
     caption: str | None
     info: dict[str, Any]
@@ -53,18 +53,21 @@ class Record:
 class ShardWriter:
     """Writes one tar, byte for byte a function of the records: plain ustar headers without times or owners."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, arrays: Sequence[ArrayName]) -> None:
+        """Begin a tar of records with these arrays (`Manifest.arrays`)."""
         self._stream = stream
         self._begin = stream.tell()
-        self._arrays: tuple[ArrayName, ...] = ()
+        self._arrays = arrays
         self._rows: list[tuple[int, ...]] = []
 
     def add(self, record: Record) -> None:
-        self._arrays = tuple(record.arrays)
         offset, blocks = self._stream.tell(), bytearray()
         fields: list[int] = []
-        for name, array in record.arrays.items():
-            payload = to_npy(array)
+        for name in self._arrays:
+            if name not in record.arrays:
+                fields += (0, 0, 0)
+                continue
+            payload = to_npy(record.arrays[name])
             _append_member(blocks, record.key + ARRAY_MEMBERS[name], payload)
             end = offset + len(blocks) - _padding(len(payload))
             fields += (end - len(payload), len(payload), zlib.crc32(payload))
@@ -134,7 +137,7 @@ class PartWriter:
         """Append a record to the shard of its group. Return the number of bytes that it takes."""
         if group not in self._shards:
             stream = self._files.enter_context(atomic_write(self._store.shard_path(self._part, group)))
-            self._shards[group] = _OpenShard(stream, ShardWriter(stream))
+            self._shards[group] = _OpenShard(stream, ShardWriter(stream, self._arrays))
         shard = self._shards[group]
         begin = shard.stream.tell()
         shard.writer.add(record)

@@ -1,13 +1,15 @@
-"""The fields of an item as sources give them, checked: its key, its caption and its class."""
+"""The fields of an item as sources give them, checked: columns of a table, keys, captions and classes."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from data_pipelines.sources import storage
+from data_pipelines.sources.protocol import Caption
 from pomscale.base.errors import InputError
-from pomscale.shards.schema import ARRAY_MEMBERS
+from pomscale.shards.schema import ARRAY_MEMBERS, MAX_CAPTIONS
 
 # A ustar header holds 100 bytes of file name and 155 of folders; the longest member suffix must fit in as well.
 MAX_NAME_BYTES = 100 - max(map(len, ARRAY_MEMBERS.values()))
@@ -17,6 +19,22 @@ MAX_FOLDER_BYTES = 155
 MAX_CLASSES = 1_000_000
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+# str.splitlines also splits at characters that a caption or a name may hold, and all class ids after it would be wrong.
+_NEWLINE = re.compile(r"\r\n|\n|\r")
+
+
+# -- columns of a table ------------------------------------------------------------------------------------------------
+
+
+def check_columns(path: str, wanted: Collection[str], present: Sequence[str]) -> None:
+    """Raise InputError if a wanted column is missing, or if two have its name, so that one would be taken by chance."""
+    for column in wanted:
+        if column not in present:
+            columns = ", ".join(present) or "none"
+            raise InputError(f"source: {path} has no column {column!r}; its columns are {columns}")
+        if present.count(column) > 1:
+            raise InputError(f"source: {path} has {present.count(column)} columns {column!r}; rename all but one")
 
 
 # -- keys and other names ----------------------------------------------------------------------------------------------
@@ -68,16 +86,29 @@ def decode_text(content: bytes) -> str:
     return content.decode("utf-8-sig", errors="surrogateescape")
 
 
-def checked_caption(value: Any) -> tuple[str | None, str | None]:
-    """Return the caption without white space around it, and why there is none, or None."""
+def checked_caption(value: Any, lines: bool = False) -> tuple[Caption, str | None]:
+    """Return the caption without white space around it, and why there is none, or None.
+
+    A list has a caption in each element that is not empty; with `lines`, a text has one in each such line.
+    """
     if value is None:
         return None, "its caption is missing"
-    if not isinstance(value, str):
-        return None, f"its caption is no text but {value!r:.40}"
-    if not is_text(value):
-        return None, "its caption is not UTF-8"
-    caption = value.strip()
-    return (caption, None) if caption else (None, "its caption is empty")
+    if isinstance(value, str) and lines:
+        value = _NEWLINE.split(value)
+    captions = value if isinstance(value, list) else [value]
+    found = []
+    for caption in captions:
+        if caption is not None and not isinstance(caption, str):
+            return None, f"its caption is no text but {caption!r:.40}"
+        if caption and not is_text(caption):
+            return None, "its caption is not UTF-8"
+        if caption and caption.strip():
+            found.append(caption.strip())
+    if not found:
+        return None, "its caption is empty"
+    if len(found) > MAX_CAPTIONS:
+        return None, f"it has {len(found):,} captions, more than the {MAX_CAPTIONS} that a record can hold"
+    return found if len(found) > 1 else found[0], None
 
 
 # -- classes -----------------------------------------------------------------------------------------------------------
@@ -95,7 +126,7 @@ class ClassIds:
         """Read the names. Raises InputError if the file cannot be read or has an empty line."""
         self._largest = -1
         if self._file is not None:
-            lines = decode_text(storage.read_file(self._file)).rstrip().splitlines()
+            lines = _NEWLINE.split(decode_text(storage.read_file(self._file)).rstrip())
             self._names = tuple(line.strip() for line in lines)
             if not self._names or not all(name and is_text(name) for name in self._names):
                 raise InputError(f"source.class_names: {self._file} must have one class name in UTF-8 on every line")

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from data_pipelines.shards.readers import TarReader
 from data_pipelines.sources import storage
-from data_pipelines.sources.item_fields import checked_caption, decode_text
+from data_pipelines.sources.item_fields import checked_caption
 from data_pipelines.sources.protocol import Item
 from pomscale.base.errors import InputError
 from pomscale.config.encode import LatentsSourceConfig
@@ -30,7 +30,7 @@ class LatentsSource:
         self._read_manifest()
 
     def scan(self) -> Iterator[Item]:
-        """Yield a caption per record; a damaged shard yields an item with a problem as well.
+        """Yield the captions of each record; a damaged shard yields an item with a problem as well.
 
         Raises InputError if the folder is no dataset or has no captions.
         """
@@ -55,8 +55,10 @@ class LatentsSource:
 def _scan_shard(stream: BinaryIO, name: str) -> Iterator[Item]:
     reader = TarReader(stream)
     for record in reader:
-        text = decode_text(bytes(record.payload(CAPTION_MEMBER))) if CAPTION_MEMBER in record.members else None
-        caption, problem = checked_caption(text)
+        try:
+            caption, problem = checked_caption(record.captions() or None)
+        except ValueError as error:
+            caption, problem = None, f"its captions cannot be read: {error}"
         yield Item(record.key, f"{name}/{record.key}{CAPTION_MEMBER}", caption=caption, problem=problem)
     if reader.damages:
         yield Item(name.removesuffix(".tar"), name, problem=f"the shard is damaged: {reader.damages[0]}; {REMEDY}")

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.sources import storage
+from data_pipelines.sources.item_fields import check_columns, decode_text
 from data_pipelines.sources.protocol import SourceChangedError
-from data_pipelines.sources.table import check_columns
 from pomscale.base.errors import InputError
 
 _BUFFER_BYTES = 2**20
@@ -32,8 +32,9 @@ _NUM_CACHED_GROUPS = 2
 def read_rows(path: str, columns: list[str], bytes_column: str | None) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Yield location in the table (for `BytesReader`) and columns of every row, in constant memory.
 
-    `bytes_column` itself is not read: its value is True where the row has bytes, else None. Raises InputError if the
-    file is no whole Parquet file, or a column is missing or of the wrong type.
+    Texts are texts whether the column's type is string or binary, a view or a dictionary; bytes that are not UTF-8 are
+    kept as surrogates. `bytes_column` itself is not read: its value is True where the row has bytes, else None. Raises
+    InputError if the file is no whole Parquet file, or a column is missing, named twice or of the wrong type.
     """
     with storage.open_stream(path) as stream, _readable(path):
         num_bytes = storage.size_of(stream)
@@ -93,7 +94,10 @@ def _read_group(
     num_rows = _BATCH_ROWS_WITH_BYTES if check_bytes else _BATCH_ROWS
     for batch in table.iter_batches(num_rows, row_groups=[group], columns=wanted, use_threads=False):
         flat = _flat(pa.Table.from_batches([batch]))
-        rows = flat.select(columns).to_pylist()
+        rows: list[dict[str, Any]] = [{} for _ in range(len(flat))]
+        for column in columns:
+            for row, value in zip(rows, _values(flat.column(column)), strict=True):
+                row[column] = value
         if bytes_column is not None:
             present = flat.column(bytes_column).is_valid().to_pylist() if check_bytes else [True] * len(rows)
             for row, has_bytes in zip(rows, present, strict=True):
@@ -115,7 +119,49 @@ def _may_have_nulls(table: pq.ParquetFile, group: int, column: str) -> bool:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    """Return whether values are bytes, in whatever layout."""
+    tests = (
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_binary_view,
+        pa.types.is_fixed_size_binary,
+    )
+    return any(test(kind) for test in tests) or (pa.types.is_dictionary(kind) and _is_binary(kind.value_type))
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """Return the values of a column, with every text in it as str."""
+    plain = _as_bytes(column.type)
+    # As bytes first: pyarrow's own conversion ends with an error at the first value that is not UTF-8.
+    return column.to_pylist() if plain is None else _decoded(column.cast(plain).to_pylist())
+
+
+def _as_bytes(kind: pa.DataType) -> pa.DataType | None:
+    """Return a type that holds the bytes of a column of texts, or of lists of them; None for any other column."""
+    if pa.types.is_dictionary(kind):
+        return _as_bytes(kind.value_type)
+    if _is_binary(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.large_binary()
+    lists = (
+        pa.types.is_list,
+        pa.types.is_large_list,
+        pa.types.is_fixed_size_list,
+        pa.types.is_list_view,
+        pa.types.is_large_list_view,
+    )
+    if any(test(kind) for test in lists):
+        inner = _as_bytes(kind.value_type)
+        return None if inner is None else pa.large_list(inner)
+    return None
+
+
+def _decoded(values: list[Any]) -> list[Any]:
+    return [_decoded(value) if isinstance(value, list) else _text(value) for value in values]
+
+
+def _text(value: Any) -> Any:
+    """Return bytes as the text that they are; those of a fixed size are filled up with zeros."""
+    return decode_text(value.rstrip(b"\0")) if isinstance(value, bytes) else value
 
 
 def _flat(table: pa.Table) -> pa.Table:

@@ -19,6 +19,10 @@ class SourceChangedError(Exception):
     """An item is no longer as the scan saw it, or may not be read. The encoder lists it as failed and continues."""
 
 
+Caption = str | list[str] | None
+"""A caption, or several."""
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One picture, clip or caption of a source.
@@ -33,9 +37,16 @@ class Item:
     location: Any = None
     """Arguments, of any types that JSON has, with which the source finds the item again."""
     label: int | None = None
-    caption: str | None = None
+    caption: Caption = None
     problem: str | None = None
     """Reason on one line why the item cannot be encoded, e.g. a missing caption; the item is then listed as failed."""
+
+    @property
+    def captions(self) -> list[str]:
+        """All captions; [] if there are none."""
+        if self.caption is None:
+            return []
+        return self.caption if isinstance(self.caption, list) else [self.caption]
 
 
 class Source(Protocol):

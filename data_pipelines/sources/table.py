@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, BinaryIO
 
 from data_pipelines.sources import storage
 from data_pipelines.sources.item_fields import ClassIds, checked_caption, checked_key, readable
 from data_pipelines.sources.protocol import Item
+from data_pipelines.sources.text_tables import Row, read_csv, read_jsonl
 from pomscale.base.errors import InputError
 from pomscale.config.encode import TableSourceConfig
 
-# Columns of a row by name; or, as a text, the reason why the row cannot be read.
-Row = dict[str, Any] | str
+# Values of a column that are neither a text nor a number: they would become a path or a key that nobody meant.
+_SEVERAL = (list, dict)
 
 _COLUMN = re.compile(r"\{([^{}]+)\}")
 
@@ -85,7 +85,7 @@ class TableSource:
             for location, row in _parquet().read_rows(path, self._columns, self._config.bytes_column):
                 yield location if self._bytes is not None else None, row
         elif kind not in {".csv", ".jsonl"}:
-            raise InputError(f"source.path: {path}: tables are .parquet, .csv or .jsonl")
+            raise InputError(f"source.path: {path}: tables are .parquet, .csv or .jsonl, not compressed")
         elif self._bytes is not None:
             raise InputError(f"source.bytes_column: {path} cannot hold files; only Parquet can")
         else:
@@ -100,8 +100,11 @@ class TableSource:
         key, problem = (number, None) if config.key is None else _checked_key(row.get(config.key), number)
         needed = [*self._media_columns, *filter(None, [config.bytes_column])]
         missing = [column for column in needed if _is_missing(row.get(column))]
+        several = [column for column in self._media_columns if isinstance(row.get(column), _SEVERAL)]
         if missing:
             problem = problem or f"its {', '.join(missing)} is missing"
+        elif several:
+            problem = problem or f"its {', '.join(several)} is not one value but {row[several[0]]!r:.40}"
         elif config.media is not None:
             location = _COLUMN.sub(lambda match: str(row[match[1]]), config.media)
             where = f"{where}: {readable(location)}"
@@ -109,13 +112,17 @@ class TableSource:
             label, unusable = self._classes.checked(row.get(config.label))
             problem = problem or unusable
         if config.caption is not None:
-            caption, unusable = checked_caption(row.get(config.caption))
+            caption, unusable = checked_caption(row.get(config.caption), config.caption_lines)
             problem = problem or unusable
         return Item(key, where, location, label, caption, problem)
 
 
 def _checked_key(value: Any, number: str) -> tuple[str, str | None]:
-    return (number, "its key is missing") if _is_missing(value) else checked_key(str(value))
+    if _is_missing(value):
+        return number, "its key is missing"
+    if isinstance(value, _SEVERAL):
+        return number, f"its key is not one value but {value!r:.40}"
+    return checked_key(str(value))
 
 
 def _is_missing(value: Any) -> bool:
@@ -129,52 +136,3 @@ def _parquet() -> ModuleType:
     except ImportError as error:
         raise InputError("source: Parquet tables need pyarrow: pip install -e '.[table]'") from error
     return parquet
-
-
-# -- rows of CSV and JSONL tables --------------------------------------------------------------------------------------
-
-
-def read_csv(path: str, columns: Collection[str]) -> Iterator[Row]:
-    """Yield the rows of a table whose first line names the columns.
-
-    A cell is '' where it is empty, None where its line is too short. Raises InputError if a column is missing or a line
-    cannot be split into cells.
-    """
-    with storage.open_stream(path) as stream:
-        text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.DictReader(text)
-        try:
-            check_columns(path, columns, reader.fieldnames or ())
-            yield from reader
-        except csv.Error as error:
-            where = f"{path} after line {reader.line_num:,}"
-            raise InputError(f"source.path: {where}: {error}; is a quote not closed?") from error
-
-
-def read_jsonl(path: str, columns: Collection[str]) -> Iterator[Row]:
-    """Yield the JSON object of each line that is not empty. Raises InputError if a column is in no row at all."""
-    never_seen, present = set(columns), list[str]()
-    with storage.open_stream(path) as stream:
-        for line in stream:
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                yield "the line is no JSON"
-                continue
-            if isinstance(row, dict):
-                present = present or list(row)
-                never_seen -= row.keys()
-                yield row
-            else:
-                yield "the line is no JSON object"
-    check_columns(path, sorted(never_seen), present)
-
-
-def check_columns(path: str, wanted: Collection[str], present: Collection[str]) -> None:
-    """Raise InputError if a wanted column is missing."""
-    for column in wanted:
-        if column not in present:
-            columns = ", ".join(present) or "none"
-            raise InputError(f"source: {path} has no column {column!r}; its columns are {columns}")

@@ -36,6 +36,7 @@ class TarSource:
         self._media = None if config.media is None else _suffix("source.media", config.media)
         self._label = None if config.label is None else _Annotation("class", "source.label", config.label)
         self._caption = None if config.caption is None else _Annotation("caption", "source.caption", config.caption)
+        self._caption_lines = config.caption_lines
         self._classes = ClassIds(config.class_names)
         self._num_ignored = 0
         self._reader = storage.RangeReader()
@@ -103,7 +104,7 @@ class TarSource:
             problem = problem or missing or unusable
         if self._caption is not None:
             value, missing = self._caption.find(sample)
-            caption, unusable = checked_caption(value)
+            caption, unusable = checked_caption(value, self._caption_lines)
             problem = problem or missing or unusable
         return Item(key, readable(where), location, label, caption, problem)
 

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from data_pipelines.sources import storage
 from data_pipelines.sources.folders import Entry, check_folder, walk
 from data_pipelines.sources.item_fields import checked_caption, checked_key, decode_text, readable
-from data_pipelines.sources.protocol import Item, SourceChangedError
+from data_pipelines.sources.protocol import Caption, Item, SourceChangedError
 from pomscale.base.errors import InputError
 from pomscale.config.encode import VideoFolderConfig
 from pomscale.media import CLIP_EXTENSIONS, extension
@@ -30,6 +30,7 @@ class VideoFolderSource:
     def __init__(self, config: VideoFolderConfig) -> None:
         self._root = config.path
         self._captions = config.captions
+        self._caption_lines = config.caption_lines
         self._num_ignored = 0
 
     @property
@@ -76,11 +77,11 @@ class VideoFolderSource:
             problem = problem or unusable
         return Item(key, readable(clip.path), [clip.path, clip.size], caption=caption, problem=problem)
 
-    def _read_caption(self, name: str) -> tuple[str | None, str | None]:
+    def _read_caption(self, name: str) -> tuple[Caption, str | None]:
         """Return the caption of a clip, and why there is none, or None."""
         try:
             with storage.open_item(storage.join(self._root, name + _CAPTION_EXTENSION), None) as stream:
-                return checked_caption(decode_text(stream.read()))
+                return checked_caption(decode_text(stream.read()), self._caption_lines)
         except FileNotFoundError:
             return checked_caption(None)
         except SourceChangedError as error:

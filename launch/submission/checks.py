@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from pomscale.plan.report import DatasetSize, misfit, plan, summary
 from pomscale.runs.checkpoint_folder import complete_checkpoints, samples_of
 from pomscale.runs.layout import CHECKPOINT_META, CHECKPOINTS_FOLDER, LAUNCHED_RECIPE_FILE, RECIPE_FILE
 from pomscale.runs.outcome import is_finished
+from pomscale.shards.class_names import check_companion_classes, check_same_classes
 from pomscale.shards.location import local_folder
 from pomscale.shards.schema import Manifest, check_compatible, check_text, read_manifest
 
@@ -34,18 +35,20 @@ def check_training_data(
 
     to_come: folders that jobs before this one will write.
     """
-    manifests = [_check_dataset(component.path, recipe, profile, to_come) for component in recipe.data.components]
-    sets_with_text: list[MixtureComponentConfig | ValidationConfig] = [*recipe.data.components]
+    datasets: list[MixtureComponentConfig | ValidationConfig] = [*recipe.data.components]
     if recipe.validation is not None:
-        _check_dataset(recipe.validation.path, recipe, profile, to_come)
-        sets_with_text.append(recipe.validation)
+        datasets.append(recipe.validation)
+    manifests = [_check_dataset(dataset.path, recipe, profile, to_come) for dataset in datasets]
     if isinstance(recipe.model, VideoModelConfig):
-        for dataset in sets_with_text:
-            _check_texts(dataset.text or dataset.path, recipe.model, profile, to_come)
+        for dataset, manifest in zip(datasets, manifests, strict=True):
+            _check_texts(dataset, manifest, recipe.model, profile, to_come)
+    else:
+        _check_classes(datasets, manifests)
     if recipe.init_from is not None:
         _check_there("init_from.path", recipe.init_from.path, to_come)
-    known = [manifest for manifest in manifests if manifest is not None]
-    if len(known) < len(manifests):
+    of_training = manifests[: len(recipe.data.components)]
+    known = [manifest for manifest in of_training if manifest is not None]
+    if len(known) < len(of_training):
         return None
     num_bytes = sum(shard.num_bytes for manifest in known for shard in manifest.shards)
     return DatasetSize(sum(manifest.num_samples for manifest in known), num_bytes)
@@ -60,11 +63,33 @@ def _check_dataset(
     return manifest
 
 
-def _check_texts(path: str, model: VideoModelConfig, profile: ClusterProfile, to_come: Collection[Path]) -> None:
-    """Check the texts in the dataset at `path`."""
-    manifest = _manifest(path, profile, to_come)
+def _check_texts(
+    dataset: MixtureComponentConfig | ValidationConfig,
+    main: Manifest | None,
+    model: VideoModelConfig,
+    profile: ClusterProfile,
+    to_come: Collection[Path],
+) -> None:
+    """Check the texts of a dataset, which lie in its own shards or in a companion set."""
+    location = dataset.text or dataset.path
+    manifest = _manifest(location, profile, to_come)
     if manifest is not None:
-        check_text(path, manifest, model)
+        check_text(location, manifest, model)
+        if main is not None:
+            check_companion_classes(dataset.path, main, location, manifest)
+
+
+def _check_classes(
+    datasets: Sequence[MixtureComponentConfig | ValidationConfig], manifests: Sequence[Manifest | None]
+) -> None:
+    """Check that all datasets that exist have the classes of the first one."""
+    known = [
+        (f"dataset {dataset.path}", manifest.class_names)
+        for dataset, manifest in zip(datasets, manifests, strict=True)
+        if manifest is not None
+    ]
+    for location, names in known[1:]:
+        check_same_classes(location, names, *known[0])
 
 
 def _manifest(path: str, profile: ClusterProfile, to_come: Collection[Path]) -> Manifest | None:

@@ -28,6 +28,7 @@ class Stream(IntEnum):
     DATASET = 9
     MIXTURE = 10
     START_GROUP = 11
+    CAPTION = 12
 
 
 def keyed_generator(seed: int, stream: Stream, index: int, subindex: int = 0) -> np.random.Generator:

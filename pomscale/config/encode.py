@@ -12,6 +12,8 @@ from pomscale.config.section import FolderName, NonNegativeInt, PositiveFloat, S
 
 _FILTER = "Filter that resizes. area: the mean over the area of each new pixel, and bilinear where it enlarges."
 
+_CAPTION_LINES = "Every line of a text is a caption of its own."
+
 
 class ImageFolderConfig(Section):
     """A folder with one subfolder of pictures (PNG, JPEG, WebP) per class; classes in sorted order."""
@@ -26,6 +28,7 @@ class VideoFolderConfig(Section):
     kind: Literal["video_folder"]
     path: str = Field(description="Local folder or fsspec URL.")
     captions: bool = Field(False, description="Beside every clip lies NAME.txt with its caption.")
+    caption_lines: bool = Field(False, description=_CAPTION_LINES)
 
 
 class TarSourceConfig(Section):
@@ -37,7 +40,8 @@ class TarSourceConfig(Section):
         None, description="Member with the picture or clip, such as jpg or rgb.png; null = the only one there is."
     )
     label: str | None = Field(None, description="Member with the class id: cls, or json:FIELD.")
-    caption: str | None = Field(None, description="Member with the caption: txt, or json:FIELD.")
+    caption: str | None = Field(None, description="Member with the caption: txt, or json:FIELD (a text or a list).")
+    caption_lines: bool = Field(False, description=_CAPTION_LINES)
     class_names: str | None = Field(None, description="Text file with one class name per line, in the order of ids.")
 
 
@@ -52,7 +56,8 @@ class TableSourceConfig(Section):
     bytes_column: str | None = Field(None, description="Parquet: column that holds the file itself.")
     root: str = Field("", description="Folder or URL that `media` is relative to; '' = as it stands.")
     key: str | None = Field(None, description="Column with a unique key; null = the row's number.")
-    caption: str | None = Field(None, description="Column with the caption.")
+    caption: str | None = Field(None, description="Column with the caption: texts, or lists of them.")
+    caption_lines: bool = Field(False, description=_CAPTION_LINES)
     label: str | None = Field(None, description="Column with the class id.")
     class_names: str | None = Field(None, description="Text file with one class name per line, in the order of ids.")
 
@@ -170,6 +175,11 @@ class EncodeRecipe(Section):
     codec: CodecConfig | None = Field(None, description="null: no latents, text embeddings only.")
     transform: TransformConfig | None = Field(None, description="Transform of media to the codec's pixels.")
     text: TextEncoderConfig | None = Field(None, description="Also store embeddings of the captions.")
+    captions: Literal["random", "first", "join"] = Field(
+        "random",
+        description="Embeddings of an item with several captions: one of each, of which training draws one per sample; "
+        "the first caption's; or one of all captions in one text.",
+    )
     shard_samples: PositiveInt = Field(4096, description="Items per shard.")
     batch: PositiveInt = Field(64, description="Items per encoder call.")
     num_workers: PositiveInt = Field(2, description="Threads that decode pictures and clips.")
@@ -192,6 +202,10 @@ class EncodeRecipe(Section):
             raise ValueError(f"codec: a source of kind {self.source.kind} without files has captions only")
         if self.text is not None and not has_captions(self.source):
             raise ValueError("text: the source has no captions; set source.caption (or source.captions)")
+        if self.captions != "random" and self.text is None:
+            raise ValueError("captions: says which captions are embedded, but there is no `text` section")
+        if getattr(self.source, "caption_lines", False) and not has_captions(self.source):
+            raise ValueError("source.caption_lines: the source has no captions; set source.caption(s), too")
         return self
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,19 +13,16 @@ import torch
 from torch import Tensor
 
 from pomscale.base.errors import InputError
-from pomscale.base.keyed_random import Stream, keyed_generator, keyed_uniforms
+from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.config.data import CacheConfig
 from pomscale.data.bad_samples import BadSample
-from pomscale.data.order import groups
+from pomscale.data.draws import uniforms_at
 from pomscale.data.readers.arrays import ArrayReader, Faults, Members
 from pomscale.data.readers.texts import TextReader
 from pomscale.data.remote.fetch import remedy
 from pomscale.data.remote.shard_cache import local_index
 from pomscale.shards.index import NO_LABEL
 from pomscale.shards.schema import Manifest, Normalization, read_manifest
-
-# Flips are drawn for so many positions at once: a micro-batch alone is too short for a vectorised draw.
-_FLIPS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +86,9 @@ class LatentDataset:
     def read(self, records: np.ndarray, positions: np.ndarray, *, seed: int, flip_probability: float) -> Samples:
         """Return the samples of some records.
 
-        The choice between original and flip, and the posterior draw where moments are stored, are keyed by
-        (seed, position). Raises InputError, naming file, record and remedy, where `bad_samples` is "raise" and a record
-        cannot be read.
+        The choices between original and flip and between captions, and the posterior draw where moments are stored, are
+        keyed by (seed, position). Raises InputError, naming file, record and remedy, where `bad_samples` is "raise" and
+        a record cannot be read.
 
         Args:
             records: Record numbers (b,) int64, all of one group.
@@ -103,12 +99,15 @@ class LatentDataset:
         faults: Faults = {}
         rows = self._reader.index.take(records)
         self._reader.check_rows(records, rows, faults)
-        members = Members.of(records, rows, "latent", instead=self._flips(positions, seed, flip_probability))
+        members = Members.of(records, rows, "latent")
+        if self.manifest.latents.has_flip:
+            flips = uniforms_at(positions, seed, Stream.FLIP) < flip_probability
+            members = Members.of_one(records, rows, ("latent", "flip"), flips)
         latents = self._reader.same_shape(members, self._stored_shape(records), faults)
         if self.manifest.latents.stores_moments:
             latents = _sample_posterior(latents, positions, seed)
         labels = torch.from_numpy(rows["label"].astype(np.int64))
-        text, text_lengths = (None, None) if self.text is None else self.text.read(members, faults)
+        text, text_lengths = (None, None) if self.text is None else self.text.read(members, positions, seed, faults)
         if faults:
             bad = sorted(faults)
             if self._bad_samples == "raise":
@@ -168,22 +167,6 @@ class LatentDataset:
         group = self.manifest.shards[first].group
         assert group == self.manifest.shards[last].group, "one batch, one shape"
         return self.manifest.stored_shape(group)
-
-    def _flips(self, positions: np.ndarray, seed: int, probability: float) -> np.ndarray | None:
-        if not self.manifest.latents.has_flip:
-            return None
-        blocks, offsets = np.divmod(positions, _FLIPS_AT_ONCE)
-        flips = np.empty(len(positions), bool)
-        for block, here in groups(blocks):
-            flips[here] = _draw_flips(seed, block)[offsets[here]] < probability
-        return flips
-
-
-@functools.lru_cache(maxsize=8)
-def _draw_flips(seed: int, block: int) -> np.ndarray:
-    """Return uniform numbers for the positions of a block."""
-    positions = np.arange(block * _FLIPS_AT_ONCE, (block + 1) * _FLIPS_AT_ONCE)
-    return keyed_uniforms(seed, Stream.FLIP, positions)
 
 
 def _sample_posterior(moments: Tensor, positions: np.ndarray, seed: int) -> Tensor:

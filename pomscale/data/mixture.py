@@ -17,6 +17,7 @@ from pomscale.data.dataset import LatentDataset, Samples
 from pomscale.data.mixture_order import MixtureOrder
 from pomscale.data.readers.shard_files import check_room
 from pomscale.data.readers.texts import TextReader
+from pomscale.shards.class_names import check_same_classes
 from pomscale.shards.schema import Manifest, Normalization, check_has_latents, read_manifest
 
 _SAME_TEXT = "Encode one of them again with the other's text encoder"
@@ -217,8 +218,10 @@ def _check_belong_together(locations: Sequence[str], manifests: Sequence[Manifes
             )
         if manifest.latent_codec.identity != first.latent_codec.identity:
             raise InputError(f"{both}: their codecs differ in weights. Encode one of them again with the other's")
-        if read_classes and manifest.class_names != first.class_names:
-            raise InputError(f"{both}: their classes differ. Encode one of them again with the other's class names")
+        if read_classes:
+            check_same_classes(
+                f"dataset {location}", manifest.class_names, f"dataset {locations[0]}", first.class_names
+            )
     clips = [(location, m.fps) for location, m in zip(locations, manifests, strict=True) if m.fps is not None]
     for location, fps in clips[1:]:
         if fps != clips[0][1]:

@@ -31,6 +31,7 @@ from pomscale.diffusion.objectives import Network, Objective, build_objective, p
 from pomscale.distributed.world import World, join_world
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.load import load_pretrained
+from pomscale.shards.class_names import check_same_classes
 from pomscale.shards.schema import check_compatible, read_manifest
 
 ReadRecords = Callable[[list[int]], tuple[Tensor, Condition, Tensor]]
@@ -157,9 +158,12 @@ def open_heldout(
         The dataset.
 
     Raises:
-        InputError: The dataset is missing or was encoded in another way.
+        InputError: The dataset is missing, has other classes or was encoded in another way.
     """
     manifest = read_manifest(path)
+    if card.text is None and card.class_names and manifest.latent is not None:
+        there = "the set that the model was trained on"
+        check_same_classes(f"dataset {path}", manifest.class_names, there, card.class_names)
     check_compatible(path, manifest, card.codec, card.model)
     if card.codec_identity is not None and manifest.latent_codec.identity != card.codec_identity:
         raise InputError(f"dataset {path}: encoded with other weights than the training set; encode it again")

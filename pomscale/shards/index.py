@@ -24,7 +24,8 @@ def index_dtype(arrays: Sequence[ArrayName]) -> np.dtype:
     """Return the dtype of an index row for records with these arrays (`Manifest.arrays`).
 
     `key` is `key_hash`, `label` the class id or NO_LABEL. Offset and length, in bytes, and crc32 are those of the whole
-    .npy member in its tar; record_crc32 is that of all the record's headers, members and padding.
+    .npy member in its tar, and 0 where a record has no such array; record_crc32 is that of all the record's headers,
+    members and padding.
     """
     fields = [
         (f"{array}_{field}", kind)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pomscale.base.errors import InputError
+from pomscale.shards.class_names import check_companion_classes
 from pomscale.shards.index import map_index
 from pomscale.shards.location import local_folder
 from pomscale.shards.schema import Manifest
@@ -26,8 +27,9 @@ def join_path(companion_folder: str | Path, main: Manifest) -> Path:
 def open_join(main_location: str, main: Manifest, companion_location: str, companion: Manifest) -> np.ndarray | None:
     """Return the table, memory-mapped, int64 (records of main,); None where row i belongs to record i.
 
-    Raises InputError, naming the remedy, if a table is needed and missing, or has another size.
+    Raises InputError, naming the remedy, if the classes differ, or a table is needed and missing, or has another size.
     """
+    check_companion_classes(main_location, main, companion_location, companion)
     if main.keys_sha256 == companion.keys_sha256:
         return None
     folder = local_folder(companion_location)

@@ -32,12 +32,23 @@ REMEDY = "run `pomscale data repair` on it"
 # Remedy for a dataset that does not fit the recipe.
 _CHANGE_OR_ENCODE = "Change the recipe, or encode the dataset again with `pomscale data encode`"
 
-# Arrays that a record may have: name in the index, and suffix of the member in the tar.
-ArrayName = Literal["latent", "flip", "text"]
-ARRAY_MEMBERS: dict[ArrayName, str] = {"latent": ".latent.npy", "flip": ".latent_flip.npy", "text": ".text.npy"}
+# Captions of one item, at most.
+MAX_CAPTIONS = 100
+
+# Arrays that a record may have: name in the index, and suffix of the member in the tar. A record has a text array for
+# each of its captions: "text" for the first, "text_1" for the second.
+ArrayName = str
+TEXT_ARRAYS: tuple[ArrayName, ...] = ("text", *(f"text_{number}" for number in range(1, MAX_CAPTIONS)))
+ARRAY_MEMBERS: dict[ArrayName, str] = {
+    "latent": ".latent.npy",
+    "flip": ".latent_flip.npy",
+    **{name: f".{name}.npy" for name in TEXT_ARRAYS},
+}
 CLASS_MEMBER = ".cls"
 CAPTION_MEMBER = ".txt"
 INFO_MEMBER = ".json"
+# Field of INFO_MEMBER that lists all captions of a record with several.
+CAPTIONS_FIELD = "captions"
 
 
 class _Part(BaseModel):
@@ -75,7 +86,10 @@ class LatentInfo(_Part):
 
 
 class TextInfo(_Part):
-    """The text encoder, and its embedding of an empty caption: (null_length, dim) float16, base64."""
+    """The text encoder, and its embedding of an empty caption: (null_length, dim) float16, base64.
+
+    Records have up to `num_captions` embeddings, of which a reader takes one for each sample.
+    """
 
     config: TextEncoderConfig
     identity: str
@@ -83,6 +97,7 @@ class TextInfo(_Part):
     dtype: Literal["float16"] = "float16"
     null_length: int = Field(gt=0)
     null_embedding: str
+    num_captions: int = Field(1, gt=0, le=MAX_CAPTIONS)
 
     @model_validator(mode="after")
     def _check(self) -> TextInfo:
@@ -172,13 +187,19 @@ class Manifest(_Part):
 
     @property
     def arrays(self) -> tuple[ArrayName, ...]:
-        """The arrays that every record has, in the order of the index's columns."""
+        """The arrays of the records in the order of the index's columns.
+
+        Every record has all of them, but for the texts of captions after its last.
+        """
         present: list[ArrayName] = []
         if self.latent is not None:
             present += ["latent", "flip"] if self.latent.has_flip else ["latent"]
-        if self.text is not None:
-            present.append("text")
-        return tuple(present)
+        return (*present, *self.text_arrays)
+
+    @property
+    def text_arrays(self) -> tuple[ArrayName, ...]:
+        """The text arrays among `arrays`."""
+        return () if self.text is None else TEXT_ARRAYS[: self.text.num_captions]
 
     @property
     def modality(self) -> Literal["image", "video", "text"]:

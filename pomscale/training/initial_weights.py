@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pomscale.base.errors import InputError
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
@@ -16,35 +18,68 @@ from pomscale.models import init_weights, initial_value
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.weights import TrainedWeights, open_weights, parameter_shapes
 
-# The class embedding has a row per class, and other classes have other meanings.
+# The class embedding has a row per class, and a last one for "no class", which guidance uses.
 _CLASS_EMBEDDING = "class_embedding.weight"
+
+# Names of new classes in a message.
+_MAX_NAMED = 8
 
 
 @dataclass(frozen=True)
 class FineTuning:
     """Weights of a trained model as the initial weights of another one; an engine.protocol.InitWeights.
 
-    weights: which of the weights of `source`. model: of the new run. seed: for what is drawn instead of taken.
+    Attributes:
+        source: The trained model.
+        weights: Name of the set of its weights that is taken.
+        model: The network of the new run.
+        class_names: Names of the new run's classes; () where they are not known.
+        seed: Seed of the values that are drawn instead.
     """
 
     source: TrainedWeights
     weights: str
     model: ImageModelConfig | VideoModelConfig
+    class_names: tuple[str, ...]
     seed: int
-
-    @property
-    def keeps_classes(self) -> bool:
-        """True if both models have the same number of classes."""
-        return _num_classes(self.source.card.model) == _num_classes(self.model)
 
     @property
     def note(self) -> str:
         """A line for people: what is taken from where, and what is not."""
         taken = f"initial weights: {self.weights} of {self.source.folder}"
-        if self.keeps_classes:
+        rows = self._class_rows
+        new = [number for number, row in enumerate(rows) if row is None]
+        if not new:
             return taken
-        there, here = _num_classes(self.source.card.model), _num_classes(self.model)
-        return f"{taken}; the class embedding is new: there it is for {there} classes, here for {here}"
+        names = [self.class_names[number] if self.class_names else str(number) for number in new[:_MAX_NAMED]]
+        more = ", ..." if len(new) > _MAX_NAMED else ""
+        return (
+            f"{taken}; {len(new):,} of {len(rows) - 1:,} classes are not among its {self._num_classes_there:,} and "
+            f"start with new rows in the class embedding: {', '.join(names)}{more}"
+        )
+
+    @cached_property
+    def _class_rows(self) -> list[int | None]:
+        """Row of the source's class embedding for each row of the new one; None for a class that it does not know.
+
+        Classes are the same where their names are, whatever their ids. Where names are not known, equal numbers of
+        classes are taken for equal classes. Empty for networks without classes.
+        """
+        if not isinstance(self.model, ImageModelConfig):
+            return []
+        here, there = self.model.num_classes, self._num_classes_there
+        names_there = self.source.card.class_names
+        if self.class_names and names_there:
+            ids = {name: number for number, name in enumerate(names_there)}
+            rows = [ids.get(name) for name in self.class_names]
+        else:
+            rows = [number if here == there else None for number in range(here)]
+        return [*rows, there]
+
+    @property
+    def _num_classes_there(self) -> int:
+        model = self.source.card.model
+        return model.num_classes if isinstance(model, ImageModelConfig) else 0
 
     def __call__(self, model: nn.Module, assign: Assign) -> None:
         """Assign every parameter. Every rank reads all weights, a group of tensors at a time, and keeps its shard only.
@@ -53,24 +88,36 @@ class FineTuning:
         """
         parameters = dict(model.named_parameters())
         shapes = parameter_shapes(self.model)
-        if not self.keeps_classes:
-            del shapes[_CLASS_EMBEDDING]
-            assign(parameters[_CLASS_EMBEDDING], initial_value(model, _CLASS_EMBEDDING, self.seed))
+        if self._class_rows:
+            shapes[_CLASS_EMBEDDING] = torch.Size([self._num_classes_there + 1, *shapes[_CLASS_EMBEDDING][1:]])
         for name, value in self.source.stream(self.weights, shapes):
-            assign(parameters[name], value)
+            assign(parameters[name], self._by_class(model, value) if name == _CLASS_EMBEDDING else value)
+
+    def _by_class(self, model: nn.Module, there: Tensor) -> Tensor:
+        """Return the new class embedding, with the rows of the source's that belong to the same classes."""
+        embedding = initial_value(model, _CLASS_EMBEDDING, self.seed)
+        known = [(number, row) for number, row in enumerate(self._class_rows) if row is not None]
+        here, rows = zip(*known, strict=True)
+        embedding[list(here)] = there[list(rows)]
+        return embedding
 
 
-def _num_classes(model: ImageModelConfig | VideoModelConfig) -> int:
-    """Number of classes of a network; 0 if its condition is a text."""
-    return model.num_classes if isinstance(model, ImageModelConfig) else 0
-
-
-def fine_tuning(config: InitFromConfig, model: ImageModelConfig | VideoModelConfig, seed: int) -> FineTuning:
-    """Initial weights for a network `model` from those at `config.path`. seed: for what is drawn instead.
+def fine_tuning(
+    config: InitFromConfig, model: ImageModelConfig | VideoModelConfig, class_names: tuple[str, ...], seed: int
+) -> FineTuning:
+    """Return initial weights for a network from those of a trained one.
 
     Latents may have another height, width and number of frames, since positions are computed, and clips another mask:
-    no weight belongs to those. With another number of classes the class embedding is drawn. Raises InputError, listing
-    all differences, if the networks differ in anything else.
+    no weight belongs to those. Classes that the trained network does not know begin with rows that are drawn.
+
+    Args:
+        config: The trained network.
+        model: The new one.
+        class_names: Names of the new run's classes; () where they are not known.
+        seed: Seed of the values that are drawn instead.
+
+    Raises:
+        InputError: The networks differ in anything else; all differences are listed.
     """
     source = open_weights(Path(config.path))
     there, here = _architecture(source.card.model), _architecture(model)
@@ -81,7 +128,7 @@ def fine_tuning(config: InitFromConfig, model: ImageModelConfig | VideoModelConf
     ]
     if differences:
         raise InputError(f"init_from: the network in {config.path} is another one: {'; '.join(differences)}")
-    return FineTuning(source, source.resolve(config.weights), model, seed)
+    return FineTuning(source, source.resolve(config.weights), model, class_names, seed)
 
 
 def _architecture(model: ImageModelConfig | VideoModelConfig) -> dict[str, object]:
@@ -115,7 +162,7 @@ def fine_tuned(recipe: TrainRecipe, card: ModelCard, world: World) -> FineTuning
     Raises InputError if the networks or their text encoders differ, or if the weights are damaged.
     """
     assert recipe.init_from is not None
-    initial = fine_tuning(recipe.init_from, recipe.model, recipe.seed)
+    initial = fine_tuning(recipe.init_from, recipe.model, card.class_names, recipe.seed)
     texts_then = initial.source.card.text
     if texts_then is not None and texts_then.identity != card.texts.identity:
         raise InputError(

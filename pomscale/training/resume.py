@@ -22,6 +22,7 @@ from pomscale.runs.checkpoint_folder import complete_checkpoints
 from pomscale.runs.integrity import find_damage_of
 from pomscale.runs.layout import CHECKPOINT_META, CHECKPOINTS_FOLDER
 from pomscale.runs.outcome import is_finished
+from pomscale.shards.class_names import class_difference
 
 CHECKPOINT_FORMAT = 4
 
@@ -134,6 +135,9 @@ def check_same_run(folder: Path, checkpoint: Path, now: dict[str, Any], card: Mo
             if then["card"][key] != latents_now[key]
         ),
     ]
+    difference = class_difference(card.class_names, then["card"]["class_names"])
+    if card.text is None and difference is not None:
+        found.append(f"the names of the dataset's classes: {difference}, at the run's start")
     if found:
         raise InputError(
             f"{folder}: this run began with another recipe, so it cannot be continued with this one. "

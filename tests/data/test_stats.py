@@ -24,7 +24,7 @@ def write_random(folder: Path, moments: bool) -> list[np.ndarray]:
     scale = np.array([1, 2, 0.5, 30]).reshape(4, 1, 1)
     arrays, running = [], RunningStatistics()
     with (folder / "shard-000000.tar").open("w+b") as stream:
-        writer = ShardWriter(stream)
+        writer = ShardWriter(stream, ["latent"])
         for record in range(20):
             latent = rng.normal(100 if record == 7 else 1, scale, (4, 3, 5))
             array = np.concatenate([latent, rng.normal(-2, 1, (4, 3, 5))]) if moments else latent

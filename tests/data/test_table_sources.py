@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import subprocess
 import sys
@@ -247,19 +248,172 @@ def test_bad_lines_of_jsonl_are_problems_of_their_own(tmp_path: Path) -> None:
     ]
 
 
+CUT_OFF = "if a line break in the row before is not quoted, that one is cut off, too"
+
+
 def test_bad_lines_of_csv(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes(b"\xef\xbb\xbfpath,text\r\na.jpg,good\r\nb.jpg\r\nc.jpg,latin \xe9\r\n\xff.jpg,d\r\n")
     items = scan(table(path, media="{path}", caption="text", key="path"))
     assert [(item.key, item.problem) for item in items] == [
         ("a_jpg", None),
-        ("b_jpg", "its caption is missing"),
+        (
+            "000000000001",
+            f"it has 1 of 2 cells: {CUT_OFF}",
+        ),
         ("c_jpg", "its caption is not UTF-8"),
         (r"\xff_jpg", r"the name \xff_jpg is not UTF-8; rename it"),
     ]
-    path.write_bytes(b'path,text\na.jpg,"' + b"never closed " * 20_000)
-    with pytest.raises(InputError, match=r"t\.csv after line 1: .*is a quote not closed"):
-        scan(table(path, media="{path}"))
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ("b.png,a red fox, in the snow", "it has 3 cells in 2 columns: a cell with commas must be quoted"),
+        ("b.png", f"it has 1 of 2 cells: {CUT_OFF}"),
+        ('b.png,"a "red" fox"', "a quote inside a quoted cell is written twice"),
+        ('b.png,"a \\"red\\" fox"', "a quote inside a quoted cell is written twice"),
+        (f"b.png,{'word' * 2**22}+", "field larger than field limit"),
+        ('b.png,a "red" fox', None),
+        ('b.png,"a ""red"" fox,\nin the snow"', None),
+        (f"b.png,{'word ' * 30_000}", None),
+    ],
+)
+def test_a_csv_row_that_cannot_be_told_is_a_problem_of_its_own(tmp_path: Path, row: str, problem: str | None) -> None:
+    (tmp_path / "t.csv").write_text(f"path,text\na.png,first\n{row}\n\nc.png,last\n")
+    before, found, after = scan(table(tmp_path / "t.csv", media="{path}", caption="text"))
+    assert (before.caption, after.caption, after.problem) == ("first", "last", None)
+    assert (problem in (found.problem or "")) if problem else (found.problem is None)
+    captions = {'b.png,a "red" fox': 'a "red" fox', 'b.png,"a ""red"" fox,\nin the snow"': 'a "red" fox,\nin the snow'}
+    assert problem or found.caption == captions.get(row, row.removeprefix("b.png,").strip())
+
+
+def test_a_long_cell_that_is_not_used_is_no_problem(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(f"path,text,other\na.png,one,{'x' * 200_000}\nb.png,two,{'x,x' * 9}\n")
+    items = scan(table(tmp_path / "t.csv", media="{path}", caption="text"))
+    assert [(item.caption, item.problem is None) for item in items] == [("one", True), (None, False)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "lines"),
+    [
+        ('a.png,"never closed\nb.png,b\nc.png,c\n', "2 to 4"),
+        ('a.png,a\nb.png,"never closed\nc.png,"c"\nd.png,d\n', "3 to 4"),
+        (f'a.png,a\nb.png,"{"never closed" * 2**17}\n{"c.png,c" * 2**17}', "3 to 4"),
+    ],
+)
+def test_a_quote_that_takes_in_other_rows_is_refused(tmp_path: Path, rows: str, lines: str) -> None:
+    (tmp_path / "t.csv").write_text(f"path,text\n{rows}")
+    with pytest.raises(InputError, match=rf"t\.csv lines {lines}: a quote is not closed.*mend line {lines[0]}"):
+        scan(table(tmp_path / "t.csv", media="{path}", caption="text"))
+
+
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_a_column_named_twice_is_refused_where_it_is_used(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"t.{kind}"
+    if kind == "csv":
+        path.write_text("path,text,text\na.png,one,two\n")
+    elif kind == "jsonl":
+        path.write_text('{"path": "a.png", "text": "one", "text": "two"}\n{"path": "b.png", "text": "b"}\n')
+    else:
+        pq.write_table(pa.table([["a.png"], ["one"], ["two"]], names=["path", "text", "text"]), path)
+    if kind == "jsonl":  # no column, but the fault of one line
+        assert [item.problem for item in scan(table(path, media="{path}"))] == ["it names 'text' twice", None]
+        return
+    with pytest.raises(InputError, match=r"has 2 columns 'text'; rename all but one"):
+        scan(table(path, media="{path}", caption="text"))
+    assert [item.location for item in scan(table(path, media="{path}"))] == ["a.png"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_compressed_tables_are_named(tmp_path: Path, kind: str) -> None:
+    rows = [{"path": "a.png"}]
+    WRITERS[kind](tmp_path / f"good.{kind}", rows * 9)
+    (tmp_path / f"t.{kind}").write_bytes(gzip.compress((tmp_path / f"good.{kind}").read_bytes()))
+    with pytest.raises(InputError, match=rf"t\.{kind}: is compressed \(gzip\); decompress it first"):
+        scan(table(tmp_path / f"*.{kind}", media="{path}"))
+    (tmp_path / f"t.{kind}").rename(tmp_path / f"t.{kind}.gz")
+    with pytest.raises(InputError, match=rf"t\.{kind}\.gz: tables are .parquet, .csv or .jsonl, not compressed"):
+        scan(table(tmp_path / f"t.{kind}.gz", media="{path}"))
+
+
+@pytest.mark.parametrize("text", ['[{"path": "a.png"}]', '\ufeff[\n{"path": "a.png"},\n{"path": "b.png"}\n]\n'])
+def test_one_json_array_is_no_table_of_lines(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.jsonl").write_text(text)
+    with pytest.raises(InputError, match=r"t\.jsonl: is one JSON array; write one object per line: jq"):
+        scan(table(tmp_path / "t.jsonl", media="{path}"))
+
+
+TEXT = "Über die Brücke"
+LAYOUTS = {
+    "string": pa.string(), "large_string": pa.large_string(), "string_view": pa.string_view(),
+    "binary": pa.binary(), "large_binary": pa.large_binary(), "binary_view": pa.binary_view(),
+    "fixed_size_binary": pa.binary(20),
+    "dictionary": pa.dictionary(pa.int32(), pa.string()),
+    "dictionary of binary": pa.dictionary(pa.int8(), pa.large_binary()),
+}  # fmt: skip
+
+
+def column(values: Sequence[bytes | None], layout: str) -> pa.Array:
+    """A column of bytes or of texts as pyarrow writes it, also where they are no UTF-8, as other writers may."""
+    kind = LAYOUTS[layout]
+    if layout == "fixed_size_binary":
+        return pa.array([None if value is None else value.ljust(20, b"\0") for value in values], kind)
+    if layout.startswith("dictionary"):
+        return pa.array(values, pa.binary()).cast(pa.binary()).dictionary_encode().cast(kind)
+    made = pa.array(values, pa.large_binary() if "large" in layout else pa.binary())
+    return made.view(kind) if layout in ("string", "large_string") else made.cast(kind)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_texts_in_parquet_are_texts_in_every_layout(tmp_path: Path, layout: str) -> None:
+    texts = [TEXT.encode(), None, b"", b"short"]
+    columns = {"id": column([b"a", b"b", b"c", b"d"], layout), "text": column(texts, layout)}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    items = scan(table(tmp_path / "t.parquet", media="{id}.png", key="id", caption="text"))
+    assert [(item.key, item.location, item.caption, item.problem) for item in items] == [
+        ("a", "a.png", TEXT, None),
+        ("b", "b.png", None, "its caption is missing"),
+        ("c", "c.png", None, "its caption is empty"),
+        ("d", "d.png", "short", None),
+    ]
+
+
+@pytest.mark.parametrize("layout", ["string", "large_string", "binary", "binary_view"])
+def test_texts_in_parquet_that_are_no_utf_8_are_problems_of_their_own(tmp_path: Path, layout: str) -> None:
+    columns = {"id": column([b"a", b"b"], layout), "text": column([b"latin \xe9", b"good"], layout)}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    items = scan(table(tmp_path / "t.parquet", media="{id}.png", caption="text"))
+    assert [item.problem for item in items] == ["its caption is not UTF-8", None]
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if "binary" in layout])
+@pytest.mark.parametrize("nested", [False, True])
+def test_files_in_parquet_are_read_in_every_layout(tmp_path: Path, layout: str, nested: bool) -> None:
+    """binary_view is what pa.table makes of a polars frame."""
+    files = [f"picture {i:012d}".encode() if i != 3 else None for i in range(7)]
+
+    def group(begin: int) -> pa.Table:
+        part = column(files[begin : begin + 3], layout)
+        return pa.table({"image": pa.StructArray.from_arrays([part], ["bytes"]) if nested else part})
+
+    with pq.ParquetWriter(tmp_path / "t.parquet", group(0).schema) as writer:
+        for begin in (0, 3, 6):
+            writer.write_table(group(begin))
+    name = "image.bytes" if nested else "image"
+    source = table(tmp_path / "t.parquet", bytes_column=name)
+    items = scan(source)
+    assert [item.problem for item in items] == [f"its {name} is missing" if i == 3 else None for i in range(7)]
+    assert [content(source, items[i]) for i in (6, 2, 0, 4)] == [files[i] for i in (6, 2, 0, 4)]
+
+
+def test_lists_are_no_keys_and_no_paths(tmp_path: Path) -> None:
+    for kind in ("jsonl", "parquet"):
+        WRITERS[kind](tmp_path / f"t.{kind}", [{"id": ["a"], "path": "a.png"}, {"id": ["b"], "path": "b.png"}])
+        keyed = scan(table(tmp_path / f"t.{kind}", media="{path}", key="id"))
+        assert [item.problem for item in keyed] == [f"its key is not one value but ['{key}']" for key in "ab"]
+        named = scan(table(tmp_path / f"t.{kind}", media="{id}.png"))
+        assert [item.problem for item in named] == [f"its id is not one value but ['{key}']" for key in "ab"]
 
 
 @pytest.mark.parametrize("kind", list(WRITERS))

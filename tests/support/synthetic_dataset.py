@@ -17,6 +17,7 @@ from pomscale.shards.index import to_npy
 from pomscale.shards.schema import (
     INDEX_NAME,
     MANIFEST_NAME,
+    TEXT_ARRAYS,
     ArrayName,
     CodecInfo,
     GroupInfo,
@@ -43,19 +44,22 @@ def write_dataset(
     shapes: Sequence[tuple[int, ...]] = (LATENT_SHAPE,),
     shard_groups: Sequence[int] | None = None,
     first_record: int = 0,
+    captions: int = 1,
 ) -> Manifest:
     """Record r has key c/r (five digits), label r % 5 and latent r everywhere; its flipped copy is -r - 1.
 
-    Log-variances are 0. With `text`, its embedding is r in 1 + r % 3 rows, and its caption "caption r". Shard i has
-    latents of shape shapes[shard_groups[i]]; without latents it is a companion set. r counts from `first_record`.
+    Log-variances are 0. With `text`, its embedding is r in 1 + r % 3 rows, and its caption "caption r"; there are
+    1 + r % captions of them, number k with r + 256 k in place of r. Shard i has latents of shape
+    shapes[shard_groups[i]]; without latents it is a companion set. r counts from `first_record`.
     """
+    names = [*(["latent"] if latents else []), *(["flip"] if latents and flip else []), *TEXT_ARRAYS[: captions * text]]
     folder.mkdir(parents=True, exist_ok=True)
     shards, rows, record = [], [], first_record
     groups = shard_groups or [0] * len(shard_sizes)
     for number, size in enumerate(shard_sizes):
         path = folder / f"shard-{number:06d}.tar"
         with path.open("w+b") as stream:
-            writer = ShardWriter(stream)
+            writer = ShardWriter(stream, names)
             for _ in range(size):
                 arrays: dict[ArrayName, np.ndarray] = {}
                 if latents:
@@ -66,10 +70,12 @@ def write_dataset(
                     arrays["latent"] = latent
                     if flip:
                         arrays["flip"] = mirrored
-                if text:
-                    arrays["text"] = np.full((1 + record % 3, TEXT_DIM), record, np.float16)
+                texts = [record + 256 * number for number in range(1 + record % captions)] if text else []
+                for name, value in zip(TEXT_ARRAYS, texts, strict=False):
+                    arrays[name] = np.full((1 + record % 3, TEXT_DIM), value, np.float16)
                 caption = f"caption {record}" if text else None
-                writer.add(Record(f"c/{record:05d}", arrays, record % 5 if latents else None, caption, {}))
+                info = {"captions": [f"caption {value}" for value in texts]} if len(texts) > 1 else {}
+                writer.add(Record(f"c/{record:05d}", arrays, record % 5 if latents else None, caption, info))
                 record += 1
             shard_rows = writer.finish()
         shard_rows["shard"] = number
@@ -96,6 +102,7 @@ def write_dataset(
             dim=TEXT_DIM,
             null_length=1,
             null_embedding=base64.b64encode(np.full((1, TEXT_DIM), -1, "<f2").tobytes()).decode(),
+            num_captions=captions,
         )
         if text
         else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -44,13 +45,22 @@ class Members:
     crc32s: np.ndarray
 
     @classmethod
-    def of(cls, records: np.ndarray, rows: np.ndarray, array: str, instead: np.ndarray | None = None) -> Members:
-        """Return the members of an array by index rows (b,); the flipped copies where `instead` (b,) bool is true."""
-        fields = [rows[f"{array}_{field}"] for field in ("offset", "length", "crc32")]
-        if instead is not None:
-            flips = (rows[f"flip_{field}"] for field in ("offset", "length", "crc32"))
-            fields = [np.where(instead, flip, field) for flip, field in zip(flips, fields, strict=True)]
+    def of(cls, records: np.ndarray, rows: np.ndarray, array: str) -> Members:
+        """Return the members of an array by index rows (b,)."""
+        return cls(records, rows["key"], rows["shard"], *_fields(rows, array))
+
+    @classmethod
+    def of_one(cls, records: np.ndarray, rows: np.ndarray, arrays: Sequence[str], numbers: np.ndarray) -> Members:
+        """Return the members of one of several arrays by index rows (b,): of arrays[numbers[i]] for row i."""
+        fields = _fields(rows, arrays[0])
+        for number, array in enumerate(arrays[1:], 1):
+            here = numbers == number
+            fields = [np.where(here, other, field) for field, other in zip(fields, _fields(rows, array), strict=True)]
         return cls(records, rows["key"], rows["shard"], *fields)
+
+
+def _fields(rows: np.ndarray, array: str) -> list[np.ndarray]:
+    return [rows[f"{array}_{field}"] for field in ("offset", "length", "crc32")]
 
 
 class ArrayReader:

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pomscale.base.keyed_random import Stream
+from pomscale.data.draws import uniforms_at
 from pomscale.data.readers.arrays import ArrayReader, Faults, Members
 from pomscale.shards.join import join_remedy, open_join
 from pomscale.shards.schema import TextInfo, text_info
@@ -32,14 +34,20 @@ class TextReader:
         self.null = null_embedding(self.info)
         """Embedding of the empty caption, (null_length, dim) float16."""
 
-    def read(self, members: Members, faults: Faults) -> tuple[Tensor, Tensor]:
+    def read(self, members: Members, positions: np.ndarray, seed: int, faults: Faults) -> tuple[Tensor, Tensor]:
         """Return embeddings (b, n, dim) float16, zero after each row's length, and lengths (b,) int64.
 
-        Rows with faults get the embedding of the empty caption; there is always room for it, so that a caption can be
-        dropped. `members` are those of any array of the records in the main set.
+        Where records have several captions, one is drawn for each sample. Rows with faults get the embedding of the
+        empty caption; there is always room for it, so that a caption can be dropped.
+
+        Args:
+            members: Members of any array of the records in the main set.
+            positions: Global positions of the samples (b,) int64.
+            seed: Seed of the run.
+            faults: Faults of the batch.
         """
         records, rows = self._rows(members, faults)
-        text, info = Members.of(records, rows, "text"), self.info
+        text, info = self._drawn(records, rows, positions, seed), self.info
         values, lengths = self.source.sequences(text, info.dim, info.config.max_length, info.null_length, faults)
         bad = list(faults)
         values[bad] = 0
@@ -51,6 +59,16 @@ class TextReader:
         """Return the source's shards that have the embeddings of these records of the main set."""
         rows = records if self._table is None else self._table[records]
         return np.unique(self.source.index["shard"][rows[rows >= 0]])
+
+    def _drawn(self, records: np.ndarray, rows: np.ndarray, positions: np.ndarray, seed: int) -> Members:
+        """Return the member of one caption of each record, by index rows (b,) of the source."""
+        names = self.source.manifest.text_arrays
+        if len(names) == 1:
+            return Members.of(records, rows, names[0])
+        # A record's captions are its first arrays; those after its last have length 0.
+        counts = sum((rows[f"{name}_length"] > 0).astype(np.int64) for name in names)
+        numbers = (uniforms_at(positions, seed, Stream.CAPTION) * counts).astype(np.int64)
+        return Members.of_one(records, rows, names, numbers)
 
     def _rows(self, members: Members, faults: Faults) -> tuple[np.ndarray, np.ndarray]:
         """Return record numbers and index rows in the source; for rows with faults those of any record."""

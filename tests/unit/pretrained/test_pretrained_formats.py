@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -175,9 +176,11 @@ def test_groups_are_bounded_and_whole() -> None:
 # --- Fine-tuning -----------------------------------------------------------------------------------------------------
 
 
-def initial_weights(source: Path, target: ImageModelConfig, weights: str = "ema") -> tuple[dict[str, Tensor], str]:
+def initial_weights(
+    source: Path, target: ImageModelConfig, weights: str = "ema", class_names: tuple[str, ...] = ()
+) -> tuple[dict[str, Tensor], str]:
     """Values in the order in which they are assigned, and the note."""
-    tuning = fine_tuning(InitFromConfig(path=str(source), weights=weights), target, seed=7)
+    tuning = fine_tuning(InitFromConfig(path=str(source), weights=weights), target, class_names, seed=7)
     model = DiPoM(target)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assigned: list[tuple[str, Tensor]] = []
@@ -202,22 +205,42 @@ def test_fine_tuning_at_another_resolution_begins_with_the_same_weights(run: Pat
     assert "power-0.05 of" in note
 
 
-def test_other_classes_begin_anew_and_nothing_else(run: Path) -> None:
-    other = ImageModelConfig(**{**MODEL.model_dump(), "num_classes": 7})
-    found, note = initial_weights(run, other)
+@pytest.mark.parametrize(
+    ("names_there", "names", "rows", "note"),
+    [
+        ("", "", [None] * 7, "7 of 7 classes are not among its 10 and start with new rows"),
+        ("", "abcdefghij", [*range(10)], None),
+        ("abcdefghij", "", [*range(10)], None),
+        ("abcdefghij", "abcdefghij", [*range(10)], None),
+        ("abcdefghij", "bacdefghij", [1, 0, *range(2, 10)], None),
+        ("abcdefghij", "jxcya", [9, None, 2, None, 0], "2 of 5 classes are not among its 10 .* embedding: x, y$"),
+        ("abcdefghij", "klmnopqrst", [None] * 10, "10 of 10 classes .*: k, l, m, n, o, p, q, r, \\.\\.\\.$"),
+    ],
+)
+def test_rows_of_other_classes_begin_anew_and_nothing_else(
+    run: Path, tmp_path: Path, names_there: str, names: str, rows: list[int | None], note: str | None
+) -> None:
+    export(run, tmp_path / "out")
+    of_run = card().model_copy(update={"class_names": tuple(names_there)})
+    change_config(tmp_path / "out", card=of_run.model_dump(mode="json"))
+    other = ImageModelConfig(**{**MODEL.model_dump(), "num_classes": len(rows)})
+    found, said = initial_weights(tmp_path / "out", other, class_names=tuple(names))
     expected = random_weights(MODEL, SETS["halflife-2000"])
     fresh = DiPoM(other)
     init_weights(fresh, 7)
-    assert torch.equal(found.pop("class_embedding.weight"), fresh.class_embedding.weight)
+    embedding = expected["class_embedding.weight"]
+    wanted = [fresh.class_embedding.weight[i] if row is None else embedding[row] for i, row in enumerate(rows)]
+    # The last row stands for "no class", which is the same in every set.
+    assert torch.equal(found.pop("class_embedding.weight"), torch.stack([*wanted, embedding[-1]]))
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
-    assert "the class embedding is new: there it is for 10 classes, here for 7" in note
+    assert re.search(note, said) if note else "class embedding" not in said
 
 
 def test_another_network_is_refused_with_all_differences(run: Path) -> None:
     fields = {"latent_shape": (3, 4, 4), "num_classes": 5, "dim": 32, "depth": 4, "num_heads": 2}
     hybrid = ImageModelConfig(**fields, mixer=["pom", "attention"], patch_size=2, degree=3)
     with pytest.raises(InputError) as error:
-        fine_tuning(InitFromConfig(path=str(run)), hybrid, seed=0)
+        fine_tuning(InitFromConfig(path=str(run)), hybrid, (), seed=0)
     for difference in (
         "model.latent_shape[0]: 4 there, 3 here", "model.dim: 16 there, 32 here", "model.depth: 2 there, 4 here",
         "model.patch_size: 1 there, 2 here", "model.degree: 2 there, 3 here", "model.num_heads: none there, 2 here",
@@ -226,13 +249,13 @@ def test_another_network_is_refused_with_all_differences(run: Path) -> None:
         assert difference in str(error.value)
     assert "num_classes" not in str(error.value)
     # What a network has no use for makes no difference.
-    fine_tuning(InitFromConfig(path=str(run)), ImageModelConfig(**{**MODEL.model_dump(), "num_heads": 4}), seed=0)
+    fine_tuning(InitFromConfig(path=str(run)), ImageModelConfig(**{**MODEL.model_dump(), "num_heads": 4}), (), seed=0)
 
 
 def test_weights_that_are_not_there_are_told_before_training(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no weights 'halflife-9'; there are: ema, halflife-2000, power"):
-        fine_tuning(InitFromConfig(path=str(run), weights="halflife-9"), MODEL, seed=0)
+        fine_tuning(InitFromConfig(path=str(run), weights="halflife-9"), MODEL, (), seed=0)
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "samples-000000000640")
     with pytest.raises(InputError, match="no complete checkpoint here"):
-        fine_tuning(InitFromConfig(path=str(tmp_path / "run")), MODEL, seed=0)
+        fine_tuning(InitFromConfig(path=str(tmp_path / "run")), MODEL, (), seed=0)
