@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,8 +72,8 @@ class FineTuning:
         here, there = self.model.num_classes, self._num_classes_there
         names_there = self.source.card.class_names
         if self.class_names and names_there:
-            ids = {name: number for number, name in enumerate(names_there)}
-            rows = [ids.get(name) for name in self.class_names]
+            ids = {name: number for number, name in enumerate(_distinct(names_there))}
+            rows = [ids.get(name) for name in _distinct(self.class_names)]
         else:
             rows = [number if here == there else None for number in range(here)]
         return [*rows, there]
@@ -100,6 +102,16 @@ class FineTuning:
         here, rows = zip(*known, strict=True)
         embedding[list(here)] = there[list(rows)]
         return embedding
+
+
+def _distinct(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Number the classes of one name: ImageNet has two cranes."""
+    counts = Counter[str]()
+    found = []
+    for name in names:
+        found.append((name, counts[name]))
+        counts[name] += 1
+    return found
 
 
 def fine_tuning(

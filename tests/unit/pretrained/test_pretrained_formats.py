@@ -213,6 +213,8 @@ def test_fine_tuning_at_another_resolution_begins_with_the_same_weights(run: Pat
         ("abcdefghij", "", [*range(10)], None),
         ("abcdefghij", "abcdefghij", [*range(10)], None),
         ("abcdefghij", "bacdefghij", [1, 0, *range(2, 10)], None),
+        ("abcaefghij", "abcaefghij", [*range(10)], None),
+        ("abcaefghij", "aaacj", [0, 3, None, 2, 9], "1 of 5 classes .*: a$"),
         ("abcdefghij", "jxcya", [9, None, 2, None, 0], "2 of 5 classes are not among its 10 .* embedding: x, y$"),
         ("abcdefghij", "klmnopqrst", [None] * 10, "10 of 10 classes .*: k, l, m, n, o, p, q, r, \\.\\.\\.$"),
     ],
