@@ -13,9 +13,9 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pomscale.media import Filter, UnreadableMediaError
+from pomscale.media.area import area_mean
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
-_FILTERS: dict[Filter, Image.Resampling] = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 
 # Transposition that turns a picture of each EXIF orientation upright.
 _UPRIGHT = {
@@ -39,7 +39,6 @@ _DECODER_ERRORS = (
     AttributeError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
 
 # Larger files are no pictures that anyone meant to train on, and would fill the memory of a decode thread.
@@ -73,6 +72,11 @@ def decode_picture(stream: BinaryIO, num_channels: int) -> DecodedPicture:
         image = flat.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else flat
     except UnidentifiedImageError as error:
         raise UnreadableMediaError("no PNG, JPEG or WebP picture") from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableMediaError(
+            f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels, the most that are decoded, since "
+            f"a small file could fill the memory; make it smaller first, for example with: magick OLD -resize 50% NEW"
+        ) from error
     except _DECODER_ERRORS as error:
         raise UnreadableMediaError.of(error) from error
     return DecodedPicture(image, width, height)
@@ -81,12 +85,17 @@ def decode_picture(stream: BinaryIO, num_channels: int) -> DecodedPicture:
 def fit_picture(image: Image.Image, target: tuple[int, int], filter: Filter) -> np.ndarray:
     """Return the central box of the target's aspect ratio, resized to `target` = (height, width).
 
-    Smaller pictures are enlarged. The result is (height, width, channels) uint8.
+    Filter "area" is the mean over the area of each new pixel, and bilinear where a picture is enlarged, as it is for
+    clips. The result is (height, width, channels) uint8.
     """
     height, width = target
     # Cut and resized in one go: a long strip, resized as a whole, takes any amount of memory.
     box = _central_box((image.height, image.width), target)
-    fitted = image.resize((width, height), _FILTERS[filter], box)
+    is_reduced = box[2] - box[0] >= width and box[3] - box[1] >= height
+    if filter == "area" and is_reduced:
+        return area_mean(np.asarray(image).reshape(image.height, image.width, len(image.getbands())), box, target)
+    resampling = Image.Resampling.LANCZOS if filter == "lanczos" else Image.Resampling.BILINEAR
+    fitted = image.resize((width, height), resampling, box)
     return np.asarray(fitted).reshape(height, width, len(image.getbands()))
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import struct
 import subprocess
 import sys
 import zlib
@@ -216,6 +217,17 @@ def test_a_file_too_large_is_not_read_to_its_end(tmp_path: Path, monkeypatch: py
         with pytest.raises(UnreadableMediaError, match="more than 1 MiB"):
             decode_picture(stream, 3)
         assert stream.tell() == 2**20 + 1
+
+
+def test_a_picture_of_200_megapixels_is_told_with_the_remedy() -> None:
+    """Its header is enough, as of a bomb: a file of a few bytes."""
+    header = struct.pack(">IIBBBBB", 20_000, 10_000, 8, 0, 0, 0, 0)
+    chunk = b"IHDR" + header
+    content = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    with pytest.raises(
+        UnreadableMediaError, match=r"has more than 179 megapixels.* smaller first, .*magick OLD -resize"
+    ):
+        decode_picture(io.BytesIO(content), 3)
 
 
 def test_a_failing_disk_says_nothing_about_the_picture() -> None:
