@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipelines.check.verify import VerifyReport, verify
-from data_pipelines.encode.encode import EncodeReport, check_source_in_place, encode, forget_shards
+from data_pipelines.encode.encode import EncodeReport, check_source_in_place, encode
 from data_pipelines.shards.parts import PARTS_FOLDER, part_of
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder, write_text
@@ -74,8 +74,7 @@ def repair(
     if not found.num_problems:
         return _finished(saved, RepairReport(found, None, found))
     check_source_in_place(recipe)  # before any shard is marked as missing
-    forget_shards(folder, found.bad_shards)
-    encoded = encode(recipe, progress=progress)
+    encoded = encode(recipe, again=found.bad_shards, progress=progress)
     # A part is made again as a whole: with several groups it has several shards.
     parts = {part_of(name) for name in found.bad_shards}
     names = [shard.name for shard in read_manifest(folder).shards if part_of(shard.name) in parts]

@@ -19,11 +19,11 @@ from data_pipelines.check.shard_check import (
     Problems,
     ShardTask,
     check_shard,
-    is_finite,
     wrong_size,
 )
 from data_pipelines.check.source_check import check_source
 from data_pipelines.shards.equal_keys import equal_keys
+from data_pipelines.shards.finite import is_finite
 from data_pipelines.shards.parts import skipped_exit_code
 from data_pipelines.shards.readers import read_records
 from data_pipelines.shards.workers import over_shards
@@ -55,6 +55,8 @@ class VerifyReport:
     num_problems: int
     bad_shards: list[str]
     """Shards to be made again, in the manifest's order."""
+    num_incomplete: int
+    """Clips that end early and were kept."""
     num_skipped: int
     """Items that the encode could not encode."""
     max_skipped: int
@@ -68,7 +70,8 @@ class VerifyReport:
         checked = f"{self.folder}: {self.num_samples:,} samples in {self.num_shards:,} shards"
         if not self.num_problems:
             skipped = f"; {self.num_skipped:,} items were skipped, listed in {self.folder / FAILURES_NAME}"
-            return f"{checked}: whole{skipped if self.num_skipped else ''}"
+            kept = f"; {self.num_incomplete:,} clips that end early were kept"
+            return f"{checked}: whole{skipped if self.num_skipped else ''}{kept if self.num_incomplete else ''}"
         more = self.num_problems - len(self.problems)
         lines = [*self.problems, *([f"... and {more:,} more"] if more else [])]
         return "\n".join([*lines, f"{checked}: {self.num_problems:,} problems; {REMEDY}"])
@@ -120,6 +123,7 @@ def verify(
         problems=problems.lines,
         num_problems=problems.count,
         bad_shards=[manifest.shards[number].name for number in sorted(bad)],
+        num_incomplete=manifest.num_incomplete,
         num_skipped=manifest.num_failures,
         max_skipped=manifest.max_skipped,
     )

@@ -145,6 +145,7 @@ def _common_properties(manifest: Manifest) -> dict[str, Any]:
         "codec identity": codec and (codec.identity, codec.scaling_factor, codec.shift),
         "latent": latent and latent.model_dump(include={"dtype", "stores_moments", "has_flip"}),
         "transform": transform and transform.model_dump(exclude={"size", "sizes", "buckets"}),
+        "transform_version": manifest.transform_version,
         "text encoder": text and text.config.model_dump(exclude=location),
         "text encoder identity": text and (text.identity, text.dim, text.dtype),
         "has_captions": manifest.has_captions,
@@ -217,6 +218,7 @@ def _write(
             "transform": _merged_transform(sets),
             "num_samples": num_samples,
             "num_failures": num_failures,
+            "num_incomplete": sum(one.manifest.num_incomplete for one in sets),
             "source": SourceInfo(
                 fingerprint=hashlib.sha256(fingerprints.encode()).hexdigest(),
                 num_items=sum(one.manifest.source.num_items for one in sets),

@@ -27,6 +27,7 @@ from pomscale.shards.schema import (
     ARRAY_MEMBERS,
     FAILURES_NAME,
     INDEX_NAME,
+    INFO_MEMBER,
     MANIFEST_NAME,
     REMEDY,
     IndexInfo,
@@ -229,6 +230,7 @@ class _Written:
     info: ShardInfo
     rows: np.ndarray
     statistics: ChannelStatistics | None
+    num_incomplete: int
 
 
 class _Output:
@@ -238,6 +240,7 @@ class _Output:
         self._of = of
         self._shards: list[ShardInfo] = []
         self._statistics: ChannelStatistics | None = None
+        self._num_incomplete = 0
         self.class_counts = np.zeros(of.num_classes, np.int64)
 
     def collect(self, written: Iterator[_Written]) -> Iterator[np.ndarray]:
@@ -245,6 +248,7 @@ class _Output:
         for one in written:
             one.rows["shard"] = len(self._shards)
             self._shards.append(one.info)
+            self._num_incomplete += one.num_incomplete
             if one.statistics is not None:
                 mine = self._statistics
                 self._statistics = one.statistics if mine is None else mine.merge(one.statistics)
@@ -268,6 +272,7 @@ class _Output:
                 "latent": latent,
                 "num_samples": num_samples,
                 "num_failures": num_failures,
+                "num_incomplete": self._num_incomplete,
                 "source": SourceInfo(
                     fingerprint=hashlib.sha256(of.encode()).hexdigest(), num_items=num_samples + num_failures
                 ),
@@ -308,16 +313,23 @@ def _write_shard(folder: Path, manifest: Manifest, share: _Share, cut: _Cut) -> 
     mine = candidates[share.chosen(candidates["key"])]
     statistics = RunningStatistics()
     rows: list[tuple[int, ...]] = []
+    num_incomplete = 0
     with atomic_write(share.output / cut.name) as stream:
         for record in read_records(folder, manifest, mine):
             for array in _latents(folder, manifest, cut.group, record):
                 statistics.add(array, manifest.latents.stores_moments)
             rows.append(replace(record, offset=stream.tell()).row(0, record.label(), manifest.arrays))
             stream.write(record.blocks)
+            num_incomplete += manifest.num_incomplete > 0 and _is_incomplete(record)
         stream.write(tar_end(stream.tell()))
         num_bytes, sha256 = num_bytes_and_sha256(stream)
     info = ShardInfo(name=cut.name, num_samples=len(rows), num_bytes=num_bytes, sha256=sha256, group=cut.group)
-    return _Written(info, np.array(rows, index_dtype(manifest.arrays)), statistics.result())
+    return _Written(info, np.array(rows, index_dtype(manifest.arrays)), statistics.result(), num_incomplete)
+
+
+def _is_incomplete(record: TarRecord) -> bool:
+    """Return whether a clip ends early and was kept."""
+    return json.loads(bytes(record.payload(INFO_MEMBER))).get("incomplete") is not None
 
 
 def _latents(folder: Path, manifest: Manifest, group: int, record: TarRecord) -> Iterator[np.ndarray]:

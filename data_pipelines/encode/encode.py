@@ -9,7 +9,7 @@ the same batch).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,7 @@ class Encoded:
     output: Path
     num_samples: int
     num_failures: int
+    num_incomplete: int
     num_shards: int
     num_bytes: int
 
@@ -46,6 +47,8 @@ class Encoded:
         )
         if self.num_failures:
             text += f"; {self.num_failures:,} items failed, listed in {self.output / FAILURES_NAME}"
+        if self.num_incomplete:
+            text += f"; {self.num_incomplete:,} clips that end early were kept, marked `incomplete` in their JSON"
         return text
 
 
@@ -107,6 +110,7 @@ def encode(
     task: TaskIndex = TaskIndex(),  # noqa: B008  frozen
     only_failed: bool = False,
     rescan: bool = False,
+    again: Sequence[str] | None = None,
     progress: bool = True,
     stop: Callable[[], bool] = lambda: False,
 ) -> EncodeReport:
@@ -119,6 +123,8 @@ def encode(
         task: Index of this task among those that share the output.
         only_failed: Make the parts again that list failures.
         rescan: List the source again, and refuse if it has changed.
+        again: Names of shards to make again, with their parts, where the output is of this encode; the manifest is
+            then written again, too.
         progress: Show progress on stderr.
         stop: Asked between items; once it returns True, the unfinished parts are abandoned.
 
@@ -133,6 +139,8 @@ def encode(
     with Claims(table_folder(recipe), several=task.count > 1) as claims:
         with claims.listing():
             setup = _open_setup(recipe, encoders, rescan)
+            if again is not None:
+                forget_shards(Path(recipe.output), again)
         with (
             _monitor(recipe, task, len(setup.table)) as monitor,
             EncodeProgress(len(setup.table), progress, monitor) as display,
@@ -168,7 +176,7 @@ def check_source_in_place(recipe: EncodeRecipe) -> None:
         check_items_in_place(recipe, build_source(recipe.source), table)
 
 
-def forget_shards(output: Path, shard_names: list[str]) -> None:
+def forget_shards(output: Path, shard_names: Sequence[str]) -> None:
     """Mark a dataset and the parts of these shards as not complete; the shards stay until they are replaced."""
     (output / MANIFEST_NAME).unlink(missing_ok=True)
     for part in {part_of(name) for name in shard_names}:
@@ -283,6 +291,7 @@ def _encoded(output: Path, manifest: Manifest) -> Encoded:
         output=output,
         num_samples=manifest.num_samples,
         num_failures=manifest.num_failures,
+        num_incomplete=manifest.num_incomplete,
         num_shards=len(manifest.shards),
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),
     )

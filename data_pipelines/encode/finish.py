@@ -15,7 +15,7 @@ from data_pipelines.shards.writers import write_index
 from pomscale import __version__
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import atomic_write, remove_leftovers, write_text
-from pomscale.config.encode import has_captions
+from pomscale.config.encode import has_captions, transform_version
 from pomscale.shards.schema import (
     FAILURES_NAME,
     INDEX_NAME,
@@ -47,6 +47,7 @@ class _Collected:
     shards: list[_PartShard] = field(default_factory=list)
     statistics: ChannelStatistics | None = None
     num_failures: int = 0
+    num_incomplete: int = 0
     first_failure: str = ""
 
 
@@ -78,11 +79,13 @@ def finish(setup: EncodeSetup, variant: Variant, store: PartStore) -> Manifest:
         codec=_codec_info(setup),
         latent=_latent_info(setup, parts.statistics),
         transform=variant.transform,
+        transform_version=transform_version(variant.transform),
         text=_text_info(setup),
         has_captions=has_captions(setup.recipe.source),
         class_names=setup.table.class_names,
         num_samples=num_samples,
         num_failures=parts.num_failures,
+        num_incomplete=parts.num_incomplete,
         source=SourceInfo(fingerprint=setup.table.fingerprint, num_items=len(setup.table)),
         groups=tuple(GroupInfo(shape=variant.latent_shapes[group], target=variant.targets[group]) for group in used),
         shards=tuple(s.info.model_copy(update={"group": used.index(s.info.group)}) for s in shards),
@@ -115,6 +118,7 @@ def _collect_parts(setup: EncodeSetup, store: PartStore) -> _Collected:
                 parts.first_failure = parts.first_failure or f"{failure.path}: {failure.reason}"
                 stream.write(f"{failure.model_dump_json()}\n".encode())
             parts.num_failures += len(record.failures)
+            parts.num_incomplete += record.num_incomplete
     return parts
 
 

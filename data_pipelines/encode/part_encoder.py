@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data_pipelines.encode.progress import EncodeProgress
 from data_pipelines.encode.setup import EncodeSetup, check_items_in_place
+from data_pipelines.shards.finite import is_finite, why_not_finite
 from data_pipelines.shards.writers import PartWriter, Record
 from data_pipelines.sources.protocol import Item, SourceChangedError
 from pomscale.base.errors import PomscaleError
@@ -176,7 +177,14 @@ class PartEncoder:
         assert isinstance(transform, VideoTransformConfig)
         from pomscale.media.clips import decode_clip  # noqa: PLC0415  PyAV is optional
 
-        clip = decode_clip(stream, transform.buckets, transform.fps, transform.filter, self._codec.num_channels_in)
+        clip = decode_clip(
+            stream,
+            transform.buckets,
+            transform.fps,
+            transform.filter,
+            self._codec.num_channels_in,
+            keep_incomplete=transform.incomplete == "keep",
+        )
         loaded.info = clip.info
         (only,) = variants  # pictures alone come in several sizes
         loaded.media[only] = Pixels(clip.target, clip.frames)
@@ -280,9 +288,9 @@ class PartEncoder:
             arrays = {name: values[i] for name, values in latents.items()}
             if entry.text is not None:
                 arrays["text"] = entry.text
-            broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+            broken = [name for name, array in arrays.items() if not is_finite(array)]
             if broken:
-                reason = f"its {broken[0]} is not finite in float16"
+                reason = f"its {broken[0]} has {why_not_finite(arrays[broken[0]])}"
                 writer.fail(entry.position, entry.item, reason)
                 if entry.failure is None:  # else it failed in another size, and is counted
                     entry.failure = reason

@@ -10,7 +10,13 @@ from data_pipelines.shards.parts import PARTS_FOLDER, EncodeSpec, PartStore
 from data_pipelines.sources.protocol import Item, Source, SourceChangedError
 from pomscale.base.errors import InputError
 from pomscale.codecs import Codec, TextEncoder, build_codec, build_text_encoder
-from pomscale.config.encode import EncodeRecipe, ImageTransformConfig, TableSourceConfig, TransformConfig
+from pomscale.config.encode import (
+    EncodeRecipe,
+    ImageTransformConfig,
+    TableSourceConfig,
+    TransformConfig,
+    transform_version,
+)
 from pomscale.distributed.world import resolve_device
 from pomscale.shards.schema import ArrayName
 
@@ -108,6 +114,7 @@ class EncodeSetup:
             codec=None if recipe.codec is None else recipe.codec.model_dump(exclude=location),
             codec_identity=self.encoders.codec_identity,
             transform=variant.transform,
+            transform_version=transform_version(variant.transform),
             text=None if recipe.text is None else recipe.text.model_dump(exclude=location),
             text_identity=self.encoders.text_identity,
         )

@@ -19,6 +19,7 @@ def info(folder: str | Path) -> str:
         ("samples", _samples(manifest)),
         ("shards", f"{len(manifest.shards):,}, {num_bytes / 1e9:.3f} GB, {per_sample:,} B/sample"),
         ("failures", failures),
+        *([("incomplete", f"{manifest.num_incomplete:,} clips end early")] if manifest.num_incomplete else []),
         *_media_rows(manifest),
         *_text_rows(manifest),
         ("source", f"{manifest.source.num_items:,} items, fingerprint {manifest.source.fingerprint[:12]}"),

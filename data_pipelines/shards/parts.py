@@ -56,6 +56,7 @@ class EncodeSpec(BaseModel):
     codec: dict[str, Any] | None
     codec_identity: str | None
     transform: TransformConfig | None
+    transform_version: int = 1  # what it was before it was recorded
     text: dict[str, Any] | None
     text_identity: str | None
 
@@ -86,6 +87,8 @@ class PartRecord(BaseModel):
     shards: tuple[ShardInfo, ...]
     statistics: ChannelStatistics | None
     failures: tuple[Failure, ...]
+    num_incomplete: int = 0
+    """Clips that end early and were kept."""
 
     @property
     def num_samples(self) -> int:
@@ -195,8 +198,10 @@ class PartStore:
             if getattr(found, name) != getattr(spec, name)
         ]
         if differences:
+            older = ", or use the version of pomscale that began it"
             raise InputError(
                 f"output: {self.output} holds parts of another encode: {'; '.join(differences)}; {self._remedy()}"
+                f"{older if found.transform_version != spec.transform_version else ''}"
             )
 
     def shard_path(self, part: int, group: int) -> Path:

@@ -127,6 +127,7 @@ class PartWriter:
         self._files = ExitStack()
         self._shards: dict[int, _OpenShard] = {}
         self._failures: list[tuple[int, Failure]] = []
+        self._num_incomplete = 0
         store.clear(part)
 
     def add(self, group: int, record: Record) -> int:
@@ -137,6 +138,7 @@ class PartWriter:
         shard = self._shards[group]
         begin = shard.stream.tell()
         shard.writer.add(record)
+        self._num_incomplete += record.info.get("incomplete") is not None
         for name in ("latent", "flip"):
             if name in record.arrays:
                 shard.statistics.add(record.arrays[name], self._stores_moments)
@@ -160,7 +162,9 @@ class PartWriter:
             statistics = mine if statistics is None or mine is None else statistics.merge(mine)
         self._files.close()
         failures = tuple(failure for _, failure in sorted(self._failures, key=lambda pair: pair[0]))
-        record = PartRecord(shards=tuple(shards), statistics=statistics, failures=failures)
+        record = PartRecord(
+            shards=tuple(shards), statistics=statistics, failures=failures, num_incomplete=self._num_incomplete
+        )
         self._store.commit(self._part, record, np.concatenate(all_rows))
 
     def abandon(self) -> None:

@@ -10,6 +10,8 @@ from pomscale.config.codecs import CodecConfig, SdVaeCodecConfig, TextEncoderCon
 from pomscale.config.monitoring import WandbConfig
 from pomscale.config.section import NonNegativeInt, PositiveFloat, Section, Seed
 
+_FILTER = "Filter that resizes. area: the mean over the area of each new pixel, and bilinear where it enlarges."
+
 
 class ImageFolderConfig(Section):
     """A folder with one subfolder of pictures (PNG, JPEG, WebP) per class; classes in sorted order."""
@@ -80,7 +82,7 @@ class ImageTransformConfig(Section):
     buckets: list[tuple[PositiveInt, PositiveInt]] = Field(
         [], description="(height, width) in pixels; a picture goes to the nearest aspect ratio."
     )
-    filter: Literal["lanczos", "area"] = "lanczos"
+    filter: Literal["lanczos", "area"] = Field("lanczos", description=_FILTER)
     flip: bool = Field(False, description="Also store the latent of the horizontally flipped picture.")
 
     @model_validator(mode="after")
@@ -108,8 +110,13 @@ class VideoTransformConfig(Section):
         min_length=1,
         description="(frames, height, width); a clip goes to the longest it can fill, then the nearest aspect ratio.",
     )
-    filter: Literal["lanczos", "area"] = "area"
+    filter: Literal["lanczos", "area"] = Field("area", description=_FILTER)
     flip: bool = Field(False, description="Also store the latent of the horizontally flipped clip.")
+    incomplete: Literal["fail", "keep"] = Field(
+        "fail",
+        description="Clips that are damaged or cut off before they fill the longest bucket: list them as failed, or "
+        "keep what precedes the damage as a shorter clip, marked in its JSON and counted in the manifest.",
+    )
 
     @field_validator("buckets")
     @classmethod
@@ -136,6 +143,17 @@ TransformConfig = Annotated[
     ],
     Discriminator(kind),
 ]
+
+
+def transform_version(transform: TransformConfig | None) -> int:
+    """Return the version of the pixels that a transform makes of media.
+
+    Raise it where the same files give other pixels than before: a half-done encode is then refused, and datasets of
+    two versions are not merged. Version 2 reads the times, colours and transparency of clips differently, and weighs
+    pixels by area (`filter: area`) in pictures, too.
+    """
+    is_unchanged = transform is None or (transform.kind == "image" and transform.filter == "lanczos")
+    return 1 if is_unchanged else 2
 
 
 class EncodeRecipe(Section):

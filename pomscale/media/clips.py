@@ -1,23 +1,19 @@
 """Decode video files to frames of one size, evenly spaced in time.
 
-**Time.** Frame k of the result is the source frame whose presentation time is nearest to k / fps seconds after the
-first frame's, the earlier of two equally near ones. So it is right to half a source frame at a constant rate, and as
-near as can be at a variable one. A clip fills f frames if it lasts f / fps seconds, or if the last of them lies no more
-than half a frame's duration after the last of the source. Only as much is decoded as that needs.
+Frame k of the result is the source frame whose presentation time is nearest to k / fps seconds after the first frame's,
+the earlier of two equally near ones. So it is right to half a source frame at a constant rate, and as near as can be at
+a variable one. A clip fills f frames if it lasts f / fps seconds, or if the last of them lies no more than half a
+frame's duration after the last of the source. Only as much is decoded as that needs.
 
-**Space.** A frame is scaled to just cover the target and its centre cut out, in the shape it is shown in: turned and
-mirrored as the display matrix says, with pixels that need not be square. swscale does it from the decoder's colours in
-one go, in its accurate and bit-exact mode: the fast one is up to two grey levels off, and differs between processors.
-"area" is then the exact mean over the area (tests/data/test_clips.py).
-
-Times come from the frames alone, never from a rate in a header. Containers that give no times, or times that go back
-(AVI with reordered frames), are read up to there, as damaged ones are up to the damage.
+A clip that ends early, since it is damaged or cut off, does not become a shorter one without a trace: it is refused, or
+kept and marked. `clip_frames` has the rules for times and ends, `frame_fitter` those for space and colours.
 """
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -25,28 +21,20 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pomscale.base.errors import InputError
 from pomscale.media import Filter, UnreadableMediaError, nearest_bucket
-
-try:
-    import av
-    from av.video.reformatter import Interpolation, VideoReformatter
-except ImportError as error:
-    raise InputError(f"clips need the package av: {error}. Run: pip install -e '.[video]'") from error
-
-# Containers, as FFmpeg names them. Not playlists and the like: those make FFmpeg open further files and addresses.
-_FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
-
-# Names of swscale for 1 channel, from black 0 to white 255, and 3.
-_FORMATS_OUT = {1: "gray", 3: "rgb24"}
-
-# Wider or higher ones are no pictures, and to cover a target they would take any amount of memory.
-_MAX_ASPECT = 16
-
-_ACCURATE = (
-    Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
+from pomscale.media.clip_frames import (
+    FrameReader,
+    StrayTimesError,
+    even_spacing,
+    open_video,
+    seconds_of_all_streams,
+    stated_seconds,
 )
-_SCALERS: dict[Filter, int] = {"area": Interpolation.AREA | _ACCURATE, "lanczos": Interpolation.LANCZOS | _ACCURATE}
+from pomscale.media.frame_fitter import FrameFitter
+from pomscale.media.pyav import av
+
+# Seconds beyond a clip in which its packets must be evenly spaced, too: more than any codec reorders.
+_SPACING_MARGIN_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +46,40 @@ class DecodedClip:
     target: int
     """Index of the target whose size the frames have."""
     info: dict[str, Any]
-    """Facts for the record's JSON: width and height of the file, duration_s by its header, source_fps (the mean) and
-    num_source_frames of the decoded part, and whether their rate varies."""
+    """Facts for the record's JSON: width and height of the file, duration_s as it states; source_fps (the mean) and
+    num_source_frames of the decoded part, num_dropped_frames with the time of the one before, whether the rate varies;
+    times, "frames" if they are the frames' own, "even" if each is its frame's number over the rate; incomplete, why
+    the clip ends early, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """The result that is asked for."""
+
+    targets: Sequence[tuple[int, int, int]]
+    fps: float
+    filter: Filter
+    num_channels: int
+    keep_incomplete: bool
+
+    @property
+    def interval(self) -> Fraction:
+        return 1 / Fraction(self.fps)
+
+    @property
+    def num_frames(self) -> int:
+        """Number of frames of the longest target."""
+        return max(target[0] for target in self.targets)
 
 
 def decode_clip(
-    stream: BinaryIO, targets: Sequence[tuple[int, int, int]], fps: float, filter: Filter, num_channels: int = 3
+    stream: BinaryIO,
+    targets: Sequence[tuple[int, int, int]],
+    fps: float,
+    filter: Filter,
+    num_channels: int = 3,
+    *,
+    keep_incomplete: bool = False,
 ) -> DecodedClip:
     """Return the first seconds of a clip in the best of several sizes.
 
@@ -76,23 +92,32 @@ def decode_clip(
         fps: Frames per second of the result.
         filter: How frames are scaled.
         num_channels: 3 for RGB, 1 for grey.
+        keep_incomplete: Whether a clip that ends early gets the target that what precedes its end fills.
 
     Raises:
-        UnreadableMediaError: The file is no video or too short. Errors of reading the stream are passed on instead,
-            since they say nothing about the clip.
+        UnreadableMediaError: The file is no video, too short, without usable times, or ends early. Errors of reading
+            the stream are passed on instead, since they say nothing about the clip.
     """
+    wanted = _Wanted(targets, fps, filter, num_channels, keep_incomplete)
+    with _as_unreadable():
+        try:
+            return _decode(stream, wanted)
+        except StrayTimesError as error:
+            reason = str(error)
+        spacing = even_spacing(stream, wanted.num_frames / fps + _SPACING_MARGIN_S)
+        if spacing is None:
+            raise UnreadableMediaError(
+                f"{reason}, and its packets are not evenly spaced, so its speed is unknown; write it anew, for example "
+                f"with: ffmpeg -i OLD NEW.mp4"
+            )
+        return _decode(stream, wanted, spacing)
+
+
+@contextmanager
+def _as_unreadable() -> Iterator[None]:
+    """Raise FFmpeg's errors in the block as UnreadableMediaError."""
     try:
-        with av.open(stream, "r", options={"format_whitelist": _FORMATS}, metadata_errors="ignore") as container:
-            video = container.streams.best("video")
-            if not isinstance(video, av.VideoStream):
-                raise UnreadableMediaError("has no video stream")
-            if video.codec_context is None:
-                raise UnreadableMediaError("its codec is unknown")
-            # The recipe's threads decode a clip each; more inside each of them would only get in their way.
-            video.thread_count = 1
-            reader = _FrameReader(container, video)
-            frames, target = _resample(reader, targets, fps, filter, num_channels)
-            seconds = _header_seconds(container, video)
+        yield
     except av.FFmpegError as error:
         raise UnreadableMediaError(f"no video that can be read: {error.strerror}") from error
     except OSError as error:
@@ -100,39 +125,23 @@ def decode_clip(
             raise
         # Damaged tables make FFmpeg seek to before the start of the file.
         raise UnreadableMediaError("no video that can be read: it points outside of the file") from error
-    return DecodedClip(frames, target, {"duration_s": seconds} | reader.info())
 
 
-def _resample(
-    reader: _FrameReader, targets: Sequence[tuple[int, int, int]], fps: float, filter: Filter, num_channels: int
-) -> tuple[np.ndarray, int]:
-    """Return frames (f, h, w, num_channels) uint8 and the index of their target, known when the source has ended."""
-    interval = 1 / Fraction(fps)
-    longest = max(target[0] for target in targets)
-    chosen: dict[int, int] = {}  # by number of frames, longest first: the target of a clip that fills no more
-    sizes: dict[tuple[int, int], _Collected] = {}
-    num_due = 0
-    for frame, until in reader.nearest(interval):
-        if not chosen:
-            fitter = _Fitter(frame, reader.pixel_aspect, filter, num_channels)
-            chosen = _nearest_by_length(fitter.shown, targets)
-            for length, index in chosen.items():
-                sizes.setdefault(targets[index][1:], _Collected(length))
-        num_due = min(until // interval + 1, longest)
-        for size, collected in sizes.items():
-            num_missing = min(num_due, collected.limit) - len(collected.frames)
-            if num_missing > 0:
-                collected.frames += [fitter.fit(frame, size)] * num_missing
-        if num_due == longest:
-            break
-    for length, index in chosen.items():
-        if length <= num_due:
-            return np.stack(sizes[targets[index][1:]].frames[:length]), index
-    shortest = min(target[0] for target in targets)
-    raise UnreadableMediaError(
-        f"has {float(reader.seconds):.2f} s{reader.stopped}; "
-        f"needs at least {shortest / fps:g} s for {shortest} frames at {fps:g} fps"
-    )
+def _decode(stream: BinaryIO, wanted: _Wanted, spacing: Fraction | None = None) -> DecodedClip:
+    """Decode a clip by its frames' times, or by `spacing`. Raises StrayTimesError where the times are of no use."""
+    with open_video(stream) as (container, video):
+        reader = FrameReader(container, video, spacing)
+        resampled = _resample(reader, wanted)
+        stated, _ = stated_seconds(container, video)
+        early = None
+        if resampled.num_due < wanted.num_frames:
+            early = reader.stopped or _cut_off(stream, container, video, reader, resampled.num_due, wanted)
+        if early is not None:
+            of = "" if stated is None else f" of {stated:.2f} s"
+            early = f"{float(reader.seconds):.2f} s{of}, then {early} ({container.format.long_name})"
+        frames, target = _filled(resampled, reader, wanted, early)
+    info = {"duration_s": None if stated is None else round(stated, 3), **reader.info(), "incomplete": early}
+    return DecodedClip(frames, target, info)
 
 
 @dataclass
@@ -141,6 +150,54 @@ class _Collected:
 
     limit: int
     frames: list[np.ndarray] = field(default_factory=list)
+
+
+@dataclass
+class _Resampled:
+    """Fitted frames of every size that the clip may get, until it ended."""
+
+    num_due: int = 0
+    chosen: dict[int, int] = field(default_factory=dict)
+    """By number of frames, longest first: the target of a clip that fills no more."""
+    sizes: dict[tuple[int, int], _Collected] = field(default_factory=dict)
+
+
+def _resample(reader: FrameReader, wanted: _Wanted) -> _Resampled:
+    """Read until the longest target is filled, or the clip ends."""
+    longest, result = wanted.num_frames, _Resampled()
+    for frame, until in reader.nearest(wanted.interval):
+        if not result.chosen:
+            fitter = FrameFitter(frame, reader.pixel_aspect, wanted.filter, wanted.num_channels)
+            result.chosen = _nearest_by_length(fitter.shown, wanted.targets)
+            for length, index in result.chosen.items():
+                result.sizes.setdefault(wanted.targets[index][1:], _Collected(length))
+        result.num_due = min(until // wanted.interval + 1, longest)
+        for size, collected in result.sizes.items():
+            num_missing = min(result.num_due, collected.limit) - len(collected.frames)
+            if num_missing > 0:
+                collected.frames += [fitter.fit(frame, size)] * num_missing
+        if result.num_due == longest and not reader.awaits_earlier():
+            break
+    return result
+
+
+def _filled(resampled: _Resampled, reader: FrameReader, wanted: _Wanted, early: str | None) -> tuple[np.ndarray, int]:
+    """Return the frames of the longest target that is filled, and its index.
+
+    Raises UnreadableMediaError where none is, or where the clip ends `early` and is not to be kept.
+    """
+    for length, index in resampled.chosen.items():
+        if length <= resampled.num_due:
+            if early is not None and not wanted.keep_incomplete:
+                raise UnreadableMediaError(
+                    f"has {early}; replace the file, or keep such clips as shorter ones: transform.incomplete: keep"
+                )
+            return np.stack(resampled.sizes[wanted.targets[index][1:]].frames[:length]), index
+    shortest = min(target[0] for target in wanted.targets)
+    raise UnreadableMediaError(
+        f"has {early or f'{float(reader.seconds):.2f} s'}; "
+        f"needs at least {shortest / wanted.fps:g} s for {shortest} frames at {wanted.fps:g} fps"
+    )
 
 
 def _nearest_by_length(shown: tuple[float, float], targets: Sequence[tuple[int, int, int]]) -> dict[int, int]:
@@ -152,140 +209,26 @@ def _nearest_by_length(shown: tuple[float, float], targets: Sequence[tuple[int, 
     return chosen
 
 
-class _FrameReader:
-    """The frames of a video with their times, until it ends or is damaged."""
-
-    def __init__(self, container: av.container.InputContainer, video: av.VideoStream) -> None:
-        self._container, self._video = container, video
-        self._first: av.VideoFrame | None = None
-        self._gaps: tuple[Fraction, Fraction] | None = None  # the shortest and the longest between frames
-        self._last_time = Fraction(0)
-        self.num_frames = 0
-        self.seconds = Fraction(0)  # duration of the frames so far, the last one included
-        self.stopped = ""  # why reading stopped before the end
-
-    @property
-    def pixel_aspect(self) -> Fraction:
-        """Width of a pixel over its height."""
-        return self._video.sample_aspect_ratio or Fraction(1)
-
-    def nearest(self, interval: Fraction) -> Iterator[tuple[av.VideoFrame, Fraction]]:
-        """Yield every frame with the time up to which it is the nearest, in seconds after the first frame's.
-
-        The last one counts for half its duration, or until an `interval` before it ends if that is later: so a clip
-        that lasts n intervals fills n frames at any rate.
-        """
-        previous: av.VideoFrame | None = None
-        for frame, time in self._timed():
-            middle = (self._last_time + time) / 2
-            self._count(frame, time)
-            if previous is not None:
-                yield previous, middle
-            previous = frame
-        if previous is not None:
-            yield previous, max((self._last_time + self.seconds) / 2, self.seconds - interval)
-
-    def info(self) -> dict[str, Any]:
-        assert self._first is not None
-        rate = (self.num_frames - 1) / self._last_time if self._last_time else None
-        return {
-            "width": self._first.width,
-            "height": self._first.height,
-            "source_fps": None if rate is None else round(float(rate), 3),
-            "num_source_frames": self.num_frames,
-            # Rounding of times (Matroska: to milliseconds) changes gaps by far less, a dropped frame by more.
-            "variable_rate": self._gaps is not None and self._gaps[1] > 1.5 * self._gaps[0],
-        }
-
-    def _timed(self) -> Iterator[tuple[av.VideoFrame, Fraction]]:
-        start = Fraction(0)
-        try:
-            for frame in self._container.decode(self._video):
-                if frame.is_corrupt:
-                    self.stopped = ", then a damaged frame"
-                    return
-                if frame.pts is None or frame.time_base is None:
-                    self.stopped = ", then a frame without a time"
-                    return
-                time = frame.pts * frame.time_base
-                if self._first is None:
-                    self._first, start = frame, time
-                elif time - start <= self._last_time:
-                    self.stopped = ", then its times go back"
-                    return
-                elif (frame.width, frame.height) != (self._first.width, self._first.height):
-                    self.stopped = ", then its size changes"
-                    return
-                yield frame, time - start
-        except av.FFmpegError as error:
-            self.stopped = f", then {error.strerror}"
-
-    def _count(self, frame: av.VideoFrame, time: Fraction) -> None:
-        duration = frame.duration * frame.time_base if frame.time_base is not None else Fraction(0)
-        if self.num_frames:
-            gap = time - self._last_time
-            shortest, longest = self._gaps or (gap, gap)
-            self._gaps = min(shortest, gap), max(longest, gap)
-            duration = duration or gap  # several containers do not say how long a frame is shown
-        self.num_frames += 1
-        self._last_time = time
-        self.seconds = time + duration
-
-
-class _Fitter:
-    """Scales, cuts and turns the frames of one clip."""
-
-    def __init__(self, frame: av.VideoFrame, pixel_aspect: Fraction, filter: Filter, num_channels: int) -> None:
-        self._transposed, self._flipped_rows, self._flipped_columns = _orientation(frame)
-        self._height, self._width = float(frame.height), float(frame.width * pixel_aspect)
-        if max(self._height / self._width, self._width / self._height) > _MAX_ASPECT:
-            raise UnreadableMediaError(f"is shown as {self._width:.0f}x{self._height:.0f}: too narrow a strip")
-        self._scaler, self._interpolation = VideoReformatter(), _SCALERS[filter]
-        self._num_channels, self._format = num_channels, _FORMATS_OUT[num_channels]
-
-    @property
-    def shown(self) -> tuple[float, float]:
-        """Height and width in which a player shows the clip."""
-        return (self._width, self._height) if self._transposed else (self._height, self._width)
-
-    def fit(self, frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
-        """Return the frame in `size` = (h, w), as (h, w, num_channels) uint8."""
-        height, width = reversed(size) if self._transposed else size
-        scale = max(height / self._height, width / self._width)
-        cover_height = max(height, round(self._height * scale))
-        cover_width = max(width, round(self._width * scale))
-        cover = self._scaler.reformat(
-            frame, cover_width, cover_height, self._format, interpolation=self._interpolation, threads=1
-        ).to_ndarray()
-        cover = cover.reshape(cover_height, cover_width, self._num_channels)
-        top, left = (cover_height - height) // 2, (cover_width - width) // 2
-        pixels = cover[top : top + height, left : left + width]
-        if self._transposed:
-            pixels = pixels.swapaxes(0, 1)
-        pixels = pixels[:: -1 if self._flipped_rows else 1, :: -1 if self._flipped_columns else 1]
-        return np.ascontiguousarray(pixels)
-
-
-def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """Return whether to transpose a frame, then to reverse its rows, then its columns, to turn it upright.
-
-    The display matrix (a b u; c d v; x y w) puts a pixel (p, q), right and down, at (a p + c q, b p + d q).
-    """
-    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return False, False, False
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
-    if (b, c) == (0, 0) and a and d:
-        return False, d < 0, a < 0
-    if (a, d) == (0, 0) and b and c:
-        return True, b < 0, c < 0
-    raise UnreadableMediaError("is to be shown turned by an angle that is no multiple of 90 degrees")
-
-
-def _header_seconds(container: av.container.InputContainer, video: av.VideoStream) -> float | None:
-    if video.duration is not None and video.time_base is not None:
-        return round(float(video.duration * video.time_base), 3)
-    return None if container.duration is None else round(container.duration / av.time_base, 3)
+def _cut_off(
+    stream: BinaryIO,
+    container: av.container.InputContainer,
+    video: av.VideoStream,
+    reader: FrameReader,
+    num_due: int,
+    wanted: _Wanted,
+) -> str | None:
+    """Return "the end of the file" if it states a length with which the clip would fill a longer target, else None."""
+    stated, is_own = stated_seconds(container, video)
+    half_frame = reader.seconds / max(2 * reader.num_frames, 1)
+    if stated is None or stated - half_frame <= max(reader.seconds, reader.end):
+        return None
+    num_stated = max(stated - half_frame, stated - wanted.interval) // wanted.interval + 1
+    if not any(num_due < target[0] <= num_stated for target in wanted.targets):
+        return None
+    # A length of the whole file may be that of its sound, which often is longer than the pictures.
+    if not is_own and seconds_of_all_streams(stream) >= stated - half_frame:
+        return None
+    return "the end of the file"
 
 
 def read_grey_frames(path: Path) -> np.ndarray:

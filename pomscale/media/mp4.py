@@ -9,14 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pomscale.base.errors import InputError, PomscaleError
+from pomscale.base.errors import PomscaleError
 from pomscale.base.files import atomic_write
-
-try:
-    import av
-    from av.video.reformatter import Colorspace
-except ImportError as error:
-    raise InputError(f"clips need the package av: {error}. Run: pip install -e '.[video]'") from error
+from pomscale.media.pyav import Colorspace, av
 
 # The file has fragments while it is written, so that the FILE.*.tmp of a killed process can be played; once closed it
 # is an ordinary file, in which players can seek.

@@ -136,7 +136,7 @@ class Manifest(_Part):
 
     Shards are sorted by group, so the records of a group are neighbours in the index. `keys_sha256` is that of the
     index's key column (8 bytes each, little-endian, in order): two sets with the same one have the same records in the
-    same order.
+    same order. `num_incomplete` clips end early and were kept (transform.incomplete: keep), as their JSON says.
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
@@ -144,11 +144,13 @@ class Manifest(_Part):
     codec: CodecInfo | None
     latent: LatentInfo | None
     transform: TransformConfig | None
+    transform_version: int = 1  # what it was before manifests had it
     text: TextInfo | None
     has_captions: bool
     class_names: tuple[str, ...]
     num_samples: int = Field(ge=0)
     num_failures: int = Field(ge=0)
+    num_incomplete: int = Field(0, ge=0)
     source: SourceInfo
     groups: tuple[GroupInfo, ...]
     shards: tuple[ShardInfo, ...]

@@ -87,7 +87,10 @@ def test_only_what_is_needed_is_decoded(tmp_path: Path) -> None:
         "height": 60,
         "source_fps": 30.0,
         "num_source_frames": 30,  # the last, 29 / 30 s, tells that 28 / 30 s is nearest to 15 / 16 s
+        "num_dropped_frames": 0,
+        "times": "frames",
         "variable_rate": False,
+        "incomplete": None,
     }
 
 
@@ -267,15 +270,8 @@ def test_damage_in_the_middle_leaves_what_precedes_it(tmp_path: Path) -> None:
         source.write_bytes(content)
         clip = decode(source)
         assert numbers(clip) == list(range(16))
-        with pytest.raises(UnreadableMediaError, match=r"^has [12]\.\d\d s, then .*; needs at least 4 s for 64 frames"):
+        with pytest.raises(UnreadableMediaError, match=r"^has [12]\.\d\d s of 4.00 s, then .*; needs at least 4 s"):
             decode(source, [(64, 60, 96)])
-
-
-def test_times_that_go_back_end_a_clip(tmp_path: Path) -> None:
-    """AVI numbers frames in the order of decoding: with reordered frames it tells no times."""
-    source = write_video(tmp_path / "x.avi", numbered(48), 24, codec_options={"bf": "2"})
-    with pytest.raises(UnreadableMediaError, match="then its times go back; needs at least 1 s"):
-        decode(source)
 
 
 def test_damage_anywhere_is_an_unreadable_clip_or_a_clip(tmp_path: Path) -> None:
@@ -318,7 +314,8 @@ def test_many_threads_decode_what_one_does(tmp_path: Path) -> None:
 
 
 def test_without_pyav_the_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "pomscale.media.clips")
+    for name in ("clips", "clip_frames", "frame_fitter", "pyav"):
+        monkeypatch.delitem(sys.modules, f"pomscale.media.{name}")
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(InputError, match=r"clips need the package av: .*pip install -e '\.\[video\]'"):
         importlib.import_module("pomscale.media.clips")

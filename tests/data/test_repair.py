@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,21 @@ def test_a_repair_that_was_broken_off_goes_on(encoded: Path) -> None:
     assert report.exit_code == 0
     assert "after the repair" in str(report)
     assert {n: content for n, (content, _) in files_of(encoded).items()} == {n: c for n, (c, _) in before.items()}
+
+
+def test_a_dataset_of_another_version_is_refused_and_keeps_what_it_has(encoded: Path) -> None:
+    """Parts of two versions would lie in one set; and a refusal must not cost the manifest."""
+    plan = encoded / "parts" / "plan.json"
+    spec = json.loads(plan.read_text())
+    plan.write_text(json.dumps(spec | {"transform_version": 9}))
+    (encoded / "shard-000000.tar").unlink()
+    before = files_of(encoded)
+    told = (
+        r"transform_version is 9 there and 1 here; .*delete that folder, or use the version of pomscale that began it"
+    )
+    with pytest.raises(InputError, match=told):
+        repair(encoded, progress=False)
+    assert files_of(encoded) == before
 
 
 def test_foreign_tars_are_told_and_left(encoded: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -33,18 +33,23 @@ def write_video(
     times: Sequence[float] | None = None,
     codec: str = "libx264",
     codec_options: dict[str, str] | None = None,
+    container_options: dict[str, str] | None = None,
+    time_base: Fraction = Fraction(
+        1, 30_000
+    ),  # the frames of all usual rates lie on it, and MPEG-4 allows no finer one
+    arrange: Callable[[list[av.Packet]], list[av.Packet]] = lambda packets: packets,
     pix_fmt: str = "yuv420p",
     display_matrix: tuple[int, int, int, int] | None = None,
     sample_aspect_ratio: Fraction | None = None,
 ) -> Path:
     """One video stream of `frames` (h, w, 3) uint8. `times`: presentation times in seconds, else constant `fps`.
 
-    `display_matrix` (a, b, c, d) of 1, 0 and -1 puts pixel (x, y) at (a x + c y, b x + d y).
+    `arrange` changes the packets before they are written. `display_matrix` (a, b, c, d) of 1, 0 and -1 puts pixel
+    (x, y) at (a x + c y, b x + d y).
     """
     frames = list(frames)
     rate = Fraction(fps).limit_denominator(1001)
-    time_base = Fraction(1, 30_000)  # the frames of all usual rates lie on it, and MPEG-4 allows no finer one
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", container_options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=rate, options=codec_options or {})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pix_fmt
@@ -54,10 +59,13 @@ def write_video(
             stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
         if sample_aspect_ratio is not None:
             stream.codec_context.sample_aspect_ratio = sample_aspect_ratio
+        packets: list[av.Packet] = []
         for number, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             seconds = number / rate if times is None else Fraction(times[number])
             frame.pts, frame.time_base = round(seconds / time_base), time_base
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+            packets += stream.encode(frame)
+        for packet in arrange([*packets, *stream.encode(None)]):
+            packet.stream = stream
+            container.mux(packet)
     return path

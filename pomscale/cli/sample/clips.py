@@ -227,7 +227,10 @@ def _read_clip(
     from pomscale.sampling.clips import start_frames
 
     numbers, fps = start_frames(model, request.num_frames), model.card.fps or DEFAULT_FPS
-    clip = decode_clip(file, [(number, *size) for number in numbers], fps, "area", channels)
+    targets = [(number, *size) for number in numbers]
+    clip = decode_clip(file, targets, fps, "area", channels, keep_incomplete=True)
+    if clip.info["incomplete"]:
+        warn(f"--from {path}: has {clip.info['incomplete']}; the clips continue what precedes that")
     num_taken, seconds = len(clip.frames), clip.info["duration_s"]
     num_there = num_taken if seconds is None else int(seconds * fps + 0.05)  # the header rounds to milliseconds
     if num_taken < min(num_there, numbers[-1]):  # all of numbers[-1] is an error of its own

@@ -192,7 +192,8 @@ def test_an_error_while_filming_leaves_the_older_clip(tmp_path: Path) -> None:
 def test_without_pyav_the_command_is_told_and_pictures_need_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.delitem(sys.modules, "pomscale.media.mp4", raising=False)
+    for name in ("mp4", "pyav"):
+        monkeypatch.delitem(sys.modules, f"pomscale.media.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "av", None)
     save_grid(np.zeros((1, 3, 40, 50), np.float32), tmp_path / "grid.png", num_columns=1)
     with pytest.raises(InputError, match=r"package av: .*pip install -e '\.\[video\]'"):
