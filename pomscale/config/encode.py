@@ -14,6 +14,8 @@ _FILTER = "Filter that resizes. area: the mean over the area of each new pixel, 
 
 _CAPTION_LINES = "Every line of a text is a caption of its own."
 
+_FILTER = "Filter that resizes. area: the mean over the area of each new pixel, and bilinear where it enlarges."
+
 
 class ImageFolderConfig(Section):
     """A folder with one subfolder of pictures (PNG, JPEG, WebP) per class; classes in sorted order."""
