@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launch.record.job import JobSpec
+from launch.record.job import JobSpec, LaunchedAs, keep
 from launch.record.moved import recipe_here, spec_here, train_command
 from launch.record.pipeline import PIPELINE_FILE, Pipeline, Stage, stage_folders, write_pipeline
+from launch.submission import control
 from pomscale.base.errors import InputError
 from pomscale.config.load import dump_recipe, load_train_recipe
-from pomscale.runs.layout import RECIPE_FILE
+from pomscale.runs.layout import JOB_FILE, LAUNCH_FILE, LAUNCHED_RECIPE_FILE, RECIPE_FILE
 from support.running import write_tiny_recipe
 
 
@@ -70,6 +72,57 @@ def test_a_recipe_trains_in_the_folder_that_is_named(tmp_path: Path) -> None:
     assert train_command(copy) == f"pomscale train {copy / RECIPE_FILE} name=copy output={tmp_path}"
     moved = recipe_here(recipe, copy)
     assert (moved.name, moved.output, moved.seed) == ("copy", str(tmp_path), recipe.seed)
+
+
+@pytest.mark.parametrize("how", ["copied", "moved"])
+def test_a_run_is_submitted_again_where_its_folder_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    profile = {"kind": "cluster", "scheduler": "local", "gpus_per_node": 0, "ranks_per_node": 1, "cpus_per_node": 1}
+    run = tmp_path / "runs" / "tiny"
+    submitted: list[JobSpec] = []
+
+    def submit(job: JobSpec, *arguments: object) -> str:
+        submitted.append(job)
+        return "7"
+
+    recipe = load_train_recipe(write_tiny_recipe(tmp_path, tmp_path / "digits"))
+    (run / LAUNCHED_RECIPE_FILE).parent.mkdir(parents=True)
+    (run / LAUNCHED_RECIPE_FILE).write_text(dump_recipe(recipe))
+    keep(run / JOB_FILE, spec(run, ["train", str(run / LAUNCHED_RECIPE_FILE)]))
+    keep(run / LAUNCH_FILE, LaunchedAs(LAUNCHED_RECIPE_FILE, "local", profile, 1, None, []))
+    before = (run / JOB_FILE).read_bytes(), (run / LAUNCHED_RECIPE_FILE).read_bytes()
+    here = tmp_path / "runs" / "other"
+    here = run.rename(here) if how == "moved" else Path(shutil.copytree(run, here))
+
+    monkeypatch.setattr(control, "submit", submit)
+    assert control.resume(here) == "7"
+    (job,) = submitted
+    assert (job.job_folder, job.name, job.commands) == (
+        str(here),
+        "other",
+        [["train", str(here / LAUNCHED_RECIPE_FILE)]],
+    )
+    resolved = load_train_recipe(here / LAUNCHED_RECIPE_FILE)
+    assert Path(resolved.output, resolved.name) == here
+    if how == "copied":
+        assert before == ((run / JOB_FILE).read_bytes(), (run / LAUNCHED_RECIPE_FILE).read_bytes())
+
+
+def test_a_job_that_is_refused_leaves_its_description_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(job: JobSpec, *arguments: object) -> str:
+        keep(Path(job.job_folder) / JOB_FILE, job)
+        raise InputError("sbatch refuses this job")
+
+    profile = {"kind": "cluster", "scheduler": "local", "gpus_per_node": 0, "ranks_per_node": 1, "cpus_per_node": 1}
+    keep(tmp_path / JOB_FILE, spec(tmp_path / "elsewhere"))
+    keep(tmp_path / LAUNCH_FILE, LaunchedAs(None, "local", profile, 1, None, []))
+    monkeypatch.setattr(control, "submit", refuse)
+    with pytest.raises(InputError, match="refuses"):
+        control.resume(tmp_path)
+    assert JobSpec.read(tmp_path / JOB_FILE) == spec(tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize("names_its_folder", [True, False])
