@@ -10,6 +10,7 @@ from data_pipelines.shards.parts import PARTS_FOLDER, EncodeSpec, PartStore
 from data_pipelines.sources.protocol import Item, Source, SourceChangedError
 from pomscale.base.errors import InputError
 from pomscale.codecs import Codec, TextEncoder, build_codec, build_text_encoder
+from pomscale.config.codecs import TEXT_VERSION
 from pomscale.config.encode import EncodeRecipe, ImageTransformConfig, TableSourceConfig, TransformConfig
 from pomscale.distributed.world import resolve_device
 from pomscale.shards.schema import ArrayName
@@ -109,8 +110,8 @@ class EncodeSetup:
             codec_identity=self.encoders.codec_identity,
             transform=variant.transform,
             text=None if recipe.text is None else recipe.text.model_dump(exclude=location),
+            text_version=1 if recipe.text is None else TEXT_VERSION,
             text_identity=self.encoders.text_identity,
-            special_tokens=None if recipe.text is None else "text",
         )
 
     def missing(self, part: int, only_failed: bool) -> list[int]:

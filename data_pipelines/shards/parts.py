@@ -57,9 +57,8 @@ class EncodeSpec(BaseModel):
     codec_identity: str | None
     transform: TransformConfig | None
     text: dict[str, Any] | None
+    text_version: int = 1  # what it was before it was recorded, and without captions
     text_identity: str | None
-    # "text": "</s>" in a caption is text. None: there are no captions, or an earlier version took it for a token.
-    special_tokens: Literal["text"] | None = None
 
 
 class Failure(BaseModel):
