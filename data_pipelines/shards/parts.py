@@ -63,10 +63,9 @@ class EncodeSpec(BaseModel):
     transform: TransformConfig | None
     transform_version: int = 1  # what it was before it was recorded
     text: dict[str, Any] | None
+    text_version: int = 1  # what it was before it was recorded, and without captions
     text_identity: str | None
     captions: str = "random"  # what it was before it was recorded
-    # "text": "</s>" in a caption is text. None: there are no captions, or an earlier version took it for a token.
-    special_tokens: Literal["text"] | None = None
 
     @field_validator("source")
     @classmethod

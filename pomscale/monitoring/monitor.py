@@ -58,19 +58,21 @@ class Monitor:
     def close(self, failed: bool = False) -> None:
         """Close all sinks at the same time, for CLOSE_TIMEOUT_S at most. `failed`: the run ends with an error.
 
-        One that is slow to close has PATIENT_CLOSE_TIMEOUT_S, until there is a hurry.
+        At a good end, one that is slow to close has PATIENT_CLOSE_TIMEOUT_S, until there is a hurry.
         """
+
+        def patience_s(sink: MetricSink) -> float:
+            in_a_hurry = failed or self._in_a_hurry() or not sink.is_slow_to_close
+            return CLOSE_TIMEOUT_S if in_a_hurry else PATIENT_CLOSE_TIMEOUT_S
+
         begun_s = time.monotonic()
         for sink, background in self._sinks:
             background.finish(partial(sink.close, failed))
         for sink, background in self._sinks:
-            while not background.wait(0.2) and time.monotonic() - begun_s < self._patience_s(sink):
+            while not background.wait(0.2) and time.monotonic() - begun_s < patience_s(sink):
                 pass
             if not background.join(time.monotonic()):
-                logger.warning("%s has not ended within %g s: %s", sink.name, self._patience_s(sink), sink.if_cut_off)
-
-    def _patience_s(self, sink: MetricSink) -> float:
-        return CLOSE_TIMEOUT_S if self._in_a_hurry() or not sink.is_slow_to_close else PATIENT_CLOSE_TIMEOUT_S
+                logger.warning("%s has not ended within %g s: %s", sink.name, patience_s(sink), sink.if_cut_off)
 
     def __enter__(self) -> Monitor:
         return self

@@ -60,9 +60,10 @@ class ClipFiles:
             make_folder(path.parent)
             if path.is_dir():
                 raise InputError(f"{path}: is a folder; name a file")
-        for path, suffix in ((self.sheet, ".png"), (self.npz, ".npz")):
-            if path is not None:
-                check_suffix(path, suffix)
+        if self.sheet is not None:
+            check_suffix(self.sheet, ".png")
+        if self.npz is not None:
+            check_suffix(self.npz, ".npz")
 
     def mp4s(self, num_clips: int) -> list[tuple[Path, slice]]:
         """Return the mp4 files, each with the clips that it shows."""
