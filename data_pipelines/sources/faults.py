@@ -54,9 +54,10 @@ def while_opening(path: str) -> Iterator[None]:
 @contextmanager
 def while_reading(path: str, passed: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Raise PomscaleError for all errors but those in `passed`: the content was there when it was opened."""
+    raised_as_it_is: tuple[type[Exception], ...] = (PomscaleError, *passed)
     try:
         yield
-    except (PomscaleError, *passed):
+    except raised_as_it_is:
         raise
     except Exception as error:  # every storage has errors of its own
         raise PomscaleError(

@@ -186,6 +186,7 @@ def _alpha_decoder(video: av.VideoStream) -> av.VideoCodecContext | None:
     if name is None or video.metadata.get("alpha_mode") != "1":
         return None
     decoder = av.CodecContext.create(name, "r")
+    assert isinstance(decoder, av.VideoCodecContext)
     decoder.thread_count = 1
     return decoder
 
@@ -198,6 +199,7 @@ def even_spacing(stream: BinaryIO, seconds: float) -> Fraction | None:
     """
     with open_video(stream) as (container, video):
         times: list[int] = []
+        assert video.time_base is not None
         for packet in container.demux(video):
             if packet.dts is None:
                 continue

@@ -95,10 +95,11 @@ def retried(
     Errors for a file that is missing or refused, errors with a message for people, and those in `final`, are raised at
     once.
     """
+    raised_at_once: tuple[type[Exception], ...] = (PomscaleError, *_FINAL, *final)
     for delay_s in (*RETRY_DELAYS_S, None):
         try:
             return attempt()
-        except (PomscaleError, *_FINAL, *final):
+        except raised_at_once:
             raise
         except Exception as error:  # every backend has errors of its own: aiohttp's, botocore's, gcsfs's
             if refusal(error) is not None:
