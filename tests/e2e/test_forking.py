@@ -135,6 +135,7 @@ def test_what_starts_for_real(tmp_path: Path) -> None:
     assert may_fork(command, {"env": ENVIRONMENT})
     assert may_fork(command, {"env": UNHURRIED})
     assert may_fork(command, {"env": ENVIRONMENT, "cwd": ROOT})
+    assert may_fork(command, {"env": ENVIRONMENT | {"TORCHINDUCTOR_CACHE_DIR": "/tmp/any"}})
     assert not may_fork(["env", *command], {})
     assert not may_fork([sys.executable], {})
     assert not may_fork([sys.executable, "-W", "error", *command[1:]], {})

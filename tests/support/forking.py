@@ -51,8 +51,16 @@ _MESSAGE_BYTES = 1 << 20
 # torch.compile neither tries out vector extensions nor compiles headers: 10 s of a machine's first compilation.
 _QUICK_COMPILATION = {"TORCHINDUCTOR_VEC_ISA_OK": "1", "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
 # Variables that the interpreter or a library reads when it starts; these few are set before the command runs, or later.
+# torch itself sets TORCHINDUCTOR_CACHE_DIR in a process that has compiled, and looks for it each time.
 _READ_AT_START = ("PYTHON", "LD_", "TORCH", "OMP_", "MKL_", "CUDA_", "LC_", "LANG", "MPL")
-_SET_BY_US = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_", *_QUICK_COMPILATION)
+_SET_BY_US = (
+    "PYTHONPATH",
+    "PYTHONSAFEPATH",
+    "PYTHONUNBUFFERED",
+    "TORCHELASTIC_",
+    "TORCHINDUCTOR_CACHE_DIR",
+    *_QUICK_COMPILATION,
+)
 _OPTIONS = {"args", "stdin", "stdout", "stderr", "text", "env", "cwd", "start_new_session", "process_group", "bufsize"}
 _PR_SET_CHILD_SUBREAPER = 36
 
