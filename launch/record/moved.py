@@ -14,15 +14,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-
-from pydantic import ValidationError
+from typing import cast
 
 from launch.record.job import JobSpec
 from launch.record.pipeline import stage_moves
 from pomscale.base.errors import InputError
-from pomscale.config.load import load_train_recipe
+from pomscale.config.load import load_train_recipe, validate
 from pomscale.config.train import TrainRecipe
-from pomscale.config.yaml_file import override
+from pomscale.config.yaml_file import RecipeSource, override
 from pomscale.runs.layout import EVALUATIONS_FOLDER, RECIPE_FILE
 
 
@@ -57,14 +56,11 @@ def _follow(moves: Mapping[Path, Path], word: str) -> str:
 def recipe_here(recipe: TrainRecipe, job_folder: Path) -> TrainRecipe:
     """Return the recipe of a run such that it trains in this folder. InputError if a run cannot have its name."""
     folder = Path(os.path.abspath(job_folder))
-    values = recipe.model_dump() | {"name": folder.name, "output": str(folder.parent)}
+    values = recipe.model_dump(mode="json") | {"name": folder.name, "output": str(folder.parent)}
     try:
-        return TrainRecipe.model_validate(values)
-    except ValidationError as error:
-        why = "; ".join(problem["msg"] for problem in error.errors())
-        raise InputError(
-            f"{job_folder}: a run cannot have the name of this folder ({why}); rename the folder"
-        ) from None
+        return cast(TrainRecipe, validate(RecipeSource(values, {(): str(job_folder)})))
+    except InputError as error:
+        raise InputError(f"{error}; a run cannot have the name of this folder: rename the folder") from None
 
 
 def train_command(run_folder: Path) -> str:

@@ -172,3 +172,14 @@ def test_the_stages_of_a_pipeline_follow_it(tmp_path: Path, names_its_folder: bo
         del content["home"]
         train = then.parent / "train"
     assert stage_folders(now, content) == [now / "encode", train, tmp_path / "elsewhere"]
+
+
+def test_a_profile_that_is_refused_by_now_is_named_with_the_remedy(tmp_path: Path) -> None:
+    profile = {"kind": "cluster", "scheduler": "slurm", "gpus_per_node": 8, "cpus_per_node": 8, "time_limit": "1:00:00"}
+    older = profile | {"srun": ["--export=NONE"]}
+    keep(tmp_path / JOB_FILE, spec(tmp_path))
+    words = ["pomscale", "launch", "a recipe.yaml", "--cluster", "ours"]
+    keep(tmp_path / LAUNCH_FILE, LaunchedAs(None, "ours", older, 1, None, words))
+    told = f"{LAUNCH_FILE}: srun: --export=NONE: .*\\n.*goes on: pomscale launch 'a recipe.yaml' --cluster ours"
+    with pytest.raises(InputError, match=told):
+        control.resume(tmp_path)
