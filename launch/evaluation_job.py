@@ -16,9 +16,9 @@ from pathlib import Path
 
 from launch.node.evaluations import evaluation_folder
 from launch.record.job import JobSpec, LaunchedAs
+from launch.submission.checks import launched_profile
 from launch.submission.prepare import JobRequest, prepare_commands
 from pomscale.base.errors import PomscaleError
-from pomscale.config.cluster import ClusterProfile
 from pomscale.config.evaluation import FIGURES, EvaluationConfig
 from pomscale.config.load import load_train_recipe
 from pomscale.runs.layout import CODE_FOLDER, EVALUATED_FOLDER, JOB_FILE, LAUNCH_FILE
@@ -30,7 +30,7 @@ def submit_evaluation(run: Path, name: str, samples: int) -> str:
     Raises PomscaleError if the run folder lacks something, and what `launch.submission.submit` raises.
     """
     launched = LaunchedAs.read(run / LAUNCH_FILE)
-    profile = ClusterProfile.model_validate(launched.profile)
+    profile = launched_profile(run, launched)
     if profile.scheduler == "debug":  # a job in the foreground would block the supervisor
         profile = profile.model_copy(update={"scheduler": "local"})
     config = _config(run, launched, name)

@@ -1,7 +1,8 @@
 """Job folders that were moved or copied: their job is made to run where the folder lies now.
 
-A job is described with absolute paths, since its ranks may start in any folder. Those of its own job folder are
-replaced when it is submitted again; other paths (datasets, scratch) are not the job's to change.
+A job is described with absolute paths, since its ranks may start in any folder. Those of its own job folder, and of
+the stages that were moved with it in the folder of a pipeline, are replaced when it is submitted again; other paths
+(datasets, scratch) are not the job's to change.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from launch.record.job import JobSpec
+from launch.record.pipeline import stage_moves
 from pomscale.base.errors import InputError
-from pomscale.config.load import load_train_recipe
+from pomscale.config.load import load_train_recipe, validate
 from pomscale.config.train import TrainRecipe
+from pomscale.config.yaml_file import RecipeSource, override
 from pomscale.runs.layout import EVALUATIONS_FOLDER, RECIPE_FILE
 
 
@@ -29,8 +34,8 @@ def spec_here(spec: JobSpec, job_folder: Path) -> JobSpec:
     """Return the job such that it runs in this folder. InputError if the folder that it was launched from is gone."""
     if not is_in_place(spec, job_folder):
         then, now = Path(spec.job_folder), Path(os.path.abspath(job_folder))
-        own = re.compile(rf"(?<![^=]){re.escape(str(_run_of(then)))}(?=/|$)")
-        commands = [[own.sub(lambda _: str(_run_of(now)), word) for word in words] for words in spec.commands]
+        moves = {**stage_moves(now.parent), _run_of(then): _run_of(now)}
+        commands = [[_follow(moves, word) for word in words] for words in spec.commands]
         cwd = _working_folder(spec, now)
         spec = replace(spec, job_folder=str(now), commands=commands, cwd=str(cwd))
     if not Path(spec.cwd).is_dir():
@@ -41,10 +46,21 @@ def spec_here(spec: JobSpec, job_folder: Path) -> JobSpec:
     return spec
 
 
+def _follow(moves: Mapping[Path, Path], word: str) -> str:
+    """Return a word of a command with the path in it as it is after the moves."""
+    paths = {str(then): str(now) for then, now in moves.items()}
+    longest_first = "|".join(re.escape(path) for path in sorted(paths, key=len, reverse=True))
+    return re.sub(rf"(?<![^=])({longest_first})(?=/|$)", lambda found: paths[found[1]], word)
+
+
 def recipe_here(recipe: TrainRecipe, job_folder: Path) -> TrainRecipe:
-    """Return the recipe of a run such that it trains in this folder."""
+    """Return the recipe of a run such that it trains in this folder. InputError if a run cannot have its name."""
     folder = Path(os.path.abspath(job_folder))
-    return recipe.model_copy(update={"name": folder.name, "output": str(folder.parent)})
+    values = recipe.model_dump(mode="json") | {"name": folder.name, "output": str(folder.parent)}
+    try:
+        return cast(TrainRecipe, validate(RecipeSource(values, {(): str(job_folder)})))
+    except InputError as error:
+        raise InputError(f"{error}; a run cannot have the name of this folder: rename the folder") from None
 
 
 def train_command(run_folder: Path) -> str:
@@ -54,8 +70,8 @@ def train_command(run_folder: Path) -> str:
     with suppress(InputError, OSError):  # no such file: the run has not come so far
         recipe = load_train_recipe(path)
         if not _is_same(Path(recipe.output, recipe.name), run_folder):
-            here = recipe_here(recipe, run_folder)
-            words += [f"name={here.name}", f"output={here.output}"]
+            here = Path(os.path.abspath(run_folder))
+            words += [override("name", here.name), override("output", str(here.parent))]
     return shlex.join(words)
 
 

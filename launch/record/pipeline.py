@@ -60,6 +60,16 @@ def write_pipeline(folder: Path, pipeline: Pipeline) -> None:
     write_text(folder / PIPELINE_FILE, json.dumps(content, indent=1))
 
 
+def stage_moves(folder: Path) -> dict[Path, Path]:
+    """Return where the job folders of the stages lie now, by the path that they were made at; {} for no pipeline."""
+    try:
+        content = json.loads((folder / PIPELINE_FILE).read_bytes())
+        made_at = [Path(stage["home"]) for stage in content["stages"]]
+        return dict(zip(made_at, stage_folders(folder, content), strict=True))
+    except (OSError, ValueError, KeyError, TypeError):  # none, or damaged, which `pomscale launch` reports
+        return {}
+
+
 def stage_folders(folder: Path, content: Mapping[str, Any]) -> list[Path]:
     """Return the job folders of the stages where they lie now: the pipeline may have been moved or copied with them.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from launch.record.job import LaunchedAs
 from launch.status.runs import summarize
 from launch.status.state import LIVE
 from pomscale.base.errors import InputError
@@ -15,13 +17,14 @@ from pomscale.config.cluster import ClusterProfile, expanded, is_time_limit, min
 from pomscale.config.data import MixtureComponentConfig
 from pomscale.config.encode import EncodeRecipe, ImageFolderConfig, VideoFolderConfig
 from pomscale.config.identity import differences
+from pomscale.config.load import validate
 from pomscale.config.model import VideoModelConfig
 from pomscale.config.train import TrainRecipe, ValidationConfig
-from pomscale.config.yaml_file import read_source
+from pomscale.config.yaml_file import RecipeSource, read_source
 from pomscale.plan.checks import check_layout
 from pomscale.plan.report import DatasetSize, misfit, plan, summary
 from pomscale.runs.checkpoint_folder import complete_checkpoints, samples_of
-from pomscale.runs.layout import CHECKPOINT_META, CHECKPOINTS_FOLDER, LAUNCHED_RECIPE_FILE, RECIPE_FILE
+from pomscale.runs.layout import CHECKPOINT_META, CHECKPOINTS_FOLDER, LAUNCH_FILE, LAUNCHED_RECIPE_FILE, RECIPE_FILE
 from pomscale.runs.outcome import is_finished
 from pomscale.shards.class_names import check_companion_classes, check_same_classes
 from pomscale.shards.location import local_folder
@@ -193,6 +196,19 @@ def check_encode_folder(job_folder: Path, recipe: EncodeRecipe) -> None:
     then = read_source(job_folder / LAUNCHED_RECIPE_FILE).values
     if (then["kind"], then.get("output")) != ("encode", recipe.output):
         raise InputError(f"{job_folder}: jobs of another recipe were launched there; choose another name, or delete it")
+
+
+def launched_profile(job_folder: Path, launched: LaunchedAs) -> ClusterProfile:
+    """Return the profile that a job was launched with. InputError if it is that of a version with other rules."""
+    path = job_folder / LAUNCH_FILE
+    try:
+        source = RecipeSource(dict(launched.profile), {(): str(path)})
+        return cast(ClusterProfile, validate(source, {"cluster": ClusterProfile}))
+    except InputError as error:
+        again = shlex.join(launched.command_line)
+        raise InputError(
+            f"{error}\nthis is the profile of the last launch; launch again, and it goes on: {again}"
+        ) from None
 
 
 def check_not_in_queue(job_folder: Path) -> None:

@@ -16,12 +16,17 @@ from launch.scheduler import slurm
 from launch.status.facts import Facts, read_facts
 from launch.status.runs import ask_slurm
 from launch.status.state import ACTIVE, LIVE, State, state_of
-from launch.submission.checks import check_machine, check_not_in_queue, check_run_folder, check_time_limit
+from launch.submission.checks import (
+    check_machine,
+    check_not_in_queue,
+    check_run_folder,
+    check_time_limit,
+    launched_profile,
+)
 from launch.submission.job_script import SubmitOptions
 from launch.submission.submit import submit
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import write_text
-from pomscale.config.cluster import ClusterProfile
 from pomscale.config.load import dump_recipe, load_train_recipe
 from pomscale.runs.checkpoint_folder import complete_checkpoints, samples_of
 from pomscale.runs.layout import CHECKPOINTS_FOLDER, JOB_FILE, LAUNCH_FILE
@@ -118,7 +123,7 @@ def resume(job_folder: Path, *, num_nodes: int | None = None, time_limit: str | 
 
 def _submit_again(job_folder: Path, num_nodes: int | None, time_limit: str | None) -> str:
     last_spec, launched = JobSpec.read(job_folder / JOB_FILE), LaunchedAs.read(job_folder / LAUNCH_FILE)
-    profile = ClusterProfile.model_validate(launched.profile)
+    profile = launched_profile(job_folder, launched)
     spec = replace(spec_here(last_spec, job_folder), num_nodes=num_nodes or last_spec.num_nodes, wait_for={})
     launched = replace(launched, num_nodes=spec.num_nodes, time_limit=time_limit or launched.time_limit)
     check_time_limit(profile, launched.time_limit)

@@ -53,7 +53,7 @@ class Prepared:
     @property
     def tasks(self) -> str:
         """The tasks of an array as a phrase before their size, such as "9 tasks, at most 3 at once, of "; or ""."""
-        if not self.array:
+        if self.array in (None, 1):
             return ""
         most = max_parallel_tasks(self.profile, self.array)
         limit = "" if most == self.array or self.profile.scheduler != "slurm" else f", at most {most} at once,"

@@ -37,6 +37,9 @@ _OF_SLURM = (
 )  # fmt: skip
 
 
+_SAID_BY_FIELDS = ("partition", "account", "qos", "constraint", "wckey", "time_limit")
+
+
 def expanded(text: str, key: str) -> str:
     """Return `text` with the $VARIABLES of this process filled in.
 
@@ -66,6 +69,18 @@ def _check_export(srun: Sequence[str]) -> None:
         if name == "--export" and "ALL" not in exported.split(","):
             raise ValueError(
                 f"srun: --export={exported}: the ranks need what the job script sets; write --export=ALL,NAME=VALUE"
+            )
+
+
+def _check_sbatch(profile: ClusterProfile) -> None:
+    """Raise ValueError if `sbatch` says again what has a field or an option of its own: sbatch would take the last."""
+    for name in profile.sbatch:
+        field = {"time": "time_limit"}.get(name, name)
+        if name in ("array", "nodes"):
+            raise ValueError(f"sbatch.{name}: leave it out; `pomscale launch --{name}` says how many")
+        if field in _SAID_BY_FIELDS and getattr(profile, field) is not None:
+            raise ValueError(
+                f"sbatch.{name}: {field} says it already, {getattr(profile, field)!r}; leave one of them out"
             )
 
 
@@ -141,6 +156,7 @@ class ClusterProfile(Section):
         if self.scheduler == "slurm" and minutes_of(self.time_limit or "") * 60 <= self.signal_lead_s:
             raise ValueError("signal_lead_s: not shorter than time_limit, so a job would stop as soon as it starts")
         _check_export(self.srun)
+        _check_sbatch(self)
         if self.container is not None and self.python is not None:
             raise ValueError("python: in a container it is container.python that counts")
         return self

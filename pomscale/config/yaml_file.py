@@ -5,6 +5,7 @@ Every value remembers where it was written, so that an error can name file and l
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,6 +177,15 @@ def _merge(base: dict[str, Any], child: dict[str, Any]) -> None:
             _merge(base[key], value)
         else:
             base[key] = value
+
+
+def override(key: str, text: str) -> str:
+    """Return the override that sets a key to a text, also where YAML would read that as a number or a date."""
+    try:
+        is_plain = yaml.load(text, Loader=_Yaml12Loader) == text
+    except (yaml.YAMLError, ValueError):
+        is_plain = False
+    return f"{key}={text if is_plain else json.dumps(text, ensure_ascii=False)}"
 
 
 def _apply_override(source: RecipeSource, override: str) -> None:

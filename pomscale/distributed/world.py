@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,6 +107,7 @@ def _join(backend: str, join_timeout: timedelta, timeout: timedelta) -> None:
     first = os.environ.get("MASTER_ADDR", "")
     if first and (problem := name_problem(first)) is not None:
         raise PomscaleError(problem)
+    began_s = time.monotonic()
     try:
         store, rank, size = next(iter(dist.rendezvous("env://", timeout=join_timeout)))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=join_timeout)
@@ -113,8 +115,8 @@ def _join(backend: str, join_timeout: timedelta, timeout: timedelta) -> None:
         rank_name, num_ranks, port = (os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         raise PomscaleError(
-            f"rank {rank_name} on {socket.gethostname()} did not find all {num_ranks} ranks at {first} port {port} "
-            f"within {join_timeout.total_seconds():g} s: {why}"
+            f"rank {rank_name} on {socket.gethostname()} did not find all {num_ranks} ranks at {first} port {port}, "
+            f"after {time.monotonic() - began_s:.1f} s: {why}"
         ) from error
     store.set_timeout(timeout)
     _set_pg_timeout(timeout)

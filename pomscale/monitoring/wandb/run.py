@@ -86,6 +86,7 @@ class WandbRun:
         self._lock.take(_LOCK_TIMEOUT_S)
         self._wait_for_another_name()
         self._opened_s = time.monotonic()
+        self._id = own_wandb_id(self._folder)  # the process that had the lock before may have drawn another
         run = self._begin()
         run.define_metric("samples", summary="max")
         self._defined = {"samples"}
@@ -121,7 +122,8 @@ class WandbRun:
                 self._id = replace_wandb_id(self._folder, "it was deleted on wandb's server")
                 return self._begin(again=True)
             logger.warning(
-                "wandb's server is away or refuses the run (%s): recording offline; sync will join it", error
+                "wandb's server is away or refuses the run (%s): recording offline; `pomscale runs sync` will add it",
+                error,
             )
             return self._init("offline")
 

@@ -218,6 +218,22 @@ def test_the_ranks_get_what_the_script_has_set(write: Write) -> None:
     assert [word for word in more if word.startswith("--export")] == ["--export=ALL", "--export=ALL,A=1"]
 
 
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (["account: mine", "sbatch: {account: another}"], "sbatch.account: account says it already, 'mine'"),
+        (["sbatch: {time: '10'}"], "sbatch.time: time_limit says it already"),
+        (["sbatch: {array: 0-3}"], "sbatch.array: leave it out; `pomscale launch --array`"),
+        (["sbatch: {nodes: '2'}"], "sbatch.nodes: leave it out; `pomscale launch --nodes`"),
+    ],
+)
+def test_nothing_is_said_twice(write: Write, lines: list[str], told: str) -> None:
+    """sbatch would take the profile's `sbatch`, silently: another account is charged, or a run becomes an array."""
+    with pytest.raises(InputError, match=told):
+        load_cluster(write(*lines))
+    assert load_cluster(write("sbatch: {account: mine}")).sbatch == {"account": "mine"}
+
+
 def test_some_of_the_gpus_bring_their_share_of_cores_and_memory(write: Write) -> None:
     profile = load_cluster(write("memory_gib: 480", "exclusive: true"))
     whole = script_options(job_script(spec(), profile, SubmitOptions()))

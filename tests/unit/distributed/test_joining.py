@@ -33,9 +33,20 @@ def test_the_join_has_a_limit_of_its_own(port: int, rank: int, monkeypatch: pyte
     monkeypatch.setenv("RANK", str(rank))
     with pytest.raises(PomscaleError) as caught, join_world("cpu", timeout=timedelta(hours=1), join_timeout=SOON):
         pass
-    where = f"rank {rank} on {socket.gethostname()} did not find all 2 ranks at 127.0.0.1 port {port} within 1 s: "
+    where = f"rank {rank} on {socket.gethostname()} did not find all 2 ranks at 127.0.0.1 port {port}, after "
     assert str(caught.value).startswith(where)
     assert _LOST_PEER.search(str(caught.value)), "the job starts again: another rank, or the network, is the cause"
+
+
+def test_a_port_that_is_taken_is_not_said_to_have_been_waited_for(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        limit, told = timedelta(seconds=987), f"port {port}, after [0-9.]+ s: .*EADDRINUSE"
+        with pytest.raises(PomscaleError, match=told) as caught, join_world("cpu", join_timeout=limit):
+            pass
+    assert "987" not in str(caught.value)
 
 
 def test_a_name_that_does_not_resolve_is_no_reason_to_wait(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

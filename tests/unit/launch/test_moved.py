@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,20 @@ def test_an_evaluation_follows_its_run(tmp_path: Path) -> None:
     assert moved.commands == [["evaluate", "record", str(now), "--evaluated", f"{now / inside}/checkpoint"]]
 
 
+def test_a_stage_follows_those_that_moved_with_it_in_the_folder_of_its_pipeline(tmp_path: Path) -> None:
+    then, now, elsewhere = tmp_path / "pipe", tmp_path / "pipe2", tmp_path / "run"
+    stages = [Stage("train", str(elsewhere), {}, ""), Stage("clips", str(then / "clips"), {}, "")]
+    stages.append(Stage("clips-check", str(then / "clips-check"), {}, ""))
+    write_pipeline(then, Pipeline("pipe", "local", [], str(tmp_path), stages))
+    for folder in (then / "clips", then / "clips-check", elsewhere):
+        folder.mkdir()
+    words = ["sample", str(elsewhere), f"--data={then}/clips/x", f"--out={then}/clips-check"]
+    job = replace(spec(then / "clips-check", words), cwd=str(tmp_path))
+    then.rename(now)
+    moved = spec_here(job, now / "clips-check")
+    assert moved.commands == [["sample", str(elsewhere), f"--data={now}/clips/x", f"--out={now}/clips-check"]]
+
+
 def test_a_checkout_that_was_moved_with_its_runs_is_found(tmp_path: Path) -> None:
     now = tmp_path / "new" / "runs" / "a"
     now.mkdir(parents=True)
@@ -72,6 +87,23 @@ def test_a_recipe_trains_in_the_folder_that_is_named(tmp_path: Path) -> None:
     assert train_command(copy) == f"pomscale train {copy / RECIPE_FILE} name=copy output={tmp_path}"
     moved = recipe_here(recipe, copy)
     assert (moved.name, moved.output, moved.seed) == ("copy", str(tmp_path), recipe.seed)
+
+
+@pytest.mark.parametrize("name", ["2024", "1e5", "null", "2024-01-02", "a copy"])
+def test_a_folder_whose_name_yaml_would_read_as_something_else(tmp_path: Path, name: str) -> None:
+    recipe = load_train_recipe(write_tiny_recipe(tmp_path, tmp_path / "digits"))
+    run = tmp_path / "#: {runs" / name
+    run.mkdir(parents=True)
+    (run / RECIPE_FILE).write_text(dump_recipe(recipe))
+    words = shlex.split(train_command(run))
+    if " " in name:  # in the folder of the original it must not train, so it is refused
+        with pytest.raises(InputError, match=f"name={name}"):
+            load_train_recipe(words[2], words[3:])
+        with pytest.raises(InputError, match="a run cannot have the name of this folder"):
+            recipe_here(recipe, run)
+        return
+    for here in (load_train_recipe(words[2], words[3:]), recipe_here(recipe, run)):
+        assert (here.name, here.output) == (name, str(run.parent))
 
 
 @pytest.mark.parametrize("how", ["copied", "moved"])
@@ -140,3 +172,14 @@ def test_the_stages_of_a_pipeline_follow_it(tmp_path: Path, names_its_folder: bo
         del content["home"]
         train = then.parent / "train"
     assert stage_folders(now, content) == [now / "encode", train, tmp_path / "elsewhere"]
+
+
+def test_a_profile_that_is_refused_by_now_is_named_with_the_remedy(tmp_path: Path) -> None:
+    profile = {"kind": "cluster", "scheduler": "slurm", "gpus_per_node": 8, "cpus_per_node": 8, "time_limit": "1:00:00"}
+    older = profile | {"srun": ["--export=NONE"]}
+    keep(tmp_path / JOB_FILE, spec(tmp_path))
+    words = ["pomscale", "launch", "a recipe.yaml", "--cluster", "ours"]
+    keep(tmp_path / LAUNCH_FILE, LaunchedAs(None, "ours", older, 1, None, words))
+    told = f"{LAUNCH_FILE}: srun: --export=NONE: .*\\n.*goes on: pomscale launch 'a recipe.yaml' --cluster ours"
+    with pytest.raises(InputError, match=told):
+        control.resume(tmp_path)

@@ -17,7 +17,7 @@ from pomscale.monitoring import monitor as monitor_module
 from pomscale.monitoring.wandb import run as wandb_run
 from pomscale.monitoring.wandb import sink as wandb_sink
 from pomscale.monitoring.wandb.sink import WandbSink
-from pomscale.runs.wandb_id import own_wandb_id, read_wandb_id
+from pomscale.runs.wandb_id import own_wandb_id, read_wandb_id, replace_wandb_id
 from support import wandb_reader
 from support.running import mounted_disk
 from support.wandb_folder import (
@@ -199,6 +199,15 @@ def test_a_run_that_was_deleted_on_the_server_goes_on_as_another(
     assert new != deleted
     assert f"the wandb run {deleted} is not continued: it was deleted on wandb's server" in caplog.text
     assert "away" not in caplog.text
+
+
+def test_another_process_may_have_found_the_run_deleted_meanwhile(run: Path) -> None:
+    own_wandb_id(run)
+    opening = wandb_run.WandbRun(run, WandbConfig(mode="offline"), "digits", {})
+    new = replace_wandb_id(run, "it was deleted on wandb's server")
+    opening.open().finish()
+    opening.close()
+    assert [folder.name.rpartition("-")[2] for folder in run.glob("wandb/offline-run-*")] == [new]
 
 
 PROGRAM = """
