@@ -152,6 +152,7 @@ def _common_properties(manifest: Manifest) -> dict[str, Any]:
         "latent": latent and latent.model_dump(include={"dtype", "stores_moments", "has_flip"}),
         "transform": transform and transform.model_dump(exclude={"size", "sizes", "buckets"}),
         "transform_version": manifest.transform_version,
+        "text_version": manifest.text_version,
         "text encoder": text and text.config.model_dump(exclude=location),
         "text encoder identity": text and (text.identity, text.dim, text.dtype),
         "has_captions": manifest.has_captions,

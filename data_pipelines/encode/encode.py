@@ -25,7 +25,7 @@ from data_pipelines.encode.setup import (
     table_folder,
     variants_of,
 )
-from data_pipelines.shards.parts import PARTS_FOLDER, Claims, part_of, record_path, skipped_exit_code
+from data_pipelines.shards.parts import OLDER_VERSION, PARTS_FOLDER, Claims, part_of, record_path, skipped_exit_code
 from data_pipelines.sources import build_source
 from data_pipelines.sources.protocol import Source
 from pomscale.base.console import warn
@@ -147,7 +147,8 @@ def encode(
     make_folder(table_folder(recipe))
     with Claims(table_folder(recipe), several=task.count > 1) as claims:
         with claims.listing():
-            setup = _open_setup(recipe, source, encoders, rescan, only_failed)
+            makes_again = only_failed or again is not None
+            setup = _open_setup(recipe, source, encoders, rescan, makes_again)
             if again is not None:
                 forget_shards(Path(recipe.output), again)
         with (
@@ -193,9 +194,13 @@ def forget_shards(output: Path, shard_names: Sequence[str]) -> None:
 
 
 def _open_setup(
-    recipe: EncodeRecipe, source: Source, encoders: Encoders, rescan: bool, only_failed: bool
+    recipe: EncodeRecipe, source: Source, encoders: Encoders, rescan: bool, makes_again: bool
 ) -> EncodeSetup:
-    """Return the setup, with the item table that the first task lists and all others read."""
+    """Return the setup, with the item table that the first task lists and all others read.
+
+    The source is listed again if `rescan` says so, or if an older version listed it and parts are missing or to be made
+    again. Raises InputError, with nothing changed, if that gives other items.
+    """
     folder = table_folder(recipe)
     table = ItemTable.open(folder)
     if table is None:
@@ -204,7 +209,7 @@ def _open_setup(
     for variant, store in zip(setup.variants, setup.stores, strict=True):
         store.adopt(setup.spec(variant))
         share_table(folder, store.folder)  # each size is a dataset of its own, to be verified and repaired alone
-    if rescan or (not table.is_current and (only_failed or setup.num_unrecorded())):
+    if rescan or (not table.is_current and (makes_again or setup.num_unrecorded())):
         _check_listing(recipe, source, table)
         table.mark_current(folder)
     return setup
@@ -214,10 +219,11 @@ def _check_listing(recipe: EncodeRecipe, source: Source, table: ItemTable) -> No
     """List the source again; InputError if that gives other items than the table has."""
     with tempfile.TemporaryDirectory(dir=table_folder(recipe)) as temporary:
         if ItemTable.build(source, Path(temporary)).fingerprint != table.fingerprint:
-            reason = f"it is not what it was when {recipe.output} was begun"
+            reason, remedy = f"it is not what it was when {recipe.output} was begun", "choose another output"
             if not table.is_current:
                 reason += ", or this version of pomscale lists it in another way (CHANGELOG.md says what has changed)"
-            raise InputError(f"source: {reason}; choose another output")
+                remedy += f", {OLDER_VERSION}"
+            raise InputError(f"source: {reason}; {remedy}")
 
 
 class _Chosen:

@@ -15,7 +15,7 @@ from data_pipelines.shards.writers import write_index
 from pomscale import __version__
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import atomic_write, remove_leftovers, write_text
-from pomscale.config.encode import has_captions, transform_version
+from pomscale.config.encode import has_captions, text_version, transform_version
 from pomscale.shards.schema import (
     FAILURES_NAME,
     INDEX_NAME,
@@ -81,6 +81,7 @@ def finish(setup: EncodeSetup, variant: Variant, store: PartStore) -> Manifest:
         transform=variant.transform,
         transform_version=transform_version(variant.transform),
         text=_text_info(setup),
+        text_version=text_version(setup.recipe.text),
         has_captions=has_captions(setup.recipe.source),
         class_names=setup.table.class_names,
         num_samples=num_samples,

@@ -11,12 +11,12 @@ from data_pipelines.sources import build_source
 from data_pipelines.sources.protocol import Item, Source, SourceChangedError
 from pomscale.base.errors import InputError
 from pomscale.codecs import Codec, TextEncoder, build_codec, build_text_encoder
-from pomscale.config.codecs import TEXT_VERSION
 from pomscale.config.encode import (
     EncodeRecipe,
     ImageTransformConfig,
     TableSourceConfig,
     TransformConfig,
+    text_version,
     transform_version,
 )
 from pomscale.distributed.world import resolve_device
@@ -121,7 +121,7 @@ class EncodeSetup:
             transform=variant.transform,
             transform_version=transform_version(variant.transform),
             text=None if recipe.text is None else recipe.text.model_dump(exclude=location),
-            text_version=1 if recipe.text is None else TEXT_VERSION,
+            text_version=text_version(recipe.text),
             text_identity=self.encoders.text_identity,
             captions=recipe.captions,
         )

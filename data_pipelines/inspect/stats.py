@@ -199,11 +199,12 @@ def _count_record(manifest: Manifest, group: int, record: TarRecord, counts: Cou
         counts.classes[record.label()] += 1
     if manifest.has_captions:
         counts.captions.update(map(len, record.captions()))
+    texts = manifest.text_arrays
     for name in manifest.arrays:
-        if name in manifest.text_arrays[1:] and ARRAY_MEMBERS[name] not in record.members:
+        if name in texts and name != texts[0] and ARRAY_MEMBERS[name] not in record.members:
             continue
         payload = record.payload(ARRAY_MEMBERS[name])
-        if name in manifest.text_arrays:
+        if name in texts:
             assert manifest.text is not None
             counts.texts[text_length(len(payload), manifest.text.dim)] += 1
         else:

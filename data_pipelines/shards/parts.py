@@ -34,6 +34,12 @@ PARTS_FOLDER = "parts"
 # Fields of a source that say where it lies, and not what it is.
 SOURCE_LOCATION = {"path", "root"}
 
+# Further remedy for an encode that an older version of pomscale began.
+OLDER_VERSION = "or use the version of pomscale that began it"
+
+# Fields of a specification in which two versions of pomscale may differ.
+_VERSIONS = ("transform_version", "text_version")
+
 # Bytes of the file of claims beyond any part.
 _LISTING = 2**40
 _FINISH = 2**40 + 1
@@ -63,7 +69,7 @@ class EncodeSpec(BaseModel):
     transform: TransformConfig | None
     transform_version: int = 1  # what it was before it was recorded
     text: dict[str, Any] | None
-    text_version: int = 1  # what it was before it was recorded, and without captions
+    text_version: int = 1  # what it was before it was recorded, and without embeddings
     text_identity: str | None
     captions: str = "random"  # what it was before it was recorded
 
@@ -212,11 +218,9 @@ class PartStore:
             if getattr(found, name) != getattr(spec, name)
         ]
         if differences:
-            older = ", or use the version of pomscale that began it"
-            raise InputError(
-                f"output: {self.output} holds parts of another encode: {'; '.join(differences)}; {self._remedy()}"
-                f"{older if found.transform_version != spec.transform_version else ''}"
-            )
+            of_versions = any(getattr(found, name) != getattr(spec, name) for name in _VERSIONS)
+            remedy = f"{self._remedy()}, {OLDER_VERSION}" if of_versions else self._remedy()
+            raise InputError(f"output: {self.output} holds parts of another encode: {'; '.join(differences)}; {remedy}")
 
     def shard_path(self, part: int, group: int) -> Path:
         suffix = f"-{group:02d}" if self._num_groups > 1 else ""

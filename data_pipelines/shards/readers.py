@@ -267,7 +267,8 @@ def _header(shape: tuple[int, ...]) -> bytes:
 
 def required_suffixes(manifest: Manifest) -> tuple[str, ...]:
     """Return the suffixes of the members that every record has, in the order in which they are written."""
-    suffixes = [ARRAY_MEMBERS[array] for array in manifest.arrays if array not in manifest.text_arrays[1:]]
+    further_texts = set(manifest.text_arrays[1:])
+    suffixes = [ARRAY_MEMBERS[array] for array in manifest.arrays if array not in further_texts]
     suffixes += [CLASS_MEMBER] if manifest.num_classes else []
     suffixes += [CAPTION_MEMBER] if manifest.has_captions else []
     return (*suffixes, INFO_MEMBER)

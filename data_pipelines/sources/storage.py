@@ -112,13 +112,14 @@ def _expand(path: str, example: str, must_exist: bool) -> Iterator[str]:
 
 
 def _glob(pattern: str) -> list[str]:
-    if not is_url(pattern):
-        return glob.glob(pattern, recursive=True)
-    try:
-        matches = requested(pattern, lambda storage, path: list(map(storage.unstrip_protocol, storage.glob(path))))
-    except OSError as error:
-        raise InputError(f"source.path: cannot read {pattern}: {error.strerror or error}") from error
-    # As on disk, wildcards stand for no dot at the beginning of a name.
+    if is_url(pattern):
+        try:
+            matches = requested(pattern, lambda storage, path: list(map(storage.unstrip_protocol, storage.glob(path))))
+        except OSError as error:
+            raise InputError(f"source.path: cannot read {pattern}: {error.strerror or error}") from error
+    else:
+        matches = glob.glob(pattern, recursive=True, include_hidden=True)
+    # Wildcards stand for no hidden name; a pattern may name one itself.
     return [match for match in matches if _num_hidden(match) <= _num_hidden(pattern)]
 
 

@@ -29,10 +29,12 @@ _PAGE_CHUNK_BYTES = 2**20
 
 
 def is_url(path: str) -> bool:
+    """Return whether a path is a URL, of any kind."""
     return "://" in path
 
 
 def is_http(url: str) -> bool:
+    """Return whether a URL is that of a web server, which has no listings but pages, and names with escapes."""
     return url.startswith(("http://", "https://"))
 
 

@@ -8,9 +8,6 @@ from pydantic import Field, PositiveInt
 
 from pomscale.config.section import Section
 
-TEXT_VERSION = 2
-"""Version of the way from a caption to tokens. Since 2, "</s>" and other special tokens in a caption are text."""
-
 
 class PixelCodecConfig(Section):
     """Space-to-depth of the pixels themselves: no weights, exact decode."""

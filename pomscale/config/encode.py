@@ -14,8 +14,6 @@ _FILTER = "Filter that resizes. area: the mean over the area of each new pixel, 
 
 _CAPTION_LINES = "Every line of a text is a caption of its own."
 
-_FILTER = "Filter that resizes. area: the mean over the area of each new pixel, and bilinear where it enlarges."
-
 
 class ImageFolderConfig(Section):
     """A folder with one subfolder of pictures (PNG, JPEG, WebP) per class; classes in sorted order."""
@@ -164,6 +162,14 @@ def transform_version(transform: TransformConfig | None) -> int:
     """
     is_unchanged = transform is None or (transform.kind == "image" and transform.filter == "lanczos")
     return 1 if is_unchanged else 2
+
+
+def text_version(text: TextEncoderConfig | None) -> int:
+    """Return the version of the tokens that a text encoder makes of captions; raise it as `transform_version`.
+
+    Version 2 reads "</s>" and other special tokens in a caption as text.
+    """
+    return 1 if text is None else 2
 
 
 class EncodeRecipe(Section):

@@ -161,6 +161,7 @@ class Manifest(_Part):
     transform: TransformConfig | None
     transform_version: int = 1  # what it was before manifests had it
     text: TextInfo | None
+    text_version: int = 1  # what it was before manifests had it, and without embeddings
     has_captions: bool
     class_names: tuple[str, ...]
     num_samples: int = Field(ge=0)

@@ -75,6 +75,7 @@ def test_statistics_failures_and_sources_are_added_up(tmp_path: Path) -> None:
         (("codec", "config", "block"), 4, "codec"),
         (("transform", "filter"), "area", "transform"),
         (("text", "config", "max_length"), 7, "text encoder"),
+        (("text_version",), 2, "text_version"),
     ],
 )
 def test_sets_that_were_made_differently_are_refused(

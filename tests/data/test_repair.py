@@ -10,6 +10,7 @@ import pytest
 from data_pipelines.check.repair import repair
 from data_pipelines.check.verify import verify
 from data_pipelines.encode.encode import encode
+from data_pipelines.sources.protocol import LISTING_VERSION
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.encode import EncodeRecipe
 from pomscale.shards.schema import INDEX_NAME, MANIFEST_NAME, read_manifest
@@ -144,3 +145,20 @@ def test_foreign_tars_are_told_and_left(encoded: Path) -> None:
 def test_another_output_is_refused(encoded: Path) -> None:
     with pytest.raises(InputError, match="a repair mends"):
         repair(encoded, ["output=elsewhere"], progress=False)
+
+
+def test_a_source_that_was_listed_by_other_rules_is_listed_again_before_a_repair(encoded: Path, pictures: Path) -> None:
+    """Locations may have another meaning now: a part that is made again would lack items, or have others."""
+    totals = encoded / "parts" / "items.json"
+    listed = json.loads(totals.read_text())
+    del listed["listing_version"]
+    totals.write_text(json.dumps(listed))
+    (pictures / "cat" / "more.png").write_bytes((pictures / "cat" / "00.png").read_bytes())
+    (encoded / "shard-000000.tar").unlink()
+    before = files_of(encoded)
+    with pytest.raises(InputError, match=r"lists it in another way .*; choose another output, or use the version"):
+        repair(encoded, progress=False)
+    assert files_of(encoded) == before
+    (pictures / "cat" / "more.png").unlink()
+    assert repair(encoded, progress=False).exit_code == 0
+    assert json.loads(totals.read_text())["listing_version"] == LISTING_VERSION

@@ -325,6 +325,15 @@ def test_links_in_a_tar_are_named_as_what_they_are(tmp_path: Path) -> None:
     assert problems(tars(tmp_path / "0.tar"))["0/e"] is None
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_wildcards_match_nothing_hidden(tmp_path: Path, scheme: str) -> None:
+    for name in ("a/0.tar", "__MACOSX/0.tar", ".git/0.tar", "a/._0.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_tar(tmp_path / name, [("x.png", b"x")])
+    assert [item.key for item in tars(f"{scheme}{tmp_path}/**/*.tar").scan()] == ["0/x"]
+    assert [item.key for item in tars(f"{scheme}{tmp_path}/__MACOSX/*.tar").scan()] == ["0/x"]
+
+
 def test_hidden_members_and_notes_on_the_tar_are_ignored_and_counted(tmp_path: Path) -> None:
     hidden = ("a/._x.png", "a/.ipynb_checkpoints/x.png", ".git/x.png", "__MACOSX/a/x.png", ".x.png", "__meta__/x.json")
     write_tar(tmp_path / "0.tar", [*((name, b"x") for name in hidden), ("./a/x.png", b"x"), ("../b/__x__.png", b"x")])
