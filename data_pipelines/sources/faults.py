@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,10 +26,11 @@ ABOUT_PATH = (FileNotFoundError, PermissionError, PathError)
 def told_apart(path: str, error: Exception) -> Exception:
     """Return an error as one of ABOUT_PATH, or as InputError, if it is either; else as it is."""
     status = refusal(error)
-    if status == 404:
-        return FileNotFoundError(errno.ENOENT, "the server answers 404", path)
     if status is not None:
-        return PermissionError(errno.EACCES, f"the server answers {status}", path)
+        kind, number = (FileNotFoundError, errno.ENOENT) if status == 404 else (PermissionError, errno.EACCES)
+        return kind(number, f"the server answers {status}", path)
+    if isinstance(error, FileNotFoundError) and error.strerror is None:  # fsspec's has the path and no reason
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
     if isinstance(error, ImportError):
         return InputError(f"{path}: this kind of URL cannot be read here: {error}")
     if isinstance(error, ValueError):  # a zero byte, half a surrogate pair, a kind of URL that does not exist

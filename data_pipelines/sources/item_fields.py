@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ MAX_FOLDER_BYTES = 155
 MAX_CLASSES = 1_000_000
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+_DECIMAL = re.compile(r"\s*[+-]?[0-9]+(\.[0-9]*)?\s*")
 
 # str.splitlines also splits at characters that a caption or a name may hold, and all class ids after it would be wrong.
 _NEWLINE = re.compile(r"\r\n|\n|\r")
@@ -76,6 +79,32 @@ def readable(value: str) -> str:
     r"""Return the text on one line, with undecodable bytes and control characters as \xNN."""
     text = value if is_text(value) else value.encode(errors="backslashreplace").decode().replace(r"\udc", r"\x")
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+# -- objects in JSON ---------------------------------------------------------------------------------------------------
+
+
+def parse_object(content: bytes) -> dict[str, Any] | str:
+    """Return a JSON object by name; or, as a text, the reason why it cannot be told, as the end of a sentence."""
+    try:
+        found = json.loads(content, object_pairs_hook=_distinct)
+    except _NamedTwiceError as error:
+        return f"names {error} twice"
+    except (ValueError, RecursionError):
+        return "is no JSON"
+    return found if isinstance(found, dict) else "is no JSON object"
+
+
+class _NamedTwiceError(Exception):
+    """A name is twice in one JSON object."""
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _NamedTwiceError(repr(next(name for name in names if names.count(name) > 1)))
+    return found
 
 
 # -- captions ----------------------------------------------------------------------------------------------------------
@@ -155,8 +184,11 @@ class ClassIds:
 def _whole_number(value: Any) -> int | None:
     """Return the whole number that a number or a text stands for, or None.
 
-    3.0 stands for 3: tables store whole numbers as floating point where some are missing.
+    3.0 stands for 3: tables store whole numbers as floating point where some are missing. Python reads more texts as
+    numbers (1_0, 1e2), which are rather names of classes.
     """
+    if isinstance(value, str) and not _DECIMAL.fullmatch(value):
+        return None
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):

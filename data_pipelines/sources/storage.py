@@ -24,6 +24,16 @@ from pomscale.base.errors import InputError
 
 _READ_AHEAD_BYTES = 2**16
 
+# First bytes of compressed files. Those of bzip2 are ten, since a tar or a table may begin with any three letters.
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+    **{b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)},
+}
+MAGIC_BYTES = max(map(len, _COMPRESSED))
+
 
 def join(root: str, relative: str) -> str:
     """Return the path or URL of the name `relative` under `root`; with root '' it is `relative` itself."""
@@ -155,6 +165,11 @@ def read_file(path: str) -> bytes:
     """Return the contents of a file. Raises the errors of `open_stream`."""
     with open_stream(path) as stream:
         return stream.read()
+
+
+def compression(begin: bytes) -> str | None:
+    """Return how a file is compressed whose first MAGIC_BYTES are given, or None."""
+    return next((name for magic, name in _COMPRESSED.items() if begin.startswith(magic)), None)
 
 
 def size_of(stream: BinaryIO) -> int:

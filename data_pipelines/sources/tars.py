@@ -8,7 +8,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from data_pipelines.sources import storage
-from data_pipelines.sources.item_fields import ClassIds, checked_caption, checked_key, decode_text, readable
+from data_pipelines.sources.item_fields import (
+    ClassIds,
+    checked_caption,
+    checked_key,
+    decode_text,
+    parse_object,
+    readable,
+)
 from data_pipelines.sources.protocol import Item
 from data_pipelines.sources.tar_scan import DamagedTarError, Sample, TarScan
 from pomscale.base.errors import InputError
@@ -16,7 +23,6 @@ from pomscale.config.encode import TarSourceConfig
 from pomscale.media import CLIP_EXTENSIONS, PICTURE_EXTENSIONS
 
 _MEDIA_SUFFIXES = {*PICTURE_EXTENSIONS, *CLIP_EXTENSIONS}
-_GZIP_MAGIC = b"\x1f\x8b"
 _NEIGHBOURS = (
     "if it is elsewhere in the tar, write the tar with `tar --sort=name`: the members of a sample must be neighbours"
 )
@@ -74,8 +80,10 @@ class TarSource:
         return io.BytesIO(self._reader.read(self._files.path(name), *location))
 
     def _scan_tar(self, stream: BinaryIO, path: str, name: str) -> Iterator[Item]:
-        if stream.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC:
-            raise InputError(f"source.path: {path} is compressed, so samples cannot be found in it; gunzip it first")
+        if (method := storage.compression(stream.read(storage.MAGIC_BYTES))) is not None:
+            raise InputError(
+                f"source.path: {path} is compressed ({method}), so samples cannot be found in it; decompress it first"
+            )
         num_bytes = storage.size_of(stream)
         prefix = name.removesuffix(".tar")
         wanted = {annotation.suffix for annotation in (self._label, self._caption) if annotation is not None}
@@ -145,11 +153,10 @@ class _Annotation:
         content = sample.contents[self.suffix]
         if not self._field:
             return decode_text(content).strip(), None
-        try:
-            fields = json.loads(content)
-        except ValueError:
-            return None, "its json member is no JSON"
-        return (fields.get(self._field), None) if isinstance(fields, dict) else (None, "its json member has no fields")
+        fields = parse_object(content)
+        if isinstance(fields, str):
+            return None, f"its json member {fields}"
+        return fields.get(self._field), None
 
 
 def _suffix(name: str, extension: str) -> str:

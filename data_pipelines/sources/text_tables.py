@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from data_pipelines.sources import storage
-from data_pipelines.sources.item_fields import check_columns
+from data_pipelines.sources.item_fields import check_columns, parse_object
 from pomscale.base.errors import InputError
 
 # Columns of a row by name; or, as a text, the reason why the row cannot be read.
@@ -23,8 +22,8 @@ Row = dict[str, Any] | str
 # Characters of a cell. No caption is as long; it bounds the memory that a quote which is never closed takes.
 _MAX_CELL = 2**24
 
-# First bytes of compressed files.
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+# First bytes of texts that Windows writes as "Unicode".
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def read_csv(path: str, columns: Collection[str]) -> Iterator[Row]:
@@ -90,43 +89,24 @@ def read_jsonl(path: str, columns: Collection[str]) -> Iterator[Row]:
                     f"source.path: {path}: is one JSON array; write one object per line: jq -c '.[]' OLD > NEW.jsonl"
                 )
             is_first = False
-            row = _parsed(line)
-            if isinstance(row, dict):
-                present = present or list(row)
-                never_seen -= row.keys()
+            row = parse_object(line)
+            if isinstance(row, str):
+                yield f"the line {row}"
+                continue
+            present = present or list(row)
+            never_seen -= row.keys()
             yield row
     check_columns(path, sorted(never_seen), present)
 
 
-class _NamedTwiceError(Exception):
-    """A name is twice in one JSON object."""
-
-
-def _parsed(line: bytes) -> Row:
-    try:
-        row = json.loads(line, object_pairs_hook=_distinct)
-    except _NamedTwiceError as error:
-        return f"it names {error} twice"
-    except (ValueError, RecursionError):
-        return "the line is no JSON"
-    return row if isinstance(row, dict) else "the line is no JSON object"
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _NamedTwiceError(repr(next(name for name in names if names.count(name) > 1)))
-    return found
-
-
 @contextmanager
 def _opened(path: str) -> Iterator[BinaryIO]:
-    """Open a table. Raises InputError if it is compressed: its lines would be rows that cannot be read."""
+    """Open a table. Raises InputError if it is compressed or UTF-16: its lines would be rows that cannot be read."""
     with storage.open_stream(path) as stream:
-        begin = stream.read(8)
-        for magic, name in _COMPRESSED.items():
-            if begin.startswith(magic):
-                raise InputError(f"source.path: {path}: is compressed ({name}); decompress it first")
+        begin = stream.read(storage.MAGIC_BYTES)
+        if (name := storage.compression(begin)) is not None:
+            raise InputError(f"source.path: {path}: is compressed ({name}); decompress it first")
+        if begin.startswith(_UTF16_MARKS):
+            raise InputError(f"source.path: {path}: is UTF-16; write it as UTF-8: iconv -f UTF-16 -t UTF-8 OLD > NEW")
         stream.seek(0)
         yield stream

@@ -197,8 +197,13 @@ def test_the_fingerprint_follows_names_and_sizes_not_the_place(tmp_path: Path) -
 def test_wrong_folders_are_named(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
     with pytest.raises(InputError, match=rf"cannot read {tmp_path}/nowhere: No such file"):
         scan(image_folder(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match=r"cannot read memory://nowhere"):
+    with pytest.raises(InputError, match=r"cannot read memory://nowhere/: No such file"):
         scan(image_folder("memory://nowhere"))
+    with (
+        FileServer(tmp_path) as server,
+        pytest.raises(InputError, match=r"cannot read http://.*/nowhere/?: No such file"),
+    ):
+        scan(image_folder(f"{server.url}/nowhere"))
     touch(tmp_path / "loose.png")
     with pytest.raises(InputError, match="no class folders"):
         scan(image_folder(tmp_path))

@@ -318,7 +318,7 @@ def test_a_column_named_twice_is_refused_where_it_is_used(tmp_path: Path, kind: 
     else:
         pq.write_table(pa.table([["a.png"], ["one"], ["two"]], names=["path", "text", "text"]), path)
     if kind == "jsonl":  # no column, but the fault of one line
-        assert [item.problem for item in scan(table(path, media="{path}"))] == ["it names 'text' twice", None]
+        assert [item.problem for item in scan(table(path, media="{path}"))] == ["the line names 'text' twice", None]
         return
     with pytest.raises(InputError, match=r"has 2 columns 'text'; rename all but one"):
         scan(table(path, media="{path}", caption="text"))
@@ -335,6 +335,17 @@ def test_compressed_tables_are_named(tmp_path: Path, kind: str) -> None:
     (tmp_path / f"t.{kind}").rename(tmp_path / f"t.{kind}.gz")
     with pytest.raises(InputError, match=rf"t\.{kind}\.gz: tables are .parquet, .csv or .jsonl, not compressed"):
         scan(table(tmp_path / f"t.{kind}.gz", media="{path}"))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_tables_in_utf16_are_named(tmp_path: Path, kind: str, encoding: str) -> None:
+    """Every other row of a JSONL would be read, and of a CSV no column."""
+    WRITERS[kind](tmp_path / f"t.{kind}", [{"path": "a.png"}] * 4)
+    text = (tmp_path / f"t.{kind}").read_text()
+    (tmp_path / f"t.{kind}").write_bytes(f"\ufeff{text}".encode(encoding))
+    with pytest.raises(InputError, match=rf"t\.{kind}: is UTF-16; write it as UTF-8: iconv"):
+        scan(table(tmp_path / f"t.{kind}", media="{path}"))
 
 
 @pytest.mark.parametrize("text", ['[{"path": "a.png"}]', '\ufeff[\n{"path": "a.png"},\n{"path": "b.png"}\n]\n'])
