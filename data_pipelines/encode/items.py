@@ -122,7 +122,7 @@ class ItemTable:
         path = folder / _TABLE_NAME
         try:
             content = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise _unreadable(path, str(error)) from error

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from data_pipelines.shards.statistics import ChannelStatistics
 from pomscale.base.console import warn
@@ -67,11 +67,11 @@ class EncodeSpec(BaseModel):
     codec: dict[str, Any] | None
     codec_identity: str | None
     transform: TransformConfig | None
-    transform_version: int = 1  # what it was before it was recorded
+    transform_version: int = Field(1, exclude_if=lambda number: number == 1)  # what it was before it was recorded
     text: dict[str, Any] | None
-    text_version: int = 1  # what it was before it was recorded, and without embeddings
+    text_version: int = Field(1, exclude_if=lambda number: number == 1)  # and without embeddings
     text_identity: str | None
-    captions: str = "random"  # what it was before it was recorded
+    captions: str = Field("random", exclude_if=lambda chosen: chosen == "random")
 
     @field_validator("source")
     @classmethod
@@ -107,7 +107,7 @@ class PartRecord(BaseModel):
     shards: tuple[ShardInfo, ...]
     statistics: ChannelStatistics | None
     failures: tuple[Failure, ...]
-    num_incomplete: int = 0
+    num_incomplete: int = Field(0, exclude_if=lambda number: number == 0)  # as records were before they had it
     """Clips that end early and were kept."""
 
     @property

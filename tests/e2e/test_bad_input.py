@@ -86,7 +86,7 @@ def test_a_run_folder_of_another_recipe_is_refused(tiny_recipe: Path) -> None:
     done = pomscale("train", tiny_recipe, "seed=1", "model.depth=1", expect=2)
     assert "seed: 0 then, 1 now" in done.stderr
     assert outcome(tiny_recipe.parent / "runs" / "tiny")["state"] == "finished"  # the other run's folder is untouched
-    assert "model:" in done.stderr
+    assert "model.depth: 2 then, 1 now" in done.stderr
 
 
 @pytest.fixture

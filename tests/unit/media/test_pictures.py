@@ -222,8 +222,9 @@ def test_a_file_too_large_is_not_read_to_its_end(tmp_path: Path, monkeypatch: py
 def test_a_picture_of_200_megapixels_is_told_with_the_remedy() -> None:
     """Its header is enough, as of a bomb: a file of a few bytes."""
     header = struct.pack(">IIBBBBB", 20_000, 10_000, 8, 0, 0, 0, 0)
-    chunk = b"IHDR" + header
-    content = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    content = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + header, b"IDAT"):
+        content += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     with pytest.raises(
         UnreadableMediaError, match=r"has more than 179 megapixels.* smaller first, .*magick OLD -resize"
     ):
