@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pomscale.base.errors import InputError
-from pomscale.benchmarks.plan import deepspeed_recipe, make_recipe, measure, measure_deepspeed, pretended_world
+from pomscale.benchmarks.plan import deepspeed_recipe, make_recipe, measure, pretended_world
 from pomscale.benchmarks.storage_tracker import StorageTracker
 from pomscale.config.hardware import GPUS
 from pomscale.config.load import load_train_recipe
@@ -133,17 +133,6 @@ def test_memory_of_one_real_rank() -> None:
     recipe = tiny(num_ranks=1)
     with join_world("cpu") as world:
         assert_predicted(recipe, 1, measure(recipe, world))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "offload"),
-    [*(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ((1, False), (1, True), (2, False))), (3, False)],
-)
-def test_memory_of_zero(stage: int, offload: bool) -> None:
-    pytest.importorskip("deepspeed")
-    peak, _ = measure_deepspeed(stage, "S", offload=offload)
-    assert step_memory(deepspeed_recipe(stage, "S", offload=offload), 8).peak == pytest.approx(peak, rel=0.1)
 
 
 def test_offloading_the_optimizer_of_zero_1_is_another_optimizer_of_deepspeed() -> None:
