@@ -1,4 +1,4 @@
-"""The memory that `pomscale plan` predicts for DeepSpeed, against the storages of a real step in a process of its own."""
+"""The memory that `pomscale plan` predicts for DeepSpeed, against the storages of a real step."""
 
 from __future__ import annotations
 
