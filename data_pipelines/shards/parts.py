@@ -26,7 +26,7 @@ from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import atomic_write, make_folder, remove_leftovers, write_text
 from pomscale.config.encode import SourceConfig, TransformConfig
 from pomscale.shards.index import index_dtype, map_index, to_npy
-from pomscale.shards.schema import ArrayName, ShardInfo
+from pomscale.shards.schema import ArrayName, ShardInfo, equals
 
 SPEC_NAME = "plan.json"
 PARTS_FOLDER = "parts"
@@ -67,11 +67,11 @@ class EncodeSpec(BaseModel):
     codec: dict[str, Any] | None
     codec_identity: str | None
     transform: TransformConfig | None
-    transform_version: int = Field(1, exclude_if=lambda number: number == 1)  # what it was before it was recorded
+    transform_version: int = Field(1, exclude_if=equals(1))  # what it was before it was recorded
     text: dict[str, Any] | None
-    text_version: int = Field(1, exclude_if=lambda number: number == 1)  # and without embeddings
+    text_version: int = Field(1, exclude_if=equals(1))  # and without embeddings
     text_identity: str | None
-    captions: str = Field("random", exclude_if=lambda chosen: chosen == "random")
+    captions: str = Field("random", exclude_if=equals("random"))
 
     @field_validator("source")
     @classmethod
@@ -107,7 +107,7 @@ class PartRecord(BaseModel):
     shards: tuple[ShardInfo, ...]
     statistics: ChannelStatistics | None
     failures: tuple[Failure, ...]
-    num_incomplete: int = Field(0, exclude_if=lambda number: number == 0)  # as records were before they had it
+    num_incomplete: int = Field(0, exclude_if=equals(0))  # as records were before they had it
     """Clips that end early and were kept."""
 
     @property

@@ -85,10 +85,10 @@ class LatentInfo(_Part):
         return len(self.mean)
 
 
-def _is(default: object) -> Callable[[Any], bool]:
-    """Return the `exclude_if` of a field that manifests have gained, and that says nothing at its default.
+def equals(default: object) -> Callable[[Any], bool]:
+    """Return the `exclude_if` of a field that manifests and records have gained, and that says nothing at its default.
 
-    Left out then, it neither changes a manifest's bytes nor keeps an older version from reading the dataset.
+    Left out then, it neither changes their bytes nor keeps an older version from reading the dataset.
     """
     return default.__eq__
 
@@ -105,7 +105,7 @@ class TextInfo(_Part):
     dtype: Literal["float16"] = "float16"
     null_length: int = Field(gt=0)
     null_embedding: str
-    num_captions: int = Field(1, gt=0, le=MAX_CAPTIONS, exclude_if=_is(1))
+    num_captions: int = Field(1, gt=0, le=MAX_CAPTIONS, exclude_if=equals(1))
 
     @model_validator(mode="after")
     def _check(self) -> TextInfo:
@@ -167,14 +167,14 @@ class Manifest(_Part):
     codec: CodecInfo | None
     latent: LatentInfo | None
     transform: TransformConfig | None
-    transform_version: int = Field(1, exclude_if=_is(1))  # what it was before manifests had it
+    transform_version: int = Field(1, exclude_if=equals(1))  # what it was before manifests had it
     text: TextInfo | None
-    text_version: int = Field(1, exclude_if=_is(1))  # what it was before manifests had it, and without embeddings
+    text_version: int = Field(1, exclude_if=equals(1))  # what it was before manifests had it, and without embeddings
     has_captions: bool
     class_names: tuple[str, ...]
     num_samples: int = Field(ge=0)
     num_failures: int = Field(ge=0)
-    num_incomplete: int = Field(0, ge=0, exclude_if=_is(0))
+    num_incomplete: int = Field(0, ge=0, exclude_if=equals(0))
     source: SourceInfo
     groups: tuple[GroupInfo, ...]
     shards: tuple[ShardInfo, ...]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launch.record.job import JobSpec, LaunchedAs, read_submissions
+from launch.record.job import JobSpec, LaunchedAs, read_starts, read_submissions
 from launch.record.result import final_verdict
 from launch.submission.prepare import JobRequest, prepare_commands
 from pomscale.config.load import load_cluster, load_train_recipe
@@ -119,6 +119,9 @@ def test_a_site_that_exports_nothing(
     profile = load_cluster(slurm.profile(tmp_path, ranks_per_node=1, **changes))
     job = prepare_commands("job", tmp_path / "job", [["completion", "bash"]], JobRequest(profile, "test", num_nodes=2))
     slurm.wait_for(job.submit(), "COMPLETED")
+    (start,) = read_starts(tmp_path / "job")
+    assert start.verdict is not None
+    assert start.verdict.action == "done"
 
 
 def test_a_job_waits_for_another_and_falls_with_it(slurm: SlurmCluster, tmp_path: Path) -> None:
