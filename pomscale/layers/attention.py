@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pomscale.ops.pom import BlockCausal, Mask, check_mask, dense_mask
+from pomscale.ops.pom import BlockCausal, Mask, Segments, check_mask, dense_mask
 
 
 @dataclass(frozen=True)
@@ -40,33 +40,26 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Mask = None) -> Tensor:
         """Let x (b m d) read context (b n d), by default x itself -> (b m d).
 
-        Masks as in `PoM.forward`, built densely except for None and "causal". For a query with an empty context the
-        heads give 0. Raises ValueError for a mask that does not fit.
+        Masks as in `PoM.forward`, built densely except for None and "causal", and for Segments one by one. For a query
+        with an empty context the heads give 0. Raises ValueError for a mask that does not fit.
         """
         context = x if context is None else context
         batch, num_queries, num_context = x.shape[0], x.shape[1], context.shape[1]
         check_mask(mask, batch, num_queries, num_context)
         query = self._split_heads(self.query(x))
         key, value = (self._split_heads(part) for part in self.key_value(context).chunk(2, dim=-1))
-        if mask is None or isinstance(mask, str):
-            heads = F.scaled_dot_product_attention(query, key, value, is_causal=mask is not None)
-        elif isinstance(mask, BlockCausal):
-            # The same for all samples, and every query reads something: no b m n booleans, no rows to set to 0.
-            readable = dense_mask(mask, 1, num_queries, num_context, x.device)
-            heads = F.scaled_dot_product_attention(query, key, value, attn_mask=readable[:, None])
-        else:
-            heads = _attend(query, key, value, dense_mask(mask, batch, num_queries, num_context, x.device))
+        heads = _read(query, key, value, mask)
         return self._merge_heads(heads)
 
     def step(self, x: Tensor, state: AttentionState | None = None, mask: Mask = None) -> tuple[Tensor, AttentionState]:
         """Map the next chunk x (b n d) of a sequence -> (b n d) and the state to pass to the next call.
 
-        mask is as in `PoM.step`: None, bool (b n) or "causal".
+        mask is as in `PoM.step`: None, bool (b n), "causal" or BlockCausal.
         """
         batch, num_tokens, _ = x.shape
         check_mask(mask, batch, num_tokens, num_tokens)
-        if isinstance(mask, BlockCausal) or (isinstance(mask, Tensor) and mask.dim() == 3):
-            raise ValueError('step: mask must be None, "causal" or bool (b n)')
+        if isinstance(mask, Segments) or (isinstance(mask, Tensor) and mask.dim() == 3):
+            raise ValueError('step: mask must be None, "causal", BlockCausal or bool (b n)')
         key, value = (self._split_heads(part) for part in self.key_value(x).chunk(2, dim=-1))
         takes_part = mask if isinstance(mask, Tensor) else torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         readable = dense_mask(mask, batch, num_tokens, num_tokens, x.device)
@@ -85,6 +78,24 @@ class Attention(nn.Module):
     def _merge_heads(self, heads: Tensor) -> Tensor:
         """Join heads (b heads n d/heads) -> (b n d), through the output map."""
         return self.output(heads.transpose(1, 2).flatten(2))
+
+
+def _read(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
+    """Attend -> (b heads m d/heads)."""
+    batch, num_queries, num_context = query.shape[0], query.shape[2], key.shape[2]
+    if isinstance(mask, Segments):
+        queries = query.split(list(mask.lengths), dim=2)
+        keys, values = (part.split(list(mask.of_context), dim=2) for part in (key, value))
+        return torch.cat([_read(*parts, mask.inner) for parts in zip(queries, keys, values, strict=True)], dim=2)
+    if num_context == 0:
+        return torch.zeros_like(query)
+    if mask is None or isinstance(mask, str):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=mask is not None)
+    if isinstance(mask, BlockCausal):
+        # The same for all samples, and every query reads something: no b m n booleans, no rows to set to 0.
+        readable = dense_mask(mask, 1, num_queries, num_context, query.device)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=readable[:, None])
+    return _attend(query, key, value, dense_mask(mask, batch, num_queries, num_context, query.device))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, readable: Tensor) -> Tensor:

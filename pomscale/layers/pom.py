@@ -5,86 +5,190 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
-from pomscale.ops.pom import Mask, PomState, StateReduce, polynomial_mixer, polynomial_mixer_step
+from pomscale.layers.official import read_official
+from pomscale.ops.pom import (
+    Context,
+    Form,
+    FormName,
+    Mask,
+    PomState,
+    Queries,
+    StateReduce,
+    check_rotary,
+    polynomial_mixer,
+    polynomial_mixer_step,
+)
 
-# Name of each linear map here and in the authors' HoM layer.
-_OFFICIAL_NAMES = {"projection": "ho_proj", "gate": "se_proj", "output": "ag_proj"}
+
+class GroupedLinear(nn.Module):
+    """Linear map (.. inputs) -> (.. outputs) in which each of `groups` parts of the outputs reads one of the inputs.
+
+    weight: (outputs, inputs/groups), as of a grouped convolution of kernel 1. Raises ValueError unless the groups
+    divide both sizes.
+    """
+
+    def __init__(self, inputs: int, outputs: int, groups: int, bias: bool) -> None:
+        super().__init__()
+        if inputs % groups or outputs % groups:
+            raise ValueError(f"groups: {groups} do not divide {inputs} inputs and {outputs} outputs")
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(outputs, inputs // groups))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        for part in self.weight.chunk(groups):
+            nn.init.xavier_uniform_(part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.unflatten(0, (self.groups, -1))
+        y = torch.einsum("...gi,goi->...go", x.unflatten(-1, (self.groups, -1)), weight).flatten(-2)
+        return y if self.bias is None else y + self.bias
 
 
 class PoM(nn.Module):
-    """Mixer in which every query reads the mean monomial state of its context through a gate.
+    """Mixer in which every query reads the mean polynomial state of its context through a gate.
 
-    In the product form (arXiv 2411.12663):
+    In the product form (PoM v1, arXiv 2411.12663):
 
         PoM(X, C) = Wo [sigmoid(Ws X) o H(C)],  H(C) = mean [h(W1 c); h(W1 c) o h(W2 c); ..; prod_m h(Wm c)],  h = GELU
 
-    degree is the number k of monomials, expand the width of one of them over dim. Cost is linear in the tokens.
-    `state_reduce`, None by default, is set by sequence parallelism: it merges the state of the tokens that this
-    process holds with the others'. Raises ValueError unless degree and expand are at least 1.
+    In the coefficient form (PoM v2, arXiv 2604.06129), R = rotation by the position of the token, 1 without rope:
+
+        PoM(X, C) = Wo [R hardsigmoid(Ws X) o H(C)],  H(C) = mean R sum_m c_m o h(W c)^m,  h = clamp(leaky_relu)
+
+    Cost is linear in the tokens.
+
+    Args:
+        dim: Width d of the tokens.
+        degree: k, number of monomials.
+        expand: Width of one monomial over dim.
+        bias: Add biases to the linear maps; by default in the product form alone, as the authors have it. The gate of
+            the coefficient form always has one.
+        form: Polynomial; see `ops.pom.Form`.
+        heads: Coefficient form: number of gates of a query, each shared by neighbouring channels; 1 = one per channel.
+        groups: Coefficient form: number of groups of the context's linear map.
+        rope: Coefficient form: axes of the rotary positions, or None.
+
+    Raises:
+        ValueError: The sizes do not fit together.
     """
 
     def __init__(
-        self, dim: int, degree: int = 2, expand: int = 2, bias: bool = True, form: Literal["product"] = "product"
+        self,
+        dim: int,
+        degree: int = 2,
+        expand: int = 2,
+        bias: bool | None = None,
+        form: FormName = "product",
+        heads: int = 1,
+        groups: int = 1,
+        rope: Literal[1, 2, 3] | None = None,
     ) -> None:
         super().__init__()
-        if form != "product":
-            raise ValueError(f"PoM: form must be 'product' (PoM v1), got {form!r}")
-        if degree < 1 or expand < 1:
-            raise ValueError(f"PoM: degree and expand must be at least 1, got {degree} and {expand}")
-        width = degree * expand * dim
-        self.degree = degree
-        self.projection = nn.Linear(dim, width, bias=bias)
-        self.gate = nn.Linear(dim, width, bias=bias)
+        self.form = Form(form, degree, heads, rope)
+        if expand < 1:
+            raise ValueError(f"PoM: expand must be at least 1, got {expand}")
+        is_product = self.form.name == "product"
+        if groups < 1 or (is_product and groups != 1):
+            raise ValueError(f"PoM: groups must be at least 1, and 1 in the product form, got {groups}")
+        bias = is_product if bias is None else bias
+        width = degree * expand * dim if is_product else expand * dim
+        num_gates = self.form.num_gates(width)
+        if rope is not None:
+            check_rotary(width, heads, rope)
+        self.projection: nn.Linear | GroupedLinear
+        if groups == 1:
+            self.projection = nn.Linear(dim, width, bias=bias)
+        else:
+            self.projection = GroupedLinear(dim, width, groups, bias)
+        self.gate = nn.Linear(dim, num_gates, bias=bias or not is_product)
         self.output = nn.Linear(width, dim, bias=bias)
+        # The authors' initial values: a normal distribution that is clamped to +-0.001.
+        self.coefficients = None if is_product else nn.Parameter(torch.randn(width, degree).clamp(-0.001, 0.001))
+        # Set by sequence parallelism: merges the state of the tokens that this process holds with the others'.
         self.state_reduce: StateReduce | None = None
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Mask = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Mask = None,
+        positions: Tensor | None = None,
+        context_positions: Tensor | None = None,
+    ) -> Tensor:
         """Let x (b m d) read context (b n d), by default x itself -> (b m d).
 
-        mask: None, "causal", BlockCausal(frame_length), bool (b n) of the context or bool (b m n); True takes part.
-        A query with an empty context gets H = 0. Raises ValueError for a mask that does not fit.
-        """
-        u = self.projection(x if context is None else context)
-        return self.output(polynomial_mixer(u, self.gate(x), self.degree, mask, state_reduce=self.state_reduce))
+        Args:
+            x: Queries.
+            context: Tokens that are read; by default x.
+            mask: None, "causal", BlockCausal(frame_length), Segments(lengths, ..), bool (b n) of the context or bool
+                (b m n); True takes part. A query with an empty context gets H = 0.
+            positions: (m axes) or (b m axes) integers, with rope alone.
+            context_positions: (n axes) or (b n axes) integers; by default those of x.
 
-    def step(self, x: Tensor, state: PomState | None = None, mask: Mask = None) -> tuple[Tensor, PomState]:
+        Raises:
+            ValueError: Mask or positions do not fit.
+        """
+        if context is None and context_positions is None:
+            context_positions = positions
+        operands = self._operands(x, x if context is None else context, positions, context_positions)
+        return self._mapped(polynomial_mixer(*operands, mask, state_reduce=self.state_reduce))
+
+    def step(
+        self, x: Tensor, state: PomState | None = None, mask: Mask = None, positions: Tensor | None = None
+    ) -> tuple[Tensor, PomState]:
         """Map the next chunk x (b n d) of a sequence -> (b n d) and the state to pass to the next call.
 
         mask None or bool (b n): the chunk is one block that reads the past and all of itself, so chunks of frames
         equal the block-causal full pass. "causal": each token reads the past and the chunk up to itself.
+        BlockCausal: the chunk begins with a frame and may hold several. positions are those of the chunk.
         """
         if self.state_reduce is not None:
             raise ValueError("step: carried states do not combine with sequence parallelism (state_reduce)")
-        y, state = polynomial_mixer_step(self.projection(x), self.gate(x), self.degree, state, mask)
-        return self.output(y), state
+        y, state = polynomial_mixer_step(*self._operands(x, x, positions, positions), state, mask)
+        return self._mapped(y), state
+
+    def _operands(
+        self, x: Tensor, context: Tensor, positions: Tensor | None, context_positions: Tensor | None
+    ) -> tuple[Context, Queries]:
+        output = self.output.weight if self._folds else None
+        return (
+            Context(self.projection(context), self.form, self.coefficients, context_positions),
+            Queries(self.gate(x), positions, output),
+        )
+
+    @property
+    def _folds(self) -> bool:
+        """Whether the operator applies the weight of the output map, to states rather than to tokens."""
+        return self.form.heads > 1
+
+    def _mapped(self, y: Tensor) -> Tensor:
+        if not self._folds:
+            return self.output(y)
+        return y if self.output.bias is None else y + self.output.bias
 
     @classmethod
-    def from_official(cls, state_dict: Mapping[str, Tensor], degree: int = 2) -> PoM:
-        """Build the layer with the weights of a HoM layer of davidpicard/HoMM.
+    def from_official(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        degree: int | None = None,
+        heads: int | None = None,
+        rope: Literal[1, 2] | None = None,
+    ) -> PoM:
+        """Build the layer with the weights of one of the authors': HoM of HoMM, PoM and PoMRoPE of pom.
 
-        Keys: ho_proj, se_proj, ag_proj with .weight and, all or none, .bias. The degree cannot be seen in the shapes;
-        dim and expand are. Raises ValueError for other keys and for shapes that do not fit together.
+        degree, heads and rope are checked against what the tensors tell, and need not be given where they tell it; the
+        degree of HoM is in no shape and by default 2. Raises ValueError for keys or shapes of another layer.
         """
-        bias = "ho_proj.bias" in state_dict
-        official_of = {
-            f"{ours}.{part}": f"{theirs}.{part}"
-            for ours, theirs in _OFFICIAL_NAMES.items()
-            for part in (("weight", "bias") if bias else ("weight",))
-        }
-        if set(state_dict) != set(official_of.values()):
-            raise ValueError(f"HoM layer: expected keys {sorted(official_of.values())}, got {sorted(state_dict)}")
-        weight = state_dict["ho_proj.weight"]
-        if weight.dim() != 2 or weight.shape[0] % (degree * weight.shape[1]):
-            raise ValueError(f"HoM layer: ho_proj.weight of shape {tuple(weight.shape)} does not fit degree {degree}")
-        width, dim = weight.shape
-        mixer = cls(dim, degree, width // (degree * dim), bias).to(weight.dtype)
+        found = read_official(state_dict, degree, heads, rope)
+        form = found.form
+        mixer = cls(found.dim, form.degree, found.expand, found.bias, form.name, form.heads, found.groups, form.rope)
+        mixer = mixer.to(found.parameters["projection.weight"].dtype)
         for name, parameter in mixer.named_parameters():
-            found = state_dict[official_of[name]].shape
-            if found != parameter.shape:
+            if found.parameters[name].shape != parameter.shape:
                 raise ValueError(
-                    f"HoM layer: {official_of[name]} has shape {tuple(found)}, expected {tuple(parameter.shape)}"
+                    f"{name}: its shape is {tuple(found.parameters[name].shape)}, expected {tuple(parameter.shape)}"
                 )
-        mixer.load_state_dict({ours: state_dict[theirs] for ours, theirs in official_of.items()})
+        mixer.load_state_dict(found.parameters)
         return mixer

@@ -19,7 +19,7 @@ from pomscale.layers import (
     timestep_features,
     unpatchify,
 )
-from pomscale.ops.pom import BlockCausal, Mask, dense_mask
+from pomscale.ops.pom import BlockCausal, Mask, Segments, dense_mask
 
 BATCH, QUERIES, TOKENS, DIM, HEADS = 2, 5, 13, 12, 3
 PADDING = torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.6
@@ -155,7 +155,7 @@ def test_padding_is_carried_through_steps(mixer: PoM | Attention) -> None:
 
 def test_step_refuses_other_masks(mixer: PoM | Attention) -> None:
     with pytest.raises(ValueError, match="step: mask"):
-        mixer.step(tokens(), None, BlockCausal(4))
+        mixer.step(tokens(), None, Segments([TOKENS]))
 
 
 @pytest.mark.parametrize("shape", [(BATCH, TOKENS), (BATCH, QUERIES, TOKENS)], ids=str)

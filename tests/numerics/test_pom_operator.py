@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pomscale.ops.pom import BlockCausal, Mask, PomState, polynomial_mixer, polynomial_mixer_step
+from pomscale.ops.pom import BlockCausal, Context, Form, Mask, PomState, Queries, Segments, dispatch
+
+
+def polynomial_mixer(u: Tensor, gate: Tensor, form: Form, mask: Mask = None, **how: Any) -> Tensor:
+    return dispatch.polynomial_mixer(Context(u, form), Queries(gate), mask, **how)
+
+
+def polynomial_mixer_step(
+    u: Tensor, gate: Tensor, form: Form, past: PomState | None = None, mask: Mask = None, **how: Any
+) -> tuple[Tensor, PomState]:
+    return dispatch.polynomial_mixer_step(Context(u, form), Queries(gate), past, mask, **how)
+
 
 BATCH, TOKENS, QUERIES, PIECE = 3, 23, 7, 5
 
@@ -57,7 +68,7 @@ def operands(
 
 def output_and_gradients(u: Tensor, gate: Tensor, degree: int, mask: Mask, implementation: Any) -> list[Tensor]:
     u, gate = u.detach().requires_grad_(), gate.detach().requires_grad_()
-    y = polynomial_mixer(u, gate, degree, mask, implementation=implementation)
+    y = polynomial_mixer(u, gate, Form(degree=degree), mask, implementation=implementation)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, (u, gate), upstream)]
 
@@ -88,14 +99,16 @@ def test_equals_oracle(
 def test_gradients_are_those_of_finite_differences(num_queries: int, make_mask: MakeMask) -> None:
     u, gate = (x.requires_grad_() for x in operands(num_queries, degree=2))
     mask = make_mask(BATCH, num_queries, TOKENS)
-    assert torch.autograd.gradcheck(lambda u, gate: polynomial_mixer(u, gate, 2, mask), (u, gate), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda u, gate: polynomial_mixer(u, gate, Form(degree=2), mask), (u, gate), fast_mode=True
+    )
 
 
 def test_full_form_is_permutation_equivariant() -> None:
     u, gate = operands(TOKENS, degree=3)
     order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(4))
-    permuted = polynomial_mixer(u[:, order], gate[:, order], 3)
-    torch.testing.assert_close(permuted, polynomial_mixer(u, gate, 3)[:, order], rtol=1e-12, atol=1e-14)
+    permuted = polynomial_mixer(u[:, order], gate[:, order], Form(degree=3))
+    torch.testing.assert_close(permuted, polynomial_mixer(u, gate, Form(degree=3))[:, order], rtol=1e-12, atol=1e-14)
 
 
 # --- carried state ---------------------------------------------------------------------------------------------------
@@ -107,7 +120,7 @@ def run_chunks(
     outputs, state, start = [], None, 0
     for length in lengths:
         part = slice(start, start + length)
-        y, state = polynomial_mixer_step(u[:, part], gate[:, part], 2, state, chunk_mask(part))
+        y, state = polynomial_mixer_step(u[:, part], gate[:, part], Form(degree=2), state, chunk_mask(part))
         outputs.append(y)
         start += length
     assert start == u.shape[1]
@@ -118,7 +131,7 @@ def run_chunks(
 def test_causal_in_unequal_chunks_equals_full_pass_with_gradients() -> None:
     u, gate = (x.requires_grad_() for x in operands(TOKENS, degree=2))
     chunked, state = run_chunks(u, gate, [1, 9, 2, 11], lambda part: "causal")
-    full = polynomial_mixer(u, gate, 2, "causal")
+    full = polynomial_mixer(u, gate, Form(degree=2), "causal")
     torch.testing.assert_close(chunked, full, rtol=1e-12, atol=1e-14)
     weights = torch.randn_like(full)
     for ours, theirs in zip(
@@ -133,14 +146,16 @@ def test_causal_in_unequal_chunks_equals_full_pass_with_gradients() -> None:
 def test_frames_as_chunks_equal_block_causal_full_pass() -> None:
     u, gate = operands(TOKENS, degree=2)
     chunked, _ = run_chunks(u, gate, [5, 5, 5, 5, 3], lambda part: None)
-    torch.testing.assert_close(chunked, polynomial_mixer(u, gate, 2, BlockCausal(5)), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        chunked, polynomial_mixer(u, gate, Form(degree=2), BlockCausal(5)), rtol=1e-12, atol=1e-14
+    )
 
 
 def test_last_chunk_of_unequal_chunks_reads_what_the_full_form_reads() -> None:
     u, gate = operands(TOKENS, degree=2)
     mask = padding(BATCH, TOKENS, TOKENS)
     chunked, state = run_chunks(u, gate, [3, 13, 7], lambda part: mask[:, part])
-    full = polynomial_mixer(u, gate, 2, mask)
+    full = polynomial_mixer(u, gate, Form(degree=2), mask)
     torch.testing.assert_close(chunked[:, 16:], full[:, 16:], rtol=1e-12, atol=1e-14)
     assert torch.equal(state.count, mask.sum(1))
 
@@ -148,8 +163,8 @@ def test_last_chunk_of_unequal_chunks_reads_what_the_full_form_reads() -> None:
 @pytest.mark.parametrize("chunk_mask", [None, "causal", padding(BATCH, 11, 11)], ids=["none", "causal", "padding"])
 def test_step_equals_naive_step(chunk_mask: Mask) -> None:
     u, gate = operands(TOKENS, degree=2)
-    _, past = polynomial_mixer_step(u[:, :12], gate[:, :12], 2)
-    args = u[:, 12:], gate[:, 12:], 2, past, chunk_mask
+    _, past = polynomial_mixer_step(u[:, :12], gate[:, :12], Form(degree=2))
+    args = u[:, 12:], gate[:, 12:], Form(degree=2), past, chunk_mask
     y, state = polynomial_mixer_step(*args)
     naive_y, naive_state = polynomial_mixer_step(*args, implementation="naive")
     torch.testing.assert_close(y, naive_y, rtol=1e-12, atol=1e-14)
@@ -162,14 +177,14 @@ def test_state_is_fp32_under_bf16_and_does_not_drift() -> None:
     u, gate = operands(4096, degree=2, dtype=torch.bfloat16, num_context=4096)
     _, state = run_chunks(u, gate, [512] * 8, lambda part: None)
     assert state.sum.dtype == torch.float32
-    _, exact = polynomial_mixer_step(u.double(), gate.double(), 2)
+    _, exact = polynomial_mixer_step(u.double(), gate.double(), Form(degree=2))
     assert exact.sum.dtype == torch.float64
     assert relative_error(state.sum, exact.sum) < 1e-3
 
 
 def test_carried_causal_state_does_not_keep_the_sequence_alive() -> None:
     u, gate = operands(TOKENS, degree=2)
-    _, state = polynomial_mixer_step(u, gate, 2, mask="causal")
+    _, state = polynomial_mixer_step(u, gate, Form(degree=2), mask="causal")
     assert state.sum.untyped_storage().nbytes() == state.sum.numel() * state.sum.element_size()
 
 
@@ -180,19 +195,21 @@ def test_state_reduce_merges_tokens_held_elsewhere(masked: bool) -> None:
     halves = [slice(0, 9), slice(9, TOKENS)]
     partial: list[PomState] = []
     for part in halves:
-        _, state = polynomial_mixer_step(u[:, part], gate[:, part], 2, mask=None if mask is None else mask[:, part])
+        _, state = polynomial_mixer_step(
+            u[:, part], gate[:, part], Form(degree=2), mask=None if mask is None else mask[:, part]
+        )
         partial.append(state)
     outputs = [
         polynomial_mixer(
             u[:, part],
             gate[:, part],
-            2,
+            Form(degree=2),
             None if mask is None else mask[:, part],
             state_reduce=lambda local, other=other: local + other,
         )
         for part, other in zip(halves, reversed(partial), strict=True)
     ]
-    full = polynomial_mixer(u, gate, 2, mask)
+    full = polynomial_mixer(u, gate, Form(degree=2), mask)
     torch.testing.assert_close(torch.cat(outputs, dim=1), full, rtol=1e-12, atol=1e-14)
 
 
@@ -224,7 +241,7 @@ def test_empty_context_reads_zero_with_finite_gradients(shape: tuple[int, ...], 
 
 def test_context_of_no_tokens_reads_zero() -> None:
     u, gate = operands(QUERIES, degree=2)
-    assert torch.equal(polynomial_mixer(u[:, :0], gate, 2), torch.zeros_like(gate))
+    assert torch.equal(polynomial_mixer(u[:, :0], gate, Form(degree=2)), torch.zeros_like(gate))
 
 
 # --- what is computed, and how large ---------------------------------------------------------------------------------
@@ -251,7 +268,7 @@ def test_ordered_masks_are_linear_in_tokens_forward_and_backward(mask: Mask) -> 
     u = torch.randn(1, num_tokens, width, requires_grad=True)
     gate = torch.randn(1, num_tokens, width, requires_grad=True)
     with Operations() as operations:
-        polynomial_mixer(u, gate, 2, mask).sum().backward()
+        polynomial_mixer(u, gate, Form(degree=2), mask).sum().backward()
     assert max(shape.numel() for _, shape in operations.calls) == num_tokens * width
 
 
@@ -260,14 +277,14 @@ def test_ordered_masks_are_linear_in_tokens_forward_and_backward(mask: Mask) -> 
 def test_every_product_is_computed_once(make_mask: MakeMask, degree: int) -> None:
     u, gate = operands(TOKENS, degree)
     with Operations() as operations:
-        polynomial_mixer(u, gate, degree, make_mask(BATCH, TOKENS, TOKENS))
+        polynomial_mixer(u, gate, Form(degree=degree), make_mask(BATCH, TOKENS, TOKENS))
     assert operations.calls.count((torch.ops.aten.mul, torch.Size((BATCH, TOKENS, PIECE)))) == degree - 1
 
 
 def test_whole_frames_are_not_copied() -> None:
     u, gate = operands(24, degree=2, num_context=24)
     with Operations() as operations:
-        polynomial_mixer(u, gate, 2, BlockCausal(4))
+        polynomial_mixer(u, gate, Form(degree=2), BlockCausal(4))
     copies = (torch.ops.aten.cat, torch.ops.aten.clone, torch.ops.aten.constant_pad_nd, torch.ops.aten.copy_)
     assert all(shape.numel() < u.numel() for packet, shape in operations.calls if packet in copies)
 
@@ -278,8 +295,10 @@ def test_compiles_without_graph_breaks(make_mask: MakeMask) -> None:
     torch.compiler.reset()  # every mask is a graph of its own, and they count against one limit
     u, gate = (x.requires_grad_() for x in operands(TOKENS, degree=2, dtype=torch.float32))
     mask = make_mask(BATCH, TOKENS, TOKENS)
-    compiled = torch.compile(lambda u, gate: polynomial_mixer(u, gate, 2, mask), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(u, gate), polynomial_mixer(u, gate, 2, mask))
+    compiled = torch.compile(
+        lambda u, gate: polynomial_mixer(u, gate, Form(degree=2), mask), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(u, gate), polynomial_mixer(u, gate, Form(degree=2), mask))
     compiled(u, gate).sum().backward()
 
 
@@ -295,8 +314,7 @@ def test_compiles_without_graph_breaks(make_mask: MakeMask) -> None:
         ({"mask": "casual"}, "casual"),
         ({"mask": "causal"}, "same tokens"),
         ({"mask": BlockCausal(4)}, "same tokens"),
-        ({"degree": 0}, "degree"),
-        ({"degree": 3}, "degree"),
+        ({"form": Form(degree=3)}, "degree"),
         ({"gate": torch.zeros(BATCH, QUERIES, 4)}, "gate"),
         ({"mask": torch.ones(BATCH, QUERIES, TOKENS, dtype=torch.bool), "state_reduce": lambda s: s}, "state_reduce"),
     ],
@@ -304,7 +322,7 @@ def test_compiles_without_graph_breaks(make_mask: MakeMask) -> None:
 def test_operands_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
     u, gate = operands(QUERIES, degree=2)
     with pytest.raises(ValueError, match=message):
-        polynomial_mixer(**{"u": u, "gate": gate, "degree": 2, **change})
+        polynomial_mixer(**{"u": u, "gate": gate, "form": Form(degree=2), **change})
 
 
 def test_frame_length_is_at_least_one() -> None:
@@ -315,8 +333,8 @@ def test_frame_length_is_at_least_one() -> None:
 def test_step_refuses_masks_and_states_that_do_not_fit() -> None:
     u, gate = operands(TOKENS, degree=2)
     with pytest.raises(ValueError, match="step: mask"):
-        polynomial_mixer_step(u, gate, 2, None, BlockCausal(4))
+        polynomial_mixer_step(u, gate, Form(degree=2), None, Segments([TOKENS]))
     with pytest.raises(ValueError, match="same n"):
-        polynomial_mixer_step(u, gate[:, :3], 2)
+        polynomial_mixer_step(u, gate[:, :3], Form(degree=2))
     with pytest.raises(ValueError, match="state of shape"):
-        polynomial_mixer_step(u, gate, 2, PomState.zeros(BATCH, 3, u.dtype, u.device))
+        polynomial_mixer_step(u, gate, Form(degree=2), PomState.zeros(BATCH, 3, u.dtype, u.device))

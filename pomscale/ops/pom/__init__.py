@@ -1,15 +1,24 @@
 """The Polynomial Mixer's operator; README.md beside this file holds the algebra."""
 
 from pomscale.ops.pom.dispatch import polynomial_mixer, polynomial_mixer_step
-from pomscale.ops.pom.masks import BlockCausal, Mask, check_mask, dense_mask
+from pomscale.ops.pom.form import Form, FormName
+from pomscale.ops.pom.masks import BlockCausal, Mask, Segments, check_mask, dense_mask
+from pomscale.ops.pom.operands import Context, Queries
+from pomscale.ops.pom.rotary import check_rotary
 from pomscale.ops.pom.state import PomState, StateReduce
 
 __all__ = [
     "BlockCausal",
+    "Context",
+    "Form",
+    "FormName",
     "Mask",
     "PomState",
+    "Queries",
+    "Segments",
     "StateReduce",
     "check_mask",
+    "check_rotary",
     "dense_mask",
     "polynomial_mixer",
     "polynomial_mixer_step",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, Union
 
@@ -20,9 +21,52 @@ class BlockCausal:
             raise ValueError(f"BlockCausal: frame_length must be at least 1, got {self.frame_length}")
 
 
-# A tensor is bool: (b n) = padding of the context, (b m n) = any pattern. "causal" and BlockCausal order the tokens of
-# one sequence, so they need queries and context to be the same tokens.
-Mask: TypeAlias = Union[Literal["causal"], BlockCausal, Tensor, None]
+Order: TypeAlias = Literal["causal"] | BlockCausal
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Packed sequences: the tokens are sequences of `lengths`, one after another, and each reads its own alone.
+
+    lengths: number of query tokens of each segment, the same for all samples of the batch.
+    context_lengths: number of context tokens of each segment, e.g. of the text of each picture; None = the queries are
+        the context. A segment without context reads nothing.
+    inner: order within each segment; only where queries and context are the same tokens.
+    Raises ValueError for negative lengths, and for lists of different lengths.
+    """
+
+    lengths: Sequence[int]
+    context_lengths: Sequence[int] | None = None
+    inner: Order | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("lengths", "context_lengths"):
+            lengths = getattr(self, name)
+            if lengths is None:
+                continue
+            lengths = tuple(lengths.tolist() if isinstance(lengths, Tensor) else lengths)
+            if any(length < 0 for length in lengths):
+                raise ValueError(f"Segments: {name} must not be negative, got {lengths}")
+            object.__setattr__(self, name, lengths)
+        if self.context_lengths is not None:
+            if len(self.context_lengths) != len(self.lengths):
+                raise ValueError(
+                    f"Segments: {len(self.lengths)} lengths but {len(self.context_lengths)} context_lengths"
+                )
+            if self.inner is not None and self.context_lengths != self.lengths:
+                raise ValueError("Segments: inner needs queries and context to be the same tokens")
+        if self.inner is not None and not isinstance(self.inner, BlockCausal) and self.inner != "causal":
+            raise ValueError(f'Segments: inner must be None, "causal" or BlockCausal, got {self.inner!r}')
+
+    @property
+    def of_context(self) -> Sequence[int]:
+        """Number of context tokens of each segment."""
+        return self.lengths if self.context_lengths is None else self.context_lengths
+
+
+# A tensor is bool: (b n) = padding of the context, (b m n) = any pattern. "causal", BlockCausal and Segments without
+# context_lengths divide the tokens of one sequence, so they need queries and context to be the same tokens.
+Mask: TypeAlias = Union[Literal["causal"], BlockCausal, Segments, Tensor, None]
 
 
 def check_mask(mask: Mask, batch: int, num_queries: int, num_context: int) -> None:
@@ -36,8 +80,16 @@ def check_mask(mask: Mask, batch: int, num_queries: int, num_context: int) -> No
         if tuple(mask.shape) not in expected:
             raise ValueError(f"mask: expected shape {expected[0]} or {expected[1]}, got {tuple(mask.shape)}")
         return
+    if isinstance(mask, Segments):
+        for what, lengths, total in (
+            ("lengths", mask.lengths, num_queries),
+            ("context_lengths", mask.of_context, num_context),
+        ):
+            if sum(lengths) != total:
+                raise ValueError(f"Segments: {what} add up to {sum(lengths)}, and there are {total} tokens")
+        return
     if not isinstance(mask, BlockCausal) and mask != "causal":
-        raise ValueError(f'mask: expected None, "causal", BlockCausal or a bool tensor, got {mask!r}')
+        raise ValueError(f'mask: expected None, "causal", BlockCausal, Segments or a bool tensor, got {mask!r}')
     if num_queries != num_context:
         raise ValueError(
             f"mask: {mask!r} needs queries and context to be the same tokens, "
@@ -52,6 +104,12 @@ def dense_mask(mask: Mask, batch: int, num_queries: int, num_context: int, devic
         return mask if mask.dim() == 3 else mask[:, None, :].expand(shape)
     if mask is None:
         return torch.ones((), dtype=torch.bool, device=device).expand(shape)
+    if isinstance(mask, Segments):
+        blocks = [
+            dense_mask(mask.inner, 1, queries, context, device)[0]
+            for queries, context in zip(mask.lengths, mask.of_context, strict=True)
+        ]
+        return torch.block_diag(*blocks).bool().expand(shape)
     frame_length = mask.frame_length if isinstance(mask, BlockCausal) else 1
     query_frame = torch.arange(num_queries, device=device) // frame_length
     context_frame = torch.arange(num_context, device=device) // frame_length

@@ -1,115 +1,169 @@
 """The operator in plain PyTorch, differentiated by autograd: each product once, sums in fp32, no n x n for any order.
 
-Shapes: b samples, m queries, n context tokens, k degree, D width of one piece, K frame length, f frames.
+Shapes: b samples, m queries, n context tokens, k degree, W features, G gates, K frame length, f frames.
 """
 
 from __future__ import annotations
+
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pomscale.ops.pom.masks import BlockCausal, Mask
+from pomscale.ops.pom.masks import BlockCausal, Mask, Segments
+from pomscale.ops.pom.operands import Context, Queries
+from pomscale.ops.pom.rotary import cos_sin, rotate
 from pomscale.ops.pom.state import PomState, StateReduce, accumulation_dtype
 
 
-def polynomial_mixer(u: Tensor, gate: Tensor, degree: int, mask: Mask, state_reduce: StateReduce | None) -> Tensor:
-    """Mix u (b n kD) by gate (b m kD) -> y (b m kD) in the dtype of `gate`."""
+def polynomial_mixer(context: Context, queries: Queries, mask: Mask, state_reduce: StateReduce | None) -> Tensor:
+    """Mix -> (b m W) or, through the linear map, (b m d), in the dtype of the gates."""
+    if isinstance(mask, Segments):
+        return _segments(context, queries, mask)
     if isinstance(mask, BlockCausal):
-        return _block_causal(u, gate, degree, mask.frame_length)
+        return _block_causal(context, queries, mask.frame_length, _nothing(context))[0]
     if isinstance(mask, str):
-        nothing = PomState.zeros(u.shape[0], u.shape[2], u.dtype, u.device)
-        return _causal(u, gate, degree, nothing)[0]
+        return _causal(context, queries, _nothing(context))[0]
     if mask is not None and mask.dim() == 3:
-        return _any_pattern(u, gate, degree, mask)
-    state = _aggregate(u, degree, mask)
+        return _any_pattern(context, queries, mask)
+    state = _aggregate(context, mask)
     if state_reduce is not None:
         state = state_reduce(state)
-    return _select(gate, state.mean()[:, None])
+    return _select(context, queries, state.mean()[:, None])
 
 
-def polynomial_mixer_step(u: Tensor, gate: Tensor, degree: int, past: PomState, mask: Mask) -> tuple[Tensor, PomState]:
-    """Mix one chunk after the tokens of `past`: u, gate (b n kD) -> y (b n kD) and the state after the chunk."""
+def polynomial_mixer_step(context: Context, queries: Queries, past: PomState, mask: Mask) -> tuple[Tensor, PomState]:
+    """Mix one chunk after the tokens of `past`, and return the state after it."""
     if isinstance(mask, str):
-        return _causal(u, gate, degree, past)
-    assert not isinstance(mask, BlockCausal)
-    state = past + _aggregate(u, degree, mask)
-    return _select(gate, state.mean()[:, None]), state
+        return _causal(context, queries, past)
+    if isinstance(mask, BlockCausal):
+        return _block_causal(context, queries, mask.frame_length, past)
+    assert not isinstance(mask, Segments)
+    state = past + _aggregate(context, mask)
+    return _select(context, queries, state.mean()[:, None]), state
 
 
-def _products(u: Tensor, degree: int) -> list[Tensor]:
-    """Return the k cumulative products of the pieces of GELU(u), each (b n D)."""
-    pieces = F.gelu(u).chunk(degree, dim=-1)
-    products = [pieces[0]]
-    for piece in pieces[1:]:
-        products.append(products[-1] * piece)
-    return products
+def _features(context: Context) -> list[Tensor]:
+    """Return the features h as pieces (b n W/pieces), which are joined after a reduction."""
+    if context.coefficients is None:
+        pieces = F.gelu(context.u).chunk(context.form.degree, dim=-1)
+        products = [pieces[0]]
+        for piece in pieces[1:]:
+            products.append(products[-1] * piece)
+        return products
+    v = F.leaky_relu(context.u, 0.01).clamp(-0.1, 6.0)
+    *lower, highest = context.coefficients.to(v.dtype).unbind(1)
+    h = v * highest
+    for coefficient in reversed(lower):  # Horner's scheme
+        h = (h + coefficient) * v
+    if context.form.rope is not None:
+        assert context.positions is not None
+        h = rotate(h, cos_sin(context.positions, h.shape[2], context.form.rope))
+    return [h]
 
 
-def _without(u: Tensor, takes_part: Tensor) -> Tensor:
-    """Set u to 0 at tokens outside `takes_part` (b n); GELU(0) = 0, so all their monomials vanish.
+def _gates(context: Context, queries: Queries) -> Tensor:
+    """Return s (b m G)."""
+    form = context.form
+    if form.name == "product":
+        return torch.sigmoid(queries.gate)
+    gates = F.hardsigmoid(queries.gate)
+    if form.rope is not None:
+        assert queries.positions is not None
+        head_width = None if form.heads == 1 else context.num_features // form.heads
+        gates = rotate(gates, cos_sin(queries.positions, gates.shape[2], form.rope, head_width=head_width))
+    return gates
 
-    Filling rather than multiplying keeps a NaN in a padded token out of the sums and out of the gradients.
-    """
-    return u.masked_fill(~takes_part[..., None], 0.0)
 
-
-def _select(gate: Tensor, mean: Tensor) -> Tensor:
-    """Return sigmoid(gate) o H. H stays fp32 up to here; only what is broadcast over the queries is rounded."""
-    return torch.sigmoid(gate) * mean.to(gate.dtype)
-
-
-def _aggregate(u: Tensor, degree: int, mask: Tensor | None) -> PomState:
-    batch, num_tokens, _ = u.shape
-    if mask is None:
-        count = torch.full((batch,), num_tokens, dtype=torch.int64, device=u.device)
+def _select(context: Context, queries: Queries, mean: Tensor) -> Tensor:
+    """Return s o H (b m W), through the output map if there is one, of means (b f W), each read by m/f queries."""
+    gates, heads, output = _gates(context, queries), context.form.heads, queries.output
+    num_frames = mean.shape[1]
+    # H stays fp32 up to here; only what is broadcast over the queries is rounded.
+    mean = mean.to(gates.dtype)
+    gates = gates.unflatten(1, (num_frames, gates.shape[1] // max(num_frames, 1)))  # (b f m/f G)
+    if heads > 1:
+        mean = mean.unflatten(2, (heads, -1))
+        if output is not None and gates.shape[2] > 1:
+            # y_n = sum_h s_nh (Wo_h H_h): the map is applied to the state of each frame and not to each query.
+            folded = torch.einsum("bfhc,ohc->bfho", mean, output.unflatten(1, (heads, -1)))
+            return (gates @ folded).flatten(1, 2)
+        selected = (gates[..., None] * mean[:, :, None]).flatten(3)
     else:
-        u, count = _without(u, mask), mask.sum(1)
-    dtype = accumulation_dtype(u.dtype)
+        selected = gates * mean[:, :, None]
+    selected = selected.flatten(1, 2)
+    return selected if output is None else F.linear(selected, output)
+
+
+def _nothing(context: Context) -> PomState:
+    u = context.u
+    return PomState.zeros(u.shape[0], context.num_features, u.dtype, u.device)
+
+
+def _aggregate(context: Context, mask: Tensor | None) -> PomState:
+    batch, num_tokens, _ = context.u.shape
+    if mask is None:
+        count = torch.full((batch,), num_tokens, dtype=torch.int64, device=context.u.device)
+    else:
+        context, count = context.without(mask), mask.sum(1)
+    dtype = accumulation_dtype(context.u.dtype)
     # The pieces are joined after the reduction, when they are k vectors instead of k sequences.
-    return PomState(torch.cat([product.sum(1, dtype=dtype) for product in _products(u, degree)], dim=-1), count)
+    return PomState(torch.cat([piece.sum(1, dtype=dtype) for piece in _features(context)], dim=-1), count)
 
 
-def _any_pattern(u: Tensor, gate: Tensor, degree: int, mask: Tensor) -> Tensor:
+def _any_pattern(context: Context, queries: Queries, mask: Tensor) -> Tensor:
     """Mix under a mask (b m n), dense in m x n as the caller's mask already is."""
-    dtype = accumulation_dtype(u.dtype)
-    products = _products(_without(u, mask.any(1)), degree)
-    with torch.autocast(u.device.type, enabled=False):  # autocast would round the fp32 operands to bf16
-        sums = torch.cat([mask.to(dtype) @ product.to(dtype) for product in products], dim=-1)
-    return _select(gate, sums / mask.sum(2, keepdim=True).clamp(min=1))
+    dtype = accumulation_dtype(context.u.dtype)
+    pieces = _features(context.without(mask.any(1)))
+    with torch.autocast(mask.device.type, enabled=False):  # autocast would round the fp32 operands to bf16
+        sums = torch.cat([mask.to(dtype) @ piece.to(dtype) for piece in pieces], dim=-1)
+    return _select(context, queries, sums / mask.sum(2, keepdim=True).clamp(min=1))
 
 
-def _causal(u: Tensor, gate: Tensor, degree: int, past: PomState) -> tuple[Tensor, PomState]:
-    num_tokens, dtype = u.shape[1], accumulation_dtype(u.dtype)
-    sums = torch.cat([product.cumsum(1, dtype=dtype) for product in _products(u, degree)], dim=-1)
+def _causal(context: Context, queries: Queries, past: PomState) -> tuple[Tensor, PomState]:
+    num_tokens, dtype = context.u.shape[1], accumulation_dtype(context.u.dtype)
+    sums = torch.cat([piece.cumsum(1, dtype=dtype) for piece in _features(context)], dim=-1)
     sums = sums + past.sum[:, None]
-    counts = past.count[:, None] + torch.arange(1, num_tokens + 1, device=u.device)
+    counts = past.count[:, None] + torch.arange(1, num_tokens + 1, device=sums.device)
     # This is a copy, since a view of the last row would keep all n rows alive for as long as the state is carried.
-    state = PomState(sums[:, -1].clone(), past.count + num_tokens)
-    return _select(gate, sums / counts[..., None]), state
+    state = PomState(sums[:, -1].clone() if num_tokens else past.sum, past.count + num_tokens)
+    return _select(context, queries, sums / counts[..., None]), state
 
 
-def _frames(x: Tensor, frame_length: int) -> list[Tensor]:
-    """View x (b n c) as whole frames (b f K c) and, if K does not divide n, the last one (b 1 n%K c)."""
-    num_whole, rest = x.shape[1] // frame_length, x.shape[1] % frame_length  # torch.compile cannot trace divmod
-    whole = x[:, : x.shape[1] - rest].unflatten(1, (num_whole, frame_length))
-    return [whole, x[:, -rest:].unsqueeze(1)] if rest else [whole]
-
-
-def _block_causal(u: Tensor, gate: Tensor, degree: int, frame_length: int) -> Tensor:
-    """Mix block-causally: S_f = sum of h over frame f; H_f = (S_1 + .. + S_f) / (tokens up to the end of frame f)."""
-    num_tokens, dtype = u.shape[1], accumulation_dtype(u.dtype)
+def _block_causal(context: Context, queries: Queries, frame_length: int, past: PomState) -> tuple[Tensor, PomState]:
+    """Mix block-causally: S_f = sum of h over frame f; H_f = (past + S_1 + .. + S_f) / (tokens up to its end)."""
+    num_tokens, dtype = context.u.shape[1], accumulation_dtype(context.u.dtype)
+    num_whole = num_tokens // frame_length  # torch.compile cannot trace divmod
+    whole = num_whole * frame_length
+    pieces = _features(context)
     frame_sums = torch.cat(
-        [
-            torch.cat([frames.sum(2, dtype=dtype) for frames in _frames(product, frame_length)], dim=1)
-            for product in _products(u, degree)
-        ],
-        dim=-1,
-    )  # (b f kD)
-    frame_ends = torch.arange(1, frame_sums.shape[1] + 1, device=u.device) * frame_length
-    means = frame_sums.cumsum(1) / frame_ends.clamp(max=num_tokens)[:, None]
+        [piece[:, :whole].unflatten(1, (num_whole, frame_length)).sum(2, dtype=dtype) for piece in pieces], dim=-1
+    )  # (b f W)
+    if whole < num_tokens:
+        last = torch.cat([piece[:, whole:].sum(1, keepdim=True, dtype=dtype) for piece in pieces], dim=-1)
+        frame_sums = torch.cat([frame_sums, last], dim=1)
+    sums = frame_sums.cumsum(1) + past.sum[:, None]
+    ends = torch.arange(1, frame_sums.shape[1] + 1, device=sums.device) * frame_length
+    means = sums / (past.count[:, None] + ends.clamp(max=num_tokens))[..., None]
+    y = _select(context, queries.part(0, whole), means[:, :num_whole])
+    if whole < num_tokens:
+        y = torch.cat([y, _select(context, queries.part(whole, num_tokens), means[:, num_whole:])], dim=1)
+    return y, PomState(sums[:, -1].clone() if num_tokens else past.sum, past.count + num_tokens)
 
-    gates = _frames(gate, frame_length)
-    means_of = means[:, :, None].split([frames.shape[1] for frames in gates], dim=1)
-    outputs = [_select(frames, mean).flatten(1, 2) for frames, mean in zip(gates, means_of, strict=True)]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+def _segments(context: Context, queries: Queries, segments: Segments) -> Tensor:
+    """Mix each segment alone; the loop is over segments, and each reads views of the packed tensors."""
+    query_ends, context_ends = list(accumulate(segments.lengths)), list(accumulate(segments.of_context))
+    parts = [
+        polynomial_mixer(
+            context.part(context_end - context_length, context_end),
+            queries.part(query_end - query_length, query_end),
+            segments.inner,
+            None,
+        )
+        for query_length, query_end, context_length, context_end in zip(
+            segments.lengths, query_ends, segments.of_context, context_ends, strict=True
+        )
+    ]
+    return torch.cat(parts, dim=1)
