@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pomscale.ops.pom import BlockCausal, Mask, Segments, check_mask, dense_mask
+from pomscale.ops.pom import (
+    BlockCausal,
+    Mask,
+    Segments,
+    check_count,
+    check_mask,
+    check_step_mask,
+    check_tokens,
+    dense_mask,
+)
 
 
 @dataclass(frozen=True)
@@ -30,9 +39,11 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
+        check_count("Attention: dim", dim)
+        check_count("Attention: num_heads", num_heads)
         if dim % num_heads:
             raise ValueError(f"Attention: num_heads {num_heads} does not divide dim {dim}")
-        self.num_heads = num_heads
+        self.dim, self.num_heads = dim, num_heads
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(dim, 2 * dim)
         self.output = nn.Linear(dim, dim)
@@ -44,6 +55,7 @@ class Attention(nn.Module):
         with an empty context the heads give 0. Raises ValueError for a mask that does not fit.
         """
         context = x if context is None else context
+        check_tokens(x, context, self.dim)
         batch, num_queries, num_context = x.shape[0], x.shape[1], context.shape[1]
         check_mask(mask, batch, num_queries, num_context)
         query = self._split_heads(self.query(x))
@@ -56,10 +68,12 @@ class Attention(nn.Module):
 
         mask is as in `PoM.step`: None, bool (b n), "causal" or BlockCausal.
         """
+        check_tokens(x, x, self.dim)
         batch, num_tokens, _ = x.shape
         check_mask(mask, batch, num_tokens, num_tokens)
-        if isinstance(mask, Segments) or (isinstance(mask, Tensor) and mask.dim() == 3):
-            raise ValueError('step: mask must be None, "causal", BlockCausal or bool (b n)')
+        check_step_mask(mask)
+        if state is not None:
+            self._check_state(state, batch)
         key, value = (self._split_heads(part) for part in self.key_value(x).chunk(2, dim=-1))
         takes_part = mask if isinstance(mask, Tensor) else torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         readable = dense_mask(mask, batch, num_tokens, num_tokens, x.device)
@@ -70,6 +84,18 @@ class Attention(nn.Module):
             takes_part = torch.cat([state.takes_part, takes_part], dim=1)
         heads = _attend(self._split_heads(self.query(x)), key, value, readable)
         return self._merge_heads(heads), AttentionState(key, value, takes_part)
+
+    def _check_state(self, state: AttentionState, batch: int) -> None:
+        """Raise ValueError unless `state` is one of `batch` samples of a layer of this width and number of heads."""
+        if not isinstance(state, AttentionState):
+            raise ValueError(f"step: expected an AttentionState, got {type(state).__name__}")
+        num_past = state.takes_part.shape[-1]
+        expected = (batch, self.num_heads, num_past, self.dim // self.num_heads)
+        got = tuple(state.key.shape), tuple(state.value.shape), tuple(state.takes_part.shape)
+        if got != (expected, expected, (batch, num_past)):
+            raise ValueError(
+                f"step: expected a state with key and value {expected} and takes_part {(batch, num_past)}, got {got}"
+            )
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """Split x (b n d) -> (b heads n d/heads)."""

@@ -9,7 +9,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from pomscale.ops.pom import Form
+from pomscale.ops.pom import Form, check_count
 from pomscale.ops.pom.rotary import cos_sin
 
 # Names of the linear maps here and in HoM.
@@ -40,7 +40,8 @@ def read_official(
         tensors: state_dict, of HoM (ho_proj, se_proj, ag_proj), PoM, PoMRoPE, or JiTpp's older PoM with po_proj.
         degree: k; None = the one that the tensors tell, and 2 for HoM, whose tensors do not tell it.
         heads: Number of selection heads; None = the one that the tensors tell.
-        rope: Number of axes; None = the one that the tensors tell. Old files of JiTpp have no tables and do not.
+        rope: Number of axes; None = the one that the tensors tell, by their tables of cosines and sines. Parameters
+            alone, as in averages and in old files of JiTpp, have none: there, None is no rope.
 
     Raises:
         ValueError: Keys or shapes are of another layer, or differ from what was given.
@@ -56,6 +57,7 @@ def _read_hom(
     if heads not in (None, 1) or rope is not None:
         raise ValueError("HoM layer: PoM v1 has neither heads nor rope")
     degree = 2 if degree is None else degree
+    check_count("HoM layer: degree", degree)
     bias = "ho_proj.bias" in tensors
     official_of = {
         f"{ours}.{part}": f"{theirs}.{part}"
@@ -64,8 +66,11 @@ def _read_hom(
     }
     _check_keys("HoM layer", tensors, set(official_of.values()))
     weight = tensors["ho_proj.weight"]
-    if weight.dim() != 2 or weight.shape[0] % (degree * weight.shape[1]):
-        raise ValueError(f"HoM layer: ho_proj.weight of shape {tuple(weight.shape)} does not fit degree {degree}")
+    if weight.dim() != 2 or 0 in weight.shape or weight.shape[0] % (degree * weight.shape[1]):
+        raise ValueError(
+            f"HoM layer: expected ho_proj.weight of shape (degree {degree} * expand * dim, dim), "
+            f"got {tuple(weight.shape)}"
+        )
     width, dim = weight.shape
     for name, shape in (
         ("se_proj.weight", (width, dim)),
@@ -80,68 +85,91 @@ def _read_hom(
 def _read_pom(
     tensors: Mapping[str, Tensor], degree: int | None, heads: int | None, rope: Literal[1, 2] | None
 ) -> OfficialMixer:
-    what = "PoM layer"
     for name in ("po_coeff", "ag_proj.weight"):
-        if name not in tensors:
-            raise ValueError(f"{what}: lacks {name}; it has {sorted(tensors)}")
+        if name not in tensors or tensors[name].dim() != 2:
+            got = tuple(tensors[name].shape) if name in tensors else f"the keys {sorted(tensors)}"
+            raise ValueError(f"PoM layer: expected a matrix {name}, got {got}")
     (width, found_degree), dim = tensors["po_coeff"].shape, tensors["ag_proj.weight"].shape[0]
+    if dim == 0 or width % dim:
+        raise ValueError(f"PoM layer: expected channels of po_coeff that dim {dim} divides, got {width}")
+    _check_shape("PoM layer", tensors, "ag_proj.weight", (dim, width))
     fused = "qc_proj.weight" in tensors
-    own = ["po_coeff", "ag_proj.weight", *(["qc_proj.weight", "se_bias"] if fused else [])]
-    own += [] if fused else ["po_proj.weight", "se_proj.weight", "se_proj.bias"]
-    optional = [name for name in ("po_proj.bias", "ag_proj.bias") if name in tensors]
+    own = ["qc_proj.weight", "se_bias"] if fused else ["po_proj.weight", "se_proj.weight", "se_proj.bias"]
+    biases = [name for name in ("po_proj.bias", "ag_proj.bias") if name in tensors and not (fused and "po" in name)]
     found_rope, tables = _rope_of(tensors, width)
-    _check_keys(what, tensors, {*own, *optional, *tables})
-    if fused:
-        projection, gate = tensors["qc_proj.weight"][:width], tensors["qc_proj.weight"][width:]
-        gate_bias = tensors["se_bias"]
-    else:
-        projection, gate, gate_bias = tensors["po_proj.weight"], tensors["se_proj.weight"], tensors["se_proj.bias"]
-        projection = projection[..., 0] if projection.dim() == 3 else projection
-    if dim % projection.shape[1] or width % dim:
-        raise ValueError(f"{what}: a map {tuple(projection.shape)} does not fit dim {dim} and {width} channels")
-    found_heads = 1 if gate.shape[0] == width else gate.shape[0]
+    _check_keys("PoM layer", tensors, {"po_coeff", "ag_proj.weight", *own, *biases, *tables})
+    parameters = _fused_maps(tensors, width, dim) if fused else _separate_maps(tensors, width, dim)
+    parameters |= {"output.weight": tensors["ag_proj.weight"], "coefficients": tensors["po_coeff"]}
+    if biases:  # a bias of 0 is none
+        for ours, theirs, size in (("projection.bias", "po_proj.bias", width), ("output.bias", "ag_proj.bias", dim)):
+            parameters[ours] = tensors.get(theirs, torch.zeros(size, dtype=tensors["po_coeff"].dtype))
+    num_gates = len(parameters["gate.weight"])
+    found_heads = 1 if num_gates == width else num_gates
     for name, given, found in (("degree", degree, found_degree), ("heads", heads, found_heads)):
         if given is not None and given != found:
-            raise ValueError(f"{what}: {name} {given} was given, and the tensors have {found}")
-    if rope is not None and found_rope is not None and rope != found_rope:
-        raise ValueError(f"{what}: rope {rope} was given, and the tensors have {found_rope} axes")
-    bias = bool(optional)
-    parameters = {
-        "projection.weight": projection,
-        "gate.weight": gate,
-        "gate.bias": gate_bias,
-        "output.weight": tensors["ag_proj.weight"],
-        "coefficients": tensors["po_coeff"],
-    }
-    for ours, theirs, size in (("projection.bias", "po_proj.bias", width), ("output.bias", "ag_proj.bias", dim)):
-        if bias:  # a bias of 0 is none
-            parameters[ours] = tensors.get(theirs, torch.zeros(size, dtype=projection.dtype))
+            raise ValueError(f"PoM layer: {name} {given} was given, and the tensors have {found}")
+    if rope not in (None, found_rope or 1, found_rope or 2):
+        raise ValueError(f"PoM layer: rope {rope} was given, and the tensors have {found_rope or '1 or 2'} axes")
     form = Form("coefficients", found_degree, found_heads, found_rope or rope)
-    return OfficialMixer(dim, form, width // dim, dim // projection.shape[1], bias, parameters)
+    groups = dim // parameters["projection.weight"].shape[1]
+    return OfficialMixer(dim, form, width // dim, groups, bool(biases), parameters)
+
+
+def _fused_maps(tensors: Mapping[str, Tensor], width: int, dim: int) -> dict[str, Tensor]:
+    """Return the maps of context and gates, which are the first and the last rows of one matrix."""
+    num_gates = max(len(tensors["qc_proj.weight"]) - width, 1)
+    _check_shape("PoM layer", tensors, "qc_proj.weight", (width + num_gates, dim))
+    _check_shape("PoM layer", tensors, "se_bias", (num_gates,))
+    projection, gate = tensors["qc_proj.weight"].split([width, num_gates])
+    return {"projection.weight": projection, "gate.weight": gate, "gate.bias": tensors["se_bias"]}
+
+
+def _separate_maps(tensors: Mapping[str, Tensor], width: int, dim: int) -> dict[str, Tensor]:
+    """Return the maps of context, a linear map or a grouped convolution of kernel 1, and of gates."""
+    projection, num_gates = tensors["po_proj.weight"], max(len(tensors["se_proj.weight"]), 1)
+    inputs = projection.shape[1] if projection.dim() > 1 and projection.shape[1] else dim
+    inputs = inputs if dim % inputs == 0 else dim
+    _check_shape("PoM layer", tensors, "po_proj.weight", (width, inputs) + (1,) * (projection.dim() == 3))
+    _check_shape("PoM layer", tensors, "se_proj.weight", (num_gates, dim))
+    _check_shape("PoM layer", tensors, "se_proj.bias", (num_gates,))
+    return {
+        "projection.weight": projection.flatten(1),
+        "gate.weight": tensors["se_proj.weight"],
+        "gate.bias": tensors["se_proj.bias"],
+    }
 
 
 def _rope_of(tensors: Mapping[str, Tensor], width: int) -> tuple[Literal[1, 2] | None, list[str]]:
     """Return the number of axes that the tables tell, and their names. Raise ValueError for other frequencies."""
     for num_axes, pairs in _TABLES.items():
-        if pairs[0][0] not in tensors:
-            continue
         names = [name for pair in pairs for name in pair]
-        for axis, (cos_name, sin_name) in enumerate(pairs):
-            cos, sin = tensors.get(cos_name), tensors.get(sin_name)
-            if cos is None or sin is None or cos.shape != sin.shape:
-                raise ValueError(f"PoM layer: {cos_name} and {sin_name} are no pair of tables")
-            positions = torch.zeros(len(cos), num_axes, dtype=torch.int64)
-            positions[:, axis] = torch.arange(len(cos))
-            ours = cos_sin(positions, width, num_axes)[axis]
-            for name, table, expected in ((cos_name, cos, ours[0]), (sin_name, sin, ours[1])):
-                if table.shape != expected.shape or not torch.allclose(
-                    table.float().cpu(), expected, atol=_SAME_TABLES
-                ):
-                    raise ValueError(
-                        f"PoM layer: {name} has other frequencies than 10000^(-c/P); rope_base must be 10000"
-                    )
+        if not any(name in tensors for name in names):
+            continue
+        for axis, pair in enumerate(pairs):
+            _check_tables(tensors, pair, width, axis, num_axes)
         return cast(Literal[1, 2], num_axes), names
     return None, []
+
+
+def _check_tables(tensors: Mapping[str, Tensor], names: tuple[str, str], width: int, axis: int, num_axes: int) -> None:
+    """Raise ValueError unless a table of cosines and one of sines are those of our rotary positions."""
+    for name in names:
+        if name not in tensors:
+            raise ValueError(f"PoM layer: expected the tables {list(names)}, got keys {sorted(tensors)}")
+    length = len(tensors[names[0]]) if tensors[names[0]].dim() else 0
+    positions = torch.zeros(length, num_axes, dtype=torch.int64)
+    positions[:, axis] = torch.arange(length)
+    for name, expected in zip(names, cos_sin(positions, width, num_axes)[axis], strict=True):
+        _check_shape("PoM layer", tensors, name, tuple(expected.shape))
+        table = tensors[name].cpu()
+        # A layer that was cast to bf16 or fp16 has rounded tables.
+        tolerance = max(_SAME_TABLES, torch.finfo(table.dtype).eps)
+        error = (table.float() - expected).abs().amax() if length else 0.0
+        if not error <= tolerance:
+            raise ValueError(
+                f"PoM layer: {name} must hold the frequencies 10000^(-c/P) (rope_base=10000), got others: the largest "
+                f"difference is {error:.1e}"
+            )
 
 
 def _check_keys(what: str, tensors: Mapping[str, Tensor], expected: set[str]) -> None:

@@ -17,7 +17,9 @@ from pomscale.ops.pom import (
     PomState,
     Queries,
     StateReduce,
+    check_count,
     check_rotary,
+    check_tokens,
     polynomial_mixer,
     polynomial_mixer_step,
 )
@@ -87,11 +89,12 @@ class PoM(nn.Module):
     ) -> None:
         super().__init__()
         self.form = Form(form, degree, heads, rope)
-        if expand < 1:
-            raise ValueError(f"PoM: expand must be at least 1, got {expand}")
+        for name, value in (("dim", dim), ("expand", expand), ("groups", groups)):
+            check_count(f"PoM: {name}", value)
+        self.dim = dim
         is_product = self.form.name == "product"
-        if groups < 1 or (is_product and groups != 1):
-            raise ValueError(f"PoM: groups must be at least 1, and 1 in the product form, got {groups}")
+        if is_product and groups != 1:
+            raise ValueError(f"PoM: groups must be 1 in the product form, got {groups}")
         bias = is_product if bias is None else bias
         width = degree * expand * dim if is_product else expand * dim
         num_gates = self.form.num_gates(width)
@@ -152,6 +155,7 @@ class PoM(nn.Module):
     def _operands(
         self, x: Tensor, context: Tensor, positions: Tensor | None, context_positions: Tensor | None
     ) -> tuple[Context, Queries]:
+        check_tokens(x, context, self.dim)
         output = self.output.weight if self._folds else None
         return (
             Context(self.projection(context), self.form, self.coefficients, context_positions),

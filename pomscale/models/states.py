@@ -19,6 +19,7 @@ def states_to_tensors(states: Sequence[MixerState]) -> dict[str, Tensor]:
         f"{block}.{field.name}": getattr(state, field.name)
         for block, state in enumerate(states)
         for field in fields(state)
+        if isinstance(getattr(state, field.name), Tensor)
     }
 
 
@@ -27,5 +28,6 @@ def states_from_tensors(config: VideoModelConfig, tensors: Mapping[str, Tensor])
     states: list[MixerState] = []
     for block, name in enumerate(config.mixers):
         kind = AttentionState if name == "attention" else PomState
-        states.append(kind(**{field.name: tensors[f"{block}.{field.name}"] for field in fields(kind)}))
+        parts = [field.name for field in fields(kind) if field.name != "form"]  # a form is no tensor
+        states.append(kind(**{part: tensors[f"{block}.{part}"] for part in parts}))
     return states

@@ -19,7 +19,7 @@ from pomscale.diffusion.options import SamplingOptions
 from pomscale.diffusion.sequential import SequentialSampler
 from pomscale.models import MixerState, VDiPoM
 from pomscale.models.states import states_from_tensors, states_to_tensors
-from pomscale.ops.pom import PomState, polynomial_mixer_step
+from pomscale.ops.pom import Context, Form, PomState, Queries, polynomial_mixer_step
 from support.tiny_clips import awaken, normal, text_of, video_config
 
 LENGTHS, SEEDS, STEPS = [5, 2], [11, 12], 4
@@ -293,12 +293,12 @@ def test_fp32_sums_are_exact_enough_after_a_thousand_frame_groups(offset: float)
     """The mean that queries read, against sums in float64: the rounding of 1,000 additions stays below 1e-6 of it."""
     single: PomState | None = None
     double: PomState | None = None
-    generator = torch.Generator().manual_seed(0)
+    generator, form = torch.Generator().manual_seed(0), Form()
     for _ in range(1000):
         u = torch.randn(2, 16, 32, generator=generator) + offset
         gate = torch.zeros_like(u)
-        _, single = polynomial_mixer_step(u, gate, 2, single)
-        _, double = polynomial_mixer_step(u.double(), gate.double(), 2, double)
+        _, single = polynomial_mixer_step(Context(u, form), Queries(gate), single)
+        _, double = polynomial_mixer_step(Context(u.double(), form), Queries(gate.double()), double)
     assert single is not None
     assert double is not None
     assert_close(single.mean(), double.mean(), 1e-6)

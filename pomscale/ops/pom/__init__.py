@@ -1,9 +1,9 @@
 """The Polynomial Mixer's operator; README.md beside this file holds the algebra."""
 
 from pomscale.ops.pom.dispatch import polynomial_mixer, polynomial_mixer_step
-from pomscale.ops.pom.form import Form, FormName
-from pomscale.ops.pom.masks import BlockCausal, Mask, Segments, check_mask, dense_mask
-from pomscale.ops.pom.operands import Context, Queries
+from pomscale.ops.pom.form import Form, FormName, check_count
+from pomscale.ops.pom.masks import BlockCausal, Mask, Segments, check_mask, check_step_mask, dense_mask
+from pomscale.ops.pom.operands import Context, Queries, check_tokens
 from pomscale.ops.pom.rotary import check_rotary
 from pomscale.ops.pom.state import PomState, StateReduce
 
@@ -17,8 +17,11 @@ __all__ = [
     "Queries",
     "Segments",
     "StateReduce",
+    "check_count",
     "check_mask",
     "check_rotary",
+    "check_step_mask",
+    "check_tokens",
     "dense_mask",
     "polynomial_mixer",
     "polynomial_mixer_step",

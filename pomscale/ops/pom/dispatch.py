@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 from torch import Tensor
 
 from pomscale.ops.pom import naive, torch_path
-from pomscale.ops.pom.masks import Mask, Segments, check_mask
+from pomscale.ops.pom.masks import Mask, check_mask, check_step_mask
 from pomscale.ops.pom.operands import Context, Queries, check_operands
 from pomscale.ops.pom.state import PomState, StateReduce
 
@@ -80,11 +81,13 @@ def polynomial_mixer_step(
     check_mask(mask, batch, num_queries, num_tokens)
     if num_queries != num_tokens or num_tokens == 0:
         raise ValueError(f"step: expected u and gate of the same n >= 1 tokens, got {num_tokens} and {num_queries}")
-    if isinstance(mask, Segments) or (isinstance(mask, Tensor) and mask.dim() == 3):
-        raise ValueError('step: mask must be None, "causal", BlockCausal or bool (b n)')
+    check_step_mask(mask)
     if past is None:
         past = PomState.zeros(batch, width, context.u.dtype, context.u.device)
-    elif past.sum.shape != (batch, width):
-        raise ValueError(f"step: expected a state of shape {(batch, width)}, got {tuple(past.sum.shape)}")
+    elif not isinstance(past, PomState):
+        raise ValueError(f"step: expected a PomState, got {type(past).__name__}")
+    else:
+        past.check(batch, width, context.form)
     path = naive if implementation == "naive" else torch_path
-    return path.polynomial_mixer_step(context, queries, past, mask)
+    y, state = path.polynomial_mixer_step(context, queries, past, mask)
+    return y, replace(state, form=context.form)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 FormName = Literal["product", "coefficients"]
+
+
+def check_count(name: str, value: object, minimum: int = 1) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < minimum:
+        raise ValueError(f"{name}: expected a whole number of at least {minimum}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -30,11 +38,9 @@ class Form:
     def __post_init__(self) -> None:
         if self.name not in ("product", "coefficients"):
             raise ValueError(f"form: expected 'product' (PoM v1) or 'coefficients' (PoM v2), got {self.name!r}")
-        if self.degree < 1:
-            raise ValueError(f"degree: must be at least 1, got {self.degree}")
-        if self.heads < 1:
-            raise ValueError(f"heads: must be at least 1, got {self.heads}")
-        if self.rope not in (None, 1, 2, 3):
+        check_count("degree", self.degree)
+        check_count("heads", self.heads)
+        if self.rope not in (None, 1, 2, 3) or isinstance(self.rope, bool | float):
             raise ValueError(f"rope: expected None or 1, 2 or 3 axes, got {self.rope!r}")
         if self.name == "product" and (self.heads != 1 or self.rope is not None):
             raise ValueError("form 'product' (PoM v1) has neither heads nor rope; use form 'coefficients'")

@@ -9,6 +9,8 @@ from typing import Literal, TypeAlias, Union
 import torch
 from torch import Tensor
 
+from pomscale.ops.pom.form import check_count
+
 
 @dataclass(frozen=True)
 class BlockCausal:
@@ -17,8 +19,7 @@ class BlockCausal:
     frame_length: int
 
     def __post_init__(self) -> None:
-        if self.frame_length < 1:
-            raise ValueError(f"BlockCausal: frame_length must be at least 1, got {self.frame_length}")
+        check_count("BlockCausal: frame_length", self.frame_length)
 
 
 Order: TypeAlias = Literal["causal"] | BlockCausal
@@ -32,7 +33,8 @@ class Segments:
     context_lengths: number of context tokens of each segment, e.g. of the text of each picture; None = the queries are
         the context. A segment without context reads nothing.
     inner: order within each segment; only where queries and context are the same tokens.
-    Raises ValueError for negative lengths, and for lists of different lengths.
+    Raises ValueError for lengths that are no whole numbers of at least 0, for no segment at all, and for lists of
+    different lengths.
     """
 
     lengths: Sequence[int]
@@ -44,14 +46,17 @@ class Segments:
             lengths = getattr(self, name)
             if lengths is None:
                 continue
-            lengths = tuple(lengths.tolist() if isinstance(lengths, Tensor) else lengths)
-            if any(length < 0 for length in lengths):
-                raise ValueError(f"Segments: {name} must not be negative, got {lengths}")
-            object.__setattr__(self, name, lengths)
+            lengths = lengths.tolist() if hasattr(lengths, "tolist") else lengths  # of torch or numpy
+            if isinstance(lengths, str) or not isinstance(lengths, Sequence) or not lengths:
+                raise ValueError(f"Segments: expected {name} of at least one segment, got {lengths!r}")
+            for length in lengths:
+                check_count(f"Segments: {name}", length, 0)
+            object.__setattr__(self, name, tuple(lengths))
         if self.context_lengths is not None:
             if len(self.context_lengths) != len(self.lengths):
                 raise ValueError(
-                    f"Segments: {len(self.lengths)} lengths but {len(self.context_lengths)} context_lengths"
+                    f"Segments: expected a context length for each of {len(self.lengths)} segments, "
+                    f"got {len(self.context_lengths)}"
                 )
             if self.inner is not None and self.context_lengths != self.lengths:
                 raise ValueError("Segments: inner needs queries and context to be the same tokens")
@@ -83,10 +88,10 @@ def check_mask(mask: Mask, batch: int, num_queries: int, num_context: int) -> No
     if isinstance(mask, Segments):
         for what, lengths, total in (
             ("lengths", mask.lengths, num_queries),
-            ("context_lengths", mask.of_context, num_context),
+            ("context_lengths (by default lengths)", mask.of_context, num_context),
         ):
             if sum(lengths) != total:
-                raise ValueError(f"Segments: {what} add up to {sum(lengths)}, and there are {total} tokens")
+                raise ValueError(f"Segments: {what} must add up to the {total} tokens, got {sum(lengths)}")
         return
     if not isinstance(mask, BlockCausal) and mask != "causal":
         raise ValueError(f'mask: expected None, "causal", BlockCausal, Segments or a bool tensor, got {mask!r}')
@@ -95,6 +100,13 @@ def check_mask(mask: Mask, batch: int, num_queries: int, num_context: int) -> No
             f"mask: {mask!r} needs queries and context to be the same tokens, "
             f"got {num_queries} queries and {num_context} context tokens"
         )
+
+
+def check_step_mask(mask: Mask) -> None:
+    """Raise ValueError for a mask that has no meaning for the next chunk of a sequence."""
+    if isinstance(mask, Segments) or (isinstance(mask, Tensor) and mask.dim() == 3):
+        got = "Segments" if isinstance(mask, Segments) else f"shape {tuple(mask.shape)}"
+        raise ValueError(f'step: mask must be None, "causal", BlockCausal or bool (b n), got {got}')
 
 
 def dense_mask(mask: Mask, batch: int, num_queries: int, num_context: int, device: torch.device) -> Tensor:

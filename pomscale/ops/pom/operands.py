@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -28,10 +29,13 @@ class Context:
         """W, the number of features of a token, and channels of the state."""
         return self.form.num_features(self.u.shape[2])
 
-    def part(self, start: int, stop: int) -> Context:
-        """Return tokens start .. stop - 1."""
-        positions = None if self.positions is None else self.positions[..., start:stop, :]
-        return replace(self, u=self.u[:, start:stop], positions=positions)
+    def split(self, lengths: Sequence[int]) -> list[Context]:
+        """Cut the tokens into parts of these lengths.
+
+        The backward pass of a split joins the gradients of all parts; that of a slice writes the whole for each part.
+        """
+        us, positions = self.u.split(list(lengths), dim=1), split_positions(self.positions, lengths)
+        return [replace(self, u=u, positions=part) for u, part in zip(us, positions, strict=True)]
 
     def without(self, takes_part: Tensor) -> Context:
         """Set u to 0 at tokens outside `takes_part` (b n); all features of u = 0 vanish.
@@ -59,12 +63,31 @@ class Queries:
         positions = None if self.positions is None else self.positions[..., start:stop, :]
         return replace(self, gate=self.gate[:, start:stop], positions=positions)
 
+    def split(self, lengths: Sequence[int]) -> list[Queries]:
+        """Cut the queries into parts of these lengths."""
+        gates, positions = self.gate.split(list(lengths), dim=1), split_positions(self.positions, lengths)
+        return [replace(self, gate=gate, positions=part) for gate, part in zip(gates, positions, strict=True)]
+
+
+def split_positions(positions: Tensor | None, lengths: Sequence[int]) -> Sequence[Tensor | None]:
+    """Cut positions (.. n axes) into parts of these lengths."""
+    return [None] * len(lengths) if positions is None else positions.split(list(lengths), dim=-2)
+
+
+def check_tokens(x: Tensor, context: Tensor, dim: int) -> None:
+    """Raise ValueError unless a layer of width `dim` can let x read context."""
+    for name, tokens, length in (("x", x, "m"), ("context", context, "n")):
+        if tokens.dim() != 3 or tokens.shape[2] != dim:
+            raise ValueError(f"{name}: expected shape (b {length} {dim}), got {tuple(tokens.shape)}")
+    if x.shape[0] != context.shape[0]:
+        raise ValueError(f"context: expected {x.shape[0]} samples as in x, got shape {tuple(context.shape)}")
+
 
 def check_operands(context: Context, queries: Queries) -> None:
     """Raise ValueError, with the shapes expected and got, unless the operands fit together."""
     u, gate, form = context.u, queries.gate, context.form
     if u.dim() != 3 or gate.dim() != 3 or u.shape[0] != gate.shape[0]:
-        raise ValueError(f"expected u (b n c) and gate (b m g), got {tuple(u.shape)} and {tuple(gate.shape)}")
+        raise ValueError(f"expected u (b n c) and gate (b m g) of one b, got {tuple(u.shape)} and {tuple(gate.shape)}")
     num_features = context.num_features
     num_gates = form.num_gates(num_features)
     if gate.shape[2] != num_gates:
@@ -72,7 +95,7 @@ def check_operands(context: Context, queries: Queries) -> None:
     coefficients = context.coefficients
     if form.name == "product":
         if coefficients is not None:
-            raise ValueError("coefficients: the product form has none")
+            raise ValueError(f"coefficients: expected None in the product form, got {tuple(coefficients.shape)}")
     elif coefficients is None or tuple(coefficients.shape) != (num_features, form.degree):
         got = None if coefficients is None else tuple(coefficients.shape)
         raise ValueError(f"coefficients: expected shape {(num_features, form.degree)}, got {got}")

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 _BASE = 10_000.0
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def num_pairs(width: int, num_axes: int) -> tuple[int, ...]:
+def num_pairs(width: int, num_axes: int, what: str = "channels") -> tuple[int, ...]:
     """Return the number of pairs of each axis. Raises ValueError for a width that has no pair for some axis."""
     pairs = width // 2
     if num_axes == 3:
@@ -31,8 +32,8 @@ def num_pairs(width: int, num_axes: int) -> tuple[int, ...]:
     else:
         split = (pairs // num_axes,) * num_axes
     if 2 * sum(split) != width or min(split) < 1:
-        needs = {1: "an even width", 2: "a multiple of 4", 3: "an even width of at least 6"}[num_axes]
-        raise ValueError(f"rope: {num_axes} axes need {needs}, got {width} channels or heads")
+        needs = {1: "an even number", 2: "a multiple of 4", 3: "an even number of at least 6"}[num_axes]
+        raise ValueError(f"rope={num_axes} needs {needs} of {what}, got {width}")
     return split
 
 
@@ -40,22 +41,30 @@ def check_rotary(num_features: int, heads: int, num_axes: int) -> None:
     """Raise ValueError unless features and gates can be turned along `num_axes` axes."""
     num_pairs(num_features, num_axes)
     if heads > 1:
-        num_pairs(heads, num_axes)
+        num_pairs(heads, num_axes, "heads")
 
 
 def check_positions(name: str, positions: Tensor | None, num_axes: int | None, batch: int, num_tokens: int) -> None:
     """Raise ValueError unless `positions` are what a mixer with `num_axes` (None: without rope) needs."""
     if num_axes is None:
         if positions is not None:
-            raise ValueError(f"{name}: given to a mixer without rope")
+            raise ValueError(f"{name}: expected None for a mixer without rope, got {_described(positions)}")
         return
     expected = [(num_tokens, num_axes), (batch, num_tokens, num_axes)]
     if positions is None:
-        raise ValueError(f"{name}: a mixer with rope={num_axes} needs integers of shape {expected[0]} or {expected[1]}")
-    if positions.dtype.is_floating_point or positions.dtype in (torch.bool, torch.complex64, torch.complex128):
-        raise ValueError(f"{name}: expected integers, got {positions.dtype}")
-    if tuple(positions.shape) not in expected:
-        raise ValueError(f"{name}: expected shape {expected[0]} or {expected[1]}, got {tuple(positions.shape)}")
+        raise ValueError(
+            f"{name}: a mixer with rope={num_axes} needs integers of shape {expected[0]} or {expected[1]}, got None"
+        )
+    if not isinstance(positions, Tensor) or positions.dtype not in _INTEGERS or tuple(positions.shape) not in expected:
+        raise ValueError(
+            f"{name}: expected integers of shape {expected[0]} or {expected[1]}, got {_described(positions)}"
+        )
+
+
+def _described(positions: object) -> str:
+    if isinstance(positions, Tensor):
+        return f"{positions.dtype} of shape {tuple(positions.shape)}"
+    return type(positions).__name__
 
 
 def frequencies(width: int, num_axes: int, device: torch.device, *, head_width: int | None = None) -> list[Tensor]:

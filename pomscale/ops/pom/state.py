@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from pomscale.ops.pom.form import Form
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of sums over tokens: fp32, or float64 for float64 inputs."""
@@ -21,10 +23,12 @@ class PomState:
 
     sum: (b, kD) fp32 (float64 for float64 inputs), sum of the monomials of the tokens that took part.
     count: (b,) int64, number of those tokens. Kept beside the sum because a mean of means is wrong for unequal chunks.
+    form: Form of the mixer that a step returned the state of; None = not known, as of a state read from a file.
     """
 
     sum: Tensor
     count: Tensor
+    form: Form | None = None
 
     @classmethod
     def zeros(cls, batch: int, width: int, dtype: torch.dtype, device: torch.device) -> PomState:
@@ -41,6 +45,16 @@ class PomState:
     def mean(self) -> Tensor:
         """Return H (b, kD), which is 0 where no token took part."""
         return self.sum / self.count.clamp(min=1)[:, None]
+
+    def check(self, batch: int, width: int, form: Form) -> None:
+        """Raise ValueError unless a step of `batch` samples of `width` features of `form` can go on from this state."""
+        expected, got = ((batch, width), (batch,)), (tuple(self.sum.shape), tuple(self.count.shape))
+        if got != expected:
+            raise ValueError(
+                f"step: expected a state of shape {expected[0]} with counts {expected[1]}, got {got[0]} and {got[1]}"
+            )
+        if self.form not in (None, form):
+            raise ValueError(f"step: expected a state of {form}, got one of {self.form}")
 
 
 # Merges the partial state of local tokens with those that live elsewhere (sequence parallelism).

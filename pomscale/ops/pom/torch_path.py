@@ -5,8 +5,6 @@ Shapes: b samples, m queries, n context tokens, k degree, W features, G gates, K
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,7 +76,11 @@ def _gates(context: Context, queries: Queries) -> Tensor:
 
 def _select(context: Context, queries: Queries, mean: Tensor) -> Tensor:
     """Return s o H (b m W), through the output map if there is one, of means (b f W), each read by m/f queries."""
-    gates, heads, output = _gates(context, queries), context.form.heads, queries.output
+    return _gated(_gates(context, queries), mean, context.form.heads, queries.output)
+
+
+def _gated(gates: Tensor, mean: Tensor, heads: int, output: Tensor | None) -> Tensor:
+    """Apply gates (b m G) to means (b f W) as `_select` does."""
     num_frames = mean.shape[1]
     # H stays fp32 up to here; only what is broadcast over the queries is rounded.
     mean = mean.to(gates.dtype)
@@ -153,17 +155,17 @@ def _block_causal(context: Context, queries: Queries, frame_length: int, past: P
 
 
 def _segments(context: Context, queries: Queries, segments: Segments) -> Tensor:
-    """Mix each segment alone; the loop is over segments, and each reads views of the packed tensors."""
-    query_ends, context_ends = list(accumulate(segments.lengths)), list(accumulate(segments.of_context))
-    parts = [
-        polynomial_mixer(
-            context.part(context_end - context_length, context_end),
-            queries.part(query_end - query_length, query_end),
-            segments.inner,
-            None,
-        )
-        for query_length, query_end, context_length, context_end in zip(
-            segments.lengths, query_ends, segments.of_context, context_ends, strict=True
-        )
-    ]
-    return torch.cat(parts, dim=1)
+    """Mix each segment alone; loops run over segments, and never over tokens or pairs of them."""
+    lengths, context_lengths = list(segments.lengths), list(segments.of_context)
+    if segments.inner is not None:
+        parts = zip(context.split(context_lengths), queries.split(lengths), strict=True)
+        return torch.cat([polynomial_mixer(*part, segments.inner, None) for part in parts], dim=1)
+    # Everything but sums and selections is done for all segments at once.
+    dtype = accumulation_dtype(context.u.dtype)
+    pieces = [piece.split(context_lengths, dim=1) for piece in _features(context)]
+    sums = torch.cat([torch.stack([part.sum(1, dtype=dtype) for part in piece], dim=1) for piece in pieces], dim=-1)
+    counts = torch.tensor(context_lengths, device=sums.device).clamp(min=1)
+    means = (sums / counts[:, None]).split(1, dim=1)
+    gates = _gates(context, queries).split(lengths, dim=1)
+    heads, output = context.form.heads, queries.output
+    return torch.cat([_gated(*part, heads, output) for part in zip(gates, means, strict=True)], dim=1)
