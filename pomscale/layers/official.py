@@ -55,7 +55,7 @@ def _read_hom(
     tensors: Mapping[str, Tensor], degree: int | None, heads: int | None, rope: Literal[1, 2] | None
 ) -> OfficialMixer:
     if heads not in (None, 1) or rope is not None:
-        raise ValueError("HoM layer: PoM v1 has neither heads nor rope")
+        raise ValueError(f"HoM layer: PoM v1 has neither heads nor rope, got heads={heads} and rope={rope}")
     degree = 2 if degree is None else degree
     check_count("HoM layer: degree", degree)
     bias = "ho_proj.bias" in tensors
@@ -100,8 +100,10 @@ def _read_pom(
     _check_keys("PoM layer", tensors, {"po_coeff", "ag_proj.weight", *own, *biases, *tables})
     parameters = _fused_maps(tensors, width, dim) if fused else _separate_maps(tensors, width, dim)
     parameters |= {"output.weight": tensors["ag_proj.weight"], "coefficients": tensors["po_coeff"]}
-    if biases:  # a bias of 0 is none
-        for ours, theirs, size in (("projection.bias", "po_proj.bias", width), ("output.bias", "ag_proj.bias", dim)):
+    for ours, theirs, size in (("projection.bias", "po_proj.bias", width), ("output.bias", "ag_proj.bias", dim)):
+        if theirs in biases:
+            _check_shape("PoM layer", tensors, theirs, (size,))
+        if biases:  # a bias of 0 is none
             parameters[ours] = tensors.get(theirs, torch.zeros(size, dtype=tensors["po_coeff"].dtype))
     num_gates = len(parameters["gate.weight"])
     found_heads = 1 if num_gates == width else num_gates

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +11,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pomscale.ops.pom import BlockCausal, Context, Form, Mask, PomState, Queries, Segments, dispatch
+from support.mixer_operands import (
+    BATCH,
+    CASES,
+    FORMS,
+    PIECE,
+    QUERIES,
+    SELF_MASKS,
+    TOKENS,
+    MakeMask,
+    assert_equals_oracle,
+    cast,
+    padding,
+    pattern,
+    relative_error,
+    results,
+    strided,
+)
+from support.mixer_operands import operands as make_operands
 
 
 def polynomial_mixer(u: Tensor, gate: Tensor, form: Form, mask: Mask = None, **how: Any) -> Tensor:
@@ -23,85 +41,67 @@ def polynomial_mixer_step(
     return dispatch.polynomial_mixer_step(Context(u, form), Queries(gate), past, mask, **how)
 
 
-BATCH, TOKENS, QUERIES, PIECE = 3, 23, 7, 5
-
-MakeMask = Callable[[int, int, int], Mask]
-
-
-def padding(batch: int, num_queries: int, num_context: int) -> Tensor:
-    mask = torch.rand(batch, num_context, generator=torch.Generator().manual_seed(1)) < 0.6
-    mask[-1] = False  # one sample has no context at all
-    return mask
-
-
-def pattern(batch: int, num_queries: int, num_context: int) -> Tensor:
-    mask = torch.rand(batch, num_queries, num_context, generator=torch.Generator().manual_seed(2)) < 0.4
-    mask[0, 0] = False  # one query has no context at all
-    return mask
-
-
-SELF_MASKS: dict[str, MakeMask] = {
-    "none": lambda *shape: None,
-    "padding": padding,
-    "pattern": pattern,
-    "causal": lambda *shape: "causal",
-    "frames-1": lambda *shape: BlockCausal(1),
-    "frames-4-last-shorter": lambda *shape: BlockCausal(4),
-    "frames-23-one": lambda *shape: BlockCausal(TOKENS),
-    "frames-longer-than-n": lambda *shape: BlockCausal(100),
-}
-CROSS_MASKS = {name: SELF_MASKS[name] for name in ("none", "padding", "pattern")}
-CASES = [pytest.param(TOKENS, make, id=f"self-{name}") for name, make in SELF_MASKS.items()] + [
-    pytest.param(QUERIES, make, id=f"cross-{name}") for name, make in CROSS_MASKS.items()
-]
-
-
 def operands(
     num_queries: int, degree: int, dtype: torch.dtype = torch.float64, num_context: int = TOKENS
 ) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(degree)
-    width = degree * PIECE
-    u = torch.randn(BATCH, num_context, width, generator=generator, dtype=torch.float64)
-    gate = torch.randn(BATCH, num_queries, width, generator=generator, dtype=torch.float64)
-    return u.to(dtype), gate.to(dtype)
+    context, queries = cast(*make_operands(Form(degree=degree), num_queries, num_context), dtype)
+    return context.u, queries.gate
 
 
-def output_and_gradients(u: Tensor, gate: Tensor, degree: int, mask: Mask, implementation: Any) -> list[Tensor]:
-    u, gate = u.detach().requires_grad_(), gate.detach().requires_grad_()
-    y = polynomial_mixer(u, gate, Form(degree=degree), mask, implementation=implementation)
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, (u, gate), upstream)]
+def output_and_gradients(u: Tensor, gate: Tensor, degree: int, mask: Mask) -> list[Tensor]:
+    return list(results(Context(u, Form(degree=degree)), Queries(gate), mask).values())
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    error = (found.double() - expected.double()).norm()
-    return float(error / expected.double().norm().clamp(min=1e-30))
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str
-)
-@pytest.mark.parametrize("degree", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize(("num_queries", "make_mask"), CASES)
-def test_equals_oracle(
-    num_queries: int, make_mask: MakeMask, degree: int, dtype: torch.dtype, tolerance: float
-) -> None:
-    u, gate = operands(num_queries, degree, dtype)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", FORMS)
+def test_equals_oracle(name: str, case: str) -> None:
+    """Every form under every mask; dtypes, layouts, positions of each sample and the output map take turns."""
+    form, (num_queries, make_mask) = FORMS[name], CASES[case]
+    turn = list(FORMS).index(name) + list(CASES).index(case)
+    exact = make_operands(form, num_queries, TOKENS, output=turn % 2 == 0, batched=turn % 3 == 0)
     mask = make_mask(BATCH, num_queries, TOKENS)
-    found = output_and_gradients(u, gate, degree, mask, "torch")
-    expected = output_and_gradients(u.double(), gate.double(), degree, mask, "naive")
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.dtype == dtype
-        assert relative_error(ours, theirs) < tolerance
+    assert_equals_oracle(*exact, mask, strided if turn % 4 < 2 else torch.clone)
+    rounded = cast(*exact, torch.float32 if turn % 2 else torch.bfloat16)
+    assert_equals_oracle(*rounded, mask, strided if turn % 4 in (1, 2) else torch.clone)
 
 
-@pytest.mark.parametrize(("num_queries", "make_mask"), CASES)
-def test_gradients_are_those_of_finite_differences(num_queries: int, make_mask: MakeMask) -> None:
-    u, gate = (x.requires_grad_() for x in operands(num_queries, degree=2))
+@pytest.mark.parametrize("name", ["product-2", "coefficients-5-h1-r2", "coefficients-2-h8-r3"])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_finite_differences(case: str, name: str) -> None:
+    num_queries, make_mask = CASES[case]
+    context, queries = make_operands(FORMS[name], num_queries, TOKENS, output=True)
     mask = make_mask(BATCH, num_queries, TOKENS)
+    leaves = [
+        t.requires_grad_() for t in (context.u, queries.gate, queries.output, context.coefficients) if t is not None
+    ]
     assert torch.autograd.gradcheck(
-        lambda u, gate: polynomial_mixer(u, gate, Form(degree=2), mask), (u, gate), fast_mode=True
+        lambda u, gate, output, coefficients=None: dispatch.polynomial_mixer(
+            replace(context, u=u, coefficients=coefficients), replace(queries, gate=gate, output=output), mask
+        ),
+        leaves,
+        fast_mode=True,
     )
+
+
+@pytest.mark.parametrize("case", ["self-none", "self-frames-4-last-shorter", "self-segments", "cross-segments"])
+@pytest.mark.parametrize("name", ["product-2", "coefficients-3-h8-r1"])
+def test_a_gradient_of_some_operands_alone(name: str, case: str) -> None:
+    """What needs no gradient is a constant, and the others' gradients stay what they are."""
+    num_queries, make_mask = CASES[case]
+    context, queries = make_operands(FORMS[name], num_queries, TOKENS, output=True)
+    mask, expected = make_mask(BATCH, num_queries, TOKENS), None
+    leaves = {"u": context.u, "gate": queries.gate, "output": queries.output, "coefficients": context.coefficients}
+    for wanted in ("u", "gate", "output", "coefficients"):
+        leaf = leaves[wanted]
+        if leaf is None:
+            continue
+        leaf.requires_grad_()
+        y = dispatch.polynomial_mixer(context, queries, mask)
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        found = torch.autograd.grad(y, leaf, upstream)[0]
+        leaf.requires_grad_(False)
+        expected = expected or results(context, queries, mask, "naive")
+        assert relative_error(found, expected[wanted]) < 1e-11
 
 
 def test_full_form_is_permutation_equivariant() -> None:
@@ -111,81 +111,7 @@ def test_full_form_is_permutation_equivariant() -> None:
     torch.testing.assert_close(permuted, polynomial_mixer(u, gate, Form(degree=3))[:, order], rtol=1e-12, atol=1e-14)
 
 
-# --- carried state ---------------------------------------------------------------------------------------------------
-
-
-def run_chunks(
-    u: Tensor, gate: Tensor, lengths: list[int], chunk_mask: Callable[[slice], Mask]
-) -> tuple[Tensor, PomState]:
-    outputs, state, start = [], None, 0
-    for length in lengths:
-        part = slice(start, start + length)
-        y, state = polynomial_mixer_step(u[:, part], gate[:, part], Form(degree=2), state, chunk_mask(part))
-        outputs.append(y)
-        start += length
-    assert start == u.shape[1]
-    assert state is not None
-    return torch.cat(outputs, dim=1), state
-
-
-def test_causal_in_unequal_chunks_equals_full_pass_with_gradients() -> None:
-    u, gate = (x.requires_grad_() for x in operands(TOKENS, degree=2))
-    chunked, state = run_chunks(u, gate, [1, 9, 2, 11], lambda part: "causal")
-    full = polynomial_mixer(u, gate, Form(degree=2), "causal")
-    torch.testing.assert_close(chunked, full, rtol=1e-12, atol=1e-14)
-    weights = torch.randn_like(full)
-    for ours, theirs in zip(
-        torch.autograd.grad((chunked * weights).sum(), (u, gate)),
-        torch.autograd.grad((full * weights).sum(), (u, gate)),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
-    assert state.count.tolist() == [TOKENS] * BATCH
-
-
-def test_frames_as_chunks_equal_block_causal_full_pass() -> None:
-    u, gate = operands(TOKENS, degree=2)
-    chunked, _ = run_chunks(u, gate, [5, 5, 5, 5, 3], lambda part: None)
-    torch.testing.assert_close(
-        chunked, polynomial_mixer(u, gate, Form(degree=2), BlockCausal(5)), rtol=1e-12, atol=1e-14
-    )
-
-
-def test_last_chunk_of_unequal_chunks_reads_what_the_full_form_reads() -> None:
-    u, gate = operands(TOKENS, degree=2)
-    mask = padding(BATCH, TOKENS, TOKENS)
-    chunked, state = run_chunks(u, gate, [3, 13, 7], lambda part: mask[:, part])
-    full = polynomial_mixer(u, gate, Form(degree=2), mask)
-    torch.testing.assert_close(chunked[:, 16:], full[:, 16:], rtol=1e-12, atol=1e-14)
-    assert torch.equal(state.count, mask.sum(1))
-
-
-@pytest.mark.parametrize("chunk_mask", [None, "causal", padding(BATCH, 11, 11)], ids=["none", "causal", "padding"])
-def test_step_equals_naive_step(chunk_mask: Mask) -> None:
-    u, gate = operands(TOKENS, degree=2)
-    _, past = polynomial_mixer_step(u[:, :12], gate[:, :12], Form(degree=2))
-    args = u[:, 12:], gate[:, 12:], Form(degree=2), past, chunk_mask
-    y, state = polynomial_mixer_step(*args)
-    naive_y, naive_state = polynomial_mixer_step(*args, implementation="naive")
-    torch.testing.assert_close(y, naive_y, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(state.sum, naive_state.sum, rtol=1e-12, atol=1e-14)
-    assert torch.equal(state.count, naive_state.count)
-
-
-def test_state_is_fp32_under_bf16_and_does_not_drift() -> None:
-    """A bf16 running sum would stop growing after a few hundred tokens."""
-    u, gate = operands(4096, degree=2, dtype=torch.bfloat16, num_context=4096)
-    _, state = run_chunks(u, gate, [512] * 8, lambda part: None)
-    assert state.sum.dtype == torch.float32
-    _, exact = polynomial_mixer_step(u.double(), gate.double(), Form(degree=2))
-    assert exact.sum.dtype == torch.float64
-    assert relative_error(state.sum, exact.sum) < 1e-3
-
-
-def test_carried_causal_state_does_not_keep_the_sequence_alive() -> None:
-    u, gate = operands(TOKENS, degree=2)
-    _, state = polynomial_mixer_step(u, gate, Form(degree=2), mask="causal")
-    assert state.sum.untyped_storage().nbytes() == state.sum.numel() * state.sum.element_size()
+# --- partial states --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -223,8 +149,8 @@ def test_nan_in_tokens_outside_the_mask_reaches_nothing(make_mask: MakeMask) -> 
     assert isinstance(mask, Tensor)
     mask[:, ..., -4:] = False
     unused = ~mask if mask.dim() == 2 else ~mask.any(1)
-    clean = output_and_gradients(u.masked_fill(unused[..., None], 0), gate, 3, mask, "torch")
-    poisoned = output_and_gradients(u.masked_fill(unused[..., None], float("nan")), gate, 3, mask, "torch")
+    clean = output_and_gradients(u.masked_fill(unused[..., None], 0), gate, 3, mask)
+    poisoned = output_and_gradients(u.masked_fill(unused[..., None], float("nan")), gate, 3, mask)
     for ours, theirs in zip(poisoned, clean, strict=True):
         assert torch.equal(ours, theirs)
     assert bool((poisoned[1][unused] == 0).all())
@@ -235,7 +161,7 @@ def test_nan_in_tokens_outside_the_mask_reaches_nothing(make_mask: MakeMask) -> 
 def test_empty_context_reads_zero_with_finite_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     u, gate = operands(QUERIES, degree=2, dtype=dtype)
     mask = torch.zeros(shape, dtype=torch.bool)
-    for result in output_and_gradients(u, gate, 2, mask, "torch"):
+    for result in output_and_gradients(u, gate, 2, mask):
         assert torch.equal(result, torch.zeros_like(result))
 
 
@@ -262,8 +188,11 @@ class Operations(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("mask", ["causal", BlockCausal(1), BlockCausal(7), BlockCausal(64)], ids=str)
-def test_ordered_masks_are_linear_in_tokens_forward_and_backward(mask: Mask) -> None:
+LINEAR_MASKS = ["causal", BlockCausal(1), BlockCausal(7), BlockCausal(64), Segments([8] * 125), Segments([500] * 2)]
+
+
+@pytest.mark.parametrize("mask", LINEAR_MASKS, ids=lambda mask: str(mask)[:30])
+def test_orders_and_segments_are_linear_in_tokens_forward_and_backward(mask: Mask) -> None:
     num_tokens, width = 1000, 4
     u = torch.randn(1, num_tokens, width, requires_grad=True)
     gate = torch.randn(1, num_tokens, width, requires_grad=True)
@@ -278,7 +207,8 @@ def test_every_product_is_computed_once(make_mask: MakeMask, degree: int) -> Non
     u, gate = operands(TOKENS, degree)
     with Operations() as operations:
         polynomial_mixer(u, gate, Form(degree=degree), make_mask(BATCH, TOKENS, TOKENS))
-    assert operations.calls.count((torch.ops.aten.mul, torch.Size((BATCH, TOKENS, PIECE)))) == degree - 1
+    products = [shape for packet, shape in operations.calls if packet == torch.ops.aten.mul and shape[2:] == (PIECE,)]
+    assert sum(shape[1] for shape in products) == (degree - 1) * TOKENS  # segments with an order multiply one by one
 
 
 def test_whole_frames_are_not_copied() -> None:
@@ -300,41 +230,3 @@ def test_compiles_without_graph_breaks(make_mask: MakeMask) -> None:
     )
     torch.testing.assert_close(compiled(u, gate), polynomial_mixer(u, gate, Form(degree=2), mask))
     compiled(u, gate).sum().backward()
-
-
-# --- wrong operands --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"mask": torch.ones(BATCH, TOKENS)}, "bool"),
-        ({"mask": torch.ones(BATCH, TOKENS + 1, dtype=torch.bool)}, "shape"),
-        ({"mask": torch.ones(QUERIES, TOKENS, dtype=torch.bool)}, "shape"),
-        ({"mask": "casual"}, "casual"),
-        ({"mask": "causal"}, "same tokens"),
-        ({"mask": BlockCausal(4)}, "same tokens"),
-        ({"form": Form(degree=3)}, "degree"),
-        ({"gate": torch.zeros(BATCH, QUERIES, 4)}, "gate"),
-        ({"mask": torch.ones(BATCH, QUERIES, TOKENS, dtype=torch.bool), "state_reduce": lambda s: s}, "state_reduce"),
-    ],
-)
-def test_operands_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
-    u, gate = operands(QUERIES, degree=2)
-    with pytest.raises(ValueError, match=message):
-        polynomial_mixer(**{"u": u, "gate": gate, "form": Form(degree=2), **change})
-
-
-def test_frame_length_is_at_least_one() -> None:
-    with pytest.raises(ValueError, match="frame_length"):
-        BlockCausal(0)
-
-
-def test_step_refuses_masks_and_states_that_do_not_fit() -> None:
-    u, gate = operands(TOKENS, degree=2)
-    with pytest.raises(ValueError, match="step: mask"):
-        polynomial_mixer_step(u, gate, Form(degree=2), None, Segments([TOKENS]))
-    with pytest.raises(ValueError, match="same n"):
-        polynomial_mixer_step(u, gate[:, :3], Form(degree=2))
-    with pytest.raises(ValueError, match="state of shape"):
-        polynomial_mixer_step(u, gate, Form(degree=2), PomState.zeros(BATCH, 3, u.dtype, u.device))
