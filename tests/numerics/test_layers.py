@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from pomscale.layers import (
     timestep_features,
     unpatchify,
 )
-from pomscale.ops.pom import BlockCausal, Mask, Segments, dense_mask
+from pomscale.ops.pom import BlockCausal, Context, Mask, Queries, Segments, polynomial_mixer
 
 BATCH, QUERIES, TOKENS, DIM, HEADS = 2, 5, 13, 12, 3
 PADDING = torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.6
@@ -37,10 +39,18 @@ def tokens(length: int = TOKENS, seed: int = 0) -> Tensor:
     return torch.randn(BATCH, length, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.fixture(params=["pom", "attention"])
+MIXERS: dict[str, Callable[[], PoM | Attention]] = {
+    "pom": lambda: PoM(DIM),
+    "pom v2": lambda: PoM(DIM, 3, form="coefficients", bias=True),
+    "pom v2 with heads": lambda: PoM(DIM, 3, form="coefficients", heads=HEADS, groups=2, bias=True),
+    "attention": lambda: Attention(DIM, HEADS),
+}
+
+
+@pytest.fixture(params=MIXERS)
 def mixer(request: pytest.FixtureRequest) -> PoM | Attention:
     torch.manual_seed(0)
-    return (PoM(DIM) if request.param == "pom" else Attention(DIM, HEADS)).double()
+    return MIXERS[request.param]().double()
 
 
 # --- PoM -------------------------------------------------------------------------------------------------------------
@@ -87,42 +97,121 @@ def test_official_weights_that_do_not_fit_are_refused() -> None:
         PoM.from_official({**weights, "ag_proj.weight": weights["ag_proj.weight"].T})
 
 
+# Arguments of a layer in every form, with every kind of positions.
+LAYERS: dict[str, dict[str, Any]] = {
+    "product": {"degree": 3},
+    "product without bias": {"degree": 1, "bias": False},
+    "coefficients": {"degree": 2, "form": "coefficients"},
+    "heads, groups, bias": {"degree": 3, "form": "coefficients", "heads": 3, "groups": 4, "bias": True},
+    "1 axis": {"degree": 2, "form": "coefficients", "heads": 6, "rope": 1},
+    "2 axes": {"degree": 5, "form": "coefficients", "rope": 2},
+    "3 axes": {"degree": 2, "form": "coefficients", "heads": 8, "rope": 3, "bias": True},
+}
+LAYER_MASKS: dict[str, Mask] = {
+    **dict(zip(SELF_IDS, SELF_MASKS, strict=True)),
+    "segments": Segments([4, 0, 9]),
+    "segments-causal": Segments([4, 0, 9], inner="causal"),
+    "segments-frames": Segments([4, 9], inner=BlockCausal(4)),
+}
+
+
+def layer_and_positions(name: str, dtype: torch.dtype = torch.float64) -> tuple[PoM, Tensor | None]:
+    torch.manual_seed(0)
+    layer = PoM(DIM, **LAYERS[name]).to(dtype)
+    for parameter in layer.parameters():  # biases and coefficients that are 0, or almost, would hide an error
+        nn.init.normal_(parameter)
+    axes = layer.form.rope
+    return layer, None if axes is None else torch.randint(0, 9, (TOKENS, axes))
+
+
+@pytest.mark.parametrize("case", LAYER_MASKS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_is_linear_maps_around_the_oracle(name: str, case: str) -> None:
+    """The output map is applied to every query here, and to states in the layer where it folds."""
+    layer, positions = layer_and_positions(name)
+    x, mask = tokens().requires_grad_(), LAYER_MASKS[case]
+    u = torch.cat(
+        [
+            F.linear(part, weight)
+            for part, weight in zip(
+                x.chunk(LAYERS[name].get("groups", 1), dim=-1),
+                layer.projection.weight.chunk(LAYERS[name].get("groups", 1)),
+                strict=True,
+            )
+        ],
+        dim=-1,
+    )
+    u = u if layer.projection.bias is None else u + layer.projection.bias
+    context = Context(u, layer.form, layer.coefficients, positions)
+    queries = Queries(F.linear(x, layer.gate.weight, layer.gate.bias), positions)
+    expected = F.linear(
+        polynomial_mixer(context, queries, mask, implementation="naive"), layer.output.weight, layer.output.bias
+    )
+    y = layer(x, mask=mask, positions=positions)
+    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
+    leaves, upstream = [x, *layer.parameters()], torch.randn_like(y)
+    for ours, theirs in zip(
+        torch.autograd.grad(y, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["1 axis", "2 axes", "3 axes"])
+def test_steps_take_the_positions_of_their_chunk(name: str) -> None:
+    layer, positions = layer_and_positions(name)
+    assert positions is not None
+    outputs, state = [], None
+    for x, places in zip(tokens().split([1, 7, 5], dim=1), positions.split([1, 7, 5]), strict=True):
+        y, state = layer.step(x, state, "causal", places)
+        outputs.append(y)
+    full = layer(tokens(), mask="causal", positions=positions)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), full, rtol=1e-11, atol=1e-12)
+
+
+def test_positions_of_another_sequence() -> None:
+    """The context's positions are its own; they are those of x by default, where x is the context."""
+    layer, positions = layer_and_positions("2 axes")
+    x = tokens()
+    assert torch.equal(layer(x, positions=positions), layer(x, x, None, positions, positions))
+    with pytest.raises(ValueError, match=r"context positions: .* got None"):
+        layer(x, x, positions=positions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LAYER_MASKS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_compiles_without_graph_breaks(name: str, case: str) -> None:
+    torch.compiler.reset()  # every mask is a graph of its own, and they count against one limit
+    layer, positions = layer_and_positions(name, torch.float32)
+    x, mask = tokens().float().requires_grad_(), LAYER_MASKS[case]
+    compiled = torch.compile(lambda x: layer(x, mask=mask, positions=positions), fullgraph=True, backend="aot_eager")
+    y, expected = compiled(x), layer(x, mask=mask, positions=positions)
+    torch.testing.assert_close(y, expected)
+    leaves = [x, *layer.parameters()]
+    for ours, theirs in zip(
+        torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_step_compiles_without_graph_breaks() -> None:
+    layer, positions = layer_and_positions("3 axes", torch.float32)
+    x = tokens().float()
+    compiled = torch.compile(layer.step, fullgraph=True, backend="aot_eager")
+    _, past = layer.step(x, None, "causal", positions)
+    y, state = compiled(x, past, "causal", positions)
+    expected, expected_state = layer.step(x, past, "causal", positions)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(state.sum, expected_state.sum)
+    assert state.form == layer.form
+
+
 def test_pom_refuses_a_step_under_sequence_parallelism() -> None:
     mixer = PoM(DIM)
     mixer.state_reduce = lambda state: state
     with pytest.raises(ValueError, match="state_reduce"):
         mixer.step(torch.zeros(1, 2, DIM))
-
-
-# --- attention -------------------------------------------------------------------------------------------------------
-
-
-def softmax_attention(layer: Attention, x: Tensor, context: Tensor, mask: Mask) -> Tensor:
-    readable = dense_mask(mask, BATCH, x.shape[1], context.shape[1], x.device)
-    key, value = layer.key_value(context).chunk(2, dim=-1)
-    heads = []
-    for q, k, v in zip(*(part.chunk(HEADS, dim=-1) for part in (layer.query(x), key, value)), strict=True):
-        scores = (q @ k.transpose(1, 2) / math.sqrt(DIM / HEADS)).masked_fill(~readable, -math.inf)
-        heads.append(scores.softmax(-1).nan_to_num(0.0) @ v)
-    return layer.output(torch.cat(heads, dim=-1))
-
-
-@pytest.mark.parametrize("mask", SELF_MASKS, ids=SELF_IDS)
-def test_self_attention_is_softmax_attention(mask: Mask) -> None:
-    layer, x = Attention(DIM, HEADS).double(), tokens()
-    torch.testing.assert_close(layer(x, mask=mask), softmax_attention(layer, x, x, mask), rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("mask", [None, PADDING], ids=["none", "padding"])
-def test_cross_attention_is_softmax_attention(mask: Mask) -> None:
-    layer, x, context = Attention(DIM, HEADS).double(), tokens(QUERIES), tokens(seed=1)
-    expected = softmax_attention(layer, x, context, mask)
-    torch.testing.assert_close(layer(x, context, mask), expected, rtol=1e-10, atol=1e-12)
-
-
-def test_attention_refuses_heads_that_do_not_divide() -> None:
-    with pytest.raises(ValueError, match="num_heads 5"):
-        Attention(DIM, 5)
 
 
 # --- both mixers -----------------------------------------------------------------------------------------------------
@@ -164,6 +253,7 @@ def test_query_with_an_empty_context_gets_the_output_bias(mixer: PoM | Attention
     mask = torch.ones(shape, dtype=torch.bool)
     mask[0] = False
     y = mixer(x, context, mask)
+    assert mixer.output.bias is not None
     assert torch.equal(y[0], mixer.output.bias.expand(QUERIES, DIM))
     y.sum().backward()
     gradients = [x.grad, context.grad, *(parameter.grad for parameter in mixer.parameters())]

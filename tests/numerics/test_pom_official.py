@@ -63,7 +63,8 @@ def tables(layer: Layer, base: float = 10_000.0) -> dict[str, Tensor]:
     if layer.rope is None:
         return {}
     pairs = layer.width // 2 // layer.rope
-    frequencies = base ** (-torch.arange(pairs, dtype=torch.float32) / pairs)
+    # In their order of operations: a frequency that differs in its last bit shows at 1e-8.
+    frequencies = 1 / base ** (torch.arange(pairs, dtype=torch.float32) / pairs)
     angles = torch.arange(SIDE * SIDE if layer.rope == 1 else SIDE, dtype=torch.float32)[:, None] * frequencies
     prefixes = ["freqs"] if layer.rope == 1 else ["row", "col"]
     return {f"{prefix}_{name}": getattr(angles, name)() for prefix in prefixes for name in ("cos", "sin")}
