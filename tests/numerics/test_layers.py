@@ -177,9 +177,15 @@ def test_positions_of_another_sequence() -> None:
         layer(x, x, positions=positions)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", LAYER_MASKS)
-@pytest.mark.parametrize("name", LAYERS)
+# Every form and every mask twice or more; `exhaustive` adds the other pairs of them.
+COMPILED = [
+    pytest.param(name, case, marks=pytest.mark.slow if (i + j) % 4 == 0 else pytest.mark.exhaustive)
+    for i, name in enumerate(LAYERS)
+    for j, case in enumerate(LAYER_MASKS)
+]
+
+
+@pytest.mark.parametrize(("name", "case"), COMPILED)
 def test_layer_compiles_without_graph_breaks(name: str, case: str) -> None:
     torch.compiler.reset()  # every mask is a graph of its own, and they count against one limit
     layer, positions = layer_and_positions(name, torch.float32)

@@ -217,16 +217,3 @@ def test_whole_frames_are_not_copied() -> None:
         polynomial_mixer(u, gate, Form(degree=2), BlockCausal(4))
     copies = (torch.ops.aten.cat, torch.ops.aten.clone, torch.ops.aten.constant_pad_nd, torch.ops.aten.copy_)
     assert all(shape.numel() < u.numel() for packet, shape in operations.calls if packet in copies)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("make_mask", SELF_MASKS.values(), ids=SELF_MASKS.keys())
-def test_compiles_without_graph_breaks(make_mask: MakeMask) -> None:
-    torch.compiler.reset()  # every mask is a graph of its own, and they count against one limit
-    u, gate = (x.requires_grad_() for x in operands(TOKENS, degree=2, dtype=torch.float32))
-    mask = make_mask(BATCH, TOKENS, TOKENS)
-    compiled = torch.compile(
-        lambda u, gate: polynomial_mixer(u, gate, Form(degree=2), mask), fullgraph=True, backend="aot_eager"
-    )
-    torch.testing.assert_close(compiled(u, gate), polynomial_mixer(u, gate, Form(degree=2), mask))
-    compiled(u, gate).sum().backward()
