@@ -45,7 +45,7 @@ class GroupedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.unflatten(0, (self.groups, -1))
         y = torch.einsum("...gi,goi->...go", x.unflatten(-1, (self.groups, -1)), weight).flatten(-2)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)  # autocast leaves the bias in fp32
 
 
 class PoM(nn.Module):
@@ -170,7 +170,7 @@ class PoM(nn.Module):
     def _mapped(self, y: Tensor) -> Tensor:
         if not self._folds:
             return self.output(y)
-        return y if self.output.bias is None else y + self.output.bias
+        return y if self.output.bias is None else y + self.output.bias.to(y.dtype)
 
     @classmethod
     def from_official(

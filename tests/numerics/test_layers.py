@@ -168,6 +168,19 @@ def test_steps_take_the_positions_of_their_chunk(name: str) -> None:
     torch.testing.assert_close(torch.cat(outputs, dim=1), full, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("case", LAYER_MASKS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast_rounds_the_maps_alone(name: str, case: str) -> None:
+    """Outputs have autocast's dtype, folded or not; sums stay fp32."""
+    layer, positions = layer_and_positions(name, torch.float32)
+    x, mask = tokens().float(), LAYER_MASKS[case]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x, mask=mask, positions=positions)
+    assert y.dtype == torch.bfloat16
+    exact = layer(x, mask=mask, positions=positions)
+    assert ((y - exact).norm() / exact.norm()).item() < 2e-2
+
+
 def test_positions_of_another_sequence() -> None:
     """The context's positions are its own; they are those of x by default, where x is the context."""
     layer, positions = layer_and_positions("2 axes")

@@ -5,6 +5,8 @@ Shapes: b samples, m queries, n context tokens, k degree, W features, G gates, K
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,7 +83,7 @@ def _select(context: Context, queries: Queries, mean: Tensor) -> Tensor:
 
 def _gated(gates: Tensor, mean: Tensor, heads: int, output: Tensor | None) -> Tensor:
     """Apply gates (b m G) to means (b f W) as `_select` does."""
-    num_frames = mean.shape[1]
+    num_frames, output = mean.shape[1], None if output is None else output.to(gates.dtype)
     # H stays fp32 up to here; only what is broadcast over the queries is rounded.
     mean = mean.to(gates.dtype)
     gates = gates.unflatten(1, (num_frames, gates.shape[1] // max(num_frames, 1)))  # (b f m/f G)
@@ -157,11 +159,16 @@ def _block_causal(context: Context, queries: Queries, frame_length: int, past: P
 def _segments(context: Context, queries: Queries, segments: Segments) -> Tensor:
     """Mix each segment alone; loops run over segments, and never over tokens or pairs of them."""
     lengths, context_lengths = list(segments.lengths), list(segments.of_context)
+    dtype = accumulation_dtype(context.u.dtype)
+    # Every segment adds to the gradients of these two, and sums of many in bf16 would lose the small ones.
+    if context.coefficients is not None:
+        context = replace(context, coefficients=context.coefficients.to(dtype))
+    if queries.output is not None:
+        queries = replace(queries, output=queries.output.to(dtype))
     if segments.inner is not None:
         parts = zip(context.split(context_lengths), queries.split(lengths), strict=True)
         return torch.cat([polynomial_mixer(*part, segments.inner, None) for part in parts], dim=1)
     # Everything but sums and selections is done for all segments at once.
-    dtype = accumulation_dtype(context.u.dtype)
     pieces = [piece.split(context_lengths, dim=1) for piece in _features(context)]
     sums = torch.cat([torch.stack([part.sum(1, dtype=dtype) for part in piece], dim=1) for piece in pieces], dim=-1)
     counts = torch.tensor(context_lengths, device=sums.device).clamp(min=1)
