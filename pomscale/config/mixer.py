@@ -165,12 +165,11 @@ def check_mixer(key: str, written: MixerName | PomMixerConfig | AttentionMixerCo
     if dim % mixer.groups:
         raise ValueError(f"{key}.groups: {mixer.groups} do not divide dim {dim}; set a divisor of it")
     if mixer.rope is not None:
-        for name, size in ((f"{key}.heads", mixer.num_gates(dim)), (f"{key}.rope", width)):
+        for name, what, size in (("rope", "channels", width), ("heads", "gates", mixer.num_gates(dim))):
             pairs = rotary_pairs(size, mixer.rope)
             if 2 * sum(pairs) != size or min(pairs) < 1:
                 needs = {2: "a multiple of 4", 3: "an even number from 6 on"}[mixer.rope]
-                what = "gates" if name.endswith("heads") else "channels"
-                raise ValueError(f"{name}: rope along {mixer.rope} axes needs {needs}, got {size} {what}")
+                raise ValueError(f"{key}.{name}: rope along {mixer.rope} axes needs {needs}, got {size} {what}")
 
 
 def rotary_pairs(width: int, num_axes: Literal[2, 3]) -> tuple[int, ...]:

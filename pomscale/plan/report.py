@@ -173,10 +173,11 @@ def _model(plan: RunPlan) -> list[str]:
     if isinstance(model, VideoModelConfig):
         tokens += f" in {model.num_groups} frame groups with {TEXT_LENGTH} of text"
     # The nominal figure is for comparisons with other code; the plan's speed and MFU count what is executed.
-    folded = "" if nominal == flops else f"; {_count(nominal)}FLOP nominal, with the output maps applied to every token"
+    cost = f"{_count(flops)}FLOP per sample and forward pass"
+    if nominal != flops:
+        cost += f"; {_count(nominal)}FLOP nominal, with the output maps applied to every token"
     return [
-        f"{'model':<10}{_count(num_parameters(model))} parameters, {tokens}, {_count(flops)}FLOP per sample and forward "
-        f"pass{folded}",
+        f"{'model':<10}{_count(num_parameters(model))} parameters, {tokens}, {cost}",
         f"{'step':<10}{training.global_batch} samples: up to {share.num_micro_batches} x {share.micro_batch} per GPU, "
         f"{plan.speed.step_time_s:.3g} s",
     ]

@@ -19,15 +19,15 @@ from pomscale.diffusion.options import SamplingOptions
 from pomscale.diffusion.sequential import SequentialSampler
 from pomscale.models import MixerState, VDiPoM
 from pomscale.models.states import states_from_tensors, states_to_tensors
-from pomscale.ops.pom import PomState, polynomial_mixer_step
-from support.tiny_clips import awaken, normal, text_of, video_config
+from pomscale.ops.pom import Context, Form, PomState, Queries, polynomial_mixer_step
+from support.tiny_clips import V2, awaken, normal, text_of, video_config
 
 LENGTHS, SEEDS, STEPS = [5, 2], [11, 12], 4
 BATCH, GROUPS, SHAPE = 2, 4, (3, 2, 4, 6)  # c p H W of a frame group
 TEXT, NULL = text_of(LENGTHS), text_of([1, 1], seed=3)
-MIXERS: list[Any] = ["pom", "attention", ["pom", "attention"]]
+MIXERS: list[Any] = ["pom", "attention", ["pom", "attention"], V2]
 
-every_mixer = pytest.mark.parametrize("mixer", MIXERS, ids=["pom", "attention", "hybrid"])
+every_mixer = pytest.mark.parametrize("mixer", MIXERS, ids=["pom", "attention", "hybrid", "coefficients"])
 every_sampler = pytest.mark.parametrize("sampler", ["euler", "ddim", "heun"])
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES)
 every_guidance = pytest.mark.parametrize("guidance", [0.0, 1.5])
@@ -288,17 +288,46 @@ def test_states_survive_as_plain_tensors(mixer: Any) -> None:
     assert torch.equal(model.step(x, t, TEXT, again, 1)[0], model.step(x, t, TEXT, states, 1)[0])
 
 
+def states_of(mixer: Any) -> list[MixerState]:
+    return build(mixer).step(normal(BATCH, *SHAPE), torch.full((BATCH,), 0.5), TEXT, None, 0)[1]
+
+
+@pytest.mark.parametrize(
+    ("mixer", "of", "message"),
+    [
+        (V2, "pom", r"state of block 0: expected a sum \(b 32\), got \(2, 64\)"),
+        ("pom", V2, r"state of block 0: expected a sum \(b 64\), got \(2, 32\)"),
+        ("attention", {"kind": "attention", "heads": 4}, r"block 0: expected keys \(b 2 n 8\), got \(2, 4, 6, 4\)"),
+        ("pom", ["pom", "attention"], r"block 1: expected \['1.count', '1.sum'\], got"),
+    ],
+)
+def test_the_states_of_another_network_are_refused(mixer: Any, of: Any, message: str) -> None:
+    model, states = build(mixer), states_of(of)
+    with pytest.raises(ValueError, match=message):
+        states_from_tensors(model.config, states_to_tensors(states))
+    if of != {"kind": "attention", "heads": 4}:
+        with pytest.raises(ValueError, match="step: "):
+            model.step(normal(BATCH, *SHAPE), torch.full((BATCH,), 0.5), TEXT, states, 1)
+
+
+def test_the_states_of_more_blocks_are_refused() -> None:
+    tensors = states_to_tensors([*states_of(V2), *states_of(V2)])
+    with pytest.raises(ValueError, match=r"states: expected those of 2 blocks, got also \['2.count'"):
+        states_from_tensors(build(V2).config, tensors)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1.5], ids=["sums near zero", "sums that grow"])
 def test_fp32_sums_are_exact_enough_after_a_thousand_frame_groups(offset: float) -> None:
     """The mean that queries read, against sums in float64: the rounding of 1,000 additions stays below 1e-6 of it."""
     single: PomState | None = None
     double: PomState | None = None
+    form = Form("product", 2)
     generator = torch.Generator().manual_seed(0)
     for _ in range(1000):
         u = torch.randn(2, 16, 32, generator=generator) + offset
         gate = torch.zeros_like(u)
-        _, single = polynomial_mixer_step(u, gate, 2, single)
-        _, double = polynomial_mixer_step(u.double(), gate.double(), 2, double)
+        _, single = polynomial_mixer_step(Context(u, form), Queries(gate), single)
+        _, double = polynomial_mixer_step(Context(u.double(), form), Queries(gate.double()), double)
     assert single is not None
     assert double is not None
     assert_close(single.mean(), double.mean(), 1e-6)
