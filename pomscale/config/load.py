@@ -158,7 +158,7 @@ def _explain(error: ValidationError, source: RecipeSource, root: type[Section]) 
         path = _key_path(item["loc"], source.values, missing=item["type"] == "missing")
         message = _message(item, path, source.values, root)
         # A validator over a whole section names the key it means: `key: what is wrong`.
-        named = re.match(r"([a-z_.]+): (?=\S)", message)
+        named = re.match(r"([a-z_]+(?:\.\w+)*): (?=\S)", message)
         if named and item["type"] in ("value_error", "union_tag_invalid", "union_tag_not_found"):
             path, message = (*path, *named[1].split(".")), message[named.end() :]
         if message not in problems.setdefault(path, []):
@@ -240,13 +240,13 @@ def _sections_of(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _section_at(root: type[BaseModel], path: KeyPath, values: Any) -> type[BaseModel] | None:
-    section = root
+    section, candidates = root, [root]
     for key in path:
-        if isinstance(values, list):  # the sections of a list are of one kind
+        if isinstance(values, list):  # an entry is of one of the kinds that the list may hold
             values = values[int(key)]
-            continue
-        values = values.get(key) if isinstance(values, dict) else None
-        candidates = _sections_of(section.model_fields[key].annotation) if key in section.model_fields else []
+        else:
+            values = values.get(key) if isinstance(values, dict) else None
+            candidates = _sections_of(section.model_fields[key].annotation) if key in section.model_fields else []
         if not candidates:
             return None
         section = next((c for c in candidates if _is_tagged(c, values)), candidates[0])

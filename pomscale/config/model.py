@@ -7,10 +7,17 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
+from pomscale.config.mixer import (
+    AttentionMixerConfig,
+    Mixer,
+    MixerField,
+    MixerName,
+    PomMixerConfig,
+    check_mixer,
+    resolve_mixer,
+)
 from pomscale.config.presets import IMAGE_PRESETS, PRESETS, VIDEO_PRESETS
 from pomscale.config.section import Section
-
-MixerName = Literal["pom", "attention"]
 
 
 def _nearest_preset(name: str) -> str:
@@ -21,17 +28,23 @@ class TrunkConfig(Section):
     """Blocks of a network. A preset fills every field that the recipe does not set."""
 
     _presets: ClassVar[dict[str, dict[str, Any]]]
+    _num_axes: ClassVar[Literal[2, 3]]
+    """Number of axes of a token's position."""
 
     dim: PositiveInt = Field(description="Width of the trunk.")
     depth: PositiveInt = Field(description="Number of blocks.")
     patch_size: PositiveInt = Field(2, description="Latent pixels per side of one token.")
     ffn_expansion: PositiveInt = Field(2, description="Feed-forward width over dim.")
-    mixer: MixerName | Annotated[list[MixerName], Field(min_length=1)] = Field(
-        "pom", description="One mixer for all blocks, or a list that is repeated until depth is reached (a hybrid)."
+    mixer: MixerField = Field(
+        "pom",
+        description="Mixer of all blocks, or a list that is repeated until depth is reached (a hybrid). A mixer is a "
+        "name or a table, e.g. {kind: pom, form: coefficients, heads: 16, rope: true}.",
     )
-    degree: PositiveInt = Field(2, description="PoM: degree k of the polynomial.")
-    expand: PositiveInt = Field(2, description="PoM: width of one polynomial piece over dim.")
-    num_heads: PositiveInt = Field(16, description="Attention: number of heads.")
+    degree: PositiveInt = Field(2, description="PoM: degree k of the polynomial, unless the mixer's table has one.")
+    expand: PositiveInt = Field(
+        2, description="PoM: width of one polynomial piece over dim, unless the mixer's table has one."
+    )
+    num_heads: PositiveInt = Field(16, description="Attention: number of heads, unless the mixer's table has one.")
 
     @model_validator(mode="before")
     @classmethod
@@ -54,20 +67,31 @@ class TrunkConfig(Section):
     def _check_trunk(self) -> TrunkConfig:
         if self.dim % 4:
             raise ValueError(f"dim: positions need a multiple of 4, got {self.dim}")
-        if self.depth % len(self.mixer_pattern):
-            raise ValueError(f"mixer: a pattern of {len(self.mixer_pattern)} does not divide depth {self.depth}")
-        if "attention" in self.mixer_pattern and self.dim % self.num_heads:
-            raise ValueError(f"num_heads: {self.num_heads} does not divide dim {self.dim}")
+        if self.depth % len(self._pattern):
+            raise ValueError(f"mixer: a pattern of {len(self._pattern)} does not divide depth {self.depth}")
+        for number, written in enumerate(self._pattern):
+            key = f"mixer.{number}" if isinstance(self.mixer, list) else "mixer"
+            check_mixer(key, written, self._resolved(written), self.dim)
         return self
 
     @property
-    def mixer_pattern(self) -> list[MixerName]:
+    def _pattern(self) -> list[MixerName | PomMixerConfig | AttentionMixerConfig]:
         return self.mixer if isinstance(self.mixer, list) else [self.mixer]
 
+    def _resolved(self, written: MixerName | PomMixerConfig | AttentionMixerConfig) -> Mixer:
+        return resolve_mixer(
+            written, degree=self.degree, expand=self.expand, num_heads=self.num_heads, num_axes=self._num_axes
+        )
+
     @property
-    def mixers(self) -> list[MixerName]:
+    def mixers(self) -> list[Mixer]:
         """The mixer of every block, length `depth`."""
-        return self.mixer_pattern * (self.depth // len(self.mixer_pattern))
+        return [self._resolved(written) for written in self._pattern] * (self.depth // len(self._pattern))
+
+    @property
+    def has_rope(self) -> bool:
+        """Whether some mixer rotates its tokens by their positions."""
+        return any(mixer.rope is not None for mixer in self.mixers)
 
     def _check_sides(self, height: int, width: int) -> None:
         if height % self.patch_size or width % self.patch_size:
@@ -78,6 +102,7 @@ class ImageModelConfig(TrunkConfig):
     """Pictures of a class (DiPoM, DiT)."""
 
     _presets = IMAGE_PRESETS
+    _num_axes = 2
 
     kind: Literal["image"] = "image"
     preset: str | None = Field(
@@ -103,6 +128,7 @@ class VideoModelConfig(TrunkConfig):
     """Clips of a text (V-DiPoM, and the same trunk with attention); pictures are clips of one frame."""
 
     _presets = VIDEO_PRESETS
+    _num_axes = 3
 
     kind: Literal["video"]
     preset: str | None = Field(

@@ -12,17 +12,18 @@ from pomscale.engine.adamw_bf16 import AdamWBf16
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return AdamW that leaves biases and embeddings undecayed; its state exists from the start.
+    """Return AdamW that leaves biases, embeddings and coefficients undecayed; its state exists from the start.
 
-    Decay would pull the gate biases from their start at -1 towards 0, that is, open every block; and a class
-    embedding would shrink at every step in which its class does not occur.
+    Decay would pull the gate biases from their start at -1 towards 0, that is, open every block; a class embedding
+    would shrink at every step in which its class does not occur; and the coefficients of a polynomial are factors of
+    single channels, like the weights of a norm.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        is_bias = name.rsplit(".", 1)[-1] == "bias"
-        (undecayed if is_bias or id(parameter) in embeddings else decayed).append(parameter)
+        is_factor = name.rsplit(".", 1)[-1] in ("bias", "coefficients")
+        (undecayed if is_factor or id(parameter) in embeddings else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": undecayed, "weight_decay": 0.0},

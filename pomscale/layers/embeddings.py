@@ -1,4 +1,4 @@
-"""Time and position as vectors.
+"""Time and position as vectors, and positions as integers.
 
 Nothing is stored: features are computed in fp32 in every forward pass, so that modules built on the meta device and
 images of any resolution work.
@@ -83,3 +83,29 @@ def sincos_positions_3d(
     y = _features_of_side(height, side, device)[:, None].expand(*size, side)
     t = time[:, :, None, None].expand(*size, dim - 2 * side)
     return torch.cat([x, y, t], dim=-1).flatten(1, 3).to(dtype)
+
+
+def grid_positions(
+    height: int, width: int, groups: Tensor | None = None, *, device: torch.device | None = None
+) -> Tensor:
+    """Number the tokens of a grid in row-major order, int64, as rotary positions need them.
+
+    Args:
+        height: tokens along a column.
+        width: tokens along a row.
+        groups: numbers (g,) or (b g) int64 of frame groups; None = a picture.
+        device: device of the result where there are no groups.
+
+    Returns:
+        (height * width, 2): row and column; with groups (g * height * width, 3), or (b ..) with groups (b g): frame
+        group, row and column.
+    """
+    device = device if groups is None else groups.device
+    rows = torch.arange(height, device=device)[:, None].expand(height, width)
+    columns = torch.arange(width, device=device).expand(height, width)
+    grid = torch.stack([rows, columns], dim=-1)  # (height width 2)
+    if groups is None:
+        return grid.flatten(0, 1)
+    size = (*groups.shape, height, width)
+    numbers = groups[..., None, None, None].expand(*size, 1)
+    return torch.cat([numbers, grid.expand(*size, 2)], dim=-1).flatten(-4, -2)

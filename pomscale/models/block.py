@@ -1,12 +1,13 @@
-"""Block of an image network: a mixer and a feed-forward, both modulated and gated by the condition."""
+"""Block of an image network: a mixer and a feed-forward, both modulated and gated by the condition; its mixer."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pomscale.config.model import MixerName, TrunkConfig
+from pomscale.config.mixer import AttentionMixer, Mixer
 from pomscale.layers import Attention, FeedForward, PoM, modulate
+from pomscale.ops.pom import Mask
 
 
 class Block(nn.Module):
@@ -19,24 +20,40 @@ class Block(nn.Module):
     them, a block starts as the identity.
     """
 
-    def __init__(self, dim: int, mixer: nn.Module, ffn_expansion: int) -> None:
+    def __init__(self, dim: int, mixer: PoM | Attention, ffn_expansion: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.mixer = mixer
+        self.mixer: PoM | Attention = mixer
         self.ffn = FeedForward(dim, ffn_expansion)
         self.modulation = nn.Linear(dim, 4 * dim)
         self.gates = nn.Linear(dim, 2 * dim)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Apply the block. positions (n axes) are integers, which only mixers with rope read."""
         c = F.silu(c)
         scale1, shift1, scale2, shift2 = self.modulation(c).chunk(4, dim=-1)
         gate1, gate2 = self.gates(c).chunk(2, dim=-1)
-        x = x + (1 + gate1) * self.mixer(modulate(self.norm(x), shift1, scale1))
+        x = x + (1 + gate1) * mix(self.mixer, modulate(self.norm(x), shift1, scale1), positions)
         return x + (1 + gate2) * self.ffn(modulate(self.norm(x), shift2, scale2))
 
 
-def build_mixer(config: TrunkConfig, name: MixerName) -> PoM | Attention:
+def build_mixer(dim: int, mixer: Mixer) -> PoM | Attention:
     """Build a mixer of a config, for use as a self mixer or as a cross mixer, which reads another sequence."""
-    if name == "attention":
-        return Attention(config.dim, config.num_heads)
-    return PoM(config.dim, config.degree, config.expand)
+    if isinstance(mixer, AttentionMixer):
+        return Attention(dim, mixer.heads)
+    return PoM(
+        dim,
+        mixer.degree,
+        mixer.expand,
+        form=mixer.form,
+        heads=mixer.heads,
+        groups=mixer.groups,
+        rope=mixer.rope,
+    )
+
+
+def mix(mixer: PoM | Attention, x: Tensor, positions: Tensor | None, mask: Mask = None) -> Tensor:
+    """Let x (b n d) read itself; the mixer gets the positions (n axes) or (b n axes) if it has rope."""
+    if isinstance(mixer, PoM) and mixer.form.rope is not None:
+        return mixer(x, mask=mask, positions=positions)
+    return mixer(x, mask=mask)

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pomscale.config.model import ImageModelConfig
-from pomscale.layers import PatchEmbedding, TimestepEmbedding, modulate, sincos_positions_2d, unpatchify
+from pomscale.layers import (
+    PatchEmbedding,
+    TimestepEmbedding,
+    grid_positions,
+    modulate,
+    sincos_positions_2d,
+    unpatchify,
+)
 from pomscale.models.block import Block, build_mixer
 
 
@@ -27,9 +34,7 @@ class DiPoM(nn.Module):
         self.time_embedding = TimestepEmbedding(dim)
         # The last row stands for no class. Given weights, it does not draw its own, which takes half a second on meta.
         self.class_embedding = nn.Embedding.from_pretrained(torch.empty(config.num_classes + 1, dim), freeze=False)
-        self.trunk = nn.ModuleList(
-            Block(dim, build_mixer(config, name), config.ffn_expansion) for name in config.mixers
-        )
+        self.trunk = nn.ModuleList(Block(dim, build_mixer(dim, mixer), config.ffn_expansion) for mixer in config.mixers)
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(dim, 2 * dim)
         self.head = nn.Linear(dim, config.patch_size**2 * channels)
@@ -52,7 +57,8 @@ class DiPoM(nn.Module):
         x = self.patch_embedding(latents)
         x = x + sincos_positions_2d(height, width, self.config.dim, x.device, x.dtype)
         c = (self.time_embedding(t) + self.class_embedding(condition))[:, None]
+        positions = grid_positions(height, width, device=x.device) if self.config.has_rope else None
         for block in self.trunk:
-            x = block(x, c)
+            x = block(x, c, positions)
         scale, shift = self.modulation(F.silu(c)).chunk(2, dim=-1)
         return unpatchify(self.head(modulate(self.norm(x), shift, scale)), height, width, patch_size)

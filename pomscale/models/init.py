@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from pomscale.layers import GroupedLinear, PoM
+
 
 def _copy(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.copy_(value)
@@ -46,11 +48,16 @@ def _generator(seed: int, name: str) -> torch.Generator:
 def _fill(value: Tensor, module: nn.Module, path: list[str], generator: torch.Generator) -> None:
     """Fill `value` with the initial value of the parameter at `path` of `module`.
 
-    Linear maps and convolutions are xavier uniform with bias 0, class and time embeddings N(0, 0.02). Modulation and
-    head start at 0; gates start at 0 = 1 + bias.
+    Linear maps and convolutions are xavier uniform with bias 0, those in groups group by group; class and time
+    embeddings are N(0, 0.02). Modulation and head start at 0; gates start at 0 = 1 + bias. The coefficients of PoM v2
+    are N(0, 1), clamped to +-0.001.
     """
     owner, leaf = path[-2], path[-1]
-    if not isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d | nn.Embedding) or leaf not in ("weight", "bias"):
+    if isinstance(module, PoM) and leaf == "coefficients":
+        value.normal_(generator=generator).clamp_(-0.001, 0.001)
+        return
+    known = nn.Linear | nn.Conv2d | nn.Conv3d | nn.Embedding | GroupedLinear
+    if not isinstance(module, known) or leaf not in ("weight", "bias"):
         raise ValueError(f"{'.'.join(path)}: no rule says how to initialise this parameter")
     if leaf == "bias":
         value.fill_(-1.0 if owner == "gates" else 0.0)
@@ -59,4 +66,5 @@ def _fill(value: Tensor, module: nn.Module, path: list[str], generator: torch.Ge
     elif isinstance(module, nn.Embedding) or "time_embedding" in path:
         value.normal_(0.0, 0.02, generator=generator)
     else:
-        nn.init.xavier_uniform_(value, generator=generator)
+        for part in value.chunk(module.groups) if isinstance(module, GroupedLinear) else [value]:
+            nn.init.xavier_uniform_(part, generator=generator)

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from torch import Tensor
 
+from pomscale.config.mixer import AttentionMixer, Mixer
 from pomscale.config.model import VideoModelConfig
 from pomscale.layers import AttentionState
 from pomscale.models.video import MixerState
@@ -24,10 +25,38 @@ def states_to_tensors(states: Sequence[MixerState]) -> dict[str, Tensor]:
 
 
 def states_from_tensors(config: VideoModelConfig, tensors: Mapping[str, Tensor]) -> list[MixerState]:
-    """Invert `states_to_tensors`, for a network of this config. Raises KeyError if a tensor is missing."""
+    """Invert `states_to_tensors`, for a network of this config.
+
+    Raises ValueError for the states of another network: other tensors, or another width. The two forms of PoM may
+    have states of one width, so who stores a state stores with it of which network it is.
+    """
     states: list[MixerState] = []
-    for block, name in enumerate(config.mixers):
-        kind = AttentionState if name == "attention" else PomState
-        parts = [field.name for field in fields(kind) if field.name != "form"]  # a form is no tensor
-        states.append(kind(**{part: tensors[f"{block}.{part}"] for part in parts}))
+    expected: set[str] = set()
+    for block, mixer in enumerate(config.mixers):
+        kind = AttentionState if isinstance(mixer, AttentionMixer) else PomState
+        # A form is no tensor.
+        names = {field.name: f"{block}.{field.name}" for field in fields(kind) if field.name != "form"}
+        expected |= set(names.values())
+        if not expected <= tensors.keys():
+            raise ValueError(f"state of block {block}: expected {sorted(names.values())}, got {sorted(tensors)}")
+        _check_width(block, mixer, config.dim, tensors)
+        states.append(kind(**{field: tensors[name] for field, name in names.items()}))
+    if tensors.keys() != expected:
+        raise ValueError(
+            f"states: expected those of {config.depth} blocks, got also {sorted(tensors.keys() - expected)}"
+        )
     return states
+
+
+def _check_width(block: int, mixer: Mixer, dim: int, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the state of a block has the width that its mixer gives it."""
+    if isinstance(mixer, AttentionMixer):
+        key, heads = tensors[f"{block}.key"], mixer.heads
+        if key.shape[1:2] + key.shape[3:] != (heads, dim // heads):
+            raise ValueError(
+                f"state of block {block}: expected keys (b {heads} n {dim // heads}), got {tuple(key.shape)}"
+            )
+        return
+    total = tensors[f"{block}.sum"]
+    if total.shape[1:] != (mixer.width(dim),):
+        raise ValueError(f"state of block {block}: expected a sum (b {mixer.width(dim)}), got {tuple(total.shape)}")

@@ -21,11 +21,12 @@ from pomscale.layers import (
     FeedForward,
     PoM,
     TimestepEmbedding,
+    grid_positions,
     modulate,
     sincos_positions_3d,
     unpatchify_clips,
 )
-from pomscale.models.block import build_mixer
+from pomscale.models.block import build_mixer, mix
 from pomscale.ops.pom import BlockCausal, Mask, PomState
 
 MixerState = PomState | AttentionState
@@ -52,20 +53,38 @@ class VideoBlock(nn.Module):
         self.modulation = nn.Linear(dim, 8 * dim)
         self.gates = nn.Linear(dim, 3 * dim)
 
-    def forward(self, x: Tensor, c: Tensor, text: Tensor, text_mask: Tensor, mask: Mask = None) -> Tensor:
-        """Apply the block. text_mask (b m) bool is True where a token takes part; mask is that of the self mixer."""
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        mask: Mask = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Apply the block.
+
+        text_mask (b m) bool is True where a token takes part; mask is that of the self mixer. positions (n 3) or
+        (b n 3) are integers, frame group, row and column, which only self mixers with rope read: a text has none.
+        """
         modulation, gates = self._of_time(c)
         x = self._read_text(x, text, text_mask, modulation, gates[0])
-        x = x + _gated(gates[1], self.mixer(self._modulated(x, *modulation[4:6]), mask=mask))
+        x = x + _gated(gates[1], mix(self.mixer, self._modulated(x, *modulation[4:6]), positions, mask))
         return x + _gated(gates[2], self.ffn(self._modulated(x, *modulation[6:])))
 
     def step(
-        self, x: Tensor, c: Tensor, text: Tensor, text_mask: Tensor, state: MixerState | None
+        self,
+        x: Tensor,
+        c: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        state: MixerState | None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, MixerState]:
         """Map the next frame group of a clip as `forward` under the block-causal mask, with the past as a state."""
         modulation, gates = self._of_time(c)
         x = self._read_text(x, text, text_mask, modulation, gates[0])
-        mixed, new_state = self.mixer.step(self._modulated(x, *modulation[4:6]), state)  # type: ignore[arg-type]
+        mixed, new_state = _step(self.mixer, self._modulated(x, *modulation[4:6]), state, positions)
         x = x + _gated(gates[1], mixed)
         return x + _gated(gates[2], self.ffn(self._modulated(x, *modulation[6:]))), new_state
 
@@ -93,6 +112,17 @@ class VideoBlock(nn.Module):
         return modulate(of_time, shift[:, :, None], scale[:, :, None]).flatten(1, 2)
 
 
+def _step(
+    mixer: PoM | Attention, x: Tensor, state: MixerState | None, positions: Tensor | None
+) -> tuple[Tensor, MixerState]:
+    """Let the next chunk x (b n d) read the past and itself. Raises ValueError for the state of another mixer."""
+    if isinstance(mixer, PoM) and (state is None or isinstance(state, PomState)):
+        return mixer.step(x, state, positions=None if mixer.form.rope is None else positions)
+    if isinstance(mixer, Attention) and (state is None or isinstance(state, AttentionState)):
+        return mixer.step(x, state)
+    raise ValueError(f"step: a mixer of type {type(mixer).__name__} got the state {type(state).__name__} of another")
+
+
 def _gated(gate: Tensor, x: Tensor) -> Tensor:
     """Multiply x (b n d) by 1 + gate (b g d)."""
     return ((1 + gate)[:, :, None] * x.unflatten(1, (gate.shape[1], -1))).flatten(1, 2)
@@ -114,8 +144,8 @@ class VDiPoM(nn.Module):
         self.time_embedding = TimestepEmbedding(dim)
         self.text_embedding = nn.Linear(config.text_dim, dim)
         self.trunk = nn.ModuleList(
-            VideoBlock(dim, build_mixer(config, name), build_mixer(config, name), config.ffn_expansion)
-            for name in config.mixers
+            VideoBlock(dim, build_mixer(dim, mixer.without_rope()), build_mixer(dim, mixer), config.ffn_expansion)
+            for mixer in config.mixers
         )
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(dim, 2 * dim)
@@ -142,13 +172,15 @@ class VDiPoM(nn.Module):
         grid = self._grid(clips)
         if t.ndim == 2 and t.shape[1] != grid[0]:
             raise ValueError(f"t: {t.shape[1]} times for {grid[0]} frame groups")
-        groups = torch.arange(grid[0], device=x.device)[None]
-        x = x + self._positions(groups if start is None else groups + start[:, None], grid, x)
+        groups = torch.arange(grid[0], device=x.device)
+        groups = groups if start is None else groups + start[:, None]
+        x = x + self._embedded_positions(groups, grid, x)
+        positions = self._positions(groups, grid)
         c = self._embedded_time(t)
         text = self._embedded_text(condition)
         mask = BlockCausal(grid[1] * grid[2]) if self.config.temporal == "block_causal" else None
         for block in self.trunk:
-            x = block(x, c, text, condition.mask, mask)
+            x = block(x, c, text, condition.mask, mask, positions)
         return self._unembed(x, c, grid)
 
     def step(
@@ -166,14 +198,16 @@ class VDiPoM(nn.Module):
         grid = self._grid(latents)
         if grid[0] != 1:
             raise ValueError(f"step: takes one frame group of {self.config.patch_frames} frames, got {grid[0]}")
-        x = x + self._positions(torch.full((1, 1), group, device=x.device), grid, x)
+        groups = torch.full((1,), group, device=x.device)
+        x = x + self._embedded_positions(groups, grid, x)
+        positions = self._positions(groups, grid)
         c = self._embedded_time(t)
         text = self._embedded_text(condition)
         new_states = []
         past: Sequence[MixerState | None] = states or [None] * len(self.trunk)
         for block, state in zip(self.trunk, past, strict=True):
             assert isinstance(block, VideoBlock)
-            x, new_state = block.step(x, c, text, condition.mask, state)
+            x, new_state = block.step(x, c, text, condition.mask, state, positions)
             new_states.append(new_state)
         return self._unembed(x, c, grid), new_states
 
@@ -183,8 +217,14 @@ class VDiPoM(nn.Module):
         size = self.config.patch_size
         return frames // self.config.patch_frames, height // size, width // size
 
-    def _positions(self, groups: Tensor, grid: tuple[int, int, int], x: Tensor) -> Tensor:
-        return sincos_positions_3d(groups, grid[1], grid[2], self.config.dim, x.device, x.dtype)
+    def _embedded_positions(self, groups: Tensor, grid: tuple[int, int, int], x: Tensor) -> Tensor:
+        """Embed the grid of frame groups numbered (g,) or (b g), to be added to x."""
+        numbers = groups.view(-1, grid[0])
+        return sincos_positions_3d(numbers, grid[1], grid[2], self.config.dim, x.device, x.dtype)
+
+    def _positions(self, groups: Tensor, grid: tuple[int, int, int]) -> Tensor | None:
+        """Return the positions that mixers with rope read, (n 3) or (b n 3), or None if there are none."""
+        return grid_positions(grid[1], grid[2], groups) if self.config.has_rope else None
 
     def _embedded_time(self, t: Tensor) -> Tensor:
         """Embed t as (b 1 d), or (b g d) by frame group."""

@@ -5,6 +5,13 @@ them; elementwise work is left out. Per token and block of width d (N tokens, fe
 expansion e), in multiply-adds: PoM 3 k e d^2, attention 4 d^2 + 2 N d, whatever its mask, feed-forward 2 f d^2.
 Modulation costs 6 d^2 per picture and block.
 
+PoM in the form of coefficients has e d channels whatever the degree: e d^2 / g of the projection in g groups, e d^2 of
+the output map, and e d^2 of a gate per channel or h d of h selection heads. With heads the output map is applied to the
+state of a sample or frame and not to each token, y_n = sum_h s_nh (Wo_h H_h), which gives the same numbers: h d per
+token and e d^2 per state. These are the executed FLOPs; the nominal ones are those of the equation as it is written.
+All figures are executed FLOPs, MFU included, except where they are called nominal: arithmetic that nobody does is no
+use of a GPU.
+
 A block of clips has a cross mixer besides, over M tokens of text: per token PoM 2 k e d^2, attention 2 d^2 + 2 M d, and
 per token of text PoM k e d^2, attention 2 d^2. Its modulation costs 11 d^2: with k = e = 2 and f = 4 a PoM block has
 12 d^2 (cross) + 12 d^2 (self) + 8 d^2 (feed-forward) + 11 d^2 (modulation) = 43 d^2 parameters, biases aside. The
@@ -14,7 +21,8 @@ modulation and the modulated text, of which a clip has one for every t, cost as 
 from __future__ import annotations
 
 from pomscale.config.codecs import TextEncoderConfig
-from pomscale.config.model import MixerName, ModelConfig, VideoModelConfig
+from pomscale.config.mixer import AttentionMixer, Mixer
+from pomscale.config.model import ModelConfig, VideoModelConfig
 from pomscale.config.recomputation import is_recomputed
 
 TEXT_LENGTH: int = TextEncoderConfig.model_fields["max_length"].default
@@ -38,28 +46,36 @@ def num_block_parameters(config: ModelConfig) -> int:
     dim = config.dim
     block = _linear(dim, config.ffn_expansion * dim) + _linear(config.ffn_expansion * dim, dim)
     block += _linear(dim, _num_modulations(config) * dim)
-    width = config.degree * config.expand * dim
-    mixer: dict[MixerName, int] = {
-        "pom": 2 * _linear(dim, width) + _linear(width, dim),
-        "attention": _linear(dim, dim) + _linear(dim, 2 * dim) + _linear(dim, dim),
-    }
     num_mixers = 2 if isinstance(config, VideoModelConfig) else 1
-    return sum(block + num_mixers * mixer[name] for name in config.mixers)
+    return sum(block + num_mixers * _mixer_parameters(mixer, dim) for mixer in config.mixers)
 
 
-def forward_flops(config: ModelConfig, *, text_length: int = TEXT_LENGTH, num_times: int = 1) -> int:
+def _mixer_parameters(mixer: Mixer, dim: int) -> int:
+    if isinstance(mixer, AttentionMixer):
+        return _linear(dim, dim) + _linear(dim, 2 * dim) + _linear(dim, dim)
+    width = mixer.width(dim)
+    if mixer.form == "product":
+        return 2 * _linear(dim, width) + _linear(width, dim)
+    projection = width * dim // mixer.groups
+    return projection + _linear(dim, mixer.num_gates(dim)) + width * dim + width * mixer.degree
+
+
+def forward_flops(
+    config: ModelConfig, *, text_length: int = TEXT_LENGTH, num_times: int = 1, nominal: bool = False
+) -> int:
     """Return the FLOPs of one forward pass of one sample of `config.latent_shape`.
 
     Args:
         config: network.
         text_length: tokens of text of a clip, padding included.
         num_times: values of t of a clip: one, or one per frame group.
+        nominal: count the output maps of selection heads token by token.
     """
     dim, tokens = config.dim, config.num_tokens
     patches = 2 * tokens * _patch_values(config) * dim  # embedding and head
     of_time = num_times * (8 * dim**2 + 2 * dim**2)  # time embedding, final modulation
     of_text = text_length * config.text_dim * dim if isinstance(config, VideoModelConfig) else 0
-    blocks = sum(_block_flops(config, name, text_length, num_times) for name in config.mixers)
+    blocks = sum(_block_flops(config, mixer, text_length, num_times, nominal) for mixer in config.mixers)
     return 2 * (patches + of_time + of_text) + blocks
 
 
@@ -78,26 +94,33 @@ def recomputed_flops(
 
     "selective" repeats none, since it keeps the outputs of matrix products. Other arguments are as of `forward_flops`.
     """
-    mixers = enumerate(config.mixers)
     return sum(
-        _block_flops(config, name, text_length, num_times)
-        for number, name in mixers
+        _block_flops(config, mixer, text_length, num_times)
+        for number, mixer in enumerate(config.mixers)
         if is_recomputed(activation_checkpointing, number)
     )
 
 
-def _block_flops(config: ModelConfig, name: MixerName, text_length: int, num_times: int) -> int:
+def _block_flops(config: ModelConfig, mixer: Mixer, text_length: int, num_times: int, nominal: bool = False) -> int:
     dim, tokens = config.dim, config.num_tokens
-    width = config.degree * config.expand * dim
-    mixer: dict[MixerName, int] = {"pom": 3 * width * dim, "attention": 4 * dim**2 + 2 * tokens * dim}
-    of_tokens = tokens * (mixer[name] + 2 * config.ffn_expansion * dim**2)
-    of_times = num_times * _num_modulations(config) * dim**2
+    states = 1
+    products = tokens * 2 * config.ffn_expansion * dim**2 + num_times * _num_modulations(config) * dim**2
     if isinstance(config, VideoModelConfig):
-        queries: dict[MixerName, int] = {"pom": 2 * width * dim, "attention": 2 * dim**2 + 2 * text_length * dim}
-        context: dict[MixerName, int] = {"pom": width * dim, "attention": 2 * dim**2}
-        of_tokens += tokens * queries[name]
-        of_times += num_times * text_length * context[name]
-    return 2 * (of_tokens + of_times)
+        states = config.num_groups if config.temporal == "block_causal" else 1
+        # Frame groups with a t of their own read the text one by one.
+        products += num_times * _mixer_products(mixer, dim, tokens // num_times, text_length, 1, nominal)
+    return 2 * (products + _mixer_products(mixer, dim, tokens, tokens, states, nominal))
+
+
+def _mixer_products(mixer: Mixer, dim: int, queries: int, context: int, states: int, nominal: bool) -> int:
+    """Return the multiply-adds by which queries read `context` tokens, through so many states."""
+    if isinstance(mixer, AttentionMixer):
+        return queries * (2 * dim**2 + 2 * context * dim) + context * 2 * dim**2
+    width = mixer.width(dim)
+    inputs = context * width * dim // mixer.groups + queries * mixer.num_gates(dim) * dim
+    if nominal or not mixer.folds(queries // states):
+        return inputs + queries * width * dim
+    return inputs + states * width * dim + queries * mixer.heads * dim
 
 
 def _num_modulations(config: ModelConfig) -> int:

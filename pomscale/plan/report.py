@@ -167,12 +167,17 @@ def _heading(plan: RunPlan) -> str:
 
 def _model(plan: RunPlan) -> list[str]:
     model, training, share = plan.recipe.model, plan.recipe.training, plan.share
-    parameters, flops = num_parameters(model), forward_flops(model, num_times=num_times(plan.recipe))
+    times = num_times(plan.recipe)
+    flops, nominal = (forward_flops(model, num_times=times, nominal=nominal) for nominal in (False, True))
     tokens = f"{model.num_tokens} tokens"
     if isinstance(model, VideoModelConfig):
         tokens += f" in {model.num_groups} frame groups with {TEXT_LENGTH} of text"
+    # The nominal figure is for comparisons with other code; the plan's speed and MFU count what is executed.
+    cost = f"{_count(flops)}FLOP per sample and forward pass"
+    if nominal != flops:
+        cost += f"; {_count(nominal)}FLOP nominal, with the output maps applied to every token"
     return [
-        f"{'model':<10}{_count(parameters)} parameters, {tokens}, {_count(flops)}FLOP per sample and forward pass",
+        f"{'model':<10}{_count(num_parameters(model))} parameters, {tokens}, {cost}",
         f"{'step':<10}{training.global_batch} samples: up to {share.num_micro_batches} x {share.micro_batch} per GPU, "
         f"{plan.speed.step_time_s:.3g} s",
     ]

@@ -76,7 +76,7 @@ class HommImport:
     assumptions: tuple[str, ...]
 
     def __str__(self) -> str:
-        network = "ClassConditionalDiH" if self.model.mixers[0] == "pom" else "ClassConditionalDiT"
+        network = "ClassConditionalDiH" if self.model.mixers[0].kind == "pom" else "ClassConditionalDiT"
         sizes = f"dim {self.model.dim}, depth {self.model.depth}, patch {self.model.patch_size}"
         lines = [f"{network}: {sizes}, {self.model.num_classes} classes; weights: {', '.join(self.sets)}"]
         return "\n".join(lines + [f"assumed: {assumption}" for assumption in self.assumptions])
@@ -114,7 +114,7 @@ def import_homm(
     """
     sets = _read_lightning(file)
     model = _infer_config(file, sets["model"], degree=degree, num_heads=heads, latent_size=latent_size)
-    shapes, mixer = parameter_shapes(model), model.mixers[0]
+    shapes, mixer = parameter_shapes(model), model.mixers[0].kind
     for tensors in sets.values():
         _check_names(file, tensors, shapes, mixer)
     card = _homm_card(model, objective, codec_path, has_average="ema" in sets)
@@ -150,7 +150,7 @@ def _homm_assumptions(card: ModelCard) -> tuple[str, ...]:
     side = model.latent_shape[1]
     hidden = (
         f"degree {model.degree} and so expand {model.expand} (--degree)"
-        if model.mixers[0] == "pom"
+        if model.mixers[0].kind == "pom"
         else f"{model.num_heads} attention heads (--heads)"
     )
     vae = card.codec.path if isinstance(card.codec, SdVaeCodecConfig) else card.codec.name

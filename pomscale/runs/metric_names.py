@@ -13,7 +13,7 @@ METRICS: dict[str, str] = {
     "speed/samples_per_s": "samples per second over all ranks, without validation, sampling and saving",
     "speed/step_time_s": "seconds per optimiser step, mean",
     "speed/data_wait_share": "share of the step time spent waiting for data, 0 to 1",
-    "speed/mfu": "model FLOP/s over the data-sheet peak of the devices, 0 to 1",
+    "speed/mfu": "model FLOP/s, without recomputation, over the data-sheet peak of the devices, 0 to 1",
     "memory/peak_gib": "peak memory of this process in GiB: allocated on the GPU, or resident without one",
     "host/cpu_percent": "CPU use of the whole host in percent, mean since the last row",
     "host/memory_gib": "memory in use on the whole host, GiB",

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pomscale.base.errors import InputError
+from pomscale.config.mixer import AttentionMixer, PomMixer
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.config.train import InitFromConfig, TrainRecipe
 from pomscale.distributed.world import World
@@ -152,15 +154,23 @@ def _architecture(model: ImageModelConfig | VideoModelConfig) -> dict[str, objec
         "depth": model.depth,
         "patch_size": model.patch_size,
         "ffn_expansion": model.ffn_expansion,
-        "mixer": model.mixers if len(set(model.mixers)) > 1 else model.mixers[0],
+        "mixer": _one_or_all([mixer.kind for mixer in model.mixers]),
     }
     if isinstance(model, VideoModelConfig):
         fields |= {"text_dim": model.text_dim, "patch_frames": model.patch_frames}
-    if "pom" in model.mixers:
-        fields |= {"degree": model.degree, "expand": model.expand}
-    if "attention" in model.mixers:
-        fields["num_heads"] = model.num_heads
+    of_pom = [mixer for mixer in model.mixers if isinstance(mixer, PomMixer)]
+    for key in ("degree", "expand", "form", "heads", "groups", "rope") if of_pom else ():
+        name = key if key in ("degree", "expand") else f"mixer.{key}"
+        fields[name] = _one_or_all([getattr(mixer, key) for mixer in of_pom])
+    of_attention = [mixer.heads for mixer in model.mixers if isinstance(mixer, AttentionMixer)]
+    if of_attention:
+        fields["num_heads"] = _one_or_all(of_attention)
     return fields
+
+
+def _one_or_all(values: list[Any]) -> Any:
+    """Return the value that all blocks have, or else the values of all."""
+    return values[0] if values.count(values[0]) == len(values) else values
 
 
 def seeded(recipe: TrainRecipe) -> InitWeights:

@@ -22,7 +22,13 @@ from pomscale.engine.optimizers import build_optimizer
 from pomscale.models import DiPoM, init_weights
 
 MODEL = ImageModelConfig(
-    latent_shape=(4, 4, 4), num_classes=3, patch_size=1, dim=20, depth=2, num_heads=2, mixer=["pom", "attention"]
+    latent_shape=(4, 4, 4),
+    num_classes=3,
+    patch_size=1,
+    dim=20,
+    depth=3,
+    num_heads=2,
+    mixer=["pom", "attention", {"kind": "pom", "form": "coefficients", "heads": 4, "groups": 2, "rope": True}],
 )
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, grad_clip=0.05)
 GLOBAL_BATCH, NUM_STEPS = 9, 5

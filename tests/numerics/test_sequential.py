@@ -20,14 +20,14 @@ from pomscale.diffusion.sequential import SequentialSampler
 from pomscale.models import MixerState, VDiPoM
 from pomscale.models.states import states_from_tensors, states_to_tensors
 from pomscale.ops.pom import Context, Form, PomState, Queries, polynomial_mixer_step
-from support.tiny_clips import awaken, normal, text_of, video_config
+from support.tiny_clips import V2, awaken, normal, text_of, video_config
 
 LENGTHS, SEEDS, STEPS = [5, 2], [11, 12], 4
 BATCH, GROUPS, SHAPE = 2, 4, (3, 2, 4, 6)  # c p H W of a frame group
 TEXT, NULL = text_of(LENGTHS), text_of([1, 1], seed=3)
-MIXERS: list[Any] = ["pom", "attention", ["pom", "attention"]]
+MIXERS: list[Any] = ["pom", "attention", ["pom", "attention"], V2]
 
-every_mixer = pytest.mark.parametrize("mixer", MIXERS, ids=["pom", "attention", "hybrid"])
+every_mixer = pytest.mark.parametrize("mixer", MIXERS, ids=["pom", "attention", "hybrid", "coefficients"])
 every_sampler = pytest.mark.parametrize("sampler", ["euler", "ddim", "heun"])
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES)
 every_guidance = pytest.mark.parametrize("guidance", [0.0, 1.5])
@@ -286,6 +286,34 @@ def test_states_survive_as_plain_tensors(mixer: Any) -> None:
     assert [type(state) for state in again] == [type(state) for state in states]
     x, t = normal(BATCH, *SHAPE, seed=1), torch.full((BATCH,), 0.5)
     assert torch.equal(model.step(x, t, TEXT, again, 1)[0], model.step(x, t, TEXT, states, 1)[0])
+
+
+def states_of(mixer: Any) -> list[MixerState]:
+    return build(mixer).step(normal(BATCH, *SHAPE), torch.full((BATCH,), 0.5), TEXT, None, 0)[1]
+
+
+@pytest.mark.parametrize(
+    ("mixer", "of", "message"),
+    [
+        (V2, "pom", r"state of block 0: expected a sum \(b 32\), got \(2, 64\)"),
+        ("pom", V2, r"state of block 0: expected a sum \(b 64\), got \(2, 32\)"),
+        ("attention", {"kind": "attention", "heads": 4}, r"block 0: expected keys \(b 2 n 8\), got \(2, 4, 6, 4\)"),
+        ("pom", ["pom", "attention"], r"block 1: expected \['1.count', '1.sum'\], got"),
+    ],
+)
+def test_the_states_of_another_network_are_refused(mixer: Any, of: Any, message: str) -> None:
+    model, states = build(mixer), states_of(of)
+    with pytest.raises(ValueError, match=message):
+        states_from_tensors(model.config, states_to_tensors(states))
+    if of != {"kind": "attention", "heads": 4}:
+        with pytest.raises(ValueError, match="step: "):
+            model.step(normal(BATCH, *SHAPE), torch.full((BATCH,), 0.5), TEXT, states, 1)
+
+
+def test_the_states_of_more_blocks_are_refused() -> None:
+    tensors = states_to_tensors([*states_of(V2), *states_of(V2)])
+    with pytest.raises(ValueError, match=r"states: expected those of 2 blocks, got also \['2.count'"):
+        states_from_tensors(build(V2).config, tensors)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.5], ids=["sums near zero", "sums that grow"])

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pomscale.base.condition import Text
-from pomscale.layers import Attention, PoM, sincos_positions_3d
+from pomscale.layers import Attention, GroupedLinear, PoM, sincos_positions_3d
 from pomscale.models import VDiPoM
 from pomscale.models.video import VideoBlock
-from support.tiny_clips import awaken, normal, text_of, video_config
+from pomscale.ops.pom.rotary import num_pairs
+from support.tiny_clips import V2, awaken, normal, text_of, video_config
 
-MIXERS: list[Any] = ["pom", "attention", ["pom", "attention"]]
-MIXER_IDS = ["pom", "attention", "hybrid"]
+MIXERS: list[Any] = ["pom", "attention", ["pom", "attention"], V2, [{**V2, "heads": 1}, "attention"]]
+MIXER_IDS = ["pom", "attention", "hybrid", "coefficients", "coefficients hybrid"]
 LENGTHS = [7, 1, 4]  # of the captions; one is as good as empty
 BATCH, GROUPS, ROWS, COLUMNS = len(LENGTHS), 3, 5, 3
 START = torch.tensor([0, 4, 11])
@@ -71,7 +72,7 @@ def reference_of_one(model: VDiPoM, clip: Tensor, t: Tensor, caption: Tensor, st
         readable = torch.ones(len(tokens), len(tokens), dtype=torch.bool)
         if model.config.temporal == "block_causal":
             readable = group_of[:, None] >= group_of
-        mixed = mix(block.mixer, tokens, tokens, readable).split(len(groups[0]))
+        mixed = mix(block.mixer, tokens, tokens, readable, positions_of(len(t), start)).split(len(groups[0]))
         for g, x in enumerate(groups):
             y = x + (1 + gate[g][1]) * mixed[g]
             hidden = F.gelu(linear(block.ffn[0], moved(y, modulation[g], 6)))
@@ -107,9 +108,17 @@ def put_together(patches: Tensor) -> Tensor:
     return out
 
 
+def positions_of(num_groups: int, start: int) -> Tensor:
+    """(n 3): frame group from the beginning of the clip, row, column."""
+    return torch.tensor([(start + g, y, x) for g in range(num_groups) for y in range(ROWS) for x in range(COLUMNS)])
+
+
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(layer, nn.Linear)
-    return torch.einsum("...i,oi->...o", x, layer.weight) + layer.bias
+    assert isinstance(layer, nn.Linear | GroupedLinear)
+    groups = layer.groups if isinstance(layer, GroupedLinear) else 1
+    weight = torch.block_diag(*layer.weight.chunk(groups))
+    y = torch.einsum("...i,oi->...o", x, weight)
+    return y if layer.bias is None else y + layer.bias
 
 
 def normed(x: Tensor) -> Tensor:
@@ -120,8 +129,27 @@ def moved(x: Tensor, modulation: tuple[Tensor, ...], first: int) -> Tensor:
     return normed(x) * (1 + modulation[first]) + modulation[first + 1]
 
 
-def mix(mixer: nn.Module, queries: Tensor, context: Tensor, readable: Tensor) -> Tensor:
-    """queries (m d), context (n d), readable (m n) -> (m d)."""
+def rotated(x: Tensor, positions: Tensor) -> Tensor:
+    """Turn x (n W) by positions (n 3), channel c with c + P of the block of an axis, by position 10000^(-c/P).
+
+    The angles are fp32 in any precision, as the operator has them.
+    """
+    blocks = []
+    for position, pairs, block in zip(positions.T, num_pairs(x.shape[1], 3), split_axes(x), strict=True):
+        angle = position[:, None] * (1 / 10_000.0 ** (torch.arange(pairs) / pairs))
+        turned = torch.complex(*block.double().chunk(2, 1)) * torch.complex(angle.cos(), angle.sin())
+        blocks.append(torch.cat([turned.real, turned.imag], 1))
+    return torch.cat(blocks, 1).to(x.dtype)
+
+
+def split_axes(x: Tensor) -> tuple[Tensor, ...]:
+    return x.split([2 * pairs for pairs in num_pairs(x.shape[1], 3)], 1)
+
+
+def mix(
+    mixer: nn.Module, queries: Tensor, context: Tensor, readable: Tensor, positions: Tensor | None = None
+) -> Tensor:
+    """queries (m d), context (n d), readable (m n), positions (n 3) of queries and context alike -> (m d)."""
     assert isinstance(mixer, Attention | PoM)
     if isinstance(mixer, Attention):
         query = linear(mixer.query, queries).chunk(mixer.num_heads, -1)
@@ -131,11 +159,19 @@ def mix(mixer: nn.Module, queries: Tensor, context: Tensor, readable: Tensor) ->
             scores = (q @ k.T / math.sqrt(q.shape[-1])).masked_fill(~readable, -torch.inf)
             heads.append(scores.softmax(-1) @ v)
         return linear(mixer.output, torch.cat(heads, -1))
-    first, second = F.gelu(linear(mixer.projection, context)).chunk(2, -1)
-    monomials = torch.cat([first, first * second], -1)
+    if mixer.coefficients is None:
+        first, second = F.gelu(linear(mixer.projection, context)).chunk(2, -1)
+        monomials, gates = torch.cat([first, first * second], -1), torch.sigmoid(linear(mixer.gate, queries))
+    else:
+        v = F.leaky_relu(linear(mixer.projection, context), 0.01).clamp(-0.1, 6)
+        monomials = sum(c * v**m for m, c in enumerate(mixer.coefficients.T, start=1))
+        gates = F.hardsigmoid(linear(mixer.gate, queries))
+        if positions is not None:
+            monomials, gates = rotated(monomials, positions), rotated(gates, positions)
+        gates = gates.repeat_interleave(monomials.shape[1] // gates.shape[1], 1)
     takes_part = readable.to(monomials.dtype)
     mean = torch.einsum("mn,nc->mc", takes_part, monomials) / takes_part.sum(1, keepdim=True)
-    return linear(mixer.output, torch.sigmoid(linear(mixer.gate, queries)) * mean)
+    return linear(mixer.output, gates * mean)
 
 
 @every_time

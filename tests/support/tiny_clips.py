@@ -12,6 +12,9 @@ from pomscale.config.model import VideoModelConfig
 
 TEXT_DIM = 8
 
+V2 = {"kind": "pom", "form": "coefficients", "degree": 3, "heads": 8, "groups": 2, "rope": True}
+"""Mixer of the coefficient form with all that it may have, for `video_config`."""
+
 
 def video_config(**fields: Any) -> VideoModelConfig:
     """3 frame groups of 2 latent frames, 5 x 3 tokens each."""

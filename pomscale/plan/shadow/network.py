@@ -4,105 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
-from pomscale.config.model import ImageModelConfig, MixerName, ModelConfig, VideoModelConfig
+from pomscale.config.mixer import Mixer
+from pomscale.config.model import ImageModelConfig, ModelConfig, VideoModelConfig
 from pomscale.plan.model_cost import TEXT_LENGTH
 from pomscale.plan.shadow import operators as op
-from pomscale.plan.shadow.operators import FP32, Weight
+from pomscale.plan.shadow.mixers import PADDING, Linear, Mask, build_mixer
+from pomscale.plan.shadow.operators import FP32, INT64, Weight
 from pomscale.plan.shadow.tensor import Tensor
-
-
-class Linear:
-    def __init__(self, inputs: int, outputs: int) -> None:
-        self.weight, self.bias = Weight((outputs, inputs)), Weight((outputs,))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return op.linear(x, self.weight, self.bias)
-
-    def weights(self) -> list[Weight]:
-        return [self.weight, self.bias]
-
-
-PADDING: Literal["padding"] = "padding"
-
-Mask: TypeAlias = Literal["padding"] | int | None
-"""Mask of a mixer: padding of its context, or block-causal over a number of frame groups."""
-
-
-class PoM:
-    """Mixer of layers/pom.py and ops/pom/torch_path.py."""
-
-    def __init__(self, dim: int, degree: int, expand: int) -> None:
-        width = degree * expand * dim
-        self.degree = degree
-        self.projection, self.gate, self.output = Linear(dim, width), Linear(dim, width), Linear(width, dim)
-
-    def __call__(self, x: Tensor, context: Tensor | None = None, mask: Mask = None) -> Tensor:
-        u = self.projection(x if context is None else context)
-        gate = self.gate(x)
-        if isinstance(mask, int):
-            return self.output(self.read_block_causal(u, gate, mask))
-        return self.output(self.read(u, gate, mask))
-
-    def read(self, u: Tensor, gate: Tensor, mask: Literal["padding"] | None) -> Tensor:
-        taking_part = u if mask is None else op.scaled(u)
-        sums = op.concatenate([op.sum_tokens(product) for product in self.products(taking_part)])
-        del taking_part
-        return self.select(gate, op.scaled(sums))
-
-    def read_block_causal(self, u: Tensor, gate: Tensor, num_groups: int) -> Tensor:
-        batch, num_tokens, width = u.shape
-        sums = op.concatenate(
-            [
-                op.concatenate(
-                    [op.sum_tokens(op.view(product, batch, num_groups, num_tokens // num_groups, product.shape[-1]))]
-                )
-                for product in self.products(u)
-            ]
-        )
-        means = op.scaled(op.scaled(sums))
-        gates = op.view(gate, batch, num_groups, num_tokens // num_groups, width)
-        return op.view(self.select(gates, means), batch, num_tokens, width)
-
-    def select(self, gate: Tensor, mean: Tensor) -> Tensor:
-        return op.sigmoid(gate) * op.cast(mean, gate.itemsize)
-
-    def products(self, u: Tensor) -> list[Tensor]:
-        pieces = op.chunk(op.activation(u), self.degree)
-        products = [pieces[0]]
-        for piece in pieces[1:]:
-            products.append(products[-1] * piece)
-        return products
-
-    def linears(self) -> list[Linear]:
-        return [self.projection, self.gate, self.output]
-
-
-class Attention:
-    """Mixer of layers/attention.py; any mask is dense in queries and context."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        self.num_heads = num_heads
-        self.query, self.key_value, self.output = Linear(dim, dim), Linear(dim, 2 * dim), Linear(dim, dim)
-
-    def __call__(self, x: Tensor, context: Tensor | None = None, mask: Mask = None) -> Tensor:
-        context = x if context is None else context
-        query = self.query(x)
-        key, value = op.chunk(self.key_value(context), 2)
-        if mask is None:
-            return self.output(op.attention(query, key, value, self.num_heads))
-        tape, (batch, num_queries), num_context = x.tape, x.shape[:2], context.shape[1]
-        if isinstance(mask, int):  # block-causal: one mask for all samples
-            readable = tape.new((1, 1, num_queries, num_context), op.BOOL)
-            return self.output(op.attention(query, key, value, self.num_heads, readable))
-        readable = tape.new((batch, 1, num_queries, num_context), op.BOOL)
-        heads = op.attention(query, key, value, self.num_heads, readable)
-        del readable
-        return self.output(op.scaled(heads))  # rows that read nothing are set to 0
-
-    def linears(self) -> list[Linear]:
-        return [self.query, self.key_value, self.output]
 
 
 class FeedForward:
@@ -114,53 +24,49 @@ class FeedForward:
     def __call__(self, x: Tensor) -> Tensor:
         return self.contract(op.activation(self.expand(x)))
 
-    def linears(self) -> list[Linear]:
-        return [self.expand, self.contract]
-
-
-def build_mixer(config: ModelConfig, name: MixerName) -> PoM | Attention:
-    """Mirror of the same name in models/block.py."""
-    if name == "attention":
-        return Attention(config.dim, config.num_heads)
-    return PoM(config.dim, config.degree, config.expand)
+    def weights(self) -> list[Weight]:
+        return [*self.expand.weights(), *self.contract.weights()]
 
 
 class Block:
     """Mirror of the same name in models/block.py."""
 
-    def __init__(self, config: ImageModelConfig, mixer: MixerName) -> None:
+    def __init__(self, config: ImageModelConfig, mixer: Mixer) -> None:
         dim = config.dim
-        self.mixer = build_mixer(config, mixer)
+        self.mixer, self.has_rope = build_mixer(dim, mixer), mixer.rope is not None
         self.feed_forward = FeedForward(dim, config.ffn_expansion)
         self.modulation, self.gates = Linear(dim, 4 * dim), Linear(dim, 2 * dim)
 
-    def __call__(self, x: Tensor, c: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, c: Tensor, positions: Tensor | None = None) -> Tensor:
         c = op.activation(c)
+        positions = positions if self.has_rope else None
         scale1, shift1, scale2, shift2 = op.chunk(self.modulation(c), 4)
         gate1, gate2 = op.chunk(self.gates(c), 2)
-        x = x + (1 + gate1) * self.mixer(modulate(op.layer_norm(x), shift1, scale1))
+        x = x + (1 + gate1) * self.mixer(modulate(op.layer_norm(x), shift1, scale1), positions=positions)
         return x + (1 + gate2) * self.feed_forward(modulate(op.layer_norm(x), shift2, scale2))
 
     def weights(self) -> list[Weight]:
-        linears = [*self.mixer.linears(), *self.feed_forward.linears(), self.modulation, self.gates]
-        return [weight for linear in linears for weight in linear.weights()]
+        parts = (self.mixer, self.feed_forward, self.modulation, self.gates)
+        return [weight for part in parts for weight in part.weights()]
 
 
 class VideoBlock:
     """Block of models/video.py; the condition is (b g 1 d), with one g for every t."""
 
-    def __init__(self, config: VideoModelConfig, mixer: MixerName) -> None:
+    def __init__(self, config: VideoModelConfig, mixer: Mixer) -> None:
         dim = config.dim
-        self.cross, self.mixer = build_mixer(config, mixer), build_mixer(config, mixer)
+        self.cross, self.mixer = build_mixer(dim, mixer.without_rope()), build_mixer(dim, mixer)
+        self.has_rope = mixer.rope is not None
         self.mask: Mask = config.num_groups if config.temporal == "block_causal" else None
         self.feed_forward = FeedForward(dim, config.ffn_expansion)
         self.modulation, self.gates = Linear(dim, 8 * dim), Linear(dim, 3 * dim)
 
-    def __call__(self, x: Tensor, c: Tensor, text: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, c: Tensor, text: Tensor, positions: Tensor | None = None) -> Tensor:
         c = op.activation(c)
+        positions = positions if self.has_rope else None
         modulation, gates = op.chunk(self.modulation(c), 8), op.chunk(self.gates(c), 3)
         x = self.read_text(x, text, modulation, gates[0])
-        x = x + gated(gates[1], self.mixer(modulated(x, *modulation[4:6]), mask=self.mask))
+        x = x + gated(gates[1], self.mixer(modulated(x, *modulation[4:6]), mask=self.mask, positions=positions))
         return x + gated(gates[2], self.feed_forward(modulated(x, *modulation[6:])))
 
     def read_text(self, x: Tensor, text: Tensor, modulation: list[Tensor], gate: Tensor) -> Tensor:
@@ -174,9 +80,8 @@ class VideoBlock:
         return x + gated(gate, op.view(self.cross(queries, context, PADDING), *x.shape))
 
     def weights(self) -> list[Weight]:
-        parts = (self.cross, self.mixer, self.feed_forward)
-        linears = [*(linear for part in parts for linear in part.linears()), self.modulation, self.gates]
-        return [weight for linear in linears for weight in linear.weights()]
+        parts = (self.cross, self.mixer, self.feed_forward, self.modulation, self.gates)
+        return [weight for part in parts for weight in part.weights()]
 
 
 def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -213,7 +118,7 @@ class Network(ABC):
     def __init__(self, config: ModelConfig, values: int) -> None:
         dim = config.dim
         self.latent_shape: tuple[int, ...] = config.latent_shape
-        self.dim, self.num_tokens = dim, config.num_tokens
+        self.dim, self.num_tokens, self.has_rope = dim, config.num_tokens, config.has_rope
         self.patch_embedding = Linear(values, dim)
         self.time_expand, self.time_contract = Linear(dim, 4 * dim), Linear(4 * dim, dim)
         self.modulation, self.head = Linear(dim, 2 * dim), Linear(dim, values)
@@ -255,8 +160,9 @@ class ImageNetwork(Network):
         x = x + tape.new((self.num_tokens, self.dim))
         c = self.time(tape.new((batch, self.dim))) + op.embedding(self.class_embedding, batch)
         c.shape = (batch, 1, self.dim)
+        positions = [tape.new((self.num_tokens, 2), INT64)] if self.has_rope else []
         for block in self.blocks:
-            x = call(block, x, c)
+            x = call(block, x, c, *positions)
         scale, shift = op.chunk(self.modulation(op.activation(c)), 2)
         prediction = op.scaled(self.head(modulate(op.layer_norm(x), shift, scale)))
         prediction.shape = latents.shape
@@ -282,8 +188,9 @@ class VideoNetwork(Network):
         x = x + op.cast(tape.new((batch, self.num_tokens, self.dim), FP32), tape.itemsize)
         c = self.time(tape.new((batch, self.num_times, 1, self.dim)))
         text = self.text_embedding(tape.new(embeddings.shape))  # cast
+        positions = [tape.new((batch, self.num_tokens, 3), INT64)] if self.has_rope else []
         for block in self.blocks:
-            x = call(block, x, c, text)
+            x = call(block, x, c, text, *positions)
         scale, shift = op.chunk(self.modulation(op.activation(c)), 2)
         prediction = op.scaled(self.head(modulated(x, scale, shift)))
         prediction.shape = latents.shape

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from pomscale.plan.shadow.ledger import Storage
 from pomscale.plan.shadow.tensor import Leaf, Shape, Tensor, broadcast, product, record
 
-FP32, BF16, FP16, BOOL = 4, 2, 2, 1
+INT64, FP32, BF16, FP16, BOOL = 8, 4, 2, 2, 1
 
 
 class Weight:
@@ -23,26 +24,54 @@ class Weight:
         self.tensor: Tensor | None = None
 
     def read(self) -> Tensor:
+        """Return the weight without its bytes: what is kept for the backward pass is what the engine gathers then."""
         assert self.tensor is not None, "the engine has not gathered this weight"
-        return Tensor(self.tensor.tape, self.shape, self.tensor.itemsize, self.tensor.storage, self.leaf)
+        tape = self.tensor.tape
+        return Tensor(tape, self.shape, self.tensor.itemsize, Storage(tape.ledger, "parameters", 0), self.leaf)
 
 
-def linear(x: Tensor, weight: Weight, bias: Weight) -> Tensor:
-    """Map x (.. i) by weight (o i) and bias (o) -> (.. o)."""
-    w, b = weight.read(), bias.read()
-    result = product(x.tape, (*x.shape[:-1], w.shape[0]))
+def linear(x: Tensor, weight: Weight, bias: Weight | None) -> Tensor:
+    """Map x (.. i) by weight (o i) and bias (o), if there is one -> (.. o)."""
+    weights = [weight.read(), *([] if bias is None else [bias.read()])]
+    result = product(x.tape, (*x.shape[:-1], weight.shape[0]))
     needs_input, shape = x.node is not None, x.shape
+    sizes = [(w.shape, w.itemsize) for w in weights]
 
     def backward(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
         tape = saved[0].tape
-        return [
-            tape.new(shape) if needs_input else None,
-            tape.new(w_shape, w_itemsize),
-            tape.new(w_shape[:1], w_itemsize),
-        ]
+        return [tape.new(shape) if needs_input else None, *(tape.new(*size) for size in sizes)]
 
+    record([x, *weights], [result], [x], backward)
+    return result
+
+
+def grouped_linear(x: Tensor, weight: Weight, groups: int) -> Tensor:
+    """Map x (b n i) by weight (o i/groups) group by group -> (b n o): a product in another order, and its copy."""
+    w, shape = weight.read(), x.shape
+    in_groups = product(x.tape, (groups, shape[0] * shape[1], w.shape[0] // groups))
+    result = x.tape.new((*shape[:-1], w.shape[0]))
+    del in_groups
     w_shape, w_itemsize = w.shape, w.itemsize
-    record([x, w, b], [result], [x], backward)
+
+    def backward(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
+        tape = saved[0].tape
+        of_input, of_weight = tape.new(shape), tape.new(w_shape, w_itemsize)
+        copy = tape.new(w_shape, w_itemsize)
+        del of_weight
+        return [tape.new(of_input.shape), copy]
+
+    record([x, w], [result], [x], backward)
+    return result
+
+
+def matrix_product(a: Tensor, b: Tensor, shape: Shape) -> Tensor:
+    """Multiply batches of matrices -> a tensor of this shape."""
+    result = product(a.tape, shape)
+
+    def backward(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
+        return [tensor.tape.new(tensor.shape, tensor.itemsize) for tensor in saved]
+
+    record([a, b], [result], [a, b], backward)
     return result
 
 
@@ -70,7 +99,7 @@ def embedding(weight: Weight, batch: int) -> Tensor:
 
 
 def activation(x: Tensor) -> Tensor:
-    """Apply GELU, SiLU or a square: elementwise, differentiated from the input."""
+    """Apply GELU, SiLU, a square, a leaky ReLU or a hard sigmoid: elementwise, differentiated from the input."""
     result = x.tape.new(x.shape, x.itemsize)
     record([x], [result], [x], lambda gradients, saved: [saved[0].tape.new(saved[0].shape, saved[0].itemsize)])
     return result
@@ -95,6 +124,51 @@ def layer_norm(x: Tensor) -> Tensor:
         lambda gradients, saved: [saved[0].tape.new(saved[0].shape, saved[0].itemsize)],
     )
     return result
+
+
+def clamp(x: Tensor) -> Tensor:
+    """Clamp x, which is differentiated from the input, by a mask of two comparisons."""
+    result = x.tape.new(x.shape, x.itemsize)
+
+    def backward(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
+        (before,) = saved
+        comparisons = [before.tape.new(before.shape, BOOL) for _ in range(2)]
+        gradient = before.tape.new(before.shape, before.itemsize)
+        del comparisons
+        return [gradient]
+
+    record([x], [result], [x], backward)
+    return result
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """Subtract b from a, of one shape; the gradient of b is a copy with the other sign."""
+    result = a.tape.new(a.shape, a.itemsize)
+
+    def backward(gradients: Sequence[Tensor | None], _: Sequence[Tensor]) -> list[Tensor | None]:
+        (gradient,) = gradients
+        assert gradient is not None
+        return [gradient, gradient.tape.new(gradient.shape, gradient.itemsize)]
+
+    record([a, b], [result], [], backward)
+    return result
+
+
+def part(x: Tensor, width: int) -> Tensor:
+    """View `width` of the channels of x (.. d); the gradient is as wide as x, with zeros around it."""
+    result = Tensor(x.tape, (*x.shape[:-1], width), x.itemsize, x.storage)
+    shape, itemsize, tape = x.shape, x.itemsize, x.tape
+    record([x], [result], [], lambda gradients, saved: [tape.new(shape, itemsize)])
+    return result
+
+
+def unbind(weight: Weight) -> list[Tensor]:
+    """Return the columns of weight (n k) as k views (n,); their gradients are stacked."""
+    w = weight.read()
+    columns = [Tensor(w.tape, w.shape[:1], w.itemsize, w.storage) for _ in range(w.shape[1])]
+    shape, itemsize, tape = w.shape, w.itemsize, w.tape
+    record([w], columns, [], lambda gradients, saved: [tape.new(shape, itemsize)])
+    return columns
 
 
 def chunk(x: Tensor, pieces: int) -> list[Tensor]:
@@ -214,6 +288,7 @@ def mean_squared(error: Tensor) -> Tensor:
 
 
 __all__ = [
-    "BF16", "BOOL", "FP16", "FP32", "Weight", "activation", "attention", "broadcast", "cast", "chunk", "concatenate",
-    "convolution", "embedding", "layer_norm", "linear", "mean_squared", "scaled", "sigmoid", "sum_tokens", "view",
+    "BF16", "BOOL", "FP16", "FP32", "INT64", "Weight", "activation", "attention", "broadcast", "cast", "chunk", "clamp",
+    "concatenate", "convolution", "difference", "embedding", "grouped_linear", "layer_norm", "linear", "matrix_product",
+    "mean_squared", "part", "scaled", "sigmoid", "sum_tokens", "unbind", "view",
 ]  # fmt: skip

@@ -117,5 +117,5 @@ def test_names_are_unique() -> None:
 
 
 def test_the_hybrid_is_six_parts_pom_to_one_part_attention() -> None:
-    mixers = TRAIN["hybrid/dipom-xl-2-hybrid.yaml"].model.mixers
+    mixers = [mixer.kind for mixer in TRAIN["hybrid/dipom-xl-2-hybrid.yaml"].model.mixers]
     assert mixers == [*["pom"] * 6, "attention"] * 4

@@ -134,7 +134,7 @@ def test_the_preset_says_that_clips_are_meant(recipe: Path, name: str) -> None:
     assert isinstance(model, VideoModelConfig)
     wanted = VIDEO_PRESETS[name]
     assert {field: getattr(model, field) for field in wanted} == wanted
-    assert set(model.mixers) == {"pom" if name.startswith("vdipom") else "attention"}
+    assert {mixer.kind for mixer in model.mixers} == {"pom" if name.startswith("vdipom") else "attention"}
     wider = clips(recipe, "model.depth=4", "model.patch_frames=1").model
     assert (wider.depth, wider.dim) == (4, model.dim)
 

@@ -87,17 +87,18 @@ def test_ramp_up_forgets_the_initial_weights() -> None:
 # --- weight decay ----------------------------------------------------------------------------------------------------
 
 
-def test_all_is_decayed_but_biases_and_the_class_embedding() -> None:
+def test_all_is_decayed_but_biases_the_class_embedding_and_coefficients() -> None:
     """Without gradients AdamW does nothing but decay."""
     fields: dict[str, Any] = {"latent_shape": (2, 4, 4), "num_classes": 3, "dim": 8, "depth": 2, "num_heads": 2}
-    model = DiPoM(ImageModelConfig(**fields, mixer=["pom", "attention"]))
+    v2 = {"kind": "pom", "form": "coefficients"}
+    model = DiPoM(ImageModelConfig.model_validate({**fields, "depth": 3, "mixer": ["pom", "attention", v2]}))
     optimizer = build_optimizer(model, OptimizerConfig(lr=0.1, weight_decay=0.5))
     for parameter in model.parameters():
         torch.nn.init.ones_(parameter)
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for name, parameter in model.named_parameters():
-        spared = parameter.ndim == 1 or name == "class_embedding.weight"
+        spared = parameter.ndim == 1 or name in ("class_embedding.weight", "trunk.2.mixer.coefficients")
         expected = torch.full_like(parameter, 1.0 if spared else 1 - 0.1 * 0.5)
         torch.testing.assert_close(parameter.detach(), expected, msg=name)
     assert [name for name, parameter in model.named_parameters() if parameter.ndim == 1 and "bias" not in name] == []

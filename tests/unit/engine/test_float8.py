@@ -16,10 +16,11 @@ pytest.importorskip("torchao")
 from pomscale.engine.float8 import to_float8
 
 MODEL = ImageModelConfig(latent_shape=(4, 4, 4), num_classes=3, patch_size=1, dim=32, depth=2, num_heads=2)
+V2: dict[str, Any] = {"kind": "pom", "form": "coefficients", "rope": True}
 
 
-def network(*, float8: bool, seed: int = 0) -> DiPoM:
-    model = DiPoM(MODEL)
+def network(*, float8: bool, seed: int = 0, mixer: Any = "pom") -> DiPoM:
+    model = DiPoM(ImageModelConfig(**{**MODEL.model_dump(), "mixer": mixer}))
     init_weights(model, seed)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # gates and head begin at zero, where nothing of a block would be seen
@@ -37,8 +38,13 @@ def loss_of(model: DiPoM) -> Tensor:
     return (model(x, t, classes) - target).square().mean()
 
 
-def test_loss_and_gradients_are_close_and_names_the_same() -> None:
-    plain, converted = network(float8=False), network(float8=True)
+@pytest.mark.parametrize(
+    "mixer",
+    ["pom", {**V2, "heads": 16}, [{**V2, "heads": 4, "groups": 2}, V2]],
+    ids=["product", "coefficients", "groups and channels"],
+)
+def test_loss_and_gradients_are_close_and_names_the_same(mixer: Any) -> None:
+    plain, converted = network(float8=False, mixer=mixer), network(float8=True, mixer=mixer)
     ours, reference = dict(converted.named_parameters()), dict(plain.named_parameters())
     assert list(ours) == list(reference)
     assert all(ours[name].equal(reference[name]) for name in reference), "master weights have changed"

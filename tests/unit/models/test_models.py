@@ -24,14 +24,15 @@ TINY: dict[str, Any] = {
     "patch_size": 2,
     "num_heads": 4,
 }
+V2: dict[str, Any] = {"kind": "pom", "form": "coefficients", "heads": 4, "rope": True}
 
 
 def tiny(**fields: Any) -> ImageModelConfig:
     return ImageModelConfig(**{**TINY, **fields})
 
 
-def preset(name: str) -> ImageModelConfig:
-    return ImageModelConfig(preset=name, latent_shape=(4, 32, 32), num_classes=1000)
+def preset(name: str, **fields: Any) -> ImageModelConfig:
+    return ImageModelConfig(preset=name, latent_shape=(4, 32, 32), num_classes=1000, **fields)
 
 
 def build(config: ImageModelConfig, seed: int = 0) -> DiPoM:
@@ -82,10 +83,13 @@ COUNTED = [
     tiny(mixer="pom", degree=3, expand=1, ffn_expansion=3),
     tiny(mixer="attention"),
     tiny(mixer=["pom", "attention"], patch_size=4),
+    tiny(mixer={**V2, "degree": 3}),
+    tiny(mixer=[{**V2, "heads": 1, "groups": 4}, {**V2, "groups": 2}]),
+    tiny(mixer=V2, latent_shape=(3, 2, 2)),
 ]
 
 
-@pytest.mark.parametrize("config", COUNTED, ids=["pom", "attention", "hybrid"])
+@pytest.mark.parametrize("config", COUNTED, ids=["pom", "attention", "hybrid", "heads", "groups", "one token"])
 def test_flop_formula_counts_what_runs(config: ImageModelConfig) -> None:
     model = DiPoM(config)
     # The counter does not know the CPU's fused attention; the plain one is two products, which it does.
@@ -95,9 +99,10 @@ def test_flop_formula_counts_what_runs(config: ImageModelConfig) -> None:
     assert num_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_training_costs_three_forward_passes_but_for_the_input() -> None:
+@pytest.mark.parametrize("mixer", ["pom", {**V2, "groups": 2}], ids=["product", "coefficients"])
+def test_training_costs_three_forward_passes_but_for_the_input(mixer: Any) -> None:
     """Nothing needs the gradient of the latents or of the time features, which is all that the formula adds."""
-    config = tiny(mixer="pom")
+    config = tiny(mixer=mixer)
     with FlopCounterMode(display=False) as counter:
         DiPoM(config)(*batch(config, size=1)).sum().backward()
     patches = config.patch_size**2 * config.latent_shape[0]
@@ -187,7 +192,7 @@ def test_init_refuses_parameters_without_a_rule() -> None:
 # --- behaviour -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mixer", ["pom", "attention"])
+@pytest.mark.parametrize("mixer", ["pom", "attention", {**V2, "rope": False}])
 def test_block_starts_as_the_identity(mixer: str) -> None:
     block = build(tiny(mixer=mixer)).blocks()[0]
     x, c = torch.randn(2, 5, 16), torch.randn(2, 1, 16)
@@ -199,7 +204,7 @@ def test_network_starts_with_zero_output() -> None:
     assert not bool(build(tiny())(latents, t, condition).any())
 
 
-@pytest.mark.parametrize("mixer", ["pom", "attention"])
+@pytest.mark.parametrize("mixer", ["pom", "attention", V2])
 def test_output_has_the_shape_of_the_latents_and_depends_on_everything(mixer: str) -> None:
     config = tiny(mixer=mixer)
     model = awaken(DiPoM(config))
@@ -236,3 +241,67 @@ def test_null_condition_is_the_last_row() -> None:
 def test_bf16_weights_take_fp32_latents() -> None:
     model = awaken(DiPoM(tiny())).bfloat16()
     assert model(*batch(tiny())).dtype == torch.bfloat16
+
+
+# --- the coefficient form --------------------------------------------------------------------------------------------
+
+
+def test_init_rules_of_the_coefficient_form() -> None:
+    mixer = build(tiny(dim=64, mixer={**V2, "groups": 4})).trunk[0].mixer
+    assert mixer.coefficients.detach().abs().max() <= 0.001
+    assert len(mixer.coefficients.detach().unique()) > 2
+    assert not bool(mixer.gate.bias.any())
+    for part in mixer.projection.weight.detach().chunk(4):
+        bound = (6 / (16 + 32)) ** 0.5
+        assert 0.9 * bound < float(part.abs().max()) <= bound
+    assert mixer.output.bias is None
+
+
+def test_tokens_have_their_row_and_column() -> None:
+    """With rope what a token reads depends on where it is; a row of two tokens is no column of two tokens."""
+    config = tiny(mixer=[{**V2, "heads": 8}, "attention"])
+    model = awaken(DiPoM(config)).double()
+    seen: list[Tensor] = []
+
+    def look(block: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[2])
+
+    model.trunk[0].register_forward_pre_hook(look)
+    latents, t, condition = batch(config)
+    model(latents.double(), t, condition)
+    height, width = 4, 6
+    assert seen[0].tolist() == [[row, column] for row in range(height) for column in range(width)]
+    x, c = torch.randn(1, 2, 16, dtype=torch.float64), torch.randn(1, 1, 16, dtype=torch.float64)
+    row, column = (model.trunk[0](x, c, torch.tensor(positions)) for positions in ([[0, 0], [0, 1]], [[0, 0], [1, 0]]))
+    assert not torch.allclose(row, column)
+
+
+def test_a_mixer_without_rope_gets_no_positions() -> None:
+    config = tiny(mixer={**V2, "rope": False})
+    blocks = awaken(DiPoM(config)).blocks()
+    x, c = torch.randn(2, 5, 16), torch.randn(2, 1, 16)
+    assert torch.equal(blocks[0](x, c), blocks[0](x, c, torch.zeros(5, 2, dtype=torch.int64)))
+
+
+def test_public_build_model_takes_a_mixer() -> None:
+    model = build_model(
+        "dipom-s-2", num_classes=10, latent_shape=(4, 4, 4), depth=2, mixer=["pom", {**V2, "heads": 12, "degree": 3}]
+    )
+    first, second = (block.mixer for block in model.trunk)
+    assert (first.form.name, second.form.name, second.form.degree, second.form.heads) == (
+        "product",
+        "coefficients",
+        3,
+        12,
+    )
+    assert tuple(second.coefficients.shape) == (768, 3)
+
+
+def test_nominal_flops_of_the_authors_size() -> None:
+    """Per token and block 4 d^2 of the mixer, 16 d of its gates and 8 d^2 of the feed-forward: 229 GFLOP in all."""
+    config = preset("dipom-xl-2", ffn_expansion=4, mixer={**V2, "heads": 16})
+    assert round(num_parameters(config) / 1e6) == 684
+    assert round(forward_flops(config, nominal=True) / 1e9) == 229
+    # Folded, the output map costs heads x d per token, and 2 d^2 once.
+    saved = 28 * 2 * (256 * (2 * 1152**2 - 16 * 1152) - 2 * 1152**2)
+    assert forward_flops(config, nominal=True) - forward_flops(config) == saved

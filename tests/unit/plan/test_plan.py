@@ -129,6 +129,35 @@ def test_memory_of_a_hybrid_of_clips() -> None:
         assert_predicted(recipe, 8, measure(recipe, world))
 
 
+V2 = {"kind": "pom", "form": "coefficients", "rope": True}
+
+
+@pytest.mark.parametrize(
+    ("mixer", "precision", "mode"),
+    [
+        ({**V2, "heads": 16}, "bf16", "none"),
+        ({**V2, "heads": 16}, "fp32", "selective"),
+        ({**V2, "heads": 16}, "bf16", "full"),
+        ({**V2, "degree": 4, "expand": 3}, "fp32", "none"),
+        ([{**V2, "heads": 8, "groups": 4, "rope": False}, "attention"], "bf16", "none"),
+    ],
+)
+def test_memory_of_the_coefficient_form(mixer: Any, precision: str, mode: str) -> None:
+    recipe = tiny(
+        model={**TINY_MODEL, "mixer": mixer}, compute={"precision": precision, "activation_checkpointing": mode}
+    )
+    with pretended_world(8) as world:
+        assert_predicted(recipe, 8, measure(recipe, world))
+
+
+@pytest.mark.parametrize("times", TIMES)
+def test_memory_of_clips_in_the_coefficient_form(times: str) -> None:
+    changes = {**TIMES[times], "model": {**TIMES[times].get("model", {}), "mixer": {**V2, "heads": 8, "groups": 2}}}
+    recipe = tiny_video(**changes, compute={"precision": "bf16", "activation_checkpointing": "none"})
+    with pretended_world(8) as world:
+        assert_predicted(recipe, 8, measure(recipe, world))
+
+
 def test_memory_of_one_real_rank() -> None:
     recipe = tiny(num_ranks=1)
     with join_world("cpu") as world:

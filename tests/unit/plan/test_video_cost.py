@@ -23,6 +23,7 @@ from pomscale.plan.model_cost import (
     recomputed_flops,
     training_flops,
 )
+from support.tiny_clips import V2
 
 TEXT_TOKENS = 7
 
@@ -73,6 +74,8 @@ MIXERS: dict[str, dict[str, Any]] = {
     "pom": {"mixer": "pom", "degree": 3, "expand": 1, "ffn_expansion": 3},
     "attention": {"mixer": "attention"},
     "hybrid": {"mixer": ["pom", "attention"], "patch_frames": 1},
+    "heads": {"mixer": V2},
+    "gate per channel": {"mixer": {**V2, "heads": 1, "groups": 1}},
 }
 
 
@@ -99,7 +102,7 @@ def test_flop_formula_counts_xl(name: str) -> None:
 @pytest.mark.parametrize("num_times", [1, 3])
 def test_training_and_recomputation(mode: str, num_times: int) -> None:
     """Nothing needs the gradient of latents, texts or time features, which is all that the formula adds."""
-    config = tiny(mixer=["pom", "attention"], temporal="block_causal")
+    config = tiny(mixer=["pom", "attention", V2], depth=3, temporal="block_causal")
     model = VDiPoM(config)
     checkpoint_blocks(model.blocks(), mode)
     # Both passes: what runs again in the backward pass runs with its choice of attention.

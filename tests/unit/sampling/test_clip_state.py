@@ -32,7 +32,7 @@ from pomscale.sampling.clip_state import read_clip_state, write_clip_state
 from pomscale.sampling.stream import ClipStream
 from pomscale.shards.schema import TextInfo
 from support.paths import TESTS
-from support.tiny_clips import TEXT_DIM, awaken, normal, text_of, video_config
+from support.tiny_clips import TEXT_DIM, V2, awaken, normal, text_of, video_config
 from support.tiny_models import save_t5
 
 TEXT, SEEDS = text_of([5, 2]), [11, 12]
@@ -92,7 +92,9 @@ def saved(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("per_frame_group", [False, True], ids=["one t", "t per group"])
-@pytest.mark.parametrize("mixer", ["pom", "attention", ["pom", "attention"]], ids=["pom", "attention", "hybrid"])
+@pytest.mark.parametrize(
+    "mixer", ["pom", "attention", ["pom", "attention"], V2], ids=["pom", "attention", "hybrid", "coefficients"]
+)
 def test_a_resumed_stream_gives_the_same_bits(mixer: Any, per_frame_group: bool, tmp_path: Path) -> None:
     """Stopped before the first group, among the known ones, and after them; by another model object."""
     known = normal(2, 3, 5, 4, 6)
