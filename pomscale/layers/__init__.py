@@ -4,7 +4,14 @@ from pomscale.layers.attention import Attention, AttentionState
 from pomscale.layers.embeddings import TimestepEmbedding, sincos_positions_2d, sincos_positions_3d, timestep_features
 from pomscale.layers.mlp import FeedForward
 from pomscale.layers.modulation import modulate
-from pomscale.layers.patchify import ClipPatchEmbedding, PatchEmbedding, unpatchify, unpatchify_clips
+from pomscale.layers.patchify import (
+    ClipPatchEmbedding,
+    PatchEmbedding,
+    patchify,
+    patchify_clips,
+    unpatchify,
+    unpatchify_clips,
+)
 from pomscale.layers.pom import PoM
 
 __all__ = [
@@ -16,6 +23,8 @@ __all__ = [
     "PoM",
     "TimestepEmbedding",
     "modulate",
+    "patchify",
+    "patchify_clips",
     "sincos_positions_2d",
     "sincos_positions_3d",
     "timestep_features",

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pomscale.config.model import MixerName, TrunkConfig
 from pomscale.layers import Attention, FeedForward, PoM, modulate
+from pomscale.ops.pom import TokenSplit
 
 
 class Block(nn.Module):
@@ -27,11 +28,12 @@ class Block(nn.Module):
         self.modulation = nn.Linear(dim, 4 * dim)
         self.gates = nn.Linear(dim, 2 * dim)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, split: TokenSplit | None = None) -> Tensor:
+        """Apply the block. split: where the tokens lie, if x has only some of them."""
         c = F.silu(c)
         scale1, shift1, scale2, shift2 = self.modulation(c).chunk(4, dim=-1)
         gate1, gate2 = self.gates(c).chunk(2, dim=-1)
-        x = x + (1 + gate1) * self.mixer(modulate(self.norm(x), shift1, scale1))
+        x = x + (1 + gate1) * self.mixer(modulate(self.norm(x), shift1, scale1), split=split)
         return x + (1 + gate2) * self.ffn(modulate(self.norm(x), shift2, scale2))
 
 

@@ -9,11 +9,16 @@ from pomscale.config.train import TrainRecipe
 
 def check_layout(recipe: TrainRecipe, num_ranks: int) -> None:
     """Raise InputError, which names the key, unless `num_ranks` ranks can share the recipe's batch and state."""
-    batch, shard_size = recipe.training.global_batch, recipe.fsdp2.shard_size
-    if batch < num_ranks:
+    batch, shard_size, sp = recipe.training.global_batch, recipe.fsdp2.shard_size, recipe.mesh.sp
+    if num_ranks % sp:
         raise InputError(
-            f"training.global_batch: {batch} samples cannot be shared by {num_ranks} ranks; "
-            f"use at most {batch} ranks or a larger global batch"
+            f"mesh.sp: {num_ranks} ranks do not make whole groups of {sp}; use a multiple of {sp} ranks, or another sp"
+        )
+    if batch < num_ranks // sp:
+        groups = "ranks" if sp == 1 else f"groups of {sp} ranks"
+        raise InputError(
+            f"training.global_batch: {batch} samples cannot be shared by {num_ranks // sp} {groups}; "
+            f"use at most {batch} {groups} or a larger global batch"
         )
     if recipe.engine == "fsdp2" and shard_size is not None and num_ranks % shard_size:
         raise InputError(

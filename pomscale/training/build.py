@@ -20,6 +20,7 @@ from pomscale.data.bad_samples import BadSampleList
 from pomscale.data.loader import Loader, ReadAhead
 from pomscale.data.mixture import Mixture
 from pomscale.diffusion.objectives import Objective, build_objective
+from pomscale.distributed.sequence_parallel import SequenceRanks
 from pomscale.distributed.stragglers import Stragglers
 from pomscale.distributed.world import World
 from pomscale.engine import build_engine
@@ -30,6 +31,7 @@ from pomscale.evaluation.heldout import shape_sizes
 from pomscale.models import make_model
 from pomscale.monitoring.profiler import ProfileWindow
 from pomscale.monitoring.throughput import mfu
+from pomscale.ops.pom import TokenSplit
 from pomscale.plan.model_cost import training_flops
 from pomscale.pretrained.card import ModelCard
 from pomscale.runs.checkpoint_folder import final_folder, is_complete
@@ -37,7 +39,14 @@ from pomscale.runs.code_state import versions
 from pomscale.runs.layout import BAD_SAMPLES_FILE, EMA_FOLDER
 from pomscale.runs.wandb_id import read_wandb_id
 from pomscale.shards.schema import check_compatible, check_text
-from pomscale.training.loss import TrainBatch, draw_batch, share_of_loss, spoil_gradient_if_not_finite, steps
+from pomscale.training.loss import (
+    LocalTokens,
+    TrainBatch,
+    draw_batch,
+    share_of_loss,
+    spoil_gradient_if_not_finite,
+    steps,
+)
 from pomscale.training.periodic import PeriodicWork, open_events
 from pomscale.training.process import Process
 from pomscale.training.recovery import Recovery
@@ -84,13 +93,16 @@ def make_engine(recipe: TrainRecipe, initial: InitWeights, world: World) -> Engi
 
 
 def open_loader(inputs: Inputs, world: World, position: int) -> Loader[TrainBatch]:
-    """Loader of this rank's micro-batches from the global position `position` on, with everything random drawn."""
-    recipe, mixture = inputs.recipe, inputs.mixture
+    """Loader of this rank's micro-batches from the global position `position` on, with everything random drawn.
+
+    Ranks that share the tokens of their samples read the same ones.
+    """
+    recipe, mixture, sp = inputs.recipe, inputs.mixture, inputs.recipe.mesh.sp
     return Loader(
         mixture,
         micro_batch=recipe.training.micro_batch,
-        rank=world.rank,
-        world_size=world.size,
+        rank=world.rank // sp,
+        world_size=world.size // sp,
         start_position=position,
         ahead=ReadAhead(recipe.data.num_threads, recipe.data.prefetch, pin_memory=world.device.type == "cuda"),
         finish=partial(draw_batch, recipe, texts=None if mixture.text is None else mixture.text.info),
@@ -151,7 +163,14 @@ def build_trainer(
         process=process,
         records=records,
     )
-    share = partial(share_of_loss, objective, inputs.card.normalization, schedule.global_batch, process.world.device)
+    share = partial(
+        share_of_loss,
+        objective,
+        inputs.card.normalization,
+        schedule.global_batch,
+        process.world.device,
+        _local_tokens(recipe, process.world),
+    )
     return Trainer(
         engine=resumed.engine,
         batches=steps(loader),
@@ -163,6 +182,15 @@ def build_trainer(
         periodic=periodic,
         process=process,
     )
+
+
+def _local_tokens(recipe: TrainRecipe, world: World) -> LocalTokens | None:
+    """Tokens of this rank, where several share those of a sample. A collective."""
+    ranks = SequenceRanks.of(world, recipe.mesh.sp)
+    if ranks is None:
+        return None
+    split = partial(TokenSplit.even, num_ranks=ranks.size, rank=ranks.rank, collectives=ranks.collectives)
+    return LocalTokens(recipe.model, split)
 
 
 def _periodic(

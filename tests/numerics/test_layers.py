@@ -87,13 +87,6 @@ def test_official_weights_that_do_not_fit_are_refused() -> None:
         PoM.from_official({**weights, "ag_proj.weight": weights["ag_proj.weight"].T})
 
 
-def test_pom_refuses_a_step_under_sequence_parallelism() -> None:
-    mixer = PoM(DIM)
-    mixer.state_reduce = lambda state: state
-    with pytest.raises(ValueError, match="state_reduce"):
-        mixer.step(torch.zeros(1, 2, DIM))
-
-
 # --- attention -------------------------------------------------------------------------------------------------------
 
 

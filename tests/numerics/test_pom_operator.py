@@ -188,31 +188,6 @@ def test_carried_causal_state_does_not_keep_the_sequence_alive() -> None:
     assert state.sum.untyped_storage().nbytes() == state.sum.numel() * state.sum.element_size()
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_state_reduce_merges_tokens_held_elsewhere(masked: bool) -> None:
-    u, gate = operands(TOKENS, degree=2)
-    mask = padding(BATCH, TOKENS, TOKENS) if masked else None
-    halves = [slice(0, 9), slice(9, TOKENS)]
-    partial: list[PomState] = []
-    for part in halves:
-        _, state = polynomial_mixer_step(
-            u[:, part], gate[:, part], Form(degree=2), mask=None if mask is None else mask[:, part]
-        )
-        partial.append(state)
-    outputs = [
-        polynomial_mixer(
-            u[:, part],
-            gate[:, part],
-            Form(degree=2),
-            None if mask is None else mask[:, part],
-            state_reduce=lambda local, other=other: local + other,
-        )
-        for part, other in zip(halves, reversed(partial), strict=True)
-    ]
-    full = polynomial_mixer(u, gate, Form(degree=2), mask)
-    torch.testing.assert_close(torch.cat(outputs, dim=1), full, rtol=1e-12, atol=1e-14)
-
-
 # --- NaN and empty contexts ------------------------------------------------------------------------------------------
 
 
@@ -316,7 +291,6 @@ def test_compiles_without_graph_breaks(make_mask: MakeMask) -> None:
         ({"mask": BlockCausal(4)}, "same tokens"),
         ({"form": Form(degree=3)}, "degree"),
         ({"gate": torch.zeros(BATCH, QUERIES, 4)}, "gate"),
-        ({"mask": torch.ones(BATCH, QUERIES, TOKENS, dtype=torch.bool), "state_reduce": lambda s: s}, "state_reduce"),
     ],
 )
 def test_operands_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:

@@ -5,10 +5,12 @@ from pomscale.ops.pom.form import Form, FormName
 from pomscale.ops.pom.masks import BlockCausal, Mask, Segments, check_mask, dense_mask
 from pomscale.ops.pom.operands import Context, Queries
 from pomscale.ops.pom.rotary import check_rotary
-from pomscale.ops.pom.state import PomState, StateReduce
+from pomscale.ops.pom.split import Collectives, SplitTokens, TokenSplit, runs_of_frames
+from pomscale.ops.pom.state import PomState
 
 __all__ = [
     "BlockCausal",
+    "Collectives",
     "Context",
     "Form",
     "FormName",
@@ -16,10 +18,12 @@ __all__ = [
     "PomState",
     "Queries",
     "Segments",
-    "StateReduce",
+    "SplitTokens",
+    "TokenSplit",
     "check_mask",
     "check_rotary",
     "dense_mask",
     "polynomial_mixer",
     "polynomial_mixer_step",
+    "runs_of_frames",
 ]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,7 +39,3 @@ class PomState:
     def mean(self) -> Tensor:
         """Return H (b, kD), which is 0 where no token took part."""
         return self.sum / self.count.clamp(min=1)[:, None]
-
-
-# Merges the partial state of local tokens with those that live elsewhere (sequence parallelism).
-StateReduce: TypeAlias = Callable[[PomState], PomState]
