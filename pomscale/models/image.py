@@ -61,4 +61,5 @@ class DiPoM(nn.Module):
             x = block(x, c, split)
         scale, shift = self.modulation(F.silu(c)).chunk(2, dim=-1)
         values = self.head(modulate(self.norm(x), shift, scale))
-        return unpatchify(values, height, width, patch_size) if split is None else values
+        # No view of what the head gives, for the reason in `unpatchify`.
+        return unpatchify(values, height, width, patch_size) if split is None else values.clone()

@@ -214,7 +214,8 @@ class VDiPoM(nn.Module):
         for block in self.trunk:
             x = block(x, c, text, condition.mask, mask, split)
         values = self._values(x, c, split)
-        return self._unpatchified(values, grid) if split is None else values
+        # No view of what the head gives, for the reason in `unpatchify`.
+        return self._unpatchified(values, grid) if split is None else values.clone()
 
     def step(
         self, latents: Tensor, t: Tensor, condition: Text, states: Sequence[MixerState] | None, group: int
