@@ -37,10 +37,13 @@ def notes(recipe: TrainRecipe, num_nodes: int, gpus_per_node: int) -> list[str]:
     """Return notes on settings that cost time, and on costs that the figures leave out; each names its key."""
     num_gpus, batch = num_nodes * gpus_per_node, recipe.training.global_batch
     found = []
-    if batch % num_gpus:
+    sp = recipe.mesh.sp
+    num_groups = num_gpus // sp
+    if batch % num_groups:
+        groups = "GPUs" if sp == 1 else f"groups of {sp} GPUs"
         found.append(
-            f"training.global_batch: {batch} over {num_gpus} GPUs gives some {batch // num_gpus} samples and some "
-            f"{batch // num_gpus + 1}; the former wait for the latter"
+            f"training.global_batch: {batch} over {num_groups} {groups} gives some {batch // num_groups} samples and "
+            f"some {batch // num_groups + 1}; the former wait for the latter"
         )
     shard_size = recipe.fsdp2.shard_size
     if recipe.engine == "fsdp2" and shard_size is not None and num_nodes > 1 and shard_size > gpus_per_node:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from pomscale.base.clock import Clock
+from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import CheckpointStore
 from pomscale.config.engine import CheckpointConfig
 from pomscale.config.hardware import peak_flops
-from pomscale.config.model import VideoModelConfig
+from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.config.train import TrainRecipe
 from pomscale.data.bad_samples import BadSampleList
+from pomscale.data.dataset import LatentDataset
 from pomscale.data.loader import Loader, ReadAhead
 from pomscale.data.mixture import Mixture
 from pomscale.diffusion.objectives import Objective, build_objective
-from pomscale.distributed.sequence_parallel import SequenceRanks
 from pomscale.distributed.stragglers import Stragglers
 from pomscale.distributed.world import World
 from pomscale.engine import build_engine
@@ -31,7 +32,6 @@ from pomscale.evaluation.heldout import shape_sizes
 from pomscale.models import make_model
 from pomscale.monitoring.profiler import ProfileWindow
 from pomscale.monitoring.throughput import mfu
-from pomscale.ops.pom import TokenSplit
 from pomscale.plan.model_cost import training_flops
 from pomscale.pretrained.card import ModelCard
 from pomscale.runs.checkpoint_folder import final_folder, is_complete
@@ -55,6 +55,8 @@ from pomscale.training.saving import Saver, Series
 from pomscale.training.schedule import Schedule
 from pomscale.training.telemetry import Records, Row, Telemetry
 from pomscale.training.trainer import Trainer
+
+NetworkConfig = TypeVar("NetworkConfig", ImageModelConfig, VideoModelConfig)
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,27 @@ def open_inputs(recipe: TrainRecipe, folder: Path) -> Inputs:
         check_compatible(dataset.location, dataset.manifest, recipe.codec, model)
         if isinstance(model, VideoModelConfig) and dataset.text is not None:
             check_text(dataset.text.source.location, dataset.text.source.manifest, model)
+        _check_tokens(recipe, dataset)
     return Inputs(recipe, folder, mixture, ModelCard.of(recipe, mixture), identity(recipe, mixture))
+
+
+def _check_tokens(recipe: TrainRecipe, dataset: LatentDataset) -> None:
+    """Raise InputError for samples with fewer tokens than ranks that are to share them."""
+    for group in dataset.manifest.groups:
+        num_tokens = _of_shape(recipe.model, group.shape).num_tokens
+        if num_tokens < recipe.mesh.sp:
+            raise InputError(
+                f"mesh.sp: {recipe.mesh.sp} ranks cannot share the {num_tokens} tokens of samples of shape "
+                f"{'x'.join(map(str, group.shape))} in {dataset.location}; use at most {num_tokens}"
+            )
+
+
+def _of_shape(model: NetworkConfig, shape: Sequence[int]) -> NetworkConfig:
+    """Return the config of a network for latents of `shape`, which may be a picture's where clips are trained on."""
+    channels, *frames, height, width = shape
+    if isinstance(model, VideoModelConfig):
+        frames = [max([*frames, model.patch_frames])]
+    return model.model_copy(update={"latent_shape": (channels, *frames, height, width)})
 
 
 def make_engine(recipe: TrainRecipe, initial: InitWeights, world: World) -> Engine:
@@ -169,7 +191,7 @@ def build_trainer(
         inputs.card.normalization,
         schedule.global_batch,
         process.world.device,
-        _local_tokens(recipe, process.world),
+        LocalTokens.of(recipe, process.world),
     )
     return Trainer(
         engine=resumed.engine,
@@ -182,15 +204,6 @@ def build_trainer(
         periodic=periodic,
         process=process,
     )
-
-
-def _local_tokens(recipe: TrainRecipe, world: World) -> LocalTokens | None:
-    """Tokens of this rank, where several share those of a sample. A collective."""
-    ranks = SequenceRanks.of(world, recipe.mesh.sp)
-    if ranks is None:
-        return None
-    split = partial(TokenSplit.even, num_ranks=ranks.size, rank=ranks.rank, collectives=ranks.collectives)
-    return LocalTokens(recipe.model, split)
 
 
 def _periodic(
@@ -275,9 +288,7 @@ def mean_flops(recipe: TrainRecipe, mixture: Mixture) -> float:
     total = 0.0
     for dataset, share in zip(mixture.datasets, mixture.shares, strict=True):
         for group, size in shape_sizes(dataset).items():
-            channels, *frames, height, width = dataset.manifest.groups[group].shape
-            shape = (channels, max([*frames, model.patch_frames]), height, width)
-            clip = model.model_copy(update={"latent_shape": shape})
+            clip = _of_shape(model, dataset.manifest.groups[group].shape)
             flops = training_flops(
                 clip,
                 text_length=mixture.text.info.config.max_length,

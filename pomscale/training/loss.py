@@ -18,8 +18,10 @@ from pomscale.data.normalize import normalize
 from pomscale.data.texts import null_text, text_batch
 from pomscale.diffusion.draws import draw
 from pomscale.diffusion.objectives import Objective, per_sample_loss
+from pomscale.distributed.sequence_parallel import SequenceRanks
+from pomscale.distributed.world import World
 from pomscale.models import latent_tokens
-from pomscale.ops.pom import SplitTokens
+from pomscale.ops.pom import SplitTokens, TokenSplit
 from pomscale.shards.schema import Normalization, TextInfo
 
 
@@ -108,7 +110,16 @@ class LocalTokens:
     model: ImageModelConfig | VideoModelConfig
     split: SplitTokens
 
-    def of(self, target: Tensor) -> Tensor:
+    @classmethod
+    def of(cls, recipe: TrainRecipe, world: World) -> LocalTokens | None:
+        """Return those of this rank, where several share the tokens of a sample; else None. A collective."""
+        ranks = SequenceRanks.of(world, recipe.mesh.sp)
+        if ranks is None:
+            return None
+        split = partial(TokenSplit.even, num_ranks=ranks.size, rank=ranks.rank, collectives=ranks.collectives)
+        return cls(recipe.model, split)
+
+    def part(self, target: Tensor) -> Tensor:
         """Return those tokens (b n values) of latents."""
         tokens = latent_tokens(self.model, target)
         return tokens[:, self.split(tokens.shape[1]).tokens]
@@ -135,7 +146,7 @@ def share_of_loss(
         losses = per_sample_loss(objective, network, x0, batch.eps, batch.t, batch.condition)
     else:
         network = partial(network, split_tokens=local.split)
-        losses = per_sample_loss(objective, network, x0, batch.eps, batch.t, batch.condition, local.of)
+        losses = per_sample_loss(objective, network, x0, batch.eps, batch.t, batch.condition, local.part)
     return (losses * batch.weights).sum() / global_batch
 
 
