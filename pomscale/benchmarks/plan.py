@@ -35,6 +35,7 @@ from pomscale.models import init_weights, make_model
 from pomscale.plan.batch import batch_share, num_times
 from pomscale.plan.memory import state_bytes, step_memory
 from pomscale.plan.model_cost import TEXT_LENGTH
+from pomscale.training.loss import LocalTokens
 
 _MIB = 2**20
 _MODES = ("none", "selective", "every-2", "full")
@@ -155,8 +156,9 @@ def measure(recipe: TrainRecipe, world: World) -> tuple[int, int]:
     with torch.device("meta"):
         model = make_model(recipe.model)
     engine = build_engine(recipe, model, lambda model, assign: init_weights(model, 0, assign), world)
-    share = batch_share(recipe.training, world.size)
+    share = batch_share(recipe, world.size)
     weights = dict.fromkeys(recipe.ema.averages, 0.1)
+    local = LocalTokens.of(recipe, world)
 
     def loss(network: nn.Module, _: None) -> Tensor:
         shape = (share.micro_batch, *recipe.model.latent_shape)
@@ -164,7 +166,10 @@ def measure(recipe: TrainRecipe, world: World) -> tuple[int, int]:
         times = num_times(recipe)
         t = torch.rand(share.micro_batch if times == 1 else (share.micro_batch, times), device=world.device)
         condition, conditioned = _conditioned(recipe.model, share.micro_batch, network, world.device)
-        return per_sample_loss(FlowMatching(), conditioned, x0, eps, t, condition).mean()
+        if local is None:
+            return per_sample_loss(FlowMatching(), conditioned, x0, eps, t, condition).mean()
+        split = partial(conditioned, split_tokens=local.split)
+        return per_sample_loss(FlowMatching(), split, x0, eps, t, condition, local.part).mean()
 
     def step() -> None:
         engine.forward_backward([None] * share.num_micro_batches, loss)

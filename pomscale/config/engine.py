@@ -46,6 +46,16 @@ class ComputeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda where there is one.")
 
 
+class MeshConfig(Section):
+    """Layout of the ranks beyond the engine's own."""
+
+    sp: PositiveInt = Field(
+        1,
+        description="Sequence parallelism: ranks next to each other that share the tokens of every sample, so that "
+        "activations are divided by so many. Needs PoM in all mixers; divides the number of ranks.",
+    )
+
+
 class Fsdp2Config(Section):
     """PyTorch's fully sharded data parallelism."""
 

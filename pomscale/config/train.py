@@ -19,6 +19,7 @@ from pomscale.config.engine import (
     EmaConfig,
     FaultsConfig,
     Fsdp2Config,
+    MeshConfig,
     OptimizerConfig,
     ScheduleConfig,
 )
@@ -101,6 +102,7 @@ class TrainRecipe(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig
     init_from: InitFromConfig | None = Field(None, description="Trained model whose weights the run begins with.")
+    mesh: MeshConfig = MeshConfig()
     engine: Literal["fsdp2", "deepspeed"] = "fsdp2"
     fsdp2: Fsdp2Config = Fsdp2Config()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
@@ -134,6 +136,7 @@ class TrainRecipe(Section):
             self._check_video(self.model)
         else:
             self._check_image(self.model)
+        self._check_mesh()
         self._check_best()
         self._check_consistency()
         return self
@@ -168,6 +171,19 @@ class TrainRecipe(Section):
             raise ValueError(
                 f"sampling.num_frames: {sampling.num_frames} frames are not divisible by "
                 f"model.patch_frames {model.patch_frames}"
+            )
+
+    def _check_mesh(self) -> None:
+        if self.mesh.sp == 1:
+            return
+        if self.mesh.sp > self.model.num_tokens:
+            raise ValueError(
+                f"mesh.sp: {self.mesh.sp} ranks cannot share the {self.model.num_tokens} tokens of a sample; "
+                f"use at most {self.model.num_tokens}"
+            )
+        if any(mixer.kind == "attention" for mixer in self.model.mixers):
+            raise ValueError(
+                "mesh.sp: attention reads all tokens, which ranks cannot share; use PoM in all blocks, or mesh.sp: 1"
             )
 
     def _check_best(self) -> None:

@@ -147,9 +147,19 @@ def build_objective(config: DiffusionConfig) -> Objective:
 
 
 def per_sample_loss(
-    objective: Objective, network: Network, x0: Tensor, eps: Tensor, t: Tensor, condition: Condition
+    objective: Objective,
+    network: Network,
+    x0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    condition: Condition,
+    part: Callable[[Tensor], Tensor] = lambda target: target,
 ) -> Tensor:
-    """Return the training loss: the mean squared error over the elements of each sample, (b,) fp32."""
+    """Return the training loss: the mean squared error over the elements of each sample, (b,) fp32.
+
+    part: picks from a target (b, ...) what the network predicts, if that is not all of it. The loss is then this
+    part's share of the mean: the sum over all parts is the loss of the sample.
+    """
     prediction = network(interpolate(objective, x0, eps, t), t, condition)
-    error = prediction.float() - objective.target(x0, eps).float()
-    return error.square().flatten(1).mean(1)
+    error = prediction.float() - part(objective.target(x0, eps)).float()
+    return error.square().flatten(1).sum(1) / math.prod(x0.shape[1:])

@@ -10,7 +10,14 @@ from pomscale.layers.embeddings import (
 )
 from pomscale.layers.mlp import FeedForward
 from pomscale.layers.modulation import modulate
-from pomscale.layers.patchify import ClipPatchEmbedding, PatchEmbedding, unpatchify, unpatchify_clips
+from pomscale.layers.patchify import (
+    ClipPatchEmbedding,
+    PatchEmbedding,
+    patchify,
+    patchify_clips,
+    unpatchify,
+    unpatchify_clips,
+)
 from pomscale.layers.pom import GroupedLinear, PoM
 
 __all__ = [
@@ -24,6 +31,8 @@ __all__ = [
     "TimestepEmbedding",
     "grid_positions",
     "modulate",
+    "patchify",
+    "patchify_clips",
     "sincos_positions_2d",
     "sincos_positions_3d",
     "timestep_features",

@@ -12,6 +12,7 @@ from pomscale.ops.pom import (
     BlockCausal,
     Mask,
     Segments,
+    TokenSplit,
     check_count,
     check_mask,
     check_step_mask,
@@ -48,12 +49,17 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(dim, 2 * dim)
         self.output = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Mask = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Mask = None, split: TokenSplit | None = None
+    ) -> Tensor:
         """Let x (b m d) read context (b n d), by default x itself -> (b m d).
 
         Masks as in `PoM.forward`, built densely except for None and "causal", and for Segments one by one. For a query
-        with an empty context the heads give 0. Raises ValueError for a mask that does not fit.
+        with an empty context the heads give 0. Raises ValueError for a mask that does not fit, and for a split: a query
+        has to read every token, and not a sum over them.
         """
+        if split is not None:
+            raise ValueError("split: attention reads all tokens, which cannot be split over ranks; use PoM")
         context = x if context is None else context
         check_tokens(x, context, self.dim)
         batch, num_queries, num_context = x.shape[0], x.shape[1], context.shape[1]

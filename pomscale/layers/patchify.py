@@ -17,11 +17,22 @@ class PatchEmbedding(nn.Module):
         self.patch_size = patch_size
         self.projection = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, pictures: Tensor, tokens: slice | None = None) -> Tensor:
+        """Embed all tokens, or some of them."""
         height, width = pictures.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"latents of {height}x{width} cannot be cut into patches of {self.patch_size}")
+        if tokens is not None:
+            patches = patchify(pictures, self.patch_size)[:, tokens]
+            pictures = unpatchify(patches, 1, patches.shape[1], self.patch_size)  # one row of patches
         return self.projection(pictures.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+def patchify(pictures: Tensor, patch_size: int) -> Tensor:
+    """Cut pictures (b c H W) into tokens (b n p * p * c): the inverse of `unpatchify`."""
+    rows, columns = (length // patch_size for length in pictures.shape[2:])
+    grid = pictures.unflatten(3, (columns, patch_size)).unflatten(2, (rows, patch_size))  # (b c h p w q)
+    return grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:
@@ -47,14 +58,26 @@ class ClipPatchEmbedding(nn.Module):
         self.patch = (patch_frames, patch_size, patch_size)
         self.projection = nn.Conv3d(channels, dim, kernel_size=self.patch, stride=self.patch)
 
-    def forward(self, clips: Tensor) -> Tensor:
+    def forward(self, clips: Tensor, tokens: slice | None = None) -> Tensor:
+        """Embed all tokens, or some of them."""
         frames, height, width = clips.shape[-3:]
         patch_frames, patch_size, _ = self.patch
         if frames % patch_frames:
             raise ValueError(f"clips of {frames} latent frames cannot be cut into groups of {patch_frames}")
         if height % patch_size or width % patch_size:
             raise ValueError(f"latents of {height}x{width} cannot be cut into patches of {patch_size}")
+        if tokens is not None:
+            patches = patchify_clips(clips, self.patch)[:, tokens]
+            clips = unpatchify_clips(patches, (1, 1, patches.shape[1]), self.patch)  # one row of patches
         return self.projection(clips.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+def patchify_clips(clips: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """Cut clips (b c F H W) into tokens (b n f * p * q * c), patch (f, p, q): the inverse of `unpatchify_clips`."""
+    cells = clips
+    for axis in (4, 3, 2):
+        cells = cells.unflatten(axis, (-1, patch[axis - 2]))  # (b c G f H p W q)
+    return cells.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)
 
 
 def unpatchify_clips(tokens: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:

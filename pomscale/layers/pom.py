@@ -16,7 +16,7 @@ from pomscale.ops.pom import (
     Mask,
     PomState,
     Queries,
-    StateReduce,
+    TokenSplit,
     check_count,
     check_rotary,
     check_tokens,
@@ -109,8 +109,6 @@ class PoM(nn.Module):
         self.output = nn.Linear(width, dim, bias=bias)
         # The authors' initial values: a normal distribution that is clamped to +-0.001.
         self.coefficients = None if is_product else nn.Parameter(torch.randn(width, degree).clamp(-0.001, 0.001))
-        # Set by sequence parallelism: merges the state of the tokens that this process holds with the others'.
-        self.state_reduce: StateReduce | None = None
 
     def forward(
         self,
@@ -119,6 +117,7 @@ class PoM(nn.Module):
         mask: Mask = None,
         positions: Tensor | None = None,
         context_positions: Tensor | None = None,
+        split: TokenSplit | None = None,
     ) -> Tensor:
         """Let x (b m d) read context (b n d), by default x itself -> (b m d).
 
@@ -129,14 +128,16 @@ class PoM(nn.Module):
                 (b m n); True takes part. A query with an empty context gets H = 0.
             positions: (m axes) or (b m axes) integers, with rope alone.
             context_positions: (n axes) or (b n axes) integers; by default those of x.
+            split: Where the context's tokens lie if other ranks hold the rest of them (sequence parallelism); mask
+                and positions are those of the local ones. With Segments or (b m n) there is none.
 
         Raises:
-            ValueError: Mask or positions do not fit.
+            ValueError: Mask, positions or split do not fit.
         """
         if context is None and context_positions is None:
             context_positions = positions
         operands = self._operands(x, x if context is None else context, positions, context_positions)
-        return self._mapped(polynomial_mixer(*operands, mask, state_reduce=self.state_reduce))
+        return self._mapped(polynomial_mixer(*operands, mask, split=split))
 
     def step(
         self, x: Tensor, state: PomState | None = None, mask: Mask = None, positions: Tensor | None = None
@@ -147,8 +148,6 @@ class PoM(nn.Module):
         equal the block-causal full pass. "causal": each token reads the past and the chunk up to itself.
         BlockCausal: the chunk begins with a frame and may hold several. positions are those of the chunk.
         """
-        if self.state_reduce is not None:
-            raise ValueError("step: carried states do not combine with sequence parallelism (state_reduce)")
         y, state = polynomial_mixer_step(*self._operands(x, x, positions, positions), state, mask)
         return self._mapped(y), state
 

@@ -6,13 +6,25 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from pomscale.config.model import ImageModelConfig, ModelConfig, VideoModelConfig
+from pomscale.layers import patchify, patchify_clips
 from pomscale.models.image import DiPoM
 from pomscale.models.init import init_weights, initial_value
 from pomscale.models.video import MixerState, VDiPoM
 
-__all__ = ["DiPoM", "MixerState", "Model", "VDiPoM", "build_model", "init_weights", "initial_value", "make_model"]
+__all__ = [
+    "DiPoM",
+    "MixerState",
+    "Model",
+    "VDiPoM",
+    "build_model",
+    "init_weights",
+    "initial_value",
+    "latent_tokens",
+    "make_model",
+]
 
 Model: TypeAlias = DiPoM | VDiPoM
 _CONFIG: TypeAdapter[ImageModelConfig | VideoModelConfig] = TypeAdapter(ModelConfig)
@@ -21,6 +33,19 @@ _CONFIG: TypeAdapter[ImageModelConfig | VideoModelConfig] = TypeAdapter(ModelCon
 def make_model(config: ImageModelConfig | VideoModelConfig) -> Model:
     """Build the network of a recipe, its weights not yet set."""
     return VDiPoM(config) if isinstance(config, VideoModelConfig) else DiPoM(config)
+
+
+def latent_tokens(config: ImageModelConfig | VideoModelConfig, latents: Tensor) -> Tensor:
+    """Cut pictures (b c h w) or clips (b c f h w) into the tokens of the network of `config`, (b n values).
+
+    The tokens and the order of their values are those of what the network returns where its tokens are split. A
+    picture's tokens of a network of clips have the values of one frame.
+    """
+    size = config.patch_size
+    if isinstance(config, ImageModelConfig):
+        return patchify(latents, size)
+    clips = latents if latents.ndim == 5 else latents[:, :, None]
+    return patchify_clips(clips, (config.patch_frames if clips.shape[2] > 1 else 1, size, size))
 
 
 def build_model(preset: str, *, latent_shape: Sequence[int], seed: int = 0, **changes: Any) -> Model:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pomscale.config.mixer import AttentionMixer, Mixer
 from pomscale.layers import Attention, FeedForward, PoM, modulate
-from pomscale.ops.pom import Mask
+from pomscale.ops.pom import Mask, TokenSplit
 
 
 class Block(nn.Module):
@@ -28,12 +28,16 @@ class Block(nn.Module):
         self.modulation = nn.Linear(dim, 4 * dim)
         self.gates = nn.Linear(dim, 2 * dim)
 
-    def forward(self, x: Tensor, c: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Apply the block. positions (n axes) are integers, which only mixers with rope read."""
+    def forward(self, x: Tensor, c: Tensor, positions: Tensor | None = None, split: TokenSplit | None = None) -> Tensor:
+        """Apply the block.
+
+        positions (n axes) are integers, which only mixers with rope read. split: where the tokens lie, if x has only
+        some of them.
+        """
         c = F.silu(c)
         scale1, shift1, scale2, shift2 = self.modulation(c).chunk(4, dim=-1)
         gate1, gate2 = self.gates(c).chunk(2, dim=-1)
-        x = x + (1 + gate1) * mix(self.mixer, modulate(self.norm(x), shift1, scale1), positions)
+        x = x + (1 + gate1) * mix(self.mixer, modulate(self.norm(x), shift1, scale1), positions, split=split)
         return x + (1 + gate2) * self.ffn(modulate(self.norm(x), shift2, scale2))
 
 
@@ -52,8 +56,14 @@ def build_mixer(dim: int, mixer: Mixer) -> PoM | Attention:
     )
 
 
-def mix(mixer: PoM | Attention, x: Tensor, positions: Tensor | None, mask: Mask = None) -> Tensor:
+def mix(
+    mixer: PoM | Attention,
+    x: Tensor,
+    positions: Tensor | None,
+    mask: Mask = None,
+    split: TokenSplit | None = None,
+) -> Tensor:
     """Let x (b n d) read itself; the mixer gets the positions (n axes) or (b n axes) if it has rope."""
     if isinstance(mixer, PoM) and mixer.form.rope is not None:
-        return mixer(x, mask=mask, positions=positions)
-    return mixer(x, mask=mask)
+        return mixer(x, mask=mask, positions=positions, split=split)
+    return mixer(x, mask=mask, split=split)

@@ -16,6 +16,7 @@ from pomscale.layers import (
     unpatchify,
 )
 from pomscale.models.block import Block, build_mixer
+from pomscale.ops.pom import SplitTokens
 
 
 class DiPoM(nn.Module):
@@ -47,18 +48,26 @@ class DiPoM(nn.Module):
         """Return the condition that stands for no class, (batch_size,) int64."""
         return torch.full((batch_size,), self.config.num_classes, dtype=torch.int64, device=device)
 
-    def forward(self, latents: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, t: Tensor, condition: Tensor, split_tokens: SplitTokens | None = None) -> Tensor:
         """Predict from latents (b c h w), t (b,) in [0, 1] with 1 = noise, and class ids (b,) int64 -> (b c h w).
 
-        h and w may differ from the config's; ValueError if the patch size does not divide them.
+        With split_tokens the result is that of this rank's tokens alone, (b n patch_size^2 c) as `latent_tokens` cuts
+        them. h and w may differ from the config's; ValueError if the patch size does not divide them.
         """
         patch_size = self.config.patch_size
         height, width = latents.shape[2] // patch_size, latents.shape[3] // patch_size
-        x = self.patch_embedding(latents)
-        x = x + sincos_positions_2d(height, width, self.config.dim, x.device, x.dtype)
+        split = None if split_tokens is None else split_tokens(height * width)
+        tokens = None if split is None else split.tokens
+        x = self.patch_embedding(latents, tokens)
+        embedded = sincos_positions_2d(height, width, self.config.dim, x.device, x.dtype)
+        x = x + (embedded if tokens is None else embedded[tokens])
         c = (self.time_embedding(t) + self.class_embedding(condition))[:, None]
         positions = grid_positions(height, width, device=x.device) if self.config.has_rope else None
+        if positions is not None and tokens is not None:
+            positions = positions[tokens]
         for block in self.trunk:
-            x = block(x, c, positions)
+            x = block(x, c, positions, split)
         scale, shift = self.modulation(F.silu(c)).chunk(2, dim=-1)
-        return unpatchify(self.head(modulate(self.norm(x), shift, scale)), height, width, patch_size)
+        values = self.head(modulate(self.norm(x), shift, scale))
+        # No view of what the head gives, for the reason in `unpatchify`.
+        return unpatchify(values, height, width, patch_size) if split is None else values.clone()

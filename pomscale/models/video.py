@@ -6,7 +6,9 @@ frames, n tokens (n / g per frame group), m text tokens, d width of the trunk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ from pomscale.layers import (
     unpatchify_clips,
 )
 from pomscale.models.block import build_mixer, mix
-from pomscale.ops.pom import BlockCausal, Mask, PomState
+from pomscale.ops.pom import BlockCausal, Mask, PomState, SplitTokens, TokenSplit, runs_of_frames
 
 MixerState = PomState | AttentionState
 """State that a self mixer carries from one frame group to the next."""
@@ -61,16 +63,19 @@ class VideoBlock(nn.Module):
         text_mask: Tensor,
         mask: Mask = None,
         positions: Tensor | None = None,
+        split: TokenSplit | None = None,
     ) -> Tensor:
         """Apply the block.
 
         text_mask (b m) bool is True where a token takes part; mask is that of the self mixer. positions (n 3) or
         (b n 3) are integers, frame group, row and column, which only self mixers with rope read: a text has none.
+        split: where the tokens lie, if x has only some of them.
         """
         modulation, gates = self._of_time(c)
-        x = self._read_text(x, text, text_mask, modulation, gates[0])
-        x = x + _gated(gates[1], mix(self.mixer, self._modulated(x, *modulation[4:6]), positions, mask))
-        return x + _gated(gates[2], self.ffn(self._modulated(x, *modulation[6:])))
+        x = self._read_text(x, text, text_mask, modulation, gates[0], split)
+        mixed = mix(self.mixer, _modulated(self.norm(x), *modulation[4:6], split), positions, mask, split)
+        x = x + _gated(gates[1], mixed, split)
+        return x + _gated(gates[2], self.ffn(_modulated(self.norm(x), *modulation[6:], split)), split)
 
     def step(
         self,
@@ -84,9 +89,9 @@ class VideoBlock(nn.Module):
         """Map the next frame group of a clip as `forward` under the block-causal mask, with the past as a state."""
         modulation, gates = self._of_time(c)
         x = self._read_text(x, text, text_mask, modulation, gates[0])
-        mixed, new_state = _step(self.mixer, self._modulated(x, *modulation[4:6]), state, positions)
+        mixed, new_state = _step(self.mixer, _modulated(self.norm(x), *modulation[4:6]), state, positions)
         x = x + _gated(gates[1], mixed)
-        return x + _gated(gates[2], self.ffn(self._modulated(x, *modulation[6:]))), new_state
+        return x + _gated(gates[2], self.ffn(_modulated(self.norm(x), *modulation[6:]))), new_state
 
     def _of_time(self, c: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return eight scales and shifts, and three gates, each like c."""
@@ -94,22 +99,25 @@ class VideoBlock(nn.Module):
         return self.modulation(c).chunk(8, dim=-1), self.gates(c).chunk(3, dim=-1)
 
     def _read_text(
-        self, x: Tensor, text: Tensor, text_mask: Tensor, modulation: tuple[Tensor, ...], gate: Tensor
+        self,
+        x: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        modulation: tuple[Tensor, ...],
+        gate: Tensor,
+        split: TokenSplit | None = None,
     ) -> Tensor:
         scale, shift = modulation[2:4]
-        num_times = scale.shape[1]
-        queries = self._modulated(x, *modulation[:2])
-        context = modulate(self.norm(text)[:, None], shift[:, :, None], scale[:, :, None]).flatten(0, 1)  # (b g) m d
-        if num_times == 1:
-            return x + _gated(gate, self.cross(queries, context, text_mask))
-        # The text is modulated differently at each time, so frame groups become samples.
-        queries = queries.unflatten(1, (num_times, -1)).flatten(0, 1)
-        text_mask = text_mask[:, None].expand(-1, num_times, -1).flatten(0, 1)
-        return x + _gated(gate, self.cross(queries, context, text_mask).view_as(x))
-
-    def _modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        of_time = self.norm(x).unflatten(1, (scale.shape[1], -1))
-        return modulate(of_time, shift[:, :, None], scale[:, :, None]).flatten(1, 2)
+        queries, text = _modulated(self.norm(x), *modulation[:2], split), self.norm(text)[:, None]
+        read = []
+        for tokens, times in _runs(scale.shape[1], x.shape[1], split):
+            # The text is modulated differently at each time, so frame groups become samples.
+            context = modulate(text, shift[:, times, None], scale[:, times, None])  # (b g m d)
+            num_times = context.shape[1]
+            of_times = queries[:, tokens].unflatten(1, (num_times, -1)).flatten(0, 1)
+            mask = text_mask[:, None].expand(-1, num_times, -1).flatten(0, 1)
+            read.append(self.cross(of_times, context.flatten(0, 1), mask).unflatten(0, (-1, num_times)).flatten(1, 2))
+        return x + _gated(gate, _joined(read), split)
 
 
 def _step(
@@ -123,9 +131,41 @@ def _step(
     raise ValueError(f"step: a mixer of type {type(mixer).__name__} got the state {type(state).__name__} of another")
 
 
-def _gated(gate: Tensor, x: Tensor) -> Tensor:
-    """Multiply x (b n d) by 1 + gate (b g d)."""
-    return ((1 + gate)[:, :, None] * x.unflatten(1, (gate.shape[1], -1))).flatten(1, 2)
+def _runs(num_times: int, num_tokens: int, split: TokenSplit | None) -> list[tuple[slice, slice]]:
+    """Cut the tokens at hand into runs of whole frame groups, or of parts of one -> (tokens, times) of each.
+
+    times are those of the run's frame groups, of which there are `num_times`; 1 = the clip has one time.
+    """
+    if split is None or num_times == 1:
+        return [(slice(0, num_tokens), slice(0, num_times))]
+    frame_length = split.num_tokens // num_times
+    runs, time = [], split.start // frame_length
+    for begin, end, num_frames in runs_of_frames(split.start, num_tokens, frame_length):
+        runs.append((slice(begin, end), slice(time, time + num_frames)))
+        time += num_frames
+    return runs
+
+
+def _modulated(x: Tensor, scale: Tensor, shift: Tensor, split: TokenSplit | None = None) -> Tensor:
+    """Return x (1 + scale) + shift for x (b n d), scale and shift (b g d) by frame group."""
+    parts = []
+    for tokens, times in _runs(scale.shape[1], x.shape[1], split):
+        of_time = x[:, tokens].unflatten(1, (times.stop - times.start, -1))
+        parts.append(modulate(of_time, shift[:, times, None], scale[:, times, None]).flatten(1, 2))
+    return _joined(parts)
+
+
+def _gated(gate: Tensor, x: Tensor, split: TokenSplit | None = None) -> Tensor:
+    """Multiply x (b n d) by 1 + gate (b g d) by frame group."""
+    parts = []
+    for tokens, times in _runs(gate.shape[1], x.shape[1], split):
+        of_time = x[:, tokens].unflatten(1, (times.stop - times.start, -1))
+        parts.append(((1 + gate[:, times])[:, :, None] * of_time).flatten(1, 2))
+    return _joined(parts)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class VDiPoM(nn.Module):
@@ -155,33 +195,49 @@ class VDiPoM(nn.Module):
         """Return the repeated blocks, in order, which an engine shards, checkpoints and compiles one by one."""
         return self.trunk
 
-    def forward(self, latents: Tensor, t: Tensor, condition: Text, start: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        condition: Text,
+        start: Tensor | None = None,
+        split_tokens: SplitTokens | None = None,
+    ) -> Tensor:
         """Predict from latents (b c F H W), or pictures (b c H W), and t (b,) or (b g) in [0, 1] with 1 = noise.
 
-        The result is like the latents. start (b,) int64 is the number of a clip's first frame group, by default 0.
+        The result is like the latents; with split_tokens, that of this rank's tokens alone, (b n values) as
+        `latent_tokens` cuts them. start (b,) int64 is the number of a clip's first frame group, by default 0.
         ValueError if the patches do not fill the clips, or if there are neither one t nor g of them.
         """
         clips = latents if latents.ndim == 5 else latents[:, :, None]
         if clips.shape[2] > 1:
-            return self._predict(clips, t, condition, start)
+            return self._predict(clips, t, condition, start, split_tokens)
         repeated = clips.expand(-1, -1, self.config.patch_frames, -1, -1)
-        return self._predict(repeated, t, condition, start).mean(2, keepdim=latents.ndim == 5)
+        prediction = self._predict(repeated, t, condition, start, split_tokens)
+        if split_tokens is not None:
+            return prediction.unflatten(2, (self.config.patch_frames, -1)).mean(2)
+        return prediction.mean(2, keepdim=latents.ndim == 5)
 
-    def _predict(self, clips: Tensor, t: Tensor, condition: Text, start: Tensor | None) -> Tensor:
-        x = self.patch_embedding(clips)
+    def _predict(
+        self, clips: Tensor, t: Tensor, condition: Text, start: Tensor | None, split_tokens: SplitTokens | None
+    ) -> Tensor:
         grid = self._grid(clips)
+        split = None if split_tokens is None else split_tokens(math.prod(grid))
+        x = self.patch_embedding(clips, None if split is None else split.tokens)
         if t.ndim == 2 and t.shape[1] != grid[0]:
             raise ValueError(f"t: {t.shape[1]} times for {grid[0]} frame groups")
         groups = torch.arange(grid[0], device=x.device)
         groups = groups if start is None else groups + start[:, None]
-        x = x + self._embedded_positions(groups, grid, x)
-        positions = self._positions(groups, grid)
+        x = x + self._embedded_positions(groups, grid, x, split)
+        positions = self._positions(groups, grid, split)
         c = self._embedded_time(t)
         text = self._embedded_text(condition)
         mask = BlockCausal(grid[1] * grid[2]) if self.config.temporal == "block_causal" else None
         for block in self.trunk:
-            x = block(x, c, text, condition.mask, mask, positions)
-        return self._unembed(x, c, grid)
+            x = block(x, c, text, condition.mask, mask, positions, split)
+        values = self._values(x, c, split)
+        # No view of what the head gives, for the reason in `unpatchify`.
+        return self._unpatchified(values, grid) if split is None else values.clone()
 
     def step(
         self, latents: Tensor, t: Tensor, condition: Text, states: Sequence[MixerState] | None, group: int
@@ -209,7 +265,7 @@ class VDiPoM(nn.Module):
             assert isinstance(block, VideoBlock)
             x, new_state = block.step(x, c, text, condition.mask, state, positions)
             new_states.append(new_state)
-        return self._unembed(x, c, grid), new_states
+        return self._unpatchified(self._values(x, c), grid), new_states
 
     def _grid(self, clips: Tensor) -> tuple[int, int, int]:
         """Return the number of tokens by frame group, height and width."""
@@ -217,14 +273,25 @@ class VDiPoM(nn.Module):
         size = self.config.patch_size
         return frames // self.config.patch_frames, height // size, width // size
 
-    def _embedded_positions(self, groups: Tensor, grid: tuple[int, int, int], x: Tensor) -> Tensor:
-        """Embed the grid of frame groups numbered (g,) or (b g), to be added to x."""
+    def _embedded_positions(
+        self, groups: Tensor, grid: tuple[int, int, int], x: Tensor, split: TokenSplit | None = None
+    ) -> Tensor:
+        """Embed the grid of frame groups numbered (g,) or (b g), or the tokens of it at hand, to be added to x."""
+        embed = partial(sincos_positions_3d, height=grid[1], width=grid[2], dim=self.config.dim)
         numbers = groups.view(-1, grid[0])
-        return sincos_positions_3d(numbers, grid[1], grid[2], self.config.dim, x.device, x.dtype)
+        if split is None:
+            return embed(numbers, device=x.device, dtype=x.dtype)
+        frame_length = grid[1] * grid[2]
+        first, end = split.start // frame_length, -(-split.stop // frame_length)
+        begin = split.start - first * frame_length
+        return embed(numbers[:, first:end], device=x.device, dtype=x.dtype)[:, begin : begin + x.shape[1]]
 
-    def _positions(self, groups: Tensor, grid: tuple[int, int, int]) -> Tensor | None:
+    def _positions(self, groups: Tensor, grid: tuple[int, int, int], split: TokenSplit | None = None) -> Tensor | None:
         """Return the positions that mixers with rope read, (n 3) or (b n 3), or None if there are none."""
-        return grid_positions(grid[1], grid[2], groups) if self.config.has_rope else None
+        if not self.config.has_rope:
+            return None
+        positions = grid_positions(grid[1], grid[2], groups)
+        return positions if split is None else positions[..., split.tokens, :]
 
     def _embedded_time(self, t: Tensor) -> Tensor:
         """Embed t as (b 1 d), or (b g d) by frame group."""
@@ -233,8 +300,11 @@ class VDiPoM(nn.Module):
     def _embedded_text(self, condition: Text) -> Tensor:
         return self.text_embedding(condition.embeddings.to(self.text_embedding.weight.dtype))
 
-    def _unembed(self, x: Tensor, c: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def _values(self, x: Tensor, c: Tensor, split: TokenSplit | None = None) -> Tensor:
+        """Map tokens (b n d) to the values of their patches, (b n f * p * q * c)."""
         scale, shift = self.modulation(F.silu(c)).chunk(2, dim=-1)
-        x = modulate(self.norm(x).unflatten(1, (c.shape[1], -1)), shift[:, :, None], scale[:, :, None]).flatten(1, 2)
+        return self.head(_modulated(self.norm(x), scale, shift, split))
+
+    def _unpatchified(self, values: Tensor, grid: tuple[int, int, int]) -> Tensor:
         size = self.config.patch_size
-        return unpatchify_clips(self.head(x), grid, (self.config.patch_frames, size, size))
+        return unpatchify_clips(values, grid, (self.config.patch_frames, size, size))

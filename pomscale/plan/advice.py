@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pomscale.config.train import TrainRecipe
-from pomscale.plan.batch import batch_share
+from pomscale.plan.batch import batch_share, largest_slice
 from pomscale.plan.memory import StepMemory, step_memory
 
 Changes = dict[str, Any]
@@ -44,7 +44,7 @@ def cheapest_fit(recipe: TrainRecipe, num_gpus: int, usable: float) -> Advice | 
     Changes are tried in this order: smaller micro-batches; stronger checkpointing, each with the largest micro-batch
     that fits; then the same with more sharding, bf16 moments and offloading, each on top of the ones before.
     """
-    asked = batch_share(recipe.training, num_gpus).micro_batch
+    asked = batch_share(recipe, num_gpus).micro_batch
     modes = _modes(recipe.compute.activation_checkpointing)
     sharding: Changes = {}
     for step in ({}, *_sharding(recipe, num_gpus)):
@@ -66,7 +66,7 @@ def room_for_more(recipe: TrainRecipe, num_gpus: int, usable: float) -> Advice |
 
     Recomputation is reduced at the same micro-batch. None if there is no better setting.
     """
-    now = batch_share(recipe.training, num_gpus)
+    now = batch_share(recipe, num_gpus)
     for mode in _CHECKPOINTING:
         if mode == recipe.compute.activation_checkpointing or mode not in _milder(recipe):
             break
@@ -76,7 +76,7 @@ def room_for_more(recipe: TrainRecipe, num_gpus: int, usable: float) -> Advice |
             return Advice(changes, memory)
     if now.num_micro_batches == 1:
         return None
-    largest = _largest(recipe, num_gpus, usable, {}, at_most=-(-recipe.training.global_batch // num_gpus))
+    largest = _largest(recipe, num_gpus, usable, {}, at_most=largest_slice(recipe, num_gpus))
     if largest is None or largest.changes["training.micro_batch"] <= now.micro_batch:
         return None
     return largest
@@ -89,7 +89,7 @@ def _largest(recipe: TrainRecipe, num_gpus: int, usable: float, changes: Changes
     linear in the size: from one that is too large, the search estimates the next to try, and then goes back to larger
     ones, up to one that is known to be too large.
     """
-    most = -(-recipe.training.global_batch // num_gpus)
+    most = largest_slice(recipe, num_gpus)
     number = fewest = -(-most // at_most)
     found = None
     while True:

@@ -9,11 +9,16 @@ from pomscale.config.train import TrainRecipe
 
 def check_layout(recipe: TrainRecipe, num_ranks: int) -> None:
     """Raise InputError, which names the key, unless `num_ranks` ranks can share the recipe's batch and state."""
-    batch, shard_size = recipe.training.global_batch, recipe.fsdp2.shard_size
-    if batch < num_ranks:
+    batch, shard_size, sp = recipe.training.global_batch, recipe.fsdp2.shard_size, recipe.mesh.sp
+    if num_ranks % sp:
         raise InputError(
-            f"training.global_batch: {batch} samples cannot be shared by {num_ranks} ranks; "
-            f"use at most {batch} ranks or a larger global batch"
+            f"mesh.sp: {num_ranks} ranks do not make whole groups of {sp}; use a multiple of {sp} ranks, or another sp"
+        )
+    if batch < num_ranks // sp:
+        groups = "ranks" if sp == 1 else f"groups of {sp} ranks"
+        raise InputError(
+            f"training.global_batch: {batch} samples cannot be shared by {num_ranks // sp} {groups}; "
+            f"use at most {batch} {groups} or a larger global batch"
         )
     if recipe.engine == "fsdp2" and shard_size is not None and num_ranks % shard_size:
         raise InputError(
@@ -32,10 +37,13 @@ def notes(recipe: TrainRecipe, num_nodes: int, gpus_per_node: int) -> list[str]:
     """Return notes on settings that cost time, and on costs that the figures leave out; each names its key."""
     num_gpus, batch = num_nodes * gpus_per_node, recipe.training.global_batch
     found = []
-    if batch % num_gpus:
+    sp = recipe.mesh.sp
+    num_groups = num_gpus // sp
+    if batch % num_groups:
+        groups = "GPUs" if sp == 1 else f"groups of {sp} GPUs"
         found.append(
-            f"training.global_batch: {batch} over {num_gpus} GPUs gives some {batch // num_gpus} samples and some "
-            f"{batch // num_gpus + 1}; the former wait for the latter"
+            f"training.global_batch: {batch} over {num_groups} {groups} gives some {batch // num_groups} samples and "
+            f"some {batch // num_groups + 1}; the former wait for the latter"
         )
     shard_size = recipe.fsdp2.shard_size
     if recipe.engine == "fsdp2" and shard_size is not None and num_nodes > 1 and shard_size > gpus_per_node:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pomscale.config.train import TrainRecipe
-from pomscale.plan.batch import BatchShare, batch_share, num_times
+from pomscale.plan.batch import BatchShare, batch_share, num_times, with_local_tokens
 from pomscale.plan.model_cost import num_parameters
 from pomscale.plan.shadow.fsdp2 import Fsdp2Shadow
 from pomscale.plan.shadow.ledger import Part
@@ -36,8 +37,9 @@ def step_memory(recipe: TrainRecipe, num_gpus: int, share: BatchShare | None = N
         num_gpus: number of GPUs, a multiple of fsdp2.shard_size (`checks.check_layout`).
         share: samples of this GPU, if not those that the recipe gives.
     """
-    share = share or batch_share(recipe.training, num_gpus)
-    network = build_network(recipe.model, num_times(recipe))
+    share = share or batch_share(recipe, num_gpus)
+    local = with_local_tokens(recipe)
+    network = build_network(local.model, num_times(local))
     shadow: Fsdp2Shadow | ZeroShadow
     if recipe.engine == "deepspeed":
         shadow = ZeroShadow(
@@ -59,7 +61,11 @@ def step_memory(recipe: TrainRecipe, num_gpus: int, share: BatchShare | None = N
         )
     shadow.run(share.micro_batch, share.num_micro_batches)
     by_part = {part: num_bytes for part, num_bytes in shadow.ledger.at_peak.items() if num_bytes}
-    return StepMemory(shadow.ledger.peak, by_part, shadow.ledger.moment)
+    # Every GPU has all of its samples' data, noise and their mixture, of whose tokens it computes a part.
+    others = 3 * _FP32 * (math.prod(recipe.model.latent_shape) - math.prod(local.model.latent_shape))
+    if others > 0:
+        by_part["activations"] += others * share.micro_batch
+    return StepMemory(sum(by_part.values()), by_part, shadow.ledger.moment)
 
 
 def num_shards(recipe: TrainRecipe, num_gpus: int) -> int:

@@ -116,7 +116,7 @@ def plan(
         gpus_per_node=gpus_per_node,
         gpu=kind,
         utilization=utilization,
-        share=batch_share(recipe.training, num_gpus),
+        share=batch_share(recipe, num_gpus),
         memory=memory,
         host_bytes=host_bytes(recipe, num_gpus),
         speed=speed(recipe, num_gpus, kind, utilization),
@@ -159,6 +159,8 @@ def _heading(plan: RunPlan) -> str:
     sharding = f"ZeRO-{recipe.deepspeed.zero_stage}" if recipe.engine == "deepspeed" else recipe.engine
     if recipe.engine == "fsdp2" and recipe.fsdp2.shard_size not in (None, plan.num_gpus):
         sharding += f", shards of {recipe.fsdp2.shard_size}"
+    if recipe.mesh.sp > 1:
+        sharding += f", tokens over {recipe.mesh.sp}"
     return (
         f"{recipe.name} on {plan.num_nodes} x {plan.gpus_per_node} {plan.gpu.name}: {sharding}, {compute.precision}, "
         f"activation checkpointing {compute.activation_checkpointing}"
@@ -172,14 +174,15 @@ def _model(plan: RunPlan) -> list[str]:
     tokens = f"{model.num_tokens} tokens"
     if isinstance(model, VideoModelConfig):
         tokens += f" in {model.num_groups} frame groups with {TEXT_LENGTH} of text"
+    each = "GPU" if plan.recipe.mesh.sp == 1 else f"{plan.recipe.mesh.sp} GPUs"
     # The nominal figure is for comparisons with other code; the plan's speed and MFU count what is executed.
     cost = f"{_count(flops)}FLOP per sample and forward pass"
     if nominal != flops:
         cost += f"; {_count(nominal)}FLOP nominal, with the output maps applied to every token"
     return [
         f"{'model':<10}{_count(num_parameters(model))} parameters, {tokens}, {cost}",
-        f"{'step':<10}{training.global_batch} samples: up to {share.num_micro_batches} x {share.micro_batch} per GPU, "
-        f"{plan.speed.step_time_s:.3g} s",
+        f"{'step':<10}{training.global_batch} samples: up to {share.num_micro_batches} x {share.micro_batch} per "
+        f"{each}, {plan.speed.step_time_s:.3g} s",
     ]
 
 
@@ -213,7 +216,7 @@ def _traffic(plan: RunPlan) -> list[str]:
     if not plan.traffic:
         return []
     sent = sum(plan.traffic.values())
-    lines = [f"{'':<10}{name:<28}{num_bytes / _GIB:8.2f} GiB" for name, num_bytes in plan.traffic.items()]
+    lines = [f"{'':<10}{name:<28}{_size(num_bytes)}" for name, num_bytes in plan.traffic.items()]
     lines[0] = f"{'traffic':<10}{lines[0][10:]}"
     rate = sent / plan.speed.step_time_s / 1e9
     return [
@@ -249,6 +252,10 @@ def _verdict(plan: RunPlan) -> list[str]:
 
 def _peak(plan: RunPlan) -> float:
     return plan.gpu.peak(plan.recipe.compute.precision) * plan.num_gpus
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:8.2f} GiB" if num_bytes >= _GIB / 100 else f"{num_bytes / 2**20:8.2f} MiB"
 
 
 def _time(days: float) -> str:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from pomscale.base.clock import Clock
+from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import CheckpointStore
 from pomscale.config.engine import CheckpointConfig
 from pomscale.config.hardware import peak_flops
-from pomscale.config.model import VideoModelConfig
+from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.config.train import TrainRecipe
 from pomscale.data.bad_samples import BadSampleList
+from pomscale.data.dataset import LatentDataset
 from pomscale.data.loader import Loader, ReadAhead
 from pomscale.data.mixture import Mixture
 from pomscale.diffusion.objectives import Objective, build_objective
@@ -37,7 +39,14 @@ from pomscale.runs.code_state import versions
 from pomscale.runs.layout import BAD_SAMPLES_FILE, EMA_FOLDER
 from pomscale.runs.wandb_id import read_wandb_id
 from pomscale.shards.schema import check_compatible, check_text
-from pomscale.training.loss import TrainBatch, draw_batch, share_of_loss, spoil_gradient_if_not_finite, steps
+from pomscale.training.loss import (
+    LocalTokens,
+    TrainBatch,
+    draw_batch,
+    share_of_loss,
+    spoil_gradient_if_not_finite,
+    steps,
+)
 from pomscale.training.periodic import PeriodicWork, open_events
 from pomscale.training.process import Process
 from pomscale.training.recovery import Recovery
@@ -46,6 +55,8 @@ from pomscale.training.saving import Saver, Series
 from pomscale.training.schedule import Schedule
 from pomscale.training.telemetry import Records, Row, Telemetry
 from pomscale.training.trainer import Trainer
+
+NetworkConfig = TypeVar("NetworkConfig", ImageModelConfig, VideoModelConfig)
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,27 @@ def open_inputs(recipe: TrainRecipe, folder: Path) -> Inputs:
         check_compatible(dataset.location, dataset.manifest, recipe.codec, model)
         if isinstance(model, VideoModelConfig) and dataset.text is not None:
             check_text(dataset.text.source.location, dataset.text.source.manifest, model)
+        _check_tokens(recipe, dataset)
     return Inputs(recipe, folder, mixture, ModelCard.of(recipe, mixture), identity(recipe, mixture))
+
+
+def _check_tokens(recipe: TrainRecipe, dataset: LatentDataset) -> None:
+    """Raise InputError for samples with fewer tokens than ranks that are to share them."""
+    for group in dataset.manifest.groups:
+        num_tokens = _of_shape(recipe.model, group.shape).num_tokens
+        if num_tokens < recipe.mesh.sp:
+            raise InputError(
+                f"mesh.sp: {recipe.mesh.sp} ranks cannot share the {num_tokens} tokens of samples of shape "
+                f"{'x'.join(map(str, group.shape))} in {dataset.location}; use at most {num_tokens}"
+            )
+
+
+def _of_shape(model: NetworkConfig, shape: Sequence[int]) -> NetworkConfig:
+    """Return the config of a network for latents of `shape`, which may be a picture's where clips are trained on."""
+    channels, *frames, height, width = shape
+    if isinstance(model, VideoModelConfig):
+        frames = [max([*frames, model.patch_frames])]
+    return model.model_copy(update={"latent_shape": (channels, *frames, height, width)})
 
 
 def make_engine(recipe: TrainRecipe, initial: InitWeights, world: World) -> Engine:
@@ -84,13 +115,16 @@ def make_engine(recipe: TrainRecipe, initial: InitWeights, world: World) -> Engi
 
 
 def open_loader(inputs: Inputs, world: World, position: int) -> Loader[TrainBatch]:
-    """Loader of this rank's micro-batches from the global position `position` on, with everything random drawn."""
-    recipe, mixture = inputs.recipe, inputs.mixture
+    """Loader of this rank's micro-batches from the global position `position` on, with everything random drawn.
+
+    Ranks that share the tokens of their samples read the same ones.
+    """
+    recipe, mixture, sp = inputs.recipe, inputs.mixture, inputs.recipe.mesh.sp
     return Loader(
         mixture,
         micro_batch=recipe.training.micro_batch,
-        rank=world.rank,
-        world_size=world.size,
+        rank=world.rank // sp,
+        world_size=world.size // sp,
         start_position=position,
         ahead=ReadAhead(recipe.data.num_threads, recipe.data.prefetch, pin_memory=world.device.type == "cuda"),
         finish=partial(draw_batch, recipe, texts=None if mixture.text is None else mixture.text.info),
@@ -151,7 +185,14 @@ def build_trainer(
         process=process,
         records=records,
     )
-    share = partial(share_of_loss, objective, inputs.card.normalization, schedule.global_batch, process.world.device)
+    share = partial(
+        share_of_loss,
+        objective,
+        inputs.card.normalization,
+        schedule.global_batch,
+        process.world.device,
+        LocalTokens.of(recipe, process.world),
+    )
     return Trainer(
         engine=resumed.engine,
         batches=steps(loader),
@@ -247,9 +288,7 @@ def mean_flops(recipe: TrainRecipe, mixture: Mixture) -> float:
     total = 0.0
     for dataset, share in zip(mixture.datasets, mixture.shares, strict=True):
         for group, size in shape_sizes(dataset).items():
-            channels, *frames, height, width = dataset.manifest.groups[group].shape
-            shape = (channels, max([*frames, model.patch_frames]), height, width)
-            clip = model.model_copy(update={"latent_shape": shape})
+            clip = _of_shape(model, dataset.manifest.groups[group].shape)
             flops = training_flops(
                 clip,
                 text_length=mixture.text.info.config.max_length,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pomscale.base.condition import Condition, Text, map_condition
-from pomscale.config.model import VideoModelConfig
+from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.config.train import TrainRecipe
 from pomscale.data.bad_samples import BadSample
 from pomscale.data.loader import Loader, MicroBatch
@@ -18,6 +18,10 @@ from pomscale.data.normalize import normalize
 from pomscale.data.texts import null_text, text_batch
 from pomscale.diffusion.draws import draw
 from pomscale.diffusion.objectives import Objective, per_sample_loss
+from pomscale.distributed.sequence_parallel import SequenceRanks
+from pomscale.distributed.world import World
+from pomscale.models import latent_tokens
+from pomscale.ops.pom import SplitTokens, TokenSplit
 from pomscale.shards.schema import Normalization, TextInfo
 
 
@@ -99,22 +103,50 @@ def steps(loader: Loader[TrainBatch]) -> Iterator[list[TrainBatch]]:
         yield [next(loader) for _ in range(loader.num_micro_batches)]
 
 
+@dataclass(frozen=True)
+class LocalTokens:
+    """The tokens of every sample that this rank predicts (sequence parallelism). model: config of the network."""
+
+    model: ImageModelConfig | VideoModelConfig
+    split: SplitTokens
+
+    @classmethod
+    def of(cls, recipe: TrainRecipe, world: World) -> LocalTokens | None:
+        """Return those of this rank, where several share the tokens of a sample; else None. A collective."""
+        ranks = SequenceRanks.of(world, recipe.mesh.sp)
+        if ranks is None:
+            return None
+        split = partial(TokenSplit.even, num_ranks=ranks.size, rank=ranks.rank, collectives=ranks.collectives)
+        return cls(recipe.model, split)
+
+    def part(self, target: Tensor) -> Tensor:
+        """Return those tokens (b n values) of latents."""
+        tokens = latent_tokens(self.model, target)
+        return tokens[:, self.split(tokens.shape[1]).tokens]
+
+
 def share_of_loss(
     objective: Objective,
     normalization: Normalization,
     global_batch: int,
     device: torch.device,
+    local: LocalTokens | None,
     model: nn.Module,
     batch: TrainBatch,
 ) -> Tensor:
     """A micro-batch's share of the mean loss over the global batch, a scalar in fp32.
 
-    The sum over the micro-batches of all ranks is the loss of the step.
+    The sum over the micro-batches of all ranks is the loss of the step; `local` says which tokens this rank has, None =
+    all of its samples'.
     """
     batch = batch.to(device)
     x0 = normalize(batch.x0, normalization)
     network = model if batch.start is None else partial(model, start=batch.start)
-    losses = per_sample_loss(objective, network, x0, batch.eps, batch.t, batch.condition)
+    if local is None:
+        losses = per_sample_loss(objective, network, x0, batch.eps, batch.t, batch.condition)
+    else:
+        network = partial(network, split_tokens=local.split)
+        losses = per_sample_loss(objective, network, x0, batch.eps, batch.t, batch.condition, local.part)
     return (losses * batch.weights).sum() / global_batch
 
 

@@ -186,6 +186,6 @@ def test_every_shape_trains(recipe: TrainRecipe, mixture: Mixture) -> None:
     init_weights(model, seed=0)
     for batch in {tuple(batch.x0.shape): batch for batch in batches(recipe, mixture, 60)}.values():
         device = torch.device("cpu")
-        loss = share_of_loss(FlowMatching(), mixture.normalization, GLOBAL_BATCH, device, model, batch)
+        loss = share_of_loss(FlowMatching(), mixture.normalization, GLOBAL_BATCH, device, None, model, batch)
         loss.backward()
         assert loss.isfinite()

@@ -66,6 +66,8 @@ def calm(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             id="HSDP 2x2",
             marks=pytest.mark.exhaustive,  # test_engine.py has it too
         ),
+        # Two copies, each of two ranks that share the tokens of its samples.
+        pytest.param(4, ["mesh.sp=2", "fsdp2.shard_size=2"], id="HSDP 2x2, sp 2"),
         *(
             pytest.param(
                 2,

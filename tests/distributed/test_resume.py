@@ -63,10 +63,13 @@ def test_many_kills_at_random_moments_while_saving_at_every_step(
 
 @pytest.mark.slow
 def test_moving_between_numbers_of_ranks(undisturbed: Path, tiny_recipe: Path) -> None:
-    """2 -> 3 -> 1 processes in the middle of an epoch, with other micro-batches and reader threads each time."""
+    """2 -> 3 -> 1 processes in the middle of an epoch, with other micro-batches and reader threads each time.
+
+    The two share the tokens of their samples, and the three do not.
+    """
     folder = tiny_recipe.parent / "runs" / "tiny"
     legs = [
-        (2, 16, ["training.micro_batch=2", "data.num_threads=1"]),
+        (2, 16, ["training.micro_batch=2", "data.num_threads=1", "mesh.sp=2"]),
         (3, 30, ["training.micro_batch=3", "data.num_threads=3"]),
     ]
     stopped_at = []

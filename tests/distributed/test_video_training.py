@@ -60,6 +60,7 @@ def test_it_learns_from_all_buckets(alone: Path, clips: Path) -> None:
     ("num_processes", "overrides"),
     [
         (2, ["training.micro_batch=5"]),
+        (2, ["training.micro_batch=5", "mesh.sp=2"]),
         pytest.param(3, ["fsdp2.shard_size=3"], marks=pytest.mark.exhaustive),
         pytest.param(
             2, ["engine=deepspeed", "deepspeed.zero_stage=2"], marks=[needs_deepspeed, pytest.mark.exhaustive]
@@ -68,7 +69,7 @@ def test_it_learns_from_all_buckets(alone: Path, clips: Path) -> None:
             2, ["engine=deepspeed", "deepspeed.zero_stage=3"], marks=[needs_deepspeed, pytest.mark.exhaustive]
         ),
     ],
-    ids=["micro-batches", "three-ranks", "zero-2", "zero-3"],
+    ids=["micro-batches", "split tokens", "three-ranks", "zero-2", "zero-3"],
 )
 def test_layouts_and_engines_agree(
     alone: Path, clips: Path, tmp_path: Path, num_processes: int, overrides: list[str]

@@ -226,13 +226,6 @@ def test_step_compiles_without_graph_breaks() -> None:
     assert state.form == layer.form
 
 
-def test_pom_refuses_a_step_under_sequence_parallelism() -> None:
-    mixer = PoM(DIM)
-    mixer.state_reduce = lambda state: state
-    with pytest.raises(ValueError, match="state_reduce"):
-        mixer.step(torch.zeros(1, 2, DIM))
-
-
 # --- both mixers -----------------------------------------------------------------------------------------------------
 
 

@@ -111,34 +111,6 @@ def test_full_form_is_permutation_equivariant() -> None:
     torch.testing.assert_close(permuted, polynomial_mixer(u, gate, Form(degree=3))[:, order], rtol=1e-12, atol=1e-14)
 
 
-# --- partial states --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_state_reduce_merges_tokens_held_elsewhere(masked: bool) -> None:
-    u, gate = operands(TOKENS, degree=2)
-    mask = padding(BATCH, TOKENS, TOKENS) if masked else None
-    halves = [slice(0, 9), slice(9, TOKENS)]
-    partial: list[PomState] = []
-    for part in halves:
-        _, state = polynomial_mixer_step(
-            u[:, part], gate[:, part], Form(degree=2), mask=None if mask is None else mask[:, part]
-        )
-        partial.append(state)
-    outputs = [
-        polynomial_mixer(
-            u[:, part],
-            gate[:, part],
-            Form(degree=2),
-            None if mask is None else mask[:, part],
-            state_reduce=lambda local, other=other: local + other,
-        )
-        for part, other in zip(halves, reversed(partial), strict=True)
-    ]
-    full = polynomial_mixer(u, gate, Form(degree=2), mask)
-    torch.testing.assert_close(torch.cat(outputs, dim=1), full, rtol=1e-12, atol=1e-14)
-
-
 # --- NaN and empty contexts ------------------------------------------------------------------------------------------
 
 

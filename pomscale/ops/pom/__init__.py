@@ -5,10 +5,12 @@ from pomscale.ops.pom.form import Form, FormName, check_count
 from pomscale.ops.pom.masks import BlockCausal, Mask, Segments, check_mask, check_step_mask, dense_mask
 from pomscale.ops.pom.operands import Context, Queries, check_tokens
 from pomscale.ops.pom.rotary import check_rotary
-from pomscale.ops.pom.state import PomState, StateReduce
+from pomscale.ops.pom.split import Collectives, SplitTokens, TokenSplit, runs_of_frames
+from pomscale.ops.pom.state import PomState
 
 __all__ = [
     "BlockCausal",
+    "Collectives",
     "Context",
     "Form",
     "FormName",
@@ -16,7 +18,8 @@ __all__ = [
     "PomState",
     "Queries",
     "Segments",
-    "StateReduce",
+    "SplitTokens",
+    "TokenSplit",
     "check_count",
     "check_mask",
     "check_rotary",
@@ -25,4 +28,5 @@ __all__ = [
     "dense_mask",
     "polynomial_mixer",
     "polynomial_mixer_step",
+    "runs_of_frames",
 ]

@@ -8,9 +8,10 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from pomscale.ops.pom import naive, torch_path
-from pomscale.ops.pom.masks import Mask, check_mask, check_step_mask
+from pomscale.ops.pom.masks import Mask, Segments, check_mask, check_step_mask
 from pomscale.ops.pom.operands import Context, Queries, check_operands
-from pomscale.ops.pom.state import PomState, StateReduce
+from pomscale.ops.pom.split import TokenSplit
+from pomscale.ops.pom.state import PomState
 
 Implementation: TypeAlias = Literal["torch", "naive"]
 
@@ -20,7 +21,7 @@ def polynomial_mixer(
     queries: Queries,
     mask: Mask = None,
     *,
-    state_reduce: StateReduce | None = None,
+    split: TokenSplit | None = None,
     implementation: Implementation = "torch",
 ) -> Tensor:
     """Gate the mean of the context's features (equations in README.md).
@@ -29,8 +30,8 @@ def polynomial_mixer(
         context: n tokens that are read.
         queries: m tokens that read.
         mask: See `masks.Mask`; a query without context gets 0.
-        state_reduce: Merges the state of the local tokens with that of others before the mean; only for no mask and
-            for padding masks (b n), whose queries share one state.
+        split: Where the context's tokens lie if this process holds only some of them; mask is that of the local ones.
+            For no mask and padding masks (b n), and for "causal" and BlockCausal, whose queries are the local tokens.
         implementation: The path; tests choose the oracle.
 
     Returns:
@@ -41,13 +42,19 @@ def polynomial_mixer(
     """
     check_operands(context, queries)
     check_mask(mask, context.u.shape[0], queries.gate.shape[1], context.u.shape[1])
-    one_state = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
-    if state_reduce is not None and not one_state:
-        raise ValueError("state_reduce: only no mask and padding masks (b n) have one state per sample")
+    if split is not None:
+        _check_split(split, mask, context.u.shape[1])
     if implementation == "naive":
-        assert state_reduce is None, "the oracle holds no partial state"
+        assert split is None, "the oracle holds all tokens"
         return naive.polynomial_mixer(context, queries, mask)
-    return torch_path.polynomial_mixer(context, queries, mask, state_reduce)
+    return torch_path.polynomial_mixer(context, queries, mask, split)
+
+
+def _check_split(split: TokenSplit, mask: Mask, num_context: int) -> None:
+    if isinstance(mask, Segments) or (isinstance(mask, Tensor) and mask.dim() == 3):
+        raise ValueError('split: mask must be None, "causal", BlockCausal or bool (b n), got segments or (b m n)')
+    if num_context != split.stop - split.start:
+        raise ValueError(f"split: expected {split.stop - split.start} local tokens, got {num_context}")
 
 
 def polynomial_mixer_step(

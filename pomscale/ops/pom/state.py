@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -55,7 +53,3 @@ class PomState:
             )
         if self.form not in (None, form):
             raise ValueError(f"step: expected a state of {form}, got one of {self.form}")
-
-
-# Merges the partial state of local tokens with those that live elsewhere (sequence parallelism).
-StateReduce: TypeAlias = Callable[[PomState], PomState]

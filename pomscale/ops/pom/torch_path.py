@@ -14,22 +14,23 @@ from torch import Tensor
 from pomscale.ops.pom.masks import BlockCausal, Mask, Segments
 from pomscale.ops.pom.operands import Context, Queries
 from pomscale.ops.pom.rotary import cos_sin, rotate
-from pomscale.ops.pom.state import PomState, StateReduce, accumulation_dtype
+from pomscale.ops.pom.split import TokenSplit, runs_of_frames
+from pomscale.ops.pom.state import PomState, accumulation_dtype
 
 
-def polynomial_mixer(context: Context, queries: Queries, mask: Mask, state_reduce: StateReduce | None) -> Tensor:
+def polynomial_mixer(context: Context, queries: Queries, mask: Mask, split: TokenSplit | None) -> Tensor:
     """Mix -> (b m W) or, through the linear map, (b m d), in the dtype of the gates."""
     if isinstance(mask, Segments):
         return _segments(context, queries, mask)
     if isinstance(mask, BlockCausal):
-        return _block_causal(context, queries, mask.frame_length, _nothing(context))[0]
+        return _block_causal(context, queries, mask.frame_length, _nothing(context), split)[0]
     if isinstance(mask, str):
-        return _causal(context, queries, _nothing(context))[0]
+        return _causal(context, queries, _nothing(context), split)[0]
     if mask is not None and mask.dim() == 3:
         return _any_pattern(context, queries, mask)
     state = _aggregate(context, mask)
-    if state_reduce is not None:
-        state = state_reduce(state)
+    if split is not None:
+        state = split.total(state)
     return _select(context, queries, state.mean()[:, None])
 
 
@@ -125,9 +126,13 @@ def _any_pattern(context: Context, queries: Queries, mask: Tensor) -> Tensor:
     return _select(context, queries, sums / mask.sum(2, keepdim=True).clamp(min=1))
 
 
-def _causal(context: Context, queries: Queries, past: PomState) -> tuple[Tensor, PomState]:
+def _causal(
+    context: Context, queries: Queries, past: PomState, split: TokenSplit | None = None
+) -> tuple[Tensor, PomState]:
     num_tokens, dtype = context.u.shape[1], accumulation_dtype(context.u.dtype)
     sums = torch.cat([piece.cumsum(1, dtype=dtype) for piece in _features(context)], dim=-1)
+    if split is not None:
+        past = PomState(past.sum + split.before(sums[:, -1]), past.count + split.start)
     sums = sums + past.sum[:, None]
     counts = past.count[:, None] + torch.arange(1, num_tokens + 1, device=sums.device)
     # This is a copy, since a view of the last row would keep all n rows alive for as long as the state is carried.
@@ -135,25 +140,39 @@ def _causal(context: Context, queries: Queries, past: PomState) -> tuple[Tensor,
     return _select(context, queries, sums / counts[..., None]), state
 
 
-def _block_causal(context: Context, queries: Queries, frame_length: int, past: PomState) -> tuple[Tensor, PomState]:
+def _block_causal(
+    context: Context, queries: Queries, frame_length: int, past: PomState, split: TokenSplit | None = None
+) -> tuple[Tensor, PomState]:
     """Mix block-causally: S_f = sum of h over frame f; H_f = (past + S_1 + .. + S_f) / (tokens up to its end)."""
     num_tokens, dtype = context.u.shape[1], accumulation_dtype(context.u.dtype)
-    num_whole = num_tokens // frame_length  # torch.compile cannot trace divmod
-    whole = num_whole * frame_length
-    pieces = _features(context)
-    frame_sums = torch.cat(
-        [piece[:, :whole].unflatten(1, (num_whole, frame_length)).sum(2, dtype=dtype) for piece in pieces], dim=-1
-    )  # (b f W)
-    if whole < num_tokens:
-        last = torch.cat([piece[:, whole:].sum(1, keepdim=True, dtype=dtype) for piece in pieces], dim=-1)
-        frame_sums = torch.cat([frame_sums, last], dim=1)
-    sums = frame_sums.cumsum(1) + past.sum[:, None]
-    ends = torch.arange(1, frame_sums.shape[1] + 1, device=sums.device) * frame_length
-    means = sums / (past.count[:, None] + ends.clamp(max=num_tokens))[..., None]
-    y = _select(context, queries.part(0, whole), means[:, :num_whole])
-    if whole < num_tokens:
-        y = torch.cat([y, _select(context, queries.part(whole, num_tokens), means[:, num_whole:])], dim=1)
-    return y, PomState(sums[:, -1].clone() if num_tokens else past.sum, past.count + num_tokens)
+    start, num_in_all = (0, num_tokens) if split is None else (split.start, split.num_tokens)
+    pieces, runs = _features(context), runs_of_frames(start, num_tokens, frame_length)
+    frame_sums = _joined([_sums_of_frames(pieces, *run, dtype) for run in runs])
+    sums = frame_sums.cumsum(1)
+    if split is not None:
+        before, after = split.around(sums[:, -1], frame_sums[:, 0], frame_length)
+        past = PomState(past.sum + before, past.count)
+        sums = torch.cat([sums[:, :-1], sums[:, -1:] + after[:, None]], dim=1)
+    sums = sums + past.sum[:, None]
+    ends = (start // frame_length + torch.arange(1, sums.shape[1] + 1, device=sums.device)) * frame_length
+    means = sums / (past.count[:, None] + ends.clamp(max=num_in_all))[..., None]
+    y, frame = [], 0
+    for a, b, frames in runs:
+        y.append(_select(context, queries.part(a, b), means[:, frame : frame + frames]))
+        frame += frames
+    state = PomState(sums[:, -1].clone() if num_tokens else past.sum, past.count + num_tokens)
+    return _joined(y), state
+
+
+def _sums_of_frames(pieces: list[Tensor], begin: int, end: int, num_frames: int, dtype: torch.dtype) -> Tensor:
+    """Return the sums (b f W) over `num_frames` equal parts of the tokens begin .. end - 1."""
+    shape = (num_frames, (end - begin) // max(num_frames, 1))
+    return torch.cat([piece[:, begin:end].unflatten(1, shape).sum(2, dtype=dtype) for piece in pieces], dim=-1)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Join along the tokens or frames, without a copy where there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _segments(context: Context, queries: Queries, segments: Segments) -> Tensor:

@@ -285,12 +285,18 @@ def test_a_recipe_of_the_other_kind_is_refused(write: Write) -> None:
         ),
         ("ema={post_hoc: {widths: [0.05, 0.0500000001], every_samples: 64}}", "ema.post_hoc.widths: a width is there"),
         ("checkpoint={every_samples: 128, keep_best: 2}", "checkpoint.keep_best: nothing is measured"),
+        ("mesh.sp=17", "mesh.sp: 17 ranks cannot share the 16 tokens of a sample; use at most 16"),
         ("faults.consistency_every_samples=640", "faults.consistency_every_samples: every parameter is on one rank"),
     ],
 )
 def test_values_that_contradict_each_other_are_named(write: Write, override: str, expected: str) -> None:
     (problem,) = problems(write("train.yaml", TRAIN), override)
     assert f": {expected}" in problem
+
+
+def test_attention_cannot_share_tokens(write: Write) -> None:
+    (problem,) = problems(write("train.yaml", TRAIN), "model.mixer=[pom, attention]", "model.num_heads=2", "mesh.sp=2")
+    assert "mesh.sp: attention reads all tokens, which ranks cannot share" in problem
 
 
 def test_what_depends_on_other_sections_is_allowed_where_they_are_there(write: Write) -> None:

@@ -18,7 +18,7 @@ from pomscale.benchmarks.plan import deepspeed_recipe, make_recipe, measure, pre
 from pomscale.benchmarks.storage_tracker import StorageTracker
 from pomscale.config.hardware import GPUS
 from pomscale.config.load import load_train_recipe
-from pomscale.config.train import TrainingConfig, TrainRecipe
+from pomscale.config.train import TrainRecipe
 from pomscale.data.loader import micro_batch_positions, num_micro_batches
 from pomscale.distributed.world import join_world
 from pomscale.plan.advice import changed, cheapest_fit, room_for_more
@@ -233,6 +233,50 @@ def test_traffic_is_what_the_engine_sends(changes: dict[str, Any]) -> None:
         assert 2 * whole * (replicas - 1) / replicas == pytest.approx(sent["all-reduce over replicas"], rel=0.01)
 
 
+SPLIT = {
+    "pictures": tiny(mesh={"sp": 4}),
+    "micro-batches, recomputed": tiny(
+        mesh={"sp": 2}, training={"micro_batch": 2}, compute={"activation_checkpointing": "full"}
+    ),
+    "clips": tiny_video(mesh={"sp": 4}),
+    "block-causal clips": tiny_video(mesh={"sp": 4}, model={"temporal": "block_causal"}),
+    "a time per frame group": tiny_video(
+        mesh={"sp": 4}, model={"temporal": "block_causal"}, diffusion={"time": {"per_frame_group": True}}
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", SPLIT.values(), ids=SPLIT.keys())
+def test_split_tokens_are_planned(recipe: TrainRecipe) -> None:
+    """Bytes sent are exact; memory is that of rounded tokens."""
+    with pretended_world(8) as world, Sums() as sums:
+        peak, _ = measure(recipe, world)
+    assert traffic(recipe, 8)["sums of tokens, over sp"] == round(sums.sent(recipe.mesh.sp) / 2)  # two steps
+    planned = step_memory(recipe, 8)
+    assert planned.peak == pytest.approx(peak, rel=0.03), planned
+    whole = step_memory(changed(recipe, {"mesh.sp": 1}), 8, batch_share(recipe, 8))  # as many samples, all tokens
+    texts = recipe.model.kind == "video"  # of which every rank has all
+    assert planned.by_part["activations"] < (0.8 if texts else 1.1 / recipe.mesh.sp) * whole.by_part["activations"]
+
+
+class Sums(TorchDispatchMode):
+    """Bytes that each rank sends of sums of tokens, by ring algorithms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func).startswith("_c10d_functional."):
+            self.num_bytes[str(func).split(".")[1]] += args[0].nbytes
+        return func(*args, **(kwargs or {}))
+
+    def sent(self, size: int) -> float:
+        others = {"all_reduce": 2 * (size - 1) / size, "all_gather_into_tensor": size - 1}
+        others |= {"reduce_scatter_tensor": (size - 1) / size, "wait_tensor": 0}
+        return sum(num_bytes * others[name] for name, num_bytes in self.num_bytes.items())
+
+
 # --- advice ----------------------------------------------------------------------------------------------------------
 
 
@@ -241,9 +285,7 @@ def fits(recipe: TrainRecipe, usable: float) -> bool:
 
 
 def largest_by_trying(recipe: TrainRecipe, usable: float) -> int:
-    sizes = (
-        batch_share(recipe.training, 8).micro_batch for recipe in _with_micro_batches(recipe) if fits(recipe, usable)
-    )
+    sizes = (batch_share(recipe, 8).micro_batch for recipe in _with_micro_batches(recipe) if fits(recipe, usable))
     return max(sizes, default=0)
 
 
@@ -302,7 +344,10 @@ def test_room_is_used_for_less_recomputation_then_for_larger_micro_batches() -> 
     ("global_batch", "num_gpus", "micro_batch"), [(256, 8, None), (250, 8, 7), (250, 24, 4), (9, 8, 1)]
 )
 def test_batches_are_dealt_as_the_loader_does(global_batch: int, num_gpus: int, micro_batch: int | None) -> None:
-    share = batch_share(TrainingConfig(total_samples=1, global_batch=global_batch, micro_batch=micro_batch), num_gpus)
+    training = {"total_samples": global_batch, "global_batch": global_batch, "micro_batch": micro_batch}
+    recipe = tiny(training=training)
+    share = batch_share(recipe, num_gpus)
+    assert share == batch_share(changed(recipe, {"mesh.sp": 3}), 3 * num_gpus)
     assert share.num_micro_batches == num_micro_batches(global_batch, num_gpus, micro_batch)
     largest = 0
     for rank in range(num_gpus):
@@ -344,6 +389,10 @@ def test_what_does_not_fit_together_is_refused_or_noted() -> None:
         of(tiny(fsdp2={"shard_size": 16}))
     with pytest.raises(InputError, match=r"training\.global_batch: 8 samples cannot be shared by 24 ranks"):
         of(tiny(training={"global_batch": 8, "total_samples": 80}))
+    with pytest.raises(InputError, match=r"mesh\.sp: 24 ranks do not make whole groups of 5"):
+        of(tiny(mesh={"sp": 5}))
+    with pytest.raises(InputError, match=r"training\.global_batch: 3 samples cannot be shared by 6 groups of 4 ranks"):
+        of(tiny(mesh={"sp": 4}, training={"global_batch": 3, "total_samples": 30}))
     with pytest.raises(InputError, match=r"compute\.float8: A100"):
         of(tiny(compute={"float8": True}))
     with pytest.raises(InputError, match="v100"):
