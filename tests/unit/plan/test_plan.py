@@ -24,7 +24,7 @@ from pomscale.distributed.world import join_world
 from pomscale.plan.advice import changed, cheapest_fit, room_for_more
 from pomscale.plan.batch import BatchShare, batch_share
 from pomscale.plan.memory import host_bytes, state_bytes, step_memory
-from pomscale.plan.model_cost import num_parameters
+from pomscale.plan.model_cost import forward_flops, num_parameters
 from pomscale.plan.report import DatasetSize, plan, render
 from pomscale.plan.speed import speed
 from pomscale.plan.storage import storage
@@ -399,6 +399,18 @@ def test_what_does_not_fit_together_is_refused_or_noted() -> None:
         of(tiny(), gpu="v100")
     noted = of(tiny(training={"global_batch": 100, "total_samples": 1000}, fsdp2={"shard_size": 12})).notes
     assert [note.split(":")[0] for note in noted] == ["training.global_batch", "fsdp2.shard_size"]
+
+
+def test_report_gives_the_nominal_flops_where_they_differ() -> None:
+    for name, expected in (
+        ("dipom-v2-xl-2", "191 GFLOP per sample and forward pass; 229 GFLOP nominal, with the output maps applied to"),
+        ("dipom-xl-2", "305 GFLOP per sample and forward pass\n"),
+    ):
+        recipe = load_train_recipe(RECIPES / "image" / f"{name}.yaml")
+        made = plan(recipe, num_nodes=1, gpus_per_node=2, gpu="h200")
+        assert expected in render(made)
+        flops = forward_flops(recipe.model)
+        assert made.speed.samples_per_s == pytest.approx(0.4 * 2 * 989e12 / (3 * flops), rel=1e-3)
 
 
 def test_report_is_a_table_that_ends_in_a_verdict() -> None:
