@@ -84,7 +84,7 @@ class Call:
         Those in C++ serve fp32 on a CPU, where a compiler is found; all else is PyTorch's. The operands that decide
         are the same in the forward and in the backward pass.
         """
-        serves = NativeKernels.serve(self.form, self.x.dtype, self.x.device)
+        serves = NativeKernels.serve(self.form, self.x.dtype, self.x.device, self.layout.order)
         library = native_library() if serves else None
         if library is None:
             return self.torch_kernels
