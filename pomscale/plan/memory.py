@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pomscale.config.engine import ComputeConfig
 from pomscale.config.train import TrainRecipe
 from pomscale.plan.batch import BatchShare, batch_share, num_times
 from pomscale.plan.model_cost import num_parameters
@@ -38,6 +39,9 @@ def step_memory(recipe: TrainRecipe, num_gpus: int, share: BatchShare | None = N
     """
     share = share or batch_share(recipe.training, num_gpus)
     network = build_network(recipe.model, num_times(recipe))
+    compute = recipe.compute
+    if not compute.float8 and (compute.device == "cpu" or compute.mixer_memory == "lean"):  # as in layers/pom.py
+        network.use_whole_mixers(compute.mixer_memory, _block_rows(compute))
     shadow: Fsdp2Shadow | ZeroShadow
     if recipe.engine == "deepspeed":
         shadow = ZeroShadow(
@@ -60,6 +64,13 @@ def step_memory(recipe: TrainRecipe, num_gpus: int, share: BatchShare | None = N
     shadow.run(share.micro_batch, share.num_micro_batches)
     by_part = {part: num_bytes for part, num_bytes in shadow.ledger.at_peak.items() if num_bytes}
     return StepMemory(shadow.ledger.peak, by_part, shadow.ledger.moment)
+
+
+def _block_rows(compute: ComputeConfig) -> int:
+    """Mirror ops/pom/whole: kernels in C++ for fp32 on a CPU, else blocks of rows in PyTorch."""
+    if compute.device != "cpu":
+        return 256
+    return 0 if compute.precision == "fp32" else 64
 
 
 def num_shards(recipe: TrainRecipe, num_gpus: int) -> int:

@@ -31,7 +31,10 @@ Mask: TypeAlias = Literal["padding"] | int | None
 
 
 class PoM:
-    """Mixer of layers/pom.py and ops/pom/torch_path.py."""
+    """Mixer of layers/pom.py: ops/pom/whole with a `memory`, else layered as in ops/pom/torch_path.py."""
+
+    memory: Literal["fast", "lean"] | None = None
+    block_rows = 0
 
     def __init__(self, dim: int, degree: int, expand: int) -> None:
         width = degree * expand * dim
@@ -39,6 +42,11 @@ class PoM:
         self.projection, self.gate, self.output = Linear(dim, width), Linear(dim, width), Linear(width, dim)
 
     def __call__(self, x: Tensor, context: Tensor | None = None, mask: Mask = None) -> Tensor:
+        if self.memory is not None:
+            num_states = x.shape[0] * (mask if isinstance(mask, int) else 1)
+            weights = [weight for linear in self.linears() for weight in linear.weights()]
+            how = {"keep": self.memory == "fast", "masked": mask == PADDING}
+            return op.whole_mixer(x, context, weights, num_states, **how, block_rows=self.block_rows)
         u = self.projection(x if context is None else context)
         gate = self.gate(x)
         if isinstance(mask, int):
@@ -229,6 +237,13 @@ class Network(ABC):
 
     def time(self, features: Tensor) -> Tensor:
         return self.time_contract(op.activation(self.time_expand(features)))
+
+    def use_whole_mixers(self, memory: Literal["fast", "lean"], block_rows: int) -> None:
+        """Let mixers keep what compute.mixer_memory says; block_rows is as of `op.whole_mixer`."""
+        for block in self.blocks:
+            for mixer in (block.mixer, getattr(block, "cross", None)):
+                if isinstance(mixer, PoM):
+                    mixer.memory, mixer.block_rows = memory, block_rows
 
     def root_weights(self) -> list[Weight]:
         """Return the weights that are in no block."""

@@ -168,7 +168,7 @@ def _mix(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mix -> y, u and gate (empty unless kept), states."""
     y, u, gate, states = forward_pass.forward(_call(x, context, weights, indices, form, order, segments), keep)
-    return y.view(x.shape[0], x.shape[1], -1), u, gate, states
+    return y.view(x.shape[0], x.shape[1], y.shape[1]), u, gate, states
 
 
 @torch.library.custom_op("pomscale::mix_backward", mutates_args=())

@@ -18,8 +18,6 @@ from torch import Tensor
 from pomscale.ops.pom.form import Form
 from pomscale.ops.pom.rotary import cos_sin, rotate
 
-_BLOCK_ROWS = 64
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -77,8 +75,8 @@ class TorchKernels:
     def __init__(self, form: Form, coefficients: Tensor | None, sums: torch.dtype, device: torch.device) -> None:
         self._form, self._sums = form, sums
         self._columns = None if coefficients is None else coefficients.to(sums).unbind(1)
-        # Small blocks stay in a CPU's cache; a GPU has work for all its processors in a whole chunk alone.
-        self._block_rows = _BLOCK_ROWS if device.type == "cpu" else 1 << 20
+        # Small blocks stay in a CPU's cache; a GPU needs more to be busy.
+        self._block_rows = 64 if device.type == "cpu" else 256
 
     def add_features(self, u: Tensor, rows: Rows, total: Tensor) -> None:
         for block in self._blocks(u):
