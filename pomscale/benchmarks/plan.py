@@ -134,6 +134,7 @@ def make_recipe(
         },
         "training": {"total_samples": 1000 * batch, "global_batch": batch},
         "checkpoint": {"every_samples": 1000},
+        "compute": {"device": "cuda" if torch.cuda.is_available() else "cpu"},  # it is measured there
     }
     for section, change in changes.items():
         fields[section] = {**fields.get(section, {}), **change}

@@ -41,6 +41,11 @@ class ComputeConfig(Section):
         description="full: recompute every block in the backward pass; every-N: every N-th block, from the first; "
         "selective: keep what matrix products give, recompute the rest.",
     )
+    mixer_memory: Literal["fast", "lean"] = Field(
+        "fast",
+        description="Kept by a PoM mixer for the backward pass. fast: expanded tokens and gates; lean: its input, "
+        "from which it computes these again (1.2 times the mixer's matrix products).",
+    )
     compile: bool = Field(False, description="torch.compile each block.")
     float8: bool = Field(False, description="Blocks' linear maps in float8 (torchao; H100 and newer).")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda where there is one.")

@@ -36,6 +36,8 @@ _KEPT = frozenset(
         _aten._scaled_dot_product_cudnn_attention.default,
     }
 )
+# A whole mixer is nearly all matrix products, too; ops/pom/whole registers it, which this package may not import.
+_KEPT_BY_NAME = frozenset({"pomscale::mix"})
 
 
 def checkpoint_blocks(blocks: nn.ModuleList, mode: str) -> None:
@@ -59,7 +61,7 @@ def checkpoint_blocks(blocks: nn.ModuleList, mode: str) -> None:
 
 def kept_operators() -> list[str]:
     """Return the names of the operators whose outputs "selective" keeps, e.g. "aten.addmm"."""
-    return sorted(str(operator).removesuffix(".default") for operator in _KEPT)
+    return sorted([*(str(operator).removesuffix(".default") for operator in _KEPT), *_KEPT_BY_NAME])
 
 
 def _recomputing(block: nn.Module, **how: Any) -> Callable[..., Any]:
@@ -74,4 +76,5 @@ def _recomputing(block: nn.Module, **how: Any) -> Callable[..., Any]:
 
 
 def _policy(context: SelectiveCheckpointContext, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    is_kept = operator in _KEPT or operator.name() in _KEPT_BY_NAME
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE

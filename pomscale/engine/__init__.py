@@ -16,6 +16,7 @@ def build_engine(recipe: TrainRecipe, model: nn.Module, init_weights: InitWeight
     Raises InputError if a package that the recipe needs is not installed.
     """
     compute, optimizer, averages = recipe.compute, recipe.optimizer, recipe.ema.averages
+    _set_mixer_memory(model, compute.mixer_memory)
     if compute.float8:
         from pomscale.engine.float8 import to_float8  # torchao is optional
 
@@ -38,3 +39,10 @@ def build_engine(recipe: TrainRecipe, model: nn.Module, init_weights: InitWeight
     return Fsdp2Engine(
         model, init_weights, world, fsdp2=recipe.fsdp2, compute=compute, optimizer=optimizer, averages=averages
     )
+
+
+def _set_mixer_memory(model: nn.Module, memory: str) -> None:
+    """Tell the mixers that have a choice what to keep for the backward pass."""
+    for module in model.modules():
+        if hasattr(module, "mixer_memory"):
+            module.mixer_memory = memory

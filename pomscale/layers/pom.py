@@ -23,6 +23,7 @@ from pomscale.ops.pom import (
     polynomial_mixer,
     polynomial_mixer_step,
 )
+from pomscale.ops.pom.whole import Memory, Weights, mix
 
 
 class GroupedLinear(nn.Module):
@@ -109,6 +110,8 @@ class PoM(nn.Module):
         self.output = nn.Linear(width, dim, bias=bias)
         # The authors' initial values: a normal distribution that is clamped to +-0.001.
         self.coefficients = None if is_product else nn.Parameter(torch.randn(width, degree).clamp(-0.001, 0.001))
+        # Set by compute.mixer_memory: what the backward pass finds kept; see `ops.pom.whole.mix`.
+        self.mixer_memory: Memory = "fast"
 
     def forward(
         self,
@@ -134,6 +137,10 @@ class PoM(nn.Module):
         Raises:
             ValueError: Mask, positions or split do not fit.
         """
+        if split is None and self._is_whole(x, mask):
+            return mix(
+                x, context, self._weights(), self.form, mask, positions, context_positions, memory=self.mixer_memory
+            )
         if context is None and context_positions is None:
             context_positions = positions
         operands = self._operands(x, x if context is None else context, positions, context_positions)
@@ -150,6 +157,27 @@ class PoM(nn.Module):
         """
         y, state = polynomial_mixer_step(*self._operands(x, x, positions, positions), state, mask)
         return self._mapped(y), state
+
+    def _is_whole(self, x: Tensor, mask: Mask) -> bool:
+        """Decide between one function for the whole mixer, and linear maps around `polynomial_mixer` (layered).
+
+        Layered are, beside tokens that are split over ranks: patterns (b m n); linear maps that are not plain ones (groups, float8) or
+        have hooks of their own (as where an engine gathers weights map by map); autocast; and CUDA unless memory is to
+        be lean, since there torch.compile fuses the layered form, and the chunks' kernels are as yet PyTorch's.
+        """
+        maps = (self.projection, self.gate, self.output)
+        return (
+            not (isinstance(mask, Tensor) and mask.dim() == 3)
+            and (x.device.type != "cuda" or self.mixer_memory == "lean")
+            and not torch.is_autocast_enabled(x.device.type)
+            and all(type(map_) is nn.Linear and not (map_._forward_hooks or map_._forward_pre_hooks) for map_ in maps)
+        )
+
+    def _weights(self) -> Weights:
+        projection, gate, output = self.projection, self.gate, self.output
+        return Weights(
+            projection.weight, projection.bias, gate.weight, gate.bias, output.weight, output.bias, self.coefficients
+        )
 
     def _operands(
         self, x: Tensor, context: Tensor, positions: Tensor | None, context_positions: Tensor | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from pomscale.config.engine import ComputeConfig
 from pomscale.config.train import TrainRecipe
 from pomscale.plan.batch import BatchShare, batch_share, num_times, with_local_tokens
 from pomscale.plan.model_cost import num_parameters
@@ -40,6 +41,10 @@ def step_memory(recipe: TrainRecipe, num_gpus: int, share: BatchShare | None = N
     share = share or batch_share(recipe, num_gpus)
     local = with_local_tokens(recipe)
     network = build_network(local.model, num_times(local))
+    compute = recipe.compute
+    # As layers/pom.py decides.
+    if not compute.float8 and recipe.mesh.sp == 1 and (compute.device == "cpu" or compute.mixer_memory == "lean"):
+        network.use_whole_mixers(compute.mixer_memory, _block_rows(compute))
     shadow: Fsdp2Shadow | ZeroShadow
     if recipe.engine == "deepspeed":
         shadow = ZeroShadow(
@@ -66,6 +71,13 @@ def step_memory(recipe: TrainRecipe, num_gpus: int, share: BatchShare | None = N
     if others > 0:
         by_part["activations"] += others * share.micro_batch
     return StepMemory(sum(by_part.values()), by_part, shadow.ledger.moment)
+
+
+def _block_rows(compute: ComputeConfig) -> int:
+    """Mirror ops/pom/whole: kernels in C++ for fp32 on a CPU, else blocks of rows in PyTorch."""
+    if compute.device != "cpu":
+        return 256
+    return 0 if compute.precision == "fp32" else 64
 
 
 def num_shards(recipe: TrainRecipe, num_gpus: int) -> int:

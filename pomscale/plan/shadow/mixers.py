@@ -44,7 +44,10 @@ Table: TypeAlias = tuple[Tensor, Tensor]
 
 
 class PoM:
-    """Mixer of layers/pom.py and ops/pom/torch_path.py."""
+    """Mixer of layers/pom.py: ops/pom/whole with a `memory`, else layered as in ops/pom/torch_path.py."""
+
+    memory: Literal["fast", "lean"] | None = None
+    block_rows = 0
 
     def __init__(self, dim: int, mixer: PomMixer) -> None:
         width, is_product = mixer.width(dim), mixer.form == "product"
@@ -58,6 +61,20 @@ class PoM:
     def __call__(
         self, x: Tensor, context: Tensor | None = None, mask: Mask = None, positions: Tensor | None = None
     ) -> Tensor:
+        if self.memory is not None and isinstance(self.projection, Linear):
+            num_states = x.shape[0] * (mask if isinstance(mask, int) else 1)
+            how = {"keep": self.memory == "fast", "masked": mask == PADDING}
+            maps = (self.projection, self.gate, self.output)
+            width, num_gates, d_out = (linear.weight.shape[0] for linear in maps)
+            return op.whole_mixer(
+                x,
+                context,
+                self.weights(),
+                (width, num_gates, d_out),
+                num_states,
+                **how,
+                block_rows=self.block_rows,
+            )
         u = self.projection(x if context is None else context)
         gate = self.gate(x)
         if isinstance(mask, int):

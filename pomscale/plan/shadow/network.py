@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from pomscale.config.mixer import Mixer
 from pomscale.config.model import ImageModelConfig, ModelConfig, VideoModelConfig
 from pomscale.plan.model_cost import TEXT_LENGTH
 from pomscale.plan.shadow import operators as op
-from pomscale.plan.shadow.mixers import PADDING, Linear, Mask, build_mixer
+from pomscale.plan.shadow.mixers import PADDING, Linear, Mask, PoM, build_mixer
 from pomscale.plan.shadow.operators import FP32, INT64, Weight
 from pomscale.plan.shadow.tensor import Tensor
 
@@ -134,6 +134,13 @@ class Network(ABC):
 
     def time(self, features: Tensor) -> Tensor:
         return self.time_contract(op.activation(self.time_expand(features)))
+
+    def use_whole_mixers(self, memory: Literal["fast", "lean"], block_rows: int) -> None:
+        """Let mixers keep what compute.mixer_memory says; block_rows is as of `op.whole_mixer`."""
+        for block in self.blocks:
+            for mixer in (block.mixer, getattr(block, "cross", None)):
+                if isinstance(mixer, PoM):
+                    mixer.memory, mixer.block_rows = memory, block_rows
 
     def root_weights(self) -> list[Weight]:
         """Return the weights that are in no block."""

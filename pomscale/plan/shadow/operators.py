@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from pomscale.plan.shadow.ledger import Storage
-from pomscale.plan.shadow.tensor import Leaf, Shape, Tensor, broadcast, product, record
+from pomscale.plan.shadow.tensor import Leaf, Shape, Tape, Tensor, broadcast, product, record
 
 INT64, FP32, BF16, FP16, BOOL = 8, 4, 2, 2, 1
 
@@ -264,6 +264,63 @@ def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, readabl
     return result
 
 
+def whole_mixer(
+    x: Tensor,
+    context: Tensor | None,
+    weights: Sequence[Weight],
+    widths: tuple[int, int, int],
+    num_states: int,
+    *,
+    keep: bool,
+    masked: bool,
+    block_rows: int,
+) -> Tensor:
+    """Apply the mixer of ops/pom/whole: queries x (b m d), context (b n d) or None for x itself -> (b m d).
+
+    Keeps its inputs and the means of `num_states` states, and, if `keep`, u and the gates. weights: all of the mixer.
+    widths: channels of u, gates and channels of the result. masked: the context has padding. block_rows: rows that the kernels in PyTorch
+    (`whole.kernels`) process at a time in fp32; 0 for those in C++.
+    """
+    tape, read = x.tape, [weight.read() for weight in weights]
+    (width, num_gates, d_out), source = widths, x if context is None else context
+    rows, num_read = (math.prod(tensor.shape[:-1]) for tensor in (x, source))
+    y = product(tape, (*x.shape[:-1], d_out))
+    kept = [product(tape, (num_read, width)), product(tape, (rows, num_gates))] if keep else []
+    means = product(tape, (num_states, width), FP32)
+    longest = max(_chunk_rows(rows), _chunk_rows(num_read))
+    if not tape.runs_again:
+        _chunk_buffers(tape, longest, width, source.shape[-1], masked)
+    inputs, shapes = [x] if context is None else [x, context], [tensor.shape for tensor in read]
+    needs, d_context = [tensor.node is not None for tensor in inputs], source.shape[-1]
+
+    def backward(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
+        of_inputs = saved[: len(needs)]
+        sums = [tape.new(shape, FP32) for shape in shapes]
+        found = [tape.new(t.shape) if needed else None for t, needed in zip(of_inputs, needs, strict=True)]
+        means = tape.new((num_states, width), FP32)
+        buffers = [tape.new((longest, width)) for _ in range(2)]
+        # TorchKernels.select_backward has ten temporary tensors.
+        buffers.append(tape.new((10 * min(block_rows, rows // num_states), width), FP32))
+        del buffers
+        _chunk_buffers(tape, longest, width, d_context, masked)
+        del means
+        return [*found, *sums] if tape.itemsize == FP32 else [*found, *(tape.new(shape) for shape in shapes)]
+
+    record([*inputs, *read], [y], [*inputs, *kept, means], backward)
+    return y
+
+
+def _chunk_buffers(tape: Tape, rows: int, width: int, d_context: int, masked: bool) -> None:
+    """Allocate and free what one chunk of `whole_mixer` needs: a buffer, and tokens without those of the padding."""
+    buffers = [tape.new((rows, width)), tape.new((rows, d_context) if masked else (0,))]
+    del buffers
+
+
+def _chunk_rows(rows: int) -> int:
+    """Mirror ops/pom/whole/layout.py: about equal chunks of at least 1024 rows."""
+    return -(-rows // max(1, rows // 1024))
+
+
 def _numbers_of(readable: Tensor) -> Tensor:
     """Make the numbers 0 and -inf of a mask, by way of its inverse."""
     opposite = readable.tape.new(readable.shape, BOOL)
@@ -290,5 +347,5 @@ def mean_squared(error: Tensor) -> Tensor:
 __all__ = [
     "BF16", "BOOL", "FP16", "FP32", "INT64", "Weight", "activation", "attention", "broadcast", "cast", "chunk", "clamp",
     "concatenate", "convolution", "difference", "embedding", "grouped_linear", "layer_norm", "linear", "matrix_product",
-    "mean_squared", "part", "scaled", "sigmoid", "sum_tokens", "unbind", "view",
+    "mean_squared", "part", "scaled", "sigmoid", "sum_tokens", "unbind", "view", "whole_mixer",
 ]  # fmt: skip

@@ -31,6 +31,11 @@ class Tape:
         self.num_nodes = 0
         self.frame: Frame | None = None
 
+    @property
+    def runs_again(self) -> bool:
+        """Whether a checkpointed function runs again whose matrix products were kept, and do not run again."""
+        return self.frame is not None and self.frame.recomputed is not None and self.frame.products is not None
+
     def new(self, shape: Shape, itemsize: int | None = None, part: Part = "activations") -> Tensor:
         itemsize = self.itemsize if itemsize is None else itemsize
         return Tensor(self, shape, itemsize, Storage(self.ledger, part, math.prod(shape) * itemsize))
