@@ -161,9 +161,9 @@ class PoM(nn.Module):
     def _is_whole(self, x: Tensor, mask: Mask) -> bool:
         """Decide between one function for the whole mixer, and linear maps around `polynomial_mixer` (layered).
 
-        Layered are, beside tokens that are split over ranks: patterns (b m n); linear maps that are not plain ones (groups, float8) or
-        have hooks of their own (as where an engine gathers weights map by map); autocast; and CUDA unless memory is to
-        be lean, since there torch.compile fuses the layered form, and the chunks' kernels are as yet PyTorch's.
+        Layered are, beside tokens that are split over ranks: patterns (b m n); linear maps that are not plain ones
+        (groups, float8) or have hooks of their own (as where an engine gathers weights map by map); autocast; and CUDA
+        unless memory is to be lean, since there torch.compile fuses the layered form, and Triton has its operator.
         """
         maps = (self.projection, self.gate, self.output)
         return (

@@ -278,8 +278,8 @@ def whole_mixer(
     """Apply the mixer of ops/pom/whole: queries x (b m d), context (b n d) or None for x itself -> (b m d).
 
     Keeps its inputs and the means of `num_states` states, and, if `keep`, u and the gates. weights: all of the mixer.
-    widths: channels of u, gates and channels of the result. masked: the context has padding. block_rows: rows that the kernels in PyTorch
-    (`whole.kernels`) process at a time in fp32; 0 for those in C++.
+    widths: channels of u, gates and channels of the result. masked: the context has padding. block_rows: rows that the
+    kernels in PyTorch (`whole.kernels`) process at a time in fp32; 0 for those in C++.
     """
     tape, read = x.tape, [weight.read() for weight in weights]
     (width, num_gates, d_out), source = widths, x if context is None else context
