@@ -12,7 +12,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -166,11 +166,11 @@ def measure(recipe: TrainRecipe, world: World) -> tuple[int, int]:
         x0, eps = torch.randn(shape, device=world.device), torch.randn(shape, device=world.device)
         times = num_times(recipe)
         t = torch.rand(share.micro_batch if times == 1 else (share.micro_batch, times), device=world.device)
-        condition, conditioned = _conditioned(recipe.model, share.micro_batch, network, world.device)
+        part = network if local is None else partial(network, split_tokens=local.split)
+        condition, conditioned = _conditioned(recipe.model, share.micro_batch, part, world.device)
         if local is None:
             return per_sample_loss(FlowMatching(), conditioned, x0, eps, t, condition).mean()
-        split = partial(conditioned, split_tokens=local.split)
-        return per_sample_loss(FlowMatching(), split, x0, eps, t, condition, local.part).mean()
+        return per_sample_loss(FlowMatching(), conditioned, x0, eps, t, condition, local.part).mean()
 
     def step() -> None:
         engine.forward_backward([None] * share.num_micro_batches, loss)
@@ -182,7 +182,7 @@ def measure(recipe: TrainRecipe, world: World) -> tuple[int, int]:
 
 
 def _conditioned(
-    model: ImageModelConfig | VideoModelConfig, batch: int, network: nn.Module, device: torch.device
+    model: ImageModelConfig | VideoModelConfig, batch: int, network: Callable[..., Tensor], device: torch.device
 ) -> tuple[Condition, Network]:
     """Return the condition of a batch, and the network, which for clips is given their first frame groups."""
     zeros = torch.zeros(batch, dtype=torch.int64, device=device)

@@ -73,9 +73,9 @@ class VideoBlock(nn.Module):
         """
         modulation, gates = self._of_time(c)
         x = self._read_text(x, text, text_mask, modulation, gates[0], split)
-        mixed = mix(self.mixer, _modulated(self.norm(x), *modulation[4:6], split), positions, mask, split)
+        mixed = mix(self.mixer, _modulated(self.norm(x), modulation[4:6], split), positions, mask, split)
         x = x + _gated(gates[1], mixed, split)
-        return x + _gated(gates[2], self.ffn(_modulated(self.norm(x), *modulation[6:], split)), split)
+        return x + _gated(gates[2], self.ffn(_modulated(self.norm(x), modulation[6:], split)), split)
 
     def step(
         self,
@@ -89,9 +89,9 @@ class VideoBlock(nn.Module):
         """Map the next frame group of a clip as `forward` under the block-causal mask, with the past as a state."""
         modulation, gates = self._of_time(c)
         x = self._read_text(x, text, text_mask, modulation, gates[0])
-        mixed, new_state = _step(self.mixer, _modulated(self.norm(x), *modulation[4:6]), state, positions)
+        mixed, new_state = _step(self.mixer, _modulated(self.norm(x), modulation[4:6]), state, positions)
         x = x + _gated(gates[1], mixed)
-        return x + _gated(gates[2], self.ffn(_modulated(self.norm(x), *modulation[6:]))), new_state
+        return x + _gated(gates[2], self.ffn(_modulated(self.norm(x), modulation[6:]))), new_state
 
     def _of_time(self, c: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return eight scales and shifts, and three gates, each like c."""
@@ -108,7 +108,7 @@ class VideoBlock(nn.Module):
         split: TokenSplit | None = None,
     ) -> Tensor:
         scale, shift = modulation[2:4]
-        queries, text = _modulated(self.norm(x), *modulation[:2], split), self.norm(text)[:, None]
+        queries, text = _modulated(self.norm(x), modulation[:2], split), self.norm(text)[:, None]
         read = []
         for tokens, times in _runs(scale.shape[1], x.shape[1], split):
             # The text is modulated differently at each time, so frame groups become samples.
@@ -146,9 +146,9 @@ def _runs(num_times: int, num_tokens: int, split: TokenSplit | None) -> list[tup
     return runs
 
 
-def _modulated(x: Tensor, scale: Tensor, shift: Tensor, split: TokenSplit | None = None) -> Tensor:
-    """Return x (1 + scale) + shift for x (b n d), scale and shift (b g d) by frame group."""
-    parts = []
+def _modulated(x: Tensor, modulation: tuple[Tensor, ...], split: TokenSplit | None = None) -> Tensor:
+    """Return x (1 + scale) + shift for x (b n d) and the two of `modulation`, each (b g d) by frame group."""
+    (scale, shift), parts = modulation, []
     for tokens, times in _runs(scale.shape[1], x.shape[1], split):
         of_time = x[:, tokens].unflatten(1, (times.stop - times.start, -1))
         parts.append(modulate(of_time, shift[:, times, None], scale[:, times, None]).flatten(1, 2))
@@ -303,7 +303,7 @@ class VDiPoM(nn.Module):
     def _values(self, x: Tensor, c: Tensor, split: TokenSplit | None = None) -> Tensor:
         """Map tokens (b n d) to the values of their patches, (b n f * p * q * c)."""
         scale, shift = self.modulation(F.silu(c)).chunk(2, dim=-1)
-        return self.head(_modulated(self.norm(x), scale, shift, split))
+        return self.head(_modulated(self.norm(x), (scale, shift), split))
 
     def _unpatchified(self, values: Tensor, grid: tuple[int, int, int]) -> Tensor:
         size = self.config.patch_size

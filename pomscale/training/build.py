@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -56,8 +56,6 @@ from pomscale.training.schedule import Schedule
 from pomscale.training.telemetry import Records, Row, Telemetry
 from pomscale.training.trainer import Trainer
 
-NetworkConfig = TypeVar("NetworkConfig", ImageModelConfig, VideoModelConfig)
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -98,7 +96,7 @@ def _check_tokens(recipe: TrainRecipe, dataset: LatentDataset) -> None:
             )
 
 
-def _of_shape(model: NetworkConfig, shape: Sequence[int]) -> NetworkConfig:
+def _of_shape(model: ImageModelConfig | VideoModelConfig, shape: Sequence[int]) -> ImageModelConfig | VideoModelConfig:
     """Return the config of a network for latents of `shape`, which may be a picture's where clips are trained on."""
     channels, *frames, height, width = shape
     if isinstance(model, VideoModelConfig):
@@ -289,6 +287,7 @@ def mean_flops(recipe: TrainRecipe, mixture: Mixture) -> float:
     for dataset, share in zip(mixture.datasets, mixture.shares, strict=True):
         for group, size in shape_sizes(dataset).items():
             clip = _of_shape(model, dataset.manifest.groups[group].shape)
+            assert isinstance(clip, VideoModelConfig)
             flops = training_flops(
                 clip,
                 text_length=mixture.text.info.config.max_length,

@@ -69,7 +69,7 @@ def mixers() -> dict[str, PoM]:
 
 def total(gradients: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
     """The sum over ranks of gradients, as an engine has it."""
-    # Without a word, gloo adds up tensors with gaps or of other strides in the order in which they lie in memory.
+    # Without a word, gloo adds up tensors of other strides in the order in which they lie in memory.
     gradients = [gradient.contiguous() for gradient in gradients]
     for gradient in gradients:
         dist.all_reduce(gradient, group=group)

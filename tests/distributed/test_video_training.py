@@ -18,7 +18,7 @@ from pomscale.data.mixture import Mixture
 from pomscale.evaluation.heldout import measure_heldout
 from pomscale.plan.model_cost import training_flops
 from pomscale.shards.schema import read_manifest
-from pomscale.training.build import mean_flops
+from pomscale.training.build import mean_flops, open_inputs
 from pomscale.training.run import train as train_here
 from support.running import GLOBAL_BATCH, NUM_STEPS, assert_same_curve, losses, rows, train
 from support.tiny_models import save_t5
@@ -110,6 +110,12 @@ def test_per_group_times_and_offsets_change_the_loss(alone: Path, clips: Path, t
     at_zero = losses(train_alone(recipe, "name=c", short, none, "diffusion.max_start_group=0"))
     assert first[GLOBAL_BATCH] == forced[GLOBAL_BATCH] == at_zero[GLOBAL_BATCH]  # the head begins at 0
     assert len({curve[4 * GLOBAL_BATCH] for curve in (first, forced, at_zero)}) == 3
+
+
+def test_samples_with_fewer_tokens_than_ranks_are_refused(clips: Path, tmp_path: Path) -> None:
+    recipe = load_train_recipe(write_video_recipe(tmp_path, clips), ["mesh.sp=13"])  # clips of two groups have 24
+    with pytest.raises(InputError, match=r"mesh\.sp: 13 ranks cannot share the 12 tokens of samples of shape 4x"):
+        open_inputs(recipe, tmp_path)
 
 
 @pytest.mark.slow
