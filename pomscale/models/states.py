@@ -27,7 +27,9 @@ def states_from_tensors(config: VideoModelConfig, tensors: Mapping[str, Tensor])
     """Invert `states_to_tensors`, for a network of this config. Raises KeyError if a tensor is missing."""
     states: list[MixerState] = []
     for block, name in enumerate(config.mixers):
-        kind = AttentionState if name == "attention" else PomState
-        parts = [field.name for field in fields(kind) if field.name != "form"]  # a form is no tensor
-        states.append(kind(**{part: tensors[f"{block}.{part}"] for part in parts}))
+        of_block = {key.removeprefix(f"{block}."): part for key, part in tensors.items() if key.startswith(f"{block}.")}
+        if name == "attention":
+            states.append(AttentionState(of_block["key"], of_block["value"], of_block["takes_part"]))
+        else:
+            states.append(PomState(of_block["sum"], of_block["count"]))
     return states
