@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+import os
+from importlib.util import find_spec
+from typing import Any, Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor
 
 from pomscale.ops.pom import naive, torch_path
@@ -11,7 +14,11 @@ from pomscale.ops.pom.masks import Mask, Segments, check_mask
 from pomscale.ops.pom.operands import Context, Queries, check_operands
 from pomscale.ops.pom.state import PomState, StateReduce
 
-Implementation: TypeAlias = Literal["torch", "naive"]
+Implementation: TypeAlias = Literal["naive", "torch", "triton"]
+
+# Read once: torch.compile cannot follow a variable that changes.
+_FORCED = os.environ.get("POMSCALE_POM") or None
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def polynomial_mixer(
@@ -20,7 +27,7 @@ def polynomial_mixer(
     mask: Mask = None,
     *,
     state_reduce: StateReduce | None = None,
-    implementation: Implementation = "torch",
+    implementation: Implementation | None = None,
 ) -> Tensor:
     """Gate the mean of the context's features (equations in README.md).
 
@@ -30,23 +37,23 @@ def polynomial_mixer(
         mask: See `masks.Mask`; a query without context gets 0.
         state_reduce: Merges the state of the local tokens with that of others before the mean; only for no mask and
             for padding masks (b n), whose queries share one state.
-        implementation: The path; tests choose the oracle.
+        implementation: The path; None = that of the variable POMSCALE_POM, or else the fastest that serves (`_chosen`).
 
     Returns:
         (b m W), or (b m d) with `queries.output`, in the dtype of the gates; sums run in fp32 (float64 for float64).
 
     Raises:
-        ValueError: The operands do not fit together.
+        ValueError: The operands do not fit together, or the path that is asked for cannot serve them.
     """
     check_operands(context, queries)
     check_mask(mask, context.u.shape[0], queries.gate.shape[1], context.u.shape[1])
     one_state = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
     if state_reduce is not None and not one_state:
         raise ValueError("state_reduce: only no mask and padding masks (b n) have one state per sample")
-    if implementation == "naive":
-        assert state_reduce is None, "the oracle holds no partial state"
-        return naive.polynomial_mixer(context, queries, mask)
-    return torch_path.polynomial_mixer(context, queries, mask, state_reduce)
+    chosen = _chosen(implementation, context, queries, mask, merges=state_reduce is not None)
+    if chosen == "torch":
+        return torch_path.polynomial_mixer(context, queries, mask, state_reduce)
+    return _module(chosen).polynomial_mixer(context, queries, mask)
 
 
 def polynomial_mixer_step(
@@ -55,7 +62,7 @@ def polynomial_mixer_step(
     past: PomState | None = None,
     mask: Mask = None,
     *,
-    implementation: Implementation = "torch",
+    implementation: Implementation | None = None,
 ) -> tuple[Tensor, PomState]:
     """The operator on the next chunk of a sequence, carrying the state instead of the past tokens.
 
@@ -66,7 +73,7 @@ def polynomial_mixer_step(
         mask: None = the chunk is one block that reads the past and all of itself; bool (b n) = the same with padding;
             "causal" = each token reads the past and the chunk up to itself; BlockCausal = the chunk begins with a
             frame, and each token reads the past and the chunk up to the end of its frame.
-        implementation: The path; tests choose the oracle.
+        implementation: See `polynomial_mixer`.
 
     Returns:
         What `polynomial_mixer` returns for the chunk, and the state after it.
@@ -86,5 +93,53 @@ def polynomial_mixer_step(
         past = PomState.zeros(batch, width, context.u.dtype, context.u.device)
     elif past.sum.shape != (batch, width):
         raise ValueError(f"step: expected a state of shape {(batch, width)}, got {tuple(past.sum.shape)}")
-    path = naive if implementation == "naive" else torch_path
-    return path.polynomial_mixer_step(context, queries, past, mask)
+    chosen = _chosen(implementation, context, queries, mask, merges=False)
+    return _module(chosen).polynomial_mixer_step(context, queries, past, mask)
+
+
+def _chosen(
+    implementation: Implementation | None, context: Context, queries: Queries, mask: Mask, *, merges: bool
+) -> Implementation:
+    """Return the path that serves: what is asked for, else triton for CUDA tensors where it can, else torch.
+
+    merges: whether states are merged with those of other processes.
+    Raises ValueError, with the reason, where the path that is asked for cannot serve.
+    """
+    asked = implementation or _FORCED
+    if asked is None:
+        on_gpu = context.u.is_cuda and _why_not_triton(context, queries, mask, merges) is None
+        return "triton" if on_gpu else "torch"
+    if asked == "naive":
+        reason = "it merges no states of several processes" if merges else None
+    elif asked == "triton":
+        reason = _why_not_triton(context, queries, mask, merges)
+    elif asked == "torch":
+        reason = None
+    else:
+        raise ValueError(f"POMSCALE_POM: expected one of {', '.join(get_args(Implementation))}, got {asked!r}")
+    if reason is not None:
+        raise ValueError(f"the {asked} path of the Polynomial Mixer cannot serve: {reason}")
+    return asked
+
+
+def _why_not_triton(context: Context, queries: Queries, mask: Mask, merges: bool) -> str | None:
+    """Return why the Triton path cannot serve, or None if it can."""
+    if merges:
+        return "it merges no states of several processes"
+    if isinstance(mask, Tensor) and mask.dim() == 3:
+        return "it has no masks (b m n)"
+    for name, x in (("u", context.u), ("gate", queries.gate)):
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"it computes in fp32, and {name} is {x.dtype}"
+        # Interpreted, the kernels run on CPU tensors, very slowly.
+        if not x.is_cuda and not (x.is_cpu and os.environ.get("TRITON_INTERPRET") == "1"):
+            return f"it needs tensors on CUDA, and {name} is on {x.device}"
+    return None if _HAS_TRITON else "the package triton is not installed"
+
+
+def _module(path: Implementation) -> Any:
+    if path == "triton":
+        from pomscale.ops.pom import triton_path  # noqa: PLC0415  triton is there only where CUDA or its tests are
+
+        return triton_path
+    return naive if path == "naive" else torch_path
