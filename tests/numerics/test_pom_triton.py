@@ -247,7 +247,7 @@ def test_a_path_that_cannot_serve_raises(
 
 @pytest.mark.parametrize("position", [0, 1, 3, 1000, 4095, -77_777])
 def test_angles_are_those_of_the_other_paths(position: int) -> None:
-    """Sums of one token without gates to speak of: what is left is the rotation, by the kernel's own cosine and sine."""
+    """One token through open gates leaves the rotation, by the kernel's own cosine and sine."""
     form = Form("coefficients", 1, rope=1)
     u = torch.ones(1, 1, 24, device=DEVICE)
     coefficients, where = torch.ones(24, 1, device=DEVICE), torch.full((1, 1), position, device=DEVICE)

@@ -84,9 +84,10 @@ def rows(x: Tensor) -> Tensor:
 
 
 def run(kernel: Any, programs: int, **arguments: Any) -> None:
-    """Run `programs` programs of a kernel."""
+    """Run `programs` programs of a kernel on the device of its tensors, which need not be the current one."""
     if programs:
-        kernel[(programs,)](**arguments, num_warps=_WARPS)
+        with torch.cuda.device_of(next(x for x in arguments.values() if isinstance(x, Tensor))):
+            kernel[(programs,)](**arguments, num_warps=_WARPS)
 
 
 def operand(name: str, x: Tensor | None, absent: Tensor, *, batched: bool = True) -> dict[str, Any]:
