@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from pomscale.ops.pom.state import PomState, StateReduce
 Implementation: TypeAlias = Literal["naive", "torch", "triton"]
 
 # Read once: torch.compile cannot follow a variable that changes.
-_FORCED = os.environ.get("POMSCALE_POM") or None
+_FORCED = cast("Implementation | None", os.environ.get("POMSCALE_POM") or None)
 _HAS_TRITON = find_spec("triton") is not None
 
 
