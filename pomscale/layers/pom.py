@@ -20,6 +20,7 @@ from pomscale.ops.pom import (
     check_count,
     check_rotary,
     check_tokens,
+    is_path_forced,
     polynomial_mixer,
     polynomial_mixer_step,
 )
@@ -161,13 +162,14 @@ class PoM(nn.Module):
     def _is_whole(self, x: Tensor, mask: Mask) -> bool:
         """Decide between one function for the whole mixer, and linear maps around `polynomial_mixer` (layered).
 
-        Layered are, beside tokens that are split over ranks: patterns (b m n); linear maps that are not plain ones
+        Layered are, beside tokens that are split over ranks: a path forced by POMSCALE_POM; patterns (b m n); linear maps that are not plain ones
         (groups, float8) or have hooks of their own (as where an engine gathers weights map by map); autocast; and CUDA
         unless memory is to be lean, since there torch.compile fuses the layered form, and Triton has its operator.
         """
         maps = (self.projection, self.gate, self.output)
         return (
-            not (isinstance(mask, Tensor) and mask.dim() == 3)
+            not is_path_forced()
+            and not (isinstance(mask, Tensor) and mask.dim() == 3)
             and (x.device.type != "cuda" or self.mixer_memory == "lean")
             and not torch.is_autocast_enabled(x.device.type)
             and all(type(map_) is nn.Linear and not (map_._forward_hooks or map_._forward_pre_hooks) for map_ in maps)

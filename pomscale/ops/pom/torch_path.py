@@ -31,7 +31,7 @@ def polynomial_mixer(context: Context, queries: Queries, mask: Mask, split: Toke
     state = _aggregate(context, mask)
     if split is not None:
         state = split.total(state)
-    return _select(context, queries, state.mean()[:, None])
+    return select(context, queries, state.mean()[:, None])
 
 
 def polynomial_mixer_step(context: Context, queries: Queries, past: PomState, mask: Mask) -> tuple[Tensor, PomState]:
@@ -42,7 +42,7 @@ def polynomial_mixer_step(context: Context, queries: Queries, past: PomState, ma
         return _block_causal(context, queries, mask.frame_length, past)
     assert not isinstance(mask, Segments)
     state = past + _aggregate(context, mask)
-    return _select(context, queries, state.mean()[:, None]), state
+    return select(context, queries, state.mean()[:, None]), state
 
 
 def _features(context: Context) -> list[Tensor]:
@@ -77,13 +77,13 @@ def _gates(context: Context, queries: Queries) -> Tensor:
     return gates
 
 
-def _select(context: Context, queries: Queries, mean: Tensor) -> Tensor:
+def select(context: Context, queries: Queries, mean: Tensor) -> Tensor:
     """Return s o H (b m W), through the output map if there is one, of means (b f W), each read by m/f queries."""
     return _gated(_gates(context, queries), mean, context.form.heads, queries.output)
 
 
 def _gated(gates: Tensor, mean: Tensor, heads: int, output: Tensor | None) -> Tensor:
-    """Apply gates (b m G) to means (b f W) as `_select` does."""
+    """Apply gates (b m G) to means (b f W) as `select` does."""
     num_frames, output = mean.shape[1], None if output is None else output.to(gates.dtype)
     # H stays fp32 up to here; only what is broadcast over the queries is rounded.
     mean = mean.to(gates.dtype)
@@ -123,7 +123,7 @@ def _any_pattern(context: Context, queries: Queries, mask: Tensor) -> Tensor:
     pieces = _features(context.without(mask.any(1)))
     with torch.autocast(mask.device.type, enabled=False):  # autocast would round the fp32 operands to bf16
         sums = torch.cat([mask.to(dtype) @ piece.to(dtype) for piece in pieces], dim=-1)
-    return _select(context, queries, sums / mask.sum(2, keepdim=True).clamp(min=1))
+    return select(context, queries, sums / mask.sum(2, keepdim=True).clamp(min=1))
 
 
 def _causal(
@@ -137,7 +137,7 @@ def _causal(
     counts = past.count[:, None] + torch.arange(1, num_tokens + 1, device=sums.device)
     # This is a copy, since a view of the last row would keep all n rows alive for as long as the state is carried.
     state = PomState(sums[:, -1].clone() if num_tokens else past.sum, past.count + num_tokens)
-    return _select(context, queries, sums / counts[..., None]), state
+    return select(context, queries, sums / counts[..., None]), state
 
 
 def _block_causal(
@@ -158,7 +158,7 @@ def _block_causal(
     means = sums / (past.count[:, None] + ends.clamp(max=num_in_all))[..., None]
     y, frame = [], 0
     for a, b, frames in runs:
-        y.append(_select(context, queries.part(a, b), means[:, frame : frame + frames]))
+        y.append(select(context, queries.part(a, b), means[:, frame : frame + frames]))
         frame += frames
     state = PomState(sums[:, -1].clone() if num_tokens else past.sum, past.count + num_tokens)
     return _joined(y), state
