@@ -162,9 +162,10 @@ class PoM(nn.Module):
     def _is_whole(self, x: Tensor, mask: Mask) -> bool:
         """Decide between one function for the whole mixer, and linear maps around `polynomial_mixer` (layered).
 
-        Layered are, beside tokens that are split over ranks: a path forced by POMSCALE_POM; patterns (b m n); linear maps that are not plain ones
-        (groups, float8) or have hooks of their own (as where an engine gathers weights map by map); autocast; and CUDA
-        unless memory is to be lean, since there torch.compile fuses the layered form, and Triton has its operator.
+        Layered are, beside tokens that are split over ranks: a path that POMSCALE_POM forces; patterns (b m n); linear
+        maps that are not plain ones (groups, float8) or have hooks of their own (as where an engine gathers weights map
+        by map); autocast; and CUDA unless memory is to be lean, since Triton has the operator there, and torch.compile
+        fuses what is around it.
         """
         maps = (self.projection, self.gate, self.output)
         return (

@@ -289,7 +289,7 @@ def whole_mixer(
     means = product(tape, (num_states, width), FP32)
     longest = max(_chunk_rows(rows), _chunk_rows(num_read))
     if not tape.runs_again:
-        _chunk_buffers(tape, longest, width, source.shape[-1], masked)
+        _chunk_buffers(tape, _chunk_rows(rows) if keep else longest, width, source.shape[-1], masked)
     inputs, shapes = [x] if context is None else [x, context], [tensor.shape for tensor in read]
     needs, d_context = [tensor.node is not None for tensor in inputs], source.shape[-1]
 
@@ -298,11 +298,11 @@ def whole_mixer(
         sums = [tape.new(shape, FP32) for shape in shapes]
         found = [tape.new(t.shape) if needed else None for t, needed in zip(of_inputs, needs, strict=True)]
         means = tape.new((num_states, width), FP32)
-        buffers = [tape.new((longest, width)) for _ in range(2)]
+        buffers = [tape.new((n, width)) for n in (_chunk_rows(rows), _chunk_rows(rows) if keep else longest)]
         # TorchKernels.select_backward has ten temporary tensors.
         buffers.append(tape.new((10 * min(block_rows, rows // num_states), width), FP32))
         del buffers
-        _chunk_buffers(tape, longest, width, d_context, masked)
+        _chunk_buffers(tape, _chunk_rows(num_read) if keep else longest, width, d_context, masked)
         del means
         return [*found, *sums] if tape.itemsize == FP32 else [*found, *(tape.new(shape) for shape in shapes)]
 
