@@ -80,7 +80,10 @@ def contenders(official: Official, device: torch.device, *, with_compiled: bool 
     """
     everywhere = (math.inf, math.inf)
     dense = (math.inf, _MOST_DENSE)
-    found = [Contender(FLOOR, Gemms), Contender(OURS, Ours), Contender(LEAN, Lean), Contender(LAYERED, Layered)]
+    found = [Contender(FLOOR, Gemms), Contender(OURS, Ours)]
+    if Lean.exists():
+        found.append(Contender(LEAN, Lean))
+    found.append(Contender(LAYERED, Layered))
     if paths_can_be_forced():
         limits = {"naive": (_MOST_NAIVE, _MOST_NAIVE)}
         found += [Contender(f"ours, {path}", Ours, limits.get(path, everywhere), path) for path in PATHS]

@@ -82,9 +82,17 @@ class Lean(Ours):
 
     def __init__(self, case: Case, device: torch.device) -> None:
         super().__init__(case, device)
-        if not hasattr(self.layer, "mixer_memory"):
-            raise CannotServeError("the layer has no mixer_memory")
-        self.layer.mixer_memory = "lean"
+        make_lean(self.layer)
+
+    @staticmethod
+    def exists() -> bool:
+        """Return whether the layer has this choice."""
+        return hasattr(PoM(1), "mixer_memory")
+
+
+def make_lean(layer: PoM) -> None:
+    """Let the layer keep its tokens alone, as `compute.mixer_memory: lean` does."""
+    layer.mixer_memory = "lean"  # type: ignore[assignment]
 
 
 class Layered(Ours):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pomscale.benchmarks.memory import peak_allocated_bytes
 from pomscale.benchmarks.operators.cases import Case
-from pomscale.benchmarks.operators.contenders import FLOOR, LAYERED, LEAN, OFFICIAL, OURS, Contender
-from pomscale.benchmarks.operators.entries import Gemms, Layered, Lean, OfficialLayer, Ours, layered
+from pomscale.benchmarks.operators.contenders import FLOOR, LAYERED, LEAN, OFFICIAL, OURS, contenders
+from pomscale.benchmarks.operators.entries import Lean, layered, make_lean
 from pomscale.benchmarks.operators.gate import TOLERANCES
 from pomscale.benchmarks.operators.measurer import PASSES, Measurer, Pass, Row, never_silently_eager
 from pomscale.benchmarks.operators.official import Official
@@ -36,14 +36,9 @@ def bench_figures(official: Official, device: torch.device, *, num_turns: int, o
         out: JSON that is written again after each part.
     """
     report = BenchReport("operators, figures")
-    named = {
-        FLOOR: Gemms,
-        OURS: Ours,
-        LEAN: Lean,
-        LAYERED: Layered,
-        OFFICIAL: partial(OfficialLayer, official=official),
-    }
-    measurer = Measurer([Contender(name, make) for name, make in named.items()], device, num_turns)
+    names = (FLOOR, OURS, LEAN, LAYERED, OFFICIAL)
+    chosen = [one for one in contenders(official, device, with_compiled=False) if one.name in names]
+    measurer = Measurer(chosen, device, num_turns)
 
     def measure(case: Case) -> _Rows:
         rows = measurer.measure(case)
@@ -143,10 +138,10 @@ def _memory(report: BenchReport, measure: Callable[[Case], _Rows]) -> None:
     rows = measure(Case(8192, dim=288))
     for name, targets in ((OURS, (0.45, 2.9)), (LEAN, (0.45, 1.0))):
         for one, most in zip(PASSES, targets, strict=True):
-            if one in rows[name].peak_units:
+            if name in rows and one in rows[name].peak_units:
                 peak = rows[name].peak_units[one]
                 report.compare(f"{name}, {one}: peak in units of N x kD", peak, most, at_least=False)
-    if rows[LEAN].times:
+    if LEAN in rows and rows[LEAN].times:
         ratio = rows[LEAN].times["training"].busy_s / rows[OURS].times["training"].busy_s
         report.compare("lean over fast, time of forward and backward", ratio, 1.3, at_least=False)
 
@@ -187,17 +182,15 @@ def step_of_a_network(
     x, t = torch.randn(batch, *latent_shape, device=device), torch.rand(batch, device=device)
     condition = torch.zeros(batch, dtype=torch.int64, device=device)
     steps = {}
-    for name in (OURS, LEAN, LAYERED):
+    for name in (OURS, LEAN, LAYERED) if Lean.exists() else (OURS, LAYERED):
         model = build_model(preset, latent_shape=latent_shape, num_classes=10).to(device)
         for block in model.blocks():
             mixer = block.get_submodule("mixer")
             assert isinstance(mixer, PoM)
             if name == LAYERED:
                 block.register_module("mixer", _LayeredMixer(mixer))
-            elif name == LEAN and hasattr(mixer, "mixer_memory"):
-                mixer.mixer_memory = "lean"
-        if name == LEAN and not hasattr(mixer, "mixer_memory"):
-            continue
+            elif name == LEAN:
+                make_lean(mixer)
 
         def step(model: nn.Module = model) -> None:
             model(x, t, condition).square().mean().backward()
