@@ -19,6 +19,7 @@ from pomscale.benchmarks.gpu_acceptance_lines import (
     training_mfu,
     wrong_results,
 )
+from pomscale.benchmarks.operators.cases import FormLabel
 from pomscale.benchmarks.operators.entries import CannotServeError
 from pomscale.benchmarks.operators.measurer import never_silently_eager
 from pomscale.benchmarks.operators.official import Official
@@ -96,15 +97,21 @@ def bench_gpu_acceptance(
 def targets(device: torch.device, official: Official, sizes: Sizes) -> list[Target]:
     """Return all lines; the first is correctness, without which the rest says nothing."""
     lines = [Target("paths that are wrong", 0, partial(wrong_results, sizes, device, official), at_least=False)]
-    for form, wanted in (("coefficients", 0.6), ("product", 0.3)):
-        name = {"coefficients": "v2", "product": "v1, exact GELU"}[form]
+    aggregations: list[tuple[FormLabel, str, float]] = [
+        ("coefficients", "v2", 0.6),
+        ("product", "v1, exact GELU", 0.3),
+    ]
+    for form, name, wanted in aggregations:
         what = f"aggregation, {name}: share of the bandwidth of a copy"
         lines.append(Target(what, wanted, partial(aggregation_of_copy, form, sizes, device)))
     for which, wanted in (("forward", 5.0), ("backward", 10.0)):
         what = f"aggregation, v2, {which}: the authors' time over ours, least of N = {sizes.official_tokens}"
         lines.append(Target(what, wanted, partial(official_over_ours, which, sizes, device, official)))
-    for form, tokens in (("product", sizes.product_tokens), ("heads", sizes.heads_tokens)):
-        name = {"product": "v1", "heads": f"v2, {sizes.heads} heads"}[form]
+    mixers: list[tuple[FormLabel, str, tuple[int, ...]]] = [
+        ("product", "v1", sizes.product_tokens),
+        ("heads", f"v2, {sizes.heads} heads", sizes.heads_tokens),
+    ]
+    for form, name, tokens in mixers:
         what = f"mixer, {name}, forward and backward: SDPA's best time over ours, least of N = {tokens}"
         lines.append(Target(what, 1.0, partial(attention_over_ours, form, tokens, sizes, device)))
     what = f"training step of {sizes.recipe}: share of 989 TFLOP/s"

@@ -109,7 +109,9 @@ def _ops(arguments: argparse.Namespace) -> BenchReport:
     if arguments.figures:
         return bench_figures(official, device, num_turns=arguments.num_turns, out=arguments.out)
     lists = ("num_tokens", "dim", "form", "degree", "expand", "mask", "batch", "dtype")
-    defaults = {"dim": [1152], "dtype": ["bf16"]} if device.type == "cuda" else {"dim": [256, 512], "dtype": ["fp32"]}
+    defaults: dict[str, Any] = (
+        {"dim": [1152], "dtype": ["bf16"]} if device.type == "cuda" else {"dim": [256, 512], "dtype": ["fp32"]}
+    )
     return bench_operators(
         Sweep(**{name: tuple(getattr(arguments, name) or defaults[name]) for name in lists}, heads=arguments.heads),
         official,

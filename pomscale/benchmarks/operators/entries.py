@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -126,16 +126,18 @@ class CompiledPlain(Ours):
 
     def __init__(self, case: Case, device: torch.device) -> None:
         super().__init__(case, device)
-        takes_part = self.mask if isinstance(self.mask, Tensor) else None
-        if case.mask in ("block-causal", "segments"):
-            takes_part = dense_mask(self.mask, case.batch, case.num_tokens, case.num_tokens, device).contiguous()
-        self.takes_part = takes_part
+        self.takes_part: Tensor | Literal["causal"] | None = None
+        if case.mask == "causal":
+            self.takes_part = "causal"
+        elif isinstance(self.mask, Tensor):
+            self.takes_part = self.mask
+        elif self.mask is not None:
+            self.takes_part = dense_mask(self.mask, case.batch, case.num_tokens, case.num_tokens, device).contiguous()
         # One compilation serves all numbers of tokens of a curve.
         self._mix = torch.compile(plain_mixer, dynamic=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        order = "causal" if self.mask == "causal" else self.takes_part
-        mixed: Tensor = self._mix(self.layer, x, order, self.positions)
+        mixed: Tensor = self._mix(self.layer, x, self.takes_part, self.positions)
         return mixed
 
 

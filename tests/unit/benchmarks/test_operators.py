@@ -1,4 +1,4 @@
-"""`bench ops`: checks that gate every figure, memory, budget, what is kept; on small sizes, with no assertion on time."""
+"""`bench ops`: checks that gate every figure, memory, budget, what is kept; on small sizes."""
 
 from __future__ import annotations
 
@@ -81,9 +81,8 @@ def test_every_contender_passes_its_check(form: FormLabel, mask: MaskLabel, dtyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", ["none", "causal"])
-def test_the_compiled_plain_form_is_right(mask: MaskLabel) -> None:
-    assert check(Contender(PLAIN, CompiledPlain), replace(SMALL, mask=mask), CPU).passed
+def test_the_compiled_plain_form_is_right() -> None:
+    assert check(Contender(PLAIN, CompiledPlain), SMALL, CPU).passed
 
 
 class Scaled(Ours):
@@ -235,10 +234,14 @@ def opaque(x: Tensor) -> Tensor:
 
 def test_memory_counts_what_an_operator_makes_within_itself() -> None:
     x = torch.ones(1000)
-    assert peak_allocated_bytes(lambda: opaque(x), CPU) == 4 * 5000
-    assert peak_allocated_bytes(lambda: (x + 1, x + 2), CPU) == 4 * 2000
-    assert peak_allocated_bytes(lambda: [x + 1 for _ in range(5)].clear(), CPU) == 4 * 5000
-    assert peak_allocated_bytes(lambda: [(x + 1).sum().item() for _ in range(5)], CPU) < 4 * 1100
+    for step, most in (
+        (lambda: opaque(x), 5000),
+        (lambda: (x + 1, x + 2), 2000),
+        (lambda: torch.stack([x + 1 for _ in range(5)]), 10000),
+        (lambda: [(x + 1).sum().item() for _ in range(5)], 1000),  # each is gone before the next is made
+    ):
+        # Scalars have a few bytes each.
+        assert peak_allocated_bytes(step, CPU) == pytest.approx(4 * most, abs=64)
 
 
 def test_memory_is_in_units_of_the_pre_activations() -> None:
@@ -371,7 +374,7 @@ def test_the_operator_and_the_einsum_agree() -> None:
         torch.testing.assert_close(steps["ours", one](), steps["einsum", one]())
 
 
-def test_steps_of_a_network_differ_in_memory_alone() -> None:
+def test_steps_of_a_network_run() -> None:
     steps = figures.step_of_a_network("dipom-s-2", (4, 4, 4), 1, CPU)
     assert {OURS, LAYERED} <= steps.keys()
     for step in steps.values():
