@@ -1,13 +1,12 @@
-"""Who is measured on a device: our layer by each path, and its named rivals."""
+"""Who is measured on a device: our layer, our operator by each path between linear maps, and named rivals."""
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import get_args
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -25,13 +24,11 @@ from pomscale.benchmarks.operators.entries import (
     Ours,
 )
 from pomscale.benchmarks.operators.official import Official
-from pomscale.layers import PoM
+from pomscale.ops.pom.dispatch import Implementation
 
 FLOOR, OURS, ATTENTION = "bare GEMMs", "ours", "attention"
-LEAN, LAYERED = "ours, lean", "ours, layered"  # recomputing; operator between linear maps
+LEAN, LAYERED = "ours, lean", "layered, torch"  # recomputing; the operator's torch path between linear maps
 OFFICIAL, OFFICIAL_COMPILED, PLAIN = "official, eager", "official, compiled", "plain, compiled"
-PATHS = ("naive", "torch", "triton")
-_PATH_VARIABLE = "POMSCALE_POM"
 # Tokens above which a contender that is dense in n x n is left out: the oracle, and others under masks.
 _MOST_NAIVE, _MOST_DENSE = 512, 8192
 _BACKENDS = {
@@ -50,13 +47,11 @@ class Contender:
         name: Name in tables and pictures.
         make: Makes the layer of a case on a device; raises CannotServeError where it has no form for it.
         most_tokens: Tokens above which it is left out in a case that is not dense, and in one that is.
-        path: Implementation of our operator that is forced, or None for the layer's own choice.
     """
 
     name: str
     make: Callable[[Case, torch.device], Entry]
     most_tokens: tuple[float, float] = (math.inf, math.inf)
-    path: str | None = None
 
     def build(self, case: Case, device: torch.device) -> Entry:
         """Build the layer of a case with the same random weights at each call. Raises CannotServeError."""
@@ -65,12 +60,6 @@ class Contender:
             raise CannotServeError(f"it needs n x n numbers, and is measured up to {most:.0f} tokens")
         torch.manual_seed(0)
         return self.make(case, device).prepared()
-
-    @contextmanager
-    def forced(self) -> Iterator[None]:
-        """Force the path while the block lasts."""
-        with _environment(_PATH_VARIABLE, self.path):
-            yield
 
 
 def contenders(official: Official, device: torch.device, *, with_compiled: bool = True) -> list[Contender]:
@@ -83,10 +72,9 @@ def contenders(official: Official, device: torch.device, *, with_compiled: bool 
     found = [Contender(FLOOR, Gemms), Contender(OURS, Ours)]
     if Lean.exists():
         found.append(Contender(LEAN, Lean))
-    found.append(Contender(LAYERED, Layered))
-    if paths_can_be_forced():
-        limits = {"naive": (_MOST_NAIVE, _MOST_NAIVE)}
-        found += [Contender(f"ours, {path}", Ours, limits.get(path, everywhere), path) for path in PATHS]
+    for path in get_args(Implementation):
+        limits = (_MOST_NAIVE, _MOST_NAIVE) if path == "naive" else everywhere
+        found.append(Contender(f"layered, {path}", partial(Layered, path=path), limits))
     if official.hom is not None or official.pom is not None:
         found.append(Contender(OFFICIAL, partial(OfficialLayer, official=official), dense))
         if with_compiled:
@@ -97,32 +85,6 @@ def contenders(official: Official, device: torch.device, *, with_compiled: bool 
     if device.type != "cuda":
         return [*found, Contender(ATTENTION, AttentionLayer, dense)]
     for name, backend in _BACKENDS.items():
-        limits_of_one = (_MOST_DENSE, _MOST_DENSE) if name == "math" else dense
-        found.append(Contender(f"{ATTENTION}, {name}", partial(AttentionLayer, backend=backend), limits_of_one))
+        limits = (_MOST_DENSE, _MOST_DENSE) if name == "math" else dense
+        found.append(Contender(f"{ATTENTION}, {name}", partial(AttentionLayer, backend=backend), limits))
     return found
-
-
-def paths_can_be_forced() -> bool:
-    """Return whether the operator obeys POMSCALE_POM: one that does refuses the name of no path."""
-    with _environment(_PATH_VARIABLE, "no-such-path"):
-        try:
-            PoM(8)(torch.zeros(1, 1, 8))
-        except ValueError:
-            return True
-    return False
-
-
-@contextmanager
-def _environment(name: str, value: str | None) -> Iterator[None]:
-    """Set a variable while the block lasts; None leaves it as it is."""
-    before = os.environ.get(name)
-    if value is not None:
-        os.environ[name] = value
-    try:
-        yield
-    finally:
-        if value is not None:
-            if before is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = before

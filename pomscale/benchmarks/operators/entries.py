@@ -19,6 +19,7 @@ from pomscale.layers import PoM
 from pomscale.layers.attention import Attention
 from pomscale.layers.official import read_official
 from pomscale.ops.pom import Context, Mask, Queries, dense_mask, naive, polynomial_mixer
+from pomscale.ops.pom.dispatch import Implementation
 
 _HEAD_WIDTH = 64  # least width of an attention head
 
@@ -96,18 +97,22 @@ def make_lean(layer: PoM) -> None:
 
 
 class Layered(Ours):
-    """The operator between linear maps, each an operation of its own that keeps its result."""
+    """One path of the operator between linear maps, each an operation of its own that keeps its result."""
+
+    def __init__(self, case: Case, device: torch.device, path: Implementation) -> None:
+        super().__init__(case, device)
+        self._path = path
 
     def forward(self, x: Tensor) -> Tensor:
-        return layered(self.layer, x, self.mask, self.positions)
+        return layered(self.layer, x, self.mask, self.positions, self._path)
 
 
-def layered(layer: PoM, x: Tensor, mask: Mask, positions: Tensor | None) -> Tensor:
+def layered(layer: PoM, x: Tensor, mask: Mask, positions: Tensor | None, path: Implementation) -> Tensor:
     """Mix x (b n d) by the operator between linear maps; the last is folded into states where heads share them."""
     folded = layer.form.heads > 1 and layer.output.bias is None
     context = Context(layer.projection(x), layer.form, layer.coefficients, positions)
     queries = Queries(layer.gate(x), positions, layer.output.weight if folded else None)
-    mixed = polynomial_mixer(context, queries, mask)
+    mixed = polynomial_mixer(context, queries, mask, implementation=path)
     return mixed if folded else layer.output(mixed)
 
 

@@ -154,7 +154,7 @@ class _LayeredMixer(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return layered(self.layer, x, None, None)
+        return layered(self.layer, x, None, None, "torch")
 
 
 def _step(report: BenchReport, device: torch.device, num_turns: int, batch: int = 8) -> None:

@@ -82,7 +82,7 @@ class Measurer:
             row, entry = self._prepared(contender, case, deadline_s)
             rows[contender.name] = row
             if entry is not None:
-                steps |= {(contender.name, name): step for name, step in self._steps(contender, entry).items()}
+                steps |= {(contender.name, name): step for name, step in self._steps(entry).items()}
         least = take_turns(steps, self._device, self.num_turns)
         for name, row in rows.items():
             times = {one: least[name, one] for one in PASSES if (name, one) in least}
@@ -97,7 +97,7 @@ class Measurer:
             return Row(contender.name, found), None
         try:
             entry = contender.build(case, self._device)
-            steps = self._steps(contender, entry)
+            steps = self._steps(entry)
             for step in steps.values():
                 step()  # compiles, and warms up
             peaks = {name: peak_allocated_bytes(step, self._device) / case.unit_bytes for name, step in steps.items()}
@@ -115,21 +115,20 @@ class Measurer:
             self._checks[key] = check(contender, case.checked, self._device)
         return self._checks[key]
 
-    def _steps(self, contender: Contender, entry: Entry) -> dict[Pass, Callable[[], object]]:
+    def _steps(self, entry: Entry) -> dict[Pass, Callable[[], object]]:
         x = entry.case.make_input(self._device)
         training_x = x.clone().requires_grad_()
         grads: list[Tensor] = []
 
         def forward() -> None:
-            with contender.forced(), torch.no_grad():
+            with torch.no_grad():
                 entry(x)
 
         def training() -> None:
-            with contender.forced():
-                outputs = as_tuple(entry(training_x))
-                if not grads:
-                    grads.extend(torch.randn_like(y) for y in outputs)
-                torch.autograd.backward(outputs, grads)
+            outputs = as_tuple(entry(training_x))
+            if not grads:
+                grads.extend(torch.randn_like(y) for y in outputs)
+            torch.autograd.backward(outputs, grads)
             entry.zero_grad(set_to_none=True)
             training_x.grad = None
 

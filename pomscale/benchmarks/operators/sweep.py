@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 
 from pomscale.base.console import Progress
 from pomscale.benchmarks.operators.cases import Case, DtypeLabel, FormLabel, MaskLabel
-from pomscale.benchmarks.operators.contenders import contenders, paths_can_be_forced
+from pomscale.benchmarks.operators.contenders import contenders
 from pomscale.benchmarks.operators.entries import CannotServeError
 from pomscale.benchmarks.operators.measurer import PASSES, Measurer, Row, as_row, never_silently_eager, turn_seconds
 from pomscale.benchmarks.operators.official import Official
@@ -75,8 +76,8 @@ def bench_operators(
         A row per case and contender; `failures` names those that are wrong.
     """
     report = BenchReport("operators")
-    if not paths_can_be_forced():
-        report.note("the operator does not obey POMSCALE_POM: no path is forced, and `ours` is the layer's own choice")
+    if forced := os.environ.get("POMSCALE_POM"):
+        report.note(f"POMSCALE_POM={forced} forces the path of `ours`, too")
     if official.hom is None or official.pom is None:
         report.note("not all of the authors' layers are at hand: --official takes checkouts of their repositories")
     measurer = Measurer(contenders(official, device, with_compiled=with_compiled), device, num_turns)

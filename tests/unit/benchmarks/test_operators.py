@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from pomscale.base.errors import InputError
 from pomscale.benchmarks.memory import peak_allocated_bytes
-from pomscale.benchmarks.operators import contenders as contenders_module
 from pomscale.benchmarks.operators import figures, sweep
 from pomscale.benchmarks.operators.cases import Case, DtypeLabel, FormLabel, MaskLabel
 from pomscale.benchmarks.operators.contenders import FLOOR, LAYERED, OFFICIAL, OURS, PLAIN, Contender, contenders
@@ -175,24 +173,10 @@ def test_a_contender_that_refuses_is_listed_and_no_failure() -> None:
 
 
 def test_the_oracle_is_left_out_of_long_sequences() -> None:
-    naive = Contender("ours, naive", Ours, (512, 512), "naive")
+    naive = next(one for one in contenders(Official(), CPU) if one.name == "layered, naive")
     with pytest.raises(CannotServeError, match="512 tokens"):
         naive.build(replace(SMALL, num_tokens=513), CPU)
     assert naive.build(replace(SMALL, num_tokens=512), CPU).case.num_tokens == 512
-
-
-@pytest.mark.parametrize("before", [None, "torch"])
-def test_a_forced_path_lasts_as_long_as_its_block(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("POMSCALE_POM", raising=False)
-    if before is not None:
-        monkeypatch.setenv("POMSCALE_POM", before)
-    with Contender("ours, naive", Ours, path="naive").forced():
-        assert os.environ["POMSCALE_POM"] == "naive"
-    assert os.environ.get("POMSCALE_POM") == before
-    with Contender("ours", Ours).forced():
-        assert os.environ.get("POMSCALE_POM") == before
-    contenders_module.paths_can_be_forced()
-    assert os.environ.get("POMSCALE_POM") == before
 
 
 # --- the authors' layers ---------------------------------------------------------------------------------------------
