@@ -21,6 +21,7 @@ _FRAMES = 10
 # Lengths of the segments, as shares of the tokens: packed pictures of different sizes.
 _SHARES = (1, 2, 3, 4)
 _CHECKED_TOKENS = 67  # no multiple of a chunk, a frame or a vector
+_CHUNKED_TOKENS, _CHUNKED_DIM = 1100, 64  # more than a chunk of a thousand tokens, narrow so that the oracle is quick
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class Case:
     def checked(self) -> Case:
         """The small case of the same kind that is compared with the oracle."""
         return replace(self, num_tokens=_CHECKED_TOKENS)
+
+    @property
+    def checked_in_chunks(self) -> Case:
+        """The narrow case of the same kind that has more tokens than a path takes at once."""
+        return replace(self, num_tokens=_CHUNKED_TOKENS, dim=min(self.dim, _CHUNKED_DIM), batch=1)
 
     @property
     def num_channels(self) -> int:

@@ -47,11 +47,13 @@ class Contender:
         name: Name in tables and pictures.
         make: Makes the layer of a case on a device; raises CannotServeError where it has no form for it.
         most_tokens: Tokens above which it is left out in a case that is not dense, and in one that is.
+        in_chunks: Whether it may take tokens in chunks, so that a short sequence does not check all of it.
     """
 
     name: str
     make: Callable[[Case, torch.device], Entry]
     most_tokens: tuple[float, float] = (math.inf, math.inf)
+    in_chunks: bool = False
 
     def build(self, case: Case, device: torch.device) -> Entry:
         """Build the layer of a case with the same random weights at each call. Raises CannotServeError."""
@@ -69,12 +71,13 @@ def contenders(official: Official, device: torch.device, *, with_compiled: bool 
     """
     everywhere = (math.inf, math.inf)
     dense = (math.inf, _MOST_DENSE)
-    found = [Contender(FLOOR, Gemms), Contender(OURS, Ours)]
+    found = [Contender(FLOOR, Gemms), Contender(OURS, Ours, in_chunks=True)]
     if Lean.exists():
-        found.append(Contender(LEAN, Lean))
+        found.append(Contender(LEAN, Lean, in_chunks=True))
     for path in get_args(Implementation):
-        limits = (_MOST_NAIVE, _MOST_NAIVE) if path == "naive" else everywhere
-        found.append(Contender(f"layered, {path}", partial(Layered, path=path), limits))
+        is_naive = path == "naive"
+        limits = (_MOST_NAIVE, _MOST_NAIVE) if is_naive else everywhere
+        found.append(Contender(f"layered, {path}", partial(Layered, path=path), limits, in_chunks=not is_naive))
     if official.hom is not None or official.pom is not None:
         found.append(Contender(OFFICIAL, partial(OfficialLayer, official=official), dense))
         if with_compiled:

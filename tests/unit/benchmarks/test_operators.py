@@ -155,6 +155,21 @@ def test_a_wrong_contender_is_reported_and_not_measured(make: Callable[..., Entr
     assert _run(Namespace(measure=lambda _: report, out=None)) == 1
 
 
+class WrongBeyondAChunk(Ours):
+    """A layer that forgets the tokens after the first thousand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.layer(x, context=x[:, :1024], context_positions=None)
+        return mixed
+
+
+def test_what_may_take_chunks_is_checked_beyond_one() -> None:
+    contender = Contender("wrong", WrongBeyondAChunk)
+    assert Measurer([contender], CPU, 1).measure(SMALL)[0].check.passed
+    assert Measurer([replace(contender, in_chunks=True)], CPU, 1).measure(SMALL)[0].check.failed
+    assert {one.name for one in contenders(Official(), CPU) if one.in_chunks} >= {OURS, LAYERED}
+
+
 def test_a_contender_that_refuses_is_listed_and_no_failure() -> None:
     def refuse(case: Case, device: torch.device) -> Entry:
         raise CannotServeError("no form for it")
