@@ -84,5 +84,5 @@ def _read(context: Context, queries: Queries, mask: Mask, past: PomState) -> Ten
     sums = past.sum[:, None] + torch.einsum("bmn,bnc->bmc", takes_part.to(features.dtype), features)
     counts = past.count[:, None] + takes_part.sum(2)
     mean = torch.where(counts[..., None] > 0, sums / counts.clamp(min=1)[..., None], 0)
-    y = (gates * mean).to(queries.gate.dtype)  # the sums of 16-bit inputs are fp32
+    y = gates * mean
     return y if queries.output is None else y @ queries.output.T
