@@ -1,10 +1,14 @@
-"""Memory of a piece of Python, measured in a process of its own."""
+"""Memory of a piece of Python, measured in a process of its own, and of tensors that a call makes."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 # It samples private memory (RssAnon): RSS also has pages of mapped files, which the kernel can reclaim at any time.
 _WATCH = """
@@ -31,3 +35,26 @@ def peak_private_mib(code: str, *arguments: str) -> float:
         check=True,
     )
     return int(done.stdout.split()[-1]) / 1024
+
+
+def peak_allocated_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes that torch's allocator held during step(), less those that it held before.
+
+    On a CPU they are counted by torch's profiler, which sees every allocation of tensors, also inside one operator.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        step()
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak

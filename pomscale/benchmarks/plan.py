@@ -30,7 +30,7 @@ from pomscale.config.train import TrainRecipe
 from pomscale.diffusion.objectives import FlowMatching, Network, per_sample_loss
 from pomscale.distributed.flat_shard import FlatShard
 from pomscale.distributed.world import World, join_world
-from pomscale.engine import build_engine
+from pomscale.engine import Engine, build_engine
 from pomscale.models import init_weights, make_model
 from pomscale.plan.batch import batch_share, num_times
 from pomscale.plan.memory import state_bytes, step_memory
@@ -152,8 +152,8 @@ def pretended_world(num_ranks: int) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def measure(recipe: TrainRecipe, world: World) -> tuple[int, int]:
-    """Return the bytes at the peak of a step of the real engine, and between steps; the second step is measured."""
+def real_step(recipe: TrainRecipe, world: World) -> tuple[Engine, Callable[[], None]]:
+    """Build the engine of a recipe, and a step of it on random data: all micro-batches, the optimizer, the averages."""
     with torch.device("meta"):
         model = make_model(recipe.model)
     engine = build_engine(recipe, model, lambda model, assign: init_weights(model, 0, assign), world)
@@ -176,6 +176,12 @@ def measure(recipe: TrainRecipe, world: World) -> tuple[int, int]:
         engine.forward_backward([None] * share.num_micro_batches, loss)
         engine.step(1e-4, weights)
 
+    return engine, step
+
+
+def measure(recipe: TrainRecipe, world: World) -> tuple[int, int]:
+    """Return the bytes at the peak of a step of the real engine, and between steps; the second step is measured."""
+    engine, step = real_step(recipe, world)
     step()
     held = [*engine.model.parameters(), *_tensors(engine.state_dict())]
     return step_peak_bytes(step, world.device, held), sum(engine.resident_bytes().values())

@@ -16,17 +16,23 @@ from typing import Any
 import torch
 
 from pomscale.base import installation
+from pomscale.base.files import atomic_write
 
 _PACKAGES = ("torch", "numpy", "torchdata", "webdataset", "diffusers", "deepspeed", "megatron-energon")
 
 
 @dataclass
 class BenchReport:
-    """Rows of figures, and lines that compare ratios with targets; printed as a table, kept as JSON."""
+    """Rows of figures, and lines that compare ratios with targets; printed as a table, kept as JSON.
+
+    notes say what was left out, and why. failures name results that are wrong: with one, the command ends with 1.
+    """
 
     name: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     verdicts: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
     def add(self, what: str, **figures: Any) -> None:
         """Add a row of figures and print it at once, so that long benchmarks are not silent."""
@@ -41,11 +47,22 @@ class BenchReport:
         self.verdicts.append(f"{what}: {value:.3g}, wanted {relation} {wanted:g}: {'reached' if reached else 'MISSED'}")
         print(self.verdicts[-1], flush=True)
 
-    def write(self, path: Path) -> None:
-        """Write the report as JSON, with machine, versions and commit."""
+    def note(self, line: str) -> None:
+        """Print and keep a line that says what is not in the rows."""
+        self.notes.append(line)
+        print(line, flush=True)
+
+    def save(self, path: Path) -> None:
+        """Write the report as JSON, with machine, versions and commit; lists that are empty are left out."""
         content = {"benchmark": self.name, **machine(), "rows": self.rows, "verdicts": self.verdicts}
+        content |= {name: lines for name, lines in (("notes", self.notes), ("failures", self.failures)) if lines}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with atomic_write(path) as stream:
+            stream.write((json.dumps(content, indent=1) + "\n").encode())
+
+    def write(self, path: Path) -> None:
+        """Save the report, and print where."""
+        self.save(path)
         print(f"wrote {path}")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pomscale.cli import bench_mixer
 from pomscale.cli.arguments import positive
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ def add(verbs: Any) -> None:
         _add_logging,
         _add_runs,
         _add_video,
+        bench_mixer.add_ops,
+        bench_mixer.add_gpu_acceptance,
     ):
         parser = add_one(bench_verbs)
         parser.add_argument(
@@ -141,7 +145,9 @@ def _run(arguments: argparse.Namespace) -> int:
     report: BenchReport = arguments.measure(arguments)
     if arguments.out:
         report.write(arguments.out)
-    return 0
+    for failure in report.failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if report.failures else 0
 
 
 def _loader(arguments: argparse.Namespace) -> BenchReport:
