@@ -1,4 +1,4 @@
-"""Reference: PoM as the equations state it, slow and dense, in the dtype of its inputs. Tests hold other paths to it.
+"""Reference: PoM as the equations state it, slow and dense, in the dtype of its sums. Tests hold other paths to it.
 
 Product form (PoM v1, arXiv 2411.12663, section 3), with a = GELU(u) cut into k pieces a_1 .. a_k along the channels:
 
@@ -18,6 +18,7 @@ Both:
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -26,22 +27,35 @@ from torch import Tensor
 from pomscale.ops.pom.masks import Mask, dense_mask
 from pomscale.ops.pom.operands import Context, Queries
 from pomscale.ops.pom.rotary import cos_sin
-from pomscale.ops.pom.state import PomState
+from pomscale.ops.pom.state import PomState, accumulation_dtype
 
 
 def polynomial_mixer(context: Context, queries: Queries, mask: Mask) -> Tensor:
     """Mix -> (b m W), or (b m d) with an output map."""
+    dtype, (context, queries) = queries.gate.dtype, _exact(context, queries)
     u = context.u
-    return _read(context, queries, mask, PomState.zeros(u.shape[0], context.num_features, u.dtype, u.device))
+    nothing = PomState.zeros(u.shape[0], context.num_features, u.dtype, u.device)
+    return _read(context, queries, mask, nothing).to(dtype)
 
 
 def polynomial_mixer_step(context: Context, queries: Queries, past: PomState, mask: Mask) -> tuple[Tensor, PomState]:
     """Mix one chunk after the tokens of `past`, and return the state after it."""
+    dtype, (context, queries) = queries.gate.dtype, _exact(context, queries)
     batch, num_tokens, _ = context.u.shape
     # The state after the chunk is what a query that follows the whole chunk would read.
     takes_part = dense_mask(mask, batch, num_tokens, num_tokens, context.u.device)[:, -1, :]
     new_sum = past.sum + torch.einsum("bn,bnc->bc", takes_part.to(context.u.dtype), _features(context))
-    return _read(context, queries, mask, past), PomState(new_sum, past.count + takes_part.sum(1))
+    return _read(context, queries, mask, past).to(dtype), PomState(new_sum, past.count + takes_part.sum(1))
+
+
+def _exact(context: Context, queries: Queries) -> tuple[Context, Queries]:
+    """Convert to the dtype of sums: fp32, or float64 for float64."""
+    dtype = accumulation_dtype(context.u.dtype)
+    weights = [None if weight is None else weight.to(dtype) for weight in (context.coefficients, queries.output)]
+    return (
+        replace(context, u=context.u.to(dtype), coefficients=weights[0]),
+        replace(queries, gate=queries.gate.to(dtype), output=weights[1]),
+    )
 
 
 def _features(context: Context) -> Tensor:
