@@ -45,4 +45,4 @@ def _set_mixer_memory(model: nn.Module, memory: str) -> None:
     """Tell the mixers that have a choice what to keep for the backward pass."""
     for module in model.modules():
         if hasattr(module, "mixer_memory"):
-            module.mixer_memory = memory
+            module.mixer_memory = memory  # type: ignore[assignment]  # any attribute of a module is one of two types

@@ -40,8 +40,8 @@ def states_from_tensors(config: VideoModelConfig, tensors: Mapping[str, Tensor])
         if not expected <= tensors.keys():
             raise ValueError(f"state of block {block}: expected {sorted(names.values())}, got {sorted(tensors)}")
         _check_width(block, mixer, config.dim, tensors)
-        parts = {field: tensors[name] for field, name in names.items()}
-        states.append(PomState(**parts) if kind is PomState else AttentionState(**parts))
+        parts = [tensors[name] for name in names.values()]
+        states.append(kind(*parts))  # type: ignore[arg-type]  # the fields that are tensors come first
     if tensors.keys() != expected:
         raise ValueError(
             f"states: expected those of {config.depth} blocks, got also {sorted(tensors.keys() - expected)}"

@@ -129,6 +129,7 @@ class Network(ABC):
 
     def patches(self, latents: Tensor) -> Tensor:
         embedding = self.patch_embedding
+        assert embedding.bias is not None
         cast = op.cast(latents, latents.tape.itemsize)
         return op.convolution(cast, embedding.weight, embedding.bias, self.num_tokens)
 

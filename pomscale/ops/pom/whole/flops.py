@@ -58,9 +58,10 @@ def _backward(_dy: _Shape, tensors: Any, kept: Any, _i: Any, form: Any, *rest: A
     num_inputs = len(tensors) - sum(form[OF_WEIGHTS])
     context = tensors[1] if num_inputs == 2 else None
     of = _products(tensors[0], context, tensors[num_inputs:], (form, order, segments))
-    projection, _, gate, _, output, _, _ = restored(needed[num_inputs:], form[OF_WEIGHTS])
-    total = of.projection * (bool(projection) + needed[num_inputs - 1]) + of.gate * (bool(gate) + needed[0])
-    total += of.output * (bool(output) + 1) + 2 * of.of_heads + of.of_states * (bool(output) + 2)
+    flags = restored(needed[num_inputs:], form[OF_WEIGHTS])
+    projection, gate, output = (bool(flag) for flag in flags[0:6:2])
+    total = of.projection * (projection + needed[num_inputs - 1]) + of.gate * (gate + needed[0])
+    total += of.output * (output + 1) + 2 * of.of_heads + of.of_states * (output + 2)
     if len(kept[0]) != 2:
         total += of.projection + of.gate
     return 2 * total
