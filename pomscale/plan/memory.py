@@ -43,8 +43,8 @@ def step_memory(recipe: TrainRecipe, num_gpus: int, share: BatchShare | None = N
     network = build_network(local.model, num_times(local))
     compute = recipe.compute
     # As layers/pom.py decides.
-    if not compute.float8 and recipe.mesh.sp == 1 and (compute.device == "cpu" or compute.mixer_memory == "lean"):
-        network.use_whole_mixers(compute.mixer_memory, _block_rows(compute))
+    if not compute.float8 and (compute.device == "cpu" or compute.mixer_memory == "lean"):
+        network.use_whole_mixers(compute.mixer_memory, _block_rows(compute), split=recipe.mesh.sp > 1)
     shadow: Fsdp2Shadow | ZeroShadow
     if recipe.engine == "deepspeed":
         shadow = ZeroShadow(

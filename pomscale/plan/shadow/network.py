@@ -136,10 +136,13 @@ class Network(ABC):
     def time(self, features: Tensor) -> Tensor:
         return self.time_contract(op.activation(self.time_expand(features)))
 
-    def use_whole_mixers(self, memory: Literal["fast", "lean"], block_rows: int) -> None:
-        """Let mixers keep what compute.mixer_memory says; block_rows is as of `op.whole_mixer`."""
+    def use_whole_mixers(self, memory: Literal["fast", "lean"], block_rows: int, *, split: bool) -> None:
+        """Let mixers keep what compute.mixer_memory says; block_rows is as of `op.whole_mixer`.
+
+        split: whether ranks share the tokens, which leaves self mixers layered.
+        """
         for block in self.blocks:
-            for mixer in (block.mixer, getattr(block, "cross", None)):
+            for mixer in (None if split else block.mixer, getattr(block, "cross", None)):
                 if isinstance(mixer, PoM):
                     mixer.memory, mixer.block_rows = memory, block_rows
 

@@ -300,9 +300,11 @@ def whole_mixer(
         means = tape.new((num_states, width), FP32)
         buffers = [tape.new((n, width)) for n in (_chunk_rows(rows), _chunk_rows(rows) if keep else longest)]
         # TorchKernels.select_backward has ten temporary tensors.
-        buffers.append(tape.new((10 * min(block_rows, rows // num_states), width), FP32))
+        buffers.append(tape.new((10 * min(block_rows, rows // num_states), num_gates), FP32))
         del buffers
-        _chunk_buffers(tape, _chunk_rows(num_read) if keep else longest, width, d_context, masked)
+        # TorchKernels.features_backward has four and a half.
+        block = 9 * min(block_rows, num_read // num_states) // 2
+        _chunk_buffers(tape, _chunk_rows(num_read) if keep else longest, width, d_context, masked, block)
         del means
         return [*found, *sums] if tape.itemsize == FP32 else [*found, *(tape.new(shape) for shape in shapes)]
 
@@ -310,9 +312,12 @@ def whole_mixer(
     return y
 
 
-def _chunk_buffers(tape: Tape, rows: int, width: int, d_context: int, masked: bool) -> None:
-    """Allocate and free what one chunk of `whole_mixer` needs: a buffer, and tokens without those of the padding."""
-    buffers = [tape.new((rows, width)), tape.new((rows, d_context) if masked else (0,))]
+def _chunk_buffers(tape: Tape, rows: int, width: int, d_context: int, masked: bool, block: int = 0) -> None:
+    """Allocate and free what one chunk of `whole_mixer` needs.
+
+    That is a buffer, tokens without those of the padding, and `block` rows of what kernels compute in fp32.
+    """
+    buffers = [tape.new((rows, width)), tape.new((rows, d_context) if masked else (0,)), tape.new((block, width), FP32)]
     del buffers
 
 

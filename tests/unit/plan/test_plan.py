@@ -256,7 +256,8 @@ def test_split_tokens_are_planned(recipe: TrainRecipe) -> None:
     assert planned.peak == pytest.approx(peak, rel=0.03), planned
     whole = step_memory(changed(recipe, {"mesh.sp": 1}), 8, batch_share(recipe, 8))  # as many samples, all tokens
     texts = recipe.model.kind == "video"  # of which every rank has all
-    assert planned.by_part["activations"] < (0.8 if texts else 1.1 / recipe.mesh.sp) * whole.by_part["activations"]
+    # Mixers on a part of the tokens keep more of each than those that have all.
+    assert planned.by_part["activations"] < (0.8 if texts else 1.5 / recipe.mesh.sp) * whole.by_part["activations"]
 
 
 class Sums(TorchDispatchMode):
