@@ -164,14 +164,14 @@ class PoM(nn.Module):
 
         Layered are, beside tokens that are split over ranks: a path that POMSCALE_POM forces; patterns (b m n); linear
         maps that are not plain ones (groups, float8) or have hooks of their own (as where an engine gathers weights map
-        by map); autocast; and CUDA unless memory is to be lean, since Triton has the operator there, and torch.compile
-        fuses what is around it.
+        by map); autocast; CUDA unless memory is to be lean, since Triton has the operator there, and torch.compile
+        fuses what is around it; and devices without kernels (meta).
         """
         maps = (self.projection, self.gate, self.output)
         return (
             not is_path_forced()
             and not (isinstance(mask, Tensor) and mask.dim() == 3)
-            and (x.device.type != "cuda" or self.mixer_memory == "lean")
+            and (x.device.type == "cpu" or (x.device.type == "cuda" and self.mixer_memory == "lean"))
             and not torch.is_autocast_enabled(x.device.type)
             and all(type(map_) is nn.Linear and not (map_._forward_hooks or map_._forward_pre_hooks) for map_ in maps)
         )
