@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -226,34 +227,34 @@ def test_nan_in_tokens_that_take_part_stays(kernels: str) -> None:
     assert of(tokens, mask="causal").isnan().any(2).tolist() == [[False] * 3 + [True] * (TOKENS - 3)]
 
 
-def test_repeated_runs_give_the_same_bits_on_any_number_of_threads(kernels: str) -> None:
-    of, x = PoM(40), torch.randn(2, 900, 40, generator=torch.Generator().manual_seed(5)).requires_grad_()
-    threads, runs = torch.get_num_threads(), []
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
     try:
-        for number in (1, 1, 2):
-            torch.set_num_threads(number)
-            # One chunk: torch's matrix products of other sizes may divide their sums among threads.
-            u = torch.randn(900, 160, generator=torch.Generator().manual_seed(6))
-            runs.append(_elementwise(of, u) if number == 2 else output_and_gradients(of(x), [x, *of.parameters()]))
+        yield
     finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(runs[2], _elementwise(of, u), strict=True))
+        torch.set_num_threads(before)
 
 
-def _elementwise(of: PoM, u: Tensor) -> list[Tensor]:
-    """Return the sums that the kernels make."""
-    read = Context(u[None], of.form)
-    call_kernels = (
-        native.NativeKernels(native.native_library(), of.form, None)  # type: ignore[arg-type]
-        if native.native_library() is not None
-        else None
-    )
-    if call_kernels is None:
-        return [polynomial_mixer(read, Queries(u[None]), None)]
-    total = torch.zeros(u.shape[1])
-    call_kernels.add_features(u, native.Rows(), total)
-    return [total]
+def test_repeated_runs_give_the_same_bits(kernels: str) -> None:
+    of, x = PoM(40), torch.randn(2, 900, 40, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    with threads(1):
+        first, second = (output_and_gradients(of(x), [x, *of.parameters()]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_sums_in_cpp_are_those_of_any_number_of_threads() -> None:
+    """Threads share the channels, each of which is summed by one."""
+    library = native.native_library()
+    assert library is not None, "the tests need a C++ compiler"
+    u, totals = torch.randn(900, 160, generator=torch.Generator().manual_seed(6)), []
+    for number in (1, 2, 3):
+        with threads(number):
+            totals.append(torch.zeros(160))
+            native.NativeKernels(library, PoM(40).form, None).add_features(u, native.Rows(), totals[-1])
+    assert torch.equal(totals[0], totals[1])
+    assert torch.equal(totals[0], totals[2])
 
 
 # --- memory and work -------------------------------------------------------------------------------------------------
