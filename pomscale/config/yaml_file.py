@@ -45,6 +45,7 @@ class RecipeSource:
         for depth, key in enumerate(keys[:-1]):
             if section.get(key) is None:
                 section[key] = {}
+                self.origins[keys[: depth + 1]] = origin
             section = section[key]
             if not isinstance(section, dict):
                 raise RecipeError([f"{origin}: {'.'.join(keys[: depth + 1])} is a value, not a section"])
