@@ -258,6 +258,15 @@ def test_what_an_override_leaves_open_is_missing_in_the_override(write: Write) -
     ]
 
 
+def test_a_section_of_another_kind_inherits_nothing(write: Write) -> None:
+    table = "mixer: {kind: pom, form: coefficients, heads: 4}"
+    write("base.yaml", TRAIN.replace("depth: 2", f"depth: 2\n  {table}"))
+    same = train(write("same.yaml", "base: base.yaml\nmodel: {mixer: {kind: pom, heads: 8}}\n")).model
+    other = train(write("other.yaml", "base: base.yaml\nmodel: {mixer: {kind: attention, heads: 2}}\n")).model
+    assert same.mixer.model_dump(exclude_unset=True) == {"kind": "pom", "form": "coefficients", "heads": 8}
+    assert other.mixer.model_dump() == {"kind": "attention", "heads": 2}
+
+
 def test_an_unknown_preset_does_not_hide_other_problems(write: Write) -> None:
     text = "\n".join(line for line in TRAIN.splitlines() if "dim" not in line and "depth" not in line)
     path = write("train.yaml", text.replace("model:", "model:\n  preset: dipom-x-2\n  patch: 4"))
