@@ -226,6 +226,8 @@ def _suggest_key(path: KeyPath, values: dict[str, Any], root: type[Section]) -> 
     if nearest:
         return f"; did you mean {nearest[0]!r}?"
     elsewhere = [dotted for dotted in _all_keys(root) if dotted.rsplit(".", 1)[-1] == path[-1]]
+    if ".".join(key for key in path if not key.isdigit()) in elsewhere:
+        return f"; another kind of this section has it, the keys of this one are {', '.join(siblings)}"
     if elsewhere:
         return f"; did you mean {elsewhere[0]!r}?"
     nearest = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.0)

@@ -45,6 +45,7 @@ class RecipeSource:
         for depth, key in enumerate(keys[:-1]):
             if section.get(key) is None:
                 section[key] = {}
+                self.origins[keys[: depth + 1]] = origin
             section = section[key]
             if not isinstance(section, dict):
                 raise RecipeError([f"{origin}: {'.'.join(keys[: depth + 1])} is a value, not a section"])
@@ -171,12 +172,18 @@ def _construct(loader: yaml.SafeLoader, node: yaml.Node, path: KeyPath, file: Pa
 
 
 def _merge(base: dict[str, Any], child: dict[str, Any]) -> None:
-    """Merge child into base: mappings are merged key by key, all else is replaced."""
+    """Merge child into base: sections of the same kind are merged key by key, all else is replaced."""
     for key, value in child.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            _merge(base[key], value)
+        inherited = base.get(key)
+        if isinstance(value, dict) and isinstance(inherited, dict) and not _is_another_kind(value, inherited):
+            _merge(inherited, value)
         else:
             base[key] = value
+
+
+def _is_another_kind(section: dict[str, Any], inherited: dict[str, Any]) -> bool:
+    """Return whether both say by `kind` or `name` what they are, and disagree."""
+    return any(tag in section and section[tag] != inherited.get(tag, section[tag]) for tag in ("kind", "name"))
 
 
 def override(key: str, text: str) -> str:

@@ -28,6 +28,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "rope-2": {"form": "coefficients", "degree": 2, "rope": 2},
     "rope-3-heads": {"form": "coefficients", "degree": 1, "heads": 6, "rope": 3},
 }
+WIDE_FORMS: dict[str, dict[str, Any]] = {  # of 60 channels
+    "product-8": {"degree": 8, "expand": 1},
+    "a-head-per-channel": {"form": "coefficients", "degree": 2, "expand": 1, "heads": 60},
+}
 PADDING = torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.6
 PADDING[-1] = False  # one sample has no context at all
 MASKS: dict[str, tuple[int | None, int, Mask]] = {  # queries (None: self), context tokens, mask
@@ -157,9 +161,9 @@ def _context(inputs: list[Tensor]) -> list[Tensor | None]:
 
 
 @pytest.mark.parametrize("mask", ["none", "cross-padding", "causal", "frames-4", "segments-causal"])
-@pytest.mark.parametrize("form", [*FORMS, "product-8"])
+@pytest.mark.parametrize("form", [*FORMS, *WIDE_FORMS])
 def test_both_kinds_of_kernels_equal_the_oracle_in_fp32(form: str, mask: str, kernels: str) -> None:
-    how = {"degree": 8, "expand": 1} if form == "product-8" else {"expand": 2, **FORMS[form]}
+    how = {"expand": 2, **{**FORMS, **WIDE_FORMS}[form]}
     of = PoM(DIM * 5, **how)  # wider than a vector of the processor, and no multiple of one
     exact = PoM(DIM * 5, **how).double()
     exact.load_state_dict(of.state_dict())

@@ -232,6 +232,11 @@ def test_a_typo_is_told_with_its_line_and_a_remedy(write: Write, line: str, expe
         ("name: pixel", "block: 2", "codec.name: missing; it says what kind of section this is"),
         ("name: pixel", "name: pixel, blok: 2", "codec.blok: unknown key; did you mean 'block'?"),
         ("name: pixel", "name: sd_vae, blok: 2", "codec.blok: unknown key; the nearest valid key is 'subfolder'"),
+        (
+            "depth: 2",
+            "depth: 2\n  mixer: [pom, {kind: attention, rope: true}]",
+            "model.mixer.1.rope: unknown key; another kind of this section has it, the keys of this one are kind, hea",
+        ),
         ("data: {path: latents}\n", "", "data: missing; set it here or in a base file"),
         (
             "depth: 2",
@@ -244,6 +249,22 @@ def test_a_typo_is_told_with_its_line_and_a_remedy(write: Write, line: str, expe
 def test_a_damaged_recipe_has_one_problem(write: Write, old: str, new: str, expected: str) -> None:
     (problem,) = problems(write("train.yaml", TRAIN.replace(old, new, 1)))
     assert problem.partition(": ")[2].startswith(expected)
+
+
+def test_what_an_override_leaves_open_is_missing_in_the_override(write: Write) -> None:
+    """The key model.mixer is in no file: the override makes the table."""
+    assert problems(write("train.yaml", TRAIN), "model.mixer.heads=4") == [
+        "override 'model.mixer.heads=4': model.mixer.kind: missing; it says what kind of section this is"
+    ]
+
+
+def test_a_section_of_another_kind_inherits_nothing(write: Write) -> None:
+    table = "mixer: {kind: pom, form: coefficients, heads: 4}"
+    write("base.yaml", TRAIN.replace("depth: 2", f"depth: 2\n  {table}"))
+    same = train(write("same.yaml", "base: base.yaml\nmodel: {mixer: {kind: pom, heads: 8}}\n")).model
+    other = train(write("other.yaml", "base: base.yaml\nmodel: {mixer: {kind: attention, heads: 2}}\n")).model
+    assert same.mixer.model_dump(exclude_unset=True) == {"kind": "pom", "form": "coefficients", "heads": 8}
+    assert other.mixer.model_dump() == {"kind": "attention", "heads": 2}
 
 
 def test_an_unknown_preset_does_not_hide_other_problems(write: Write) -> None:

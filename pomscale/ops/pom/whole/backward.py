@@ -123,7 +123,8 @@ def _folded_queries(run: Backward, means: Tensor) -> Tensor:
     if run.output.weight is not None:
         mean = means.unflatten(1, (heads, -1)).transpose(0, 1)  # (S, states, head width)
         run.output.weight += torch.bmm(of_heads.transpose(1, 2), mean).transpose(0, 1).flatten(1)
-    return torch.bmm(of_heads, output).transpose(0, 1).flatten(1)
+    # Heads of one channel are flattened without a copy, and the kernels read plain rows.
+    return torch.bmm(of_heads, output).transpose(0, 1).flatten(1).contiguous()
 
 
 def _context(run: Backward, dmeans: Tensor) -> None:
