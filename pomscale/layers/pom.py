@@ -21,6 +21,7 @@ from pomscale.ops.pom import (
     check_rotary,
     check_tokens,
     is_path_forced,
+    is_transformed,
     polynomial_mixer,
     polynomial_mixer_step,
 )
@@ -48,6 +49,15 @@ class GroupedLinear(nn.Module):
         weight = self.weight.unflatten(0, (self.groups, -1))
         y = torch.einsum("...gi,goi->...go", x.unflatten(-1, (self.groups, -1)), weight).flatten(-2)
         return y if self.bias is None else y + self.bias.to(y.dtype)  # autocast leaves the bias in fp32
+
+
+def _is_plain(map_: nn.Module) -> bool:
+    """Return whether a call of the map does what its weight and bias say, so that an operator may do it instead.
+
+    Others are groups, float8 and adapters, and maps with hooks, as where an engine gathers weights map by map.
+    """
+    hooks = (map_._forward_hooks, map_._forward_pre_hooks, map_._backward_hooks, map_._backward_pre_hooks)
+    return type(map_) is nn.Linear and "forward" not in vars(map_) and not any(hooks)
 
 
 class PoM(nn.Module):
@@ -131,20 +141,22 @@ class PoM(nn.Module):
             mask: None, "causal", BlockCausal(frame_length), Segments(lengths, ..), bool (b n) of the context or bool
                 (b m n); True takes part. A query with an empty context gets H = 0.
             positions: (m axes) or (b m axes) integers, with rope alone.
-            context_positions: (n axes) or (b n axes) integers; by default those of x.
+            context_positions: (n axes) or (b n axes) integers; without a context by default those of x.
             split: Where the context's tokens lie if other ranks hold the rest of them (sequence parallelism); mask
                 and positions are those of the local ones. With Segments or (b m n) there is none.
 
         Raises:
-            ValueError: Mask, positions or split do not fit.
+            ValueError: Tokens, mask, positions or split do not fit.
         """
+        read = x if context is None else context
+        check_tokens(x, read, self.dim)
         if split is None and self._is_whole(x, mask):
             return mix(
                 x, context, self._weights(), self.form, mask, positions, context_positions, memory=self.mixer_memory
             )
         if context is None and context_positions is None:
             context_positions = positions
-        operands = self._operands(x, x if context is None else context, positions, context_positions)
+        operands = self._operands(x, read, positions, context_positions)
         return self._mapped(polynomial_mixer(*operands, mask, split=split))
 
     def step(
@@ -156,24 +168,24 @@ class PoM(nn.Module):
         equal the block-causal full pass. "causal": each token reads the past and the chunk up to itself.
         BlockCausal: the chunk begins with a frame and may hold several. positions are those of the chunk.
         """
+        check_tokens(x, x, self.dim)
         y, state = polynomial_mixer_step(*self._operands(x, x, positions, positions), state, mask)
         return self._mapped(y), state
 
     def _is_whole(self, x: Tensor, mask: Mask) -> bool:
         """Decide between one function for the whole mixer, and linear maps around `polynomial_mixer` (layered).
 
-        Layered are, beside tokens that are split over ranks: a path that POMSCALE_POM forces; patterns (b m n); linear
-        maps that are not plain ones (groups, float8) or have hooks of their own (as where an engine gathers weights map
-        by map); autocast; CUDA unless memory is to be lean, since Triton has the operator there, and torch.compile
-        fuses what is around it; and devices without kernels (meta).
+        Layered are, beside tokens that are split over ranks: a path that POMSCALE_POM forces; torch.func; patterns
+        (b m n); linear maps that are not plain ones; autocast; CUDA unless memory is to be lean, since Triton has the
+        operator there, and torch.compile fuses what is around it; and devices without kernels (meta).
         """
-        maps = (self.projection, self.gate, self.output)
         return (
             not is_path_forced()
+            and not is_transformed()
             and not (isinstance(mask, Tensor) and mask.dim() == 3)
             and (x.device.type == "cpu" or (x.device.type == "cuda" and self.mixer_memory == "lean"))
             and not torch.is_autocast_enabled(x.device.type)
-            and all(type(map_) is nn.Linear and not (map_._forward_hooks or map_._forward_pre_hooks) for map_ in maps)
+            and all(_is_plain(map_) for map_ in (self.projection, self.gate, self.output))
         )
 
     def _weights(self) -> Weights:
@@ -185,7 +197,6 @@ class PoM(nn.Module):
     def _operands(
         self, x: Tensor, context: Tensor, positions: Tensor | None, context_positions: Tensor | None
     ) -> tuple[Context, Queries]:
-        check_tokens(x, context, self.dim)
         output = self.output.weight if self._folds else None
         return (
             Context(self.projection(context), self.form, self.coefficients, context_positions),
@@ -195,7 +206,7 @@ class PoM(nn.Module):
     @property
     def _folds(self) -> bool:
         """Whether the operator applies the weight of the output map, to states rather than to tokens."""
-        return self.form.heads > 1
+        return self.form.heads > 1 and _is_plain(self.output)
 
     def _mapped(self, y: Tensor) -> Tensor:
         if not self._folds:

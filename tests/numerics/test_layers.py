@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -154,6 +155,34 @@ def test_layer_is_linear_maps_around_the_oracle(name: str, case: str) -> None:
         torch.autograd.grad(y, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+
+
+class _Adapted(nn.Linear):
+    """Map with something beside its weight, such as the low-rank terms of LoRA."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.mean(-1, keepdim=True) + 1
+
+
+@pytest.mark.parametrize("how", ["subclass", "hook", "forward"])
+@pytest.mark.parametrize("name", ["projection", "gate", "output"])
+@pytest.mark.parametrize("heads", [1, HEADS])
+def test_what_a_map_does_beside_its_weight_is_not_passed_over(heads: int, name: str, how: str) -> None:
+    mixer, x = PoM(DIM, 3, form="coefficients", heads=heads).double(), tokens()
+    adapted = copy.deepcopy(mixer)
+    map_ = adapted.get_submodule(name)
+    if how == "subclass":
+        map_.__class__ = _Adapted
+    elif how == "hook":
+        map_.register_forward_hook(lambda _, __, y: y + 1)
+    else:
+        map_.forward = lambda x: F.linear(x, map_.weight, map_.bias) + 1  # type: ignore[arg-type]
+
+    def stepped(layer: PoM) -> Tensor:
+        return layer.step(x)[0]
+
+    for call in (lambda layer: layer(x), stepped):
+        assert not torch.allclose(call(adapted), call(mixer))
 
 
 @pytest.mark.parametrize("name", ["1 axis", "2 axes", "3 axes"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from pomscale.benchmarks.storage_tracker import StorageTracker
@@ -42,6 +43,7 @@ MASKS: dict[str, tuple[int | None, int, Mask]] = {  # queries (None: self), cont
     "padding": (None, TOKENS, PADDING),
     "cross-padding": (QUERIES, TOKENS, PADDING),
     "causal": (None, TOKENS, "causal"),
+    "cross-causal": (TOKENS, TOKENS, "causal"),
     "frames-1": (None, TOKENS, BlockCausal(1)),
     "frames-4": (None, TOKENS, BlockCausal(4)),
     "frames-100": (None, TOKENS, BlockCausal(100)),
@@ -346,11 +348,12 @@ def test_compiles_and_exports_without_graph_breaks(memory: Memory) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda of: setattr(of, "state_reduce", lambda state: state),
         lambda of: of.gate.register_forward_hook(lambda *_: None),
+        lambda of: of.gate.register_full_backward_hook(lambda *_: None),
+        lambda of: setattr(of.output, "forward", of.output.forward),
         lambda of: setattr(of, "projection", torch.nn.Sequential(of.projection)),
     ],
-    ids=["state_reduce", "hook", "another map"],
+    ids=["hook", "backward hook", "another forward", "another map"],
 )
 def test_what_is_not_plain_takes_the_layered_path_with_the_same_result(change: Any) -> None:
     of, x = mixer(FORMS["product-3"], torch.float64), torch.randn(BATCH, TOKENS, DIM, dtype=torch.float64)
@@ -361,6 +364,23 @@ def test_what_is_not_plain_takes_the_layered_path_with_the_same_result(change: A
     torch.testing.assert_close(of(x), expected, rtol=1e-12, atol=1e-14)
 
 
+def test_positions_of_a_context_count_in_a_self_mixer_too() -> None:
+    of, x = mixer(FORMS["rope-2"], torch.float64), torch.randn(BATCH, TOKENS, DIM, dtype=torch.float64)
+    positions = torch.arange(2 * TOKENS).view(TOKENS, 2)
+    expected = oracle(of, [x, x], None, positions, positions + 3)
+    torch.testing.assert_close(of(x, positions=positions, context_positions=positions + 3), expected)
+
+
+def test_forward_mode_and_vmap_go_through_the_layer() -> None:
+    of, (x, dx) = mixer(FORMS["coefficients-3-heads"], torch.float64), torch.randn(2, BATCH, TOKENS, DIM).double()
+    _, tangent = torch.func.jvp(of, (x,), (dx,))
+    torch.testing.assert_close(tangent, (of(x + 1e-6 * dx) - of(x - 1e-6 * dx)) / 2e-6, rtol=1e-6, atol=1e-7)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(of(forward_ad.make_dual(x, dx)))
+    torch.testing.assert_close(dual.tangent, tangent)
+    torch.testing.assert_close(torch.func.vmap(lambda one: of(one[None])[0])(x), of(x))
+
+
 # --- bad input, and no compiler --------------------------------------------------------------------------------------
 
 
@@ -369,7 +389,7 @@ def test_what_is_not_plain_takes_the_layered_path_with_the_same_result(change: A
     [
         ({"mask": torch.ones(BATCH, TOKENS, TOKENS, dtype=torch.bool)}, "polynomial_mixer alone"),
         ({"mask": torch.ones(BATCH, TOKENS + 1, dtype=torch.bool)}, "shape"),
-        ({"mask": Segments([3])}, "add up to 3"),
+        ({"mask": Segments([3])}, "must add up to the 23 tokens, got 3"),
         ({"context": torch.zeros(BATCH, TOKENS, DIM + 1)}, "projection: expected a weight of shape"),
         ({"context": torch.zeros(1, TOKENS, DIM)}, "expected x"),
         ({"form": Form(degree=2)}, "degree: 2 does not divide"),
@@ -405,6 +425,21 @@ def test_a_missing_compiler_is_said_and_can_be_an_error(monkeypatch: pytest.Monk
         monkeypatch.setenv("POMSCALE_NATIVE", "yes")
         with pytest.raises(ValueError, match="expected 0 or 1"):
             native.native_library()
+    finally:
+        native.native_library.cache_clear()
+
+
+def test_a_user_without_a_home_folder_is_served_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    for name in ("XDG_CACHE_HOME", "POMSCALE_NATIVE"):
+        monkeypatch.delenv(name, raising=False)
+    native.native_library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="home directory.*PyTorch serve"):
+            assert native.native_library() is None
     finally:
         native.native_library.cache_clear()
 

@@ -1,6 +1,6 @@
 """The Polynomial Mixer's operator; README.md beside this file holds the algebra."""
 
-from pomscale.ops.pom.dispatch import is_path_forced, polynomial_mixer, polynomial_mixer_step
+from pomscale.ops.pom.dispatch import is_path_forced, is_transformed, polynomial_mixer, polynomial_mixer_step
 from pomscale.ops.pom.form import Form, FormName, check_count
 from pomscale.ops.pom.masks import BlockCausal, Mask, Segments, check_mask, check_step_mask, dense_mask
 from pomscale.ops.pom.operands import Context, Queries, check_tokens
@@ -27,6 +27,7 @@ __all__ = [
     "check_tokens",
     "dense_mask",
     "is_path_forced",
+    "is_transformed",
     "polynomial_mixer",
     "polynomial_mixer_step",
     "runs_of_frames",

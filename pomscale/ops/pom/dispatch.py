@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pomscale.ops.pom import naive, torch_path
 from pomscale.ops.pom.masks import Mask, Segments, check_mask, check_step_mask
@@ -113,6 +114,14 @@ def is_path_forced() -> bool:
     return _FORCED is not None
 
 
+def is_transformed() -> bool:
+    """Return whether torch.func or forward-mode derivatives are at work.
+
+    Operators of torch.library have no rules for them, and drop the tangents without a word.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _chosen(
     implementation: Implementation | None, context: Context, queries: Queries, mask: Mask, *, split: bool
 ) -> Implementation:
@@ -142,6 +151,8 @@ def _why_not_triton(context: Context, queries: Queries, mask: Mask, split: bool)
     """Return why the Triton path cannot serve, or None if it can."""
     if split:
         return _SPLIT
+    if is_transformed():
+        return "it has no rules for torch.func and forward-mode derivatives"
     if isinstance(mask, Tensor) and mask.dim() == 3:
         return "it has no masks (b m n)"
     for name, x in (("u", context.u), ("gate", queries.gate)):

@@ -19,7 +19,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 class PomState:
     """Everything that a set of tokens leaves behind for later queries.
 
-    sum: (b, kD) fp32 (float64 for float64 inputs), sum of the monomials of the tokens that took part.
+    sum: (b, W) fp32 (float64 for float64 inputs), sum of the features of the tokens that took part.
     count: (b,) int64, number of those tokens. Kept beside the sum because a mean of means is wrong for unequal chunks.
     form: Form of the mixer that a step returned the state of; None = not known, as of a state read from a file.
     """
@@ -41,7 +41,7 @@ class PomState:
         return PomState(self.sum + other.sum, self.count + other.count)
 
     def mean(self) -> Tensor:
-        """Return H (b, kD), which is 0 where no token took part."""
+        """Return H (b, W), which is 0 where no token took part."""
         return self.sum / self.count.clamp(min=1)[:, None]
 
     def check(self, batch: int, width: int, form: Form) -> None:

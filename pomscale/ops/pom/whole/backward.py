@@ -154,7 +154,7 @@ def _causal(run: Backward, before: Tensor) -> None:
     gradients, selected = dy.new_empty(longest, width), dy.new_empty(longest, width)
     all_chunks = chunks(call.layout.query_runs(), call.x.shape[0])
     for number, chunk in reversed(list(enumerate(all_chunks))):
-        length, tokens = chunk.stop - chunk.start, call.x[chunk.start : chunk.stop]
+        length, tokens = chunk.stop - chunk.start, call.context_chunk(chunk.start, chunk.stop)
         u, gate = run.activations.of_context(chunk, tokens), run.activations.of_queries(chunk)
         rows, sums = dy[chunk.start : chunk.stop], before[number].clone()
         for part_of, part in parts(chunk):

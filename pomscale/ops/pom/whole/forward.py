@@ -118,7 +118,7 @@ def _causal(call: Call, activations: Activations, y: Tensor) -> Tensor:
     selected = running if running.dtype == y.dtype else torch.empty_like(running, dtype=y.dtype)
     for number, chunk in enumerate(chunks(call.layout.query_runs(), rows)):
         before[number] = carry
-        u = activations.of_context(chunk, call.x[chunk.start : chunk.stop])
+        u = activations.of_context(chunk, call.context_chunk(chunk.start, chunk.stop))
         gate = activations.of_queries(chunk)
         for run, part in parts(chunk):
             running_means(call, u[part], run, carry, running[part])

@@ -50,12 +50,14 @@ def mix(
         form: Polynomial and gates.
         mask: None, "causal", BlockCausal, Segments or bool (b n); patterns (b m n) are not served.
         positions: (m axes) or (b m axes) integers, with rope alone.
-        context_positions: (n axes) or (b n axes) integers; None in a self mixer, which uses `positions`.
+        context_positions: (n axes) or (b n axes) integers; in a self mixer by default `positions`.
         memory: What is kept; "lean" runs the projection and the gate's map again in the backward pass.
 
     Raises:
         ValueError: The operands do not fit together.
     """
+    if context is None and context_positions is not None:
+        context = x
     num_context = _check(x, context, weights, form, mask)
     check_positions("positions", positions, form.rope, x.shape[0], x.shape[1])
     if context is not None:

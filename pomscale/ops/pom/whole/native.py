@@ -43,7 +43,7 @@ def native_library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home folder
         output = getattr(error, "stderr", None) or error
         message = f"the mixer's kernels in C++ cannot be compiled or loaded: {output}"
         if wish == "1":
