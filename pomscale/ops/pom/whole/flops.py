@@ -39,7 +39,7 @@ def _products(
         0 if shape is None else math.prod(shape) for shape in restored(weights, form[OF_WEIGHTS])
     )
     rows, read, heads = x[0] * x[1], x[0] * layout.num_context, form[2]
-    if heads > 1 and layout.order != "causal":
+    if layout.folds(heads):
         d_out = weights[2 + form[OF_WEIGHTS][1] + form[OF_WEIGHTS][3]][0]
         return _Products(read * projection, rows * gate, 0, layout.num_states * output, rows * heads * d_out)
     return _Products(read * projection, rows * gate, rows * output, 0, 0)

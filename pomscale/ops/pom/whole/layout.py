@@ -112,6 +112,10 @@ class Layout:
         """Number of states of all samples."""
         return self.batch * sum(self.frames)
 
+    def folds(self, heads: int) -> bool:
+        """Return whether the output map is applied to states and not to queries: y_n = sum_h s_nh (Wo_h H_h)."""
+        return heads > 1 and self.order != "causal" and self.batch * self.num_queries > self.num_states
+
     def query_runs(self) -> list[Run]:
         """Return the runs of the queries."""
         return list(self._runs([length for length, _ in self.segments]))

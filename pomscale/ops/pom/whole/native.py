@@ -92,14 +92,14 @@ class NativeKernels:
         self._threads = torch.get_num_threads()
 
     @staticmethod
-    def serve(form: Form, dtype: torch.dtype, device: torch.device, order: str) -> bool:
+    def serve(form: Form, dtype: torch.dtype, device: torch.device, *, folds: bool) -> bool:
         """Return whether they have these operands."""
         return (
             device.type == "cpu"
             and dtype == torch.float32
             and form.rope is None
             and form.degree <= _MAX_DEGREE
-            and (form.heads == 1 or order != "causal")  # gates of heads meet channels in causal order alone
+            and (form.heads == 1 or folds)  # gates of heads meet no channels where they read folded maps
         )
 
     def add_features(self, u: Tensor, rows: Rows, total: Tensor) -> None:

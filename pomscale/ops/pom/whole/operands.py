@@ -64,8 +64,8 @@ class Call:
 
     @property
     def folds(self) -> bool:
-        """Whether the output map is applied to the states and not to the tokens: y_n = sum_h s_nh (Wo_h H_h)."""
-        return self.form.heads > 1 and self.layout.order != "causal"
+        """Whether the output map is applied to states and not to queries."""
+        return self.layout.folds(self.form.heads)
 
     @property
     def sums(self) -> torch.dtype:
@@ -84,7 +84,7 @@ class Call:
         Those in C++ serve fp32 on a CPU, where a compiler is found; all else is PyTorch's. The operands that decide
         are the same in the forward and in the backward pass.
         """
-        serves = NativeKernels.serve(self.form, self.x.dtype, self.x.device, self.layout.order)
+        serves = NativeKernels.serve(self.form, self.x.dtype, self.x.device, folds=self.folds)
         library = native_library() if serves else None
         if library is None:
             return self.torch_kernels
