@@ -4,6 +4,7 @@
 # Rank 0 has [[0 1 2] [3 4 5]] with strides (3, 1), rank 1 the same values with strides (1, 2). Their sum is twice that
 # matrix; rank 0 gets [[0 4 3] [7 6 10]], rank 1 [[0 3 6] [4 7 10]]. broadcast permutes the values likewise, all_gather goes
 # by index and is right. Nothing warns, nor does TORCH_DISTRIBUTED_DEBUG=DETAIL, which compares shapes across ranks.
+# pytorch issue 192920 (open) has the same of broadcast, reduce and scatter.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
