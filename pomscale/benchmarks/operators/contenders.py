@@ -71,9 +71,11 @@ def contenders(official: Official, device: torch.device, *, with_compiled: bool 
     """
     everywhere = (math.inf, math.inf)
     dense = (math.inf, _MOST_DENSE)
-    found = [Contender(FLOOR, Gemms), Contender(OURS, Ours, in_chunks=True)]
-    if Lean.exists():
-        found.append(Contender(LEAN, Lean, in_chunks=True))
+    found = [
+        Contender(FLOOR, Gemms),
+        Contender(OURS, Ours, in_chunks=True),
+        Contender(LEAN, Lean, in_chunks=True),
+    ]
     for path in get_args(Implementation):
         is_naive = path == "naive"
         limits = (_MOST_NAIVE, _MOST_NAIVE) if is_naive else everywhere

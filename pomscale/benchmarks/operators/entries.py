@@ -83,17 +83,7 @@ class Lean(Ours):
 
     def __init__(self, case: Case, device: torch.device) -> None:
         super().__init__(case, device)
-        make_lean(self.layer)
-
-    @staticmethod
-    def exists() -> bool:
-        """Return whether the layer has this choice."""
-        return hasattr(PoM(1), "mixer_memory")
-
-
-def make_lean(layer: PoM) -> None:
-    """Let the layer keep its tokens alone, as `compute.mixer_memory: lean` does."""
-    vars(layer)["mixer_memory"] = "lean"
+        self.layer.mixer_memory = "lean"
 
 
 class Layered(Ours):

@@ -42,6 +42,8 @@ def check_rotary(num_features: int, heads: int, num_axes: int) -> None:
     num_pairs(num_features, num_axes)
     if heads > 1:
         num_pairs(heads, num_axes, "heads")
+        if num_axes == 1 and num_features < 2 * heads:  # the rule of frequencies would turn all of them alike
+            raise ValueError(f"rope=1 needs heads of at least 2 channels, got {heads} heads of {num_features} channels")
 
 
 def check_positions(name: str, positions: Tensor | None, num_axes: int | None, batch: int, num_tokens: int) -> None:

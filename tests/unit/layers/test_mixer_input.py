@@ -27,6 +27,10 @@ BATCH, TOKENS, DIM, HEADS = 2, 5, 16, 4
         ({"dim": 5, "expand": 1, "form": "coefficients", "rope": 1}, "rope=1 needs an even number of channels, got 5"),
         ({"dim": 6, "expand": 1, "form": "coefficients", "rope": 2}, "rope=2 needs a multiple of 4 of channels, got 6"),
         ({"dim": 4, "expand": 1, "form": "coefficients", "rope": 3}, "even number of at least 6 of channels, got 4"),
+        (
+            {"dim": DIM, "form": "coefficients", "heads": 32, "rope": 1},
+            "heads of at least 2 channels, got 32",
+        ),
         ({"dim": DIM, "form": "coefficients", "heads": 2, "rope": 2}, "rope=2 needs a multiple of 4 of heads, got 2"),
         ({"dim": DIM, "form": "coefficients", "heads": 4, "rope": 3}, "even number of at least 6 of heads, got 4"),
     ],
