@@ -80,19 +80,22 @@ def _queries(run: Backward, means: Tensor) -> Tensor:
     call, dmeans = run.call, torch.zeros_like(means)
     longest = largest_chunk(call.x.shape[0])
     gradients = run.dy.new_empty(longest, call.num_features)
-    buffer = torch.empty_like(gradients) if run.activations.keep else None
+    heads = call.form.heads
+    buffer = torch.empty_like(gradients) if run.activations.keep or heads > 1 else None
     for chunk in chunks(call.layout.query_runs(), call.x.shape[0]):
         length, rows = chunk.stop - chunk.start, run.dy[chunk.start : chunk.stop]
         gate = run.activations.of_queries(chunk)
         selected = gate if buffer is None else buffer[:length]
-        dgate = torch.mm(rows, call.weights.output, out=gradients[:length])
+        dselected = torch.mm(rows, call.weights.output, out=gradients[:length])
+        # The gates of heads have another width than what they select.
+        dgate = dselected if heads == 1 else torch.empty_like(gate)
         for part_of, part in parts(chunk):
             state = part_of.state
             call.kernels.select_backward(
                 gate[part],
                 call.query_rows(part_of),
                 means[state : state + 1],
-                (dgate[part], selected[part], dgate[part]),
+                (dselected[part], selected[part], dgate[part]),
                 dmeans[state],
             )
         run.output.add(rows, selected)

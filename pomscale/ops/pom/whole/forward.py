@@ -70,7 +70,9 @@ def _by_states(call: Call, activations: Activations, y: Tensor) -> Tensor:
         return means
     weights = call.weights
     all_chunks = chunks(call.layout.query_runs(), call.x.shape[0])
-    buffer = call.x.new_empty(largest_chunk(call.x.shape[0]), call.num_features) if activations.keep else None
+    # Gates of heads have another width than what they select.
+    needs_buffer = activations.keep or call.form.heads > 1
+    buffer = call.x.new_empty(largest_chunk(call.x.shape[0]), call.num_features) if needs_buffer else None
     for chunk in all_chunks:
         gate = activations.of_queries(chunk)
         selected = gate if buffer is None else buffer[: chunk.stop - chunk.start]
