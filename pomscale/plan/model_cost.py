@@ -21,7 +21,7 @@ modulation and the modulated text, of which a clip has one for every t, cost as 
 from __future__ import annotations
 
 from pomscale.config.codecs import TextEncoderConfig
-from pomscale.config.mixer import AttentionMixer, Mixer
+from pomscale.config.mixer import AttentionMixer, Mixer, PomMixer
 from pomscale.config.model import ModelConfig, VideoModelConfig
 from pomscale.config.recomputation import is_recomputed
 
@@ -88,17 +88,28 @@ def training_flops(config: ModelConfig, *, text_length: int = TEXT_LENGTH, num_t
 
 
 def recomputed_flops(
-    config: ModelConfig, activation_checkpointing: str, *, text_length: int = TEXT_LENGTH, num_times: int = 1
+    config: ModelConfig,
+    activation_checkpointing: str,
+    *,
+    lean: bool = False,
+    text_length: int = TEXT_LENGTH,
+    num_times: int = 1,
 ) -> int:
-    """Return the FLOPs that one sample's backward pass repeats under a mode of compute.activation_checkpointing.
+    """Return the FLOPs that one sample's backward pass repeats.
 
-    "selective" repeats none, since it keeps the outputs of matrix products. Other arguments are as of `forward_flops`.
+    Args:
+        config: network.
+        activation_checkpointing: mode; "selective" repeats none, since it keeps the outputs of matrix products.
+        lean: whether PoM mixers keep their inputs alone (compute.mixer_memory), and repeat their first maps.
+        text_length: as of `forward_flops`.
+        num_times: as of `forward_flops`.
     """
-    return sum(
+    blocks = sum(
         _block_flops(config, mixer, text_length, num_times)
         for number, mixer in enumerate(config.mixers)
         if is_recomputed(activation_checkpointing, number)
     )
+    return blocks + (sum(_lean_flops(config, mixer, num_times * text_length) for mixer in config.mixers) if lean else 0)
 
 
 def _block_flops(config: ModelConfig, mixer: Mixer, text_length: int, num_times: int, nominal: bool = False) -> int:
@@ -112,12 +123,25 @@ def _block_flops(config: ModelConfig, mixer: Mixer, text_length: int, num_times:
     return 2 * (products + _mixer_products(mixer, dim, tokens, tokens, states, nominal))
 
 
+def _lean_flops(config: ModelConfig, mixer: Mixer, text_length: int) -> int:
+    """Return the FLOPs of the maps that the PoM mixers of a block repeat if they keep their inputs alone."""
+    if isinstance(mixer, AttentionMixer) or mixer.groups > 1:  # groups run in layers, which keep what they give
+        return 0
+    contexts = [config.num_tokens, *([text_length] if isinstance(config, VideoModelConfig) else [])]
+    return 2 * sum(_input_products(mixer, config.dim, config.num_tokens, context) for context in contexts)
+
+
+def _input_products(mixer: PomMixer, dim: int, queries: int, context: int) -> int:
+    """Return the multiply-adds of the maps to the features of the context and to the gates of the queries."""
+    return context * mixer.width(dim) * dim // mixer.groups + queries * mixer.num_gates(dim) * dim
+
+
 def _mixer_products(mixer: Mixer, dim: int, queries: int, context: int, states: int, nominal: bool) -> int:
     """Return the multiply-adds by which queries read `context` tokens, through so many states."""
     if isinstance(mixer, AttentionMixer):
         return queries * (2 * dim**2 + 2 * context * dim) + context * 2 * dim**2
     width = mixer.width(dim)
-    inputs = context * width * dim // mixer.groups + queries * mixer.num_gates(dim) * dim
+    inputs = _input_products(mixer, dim, queries, context)
     if nominal or not mixer.folds(queries // states):
         return inputs + queries * width * dim
     return inputs + states * width * dim + queries * mixer.heads * dim

@@ -21,7 +21,7 @@ class Speed:
     step_time_s: float
     mfu: float
     recomputed_share: float
-    """Arithmetic repeated by activation checkpointing, as a share of the model's own."""
+    """Arithmetic repeated by activation checkpointing and lean mixers, as a share of the model's own."""
 
     def days(self, num_samples: int) -> float:
         return num_samples / self.samples_per_s / 86400
@@ -31,8 +31,11 @@ def speed(recipe: TrainRecipe, num_gpus: int, gpu: Gpu, attained: float) -> Spee
     """Return the speed of a run on `num_gpus` GPUs that attain a share of their peak, recomputation included."""
     times = num_times(recipe)
     model = training_flops(recipe.model, num_times=times)
-    again = recomputed_flops(recipe.model, recipe.compute.activation_checkpointing, num_times=times)
-    samples_per_s = attained * gpu.peak(recipe.compute.precision) * num_gpus / (model + again)
+    compute = recipe.compute
+    # As layers/pom.py decides; of clips whose tokens are split, the mixers that read the text are left out.
+    lean = compute.mixer_memory == "lean" and not compute.float8 and recipe.mesh.sp == 1
+    again = recomputed_flops(recipe.model, compute.activation_checkpointing, lean=lean, num_times=times)
+    samples_per_s = attained * gpu.peak(compute.precision) * num_gpus / (model + again)
     return Speed(
         samples_per_s=samples_per_s,
         step_time_s=recipe.training.global_batch / samples_per_s,

@@ -13,6 +13,7 @@ import pytest
 from pomscale.config.codecs import SdVaeCodecConfig
 from pomscale.config.encode import EncodeRecipe
 from pomscale.config.load import dump_recipe, load_encode_recipe, load_recipe, load_train_recipe
+from pomscale.config.mixer import AttentionMixerConfig, PomMixerConfig
 from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError, read_source
 
@@ -261,10 +262,11 @@ def test_what_an_override_leaves_open_is_missing_in_the_override(write: Write) -
 def test_a_section_of_another_kind_inherits_nothing(write: Write) -> None:
     table = "mixer: {kind: pom, form: coefficients, heads: 4}"
     write("base.yaml", TRAIN.replace("depth: 2", f"depth: 2\n  {table}"))
-    same = train(write("same.yaml", "base: base.yaml\nmodel: {mixer: {kind: pom, heads: 8}}\n")).model
-    other = train(write("other.yaml", "base: base.yaml\nmodel: {mixer: {kind: attention, heads: 2}}\n")).model
-    assert same.mixer.model_dump(exclude_unset=True) == {"kind": "pom", "form": "coefficients", "heads": 8}
-    assert other.mixer.model_dump() == {"kind": "attention", "heads": 2}
+    same = train(write("same.yaml", "base: base.yaml\nmodel: {mixer: {kind: pom, heads: 8}}\n")).model.mixer
+    other = train(write("other.yaml", "base: base.yaml\nmodel: {mixer: {kind: attention, heads: 2}}\n")).model.mixer
+    assert isinstance(same, PomMixerConfig)
+    assert same.model_dump(exclude_unset=True) == {"kind": "pom", "form": "coefficients", "heads": 8}
+    assert other == AttentionMixerConfig(kind="attention", heads=2)
 
 
 def test_an_unknown_preset_does_not_hide_other_problems(write: Write) -> None:

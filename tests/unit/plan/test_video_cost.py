@@ -14,7 +14,9 @@ from pomscale.base.condition import Text
 from pomscale.config.model import VideoModelConfig
 from pomscale.config.presets import VIDEO_PRESETS
 from pomscale.distributed.activation_checkpointing import checkpoint_blocks
+from pomscale.layers import PoM
 from pomscale.models import VDiPoM
+from pomscale.ops.pom.whole import Memory
 from pomscale.plan.model_cost import (
     TEXT_LENGTH,
     forward_flops,
@@ -98,13 +100,17 @@ def test_flop_formula_counts_xl(name: str) -> None:
     assert counter.get_total_flops() == forward_flops(config)
 
 
-@pytest.mark.parametrize("mode", ["none", "every-2", "full"])
+@pytest.mark.parametrize("mode", ["none", "selective", "every-2", "full"])
 @pytest.mark.parametrize("num_times", [1, 3])
-def test_training_and_recomputation(mode: str, num_times: int) -> None:
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_training_and_recomputation(mode: str, num_times: int, memory: Memory) -> None:
     """Nothing needs the gradient of latents, texts or time features, which is all that the formula adds."""
-    config = tiny(mixer=["pom", "attention", V2], depth=3, temporal="block_causal")
+    config = tiny(mixer=["pom", "attention", V2, {**V2, "groups": 1, "heads": 1}], depth=4, temporal="block_causal")
     model = VDiPoM(config)
     checkpoint_blocks(model.blocks(), mode)
+    for module in model.modules():
+        if isinstance(module, PoM):
+            module.mixer_memory = memory
     # Both passes: what runs again in the backward pass runs with its choice of attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run(model, num_times).sum().backward()
@@ -112,5 +118,6 @@ def test_training_and_recomputation(mode: str, num_times: int) -> None:
     values = config.patch_frames * config.patch_size**2 * config.latent_shape[0]
     inputs = config.num_tokens * values + TEXT_TOKENS * config.text_dim + num_times * 4 * config.dim
     never_run = 2 * config.dim * inputs
-    expected = training_flops(config, **arguments) + recomputed_flops(config, mode, **arguments) - never_run
+    again = recomputed_flops(config, mode, lean=memory == "lean", **arguments)
+    expected = training_flops(config, **arguments) + again - never_run
     assert counter.get_total_flops() == expected
