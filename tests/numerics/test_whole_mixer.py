@@ -372,9 +372,12 @@ def test_positions_of_a_context_count_in_a_self_mixer_too() -> None:
 
 
 def test_forward_mode_and_vmap_go_through_the_layer() -> None:
-    of, (x, dx) = mixer(FORMS["coefficients-3-heads"], torch.float64), torch.randn(2, BATCH, TOKENS, DIM).double()
+    of, generator = mixer(FORMS["coefficients-3-heads"], torch.float64), torch.Generator().manual_seed(7)
+    x, dx = torch.randn(2, BATCH, TOKENS, DIM, generator=generator, dtype=torch.float64)
     _, tangent = torch.func.jvp(of, (x,), (dx,))
-    torch.testing.assert_close(tangent, (of(x + 1e-6 * dx) - of(x - 1e-6 * dx)) / 2e-6, rtol=1e-6, atol=1e-7)
+    differences = (of(x + 1e-6 * dx) - of(x - 1e-6 * dx)) / 2e-6
+    # Between the two points a token may cross a corner of the activation.
+    assert (tangent - differences).norm() < 1e-4 * differences.norm()
     with forward_ad.dual_level():
         dual = forward_ad.unpack_dual(of(forward_ad.make_dual(x, dx)))
     torch.testing.assert_close(dual.tangent, tangent)
