@@ -92,7 +92,7 @@ class Layered(Ours):
     def __init__(self, case: Case, device: torch.device, path: Implementation) -> None:
         super().__init__(case, device)
         if path == "triton" and device.type != "cuda":
-            raise CannotServeError("its kernels run on CUDA; on a CPU they can be interpreted alone, which is no measure")
+            raise CannotServeError("its kernels run on CUDA; on a CPU they are interpreted, which is no measure")
         self._path = path
 
     def forward(self, x: Tensor) -> Tensor:
