@@ -11,6 +11,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# Without a GPU, Triton's kernels are interpreted on CPU tensors. Triton reads this where it is first imported, which
+# the imports below do.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from support.digits import make_digits
 from support.forking import stop_server
 from support.paths import ROOT
@@ -18,10 +23,6 @@ from support.running import write_tiny_recipe
 
 # Where the tests run in the background of a shell, Ctrl-C is ignored, also by all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# Without a GPU, Triton's kernels are interpreted on CPU tensors. Triton reads this where it is first imported.
-if not Path("/dev/nvidiactl").exists():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # An example may take as long as it likes: a busy machine let some take longer than hypothesis's 200 ms. Without a
 # deadline, its health check grants 30 s instead of 1 s for drawing the first ones.

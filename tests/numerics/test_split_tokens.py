@@ -160,10 +160,10 @@ def lively(model: nn.Module) -> nn.Module:
     return model.double()
 
 
-def compare(
+def assert_same_as_whole(
     model: nn.Module, latents: Tensor, lengths: list[int], *inputs: object, start: Tensor | None = None
 ) -> None:
-    """Outputs and the gradients of all weights."""
+    """Hold the outputs on the ranks, and the gradients of all weights, to those of the network on all tokens."""
     more = {} if start is None else {"start": start}
     latents = latents.double()
 
@@ -187,7 +187,7 @@ def test_image_network(lengths: list[int]) -> None:
     model = lively(make_model(ImageModelConfig(latent_shape=(3, 8, 12), num_classes=5, dim=16, depth=2)))
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(BATCH, 3, 8, 12, generator=generator)
-    compare(model, latents, lengths, torch.tensor([0.2, 0.7]).double(), torch.tensor([1, 5]))
+    assert_same_as_whole(model, latents, lengths, torch.tensor([0.2, 0.7]).double(), torch.tensor([1, 5]))
 
 
 VIDEO = {"kind": "video", "latent_shape": (3, 6, 4, 8), "text_dim": 6, "dim": 16, "depth": 2}
@@ -203,7 +203,7 @@ def test_video_network(per_frame_group: bool, temporal: str, lengths: list[int])
     latents = torch.randn(BATCH, 3, 6, 4, 8, generator=generator)
     t = torch.rand((BATCH, 3) if per_frame_group else (BATCH,), generator=generator).double()
     text = Text(torch.randn(BATCH, 5, 6, generator=generator), torch.rand(BATCH, 5, generator=generator) > 0.3)
-    compare(model, latents, lengths, t, text, start=torch.tensor([0, 4]))
+    assert_same_as_whole(model, latents, lengths, t, text, start=torch.tensor([0, 4]))
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 8), (3, 1, 4, 8)], ids=["picture", "clip of one frame"])
@@ -211,4 +211,6 @@ def test_pictures_of_a_video_network(shape: tuple[int, ...]) -> None:
     model = lively(make_model(VideoModelConfig.model_validate(VIDEO)))
     generator = torch.Generator().manual_seed(0)
     text = Text(torch.randn(BATCH, 5, 6, generator=generator), torch.ones(BATCH, 5, dtype=torch.bool))
-    compare(model, torch.randn(BATCH, *shape, generator=generator), [5, 3], torch.tensor([0.2, 0.7]).double(), text)
+    assert_same_as_whole(
+        model, torch.randn(BATCH, *shape, generator=generator), [5, 3], torch.tensor([0.2, 0.7]).double(), text
+    )

@@ -78,6 +78,15 @@ def load_coefficients(
 
 
 @triton.jit
+def load_frequency(frequencies, pair, exists, AXES: tl.constexpr):
+    """Return the angle per unit of position of each channel's pair; 0 without a rotation."""
+    frequency = 0.0
+    if AXES > 0:
+        frequency = tl.load(frequencies + pair, mask=exists, other=0.0)
+    return frequency
+
+
+@triton.jit
 def store_coefficients(
     pointer,
     channels,

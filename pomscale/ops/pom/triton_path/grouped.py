@@ -18,11 +18,7 @@ from pomscale.ops.pom.triton_path.launch import (
     sum_of_items,
     turned,
 )
-from pomscale.ops.pom.triton_path.layout import group_lengths, grouped
-
-
-def _polynomial(u: Tensor, coefficients: Tensor | None, degree: int, axes: int) -> Polynomial:
-    return Polynomial(u.shape[2], degree, coefficients is None, axes)
+from pomscale.ops.pom.triton_path.layout import Layout, group_lengths, grouped
 
 
 def _of_features(
@@ -61,10 +57,22 @@ def aggregate(
         lengths: Tokens of each segment; empty = one segment of all.
         frame_length: Tokens of each group of a segment, 0 = the segment is one group.
     """
-    polynomial, layout = (
-        _polynomial(u, coefficients, degree, axes),
-        grouped(lengths or [u.shape[1]], frame_length, u.device),
-    )
+    polynomial = Polynomial(u.shape[2], degree, coefficients is None, axes)
+    layout = grouped(lengths or [u.shape[1]], frame_length, u.device)
+    partials = item_sums(u, coefficients, positions, mask, polynomial, layout)
+    sums = sum_of_items(partials, layout)
+    return running_sums(sums, layout)[0] if frame_length else sums
+
+
+def item_sums(
+    u: Tensor,
+    coefficients: Tensor | None,
+    positions: Tensor | None,
+    mask: Tensor | None,
+    polynomial: Polynomial,
+    layout: Layout,
+) -> Tensor:
+    """Return the sum of the features of each item (b items W) fp32; operands are as of `aggregate`."""
     block = polynomial.block(u.dtype)
     partials = u.new_empty(u.shape[0], layout.num_items, u.shape[2], dtype=torch.float32)
     run(
@@ -75,10 +83,9 @@ def aggregate(
         items=layout.items,
         partials=partials,
         num_items=layout.num_items,
-        **polynomial.arguments(block, DEGREE=degree, MASKED=mask is not None),
+        **polynomial.arguments(block, DEGREE=polynomial.degree, MASKED=mask is not None),
     )
-    sums = sum_of_items(partials, layout)
-    return running_sums(sums, layout)[0] if frame_length else sums
+    return partials
 
 
 @aggregate.register_fake
@@ -106,10 +113,8 @@ def aggregate_backward(
     frame_length: int,
 ) -> tuple[Tensor, Tensor]:
     """Return du (b n W) and dc (W k) (nothing, (0 k), in the product form) for the gradient of `aggregate`'s result."""
-    polynomial, layout = (
-        _polynomial(u, coefficients, degree, axes),
-        grouped(lengths or [u.shape[1]], frame_length, u.device),
-    )
+    polynomial = Polynomial(u.shape[2], degree, coefficients is None, axes)
+    layout = grouped(lengths or [u.shape[1]], frame_length, u.device)
     block = polynomial.block(u.dtype)
     dsums = dsums.contiguous()
     if frame_length:
@@ -173,6 +178,22 @@ def _aggregate_gradients(ctx: Any, dsums: Tensor) -> tuple[Any, ...]:
 aggregate.register_autograd(_aggregate_gradients, setup_context=_save_aggregate)
 
 
+def _of_gates(
+    means: Tensor, gate: Tensor, positions: Tensor | None, polynomial: Polynomial, layout: Layout
+) -> dict[str, Any]:
+    """Return the operands that `select` and its gradient share."""
+    return {
+        "means": means.contiguous(),
+        **operand("gate", gate, gate),
+        **turned("positions", positions, gate),
+        "frequencies": angles(polynomial, gate),
+        "items": layout.items,
+        "num_tokens": gate.shape[1],
+        "num_items": layout.num_items,
+        "num_groups": layout.num_groups,
+    }
+
+
 @torch.library.custom_op("pomscale::pom_select", mutates_args=())
 def select(
     means: Tensor,
@@ -203,15 +224,8 @@ def select(
     run(
         kernels.select,
         gate.shape[0] * layout.num_items * polynomial.tiles(block),
-        means=means.contiguous(),
-        **operand("gate", gate, gate),
-        **turned("positions", positions, gate),
-        frequencies=angles(polynomial, gate),
-        items=layout.items,
+        **_of_gates(means, gate, positions, polynomial, layout),
         y=y,
-        num_tokens=gate.shape[1],
-        num_items=layout.num_items,
-        num_groups=layout.num_groups,
         **polynomial.arguments(block),
     )
     return y
@@ -244,16 +258,9 @@ def select_backward(
         kernels.select_backward,
         gate.shape[0] * layout.num_items * polynomial.tiles(block),
         **operand("dy", dy, dy),
-        means=means.contiguous(),
-        **operand("gate", gate, gate),
-        **turned("positions", positions, gate),
-        frequencies=angles(polynomial, gate),
-        items=layout.items,
+        **_of_gates(means, gate, positions, polynomial, layout),
         dgate=dgate,
         partials=partials,
-        num_tokens=gate.shape[1],
-        num_items=layout.num_items,
-        num_groups=layout.num_groups,
         **polynomial.arguments(block),
     )
     return sum_of_items(partials, layout), dgate

@@ -19,6 +19,7 @@ from pomscale.ops.pom.triton_path.elements import (
     gates_backward,
     load,
     load_coefficients,
+    load_frequency,
     multiply,
     rotation,
     split_program,
@@ -63,9 +64,7 @@ def aggregate(
     channels, exists, distance, axis, pair = tile_channels(tile, piece, pairs0, pairs1, pairs2, AXES, BLOCK)
     start, stop = tl.load(items + item * 3), tl.load(items + item * 3 + 1)
     c = load_coefficients(coefficients, channels, exists, distance, width, PRODUCT, DEGREE, STREAMS)
-    frequency = 0.0
-    if AXES > 0:
-        frequency = tl.load(frequencies + pair, mask=exists, other=0.0)
+    frequency = load_frequency(frequencies, pair, exists, AXES)
     u += sample * u_batch
     positions += sample * position_batch
     mask += sample * mask_batch
@@ -118,9 +117,7 @@ def aggregate_backward(
     channels, exists, distance, axis, pair = tile_channels(tile, piece, pairs0, pairs1, pairs2, AXES, BLOCK)
     start, stop, group = tl.load(items + item * 3), tl.load(items + item * 3 + 1), tl.load(items + item * 3 + 2)
     c = load_coefficients(coefficients, channels, exists, distance, width, PRODUCT, DEGREE, STREAMS)
-    frequency = 0.0
-    if AXES > 0:
-        frequency = tl.load(frequencies + pair, mask=exists, other=0.0)
+    frequency = load_frequency(frequencies, pair, exists, AXES)
     dh = load(dsums + (sample * num_groups + group) * width, channels, exists, distance, STREAMS)
     dc_here = zeros(0 if PRODUCT else STREAMS * DEGREE, BLOCK)
     u += sample * u_batch
@@ -250,9 +247,7 @@ def select(
     tile, item, sample = split_program(tiles, num_items)
     channels, exists, distance, axis, pair = tile_channels(tile, piece, pairs0, pairs1, pairs2, AXES, BLOCK)
     start, stop, group = tl.load(items + item * 3), tl.load(items + item * 3 + 1), tl.load(items + item * 3 + 2)
-    frequency = 0.0
-    if AXES > 0:
-        frequency = tl.load(frequencies + pair, mask=exists, other=0.0)
+    frequency = load_frequency(frequencies, pair, exists, AXES)
     mean = load(means + (sample * num_groups + group) * width, channels, exists, distance, STREAMS)
     gate += sample * gate_batch
     positions += sample * position_batch
@@ -299,9 +294,7 @@ def select_backward(
     tile, item, sample = split_program(tiles, num_items)
     channels, exists, distance, axis, pair = tile_channels(tile, piece, pairs0, pairs1, pairs2, AXES, BLOCK)
     start, stop, group = tl.load(items + item * 3), tl.load(items + item * 3 + 1), tl.load(items + item * 3 + 2)
-    frequency = 0.0
-    if AXES > 0:
-        frequency = tl.load(frequencies + pair, mask=exists, other=0.0)
+    frequency = load_frequency(frequencies, pair, exists, AXES)
     mean = load(means + (sample * num_groups + group) * width, channels, exists, distance, STREAMS)
     dy += sample * dy_batch
     gate += sample * gate_batch

@@ -41,7 +41,7 @@ def polynomial_mixer(context: Context, queries: Queries, mask: Mask) -> Tensor:
         return _causal(context, queries, mask.lengths if isinstance(mask, Segments) else (), None)[0]
     groups = _groups(mask)
     sums, counts = _sums(context, groups, mask if isinstance(mask, Tensor) else None)
-    return select(context, queries, groups, sums / counts.clamp(min=1)[..., None])
+    return _select(context, queries, groups, sums / counts.clamp(min=1)[..., None])
 
 
 def polynomial_mixer_step(context: Context, queries: Queries, past: PomState, mask: Mask) -> tuple[Tensor, PomState]:
@@ -51,7 +51,7 @@ def polynomial_mixer_step(context: Context, queries: Queries, past: PomState, ma
     groups = _groups(mask)
     sums, counts = _sums(context, groups, mask if isinstance(mask, Tensor) else None)
     sums, counts = past.sum[:, None] + sums, past.count[:, None] + counts
-    y = select(context, queries, groups, sums / counts.clamp(min=1)[..., None])
+    y = _select(context, queries, groups, sums / counts.clamp(min=1)[..., None])
     return y, PomState(sums[:, -1].clone(), counts[:, -1].clone())
 
 
@@ -91,7 +91,7 @@ def _counts(u: Tensor, groups: _Groups) -> Tensor:
     return (torch.arange(1, num_groups + 1, device=u.device) * frame_length).clamp(max=num_tokens)[None]
 
 
-def select(context: Context, queries: Queries, groups: _Groups, means: Tensor) -> Tensor:
+def _select(context: Context, queries: Queries, groups: _Groups, means: Tensor) -> Tensor:
     form, gate = context.form, queries.gate
     if form.heads == 1:
         y = grouped.select(

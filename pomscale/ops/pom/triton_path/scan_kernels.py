@@ -11,6 +11,7 @@ from pomscale.ops.pom.triton_path.elements import (
     gates_backward,
     load,
     load_coefficients,
+    load_frequency,
     multiply,
     rotation,
     scale,
@@ -63,9 +64,7 @@ def scan(
     channels, exists, distance, axis, pair = tile_channels(tile, piece, pairs0, pairs1, pairs2, AXES, BLOCK)
     start, stop, origin = tl.load(items + item * 3), tl.load(items + item * 3 + 1), tl.load(items + item * 3 + 2)
     c = load_coefficients(coefficients, channels, exists, distance, width, PRODUCT, DEGREE, STREAMS)
-    frequency = 0.0
-    if AXES > 0:
-        frequency = tl.load(frequencies + pair, mask=exists, other=0.0)
+    frequency = load_frequency(frequencies, pair, exists, AXES)
     total = load(carries + (sample * num_items + item) * width, channels, exists, distance, STREAMS)
     before = tl.cast(1 - origin, tl.int64)
     if PAST:
@@ -133,9 +132,7 @@ def scan_backward_of_gates(
     channels, exists, distance, axis, pair = tile_channels(tile, piece, pairs0, pairs1, pairs2, AXES, BLOCK)
     start, stop, origin = tl.load(items + item * 3), tl.load(items + item * 3 + 1), tl.load(items + item * 3 + 2)
     c = load_coefficients(coefficients, channels, exists, distance, width, PRODUCT, DEGREE, STREAMS)
-    frequency = 0.0
-    if AXES > 0:
-        frequency = tl.load(frequencies + pair, mask=exists, other=0.0)
+    frequency = load_frequency(frequencies, pair, exists, AXES)
     total = load(carries + (sample * num_items + item) * width, channels, exists, distance, STREAMS)
     before = tl.cast(1 - origin, tl.int64)
     if PAST:
@@ -209,9 +206,7 @@ def scan_backward_of_features(
     channels, exists, distance, axis, pair = tile_channels(tile, piece, pairs0, pairs1, pairs2, AXES, BLOCK)
     start, stop, origin = tl.load(items + item * 3), tl.load(items + item * 3 + 1), tl.load(items + item * 3 + 2)
     c = load_coefficients(coefficients, channels, exists, distance, width, PRODUCT, DEGREE, STREAMS)
-    frequency = 0.0
-    if AXES > 0:
-        frequency = tl.load(frequencies + pair, mask=exists, other=0.0)
+    frequency = load_frequency(frequencies, pair, exists, AXES)
     dh = load(carries + (sample * num_items + item) * width, channels, exists, distance, STREAMS)
     dc_here = zeros(0 if PRODUCT else STREAMS * DEGREE, BLOCK)
     before = tl.cast(1 - origin, tl.int64)

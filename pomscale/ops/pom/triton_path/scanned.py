@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pomscale.ops.pom.triton_path import kernels, scan_kernels
-from pomscale.ops.pom.triton_path.grouped import fake_coefficients, new_coefficients, sum_of_coefficients
+from pomscale.ops.pom.triton_path import scan_kernels
+from pomscale.ops.pom.triton_path.grouped import fake_coefficients, item_sums, new_coefficients, sum_of_coefficients
 from pomscale.ops.pom.triton_path.launch import Polynomial, angles, operand, run, running_sums, turned
 from pomscale.ops.pom.triton_path.layout import Layout, scanned
 
@@ -42,22 +42,7 @@ def _carries(
     layout: Layout,
 ) -> tuple[Tensor, Tensor]:
     """Return the sums before each item (b items W) and after each segment (b segments W), fp32."""
-    block = polynomial.block(u.dtype)
-    partials = u.new_empty(u.shape[0], layout.num_items, u.shape[2], dtype=torch.float32)
-    run(
-        kernels.aggregate,
-        u.shape[0] * layout.num_items * polynomial.tiles(block),
-        **operand("u", u, u),
-        coefficients=u if coefficients is None else coefficients.t().contiguous(),
-        **turned("positions", positions, u),
-        mask=u,
-        mask_batch=0,
-        frequencies=angles(polynomial, u),
-        items=layout.items,
-        partials=partials,
-        num_items=layout.num_items,
-        **polynomial.arguments(block, DEGREE=polynomial.degree, MASKED=False),
-    )
+    partials = item_sums(u, coefficients, positions, None, polynomial, layout)
     initial = None if past_sum is None else past_sum.contiguous()
     return running_sums(partials, layout, initial=initial, exclusive=True)
 
