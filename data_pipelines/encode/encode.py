@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data_pipelines.encode.finish import finish
 from data_pipelines.encode.items import ItemTable, share_table
+from data_pipelines.encode.latents_source import build_encode_source
 from data_pipelines.encode.part_encoder import PartEncoder
 from data_pipelines.encode.progress import EncodeProgress
 from data_pipelines.encode.setup import (
@@ -25,9 +26,8 @@ from data_pipelines.encode.setup import (
     table_folder,
     variants_of,
 )
-from data_pipelines.shards.parts import OLDER_VERSION, PARTS_FOLDER, Claims, part_of, record_path, skipped_exit_code
-from data_pipelines.sources import build_source
-from data_pipelines.sources.protocol import Source
+from data_pipelines.shards.parts import OLDER_VERSION, PARTS_FOLDER, part_of, record_path, skipped_exit_code
+from pomscale.base.claims import Claims
 from pomscale.base.console import warn
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder
@@ -36,6 +36,7 @@ from pomscale.config.encode import EncodeRecipe
 from pomscale.config.monitoring import MonitoringConfig
 from pomscale.monitoring.monitor import Monitor, open_monitor
 from pomscale.shards.schema import FAILURES_NAME, MANIFEST_NAME, Manifest, read_manifest
+from pomscale.sources.protocol import Source
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def check_source_in_place(recipe: EncodeRecipe) -> None:
     """Raise InputError if items were listed and are no longer at the path that the recipe names."""
     table = ItemTable.open(table_folder(recipe))
     if table is not None:  # else the encode lists the source, which has errors of its own
-        check_items_in_place(recipe, build_source(recipe.source), table)
+        check_items_in_place(recipe, build_encode_source(recipe.source), table)
 
 
 def forget_shards(output: Path, shard_names: Sequence[str]) -> None:

@@ -28,11 +28,11 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_pipelines.sources.protocol import LISTING_VERSION, Item, Source
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import atomic_write, link_or_copy, make_folder, remove_leftovers, write_text
 from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.shards.index import key_hash, map_index, npy_header
+from pomscale.sources.protocol import LISTING_VERSION, Item, Source
 
 _TABLE_NAME = "items.json"
 _LINES_NAME = "items.jsonl"

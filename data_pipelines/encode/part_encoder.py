@@ -22,13 +22,13 @@ from data_pipelines.encode.progress import EncodeProgress
 from data_pipelines.encode.setup import EncodeSetup, check_items_in_place
 from data_pipelines.shards.finite import is_finite, why_not_finite
 from data_pipelines.shards.writers import PartWriter, Record
-from data_pipelines.sources.protocol import Item, SourceChangedError
 from pomscale.base.errors import PomscaleError
 from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.config.encode import ImageTransformConfig, VideoTransformConfig
 from pomscale.media import UnreadableMediaError, nearest_bucket
 from pomscale.media.pictures import decode_picture, fit_picture
 from pomscale.shards.schema import CAPTIONS_FIELD, TEXT_ARRAYS, ArrayName
+from pomscale.sources.protocol import Item, SourceChangedError
 
 # Batches that may wait for the writer; each is small beside the decoded media that wait for the networks.
 _MAX_WAITING_WRITES = 8

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipelines.encode.items import ItemOrder, ItemTable
+from data_pipelines.encode.latents_source import build_encode_source
 from data_pipelines.shards.parts import PARTS_FOLDER, SOURCE_LOCATION, EncodeSpec, PartStore
-from data_pipelines.sources import build_source
-from data_pipelines.sources.protocol import Item, Source, SourceChangedError
 from pomscale.base.errors import InputError
 from pomscale.codecs import Codec, TextEncoder, build_codec, build_text_encoder
 from pomscale.config.encode import (
@@ -21,6 +20,7 @@ from pomscale.config.encode import (
 )
 from pomscale.distributed.world import resolve_device
 from pomscale.shards.schema import TEXT_ARRAYS, ArrayName
+from pomscale.sources.protocol import Item, Source, SourceChangedError
 
 # Number of listed items, spread over the list, that are looked for to tell whether a source is still where it was.
 _NUM_TRIED = 16
@@ -145,7 +145,7 @@ def find_source(recipe: EncodeRecipe, rescan: bool = False) -> Source:
 
     Call it before `Encoders` are made: they may try for half a minute to fetch a network, or read many gigabytes.
     """
-    source = build_source(recipe.source)
+    source = build_encode_source(recipe.source)
     if rescan or ItemTable.open(table_folder(recipe)) is None:
         source.check_exists()
     return source

@@ -20,7 +20,6 @@ import numpy as np
 
 from data_pipelines.shards.parts import Failure, PartRecord, PartStore
 from data_pipelines.shards.statistics import ChannelStatistics, RunningStatistics
-from data_pipelines.sources.protocol import Item
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import atomic_write
 from pomscale.shards.index import NO_LABEL, index_dtype, key_hash, npy_header, to_npy
@@ -34,6 +33,7 @@ from pomscale.shards.schema import (
     IndexInfo,
     ShardInfo,
 )
+from pomscale.sources.protocol import Item
 
 
 @dataclass(frozen=True, slots=True)

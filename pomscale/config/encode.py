@@ -75,10 +75,9 @@ class LatentsSourceConfig(Section):
     path: str = Field(description="Dataset whose records carry captions.")
 
 
-SourceConfig = Annotated[
-    Union[ImageFolderConfig, VideoFolderConfig, TarSourceConfig, TableSourceConfig, LatentsSourceConfig],
-    Field(discriminator="kind"),
-]
+RawSourceConfig = ImageFolderConfig | VideoFolderConfig | TarSourceConfig | TableSourceConfig
+
+SourceConfig = Annotated[Union[RawSourceConfig, LatentsSourceConfig], Field(discriminator="kind")]
 
 
 class ImageTransformConfig(Section):

@@ -21,11 +21,10 @@ from data_pipelines.derive.merge import merge
 from data_pipelines.derive.split import split
 from data_pipelines.encode.dry_run import describe
 from data_pipelines.encode.encode import encode
+from data_pipelines.encode.latents_source import build_encode_source
 from data_pipelines.inspect.info import info
 from data_pipelines.inspect.show import show
 from data_pipelines.inspect.stats import stats
-from data_pipelines.sources import build_source
-from data_pipelines.sources.protocol import Item
 from pomscale.base.errors import InputError
 from pomscale.base.keyed_random import Stream, keyed_uniforms
 from pomscale.codecs import build_text_encoder
@@ -34,6 +33,7 @@ from pomscale.config.encode import EncodeRecipe
 from pomscale.data.dataset import LatentDataset, Samples
 from pomscale.data.mixture import Mixture
 from pomscale.shards.schema import INDEX_NAME, TEXT_ARRAYS, Normalization, read_manifest
+from pomscale.sources.protocol import Item
 from support.encoding import shard_members
 from support.synthetic_dataset import write_dataset
 from support.tiny_models import save_t5
@@ -56,7 +56,7 @@ ROWS: list[tuple[Any, str | list[str] | None, str | None]] = [
 def scan(path: Path, **options: Any) -> list[Item]:
     recipe = {"kind": "table", "path": str(path), "media": "{path}", "caption": "text", **options}
     values = {"kind": "encode", "name": "x", "output": "x", "source": recipe, "text": {"path": "x"}}
-    return list(build_source(EncodeRecipe.model_validate(values).source).scan())
+    return list(build_encode_source(EncodeRecipe.model_validate(values).source).scan())
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "dictionary", "binary_view"])
@@ -101,7 +101,7 @@ def test_lines_of_texts_beside_clips(tmp_path: Path) -> None:
         (tmp_path / f"{name}.txt").write_text(text)
     source = {"kind": "video_folder", "path": str(tmp_path), "captions": True, "caption_lines": True}
     values = {"kind": "encode", "name": "x", "output": "x", "source": source, "text": {"path": "x"}}
-    items = list(build_source(EncodeRecipe.model_validate(values).source).scan())
+    items = list(build_encode_source(EncodeRecipe.model_validate(values).source).scan())
     assert [item.caption for item in items] == [["one", "two"], "only"]
 
 

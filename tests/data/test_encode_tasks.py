@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_pipelines.check.verify import verify
 from data_pipelines.encode.encode import encode
-from data_pipelines.shards.parts import Claims
+from pomscale.base.claims import Claims
 from pomscale.base.errors import InputError
 from pomscale.base.task_index import TaskIndex, this_task
 from pomscale.config.encode import EncodeRecipe
@@ -32,7 +32,7 @@ MakeRecipe = Callable[..., EncodeRecipe]
 HOLDER = """
 import sys
 from pathlib import Path
-from data_pipelines.shards.parts import Claims
+from pomscale.base.claims import Claims
 with Claims(Path(sys.argv[1]), several=True) as claims:
     assert claims.claim(int(sys.argv[2]))
     print("held", flush=True)

@@ -11,13 +11,13 @@ import fsspec
 import pytest
 
 from data_pipelines.encode.items import ItemTable
-from data_pipelines.sources import build_source, storage
-from data_pipelines.sources.folders import sorted_on_disk
-from data_pipelines.sources.item_fields import checked_key
-from data_pipelines.sources.protocol import Item, Source, SourceChangedError
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.encode import ImageFolderConfig, VideoFolderConfig
 from pomscale.shards import location as location_module
+from pomscale.sources import build_source, storage
+from pomscale.sources.folders import sorted_on_disk
+from pomscale.sources.item_fields import checked_key
+from pomscale.sources.protocol import Item, Source, SourceChangedError
 from support.file_server import FileServer
 
 

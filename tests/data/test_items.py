@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from data_pipelines.encode import items as items_module
 from data_pipelines.encode.items import ItemTable, share_table
-from data_pipelines.sources.protocol import Item
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.shards.index import key_hash
+from pomscale.sources.protocol import Item
 from support.paths import TESTS
 
 
@@ -216,7 +216,7 @@ import sys, threading
 from pathlib import Path
 from data_pipelines.encode.items import ItemOrder
 from data_pipelines.encode.items import ItemTable
-from data_pipelines.sources import build_source
+from data_pipelines.encode.latents_source import build_encode_source
 from pomscale.config.encode import TableSourceConfig
 
 def anonymous_kib():
@@ -232,7 +232,7 @@ before = anonymous_kib()
 peaks, done = [before], threading.Event()
 watcher = threading.Thread(target=watch)
 watcher.start()
-table = ItemTable.build(build_source(config), Path(folder))
+table = ItemTable.build(build_encode_source(config), Path(folder))
 order = ItemOrder(len(table), 0, True)
 for position in range(0, len(table), 97):
     table[order.item(position)]

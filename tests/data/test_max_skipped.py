@@ -85,7 +85,7 @@ def test_a_task_is_judged_by_its_own_items_until_the_set_is_there(bad_pictures: 
     """Another process holds part 0: the task leaves it, and cannot know what will fail in it."""
     recipe = make_recipe(bad_pictures, max_skipped=NUM_BAD - 1, shard_samples=1)
     holder = (
-        "import sys; from pathlib import Path; from data_pipelines.shards.parts import Claims\n"
+        "import sys; from pathlib import Path; from pomscale.base.claims import Claims\n"
         f"with Claims(Path({str(Path(recipe.output) / 'parts')!r}), several=True) as claims:\n"
         "    assert claims.claim(0); print('held', flush=True); sys.stdin.read()"
     )

@@ -10,10 +10,10 @@ import pytest
 from data_pipelines.check.repair import repair
 from data_pipelines.check.verify import verify
 from data_pipelines.encode.encode import encode
-from data_pipelines.sources.protocol import LISTING_VERSION
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.encode import EncodeRecipe
 from pomscale.shards.schema import INDEX_NAME, MANIFEST_NAME, read_manifest
+from pomscale.sources.protocol import LISTING_VERSION
 
 
 def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:

@@ -22,10 +22,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFile
 
 from data_pipelines.encode.items import ItemTable
-from data_pipelines.sources import build_source
-from data_pipelines.sources.protocol import Item, Source, SourceChangedError
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.encode import TableSourceConfig
+from pomscale.sources import build_source
+from pomscale.sources.protocol import Item, Source, SourceChangedError
 
 Rows = Sequence[dict[str, Any]]
 
@@ -514,7 +514,7 @@ def test_parquet_asks_for_pyarrow_and_nothing_else_does(tmp_path: Path) -> None:
     script = f"""
 import sys
 sys.modules["pyarrow"] = None  # as where it is not installed
-from data_pipelines.sources import build_source
+from pomscale.sources import build_source
 from pomscale.config.encode import TableSourceConfig
 print(len(list(build_source(TableSourceConfig(kind="table", path="{tmp_path}/t.csv", media="{{path}}")).scan())))
 (list(build_source(TableSourceConfig(kind="table", path="{tmp_path}/*.parquet")).scan()))

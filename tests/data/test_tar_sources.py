@@ -18,11 +18,12 @@ import webdataset
 from PIL import Image
 
 from data_pipelines.encode.items import ItemTable
-from data_pipelines.sources import build_source
-from data_pipelines.sources.protocol import Item, Source, SourceChangedError
+from data_pipelines.encode.latents_source import build_encode_source
 from pomscale.base.errors import InputError
 from pomscale.config.encode import LatentsSourceConfig, TarSourceConfig
 from pomscale.shards.index import key_hash
+from pomscale.sources import build_source
+from pomscale.sources.protocol import Item, Source, SourceChangedError
 from support.file_server import FileServer
 from support.synthetic_dataset import write_dataset
 
@@ -481,7 +482,7 @@ def test_a_tar_that_changed_since_the_scan(tmp_path: Path) -> None:
 
 
 def latents(path: Path | str) -> Source:
-    return build_source(LatentsSourceConfig(kind="latents", path=str(path)))
+    return build_encode_source(LatentsSourceConfig(kind="latents", path=str(path)))
 
 
 def test_captions_of_a_dataset_in_the_order_of_its_index(tmp_path: Path) -> None:

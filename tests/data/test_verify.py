@@ -16,11 +16,11 @@ import pytest
 from data_pipelines.check.verify import verify
 from data_pipelines.encode.items import ItemTable
 from data_pipelines.shards.readers import TarReader, TarRecord, open_shard
-from data_pipelines.sources import build_source
 from pomscale.base.errors import InputError
 from pomscale.config.encode import ImageFolderConfig
 from pomscale.shards.index import NO_LABEL
 from pomscale.shards.schema import INDEX_NAME, MANIFEST_NAME, REMEDY, read_manifest
+from pomscale.sources import build_source
 from support.synthetic_dataset import change_manifest, replace_index, write_dataset
 
 

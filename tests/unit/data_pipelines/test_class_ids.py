@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from data_pipelines.sources.item_fields import ClassIds
+from pomscale.sources.item_fields import ClassIds
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
-from data_pipelines.sources import storage
-from data_pipelines.sources.folders import Entry, check_folder, walk
-from data_pipelines.sources.item_fields import checked_caption, checked_key, decode_text, readable
-from data_pipelines.sources.protocol import Caption, Item, SourceChangedError
 from pomscale.base.errors import InputError
 from pomscale.config.encode import VideoFolderConfig
 from pomscale.media import CLIP_EXTENSIONS, extension
+from pomscale.sources import storage
+from pomscale.sources.folders import Entry, check_folder, walk
+from pomscale.sources.item_fields import checked_caption, checked_key, decode_text, readable
+from pomscale.sources.protocol import Caption, Item, SourceChangedError
 
 _CAPTION_EXTENSION = ".txt"
 _NUM_CAPTION_READERS = 32

@@ -7,10 +7,10 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from data_pipelines.sources import storage
-from data_pipelines.sources.protocol import Caption
 from pomscale.base.errors import InputError
 from pomscale.shards.schema import ARRAY_MEMBERS, MAX_CAPTIONS
+from pomscale.sources import storage
+from pomscale.sources.protocol import Caption
 
 # A ustar header holds 100 bytes of file name and 155 of folders; the longest member suffix must fit in as well.
 MAX_NAME_BYTES = 100 - max(map(len, ARRAY_MEMBERS.values()))

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from data_pipelines.sources.faults import ABOUT_PATH, PathError, told_apart, while_reading
 from pomscale.base.errors import InputError
 from pomscale.shards.location import find_filesystem, retried
+from pomscale.sources.faults import ABOUT_PATH, PathError, told_apart, while_reading
 
 T = TypeVar("T")
 

@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from data_pipelines.sources import storage
-from data_pipelines.sources.folders import Entry, check_folder, list_folder, walk
-from data_pipelines.sources.item_fields import checked_key, readable
-from data_pipelines.sources.protocol import Item
 from pomscale.base.errors import InputError
 from pomscale.config.encode import ImageFolderConfig
 from pomscale.media import PICTURE_EXTENSIONS, extension
+from pomscale.sources import storage
+from pomscale.sources.folders import Entry, check_folder, list_folder, walk
+from pomscale.sources.item_fields import checked_key, readable
+from pomscale.sources.protocol import Item
 
 
 class ImageFolderSource:

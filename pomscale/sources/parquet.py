@@ -14,10 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.sources import storage
-from data_pipelines.sources.item_fields import check_columns, decode_text
-from data_pipelines.sources.protocol import SourceChangedError
 from pomscale.base.errors import InputError
+from pomscale.sources import storage
+from pomscale.sources.item_fields import check_columns, decode_text
+from pomscale.sources.protocol import SourceChangedError
 
 _BUFFER_BYTES = 2**20
 

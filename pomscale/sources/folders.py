@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from data_pipelines.sources.faults import while_opening
-from data_pipelines.sources.storage import is_hidden, join, native
-from data_pipelines.sources.urls import check_url, is_url, list_url
 from pomscale.base.errors import InputError
+from pomscale.sources.faults import while_opening
+from pomscale.sources.storage import is_hidden, join, native
+from pomscale.sources.urls import check_url, is_url, list_url
 
 # Names that are sorted in memory at once.
 _RUN_LENGTH = 100_000

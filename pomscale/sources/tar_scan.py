@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
-from data_pipelines.sources import storage
-from data_pipelines.sources.item_fields import readable
-from data_pipelines.sources.storage import is_hidden
 from pomscale.shards.index import split_member_name
+from pomscale.sources import storage
+from pomscale.sources.item_fields import readable
+from pomscale.sources.storage import is_hidden
 
 _CHUNK_BYTES = 2**20
 

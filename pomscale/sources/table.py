@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from data_pipelines.sources import storage
-from data_pipelines.sources.item_fields import ClassIds, checked_caption, checked_key, readable
-from data_pipelines.sources.protocol import Item
-from data_pipelines.sources.text_tables import Row, read_csv, read_jsonl
 from pomscale.base.errors import InputError
 from pomscale.config.encode import TableSourceConfig
+from pomscale.sources import storage
+from pomscale.sources.item_fields import ClassIds, checked_caption, checked_key, readable
+from pomscale.sources.protocol import Item
+from pomscale.sources.text_tables import Row, read_csv, read_jsonl
 
 # Values of a column that are neither a text nor a number: they would become a path or a key that nobody meant.
 _SEVERAL = (list, dict)
@@ -132,7 +132,7 @@ def _is_missing(value: Any) -> bool:
 
 def _parquet() -> ModuleType:
     try:
-        from data_pipelines.sources import parquet  # noqa: PLC0415  pyarrow is optional
+        from pomscale.sources import parquet  # noqa: PLC0415  pyarrow is optional
     except ImportError as error:
         raise InputError("source: Parquet tables need pyarrow: pip install -e '.[table]'") from error
     return parquet

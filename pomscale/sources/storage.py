@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 
 from braceexpand import braceexpand
 
-from data_pipelines.sources.faults import about_item, while_opening, while_reading
-from data_pipelines.sources.protocol import SourceChangedError
-from data_pipelines.sources.urls import RemoteFile, escaped, is_http, is_url, plain, read_url, requested
 from pomscale.base.errors import InputError
+from pomscale.sources.faults import about_item, while_opening, while_reading
+from pomscale.sources.protocol import SourceChangedError
+from pomscale.sources.urls import RemoteFile, escaped, is_http, is_url, plain, read_url, requested
 
 _READ_AHEAD_BYTES = 2**16
 

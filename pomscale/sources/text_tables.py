@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-from data_pipelines.sources import storage
-from data_pipelines.sources.item_fields import check_columns, parse_object
 from pomscale.base.errors import InputError
+from pomscale.sources import storage
+from pomscale.sources.item_fields import check_columns, parse_object
 
 # Columns of a row by name; or, as a text, the reason why the row cannot be read.
 Row = dict[str, Any] | str

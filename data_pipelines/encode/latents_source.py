@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from data_pipelines.shards.readers import TarReader
-from data_pipelines.sources import storage
-from data_pipelines.sources.item_fields import checked_caption
-from data_pipelines.sources.protocol import Item
 from pomscale.base.errors import InputError
-from pomscale.config.encode import LatentsSourceConfig
+from pomscale.config.encode import LatentsSourceConfig, SourceConfig
 from pomscale.shards.location import join
 from pomscale.shards.schema import CAPTION_MEMBER, REMEDY, Manifest, read_manifest
+from pomscale.sources import build_source, storage
+from pomscale.sources.item_fields import checked_caption
+from pomscale.sources.protocol import Item, Source
 
 
 class LatentsSource:
@@ -62,3 +62,8 @@ def _scan_shard(stream: BinaryIO, name: str) -> Iterator[Item]:
         yield Item(record.key, f"{name}/{record.key}{CAPTION_MEMBER}", caption=caption, problem=problem)
     if reader.damages:
         yield Item(name.removesuffix(".tar"), name, problem=f"the shard is damaged: {reader.damages[0]}; {REMEDY}")
+
+
+def build_encode_source(config: SourceConfig) -> Source:
+    """Return the source that an encode recipe names. Nothing is read before `scan`."""
+    return LatentsSource(config) if isinstance(config, LatentsSourceConfig) else build_source(config)

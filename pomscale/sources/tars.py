@@ -7,8 +7,11 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
-from data_pipelines.sources import storage
-from data_pipelines.sources.item_fields import (
+from pomscale.base.errors import InputError
+from pomscale.config.encode import TarSourceConfig
+from pomscale.media import CLIP_EXTENSIONS, PICTURE_EXTENSIONS
+from pomscale.sources import storage
+from pomscale.sources.item_fields import (
     ClassIds,
     checked_caption,
     checked_key,
@@ -16,11 +19,8 @@ from data_pipelines.sources.item_fields import (
     parse_object,
     readable,
 )
-from data_pipelines.sources.protocol import Item
-from data_pipelines.sources.tar_scan import DamagedTarError, Sample, TarScan
-from pomscale.base.errors import InputError
-from pomscale.config.encode import TarSourceConfig
-from pomscale.media import CLIP_EXTENSIONS, PICTURE_EXTENSIONS
+from pomscale.sources.protocol import Item
+from pomscale.sources.tar_scan import DamagedTarError, Sample, TarScan
 
 _MEDIA_SUFFIXES = {*PICTURE_EXTENSIONS, *CLIP_EXTENSIONS}
 _NEIGHBOURS = (

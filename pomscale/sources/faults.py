@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from data_pipelines.sources.protocol import SourceChangedError
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.shards.location import described, refusal
+from pomscale.sources.protocol import SourceChangedError
 
 # Errors about a path or the file there; storage itself works.
 _PATH_ERRORS = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
