@@ -14,14 +14,17 @@ class Activations:
 
     def __init__(self, call: Call, keep: bool, kept: tuple[Tensor, Tensor] | None = None) -> None:
         self._call, self.keep = call, keep
-        self._is_given = kept is not None
         x, weights = call.x, call.weights
         widths = weights.projection.shape[0], weights.gate.shape[0]
         num_rows = call.context.shape[0], x.shape[0]
         if kept is not None:
             self.u, self.gate = kept
         elif keep:
+            # They have room for all tokens, so one product makes each: a product per chunk packs the weights anew. Rows
+            # of padding, which may be NaN, are not read.
             self.u, self.gate = (x.new_empty(*shape) for shape in zip(num_rows, widths, strict=True))
+            linear_(call.context, weights.projection, weights.projection_bias, self.u)
+            linear_(x, weights.gate, weights.gate_bias, self.gate)
         elif call.layout.order == "causal":  # both are needed at once
             self.u, self.gate = (
                 x.new_empty(largest_chunk(rows), width) for rows, width in zip(num_rows, widths, strict=True)
@@ -40,14 +43,14 @@ class Activations:
         """Return u of a chunk of context, whose tokens are `rows`."""
         out = self._part(self.u, chunk)
         weights = self._call.weights
-        return out if self._is_given else linear_(rows, weights.projection, weights.projection_bias, out)
+        return out if self.keep else linear_(rows, weights.projection, weights.projection_bias, out)
 
     def of_queries(self, chunk: Chunk) -> Tensor:
         """Return gate of a chunk of queries."""
         out = self._part(self.gate, chunk)
         weights = self._call.weights
         rows = self._call.x[chunk.start : chunk.stop]
-        return out if self._is_given else linear_(rows, weights.gate, weights.gate_bias, out)
+        return out if self.keep else linear_(rows, weights.gate, weights.gate_bias, out)
 
 
 def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
