@@ -24,8 +24,8 @@ _DESCRIPTION = """Measure pictures against a reference: fid, sfid, inception_sco
 coverage, kid, fdd, cmmd, clip_score.
 
 SOURCE is a run, a checkpoint or an exported folder, from which pictures are drawn, an .npz file (arr_0 as ADM writes
-it, or images), a folder of pictures, tars, or a dataset of shards. REFERENCE is the same, or a file of statistics: ADM's
-or JiT's .npz, torch-fidelity's .pt, or one of --write-statistics.
+it, or images), a folder of pictures, tars, or a dataset of shards. REFERENCE is the same, or a file of statistics:
+ADM's or JiT's .npz, torch-fidelity's .pt, or one of --write-statistics.
 
 Any number of processes may run the same command: ranks of torchrun, tasks of an array, or further shells. They share
 the parts; the figures are the same to the last digit, and a killed command continues where it stopped."""
@@ -41,7 +41,7 @@ def add(evaluate_verbs: Any) -> None:
     images.add_argument(
         "--extractor",
         action="append",
-        required=True,
+        default=[],
         metavar="SPEC",
         help="Network whose features are compared; may be given several times: inception:FILE, torchscript:FILE, "
         "dinov2:FOLDER, clip:FOLDER, digits or pixels",
@@ -298,7 +298,8 @@ def _record(arguments: argparse.Namespace, evaluation: Evaluation, result: dict[
 def _table(result: dict[str, Any]) -> str:
     """Return the figures for people, a line each, and what belongs to them."""
     lines = [f"{name:18}{value:14.6g}" for name, value in result["metrics"].items()]
-    lines += [f"({name} is left out: it {reason})" for name, reason in result["left_out"].items()]
+    if result["left_out"]:
+        lines.append(f"(left out: {', '.join(result['left_out'])}; --dry-run says why)")
     lines += [f"({text})" for text in result["warnings"]]
     for side, facts in result["pictures"].items():
         failed = f", {facts['failures']:,} could not be read" if facts["failures"] else ""

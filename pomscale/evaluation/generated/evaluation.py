@@ -22,6 +22,7 @@ from pomscale.evaluation.generated.generated_pictures import GeneratedPictures
 from pomscale.evaluation.generated.measure import Measurement, check_pictures
 from pomscale.evaluation.generated.metric_choice import Choice, Sides, choose, owner_of, warnings_of
 from pomscale.evaluation.generated.opening import open_pictures, open_reference
+from pomscale.evaluation.generated.picture_sets import PictureSet
 from pomscale.evaluation.generated.request import Request
 from pomscale.evaluation.generated.work_folder import PartFiles, Side
 from pomscale.metrics.inception_score import assign_splits
@@ -55,7 +56,11 @@ class Evaluation:
         self.reference = open_reference(request.reference, replace(opening, num=request.num_reference))
         sides = Sides(self.source, self.reference)
         self.choice: Choice = choose(
-            self.extractors, sides, request.metrics, writes_statistics=request.outputs.statistics is not None
+            self.extractors,
+            sides,
+            request.metrics,
+            writes_statistics=request.outputs.statistics is not None,
+            writes_pictures=(request.outputs.npz or request.outputs.tars) is not None,
         )
         self._check()
         self.measurements = self._measurements()
@@ -64,12 +69,8 @@ class Evaluation:
         request, pictures, statistics = self.request, self.reference.pictures, self.reference.statistics
         for one in filter(None, (self.source, pictures)):
             check_pictures(one, self.extractors, request.repeats_grey)
-        if pictures is not None and None not in (pictures.size, self.source.size) and pictures.size != self.source.size:
-            ours, theirs = ("x".join(map(str, one.size or ())) for one in (self.source, pictures))
-            raise InputError(
-                f"{self.source.name} has pictures of {ours} pixels, and the reference {pictures.name} of {theirs}; cut "
-                f"and resize those in files with --fit, or name a reference of this size"
-            )
+        if pictures is not None:
+            _check_alike(self.source, pictures, request.repeats_grey)
         if statistics is not None:
             owner = self.extractors[owner_of(statistics, self.extractors)]
             dims = {name: width for name, width in owner.dims.items() if width is not None}
@@ -172,6 +173,22 @@ class Evaluation:
         settings["conventions"] = self.request.conventions.settings(list(self.choice.wants))
         settings["versions"] = versions()
         return settings
+
+
+def _check_alike(source: PictureSet, reference: PictureSet, repeats_grey: bool) -> None:
+    """Raise InputError if the pictures of both sides have other sizes or channels."""
+    if None not in (reference.size, source.size) and reference.size != source.size:
+        ours, theirs = ("x".join(map(str, one.size or ())) for one in (source, reference))
+        raise InputError(
+            f"{source.name} has pictures of {ours} pixels, and the reference {reference.name} of {theirs}; cut and "
+            f"resize those in files with --fit, or name a reference of this size"
+        )
+    if reference.num_channels != source.num_channels and not repeats_grey:
+        grey, other = (source, reference) if source.num_channels == 1 else (reference, source)
+        raise InputError(
+            f"{grey.name} has grey pictures, and {other.name} has pictures with colours; compare grey ones as three "
+            f"equal channels with --grey repeat"
+        )
 
 
 def _splits(count: int, conventions: Conventions) -> npt.NDArray[np.int64]:

@@ -149,7 +149,7 @@ class _Kept:
 def _extract(
     extractor: Extractor, pixels: Tensor, names: tuple[FeatureName, ...], repeats_grey: bool
 ) -> dict[FeatureName, np.ndarray]:
-    if pixels.shape[1] == 1 and extractor.num_channels == 3 and repeats_grey:
+    if pixels.shape[1] == 1 and extractor.num_channels != 1 and repeats_grey:
         pixels = pixels.expand(-1, 3, -1, -1).contiguous()
     extractor.check_size(*pixels.shape[2:])
     return {name: features.cpu().numpy() for name, features in extractor.extract(pixels, names).items()}

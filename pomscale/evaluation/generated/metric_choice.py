@@ -121,7 +121,12 @@ class Sides(NamedTuple):
 
 
 def choose(
-    extractors: Sequence[Extractor], sides: Sides, asked: Sequence[str] | None, writes_statistics: bool = False
+    extractors: Sequence[Extractor],
+    sides: Sides,
+    asked: Sequence[str] | None,
+    *,
+    writes_statistics: bool = False,
+    writes_pictures: bool = False,
 ) -> Choice:
     """Choose the metrics.
 
@@ -130,6 +135,7 @@ def choose(
         sides: The pictures and the reference.
         asked: Names of metrics; None = all that can be served.
         writes_statistics: Whether statistics of the pictures are written.
+        writes_pictures: Whether the pictures are written, so that there need be no metric.
 
     Raises:
         InputError: A metric that is asked for cannot be served, there is none to measure, or an extractor serves none.
@@ -148,6 +154,8 @@ def choose(
         else:
             left_out[name] = found
     choice = Choice(wants, left_out, _for_file(extractors) if writes_statistics else ())
+    if not choice.of_source and not writes_pictures:
+        raise InputError(f"there is no metric to measure: {_reasons(choice)}")
     _check_used(extractors, choice)
     return choice
 
@@ -224,22 +232,29 @@ def _too_many(sides: Sides) -> str | None:
 
 def _for_file(extractors: Sequence[Extractor]) -> tuple[Want, ...]:
     """Return what a file of statistics holds: moments of the first extractor's features."""
+    if not extractors:
+        raise InputError("--write-statistics: needs an --extractor, whose features they are of")
     features: tuple[FeatureName, ...] = ("pooled", "spatial")
     return tuple(Want(0, feature, "moments") for feature in features if feature in extractors[0].dims)
 
 
 def _check_used(extractors: Sequence[Extractor], choice: Choice) -> None:
-    """Raise InputError if there is nothing to measure, or an extractor is given for nothing."""
-    reasons = "; ".join(f"{name} {reason}" for name, reason in choice.left_out.items())
-    if not choice.of_source:
-        raise InputError(f"there is no metric to measure: {reasons}")
+    """Raise InputError if an extractor is given for nothing."""
     used = {want.extractor for want in choice.of_source}
     for number, extractor in enumerate(extractors):
         if number not in used:
             raise InputError(
-                f"--extractor {extractor.name}: no metric takes its features{f' ({reasons})' if reasons else ''}; "
+                f"--extractor {extractor.name}: no metric takes its features ({_reasons(choice) or '--metrics'}); "
                 f"leave it out"
             )
+
+
+def _reasons(choice: Choice) -> str:
+    """Return the reasons why metrics are left out, each once with the names of its metrics."""
+    names: dict[str, list[str]] = {}
+    for name, reason in choice.left_out.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(of)}: {reason}" for reason, of in names.items())
 
 
 def warnings_of(choice: Choice, numbers: Mapping[str, int]) -> list[str]:

@@ -55,7 +55,6 @@ class PartFiles:
     def __init__(self, work: Path, side: Side) -> None:
         self._folder = work / _PARTS
         self._side = side
-        make_folder(self._folder)
 
     def pixels(self, part: int) -> Path:
         """Return the path of a part's pictures."""
@@ -116,6 +115,7 @@ def adopt(work: Path, plan: Mapping[str, Any]) -> bool:
     path = work / PLAN
     text = json.dumps(plan, indent=1, sort_keys=True)
     if not path.exists():
+        make_folder(work / _PARTS)
         write_text(path, text)
         return True
     try:
