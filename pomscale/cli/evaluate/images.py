@@ -60,10 +60,13 @@ def add(evaluate_verbs: Any) -> None:
 def _add_pictures(images: argparse.ArgumentParser) -> None:
     group = images.add_argument_group("pictures")
     group.add_argument(
-        "--num",
+        "--num-samples",
+        "--num",  # which torchrun takes for an abbreviation of an option of its own
+        dest="num",
         type=positive,
         metavar="N",
-        help="Number of pictures of SOURCE: of files N at equal distances (default: all), of a model 50,000",
+        help="Number of pictures of SOURCE: N at equal distances in files (default: all), or drawn from a model "
+        "(default: 50,000)",
     )
     group.add_argument(
         "--num-reference",

@@ -225,8 +225,8 @@ def _too_many(sides: Sides) -> str | None:
     if largest <= MOST_PAIRED:
         return None
     return (
-        f"compares all pairs of {largest:,} pictures, which takes long; take fewer with --num and --num-reference, or "
-        f"ask for it with --metrics"
+        f"compares all pairs of {largest:,} pictures, which takes long; take fewer with --num-samples and "
+        f"--num-reference, or ask for it with --metrics"
     )
 
 
