@@ -129,11 +129,11 @@ class GeneratedPictures:
     @property
     def run(self) -> tuple[Path, int] | None:
         """The run folder whose checkpoint this is, and the samples that it has seen; None where it lies elsewhere."""
-        folder = self._weights.folder.resolve()
+        folder, samples = self._weights.folder.absolute(), self._weights.provenance.get("samples")
         run = folder.parent.parent
-        if folder.parent.name != CHECKPOINTS_FOLDER or not (run / RECIPE_FILE).is_file():
+        if samples is None or folder.parent.name != CHECKPOINTS_FOLDER or not (run / RECIPE_FILE).is_file():
             return None
-        return run, int(self._weights.provenance["samples"])
+        return run, int(samples)
 
     def batches(self, begin: int, end: int, batch: int) -> Iterator[Batch]:
         """Yield pictures, drawn and decoded batch by batch."""
