@@ -138,12 +138,12 @@ def _sum_within(rows: Rows, kernel: _Kernel) -> float:
     total = 0.0
     for mine, x in rows.blocks():
         for others, y in rows.blocks(mine.start):
-            total += (1 if others == mine else 2) * float(kernel(x, y).sum())
+            total += (1 if others == mine else 2) * float(kernel(x, y).numpy().sum())
     return total
 
 
 def _sum_between(ours: Rows, theirs: Rows, kernel: _Kernel) -> float:
-    return sum(float(kernel(x, y).sum()) for _, x in ours.blocks() for _, y in theirs.blocks())
+    return sum(float(kernel(x, y).numpy().sum()) for _, x in ours.blocks() for _, y in theirs.blocks())
 
 
 def _sum_cubic_diagonal(rows: Rows) -> float:
