@@ -29,6 +29,7 @@ class Stream(IntEnum):
     MIXTURE = 10
     START_GROUP = 11
     CAPTION = 12
+    SAMPLING_STEP_NOISE = 13
     SAMPLE_LABEL = 14
 
 
