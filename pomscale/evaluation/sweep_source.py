@@ -16,11 +16,16 @@ from pomscale.runs.layout import CHECKPOINTS_FOLDER
 _SOURCE = "source"
 
 
-def frozen_source(source: Path, folder: Path) -> Path:
+def frozen_source(source: Path, folder: Path, *, is_done: bool) -> Path:
     """Return what the points of the sweep in `folder` are to measure.
 
     A run stands for its newest complete checkpoint when the sweep began, whose files are linked into the folder. What
     is neither a run nor a checkpoint of one, such as an exported folder, is returned as it is.
+
+    Args:
+        source: The run, checkpoint or exported folder.
+        folder: The folder of the sweep.
+        is_done: Whether every point has a result, so that the files are not needed.
 
     Raises:
         InputError: The folder holds a sweep over another source, or its checkpoint is gone.
@@ -39,10 +44,8 @@ def frozen_source(source: Path, folder: Path) -> Path:
     if not name:
         return source
     linked = folder / name
-    if not is_complete(linked) and (checkpoint is None or not link(checkpoint, linked)):
-        raise InputError(
-            f"{source}: checkpoint {name} of this sweep is gone; give another --work to sweep over another"
-        )
+    if not is_done and not is_complete(linked) and (checkpoint is None or not link(checkpoint, linked)):
+        raise InputError(f"{source}: checkpoint {name} of this sweep is gone; give another --work")
     return linked
 
 

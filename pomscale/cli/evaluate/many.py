@@ -104,14 +104,12 @@ def _sweep(arguments: argparse.Namespace) -> int:
     words, at = _words(arguments, _ONE_EACH)
     for point in points:  # a value that is wrong is found before the first point is measured
         arguments.parse([*words, *_options(point)])
+    to_do = {folder / point_name(point): _options(point) for point in points}
+    to_do = {part: options for part, options in to_do.items() if not (part / RESULT).is_file()}
     if not arguments.dry_run:
         make_folder(folder)
-        words[at] = str(frozen_source(source, folder))
-    commands = {
-        part: [*words, *_options(point), "--no-record", "--work", str(part)]
-        for point in points
-        if not ((part := folder / point_name(point)) / RESULT).is_file()
-    }
+        words[at] = str(frozen_source(source, folder, is_done=not to_do))
+    commands = {part: [*words, *options, "--no-record", "--work", str(part)] for part, options in to_do.items()}
     if arguments.cluster is not None:
         _submit(arguments, commands)
     for command in [] if arguments.cluster is not None else commands.values():
