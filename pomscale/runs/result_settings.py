@@ -16,7 +16,7 @@ from typing import Any
 _OF_A_CHECKPOINT = ("average", "weights", "distance")
 _HASHES = frozenset({"hash", "sha256"})
 _NOT_COMPARED = frozenset(
-    {"path", "paths", "file", "folder", "source", "time", "time_unix_s", "seconds", "host", "hosts", "num_ranks"}
+    {"path", "paths", "file", "folder", "time", "time_unix_s", "seconds", "host", "hosts", "num_ranks"}
 )
 # Packages that draw, decode, resize or read pictures; a patch of another one moves no figure.
 _COMPARED_PACKAGES = ("pomscale", "torch", "torchvision", "transformers", "diffusers", "Pillow", "pillow")
