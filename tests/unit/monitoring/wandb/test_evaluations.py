@@ -14,7 +14,7 @@ from PIL import Image
 from pomscale.monitoring.wandb import run as wandb_run
 from pomscale.monitoring.wandb.run import WandbLock
 from pomscale.monitoring.wandb.sink import deliver_without_training
-from pomscale.runs.evaluation_log import record
+from pomscale.runs.evaluation_log import Delivery, record
 from pomscale.runs.result_settings import result_key
 from support import wandb_reader
 from support.wandb_folder import (
@@ -122,7 +122,7 @@ def test_while_training_is_alive_it_is_training_that_delivers(run: Path) -> None
     assert deliver_without_training(run) == 0
     training.stdin.write("\n")
     training.stdin.close()
-    wait_until_written(lambda: logged_samples(run) == [[8, 16]])  # with what was given before the second row
+    wait_until_written(lambda: logged_samples(run) == [[8, 16]] and not Delivery(run).has_more)  # given, and noted
     training.kill()
     training.wait()
     time.sleep(wandb_run._NAME_EVERY_S)  # the next one shall have another name
