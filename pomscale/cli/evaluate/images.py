@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from pomscale.base.console import say
 from pomscale.base.imports import large_imports
 from pomscale.cli.arguments import add_device, positive, seed
+from pomscale.cli.evaluate import many
 from pomscale.cli.sample import parse_classes
 from pomscale.cli.sample.options import add_sampling_options, sampling_changes
 from pomscale.config.hardware import Precision
@@ -54,6 +55,7 @@ def add(evaluate_verbs: Any) -> None:
     _add_outputs(images)
     _add_work(images)
     add_sampling_options(images)
+    many.add(images)
     images.set_defaults(run=_evaluate, leaves_threads=True)  # a wandb server that hangs must not hold the exit
 
 
@@ -202,6 +204,9 @@ def _subsets(text: str) -> tuple[int, int]:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from pomscale.base.files import check_can_be_written, write_text
     from pomscale.base.task_index import this_task
+
+    if many.is_asked(arguments):
+        return many.run(arguments)
 
     with large_imports():
         from pomscale.evaluation.generated.evaluate import evaluate
