@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from pomscale.evaluation.generated.statistics_files import read_statistics
 from pomscale.evaluation.generated.work_folder import PartFiles
 from pomscale.metrics.frechet import frechet_distance
 from pomscale.metrics.inception_score import InceptionScore, assign_splits
-from pomscale.metrics.kernels import Subsets, kid
+from pomscale.metrics.kernels import Subsets, clip_score, kid
 from pomscale.metrics.moments import Moments
 from pomscale.metrics.neighbours import neighbour_metrics
 from support.generated_pictures import make_pixels, write_folder, write_tar
@@ -312,3 +313,37 @@ def test_errors_of_what_reads_ahead_are_raised_where_it_is_read() -> None:
     with pytest.raises(ValueError, match="the sixth"):
         next(ahead)
     assert list(read_ahead(iter(range(7)))) == list(range(7))
+
+
+class Embedder(Pixels):
+    """Pixels as CLIP's embeddings, of texts that name a seed of pictures."""
+
+    name = "clip"
+
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([as_features(make_pixels(1, SIZE, int(text))) for text in texts]))
+
+
+def test_clip_scores_are_those_of_the_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pomscale.evaluation.generated.evaluation.build_extractor", lambda spec, device: Embedder())
+    pictures = make_pixels(9, SIZE)
+    tar = write_tar(tmp_path / "a.tar", pictures, [str(number) for number in range(9)])
+    result = result_of(Request(str(tar), None, ("clip",), batch=2, part=4, work=tmp_path / "work"))
+    texts = Embedder().embed_texts([str(number) for number in range(9)]).numpy()
+    expected = clip_score(as_features(pictures), texts).mean()
+    assert result["metrics"] == {"clip_score": pytest.approx(expected, rel=1e-12)}
+
+
+@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"guide": "other"}])
+def test_other_ways_to_draw(model: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Precision and guide change the pictures, and the settings say so; the hash of the weights stays."""
+    if "guide" in changes:
+        changes = {"guide": shutil.copytree(model, tmp_path / "other")}
+    drawing = Drawing(num=6, changes={"num_steps": 2, "guidance": 2.0})
+    usual = GeneratedPictures(ModelSource(model, device="cpu"), drawing)
+    unusual = GeneratedPictures(ModelSource(model, device="cpu", **changes), drawing)
+    (one,), (two,) = (source.batches(0, 6, 6) for source in (usual, unusual))
+    assert not torch.equal(one.pixels, two.pixels)
+    settings = usual.settings(), unusual.settings()
+    assert settings[0]["checkpoint"] == settings[1]["checkpoint"]
+    assert settings[0] != settings[1]
