@@ -102,6 +102,8 @@ def _make_parts(evaluation: Evaluation, claims: Claims, task: TaskIndex, shows: 
                 if measurement.is_done(files[job.side], job.part):
                     progress.skip(job.bounds[1] - job.bounds[0])
                     continue
+                if (work / RESULT).exists():  # another process has finished meanwhile, and deleted the parts
+                    break
                 measurement.measure(files[job.side], job.part, job.bounds, progress.advance)
                 num_made += 1
             finally:

@@ -29,6 +29,8 @@ def finish(evaluation: Evaluation, work: Path, files: dict[Side, PartFiles]) -> 
     source, reference, statistics = totals["source"], totals.get("reference"), evaluation.reference.statistics
     figures = compute(evaluation.choice, Compared(source, reference, statistics), evaluation.request.conventions)
     settings = evaluation.settings()
+    if "source" in settings:
+        settings["source"]["measured"] = source.count
     settings["reference"] = _reference_settings(evaluation.reference, reference)
     _write_outputs(evaluation, totals["source"], files["source"], settings)
     request = evaluation.request

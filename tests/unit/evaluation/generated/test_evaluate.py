@@ -154,6 +154,23 @@ def test_a_stopped_evaluation_continues_part_by_part(folders: Request, monkeypat
     assert sorted(path.name for path in folders.work.iterdir()) == ["claims", "plan.json", "result.json"]  # type: ignore[union-attr]
 
 
+def test_a_task_that_starts_while_another_one_finishes_measures_nothing(
+    folders: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run(folders).result
+    exists, asked = Path.exists, list[Path]()
+
+    def not_at_first(self: Path, **options: Any) -> bool:
+        if self.name == "result.json":
+            asked.append(self)
+        return exists(self, **options) and not (self.name == "result.json" and len(asked) == 1)
+
+    monkeypatch.setattr(Path, "exists", not_at_first)
+    late = run(folders)
+    assert (late.num_made, late.result) == (0, result)
+    assert len(asked) == 3
+
+
 def test_a_work_folder_is_of_one_evaluation(folders: Request) -> None:
     run(folders)
     with pytest.raises(InputError, match=r"parts of an evaluation with another batch, conventions, metrics"):
