@@ -164,7 +164,7 @@ class Evaluation:
     def settings(self) -> dict[str, Any]:
         """Return every setting that made the figures, as JSON."""
         own = self.source.settings()
-        settings = own if isinstance(self.source, GeneratedPictures) else {"source": own}
+        settings: dict[str, Any] = own if isinstance(self.source, GeneratedPictures) else {"source": own}
         settings["extractors"] = {
             extractor.name: {"spec": spec, "identity": extractor.identity}
             for spec, extractor in zip(dict.fromkeys(self.request.extractors), self.extractors, strict=True)

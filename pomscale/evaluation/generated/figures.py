@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,7 +60,8 @@ class Conventions:
         return {name: values[name] for name, of in users.items() if set(of) & set(metrics)}
 
 
-class Totals(NamedTuple):
+@dataclass(frozen=True)
+class Totals:
     """What was kept of all pictures of one side.
 
     Attributes:
@@ -103,7 +104,7 @@ def put_together(files: PartFiles, num_parts: int, wants: Sequence[Want]) -> Tot
         for want, parts in totals.features.items():
             if (features := files.features(part, want)) is not None:
                 parts.append(features)
-    return totals._replace(count=count, sha256=digest.hexdigest())
+    return replace(totals, count=count, sha256=digest.hexdigest())
 
 
 @dataclass

@@ -14,6 +14,7 @@ import torch
 from pomscale.base.console import warn
 from pomscale.base.errors import InputError
 from pomscale.base.keyed_random import Stream, keyed_uniforms
+from pomscale.codecs.base import Codec
 from pomscale.config.hardware import Precision
 from pomscale.diffusion.options import SamplingChanges, SamplingOptions
 from pomscale.evaluation.generated.crops import crop_of_training
@@ -23,6 +24,8 @@ from pomscale.pretrained.weights import TrainedWeights, open_weights
 from pomscale.runs.layout import CHECKPOINTS_FOLDER, RECIPE_FILE
 from pomscale.sampling.api import decode, sample_latents
 from pomscale.sampling.guides import check_guide
+
+_MOST_DOWNSAMPLING = 64
 
 LabelRule = Literal["balanced", "random", "none"]
 
@@ -91,7 +94,7 @@ class GeneratedPictures:
         codec = self._model.network.codec
         self.num_pictures = drawing.num
         self.num_channels = codec.num_channels_in
-        self.size: tuple[int, ...] = tuple(side * codec.factor for side in card.model.latent_shape[1:])
+        self.size: tuple[int, ...] | None = _pixel_size(codec, card.model.latent_shape)
         self._num_classes = self._model.network.config.num_classes
         self._classes = _checked_classes(source.path, drawing.classes, self._num_classes)
 
@@ -193,6 +196,18 @@ class _Hashed(NamedTuple):
         if source.compile:
             network.compile()
         return cls(network, digest.hexdigest())
+
+
+def _pixel_size(codec: Codec, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return (height, width) of the pictures whose latents have this shape."""
+    for factor in range(1, _MOST_DOWNSAMPLING + 1):
+        size = tuple(factor * side for side in latent_shape[1:])
+        try:
+            if codec.latent_shape(*size) == latent_shape:
+                return size
+        except InputError:  # no multiple of what the codec takes
+            continue
+    raise InputError(f"codec {codec.name}: no size of pictures has latents of shape {latent_shape}")
 
 
 def _checked_classes(path: Path, classes: Sequence[int], num_classes: int) -> list[int]:

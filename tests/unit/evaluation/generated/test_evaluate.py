@@ -19,6 +19,7 @@ from pomscale.base.errors import InputError
 from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.base.task_index import TaskIndex
 from pomscale.codecs.extractors.pixels import Pixels
+from pomscale.config.codecs import SdVaeCodecConfig
 from pomscale.config.encode import ImageTransformConfig
 from pomscale.evaluation.generated.evaluate import Outcome, evaluate
 from pomscale.evaluation.generated.evaluation import Evaluation
@@ -37,6 +38,7 @@ from pomscale.metrics.moments import Moments
 from pomscale.metrics.neighbours import neighbour_metrics
 from support.generated_pictures import make_pixels, write_folder, write_tar
 from support.tiny_films import save_picture_model
+from support.tiny_models import save_vae
 
 SIZE = (6, 5)
 
@@ -203,6 +205,15 @@ def test_pictures_are_drawn_with_a_seed_each(model: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(same.pixels, whole.pixels[3:6], atol=1, rtol=0)
     pieces = torch.cat([one.pixels for one in every.batches(0, 9, 4)])
     torch.testing.assert_close(pieces, whole.pixels, atol=1, rtol=0)
+
+
+def test_pictures_of_a_model_of_latents(tmp_path: Path) -> None:
+    codec = SdVaeCodecConfig(name="sd_vae", path=str(save_vae(tmp_path / "vae", seed=0)))
+    folder = save_picture_model(tmp_path / "model", codec)
+    pictures = GeneratedPictures(ModelSource(folder, device="cpu"), Drawing(num=3, changes={"num_steps": 1}))
+    assert (pictures.num_channels, pictures.size) == (3, (8, 8))
+    (batch,) = pictures.batches(0, 3, 4)
+    assert batch.pixels.shape == (3, 3, 8, 8)
 
 
 def test_labels(model: Path) -> None:
