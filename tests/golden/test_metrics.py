@@ -51,7 +51,7 @@ def test_inception_scores(name: str, seed: int | None) -> None:
 def test_kid_over_subsets() -> None:
     expected = OUTSIDE["torch-fidelity"]["kid"]
     assert kid(*small_sets(), Subsets()) == pytest.approx(
-        (expected["kernel_inception_distance_mean"], expected["kernel_inception_distance_std"]), rel=1e-3
+        (expected["kernel_inception_distance_mean"], expected["kernel_inception_distance_std"]), rel=1e-5
     )
 
 
@@ -65,4 +65,5 @@ def test_precision_recall_density_and_coverage() -> None:
 
 
 def test_cmmd() -> None:
+    # The reference works in float32, where kernels between 0.98 and 1 leave four digits of their differences.
     assert cmmd(*small_sets()) == pytest.approx(OUTSIDE["cmmd"], rel=1e-3)

@@ -1,6 +1,7 @@
 """Random features, and what other packages make of them: tests/golden/metrics.json.
 
-The script runs in an environment of its own, since torch-fidelity needs torchvision, and without pomscale:
+The script runs in an environment of its own, since torch-fidelity needs torchvision, which must fit its torch, and
+without pomscale:
 
     python -m venv ENV && ENV/bin/pip install torch-fidelity==0.4.0 prdc==0.2 pytorch-fid==0.3.0 scipy==1.17.1
     ENV/bin/python tests/support/outside_metrics.py [DISTANCE.PY]

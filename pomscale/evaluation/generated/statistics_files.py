@@ -213,4 +213,9 @@ def _parse_header(path: Path, array: npt.NDArray[Any]) -> dict[str, Any]:
         raise InputError(
             f"{path}: is of version {header.get('version')}, and this pomscale reads {_VERSION}; update it"
         )
+    types = {"extractor": str, "counts": dict, "settings": dict}
+    if not all(isinstance(header.get(key), kind) for key, kind in types.items()) or not all(
+        count is None or type(count) is int for count in header["counts"].values()
+    ):
+        raise InputError(f"{path}: its header lacks extractor, counts or settings; make the file again")
     return header

@@ -18,6 +18,7 @@ from pomscale.metrics.moments import Gaussian
 
 MEAN, COVARIANCE = np.arange(3.0), np.diag([1.0, 2.0, 3.0]) + 0.25
 POOLED, SPATIAL = Gaussian(MEAN, COVARIANCE, 40), Gaussian(np.ones(2), np.eye(2), 40)
+HEADER = '{"format": "pomscale statistics", "version": 1, "extractor": "a", "settings": {}, "counts": %s}'
 SETTINGS = {"reference": "data", "size": [32, 32]}
 
 
@@ -168,6 +169,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
             {"mu": MEAN, "sigma": COVARIANCE, "header": np.array('{"format": "pomscale statistics", "version": 2}')},
             "is of version 2, and this pomscale reads 1",
         ),
+        ({"mu": MEAN, "sigma": COVARIANCE, "header": np.array(HEADER % "[4]")}, "header lacks extractor, counts"),
+        ({"mu": MEAN, "sigma": COVARIANCE, "header": np.array(HEADER % '{"pooled": "4"}')}, "header lacks extractor"),
+        ({"mu": MEAN, "sigma": COVARIANCE, "header": np.array(HEADER % '{"pooled": 1}')}, "at least 2 samples"),
     ],
 )
 def test_numbers_that_are_no_statistics_are_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
