@@ -18,8 +18,8 @@ _RANGES = {
     "bn.bias": (-0.3, 0.3),
     "running_mean": (-0.3, 0.3),
     "running_var": (0.8, 1.2),
-    "fc.weight": (-0.2, 0.2),
-    "fc.bias": (-0.5, 0.5),
+    "fc.weight": (-1.0, 1.0),
+    "fc.bias": (-2.0, 2.0),
 }
 
 

@@ -98,5 +98,5 @@ def weights_identity(tag: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(tag.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f" {name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -40,7 +40,7 @@ class Clip:
     """Extractor of colour pictures of any size, and embedder of texts."""
 
     name = "clip"
-    num_channels = 3
+    num_channels: Literal[3] = 3
     takes_clips = False
 
     def __init__(self, folder: Path) -> None:

@@ -7,6 +7,7 @@ It was fitted by `python -m data_pipelines.demos.digits_network` on the held-out
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
@@ -42,7 +43,7 @@ class Digits:
     """Extractor of grey pictures of 8x8, ink bright, as scikit-learn's digits are."""
 
     name = "digits"
-    num_channels = 1
+    num_channels: Literal[1] = 1
     takes_clips = False
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class DinoV2:
     """Extractor of colour pictures of any size."""
 
     name = "dinov2"
-    num_channels = 3
+    num_channels: Literal[3] = 3
     takes_clips = False
 
     def __init__(self, folder: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Inception:
     """Extractor of colour pictures of any size, from uint8 as TensorFlow 1 resized it."""
 
     name = "inception"
-    num_channels = 3
+    num_channels: Literal[3] = 3
     takes_clips = False
 
     def __init__(self, file: Path) -> None:

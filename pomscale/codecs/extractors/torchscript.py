@@ -32,6 +32,7 @@ from pomscale.codecs.loading import brief
 
 _ARGUMENTS = ("rescale", "resize", "return_features")
 _VERSION = "torchscript 1"
+_FAILURES = (RuntimeError, torch.jit.Error)  # of operators, and of `raise` in the module: neither includes the other
 # Shapes without the batch, cheap ones first; those of 224 and 299 are for modules of one size.
 _TRIALS = [
     (channels, *frames, size, size)
@@ -69,7 +70,7 @@ class TorchScript:
             return
         try:
             features = self._call(torch.zeros(2, self.num_channels, *size, dtype=torch.uint8))
-        except RuntimeError as error:
+        except _FAILURES as error:
             raise InputError(
                 f"extractor torchscript: {self.file} does not take media of {'x'.join(map(str, size))}: {_cause(error)}"
             ) from error
@@ -103,7 +104,7 @@ class TorchScript:
         for shape in _TRIALS:
             try:
                 return shape, self._call(torch.zeros(2, *shape, dtype=torch.uint8)).shape[1]
-            except RuntimeError as error:
+            except _FAILURES as error:
                 causes[shape] = _cause(error)
         first, clips = _TRIALS[0], next(shape for shape in _TRIALS if len(shape) == 4)
         raise InputError(
@@ -112,7 +113,7 @@ class TorchScript:
         )
 
 
-def _cause(error: RuntimeError) -> str:
+def _cause(error: Exception) -> str:
     """Return the last line of a TorchScript error, which says what went wrong; the others say where."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return brief(RuntimeError(lines[-1] if lines else type(error).__name__))
+    return brief(Exception(lines[-1] if lines else type(error).__name__))
