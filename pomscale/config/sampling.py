@@ -67,7 +67,8 @@ class SamplingConfig(Section):
     def grid_name(self) -> GridName:
         """The grid, also where it follows what is given."""
         given: dict[GridName, object] = {"times": self.times, "shift": self.shift, "rho": self.rho}
-        return self.grid or next((name for name, value in given.items() if value is not None), "uniform")
+        names: list[GridName] = [name for name, value in given.items() if value is not None]
+        return self.grid or (names[0] if names else "uniform")
 
     @model_validator(mode="after")
     def _check_options(self) -> SamplingConfig:

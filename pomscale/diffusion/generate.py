@@ -69,18 +69,17 @@ def draw_latents(
         return sample(objective, denoise, x, times)
     # Samples clips (b c F H W) whose first f <= F frames are known: a picture set in motion, or a clip continued. These
     # frames start on their own path from data to noise, and their prediction is replaced by what the network should say
-    # of them. Every sampler then keeps them on that path, so the other frames see them noised as in training.
+    # of them. A sampler that adds no noise then keeps them on that path; of one that does, the network is shown them on
+    # it. So the other frames see them noised as in training.
     known = known.to(noise)
     num_known = known.shape[2]
     eps = noise[:, :, :num_known]
     target = objective.target(known, eps)
 
     def denoise_others(x: Tensor, t: Tensor) -> Tensor:
-        others = denoise(x, t)[:, :, num_known:]
-        if not options.adds_noise:
-            return torch.cat([target, others], dim=2)
-        noise_now = (x[:, :, :num_known] - objective.alpha(t[0]) * known) / objective.sigma(t[0])
-        return torch.cat([objective.target(known, noise_now), others], dim=2)
+        if options.adds_noise:
+            x = torch.cat([interpolate(objective, known, eps, t).to(x), x[:, :, num_known:]], dim=2)
+        return torch.cat([target, denoise(x, t)[:, :, num_known:]], dim=2)
 
     # At t = 1 this is the noise itself; but paths with alpha(1) = 0 in a denominator begin a little later.
     start = interpolate(objective, known, eps, times[0].to(noise.device))

@@ -87,12 +87,14 @@ class SequentialSampler(Generic[State]):
         self._options = options.resolved(objective.name)
         height, width = group_shape[-2:]
         self._weight = guidance_weight(self._options, (height, width))
+        self._worse: tuple[Step[State], Text] | None = None
         if isinstance(step, Autoguided):
             self._step, self._worse = step.network, (step.guide, text)
         else:
             self._step = step
-            # In form (b) an evaluation reads the state that the clean groups have left, whose batch is one for all.
-            self._worse = (step, null_text) if time_per_group and callable(self._weight) else None
+            if time_per_group and callable(self._weight):
+                # An evaluation of form (b) reads the state that the clean groups have left, whose batch is one for all.
+                self._worse = (step, null_text)
 
     @torch.no_grad()
     def advance(self, known: Tensor | None = None) -> Tensor:

@@ -71,10 +71,17 @@ def sample(
         InputError: The classes are unknown, the frames do not fill frame groups, the number of seeds is wrong, the
             options contradict each other or the model's objective, or the guide is of other data.
     """
-    clips: Any = {name: options.pop(name) for name in ClipArguments.__annotations__ if name in options}  # type: ignore[misc]
-    chosen = SamplingOptions(**options)  # type: ignore[arg-type]
+    clips: Any = {name: value for name, value in options.items() if name in ClipArguments.__annotations__}
+    others: Any = {name: value for name, value in options.items() if name not in clips}
     return sample_latents(
-        model, condition, seeds, chosen, batch=batch, show_progress=show_progress, guide=guide, **clips
+        model,
+        condition,
+        seeds,
+        SamplingOptions(**others),
+        batch=batch,
+        show_progress=show_progress,
+        guide=guide,
+        **clips,
     )
 
 

@@ -27,10 +27,9 @@ def check_guide(model: PretrainedModel, guide: PretrainedModel, options: Samplin
 
 def _facts(model: PretrainedModel, guide: PretrainedModel) -> list[tuple[str, object, object]]:
     """Return what both must have in common, each with its value of the model and of the guide."""
-    kinds = [one.card.model.kind for one in (model, guide)]
-    if kinds[0] != kinds[1]:
-        return [("model.kind", *kinds)]
     one, other = model.card, guide.card
+    if one.model.kind != other.model.kind:
+        return [("model.kind", one.model.kind, other.model.kind)]
     facts: list[tuple[str, object, object]] = [
         ("objective", one.diffusion.objective, other.diffusion.objective),
         ("codec", one.codec.name, other.codec.name),

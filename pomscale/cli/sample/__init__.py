@@ -86,6 +86,8 @@ def _sample(arguments: argparse.Namespace) -> int:
     options = SamplingOptions.from_recipe(model.card.sampling, **sampling_changes(arguments))
     guide = load_guide(arguments)
     if isinstance(model, PretrainedVDiPoM):
+        if guide is not None and not isinstance(guide, PretrainedVDiPoM):
+            raise InputError(f"--guide {arguments.guide}: this model makes pictures, and {arguments.model} makes clips")
         return clips.sample(arguments, model, options, guide)
     clips.refuse(arguments)
     write_pictures(
