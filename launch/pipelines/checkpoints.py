@@ -50,9 +50,7 @@ class CheckpointEvaluation:
         """Raise InputError if it is no run folder, or if the name stands for another evaluation of it."""
         self.run = self.run.resolve()
         if not (self.run / RECIPE_FILE).is_file():
-            raise InputError(
-                f"{self.run}: no run folder: it has no {RECIPE_FILE}; --every evaluates checkpoints of runs"
-            )
+            raise InputError(f"{self.run}: no run folder: it has no {RECIPE_FILE}; --every is for runs")
         name = self.config.name
         if any(name == other.name for other in load_train_recipe(self.run / RECIPE_FILE).evaluations):
             raise InputError(

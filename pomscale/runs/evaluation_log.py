@@ -65,7 +65,7 @@ class Evaluation:
     @classmethod
     def of(cls, run_folder: Path, row: Mapping[str, Any], names: CurveNames) -> Evaluation:
         """Parse a line of the file. `names` has seen all lines before it."""
-        settings = row.get("settings", {})
+        settings = row.get("settings") or {}
         key = result_key(settings)
         metrics = {names.name(figure, key): float(value) for figure, value in row["metrics"].items()}
         # Joined to the run folder, an absolute path stays what it is.

@@ -123,16 +123,17 @@ def compare_with(folder: Path, reference: Reference, *, other_recipe: bool = Fal
         raise InputError(
             f"{folder}: a run of another recipe than {reference.name}: {notes[0]}; --other-recipe compares all the same"
         )
-    found = []
+    found, missing = [], []
     for metric, curve in reference.curves.items():
         if metric not in metrics_of(history):
-            notes.append(f"{metric} is not compared: this run has not measured it")
+            missing.append(metric)
         elif key_of(history, metric) != curve.key:
             notes.append(f"{metric} is not compared: it was measured with other settings")
         elif (compared := _compared(metric, curve, history.series[metric])) is None:
             notes.append(f"{metric} is not compared: there are no samples at which both were measured")
         else:
             found.append(compared)
+    notes += [f"not measured by this run: {', '.join(missing)}"] if missing else []
     if not found:
         raise InputError(f"{folder}: nothing to compare with {reference.name}: {'; '.join(notes)}")
     datasets = dataset_fingerprints(folder)

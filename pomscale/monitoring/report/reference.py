@@ -50,17 +50,23 @@ _NOT_OF_THE_CURVE = (
 # A spread over three runs is a rough estimate: at single samples it may be near zero by chance. So it is at least the
 # root mean square over the curve, and at least what another machine's rounding may make, relative to the mean.
 _FLOOR = 0.001
+# Figures of generated samples have a sampling error of their own, and often a single point to estimate it from.
+_FLOOR_OF_SAMPLES = 0.02
 # One run has no spread; this share of its value stands for it.
 _SPREAD_OF_ONE = 0.01
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric by samples, of several runs: values[run][point]. key: `result_key` of its settings."""
+    """A metric by samples, of several runs: values[run][point].
+
+    key: `result_key` of its settings. floor: least spread relative to the mean.
+    """
 
     samples: list[int]
     values: list[list[float]]
     key: str = ""
+    floor: float = _FLOOR
 
     @property
     def mean(self) -> list[float]:
@@ -79,7 +85,7 @@ class Curve:
         else:
             own = [stdev(at) for at in zip(*self.values, strict=True)]
         relative = [(spread / value) ** 2 for spread, value in zip(own, mean, strict=True) if value]
-        least = max(_FLOOR, math.sqrt(fmean(relative)) if relative else 0.0)
+        least = max(self.floor, math.sqrt(fmean(relative)) if relative else 0.0)
         factor = math.sqrt(1 + 1 / num_runs)
         return [factor * max(spread, least * abs(value)) for spread, value in zip(own, mean, strict=True)]
 
@@ -190,7 +196,11 @@ def _common(histories: Sequence[History], metric: str) -> Curve | None:
     values = [[float(f"{of_run[at]:.7g}") for at in samples] for of_run in by_samples]
     if len(keys) > 1 or not samples or not all(math.isfinite(value) for of_run in values for value in of_run):
         return None
-    return Curve(samples, values, keys.pop())
+    return Curve(samples, values, keys.pop(), _floor(metric))
+
+
+def _floor(metric: str) -> float:
+    return _FLOOR_OF_SAMPLES if metric.startswith(EVALUATION_PREFIX) else _FLOOR
 
 
 def first_difference(one: TrainRecipe, other: TrainRecipe) -> str | None:

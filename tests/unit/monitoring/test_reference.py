@@ -95,6 +95,7 @@ def test_a_reference_is_written_and_read_back(three: list[Path], tmp_path: Path)
     made = reference_of(three)
     assert (made.seeds, list(made.curves)) == ([0, 1, 2], [HELD_OUT, ACCURACY])
     assert made.curves[ACCURACY].values == [[0.9], [0.91], [0.92]]
+    assert made.curves[ACCURACY].spread == pytest.approx([math.sqrt(4 / 3) * 0.02 * 0.91]), "samples vary, too"
     path = tmp_path / "new" / "small.json"
     path.parent.mkdir()
     write_reference(made, path)
@@ -197,7 +198,12 @@ def test_what_is_no_reference_is_refused(three: list[Path], make_run: MakeRun, t
 # --- what is shipped -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+def test_the_curves_that_make_check_curves_needs_are_shipped() -> None:
+    assert RECIPE in shipped_references()
+    assert set(shipped_references()) <= set(REFERENCES)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_references()))
 def test_shipped_curves_are_those_of_the_shipped_recipe(name: str) -> None:
     reference = read_reference(shipped_references()[name])
     recipe = load_train_recipe(RECIPES / f"{RECIPE}.yaml", list(REFERENCES[name]))
