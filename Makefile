@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup quickstart quickstart-video test test-exhaustive test-fast lint docs schema clean
+.PHONY: help setup quickstart quickstart-video check-curves test test-exhaustive test-fast lint docs schema clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ quickstart: setup  ## raw pictures -> shards -> training, kill, resume -> sample
 
 quickstart-video: setup  ## moving digits: mp4 files -> shards -> training with texts -> long clips, in minutes on a CPU
 	$(BIN)/python -m pomscale.quickstart.video
+
+check-curves: setup  ## trains the smallest recipe and compares its curves with those that are shipped, in minutes
+	$(BIN)/python -m pomscale.quickstart.curves
 
 # Compiled modules are written, whatever the environment says: tests start hundreds of processes.
 test: setup  ## all tests, four at a time: many of them wait for SLURM

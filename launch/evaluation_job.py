@@ -18,6 +18,7 @@ from launch.node.evaluations import evaluation_folder
 from launch.record.job import JobSpec, LaunchedAs
 from launch.submission.checks import launched_profile
 from launch.submission.prepare import JobRequest, prepare_commands
+from launch.submission.prepared import Prepared
 from pomscale.base.errors import PomscaleError
 from pomscale.config.evaluation import FIGURES, EvaluationConfig
 from pomscale.config.load import load_train_recipe
@@ -34,24 +35,25 @@ def submit_evaluation(run: Path, name: str, samples: int) -> str:
     if profile.scheduler == "debug":  # a job in the foreground would block the supervisor
         profile = profile.model_copy(update={"scheduler": "local"})
     config = _config(run, launched, name)
-    job_folder = evaluation_folder(run, name, samples)
-    prepared = prepare_commands(
-        f"{run.name}-{name}-{samples}",
-        job_folder,
-        evaluation_commands(config, run, samples),
-        JobRequest(
-            profile,
-            launched.cluster,
-            gpus_per_node=min(profile.gpus_per_node, 1),
-            ranks_per_node=1,
-            time_limit=config.time_limit or launched.time_limit,
-        ),
-    )
+    time_limit = config.time_limit or launched.time_limit
+    prepared = prepare_evaluation(run, config, samples, JobRequest(profile, launched.cluster, time_limit=time_limit))
+    job_folder = prepared.job_folder
     if (run / CODE_FOLDER).is_dir() and not (job_folder / CODE_FOLDER).exists():
         # The evaluation uses the code that the run was launched with.
         (job_folder / CODE_FOLDER).symlink_to(os.path.relpath(run / CODE_FOLDER, job_folder))
     cwd = JobSpec.read(run / JOB_FILE).cwd
     return replace(prepared, spec=replace(prepared.spec, cwd=cwd)).submit()
+
+
+def prepare_evaluation(run: Path, config: EvaluationConfig, samples: int, request: JobRequest) -> Prepared:
+    """Prepare the job of an evaluation: one process, with one GPU if the nodes have any."""
+    one_process = replace(request, gpus_per_node=min(request.profile.gpus_per_node, 1), ranks_per_node=1)
+    return prepare_commands(
+        f"{run.name}-{config.name}-{samples}",
+        evaluation_folder(run, config.name, samples),
+        evaluation_commands(config, run, samples),
+        one_process,
+    )
 
 
 def evaluation_commands(config: EvaluationConfig, run: Path, samples: int) -> list[list[str]]:

@@ -9,20 +9,34 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.media.pictures import write_png
 
+HALVES = ("train", "heldout")
 _SPLIT_SEED = 0
 _WHITE = 16  # scikit-learn's grey levels are 0..16
 
 
-def write_digits(folder: Path) -> dict[str, int]:
-    """Write both halves under `folder`, the same files on every call. Return the number of pictures per half.
+@dataclass(frozen=True)
+class Digit:
+    """One scan: its number in scikit-learn's set, its half ("train" or "heldout"), class and pixels (8, 8) uint8."""
+
+    index: int
+    half: str
+    label: int
+    pixels: npt.NDArray[np.uint8]
+
+
+def read_digits() -> Iterator[Digit]:
+    """Yield all scans, class by class and half by half, in the same order on every call.
 
     Raises InputError if scikit-learn is not installed.
     """
@@ -32,16 +46,25 @@ def write_digits(folder: Path) -> dict[str, int]:
         raise InputError("the digits come with scikit-learn: pip install -e '.[quickstart]'") from error
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / _WHITE)).astype(np.uint8)
-    counts = {"train": 0, "heldout": 0}
     for label in range(10):
         members = np.flatnonzero(digits.target == label)
         members = keyed_generator(_SPLIT_SEED, Stream.DATASET, label).permutation(members)
-        for half, indices in zip(counts, np.array_split(members, 2), strict=True):
-            target = folder / half / str(label)
-            target.mkdir(parents=True, exist_ok=True)
+        for half, indices in zip(HALVES, np.array_split(members, 2), strict=True):
             for index in indices:
-                write_png(target / f"{index:04d}.png", pixels[index])
-            counts[half] += len(indices)
+                yield Digit(int(index), half, label, pixels[index])
+
+
+def write_digits(folder: Path) -> dict[str, int]:
+    """Write both halves under `folder`, the same files on every call. Return the number of pictures per half.
+
+    Raises InputError if scikit-learn is not installed.
+    """
+    counts = dict.fromkeys(HALVES, 0)
+    for digit in read_digits():
+        target = folder / digit.half / str(digit.label)
+        target.mkdir(parents=True, exist_ok=True)
+        write_png(target / f"{digit.index:04d}.png", digit.pixels)
+        counts[digit.half] += 1
     return counts
 
 

@@ -5,7 +5,8 @@
         figures.json      result of the last command; recorded in RUN/evaluations.jsonl and wandb at 12,800 samples
         failed.json       {"reason": ...}: the evaluation of this checkpoint has failed and is not started again
 
-The supervisor of the run starts them. An evaluation that fails does not affect training.
+The supervisor of the run starts those of the recipe, and `pomscale evaluate images RUN --every` others
+(launch.pipelines.checkpoints). An evaluation that fails does not affect training.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from launch.record.job import LaunchedAs
@@ -21,10 +23,10 @@ from launch.status.runs import summarize
 from launch.status.state import LIVE
 from pomscale.base.console import warn
 from pomscale.base.errors import PomscaleError
-from pomscale.base.files import link_or_copy, make_folder, write_text
+from pomscale.base.files import make_folder, write_text
 from pomscale.config.evaluation import EvaluationConfig
 from pomscale.config.load import load_train_recipe
-from pomscale.runs.checkpoint_folder import complete_checkpoints, final_folder, remove, samples_of
+from pomscale.runs.checkpoint_folder import complete_checkpoints, final_folder, link, remove, samples_of
 from pomscale.runs.layout import (
     CHECKPOINTS_FOLDER,
     EVALUATED_FOLDER,
@@ -32,7 +34,6 @@ from pomscale.runs.layout import (
     FAILED_FILE,
     JOBS_FILE,
     LAUNCH_FILE,
-    MARKER,
 )
 
 _NUM_TRIES, _TRY_AGAIN_S = 3, 60.0  # a scheduler that does not answer now may do so in a minute
@@ -57,9 +58,10 @@ class Evaluations:
         self._tries: dict[Path, int] = {}
         self._not_before_s: dict[Path, float] = {}
         self._looked_s = time.monotonic()
-        for job_folder in self._job_folders():
-            if not _is_started(job_folder):  # a supervisor was killed before it could submit; repeated if still due
-                remove(job_folder / EVALUATED_FOLDER)
+        for config in self._configs:
+            for job_folder in job_folders(self._run, config.name):
+                if not is_started(job_folder):  # a supervisor was killed before it could submit; repeated if still due
+                    remove(job_folder / EVALUATED_FOLDER)
 
     def poll(self, *, finished: bool = False) -> None:
         """Start the evaluations that are due.
@@ -70,39 +72,18 @@ class Evaluations:
             finished: Whether training has ended, so that the last checkpoint is due in any case.
         """
         for config in self._configs:
-            for checkpoint in self._due(config, finished):
+            for checkpoint in due_checkpoints(self._run, config, finished=finished):
                 job_folder = evaluation_folder(self._run, config.name, samples_of(checkpoint))
                 waits = time.monotonic() < self._not_before_s.get(job_folder, 0.0) and not finished
                 if not waits and self._tries.get(job_folder, 0) < _NUM_TRIES:
                     self._try(config.name, checkpoint, job_folder, last_try=finished)
         if finished or time.monotonic() - self._looked_s >= _LOOK_EVERY_S:
             self._looked_s = time.monotonic()
-            self._give_up_failed()
-
-    def _due(self, config: EvaluationConfig, finished: bool) -> list[Path]:
-        """Return the first complete checkpoint after each multiple of every_samples whose evaluation has not begun."""
-        checkpoints = complete_checkpoints(self._run / CHECKPOINTS_FOLDER)
-        started = (
-            job_folder
-            for job_folder in self._job_folders()
-            if job_folder.parent.name == config.name and _is_started(job_folder)
-        )
-        newest = max(map(samples_of, started), default=0)
-        due = []
-        for checkpoint in checkpoints:
-            if samples_of(checkpoint) // config.every_samples > newest // config.every_samples:
-                due.append(checkpoint)
-                newest = samples_of(checkpoint)
-        if finished and checkpoints and samples_of(checkpoints[-1]) > newest:
-            due.append(checkpoints[-1])
-        return due
-
-    def _job_folders(self) -> list[Path]:
-        return sorted((self._run / EVALUATIONS_FOLDER).glob("*/samples-*"))
+            give_up_failed(job_folders(self._run))
 
     def _try(self, name: str, checkpoint: Path, job_folder: Path, last_try: bool) -> None:
         try:
-            if _link(checkpoint, job_folder / EVALUATED_FOLDER):
+            if link(checkpoint, job_folder / EVALUATED_FOLDER):
                 _submit(self._run, name, samples_of(checkpoint))
         except (PomscaleError, OSError) as problem:
             self._tries[job_folder] = self._tries.get(job_folder, 0) + 1
@@ -112,21 +93,48 @@ class Evaluations:
             elif self._tries[job_folder] == 1:
                 warn(f"evaluation {name} of {checkpoint.name} could not be started, and is tried again: {problem}")
 
-    def _give_up_failed(self) -> None:
-        """Give up evaluations whose jobs have ended without a result, e.g. cancelled or at their time limit."""
-        job_folders = [
-            job_folder
-            for job_folder in self._job_folders()
-            if (job_folder / EVALUATED_FOLDER).is_dir() and (job_folder / JOBS_FILE).is_file()
-        ]
-        if not job_folders:
-            return
-        found = summarize({job_folder: job_folder.name for job_folder in job_folders})
-        if found.problem:  # the scheduler does not answer; it is asked again in a minute
-            return
-        for run in found.runs:
-            if run.state not in (*LIVE, "finished"):
-                _give_up(run.job_folder, run.reason or run.state)
+
+def job_folders(run: Path, name: str = "*") -> list[Path]:
+    """Return the job folders of a run's evaluations, or of one of them."""
+    return sorted((run / EVALUATIONS_FOLDER).glob(f"{name}/samples-*"))
+
+
+def due_checkpoints(run: Path, config: EvaluationConfig, *, finished: bool) -> list[Path]:
+    """Return the first complete checkpoint after each multiple of every_samples whose evaluation has not begun.
+
+    Args:
+        run: The run folder.
+        config: The evaluation.
+        finished: Whether training has ended, so that the last checkpoint is due in any case.
+    """
+    checkpoints = complete_checkpoints(run / CHECKPOINTS_FOLDER)
+    begun = [samples_of(job_folder) for job_folder in job_folders(run, config.name) if is_started(job_folder)]
+    taken, due = {0} | {samples // config.every_samples for samples in begun}, []
+    for checkpoint in checkpoints:
+        multiple = samples_of(checkpoint) // config.every_samples
+        if multiple not in taken:
+            due.append(checkpoint)
+            taken.add(multiple)
+    if finished and checkpoints and samples_of(checkpoints[-1]) > max([*begun, *map(samples_of, due)], default=0):
+        due.append(checkpoints[-1])
+    return due
+
+
+def give_up_failed(folders: Sequence[Path]) -> None:
+    """Give up those evaluations whose jobs have ended without a result, e.g. cancelled or at their time limit."""
+    submitted = [
+        job_folder
+        for job_folder in folders
+        if (job_folder / EVALUATED_FOLDER).is_dir() and (job_folder / JOBS_FILE).is_file()
+    ]
+    if not submitted:
+        return
+    found = summarize({job_folder: job_folder.name for job_folder in submitted})
+    if found.problem:  # the scheduler does not answer; it is asked again in a minute
+        return
+    for run in found.runs:
+        if run.state not in (*LIVE, "finished"):
+            _give_up(run.job_folder, run.reason or run.state)
 
 
 def note_failure(job_folder: Path, reason: str) -> None:
@@ -135,27 +143,9 @@ def note_failure(job_folder: Path, reason: str) -> None:
         _give_up(job_folder, reason)
 
 
-def _is_started(job_folder: Path) -> bool:
+def is_started(job_folder: Path) -> bool:
     """Whether the evaluation was submitted, or given up."""
     return (job_folder / JOBS_FILE).is_file() or (job_folder / FAILED_FILE).is_file()
-
-
-def _link(checkpoint: Path, target: Path) -> bool:
-    """Link a checkpoint's files into `target`. Return False if retention has begun to delete it, marker first."""
-    remove(target)
-    make_folder(target)
-    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER]
-    try:
-        for path in (*files, checkpoint / MARKER):
-            copy = target / path.relative_to(checkpoint)
-            make_folder(copy.parent)
-            link_or_copy(path, copy)
-    except (FileNotFoundError, PomscaleError):
-        remove(target)
-        if (checkpoint / MARKER).is_file():
-            raise
-        return False
-    return True
 
 
 def _submit(run: Path, name: str, samples: int) -> None:

@@ -6,6 +6,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from launch.record.job import JobStart, read_starts
@@ -18,11 +19,14 @@ from launch.status.tail import read_object
 from pomscale.base.console import format_age, format_count, format_duration
 from pomscale.base.jsonl import read_json_lines
 from pomscale.runs.checkpoint_folder import complete_checkpoints, incomplete_checkpoints
-from pomscale.runs.layout import CHECKPOINTS_FOLDER, LAUNCH_FILE, STARTS_FILE, outcome_path
+from pomscale.runs.evaluation_log import Evaluation, read_evaluations
+from pomscale.runs.history import read_history
+from pomscale.runs.layout import CHECKPOINTS_FOLDER, LAUNCH_FILE, METRICS_FILE, STARTS_FILE, outcome_path
 from pomscale.runs.ledger import goodput
-from pomscale.runs.metric_names import METRICS, WALL_TIME
+from pomscale.runs.metric_names import METRICS, WALL_TIME, evaluation_of
+from pomscale.runs.result_settings import as_text, flat
 
-_MAX_STARTS = 12
+_MAX_STARTS, _MAX_FIGURES, _WIDTH = 12, 8, 120
 _START_KEYS = {"incarnation", "started_unix_s", "start_samples", "num_ranks", "host"}
 _METRICS = (
     "train/loss", "validation/loss", "train/grad_norm", "train/learning_rate", "speed/samples_per_s",
@@ -43,6 +47,7 @@ def status(job_folder: Path) -> str:
         _facts(facts, run, now_unix_s),
         _starts(facts, run),
         _metrics(facts),
+        _evaluations(job_folder),
         _wall_time(job_folder),
         "next:\n" + "\n".join(f"  {command}" for command in next_commands(job_folder, run)),
     ]
@@ -169,6 +174,24 @@ def _metrics(facts: Facts) -> str:
     known = [(name, facts.latest(name)) for name in _METRICS]
     rows = [[name, f"{value:.5g}", METRICS[name]] for name, value in known if value is not None]
     return table(["metric", "last", ""], rows) if rows else ""
+
+
+def _evaluations(job_folder: Path) -> str:
+    """Return the newest figures of each evaluation, and all settings that they were measured with."""
+    newest: dict[str, Evaluation] = {}
+    has_metrics = (job_folder / METRICS_FILE).is_file()
+    found = read_history(job_folder).evaluations if has_metrics else read_evaluations(job_folder)
+    for evaluation in sorted(found, key=lambda one: one.samples):
+        newest |= dict.fromkeys(evaluation.curves, evaluation)
+    rows, settings = [], []
+    for curve, evaluation in newest.items():
+        figures = {name: value for name, value in evaluation.metrics.items() if evaluation_of(name) == curve}
+        shown = [f"{name.rpartition('/')[2]} {value:.5g}" for name, value in figures.items()]
+        rows.append([curve, format_count(evaluation.samples), few(shown, _MAX_FIGURES)])
+        if evaluation.settings:
+            words = ", ".join(f"{key} {as_text(value)}" for key, value in flat(evaluation.settings).items())
+            settings.append(fill(f"{curve}: {words}", _WIDTH, subsequent_indent="  ", break_on_hyphens=False))
+    return "\n".join([table(["evaluation", "samples", "newest figures"], rows), *settings]) if rows else ""
 
 
 def _wall_time(job_folder: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.record.pipeline import PIPELINE_FILE, stage_folders
@@ -15,8 +15,9 @@ from launch.status.facts import Facts, read_facts
 from launch.status.state import State, is_settled, state_by_folder, state_of
 from launch.status.tail import read_object
 from pomscale.base.errors import InputError, PomscaleError
+from pomscale.runs.evaluation_log import read_evaluations
 from pomscale.runs.layout import CLAIMS_FOLDER, JOB_FILE, METRICS_FILE, STARTS_FILE
-from pomscale.runs.metric_names import goodput_share
+from pomscale.runs.metric_names import QUALITY, goodput_share
 
 RUNS = Path("runs")
 """The folder in which runs are looked up by name; the default `output` of recipes."""
@@ -35,7 +36,7 @@ class RunSummary:
 
     reason: of the state, one line. job_id: of SLURM. share, eta_s: None if the total number of samples is not known.
     last_row_unix_s: when metrics were last written. started_unix_s: time of the newest start, or of the submission that
-    waits.
+    waits. quality: the figures of the newest checkpoint whose generated samples were measured, by name.
     """
 
     job_folder: Path
@@ -53,6 +54,7 @@ class RunSummary:
     eta_s: float | None = None
     last_row_unix_s: float | None = None
     started_unix_s: float = 0.0
+    quality: dict[str, float] = field(default_factory=dict)
 
     @property
     def share(self) -> float | None:
@@ -203,7 +205,19 @@ def summary(facts: Facts, name: str, state: State, now_unix_s: float) -> RunSumm
         _eta_s(facts.rows, samples, total) if state.word in ("running", "stopping") else None,
         facts.rows[-1]["time_unix_s"] if facts.rows else None,
         max(started, default=facts.rows[-1]["time_unix_s"] if facts.rows else 0.0),
+        _quality(facts.job_folder, samples),
     )
+
+
+def _quality(job_folder: Path, samples: int | None) -> dict[str, float]:
+    """Return the newest figures of generated samples. What lies beyond the run's samples it has given up."""
+    measured = [
+        one
+        for one in read_evaluations(job_folder)
+        if (samples is None or one.samples <= samples)
+        and any(name.rpartition("/")[2] in QUALITY for name in one.metrics)
+    ]
+    return max(measured, key=lambda one: (one.samples, one.time_unix_s)).metrics if measured else {}
 
 
 def _samples(facts: Facts) -> int | None:

@@ -14,6 +14,7 @@ from launch.status.runs import RUNS, RunSummary, Summaries, find_runs, summarize
 from launch.status.state import WORDS
 from pomscale.base.console import format_age, format_count, format_duration
 from pomscale.base.errors import InputError
+from pomscale.runs.metric_names import OTHER_SETTINGS, QUALITY, evaluation_of
 
 _HEAD = ("name", "state", "starts", "samples", "share", "loss", "images/s", "goodput", "ETA", "last row")
 _NUMBERS = frozenset(_HEAD[2:])
@@ -42,7 +43,11 @@ def as_table(summaries: Summaries) -> str:
     if not summaries.runs:
         return "no runs"
     now_unix_s = time.time()
-    return table(_HEAD, [_cells(run, now_unix_s) for run in summaries.runs], right=_NUMBERS)
+    rows = [_cells(run, now_unix_s) for run in summaries.runs]
+    if not any(run.quality for run in summaries.runs):
+        return table(_HEAD, rows, right=_NUMBERS)
+    rows = [[*row, _quality(run)] for row, run in zip(rows, summaries.runs, strict=True)]
+    return table([*_HEAD, "quality"], rows, right=_NUMBERS)
 
 
 def as_json(summaries: Summaries) -> str:
@@ -53,10 +58,12 @@ def as_json(summaries: Summaries) -> str:
 def _plain(run: RunSummary) -> dict[str, object]:
     values = asdict(run) | {"share": run.share}
     folder = values.pop("job_folder").resolve()
-    return {"home": str(folder)} | {
-        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
+    values["quality"] = {name: _finite(value) for name, value in run.quality.items()}
+    return {"home": str(folder)} | {name: _finite(value) for name, value in values.items()}
+
+
+def _finite(value: object) -> object:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cells(run: RunSummary, now_unix_s: float) -> list[str]:
@@ -72,6 +79,16 @@ def _cells(run: RunSummary, now_unix_s: float) -> list[str]:
         NOTHING if run.eta_s is None else format_duration(run.eta_s),
         NOTHING if run.last_row_unix_s is None else format_age(run.last_row_unix_s, now_unix_s),
     ]
+
+
+def _quality(run: RunSummary) -> str:
+    """Return the foremost figure of the run's generated samples; a curve NAME@KEY is named, since settings differ."""
+    for figure in QUALITY:
+        for name, value in run.quality.items():
+            if name.rpartition("/")[2] == figure:
+                curve = evaluation_of(name)
+                return f"{figure} {value:.4g}" + (f" ({curve})" if OTHER_SETTINGS in curve else "")
+    return NOTHING
 
 
 def few(words: Sequence[str], most: int = 4) -> str:

@@ -29,6 +29,8 @@ class Stream(IntEnum):
     MIXTURE = 10
     START_GROUP = 11
     CAPTION = 12
+    SAMPLING_STEP_NOISE = 13
+    SAMPLE_LABEL = 14
 
 
 def keyed_generator(seed: int, stream: Stream, index: int, subindex: int = 0) -> np.random.Generator:

@@ -13,7 +13,10 @@ from pomscale.config.hardware import Precision
 
 
 class VerbParser(argparse.ArgumentParser):
-    """A parser whose verb may be left out: words that begin with no known verb are arguments of `default_verb`."""
+    """A parser whose verb may be left out: words that begin with no known verb are arguments of `default_verb`.
+
+    The namespace has the words behind the innermost verb as `words`, for commands that submit others like themselves.
+    """
 
     def __init__(self, *arguments: Any, default_verb: str | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -27,7 +30,10 @@ class VerbParser(argparse.ArgumentParser):
         words = list(sys.argv[1:] if args is None else args)
         if self._default_verb is not None and not ({*words[:1]} & (self.verbs | {"-h", "--help"})):
             words.insert(0, self._default_verb)
-        return super().parse_known_args(words, namespace)
+        parsed, rest = super().parse_known_args(words, namespace)
+        if not hasattr(parsed, "words"):
+            parsed.words = words
+        return parsed, rest
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,7 @@ def add(verbs: Any) -> None:
         _add_logging,
         _add_runs,
         _add_video,
+        _add_inception,
         bench_mixer.add_ops,
         bench_mixer.add_gpu_acceptance,
     ):
@@ -137,6 +138,24 @@ def _add_video(verbs: Any) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_inception(verbs: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "inception", help="Measure features of the FID beside torch-fidelity's, which needs an environment of its own"
+    )
+    parser.add_argument(
+        "--rival",
+        type=Path,
+        required=True,
+        metavar="PYTHON",
+        help="Python interpreter of an environment with torch-fidelity==0.4.0 and torchvision",
+    )
+    _add_number(parser, "--num-pictures", 256, "Number of pictures of 256x256")
+    _add_number(parser, "--num-turns", 3, "Number of turns of each extractor")
+    _add_number(parser, "--num-threads", 2, "Number of threads of each extractor")
+    parser.set_defaults(measure=_inception)
+    return parser
+
+
 def _add_number(parser: argparse.ArgumentParser, option: str, default: int, what: str) -> None:
     parser.add_argument(option, type=positive, default=default, metavar="N", help=f"{what} (default: %(default)s)")
 
@@ -210,4 +229,15 @@ def _video(arguments: argparse.Namespace) -> BenchReport:
         num_tokens=arguments.num_tokens,
         num_turns=arguments.num_turns,
         plot=arguments.plot,
+    )
+
+
+def _inception(arguments: argparse.Namespace) -> BenchReport:
+    from pomscale.benchmarks.inception import bench_inception
+
+    return bench_inception(
+        rival=arguments.rival,
+        num_pictures=arguments.num_pictures,
+        num_turns=arguments.num_turns,
+        num_threads=arguments.num_threads,
     )

@@ -29,8 +29,8 @@ def add(verbs: Any) -> None:
     probe.set_defaults(run=_probe, leaves_threads=True)
 
 
-def add_changes(parser: argparse.ArgumentParser) -> None:
-    """Add --set."""
+def add_changes(parser: Any) -> None:
+    """Add --set to a parser or to a group of its arguments."""
     parser.add_argument(
         "--set",
         action="append",

@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-SamplerName = Literal["ddim", "euler", "heun"]
+SamplerName = Literal["ddim", "ddpm", "dpmpp_2m", "euler", "heun", "midpoint", "sde", "unipc"]
+GridName = Literal["uniform", "shift", "rho", "times"]
+GuidanceSchedule = Literal["constant", "linear", "cosine"]

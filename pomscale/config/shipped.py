@@ -18,6 +18,11 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.relative_to(folder).as_posix().removesuffix(".yaml"): path for path in sorted(folder.rglob("*.yaml"))}
 
 
+def shipped_references() -> dict[str, Path]:
+    """Return name -> file of the shipped reference curves, see `pomscale report --against`."""
+    return {path.stem: path for path in sorted((recipes_folder() / "reference").glob("*.json"))}
+
+
 def recipe_file(name_or_path: str | Path) -> Path:
     """Return the file of a recipe that is given by path or by the name of a shipped one; a path comes first."""
     path = Path(name_or_path)

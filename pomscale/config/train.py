@@ -132,6 +132,10 @@ class TrainRecipe(Section):
         names = [evaluation.name for evaluation in self.evaluations]
         if len(set(names)) < len(names):
             raise ValueError("evaluations: two of them have the same name")
+        try:
+            self.sampling.check_objective(self.diffusion.objective)
+        except ValueError as error:
+            raise ValueError(f"sampling.{error}") from error
         if isinstance(self.model, VideoModelConfig):
             self._check_video(self.model)
         else:

@@ -5,7 +5,7 @@ Drawn on the CPU (for training in the loader's threads), so that they are the sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,11 +34,18 @@ class Draws:
     start: Tensor
 
 
-def keyed_normal(seed: int, stream: Stream, indices: list[int], shape: tuple[int, ...]) -> Tensor:
-    """Return standard normal (len(indices), *shape) fp32; row i depends on (seed, stream, indices[i]) alone."""
+StepNoise = Callable[[int], Tensor]
+"""Number of a step, from 0 on -> the noise (b, ...) fp32 that a stochastic sampler adds in it."""
+
+
+def keyed_normal(seed: int, stream: Stream, indices: list[int], shape: tuple[int, ...], subindex: int = 0) -> Tensor:
+    """Return standard normal (len(indices), *shape) fp32.
+
+    Row i depends on (seed, stream, indices[i], subindex) alone.
+    """
     out = np.empty((len(indices), *shape), dtype=np.float32)
     for row, index in zip(out, indices, strict=True):
-        keyed_generator(seed, stream, index).standard_normal(out=row, dtype=np.float32)
+        keyed_generator(seed, stream, index, subindex).standard_normal(out=row, dtype=np.float32)
     return torch.from_numpy(out)
 
 
@@ -88,6 +95,7 @@ def sampling_noise(
     condition: Condition,
     group_frames: int | None = None,
     first_group: int = 0,
+    step: int | None = None,
 ) -> Tensor:
     """Return the noise that sampling starts from: standard normal (b, *shape) fp32, on the device of the conditions.
 
@@ -100,15 +108,28 @@ def sampling_noise(
         condition: Conditions of the samples.
         group_frames: Latent frames of a frame group, for clips.
         first_group: Number of the first frame group.
+        step: Number of a step, for the noise that a stochastic sampler adds in it.
     """
     device = device_of(condition)
+    stream, subindex = (Stream.SAMPLING_NOISE, 0) if step is None else (Stream.SAMPLING_STEP_NOISE, step)
     if group_frames is None:
-        return torch.cat([keyed_normal(seed, Stream.SAMPLING_NOISE, [0], shape) for seed in seeds]).to(device)
+        return torch.cat([keyed_normal(seed, stream, [0], shape, subindex) for seed in seeds]).to(device)
     channels, num_frames, height, width = shape
     frames = 1 if num_frames == 1 else group_frames
     if num_frames % frames:
         raise ValueError(f"clips of {num_frames} latent frames cannot be cut into groups of {frames}")
     groups = list(range(first_group, first_group + num_frames // frames))
     group_shape = (channels, frames, height, width)
-    noise = torch.stack([keyed_normal(seed, Stream.SAMPLING_NOISE, groups, group_shape) for seed in seeds])
+    noise = torch.stack([keyed_normal(seed, stream, groups, group_shape, subindex) for seed in seeds])
     return noise.transpose(1, 2).flatten(2, 3).to(device)  # (b g c p H W) -> (b c F H W)
+
+
+def step_noise(
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
+    condition: Condition,
+    group_frames: int | None = None,
+    first_group: int = 0,
+) -> StepNoise:
+    """Return the noise of every step of a stochastic sampler; arguments and keys as of `sampling_noise`."""
+    return lambda step: sampling_noise(seeds, shape, condition, group_frames, first_group, step)

@@ -56,6 +56,10 @@ class Objective(Protocol):
         """Return x_t from y."""
         ...
 
+    def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Return the t at which data and noise are mixed in the proportion alpha : sigma, both not negative."""
+        ...
+
     def time_grid(self, num_steps: int) -> Tensor:
         """Return num_steps + 1 times from the first of sampling down to 0, float64."""
         ...
@@ -100,6 +104,9 @@ class FlowMatching:
     def from_ode(self, y: Tensor, t: Tensor) -> Tensor:
         return y
 
+    def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return sigma / (alpha + sigma)
+
     def time_grid(self, num_steps: int) -> Tensor:
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
 
@@ -130,6 +137,9 @@ class EpsPrediction:
 
     def from_ode(self, y: Tensor, t: Tensor) -> Tensor:
         return y * self.alpha(expand_time(t, y))
+
+    def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return sigma**2 / (alpha**2 + sigma**2)
 
     def time_grid(self, num_steps: int) -> Tensor:
         # With t = sin^2(theta), alpha = cos(theta) and sigma = sin(theta): uniform in theta is smooth at both

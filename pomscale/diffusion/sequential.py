@@ -22,13 +22,11 @@ import torch
 from torch import Tensor
 
 from pomscale.base.condition import Condition, Text
-from pomscale.diffusion.draws import sampling_noise
-from pomscale.diffusion.generate import sample_after
-from pomscale.diffusion.guidance import guided
-from pomscale.diffusion.objectives import Objective
+from pomscale.diffusion.draws import sampling_noise, step_noise
+from pomscale.diffusion.generate import draw_latents
+from pomscale.diffusion.guidance import Autoguided, guidance_weight, guided
+from pomscale.diffusion.objectives import Network, Objective
 from pomscale.diffusion.options import SamplingOptions
-from pomscale.diffusion.samplers import DEFAULT_SAMPLER, SAMPLERS
-from pomscale.diffusion.samplers.types import Denoiser
 
 State = TypeVar("State")
 """State of the network after some frame groups, of any type."""
@@ -39,19 +37,21 @@ prediction (b c p H W), state of the groups up to this one. The given state is n
 
 
 class SequentialSampler(Generic[State]):
-    """Samples b clips frame group by frame group. `states` and `next_group` hold the whole past.
+    """Samples b clips frame group by frame group. `states`, `worse_states` and `next_group` hold the whole past.
 
     Attributes:
         states: One state for each network evaluation of the sampler in form (a), one in form (b), none before the first
-            group. With guidance they belong to a batch of 2b. They only change between two groups, so at any other time
-            they belong to `next_group`.
+            group. They only change between two groups, so at any other time they belong to `next_group`.
+        worse_states: The same of the prediction that guidance leads away from, where it is evaluated for itself: by a
+            guide, and in form (b) where guidance is not on in all evaluations. Elsewhere there are none, and with
+            guidance `states` belong to a batch of 2b.
         next_group: Number of the frame group that `advance` samples next.
     """
 
     def __init__(
         self,
         objective: Objective,
-        step: Step[State],
+        step: Step[State] | Autoguided[Step[State]],
         group_shape: tuple[int, int, int, int],
         text: Text,
         null_text: Text,
@@ -64,26 +64,37 @@ class SequentialSampler(Generic[State]):
 
         Args:
             objective: What the network was trained to predict.
-            step: The network.
+            step: The network, perhaps with a guide.
             group_shape: (c p H W) of a frame group.
             text: Texts of the b clips.
             null_text: b texts that say nothing, for guidance.
             seeds: One seed per clip.
             options: Sampler, steps and guidance.
             time_per_group: Whether the network was trained with a t per frame group: form (b), else form (a).
+
+        Raises:
+            InputError: The options do not fit the objective.
         """
         self.states: list[State] = []
+        self.worse_states: list[State] = []
         self.next_group = 0
         self._objective = objective
-        self._step = step
         self._group_shape = group_shape
         self._text = text
         self._null_text = null_text
         self._seeds = seeds
         self._time_per_group = time_per_group
-        self._sample = SAMPLERS[options.sampler or DEFAULT_SAMPLER[objective.name]]
-        self._times = objective.time_grid(options.num_steps).float()
-        self._guidance = options.guidance
+        self._options = options.resolved(objective.name)
+        height, width = group_shape[-2:]
+        self._weight = guidance_weight(self._options, (height, width))
+        self._worse: tuple[Step[State], Text] | None = None
+        if isinstance(step, Autoguided):
+            self._step, self._worse = step.network, (step.guide, text)
+        else:
+            self._step = step
+            if time_per_group and callable(self._weight):
+                # An evaluation of form (b) reads the state that the clean groups have left, whose batch is one for all.
+                self._worse = (step, null_text)
 
     @torch.no_grad()
     def advance(self, known: Tensor | None = None) -> Tensor:
@@ -93,44 +104,55 @@ class SequentialSampler(Generic[State]):
             known: (b c f H W), f <= p, the first f frames of the group where they are given.
         """
         states: list[State] = []
+        worse_states: list[State] = []
+        carrying = self._network(states, worse_states)
         group_frames = self._group_shape[1]
         noise = sampling_noise(self._seeds, self._group_shape, self._text, group_frames, first_group=self.next_group)
         known = None if known is None else known.to(noise)
         if not self._time_per_group:
-            latents = self._draw(self._carrying(states), noise, known)
+            latents = self._draw(carrying, noise, known)
         else:
             if known is not None and known.shape[2] == group_frames:
                 latents = known
             else:
-                latents = self._draw(self._reading(), noise, known)
-            self._carrying(states)(latents, latents.new_zeros(len(latents)))
-        self.states = states
+                latents = self._draw(self._network(), noise, known)
+            # All states are left, whether or not guidance is on at t = 0.
+            weight = 0.0 if self._weight == 0 else 1.0
+            leave = guided(carrying, self._text, self._null_text, weight)
+            leave(latents, latents.new_zeros(len(latents)))
+        self.states, self.worse_states = states, worse_states
         self.next_group += 1
         return latents
 
-    def _draw(self, denoise: Denoiser, noise: Tensor, known: Tensor | None) -> Tensor:
-        if known is None:
-            return self._sample(self._objective, denoise, noise, self._times)
-        return sample_after(known, self._sample, self._objective, denoise, noise, self._times)
+    def _draw(self, network: Network | Autoguided[Network], noise: Tensor, known: Tensor | None) -> Tensor:
+        denoise = guided(network, self._text, self._null_text, self._weight)
+        of_steps = step_noise(self._seeds, self._group_shape, self._text, self._group_shape[1], self.next_group)
+        return draw_latents(self._objective, denoise, noise, self._options, known=known, step_noise=of_steps)
 
-    def _reading(self) -> Denoiser:
-        """Return the network that reads the one state of the groups before, and leaves none."""
-        state = self.states[0] if self.states else None
+    def _network(
+        self, left: list[State] | None = None, worse_left: list[State] | None = None
+    ) -> Network | Autoguided[Network]:
+        """Return the network at the next frame group: reading one state and leaving none, or leaving its states."""
+        main = _after(self.states, self._step, self.next_group, left)
+        if self._worse is None:
+            return main
+        step, text = self._worse
+        worse = _after(self.worse_states, step, self.next_group, worse_left)
+        return Autoguided(main, lambda x, t, _: worse(x, t, text))
 
-        def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            assert isinstance(condition, Text)
-            return self._step(x, t, condition, state, self.next_group)[0]
 
-        return guided(network, self._text, self._null_text, self._guidance)
+def _after(before: list[State], step: Step[State], group: int, left: list[State] | None) -> Network:
+    """Return the network after the groups that left the states `before`.
 
-    def _carrying(self, left: list[State]) -> Denoiser:
-        """Return the network whose evaluation i reads state i of the groups before, and appends the next to `left`."""
+    With `left`, its evaluation i reads state i of them, and appends the next to `left`. Else it reads their one state.
+    """
 
-        def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            assert isinstance(condition, Text)
-            before = self.states[len(left)] if self.states else None
-            prediction, state = self._step(x, t, condition, before, self.next_group)
-            left.append(state)
-            return prediction
+    def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        assert isinstance(condition, Text)
+        state = before[0 if left is None else len(left)] if before else None
+        prediction, after = step(x, t, condition, state, group)
+        if left is not None:
+            left.append(after)
+        return prediction
 
-        return guided(network, self._text, self._null_text, self._guidance)
+    return network

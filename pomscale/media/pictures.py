@@ -41,17 +41,21 @@ _DECODER_ERRORS = (
     zlib.error,
 )
 
+# Pillow's modes of files that have no colours.
+_GREY_MODES = ("1", "L", "LA", "La")
+
 # Larger files are no pictures that anyone meant to train on, and would fill the memory of a decode thread.
 MAX_PICTURE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedPicture:
-    """A decoded picture, and the size of its file."""
+    """A decoded picture, and the size and kind of its file."""
 
     image: Image.Image  # upright, mode L or RGB
     width: int  # before the picture was turned upright
     height: int
+    is_grey: bool  # whether the file has grey values alone
 
 
 def decode_picture(stream: BinaryIO, num_channels: int) -> DecodedPicture:
@@ -65,7 +69,7 @@ def decode_picture(stream: BinaryIO, num_channels: int) -> DecodedPicture:
         raise UnreadableMediaError(f"has more than {MAX_PICTURE_BYTES >> 20} MiB")
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as file:
-            width, height = file.size
+            (width, height), is_grey = file.size, file.mode in _GREY_MODES
             flat = _flatten(file, num_channels)
             # Only the tag is read: ImageOps.exif_transpose also writes EXIF again, and fails where it is damaged.
             orientation = file.getexif().get(ExifTags.Base.Orientation)
@@ -79,7 +83,7 @@ def decode_picture(stream: BinaryIO, num_channels: int) -> DecodedPicture:
         ) from error
     except _DECODER_ERRORS as error:
         raise UnreadableMediaError.of(error) from error
-    return DecodedPicture(image, width, height)
+    return DecodedPicture(image, width, height, is_grey)
 
 
 def fit_picture(image: Image.Image, target: tuple[int, int], filter: Filter) -> np.ndarray:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pomscale.base.errors import PomscaleError
-from pomscale.base.files import sync_folder, write_text
+from pomscale.base.files import link_or_copy, make_folder, sync_folder, write_text
 from pomscale.runs.integrity import Checksum
 from pomscale.runs.layout import CHECKPOINT_META, MARKER
 
@@ -92,6 +92,27 @@ def remove(folder: Path) -> None:
     if folder.exists():
         (folder / MARKER).unlink(missing_ok=True)
         shutil.rmtree(folder)
+
+
+def link(checkpoint: Path, target: Path) -> bool:
+    """Link a checkpoint's files into `target`. Return False if retention has begun to delete it, marker first.
+
+    The files stay there after retention has deleted the checkpoint. PomscaleError if they cannot be linked or copied.
+    """
+    remove(target)
+    make_folder(target)
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER]
+    try:
+        for path in (*files, checkpoint / MARKER):
+            copy = target / path.relative_to(checkpoint)
+            make_folder(copy.parent)
+            link_or_copy(path, copy)
+    except (FileNotFoundError, PomscaleError):
+        remove(target)
+        if (checkpoint / MARKER).is_file():
+            raise
+        return False
+    return True
 
 
 def set_aside(folder: Path) -> Path:

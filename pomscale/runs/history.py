@@ -35,6 +35,11 @@ class History:
     last_time_unix_s: float | None
     evaluations: list[Evaluation]
 
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Settings of the newest result of each evaluation, by NAME or NAME@KEY; empty if none were recorded."""
+        return {curve: evaluation.settings for evaluation in self.evaluations for curve in evaluation.curves}
+
 
 def read_history(run_folder: Path) -> History:
     """Read RUN/metrics.jsonl. Raises InputError when there is none.

@@ -38,6 +38,7 @@ were given when a start was called a generation or an incarnation.
       wandb_ids.json                      wandb: ids of before, and why    wandb, runs sync
       wandb.lock                          wandb: a lock                    wandb, runs sync
       report.png, report.html             report                           people
+      against.png                         report --against                 people
       evaluations/NAME/samples-SAMPLES/   a job folder, and in it
         checkpoint/                       supervisor: files of the checkpoint, linked
         failed.json                       supervisor: why it was given up  supervisor, report
@@ -88,6 +89,7 @@ WANDB_FOLDER = "wandb"
 WANDB_ROOM_FILE, WANDB_SYNC_LOCK_FILE = "wandb/.room", "wandb/.pomscale-sync.lock"
 WANDB_ID_FILE, WANDB_IDS_FILE, WANDB_LOCK_FILE = "wandb_id.txt", "wandb_ids.json", "wandb.lock"
 REPORT_NAME = "report"  # and .png or .html
+AGAINST_FILE = "against.png"
 
 # A folder of checkpoints, and a checkpoint.
 JUDGED_FILE = "judged.json"

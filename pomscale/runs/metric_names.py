@@ -74,6 +74,11 @@ WALL_TIME: dict[str, str] = {
 VALIDATION_BIN_PREFIX = "validation/loss_bin_"
 GOODPUT_PREFIX, GOODPUT_SUFFIX = "goodput/", "_share"
 EVALUATION_PREFIX = "evaluation/"
+OTHER_SETTINGS = "@"  # evaluation/NAME@KEY/FIGURE: measured with other settings than evaluation/NAME/FIGURE
+
+QUALITY = ("fid", "fdd", "fvd", "cmmd", "kid", "inception_score", "clip_score")
+"""Figures of generated samples, the one that people ask for first in front."""
+
 EPOCH_PREFIXES = {
     "data/epoch/": "number of passes over dataset {} so far",
     "data/epoch_min/": "number of passes over the latent shape of dataset {} with the fewest",
@@ -89,6 +94,17 @@ def validation_bin(index: int) -> str:
 def evaluation_name(evaluation: str, figure: str) -> str:
     """Name of a figure that jobs measure of checkpoints, e.g. evaluation/digits/accuracy_generated."""
     return f"{EVALUATION_PREFIX}{evaluation}/{figure}"
+
+
+def evaluation_of(name: str) -> str:
+    """Return NAME or NAME@KEY of a figure evaluation/NAME/FIGURE or evaluation/NAME@KEY/FIGURE."""
+    return name.removeprefix(EVALUATION_PREFIX).partition("/")[0]
+
+
+def plain_figure(name: str) -> str:
+    """Return the name of a figure without the key of its settings, evaluation/NAME/FIGURE."""
+    evaluation, _, figure = name.removeprefix(EVALUATION_PREFIX).partition("/")
+    return evaluation_name(evaluation.partition(OTHER_SETTINGS)[0], figure)
 
 
 def goodput_share(kind: str) -> str:
@@ -108,7 +124,9 @@ def describe(name: str) -> str:
         return f"share of the run's wall time, over all starts: {WALL_TIME.get(kind, kind)}"
     if name.startswith(EVALUATION_PREFIX) and name.count("/") > 1:
         evaluation, figure = name.removeprefix(EVALUATION_PREFIX).split("/", 1)
-        return f"{figure} of the checkpoint at these samples, measured by evaluation {evaluation}"
+        evaluation, _, key = evaluation.partition(OTHER_SETTINGS)
+        other = f" with other settings ({key})" if key else ""
+        return f"{figure} of the checkpoint at these samples, measured by evaluation {evaluation}{other}"
     for prefix, meaning in EPOCH_PREFIXES.items():
         if name.startswith(prefix):
             return meaning.format(name.removeprefix(prefix))

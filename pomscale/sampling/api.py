@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -11,13 +11,14 @@ from torch import Tensor
 from pomscale.base.condition import Condition, Text, batch_size, map_condition
 from pomscale.base.console import track, warn
 from pomscale.base.errors import InputError
-from pomscale.config.names import SamplerName
 from pomscale.data.texts import null_text
-from pomscale.diffusion.draws import sampling_noise
+from pomscale.diffusion.draws import sampling_noise, step_noise
 from pomscale.diffusion.generate import generate
-from pomscale.diffusion.objectives import build_objective
-from pomscale.diffusion.options import SamplingOptions
+from pomscale.diffusion.guidance import Autoguided
+from pomscale.diffusion.objectives import Network, build_objective
+from pomscale.diffusion.options import SamplingArguments, SamplingOptions
 from pomscale.pretrained.load import PretrainedDiPoM, PretrainedModel, PretrainedVDiPoM
+from pomscale.sampling.guides import check_guide
 from pomscale.sampling.prompts import embed_prompts
 
 
@@ -34,17 +35,19 @@ class ClipArguments(TypedDict, total=False):
     known: Tensor | None
 
 
+class SampleArguments(SamplingArguments, ClipArguments, total=False):
+    """Arguments of `sample` beside model, condition and seeds; see SamplingOptions and ClipArguments."""
+
+
 def sample(
     model: PretrainedModel,
     condition: Sequence[int] | Sequence[str] | Tensor | Text,
     *,
     seeds: Sequence[int],
-    sampler: SamplerName | None = None,
-    num_steps: int = 50,
-    guidance: float = 0.0,
+    guide: PretrainedModel | None = None,
     batch: int = 64,
     show_progress: bool = False,
-    **clips: Unpack[ClipArguments],
+    **options: Unpack[SampleArguments],
 ) -> Tensor:
     """Sample latents from a trained model.
 
@@ -54,21 +57,32 @@ def sample(
         model: A model that `load_pretrained` returned.
         condition: n class ids, n prompts, or a text batch of n.
         seeds: One seed per sample.
-        sampler: "ddim", "euler" or "heun"; None follows the model's objective.
-        num_steps: Number of steps of the sampler.
-        guidance: w in pred_c + w (pred_c - pred_u); 0 is off, w = diffusers' guidance_scale - 1.
+        guide: A weaker model of the same data, such as an earlier checkpoint or a smaller network: guidance leads away
+            from its prediction (autoguidance) instead of the unconditional one.
         batch: Most samples at once; it does not change them.
         show_progress: Show progress on standard error.
-        **clips: See ClipArguments.
+        **options: sampler (None follows the model's objective), num_steps (50), guidance (0 is off) and the others of
+            SamplingOptions, and those of ClipArguments.
 
     Returns:
         Normalised latents (n c h w), or (n c f h w) of clips, fp32, on the model's device.
 
     Raises:
-        InputError: The classes are unknown, the frames do not fill frame groups, or the number of seeds is wrong.
+        InputError: The classes are unknown, the frames do not fill frame groups, the number of seeds is wrong, the
+            options contradict each other or the model's objective, or the guide is of other data.
     """
-    options = SamplingOptions(sampler, num_steps, guidance)
-    return sample_latents(model, condition, seeds, options, batch=batch, show_progress=show_progress, **clips)
+    clips: Any = {name: value for name, value in options.items() if name in ClipArguments.__annotations__}
+    others: Any = {name: value for name, value in options.items() if name not in clips}
+    return sample_latents(
+        model,
+        condition,
+        seeds,
+        SamplingOptions(**others),
+        batch=batch,
+        show_progress=show_progress,
+        guide=guide,
+        **clips,
+    )
 
 
 def sample_latents(
@@ -79,6 +93,7 @@ def sample_latents(
     *,
     batch: int = 64,
     show_progress: bool = False,
+    guide: PretrainedModel | None = None,
     **clips: Unpack[ClipArguments],
 ) -> Tensor:
     """Do what `sample` says, with its options in one object."""
@@ -91,20 +106,25 @@ def sample_latents(
         raise InputError(f"sample: {num_samples} conditions but {len(seeds)} seeds; give one seed per picture or clip")
     shape, group_frames = _shape(model, num_samples, **clips)
     known = clips.get("known")
-    objective = build_objective(model.card.diffusion)
+    network: Network | Autoguided[Network] = model
+    if guide is not None:
+        check_guide(model, guide, options)
+        network = Autoguided[Network](model, guide)
     parts = []
     for first in track(range(0, num_samples, batch), "batches", -(-num_samples // batch), enabled=show_progress):
         rows = list(range(first, min(first + batch, num_samples)))
+        batch_seeds = [seeds[row] for row in rows]
         batch_condition = map_condition(asked, lambda part, rows=rows: part[rows].to(device))  # type: ignore[misc]
         parts.append(
             generate(
-                objective,
-                model,
-                sampling_noise([seeds[row] for row in rows], shape, batch_condition, group_frames),
+                build_objective(model.card.diffusion),
+                network,
+                sampling_noise(batch_seeds, shape, batch_condition, group_frames),
                 batch_condition,
                 map_condition(nothing, lambda part, rows=rows: part[[0] * len(rows)].to(device)),  # type: ignore[misc]
                 options,
                 known=None if known is None else known[rows],
+                step_noise=step_noise(batch_seeds, shape, batch_condition, group_frames),
             )
         )
     return torch.cat(parts)

@@ -21,7 +21,9 @@ from pomscale import __version__
 from pomscale.base.errors import InputError
 from pomscale.base.files import atomic_write
 
-_FORMAT, _FORMAT_VERSION = "pomscale-clip-state", "1"
+_FORMAT, _FORMAT_VERSION = "pomscale-clip-state", "2"
+_READ_VERSIONS = ("1", "2")
+"""Version 1 knows of the options of sampling only the sampler, the steps and the guidance."""
 
 
 def write_clip_state(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -63,9 +65,9 @@ def read_clip_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
     if header.get("format") != _FORMAT:
         raise InputError(f"{path}: holds no state of clips; give a file that one was saved to")
-    if header["format_version"] != _FORMAT_VERSION:
+    if header["format_version"] not in _READ_VERSIONS:
         raise InputError(
-            f"{path}: format version {header['format_version']}, this pomscale reads {_FORMAT_VERSION}; "
+            f"{path}: format version {header['format_version']}, this pomscale reads {' and '.join(_READ_VERSIONS)}; "
             f"use pomscale {header['pomscale']}"
         )
     if header.get("crc32") != str(_crc32(header["meta"], tensors)):

@@ -83,6 +83,7 @@ class ClipRequest:
         start: Frames (1 1|3 f H W) in [0, 1] that every clip begins with, f one of `start_frames`. One frame is a
             picture, which the clips set in motion.
         batch: Most clips at once, for a model that makes all frames at once; it does not change the clips.
+        guide: The weaker model of autoguidance.
     """
 
     options: SamplingOptions
@@ -90,6 +91,7 @@ class ClipRequest:
     size: tuple[int, int] | None = None
     start: Tensor | None = None
     batch: int = 64
+    guide: PretrainedVDiPoM | None = None
 
 
 class WrittenClips(NamedTuple):
@@ -145,7 +147,14 @@ def write_clips(
     decoder = codec.decoder(num_latent)
     if model.config.temporal == "block_causal":
         stream = ClipStream(
-            model, text or prompts, seeds, num_groups=num_groups, known=known, size=size, **asdict(request.options)
+            model,
+            text or prompts,
+            seeds,
+            num_groups=num_groups,
+            known=known,
+            size=size,
+            guide=request.guide,
+            **asdict(request.options),
         )
         groups = track(_until(stopping, model, stream, num_groups), "frame groups", num_groups, enabled=show_progress)
         num_frames = _write(model, groups, decoder, prompts, seeds, num_frames, files)
@@ -167,6 +176,7 @@ def write_clips(
         known=known,
         batch=request.batch,
         show_progress=show_progress,
+        guide=request.guide,
     )
     groups = track(latents.split(patch_frames, dim=2), "frame groups", num_groups, enabled=show_progress)
     return WrittenClips(len(seeds), _write(model, groups, decoder, prompts, seeds, num_frames, files))
@@ -178,6 +188,7 @@ def continue_clips(
     num_frames: int,
     files: ClipFiles,
     *,
+    guide: PretrainedVDiPoM | None = None,
     stopping: Callable[[], bool] = lambda: False,
     show_progress: bool = False,
 ) -> WrittenClips:
@@ -188,6 +199,7 @@ def continue_clips(
         state: The file of the state.
         num_frames: Number of further frames.
         files: The files to write; they hold the further frames alone.
+        guide: The weaker model that guided the clips so far, if one did.
         stopping: See `write_clips`.
         show_progress: Show progress on standard error.
 
@@ -199,7 +211,7 @@ def continue_clips(
         PomscaleError: A file cannot be written.
     """
     files.make_folders()
-    stream, carried = ClipStream.resume(model, state, num_groups=None)
+    stream, carried = ClipStream.resume(model, state, num_groups=None, guide=guide)
     if stream.prompts is None:
         raise InputError(f"{state}: saved without prompts, from a text batch; continue it with ClipStream.resume")
     begun = stream.next_group * model.config.patch_frames

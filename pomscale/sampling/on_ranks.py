@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pomscale.base.condition import Condition, batch_size, map_condition
 from pomscale.config.sampling import SamplingConfig
-from pomscale.diffusion.draws import sampling_noise
+from pomscale.diffusion.draws import sampling_noise, step_noise
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.objectives import Network, Objective
 from pomscale.diffusion.options import SamplingOptions
@@ -57,13 +57,15 @@ def generate_on_all_ranks(
     # Every rank computes the same number of samples, since a sharded network computes on all ranks or on none.
     positions = [min(world.rank * per_rank + i, num_samples - 1) for i in range(per_rank)]
     mine = map_condition(condition, lambda part: part[positions].to(world.device))
+    seeds = [config.seed + position for position in positions]
     latents = generate(
         objective,
         network,
-        sampling_noise([config.seed + position for position in positions], shape, mine, group_frames),
+        sampling_noise(seeds, shape, mine, group_frames),
         mine,
         map_condition(null_condition, lambda part: part[[0] * per_rank].to(world.device)),
         SamplingOptions.from_recipe(config),
+        step_noise=step_noise(seeds, shape, mine, group_frames),
     )
     parts: list[Any] = world.gather(latents.cpu())
     return torch.cat(parts)[:num_samples]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Unpack
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from pomscale.base.condition import Text
 from pomscale.base.errors import InputError
 from pomscale.data.texts import null_text
+from pomscale.diffusion.guidance import Autoguided
 from pomscale.diffusion.objectives import build_objective
 from pomscale.diffusion.options import SamplingArguments, SamplingOptions
 from pomscale.diffusion.sequential import SequentialSampler
@@ -22,6 +24,7 @@ from pomscale.models.states import states_from_tensors, states_to_tensors
 from pomscale.pretrained.load import PretrainedVDiPoM
 from pomscale.sampling.api import clip_size, warn_of_unseen_positions
 from pomscale.sampling.clip_state import read_clip_state, write_clip_state
+from pomscale.sampling.guides import check_stream_guide
 from pomscale.sampling.prompts import embed_prompts
 
 
@@ -42,6 +45,7 @@ class ClipStream(Iterator[Tensor]):
         num_groups: int | None,
         known: Tensor | None = None,
         size: tuple[int, int] | None = None,
+        guide: PretrainedVDiPoM | None = None,
         **sampling: Unpack[SamplingArguments],
     ) -> None:
         """Prepare the clips; nothing is generated yet.
@@ -54,7 +58,8 @@ class ClipStream(Iterator[Tensor]):
             known: Normalised latents (b c f H W) of the first f frames, which are given. One frame is enough, and they
                 need not fill frame groups. They count among the groups.
             size: Latent (height, width); by default that of `known`, or else that of the training clips.
-            **sampling: sampler, num_steps and guidance; see SamplingOptions.
+            guide: A weaker model, trained in the same form, that guidance leads away from (autoguidance).
+            **sampling: sampler, num_steps, guidance and the others of SamplingOptions.
 
         Raises:
             InputError: The model has no block-causal mask, or the inputs do not fit together.
@@ -67,17 +72,19 @@ class ClipStream(Iterator[Tensor]):
         height, width = clip_size(model, num_clips, size, known)
         self.prompts = None if isinstance(prompts, Text) else list(prompts)
         self.seeds = [int(seed) for seed in seeds]
-        self._model = model
+        self._model, self._guide = model, guide
         self._text = _on(model, prompts if isinstance(prompts, Text) else embed_prompts(model.text_encoder, prompts))
         self._num_left = num_groups
         self._known = known
         self._options = SamplingOptions(**sampling)
+        if guide is not None:
+            check_stream_guide(model, guide, self._options)
         self._size = (height, width)
         self._has_warned = False
         nothing = _on(model, null_text(model.card.texts))
         self._clips: SequentialSampler[list[MixerState]] = SequentialSampler(
             build_objective(model.card.diffusion),
-            model.step,
+            model.step if guide is None else Autoguided(model.step, guide.step),
             (config.latent_shape[0], config.patch_frames, height, width),
             self._text,
             Text(*(part.expand(num_clips, *part.shape[1:]) for part in nothing)),
@@ -122,23 +129,22 @@ class ClipStream(Iterator[Tensor]):
             "prompts": self.prompts,
             "seeds": self.seeds,
             "size": self._size,
-            "sampling": {
-                "sampler": self._options.sampler,
-                "steps": self._options.num_steps,
-                "guidance": self._options.guidance,
-            },
+            "sampling": self._options.settings(),
+            "guide": None if self._guide is None else _identity(self._guide),
+            "num_worse_states": len(self._clips.worse_states),
         }
         tensors = {f"text.{name}": part for name, part in self._text._asdict().items()}
         if self._known is not None:
             tensors["known"] = self._known
-        for number, states in enumerate(self._clips.states):
-            tensors |= {f"states.{number}.{name}": part for name, part in states_to_tensors(states).items()}
+        for kind, of_kind in (("states", self._clips.states), ("worse_states", self._clips.worse_states)):
+            for number, states in enumerate(of_kind):
+                tensors |= {f"{kind}.{number}.{name}": part for name, part in states_to_tensors(states).items()}
         tensors |= {f"extra.{name}": part for name, part in (extra or {}).items()}
         write_clip_state(path, meta, tensors)
 
     @classmethod
     def resume(
-        cls, model: PretrainedVDiPoM, path: Path, *, num_groups: int | None
+        cls, model: PretrainedVDiPoM, path: Path, *, num_groups: int | None, guide: PretrainedVDiPoM | None = None
     ) -> tuple[ClipStream, dict[str, Tensor]]:
         """Load a saved stream.
 
@@ -146,12 +152,13 @@ class ClipStream(Iterator[Tensor]):
             model: The model that began the clips.
             path: The file that `save` wrote.
             num_groups: Number of further frame groups that the stream gives; None = it never ends.
+            guide: The guide that the clips were begun with, if they had one.
 
         Returns:
             The stream, and the tensors that were saved as `extra` (on the CPU).
 
         Raises:
-            InputError: The file is damaged, is no such state, or belongs to another model.
+            InputError: The file is damaged, is no such state, or belongs to another model or guide.
         """
         meta, tensors = read_clip_state(path)
         _check_carries_state(model)
@@ -160,7 +167,8 @@ class ClipStream(Iterator[Tensor]):
                 f"{path}: these clips are of another model, or of other weights or another precision of it; "
                 "continue with the model that began them, or begin new clips"
             )
-        device, sampling = model.head.weight.device, meta["sampling"]
+        _check_same_guide(path, meta.get("guide"), guide)
+        device = model.head.weight.device
 
         def part(name: str) -> dict[str, Tensor]:
             prefix = f"{name}."
@@ -173,16 +181,31 @@ class ClipStream(Iterator[Tensor]):
             num_groups=num_groups,
             known=tensors.get("known"),
             size=tuple(meta["size"]),
-            sampler=sampling["sampler"],
-            num_steps=sampling["steps"],
-            guidance=sampling["guidance"],
+            guide=guide,
+            **asdict(SamplingOptions.from_settings(meta["sampling"])),
         )
         stream.prompts = meta["prompts"]
         stream._clips.next_group = meta["next_group"]
-        for number in range(meta["num_states"]):
-            on_device = {name: tensor.to(device) for name, tensor in part(f"states.{number}").items()}
-            stream._clips.states.append(states_from_tensors(model.config, on_device))
+        for kind, of_kind, config in (
+            ("states", stream._clips.states, model.config),
+            ("worse_states", stream._clips.worse_states, (guide or model).config),
+        ):
+            for number in range(meta.get(f"num_{kind}", 0)):
+                on_device = {name: tensor.to(device) for name, tensor in part(f"{kind}.{number}").items()}
+                of_kind.append(states_from_tensors(config, on_device))
         return stream, part("extra")
+
+
+def _check_same_guide(path: Path, begun_with: str | None, guide: PretrainedVDiPoM | None) -> None:
+    if begun_with == (None if guide is None else _identity(guide)):
+        return
+    if guide is None:
+        raise InputError(f"{path}: these clips were begun with a guide; give the same one")
+    if begun_with is None:
+        raise InputError(f"{path}: these clips were begun without a guide; continue them without one")
+    raise InputError(
+        f"{path}: these clips were begun with another guide, or with other weights of it; give the same one"
+    )
 
 
 def _check_carries_state(model: PretrainedVDiPoM) -> None:

@@ -71,14 +71,11 @@ class SuiteRequest:
     changes: SamplingChanges
 
     def recorded(self, options: SamplingOptions) -> dict[str, Any]:
-        """Return the entry "sampling" of the manifest."""
-        return {
-            "num_frames": self.num_frames,
-            "sampler": options.sampler,
-            "steps": options.num_steps,
-            "guidance": options.guidance,
-            "seed": self.seed,
-        }
+        """Return the entry "sampling" of the manifest: of newer options only those that are not at their defaults."""
+        always, defaults = ("sampler", "steps", "guidance"), SamplingOptions().settings()
+        settings = options.settings()
+        chosen = {name: value for name, value in settings.items() if name in always or value != defaults[name]}
+        return {"num_frames": self.num_frames, **chosen, "seed": self.seed}
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,12 @@ def test_where_pictures_cannot_go_is_said_before_they_are_made(tiny_recipe: Path
         assert f"error: {folder}: this is a folder" in done.stderr
     data = ["--train", digits / "digits" / "train", "--heldout", digits / "digits" / "heldout"]
     assert "nan" in pomscale("sample", run_folder, *few, "--guidance", "nan", expect=2).stderr
+    for words, message in (
+        (["--guidance-interval", "0.9,0.1"], "error: sampling: guidance_interval: 0.9 is not below 0.1"),
+        (["--sampler", "heun", "--eta", "0.5"], "error: sampling: eta: heun adds no noise; use ddim or sde"),
+        (["--guide", run_folder], "error: guide: guidance is 0, so that a guide would change nothing"),
+    ):
+        assert message in pomscale("sample", run_folder, *few, *words, expect=2).stderr
     out = tmp_path / "figures.json" / "below"
     out.parent.write_text("")
     pictures = tmp_path / "no suffix"

@@ -327,8 +327,8 @@ def test_what_does_not_fit_the_model_is_one_clear_error(
         ([causal, "--continue", "state"], "--continue: give the number of further frames with --frames"),
         ([causal, "--continue", "state", "--frames", "2"], "--continue: name the file for them with --out"),
         (
-            [causal, "--continue", "state", *TWO, "--frames", "2", "--guidance", "0"],
-            "--prompt, --guidance: not with --continue",
+            [causal, "--continue", "state", *TWO, "--frames", "2", "--guidance", "0", "--eta", "1"],
+            "--prompt, --eta, --guidance: not with --continue",
         ),
         ([causal, "--continue", "start.png", *more], r"start\.png: .*no state of clips"),
         ([maskless, "--continue", "state", *more], "reads all frames at once"),

@@ -12,10 +12,12 @@ from torch import Tensor
 from pomscale.base.condition import Condition, Text
 from pomscale.benchmarks.storage_tracker import StorageTracker
 from pomscale.config.names import SamplerName
-from pomscale.diffusion.draws import sampling_noise
+from pomscale.diffusion.draws import sampling_noise, step_noise
 from pomscale.diffusion.generate import generate
+from pomscale.diffusion.guidance import Autoguided
 from pomscale.diffusion.objectives import OBJECTIVES
 from pomscale.diffusion.options import SamplingOptions
+from pomscale.diffusion.samplers import SAMPLERS
 from pomscale.diffusion.sequential import SequentialSampler
 from pomscale.models import MixerState, VDiPoM
 from pomscale.models.states import states_from_tensors, states_to_tensors
@@ -36,9 +38,14 @@ every_precision = pytest.mark.parametrize(
 )
 
 
-def build(mixer: Any = "pom", dtype: torch.dtype = torch.float32) -> VDiPoM:
+def evaluations(sampler: SamplerName | None) -> int:
+    """Of the network in STEPS steps."""
+    return {"heun": 2 * STEPS - 1, "midpoint": 2 * STEPS}.get(sampler or "", STEPS)
+
+
+def build(mixer: Any = "pom", dtype: torch.dtype = torch.float32, scale: float = 0.1) -> VDiPoM:
     model = VDiPoM(video_config(mixer=mixer, temporal="block_causal"))
-    awaken(model, scale=0.1)
+    awaken(model, scale=scale)
     return model.to(dtype).requires_grad_(False)
 
 
@@ -73,24 +80,23 @@ def stream(
     objective: str = "flow",
     sampler: SamplerName | None = None,
     guidance: float = 0.0,
-    text: Text = TEXT,
+    guide: Recorded | None = None,
+    **options: Any,
 ) -> Iterator[Tensor]:
     clips = SequentialSampler(
-        OBJECTIVES[objective](), recorded.step, SHAPE, text, NULL, SEEDS,
-        SamplingOptions(sampler, STEPS, guidance), time_per_group=time_per_group,
+        OBJECTIVES[objective](), recorded.step if guide is None else Autoguided(recorded.step, guide.step),
+        SHAPE, TEXT, NULL, SEEDS, SamplingOptions(sampler, STEPS, guidance, **options), time_per_group=time_per_group,
     )  # fmt: skip
     given = iter(() if known is None else known.split(SHAPE[1], dim=2))
     while True:
         yield clips.advance(next(given, None))
 
 
-def at_once(
-    recorded: Recorded, objective: str, sampler: SamplerName | None, guidance: float, known: Tensor | None
-) -> Tensor:
+def at_once(network: Any, objective: str, options: SamplingOptions, known: Tensor | None) -> Tensor:
     channels, frames, height, width = SHAPE
-    noise = sampling_noise(SEEDS, (channels, GROUPS * frames, height, width), TEXT, group_frames=frames)
-    options = SamplingOptions(sampler, STEPS, guidance)
-    return generate(OBJECTIVES[objective](), recorded, noise, TEXT, NULL, options, known=known)
+    shape = (channels, GROUPS * frames, height, width)
+    noise, of_steps = sampling_noise(SEEDS, shape, TEXT, frames), step_noise(SEEDS, shape, TEXT, frames)
+    return generate(OBJECTIVES[objective](), network, noise, TEXT, NULL, options, known=known, step_noise=of_steps)
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -108,8 +114,8 @@ def check_equals_all_at_once(
     one_by_one, together = Recorded(model), Recorded(model)
     groups = stream(one_by_one, objective=objective, sampler=sampler, guidance=guidance, known=known)
     clips = torch.cat([next(groups) for _ in range(GROUPS)], dim=2)
-    expected = at_once(together, objective, sampler, guidance, known)
-    num_evaluations = 2 * STEPS - 1 if sampler == "heun" else STEPS
+    expected = at_once(together, objective, SamplingOptions(sampler, STEPS, guidance), known)
+    num_evaluations = evaluations(sampler)
     assert len(together.said) == num_evaluations
     assert len(one_by_one.said) == num_evaluations * GROUPS
     for i, prediction in enumerate(one_by_one.said):
@@ -128,6 +134,12 @@ def test_form_a_equals_all_at_once(
     objective: str, sampler: SamplerName, guidance: float, dtype: torch.dtype, tolerance: float
 ) -> None:
     check_equals_all_at_once(build(dtype=dtype), objective, sampler, guidance, None, tolerance)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m", "midpoint", "sde", "unipc"])
+@every_objective
+def test_form_a_of_every_other_sampler_equals_all_at_once(objective: str, sampler: SamplerName) -> None:
+    check_equals_all_at_once(build(dtype=torch.float64), objective, sampler, 1.5, None, 1e-12)
 
 
 @every_precision
@@ -163,7 +175,7 @@ def test_form_b_equals_the_masked_forward_with_a_clean_past(
             group = next(groups)
             asked = recorded.asked[already:]
             is_given = (number + 1) * SHAPE[1] <= num_known
-            num_evaluations = 0 if is_given else 2 * STEPS - 1 if sampler == "heun" else STEPS
+            num_evaluations = 0 if is_given else evaluations(sampler)
             assert len(asked) == num_evaluations + 1
             clean, zero, _ = asked[-1]  # what is left for the groups to come
             assert torch.equal(clean, torch.cat([group, group]) if guidance else group)
@@ -191,7 +203,7 @@ def test_known_frames_come_back_as_they_are_and_lead_the_others(time_per_group: 
 
 
 @every_objective
-@every_sampler
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_known_frames_are_noised_as_in_training(objective: str, sampler: SamplerName) -> None:
     """What the network sees of them is on their own path, at every evaluation, also of a network without a mask."""
     path = OBJECTIVES[objective]()
@@ -199,12 +211,73 @@ def test_known_frames_are_noised_as_in_training(objective: str, sampler: Sampler
     model = VDiPoM(video_config(temporal="none")).requires_grad_(False)
     awaken(model, scale=0.1)
     recorded = Recorded(model)
-    clips = at_once(recorded, objective, sampler, 1.5, known)
+    clips = at_once(recorded, objective, SamplingOptions(sampler, STEPS, 1.5), known)
     assert torch.equal(clips[:, :, :3], known)
     eps = sampling_noise(SEEDS, (SHAPE[0], GROUPS * SHAPE[1], *SHAPE[2:]), TEXT, group_frames=SHAPE[1])[:, :, :3]
     for x, t, _ in recorded.asked:
         expected = path.alpha(t[0]) * known + path.sigma(t[0]) * eps
         torch.testing.assert_close(x[:, :, :3], torch.cat([expected, expected]), rtol=1e-5, atol=1e-5)
+
+
+# --- guidance that is not the same in all evaluations ----------------------------------------------------------------
+
+INTERVAL: dict[str, Any] = {"guidance": 1.5, "guidance_interval": (0.3, 0.8)}
+
+with_and_without_a_guide = pytest.mark.parametrize("with_guide", [False, True], ids=["interval", "interval and guide"])
+
+
+def batches(recorded: Recorded) -> list[int]:
+    """Batch of each evaluation, in batches of clips."""
+    return [len(x) // BATCH for x, _, _ in recorded.asked]
+
+
+@pytest.mark.parametrize("sampler", ["heun", "sde", "unipc"])
+@every_objective
+@with_and_without_a_guide
+def test_form_a_with_an_interval_equals_all_at_once(with_guide: bool, objective: str, sampler: SamplerName) -> None:
+    model, weak = (build(dtype=torch.float64, scale=scale) for scale in (0.1, 0.07))
+    one_by_one, together, guide = Recorded(model), Recorded(model), Recorded(weak)
+    groups = stream(one_by_one, objective=objective, sampler=sampler, guide=guide if with_guide else None, **INTERVAL)
+    clips = torch.cat([next(groups) for _ in range(GROUPS)], dim=2)
+    network: Any = Autoguided(together, weak) if with_guide else together
+    expected = at_once(network, objective, SamplingOptions(sampler, STEPS, **INTERVAL), None)
+    assert_close(clips, expected, 1e-12)
+    assert batches(one_by_one) == batches(together) * GROUPS
+    assert set(batches(together)) == ({1} if with_guide else {1, 2})
+    if with_guide:
+        assert 0 < len(guide.asked) < len(one_by_one.asked)
+
+
+@with_and_without_a_guide
+@every_mixer
+def test_form_b_with_an_interval_equals_the_masked_forward_with_a_clean_past(mixer: Any, with_guide: bool) -> None:
+    """Each of both predictions carries a state of its own, so that an evaluation without guidance costs half."""
+    model, weak = (build(mixer, torch.float64, scale=scale) for scale in (0.1, 0.07))
+    recorded, guide = Recorded(model), Recorded(weak)
+    groups = stream(recorded, time_per_group=True, guide=guide if with_guide else None, **INTERVAL)
+    past: list[Tensor] = []
+    for number in range(3):
+
+        def masked(network: VDiPoM, x: Tensor, t: Tensor, text: Text, number: int = number) -> Tensor:
+            times = torch.cat([t.new_zeros(len(t), number), t[:, None]], dim=1)
+            return network(torch.cat([*past, x], dim=2), times, text)[:, :, number * SHAPE[1] :]
+
+        def denoise(x: Tensor, t: Tensor, masked: Any = masked) -> Tensor:
+            good = masked(model, x, t, TEXT)
+            if not 0.3 < float(t[0]) < 0.8:
+                return good
+            return good + 1.5 * (good - (masked(weak, x, t, TEXT) if with_guide else masked(model, x, t, NULL)))
+
+        flow = OBJECTIVES["flow"]()
+        noise = sampling_noise(SEEDS, SHAPE, TEXT, SHAPE[1], first_group=number)
+        expected = SAMPLERS["euler"](flow, denoise, noise, flow.time_grid(STEPS).float())
+        found = next(groups)
+        assert_close(found, expected, 1e-12)
+        past.append(found)
+    assert set(batches(recorded)) == {1}
+    # A group has 4 evaluations, at 1, 0.75, 0.5 and 0.25, two of them with guidance, and one at 0 for each prediction.
+    assert len(recorded.asked) == 3 * (4 + 1 if with_guide else 4 + 2 + 2)
+    assert len(guide.asked) == (3 * (2 + 1) if with_guide else 0)
 
 
 # --- the state -------------------------------------------------------------------------------------------------------

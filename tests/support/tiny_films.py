@@ -72,14 +72,14 @@ def save_cogvideox_model(folder: Path, **fields: Any) -> Path:
     return save_model(folder, codec=codec, **fields)
 
 
-def save_picture_model(folder: Path) -> Path:
-    """One of classes, exported to `folder`."""
+def save_picture_model(folder: Path, codec: CodecConfig | None = None) -> Path:
+    """One of classes, exported to `folder`, by default of the pixel codec: grey pictures of 8x8."""
     config = ImageModelConfig(latent_shape=(4, 4, 4), num_classes=3, dim=16, depth=1, num_heads=2)
     card = ModelCard(
         model=config,
         diffusion=DiffusionConfig(),
         sampling=SamplingConfig(),
-        codec=PixelCodecConfig(name="pixel", channels=1),
+        codec=codec or PixelCodecConfig(name="pixel", channels=1),
         codec_identity=None,
         class_names=(),
         latent_mean=(0.0,) * 4,

@@ -91,3 +91,45 @@ def save_sentencepiece(folder: Path, animals: Sequence[str] = ("dog", "cat", "ho
         )  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
     return folder
+
+
+def save_dinov2(folder: Path, seed: int, *, image_size: int = 28, registers: int = 0) -> Path:
+    """A DINOv2 of width 16 with patches of 14, and positions for pictures of `image_size`."""
+    transformers = pytest.importorskip("transformers")
+    settings = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": image_size,
+        "patch_size": 14,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if registers:
+            config = transformers.Dinov2WithRegistersConfig(**settings, num_register_tokens=registers)
+            network = transformers.Dinov2WithRegistersModel(config)
+        else:
+            network = transformers.Dinov2Model(transformers.Dinov2Config(**settings))
+        network.embeddings.position_embeddings.data.normal_()
+    network.save_pretrained(folder)
+    return folder
+
+
+def save_clip(folder: Path, seed: int) -> Path:
+    """A CLIP of width 16 for pictures of 32x32 and 12 tokens, with a tokenizer of 256 bytes and no merges."""
+    transformers = pytest.importorskip("transformers")
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    byte_level = pytest.importorskip("tokenizers").pre_tokenizers.ByteLevel.alphabet()
+    tokens = [*sorted(byte_level), *(f"{byte}</w>" for byte in sorted(byte_level)), "<|startoftext|>", "<|endoftext|>"]
+    start, end = len(tokens) - 2, len(tokens) - 1
+    text = {"vocab_size": len(tokens), "max_position_embeddings": 12, "bos_token_id": start, "eos_token_id": end}
+    config = transformers.CLIPConfig(
+        text_config=tower | text, vision_config=tower | {"image_size": 32, "patch_size": 8}, projection_dim=8
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = transformers.CLIPModel(config)
+    network.save_pretrained(folder)
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    transformers.CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
+    return folder

@@ -40,3 +40,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in history.item}
         for history in histories
     ]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of a run, as it was updated last."""
+    found: dict[str, Any] = {}
+    for record in read_records(path):
+        for update in (record.run.config.update, record.config.update):
+            found |= {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in update}
+    return found

@@ -9,7 +9,7 @@ from typing import Any
 
 from pomscale.base.imports import large_imports
 from pomscale.cli.arguments import add_device, add_model, positive
-from pomscale.cli.evaluate import record, vbench
+from pomscale.cli.evaluate import images, record, vbench
 
 
 def add(verbs: Any) -> None:
@@ -17,6 +17,7 @@ def add(verbs: Any) -> None:
     evaluate = verbs.add_parser("evaluate", help="Measure a trained model, and record figures in its run")
     evaluate_verbs = evaluate.add_subparsers(metavar="VERB", required=True)
     _add_heldout(evaluate_verbs)
+    images.add(evaluate_verbs)
     digits = evaluate_verbs.add_parser(
         "digits", help="Classify generated digits, and measure how far they are from training pictures"
     )

@@ -24,7 +24,10 @@ def add(evaluate_verbs: Any) -> None:
         "samples", type=positive, metavar="SAMPLES", help="Number of samples that the checkpoint has seen"
     )
     record.add_argument(
-        "figures", type=Path, metavar="FIGURES.json", help="File with a JSON object of numbers and lists of numbers"
+        "figures",
+        type=Path,
+        metavar="FIGURES.json",
+        help="File with a JSON object of numbers and lists of numbers, or with metrics and settings",
     )
     record.add_argument(
         "--evaluated",
@@ -41,7 +44,7 @@ def _record(arguments: argparse.Namespace) -> int:
     from pomscale.runs.evaluation_log import IMAGES, VIDEOS, record
     from pomscale.runs.metric_names import evaluation_name
 
-    name, figures = arguments.name, read_figures(arguments.figures)
+    name, (figures, settings) = arguments.name, read_figures(arguments.figures)
     beside = sorted(arguments.figures.parent.iterdir())
     clips = {path.stem: path for path in beside if path.suffix.lower() in VIDEOS}
     # The contact sheet of a clip has its name.
@@ -55,6 +58,7 @@ def _record(arguments: argparse.Namespace) -> int:
         arguments.samples,
         {evaluation_name(name, figure): value for figure, value in figures.items()},
         {evaluation_name(name, stem): path for stem, path in (images | clips).items()},
+        settings,
     )
     deliver_without_training(arguments.run_folder)
     if arguments.evaluated is not None:
@@ -64,11 +68,12 @@ def _record(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def read_figures(path: Path) -> dict[str, float]:
-    """Read the numbers of a JSON object.
+def read_figures(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """Read the numbers of a JSON object, and the settings that they were measured with.
 
-    A list under KEY becomes KEY_00, KEY_01, ...; text and null are left out. Raise InputError if the file is not there,
-    is no JSON object, or has no number at all.
+    The object holds the numbers themselves, or {"metrics": {...}, "settings": {...}}, as `pomscale evaluate images`
+    writes it. A list under KEY becomes KEY_00, KEY_01, ...; text and null are left out. Raise InputError if the file is
+    not there, is no JSON object, or has no number at all.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -76,6 +81,11 @@ def read_figures(path: Path) -> dict[str, float]:
         raise InputError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f'{path}: must be an object of figures, such as {{"fid": 9.6}}')
+    settings: dict[str, Any] = {}
+    if isinstance(content.get("metrics"), dict):
+        content, settings = content["metrics"], content.get("settings", {})
+        if not isinstance(settings, dict):
+            raise InputError(f"{path}: its settings must be an object")
     figures: dict[str, float] = {}
     for key, value in content.items():
         if isinstance(value, list):
@@ -84,7 +94,7 @@ def read_figures(path: Path) -> dict[str, float]:
             figures[key] = float(value)
     if not figures:
         raise InputError(f"{path}: there is no number in it to record")
-    return figures
+    return figures, settings
 
 
 def _is_number(value: Any) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pomscale.base.errors import InputError
 from pomscale.base.imports import large_imports
-from pomscale.cli.arguments import add_device, add_model, finite, positive, seed
+from pomscale.cli.arguments import add_device, add_model, positive, seed
 from pomscale.cli.sample import clips, vbench
-from pomscale.config.names import SamplerName
+from pomscale.cli.sample.options import add_sampling_options, load_guide, sampling_changes
 
 
 def add(verbs: Any) -> None:
@@ -57,23 +57,7 @@ def add(verbs: Any) -> None:
 
 
 def _add_options(sample: argparse.ArgumentParser) -> None:
-    sample.add_argument(
-        "--sampler", choices=get_args(SamplerName), help="Name of the sampler (default: as the model's recipe says)"
-    )
-    sample.add_argument(
-        "--steps",
-        "--num-steps",
-        dest="num_steps",
-        type=positive,
-        metavar="N",
-        help="Number of steps of the sampler (default: as the model's recipe says)",
-    )
-    sample.add_argument(
-        "--guidance",
-        type=finite,
-        metavar="W",
-        help="Weight w in pred_c + w (pred_c - pred_u); 0 is off (default: as the model's recipe says)",
-    )
+    add_sampling_options(sample)
     sample.add_argument(
         "--seed",
         type=seed,
@@ -90,7 +74,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     with large_imports():
         from pomscale.diffusion.options import SamplingOptions
         from pomscale.pretrained.load import PretrainedVDiPoM, load_pretrained
-        from pomscale.sampling.pictures import write_pictures
+        from pomscale.sampling.pictures import PictureRequest, write_pictures
 
     model = load_pretrained(
         arguments.model,
@@ -99,22 +83,17 @@ def _sample(arguments: argparse.Namespace) -> int:
         codec_path=arguments.codec_path,
         text_path=arguments.text_path,
     )
-    options = SamplingOptions.from_recipe(
-        model.card.sampling,
-        sampler=arguments.sampler,
-        num_steps=arguments.num_steps,
-        guidance=arguments.guidance,
-    )
+    options = SamplingOptions.from_recipe(model.card.sampling, **sampling_changes(arguments))
+    guide = load_guide(arguments)
     if isinstance(model, PretrainedVDiPoM):
-        return clips.sample(arguments, model, options)
+        if guide is not None and not isinstance(guide, PretrainedVDiPoM):
+            raise InputError(f"--guide {arguments.guide}: this model makes pictures, and {arguments.model} makes clips")
+        return clips.sample(arguments, model, options, guide)
     clips.refuse(arguments)
     write_pictures(
         model,
         parse_classes(arguments.classes, model.config.num_classes) if arguments.classes else None,
-        options,
-        num_each=arguments.num or 8,
-        seed=arguments.seed,
-        batch=arguments.batch,
+        PictureRequest(options, arguments.num or 8, arguments.seed, arguments.batch, guide),
         out=arguments.out or Path("grid.png"),
         npz=arguments.npz,
     )

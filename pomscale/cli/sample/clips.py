@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from pomscale.base.errors import InputError
 from pomscale.cli.arguments import positive
+from pomscale.cli.sample.options import OPTIONS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 # Options of `sample` that the saved state of clips fixes.
-_FIXED_BY_STATE = ("prompt", "prompts", "num", "seed", "start", "size", "sampler", "num_steps", "guidance")
+_FIXED_BY_STATE = ("prompt", "prompts", "num", "seed", "start", "size", *OPTIONS)
 
 
 def add_to_sample(sample: argparse.ArgumentParser) -> None:
@@ -96,10 +97,12 @@ def given(arguments: argparse.Namespace, names: tuple[str, ...]) -> str:
     return ", ".join(f"--{option}" for option in options)
 
 
-def sample(arguments: argparse.Namespace, model: PretrainedVDiPoM, options: SamplingOptions) -> int:
+def sample(
+    arguments: argparse.Namespace, model: PretrainedVDiPoM, options: SamplingOptions, guide: PretrainedVDiPoM | None
+) -> int:
     """Run `pomscale sample` for clips."""
     from pomscale.distributed.stop import EXIT_STOPPED, StopRequest
-    from pomscale.sampling.clips import ClipFiles
+    from pomscale.sampling.clips import ClipFiles, ClipRequest
 
     if arguments.classes is not None:
         raise InputError(
@@ -114,9 +117,10 @@ def sample(arguments: argparse.Namespace, model: PretrainedVDiPoM, options: Samp
 
     try:
         if arguments.state is None:
-            asked, written = _begin(arguments, model, options, files, stopping)
+            defaults = ClipRequest(options, batch=arguments.batch, guide=guide)
+            asked, written = _begin(arguments, model, defaults, files, stopping)
         else:
-            asked, written = _continue(arguments, model, files, stopping)
+            asked, written = _continue(arguments, model, guide, files, stopping)
     finally:
         if stop is not None:
             stop.restore()
@@ -132,18 +136,18 @@ def sample(arguments: argparse.Namespace, model: PretrainedVDiPoM, options: Samp
 def _begin(
     arguments: argparse.Namespace,
     model: PretrainedVDiPoM,
-    options: SamplingOptions,
+    request: ClipRequest,
     files: ClipFiles,
     stopping: Callable[[], bool],
 ) -> tuple[int, WrittenClips]:
     """Make new clips; return the number of frames that was asked for, and the clips that were written."""
-    from pomscale.sampling.clips import ClipRequest, clip_codec, num_latent_frames, write_clips
+    from pomscale.sampling.clips import clip_codec, num_latent_frames, write_clips
 
     defaults = model.card.sampling
     num_each = arguments.num or defaults.num_each
     prompts = [prompt for prompt in _prompts(arguments, defaults.prompts) for _ in range(num_each)]
     size = None if arguments.size is None else _size(arguments.size)
-    request = ClipRequest(options, num_frames=arguments.frames, size=size, batch=arguments.batch)
+    request = replace(request, num_frames=arguments.frames, size=size)
     seeds = range(arguments.seed, arguments.seed + len(prompts))
     if arguments.start is not None:
         request = replace(request, start=_read_start(arguments.start, model, request))
@@ -152,7 +156,11 @@ def _begin(
 
 
 def _continue(
-    arguments: argparse.Namespace, model: PretrainedVDiPoM, files: ClipFiles, stopping: Callable[[], bool]
+    arguments: argparse.Namespace,
+    model: PretrainedVDiPoM,
+    guide: PretrainedVDiPoM | None,
+    files: ClipFiles,
+    stopping: Callable[[], bool],
 ) -> tuple[int, WrittenClips]:
     """Continue saved clips; return as `_begin`."""
     from pomscale.sampling.clips import continue_clips
@@ -164,7 +172,7 @@ def _continue(
     if arguments.out is None:
         raise InputError("--continue: name the file for them with --out; clips.mp4 may be the clips they continue")
     return arguments.frames, continue_clips(
-        model, arguments.state, arguments.frames, files, stopping=stopping, show_progress=True
+        model, arguments.state, arguments.frames, files, guide=guide, stopping=stopping, show_progress=True
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from pomscale.base.errors import InputError
 from pomscale.base.imports import large_imports
 from pomscale.cli.sample.clips import given
+from pomscale.cli.sample.options import sampling_changes
 
 # Options of `sample` that VBench fixes.
 _FIXED_BY_VBENCH = ("classes", "prompt", "prompts", "size", "sheet", "start", "save_state", "state", "out", "npz")
@@ -46,6 +47,8 @@ def sample(arguments: argparse.Namespace) -> int:
 
     if arguments.out_dir is None:
         raise InputError("--vbench: name the folder for the videos with --out-dir")
+    if arguments.guide is not None:
+        raise InputError("--guide: not with --vbench, whose folder records one model")
     if options := given(arguments, _FIXED_BY_VBENCH):
         raise InputError(f"{options}: not with --vbench, which fixes prompts, form and names of its videos")
     task = this_task(arguments.task)
@@ -57,7 +60,7 @@ def sample(arguments: argparse.Namespace) -> int:
         num=arguments.num,
         seed=arguments.seed,
         num_frames=arguments.frames,
-        changes={"sampler": arguments.sampler, "num_steps": arguments.num_steps, "guidance": arguments.guidance},
+        changes=sampling_changes(arguments),
     )
     print(write_suite(source, suite, arguments.out_dir, task=(task.index, task.count)))
     return 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,18 @@ from pomscale.base.console import format_count, format_duration
 from pomscale.monitoring.report import html
 from pomscale.monitoring.report.plots import Panel, Style, draw_overview, draw_panel, draw_times, run_styles
 from pomscale.monitoring.report.run import Run, evaluation_figures, read_object, sample_grids, sample_prompts
+from pomscale.runs.evaluation_log import CurveNames
 from pomscale.runs.layout import CODE_STATE_FILE, RECIPE_FILE
-from pomscale.runs.metric_names import EVALUATION_PREFIX, GOODPUT_PREFIX, VALIDATION_BIN_PREFIX, WALL_TIME, describe
+from pomscale.runs.metric_names import (
+    EVALUATION_PREFIX,
+    GOODPUT_PREFIX,
+    VALIDATION_BIN_PREFIX,
+    WALL_TIME,
+    describe,
+    evaluation_of,
+    plain_figure,
+)
+from pomscale.runs.result_settings import result_key, what_differs
 
 # Metrics that most readers compare; all others that were logged are one click away.
 _FOREMOST = ("train/loss", "validation/loss", "speed/samples_per_s", "speed/mfu", "memory/peak_gib")
@@ -64,11 +75,35 @@ def _title(names: Iterable[str]) -> str:
 
 
 def _named(runs: Sequence[Run]) -> dict[str, Run]:
-    """Name each run by the last parts of its path, as many as it takes to tell them apart."""
-    num_parts = 1
+    """Name each run by the last parts of its path, as many as it takes to tell them apart.
+
+    Evaluations are named over all runs, so that runs have a figure in common only if they share its settings.
+    """
+    names, num_parts = CurveNames(), 1
     while len({_tail(run.folder, num_parts) for run in runs}) < len(runs):
         num_parts += 1
-    return {_tail(run.folder, num_parts): run for run in runs}
+    return {_tail(run.folder, num_parts): _with_common_names(run, names) for run in runs}
+
+
+def _with_common_names(run: Run, names: CurveNames) -> Run:
+    history = run.history
+    keys = {curve: result_key(settings) for curve, settings in history.settings.items()}
+    renamed = {
+        name: names.name(plain_figure(name), keys[evaluation_of(name)])
+        for name in history.series
+        if name.startswith(EVALUATION_PREFIX)
+    }
+    return replace(
+        run,
+        history=replace(
+            history,
+            series={renamed.get(name, name): curve for name, curve in history.series.items()},
+            evaluations=[
+                replace(one, metrics={renamed[name]: value for name, value in one.metrics.items()}, pictures={})
+                for one in history.evaluations
+            ],
+        ),
+    )
 
 
 def _tail(folder: Path, num_parts: int) -> str:
@@ -86,14 +121,27 @@ def _panels(named: Mapping[str, Run]) -> list[Panel]:
     panels = [
         *(Panel(title, lines(metric), noisy) for title, metric, noisy in _CURVES[:2]),
         Panel("last held-out loss by time bin, 0 = nearest to the data", _by_bin(named), x_name="time bin"),
-        *(panel for metric in single if (panel := _evaluation_panel(metric, lines(metric))).varies),
+        *(panel for panel in _evaluation_panels(named, single, lines) if panel.varies),
         *(Panel(title, lines(metric), noisy) for title, metric, noisy in _CURVES[2:]),
     ]
     return [panel for panel in panels if panel.lines]
 
 
-def _evaluation_panel(metric: str, lines: dict[str, tuple[list[int], list[float]]]) -> Panel:
-    return Panel(metric.removeprefix(EVALUATION_PREFIX), lines)
+def _evaluation_panels(
+    named: Mapping[str, Run], metrics: Sequence[str], lines: Callable[[str], dict[str, tuple[list[int], list[float]]]]
+) -> list[Panel]:
+    """Return a panel per figure and settings; where settings differ, the titles say in what."""
+    settings = {curve: found for run in named.values() for curve, found in run.history.settings.items()}
+    by_figure: dict[str, list[str]] = {}
+    for metric in metrics:
+        by_figure.setdefault(plain_figure(metric), []).append(metric)
+    panels = []
+    for figure, same in by_figure.items():
+        labels = what_differs([settings[evaluation_of(metric)] for metric in same]) if len(same) > 1 else [""]
+        for metric, label in zip(same, labels, strict=True):
+            title = figure.removeprefix(EVALUATION_PREFIX) + (f": {label}" if label else "")
+            panels.append(Panel(title, lines(metric)))
+    return panels
 
 
 def _by_bin(named: Mapping[str, Run]) -> dict[str, tuple[list[int], list[float]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -58,12 +58,14 @@ class Panel:
         lines: label -> (x, y).
         noisy: show a running mean over a faint curve.
         x_name: "samples", or the name of other numbers on the x axis.
+        bands: label of a line -> (x, low, high) of an area around it.
     """
 
     title: str
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     noisy: bool = False
     x_name: str = "samples"
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]] = field(default_factory=dict)
 
     @property
     def varies(self) -> bool:
@@ -133,6 +135,8 @@ def _draw(axes: Axes, panel: Panel, resumed_at: Sequence[int], styles: Mapping[s
         ramp = colormaps["viridis"](np.linspace(0.0, 0.85, len(panel.lines)))
         styles = {label: Style(color) for label, color in zip(panel.lines, ramp, strict=True)}
     styles = styles or run_styles(list(panel.lines))
+    for label, band in panel.bands.items():
+        axes.fill_between(*band, color=styles[label].color, alpha=0.15, linewidth=0)
     for label, (x, y) in panel.lines.items():
         _draw_line(axes, label, np.asarray(x, float), np.asarray(y, float), styles[label], panel.noisy)
     for number, samples in enumerate(resumed_at if panel.x_name == "samples" else ()):
@@ -143,7 +147,7 @@ def _draw(axes: Axes, panel: Panel, resumed_at: Sequence[int], styles: Mapping[s
     axes.set_xlabel(panel.x_name, color=MUTED, fontsize=8.5)
     if panel.x_name == "samples":
         axes.xaxis.set_major_formatter(FuncFormatter(lambda samples, _: format_count(samples)))
-    else:
+    elif all(float(value).is_integer() for x, _ in panel.lines.values() for value in x):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(which="both", colors=MUTED, labelsize=8.5, length=0)
     axes.grid(color=RULE, linewidth=0.8)

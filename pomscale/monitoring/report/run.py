@@ -35,12 +35,20 @@ from pomscale.runs.layout import (
     SAMPLES_FOLDER,
 )
 from pomscale.runs.ledger import Goodput
-from pomscale.runs.metric_names import EVALUATION_PREFIX, VALIDATION_BIN_PREFIX, WALL_TIME, describe
+from pomscale.runs.metric_names import (
+    EVALUATION_PREFIX,
+    VALIDATION_BIN_PREFIX,
+    WALL_TIME,
+    describe,
+    evaluation_of,
+    plain_figure,
+)
+from pomscale.runs.result_settings import what_differs
 
 NUM_SAMPLE_GRIDS = 4
 _NUM_ALERTS = 20
 
-_FAMILY = re.compile(r"(.+)_\d+$")
+FAMILY = re.compile(r"(.+)_\d+$")
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,7 @@ def evaluation_figures(series: Iterable[str]) -> list[list[str]]:
     """Return the names of evaluations' figures, grouped by family (KEY_00, KEY_01, ...)."""
     families: dict[str, list[str]] = {}
     for name in sorted(name for name in series if name.startswith(EVALUATION_PREFIX)):
-        family = _FAMILY.fullmatch(name)
+        family = FAMILY.fullmatch(name)
         families.setdefault(family[1] if family else name, []).append(name)
     return list(families.values())
 
@@ -161,15 +169,26 @@ def _panels(history: History) -> list[Panel]:
             lines({"memory/peak_gib": "peak", "host/memory_gib": "host", "host/process_memory_gib": "process"}),
         ),
         # Figures of real pictures are the same at each evaluation: they are shown in the tables only.
-        *(panel for names in evaluation_figures(history.series) if (panel := _evaluation_panel(names, history)).varies),
+        *(panel for panel in _evaluation_panels(history) if panel.varies),
     ]
     return [panel for panel in panels if panel.lines]
 
 
-def _evaluation_panel(names: list[str], history: History) -> Panel:
-    family = _FAMILY.fullmatch(names[0])
-    title = (family[1] if family else names[0]).removeprefix(EVALUATION_PREFIX)
-    return Panel(title, {name.rpartition("_")[2] if family else title: history.series[name] for name in names})
+def _evaluation_panels(history: History) -> list[Panel]:
+    """Return a panel per figure or family; results of other settings are lines of their own, with what differs."""
+    panels, by_figure = [], dict[str, list[str]]()
+    for names in evaluation_figures(history.series):
+        family = FAMILY.fullmatch(names[0])
+        if family:
+            lines = {name.rpartition("_")[2]: history.series[name] for name in names}
+            panels.append(Panel(family[1].removeprefix(EVALUATION_PREFIX), lines))
+        else:
+            by_figure.setdefault(plain_figure(names[0]), []).append(names[0])
+    for figure, names in by_figure.items():
+        title = figure.removeprefix(EVALUATION_PREFIX)
+        labels = [title] if len(names) == 1 else what_differs([history.settings[evaluation_of(name)] for name in names])
+        panels.append(Panel(title, {label: history.series[name] for label, name in zip(labels, names, strict=True)}))
+    return panels
 
 
 def _plots(panels: list[Panel], history: History) -> str:
@@ -208,7 +227,7 @@ def _evaluations(run: Run) -> str:
     """Return each evaluation: its figures by checkpoint, newest first, its newest pictures, and its failures."""
     by_name: dict[str, list[Evaluation]] = {}
     for evaluation in run.history.evaluations:
-        for name in {_evaluation_of(figure) for figure in (*evaluation.metrics, *evaluation.pictures)}:
+        for name in evaluation.curves:
             by_name.setdefault(name, []).append(evaluation)
     failures = _failed_evaluations(run.folder)
     parts = []
@@ -216,6 +235,7 @@ def _evaluations(run: Run) -> str:
         parts.append(f"<h3>{escape(name)}</h3>")
         parts += [html.note(failure) for failure in failures.get(name, [])]
         parts += _tables_and_media(name, by_name.get(name, []))
+        parts.append(html.folded("settings", html.key_values(run.history.settings.get(name, {}))))
     return "".join(parts)
 
 
@@ -246,10 +266,6 @@ def _figures_table(prefix: str, figures: list[str], evaluations: list[Evaluation
     ]
     head = ["samples", *(figure.removeprefix(prefix) for figure in figures)]
     return html.table(head, rows, numbers_from=1, wide=True) if figures else ""
-
-
-def _evaluation_of(figure: str) -> str:
-    return figure.removeprefix(EVALUATION_PREFIX).partition("/")[0]
 
 
 def _failed_evaluations(folder: Path) -> dict[str, list[str]]:

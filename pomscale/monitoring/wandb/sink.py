@@ -258,6 +258,9 @@ class WandbSink:
                 logger.warning("%s: no room for wandb's copy of it", path)
         row = self._row(evaluation.samples, {**evaluation.metrics, **media}, evaluation.time_unix_s)
         self._opening.log(run, row)
+        if evaluation.settings:
+            settings = {f"{EVALUATION_PREFIX}{curve}": evaluation.settings for curve in evaluation.curves}
+            run.config.update(settings, allow_val_change=True)
         self.num_delivered += 1
         self._delivery.note(position)
 

@@ -42,7 +42,7 @@ def test_every_shell_gets_a_script_with_all_verbs(shell: str, capsys: pytest.Cap
         (["pomscale", "e"], {"evaluate", "export", "ema"}),
         (["pomscale", "runs", "sta"], {"status"}),
         (["pomscale", "sample", "run", "--sampler", "h"], {"heun"}),
-        (["pomscale", "sample", "run", "--guid"], {"--guidance"}),
+        (["pomscale", "sample", "run", "--guidance-i"], {"--guidance-interval"}),
     ],
 )
 def test_bash_completes(

@@ -22,6 +22,7 @@ from pomscale.config.load import dump_recipe, load_recipe, load_train_recipe
 from pomscale.config.pipeline import PipelineRecipe, fill_in
 from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError
+from pomscale.runs import checkpoint_folder
 from pomscale.runs.checkpoint_folder import complete_checkpoints, remove, samples_of
 from pomscale.runs.evaluation_log import read_evaluations
 from pomscale.runs.layout import EVALUATED_FOLDER, FAILED_FILE, JOB_FILE, JOBS_FILE, LAUNCH_FILE
@@ -146,13 +147,13 @@ def test_a_checkpoint_that_goes_while_it_is_linked(
     run: Path, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = save(run, 120)
-    link = evaluations.link_or_copy
+    link = checkpoint_folder.link_or_copy
 
     def gone_in_between(source: Path, target: Path) -> bool:
         remove(checkpoint)
         return link(source, target)
 
-    monkeypatch.setattr(evaluations, "link_or_copy", gone_in_between)
+    monkeypatch.setattr(checkpoint_folder, "link_or_copy", gone_in_between)
     Evaluations(run).poll()
     assert scheduler.asked == []
     assert not (evaluation_folder(run, "a", 120) / EVALUATED_FOLDER).exists()
@@ -224,8 +225,8 @@ def test_a_disk_that_takes_nothing_does_not_end_the_run(
 
     save(run, 120)
     watching = Evaluations(run)
-    for name in ("link_or_copy", "write_text"):
-        monkeypatch.setattr(evaluations, name, full)
+    for module, name in ((checkpoint_folder, "link_or_copy"), (evaluations, "write_text")):
+        monkeypatch.setattr(module, name, full)
     watching.poll(finished=True)
     assert "no space left" in capsys.readouterr().err
 
@@ -286,7 +287,9 @@ def test_shipped_commands_are_commands() -> None:
 def test_figures_are_numbers_and_lists_of_numbers(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     path.write_text('{"fid": 9.5, "num": 3, "by_bin": [0.5, null, 2], "ok": true, "note": "text", "none": null}')
-    assert read_figures(path) == {"fid": 9.5, "num": 3.0, "by_bin_00": 0.5, "by_bin_02": 2.0}
+    assert read_figures(path) == ({"fid": 9.5, "num": 3.0, "by_bin_00": 0.5, "by_bin_02": 2.0}, {})
+    path.write_text(json.dumps({"metrics": {"fid": 9.5}, "settings": {"steps": 50}}))
+    assert read_figures(path) == ({"fid": 9.5}, {"steps": 50})
 
 
 @pytest.mark.parametrize(

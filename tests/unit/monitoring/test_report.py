@@ -10,11 +10,15 @@ import pytest
 from PIL import Image
 
 from pomscale.base.errors import InputError
+from pomscale.monitoring.report import compare
+from pomscale.monitoring.report import run as run_report
 from pomscale.monitoring.report.html import MAX_CLIP_BYTES
-from pomscale.monitoring.report.plots import run_styles
+from pomscale.monitoring.report.plots import Panel, run_styles
+from pomscale.monitoring.report.run import Run
 from pomscale.monitoring.report.write import write_report
 from pomscale.monitoring.sinks import JsonlSink
 from pomscale.runs.evaluation_log import record
+from pomscale.runs.history import read_history
 from pomscale.runs.metric_names import evaluation_name, validation_bin
 
 VOID = {"meta", "img", "br", "link", "input"}
@@ -174,6 +178,29 @@ def test_evaluations_have_tables_curves_and_media(run_folder: Path) -> None:
         assert text.count(f'alt="{plotted}"') == expected, "what is always the same is no curve"
 
 
+def measure(run: Path, samples: int, fid: float, **settings: float) -> None:
+    record(run, samples, {evaluation_name("images", "fid"): fid}, settings=settings)
+
+
+def lines_of(panels: list[Panel]) -> dict[str, dict[str, list[float]]]:
+    return {
+        panel.title: {label: list(y) for label, (_, y) in panel.lines.items()}
+        for panel in panels
+        if panel.title.startswith("images")
+    }
+
+
+def test_results_of_other_settings_are_lines_of_their_own(run_folder: Path) -> None:
+    for samples, fid in ((6400, 9.0), (9600, 8.0)):
+        measure(run_folder, samples, fid, guidance=1.0, steps=50)
+        measure(run_folder, samples, fid - 3, guidance=2.0, steps=50)
+    panels = run_report._panels(read_history(run_folder))
+    assert lines_of(panels) == {"images/fid": {"guidance 1": [9.0, 8.0], "guidance 2": [6.0, 5.0]}}
+    text = write_report([run_folder]).html.read_text()
+    assert text.count('alt="images/fid"') == 1
+    assert '<th scope="row">guidance</th><td>2.0</td>' in text
+
+
 def test_of_a_clip_that_is_too_large_its_sheet_is_shown(run_folder: Path) -> None:
     clip = run_folder / "samples" / "a-clip.mp4"
     clip.write_bytes(bytes(MAX_CLIP_BYTES + 1))
@@ -253,6 +280,22 @@ def test_runs_are_compared(two_runs: list[Path], tmp_path: Path) -> None:
     assert text.count('class="key"') == 2
     with Image.open(paths.png) as picture:
         assert picture.size[0] == 1800
+
+
+def test_runs_share_a_plot_only_of_the_same_settings(two_runs: list[Path]) -> None:
+    one, other = two_runs
+    for samples in (6400, 9600):
+        measure(one, samples, 9.0 + samples, guidance=1.0)
+        measure(other, samples, 7.0 + samples, guidance=2.0)
+        measure(other, samples, 8.0 + samples, guidance=1.0)
+    runs = [Run(folder, read_history(folder), None) for folder in two_runs]
+    panels = lines_of(compare._panels(compare._named(runs)))
+    assert panels == {
+        "images/fid: guidance 1": {one.name: [6409.0, 9609.0], other.name: [6408.0, 9608.0]},
+        "images/fid: guidance 2": {other.name: [6407.0, 9607.0]},
+    }
+    text = write_report(two_runs).html.read_text()
+    assert cells(text, "evaluation/images/fid") == ["9609", "9608"]
 
 
 def test_runs_of_one_name_are_told_apart(two_runs: list[Path], tmp_path: Path) -> None:

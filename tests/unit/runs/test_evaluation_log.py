@@ -17,7 +17,8 @@ from pomscale.monitoring.sinks import JsonlSink
 from pomscale.runs.evaluation_log import Delivery, read_evaluations, record
 from pomscale.runs.history import read_history
 from pomscale.runs.layout import EVALUATIONS_FILE
-from pomscale.runs.metric_names import describe, evaluation_name
+from pomscale.runs.metric_names import describe, evaluation_name, plain_figure
+from pomscale.runs.result_settings import result_key
 from support.running import mounted_disk, wait_until
 
 ACCURACY = evaluation_name("digits", "accuracy")
@@ -69,6 +70,7 @@ def test_names_say_what_they_are() -> None:
     [
         ({"train/loss": 1.0}, None, "not the name of an evaluation"),
         ({"evaluation/loose": 1.0}, None, "must be evaluation/NAME/FIGURE"),
+        ({"evaluation/a@b/figure": 1.0}, None, "must be evaluation/NAME/FIGURE"),
         ({}, None, "nothing to record"),
         ({ACCURACY: 1.0}, "gone.png", "gone.png: missing"),
         ({ACCURACY: 1.0}, "recipe.yaml", "neither an image nor a clip"),
@@ -137,6 +139,52 @@ def test_history_has_them_with_samples_as_the_axis(run: Path) -> None:
     assert history.series[ACCURACY] == ([8, 16], [0.25, 0.75])
     assert history.series["train/loss"][0] == [8, 16, 24]
     assert [evaluation.samples for evaluation in history.evaluations] == [16, 8, 16]
+
+
+FID, STEPS_50, STEPS_25 = evaluation_name("images", "fid"), {"steps": 50}, {"steps": 25}
+OTHER = f"evaluation/images@{result_key(STEPS_25)}/fid"
+
+
+def test_results_of_other_settings_are_another_curve(run: Path) -> None:
+    _train(run, 0, 0, 8, 16, 24)
+    picture = run / "a.png"
+    picture.touch()
+    record(run, 16, {FID: 9.0}, settings=STEPS_50 | {"checkpoint": {"samples": 16}})
+    record(run, 16, {FID: 7.0}, {"evaluation/images/grid": picture}, settings=STEPS_25)
+    record(run, 8, {FID: 12.0}, settings=STEPS_50 | {"checkpoint": {"samples": 8}})
+    record(run, 8, {FID: 99.0, ACCURACY: 0.5})  # by a version that kept no settings
+    history = read_history(run)
+    assert history.series[FID] == ([8, 16], [12.0, 9.0])
+    assert history.series[OTHER] == ([16], [7.0])
+    assert history.series["evaluation/images@unrecorded/fid"] == ([8], [99.0])
+    assert history.series[ACCURACY] == ([8], [0.5])
+    assert history.settings == {
+        "images": STEPS_50 | {"checkpoint": {"samples": 8}},
+        OTHER.split("/")[1]: STEPS_25,
+        "images@unrecorded": {},
+        "digits": {},
+    }
+    assert history.evaluations[1].pictures == {OTHER.replace("/fid", "/grid"): picture}
+    assert "with other settings" in describe(OTHER)
+    assert plain_figure(OTHER) == FID
+
+
+def test_lines_without_settings_stay_one_curve(run: Path) -> None:
+    _train(run, 0, 0, 8, 16)
+    row = {"samples": 8, "time_unix_s": 1.0, "metrics": {FID: 9.0}, "pictures": {}}
+    (run / EVALUATIONS_FILE).write_text(json.dumps(row) + "\n")
+    record(run, 16, {FID: 8.0})
+    assert read_history(run).series[FID] == ([8, 16], [9.0, 8.0])
+
+
+def test_delivery_gives_the_same_names_as_reading_all(run: Path) -> None:
+    record(run, 8, {FID: 9.0}, settings=STEPS_50)
+    first = Delivery(run)
+    ((_, position),) = first.due()
+    first.note(position)
+    record(run, 16, {FID: 7.0}, settings=STEPS_25)
+    for delivery in (first, Delivery(run)):
+        assert [list(evaluation.metrics) for evaluation, _ in delivery.due()] == [[OTHER]]
 
 
 def test_going_back_gives_up_what_was_measured_beyond(run: Path) -> None:

@@ -115,6 +115,55 @@ def test_a_resumed_stream_gives_the_same_bits(mixer: Any, per_frame_group: bool,
         assert all(torch.equal(found[name], extra[name]) for name in extra)
 
 
+@pytest.mark.parametrize("per_frame_group", [False, True], ids=["one t", "t per group"])
+@pytest.mark.parametrize("with_guide", [False, True], ids=["alone", "guided"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "sde", "eta": 0.5, "grid": "rho"},
+        {"sampler": "unipc", "guidance": 1.5, "guidance_interval": (0.2, 0.9), "shift": 2.0},
+        {"guidance": 1.0, "guidance_schedule": "cosine", "guidance_base_size": 3, "times": (1.0, 0.6, 0.0)},
+    ],
+    ids=["sde", "interval", "schedule"],
+)
+def test_all_options_survive_a_stop(
+    options: dict[str, Any], with_guide: bool, per_frame_group: bool, tmp_path: Path
+) -> None:
+    model, weak = (pretrained(mixer, per_frame_group=per_frame_group) for mixer in ("pom", "attention"))
+    options = {**options, "guidance": options.get("guidance", 1.0), "guide": weak if with_guide else None}
+    expected = list(islice(stream(model, **options), 4))
+    clips = stream(model, **options)
+    before = list(islice(clips, 2))
+    clips.save(tmp_path / "state")
+    resumed, _ = ClipStream.resume(model, tmp_path / "state", num_groups=2, guide=options["guide"])
+    assert torch.equal(torch.stack([*before, *resumed]), torch.stack(expected))
+    plain = list(islice(stream(model, guidance=1.0), 2))
+    assert not torch.equal(torch.stack(plain), torch.stack(expected[:2]))
+
+
+def test_a_state_of_the_first_version_is_continued(saved: Path) -> None:
+    """It knows of three options alone, and of no guide."""
+    expected = list(stream(pretrained(), 4))[2:]
+    meta, tensors = read_clip_state(saved)
+    meta["sampling"] = {name: meta["sampling"][name] for name in ("sampler", "steps", "guidance")}
+    del meta["guide"], meta["num_worse_states"]
+    write_clip_state(saved, meta, tensors)
+    rewritten(saved, lambda tensors, metadata: metadata.update(format_version="1"))
+    clips, _ = ClipStream.resume(pretrained(), saved, num_groups=2)
+    assert torch.equal(torch.stack(list(clips)), torch.stack(expected))
+
+
+def test_a_guide_belongs_to_its_clips(saved: Path) -> None:
+    weak, other = pretrained("attention"), pretrained(["pom", "attention"])
+    with pytest.raises(InputError, match=r"state.safetensors: these clips were begun without a guide; continue them"):
+        ClipStream.resume(pretrained(), saved, num_groups=1, guide=weak)
+    clips = stream(pretrained(), 1, guidance=1.0, guide=weak)
+    clips.save(saved)
+    for wrong, message in ((None, "begun with a guide; give the same one"), (other, "begun with another guide")):
+        with pytest.raises(InputError, match=f"state.safetensors: these clips were {message}"):
+            ClipStream.resume(pretrained(), saved, num_groups=1, guide=wrong)
+
+
 def test_another_process_goes_on_with_the_same_bits(saved: Path) -> None:
     expected = list(stream(pretrained(), 4))[2:]
     code = """
@@ -157,6 +206,9 @@ def test_with_one_t_for_all_frames_the_stream_is_the_clip_that_sample_draws() ->
     at_once = sample(model, TEXT, seeds=SEEDS, num_frames=6, num_steps=3, guidance=1.0)
     groups = torch.cat(list(stream(model, 3, guidance=1.0, size=(10, 6))), dim=2)
     torch.testing.assert_close(groups, at_once, rtol=1e-4, atol=1e-5)
+    options: dict[str, Any] = {"sampler": "ddpm", "guidance": 1.0, "guidance_interval": (0.0, 0.7), "num_steps": 5}
+    at_once = sample(model, TEXT, seeds=SEEDS, num_frames=6, **options)
+    torch.testing.assert_close(torch.cat(list(stream(model, 3, **options)), dim=2), at_once, rtol=1e-4, atol=1e-4)
 
 
 def test_what_was_asked_comes_back_without_the_text_encoder(tmp_path: Path) -> None:
@@ -212,6 +264,30 @@ def test_inputs_that_do_not_fit_are_refused(changes: dict[str, Any], message: st
 def test_prompts_need_a_seed_each() -> None:
     with pytest.raises(InputError, match="2 prompts but 1 seeds; give one seed per clip"):
         ClipStream(pretrained(), TEXT, [1], num_groups=1)
+
+
+@pytest.mark.parametrize(
+    ("guide", "message"),
+    [
+        ({"per_frame_group": True}, "it was trained with temporal block_causal, patch_frames 2, a t per frame group"),
+        ({"temporal": "none"}, "it was trained with temporal none.* frame group by frame group need both alike"),
+        ({"objective": "eps"}, "its objective is eps, and the model's is flow"),
+        ({"text": TEXT_INFO.model_copy(update={"identity": "xyz"})}, "its text encoder is xyz, and the model's is abc"),
+        ({"latent_shape": (4, 6, 8, 6)}, "its number of latent channels is 4, and the model's is 3"),
+    ],
+)
+def test_guides_that_cannot_go_along_are_refused(guide: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"guide: {message}"):
+        stream(pretrained(), 1, guidance=1.0, guide=pretrained(**guide))
+
+
+def test_a_guide_of_other_clips_can_guide_them_at_once() -> None:
+    """Neither mask nor form matter where all frames are drawn together."""
+    model, weak = pretrained(), pretrained("attention", temporal="none")
+    given: dict[str, Any] = {"seeds": SEEDS, "num_frames": 4, "num_steps": 3, "guidance": 1.0}
+    assert not torch.equal(sample(model, TEXT, guide=weak, **given), sample(model, TEXT, **given))
+    with pytest.raises(InputError, match="guide: guidance is 0, so that a guide would change nothing"):
+        sample(model, TEXT, guide=weak, seeds=SEEDS)
 
 
 def test_models_that_carry_no_state_are_refused() -> None:
@@ -278,7 +354,7 @@ def other_version(path: Path) -> None:
         (truncate, "cannot be read .* or a part of one; copy or save it again"),
         (flip, "damaged; copy it again"),
         (other_seed, "damaged; copy it again"),
-        (other_version, "format version 99, this pomscale reads 1; use pomscale 9.9"),
+        (other_version, "format version 99, this pomscale reads 1 and 2; use pomscale 9.9"),
         (lambda path: path.write_bytes(b""), "cannot be read .* no state of clips"),
         (
             lambda path: path.write_text("not a state at all, but long enough for a header"),

@@ -10,7 +10,7 @@ import pytest
 from pomscale.base.errors import InputError
 from pomscale.diffusion.options import SamplingOptions
 from pomscale.sampling.clips import ClipFiles
-from pomscale.sampling.pictures import write_pictures
+from pomscale.sampling.pictures import PictureRequest, write_pictures
 
 
 @pytest.mark.parametrize("names", [("g.txt", None), ("g.mp4", None), ("g.png", "g.png")])
@@ -18,7 +18,9 @@ def test_pictures(tmp_path: Path, names: tuple[str, str | None]) -> None:
     out, npz = (None if name is None else tmp_path / name for name in names)
     model: Any = None  # it is not looked at
     with pytest.raises(InputError, match=r"this file is written as \.(png|npz); name it g\."):
-        write_pictures(model, None, SamplingOptions(), num_each=1, seed=0, batch=1, out=out or tmp_path, npz=npz)
+        write_pictures(
+            model, None, PictureRequest(SamplingOptions(), num_each=1, batch=1), out=out or tmp_path, npz=npz
+        )
     assert list(tmp_path.iterdir()) == []
 
 

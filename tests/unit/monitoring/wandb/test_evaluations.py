@@ -14,7 +14,8 @@ from PIL import Image
 from pomscale.monitoring.wandb import run as wandb_run
 from pomscale.monitoring.wandb.run import WandbLock
 from pomscale.monitoring.wandb.sink import deliver_without_training
-from pomscale.runs.evaluation_log import record
+from pomscale.runs.evaluation_log import Delivery, record
+from pomscale.runs.result_settings import result_key
 from support import wandb_reader
 from support.wandb_folder import (
     RECIPE,
@@ -48,6 +49,21 @@ def test_evaluations_reach_wandb_once_at_their_own_samples_over_restarts(run: Pa
         (tuple(columns), 2),
     }
     assert "evaluation" not in (run / "metrics.jsonl").read_text()
+
+
+def test_wandb_has_the_settings_and_another_curve_where_they_differ(run: Path) -> None:
+    other = {"sampler": {"steps": 25}}
+    with open_wandb(run, 0) as monitor:
+        monitor.log(8, {"train/loss": 1.0})
+        record(run, 8, {"evaluation/images/fid": 9.0}, settings={"sampler": {"steps": 50}})
+        record(run, 8, {"evaluation/images/fid": 7.0}, settings=other)
+        monitor.log(16, {"train/loss": 0.5})
+    curve = f"evaluation/images@{result_key(other)}"
+    assert logged_samples(run, "evaluation/images/fid") == [[8]]
+    assert logged_samples(run, f"{curve}/fid") == [[8]]
+    config = wandb_reader.read_config(wandb_files(run)[0])
+    assert config["evaluation/images"] == {"sampler": {"steps": 50}}
+    assert config[curve] == other
 
 
 def test_without_training_evaluations_go_to_wandb_in_a_session_of_their_own(run: Path) -> None:
@@ -106,7 +122,7 @@ def test_while_training_is_alive_it_is_training_that_delivers(run: Path) -> None
     assert deliver_without_training(run) == 0
     training.stdin.write("\n")
     training.stdin.close()
-    wait_until_written(lambda: logged_samples(run) == [[8, 16]])  # with what was given before the second row
+    wait_until_written(lambda: logged_samples(run) == [[8, 16]] and not Delivery(run).has_more)  # given, and noted
     training.kill()
     training.wait()
     time.sleep(wandb_run._NAME_EVERY_S)  # the next one shall have another name

@@ -1,0 +1,119 @@
+"""Features from a TorchScript file, for FVD's I3D and whatever else there is.
+
+A module is called as the metrics of StyleGAN-V and StyleGAN3 call theirs: with uint8 pictures (b, c, h, w) or clips
+(b, c, f, h, w), and with those of the arguments rescale=True, resize=True, return_features=True that its forward has.
+It returns (b, d). One that wants values in [0, 1] or [-1, 1], or another size, is wrapped once and saved:
+
+    class FromBytes(torch.nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            return self.network(x.float() / 127.5 - 1)
+
+    torch.jit.script(FromBytes(torch.jit.load("network.pt"))).save("from_bytes.pt")
+
+What it takes is found out by trial, pictures before clips, colour before grey.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pomscale.base.errors import InputError
+from pomscale.codecs.extractors.base import FeatureName, check_media, inference
+from pomscale.codecs.loading import brief
+
+_ARGUMENTS = ("rescale", "resize", "return_features")
+_VERSION = "torchscript 1"
+_FAILURES = (RuntimeError, torch.jit.Error)  # of operators, and of `raise` in the module: neither includes the other
+# Shapes without the batch, cheap ones first; those of 224 and 299 are for modules of one size.
+_TRIALS = [
+    (channels, *frames, size, size)
+    for frames in ((), (16,))
+    for channels in (3, 1)
+    for size in (64, 224, *(() if frames else (299, 32, 28)))
+]
+
+
+class TorchScript:
+    """Extractor that calls a module of another's making with uint8."""
+
+    name = "torchscript"
+
+    def __init__(self, file: Path) -> None:
+        """Load a module and try what it takes. Raises InputError if it takes neither pictures nor clips of uint8."""
+        self.file = file
+        self.device = torch.device("cpu")
+        self.identity = hashlib.sha256(_VERSION.encode() + file.read_bytes()).hexdigest()
+        try:
+            self._module: Any = torch.jit.load(str(file), map_location="cpu").eval()
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"extractor torchscript: {file} is no TorchScript file ({brief(error)})") from error
+        names = {argument.name for argument in self._module.forward.schema.arguments}
+        self._arguments = {name: True for name in _ARGUMENTS if name in names}
+        shape, dim = self._try()
+        self.num_channels: Literal[1, 3] = 3 if shape[0] == 3 else 1
+        self.takes_clips = len(shape) == 4
+        self.dims: dict[FeatureName, int | None] = {"pooled": dim}
+        self._sizes_that_work = {shape[1:]}
+
+    def check_size(self, *size: int) -> None:
+        """Raise InputError if the module fails for media of a size; each size is tried once."""
+        if size in self._sizes_that_work:
+            return
+        try:
+            features = self._call(torch.zeros(2, self.num_channels, *size, dtype=torch.uint8))
+        except _FAILURES as error:
+            raise InputError(
+                f"extractor torchscript: {self.file} does not take media of {'x'.join(map(str, size))}: {_cause(error)}"
+            ) from error
+        if features.shape[1] != self.dims["pooled"]:
+            raise InputError(
+                f"extractor torchscript: {self.file} gives {features.shape[1]} features for media of "
+                f"{'x'.join(map(str, size))}, and {self.dims['pooled']} for others; wrap it so that it resizes"
+            )
+        self._sizes_that_work.add(size)
+
+    def extract(self, media: Tensor, names: tuple[FeatureName, ...] = ("pooled",)) -> dict[FeatureName, Tensor]:
+        check_media(self, media, names)
+        return {"pooled": self._call(media).float()}
+
+    def to(self, device: torch.device | str) -> TorchScript:
+        self.device = torch.device(device)
+        self._module.to(self.device)
+        return self
+
+    def _call(self, media: Tensor) -> Tensor:
+        with inference(self.device):
+            features = self._module(media.to(self.device), **self._arguments)
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(media):
+            found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise RuntimeError(f"it returns {found} for {len(media)} inputs, and not a tensor (b, d)")
+        return features
+
+    def _try(self) -> tuple[tuple[int, ...], int]:
+        """Return the first shape, without the batch, that the module takes, and the width of its features."""
+        causes = {}
+        for shape in _TRIALS:
+            try:
+                return shape, self._call(torch.zeros(2, *shape, dtype=torch.uint8)).shape[1]
+            except _FAILURES as error:
+                causes[shape] = _cause(error)
+        first, clips = _TRIALS[0], next(shape for shape in _TRIALS if len(shape) == 4)
+        raise InputError(
+            f"extractor torchscript: {self.file} takes neither uint8 pictures ({causes[first]}) nor uint8 clips "
+            f"({causes[clips]}). Wrap it as pomscale/codecs/extractors/torchscript.py shows"
+        )
+
+
+def _cause(error: Exception) -> str:
+    """Return the last line of a TorchScript error, which says what went wrong; the others say where."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return brief(Exception(lines[-1] if lines else type(error).__name__))

@@ -1,0 +1,1 @@
+"""Quality of generated pictures and clips: samples against a reference, by features of a frozen network."""

@@ -1,0 +1,204 @@
+"""An evaluation that is opened and checked: its pictures, its parts, its plan and its settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pomscale.base.errors import InputError
+from pomscale.codecs.extractors import build_extractor
+from pomscale.codecs.extractors.base import Extractor
+from pomscale.distributed.world import resolve_device
+from pomscale.evaluation.generated.crops import check_crops
+from pomscale.evaluation.generated.figures import Conventions
+from pomscale.evaluation.generated.generated_pictures import GeneratedPictures
+from pomscale.evaluation.generated.measure import Measurement, check_pictures
+from pomscale.evaluation.generated.metric_choice import Choice, Sides, choose, owner_of, warnings_of
+from pomscale.evaluation.generated.opening import open_pictures, open_reference
+from pomscale.evaluation.generated.picture_sets import PictureSet
+from pomscale.evaluation.generated.request import Request
+from pomscale.evaluation.generated.work_folder import PartFiles, Side
+from pomscale.metrics.inception_score import assign_splits
+from pomscale.runs.code_state import versions
+
+_FORMAT = 1
+_WORK = "evaluations"
+
+
+class Job(NamedTuple):
+    """One part of one side."""
+
+    side: Side
+    part: int
+    bounds: tuple[int, int]
+
+
+class Evaluation:
+    """An evaluation whose source, reference and extractors are open, and known to fit each other."""
+
+    def __init__(self, request: Request) -> None:
+        """Open everything that is asked for, and check it. InputError, one clear line, if it cannot be measured."""
+        request.outputs.check()
+        self.request = request
+        device = request.opening.model.device
+        self.extractors: list[Extractor] = [
+            build_extractor(spec, resolve_device(device)) for spec in dict.fromkeys(request.extractors)
+        ]
+        opening = replace(request.opening, with_captions=any(extractor.name == "clip" for extractor in self.extractors))
+        self.source = open_pictures(request.source, opening)
+        self.reference = open_reference(request.reference, replace(opening, num=request.num_reference))
+        sides = Sides(self.source, self.reference)
+        self.choice: Choice = choose(
+            self.extractors,
+            sides,
+            request.metrics,
+            writes_statistics=request.outputs.statistics is not None,
+            writes_pictures=(request.outputs.npz or request.outputs.tars) is not None,
+        )
+        self._check()
+        self.measurements = self._measurements()
+
+    def _check(self) -> None:
+        request, pictures, statistics = self.request, self.reference.pictures, self.reference.statistics
+        for one in filter(None, (self.source, pictures)):
+            check_pictures(one, self.extractors, request.repeats_grey)
+        if pictures is not None:
+            _check_alike(self.source, pictures, request.repeats_grey)
+        if statistics is not None:
+            owner = self.extractors[owner_of(statistics, self.extractors)]
+            dims = {name: width for name, width in owner.dims.items() if width is not None}
+            used = {want.feature for want in self.choice.of_source if want.kept == "moments"}
+            statistics.check(
+                owner.identity, dims, tuple(name for name in dims if name in used & {*statistics.gaussians})
+            )
+        if not request.any_crop:
+            theirs_crop = pictures.crop if pictures is not None else (statistics and statistics.settings.get("crop"))
+            check_crops(str(request.reference), theirs_crop or None, self.source.crop)
+
+    def _measurements(self) -> dict[Side, Measurement]:
+        request, device = self.request, resolve_device(self.request.opening.model.device)
+        common = {"extractors": self.extractors, "batch": request.batch, "repeats_grey": request.repeats_grey}
+        splits = None
+        if any(want.kept == "splits" for want in self.choice.of_source):
+            splits = _splits(self.source.num_pictures, request.conventions)
+        found: dict[Side, Measurement] = {
+            "source": Measurement(
+                self.source,
+                wants=self.choice.of_source,
+                splits=splits,
+                ahead=device.type == "cuda",
+                tars=request.outputs.tars,
+                keeps_pixels=request.outputs.npz is not None,
+                **common,  # type: ignore[arg-type]
+            )
+        }
+        wants = self.choice.of_reference(self.reference)
+        if self.reference.pictures is not None and wants:
+            ahead = device.type == "cuda"
+            found["reference"] = Measurement(self.reference.pictures, wants=wants, ahead=ahead, **common)  # type: ignore[arg-type]
+        return found
+
+    def jobs(self) -> list[Job]:
+        """Return all parts; those of the source first."""
+        return [
+            Job(side, part, bounds)
+            for side, measurement in self.measurements.items()
+            for part, bounds in enumerate(_bounds(measurement.pictures.num_pictures, self.request.part))
+        ]
+
+    def plan(self) -> dict[str, Any]:
+        """Return JSON with everything that decides the figures and the files."""
+        request, statistics = self.request, self.reference.statistics
+        return {
+            "format": _FORMAT,
+            "source": self.source.identity(),
+            "reference": None if self.reference.pictures is None else self.reference.pictures.identity(),
+            "statistics": None if statistics is None else statistics.sha256,
+            "extractors": [extractor.identity for extractor in self.extractors],
+            "metrics": list(self.choice.wants),
+            "conventions": request.conventions.settings(list(self.choice.wants)),
+            "grey": "repeat" if request.repeats_grey else None,
+            "batch": request.batch,
+            "part": request.part,
+            "outputs": [path and str(path) for path in (request.outputs.npz, request.outputs.tars)],
+            "statistics_file": request.outputs.statistics and str(request.outputs.statistics),
+        }
+
+    def work(self) -> Path:
+        """Return the folder that the processes share."""
+        if self.request.work is not None:
+            return self.request.work
+        digest = hashlib.sha256(json.dumps(self.plan(), sort_keys=True).encode()).hexdigest()
+        return Path(_WORK) / f"{Path(self.request.source.rstrip('/')).stem}-{digest[:10]}"
+
+    def describe(self) -> str:
+        """Return what would be done, for people."""
+        lines = [f"source: {self.source.num_pictures:,} pictures of {self.request.source}"]
+        if self.reference.pictures is not None:
+            lines.append(f"reference: {self.reference.pictures.num_pictures:,} pictures of {self.request.reference}")
+        if self.reference.statistics is not None:
+            lines.append(f"reference: statistics of {', '.join(self.reference.statistics.gaussians)} features")
+        lines.append(f"metrics: {', '.join(self.choice.wants) or 'none'}")
+        lines += [f"left out: {name} {reason}" for name, reason in self.choice.left_out.items()]
+        lines += [f"warning: {text}" for text in self.warnings()]
+        jobs = self.jobs()
+        work = self.work()
+        done = sum(self.measurements[job.side].is_done(PartFiles(work, job.side), job.part) for job in jobs)
+        lines.append(f"parts: {len(jobs):,}, of which {done:,} are done, in {work}")
+        return "\n".join(lines)
+
+    def warnings(self) -> list[str]:
+        """Return a sentence for each metric of too few pictures."""
+        numbers = {"source": self.source.num_pictures}
+        if self.reference.pictures is not None:
+            numbers["reference"] = self.reference.pictures.num_pictures
+        return warnings_of(self.choice, numbers)
+
+    def settings(self) -> dict[str, Any]:
+        """Return every setting that made the figures, as JSON."""
+        own = self.source.settings()
+        settings: dict[str, Any] = own if isinstance(self.source, GeneratedPictures) else {"source": own}
+        settings["extractors"] = {
+            extractor.name: {"spec": spec, "identity": extractor.identity}
+            for spec, extractor in zip(dict.fromkeys(self.request.extractors), self.extractors, strict=True)
+        }
+        settings["grey"] = "repeat" if self.request.repeats_grey else None
+        settings["conventions"] = self.request.conventions.settings(list(self.choice.wants))
+        settings["versions"] = versions()
+        return settings
+
+
+def _check_alike(source: PictureSet, reference: PictureSet, repeats_grey: bool) -> None:
+    """Raise InputError if the pictures of both sides have other sizes or channels."""
+    if None not in (reference.size, source.size) and reference.size != source.size:
+        ours, theirs = ("x".join(map(str, one.size or ())) for one in (source, reference))
+        raise InputError(
+            f"{source.name} has pictures of {ours} pixels, and the reference {reference.name} of {theirs}; cut and "
+            f"resize those in files with --fit, or name a reference of this size"
+        )
+    if reference.num_channels != source.num_channels and not repeats_grey:
+        grey, other = (source, reference) if source.num_channels == 1 else (reference, source)
+        raise InputError(
+            f"{grey.name} has grey pictures, and {other.name} has pictures with colours; compare grey ones as three "
+            f"equal channels with --grey repeat"
+        )
+
+
+def _splits(count: int, conventions: Conventions) -> npt.NDArray[np.int64]:
+    try:
+        return assign_splits(count, conventions.splits, conventions.shuffle_seed)
+    except ValueError as error:
+        raise InputError(f"inception_score: {error}; take more pictures, or fewer --splits") from error
+
+
+def _bounds(count: int, part: int | None) -> Iterator[tuple[int, int]]:
+    """Yield first and last + 1 picture of each part."""
+    size = part or max(1_000, -(-count // 100))
+    return ((begin, min(begin + size, count)) for begin in range(0, count, size))
