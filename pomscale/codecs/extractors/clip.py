@@ -105,7 +105,7 @@ def _central_square(picture: Image.Image) -> Image.Image:
 def _load_tokenizer(folder: Path, num_embeddings: int) -> Any:
     """Load the tokenizer of a network of so many tokens.
 
-    transformers makes one of three tokens, without a word, of a folder that has none; so the number is checked.
+    transformers makes one of its special tokens alone, without a word, of a folder that has none: so they are counted.
     """
     remedy = "Get the whole folder, with tokenizer.json or vocab.json and merges.txt"
     try:
