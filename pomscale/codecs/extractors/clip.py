@@ -25,6 +25,7 @@ from pomscale.codecs.extractors.vision_transformers import (
     normalised,
     resized,
 )
+from pomscale.codecs.loading import brief
 
 try:
     from transformers import AutoTokenizer, CLIPModel
@@ -75,11 +76,12 @@ class Clip:
         Texts longer than the network's context (77 tokens) are cut, as CLIP's own code does.
 
         Raises:
-            InputError: The folder has no tokenizer.
+            InputError: The folder has no tokenizer, or that of another network.
         """
+        config = self._network.config.text_config
         if self._tokenizer is None:
-            self._tokenizer = _load_tokenizer(self.folder)
-        length = int(self._network.config.text_config.max_position_embeddings)
+            self._tokenizer = _load_tokenizer(self.folder, int(config.vocab_size))
+        length = int(config.max_position_embeddings)
         tokens = self._tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
         with inference(self.device):
             features = self._network.get_text_features(
@@ -100,10 +102,19 @@ def _central_square(picture: Image.Image) -> Image.Image:
     return picture.crop((left, top, left + side, top + side))
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def _load_tokenizer(folder: Path, num_embeddings: int) -> Any:
+    """Load the tokenizer of a network of so many tokens.
+
+    transformers makes one of its special tokens alone, without a word, of a folder that has none: so they are counted.
+    """
+    remedy = "Get the whole folder, with tokenizer.json or vocab.json and merges.txt"
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
+        raise InputError(f"extractor clip: cannot load the tokenizer in {folder}: {brief(error)}. {remedy}") from error
+    if len(tokenizer) != num_embeddings:
         raise InputError(
-            f"extractor clip: {folder} has no tokenizer for the texts of the CLIP score ({error}). Get the whole folder"
-        ) from error
+            f"extractor clip: the tokenizer in {folder} has {len(tokenizer)} tokens, and the network {num_embeddings}. "
+            f"{remedy}"
+        )
+    return tokenizer
