@@ -1,10 +1,10 @@
 """`pomscale report RUN --against REFERENCE`: whether and where a run leaves the band of reference curves.
 
 The band is the mean of the reference's runs plus and minus 5 spreads, a spread being the standard deviation of the
-distance of one more run to that mean (`reference.Curve`). Three runs tell that deviation only roughly: points of a curve
-depend on each other, so that it has few degrees of freedom. With 6 of them, Student's t leaves to 4.9 deviations what
-the normal distribution leaves to 3: one point in 400. A fourth seed of the quickstart came to 4.0 where its loss falls
-fast.
+distance of one more run to that mean (`reference.Curve`). Three runs tell that deviation only roughly: points of a
+curve depend on each other, so that it has few degrees of freedom. With 6 of them, Student's t leaves to 4.9
+deviations what the normal distribution leaves to 3: one point in 400. A fourth seed of the quickstart came to 4.0
+where its loss falls fast.
 """
 
 from __future__ import annotations
