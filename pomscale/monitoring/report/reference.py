@@ -122,7 +122,8 @@ def read_reference(path: Path) -> Reference:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         curves = {
-            name: Curve(curve["samples"], curve["values"], curve["key"]) for name, curve in content["curves"].items()
+            name: Curve(curve["samples"], curve["values"], curve["key"], _floor(name))
+            for name, curve in content["curves"].items()
         }
         recipe = TrainRecipe.model_validate(content["recipe"])
         found = Reference(path.stem, recipe, content["seeds"], content["versions"], content["datasets"], curves)
