@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup quickstart quickstart-video check-curves test test-exhaustive test-fast lint docs schema clean
+.PHONY: help setup quickstart quickstart-video check-curves test test-exhaustive test-fast test-triton lint docs schema clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,15 @@ test-exhaustive: setup  ## the rest: the same again, many more times or under mo
 
 test-fast: setup  ## one process at a time: units, numerics, data; a few minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not exhaustive" tests/unit tests/numerics tests/data
+
+# The oldest and the newest version that pyproject.toml allows; the interpreter of the oldest needs numpy below 2.4.
+test-triton: setup  ## the Triton kernels with the oldest and the newest Triton, which come from PyPI; minutes
+	for versions in triton==3.6.0\ numpy==2.3.5 triton==3.9.0; do \
+	  folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(BIN)/pip install -q --no-deps --target $$folder $$versions && \
+	  PYTHONPATH=$$folder $(BIN)/python -c 'import triton; print("triton", triton.__version__)' && \
+	  PYTHONPATH=$$folder OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/numerics/test_pom_triton.py && \
+	  rm -r $$folder || exit 1; \
+	done
 
 lint: setup  ## style, types, who imports whom
 	$(BIN)/ruff check .

@@ -20,10 +20,10 @@ from pomscale.benchmarks.gpu_acceptance_lines import (
     wrong_results,
 )
 from pomscale.benchmarks.operators.cases import FormLabel
-from pomscale.benchmarks.operators.entries import CannotServeError
 from pomscale.benchmarks.operators.measurer import never_silently_eager
 from pomscale.benchmarks.operators.official import Official
 from pomscale.benchmarks.report import BenchReport
+from pomscale.ops.pom.dispatch import CannotServeError
 
 Measure = Callable[[], tuple[float, dict[str, Any]]]
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pomscale.benchmarks.operators.cases import DTYPES, Case, DtypeLabel, FormLabel, MaskLabel
 from pomscale.benchmarks.operators.contenders import ATTENTION, FLOOR, OURS, PLAIN, contenders
-from pomscale.benchmarks.operators.entries import CannotServeError
 from pomscale.benchmarks.operators.gate import TOLERANCES, check
 from pomscale.benchmarks.operators.measurer import Measurer
 from pomscale.benchmarks.operators.official import Official
@@ -21,6 +20,7 @@ from pomscale.benchmarks.plan import real_step
 from pomscale.config.load import load_train_recipe
 from pomscale.distributed.world import join_world
 from pomscale.ops.pom import Context, Form, Queries, polynomial_mixer
+from pomscale.ops.pom.dispatch import CannotServeError
 from pomscale.plan import training_flops
 
 _PEAK_FLOPS = 989e12  # dense bf16 of an H200's data sheet

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pomscale.config.mixer import mixers_of_recipe
+
 # A change of these would change the samples, the noise, the network or its averages.
 _FIXED_FOR_A_RUN = (
     ("seed",),
@@ -18,6 +20,9 @@ _FIXED_FOR_A_RUN = (
     ("training", "global_batch"),
 )
 
+# Settings of a model that nothing but its mixers depends on.
+_OF_MIXERS = frozenset({"mixer", "degree", "expand", "num_heads"})
+
 # Settings of a codec that its latents do not depend on: where the weights lie, and the arithmetic of the encoder.
 NOT_OF_THE_LATENTS = frozenset({"path", "subfolder", "precision", "tiling"})
 
@@ -29,6 +34,11 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         then: recipe with which the run began, as `model_dump(mode="json")` gives it.
         now: recipe with which it is to continue.
     """
+    if mixers_of_recipe(then["model"]) == mixers_of_recipe(now["model"]):  # they may be written in several ways
+        then, now = (
+            {**recipe, "model": {key: value for key, value in recipe["model"].items() if key not in _OF_MIXERS}}
+            for recipe in (then, now)
+        )
     return [line for keys in _FIXED_FOR_A_RUN for line in _differences(".".join(keys), _at(then, keys), _at(now, keys))]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, Union
 
-from pydantic import Discriminator, Field, PositiveInt, StrictBool, Tag, model_validator
+from pydantic import Discriminator, Field, PositiveInt, StrictBool, Tag, TypeAdapter, model_validator
 
 from pomscale.config.section import Section
 
@@ -149,6 +150,22 @@ def resolve_mixer(
             num_axes if written.rope else None,
         )
     return PomMixer("product", degree, expand)
+
+
+def mixers_of_recipe(model: Mapping[str, Any]) -> list[Mixer]:
+    """Return the mixer of every block, in full, of the section `model` of a recipe that was read before.
+
+    A mixer may be written as a name, a table or a list of these, with a degree of its own or that of the model; what is
+    returned is equal if these mean the same.
+
+    Args:
+        model: the section as `model_dump(mode="json")` gives it.
+    """
+    written = TypeAdapter(MixerField).validate_python(model["mixer"])
+    pattern = written if isinstance(written, list) else [written]
+    given = {key: model[key] for key in ("degree", "expand", "num_heads")}
+    axes: Literal[2, 3] = 3 if model["kind"] == "video" else 2
+    return [resolve_mixer(one, **given, num_axes=axes) for one in pattern] * (model["depth"] // len(pattern))
 
 
 def check_mixer(key: str, written: MixerName | PomMixerConfig | AttentionMixerConfig, mixer: Mixer, dim: int) -> None:

@@ -1,6 +1,7 @@
 """Compile the mixer's Triton kernels for an H100 or H200 (sm_90) without a GPU, and say what ptxas made of them.
 
-    python -m support.triton_compiling      prints a JSON list of `Compiled`, as dictionaries
+    python -m support.triton_compiling          prints a JSON list of `Compiled`, as dictionaries
+    python -m support.triton_compiling all      the same of every form and degree up to 4 of the aggregation, too
 
 A process of its own: where Triton interprets (tests/conftest.py), nothing compiles.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,11 +37,14 @@ POINTERS = {
 # As in models whose widths are multiples of 16: then strides and sizes are, and pointers always.
 MULTIPLES_OF_16 = re.compile(r"width|piece|pairs\d|(u|gate|dy)_(row|batch)")
 FORMS = {
-    "product-2": Polynomial(4608, 2, True, 0),
-    "product-4": Polynomial(4608, 4, True, 0),
-    "coefficients-2": Polynomial(2304, 2, False, 0),
-    "coefficients-4": Polynomial(2304, 4, False, 0),
-    "rotary-2": Polynomial(2304, 2, False, 3),
+    f"{name}-{degree}": Polynomial(width, degree, is_product, axes)
+    for name, width, is_product, axes in (
+        ("product", 4608, True, 0),
+        ("coefficients", 2304, False, 0),
+        ("rotary", 2304, False, 3),
+        ("rotary of rows and columns", 2304, False, 2),
+    )
+    for degree in range(1, 5)
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -58,8 +63,12 @@ class Compiled:
 
 
 def compile_kernel(kernel: Any, form: str, dtype: str, **flags: bool) -> Compiled:
-    polynomial = FORMS[form]
-    constants = {**polynomial.arguments(polynomial.block(DTYPES[dtype])), "DEGREE": polynomial.degree, "ROWS": 16}
+    polynomial, block, options = FORMS[form], FORMS[form].block(DTYPES[dtype]), {"num_warps": 2}
+    if kernel is kernels.aggregate:
+        block = polynomial.aggregation_block(DTYPES[dtype])
+        options |= polynomial.aggregation_options(DTYPES[dtype])
+    constants = {**polynomial.arguments(block), "DEGREE": polynomial.degree, "ROWS": 16}
+    constants["TOKENS"] = options.pop("TOKENS", 1)
     constants |= {"MASKED": False, "GATED": True, "PAST": False, "INITIAL": False, "REVERSE": False, "EXCLUSIVE": False}
     if kernel in (kernels.sum_items, kernels.running_sums):
         constants["BLOCK"] = 64
@@ -72,7 +81,7 @@ def compile_kernel(kernel: Any, form: str, dtype: str, **flags: bool) -> Compile
             attributes[(place,)] = [["tt.divisibility", 16]]
     constants = {name: constants[name] for name in kernel.arg_names if name.isupper()}
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 2})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return inspected(compiled.asm["cubin"], kernel.__name__, form, dtype)
 
 
@@ -110,16 +119,18 @@ def main() -> None:
         scan_kernels.scan_backward_of_gates,
         scan_kernels.scan_backward_of_features,
     ]
+    forms = FORMS if sys.argv[1:] == ["all"] else ("product-2", "product-4", "coefficients-4", "rotary-2", "rotary-4")
     plan: list[tuple[Any, str, str]] = [
         *((kernel, "product-2", "fp32") for kernel in (kernels.sum_items, kernels.running_sums)),
-        *((kernels.aggregate, form, "bf16") for form in FORMS),
-        *((kernels.aggregate, form, "fp32") for form in ("product-2", "coefficients-4", "rotary-2")),
         *((kernel, "product-2", "bf16") for kernel in every),
         *((kernel, "rotary-2", "bf16") for kernel in (every[0], every[2], every[5])),
         *((kernel, "product-2", "fp32") for kernel in (every[0], every[1], every[3])),
     ]
     found = [compile_kernel(*one) for one in plan]
-    found.append(compile_kernel(kernels.aggregate, "product-2", "bf16", MASKED=True))
+    for form in forms:
+        for dtype in DTYPES:
+            for is_masked in (False, True):
+                found.append(compile_kernel(kernels.aggregate, form, dtype, MASKED=is_masked))
     print(json.dumps([asdict(one) for one in found]))
 
 

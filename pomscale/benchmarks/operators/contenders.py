@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend
 from pomscale.benchmarks.operators.cases import Case
 from pomscale.benchmarks.operators.entries import (
     AttentionLayer,
-    CannotServeError,
     CompiledPlain,
     Entry,
     Gemms,
@@ -24,7 +23,7 @@ from pomscale.benchmarks.operators.entries import (
     Ours,
 )
 from pomscale.benchmarks.operators.official import Official
-from pomscale.ops.pom.dispatch import Implementation
+from pomscale.ops.pom.dispatch import CannotServeError, Implementation
 
 FLOOR, OURS, ATTENTION = "bare GEMMs", "ours", "attention"
 LEAN, LAYERED = "ours, lean", "layered, torch"  # recomputing; the operator's torch path between linear maps

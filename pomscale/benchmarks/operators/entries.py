@@ -19,13 +19,9 @@ from pomscale.layers import PoM
 from pomscale.layers.attention import Attention
 from pomscale.layers.official import read_official
 from pomscale.ops.pom import Context, Mask, Queries, dense_mask, naive, polynomial_mixer
-from pomscale.ops.pom.dispatch import Implementation
+from pomscale.ops.pom.dispatch import CannotServeError, Implementation
 
 _HEAD_WIDTH = 64  # least width of an attention head
-
-
-class CannotServeError(Exception):
-    """A rival has no form for the case; its message says why."""
 
 
 class Entry(nn.Module):

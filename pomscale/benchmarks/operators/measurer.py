@@ -16,9 +16,10 @@ from torch._dynamo import config as dynamo_config
 from pomscale.benchmarks.memory import peak_allocated_bytes
 from pomscale.benchmarks.operators.cases import Case
 from pomscale.benchmarks.operators.contenders import FLOOR, Contender
-from pomscale.benchmarks.operators.entries import CannotServeError, Entry
+from pomscale.benchmarks.operators.entries import Entry
 from pomscale.benchmarks.operators.gate import Check, as_tuple, check
 from pomscale.benchmarks.operators.timing import Times, measured, take_turns
+from pomscale.ops.pom.dispatch import CannotServeError
 
 Pass: TypeAlias = Literal["forward", "training"]
 PASSES: tuple[Pass, ...] = ("forward", "training")  # training is forward and backward

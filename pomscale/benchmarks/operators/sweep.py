@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from pomscale.base.console import Progress
+from pomscale.base.errors import InputError
 from pomscale.benchmarks.operators.cases import Case, DtypeLabel, FormLabel, MaskLabel
 from pomscale.benchmarks.operators.contenders import contenders
-from pomscale.benchmarks.operators.entries import CannotServeError
 from pomscale.benchmarks.operators.measurer import PASSES, Measurer, Row, as_row, never_silently_eager, turn_seconds
 from pomscale.benchmarks.operators.official import Official
 from pomscale.benchmarks.operators.picture import draw
 from pomscale.benchmarks.report import BenchReport
+from pomscale.ops.pom.dispatch import CannotServeError
 
 _FIELDS = ("dim", "form", "degree", "expand", "mask", "batch", "dtype")
 
@@ -40,13 +41,28 @@ class Sweep:
     heads: int = 16
 
     def cases(self) -> list[Case]:
-        """Return all cases, the smallest first, so that a budget that ends leaves out the largest."""
+        """Return all cases, the smallest first, so that a budget that ends leaves out the largest.
+
+        Raises InputError for sizes that no layer of ours has, such as heads that do not divide the channels.
+        """
         base = Case(heads=self.heads, **{name: getattr(self, name)[0] for name in _FIELDS})
         curves = [base]
         for name in _FIELDS:
             curves += [replace(base, **{name: value}) for value in getattr(self, name)[1:]]
+        for curve in curves:
+            _check(curve)
         found = [replace(curve, num_tokens=number) for curve in curves for number in sorted(set(self.num_tokens))]
         return sorted(found, key=_size)
+
+
+def _check(case: Case) -> None:
+    try:
+        with torch.device("meta"):
+            case.make_layer()
+    except ValueError as error:
+        raise InputError(
+            f"d {case.dim}, form {case.form}: {error}; choose another --dim, --expand or --heads"
+        ) from error
 
 
 def bench_operators(

@@ -25,6 +25,10 @@ _HAS_TRITON = find_spec("triton") is not None
 _SPLIT = "it does not add the states of several processes"
 
 
+class CannotServeError(ValueError):
+    """The path of the operator that is asked for cannot serve the operands; its message says why."""
+
+
 def polynomial_mixer(
     context: Context,
     queries: Queries,
@@ -47,7 +51,8 @@ def polynomial_mixer(
         (b m W), or (b m d) with `queries.output`, in the dtype of the gates; sums run in fp32 (float64 for float64).
 
     Raises:
-        ValueError: The operands do not fit together, or the path that is asked for cannot serve them.
+        ValueError: The operands do not fit together, or, as CannotServeError, the path that is asked for cannot serve
+            them.
     """
     check_operands(context, queries)
     check_mask(mask, context.u.shape[0], queries.gate.shape[1], context.u.shape[1])
@@ -128,7 +133,7 @@ def _chosen(
     """Return the path that serves: what is asked for, else triton for CUDA tensors where it can, else torch.
 
     split: whether other processes hold some of the tokens.
-    Raises ValueError, with the reason, where the path that is asked for cannot serve.
+    Raises CannotServeError, with the reason, where the path that is asked for cannot serve.
     """
     asked = implementation or _FORCED
     if asked is None:
@@ -143,7 +148,7 @@ def _chosen(
     else:
         raise ValueError(f"POMSCALE_POM: expected one of {', '.join(get_args(Implementation))}, got {asked!r}")
     if reason is not None:
-        raise ValueError(f"the {asked} path of the Polynomial Mixer cannot serve: {reason}")
+        raise CannotServeError(f"the {asked} path of the Polynomial Mixer cannot serve: {reason}")
     return asked
 
 

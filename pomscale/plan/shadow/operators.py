@@ -287,9 +287,13 @@ def whole_mixer(
     y = product(tape, (*x.shape[:-1], d_out))
     kept = [product(tape, (num_read, width)), product(tape, (rows, num_gates))] if keep else []
     means = product(tape, (num_states, width), FP32)
+    # Where heads share a gate, the output map is folded into the states, unless each query has one of its own.
+    folds = num_gates < width and rows > num_states
     longest = max(_chunk_rows(rows), _chunk_rows(num_read))
     if not tape.runs_again:
         _chunk_buffers(tape, _chunk_rows(rows) if keep else longest, width, source.shape[-1], masked)
+        if folds:
+            _folded_map(tape, num_states, widths)
     inputs, shapes = [x] if context is None else [x, context], [tensor.shape for tensor in read]
     needs, d_context = [tensor.node is not None for tensor in inputs], source.shape[-1]
 
@@ -297,13 +301,18 @@ def whole_mixer(
         of_inputs = saved[: len(needs)]
         sums = [tape.new(shape, FP32) for shape in shapes]
         found = [tape.new(t.shape) if needed else None for t, needed in zip(of_inputs, needs, strict=True)]
-        means = tape.new((num_states, width), FP32)
-        buffers = [tape.new((n, width)) for n in (_chunk_rows(rows), _chunk_rows(rows) if keep else longest)]
-        # TorchKernels.select_backward has ten temporary tensors.
-        buffers.append(tape.new((10 * min(block_rows, rows // num_states), num_gates), FP32))
-        del buffers
-        # TorchKernels.features_backward has four and a half.
-        block = 9 * min(block_rows, num_read // num_states) // 2
+        if folds:
+            recomputed = tape.new((0 if keep else longest, width))
+            means = _folded_backward(tape, num_states, widths, rows)
+            del recomputed
+        else:
+            means = tape.new((num_states, width), FP32)
+            buffers = [tape.new((n, width)) for n in (_chunk_rows(rows), _chunk_rows(rows) if keep else longest)]
+            # TorchKernels.select_backward has ten temporary tensors.
+            buffers.append(tape.new((10 * min(block_rows, rows // num_states), num_gates), FP32))
+            del buffers
+        # TorchKernels.features_backward has four and a half, and seven in the form that has heads.
+        block = (14 if folds else 9) * min(block_rows, num_read // num_states) // 2
         _chunk_buffers(tape, _chunk_rows(num_read) if keep else longest, width, d_context, masked, block)
         del means
         return [*found, *sums] if tape.itemsize == FP32 else [*found, *(tape.new(shape) for shape in shapes)]
@@ -319,6 +328,35 @@ def _chunk_buffers(tape: Tape, rows: int, width: int, d_context: int, masked: bo
     """
     buffers = [tape.new((rows, width)), tape.new((rows, d_context) if masked else (0,)), tape.new((block, width), FP32)]
     del buffers
+
+
+def _folded_map(tape: Tape, num_states: int, widths: tuple[int, int, int]) -> Tensor:
+    """Mirror `folded_map` of ops/pom/whole/forward.py -> (states S d_out)."""
+    width, heads, d_out = widths
+    cast = tape.new((num_states, width)) if tape.itemsize != FP32 else None
+    by_head = tape.new((heads, num_states, d_out))
+    del cast
+    folded = tape.new((num_states, heads, d_out)) if num_states > 1 else by_head
+    del by_head
+    return folded
+
+
+def _folded_backward(tape: Tape, num_states: int, widths: tuple[int, int, int], rows: int) -> Tensor:
+    """Mirror `_folded_queries` of ops/pom/whole/backward.py -> gradient of the means (states W)."""
+    width, heads, d_out = widths
+    folded = _folded_map(tape, num_states, widths)
+    dfolded = tape.new((num_states, heads, d_out), FP32)
+    # Held to the end: the gradient of the gates of the last chunk, and what is made of the gates of its last state.
+    of_chunk, of_state = _chunk_rows(rows), min(_chunk_rows(rows), rows // num_states)
+    gates = [tape.new((of_chunk, heads)), tape.new((4 * of_state, heads), FP32)]
+    output = tape.new((width, d_out), FP32) if tape.itemsize != FP32 else None
+    by_head = tape.new((width, d_out), FP32)
+    of_output = tape.new((width, d_out), FP32)
+    del by_head, of_output
+    by_head = tape.new((num_states, width), FP32)
+    means = tape.new((num_states, width), FP32) if num_states > 1 else by_head
+    del by_head, output, folded, dfolded, gates
+    return means
 
 
 def _chunk_rows(rows: int) -> int:

@@ -9,9 +9,9 @@ import torch
 
 from pomscale.benchmarks.gpu_acceptance import Target, Verdict, bench_gpu_acceptance, targets, verdicts
 from pomscale.benchmarks.gpu_acceptance_lines import H200, Sizes, official_over_ours
-from pomscale.benchmarks.operators.entries import CannotServeError
 from pomscale.benchmarks.operators.official import Official
 from pomscale.cli import main
+from pomscale.ops.pom.dispatch import CannotServeError
 
 CPU = torch.device("cpu")
 SMALL = Sizes(

@@ -17,7 +17,7 @@ from pomscale.benchmarks.memory import peak_allocated_bytes
 from pomscale.benchmarks.operators import figures, sweep
 from pomscale.benchmarks.operators.cases import Case, DtypeLabel, FormLabel, MaskLabel
 from pomscale.benchmarks.operators.contenders import FLOOR, LAYERED, OFFICIAL, OURS, PLAIN, Contender, contenders
-from pomscale.benchmarks.operators.entries import CannotServeError, CompiledPlain, Entry, Gemms, Ours
+from pomscale.benchmarks.operators.entries import CompiledPlain, Entry, Gemms, Ours
 from pomscale.benchmarks.operators.gate import check
 from pomscale.benchmarks.operators.measurer import PASSES, Measurer
 from pomscale.benchmarks.operators.official import Official, load_official
@@ -26,7 +26,8 @@ from pomscale.benchmarks.operators.timing import Times, take_turns
 from pomscale.benchmarks.report import BenchReport
 from pomscale.cli import bench_mixer, main
 from pomscale.cli.bench import _run
-from pomscale.ops.pom import Segments
+from pomscale.ops.pom import Segments, dispatch
+from pomscale.ops.pom.dispatch import CannotServeError
 
 CPU = torch.device("cpu")
 SMALL = Case(12, 16, heads=4, batch=2)
@@ -174,17 +175,37 @@ def test_a_contender_that_refuses_is_listed_and_no_failure() -> None:
     def refuse(case: Case, device: torch.device) -> Entry:
         raise CannotServeError("no form for it")
 
-    def unfit(case: Case, device: torch.device) -> Entry:
-        raise ValueError("expected heads that divide")
-
-    rows = Measurer([Contender("a", refuse), Contender("b", unfit)], CPU, 1).measure(SMALL)
-    assert [str(row.check) for row in rows] == [
-        "left out: no form for it",
-        "left out: ValueError: expected heads that divide",
-    ]
+    rows = Measurer([Contender("a", refuse)], CPU, 1).measure(SMALL)
+    assert [str(row.check) for row in rows] == ["left out: no form for it"]
     report = BenchReport("test")
     add_rows(report, SMALL, rows)
     assert not report.failures
+
+
+def test_a_value_error_of_a_layer_is_a_failure() -> None:
+    class Broken(Ours):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError("expected (b n d)")
+
+    rows = Measurer([Contender("ours", Broken)], CPU, 1).measure(SMALL)
+    report = BenchReport("test")
+    add_rows(report, SMALL, rows)
+    assert [str(row.check) for row in rows] == ["FAILED: ValueError: expected (b n d)"]
+    assert len(report.failures) == 1
+
+
+def test_a_path_that_cannot_serve_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_FORCED", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    found = check(Contender("ours", Ours), SMALL, CPU)
+    assert str(found).startswith(
+        "left out: the triton path of the Polynomial Mixer cannot serve: it needs tensors on CUDA"
+    )
+
+
+def test_sizes_that_no_layer_has_are_refused_before_anything_is_measured() -> None:
+    with pytest.raises(InputError, match=r"d 16, form heads: .*do not divide"):
+        Sweep((12,), dim=(16,), form=("heads",), heads=5).cases()
 
 
 def test_the_oracle_is_left_out_of_long_sequences() -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,14 +18,19 @@ from pomscale.benchmarks.plan import deepspeed_recipe, make_recipe, measure, pre
 from pomscale.benchmarks.storage_tracker import StorageTracker
 from pomscale.config.hardware import GPUS
 from pomscale.config.load import load_train_recipe
+from pomscale.config.mixer import PomMixer
 from pomscale.config.train import TrainRecipe
 from pomscale.data.loader import micro_batch_positions, num_micro_batches
 from pomscale.distributed.world import join_world
+from pomscale.layers import PoM
+from pomscale.ops.pom import BlockCausal
 from pomscale.plan.advice import changed, cheapest_fit, room_for_more
 from pomscale.plan.batch import BatchShare, batch_share
 from pomscale.plan.memory import host_bytes, state_bytes, step_memory
 from pomscale.plan.model_cost import forward_flops, num_parameters
 from pomscale.plan.report import DatasetSize, plan, render
+from pomscale.plan.shadow import mixers
+from pomscale.plan.shadow.tensor import Leaf, Tape, backward
 from pomscale.plan.speed import speed
 from pomscale.plan.storage import storage
 from pomscale.plan.traffic import traffic
@@ -156,6 +161,30 @@ def test_memory_of_clips_in_the_coefficient_form(times: str) -> None:
     recipe = tiny_video(**changes, compute={"precision": "bf16", "activation_checkpointing": "none"})
     with pretended_world(8) as world:
         assert_predicted(recipe, 8, measure(recipe, world))
+
+
+@pytest.mark.parametrize(("heads", "num_frames"), [(32, 64), (4, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_memory_of_an_output_map_that_is_folded(
+    memory: Literal["fast", "lean"], dtype: torch.dtype, heads: int, num_frames: int
+) -> None:
+    """The map folded into many states, and its gradient, are larger than all that is kept of the tokens."""
+    layer = PoM(64, 2, 2, form="coefficients", heads=heads).to(dtype)
+    layer.mixer_memory = memory
+    x = torch.randn(4, 256, 64, dtype=dtype).requires_grad_()
+    with StorageTracker([x, *layer.parameters()]) as tracker:
+        y = layer(x, mask=BlockCausal(256 // num_frames))
+        y.backward(torch.ones_like(y))
+    mixer, tape = mixers.PoM(64, PomMixer("coefficients", 2, 2, heads=heads)), Tape(dtype.itemsize)
+    mixer.memory, mixer.block_rows = memory, 0 if dtype == torch.float32 else 64
+    for weight in mixer.weights():
+        weight.tensor = tape.new(weight.shape, part="parameters")
+    tokens = tape.new(tuple(x.shape))
+    tokens.node = Leaf()
+    result = mixer(tokens, mask=num_frames)
+    backward(result)  # held to the end, as y is
+    assert tape.ledger.peak == pytest.approx(tracker.peak, rel=0.02)
 
 
 def test_memory_of_one_real_rank() -> None:

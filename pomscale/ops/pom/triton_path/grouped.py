@@ -73,7 +73,7 @@ def item_sums(
     layout: Layout,
 ) -> Tensor:
     """Return the sum of the features of each item (b items W) fp32; operands are as of `aggregate`."""
-    block = polynomial.block(u.dtype)
+    block = polynomial.aggregation_block(u.dtype)
     partials = u.new_empty(u.shape[0], layout.num_items, u.shape[2], dtype=torch.float32)
     run(
         kernels.aggregate,
@@ -84,6 +84,7 @@ def item_sums(
         partials=partials,
         num_items=layout.num_items,
         **polynomial.arguments(block, DEGREE=polynomial.degree, MASKED=mask is not None),
+        **polynomial.aggregation_options(u.dtype),
     )
     return partials
 

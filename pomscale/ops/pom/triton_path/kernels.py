@@ -13,13 +13,14 @@ import triton.language as tl
 
 from pomscale.ops.pom.triton_path.elements import (
     add,
-    features,
+    add_features,
     features_backward,
     gates,
     gates_backward,
     load,
     load_coefficients,
     load_frequency,
+    load_pairs,
     multiply,
     rotation,
     split_program,
@@ -57,6 +58,7 @@ def aggregate(
     STREAMS: tl.constexpr,
     AXES: tl.constexpr,
     MASKED: tl.constexpr,
+    TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Partials (b items W) = sum of h over the tokens of each item."""
@@ -69,14 +71,22 @@ def aggregate(
     positions += sample * position_batch
     mask += sample * mask_batch
     total = zeros(STREAMS, BLOCK)
-    for token in range(start, stop):
+    for token in range(start, stop, TOKENS):
         row = tl.cast(token, tl.int64)
-        takes_part = exists
-        if MASKED:
-            takes_part = taking_part(mask, row, exists, BLOCK)  # what is not loaded is 0, and so are its features
-        x = load(u + row * u_row, channels, takes_part, distance, STREAMS)
-        cosine, sine = rotation(positions, row, position_row, axis, frequency, AXES)
-        total = add(total, features(x, c, cosine, sine, PRODUCT, DEGREE, AXES), STREAMS)
+        if AXES > 0:
+            x = load_pairs(u, row, stop, u_row, mask, channels, exists, distance, MASKED, TOKENS, BLOCK)
+            for step in tl.static_range(TOKENS):
+                here = tl.minimum(row + step, stop - 1)
+                cosine, sine = rotation(positions, here, position_row, axis, frequency, AXES)
+                pair_here = x[2 * step], x[2 * step + 1]
+                total = add_features(total, pair_here, c, cosine, sine, PRODUCT, DEGREE, AXES)
+        else:
+            takes_part = True
+            if MASKED:
+                takes_part = tl.load(mask + row) != 0  # a branch costs fewer registers than a mask of the channels
+            if takes_part:
+                x = load(u + row * u_row, channels, exists, distance, STREAMS)
+                total = add_features(total, x, c, 1.0, 0.0, PRODUCT, DEGREE, AXES)
     store(partials + (sample * num_items + item) * width, channels, exists, distance, total, STREAMS)
 
 

@@ -62,6 +62,19 @@ class Polynomial:
             return sum(-(-pairs // block) for pairs in self.pairs)
         return -(-self.piece // block)
 
+    def aggregation_block(self, dtype: torch.dtype) -> int:
+        """Return the channels of a tile of `kernels.aggregate`: with a rotation, two pairs for each thread."""
+        return _WARPS * 32 * 2 if self.axes else self.block(dtype)
+
+    def aggregation_options(self, dtype: torch.dtype) -> dict[str, int]:
+        """Return what `kernels.aggregate` takes beside: tokens at a time, and how it is compiled.
+
+        Pairs are loaded as 16 bytes for each thread. With 64 registers, half of an SM's threads can run at once. The
+        limit is set at degree 4 alone, where the compiler would take more, or spill; elsewhere it would then take more.
+        """
+        tokens = 4 // dtype.itemsize if self.axes else 1
+        return {"TOKENS": tokens} | ({"maxnreg": 64} if self.degree == 4 and not self.axes else {})
+
     def arguments(self, block: int, **constants: Any) -> dict[str, Any]:
         """Return what every kernel takes of the form."""
         pairs = self.pairs
