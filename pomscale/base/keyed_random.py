@@ -29,6 +29,7 @@ class Stream(IntEnum):
     MIXTURE = 10
     START_GROUP = 11
     CAPTION = 12
+    RECALL = 13
 
 
 def keyed_generator(seed: int, stream: Stream, index: int, subindex: int = 0) -> np.random.Generator:
