@@ -14,7 +14,7 @@ from typing import Any
 
 from pomscale.base.names import MAX_NAME_BYTES, shortened
 from pomscale.config.experiment import PLACEHOLDER, ExperimentRecipe, ExperimentTrainingConfig
-from pomscale.config.load import load_experiment, load_train_recipe
+from pomscale.config.load import load_experiment, load_train_recipe, read_recipe_source
 from pomscale.config.shipped import recipe_file
 from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError, override
@@ -136,6 +136,9 @@ class _Expansion:
         output = Path(self.recipe.output, self.recipe.name, "runs")
         overrides += [f"seed={self.seed}", override("output", str(output)), override("name", full_name)]
         file = _find(self.folder, config.recipe)
+        kind = read_recipe_source(file).values.get("kind")
+        if kind != "train":
+            raise RecipeError([f"{file}: kind: trainings.{name} needs a recipe of kind train, and this one is {kind}"])
         self.trainings[full_name] = Training(full_name, file, overrides, load_train_recipe(file, overrides), needs)
         return self.trainings[full_name]
 

@@ -153,7 +153,7 @@ def test_as_a_pipeline_each_step_waits_for_what_it_needs(tmp_path: Path) -> None
     ("override", "line"),
     [
         ("measures={loss: {}}", "measures.loss: give exactly one of `metric`, `file`, `plan`"),
-        ("measures={loss: {file: a.json}}", "measures.loss: key: belongs to `file`"),
+        ("measures={loss: {file: a.json}}", "measures.loss.key: belongs to `file`"),
         ("measures={loss: {metric: a, format: k}}", "measures.loss.format: 'k' formats no number"),
         (
             "measures={loss: {metric: a, of: middle}}",
@@ -169,7 +169,7 @@ def test_as_a_pipeline_each_step_waits_for_what_it_needs(tmp_path: Path) -> None
         ("trainings.low.overrides=['init_from.path={high}']", "'high' is no training before it here; known: none"),
         ("axes.start.of=[hig]", "axes.start.of: 'hig' is no training here"),
         ("axes.low={values: [1]}", "axes: 'low' is already the name of something else"),
-        ("axes.guidance.values=[1,1]", "axes.guidance: values: one of them is there twice"),
+        ("axes.guidance.values=[1,1]", "axes.guidance.values: one of them is there twice"),
         ("prepare=['data encode {low}']", "prepare: 'data encode {low}': is run once"),
         ("axis={}", "axis: unknown key; did you mean 'axes'?"),
     ],
@@ -186,7 +186,7 @@ def test_a_wrong_recipe_is_one_clear_line(tmp_path: Path, override: str, line: s
         ("trainings.low.recipe=nowhere", "nowhere: no such recipe file"),
         (
             "trainings.low.recipe=experiment.yaml",
-            "this is a recipe for `pomscale experiment`; training needs kind: train",
+            "experiment.yaml: kind: trainings.low needs a recipe of kind train, and this one is experiment",
         ),
     ],
 )
