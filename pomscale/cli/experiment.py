@@ -102,7 +102,7 @@ def _submit(experiment: Experiment, arguments: argparse.Namespace) -> int:
     output = resolved_output(experiment.recipe.output, load_cluster(arguments.cluster, arguments.set))
     overrides = [*arguments.overrides, override("output", str(output))]
     experiment = read_experiment(arguments.recipe, overrides, small=arguments.small)
-    if not arguments.dry_run:
+    if experiment.recipe.prepare and not arguments.dry_run:
         run_experiment(experiment, PREPARE)
     words = ["launch", str(write_pipeline(experiment)), "--cluster", arguments.cluster]
     words += [word for change in arguments.set for word in ("--set", change)]

@@ -69,7 +69,7 @@ def run_experiment(experiment: Experiment, only: str | None = None) -> Outcome:
         PomscaleError: The data cannot be prepared.
         Stopped: A stop was requested.
     """
-    names = [PREPARE, *(one.name for one in experiment.trainings), *(one.name for one in experiment.points)]
+    names = _names_in_order(experiment)
     if only is not None and only not in names:
         raise InputError(f"--only {only}: no step has this name; they are in the output of --dry-run")
     for training in experiment.trainings:
@@ -77,6 +77,14 @@ def run_experiment(experiment: Experiment, only: str | None = None) -> Outcome:
     make_folder(experiment.folder)
     with Claims(experiment.folder, several=only is not None) as claims:
         return _Runner(experiment, claims, {name: number for number, name in enumerate(names)}).run(only)
+
+
+def _names_in_order(experiment: Experiment) -> list[str]:
+    """Return the names of all steps: a point comes after its trainings, so that the first figures come early."""
+    names = [PREPARE] if experiment.recipe.prepare else []
+    for point in experiment.points:
+        names += [*(training.name for training in point.trainings.values()), point.name]
+    return list(dict.fromkeys(names))
 
 
 @dataclass
@@ -87,14 +95,15 @@ class _Runner:
     outcome: Outcome = field(default_factory=Outcome)
 
     def run(self, only: str | None) -> Outcome:
-        if self.experiment.recipe.prepare and only in (None, PREPARE):
-            self._prepare()
-        for training in self.experiment.trainings:
-            if only in (None, training.name):
-                self._train(training)
-        for point in self.experiment.points:
-            if only in (None, point.name):
-                self._measure(point)
+        trainings = {training.name: training for training in self.experiment.trainings}
+        points = {point.name: point for point in self.experiment.points}
+        for name in self.numbers if only is None else [only]:
+            if name in trainings:
+                self._train(trainings[name])
+            elif name in points:
+                self._measure(points[name])
+            else:
+                self._prepare()
         return self.outcome
 
     def _prepare(self) -> None:
