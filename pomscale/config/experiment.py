@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -14,10 +14,8 @@ from pomscale.config.section import FolderName, Section, Seed
 PLACEHOLDER = re.compile(r"\{([A-Za-z][A-Za-z0-9_]*)\}")
 """Name in braces. Tables such as `{kind: pom}` and `{}` are none."""
 
-_NAME = r"^[A-Za-z][A-Za-z0-9_]*$"
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _RESERVED = ("seed", "folder")
-
-Name = Annotated[str, Field(pattern=_NAME)]
 
 
 class ExperimentTrainingConfig(Section):
@@ -137,18 +135,18 @@ class ExperimentRecipe(Section):
         [],
         description="Commands that make the data, run once on this machine: words of `pomscale`, or `-m MODULE ...`.",
     )
-    trainings: dict[Name, ExperimentTrainingConfig] = Field(
+    trainings: dict[str, ExperimentTrainingConfig] = Field(
         {}, description="Name -> training run; a later one may begin with the weights of an earlier one."
     )
     ranks: PositiveInt = Field(1, description="Processes of a training on this machine, by torchrun.")
     nodes: PositiveInt = Field(1, description="Nodes of a training's job, with --cluster.")
-    axes: dict[Name, AxisConfig] = Field({}, description="Name -> axis of the grid; the last one changes fastest.")
+    axes: dict[str, AxisConfig] = Field({}, description="Name -> axis of the grid; the last one changes fastest.")
     run: list[str] = Field(
         [],
         description="Commands of every point after its trainings: words of `pomscale`, or `-m MODULE ...`. {TRAINING} "
         "is a run folder, {AXIS} a value, {seed} the seed, {folder} the point's own folder.",
     )
-    measures: dict[Name, MeasureConfig] = Field(min_length=1, description="Name -> figure of a point.")
+    measures: dict[str, MeasureConfig] = Field(min_length=1, description="Name -> figure of a point.")
     table: list[str] = Field([], description="Measures in the table; [] = all.")
     plot: PlotConfig
     small: dict[str, Any] = Field(
@@ -161,6 +159,9 @@ class ExperimentRecipe(Section):
             raise ValueError("run: without trainings there must be commands")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: one of them is there twice")
+        for section in ("trainings", "axes", "measures"):
+            if wrong := [name for name in getattr(self, section) if not _NAME.fullmatch(name)]:
+                raise ValueError(f"{section}: {wrong[0]!r} is no name; use letters, digits and _, a letter first")
         names = [*_RESERVED, *self.trainings, *self.axes]
         if doubled := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"axes: {doubled[0]!r} is already the name of something else in commands")

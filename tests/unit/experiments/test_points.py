@@ -13,6 +13,7 @@ from pomscale.cli import _parser
 from pomscale.cli.arguments import unknown_words
 from pomscale.config.load import dump_recipe, load_experiment, load_recipe, load_train_recipe
 from pomscale.config.mixer import AttentionMixer
+from pomscale.config.pipeline import PipelineRecipe
 from pomscale.config.yaml_file import RecipeError
 from pomscale.experiments.jobs import pipeline
 from pomscale.experiments.points import Experiment, read_experiment
@@ -49,6 +50,13 @@ small:
   seeds: [1]
   axes: {guidance: {values: [0]}}
 """
+
+
+SHIPPED = sorted(path for path in RECIPES.glob("experiments/*.yaml") if "kind: experiment" in path.read_text())
+
+
+def shipped(path: Path, small: bool) -> Experiment:
+    return read_experiment(path, small=small)
 
 
 def write(folder: Path, text: str = EXPERIMENT) -> Path:
@@ -146,6 +154,12 @@ def test_as_a_pipeline_each_step_waits_for_what_it_needs(tmp_path: Path) -> None
     assert set(last["after"]) == {stage["name"] for stage in others}
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_experiment_is_a_valid_pipeline(path: Path) -> None:
+    made = PipelineRecipe.model_validate(pipeline(shipped(path, False)))
+    assert len(made.stages) == len(shipped(path, False).trainings) + len(shipped(path, False).points) + 1
+
+
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +185,7 @@ def test_as_a_pipeline_each_step_waits_for_what_it_needs(tmp_path: Path) -> None
         ("axes.low={values: [1]}", "axes: 'low' is already the name of something else"),
         ("axes.guidance.values=[1,1]", "axes.guidance.values: one of them is there twice"),
         ("prepare=['data encode {low}']", "prepare: 'data encode {low}': is run once"),
+        ('axes={"a b": {values: [1]}}', "axes: 'a b' is no name"),
         ("axis={}", "axis: unknown key; did you mean 'axes'?"),
     ],
 )
@@ -210,12 +225,6 @@ def test_another_kind_and_a_missing_small_version_are_refused(tmp_path: Path) ->
 
 
 # --- the shipped ones ------------------------------------------------------------------------------------------------
-
-SHIPPED = sorted(path for path in RECIPES.glob("experiments/*.yaml") if "kind: experiment" in path.read_text())
-
-
-def shipped(path: Path, small: bool) -> Experiment:
-    return read_experiment(path, small=small)
 
 
 @pytest.mark.parametrize("small", [False, True], ids=["full", "small"])
