@@ -17,7 +17,7 @@ from pomscale.config.train import TrainRecipe
 from pomscale.diffusion.objectives import FlowMatching
 from pomscale.diffusion.options import SamplingOptions
 from pomscale.diffusion.sequential import SequentialSampler
-from pomscale.models import Model, VDiPoM, init_weights, make_model
+from pomscale.models import VDiPoM, init_weights, make_model
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TEXT_LENGTH = 120
@@ -39,8 +39,11 @@ def bench_network(
         InputError: There is nothing to generate, since the network makes no clips frame group by frame group.
     """
     model = make_model(recipe.model)
+    clips = model if isinstance(model, VDiPoM) and model.config.temporal == "block_causal" else None
+    if num_groups is not None and clips is None:
+        raise InputError("--generate: only clips with model.temporal: block_causal are made group by group")
     init_weights(model, recipe.seed)
-    model = model.to(device, _DTYPES[recipe.compute.precision])
+    model.to(device, _DTYPES[recipe.compute.precision])
     report = BenchReport("network")
     latents, t, condition = _inputs(recipe, device, batch)
 
@@ -58,8 +61,8 @@ def bench_network(
         forward_s_per_sample=_median_s(forward, device, num_turns) / batch,
         training_s_per_sample=_median_s(forward_backward, device, num_turns) / batch,
     )
-    if num_groups is not None:
-        _generation(report, model, num_groups, device)
+    if num_groups is not None and clips is not None:
+        _generation(report, clips, num_groups, device)
     return report
 
 
@@ -76,9 +79,7 @@ def _text(config: VideoModelConfig, batch: int, device: torch.device) -> Text:
     return Text(embeddings, torch.ones(batch, _TEXT_LENGTH, dtype=torch.bool, device=device))
 
 
-def _generation(report: BenchReport, model: Model, num_groups: int, device: torch.device) -> None:
-    if not isinstance(model, VDiPoM) or model.config.temporal != "block_causal":
-        raise InputError("--generate: only clips with model.temporal: block_causal are made group by group")
+def _generation(report: BenchReport, model: VDiPoM, num_groups: int, device: torch.device) -> None:
     config = model.config
     text = _text(config, 1, device)
     shape = (config.latent_shape[0], config.patch_frames, *config.latent_shape[2:])

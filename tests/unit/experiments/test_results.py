@@ -7,11 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
+from matplotlib.collections import PolyCollection
 from PIL import Image
 
 from pomscale.base.errors import InputError
 from pomscale.base.files import write_text
-from pomscale.experiments.draw import draw, markdown_row, table
+from pomscale.experiments.draw import draw, markdown_row, plot, table
 from pomscale.experiments.points import Experiment, read_experiment
 from pomscale.experiments.results import Spread, collect
 from pomscale.experiments.run import run_experiment
@@ -64,6 +65,18 @@ def test_the_table_has_mean_and_spread_of_the_seeds(recipe: Path) -> None:
     assert lines[5].split() == ["4", "b", "26.0%", "±", "1.0%", "4"]
     assert f"pomscale experiment {recipe}" in lines[6]
     assert markdown_row(results).startswith("| Copies of figures | share right: 1, a: 51.0% ± 1.0%; 1, b: 26.0%")
+
+
+def test_the_plot_has_a_line_per_value_in_a_band_of_the_seeds(recipe: Path) -> None:
+    panel = plot(collect(run(recipe))).axes[0]
+    assert [line.get_label() for line in panel.get_lines()] == ["a", "b"]
+    assert panel.get_lines()[1].get_xdata() == pytest.approx([1, 4])
+    assert panel.get_lines()[1].get_ydata() == pytest.approx([0.26, 0.26])
+    bands = [band for band in panel.collections if isinstance(band, PolyCollection)]
+    heights = bands[1].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((0.25, 0.27))
+    assert panel.get_xscale() == "log"
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("size", "share right")
 
 
 def test_plot_and_json_are_written_with_machine_versions_and_commit(recipe: Path) -> None:
