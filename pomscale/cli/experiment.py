@@ -29,6 +29,7 @@ def add(verbs: Any) -> None:
     experiment.add_argument(
         "--dry-run", action="store_true", help="Check everything and show what would be run, but run nothing"
     )
+    experiment.add_argument("--draw", action="store_true", help="Draw what is done so far, and run nothing")
     experiment.add_argument("--only", metavar="STEP", help="Name of one training or point, which alone is done")
     experiment.add_argument("--cluster", metavar="PROFILE", help=f"{PROFILE}; every step becomes a job on it")
     add_changes(experiment)
@@ -43,6 +44,9 @@ def _experiment(arguments: argparse.Namespace) -> int:
         return _submit(experiment, arguments)
     if arguments.dry_run:
         _show(experiment)
+        return 0
+    if arguments.draw:
+        _draw(experiment)
         return 0
     return _run(experiment, arguments.only)
 
@@ -75,19 +79,26 @@ def _typed(words: list[str]) -> str:
 
 
 def _run(experiment: Experiment, only: str | None) -> int:
-    from pomscale.experiments.draw import PLOT_FILE, draw
-    from pomscale.experiments.results import collect
     from pomscale.experiments.run import run_experiment
 
     outcome = run_experiment(experiment, only)
     if only is None:
-        print(draw(experiment.folder, collect(experiment)))
-        print(f"wrote {experiment.folder}/results.json, table.txt, row.md and {PLOT_FILE}")
+        _draw(experiment)
     for step, reason in outcome.failed.items():
         print(f"failed: {step}: {reason}", file=sys.stderr)
     if outcome.waiting:
         print(f"not done yet, or in the hands of another process: {', '.join(outcome.waiting)}", file=sys.stderr)
     return 0 if outcome.is_complete else 1
+
+
+def _draw(experiment: Experiment) -> None:
+    from pomscale.base.files import make_folder
+    from pomscale.experiments.draw import draw
+    from pomscale.experiments.results import collect
+
+    make_folder(experiment.folder)
+    print(draw(experiment.folder, collect(experiment)))
+    print(f"the table, the plot and the figures as JSON are in {experiment.folder}")
 
 
 def _submit(experiment: Experiment, arguments: argparse.Namespace) -> int:

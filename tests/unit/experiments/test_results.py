@@ -12,6 +12,7 @@ from PIL import Image
 
 from pomscale.base.errors import InputError
 from pomscale.base.files import write_text
+from pomscale.cli import main
 from pomscale.experiments.draw import draw, markdown_row, plot, table
 from pomscale.experiments.points import Experiment, read_experiment
 from pomscale.experiments.results import Spread, collect
@@ -126,6 +127,16 @@ def test_one_step_alone(recipe: Path) -> None:
     assert len(collect(experiment).measured) == 1
     with pytest.raises(InputError, match="--only nothing: no step has this name"):
         run_experiment(experiment, only="nothing")
+
+
+def test_what_is_done_so_far_can_be_drawn(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = read_experiment(recipe)
+    for draws in (0, 1):
+        with pytest.raises(SystemExit, match="0"):
+            main(["experiment", str(recipe), "--draw"])
+        assert f"{12 - draws} of 12 points are missing" in capsys.readouterr().out
+        assert (experiment.folder / "plot.png").exists() == bool(draws)
+        assert run_experiment(experiment, only="size-4.kind-a.seed-2").is_complete
 
 
 @pytest.mark.parametrize(
