@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pomscale.base import installation
+from pomscale.runs.code_state import code_state
 
 _PACKAGES = ("torch", "numpy", "torchdata", "webdataset", "diffusers", "deepspeed", "megatron-energon")
 
@@ -35,7 +36,7 @@ def machine() -> dict[str, Any]:
     ).stdout.strip()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or "unknown",
+        "commit": commit or _commit_of_copy() or "unknown",
         "host": platform.platform(),
         "num_cpus": os.cpu_count(),
         "cpu": _cpu_name(),
@@ -43,6 +44,13 @@ def machine() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "versions": versions,
     }
+
+
+def _commit_of_copy() -> str:
+    """Return the commit that a frozen copy of the code was made of; '' if this is no copy."""
+    state, _ = code_state()
+    commit = state.get("git_commit")
+    return f"{commit[:7]}{'-dirty' if state.get('dirty') else ''}" if commit else ""
 
 
 def _cpu_name() -> str:
