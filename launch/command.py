@@ -18,6 +18,7 @@ from launch.submission.prepare import JobRequest, prepare_encode, prepare_train
 from launch.submission.prepared import Prepared
 from pomscale.base.errors import InputError
 from pomscale.config.encode import EncodeRecipe
+from pomscale.config.experiment import ExperimentRecipe
 from pomscale.config.load import load_cluster, load_recipe
 from pomscale.config.pipeline import PipelineRecipe
 from pomscale.config.shipped import recipe_file
@@ -54,6 +55,11 @@ def launch(asked: Launch, check_command: Callable[[list[str]], None]) -> int:
         InputError: Before anything is written or submitted, if anything is wrong.
     """
     recipe = load_recipe(asked.recipe, asked.overrides)
+    if isinstance(recipe, ExperimentRecipe):
+        raise InputError(
+            f"{asked.recipe}: an experiment is many jobs; submit them: "
+            f"pomscale experiment {asked.recipe} --cluster {asked.cluster}"
+        )
     profile = load_cluster(asked.cluster, asked.changes)
     if asked.time_limit is not None and profile.scheduler != "slurm":
         raise InputError(f"--time: a {profile.scheduler} job has no time limit")

@@ -23,6 +23,7 @@ from launch.submission.prepare import (
 from launch.submission.prepared import Prepared
 from pomscale.base.errors import InputError
 from pomscale.config.encode import EncodeRecipe
+from pomscale.config.experiment import ExperimentRecipe
 from pomscale.config.load import load_recipe
 from pomscale.config.pipeline import PipelineRecipe, StageConfig, fill_in
 from pomscale.config.train import TrainRecipe
@@ -153,8 +154,9 @@ class PipelinePlan:
         if stage.recipe is None:
             return None
         recipe = load_recipe(self._path.parent / stage.recipe, stage.overrides)
-        if isinstance(recipe, PipelineRecipe):
-            raise InputError(f"recipe: {stage.recipe} is a pipeline itself; name what to train or to encode")
+        if isinstance(recipe, PipelineRecipe | ExperimentRecipe):
+            what = "a pipeline" if isinstance(recipe, PipelineRecipe) else "an experiment"
+            raise InputError(f"recipe: {stage.recipe} is {what} itself; name what to train or to encode")
         if stage.array is not None and not isinstance(recipe, EncodeRecipe):
             raise InputError(f"array: only an encode is shared by several tasks, and {stage.recipe} is none")
         return recipe

@@ -31,6 +31,7 @@ class Stream(IntEnum):
     CAPTION = 12
     SAMPLING_STEP_NOISE = 13
     SAMPLE_LABEL = 14
+    RECALL = 15
 
 
 def keyed_generator(seed: int, stream: Stream, index: int, subindex: int = 0) -> np.random.Generator:

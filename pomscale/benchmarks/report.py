@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
-import sys
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pomscale.base import installation
 from pomscale.base.files import atomic_write
-
-_PACKAGES = ("torch", "numpy", "torchdata", "webdataset", "diffusers", "deepspeed", "megatron-energon")
+from pomscale.monitoring.machine import machine
 
 
 @dataclass
@@ -64,41 +54,6 @@ class BenchReport:
         """Save the report, and print where."""
         self.save(path)
         print(f"wrote {path}")
-
-
-def machine() -> dict[str, Any]:
-    """Return the machine, versions and commit that figures depend on."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=installation.root(),
-    ).stdout.strip()
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or "unknown",
-        "host": platform.platform(),
-        "num_cpus": os.cpu_count(),
-        "cpu": _cpu_name(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": sys.version.split()[0],
-        "versions": versions,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _shown(value: Any) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pomscale.cli import bench_mixer
-from pomscale.cli.arguments import positive
+from pomscale.cli.arguments import add_device, add_recipe, positive
 
 if TYPE_CHECKING:
     from pomscale.benchmarks.report import BenchReport
@@ -28,6 +28,7 @@ def add(verbs: Any) -> None:
         _add_runs,
         _add_video,
         _add_inception,
+        _add_network,
         bench_mixer.add_ops,
         bench_mixer.add_gpu_acceptance,
     ):
@@ -156,6 +157,21 @@ def _add_inception(verbs: Any) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_network(verbs: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "network", help="Measure the time of a recipe's network: forward, forward and backward, generation"
+    )
+    add_recipe(parser)
+    _add_number(parser, "--batch", 1, "Samples of a forward pass")
+    _add_number(parser, "--num-turns", 5, "Number of turns of each measurement")
+    parser.add_argument(
+        "--generate", type=positive, metavar="N", help="Number of frame groups of a clip to generate (default: none)"
+    )
+    add_device(parser)
+    parser.set_defaults(measure=_network)
+    return parser
+
+
 def _add_number(parser: argparse.ArgumentParser, option: str, default: int, what: str) -> None:
     parser.add_argument(option, type=positive, default=default, metavar="N", help=f"{what} (default: %(default)s)")
 
@@ -240,4 +256,21 @@ def _inception(arguments: argparse.Namespace) -> BenchReport:
         num_pictures=arguments.num_pictures,
         num_turns=arguments.num_turns,
         num_threads=arguments.num_threads,
+    )
+
+
+def _network(arguments: argparse.Namespace) -> BenchReport:
+    from pomscale.config.load import load_train_recipe
+
+    recipe = load_train_recipe(arguments.recipe, arguments.overrides)
+
+    from pomscale.benchmarks.network import bench_network
+    from pomscale.distributed.world import resolve_device
+
+    return bench_network(
+        recipe,
+        resolve_device(arguments.device),
+        batch=arguments.batch,
+        num_turns=arguments.num_turns,
+        num_groups=arguments.generate,
     )

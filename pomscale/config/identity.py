@@ -39,10 +39,14 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             {**recipe, "model": {key: value for key, value in recipe["model"].items() if key not in _OF_MIXERS}}
             for recipe in (then, now)
         )
-    return [line for keys in _FIXED_FOR_A_RUN for line in _differences(".".join(keys), _at(then, keys), _at(now, keys))]
+    return [
+        line
+        for keys in _FIXED_FOR_A_RUN
+        for line in values_that_differ(".".join(keys), _at(then, keys), _at(now, keys))
+    ]
 
 
-def _differences(name: str, then: Any, now: Any) -> Iterator[str]:
+def values_that_differ(name: str, then: Any, now: Any) -> Iterator[str]:
     """Yield a line for each field that differs, down to single values, which people can find in a recipe."""
     if then == now:
         return
@@ -52,7 +56,7 @@ def _differences(name: str, then: Any, now: Any) -> Iterator[str]:
     # Of two kinds of section, all other fields differ as well.
     kinds = [key for key in ("kind", "name") if then.get(key) != now.get(key)]
     for key in kinds or dict.fromkeys([*then, *now]):
-        yield from _differences(f"{name}.{key}", then.get(key), now.get(key))
+        yield from values_that_differ(f"{name}.{key}" if name else key, then.get(key), now.get(key))
 
 
 def _at(recipe: Mapping[str, Any], keys: tuple[str, ...]) -> Any:

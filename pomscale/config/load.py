@@ -11,19 +11,27 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from pomscale.config.cluster import ClusterProfile
 from pomscale.config.encode import EncodeRecipe
+from pomscale.config.experiment import ExperimentRecipe
 from pomscale.config.pipeline import PipelineRecipe
 from pomscale.config.section import Section
 from pomscale.config.shipped import known_clusters, recipe_file, shipped_recipes
 from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import KeyPath, RecipeError, RecipeSource, dump_yaml, read_source
 
-Recipe = TrainRecipe | EncodeRecipe | PipelineRecipe
+Recipe = TrainRecipe | EncodeRecipe | PipelineRecipe | ExperimentRecipe
 
-_KINDS: dict[str, type[Section]] = {"train": TrainRecipe, "encode": EncodeRecipe, "pipeline": PipelineRecipe}
+_KINDS: dict[str, type[Section]] = {
+    "train": TrainRecipe,
+    "encode": EncodeRecipe,
+    "pipeline": PipelineRecipe,
+    "experiment": ExperimentRecipe,
+}
 _CLUSTER: dict[str, type[Section]] = {"cluster": ClusterProfile}
 
 _ANY_KIND: TypeAdapter[Any] = TypeAdapter(
-    Annotated[Union[TrainRecipe, EncodeRecipe, PipelineRecipe, ClusterProfile], Field(discriminator="kind")]
+    Annotated[
+        Union[TrainRecipe, EncodeRecipe, PipelineRecipe, ExperimentRecipe, ClusterProfile], Field(discriminator="kind")
+    ]
 )
 
 # kind -> the command that takes such a file.
@@ -31,6 +39,7 @@ _COMMANDS = {
     "train": "pomscale train",
     "encode": "pomscale data encode",
     "pipeline": "pomscale launch",
+    "experiment": "pomscale experiment",
     "cluster": "pomscale launch --cluster",
 }
 
@@ -56,6 +65,25 @@ def load_encode_recipe(path: str | Path, overrides: list[str] | None = None) -> 
     recipe = load_recipe(path, overrides)
     if not isinstance(recipe, EncodeRecipe):
         raise _other_kind(path, recipe.kind, "encoding needs kind: encode")
+    return recipe
+
+
+def load_experiment(path: str | Path, overrides: list[str] | None = None, *, small: bool = False) -> ExperimentRecipe:
+    """Load a recipe as load_recipe does; a recipe of a kind other than `experiment` is an error.
+
+    With `small`, the fields in its section `small` replace others, and NAME becomes NAME-small; overrides come last.
+    """
+    source = read_recipe_source(path)
+    if small and source.values.get("kind") == "experiment":
+        if not source.values.get("small"):
+            raise RecipeError([f"{source.origin(('small',))}: small: this experiment has no small version"])
+        source.set(("name",), f"{source.values.get('name')}-small", source.origin(("name",)))
+        source.raise_section("small")
+    for override in overrides or []:
+        source.apply(override)
+    recipe = cast(Recipe, validate(source, _KINDS))
+    if not isinstance(recipe, ExperimentRecipe):
+        raise _other_kind(path, recipe.kind, "an experiment needs kind: experiment")
     return recipe
 
 

@@ -54,6 +54,28 @@ class RecipeSource:
         self.origins = {path: where for path, where in self.origins.items() if path[: len(keys)] != keys}
         self.origins[keys] = origin
 
+    def apply(self, override: str) -> None:
+        """Set what an override, section.key=value, says. Raises RecipeError for a malformed one."""
+        dotted, separator, text = override.partition("=")
+        keys = tuple(dotted.split("."))
+        if not separator or not all(keys):
+            raise RecipeError([f"override {override!r}: must look like section.key=value"])
+        try:
+            value = yaml.load(text, Loader=_Yaml12Loader)
+        except (yaml.YAMLError, ValueError) as error:
+            raise RecipeError([f"override {override!r}: the value is not valid YAML: {error}"]) from error
+        self.set(keys, value, f"override {override!r}")
+
+    def raise_section(self, key: str) -> None:
+        """Let the fields in the section at `key` replace those of the recipe, each as a whole; remove the section."""
+        section = self.values.pop(key)
+        if not isinstance(section, dict):
+            raise RecipeError([f"{self.origin((key,))}: {key}: must be a section"])
+        where = {path[1:]: origin for path, origin in self.origins.items() if path[:1] == (key,) and len(path) > 1}
+        self.origins = {path: origin for path, origin in self.origins.items() if path[0:1] not in {(key,), *where}}
+        self.origins |= where
+        self.values |= section
+
 
 class _Yaml12Loader(yaml.SafeLoader):
     """SafeLoader that reads `1e-4` as a number and 20:00:00 as a string, as YAML 1.2 does.
@@ -99,7 +121,7 @@ def read_source(path: str | Path, overrides: list[str] | None = None) -> RecipeS
     """
     source = _read_with_bases(Path(path), seen=())
     for override in overrides or []:
-        _apply_override(source, override)
+        source.apply(override)
     return source
 
 
@@ -193,15 +215,3 @@ def override(key: str, text: str) -> str:
     except (yaml.YAMLError, ValueError):
         is_plain = False
     return f"{key}={text if is_plain else json.dumps(text, ensure_ascii=False)}"
-
-
-def _apply_override(source: RecipeSource, override: str) -> None:
-    dotted, separator, text = override.partition("=")
-    keys = tuple(dotted.split("."))
-    if not separator or not all(keys):
-        raise RecipeError([f"override {override!r}: must look like section.key=value"])
-    try:
-        value = yaml.load(text, Loader=_Yaml12Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError([f"override {override!r}: the value is not valid YAML: {error}"]) from error
-    source.set(keys, value, f"override {override!r}")

@@ -39,7 +39,7 @@ def test_every_shell_gets_a_script_with_all_verbs(shell: str, capsys: pytest.Cap
     ("words", "expected"),
     [
         (["pomscale", "pl"], {"plan"}),
-        (["pomscale", "e"], {"evaluate", "export", "ema"}),
+        (["pomscale", "e"], {"evaluate", "experiment", "export", "ema"}),
         (["pomscale", "runs", "sta"], {"status"}),
         (["pomscale", "sample", "run", "--sampler", "h"], {"heun"}),
         (["pomscale", "sample", "run", "--guidance-i"], {"--guidance-interval"}),

@@ -223,7 +223,11 @@ def test_a_typo_is_told_with_its_line_and_a_remedy(write: Write, line: str, expe
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("kind: train", "kind: trian", "kind: 'trian' is none of 'train', 'encode', 'pipeline'; did you mean 'train'?"),
+        (
+            "kind: train",
+            "kind: trian",
+            "kind: 'trian' is none of 'train', 'encode', 'pipeline', 'experiment'; did you mean 'train'?",
+        ),
         ("kind: train\n", "", "kind: missing; it says what kind of section this is"),
         (
             "name: pixel",

@@ -57,6 +57,8 @@ def unknown_keys(schema: dict[str, Any], node: Any, values: Any, prefix: str = "
     pending = [node]
     while pending:
         option = pending.pop()
+        if option is True:  # anything may stand here
+            return []
         if "$ref" in option:
             option = schema["$defs"][option["$ref"].removeprefix("#/$defs/")]
         pending += option.get("anyOf", [])

@@ -1,0 +1,122 @@
+"""`pomscale experiment`: a grid of runs that ends in a table and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+from pomscale.cli.arguments import add_recipe
+from pomscale.cli.cluster import PROFILE, add_changes
+
+if TYPE_CHECKING:
+    from pomscale.experiments.points import Experiment
+
+
+def add(verbs: Any) -> None:
+    """Add the verb."""
+    experiment = verbs.add_parser(
+        "experiment",
+        help="Run an experiment: trainings and commands over a grid and several seeds, to a table and a plot",
+        description="Run an experiment: trainings and commands over a grid and several seeds, one after another, each "
+        "printed as a user would type it. What is done is not done again, so the same command continues after a kill. "
+        "In the end there are results.json, table.txt, plot.png and row.md in OUTPUT/NAME.",
+    )
+    add_recipe(experiment)
+    experiment.add_argument("--small", action="store_true", help="Take the small version: minutes on a laptop")
+    experiment.add_argument(
+        "--dry-run", action="store_true", help="Check everything and show what would be run, but run nothing"
+    )
+    experiment.add_argument("--draw", action="store_true", help="Draw what is done so far, and run nothing")
+    experiment.add_argument("--only", metavar="STEP", help="Name of one training or point, which alone is done")
+    experiment.add_argument("--cluster", metavar="PROFILE", help=f"{PROFILE}; every step becomes a job on it")
+    add_changes(experiment)
+    experiment.set_defaults(run=_experiment)
+
+
+def _experiment(arguments: argparse.Namespace) -> int:
+    from pomscale.experiments.points import read_experiment
+
+    experiment = read_experiment(arguments.recipe, arguments.overrides, small=arguments.small)
+    if arguments.cluster is not None:
+        return _submit(experiment, arguments)
+    if arguments.dry_run:
+        _show(experiment)
+        return 0
+    if arguments.draw:
+        _draw(experiment)
+        return 0
+    return _run(experiment, arguments.only)
+
+
+def _show(experiment: Experiment) -> None:
+    from pomscale.plan.model_cost import num_parameters, training_flops
+
+    recipe = experiment.recipe
+    for command in recipe.prepare:
+        print(f"prepare\n  $ {_typed(shlex.split(command))}")
+    total = 0
+    for training in experiment.trainings:
+        model, samples = training.recipe.model, training.recipe.training.total_samples
+        flops = training_flops(model) * samples
+        total += flops
+        print(f"{training.name}: {num_parameters(model) / 1e6:.1f} M parameters, {flops:.2e} FLOPs")
+        print(f"  $ {_typed(training.words)}")
+    for point in experiment.points:
+        print(point.name)
+        for words in point.commands:
+            print(f"  $ {_typed(words)}")
+    print(
+        f"{recipe.name}: {len(experiment.trainings)} trainings of {total:.2e} FLOPs in all, {len(experiment.points)} "
+        f"points over {len(recipe.seeds)} seeds, in {experiment.folder}; nothing was run"
+    )
+
+
+def _typed(words: list[str]) -> str:
+    return shlex.join(["python", *words] if words[0] == "-m" else ["pomscale", *words])
+
+
+def _run(experiment: Experiment, only: str | None) -> int:
+    from pomscale.experiments.run import run_experiment
+
+    outcome = run_experiment(experiment, only)
+    if only is None:
+        _draw(experiment)
+    for step, reason in outcome.failed.items():
+        print(f"failed: {step}: {reason}", file=sys.stderr)
+    if outcome.waiting:
+        print(f"not done yet, or in the hands of another process: {', '.join(outcome.waiting)}", file=sys.stderr)
+    return 0 if outcome.is_complete else 1
+
+
+def _draw(experiment: Experiment) -> None:
+    from pomscale.base.files import make_folder
+    from pomscale.experiments.draw import draw
+    from pomscale.experiments.results import collect
+
+    make_folder(experiment.folder)
+    print(draw(experiment.folder, collect(experiment)))
+    print(f"the table, the plot and the figures as JSON are in {experiment.folder}")
+
+
+def _submit(experiment: Experiment, arguments: argparse.Namespace) -> int:
+    from launch.submission.prepare import resolved_output
+    from pomscale.config.load import load_cluster
+    from pomscale.config.yaml_file import override
+    from pomscale.experiments.jobs import write_pipeline
+    from pomscale.experiments.points import read_experiment
+    from pomscale.experiments.run import run_experiment
+    from pomscale.experiments.steps import PREPARE
+
+    output = resolved_output(experiment.recipe.output, load_cluster(arguments.cluster, arguments.set))
+    overrides = [*arguments.overrides, override("output", str(output))]
+    experiment = read_experiment(arguments.recipe, overrides, small=arguments.small)
+    if experiment.recipe.prepare and not arguments.dry_run:
+        run_experiment(experiment, PREPARE)
+    words = ["launch", str(write_pipeline(experiment)), "--cluster", arguments.cluster]
+    words += [word for change in arguments.set for word in ("--set", change)]
+    words += ["--dry-run"] if arguments.dry_run else []
+    print(f"$ {_typed(words)}", flush=True)
+    return subprocess.run([sys.executable, "-m", "pomscale", *words], check=False).returncode
