@@ -113,7 +113,7 @@ def test_a_file_system_without_locks_is_warned_of(
 
     monkeypatch.setattr("fcntl.lockf", no_locks)
     assert only(encode(make_recipe(pictures), progress=False)).num_samples == 21
-    assert capsys.readouterr().err.count("do not start a second encode") == 1
+    assert capsys.readouterr().err.count("do not start a second process") == 1
     with pytest.raises(InputError, match=r"has no locks.*use one task"):
         encode(make_recipe(pictures, output=str(pictures.parent / "other")), progress=False, task=TaskIndex(0, 2))
 

@@ -123,6 +123,7 @@ def save_clip(folder: Path, seed: int) -> Path:
     tokens = [*sorted(byte_level), *(f"{byte}</w>" for byte in sorted(byte_level)), "<|startoftext|>", "<|endoftext|>"]
     start, end = len(tokens) - 2, len(tokens) - 1
     text = {"vocab_size": len(tokens), "max_position_embeddings": 12, "bos_token_id": start, "eos_token_id": end}
+    tower |= {"projection_dim": 8}  # published folders have it in both towers, too
     config = transformers.CLIPConfig(
         text_config=tower | text, vision_config=tower | {"image_size": 32, "patch_size": 8}, projection_dim=8
     )
