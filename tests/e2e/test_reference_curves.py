@@ -11,7 +11,7 @@ from support.running import GLOBAL_BATCH, pomscale, train
 STEPS = 20
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # seven trainings; tests/unit/monitoring/test_reference.py has the rules
 def test_a_wrong_learning_rate_leaves_the_band_and_another_seed_does_not(tiny_recipe: Path, digits: Path) -> None:
     validation = f"{{path: {digits}/latents/heldout, every_samples: {4 * GLOBAL_BATCH}, num_samples: 64, batch: 64}}"
     tiny_recipe.write_text(f"{tiny_recipe.read_text()}validation: {validation}\n")
