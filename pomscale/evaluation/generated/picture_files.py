@@ -9,7 +9,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ from pomscale.sources.folders import walk
 from pomscale.sources.item_fields import readable
 from pomscale.sources.protocol import Item, SourceChangedError
 from pomscale.sources.tars import TarSource
+from pomscale.sources.urls import is_url
 
 # Pictures that are looked at before the work: a set is grey if all of them are.
 _NUM_LOOKED_AT = 16
@@ -50,15 +51,34 @@ class FolderFiles:
         for entry in walk(self._root):
             num_clips += extension(entry.path) in CLIP_EXTENSIONS
             if extension(entry.path) in PICTURE_EXTENSIONS and not entry.is_hidden:
-                yield Item(entry.path, readable(entry.path), [entry.path, entry.size], problem=entry.problem)
+                location = [entry.path, entry.size, entry.modified_ns]
+                yield Item(entry.path, readable(entry.path), location, problem=entry.problem)
         if num_clips:
             raise InputError(
                 f"{self._root}: {num_clips:,} clips lie here, and pictures are measured; name their folder"
             )
 
     def open(self, item: Item) -> BinaryIO:
-        path, size = item.location
+        path, size, _ = item.location
         return storage.open_item(storage.join(self._root, path), size)
+
+
+class TarFiles(TarSource):
+    """Samples of tars. Their locations have the time of the tar's last change, where it is no URL."""
+
+    def scan(self) -> Iterator[Item]:
+        times: dict[str, int | None] = {}
+        for item in super().scan():
+            if item.location is None:
+                yield item
+                continue
+            path = self._files.path(item.location[0])
+            if path not in times:
+                times[path] = None if is_url(path) else os.stat(path).st_mtime_ns
+            yield replace(item, location=[*item.location, times[path]])
+
+    def open(self, item: Item) -> BinaryIO:
+        return super().open(replace(item, location=item.location[:-1]))
 
 
 def tar_files(path: str, with_captions: bool) -> Files:
@@ -67,11 +87,11 @@ def tar_files(path: str, with_captions: bool) -> Files:
     If captions are wanted and the first sample has one (.txt), all must have one.
     """
     if with_captions:
-        captioned = TarSource(TarSourceConfig(kind="tars", path=path, caption="txt"))
+        captioned = TarFiles(TarSourceConfig(kind="tars", path=path, caption="txt"))
         first = next(captioned.scan(), None)
         if first is not None and first.caption is not None:
             return captioned
-    return TarSource(TarSourceConfig(kind="tars", path=path))
+    return TarFiles(TarSourceConfig(kind="tars", path=path))
 
 
 @dataclass(frozen=True)
@@ -135,7 +155,7 @@ class PictureFiles:
         return None if self._fit is None else crop_of(self._fit.transform)
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings, and the hash of all names and sizes."""
+        """Return the settings, and the hash of all names, sizes and times; times are unknown behind URLs."""
         return {**self.settings(), "listing": self._items.sha256}
 
     def settings(self) -> dict[str, Any]:

@@ -179,6 +179,26 @@ def test_a_work_folder_is_of_one_evaluation(folders: Request) -> None:
         run(replace(folders, batch=8, metrics=("fid",)))
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_pictures_that_were_replaced_are_measured_again(
+    folders: Request, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    source = Path(folders.source)
+    monkeypatch.chdir(source.parent)
+
+    def write(value: int) -> None:  # constant pictures: all files have one size in bytes
+        pixels = np.full((16, *SIZE), value, np.uint8)
+        write_folder(source, pixels) if kind == "folder" else write_tar(source.with_suffix(".tar"), pixels)
+
+    if kind == "folder":
+        shutil.rmtree(source)
+    request = replace(folders, source=folders.source + (".tar" if kind == "tar" else ""), work=None, metrics=("fid",))
+    write(40)
+    before = result_of(request)["metrics"]["fid"]
+    write(41)
+    assert result_of(request)["metrics"]["fid"] != before
+
+
 def test_pictures_that_cannot_be_read_are_listed_and_end_it(folders: Request) -> None:
     Path(folders.source, "01", "0007.png").write_bytes(b"damaged")
     Path(str(folders.reference), "02", "0012.png").write_bytes(b"")
