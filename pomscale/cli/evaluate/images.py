@@ -287,17 +287,26 @@ def _opening(arguments: argparse.Namespace) -> Opening:
 
 
 def _record(arguments: argparse.Namespace, evaluation: Evaluation, result: dict[str, Any]) -> None:
-    """Add the figures to the record of the run whose checkpoint was measured, and to its wandb run."""
+    """Add the figures to the record of the run whose checkpoint was measured, and to its wandb run, unless it is there.
+
+    A result may be found that an earlier command measured with --no-record, or recorded under another --name.
+    """
     from pomscale.evaluation.generated.generated_pictures import GeneratedPictures
     from pomscale.monitoring.wandb.sink import deliver_without_training
-    from pomscale.runs.evaluation_log import record
-    from pomscale.runs.metric_names import evaluation_name
+    from pomscale.runs.evaluation_log import read_evaluations, record
+    from pomscale.runs.metric_names import evaluation_name, plain_figure
 
     if arguments.no_record or not isinstance(evaluation.source, GeneratedPictures) or evaluation.source.run is None:
         return
     run, samples = evaluation.source.run
     figures = {evaluation_name(arguments.name, name): value for name, value in result["metrics"].items()}
-    if figures:
+    is_there = any(
+        one.samples == samples
+        and one.settings == result["settings"]
+        and {*map(plain_figure, one.metrics)} == {*figures}
+        for one in read_evaluations(run)
+    )
+    if figures and not is_there:
         record(run, samples, figures, settings=result["settings"])
         deliver_without_training(run)
         say(f"recorded at {samples:,} samples of {run}")

@@ -107,8 +107,8 @@ class PartFiles:
         return self._folder / f"{self._side}-{part:06d}.{suffix}"
 
 
-def adopt(work: Path, plan: Mapping[str, Any]) -> bool:
-    """Bind the folder to a plan, and return whether it is new. InputError, naming what differs, if it has another one.
+def adopt(work: Path, plan: Mapping[str, Any]) -> None:
+    """Bind the folder to a plan. InputError, naming what differs, if it has another one.
 
     Only one process at a time may be in here.
     """
@@ -117,7 +117,7 @@ def adopt(work: Path, plan: Mapping[str, Any]) -> bool:
     if not path.exists():
         make_folder(work / _PARTS)
         write_text(path, text)
-        return True
+        return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -128,7 +128,6 @@ def adopt(work: Path, plan: Mapping[str, Any]) -> bool:
             f"--work {work}: holds parts of an evaluation with another {', '.join(sorted(differing))} (see {path}); "
             f"choose another folder, or delete this one"
         )
-    return False
 
 
 def drop_parts(work: Path) -> None:

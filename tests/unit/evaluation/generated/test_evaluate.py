@@ -213,6 +213,9 @@ def test_pictures_that_cannot_be_read_are_listed_and_end_it(folders: Request) ->
     assert outcome.result["pictures"]["source"]["failures"] == 1
     rest = np.delete(make_pixels(40, SIZE, 1), 7, axis=0), np.delete(make_pixels(50, SIZE, 2), 12, axis=0)
     assert outcome.result["metrics"]["kid"] == kid(*map(as_features, rest))[0]
+    # What was allowed once is no result where it is not allowed.
+    with pytest.raises(InputError, match=r"2 pictures cannot be read, .* 01/0007.png: no PNG"):
+        run(replace(folders, max_skipped=1))
 
 
 def test_pictures_are_drawn_with_a_seed_each(model: Path, tmp_path: Path) -> None:
@@ -311,9 +314,23 @@ def test_equal_pictures_give_equal_files(model: Path, tmp_path: Path) -> None:
 
 
 def test_tars_of_others_are_not_taken_over(model: Path, tmp_path: Path) -> None:
-    write_tar(tmp_path / "tars" / "pictures-000000.tar", make_pixels(2))
-    with pytest.raises(InputError, match=r"--write-tars .*: there are tars in it"):
-        run(generating(model, tmp_path / "work", extractors=(), outputs=Outputs(tars=tmp_path / "tars")))
+    theirs = write_tar(tmp_path / "tars" / "pictures-000000.tar", make_pixels(2))
+    before = theirs.read_bytes()
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"--write-tars .*: there are tars in it"):
+            run(generating(model, tmp_path / "work", extractors=(), outputs=Outputs(tars=tmp_path / "tars")))
+    assert theirs.read_bytes() == before
+
+
+@pytest.mark.parametrize("output", ["npz", "tars", "statistics"])
+def test_an_output_that_has_gone_is_said_to_be_gone(folders: Request, output: str) -> None:
+    path = Path(folders.source).with_name("output.npz" if output != "tars" else "output")
+    request = replace(folders, outputs=Outputs(**{output: path}))
+    run(request)
+    run(request)
+    shutil.rmtree(path) if output == "tars" else path.unlink()
+    with pytest.raises(InputError, match=r"output.*: is gone, .* delete .*work to measure again"):
+        run(request)
 
 
 def test_a_tar_that_has_gone_is_made_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
