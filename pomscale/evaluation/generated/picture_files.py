@@ -81,17 +81,17 @@ class TarFiles(TarSource):
         return super().open(replace(item, location=item.location[:-1]))
 
 
-def tar_files(path: str, with_captions: bool) -> Files:
-    """Return the files of tars that a path or pattern names.
+def tar_files(paths: list[str], with_captions: bool) -> Files:
+    """Return the files of tars that paths or patterns name.
 
     If captions are wanted and the first sample has one (.txt), all must have one.
     """
     if with_captions:
-        captioned = TarFiles(TarSourceConfig(kind="tars", path=path, caption="txt"))
+        captioned = TarFiles(TarSourceConfig(kind="tars", path=paths, caption="txt"))
         first = next(captioned.scan(), None)
         if first is not None and first.caption is not None:
             return captioned
-    return TarFiles(TarSourceConfig(kind="tars", path=path))
+    return TarFiles(TarSourceConfig(kind="tars", path=paths))
 
 
 @dataclass(frozen=True)
@@ -261,11 +261,9 @@ class _Items:
         return Item(where, where, location, caption=caption, problem=problem)
 
 
-def is_folder_of_tars(path: str) -> bool:
-    """Return whether a local folder holds tars and no picture at its top."""
-    if not os.path.isdir(path):
-        return False
-    names = os.listdir(path)
-    return any(name.endswith(".tar") for name in names) and not any(
-        extension(name) in PICTURE_EXTENSIONS for name in names
-    )
+def tars_of_folder(path: str) -> list[str]:
+    """Return the tars at the top of a local folder, hidden ones left out; [] if there is a picture there, too."""
+    names = [name for name in sorted(os.listdir(path)) if not storage.is_hidden(name)] if os.path.isdir(path) else []
+    if any(extension(name) in PICTURE_EXTENSIONS for name in names):
+        return []
+    return [os.path.join(path, name) for name in names if name.endswith(".tar")]

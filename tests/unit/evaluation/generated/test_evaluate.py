@@ -361,6 +361,20 @@ def test_pictures_that_do_not_fit(
     assert not (tmp_path / "work").exists()
 
 
+def test_what_can_be_known_before_is_said_before(folders: Request, model: Path) -> None:
+    file = Path(folders.source).with_name("one.npz")
+    for changes, message in (
+        ({"conventions": Conventions(kid_subsets=(3, 41))}, r"--kid-subsets 3x41: .*source has 40 pictures, too few"),
+        ({"outputs": Outputs(npz=file, statistics=file)}, "pictures and statistics cannot be one file"),
+        (
+            {"source": str(model), "opening": Opening(drawing=Drawing(4, labels="none", classes=(1,)))},
+            "--classes and --labels none",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            Evaluation(replace(folders, **changes))
+
+
 def test_fitted_pictures_have_one_size(tmp_path: Path) -> None:
     folders = [write_folder(tmp_path / name, make_pixels(9, size)) for name, size in (("a", (12, 9)), ("b", (8, 8)))]
     fit = Fit(ImageTransformConfig(size=6))
