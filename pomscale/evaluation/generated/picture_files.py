@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -32,6 +32,10 @@ from pomscale.sources.urls import is_url
 _NUM_LOOKED_AT = 16
 
 
+# Formats that Pillow or other programs read, and `decode_picture` does not.
+_UNREAD_PICTURES = (".apng", ".avif", ".bmp", ".gif", ".heic", ".jfif", ".jp2", ".jxl", ".pgm", ".ppm", ".tif", ".tiff")
+
+
 class Files(Protocol):
     """The part of a source of raw items that is needed here."""
 
@@ -41,21 +45,29 @@ class Files(Protocol):
 
 
 class FolderFiles:
-    """ROOT/**/*.{png,jpg,jpeg,webp}, sorted by the parts of their paths. What is hidden is left out."""
+    """ROOT/**/*.{png,jpg,jpeg,webp}, sorted by the parts of their paths. What is hidden is left out.
+
+    A folder with clips, or with pictures of other formats, is refused: the figures would be of a part of it.
+    """
 
     def __init__(self, root: str) -> None:
         self._root = root
 
     def scan(self) -> Iterator[Item]:
-        num_clips = 0
+        unread = Counter[str]()
         for entry in walk(self._root):
-            num_clips += extension(entry.path) in CLIP_EXTENSIONS
-            if extension(entry.path) in PICTURE_EXTENSIONS and not entry.is_hidden:
+            if entry.is_hidden:
+                continue
+            if extension(entry.path) in (*CLIP_EXTENSIONS, *_UNREAD_PICTURES):
+                unread[extension(entry.path)] += 1
+            elif extension(entry.path) in PICTURE_EXTENSIONS:
                 location = [entry.path, entry.size, entry.modified_ns]
                 yield Item(entry.path, readable(entry.path), location, problem=entry.problem)
-        if num_clips:
+        if unread:
+            shown = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(unread.items()))
             raise InputError(
-                f"{self._root}: {num_clips:,} clips lie here, and pictures are measured; name their folder"
+                f"{self._root}: there are files that are not measured ({shown}), only {', '.join(PICTURE_EXTENSIONS)} "
+                f"are; convert them, or name a folder without them"
             )
 
     def open(self, item: Item) -> BinaryIO:

@@ -201,10 +201,11 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         assert "source.path" not in str(raised.value)
 
 
-def test_a_folder_of_clips_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_clips_or_other_pictures_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", make_pixels(1))
-    (folder / "b.mp4").write_bytes(b"")
-    with pytest.raises(InputError, match="1 clips lie here, and pictures are measured"):
+    for name in ("b.mp4", "c.BMP", "d.bmp", ".e.gif", "notes.txt"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(InputError, match=r"files that are not measured \(2 .bmp, 1 .mp4\), only .png, .jpg, "):
         open_pictures(str(folder), Opening())
 
 
@@ -247,4 +248,4 @@ def test_a_folder_of_tars_may_have_any_name(tmp_path: Path) -> None:
     write_tar(folder / "one.tar", pixels[:4])
     write_tar(folder / "two.tar", pixels[4:])
     (folder / "._two.tar").write_bytes(b"")
-    np.testing.assert_array_equal(read(open_pictures(str(folder), Opening())), pixels)
+    np.testing.assert_array_equal(read(open_pictures(str(folder), Opening()))[..., 0], pixels)
