@@ -21,7 +21,7 @@ from pomscale.base.task_index import TaskIndex
 from pomscale.evaluation.generated.evaluation import Evaluation
 from pomscale.evaluation.generated.finishing import check_skipped, finish
 from pomscale.evaluation.generated.pictures_out import check_no_tars
-from pomscale.evaluation.generated.work_folder import PLAN, RESULT, PartFiles, adopt, drop_parts
+from pomscale.evaluation.generated.work_folder import PLAN, RESULT, PartFiles, adopt, drop_parts, make_parts_folder
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,12 @@ def _read_result(evaluation: Evaluation, work: Path) -> dict[str, Any]:
 
     What the plan does not say may have changed: how many pictures may be left out, and the files that were written.
     """
-    result: dict[str, Any] = json.loads((work / RESULT).read_text(encoding="utf-8"))
-    check_skipped(sum(side["failures"] for side in result["pictures"].values()), evaluation.request.max_skipped, work)
+    try:
+        result: dict[str, Any] = json.loads((work / RESULT).read_text(encoding="utf-8"))
+        num_failed = sum(side["failures"] for side in result["pictures"].values())
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{work / RESULT}: is damaged ({error!r}); delete {work} to measure again") from error
+    check_skipped(num_failed, evaluation.request.max_skipped, work)
     outputs = evaluation.request.outputs
     for path in filter(None, (outputs.npz, outputs.statistics, outputs.tars)):
         if not path.exists():
@@ -109,6 +113,7 @@ def _make_parts(evaluation: Evaluation, claims: Claims, task: TaskIndex, shows: 
     jobs, work = evaluation.jobs(), evaluation.work()
     files = {side: PartFiles(work, side) for side in evaluation.measurements}
     num_made = 0
+    make_parts_folder(work)
     total = sum(job.bounds[1] - job.bounds[0] for job in jobs)
     with Progress("pictures", total, enabled=shows) as progress:
         for number in task.order(len(jobs)):

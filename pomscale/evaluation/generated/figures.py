@@ -102,8 +102,8 @@ def put_together(files: PartFiles, num_parts: int, wants: Sequence[Want]) -> Tot
         totals.failures.extend((where, reason) for where, reason in record.failures)
         merge(totals.sums, files.sums(part, wants))
         for want, parts in totals.features.items():
-            if (features := files.features(part, want)) is not None:
-                parts.append(features)
+            if record.count:  # else no picture of the part could be read
+                parts.append(files.features(part, want))
     return replace(totals, count=count, sha256=digest.hexdigest())
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pomscale.base.errors import InputError
+from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.base.task_index import TaskIndex
 from pomscale.codecs.extractors.pixels import Pixels
@@ -311,6 +311,32 @@ def test_equal_pictures_give_equal_files(model: Path, tmp_path: Path) -> None:
         files = [tmp_path / f"{number}.npz", *sorted((tmp_path / f"tars-{number}").iterdir())]
         contents.append([file.read_bytes() for file in files])
     assert contents[0] == contents[1]
+
+
+def test_what_is_damaged_in_the_work_folder_is_said(folders: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert folders.work is not None
+    whole = result_of(replace(folders, work=folders.work.with_name("whole")))
+    with monkeypatch.context() as context:
+        context.setattr("pomscale.evaluation.generated.evaluate.finish", lambda *_: (_ for _ in ()).throw(OSError))
+        with pytest.raises(OSError):  # noqa: PT011
+            run(folders)
+    for name, damage in (
+        ("source-000001.0.pooled.features.npy", Path.unlink),
+        ("reference-000000.0.pooled.features.npy", lambda path: path.write_bytes(b"")),
+        ("source-000002.npz", lambda path: path.write_bytes(b"x")),
+    ):
+        path = folders.work / "parts" / name
+        before = path.read_bytes()
+        damage(path)
+        with pytest.raises(PomscaleError, match=rf"{name}: cannot be read: .*; delete .*json and run again"):
+            run(folders)
+        path.write_bytes(before)
+    assert result_of(folders) == whole
+    (folders.work / "result.json").write_text("{")
+    with pytest.raises(InputError, match=r"result.json: is damaged .*; delete .*work to measure again"):
+        run(folders)
+    (folders.work / "result.json").unlink()
+    assert result_of(folders) == whole
 
 
 def test_tars_of_others_are_not_taken_over(model: Path, tmp_path: Path) -> None:
