@@ -28,7 +28,7 @@ from pomscale.evaluation.generated.work_folder import PartFiles, Side
 from pomscale.metrics.inception_score import assign_splits
 from pomscale.runs.code_state import versions
 
-_FORMAT = 1
+_FORMAT = 2
 _WORK = "evaluations"
 
 

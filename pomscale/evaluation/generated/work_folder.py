@@ -39,7 +39,7 @@ class PartRecord:
 
     Attributes:
         count: Pictures that were measured.
-        sha256: Hash (hex) of their bytes, channels first, in order.
+        sha256: Hash (hex) of their numbers and bytes, see `pictures_hash.add_hashes`.
         labels: Number of pictures by class; empty without classes.
         failures: (name, reason) of the pictures that could not be read.
     """

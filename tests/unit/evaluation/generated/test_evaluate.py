@@ -36,6 +36,7 @@ from pomscale.metrics.inception_score import InceptionScore, assign_splits
 from pomscale.metrics.kernels import Subsets, clip_score, kid
 from pomscale.metrics.moments import Moments
 from pomscale.metrics.neighbours import neighbour_metrics
+from pomscale.runs.result_settings import result_key
 from support.generated_pictures import make_pixels, write_folder, write_tar
 from support.tiny_films import save_picture_model
 from support.tiny_models import save_vae
@@ -133,6 +134,21 @@ def test_a_part_does_not_depend_on_who_measures_it(folders: Request) -> None:
     outcome = evaluate(evaluation, TaskIndex(1, 2), progress=False)
     assert outcome.num_made == outcome.num_parts == 7
     assert outcome.result == alone
+
+
+def test_settings_do_not_depend_on_parts_or_batches_and_change_with_any_picture(folders: Request) -> None:
+    def settings(name: str, **changes: Any) -> dict[str, Any]:
+        work = Path(folders.source).with_name(name)
+        request = replace(folders, metrics=("fid",), work=work, **changes)
+        return result_of(request)["settings"]  # type: ignore[no-any-return]
+
+    before = settings("one")
+    assert result_key(settings("two", part=9, batch=4)) == result_key(before)
+    first, last = (Path(str(folders.reference), name) for name in ("00/0000.png", "09/0049.png"))
+    contents = first.read_bytes(), last.read_bytes()
+    first.write_bytes(contents[1])
+    last.write_bytes(contents[0])  # the same pictures in another order are another set
+    assert result_key(settings("three")) != result_key(before)
 
 
 def test_a_stopped_evaluation_continues_part_by_part(folders: Request, monkeypatch: pytest.MonkeyPatch) -> None:
