@@ -24,10 +24,10 @@ from typing import Any
 
 from pomscale.base.errors import InputError
 from pomscale.base.files import atomic_write, write_text
+from pomscale.evaluation.generated.work_folder import RESULT
 from pomscale.monitoring.report.plots import Panel, draw_panel
 from pomscale.runs.metric_names import QUALITY
 
-RESULT = "result.json"  # in the work folder of an evaluation
 SEED = "seed"
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]")
 _FIRST_CHOICE = "guidance"  # of the axis to draw quality against
@@ -80,11 +80,11 @@ def point_name(point: Mapping[str, str]) -> str:
     return "_".join(f"{axis}={_NOT_IN_NAMES.sub('-', value)}" for axis, value in point.items())
 
 
-def read_results(folder: Path, points: Sequence[Mapping[str, str]], result_file: str) -> list[SweepResult]:
+def read_results(folder: Path, points: Sequence[Mapping[str, str]]) -> list[SweepResult]:
     """Return the results so far. InputError for a result that cannot be read."""
     found = []
     for point in points:
-        path = folder / point_name(point) / result_file
+        path = folder / point_name(point) / RESULT
         if not path.is_file():
             found.append(SweepResult(dict(point)))
             continue

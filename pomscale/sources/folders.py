@@ -33,6 +33,8 @@ class Entry:
     """Size in bytes; None for folders, where storage does not tell it, and where there is a `problem`."""
     problem: str | None = None
     """Reason why the file cannot be read."""
+    modified_ns: int | None = None
+    """Time of the last change in nanoseconds; None for folders, behind URLs, and where there is a `problem`."""
 
     @property
     def is_hidden(self) -> bool:
@@ -98,7 +100,7 @@ def _list_local(root: str, folder: str) -> Iterator[Entry]:
             yield Entry(path, is_folder=False, problem=f"cannot be read: {error.strerror}")
         else:
             is_folder = stat.S_ISDIR(found.st_mode)
-            yield Entry(path, is_folder, None if is_folder else found.st_size)
+            yield Entry(path, True) if is_folder else Entry(path, False, found.st_size, modified_ns=found.st_mtime_ns)
 
 
 def _list_remote(root: str, folder: str) -> Iterator[Entry]:

@@ -53,6 +53,10 @@ def test_a_run_is_measured(run: Path, digits: Path, tmp_path: Path) -> None:
     assert done.stdout.startswith("recorded")
     assert again.stdout == done.stdout.split("\n", 1)[1]
     assert len(read_evaluations(run)) == 1
+    # A result that was not recorded, or under another name, is recorded then.
+    pomscale(*command, "--guidance", "1", "--name", "other", "--no-record")
+    assert "recorded at 64 samples" in pomscale(*command, "--guidance", "1", "--name", "other").stdout
+    assert [one.curves for one in read_evaluations(run)] == [["images"], ["other"]]
 
 
 def test_bad_input_is_one_line(run: Path, digits: Path, tmp_path: Path) -> None:

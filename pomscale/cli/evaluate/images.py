@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from pomscale.base.console import say
+from pomscale.base.errors import InputError
 from pomscale.base.imports import large_imports
-from pomscale.cli.arguments import add_device, positive, seed
-from pomscale.cli.evaluate import many
+from pomscale.cli.evaluate import image_options, many
 from pomscale.cli.sample import parse_classes
-from pomscale.cli.sample.options import add_sampling_options, sampling_changes
-from pomscale.config.hardware import Precision
+from pomscale.cli.sample.options import OPTIONS, add_sampling_options, sampling_changes
 
 if TYPE_CHECKING:
     from pomscale.evaluation.generated.evaluation import Evaluation
     from pomscale.evaluation.generated.opening import Opening
     from pomscale.evaluation.generated.request import Request
+
+_OF_MODELS = ("weights", "seed", "labels", "classes", "precision", "compile", "guide", *OPTIONS)
+"""Options that only a model obeys."""
 
 _DESCRIPTION = """Measure pictures against a reference: fid, sfid, inception_score, precision, recall, density,
 coverage, kid, fdd, cmmd, clip_score.
@@ -50,155 +51,13 @@ def add(evaluate_verbs: Any) -> None:
     images.add_argument(
         "--metrics", metavar="NAME,..", help="Names of metrics (default: all that extractors and pictures can serve)"
     )
-    _add_pictures(images)
-    _add_model(images)
-    _add_outputs(images)
-    _add_work(images)
+    image_options.add_pictures(images)
+    image_options.add_model(images)
+    image_options.add_outputs(images)
+    image_options.add_work(images)
     add_sampling_options(images)
     many.add(images)
     images.set_defaults(run=_evaluate, leaves_threads=True)  # a wandb server that hangs must not hold the exit
-
-
-def _add_pictures(images: argparse.ArgumentParser) -> None:
-    group = images.add_argument_group("pictures")
-    group.add_argument(
-        "--num-samples",
-        "--num",  # which torchrun takes for an abbreviation of an option of its own
-        dest="num",
-        type=positive,
-        metavar="N",
-        help="Number of pictures of SOURCE: N at equal distances in files (default: all), or drawn from a model "
-        "(default: 50,000)",
-    )
-    group.add_argument(
-        "--num-reference",
-        type=positive,
-        metavar="N",
-        help="Number of pictures of REFERENCE, at equal distances (default: all)",
-    )
-    group.add_argument(
-        "--fit",
-        type=positive,
-        metavar="SIDE",
-        help="Cut pictures in files to their central square and resize it to this side, as `data encode` does",
-    )
-    group.add_argument(
-        "--filter", choices=["lanczos", "area"], default="lanczos", help="Filter of --fit (default: %(default)s)"
-    )
-    group.add_argument(
-        "--grey", choices=["repeat"], help="Give grey pictures to colour extractors with three equal channels"
-    )
-    group.add_argument(
-        "--any-crop",
-        action="store_true",
-        help="Allow a reference that was cropped otherwise than the training pictures",
-    )
-    group.add_argument(
-        "--max-skipped",
-        type=int,
-        default=0,
-        metavar="N",
-        help="Most pictures that are left out since they cannot be read (default: %(default)s)",
-    )
-    group.add_argument(
-        "--splits", type=positive, default=10, metavar="N", help="Splits of the inception score (default: %(default)s)"
-    )
-    group.add_argument(
-        "--splits-in-order",
-        action="store_true",
-        help="Split pictures in their order, as ADM does, and not shuffled, as torch-fidelity does",
-    )
-    group.add_argument(
-        "--kid-subsets",
-        type=_subsets,
-        metavar="NUMBERxSIZE",
-        help="Random subsets for KID, such as 100x1000 of torch-fidelity (default: all pictures at once)",
-    )
-
-
-def _add_model(images: argparse.ArgumentParser) -> None:
-    group = images.add_argument_group("model", "Options for a SOURCE that is a model.")
-    group.add_argument(
-        "--weights",
-        metavar="NAME",
-        help="Set of weights: ema (an average), model (as last trained) or the name of an average (default: the "
-        "average that stands for the model, or model where there is none)",
-    )
-    group.add_argument(
-        "--seed", type=seed, default=0, help="Seed of the first picture; number i has it plus i (default: %(default)s)"
-    )
-    group.add_argument(
-        "--labels",
-        choices=["balanced", "random", "none"],
-        default="balanced",
-        help="Class of picture i: number i modulo the number of classes, drawn with its seed, or no class (default: "
-        "%(default)s)",
-    )
-    group.add_argument("--classes", help="Class ids such as 0,5,7-9 (default: all)")
-    group.add_argument(
-        "--precision",
-        choices=get_args(Precision),
-        default="fp32",
-        help="Precision of the network (default: %(default)s)",
-    )
-    group.add_argument("--compile", action="store_true", help="Compile the network, which takes a minute")
-    group.add_argument("--codec-path", metavar="DIR", help="Directory with the codec's weights, if they have moved")
-
-
-def _add_outputs(images: argparse.ArgumentParser) -> None:
-    group = images.add_argument_group("results")
-    group.add_argument("--json", type=Path, metavar="FILE", help="File that receives figures and settings")
-    group.add_argument(
-        "--write-npz", type=Path, metavar="FILE", help="File that receives the pictures as arr_0, as ADM's"
-    )
-    group.add_argument("--write-tars", type=Path, metavar="DIR", help="Directory that receives them as PNGs in tars")
-    group.add_argument(
-        "--write-statistics",
-        type=Path,
-        metavar="FILE",
-        help="File that receives mean and covariance of the first extractor's features, to be a REFERENCE",
-    )
-    group.add_argument(
-        "--name", default="images", help="Name in the run's record: evaluation/NAME/fid (default: %(default)s)"
-    )
-    group.add_argument("--no-record", action="store_true", help="Leave the run's record as it is")
-
-
-def _add_work(images: argparse.ArgumentParser) -> None:
-    group = images.add_argument_group("work")
-    group.add_argument(
-        "--batch",
-        type=positive,
-        default=64,
-        metavar="N",
-        help="Pictures at once; it may change last digits (default: %(default)s)",
-    )
-    group.add_argument(
-        "--part",
-        type=positive,
-        metavar="N",
-        help="Pictures of a part, which one process measures at once (default: 1,000, or a hundredth of a larger set)",
-    )
-    group.add_argument(
-        "--work", type=Path, metavar="DIR", help="Directory that processes share (default: evaluations/NAME-HASH)"
-    )
-    group.add_argument(
-        "--num-workers", type=positive, default=2, metavar="N", help="Threads that decode files (default: %(default)s)"
-    )
-    group.add_argument(
-        "--task",
-        metavar="INDEX/COUNT",
-        help="Number of this process among those that share the work (default: from SLURM or torchrun)",
-    )
-    group.add_argument("--dry-run", action="store_true", help="Say what would be measured, and what is missing")
-    add_device(images)
-
-
-def _subsets(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if match is None or not int(match[1]) or int(match[2]) < 2:
-        raise argparse.ArgumentTypeError(f"must be NUMBERxSIZE such as 100x1000, got {text}")
-    return int(match[1]), int(match[2])
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -216,6 +75,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         check_can_be_written(arguments.json)
     evaluation = Evaluation(_request(arguments))
+    _check_used(arguments, evaluation)
     if arguments.dry_run:
         print(evaluation.describe())
         return 0
@@ -286,18 +146,44 @@ def _opening(arguments: argparse.Namespace) -> Opening:
     )
 
 
+def _check_used(arguments: argparse.Namespace, evaluation: Evaluation) -> None:
+    """Raise InputError if an option is given for nothing: the figures would not be those that were asked for."""
+    from pomscale.evaluation.generated.generated_pictures import GeneratedPictures
+    from pomscale.evaluation.generated.picture_files import PictureFiles
+
+    sides = (evaluation.source, evaluation.reference.pictures)
+    defaults = arguments.parse([arguments.source])
+    for options, kind, what in (
+        (_OF_MODELS, GeneratedPictures, "a model draws pictures"),
+        (("fit", "filter"), PictureFiles, "pictures lie in files or tars"),
+    ):
+        given = [name for name in options if getattr(arguments, name) != getattr(defaults, name)]
+        if given and not any(isinstance(side, kind) for side in sides):
+            shown = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise InputError(f"{shown}: only where {what}, and neither SOURCE nor REFERENCE is such; leave it out")
+
+
 def _record(arguments: argparse.Namespace, evaluation: Evaluation, result: dict[str, Any]) -> None:
-    """Add the figures to the record of the run whose checkpoint was measured, and to its wandb run."""
+    """Add the figures to the record of the run whose checkpoint was measured, and to its wandb run, unless it is there.
+
+    A result may be found that an earlier command measured with --no-record, or recorded under another --name.
+    """
     from pomscale.evaluation.generated.generated_pictures import GeneratedPictures
     from pomscale.monitoring.wandb.sink import deliver_without_training
-    from pomscale.runs.evaluation_log import record
-    from pomscale.runs.metric_names import evaluation_name
+    from pomscale.runs.evaluation_log import read_evaluations, record
+    from pomscale.runs.metric_names import evaluation_name, plain_figure
 
     if arguments.no_record or not isinstance(evaluation.source, GeneratedPictures) or evaluation.source.run is None:
         return
     run, samples = evaluation.source.run
     figures = {evaluation_name(arguments.name, name): value for name, value in result["metrics"].items()}
-    if figures:
+    is_there = any(
+        one.samples == samples
+        and one.settings == result["settings"]
+        and {*map(plain_figure, one.metrics)} == {*figures}
+        for one in read_evaluations(run)
+    )
+    if figures and not is_there:
         record(run, samples, figures, settings=result["settings"])
         deliver_without_training(run)
         say(f"recorded at {samples:,} samples of {run}")

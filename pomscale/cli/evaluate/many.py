@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # Axes of a sweep whose names are shorter than the options that they stand for.
 _AXES = {"interval": "guidance-interval", "schedule": "guidance-schedule", "average": "weights"}
 _ONE_EACH = ("json", "write_npz", "write_tars", "write_statistics")  # outputs that many evaluations cannot share
+# What decides no figure, or is compared otherwise: a sweep may go on with other values of these.
+_NOT_COMPARED = ("source", "words", "task", "device", "num_workers", "codec_path", "max_skipped")
 _PAIRS = ("guidance-interval",)  # written LO:HI in a sweep, since a comma separates values
 
 
@@ -93,7 +95,8 @@ def _every(arguments: argparse.Namespace) -> int:
 
 def _sweep(arguments: argparse.Namespace) -> int:
     from pomscale.base.files import make_folder
-    from pomscale.evaluation.sweep import RESULT, grid, parse_axes, point_name
+    from pomscale.evaluation.generated.work_folder import RESULT
+    from pomscale.evaluation.sweep import grid, parse_axes, point_name
     from pomscale.evaluation.sweep_source import frozen_source
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -108,7 +111,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     to_do = {part: options for part, options in to_do.items() if not (part / RESULT).is_file()}
     if not arguments.dry_run:
         make_folder(folder)
-        words[at] = str(frozen_source(source, folder, is_done=not to_do))
+        words[at] = str(frozen_source(source, folder, _shared_options(arguments, words), is_done=not to_do))
     commands = {part: [*words, *options, "--no-record", "--work", str(part)] for part, options in to_do.items()}
     if arguments.cluster is not None:
         _submit(arguments, commands)
@@ -126,10 +129,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 def _write(folder: Path, points: Sequence[dict[str, str]]) -> str:
     """Write the tables of a sweep, and return the one for people with the names of the files."""
-    from pomscale.evaluation.sweep import RESULT, read_results, text_table, write_tables
+    from pomscale.evaluation.sweep import read_results, text_table, write_tables
     from pomscale.evaluation.sweep_source import release_source
 
-    results = read_results(folder, points, RESULT)
+    results = read_results(folder, points)
     paths = write_tables(folder, results)
     if all(result.metrics is not None for result in results):
         release_source(folder)
@@ -167,6 +170,16 @@ def _options(point: dict[str, str]) -> list[str]:
         option = _AXES.get(axis, axis)
         words += [f"--{option}", value.replace(":", ",") if option in _PAIRS else value]
     return words
+
+
+def _shared_options(arguments: argparse.Namespace, words: list[str]) -> dict[str, str]:
+    """Return the options of all points that decide their figures, by name, where they are not the default."""
+    given, defaults = vars(arguments.parse(words)), vars(arguments.parse([str(arguments.source)]))
+    return {
+        name.replace("_", "-"): str(value)
+        for name, value in given.items()
+        if name not in _NOT_COMPARED and value != defaults.get(name)
+    }
 
 
 def _words(arguments: argparse.Namespace, reserved: Sequence[str]) -> tuple[list[str], int]:

@@ -15,12 +15,13 @@ from typing import Any
 
 from pomscale.base.claims import Claims
 from pomscale.base.console import Progress
+from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder, write_text
 from pomscale.base.task_index import TaskIndex
 from pomscale.evaluation.generated.evaluation import Evaluation
-from pomscale.evaluation.generated.finishing import finish
+from pomscale.evaluation.generated.finishing import check_skipped, finish
 from pomscale.evaluation.generated.pictures_out import check_no_tars
-from pomscale.evaluation.generated.work_folder import RESULT, PartFiles, adopt, drop_parts
+from pomscale.evaluation.generated.work_folder import PLAN, RESULT, PartFiles, adopt, drop_parts, make_parts_folder
 
 
 @dataclass(frozen=True)
@@ -54,26 +55,30 @@ def evaluate(
     Args:
         evaluation: What is measured.
         task: Index of this process among those that share the work folder.
-        publish: Called with the result by the process that computes it, before it is marked as done.
+        publish: Called with the result by the process that computes it, before it is marked as done, and by those
+            that find it done: it must not matter how often.
         progress: Show progress on standard error.
 
     Raises:
-        InputError: More pictures cannot be read than are allowed, or the work folder is another evaluation's.
+        InputError: More pictures cannot be read than are allowed, the work folder is another evaluation's, or a file
+            that it wrote is gone.
         PomscaleError: A file cannot be written, or storage fails.
     """
     work, jobs = evaluation.work(), evaluation.jobs()
     make_folder(work)
     with Claims(work, several=task.count > 1) as claims:
         with claims.listing():
-            is_new = adopt(work, evaluation.plan())
-            if is_new and evaluation.request.outputs.tars is not None:
-                make_folder(evaluation.request.outputs.tars)
-                check_no_tars(evaluation.request.outputs.tars)
+            tars = evaluation.request.outputs.tars
+            if tars is not None and not (work / PLAN).exists():
+                check_no_tars(tars)
+                make_folder(tars)
+            adopt(work, evaluation.plan())
         num_made = 0 if (work / RESULT).exists() else _make_parts(evaluation, claims, task, progress)
         files = {side: PartFiles(work, side) for side in evaluation.measurements}
         with claims.finishing():
             if (work / RESULT).exists():
-                result: dict[str, Any] = json.loads((work / RESULT).read_text(encoding="utf-8"))
+                result = _read_result(evaluation, work)
+                publish(result)
                 return Outcome(work, result, len(jobs), num_made, 0)
             left = [job for job in jobs if not evaluation.measurements[job.side].is_done(files[job.side], job.part)]
             if left:
@@ -85,11 +90,30 @@ def evaluate(
     return Outcome(work, result, len(jobs), num_made, 0)
 
 
+def _read_result(evaluation: Evaluation, work: Path) -> dict[str, Any]:
+    """Return a result that is there. InputError if it would not be that of this request.
+
+    What the plan does not say may have changed: how many pictures may be left out, and the files that were written.
+    """
+    try:
+        result: dict[str, Any] = json.loads((work / RESULT).read_text(encoding="utf-8"))
+        num_failed = sum(side["failures"] for side in result["pictures"].values())
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{work / RESULT}: is damaged ({error!r}); delete {work} to measure again") from error
+    check_skipped(num_failed, evaluation.request.max_skipped, work)
+    outputs = evaluation.request.outputs
+    for path in filter(None, (outputs.npz, outputs.statistics, outputs.tars)):
+        if not path.exists():
+            raise InputError(f"{path}: is gone, and was written when this was measured; delete {work} to measure again")
+    return result
+
+
 def _make_parts(evaluation: Evaluation, claims: Claims, task: TaskIndex, shows: bool) -> int:
     """Measure the parts that nobody else has claimed, until there is none; return their number."""
     jobs, work = evaluation.jobs(), evaluation.work()
     files = {side: PartFiles(work, side) for side in evaluation.measurements}
     num_made = 0
+    make_parts_folder(work)
     total = sum(job.bounds[1] - job.bounds[0] for job in jobs)
     with Progress("pictures", total, enabled=shows) as progress:
         for number in task.order(len(jobs)):

@@ -28,7 +28,7 @@ from pomscale.evaluation.generated.work_folder import PartFiles, Side
 from pomscale.metrics.inception_score import assign_splits
 from pomscale.runs.code_state import versions
 
-_FORMAT = 1
+_FORMAT = 2
 _WORK = "evaluations"
 
 
@@ -71,6 +71,7 @@ class Evaluation:
             check_pictures(one, self.extractors, request.repeats_grey)
         if pictures is not None:
             _check_alike(self.source, pictures, request.repeats_grey)
+        self._check_subsets()
         if statistics is not None:
             owner = self.extractors[owner_of(statistics, self.extractors)]
             dims = {name: width for name, width in owner.dims.items() if width is not None}
@@ -81,6 +82,16 @@ class Evaluation:
         if not request.any_crop:
             theirs_crop = pictures.crop if pictures is not None else (statistics and statistics.settings.get("crop"))
             check_crops(str(request.reference), theirs_crop or None, self.source.crop)
+
+    def _check_subsets(self) -> None:
+        """Raise InputError if KID's subsets are larger than a set."""
+        subsets = self.request.conventions.kid_subsets
+        for one in filter(None, (self.source, self.reference.pictures)):
+            if subsets is not None and "kid" in self.choice.wants and one.num_pictures < subsets[1]:
+                raise InputError(
+                    f"--kid-subsets {subsets[0]}x{subsets[1]}: {one.name} has {one.num_pictures:,} pictures, too few "
+                    f"for a subset; take smaller ones, or leave it out"
+                )
 
     def _measurements(self) -> dict[Side, Measurement]:
         request, device = self.request, resolve_device(self.request.opening.model.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,6 +11,7 @@ import numpy as np
 
 from pomscale.base.errors import InputError
 from pomscale.evaluation.generated.metric_choice import METRICS, Choice, Want
+from pomscale.evaluation.generated.pictures_hash import add_hashes
 from pomscale.evaluation.generated.statistics_files import Statistics
 from pomscale.evaluation.generated.sums import Scores, Sum, merge
 from pomscale.evaluation.generated.work_folder import PartFiles
@@ -66,7 +66,7 @@ class Totals:
 
     Attributes:
         count: Number of pictures.
-        sha256: Hash (hex) of the hashes of all parts, in order.
+        sha256: Hash (hex) of their numbers and bytes, see `pictures_hash.add_hashes`; parts do not change it.
         labels: Number of pictures by class; empty without classes.
         failures: (name, reason) of pictures that could not be read.
         sums: Sums by what is wanted.
@@ -91,20 +91,20 @@ class Totals:
 
 def put_together(files: PartFiles, num_parts: int, wants: Sequence[Want]) -> Totals:
     """Put parts together, in their order; one part at a time is in memory."""
-    digest, labels = hashlib.sha256(), Counter[str]()
+    hashes, labels = list[str](), Counter[str]()
     totals = Totals(0, "", labels, [], {}, {want: [] for want in wants if want.kept == "features"})
     count = 0
     for part in range(num_parts):
         record = files.record(part)
-        digest.update(record.sha256.encode())
+        hashes.append(record.sha256)
         count += record.count
         labels.update(record.labels)
         totals.failures.extend((where, reason) for where, reason in record.failures)
         merge(totals.sums, files.sums(part, wants))
         for want, parts in totals.features.items():
-            if (features := files.features(part, want)) is not None:
-                parts.append(features)
-    return replace(totals, count=count, sha256=digest.hexdigest())
+            if record.count:  # else no picture of the part could be read
+                parts.append(files.features(part, want))
+    return replace(totals, count=count, sha256=add_hashes(hashes))
 
 
 @dataclass

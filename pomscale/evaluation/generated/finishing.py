@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,21 @@ def _check_failures(evaluation: Evaluation, work: Path, totals: dict[Side, Total
     if not found:
         return
     write_text(work / FAILURES, "".join(json.dumps(failure) + "\n" for failure in found))
-    if len(found) > evaluation.request.max_skipped:
-        shown = "; ".join(f"{failure['picture']}: {failure['reason']}" for failure in found[:_MOST_LISTED])
-        more = f" and {len(found) - _MOST_LISTED:,} more" if len(found) > _MOST_LISTED else ""
-        raise InputError(
-            f"{len(found):,} pictures cannot be read, so the figures would be of others than you asked for: {shown}"
-            f"{more}; all are in {work / FAILURES}. Mend or remove them, or leave them out with "
-            f"--max-skipped {len(found)}"
-        )
+    check_skipped(len(found), evaluation.request.max_skipped, work)
+
+
+def check_skipped(number: int, most: int, work: Path) -> None:
+    """Raise InputError, which names the first ones, if more pictures than allowed could not be read."""
+    if number <= most:
+        return
+    with (work / FAILURES).open(encoding="utf-8") as lines:
+        first = [json.loads(line) for line in itertools.islice(lines, _MOST_LISTED)]
+    shown = "; ".join(f"{failure['picture']}: {failure['reason']}" for failure in first)
+    more = f" and {number - len(first):,} more" if number > len(first) else ""
+    raise InputError(
+        f"{number:,} pictures cannot be read, so the figures would be of others than you asked for: {shown}{more}; "
+        f"all are in {work / FAILURES}. Mend or remove them, or leave them out with --max-skipped {number}"
+    )
 
 
 def _reference_settings(reference: Reference, totals: Totals | None) -> dict[str, Any] | None:

@@ -84,6 +84,8 @@ class GeneratedPictures:
         card = self._weights.card
         if card.model.kind != "image":
             raise InputError(f"{source.path}: this model makes clips, and pictures are measured")
+        if drawing.classes and drawing.labels == "none":
+            raise InputError(f"{source.path}: --classes and --labels none: pictures of no class have none of these")
         self._set = _weights_to_use(self._weights, source.weights)
         options = SamplingOptions.from_recipe(card.sampling, **drawing.changes)
         self._options = options.resolved(card.diffusion.objective)
@@ -147,7 +149,7 @@ class GeneratedPictures:
             with torch.inference_mode():
                 guide = None if self._guide is None else self._guide.network
                 latents = sample_latents(self._model.network, labels, seeds, self._options, batch=batch, guide=guide)
-                pixels = to_pixels(decode(self._model.network, latents))
+                pixels = to_pixels(self.name, decode(self._model.network, latents))
             yield Batch(numbers, pixels, None if self._drawing.labels == "none" else labels)
 
     def labels_of(self, numbers: Sequence[int]) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from pomscale.base.files import atomic_write
 from pomscale.codecs.extractors.base import Extractor, FeatureName
 from pomscale.evaluation.generated.metric_choice import Want
 from pomscale.evaluation.generated.picture_sets import Batch, Failure, PictureSet
+from pomscale.evaluation.generated.pictures_hash import NOTHING, add_hashes, hash_of
 from pomscale.evaluation.generated.pictures_out import PixelsOut, TarOut, open_tar, tar_path
 from pomscale.evaluation.generated.sums import Arrays, Scores, Sum
 from pomscale.evaluation.generated.work_folder import PartFiles, PartRecord
@@ -103,12 +103,12 @@ class _Kept:
     failures: list[Failure] = field(default_factory=list)
     sums: dict[Want, Sum] = field(default_factory=dict)
     features: dict[Want, list[np.ndarray]] = field(default_factory=dict)
-    digest: Any = field(default_factory=hashlib.sha256)
+    sha256: str = NOTHING
 
     def add(self, batch: Batch) -> None:
         self.count += len(batch.numbers)
         self.labels += batch.labels or []
-        self.digest.update(batch.pixels.numpy().data)
+        self.sha256 = add_hashes((self.sha256, hash_of(batch)))
         wants = self.measurement.wants
         for number in sorted({want.extractor for want in wants}):
             mine = [want for want in wants if want.extractor == number]
@@ -121,7 +121,7 @@ class _Kept:
     def record(self) -> PartRecord:
         labels = {str(label): count for label, count in sorted(Counter(self.labels).items())}
         failures = [(failure.where, failure.reason) for failure in self.failures]
-        return PartRecord(self.count, self.digest.hexdigest(), labels, failures)
+        return PartRecord(self.count, self.sha256, labels, failures)
 
     def _keep(self, want: Want, features: np.ndarray, batch: Batch) -> None:
         if want.kept == "features":

@@ -204,9 +204,16 @@ def _problem_of_reference(
 
 
 def owner_of(statistics: Statistics, extractors: Sequence[Extractor]) -> int:
-    """Return the number of the extractor that statistics are of: the first one, where they do not tell."""
-    identities = [extractor.identity for extractor in extractors]
-    return identities.index(statistics.extractor) if statistics.extractor in identities else 0
+    """Return the number of the extractor that statistics are of: the first one of their width, where they do not tell.
+
+    It is 0 where they are of none of these, and `Statistics.check` then says so.
+    """
+    width = statistics.gaussians["pooled"].width
+    for number, extractor in enumerate(extractors):
+        told, known = statistics.extractor == extractor.identity, statistics.extractor is not None
+        if told or (not known and extractor.name != "clip" and extractor.dims.get("pooled") == width):
+            return number
+    return 0
 
 
 def _pictures_of(sides: Sides) -> list[PictureSet]:

@@ -10,7 +10,7 @@ from pomscale.base.errors import InputError
 from pomscale.evaluation.generated.generated_pictures import Drawing, GeneratedPictures, ModelSource
 from pomscale.evaluation.generated.metric_choice import Reference
 from pomscale.evaluation.generated.npz_pictures import PIXELS, NpzPictures, array_names
-from pomscale.evaluation.generated.picture_files import Fit, FolderFiles, PictureFiles, is_folder_of_tars, tar_files
+from pomscale.evaluation.generated.picture_files import Fit, FolderFiles, PictureFiles, tar_files, tars_of_folder
 from pomscale.evaluation.generated.picture_sets import PictureSet
 from pomscale.evaluation.generated.shard_pictures import ShardPictures
 from pomscale.evaluation.generated.statistics_files import holds_statistics, read_statistics
@@ -50,10 +50,11 @@ def open_pictures(where: str, opening: Opening) -> PictureSet:
     if not is_url(where) and where.endswith(".npz"):
         return NpzPictures(Path(where), num=opening.num)
     if where.endswith(".tar"):
-        return _of_tars(where, where, opening)
+        return _of_tars(where, [where], opening)
     if not is_url(where) and not os.path.isdir(where):
+        problem = "is no file of these" if os.path.exists(where) else "there is no such file or folder"
         raise InputError(
-            f"{where}: there is no such file or folder; give a run, a checkpoint, an exported folder, an .npz file, "
+            f"{where}: {problem}; give a run, a checkpoint, an exported folder, an .npz file, "
             f"tars (NAME.tar, 'NAME-{{000..012}}.tar'), a dataset of shards or a folder of pictures"
         )
     if _is_dataset(where):
@@ -62,8 +63,8 @@ def open_pictures(where: str, opening: Opening) -> PictureSet:
     if _is_model(where):
         drawing = opening.drawing if opening.num is None else replace(opening.drawing, num=opening.num)
         return GeneratedPictures(replace(opening.model, path=Path(where)), drawing)
-    if is_folder_of_tars(where):
-        return _of_tars(where, os.path.join(where, "*.tar"), opening)
+    if tars := tars_of_folder(where):
+        return _of_tars(where, tars, opening)
     return PictureFiles(
         where,
         FolderFiles(where),
@@ -86,10 +87,10 @@ def open_reference(where: str | None, opening: Opening) -> Reference:
     return Reference(NpzPictures(path, num=opening.num) if has_pictures else None, statistics)
 
 
-def _of_tars(name: str, pattern: str, opening: Opening) -> PictureFiles:
+def _of_tars(name: str, paths: list[str], opening: Opening) -> PictureFiles:
     return PictureFiles(
         name,
-        tar_files(pattern, opening.with_captions),
+        tar_files(paths, opening.with_captions),
         kind="tars",
         num=opening.num,
         fit=opening.fit,

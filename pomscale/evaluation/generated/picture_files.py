@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -26,9 +26,14 @@ from pomscale.sources.folders import walk
 from pomscale.sources.item_fields import readable
 from pomscale.sources.protocol import Item, SourceChangedError
 from pomscale.sources.tars import TarSource
+from pomscale.sources.urls import is_url
 
 # Pictures that are looked at before the work: a set is grey if all of them are.
 _NUM_LOOKED_AT = 16
+
+
+# Formats that Pillow or other programs read, and `decode_picture` does not.
+_UNREAD_PICTURES = (".apng", ".avif", ".bmp", ".gif", ".heic", ".jfif", ".jp2", ".jxl", ".pgm", ".ppm", ".tif", ".tiff")
 
 
 class Files(Protocol):
@@ -40,38 +45,65 @@ class Files(Protocol):
 
 
 class FolderFiles:
-    """ROOT/**/*.{png,jpg,jpeg,webp}, sorted by the parts of their paths. What is hidden is left out."""
+    """ROOT/**/*.{png,jpg,jpeg,webp}, sorted by the parts of their paths. What is hidden is left out.
+
+    A folder with clips, or with pictures of other formats, is refused: the figures would be of a part of it.
+    """
 
     def __init__(self, root: str) -> None:
         self._root = root
 
     def scan(self) -> Iterator[Item]:
-        num_clips = 0
+        unread = Counter[str]()
         for entry in walk(self._root):
-            num_clips += extension(entry.path) in CLIP_EXTENSIONS
-            if extension(entry.path) in PICTURE_EXTENSIONS and not entry.is_hidden:
-                yield Item(entry.path, readable(entry.path), [entry.path, entry.size], problem=entry.problem)
-        if num_clips:
+            if entry.is_hidden:
+                continue
+            if extension(entry.path) in (*CLIP_EXTENSIONS, *_UNREAD_PICTURES):
+                unread[extension(entry.path)] += 1
+            elif extension(entry.path) in PICTURE_EXTENSIONS:
+                location = [entry.path, entry.size, entry.modified_ns]
+                yield Item(entry.path, readable(entry.path), location, problem=entry.problem)
+        if unread:
+            shown = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(unread.items()))
             raise InputError(
-                f"{self._root}: {num_clips:,} clips lie here, and pictures are measured; name their folder"
+                f"{self._root}: there are files that are not measured ({shown}), only {', '.join(PICTURE_EXTENSIONS)} "
+                f"are; convert them, or name a folder without them"
             )
 
     def open(self, item: Item) -> BinaryIO:
-        path, size = item.location
+        path, size, _ = item.location
         return storage.open_item(storage.join(self._root, path), size)
 
 
-def tar_files(path: str, with_captions: bool) -> Files:
-    """Return the files of tars that a path or pattern names.
+class TarFiles(TarSource):
+    """Samples of tars. Their locations have the time of the tar's last change, where it is no URL."""
+
+    def scan(self) -> Iterator[Item]:
+        times: dict[str, int | None] = {}
+        for item in super().scan():
+            if item.location is None:
+                yield item
+                continue
+            path = self._files.path(item.location[0])
+            if path not in times:
+                times[path] = None if is_url(path) else os.stat(path).st_mtime_ns
+            yield replace(item, location=[*item.location, times[path]])
+
+    def open(self, item: Item) -> BinaryIO:
+        return super().open(replace(item, location=item.location[:-1]))
+
+
+def tar_files(paths: list[str], with_captions: bool) -> Files:
+    """Return the files of tars that paths or patterns name.
 
     If captions are wanted and the first sample has one (.txt), all must have one.
     """
     if with_captions:
-        captioned = TarSource(TarSourceConfig(kind="tars", path=path, caption="txt"))
+        captioned = TarFiles(TarSourceConfig(kind="tars", path=paths, caption="txt"))
         first = next(captioned.scan(), None)
         if first is not None and first.caption is not None:
             return captioned
-    return TarSource(TarSourceConfig(kind="tars", path=path))
+    return TarFiles(TarSourceConfig(kind="tars", path=paths))
 
 
 @dataclass(frozen=True)
@@ -135,7 +167,7 @@ class PictureFiles:
         return None if self._fit is None else crop_of(self._fit.transform)
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings, and the hash of all names and sizes."""
+        """Return the settings, and the hash of all names, sizes and times; times are unknown behind URLs."""
         return {**self.settings(), "listing": self._items.sha256}
 
     def settings(self) -> dict[str, Any]:
@@ -241,11 +273,9 @@ class _Items:
         return Item(where, where, location, caption=caption, problem=problem)
 
 
-def is_folder_of_tars(path: str) -> bool:
-    """Return whether a local folder holds tars and no picture at its top."""
-    if not os.path.isdir(path):
-        return False
-    names = os.listdir(path)
-    return any(name.endswith(".tar") for name in names) and not any(
-        extension(name) in PICTURE_EXTENSIONS for name in names
-    )
+def tars_of_folder(path: str) -> list[str]:
+    """Return the tars at the top of a local folder, hidden ones left out; [] if there is a picture there, too."""
+    names = [name for name in sorted(os.listdir(path)) if not storage.is_hidden(name)] if os.path.isdir(path) else []
+    if any(extension(name) in PICTURE_EXTENSIONS for name in names):
+        return []
+    return [os.path.join(path, name) for name in names if name.endswith(".tar")]

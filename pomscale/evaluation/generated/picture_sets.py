@@ -92,6 +92,15 @@ def spread(number: int, count: int, total: int) -> int:
     return number * total // count
 
 
-def to_pixels(values: Tensor) -> Tensor:
-    """Return values in [0, 1] of any shape as uint8 on the CPU, by the rule QUANTISATION."""
+def to_pixels(name: str, values: Tensor) -> Tensor:
+    """Return values in [0, 1] of any shape as uint8 on the CPU, by the rule QUANTISATION.
+
+    Raises:
+        InputError: A value is not finite, and would become black; the message begins with `name`.
+    """
+    if not values.isfinite().all():
+        raise InputError(
+            f"{name}: decoded pictures have values that are not finite; its weights are broken, or --precision is too "
+            f"coarse for them"
+        )
     return (values.float().clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).cpu()

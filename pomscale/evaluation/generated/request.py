@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pomscale.base.errors import InputError
 from pomscale.base.files import check_can_be_written, check_suffix
 from pomscale.evaluation.generated.figures import Conventions
 from pomscale.evaluation.generated.opening import Opening
@@ -29,6 +30,8 @@ class Outputs:
         for path in filter(None, (self.npz, self.statistics)):
             check_suffix(path, ".npz")
             check_can_be_written(path)
+        if self.npz is not None and self.statistics is not None and self.npz.absolute() == self.statistics.absolute():
+            raise InputError(f"{self.npz}: pictures and statistics cannot be one file; give it another name")
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,9 @@ class ShardPictures:
             whole = [row for row in range(len(records)) if row not in samples.bad]
             with torch.inference_mode():
                 latents = samples.latents[whole].float().to(self._codec.device)
-                pixels = to_pixels(self._codec.decode(latents)) if whole else torch.empty(0, dtype=torch.uint8)
+                pixels = (
+                    to_pixels(self.name, self._codec.decode(latents)) if whole else torch.empty(0, dtype=torch.uint8)
+                )
             yield Batch(
                 numbers[whole].tolist(),
                 pixels,

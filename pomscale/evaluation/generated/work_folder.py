@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ class PartRecord:
 
     Attributes:
         count: Pictures that were measured.
-        sha256: Hash (hex) of their bytes, channels first, in order.
+        sha256: Hash (hex) of their numbers and bytes, see `pictures_hash.add_hashes`.
         labels: Number of pictures by class; empty without classes.
         failures: (name, reason) of the pictures that could not be read.
     """
@@ -88,36 +89,40 @@ class PartFiles:
         found = [labels for part in parts if (labels := self._arrays(part).get("labels")) is not None]
         return np.concatenate(found) if found else None
 
-    def features(self, part: int, want: Want) -> np.ndarray | None:
-        """Return the features of a part (b, d), memory-mapped; None if no picture of it could be read."""
+    def features(self, part: int, want: Want) -> np.ndarray:
+        """Return the features of a part that has pictures (b, d), memory-mapped. PomscaleError if they are damaged."""
         path = self._path(part, f"{want.key}.npy")
-        return np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else None
+        try:
+            found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise self._damaged(part, path, error) from error
+        return found
 
     def _arrays(self, part: int) -> dict[str, np.ndarray]:
         path = self._path(part, "npz")
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
-        except (OSError, ValueError) as error:
-            raise PomscaleError(
-                f"{path}: cannot be read: {error}; delete {path.with_suffix('.json')} and run again"
-            ) from error
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise self._damaged(part, path, error) from error
+
+    def _damaged(self, part: int, path: Path, error: Exception) -> PomscaleError:
+        return PomscaleError(f"{path}: cannot be read: {error}; delete {self._path(part, 'json')} and run again")
 
     def _path(self, part: int, suffix: str) -> Path:
         return self._folder / f"{self._side}-{part:06d}.{suffix}"
 
 
-def adopt(work: Path, plan: Mapping[str, Any]) -> bool:
-    """Bind the folder to a plan, and return whether it is new. InputError, naming what differs, if it has another one.
+def adopt(work: Path, plan: Mapping[str, Any]) -> None:
+    """Bind the folder to a plan. InputError, naming what differs, if it has another one.
 
     Only one process at a time may be in here.
     """
     path = work / PLAN
     text = json.dumps(plan, indent=1, sort_keys=True)
     if not path.exists():
-        make_folder(work / _PARTS)
         write_text(path, text)
-        return True
+        return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -128,7 +133,11 @@ def adopt(work: Path, plan: Mapping[str, Any]) -> bool:
             f"--work {work}: holds parts of an evaluation with another {', '.join(sorted(differing))} (see {path}); "
             f"choose another folder, or delete this one"
         )
-    return False
+
+
+def make_parts_folder(work: Path) -> None:
+    """Make the folder of the parts. It is not there where somebody has deleted a result, to measure again."""
+    make_folder(work / _PARTS)
 
 
 def drop_parts(work: Path) -> None:

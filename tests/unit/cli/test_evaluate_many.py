@@ -166,6 +166,19 @@ def test_a_sweep_over_another_source_needs_another_folder(parser: VerbParser, ru
         call(parser, "'a run' --sweep guidance=1,2,3 --work w")
 
 
+def test_a_sweep_with_other_options_needs_another_folder(
+    parser: VerbParser, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(parser, "'a run' --sweep guidance=1,2 --work w --reference there --seed 3")
+    for options in ("--reference here --seed 3", "--seed 3", "--reference there", "--reference there --seed 4"):
+        with pytest.raises(InputError, match=r"w: holds a sweep with another --(reference|seed), .* another --work"):
+            call(parser, f"'a run' --sweep guidance=1,2 --work w {options}")
+    capsys.readouterr()
+    # The same options go on, in another order, with further points.
+    assert call(parser, "--seed 3 'a run' --reference there --sweep guidance=1,2,4 --work w --no-record") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
 def test_points_are_jobs_on_a_cluster(
     parser: VerbParser, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,7 +55,7 @@ def test_one_table_of_what_is_there_and_what_is_not(tmp_path: Path) -> None:
     axes = {"guidance": ["0", "1", "2"], "average": ["ema", "model"]}
     fid = {"guidance=0_average=ema": 9.0, "guidance=1_average=ema": 4.0, "guidance=2_average=ema": 6.5}
     measured(tmp_path, axes, fid | {"guidance=0_average=model": 20.0})
-    results = read_results(tmp_path, grid(axes), "result.json")
+    results = read_results(tmp_path, grid(axes))
     best = best_point(results)
     assert best is not None
     assert best.point == {"guidance": "1", "average": "ema"}
@@ -84,7 +84,7 @@ def test_seeds_are_the_spread_of_a_line(tmp_path: Path) -> None:
         axes,
         {"seed=0_guidance=0": 9.0, "seed=1000_guidance=0": 11.0, "seed=0_guidance=1": 4.0, "seed=1000_guidance=1": 4.0},
     )
-    panel = quality_panel(read_results(tmp_path, grid(axes), "result.json"))
+    panel = quality_panel(read_results(tmp_path, grid(axes)))
     assert panel is not None
     assert (panel.title, panel.x_name) == ("fid against guidance", "guidance")
     assert panel.lines == {"fid": ([0.0, 1.0], [10.0, 4.0])}
@@ -95,7 +95,7 @@ def test_seeds_are_the_spread_of_a_line(tmp_path: Path) -> None:
 
 def test_without_numbers_or_results_nothing_is_drawn(tmp_path: Path) -> None:
     axes = {"average": ["ema", "model"]}
-    results = read_results(tmp_path, grid(axes), "result.json")
+    results = read_results(tmp_path, grid(axes))
     assert quality_panel(results) is None
     assert text_table(results).count("no result yet") == 2
     write_tables(tmp_path, results)
@@ -103,4 +103,4 @@ def test_without_numbers_or_results_nothing_is_drawn(tmp_path: Path) -> None:
     (tmp_path / "average=ema").mkdir()
     (tmp_path / "average=ema" / "result.json").write_text("{}")
     with pytest.raises(InputError, match=r"result.json: not a result"):
-        read_results(tmp_path, grid(axes), "result.json")
+        read_results(tmp_path, grid(axes))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pomscale.base.errors import InputError
+from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.base.task_index import TaskIndex
 from pomscale.codecs.extractors.pixels import Pixels
@@ -36,6 +36,7 @@ from pomscale.metrics.inception_score import InceptionScore, assign_splits
 from pomscale.metrics.kernels import Subsets, clip_score, kid
 from pomscale.metrics.moments import Moments
 from pomscale.metrics.neighbours import neighbour_metrics
+from pomscale.runs.result_settings import result_key
 from support.generated_pictures import make_pixels, write_folder, write_tar
 from support.tiny_films import save_picture_model
 from support.tiny_models import save_vae
@@ -135,6 +136,21 @@ def test_a_part_does_not_depend_on_who_measures_it(folders: Request) -> None:
     assert outcome.result == alone
 
 
+def test_settings_do_not_depend_on_parts_or_batches_and_change_with_any_picture(folders: Request) -> None:
+    def settings(name: str, **changes: Any) -> dict[str, Any]:
+        work = Path(folders.source).with_name(name)
+        request = replace(folders, metrics=("fid",), work=work, **changes)
+        return result_of(request)["settings"]  # type: ignore[no-any-return]
+
+    before = settings("one")
+    assert result_key(settings("two", part=9, batch=4)) == result_key(before)
+    first, last = (Path(str(folders.reference), name) for name in ("00/0000.png", "09/0049.png"))
+    contents = first.read_bytes(), last.read_bytes()
+    first.write_bytes(contents[1])
+    last.write_bytes(contents[0])  # the same pictures in another order are another set
+    assert result_key(settings("three")) != result_key(before)
+
+
 def test_a_stopped_evaluation_continues_part_by_part(folders: Request, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = result_of(replace(folders, work=folders.work.with_name("whole")))  # type: ignore[union-attr]
     commit, commits = PartFiles.commit, list[int]()
@@ -179,6 +195,26 @@ def test_a_work_folder_is_of_one_evaluation(folders: Request) -> None:
         run(replace(folders, batch=8, metrics=("fid",)))
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_pictures_that_were_replaced_are_measured_again(
+    folders: Request, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    source = Path(folders.source)
+    monkeypatch.chdir(source.parent)
+
+    def write(value: int) -> None:  # constant pictures: all files have one size in bytes
+        pixels = np.full((16, *SIZE), value, np.uint8)
+        write_folder(source, pixels) if kind == "folder" else write_tar(source.with_suffix(".tar"), pixels)
+
+    if kind == "folder":
+        shutil.rmtree(source)
+    request = replace(folders, source=folders.source + (".tar" if kind == "tar" else ""), work=None, metrics=("fid",))
+    write(40)
+    before = result_of(request)["metrics"]["fid"]
+    write(41)
+    assert result_of(request)["metrics"]["fid"] != before
+
+
 def test_pictures_that_cannot_be_read_are_listed_and_end_it(folders: Request) -> None:
     Path(folders.source, "01", "0007.png").write_bytes(b"damaged")
     Path(str(folders.reference), "02", "0012.png").write_bytes(b"")
@@ -193,6 +229,9 @@ def test_pictures_that_cannot_be_read_are_listed_and_end_it(folders: Request) ->
     assert outcome.result["pictures"]["source"]["failures"] == 1
     rest = np.delete(make_pixels(40, SIZE, 1), 7, axis=0), np.delete(make_pixels(50, SIZE, 2), 12, axis=0)
     assert outcome.result["metrics"]["kid"] == kid(*map(as_features, rest))[0]
+    # What was allowed once is no result where it is not allowed.
+    with pytest.raises(InputError, match=r"2 pictures cannot be read, .* 01/0007.png: no PNG"):
+        run(replace(folders, max_skipped=1))
 
 
 def test_pictures_are_drawn_with_a_seed_each(model: Path, tmp_path: Path) -> None:
@@ -290,10 +329,50 @@ def test_equal_pictures_give_equal_files(model: Path, tmp_path: Path) -> None:
     assert contents[0] == contents[1]
 
 
+def test_what_is_damaged_in_the_work_folder_is_said(folders: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert folders.work is not None
+    whole = result_of(replace(folders, work=folders.work.with_name("whole")))
+    with monkeypatch.context() as context:
+        context.setattr("pomscale.evaluation.generated.evaluate.finish", lambda *_: (_ for _ in ()).throw(OSError))
+        with pytest.raises(OSError):  # noqa: PT011
+            run(folders)
+    for name, damage in (
+        ("source-000001.0.pooled.features.npy", Path.unlink),
+        ("reference-000000.0.pooled.features.npy", lambda path: path.write_bytes(b"")),
+        ("source-000002.npz", lambda path: path.write_bytes(b"x")),
+    ):
+        path = folders.work / "parts" / name
+        before = path.read_bytes()
+        damage(path)
+        with pytest.raises(PomscaleError, match=rf"{name}: cannot be read: .*; delete .*json and run again"):
+            run(folders)
+        path.write_bytes(before)
+    assert result_of(folders) == whole
+    (folders.work / "result.json").write_text("{")
+    with pytest.raises(InputError, match=r"result.json: is damaged .*; delete .*work to measure again"):
+        run(folders)
+    (folders.work / "result.json").unlink()
+    assert result_of(folders) == whole
+
+
 def test_tars_of_others_are_not_taken_over(model: Path, tmp_path: Path) -> None:
-    write_tar(tmp_path / "tars" / "pictures-000000.tar", make_pixels(2))
-    with pytest.raises(InputError, match=r"--write-tars .*: there are tars in it"):
-        run(generating(model, tmp_path / "work", extractors=(), outputs=Outputs(tars=tmp_path / "tars")))
+    theirs = write_tar(tmp_path / "tars" / "pictures-000000.tar", make_pixels(2))
+    before = theirs.read_bytes()
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"--write-tars .*: there are tars in it"):
+            run(generating(model, tmp_path / "work", extractors=(), outputs=Outputs(tars=tmp_path / "tars")))
+    assert theirs.read_bytes() == before
+
+
+@pytest.mark.parametrize("output", ["npz", "tars", "statistics"])
+def test_an_output_that_has_gone_is_said_to_be_gone(folders: Request, output: str) -> None:
+    path = Path(folders.source).with_name("output.npz" if output != "tars" else "output")
+    request = replace(folders, outputs=Outputs(**{output: path}))
+    run(request)
+    run(request)
+    shutil.rmtree(path) if output == "tars" else path.unlink()
+    with pytest.raises(InputError, match=r"output.*: is gone, .* delete .*work to measure again"):
+        run(request)
 
 
 def test_a_tar_that_has_gone_is_made_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,6 +401,20 @@ def test_pictures_that_do_not_fit(
     with pytest.raises(InputError, match=message):
         run(request)
     assert not (tmp_path / "work").exists()
+
+
+def test_what_can_be_known_before_is_said_before(folders: Request, model: Path) -> None:
+    file = Path(folders.source).with_name("one.npz")
+    for changes, message in (
+        ({"conventions": Conventions(kid_subsets=(3, 41))}, r"--kid-subsets 3x41: .*source has 40 pictures, too few"),
+        ({"outputs": Outputs(npz=file, statistics=file)}, "pictures and statistics cannot be one file"),
+        (
+            {"source": str(model), "opening": Opening(drawing=Drawing(4, labels="none", classes=(1,)))},
+            "--classes and --labels none",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            Evaluation(replace(folders, **changes))
 
 
 def test_fitted_pictures_have_one_size(tmp_path: Path) -> None:

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from pomscale.base.errors import InputError
-from pomscale.evaluation.generated.metric_choice import METRICS, MOST_PAIRED, Reference, Sides, choose, warnings_of
+from pomscale.evaluation.generated.metric_choice import (
+    METRICS,
+    MOST_PAIRED,
+    Reference,
+    Sides,
+    choose,
+    owner_of,
+    warnings_of,
+)
 from pomscale.evaluation.generated.statistics_files import Statistics
 from pomscale.metrics.moments import Gaussian
 
@@ -80,6 +88,16 @@ def test_statistics_are_of_one_extractor() -> None:
         chosen(*several, asked=("fdd",), sides=unknown)
     known = Sides(pictures(), Reference(None, statistics("identity of dinov2")))
     assert set(chosen(*several, sides=known)) == {"fdd", "inception_score"}
+
+
+def test_statistics_that_tell_no_extractor_are_of_the_first_one_of_their_width() -> None:
+    several = (extractor("clip", pooled=4), extractor("dinov2", pooled=3), INCEPTION)
+    reference = Reference(pictures(), statistics())
+    assert owner_of(statistics(), several) == 2
+    found = chosen(*several[::2], sides=Sides(pictures(), reference), asked=("fid", "cmmd"))
+    assert found == {"fid": (1, "pooled", "moments"), "cmmd": (0, "pooled", "features")}
+    assert owner_of(statistics(), several[:2]) == 0
+    assert owner_of(statistics("identity of another"), several) == 0
 
 
 def test_pictures_beside_statistics_serve_what_statistics_do_not() -> None:

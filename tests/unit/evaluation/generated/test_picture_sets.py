@@ -189,20 +189,23 @@ def test_an_npz_that_is_cut_off(tmp_path: Path) -> None:
 
 def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "some.txt").touch()
     for where, message in (
         ("nowhere", "there is no such file or folder; give a run"),
         ("empty", r"no picture \(.png, .jpg, .jpeg, .webp\) is here"),
         ("no.tar", "there is no file"),
+        ("some.txt", "is no file of these; give a run"),
     ):
         with pytest.raises(InputError, match=message) as raised:
             open_pictures(str(tmp_path / where), Opening())
         assert "source.path" not in str(raised.value)
 
 
-def test_a_folder_of_clips_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_clips_or_other_pictures_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", make_pixels(1))
-    (folder / "b.mp4").write_bytes(b"")
-    with pytest.raises(InputError, match="1 clips lie here, and pictures are measured"):
+    for name in ("b.mp4", "c.BMP", "d.bmp", ".e.gif", "notes.txt"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(InputError, match=r"files that are not measured \(2 .bmp, 1 .mp4\), only .png, .jpg, "):
         open_pictures(str(folder), Opening())
 
 
@@ -228,6 +231,21 @@ def test_statistics_may_have_pictures_beside_them(tmp_path: Path) -> None:
 
 def test_values_are_rounded_to_the_nearest_byte() -> None:
     values = torch.tensor([-0.1, 0.0, 0.499 / 255, 0.501 / 255, 254.4 / 255, 254.6 / 255, 1.0, 1.2])
-    assert to_pixels(values).tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
+    assert to_pixels("here", values).tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
     every = torch.arange(256) / 255
-    assert to_pixels(every).tolist() == list(range(256))
+    assert to_pixels("here", every).tolist() == list(range(256))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_no_black_pictures(value: float) -> None:
+    with pytest.raises(InputError, match="here: decoded pictures have values that are not finite"):
+        to_pixels("here", torch.tensor([0.5, value]))
+
+
+def test_a_folder_of_tars_may_have_any_name(tmp_path: Path) -> None:
+    pixels = make_pixels(6)
+    folder = tmp_path / "a {1,2} [b]*"
+    write_tar(folder / "one.tar", pixels[:4])
+    write_tar(folder / "two.tar", pixels[4:])
+    (folder / "._two.tar").write_bytes(b"")
+    np.testing.assert_array_equal(read(open_pictures(str(folder), Opening()))[..., 0], pixels)
