@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+from pomscale.base.errors import InputError
 from pomscale.cli.arguments import add_recipe
 from pomscale.cli.cluster import PROFILE, add_changes
 
@@ -39,6 +41,7 @@ def add(verbs: Any) -> None:
 def _experiment(arguments: argparse.Namespace) -> int:
     from pomscale.experiments.points import read_experiment
 
+    _check_options(arguments)
     experiment = read_experiment(arguments.recipe, arguments.overrides, small=arguments.small)
     if arguments.cluster is not None:
         return _submit(experiment, arguments)
@@ -49,6 +52,15 @@ def _experiment(arguments: argparse.Namespace) -> int:
         _draw(experiment)
         return 0
     return _run(experiment, arguments.only)
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    for one, other in itertools.combinations(("only", "draw", "cluster", "dry_run"), 2):
+        is_given = bool(getattr(arguments, one) and getattr(arguments, other))
+        if is_given and (one, other) != ("cluster", "dry_run"):
+            raise InputError(f"--{one} and --{other.replace('_', '-')}: give one of them")
+    if arguments.set and not arguments.cluster:
+        raise InputError("--set: goes with --cluster")
 
 
 def _show(experiment: Experiment) -> None:
@@ -82,10 +94,10 @@ def _run(experiment: Experiment, only: str | None) -> int:
     from pomscale.experiments.run import run_experiment
 
     outcome = run_experiment(experiment, only)
-    if only is None:
-        _draw(experiment)
     for step, reason in outcome.failed.items():
         print(f"failed: {step}: {reason}", file=sys.stderr)
+    if only is None:
+        _draw(experiment)
     if outcome.waiting:
         print(f"not done yet, or in the hands of another process: {', '.join(outcome.waiting)}", file=sys.stderr)
     return 0 if outcome.is_complete else 1

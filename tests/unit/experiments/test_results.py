@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from pomscale.cli import main
 from pomscale.experiments.draw import draw, markdown_row, plot, table
 from pomscale.experiments.points import Experiment, read_experiment
 from pomscale.experiments.results import Spread, collect
-from pomscale.experiments.run import run_experiment
+from pomscale.experiments.run import Stopped, run_experiment
 from pomscale.experiments.steps import read_record
 
 # json.tool copies a JSON file: a real command that starts in no time.
@@ -157,9 +158,71 @@ def test_a_measure_that_is_not_there_is_one_line(recipe: Path, key: str, line: s
 
 
 def test_a_file_that_no_command_leaves_is_one_line(recipe: Path) -> None:
-    experiment = run(recipe, "measures.share.file=other.json")
+    run(recipe)
     with pytest.raises(InputError, match=r"measures.share: .*other.json: cannot be read as JSON.*are to write it"):
-        collect(experiment)
+        collect(read_experiment(recipe, ["measures.share.file=other.json"]))
+
+
+def test_a_point_whose_commands_leave_no_file_has_failed(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["experiment", str(recipe), "seeds=[0]", "measures.share.file=other.json"]
+    with pytest.raises(SystemExit, match="1"):
+        main(words)
+    line = "failed: size-1.kind-a.seed-0: its commands ended well and left no other.json, which measures.share needs"
+    assert line in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        main(words)
+    assert line in capsys.readouterr().err, "tried again"
+
+
+def test_failures_are_told_although_nothing_can_be_drawn(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "from" / "b-4-0.json").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        main(["experiment", str(recipe), "seeds=[0]", "measures.share.key=nothing"])
+    errors = capsys.readouterr().err
+    assert "failed: size-4.kind-b.seed-0: exit code" in errors
+    assert "has no 'nothing'" in errors
+
+
+STOPPER = """
+import os, signal, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.kill(os.getppid(), signal.SIGTERM)
+open(sys.argv[1], "w").write('{"metrics": {"share": 1}, "rows": [0, {"s": 1}]}')
+"""
+
+
+def test_a_stop_counts_also_if_the_command_ends_well(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stopper.py").write_text(STOPPER)
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    experiment = read_experiment(recipe, ["run=['-m stopper {folder}/figures.json']"])
+    with pytest.raises(Stopped, match="run the same command again"):
+        run_experiment(experiment)
+    assert len(collect(experiment).measured) == 1, "what was done counts, and nothing more was begun"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--only", "size-1.kind-a.seed-0", "--draw"], "--only and --draw: give one of them"),
+        (["--only", "size-1.kind-a.seed-0", "--cluster", "local"], "--only and --cluster: give one of them"),
+        (["--only", "size-1.kind-a.seed-0", "--dry-run"], "--only and --dry-run: give one of them"),
+        (["--draw", "--cluster", "local"], "--draw and --cluster: give one of them"),
+        (["--draw", "--dry-run"], "--draw and --dry-run: give one of them"),
+        (["--set", "account=a"], "--set: goes with --cluster"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    recipe: Path, words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["experiment", str(recipe), *words])
+    assert line in capsys.readouterr().err
 
 
 def test_a_figure_that_is_not_finite_is_shown_and_is_null_in_json(recipe: Path, tmp_path: Path) -> None:
