@@ -266,8 +266,6 @@ def test_the_commands_parse(path: Path, small: bool) -> None:
         if words[0] == "-m":
             assert find_spec(words[1]), words
             continue
-        if words[:2] == ["evaluate", "images"] and find_spec("pomscale.cli.evaluate.images") is None:
-            continue
         parsed, rest = parser.parse_known_args(words)
         assert not unknown_words(parsed, rest), words
         if hasattr(parsed, "recipe"):

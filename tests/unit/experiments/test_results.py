@@ -232,3 +232,36 @@ def test_a_figure_that_is_not_finite_is_shown_and_is_null_in_json(recipe: Path, 
     assert "nan" in draw(experiment.folder, collect(experiment)).splitlines()[2]
     content = json.loads((experiment.folder / "results.json").read_text())
     assert content["rows"][0]["measures"]["share"]["mean"] is None
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("smple a --num 3", "`pomscale smple a --num 3` is no command: the verbs are train,"),
+        ("evaluate images a --refrence b", "is no command: unrecognized arguments: --refrence"),
+        ("sample a --steps many", "is no command: argument --steps/--num-steps: invalid positive value: 'many'"),
+        ("-m json.tol a", "`python -m json.tol a` is no command: there is no module json.tol"),
+        ("-m nothing.here", "is no command: there is no module nothing.here"),
+        ("-m", "is no command: there is no module"),
+    ],
+)
+@pytest.mark.parametrize("where", ["run", "prepare"])
+@pytest.mark.parametrize("option", ["--dry-run", None])
+def test_a_command_that_is_none_is_found_before_anything_is_run(
+    recipe: Path, where: str, command: str, reason: str, option: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = [word for word in ("experiment", str(recipe), option, f"{where}={json.dumps([command])}") if word]
+    with pytest.raises(SystemExit, match="2"):
+        main(changed)
+    assert reason in capsys.readouterr().err
+    assert not (recipe.parent / "experiments").exists()
+
+
+def test_modules_of_the_working_folder_are_commands(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "mine.py").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="0"):
+        main(["experiment", str(recipe), "--dry-run", "run=['-m tools.mine {folder}']"])
