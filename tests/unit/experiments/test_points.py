@@ -18,7 +18,7 @@ from pomscale.config.yaml_file import RecipeError
 from pomscale.experiments.jobs import pipeline
 from pomscale.experiments.points import Experiment, read_experiment
 from pomscale.plan.report import plan
-from support.paths import RECIPES
+from support.paths import RECIPES, ROOT
 
 TRAIN = """
 kind: train
@@ -254,6 +254,14 @@ def test_the_full_trainings_fit_one_node(path: Path) -> None:
         planned = plan(recipe, num_nodes=1, gpus_per_node=8, gpu="h100", utilization=0.4)
         assert planned.fits
         assert planned.speed.samples_per_s > 0
+
+
+def test_the_example_of_the_docs_can_be_typed_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "how-to" / "experiments.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    Path("degrees.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    experiment = read_experiment("degrees.yaml")
+    assert (len(experiment.trainings), len(experiment.points)) == (6, 12)
 
 
 @pytest.mark.parametrize("small", [False, True], ids=["full", "small"])
