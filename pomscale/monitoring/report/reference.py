@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -136,7 +137,7 @@ def read_reference(path: Path) -> Reference:
     for name, curve in curves.items():
         if not curve.samples or [len(values) for values in curve.values] != [len(curve.samples)] * len(found.seeds):
             raise InputError(f"{path}: {name} does not have a value per seed and samples")
-        if not all(_is_number(value) for values in (curve.samples, *curve.values) for value in values):
+        if not all(_is_number(value) for value in chain(curve.samples, *curve.values)):
             raise InputError(f"{path}: {name} has values that are no finite numbers")
     return found
 
