@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +59,7 @@ def launch(asked: Launch, check_command: Callable[[list[str]], None]) -> int:
     if isinstance(recipe, ExperimentRecipe):
         raise InputError(
             f"{asked.recipe}: an experiment is many jobs; submit them: "
-            f"pomscale experiment {asked.recipe} --cluster {asked.cluster}"
+            f"pomscale experiment {shlex.quote(str(asked.recipe))} --cluster {asked.cluster}"
         )
     profile = load_cluster(asked.cluster, asked.changes)
     if asked.time_limit is not None and profile.scheduler != "slurm":

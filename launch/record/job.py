@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields, replace
@@ -251,7 +252,8 @@ def sole_launch(job_folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(
-                f"{job_folder}: another launch is under way there; look with `pomscale runs {job_folder}`"
+                f"{job_folder}: another launch is under way there; look with "
+                f"`pomscale runs {shlex.quote(str(job_folder))}`"
             ) from error
         except OSError as problem:
             warn(f"{job_folder}: the file system has no locks ({problem}); do not launch twice at once")

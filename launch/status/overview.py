@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -212,15 +213,12 @@ def _wall_time(job_folder: Path) -> str:
 def next_commands(job_folder: Path, run: RunSummary) -> list[str]:
     """Return the commands that are useful in the run's state."""
     launched = (job_folder / LAUNCH_FILE).is_file()
-    logs = [f"pomscale runs logs {job_folder}"] if launched else []
-    again = f"pomscale runs resume {job_folder}" if launched else train_command(job_folder)
+    folder = shlex.quote(str(job_folder))
+    logs = [f"pomscale runs logs {folder}"] if launched else []
+    again = f"pomscale runs resume {folder}" if launched else train_command(job_folder)
     if run.state in LIVE:
-        follow = f"pomscale runs logs {job_folder} --follow"
-        return [f"pomscale watch {job_folder}", *([follow] if launched else []), f"pomscale runs cancel {job_folder}"]
-    if run.state == "finished":
-        return (
-            [f"pomscale report {job_folder}", f"pomscale sample {job_folder} --num 8 --out grid.png"]
-            if run.num_starts
-            else logs
-        )
-    return [*logs, again]
+        follow = [f"pomscale runs logs {folder} --follow"] if launched else []
+        return [f"pomscale watch {folder}", *follow, f"pomscale runs cancel {folder}"]
+    if run.state == "finished" and run.num_starts:
+        return [f"pomscale report {folder}", f"pomscale sample {folder} --num 8 --out grid.png"]
+    return logs if run.state == "finished" else [*logs, again]

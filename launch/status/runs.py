@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -125,7 +126,8 @@ def resolve_run(word: str) -> Path:
         return path
     if path.is_dir() and len(path.parts) > 1:
         raise NoSuchRun(
-            f"{path}: no run folder: it has none of {', '.join(sorted(_MARKS))}; `pomscale runs {path}` looks below"
+            f"{path}: no run folder: it has none of {', '.join(sorted(_MARKS))}; "
+            f"`pomscale runs {shlex.quote(str(path))}` looks below"
         )
     named = find_runs(RUNS) if RUNS.is_dir() else {}
     exact = [job_folder for job_folder, name in named.items() if word in (name, job_folder.name)]

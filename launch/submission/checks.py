@@ -220,9 +220,10 @@ def check_not_in_queue(job_folder: Path) -> None:
     if state.state in LIVE:
         job = f", job {state.job_id}" if state.job_id else ""
         by_folder = f" (according to its folder; {found.problem})" if found.problem else ""
+        shown = shlex.quote(str(job_folder))
         raise InputError(
-            f"{job_folder}: {state.state} already{job}{by_folder}; watch it with `pomscale watch {job_folder}`, "
-            f"or end it with `pomscale runs cancel {job_folder}`"
+            f"{job_folder}: {state.state} already{job}{by_folder}; watch it with `pomscale watch {shown}`, "
+            f"or end it with `pomscale runs cancel {shown}`"
         )
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, get_args
 
+from pomscale.base.errors import InputError
 from pomscale.config.hardware import Precision
 
 
@@ -97,6 +101,23 @@ def unknown_words(parsed: argparse.Namespace, rest: list[str]) -> list[str]:
     """
     takes_overrides = hasattr(parsed, "overrides")
     return [word for word in rest if not takes_overrides or "=" not in word or word.startswith("-")]
+
+
+def check_command(verbs: Mapping[str, argparse.ArgumentParser], words: list[str]) -> None:
+    """Raise InputError for words that are no command of pomscale."""
+    printed = io.StringIO()
+    reason = f"the verbs are {', '.join(verbs)}"
+    if words and words[0] in verbs:
+        try:
+            with redirect_stderr(printed):
+                parsed, rest = verbs[words[0]].parse_known_args(words[1:])
+        except SystemExit:
+            reason = printed.getvalue().strip().rpartition("error: ")[2]
+        else:
+            if not unknown_words(parsed, rest):
+                return
+            reason = f"unrecognized arguments: {' '.join(rest)}"
+    raise InputError(f"`pomscale {shlex.join(words)}` is no command: {reason}")
 
 
 def seed(text: str) -> int:

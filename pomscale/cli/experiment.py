@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
+from functools import partial
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pomscale.cli.arguments import add_recipe
+from pomscale.base.errors import InputError
+from pomscale.cli.arguments import add_recipe, check_command
 from pomscale.cli.cluster import PROFILE, add_changes
 
 if TYPE_CHECKING:
@@ -33,13 +40,19 @@ def add(verbs: Any) -> None:
     experiment.add_argument("--only", metavar="STEP", help="Name of one training or point, which alone is done")
     experiment.add_argument("--cluster", metavar="PROFILE", help=f"{PROFILE}; every step becomes a job on it")
     add_changes(experiment)
-    experiment.set_defaults(run=_experiment)
+    experiment.set_defaults(run=partial(_experiment, verbs.choices))
 
 
-def _experiment(arguments: argparse.Namespace) -> int:
+def _experiment(verbs: Mapping[str, argparse.ArgumentParser], arguments: argparse.Namespace) -> int:
     from pomscale.experiments.points import read_experiment
 
+    _check_options(arguments)
     experiment = read_experiment(arguments.recipe, arguments.overrides, small=arguments.small)
+    for command in [
+        *map(shlex.split, experiment.recipe.prepare),
+        *(one for at in experiment.points for one in at.commands),
+    ]:
+        _check_command(verbs, command)
     if arguments.cluster is not None:
         return _submit(experiment, arguments)
     if arguments.dry_run:
@@ -49,6 +62,32 @@ def _experiment(arguments: argparse.Namespace) -> int:
         _draw(experiment)
         return 0
     return _run(experiment, arguments.only)
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    for one, other in itertools.combinations(("only", "draw", "cluster", "dry_run"), 2):
+        is_given = bool(getattr(arguments, one) and getattr(arguments, other))
+        if is_given and (one, other) != ("cluster", "dry_run"):
+            raise InputError(f"--{one} and --{other.replace('_', '-')}: give one of them")
+    if arguments.set and not arguments.cluster:
+        raise InputError("--set: goes with --cluster")
+
+
+def _check_command(verbs: Mapping[str, argparse.ArgumentParser], words: list[str]) -> None:
+    """Raise InputError for words that are neither a command of pomscale nor `-m MODULE ...`."""
+    if words[0] != "-m":
+        check_command(verbs, words)
+    elif not _is_module("".join(words[1:2])):
+        raise InputError(f"`{_typed(words)}` is no command: there is no module {''.join(words[1:2])}".rstrip())
+
+
+def _is_module(name: str) -> bool:
+    """Whether `python -m` finds a module, which may lie in the working folder. Nothing is imported."""
+    top, *parts = name.split(".")
+    spec = (PathFinder.find_spec(top, [str(Path.cwd())]) or find_spec(top)) if top else None
+    for part in parts:
+        spec = PathFinder.find_spec(part, spec.submodule_search_locations or []) if spec else None
+    return spec is not None
 
 
 def _show(experiment: Experiment) -> None:
@@ -82,10 +121,10 @@ def _run(experiment: Experiment, only: str | None) -> int:
     from pomscale.experiments.run import run_experiment
 
     outcome = run_experiment(experiment, only)
-    if only is None:
-        _draw(experiment)
     for step, reason in outcome.failed.items():
         print(f"failed: {step}: {reason}", file=sys.stderr)
+    if only is None:
+        _draw(experiment)
     if outcome.waiting:
         print(f"not done yet, or in the hands of another process: {', '.join(outcome.waiting)}", file=sys.stderr)
     return 0 if outcome.is_complete else 1

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import io
-import shlex
 import sys
 from collections.abc import Mapping
-from contextlib import redirect_stderr
 from functools import partial
 from typing import Any
 
-from pomscale.base.errors import InputError
-from pomscale.cli.arguments import add_recipe, positive, unknown_words
+from pomscale.cli.arguments import add_recipe, check_command, positive
 from pomscale.cli.cluster import PROFILE, add_changes
 
 
@@ -51,21 +47,4 @@ def _launch(verbs: Mapping[str, argparse.ArgumentParser], arguments: argparse.Na
         new_code=arguments.new_code,
         command_line=["pomscale", *sys.argv[1:]],
     )
-    return launch(asked, partial(_check_command, verbs))
-
-
-def _check_command(verbs: Mapping[str, argparse.ArgumentParser], words: list[str]) -> None:
-    """Raise InputError for words that are no command of pomscale."""
-    printed = io.StringIO()
-    reason = f"the verbs are {', '.join(verbs)}"
-    if words and words[0] in verbs:
-        try:
-            with redirect_stderr(printed):
-                parsed, rest = verbs[words[0]].parse_known_args(words[1:])
-        except SystemExit:
-            reason = printed.getvalue().strip().rpartition("error: ")[2]
-        else:
-            if not unknown_words(parsed, rest):
-                return
-            reason = f"unrecognized arguments: {' '.join(rest)}"
-    raise InputError(f"`pomscale {shlex.join(words)}` is no command: {reason}")
+    return launch(asked, partial(check_command, verbs))

@@ -71,8 +71,10 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _write_reference(arguments: argparse.Namespace) -> int:
+    from pomscale.base.files import check_can_be_written
     from pomscale.monitoring.report.reference import reference_of, write_reference
 
+    check_can_be_written(arguments.write_reference)
     reference = reference_of(arguments.run_folders)
     write_reference(reference, arguments.write_reference)
     listed = ", ".join(f"{name} ({len(curve.samples)} points)" for name, curve in reference.curves.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -174,7 +175,7 @@ def _resume(arguments: argparse.Namespace) -> int:
 
     folder = resolve_run(arguments.run_folder)
     job_id = resume(folder, num_nodes=arguments.nodes, time_limit=arguments.time)
-    print(f"{folder}: submitted again, job {job_id}; `pomscale watch {folder}` shows it")
+    print(f"{folder}: submitted again, job {job_id}; `pomscale watch {shlex.quote(str(folder))}` shows it")
     return 0
 
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from pomscale.base.claims import Claims
 from pomscale.base.console import format_duration, say, warn
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import make_folder
+from pomscale.config.experiment import ExperimentRecipe
 from pomscale.distributed.stop import EXIT_STOPPED
 from pomscale.experiments.points import Experiment, Point, Training
 from pomscale.experiments.steps import (
@@ -88,23 +89,77 @@ def _names_in_order(experiment: Experiment) -> list[str]:
 
 
 @dataclass
+class _Stop:
+    """Whether a stop was requested. SIGTERM is passed on to the command at work, so that a run saves its state."""
+
+    is_requested: bool = False
+    command: subprocess.Popen[bytes] | None = None
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Take SIGTERM as the request."""
+        before = signal.signal(signal.SIGTERM, self._request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _request(self, number: int, _: FrameType | None) -> None:
+        self.is_requested = True
+        if self.command is not None:
+            self.command.send_signal(number)
+
+    def check(self) -> None:
+        """Raise Stopped if it was requested."""
+        if self.is_requested:
+            raise Stopped("stopped on request; run the same command again to continue")
+
+    def call(self, command: Sequence[str], log: Path) -> int:
+        """Run a command with its output in a file, and return its exit code; 0 also if a stop came meanwhile.
+
+        Raises Stopped if a stop was requested before, or if the command ended upon one.
+        """
+        self.check()
+        with log.open("ab") as stream:
+            self.command = process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+        if self.is_requested:  # since the check, before there was a command to pass it on to
+            process.terminate()
+        try:
+            code = process.wait()
+        except BaseException:  # Ctrl-C, which the command has got, too
+            process.wait()
+            raise
+        finally:
+            self.command = None
+        self.is_requested |= code == EXIT_STOPPED
+        if code:
+            self.check()
+        return code
+
+
+@dataclass
 class _Runner:
     experiment: Experiment
     claims: Claims
     numbers: dict[str, int]
     outcome: Outcome = field(default_factory=Outcome)
+    stop: _Stop = field(default_factory=_Stop)
 
     def run(self, only: str | None) -> Outcome:
+        with self.stop.heeded():
+            self._steps(self.numbers if only is None else [only])
+        return self.outcome
+
+    def _steps(self, names: Iterable[str]) -> None:
         trainings = {training.name: training for training in self.experiment.trainings}
         points = {point.name: point for point in self.experiment.points}
-        for name in self.numbers if only is None else [only]:
+        for name in names:
             if name in trainings:
                 self._train(trainings[name])
             elif name in points:
                 self._measure(points[name])
             else:
                 self._prepare()
-        return self.outcome
 
     def _prepare(self) -> None:
         asked = asked_of_prepare(self.experiment)
@@ -153,6 +208,7 @@ class _Runner:
             write_record(self.experiment, point.name, Record(asked, "begun"))
             begun_s = time.monotonic()
             reason = self._commands(point.name, [_python(words) for words in point.commands])
+            reason = reason or _file_not_left(self.experiment.recipe, point)
             seconds = time.monotonic() - begun_s
             write_record(self.experiment, point.name, Record(asked, "failed" if reason else "done", seconds, reason))
             if reason:
@@ -180,7 +236,7 @@ class _Runner:
         begun_s = time.monotonic()
         for command in commands:
             say(f"  $ {shlex.join(['python', *command[1:]])}")
-            if code := _call(command, log):
+            if code := self.stop.call(command, log):
                 tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_NUM_LINES_SHOWN:]
                 warn("\n  ".join([f"{step}: the command above failed with exit code {code}; the end of {log}:", *tail]))
                 return f"exit code {code} of `{shlex.join(['python', *command[1:]])}`, see {log}"
@@ -188,33 +244,14 @@ class _Runner:
         return ""
 
 
+def _file_not_left(recipe: ExperimentRecipe, point: Point) -> str:
+    """Return which file a measure misses after the point's commands; '' if all are there."""
+    for name, measure in recipe.measures.items():
+        if measure.file is not None and not (point.folder / measure.file).is_file():
+            return f"its commands ended well and left no {measure.file}, which measures.{name} needs"
+    return ""
+
+
 def _python(words: Sequence[str]) -> list[str]:
     """Return the command line for words of `pomscale`, or for `-m MODULE ...`."""
     return [sys.executable, *(words if words[0] == "-m" else ["-m", "pomscale", *words])]
-
-
-def _call(command: Sequence[str], log: Path) -> int:
-    """Run a command with its output in a file, and return its exit code.
-
-    SIGTERM is passed on, so that a run saves its state. Raises Stopped if the command ended upon it.
-    """
-    with log.open("ab") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
-        is_asked_to_stop = False
-
-        def pass_on(number: int, _: FrameType | None) -> None:
-            nonlocal is_asked_to_stop
-            is_asked_to_stop = True
-            process.send_signal(number)
-
-        before = signal.signal(signal.SIGTERM, pass_on)
-        try:
-            code = process.wait()
-        except BaseException:  # Ctrl-C, which the command has got, too
-            process.wait()
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, before)
-    if code and (is_asked_to_stop or code == EXIT_STOPPED):
-        raise Stopped("stopped on request; run the same command again to continue")
-    return code

@@ -16,7 +16,7 @@ def add_pictures(images: argparse.ArgumentParser) -> None:
     group = images.add_argument_group("pictures")
     group.add_argument(
         "--num-samples",
-        "--num",  # which torchrun takes for an abbreviation of an option of its own
+        "--num",  # which torchrun refuses
         dest="num",
         type=positive,
         metavar="N",

@@ -21,8 +21,11 @@ def add(verbs: Any) -> None:
         "--classes", help="Class ids such as 0,5,7-9, or all (default: those of the grid in the model's recipe)"
     )
     sample.add_argument(
-        "--num",
+        "--num-samples",
+        "--num",  # which torchrun refuses
+        dest="num",
         type=positive,
+        metavar="N",
         help="Number of pictures per class (default: 8), or of clips per prompt (default: as the model's recipe says)",
     )
     _add_options(sample)

@@ -22,7 +22,8 @@ def add_to_sample(sample: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="PROMPTS",
         help="Text file with a prompt per line, or VBench_full_info.json, whose videos are made unless they exist; "
-        "--num is the number of videos per prompt (default: 5; 25 for temporal flickering in VBench_full_info.json)",
+        "--num-samples is the number of videos per prompt (default: 5; 25 for temporal flickering in "
+        "VBench_full_info.json)",
     )
     group.add_argument("--out-dir", type=Path, metavar="DIR", help="Directory that receives the videos, in DIR/videos")
     group.add_argument(

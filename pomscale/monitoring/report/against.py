@@ -17,7 +17,6 @@ from pathlib import Path
 from pomscale.base.console import format_count
 from pomscale.base.errors import InputError
 from pomscale.base.files import atomic_write
-from pomscale.config.load import load_train_recipe
 from pomscale.monitoring.report.plots import Panel, draw_overview
 from pomscale.monitoring.report.reference import (
     Curve,
@@ -26,9 +25,10 @@ from pomscale.monitoring.report.reference import (
     differences,
     key_of,
     metrics_of,
+    recipe_of,
 )
 from pomscale.runs.history import read_history
-from pomscale.runs.layout import AGAINST_FILE, RECIPE_FILE
+from pomscale.runs.layout import AGAINST_FILE
 from pomscale.runs.metric_names import EVALUATION_PREFIX
 
 NUM_SPREADS = 5.0
@@ -119,7 +119,7 @@ def compare_with(folder: Path, reference: Reference, *, other_recipe: bool = Fal
     Raises:
         InputError: the run is one of another recipe (the first difference is named), or has no point in common.
     """
-    recipe, history = load_train_recipe(folder / RECIPE_FILE), read_history(folder)
+    recipe, history = recipe_of(folder), read_history(folder)
     notes = differences(reference.recipe, recipe)
     if notes and not other_recipe:
         raise InputError(

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -131,10 +132,18 @@ def read_reference(path: Path) -> Reference:
         raise InputError(f"{path}: its recipe is not one of this version: {error}; write it again") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a file of `pomscale report --write-reference`: {error!r}") from error
+    if not curves:
+        raise InputError(f"{path}: has no curves; write it again")
     for name, curve in curves.items():
-        if len(curve.values) != len(found.seeds) or {len(values) for values in curve.values} != {len(curve.samples)}:
+        if not curve.samples or [len(values) for values in curve.values] != [len(curve.samples)] * len(found.seeds):
             raise InputError(f"{path}: {name} does not have a value per seed and samples")
+        if not all(_is_number(value) for value in chain(curve.samples, *curve.values)):
+            raise InputError(f"{path}: {name} has values that are no finite numbers")
     return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def write_reference(reference: Reference, path: Path) -> None:
@@ -161,7 +170,7 @@ def reference_of(folders: Sequence[Path]) -> Reference:
     Raises:
         InputError: a folder is no run, the recipes differ, a seed is there twice, or there is no held-out loss.
     """
-    recipes = [load_train_recipe(folder / RECIPE_FILE) for folder in folders]
+    recipes = [recipe_of(folder) for folder in folders]
     for folder, recipe in zip(folders[1:], recipes[1:], strict=True):
         if (difference := first_difference(recipes[0], recipe)) is not None:
             raise InputError(f"{folders[0]} and {folder} are runs of two recipes: {difference}")
@@ -175,6 +184,13 @@ def reference_of(folders: Sequence[Path]) -> Reference:
     newest = histories[0].starts[-1] if histories[0].starts else {}
     name = ", ".join(folder.name for folder in folders)
     return Reference(name, recipes[0], seeds, newest.get("versions", {}), dataset_fingerprints(folders[0]), curves)
+
+
+def recipe_of(folder: Path) -> TrainRecipe:
+    """Return the recipe of a run. Raises InputError if the folder is none of a run."""
+    if not (folder / RECIPE_FILE).is_file():
+        raise InputError(f"{folder}: no run folder: it has no {RECIPE_FILE}")
+    return load_train_recipe(folder / RECIPE_FILE)
 
 
 def metrics_of(history: History) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from pomscale.cli import main
 from pomscale.experiments.draw import draw, markdown_row, plot, table
 from pomscale.experiments.points import Experiment, read_experiment
 from pomscale.experiments.results import Spread, collect
-from pomscale.experiments.run import run_experiment
+from pomscale.experiments.run import Stopped, run_experiment
 from pomscale.experiments.steps import read_record
 
 # json.tool copies a JSON file: a real command that starts in no time.
@@ -157,9 +158,71 @@ def test_a_measure_that_is_not_there_is_one_line(recipe: Path, key: str, line: s
 
 
 def test_a_file_that_no_command_leaves_is_one_line(recipe: Path) -> None:
-    experiment = run(recipe, "measures.share.file=other.json")
+    run(recipe)
     with pytest.raises(InputError, match=r"measures.share: .*other.json: cannot be read as JSON.*are to write it"):
-        collect(experiment)
+        collect(read_experiment(recipe, ["measures.share.file=other.json"]))
+
+
+def test_a_point_whose_commands_leave_no_file_has_failed(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["experiment", str(recipe), "seeds=[0]", "measures.share.file=other.json"]
+    with pytest.raises(SystemExit, match="1"):
+        main(words)
+    line = "failed: size-1.kind-a.seed-0: its commands ended well and left no other.json, which measures.share needs"
+    assert line in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        main(words)
+    assert line in capsys.readouterr().err, "tried again"
+
+
+def test_failures_are_told_although_nothing_can_be_drawn(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "from" / "b-4-0.json").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        main(["experiment", str(recipe), "seeds=[0]", "measures.share.key=nothing"])
+    errors = capsys.readouterr().err
+    assert "failed: size-4.kind-b.seed-0: exit code" in errors
+    assert "has no 'nothing'" in errors
+
+
+STOPPER = """
+import os, signal, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.kill(os.getppid(), signal.SIGTERM)
+open(sys.argv[1], "w").write('{"metrics": {"share": 1}, "rows": [0, {"s": 1}]}')
+"""
+
+
+def test_a_stop_counts_also_if_the_command_ends_well(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stopper.py").write_text(STOPPER)
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    experiment = read_experiment(recipe, ["run=['-m stopper {folder}/figures.json']"])
+    with pytest.raises(Stopped, match="run the same command again"):
+        run_experiment(experiment)
+    assert len(collect(experiment).measured) == 1, "what was done counts, and nothing more was begun"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--only", "size-1.kind-a.seed-0", "--draw"], "--only and --draw: give one of them"),
+        (["--only", "size-1.kind-a.seed-0", "--cluster", "local"], "--only and --cluster: give one of them"),
+        (["--only", "size-1.kind-a.seed-0", "--dry-run"], "--only and --dry-run: give one of them"),
+        (["--draw", "--cluster", "local"], "--draw and --cluster: give one of them"),
+        (["--draw", "--dry-run"], "--draw and --dry-run: give one of them"),
+        (["--set", "account=a"], "--set: goes with --cluster"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    recipe: Path, words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["experiment", str(recipe), *words])
+    assert line in capsys.readouterr().err
 
 
 def test_a_figure_that_is_not_finite_is_shown_and_is_null_in_json(recipe: Path, tmp_path: Path) -> None:
@@ -169,3 +232,36 @@ def test_a_figure_that_is_not_finite_is_shown_and_is_null_in_json(recipe: Path, 
     assert "nan" in draw(experiment.folder, collect(experiment)).splitlines()[2]
     content = json.loads((experiment.folder / "results.json").read_text())
     assert content["rows"][0]["measures"]["share"]["mean"] is None
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("smple a --num 3", "`pomscale smple a --num 3` is no command: the verbs are train,"),
+        ("evaluate images a --refrence b", "is no command: unrecognized arguments: --refrence"),
+        ("sample a --steps many", "is no command: argument --steps/--num-steps: invalid positive value: 'many'"),
+        ("-m json.tol a", "`python -m json.tol a` is no command: there is no module json.tol"),
+        ("-m nothing.here", "is no command: there is no module nothing.here"),
+        ("-m", "is no command: there is no module"),
+    ],
+)
+@pytest.mark.parametrize("where", ["run", "prepare"])
+@pytest.mark.parametrize("option", ["--dry-run", None])
+def test_a_command_that_is_none_is_found_before_anything_is_run(
+    recipe: Path, where: str, command: str, reason: str, option: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = [word for word in ("experiment", str(recipe), option, f"{where}={json.dumps([command])}") if word]
+    with pytest.raises(SystemExit, match="2"):
+        main(changed)
+    assert reason in capsys.readouterr().err
+    assert not (recipe.parent / "experiments").exists()
+
+
+def test_modules_of_the_working_folder_are_commands(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "mine.py").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="0"):
+        main(["experiment", str(recipe), "--dry-run", "run=['-m tools.mine {folder}']"])

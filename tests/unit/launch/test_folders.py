@@ -151,6 +151,8 @@ def test_status_tells_the_story(copied: Path) -> None:
     assert "train/loss" in told
     assert "productive" in told
     assert "  pomscale report runs/tiny" in told
+    Path("runs/tiny").rename("runs/a tiny")
+    assert "  pomscale report 'runs/a tiny'" in status(Path("runs/a tiny"))
 
 
 def test_status_of_a_run_that_failed_says_why_and_what_to_type(copied: Path) -> None:

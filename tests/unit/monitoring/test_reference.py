@@ -195,6 +195,47 @@ def test_what_is_no_reference_is_refused(three: list[Path], make_run: MakeRun, t
         compare_with(make_run("elsewhere", 7, samples=[5]), reference_of(three))
 
 
+@pytest.mark.parametrize(
+    ("of_curve", "line"),
+    [
+        ({"values": [["0.5"], [0.5], [0.5]]}, "has values that are no finite numbers"),
+        ({"values": [[None], [0.5], [0.5]]}, "has values that are no finite numbers"),
+        ({"values": [[math.nan], [0.5], [0.5]]}, "has values that are no finite numbers"),
+        ({"samples": ["1280"]}, "has values that are no finite numbers"),
+        ({"values": [[0.5], [0.5]]}, "does not have a value per seed and samples"),
+        ({"samples": [], "values": [[], [], []]}, "does not have a value per seed and samples"),
+        (None, "has no curves; write it again"),
+    ],
+)
+def test_a_damaged_curve_is_one_line(
+    three: list[Path], tmp_path: Path, of_curve: dict[str, object] | None, line: str
+) -> None:
+    path = tmp_path / "mine.json"
+    write_reference(reference_of(three), path)
+    content = json.loads(path.read_text())
+    curve = {"samples": [1280], "values": [[0.5], [0.5], [0.5]], "key": ""}
+    content["curves"] = {} if of_curve is None else {HELD_OUT: curve | of_curve}
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"mine.json: .*{line}"):
+        read_reference(path)
+
+
+def test_a_folder_that_is_no_run_is_one_line(three: list[Path], tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    line = "empty: no run folder: it has no recipe.yaml"
+    with pytest.raises(InputError, match=line):
+        find_reference([str(empty)])
+    with pytest.raises(InputError, match=line):
+        compare_with(empty, reference_of(three))
+
+
+def test_a_reference_is_written_into_a_new_folder(three: list[Path], tmp_path: Path) -> None:
+    assert report(*three, "--write-reference", tmp_path / "new" / "mine.json") == 0
+    assert read_reference(tmp_path / "new" / "mine.json").seeds == [0, 1, 2]
+    assert report(*three, "--write-reference", tmp_path / "new") == 2
+
+
 # --- what is shipped -------------------------------------------------------------------------------------------------
 
 
