@@ -57,7 +57,9 @@ def read_history(run_folder: Path) -> History:
     path = run_folder / METRICS_FILE
     if not path.exists():
         raise InputError(f"no metrics in {run_folder}: {METRICS_FILE} is missing. Is it a run folder, has it started?")
-    starts, _ = read_json_lines(run_folder / STARTS_FILE)
+    lines, _ = read_json_lines(run_folder / STARTS_FILE)
+    # A start whose line says neither is as one that was not recorded.
+    starts = [line for line in lines if {"incarnation", "start_samples"} <= line.keys()]
     start_samples = {start["incarnation"]: start["start_samples"] for start in starts}
     written, num_unreadable = read_json_lines(path)
     rows, resumed_at, went_back = _what_counts(written, start_samples)
