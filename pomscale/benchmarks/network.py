@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from pomscale.base.condition import Condition, Text
 from pomscale.base.errors import InputError
+from pomscale.benchmarks.operators.timing import measured
 from pomscale.benchmarks.report import BenchReport
 from pomscale.config.model import VideoModelConfig
 from pomscale.config.train import TrainRecipe
@@ -87,7 +87,7 @@ def _generation(report: BenchReport, model: VDiPoM, num_groups: int, device: tor
     clip = SequentialSampler(
         FlowMatching(), model.requires_grad_(False).step, shape, text, text, [0], options, time_per_group=False
     )
-    seconds = [_seconds(clip.advance, device) for _ in range(num_groups)]
+    seconds = [measured(clip.advance, device).wall_s for _ in range(num_groups)]
     tenth = max(1, num_groups // 10)
     report.add(
         f"generating {num_groups} frame groups",
@@ -99,13 +99,4 @@ def _generation(report: BenchReport, model: VDiPoM, num_groups: int, device: tor
 
 def _median_s(step: Callable[[], object], device: torch.device, num_turns: int) -> float:
     step()
-    return statistics.median(_seconds(step, device) for _ in range(num_turns))
-
-
-def _seconds(step: Callable[[], object], device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    begun_s = time.perf_counter()
-    step()
-    wait()
-    return time.perf_counter() - begun_s
+    return statistics.median(measured(step, device).wall_s for _ in range(num_turns))

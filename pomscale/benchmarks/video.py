@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from pomscale.base.condition import Text
 from pomscale.base.errors import PomscaleError
+from pomscale.benchmarks.operators.timing import measured
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.storage_tracker import StorageTracker, step_peak_bytes
 from pomscale.config.hardware import peak_flops
@@ -283,7 +285,8 @@ def _steps(report: BenchReport, sizes: _Sizes, device: torch.device, num_turns: 
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for turn in range(num_turns + 1):
         for name, model in kinds.items():
-            step_s = _seconds(lambda model=model: _forward_backward(model, clip, t, text), device)  # type: ignore[misc]
+            step = partial(_forward_backward, model, clip, t, text)
+            step_s = measured(step, device).wall_s
             if turn:  # the first warms up
                 seconds[name].append(step_s)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
@@ -313,15 +316,6 @@ class _ExplicitMask(nn.Module):
 def _forward_backward(model: VDiPoM, clip: Tensor, t: Tensor, text: Text) -> None:
     model(clip, t, text).float().square().mean().backward()
     model.zero_grad(set_to_none=True)
-
-
-def _seconds(step: Callable[[], object], device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start_s = time.perf_counter()
-    step()
-    wait()
-    return time.perf_counter() - start_s
 
 
 # --- training as the engine does it ----------------------------------------------------------------------------------
@@ -361,7 +355,7 @@ def _train(
         step()  # compiles and warms up
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    step_s = statistics.median(_seconds(step, world.device) for _ in range(num_steps))
+    step_s = statistics.median(measured(step, world.device).wall_s for _ in range(num_steps))
     figures: dict[str, Any] = {"batch": batch, "step_s": step_s, "samples_per_s": batch / step_s}
     if world.device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(world.device), "bf16")
@@ -394,7 +388,7 @@ def _sweep(report: BenchReport, sizes: _Sizes, device: torch.device, most: int) 
                 _forward_backward(model, clip, t, text)
 
             peak = step_peak_bytes(step, device, model.parameters())
-            step_s[mixer] = statistics.median(_seconds(step, device) for _ in range(3))
+            step_s[mixer] = statistics.median(measured(step, device).wall_s for _ in range(3))
             curves[mixer].append((num_tokens, step_s[mixer]))
             report.add(f"{num_tokens} tokens, {_NAMES[mixer]}", step_s=step_s[mixer], peak_gib=peak / _GIB)
         report.add(f"{num_tokens} tokens, attention over PoM", time=step_s["attention"] / step_s["pom"])

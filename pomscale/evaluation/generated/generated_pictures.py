@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from pomscale.base.console import warn
 from pomscale.base.errors import InputError
 from pomscale.base.keyed_random import Stream, keyed_uniforms
 from pomscale.codecs.base import Codec
+from pomscale.codecs.extractors.base import weights_identity
 from pomscale.config.hardware import Precision
 from pomscale.diffusion.options import SamplingChanges, SamplingOptions
 from pomscale.evaluation.generated.crops import crop_of_training
@@ -189,15 +189,12 @@ class _Hashed(NamedTuple):
         network = load_pretrained(path, weights=weights, device=source.device, codec_path=source.codec_path)
         if not isinstance(network, PretrainedDiPoM):
             raise InputError(f"{path}: this model makes clips, and pictures are measured")
-        digest = hashlib.sha256()
-        for name, parameter in sorted(network.named_parameters()):
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().numpy().data)
+        sha256 = weights_identity("network", dict(network.named_parameters()))
         if source.precision == "bf16":
             network.to(torch.bfloat16)
         if source.compile:
             network.compile()
-        return cls(network, digest.hexdigest())
+        return cls(network, sha256)
 
 
 def _pixel_size(codec: Codec, latent_shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from PIL import Image
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.base.task_index import TaskIndex
-from pomscale.codecs.extractors.pixels import Pixels
+from pomscale.codecs.extractors import build_extractor
 from pomscale.config.codecs import SdVaeCodecConfig
 from pomscale.config.encode import ImageTransformConfig
 from pomscale.evaluation.generated.evaluate import Outcome, evaluate
@@ -39,21 +39,9 @@ from pomscale.metrics.neighbours import neighbour_metrics
 from pomscale.runs.result_settings import result_key
 from support.generated_pictures import make_pixels, write_folder, write_tar
 from support.tiny_films import save_picture_model
-from support.tiny_models import save_vae
+from support.tiny_models import save_clip, save_vae
 
 SIZE = (6, 5)
-
-
-class Logits(Pixels):
-    """Pixels with logits, so that the score can be computed by hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dims = {"pooled": None, "logits": 30}
-
-    def extract(self, media: torch.Tensor, names: Any = ("pooled",)) -> Any:
-        pooled = super().extract(media)["pooled"]
-        return {name: 5 * pooled if name == "logits" else pooled for name in names}
 
 
 def as_features(pixels: np.ndarray) -> np.ndarray:
@@ -114,17 +102,18 @@ def test_figures_are_those_of_all_features(folders: Request) -> None:
     assert result_of(subsets)["metrics"]["kid"] == kid(ours, theirs, Subsets(5, 20))[0]
 
 
-def test_the_inception_score_of_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_inception_score_of_parts(tmp_path: Path) -> None:
     """The score of parts is that of all logits at once."""
-    monkeypatch.setattr("pomscale.evaluation.generated.evaluation.build_extractor", lambda spec, device: Logits())
-    pictures = make_pixels(40, SIZE)
+    pictures = make_pixels(40)
     folder = write_folder(tmp_path / "a", pictures)
-    request = Request(str(folder), None, ("pixels",), batch=7, part=16, work=tmp_path / "work")
+    request = Request(str(folder), None, ("digits",), batch=7, part=16, work=tmp_path / "work")
     result = result_of(replace(request, conventions=Conventions(splits=4)))
     assert result["settings"]["conventions"] == {"splits": 4, "splits_shuffled": True}
-    score = InceptionScore.empty(30, 4)
-    score.add(5 * as_features(pictures), assign_splits(40, 4))
-    assert result["metrics"]["inception_score"] == pytest.approx(score.score()[0], rel=1e-12)
+    logits = build_extractor("digits").extract(torch.from_numpy(pictures)[:, None], ("logits",))["logits"].numpy()
+    score = InceptionScore.empty(10, 4)
+    score.add(logits, assign_splits(40, 4))
+    assert score.score()[0] > 1.1
+    assert result["metrics"]["inception_score"] == pytest.approx(score.score()[0], rel=1e-5)
 
 
 def test_a_part_does_not_depend_on_who_measures_it(folders: Request) -> None:
@@ -436,23 +425,17 @@ def test_errors_of_what_reads_ahead_are_raised_where_it_is_read() -> None:
     assert list(read_ahead(iter(range(7)))) == list(range(7))
 
 
-class Embedder(Pixels):
-    """Pixels as CLIP's embeddings, of texts that name a seed of pictures."""
-
-    name = "clip"
-
-    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([as_features(make_pixels(1, SIZE, int(text))) for text in texts]))
-
-
-def test_clip_scores_are_those_of_the_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pomscale.evaluation.generated.evaluation.build_extractor", lambda spec, device: Embedder())
-    pictures = make_pixels(9, SIZE)
-    tar = write_tar(tmp_path / "a.tar", pictures, [str(number) for number in range(9)])
-    result = result_of(Request(str(tar), None, ("clip",), batch=2, part=4, work=tmp_path / "work"))
-    texts = Embedder().embed_texts([str(number) for number in range(9)]).numpy()
-    expected = clip_score(as_features(pictures), texts).mean()
-    assert result["metrics"] == {"clip_score": pytest.approx(expected, rel=1e-12)}
+def test_clip_scores_are_those_of_the_pairs(tmp_path: Path) -> None:
+    spec = f"clip:{save_clip(tmp_path / 'clip', seed=0)}"
+    pictures, captions = make_pixels(9, (9, 8, 3)), [f"cat {number}" for number in range(9)]
+    tar = write_tar(tmp_path / "a.tar", pictures, captions)
+    work = tmp_path / "work"
+    result = result_of(Request(str(tar), None, (spec,), metrics=("clip_score",), batch=2, part=4, work=work))
+    clip: Any = build_extractor(spec)
+    features = clip.extract(torch.from_numpy(pictures).permute(0, 3, 1, 2))["pooled"]
+    scores = clip_score(features.numpy(), clip.embed_texts(captions).numpy())
+    assert scores.max() > 0
+    assert result["metrics"] == {"clip_score": pytest.approx(scores.mean(), rel=1e-5)}
 
 
 @pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"guide": "other"}])
