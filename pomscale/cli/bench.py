@@ -27,7 +27,7 @@ def add(verbs: Any) -> None:
         _add_logging,
         _add_runs,
         _add_video,
-        _add_inception,
+        _add_images,
         _add_network,
         bench_mixer.add_ops,
         bench_mixer.add_gpu_acceptance,
@@ -139,21 +139,21 @@ def _add_video(verbs: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_inception(verbs: Any) -> argparse.ArgumentParser:
+def _add_images(verbs: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(
-        "inception", help="Measure features of the FID beside torch-fidelity's, which needs an environment of its own"
+        "images",
+        help="Measure `evaluate images`: overhead, two processes, memory; also beside torch-fidelity",
     )
     parser.add_argument(
         "--rival",
         type=Path,
-        required=True,
         metavar="PYTHON",
         help="Python interpreter of an environment with torch-fidelity==0.4.0 and torchvision",
     )
-    _add_number(parser, "--num-pictures", 256, "Number of pictures of 256x256")
-    _add_number(parser, "--num-turns", 3, "Number of turns of each extractor")
-    _add_number(parser, "--num-threads", 2, "Number of threads of each extractor")
-    parser.set_defaults(measure=_inception)
+    _add_number(parser, "--num-pictures", 256, "Number of pictures of 256x256 on each side, and of digits to draw")
+    _add_number(parser, "--num-turns", 3, "Number of turns beside the rival")
+    _add_number(parser, "--num-threads", 2, "Number of threads beside the rival")
+    parser.set_defaults(measure=_images)
     return parser
 
 
@@ -248,10 +248,10 @@ def _video(arguments: argparse.Namespace) -> BenchReport:
     )
 
 
-def _inception(arguments: argparse.Namespace) -> BenchReport:
-    from pomscale.benchmarks.inception import bench_inception
+def _images(arguments: argparse.Namespace) -> BenchReport:
+    from pomscale.benchmarks.images import bench_images
 
-    return bench_inception(
+    return bench_images(
         rival=arguments.rival,
         num_pictures=arguments.num_pictures,
         num_turns=arguments.num_turns,

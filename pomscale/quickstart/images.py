@@ -33,12 +33,7 @@ def main(mixers: Sequence[str]) -> None:
     started = time.monotonic()
     runs = {mixer: RUNS[mixer] for mixer in mixers}
     remove_earlier(*runs.values())
-    section("1. raw pictures: 1,797 scans of handwritten digits, one half to train on, one half to evaluate on")
-    run("-m", "data_pipelines.demos.digits", str(DIGITS))
-    section("2. pictures -> latent shards, verified")
-    for recipe, half in (("digits", "train"), ("digits-heldout", "heldout")):
-        pomscale("data", "encode", f"data/{recipe}")
-        pomscale("data", "verify", str(LATENTS / half))
+    prepare_data()
     section("3. training a DiPoM on two processes (FSDP2), killed with SIGKILL midway")
     train_and_kill(RUNS["PoM"])
     section("4. the same command again: training continues from the last complete checkpoint")
@@ -58,6 +53,16 @@ def main(mixers: Sequence[str]) -> None:
     (RUNS["PoM"] / "summary.txt").write_text(summary + "\n", encoding="utf-8")
     section("done")
     print(summary)
+
+
+def prepare_data() -> None:
+    """Write the digits and their shards, unless they are there."""
+    section("1. raw pictures: 1,797 scans of handwritten digits, one half to train on, one half to evaluate on")
+    run("-m", "data_pipelines.demos.digits", str(DIGITS))
+    section("2. pictures -> latent shards, verified")
+    for recipe, half in (("digits", "train"), ("digits-heldout", "heldout")):
+        pomscale("data", "encode", f"data/{recipe}")
+        pomscale("data", "verify", str(LATENTS / half))
 
 
 def train(folder: Path, *overrides: str) -> None:

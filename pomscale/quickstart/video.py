@@ -25,14 +25,7 @@ def main(overrides: Sequence[str]) -> None:
     """Run the tour. `overrides` change the training recipe, e.g. model.mixer=attention."""
     started = time.monotonic()
     remove_earlier(RUN)
-    section("1. clips: handwritten digits that move over a small canvas, one half to train on, one half to evaluate on")
-    run("-m", "data_pipelines.demos.moving_digits", str(CLIPS))
-    section("2. a text encoder: a small byte-level T5, its weights random but always the same")
-    run("-m", "data_pipelines.demos.byte_t5", str(TEXT_ENCODER))
-    section("3. clips and captions -> latent shards, verified")
-    for recipe, half in (("moving-digits", "train"), ("moving-digits-heldout", "heldout")):
-        pomscale("data", "encode", f"data/{recipe}")
-        pomscale("data", "verify", str(LATENTS / half))
+    prepare_data()
     section("4. training a V-DiPoM with block-causal time on two processes (FSDP2)")
     run(*train_command(RECIPE, RUN, *overrides))
     pomscale("report", str(RUN))
@@ -46,6 +39,18 @@ def main(overrides: Sequence[str]) -> None:
     (RUN / "summary.txt").write_text(summary + "\n", encoding="utf-8")
     section("done")
     print(summary)
+
+
+def prepare_data() -> None:
+    """Write the clips, their text encoder and their shards, unless they are there."""
+    section("1. clips: handwritten digits that move over a small canvas, one half to train on, one half to evaluate on")
+    run("-m", "data_pipelines.demos.moving_digits", str(CLIPS))
+    section("2. a text encoder: a small byte-level T5, its weights random but always the same")
+    run("-m", "data_pipelines.demos.byte_t5", str(TEXT_ENCODER))
+    section("3. clips and captions -> latent shards, verified")
+    for recipe, half in (("moving-digits", "train"), ("moving-digits-heldout", "heldout")):
+        pomscale("data", "encode", f"data/{recipe}")
+        pomscale("data", "verify", str(LATENTS / half))
 
 
 def sample(*arguments: str) -> None:
