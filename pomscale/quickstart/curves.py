@@ -64,7 +64,9 @@ def train(folder: Path, seed: int, *overrides: str) -> None:
     figures = folder / "evaluations" / "digits" / "figures.json"
     figures.parent.mkdir(parents=True)
     npz = folder / "samples.npz"
-    pomscale("sample", str(folder), "--num", str(NUM_PER_CLASS), "--out", f"{folder}/grid.png", "--npz", str(npz))
+    pomscale(
+        "sample", str(folder), "--num-samples", str(NUM_PER_CLASS), "--out", f"{folder}/grid.png", "--npz", str(npz)
+    )
     pomscale("evaluate", "digits", str(npz), "--out", str(figures))
     pomscale("evaluate", "record", str(folder), "digits", str(samples_seen(folder)), str(figures))
 

@@ -104,8 +104,10 @@ def test_tasks_give_the_figures_of_one_process(
 
 def test_ranks_of_torchrun_give_the_figures_of_one_process(folder: Path, alone: tuple[dict[str, Any], bytes]) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pomscale"]
-    run([*launcher, *words(folder, "ranks")])
+    done = run([*launcher, *words(folder, "ranks")])
     assert outcome(folder, "ranks") == alone
+    lines = [line for line in done.stderr.splitlines() if line.startswith("pictures: ")]
+    assert 1 <= len(lines) <= 2, "the first rank speaks for both, in the beginning and in the end"
 
 
 def test_a_killed_evaluation_continues(folder: Path, alone: tuple[dict[str, Any], bytes]) -> None:

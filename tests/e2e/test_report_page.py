@@ -47,16 +47,27 @@ LOOK = """(async () => {
 })()"""
 
 
-# What somebody sees who plays a clip: the middle of each bar of the frame at half of its time.
+# What somebody sees who plays a clip: the middle of each bar of the frame at half of its time. A clip of 0.3 s that loops
+# seeks by itself meanwhile; so it is seen once its own frame of that time is presented, whatever was before.
 PLAY = """(async () => {
   const found = [];
   for (const video of document.querySelectorAll("video")) {
     const poster = new Image();
     poster.src = video.poster;
     await poster.decode();
+    const attributes = [video.controls, video.loop, video.muted, video.playsInline, video.autoplay];
     await video.play();
     video.pause();
-    await new Promise(done => { video.onseeked = done; video.currentTime = video.duration / 2; });
+    const middle = video.duration / 2, frame_s = video.duration / 9;
+    await new Promise(done => {
+      const look = (now, frame) => {
+        if (frame.mediaTime <= middle + 1e-3 && middle < frame.mediaTime + frame_s + 1e-3) return done();
+        video.requestVideoFrameCallback(look);
+        if (!video.seeking) video.currentTime = middle;
+      };
+      video.requestVideoFrameCallback(look);
+      video.currentTime = middle;
+    });
     const canvas = document.createElement("canvas");
     [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
     const context = canvas.getContext("2d", {willReadFrequently: true});
@@ -67,7 +78,7 @@ PLAY = """(async () => {
     found.push({
       number: bars.reduce((sum, value, bar) => sum + (value > 127) * 2 ** bar, 0),
       poster: [poster.naturalWidth, poster.naturalHeight],
-      attributes: [video.controls, video.loop, video.muted, video.playsInline, video.autoplay],
+      attributes,
       caption: video.parentElement.querySelector("figcaption").innerText,
       top: video.getBoundingClientRect().top,
     });

@@ -57,6 +57,7 @@ def add(evaluate_verbs: Any) -> None:
     image_options.add_work(images)
     add_sampling_options(images)
     many.add(images)
+    images.set_defaults(check=_check, check_drawing=_check_drawing)
     images.set_defaults(run=_evaluate, leaves_threads=True)  # a wandb server that hangs must not hold the exit
 
 
@@ -91,6 +92,41 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         write_text(arguments.json, json.dumps(outcome.result, indent=1))
     print(_table(outcome.result))
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise InputError if this evaluation could not begin. No picture is drawn, and no GPU is needed.
+
+    Of a run that has no checkpoint yet all but the model is checked.
+    """
+    from pomscale.runs.checkpoint_folder import complete_checkpoints
+    from pomscale.runs.layout import CHECKPOINTS_FOLDER, RECIPE_FILE
+
+    with large_imports():
+        from pomscale.evaluation.generated.evaluation import Evaluation, check_without_source
+
+    here = argparse.Namespace(**{**vars(arguments), "device": "cpu", "compile": False})
+    run = Path(arguments.source)
+    if (run / RECIPE_FILE).is_file() and not complete_checkpoints(run / CHECKPOINTS_FOLDER):
+        check_without_source(_request(here))
+    else:
+        _check_used(here, Evaluation(_request(here)))
+
+
+def _check_drawing(arguments: argparse.Namespace) -> None:
+    """Raise InputError if the model of SOURCE has no such weights or options of sampling. No weights are read."""
+    with large_imports():
+        from pomscale.diffusion.options import SamplingOptions
+        from pomscale.pretrained.weights import open_weights
+        from pomscale.sampling.guides import check_guidance
+
+    weights = open_weights(Path(arguments.source))
+    if arguments.weights is not None:
+        weights.resolve(arguments.weights)
+    options = SamplingOptions.from_recipe(weights.card.sampling, **sampling_changes(arguments))
+    options = options.resolved(weights.card.diffusion.objective)
+    if arguments.guide is not None:
+        check_guidance(options)
 
 
 def _request(arguments: argparse.Namespace) -> Request:
@@ -191,9 +227,10 @@ def _record(arguments: argparse.Namespace, evaluation: Evaluation, result: dict[
 
 def _table(result: dict[str, Any]) -> str:
     """Return the figures for people, a line each, and what belongs to them."""
+    from pomscale.evaluation.generated.metric_choice import reasons
+
     lines = [f"{name:18}{value:14.6g}" for name, value in result["metrics"].items()]
-    if result["left_out"]:
-        lines.append(f"(left out: {', '.join(result['left_out'])}; --dry-run says why)")
+    lines += [f"(left out: {reason})" for reason in reasons(result["left_out"])]
     lines += [f"({text})" for text in result["warnings"]]
     for side, facts in result["pictures"].items():
         failed = f", {facts['failures']:,} could not be read" if facts["failures"] else ""

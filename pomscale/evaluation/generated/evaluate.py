@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from pomscale.base.claims import Claims
-from pomscale.base.console import Progress
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder, write_text
+from pomscale.base.shared_progress import SharedProgress
 from pomscale.base.task_index import TaskIndex
-from pomscale.evaluation.generated.evaluation import Evaluation
+from pomscale.evaluation.generated.evaluation import Evaluation, Job
 from pomscale.evaluation.generated.finishing import check_skipped, finish
 from pomscale.evaluation.generated.pictures_out import check_no_tars
 from pomscale.evaluation.generated.work_folder import PLAN, RESULT, PartFiles, adopt, drop_parts, make_parts_folder
@@ -114,22 +114,28 @@ def _make_parts(evaluation: Evaluation, claims: Claims, task: TaskIndex, shows: 
     files = {side: PartFiles(work, side) for side in evaluation.measurements}
     num_made = 0
     make_parts_folder(work)
-    total = sum(job.bounds[1] - job.bounds[0] for job in jobs)
-    with Progress("pictures", total, enabled=shows) as progress:
+
+    def is_done(job: Job) -> bool:
+        return evaluation.measurements[job.side].is_done(files[job.side], job.part)
+
+    def num_recorded() -> int:
+        return sum(job.num_pictures for job in jobs if is_done(job))
+
+    total = sum(job.num_pictures for job in jobs)
+    with SharedProgress("pictures", total, num_recorded, task.count, enabled=shows) as progress:
         for number in task.order(len(jobs)):
             job = jobs[number]
-            measurement = evaluation.measurements[job.side]
             if not claims.claim(number):
-                progress.skip(job.bounds[1] - job.bounds[0])
                 continue
             try:
-                if measurement.is_done(files[job.side], job.part):
-                    progress.skip(job.bounds[1] - job.bounds[0])
+                if is_done(job):
                     continue
                 if (work / RESULT).exists():  # another process has finished meanwhile, and deleted the parts
                     break
+                measurement = evaluation.measurements[job.side]
                 measurement.measure(files[job.side], job.part, job.bounds, progress.advance)
                 num_made += 1
+                progress.end_part()
             finally:
                 claims.release(number)
     return num_made

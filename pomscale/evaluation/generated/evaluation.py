@@ -9,19 +9,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from pomscale.base.errors import InputError
 from pomscale.codecs.extractors import build_extractor
 from pomscale.codecs.extractors.base import Extractor
 from pomscale.distributed.world import resolve_device
 from pomscale.evaluation.generated.crops import check_crops
-from pomscale.evaluation.generated.figures import Conventions
 from pomscale.evaluation.generated.generated_pictures import GeneratedPictures
 from pomscale.evaluation.generated.measure import Measurement, check_pictures
-from pomscale.evaluation.generated.metric_choice import Choice, Sides, choose, owner_of, warnings_of
-from pomscale.evaluation.generated.opening import open_pictures, open_reference
+from pomscale.evaluation.generated.metric_choice import (
+    Choice,
+    Reference,
+    Sides,
+    check_names,
+    choose,
+    owner_of,
+    reasons,
+    warnings_of,
+)
+from pomscale.evaluation.generated.opening import Opening, open_pictures, open_reference
 from pomscale.evaluation.generated.picture_sets import PictureSet
 from pomscale.evaluation.generated.request import Request
 from pomscale.evaluation.generated.work_folder import PartFiles, Side
@@ -39,6 +44,10 @@ class Job(NamedTuple):
     part: int
     bounds: tuple[int, int]
 
+    @property
+    def num_pictures(self) -> int:
+        return self.bounds[1] - self.bounds[0]
+
 
 class Evaluation:
     """An evaluation whose source, reference and extractors are open, and known to fit each other."""
@@ -47,18 +56,14 @@ class Evaluation:
         """Open everything that is asked for, and check it. InputError, one clear line, if it cannot be measured."""
         request.outputs.check()
         self.request = request
-        device = request.opening.model.device
-        self.extractors: list[Extractor] = [
-            build_extractor(spec, resolve_device(device)) for spec in dict.fromkeys(request.extractors)
-        ]
-        opening = replace(request.opening, with_captions=any(extractor.name == "clip" for extractor in self.extractors))
+        self.extractors, opening, self.reference = _open_others(request)
         self.source = open_pictures(request.source, opening)
-        self.reference = open_reference(request.reference, replace(opening, num=request.num_reference))
         sides = Sides(self.source, self.reference)
         self.choice: Choice = choose(
             self.extractors,
             sides,
             request.metrics,
+            splits=request.conventions.splits,
             writes_statistics=request.outputs.statistics is not None,
             writes_pictures=(request.outputs.npz or request.outputs.tars) is not None,
         )
@@ -98,7 +103,8 @@ class Evaluation:
         common = {"extractors": self.extractors, "batch": request.batch, "repeats_grey": request.repeats_grey}
         splits = None
         if any(want.kept == "splits" for want in self.choice.of_source):
-            splits = _splits(self.source.num_pictures, request.conventions)
+            conventions = request.conventions
+            splits = assign_splits(self.source.num_pictures, conventions.splits, conventions.shuffle_seed)
         found: dict[Side, Measurement] = {
             "source": Measurement(
                 self.source,
@@ -157,7 +163,7 @@ class Evaluation:
         if self.reference.statistics is not None:
             lines.append(f"reference: statistics of {', '.join(self.reference.statistics.gaussians)} features")
         lines.append(f"metrics: {', '.join(self.choice.wants) or 'none'}")
-        lines += [f"left out: {name} {reason}" for name, reason in self.choice.left_out.items()]
+        lines += [f"left out: {reason}" for reason in reasons(self.choice.left_out)]
         lines += [f"warning: {text}" for text in self.warnings()]
         jobs = self.jobs()
         work = self.work()
@@ -186,6 +192,23 @@ class Evaluation:
         return settings
 
 
+def check_without_source(request: Request) -> None:
+    """Raise InputError, one clear line, for what cannot be measured whatever the source will be."""
+    request.outputs.check()
+    check_names(request.metrics)
+    extractors, _, reference = _open_others(request)
+    if reference.pictures is not None:
+        check_pictures(reference.pictures, extractors, request.repeats_grey)
+
+
+def _open_others(request: Request) -> tuple[list[Extractor], Opening, Reference]:
+    """Return the extractors, the way in which pictures are opened for them, and the reference."""
+    device = resolve_device(request.opening.model.device)
+    extractors = [build_extractor(spec, device) for spec in dict.fromkeys(request.extractors)]
+    opening = replace(request.opening, with_captions=any(extractor.name == "clip" for extractor in extractors))
+    return extractors, opening, open_reference(request.reference, replace(opening, num=request.num_reference))
+
+
 def _check_alike(source: PictureSet, reference: PictureSet, repeats_grey: bool) -> None:
     """Raise InputError if the pictures of both sides have other sizes or channels."""
     if None not in (reference.size, source.size) and reference.size != source.size:
@@ -200,13 +223,6 @@ def _check_alike(source: PictureSet, reference: PictureSet, repeats_grey: bool) 
             f"{grey.name} has grey pictures, and {other.name} has pictures with colours; compare grey ones as three "
             f"equal channels with --grey repeat"
         )
-
-
-def _splits(count: int, conventions: Conventions) -> npt.NDArray[np.int64]:
-    try:
-        return assign_splits(count, conventions.splits, conventions.shuffle_seed)
-    except ValueError as error:
-        raise InputError(f"inception_score: {error}; take more pictures, or fewer --splits") from error
 
 
 def _bounds(count: int, part: int | None) -> Iterator[tuple[int, int]]:

@@ -125,6 +125,7 @@ def choose(
     sides: Sides,
     asked: Sequence[str] | None,
     *,
+    splits: int = 10,
     writes_statistics: bool = False,
     writes_pictures: bool = False,
 ) -> Choice:
@@ -134,19 +135,21 @@ def choose(
         extractors: The extractors.
         sides: The pictures and the reference.
         asked: Names of metrics; None = all that can be served.
+        splits: Number of splits of the inception score.
         writes_statistics: Whether statistics of the pictures are written.
         writes_pictures: Whether the pictures are written, so that there need be no metric.
 
     Raises:
         InputError: A metric that is asked for cannot be served, there is none to measure, or an extractor serves none.
     """
-    for name in asked or ():
-        if name not in METRICS:
-            raise InputError(f"--metrics: {name!r} is none of {', '.join(METRICS)}")
+    check_names(asked)
     wants: dict[str, Want] = {}
     left_out: dict[str, str] = {}
     for name in METRICS if asked is None else asked:
-        found = _want(METRICS[name], extractors, sides, unasked=asked is None)
+        metric = METRICS[name]
+        found = _want(metric, extractors, sides, unasked=asked is None)
+        if isinstance(found, Want):
+            found = _too_few_for_splits(metric, sides.source, splits) or found
         if isinstance(found, Want):
             wants[name] = found
         elif asked is not None:
@@ -155,9 +158,16 @@ def choose(
             left_out[name] = found
     choice = Choice(wants, left_out, _for_file(extractors) if writes_statistics else ())
     if not choice.of_source and not writes_pictures:
-        raise InputError(f"there is no metric to measure: {_reasons(choice)}")
+        raise InputError(f"there is no metric to measure: {'; '.join(reasons(left_out))}")
     _check_used(extractors, choice)
     return choice
+
+
+def check_names(asked: Sequence[str] | None) -> None:
+    """Raise InputError for a name that is none of a metric."""
+    for name in asked or ():
+        if name not in METRICS:
+            raise InputError(f"--metrics: {name!r} is none of {', '.join(METRICS)}")
 
 
 def _want(metric: Metric, extractors: Sequence[Extractor], sides: Sides, unasked: bool) -> Want | str:
@@ -227,6 +237,12 @@ def _too_few(metric: Metric, sides: Sides) -> str | None:
     return None
 
 
+def _too_few_for_splits(metric: Metric, source: PictureSet, splits: int) -> str | None:
+    if metric.kept != "splits" or source.num_pictures >= splits:
+        return None
+    return f"needs a picture for each of its {splits} splits, and {source.name} has {source.num_pictures}; see --splits"
+
+
 def _too_many(sides: Sides) -> str | None:
     largest = max(one.num_pictures for one in _pictures_of(sides))
     if largest <= MOST_PAIRED:
@@ -251,17 +267,18 @@ def _check_used(extractors: Sequence[Extractor], choice: Choice) -> None:
     for number, extractor in enumerate(extractors):
         if number not in used:
             raise InputError(
-                f"--extractor {extractor.name}: no metric takes its features ({_reasons(choice) or '--metrics'}); "
+                f"--extractor {extractor.name}: no metric takes its features "
+                f"({'; '.join(reasons(choice.left_out)) or '--metrics'}); "
                 f"leave it out"
             )
 
 
-def _reasons(choice: Choice) -> str:
-    """Return the reasons why metrics are left out, each once with the names of its metrics."""
+def reasons(left_out: Mapping[str, str]) -> list[str]:
+    """Return the reasons why metrics are left out (name -> reason), each once with the names of its metrics."""
     names: dict[str, list[str]] = {}
-    for name, reason in choice.left_out.items():
+    for name, reason in left_out.items():
         names.setdefault(reason, []).append(name)
-    return "; ".join(f"{', '.join(of)}: {reason}" for reason, of in names.items())
+    return [f"{', '.join(of)}: {reason}" for reason, of in names.items()]
 
 
 def warnings_of(choice: Choice, numbers: Mapping[str, int]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pomscale.base.errors import InputError
+from pomscale.checkpoint.store import find_checkpoint
 from pomscale.evaluation.generated.generated_pictures import Drawing, GeneratedPictures, ModelSource
 from pomscale.evaluation.generated.metric_choice import Reference
 from pomscale.evaluation.generated.npz_pictures import PIXELS, NpzPictures, array_names
@@ -15,6 +16,7 @@ from pomscale.evaluation.generated.picture_sets import PictureSet
 from pomscale.evaluation.generated.shard_pictures import ShardPictures
 from pomscale.evaluation.generated.statistics_files import holds_statistics, read_statistics
 from pomscale.pretrained.exported import is_exported
+from pomscale.runs.checkpoint_folder import complete_checkpoints
 from pomscale.runs.layout import CHECKPOINT_META, CHECKPOINTS_FOLDER, RECIPE_FILE
 from pomscale.shards.schema import MANIFEST_NAME, read_manifest
 from pomscale.sources.urls import is_url
@@ -63,6 +65,7 @@ def open_pictures(where: str, opening: Opening) -> PictureSet:
     if _is_model(where):
         drawing = opening.drawing if opening.num is None else replace(opening.drawing, num=opening.num)
         return GeneratedPictures(replace(opening.model, path=Path(where)), drawing)
+    _refuse_runs(where)
     if tars := tars_of_folder(where):
         return _of_tars(where, tars, opening)
     return PictureFiles(
@@ -113,3 +116,13 @@ def _is_model(where: str) -> bool:
     return is_exported(folder) or any(
         (folder / name).exists() for name in (CHECKPOINT_META, CHECKPOINTS_FOLDER, RECIPE_FILE)
     )
+
+
+def _refuse_runs(where: str) -> None:
+    """Raise InputError for a folder of checkpoints or of runs: pictures below it are none that anybody measures."""
+    if is_url(where):
+        return
+    if complete_checkpoints(Path(where)):
+        find_checkpoint(Path(where))  # says what it is, and what to give
+    if run := next(Path(where).glob(f"*/{RECIPE_FILE}"), None):
+        raise InputError(f"{where}: a folder of runs; give one of them, such as {run.parent}")

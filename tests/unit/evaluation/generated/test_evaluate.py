@@ -442,7 +442,7 @@ def test_clip_scores_are_those_of_the_pairs(tmp_path: Path) -> None:
 def test_other_ways_to_draw(model: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Precision and guide change the pictures, and the settings say so; the hash of the weights stays."""
     if "guide" in changes:
-        changes = {"guide": shutil.copytree(model, tmp_path / "other")}
+        changes = {"guide": save_picture_model(tmp_path / "other", scale=0.05)}
     drawing = Drawing(num=6, changes={"num_steps": 2, "guidance": 2.0})
     usual = GeneratedPictures(ModelSource(model, device="cpu"), drawing)
     unusual = GeneratedPictures(ModelSource(model, device="cpu", **changes), drawing)

@@ -62,6 +62,20 @@ def test_dinov2_alone_serves_neighbours_but_no_fid() -> None:
     assert set(found) == {"fdd", "precision", "recall", "density", "coverage", "kid"}
 
 
+def test_an_inception_score_of_fewer_pictures_than_splits_is_left_out_unless_it_is_asked_for() -> None:
+    sides = Sides(pictures(9), Reference(pictures()))
+    choice = choose([INCEPTION], sides, None)
+    assert "fid" in choice.wants
+    assert "inception_score" not in choice.wants
+    assert (
+        choice.left_out["inception_score"]
+        == "needs a picture for each of its 10 splits, and pictures has 9; see --splits"
+    )
+    with pytest.raises(InputError, match="--metrics inception_score: needs a picture for each of its 10 splits"):
+        choose([INCEPTION], sides, ("inception_score",))
+    assert "inception_score" in choose([INCEPTION], sides, None, splits=9).wants
+
+
 def test_without_a_reference() -> None:
     assert set(chosen(INCEPTION, sides=Sides(pictures(), Reference()))) == {"inception_score"}
     with pytest.raises(InputError, match=r"there is no metric to measure: fid, precision, .*: needs a --reference"):
