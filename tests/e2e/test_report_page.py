@@ -47,8 +47,8 @@ LOOK = """(async () => {
 })()"""
 
 
-# What somebody sees who plays a clip: the middle of each bar of the frame at half of its time. A clip of 0.3 s that loops
-# seeks by itself meanwhile; so it is seen once its own frame of that time is presented, whatever was before.
+# What somebody sees who plays a clip: the middle of each bar of the frame at half of its time. A clip of 0.3 s that
+# loops also seeks by itself meanwhile; so it is looked at once the frame of that time is presented.
 PLAY = """(async () => {
   const found = [];
   for (const video of document.querySelectorAll("video")) {

@@ -225,7 +225,7 @@ def test_values_that_differ_only_in_characters_of_no_folder_have_folders_of_thei
 
 def test_values_of_two_axes_whose_names_would_be_one_are_refused(tmp_path: Path) -> None:
     axes = 'axes={a: {values: ["1", "1.b-2"]}, b: {values: ["2.b-3", "3"]}}'
-    said = refused(write(tmp_path), axes, "run=[sample {high} --out {folder}/grid.png]", "plot.x=a")
+    said = refused(write(tmp_path), axes, 'run=["sample {high} --out {folder}/grid.png"]', "plot.x=a")
     assert "points would be called a-1.b-2.b-3.seed-4; name the values differently" in said
 
 
@@ -290,3 +290,17 @@ def test_the_commands_parse(path: Path, small: bool) -> None:
         assert not unknown_words(parsed, rest), words
         if hasattr(parsed, "recipe"):
             load_recipe(parsed.recipe, [*parsed.overrides, *rest])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_full_measurements_say_how_pictures_are_drawn(path: Path) -> None:
+    """A default of the training recipe, for pictures to look at, would decide the paper's table unseen."""
+    parser = _parser()
+    for point in shipped(path, False).points:
+        for command in point.commands:
+            if command[:2] == ["evaluate", "images"]:
+                asked = parser.parse_args(command)
+                assert (asked.num, asked.num_steps) == (50_000, 250)
+                assert asked.guidance is not None
+                assert asked.reference.startswith("data/")
+                assert asked.json == point.folder / "images.json"
