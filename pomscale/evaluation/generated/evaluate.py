@@ -138,4 +138,5 @@ def _make_parts(evaluation: Evaluation, claims: Claims, task: TaskIndex, shows: 
                 progress.end_part()
             finally:
                 claims.release(number)
+        progress.end_part()  # what others have recorded meanwhile
     return num_made
