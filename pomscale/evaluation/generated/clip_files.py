@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from pomscale.base.errors import InputError
 from pomscale.evaluation.generated.crops import crop_of
@@ -25,8 +26,8 @@ from pomscale.sources.protocol import Item
 
 # Clips that are looked at before the work, until one can be read.
 _NUM_LOOKED_AT = 16
-# Rates that differ by less are those of one kind of file, such as 29.97 and 30: a frame in a hundred.
-_SAME_RATE = 0.01
+# Rates that differ by less are the same: 29.97 and 30, and what times in whole milliseconds make of 60 frames a second.
+_SAME_RATE = 0.02
 
 
 class Look(NamedTuple):
@@ -56,8 +57,7 @@ class ClipReading:
 class ClipFiles:
     """Clips of one size and rate in files, in RGB, or of any if they are fitted and resampled.
 
-    A batch is decoded into one array, so that no more clips than those of a batch, and one more per thread, are in
-    memory.
+    No more clips than those of a batch, and one or two more per thread, are in memory.
     """
 
     num_channels = 3
@@ -124,25 +124,34 @@ class ClipFiles:
 
     def _batch(self, pool: ThreadPoolExecutor, numbers: list[int]) -> Batch:
         pixels = torch.empty(len(numbers), self.num_channels, *self.size, dtype=torch.uint8)
-        failures = list(pool.map(self._decode, numbers, pixels))
-        rows = [row for row, failure in enumerate(failures) if failure is None]
-        found = [numbers[row] for row in rows]
-        return Batch(
-            found,
-            pixels if len(found) == len(numbers) else pixels[rows],
-            captions=[self._item(number).captions[0] for number in found] if self.has_captions else None,
-            failures=[failure for failure in failures if failure is not None],
-        )
+        found, failures = list[int](), list[Failure]()
+        for number, frames in zip(numbers, self._in_order(pool, numbers), strict=True):
+            if isinstance(frames, Failure):
+                failures.append(frames)
+            else:
+                pixels[len(found)] = torch.from_numpy(frames).permute(3, 0, 1, 2)
+                found.append(number)
+        captions = [self._item(number).captions[0] for number in found] if self.has_captions else None
+        return Batch(found, pixels[: len(found)], captions=captions, failures=failures)
 
-    def _decode(self, number: int, out: Tensor) -> Failure | None:
-        """Decode a clip into `out` (3 f h w), or return why it cannot be read."""
+    def _in_order(self, pool: ThreadPoolExecutor, numbers: list[int]) -> Iterator[np.ndarray | Failure]:
+        """Yield the frames of clips; as many clips as there are threads are decoded meanwhile."""
+        waiting: deque[Future[np.ndarray | Failure]] = deque()
+        for number in numbers:
+            waiting.append(pool.submit(self._frames, number))
+            if len(waiting) > self._reading.num_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _frames(self, number: int) -> np.ndarray | Failure:
+        """Return the measured frames of a clip (f h w 3), or why it cannot be read."""
         item = self._item(number)
         clip = read_item(self._files, item, self._decoded)
         if isinstance(clip, Failure):
             return clip
         self._check(item.where, clip)
-        out.copy_(torch.from_numpy(clip.frames[:: self.frames.stride]).permute(3, 0, 1, 2))
-        return None
+        return clip.frames[:: self.frames.stride]
 
     def _decoded(self, stream: BinaryIO) -> DecodedClip:
         _, height, width = self.size
@@ -196,6 +205,8 @@ def look(stream: BinaryIO, num_frames: int) -> Look:
         except StrayTimesError as error:
             raise UnreadableMediaError(f"{error}, so its rate is unknown; say it with --fps") from error
         rate = None if fitter is None else reader.info()["source_fps"]
+        if rate is not None and video.average_rate is not None and same_rate(rate, float(video.average_rate)):
+            rate = float(video.average_rate)  # other than the mean of a few frames, it is not rounded
     if fitter is None or rate is None:
         raise UnreadableMediaError("has fewer than two frames, so its rate is unknown; say it with --fps")
     height, width = map(round, fitter.shown)

@@ -186,17 +186,17 @@ def test_any_process_measures_any_part_and_a_stop_costs_one(
     assert outcome.result == alone
 
 
-@pytest.mark.parametrize("frames", [Frames(5, 3), Frames(16, 1), Frames(1, 1), Frames(2, 9)])
-def test_frames_of_a_causal_codec_are_those_of_whole_clips(tmp_path: Path, frames: Frames) -> None:
+def test_frames_of_a_causal_codec_are_those_of_whole_clips(tmp_path: Path) -> None:
     model: Any = load_pretrained(save_cogvideox_model(tmp_path, latent_shape=(4, 4, 5, 3), patch_size=1), device="cpu")
     codec = clip_codec(model)
     latents = torch.randn(2, 4, 4, 5, 3, generator=torch.Generator().manual_seed(3))
     whole = to_pixels("a", codec.decode(latents))
-    out = torch.empty(2, 3, frames.num, *whole.shape[3:], dtype=torch.uint8)
-    with torch.inference_mode():
-        decode_frames("a", codec.decoder(4), latents.split(1, dim=2), frames, out)
-    torch.testing.assert_close(out, whole[:, :, : frames.span : frames.stride], atol=1, rtol=0)
     assert whole.float().std() > 5
+    for frames in (Frames(5, 3), Frames(16, 1), Frames(1, 1), Frames(2, 9)):
+        out = torch.empty(2, 3, frames.num, *whole.shape[3:], dtype=torch.uint8)
+        with torch.inference_mode():
+            decode_frames("a", codec.decoder(4), latents.split(1, dim=2), frames, out)
+        torch.testing.assert_close(out, whole[:, :, : frames.span : frames.stride], atol=1, rtol=0)
 
 
 @pytest.fixture(scope="session")
@@ -318,7 +318,7 @@ def test_resampled_and_fitted_clips(root: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"z.mkv has 20x12 pixels, and the first clip 40x24; .* --fit 40x24"):
         all_clips(mixed)
     write_clip(folder / "z.mkv", make_clips(1, 20, (40, 24))[0], fps=12)
-    with pytest.raises(InputError, match=r"z.mkv has 12 frames per second, and the first clip 16; .* --fps 16"):
+    with pytest.raises(InputError, match=r"z.mkv has 12\.\d+ frames per second, and the first clip 16; .* --fps 16"):
         all_clips(open_pictures(str(folder), Opening(frames=Frames(5))))
 
 
@@ -331,7 +331,7 @@ def test_no_more_than_a_batch_of_clips_is_held(root: Path, tmp_path: Path, monke
         def watched(self: Any, *arguments: Any) -> Any:
             most.append(sum(one() is not None for one in held))
             made = make(self, *arguments)
-            held.append(weakref.ref(made))
+            held.append(weakref.ref(getattr(made, "pixels", made)))
             return made
 
         monkeypatch.setattr(kind, name, watched)
@@ -341,7 +341,7 @@ def test_no_more_than_a_batch_of_clips_is_held(root: Path, tmp_path: Path, monke
     drawing = Drawing(changes={"num_steps": 1})
     opening = Opening(num=7, frames=Frames(3), model=ModelSource(Path(), device="cpu"), drawing=drawing)
     result_of(request_of(root, tmp_path / "work", source=str(root / "causal" / "model"), opening=opening))
-    assert len(most) == 9
+    assert len(most) == 8
     assert set(most) == {0}
 
 
