@@ -26,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_model(tmp_path)
     save_i3d(tmp_path / "i3d.pt")
     write_clip_folder(tmp_path / "real", make_clips(7))
-    write_folder(tmp_path / "pictures", make_pixels(3))
+    write_folder(tmp_path / "pictures", make_pixels(12))
     (tmp_path / "prompts.txt").write_text("red\n\nblue\n")
     return tmp_path
 
@@ -57,7 +57,7 @@ def test_a_sweep_over_guidance(folder: Path) -> None:
     assert first != second
     assert [row["settings"]["drawn"]["prompts"]["number"] for row in rows] == [2, 2]
     with pytest.raises(InputError, match="holds a sweep with another --prompts"):
-        call(f"model {OPTIONS} --prompt blue --sweep guidance=0,2 --work w")
+        call(f"model {OPTIONS} --prompts others.txt --sweep guidance=0,2 --work w")
 
 
 def test_prompts_go_along_to_every_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
