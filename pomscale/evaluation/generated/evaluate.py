@@ -1,4 +1,4 @@
-"""Evaluate pictures: any number of processes measure parts, and the one that finds all of them done computes metrics.
+"""Evaluate pictures or clips: processes measure parts, and the one that finds all of them done computes metrics.
 
 A part's numbers depend on the plan alone: its pictures, its batches and the order of its sums are fixed. Parts are put
 together in their order. So the figures are equal to the last digit on any number of ranks or tasks, and after a kill,
@@ -100,7 +100,7 @@ def _read_result(evaluation: Evaluation, work: Path) -> dict[str, Any]:
         num_failed = sum(side["failures"] for side in result["pictures"].values())
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{work / RESULT}: is damaged ({error!r}); delete {work} to measure again") from error
-    check_skipped(num_failed, evaluation.request.max_skipped, work)
+    check_skipped(num_failed, evaluation, work)
     outputs = evaluation.request.outputs
     for path in filter(None, (outputs.npz, outputs.statistics, outputs.tars)):
         if not path.exists():
@@ -122,7 +122,7 @@ def _make_parts(evaluation: Evaluation, claims: Claims, task: TaskIndex, shows: 
         return sum(job.num_pictures for job in jobs if is_done(job))
 
     total = sum(job.num_pictures for job in jobs)
-    with SharedProgress("pictures", total, num_recorded, task.count, enabled=shows) as progress:
+    with SharedProgress(evaluation.kind, total, num_recorded, task.count, enabled=shows) as progress:
         for number in task.order(len(jobs)):
             job = jobs[number]
             if not claims.claim(number):

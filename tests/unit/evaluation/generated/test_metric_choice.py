@@ -28,7 +28,7 @@ def extractor(name: str, **dims: int) -> Any:
 
 
 def pictures(count: int = 50_000, captions: bool = False) -> Any:
-    return SimpleNamespace(name="pictures", num_pictures=count, has_captions=captions)
+    return SimpleNamespace(name="pictures", num_pictures=count, has_captions=captions, frames=None)
 
 
 def statistics(of: str | None = None, features: tuple[str, ...] = ("pooled",)) -> Statistics:

@@ -12,7 +12,6 @@ from PIL import Image
 
 from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import find_checkpoint
-from pomscale.config.encode import ImageTransformConfig
 from pomscale.evaluation.generated.opening import Opening, open_pictures, open_reference
 from pomscale.evaluation.generated.picture_files import Fit
 from pomscale.evaluation.generated.picture_sets import PictureSet, to_pixels
@@ -118,7 +117,7 @@ def test_captions_of_tars(tmp_path: Path) -> None:
 def test_pictures_are_fitted_as_the_encoder_does(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", make_pixels(2, (20, 30, 3)))
     write_folder(tmp_path / "a" / "z", make_pixels(1, (25, 16, 3)))
-    fit = Fit(ImageTransformConfig(size=8, filter="area"))
+    fit = Fit((8, 8), "area")
     (batch,) = open_pictures(str(folder), Opening(fit=fit)).batches(0, 3, 8)
     for path, one in zip(sorted(folder.rglob("*.png")), batch.pixels.numpy(), strict=True):
         np.testing.assert_array_equal(one.transpose(1, 2, 0), fit_picture(Image.open(path), (8, 8), "area"))
