@@ -112,6 +112,8 @@ def test_every_checkpoint_is_measured_by_a_job_of_its_own(
     wait_until(lambda: all(final_verdict(folder) is not None for folder in folders), lambda: told(folders))
     wait_until(lambda: all(controller_of(folder) is None for folder in folders), "a controller does not end")
     first, second = (read_starts(folder)[-1] for folder in folders)
+    assert first.verdict is not None
+    assert second.verdict is not None
     assert (first.verdict.exit_code, second.verdict.exit_code) == (0, 0), told(folders)
     assert second.record.started_unix_s >= first.verdict.decided_unix_s, "one machine does one after another"
 
