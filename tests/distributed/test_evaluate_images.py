@@ -140,7 +140,5 @@ def test_processes_give_the_figures_of_one_for_clips(tmp_path: Path) -> None:
 
     pomscale(*command("alone"))
     assert result("alone")["metrics"]["fvd"] > 0
-    for num_tasks in (2, 3):
-        name = f"tasks-{num_tasks}"
-        run_together([[*command(name), "--task", f"{number}/{num_tasks}"] for number in range(num_tasks)])
-        assert result(name) == result("alone")
+    run_together([[*command("tasks"), "--task", f"{number}/3"] for number in range(3)])
+    assert result("tasks") == result("alone")

@@ -6,9 +6,8 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +17,14 @@ from pomscale.evaluation.generated.crops import crop_of
 from pomscale.evaluation.generated.media_files import Files, Items, read_item, scanned
 from pomscale.evaluation.generated.picture_files import Fit
 from pomscale.evaluation.generated.picture_sets import Batch, Failure, Frames, checked_count, spread
-from pomscale.media import CLIP_EXTENSIONS, UnreadableMediaError
-from pomscale.media.clip_frames import FrameReader, StrayTimesError, open_video
-from pomscale.media.clips import DecodedClip, as_unreadable, decode_clip
-from pomscale.media.frame_fitter import FrameFitter
+from pomscale.media import CLIP_EXTENSIONS
 from pomscale.sources.protocol import Item
+
+if TYPE_CHECKING:
+    from pomscale.media.clips import DecodedClip
+
+# PyAV is optional, and pictures are measured without it: what needs it is imported where the first clip is opened.
+# ruff: noqa: PLC0415
 
 # Clips that are looked at before the work, until one can be read.
 _NUM_LOOKED_AT = 16
@@ -88,6 +90,8 @@ class ClipFiles:
     @cached_property
     def _first(self) -> Look:
         """Size and rate of the first clip that can be read; of none where both are chosen by the user."""
+        from pomscale.evaluation.generated.clip_look import look
+
         failures = []
         for number in range(min(_NUM_LOOKED_AT, self.num_pictures)):
             seen = read_item(self._files, self._item(number), lambda stream: look(stream, self.frames.span))
@@ -154,6 +158,8 @@ class ClipFiles:
         return clip.frames[:: self.frames.stride]
 
     def _decoded(self, stream: BinaryIO) -> DecodedClip:
+        from pomscale.media.clips import decode_clip
+
         _, height, width = self.size
         fit = self._reading.fit
         return decode_clip(
@@ -187,27 +193,3 @@ class ClipFiles:
 def same_rate(one: float, other: float) -> bool:
     """Return whether two numbers of frames per second are the same but for rounding."""
     return abs(one - other) <= _SAME_RATE * max(one, other)
-
-
-def look(stream: BinaryIO, num_frames: int) -> Look:
-    """Return size and rate of a clip from its first frames, at least two of them.
-
-    Raises UnreadableMediaError if it is no video, or its frames have no usable times.
-    """
-    fitter: FrameFitter | None = None
-    with as_unreadable(), open_video(stream) as (container, video):
-        reader = FrameReader(container, video)
-        try:
-            for frame, _ in reader.nearest(Fraction(1)):
-                fitter = fitter or FrameFitter(frame, reader.pixel_aspect, "area", ClipFiles.num_channels)
-                if reader.num_frames > max(num_frames, 2):
-                    break
-        except StrayTimesError as error:
-            raise UnreadableMediaError(f"{error}, so its rate is unknown; say it with --fps") from error
-        rate = None if fitter is None else reader.info()["source_fps"]
-        if rate is not None and video.average_rate is not None and same_rate(rate, float(video.average_rate)):
-            rate = float(video.average_rate)  # other than the mean of a few frames, it is not rounded
-    if fitter is None or rate is None:
-        raise UnreadableMediaError("has fewer than two frames, so its rate is unknown; say it with --fps")
-    height, width = map(round, fitter.shown)
-    return Look((height, width), rate)

@@ -88,8 +88,10 @@ class TrainedModel(Generic[NetworkT]):
         self._set = _weights_to_use(self._weights, source.weights)
         options = SamplingOptions.from_recipe(self.card.sampling, **changes)
         self.options = options.resolved(self.card.diffusion.objective)
-        self._model = _load(self._weights.folder, self._set, source, network)
-        self._guide = None if source.guide is None else _load(source.guide, "ema", source, network)
+        self._model: _Hashed[NetworkT] = _load(self._weights.folder, self._set, source, network)
+        self._guide: _Hashed[NetworkT] | None = None
+        if source.guide is not None:
+            self._guide = _load(source.guide, "ema", source, network)
         self.network: NetworkT = self._model.network
         self.guide: NetworkT | None = None if self._guide is None else self._guide.network
 
