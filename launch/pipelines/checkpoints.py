@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from pomscale.base.console import say, warn
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.config.evaluation import EvaluationConfig
 from pomscale.config.load import load_train_recipe
-from pomscale.runs.checkpoint_folder import final_folder, is_complete, link, remove, samples_of
+from pomscale.runs.checkpoint_folder import complete_checkpoints, final_folder, is_complete, link, remove, samples_of
 from pomscale.runs.layout import CHECKPOINTS_FOLDER, EVALUATED_FOLDER, FAILED_FILE, JOB_FILE, RECIPE_FILE
 
 _LOOK_EVERY_S = 30.0
@@ -37,13 +38,15 @@ _LOOK_EVERY_S = 30.0
 class CheckpointEvaluation:
     """An evaluation of the checkpoints of a run, which was not asked for in its recipe.
 
-    run: the run folder. config: its name, its interval and its commands. request: where the jobs shall run. submitted:
-    job folders of the jobs that this object has submitted.
+    run: the run folder. config: its name, its interval and its commands. request: where the jobs shall run. check:
+    called before anything is submitted, and again once there is a checkpoint; raises InputError for what a job would
+    end with. submitted: job folders of the jobs that this object has submitted.
     """
 
     run: Path
     config: EvaluationConfig
     request: JobRequest
+    check: Callable[[], None] = lambda: None
     submitted: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -78,12 +81,19 @@ class CheckpointEvaluation:
     def follow(self) -> int:
         """Submit what is due until the run has ended, or once in a dry run. Return the number of jobs.
 
-        Raises InputError if a job is refused. While SLURM does not answer a live run is looked at again.
+        Raises InputError if a job is refused, or would end with one. While SLURM does not answer a live run is looked
+        at again.
         """
+        self.check()
+        has_checked = bool(complete_checkpoints(self.run / CHECKPOINTS_FOLDER))
         self._submit_all(self._failed_before())
         while True:
             is_live = summarize({self.run: self.run.name}).runs[0].state in LIVE
-            self._submit_all(due_checkpoints(self.run, self.config, finished=not is_live), is_live=is_live)
+            due = due_checkpoints(self.run, self.config, finished=not is_live)
+            if due and not has_checked:
+                self.check()
+                has_checked = True
+            self._submit_all(due, is_live=is_live)
             if self.request.dry_run or not is_live:
                 return len(self.submitted)
             time.sleep(_LOOK_EVERY_S)

@@ -109,7 +109,7 @@ class Progress:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.num_done, status=self._status())
         elif self._in_lines:
-            is_first, is_last = self._num_shown is None, self.num_done == self._total
+            is_first, is_last = self._num_shown is None, self.num_done == self._total != self._num_shown
             if is_first or is_last or time.monotonic() - self._shown_s >= self._every_s:
                 self._print_line()
 

@@ -309,6 +309,12 @@ def find_checkpoint(path: Path) -> Path:
             raise InputError(f"{path}: this checkpoint has no {MARKER} marker: its save did not finish; use another")
         return path
     latest = latest_checkpoint(path / CHECKPOINTS_FOLDER)
+    if latest is None and (inside := complete_checkpoints(path)):
+        run = path.resolve().parent
+        raise InputError(
+            f"{path}: a folder of checkpoints; give one of them, such as {inside[-1]}, or the run itself, which stands "
+            f"for its newest one: {run}"
+        )
     if latest is None:
         raise InputError(f"{path}: no complete checkpoint here; give a run folder or a checkpoint folder")
     return latest

@@ -88,7 +88,15 @@ def _add_inspection(verbs: Any) -> None:
         "show", help="Show samples: pictures as a PNG grid, clips as a contact sheet, captions as text"
     )
     _add_dataset(show)
-    show.add_argument("--num", type=positive, default=64, help="Number of samples (default: %(default)s)")
+    show.add_argument(
+        "--num-samples",
+        "--num",
+        dest="num",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="Number of samples (default: %(default)s)",
+    )
     show.add_argument("--seed", type=int, default=0, help="Seed that chooses the samples (default: %(default)s)")
     show.add_argument(
         "--out", type=Path, default=Path("grid.png"), metavar="PNG", help="PNG to write (default: %(default)s)"

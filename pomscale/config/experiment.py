@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -44,8 +45,8 @@ class AxisConfig(Section):
             raise ValueError("values: there must be at least one")
         if self.field is not None and isinstance(self.values, dict):
             raise ValueError("field: belongs to a list of values; a table of values names its fields itself")
-        if isinstance(self.values, list) and len({label(value) for value in self.values}) < len(self.values):
-            raise ValueError("values: one of them is there twice")
+        if doubled := [name for name, count in Counter(self.labels).items() if count > 1]:
+            raise ValueError(f"values: two of them are called {doubled[0]!r}; give a table with a name for each")
         return self
 
     @property

@@ -12,14 +12,13 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import re
 import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pomscale.base.names import MAX_NAME_BYTES, shortened
+from pomscale.base.names import MAX_NAME_BYTES, folder_words, shortened
 from pomscale.config.load import load_train_recipe, read_recipe_source, validate
 from pomscale.config.train import TrainRecipe
 from pomscale.config.yaml_file import RecipeError, RecipeSource
@@ -63,10 +62,11 @@ def load_points(path: str | Path, overrides: list[str] | None = None) -> list[Sw
     source = read_recipe_source(path, overrides)
     _check_keys(source, recipe)
     labels = _labels(recipe.sweep)
+    words = {key: folder_words(map(_text, values)) for key, values in recipe.sweep.items()}
     points, problems = [], dict[str, str]()
     for values in itertools.product(*recipe.sweep.values()):
         point = dict(zip(recipe.sweep, values, strict=True))
-        name = "-".join(f"{labels[key]}={_word(value)}" for key, value in point.items())
+        name = "-".join(f"{labels[key]}={words[key][_text(value)]}" for key, value in point.items())
         try:
             points.append(SweepPoint(point, _recipe_at(source, recipe, point, name)))
         except RecipeError as error:
@@ -118,8 +118,3 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _word(value: Any) -> str:
-    """Write a value as part of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", _text(value)).strip("_")

@@ -1,7 +1,9 @@
 """Guidance: pred + w (pred - worse), where `worse` comes without the condition or from a weaker network.
 
-Classifier-free guidance (Ho & Salimans 2022) asks the same network without the condition; autoguidance (Karras et al.
-2024) asks a weaker network, the guide, with it.
+Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, whose w this is) asks the same network without the
+condition; autoguidance (Karras et al. 2024, arXiv 2406.02507, whose w is ours + 1) asks a weaker network, the guide,
+with it. Guidance in an interval alone is from Kynkaanniemi et al. 2024 (arXiv 2404.07724); which ends belong to it is
+as in the code of JiT.
 """
 
 from __future__ import annotations

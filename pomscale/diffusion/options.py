@@ -61,7 +61,10 @@ class SamplingOptions:
         guidance_schedule: w over t: "constant"; "linear", 2 w (1 - t); "cosine", w (1 + cos(pi t)). All have mean w
             over t (Wang et al. 2024).
         guidance_base_size: Side s0 of the latents that w was chosen at: for latents of height h and width v it becomes
-            w sqrt(h v) / s0 (PoM v1), which is w itself and not w + 1, the scale of diffusers. None = w at any size.
+            w sqrt(h v) / s0, the rule of PoM v1 (arXiv 2411.12663) as it was described to us; the paper's text was not
+            at hand. Scaled is w itself and not w + 1, the scale of diffusers: the authors' samplers
+            (github.com/davidpicard/HoMM) guide by pred_c + w (pred_c - pred_u). The mean side of latents that are no
+            squares is our choice. None = w at any size.
         eta: Amount of noise that ddim and sde add in a step; None is 0 for ddim and 1 for sde.
         grid: "uniform", "shift", "rho" or "times"; None follows what is given of the next three, else "uniform".
         shift: Factor on sigma / alpha of the uniform grid (Esser et al. 2024, equation 23): s / s0 for sides s and s0.

@@ -38,12 +38,12 @@ def _times(objective: Objective, options: SamplingOptions) -> Tensor:
     if options.shift is None:
         return uniform
     # With n times the pixels, averages over them leave sqrt(n) times less noise: the same picture is lost at a sigma /
-    # alpha that is sqrt(n) = s / s0 times larger (Esser et al. 2024, section 5.3.2).
+    # alpha that is sqrt(n) = s / s0 times larger (Esser et al. 2024, arXiv 2403.03206, section 5.3.2, equation 23).
     return objective.time_of(objective.alpha(uniform), options.shift * objective.sigma(uniform))
 
 
 def _edm(objective: Objective, num_steps: int, rho: float) -> Tensor:
-    """Return EDM's grid (Karras et al. 2022, equation 5), whose sigma is ours over alpha."""
+    """Return EDM's grid (Karras et al. 2022, arXiv 2206.00364, equation 5), whose sigma is ours over alpha."""
     ends = EDM_SIGMA_MAX ** (1 / rho), EDM_SIGMA_MIN ** (1 / rho)
     sigma = torch.linspace(*ends, num_steps, dtype=torch.float64) ** rho
     times = objective.time_of(torch.ones_like(sigma), sigma)

@@ -2,6 +2,8 @@
 
 A support vector classifier is fitted on real digits that were not trained on. The distance of every picture to its
 nearest training picture is set beside that of real held-out pictures: a model that copies has distances near 0.
+
+Generated digits that are k times larger, of a model of enlarged ones, are averaged over k x k pixels before.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from pomscale.media.pictures import read_grey
 class DigitsReport:
     """Accuracies as shares, and distances to the nearest training picture.
 
-    Distances are Euclidean, between pictures with values in [0, 1]; mean and 5th percentile.
+    Distances are Euclidean, between pictures with values in [0, 1]; mean and 5th percentile. times_larger: side of the
+    generated pictures over that of the real ones.
     """
 
     num_generated: int
@@ -33,6 +36,7 @@ class DigitsReport:
     nearest_generated_p05: float
     nearest_heldout_mean: float
     nearest_heldout_p05: float
+    times_larger: int = 1
 
     def table(self) -> str:
         """Return a table for people."""
@@ -44,12 +48,14 @@ class DigitsReport:
         lines = [
             f"{label:34}{generated:>12}{real:>12}" for label, generated, real in [("", "generated", "real"), *rows]
         ]
-        return "\n".join(
-            [
-                *lines,
-                f"({self.num_generated} generated; real: recognition of the training half, distance of the held-out)",
-            ]
+        lines.append(
+            f"({self.num_generated} generated; real: recognition of the training half, distance of the held-out)"
         )
+        if self.times_larger > 1:
+            lines.append(
+                f"(the generated ones have {self.times_larger} times the real ones' side: means of their pixels)"
+            )
+        return "\n".join(lines)
 
     def to_json(self) -> str:
         """Return the figures as JSON."""
@@ -68,18 +74,20 @@ def evaluate_digits(npz: Path, train_folder: Path, heldout_folder: Path) -> Digi
         The figures.
 
     Raises:
-        InputError: A file is missing, or the pictures' sizes differ.
+        InputError: A file is missing, or the generated pictures have not a whole number of times the real ones' size.
     """
-    train, train_labels = _read_folder(train_folder)
-    heldout, heldout_labels = _read_folder(heldout_folder)
+    train, train_labels, size = _read_folder(train_folder)
+    heldout, heldout_labels, _ = _read_folder(heldout_folder)
     try:
         with np.load(npz) as arrays:
             generated, asked = arrays["images"], arrays["classes"]
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{npz}: not a file of `pomscale sample --npz` ({error})") from error
-    if generated[0].size != train.shape[1]:
-        raise InputError(f"{npz}: pictures of {generated.shape[1:]}, but {train_folder} has {train.shape[1]} pixels")
-    generated = generated.reshape(len(generated), -1) / 255.0
+    times_larger = max(1, generated.shape[1] // size[0]) if generated.ndim == 4 else 1
+    if generated.shape[1:] != (times_larger * size[0], times_larger * size[1], 1):
+        shown = "x".join(map(str, size))
+        raise InputError(f"{npz}: pictures of {generated.shape[1:]}, and those of {train_folder} are grey and {shown}")
+    generated = _averaged(generated[..., 0] / 255.0, times_larger).reshape(len(generated), -1)
     # gamma = "scale" adapts the kernel to the data; this is scikit-learn's own digits example otherwise.
     classifier = SVC(C=10.0).fit(heldout, heldout_labels)
     right = classifier.predict(generated) == asked
@@ -94,17 +102,25 @@ def evaluate_digits(npz: Path, train_folder: Path, heldout_folder: Path) -> Digi
         nearest_generated_p05=float(np.percentile(nearest_generated, 5)),
         nearest_heldout_mean=float(nearest_heldout.mean()),
         nearest_heldout_p05=float(np.percentile(nearest_heldout, 5)),
+        times_larger=times_larger,
     )
+
+
+def _averaged(pictures: np.ndarray, times: int) -> np.ndarray:
+    """Return pictures (n, times h, times w) as means (n, h, w) over times x times pixels."""
+    num, height, width = pictures.shape
+    return pictures.reshape(num, height // times, times, width // times, times).mean(axis=(2, 4))
 
 
 def _three(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read pictures (n, pixels) float64 in [0, 1] and labels (n,) from the subfolders of classes."""
+def _read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """Read pictures (n, pixels) float64 in [0, 1], labels (n,), and height and width from the subfolders of classes."""
     files = sorted(folder.glob("*/*.png"))
     if not files:
         raise InputError(f"{folder}: no class folders of PNGs here; write them: python -m data_pipelines.demos.digits")
-    pictures = np.stack([read_grey(file).ravel() for file in files]) / 255.0
-    return pictures, np.array([int(file.parent.name) for file in files])
+    pictures = np.stack([read_grey(file) for file in files]) / 255.0
+    _, height, width = pictures.shape
+    return pictures.reshape(len(files), -1), np.array([int(file.parent.name) for file in files]), (height, width)

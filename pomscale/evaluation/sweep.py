@@ -31,6 +31,7 @@ from pomscale.runs.metric_names import QUALITY
 SEED = "seed"
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]")
 _FIRST_CHOICE = "guidance"  # of the axis to draw quality against
+_HIGHER_IS_BETTER = ("inception_score", "clip_score", "precision", "recall", "density", "coverage")
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,12 @@ def _cell(value: float | None) -> str:
 
 
 def best_point(results: Sequence[SweepResult]) -> SweepResult | None:
-    """Return the point with the best foremost metric; None before there are two results."""
+    """Return the point with the best foremost metric; None before there are two results that are numbers."""
     figure = _foremost(results)
-    done = [result for result in results if result.metrics is not None and figure in result.metrics]
+    done = [result for result in results if math.isfinite((result.metrics or {}).get(figure or "", math.nan))]
     if figure is None or len(done) < 2:
         return None
-    sign = -1.0 if figure in ("inception_score", "clip_score") else 1.0
+    sign = -1.0 if figure in _HIGHER_IS_BETTER else 1.0
     return min(done, key=lambda result: sign * (result.metrics or {})[figure])
 
 

@@ -18,6 +18,11 @@ from pomscale.runs.layout import CHECKPOINTS_FOLDER
 _SHARED = "sweep-of.json"
 
 
+def is_begun(folder: Path) -> bool:
+    """Return whether `folder` holds a sweep, so that its source and options are decided."""
+    return (folder / _SHARED).is_file()
+
+
 def frozen_source(source: Path, folder: Path, options: Mapping[str, str], *, is_done: bool) -> Path:
     """Return what the points of the sweep in `folder` are to measure.
 

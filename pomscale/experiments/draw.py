@@ -64,7 +64,9 @@ def markdown_row(results: Results) -> str:
     recipe = results.recipe
     first = (recipe.table or recipe.plot.y)[0]
     figures = "; ".join(f"{', '.join(row.values.values())}: {_cell(results, row, first)}" for row in results.rows)
-    return f"| {recipe.title or recipe.name} | {_heading(results, first)}: {figures} | `{results.command}` |"
+    cells = (recipe.title or recipe.name, f"{_heading(results, first)}: {figures}", f"`{results.command}`")
+    escaped = [cell.replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 def plot(results: Results) -> Figure:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pomscale.base.names import MAX_NAME_BYTES, shortened
+from pomscale.base.names import MAX_NAME_BYTES, folder_words, shortened
 from pomscale.config.experiment import PLACEHOLDER, ExperimentRecipe, ExperimentTrainingConfig
 from pomscale.config.load import load_experiment, load_train_recipe, read_recipe_source
 from pomscale.config.shipped import recipe_file
@@ -92,7 +91,7 @@ def read_experiment(path: str | Path, overrides: list[str] | None = None, *, sma
                 points.append(_Expansion(recipe, folder, values, seed, trainings).point())
             except RecipeError as error:
                 for problem in error.problems:
-                    problems.setdefault(problem, _name(values))
+                    problems.setdefault(problem, _name(recipe, values))
     for name, count in Counter(point.name for point in points).items():
         if count > 1:
             raise RecipeError([f"{path}: axes: {count} points would be called {name}; name the values differently"])
@@ -115,7 +114,7 @@ class _Expansion:
         own: dict[str, Training] = {}
         for name, config in self.recipe.trainings.items():
             own[name] = self._training(name, config, own)
-        name = _name({**self.values, "seed": str(self.seed)})
+        name = _name(self.recipe, {**self.values, "seed": str(self.seed)})
         folder = Path(self.recipe.output, self.recipe.name, "points", name)
         known = {"seed": str(self.seed), "folder": str(folder)} | {key: str(one.folder) for key, one in own.items()}
         axes = {axis: self.recipe.axes[axis].words(label) for axis, label in self.values.items()}
@@ -124,7 +123,8 @@ class _Expansion:
 
     def _training(self, name: str, config: ExperimentTrainingConfig, before: Mapping[str, Training]) -> Training:
         axes = self._changing_axes(name)
-        full_name = _name({name: "", **{axis: self.values[axis] for axis in axes}, "seed": str(self.seed)})
+        values = {axis: self.values[axis] for axis in axes}
+        full_name = _name(self.recipe, {name: "", **values, "seed": str(self.seed)})
         if full_name in self.trainings:
             return self.trainings[full_name]
         folders = {key: str(one.folder) for key, one in before.items()}
@@ -180,11 +180,10 @@ def _override(key: str, value: Any, folders: Mapping[str, str]) -> str:
     return override(key, _fill(value, folders)) if isinstance(value, str) else f"{key}={json.dumps(value)}"
 
 
-def _name(parts: Mapping[str, str]) -> str:
+def _name(recipe: ExperimentRecipe, parts: Mapping[str, str]) -> str:
     """Return the name of a folder and of a pipeline's stage from names and values."""
-    words = [f"{key}-{_word(value)}" if value else key for key, value in parts.items()]
+    words = []
+    for key, value in parts.items():
+        known = folder_words(recipe.axes[key].labels if key in recipe.axes else [value], strip="_.-")
+        words.append(f"{key}-{known[value]}" if value else key)
     return shortened(".".join(words), MAX_NAME_BYTES // 2)
-
-
-def _word(value: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", value).strip("_.-")

@@ -50,6 +50,8 @@ class DecodedClip:
     num_source_frames of the decoded part, num_dropped_frames with the time of the one before, whether the rate varies;
     times, "frames" if they are the frames' own, "even" if each is its frame's number over the rate; incomplete, why
     the clip ends early, or None."""
+    shown: tuple[float, float]
+    """Height and width in which a player shows the file, before it was fitted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ def decode_clip(
             the stream are passed on instead, since they say nothing about the clip.
     """
     wanted = _Wanted(targets, fps, filter, num_channels, keep_incomplete)
-    with _as_unreadable():
+    with as_unreadable():
         try:
             return _decode(stream, wanted)
         except StrayTimesError as error:
@@ -114,7 +116,7 @@ def decode_clip(
 
 
 @contextmanager
-def _as_unreadable() -> Iterator[None]:
+def as_unreadable() -> Iterator[None]:
     """Raise FFmpeg's errors in the block as UnreadableMediaError."""
     try:
         yield
@@ -141,7 +143,7 @@ def _decode(stream: BinaryIO, wanted: _Wanted, spacing: Fraction | None = None) 
             early = f"{float(reader.seconds):.2f} s{of}, then {early} ({container.format.long_name})"
         frames, target = _filled(resampled, reader, wanted, early)
     info = {"duration_s": None if stated is None else round(stated, 3), **reader.info(), "incomplete": early}
-    return DecodedClip(frames, target, info)
+    return DecodedClip(frames, target, info, resampled.shown)
 
 
 @dataclass
@@ -157,6 +159,7 @@ class _Resampled:
     """Fitted frames of every size that the clip may get, until it ended."""
 
     num_due: int = 0
+    shown: tuple[float, float] = (0.0, 0.0)
     chosen: dict[int, int] = field(default_factory=dict)
     """By number of frames, longest first: the target of a clip that fills no more."""
     sizes: dict[tuple[int, int], _Collected] = field(default_factory=dict)
@@ -168,6 +171,7 @@ def _resample(reader: FrameReader, wanted: _Wanted) -> _Resampled:
     for frame, until in reader.nearest(wanted.interval):
         if not result.chosen:
             fitter = FrameFitter(frame, reader.pixel_aspect, wanted.filter, wanted.num_channels)
+            result.shown = fitter.shown
             result.chosen = _nearest_by_length(fitter.shown, wanted.targets)
             for length, index in result.chosen.items():
                 result.sizes.setdefault(wanted.targets[index][1:], _Collected(length))

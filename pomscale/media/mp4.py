@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -74,18 +75,24 @@ class Mp4Stream:
 @contextmanager
 def open_mp4(path: Path, fps: float) -> Iterator[Mp4Stream]:
     """Open a stream into `path`, which exists once the block ends without an error. Raises as `atomic_write`."""
-    with atomic_write(path) as file:
-        container = av.open(file, "w", format="mp4", container_options=_CONTAINER_OPTIONS)
-        stream = Mp4Stream(container, fps)
-        try:
-            yield stream
-            stream.finish()
+    with atomic_write(path) as file, mp4_into(file, fps) as stream:
+        yield stream
+
+
+@contextmanager
+def mp4_into(file: BinaryIO, fps: float) -> Iterator[Mp4Stream]:
+    """Open a stream into a seekable file, which is a whole mp4 once the block ends without an error."""
+    container = av.open(file, "w", format="mp4", container_options=_CONTAINER_OPTIONS)
+    stream = Mp4Stream(container, fps)
+    try:
+        yield stream
+        stream.finish()
+        container.close()
+    except BaseException:
+        # Closing writes the rest to a file that is deleted, and fails again where the disk is full.
+        with suppress(av.FFmpegError, PomscaleError):
             container.close()
-        except BaseException:
-            # Closing writes the rest to a file that is deleted, and fails again where the disk is full.
-            with suppress(av.FFmpegError, PomscaleError):
-                container.close()
-            raise
+        raise
 
 
 def write_grey_clip(path: Path, frames: np.ndarray, *, fps: int, crf: int) -> None:

@@ -40,8 +40,8 @@ class Reference:
 
 # The held-out loss at 30 points or so, and no samples while training: neither changes what is trained.
 _OFTEN = ("sampling.every_samples=null", "validation.every_samples=1280")
-_PICTURES = ("--num", str(images.NUM_PER_CLASS), "--out", "grid.png")
-_CLIPS = ("--frames", str(video.NUM_FRAMES), "--num", str(video.NUM_EVALUATED), "--out", "judged.mp4")
+_PICTURES = ("--num-samples", str(images.NUM_PER_CLASS), "--out", "grid.png")
+_CLIPS = ("--frames", str(video.NUM_FRAMES), "--num-samples", str(video.NUM_EVALUATED), "--out", "judged.mp4")
 REFERENCES = {
     "quickstart": Reference("quickstart", images.prepare_data, _PICTURES, "digits", _OFTEN),
     "quickstart-attention": Reference(

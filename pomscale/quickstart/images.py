@@ -45,7 +45,9 @@ def main(mixers: Sequence[str]) -> None:
     figures = {}
     for mixer, folder in runs.items():
         npz = folder / "samples.npz"
-        pomscale("sample", str(folder), "--num", str(NUM_PER_CLASS), "--out", f"{folder}/grid.png", "--npz", str(npz))
+        pomscale(
+            "sample", str(folder), "--num-samples", str(NUM_PER_CLASS), "--out", f"{folder}/grid.png", "--npz", str(npz)
+        )
         pomscale("report", str(folder))
         pomscale("evaluate", "digits", str(npz), "--out", f"{folder}/digits.json")
         figures[mixer] = read_figures(folder, "digits")
@@ -111,7 +113,7 @@ def table(figures: dict[str, dict[str, Any]], minutes: float) -> str:
             f"  {folder}/report.html   curves, grids, recipe, where the run was resumed",
             "",
             "What to run next:",
-            f"  pomscale sample {folder} --classes 3,8 --num 30 --sampler heun --guidance 2 --out more.png",
+            f"  pomscale sample {folder} --classes 3,8 --num-samples 30 --sampler heun --guidance 2 --out more.png",
             "  pomscale config show image/dipom-xl-2",
             "  pomscale data encode data/imagenet-256 source.path=YOUR_IMAGENET --dry-run",
         ]

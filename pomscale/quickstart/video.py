@@ -30,10 +30,10 @@ def main(overrides: Sequence[str]) -> None:
     run(*train_command(RECIPE, RUN, *overrides))
     pomscale("report", str(RUN))
     section(f"5. clips of {NUM_FRAMES} frames: group by group, from a state that does not grow")
-    sample("--num", str(NUM_SHOWN), "--out", f"{RUN}/clips.mp4", "--sheet", f"{RUN}/clips.png")
+    sample("--num-samples", str(NUM_SHOWN), "--out", f"{RUN}/clips.mp4", "--sheet", f"{RUN}/clips.png")
     section("6. more clips, and their evaluation")
     npz = f"{RUN}/clips.npz"
-    sample("--num", str(NUM_EVALUATED), "--out", f"{RUN}/judged.mp4", "--npz", npz)
+    sample("--num-samples", str(NUM_EVALUATED), "--out", f"{RUN}/judged.mp4", "--npz", npz)
     pomscale("evaluate", "moving-digits", npz, "--out", f"{RUN}/moving-digits.json")
     summary = table(read_figures(RUN, "moving-digits"), minutes=(time.monotonic() - started) / 60)
     (RUN / "summary.txt").write_text(summary + "\n", encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from pomscale.base.errors import InputError
 from pomscale.diffusion.options import SamplingOptions
 from pomscale.pretrained.load import PretrainedDiPoM, PretrainedModel, PretrainedVDiPoM
@@ -10,19 +12,40 @@ from pomscale.pretrained.load import PretrainedDiPoM, PretrainedModel, Pretraine
 def check_guide(model: PretrainedModel, guide: PretrainedModel, options: SamplingOptions) -> None:
     """Raise InputError, with one line that says why, unless both models predict the same thing of the same latents.
 
+    A guide with the weights of the model itself is refused, too, from whatever file they come.
+
     Args:
         model: The model that is sampled from.
         guide: The weaker model.
         options: Options of sampling; guidance must be on.
     """
-    if options.guidance == 0:
-        raise InputError("guide: guidance is 0, so that a guide would change nothing; give a weight with guidance")
+    check_guidance(options)
     for what, wanted, found in _facts(model, guide):
         if wanted != found:
             raise InputError(
                 f"guide: its {what} is {found}, and the model's is {wanted}; a guide is a weaker model of the same "
                 "data, such as an earlier checkpoint of the run or a smaller network"
             )
+    if _are_equal(model, guide):
+        raise InputError(
+            "guide: its weights are those of the model itself, so that guidance would change nothing and cost twice; "
+            "give an earlier checkpoint of the run or a smaller network"
+        )
+
+
+def check_guidance(options: SamplingOptions) -> None:
+    """Raise InputError if a guide would change nothing, whichever it is."""
+    if options.guidance == 0:
+        raise InputError("guide: guidance is 0, so that a guide would change nothing; give a weight with guidance")
+
+
+def _are_equal(model: PretrainedModel, guide: PretrainedModel) -> bool:
+    """Return whether all weights are the same numbers; those of two trainings differ in the first tensor."""
+    mine, theirs = dict(model.named_parameters()), dict(guide.named_parameters())
+    return mine.keys() == theirs.keys() and all(
+        weight.shape == theirs[name].shape and torch.equal(weight, theirs[name].to(weight))
+        for name, weight in mine.items()
+    )
 
 
 def _facts(model: PretrainedModel, guide: PretrainedModel) -> list[tuple[str, object, object]]:
@@ -48,6 +71,12 @@ def _facts(model: PretrainedModel, guide: PretrainedModel) -> list[tuple[str, ob
     if one.class_names and other.class_names:
         facts.append(("class names", one.class_names, other.class_names))
     return facts
+
+
+def check_clip_guide(model: PretrainedVDiPoM, guide: PretrainedVDiPoM, options: SamplingOptions) -> None:
+    """Raise InputError unless the guide can go along with clips as this model makes them."""
+    check = check_stream_guide if model.config.temporal == "block_causal" else check_guide
+    check(model, guide, options)
 
 
 def check_stream_guide(model: PretrainedVDiPoM, guide: PretrainedVDiPoM, options: SamplingOptions) -> None:

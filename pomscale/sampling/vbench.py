@@ -7,6 +7,7 @@ DIR/manifest.json    the model and the options that made the videos, and the see
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -15,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from pomscale.base.condition import Text
-from pomscale.base.console import Progress
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import make_folder, sync_folder
+from pomscale.base.shared_progress import SharedProgress
 from pomscale.diffusion.options import SamplingChanges, SamplingOptions
 from pomscale.pretrained.load import PretrainedVDiPoM, load_pretrained
 from pomscale.pretrained.weights import TrainedWeights, open_weights
 from pomscale.runs.code_state import versions
 from pomscale.sampling.clips import ClipFiles, ClipRequest, clip_codec, num_latent_frames, write_clips
+from pomscale.sampling.guides import check_clip_guide
 from pomscale.sampling.prompts import embed_prompts
 from pomscale.sampling.vbench_suite import VIDEOS, Video, check, claim, list_videos, read_prompts
 
@@ -31,13 +33,17 @@ UNFINISHED = "unfinished"
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """The model that makes the videos, and the machine's device and weights to use with it; see `load_pretrained`."""
+    """The model that makes the videos, and the machine's device and weights to use with it; see `load_pretrained`.
+
+    guide: A weaker model for autoguidance; see `pomscale.sample`.
+    """
 
     path: Path
     weights: str = "ema"
     device: str = "auto"
     codec_path: str | None = None
     text_path: str | None = None
+    guide: Path | None = None
 
     def load(self, weights: TrainedWeights) -> PretrainedVDiPoM:
         """Load the model of `weights`, even if `path` is a run that has saved a newer checkpoint by now."""
@@ -50,6 +56,16 @@ class ModelSource:
         )
         assert isinstance(model, PretrainedVDiPoM)
         return model
+
+    def load_guide(
+        self, weights: TrainedWeights, model: PretrainedVDiPoM, options: SamplingOptions
+    ) -> PretrainedVDiPoM:
+        """Load the guide of `weights`. InputError if the model cannot have it."""
+        guide = load_pretrained(weights.folder, device=self.device)
+        if not isinstance(guide, PretrainedVDiPoM):
+            raise InputError(f"--guide {self.guide}: this model makes pictures, and {self.path} makes clips")
+        check_clip_guide(model, guide, options)
+        return guide
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,49 +127,66 @@ def write_suite(
         The numbers of videos that were made and that exist.
 
     Raises:
-        InputError: The prompts cannot be read or cannot name a file, the model makes no clips, or the videos in the
-            folder were made in another way.
+        InputError: The prompts cannot be read or cannot name a file, the model makes no clips or cannot have this
+            guide, or the videos in the folder were made in another way.
         PomscaleError: A video cannot be written.
     """
-    prompts = read_prompts(suite.prompts, suite.num)
+    videos = list_videos(read_prompts(suite.prompts, suite.num), suite.seed)
     weights = open_weights(source.path)
-    card = weights.card
-    if card.model.kind != "video":
+    if weights.card.model.kind != "video":
         raise InputError(f"{source.path}: this model makes pictures; VBench measures videos")
-    videos = list_videos(prompts, suite.seed)
-    options = SamplingOptions.from_recipe(card.sampling, **suite.changes)
-    provenance = {key: value for key, value in weights.provenance.items() if key != "data"}
+    of_guide = None if source.guide is None else open_weights(source.guide)
+    options = SamplingOptions.from_recipe(weights.card.sampling, **suite.changes)
     made_by = {
-        "model": {**provenance, "weights": weights.resolve(source.weights)},
+        "model": _recorded_model(weights, source.weights),
         "sampling": suite.recorded(options),
         "videos": {video.name: video.seed for video in videos},
     }
+    if of_guide is not None:
+        made_by["sampling"]["guide"] = _recorded_model(of_guide, "ema")
     for inner in (VIDEOS, UNFINISHED):
         make_folder(folder / inner)
     check(folder, made_by)
     index, count = task
     due = [video for video in videos[index::count] if not (folder / VIDEOS / video.name).exists()]
+    names = {video.name for video in videos}
     if due:
-        model = source.load(weights)
         # Wrong options and missing weights are noticed before the folder is claimed for these options.
+        model = source.load(weights)
+        guide = None if of_guide is None else source.load_guide(of_guide, model, options)
         num_latent_frames(model, suite.num_frames)
         _ = model.text_encoder, clip_codec(model)
-        claim(folder, made_by, {"prompts": str(suite.prompts.resolve()), "fps": card.fps, "versions": versions()})
-        _make_videos(model, due, folder, ClipRequest(options, num_frames=suite.num_frames))
-    num_there = sum((folder / VIDEOS / video.name).exists() for video in videos)
+        more = {"prompts": str(suite.prompts.resolve()), "fps": weights.card.fps, "versions": versions()}
+        claim(folder, made_by, more)
+        request = ClipRequest(options, num_frames=suite.num_frames, guide=guide)
+        with SharedProgress("videos", len(videos), lambda: _num_there(folder, names), count) as progress:
+            _make_videos(model, due, folder, request, progress)
+    num_there = _num_there(folder, names)
     if num_there == len(videos):
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # left by processes that were killed
     return SuiteReport(folder, len(due), num_there, len(videos))
 
 
-def _make_videos(model: PretrainedVDiPoM, videos: list[Video], folder: Path, request: ClipRequest) -> None:
+def _num_there(folder: Path, names: set[str]) -> int:
+    return len(names & set(os.listdir(folder / VIDEOS)))
+
+
+def _recorded_model(weights: TrainedWeights, name: str) -> dict[str, Any]:
+    """Return what the manifest says of a model: where its weights come from, and which set of them."""
+    provenance = {key: value for key, value in weights.provenance.items() if key != "data"}
+    return {**provenance, "weights": weights.resolve(name)}
+
+
+def _make_videos(
+    model: PretrainedVDiPoM, videos: list[Video], folder: Path, request: ClipRequest, progress: SharedProgress
+) -> None:
     """Make the videos prompt by prompt, so that each prompt is encoded once."""
-    with Progress("videos", len(videos)) as progress:
-        for prompt, of_prompt in groupby(videos, key=lambda video: video.prompt):
-            text = embed_prompts(model.text_encoder, [prompt])
-            for video in of_prompt:
-                _make_video(model, video, text, folder, request)
-                progress.advance()
+    for prompt, of_prompt in groupby(videos, key=lambda video: video.prompt):
+        text = embed_prompts(model.text_encoder, [prompt])
+        for video in of_prompt:
+            _make_video(model, video, text, folder, request)
+            progress.advance()
+            progress.end_part()
 
 
 def _make_video(model: PretrainedVDiPoM, video: Video, text: Text, folder: Path, request: ClipRequest) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from support.forking import ENVIRONMENT
+from support.generated_clips import make_clips, save_i3d, write_clip_folder
 from support.generated_pictures import make_pixels, write_folder
 from support.running import TIMEOUT_S, pomscale, run, started
-from support.tiny_films import save_picture_model
+from support.tiny_films import save_model, save_picture_model
 
 NUM_PICTURES = 64
 
@@ -104,8 +105,10 @@ def test_tasks_give_the_figures_of_one_process(
 
 def test_ranks_of_torchrun_give_the_figures_of_one_process(folder: Path, alone: tuple[dict[str, Any], bytes]) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pomscale"]
-    run([*launcher, *words(folder, "ranks")])
+    done = run([*launcher, *words(folder, "ranks")])
     assert outcome(folder, "ranks") == alone
+    lines = [line for line in done.stderr.splitlines() if line.startswith("pictures: ")]
+    assert 1 <= len(lines) <= 2, "the first rank speaks for both, in the beginning and in the end"
 
 
 def test_a_killed_evaluation_continues(folder: Path, alone: tuple[dict[str, Any], bytes]) -> None:
@@ -117,3 +120,25 @@ def test_a_killed_evaluation_continues(folder: Path, alone: tuple[dict[str, Any]
     assert f"{NUM_PICTURES + 50} of {NUM_PICTURES + 50}" in done.stderr
     assert outcome(folder, "killed") == alone
     assert not list((folder / "killed").rglob("*.tmp"))
+
+
+def test_processes_give_the_figures_of_one_for_clips(tmp_path: Path) -> None:
+    save_model(tmp_path, sampling={"prompts": ["red", "blue"]})
+    save_i3d(tmp_path / "i3d.pt")
+    write_clip_folder(tmp_path / "reference", make_clips(9))
+
+    def command(name: str) -> list[str]:
+        return [
+            *("evaluate", "images", str(tmp_path / "model"), "--reference", str(tmp_path / "reference")),
+            *("--extractor", f"torchscript:{tmp_path / 'i3d.pt'}", "--measured-frames", "3", "--num-samples", "10"),
+            *("--part", "3", "--batch", "2", "--steps", "1", "--device", "cpu", "--work", str(tmp_path / name)),
+        ]
+
+    def result(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((tmp_path / name / "result.json").read_text())
+        return found
+
+    pomscale(*command("alone"))
+    assert result("alone")["metrics"]["fvd"] > 0
+    run_together([[*command("tasks"), "--task", f"{number}/3"] for number in range(3)])
+    assert result("tasks") == result("alone")

@@ -35,7 +35,7 @@ def test_a_run_is_measured(run: Path, digits: Path, tmp_path: Path) -> None:
     command = ("evaluate", "images", run, "--reference", reference, *OPTIONS, "--work", tmp_path / "work")
     planned = pomscale(*command, "--dry-run").stdout
     assert "metrics: fid, precision, recall, density, coverage, kid" in planned
-    assert "left out: sfid needs spatial features" in planned
+    assert "left out: sfid: needs spatial features" in planned
     assert "warning: fid of 32 pictures is biased upwards" in planned
     assert not (tmp_path / "work").exists()
     done = pomscale(*command, "--json", tmp_path / "out.json", "--guidance", "1")

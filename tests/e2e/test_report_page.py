@@ -47,27 +47,42 @@ LOOK = """(async () => {
 })()"""
 
 
-# What somebody sees who plays a clip: the middle of each bar of the frame at half of its time.
+# What somebody sees who plays a clip: the middle of each bar of the frame at half of its time, which is number 4 after
+# the first, a multiple of 100. A clip of 0.3 s that loops seeks by itself meanwhile, so an event of the end of a seek
+# may be of another one: the frame is looked at until it is that one, or is given back as it is after a minute.
 PLAY = """(async () => {
   const found = [];
   for (const video of document.querySelectorAll("video")) {
     const poster = new Image();
     poster.src = video.poster;
     await poster.decode();
+    const attributes = [video.controls, video.loop, video.muted, video.playsInline, video.autoplay];
     await video.play();
     video.pause();
-    await new Promise(done => { video.onseeked = done; video.currentTime = video.duration / 2; });
+    video.loop = false;
     const canvas = document.createElement("canvas");
     [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
     const context = canvas.getContext("2d", {willReadFrequently: true});
-    context.drawImage(video, 0, 0);
-    const bars = [];
-    for (let bar = 0; bar < 10; bar++)
-      bars.push(context.getImageData(canvas.width / 2, Math.floor((bar + .5) * canvas.height / 10), 1, 1).data[0]);
+    const look = () => {
+      context.drawImage(video, 0, 0);
+      let number = 0;
+      for (let bar = 0; bar < 10; bar++) {
+        const row = Math.floor((bar + .5) * canvas.height / 10);
+        number += (context.getImageData(canvas.width / 2, row, 1, 1).data[0] > 127) * 2 ** bar;
+      }
+      return number;
+    };
+    const middle = video.duration / 2, end_ms = performance.now() + 60000;
+    let number;
+    do {
+      if (!video.seeking && Math.abs(video.currentTime - middle) > 1e-3) video.currentTime = middle;
+      await new Promise(done => setTimeout(done, 20));
+      number = look();
+    } while ((video.seeking || number % 100 != 4) && performance.now() < end_ms);
     found.push({
-      number: bars.reduce((sum, value, bar) => sum + (value > 127) * 2 ** bar, 0),
+      number,
       poster: [poster.naturalWidth, poster.naturalHeight],
-      attributes: [video.controls, video.loop, video.muted, video.playsInline, video.autoplay],
+      attributes,
       caption: video.parentElement.querySelector("figcaption").innerText,
       top: video.getBoundingClientRect().top,
     });

@@ -171,6 +171,39 @@ def test_only_what_is_missing_is_made_and_tasks_share_it(model: Path, prompts: P
     assert {name for name in after if after[name] != before[name]} <= {"A cat.-1.mp4"}
 
 
+def test_a_guide_makes_other_videos_and_the_manifest_names_it(
+    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = save_weaker(model, tmp_path / "guide")
+    guided = {"num": 1, "guidance": 3.0, "guide": guide}
+    suite(model, prompts, tmp_path / "guided", **guided)
+    suite(model, prompts, tmp_path / "alone", num=1, guidance=3.0)
+    name = "A cat.-0.mp4"
+    one, other = (frames(tmp_path / folder / "videos" / name) for folder in ("guided", "alone"))
+    assert mean_difference(one, other) > SAME_FILM
+    recorded = read_manifest(tmp_path / "guided")["sampling"]["guide"]
+    assert (recorded["run"], recorded["samples"], recorded["weights"]) == ("tiny", 320, "model")
+    assert "guide" not in read_manifest(tmp_path / "alone")["sampling"]
+    with pytest.raises(InputError, match=r"guide .*320.* there and None now"):
+        suite(model, prompts, tmp_path / "guided", num=1, guidance=3.0)
+    for changes, message in (
+        ({"guide": model, "guidance": 3.0}, "its weights are those of the model itself"),
+        ({"guide": guide}, "guidance is 0"),
+    ):
+        with pytest.raises(InputError, match=f"guide: .*{message}"):
+            suite(model, prompts, tmp_path / "refused", num=1, **changes)
+    assert not (tmp_path / "refused" / "manifest.json").exists()
+
+
+def save_weaker(model: Path, folder: Path) -> Path:
+    """An earlier state of the model, with smaller weights."""
+    network = load_pretrained(model, device="cpu")
+    tensors = {"model": (0.5 * parameter.detach() for parameter in network.parameters())}
+    provenance = {"run": "tiny", "samples": 320}
+    write_weights(folder, network.card, provenance, parameter_shapes(network.card.model), tensors)
+    return folder
+
+
 def test_what_would_mix_videos_of_two_kinds_is_refused(model: Path, prompts: Path, tmp_path: Path) -> None:
     folder = tmp_path / "films"
     suite(model, prompts, folder, num=1)

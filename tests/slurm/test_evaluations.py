@@ -33,7 +33,7 @@ def recipe_overrides(digits: Path) -> list[str]:
             "name": "heldout",
             "every_samples": EVERY * GLOBAL_BATCH,
             "run": [
-                "sample {checkpoint} --classes 0-3 --num 2 --steps 2 --out {folder}/grid.png",
+                "sample {checkpoint} --classes 0-3 --num-samples 2 --steps 2 --out {folder}/grid.png",
                 "evaluate heldout {checkpoint} --out {folder}/figures.json",
             ],
         },

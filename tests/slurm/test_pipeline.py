@@ -97,7 +97,7 @@ def test_cancelling_the_middle_stops_the_rest_and_launching_again_goes_on(
     stages: list[dict[str, object]] = [
         {"name": "check", "run": [f"config validate {recipe}"]},
         {"name": "train", "recipe": str(recipe), "overrides": overrides},
-        {"name": "sample", "run": ["sample {train} --num 1 --classes 0 --out {sample}/grid.png"]},
+        {"name": "sample", "run": ["sample {train} --num-samples 1 --classes 0 --out {sample}/grid.png"]},
         {"name": "show", "run": [f"config show {recipe}"]},
         {"name": "report", "run": [f"config show {recipe}"], "after": {"train": "any"}},
     ]
@@ -152,7 +152,7 @@ def test_if_one_stage_is_refused_none_is_submitted(slurm: SlurmCluster, tmp_path
     on_cpus = {"gpus_per_node": 0, "ranks_per_node": 1}
     stages: list[dict[str, object]] = [
         {"name": "train", "recipe": str(tiny_recipe), "overrides": many, **on_cpus},
-        {"name": "sample", "run": ["sample {train} --num 1 --out {sample}/grid.png"], **on_cpus},
+        {"name": "sample", "run": ["sample {train} --num-samples 1 --out {sample}/grid.png"], **on_cpus},
         {"name": "huge", "run": [f"config show {tiny_recipe}"], "gpus_per_node": 8, "after": {}},
     ]
     # The profile promises more GPUs than a node of this cluster has.

@@ -72,8 +72,8 @@ def save_cogvideox_model(folder: Path, **fields: Any) -> Path:
     return save_model(folder, codec=codec, **fields)
 
 
-def save_picture_model(folder: Path, codec: CodecConfig | None = None) -> Path:
-    """One of classes, exported to `folder`, by default of the pixel codec: grey pictures of 8x8."""
+def save_picture_model(folder: Path, codec: CodecConfig | None = None, scale: float = 0.1) -> Path:
+    """One of classes, exported to `folder`, by default of the pixel codec: grey pictures of 8x8. scale: of weights."""
     config = ImageModelConfig(latent_shape=(4, 4, 4), num_classes=3, dim=16, depth=1, num_heads=2)
     card = ModelCard(
         model=config,
@@ -86,11 +86,11 @@ def save_picture_model(folder: Path, codec: CodecConfig | None = None) -> Path:
         latent_std=(1.0,) * 4,
         averages=(),
     )
-    return _export(folder, PretrainedDiPoM(card))
+    return _export(folder, PretrainedDiPoM(card), scale)
 
 
-def _export(folder: Path, model: PretrainedModel) -> Path:
-    awaken(model, scale=0.1)
+def _export(folder: Path, model: PretrainedModel, scale: float = 0.1) -> Path:
+    awaken(model, scale)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     write_weights(folder, model.card, {"weights": "model"}, shapes, {"model": parameters.values()})

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from pomscale.cli.arguments import add_device, positive, seed
+from pomscale.cli.arguments import add_device, finite, positive, seed
+from pomscale.cli.sample.clips import add_drawn_clips
 from pomscale.config.hardware import Precision
 
 
@@ -20,26 +21,26 @@ def add_pictures(images: argparse.ArgumentParser) -> None:
         dest="num",
         type=positive,
         metavar="N",
-        help="Number of pictures of SOURCE: N at equal distances in files (default: all), or drawn from a model "
-        "(default: 50,000)",
+        help="Number of pictures or clips of SOURCE: N at equal distances in files (default: all), or drawn from a "
+        "model (default: 50,000 pictures, 2,048 clips)",
     )
     group.add_argument(
         "--num-reference",
         type=positive,
         metavar="N",
-        help="Number of pictures of REFERENCE, at equal distances (default: all)",
+        help="Number of pictures or clips of REFERENCE, at equal distances (default: all)",
     )
     group.add_argument(
         "--fit",
-        type=positive,
-        metavar="SIDE",
-        help="Cut pictures in files to their central square and resize it to this side, as `data encode` does",
+        metavar="SIDE|HxW",
+        help="Resize pictures and clips in files so that they just cover a square of this side, or this height and "
+        "width, and cut out their centre, as `data encode` does",
     )
     group.add_argument(
-        "--filter", choices=["lanczos", "area"], default="lanczos", help="Filter of --fit (default: %(default)s)"
+        "--filter", choices=["lanczos", "area"], help="Filter of --fit (default: lanczos, for clips area)"
     )
     group.add_argument(
-        "--grey", choices=["repeat"], help="Give grey pictures to colour extractors with three equal channels"
+        "--grey", choices=["repeat"], help="Give grey pictures and clips to colour extractors with three equal channels"
     )
     group.add_argument(
         "--any-crop",
@@ -51,7 +52,7 @@ def add_pictures(images: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="Most pictures that are left out since they cannot be read (default: %(default)s)",
+        help="Most pictures or clips that are left out since they cannot be read (default: %(default)s)",
     )
     group.add_argument(
         "--splits", type=positive, default=10, metavar="N", help="Splits of the inception score (default: %(default)s)"
@@ -69,6 +70,34 @@ def add_pictures(images: argparse.ArgumentParser) -> None:
     )
 
 
+def add_clips(images: argparse.ArgumentParser) -> None:
+    """Add the options of clips."""
+    group = images.add_argument_group("clips", "Options for clips, in files or drawn from a model of clips.")
+    group.add_argument(
+        "--measured-frames",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="Frames of each clip that are measured, from the first one on; shorter clips are refused (default: "
+        "%(default)s)",
+    )
+    group.add_argument(
+        "--frame-stride",
+        type=positive,
+        default=1,
+        metavar="S",
+        help="Distance of these frames: every S-th is measured (default: %(default)s)",
+    )
+    group.add_argument(
+        "--fps",
+        type=_rate,
+        metavar="F",
+        help="Frames per second to which clips in files are resampled first, as `data encode` does (default: their "
+        "own, which must be one)",
+    )
+    add_drawn_clips(group)
+
+
 def add_model(images: argparse.ArgumentParser) -> None:
     """Add the options of a SOURCE that is a model."""
     group = images.add_argument_group("model", "Options for a SOURCE that is a model.")
@@ -79,7 +108,10 @@ def add_model(images: argparse.ArgumentParser) -> None:
         "average that stands for the model, or model where there is none)",
     )
     group.add_argument(
-        "--seed", type=seed, default=0, help="Seed of the first picture; number i has it plus i (default: %(default)s)"
+        "--seed",
+        type=seed,
+        default=0,
+        help="Seed of the first picture or clip; number i has it plus i (default: %(default)s)",
     )
     group.add_argument(
         "--labels",
@@ -103,10 +135,13 @@ def add_outputs(images: argparse.ArgumentParser) -> None:
     """Add the options of results."""
     group = images.add_argument_group("results")
     group.add_argument("--json", type=Path, metavar="FILE", help="File that receives figures and settings")
+    group.add_argument("--write-npz", type=Path, metavar="FILE", help="File that receives pictures as arr_0, as ADM's")
     group.add_argument(
-        "--write-npz", type=Path, metavar="FILE", help="File that receives the pictures as arr_0, as ADM's"
+        "--write-tars",
+        type=Path,
+        metavar="DIR",
+        help="Directory that receives them as PNGs in tars, or the measured frames of clips as mp4 with their captions",
     )
-    group.add_argument("--write-tars", type=Path, metavar="DIR", help="Directory that receives them as PNGs in tars")
     group.add_argument(
         "--write-statistics",
         type=Path,
@@ -128,15 +163,15 @@ def add_work(images: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batch",
         type=positive,
-        default=64,
         metavar="N",
-        help="Pictures at once; it may change last digits (default: %(default)s)",
+        help="Pictures or clips at once; it may change last digits (default: 64 pictures, 8 clips)",
     )
     group.add_argument(
         "--part",
         type=positive,
         metavar="N",
-        help="Pictures of a part, which one process measures at once (default: 1,000, or a hundredth of a larger set)",
+        help="Pictures or clips of a part, which one process measures at once (default: 1,000 pictures or 64 clips, or "
+        "a hundredth of a larger set)",
     )
     group.add_argument(
         "--work", type=Path, metavar="DIR", help="Directory that processes share (default: evaluations/NAME-HASH)"
@@ -159,6 +194,13 @@ def _name(text: str) -> str:
     if not re.fullmatch(rf"[^/\s{OTHER_SETTINGS}]+", text):
         raise argparse.ArgumentTypeError(f"must have no /, {OTHER_SETTINGS} or space, got {text!r}")
     return text
+
+
+def _rate(text: str) -> float:
+    rate = finite(text)
+    if rate <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return rate
 
 
 def _subsets(text: str) -> tuple[int, int]:

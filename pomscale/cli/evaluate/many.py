@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pomscale.base.errors import InputError
 from pomscale.cli.arguments import positive
 from pomscale.cli.cluster import PROFILE, add_changes
+from pomscale.cli.sample.options import OPTIONS
 
 if TYPE_CHECKING:
     from launch.submission.prepare import JobRequest
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 _AXES = {"interval": "guidance-interval", "schedule": "guidance-schedule", "average": "weights"}
 _ONE_EACH = ("json", "write_npz", "write_tars", "write_statistics")  # outputs that many evaluations cannot share
 # What decides no figure, or is compared otherwise: a sweep may go on with other values of these.
-_NOT_COMPARED = ("source", "words", "task", "device", "num_workers", "codec_path", "max_skipped")
+_NOT_COMPARED = ("source", "words", "task", "device", "num_workers", "codec_path", "text_path", "max_skipped")
+_OF_DRAWING = ("weights", "seed", "words")  # beside the options of sampling: the model's checkpoint decides on these
 _PAIRS = ("guidance-interval",)  # written LO:HI in a sweep, since a comma separates values
 
 
@@ -79,13 +81,17 @@ def _every(arguments: argparse.Namespace) -> int:
     if arguments.cluster is None:
         raise InputError("--every: needs --cluster; `--cluster local` is this machine")
     words, at = _words(arguments, ("work", *_ONE_EACH))
+    of_newest = arguments.parse(words)
     words = [word.replace("{", "{{").replace("}", "}}") for word in words]
     words[at] = "{checkpoint}"
     words += ["--no-record", "--work", "{folder}/work", "--json", f"{{folder}}/{FIGURES}"]
     config = EvaluationConfig(
         name=arguments.name, every_samples=arguments.every, run=[shlex.join(["evaluate", "images", *words])]
     )
-    number = CheckpointEvaluation(Path(arguments.source), config, _request(arguments)).follow()
+    evaluation = CheckpointEvaluation(
+        Path(arguments.source), config, _request(arguments), check=lambda: arguments.check(of_newest)
+    )
+    number = evaluation.follow()
     if not number:
         print("nothing is left to submit")
     elif not arguments.dry_run:
@@ -97,7 +103,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from pomscale.base.files import make_folder
     from pomscale.evaluation.generated.work_folder import RESULT
     from pomscale.evaluation.sweep import grid, parse_axes, point_name
-    from pomscale.evaluation.sweep_source import frozen_source
+    from pomscale.evaluation.sweep_source import frozen_source, is_begun
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("--sweep: start it without torchrun; its points are jobs with --cluster, or run one by one")
@@ -109,9 +115,14 @@ def _sweep(arguments: argparse.Namespace) -> int:
         arguments.parse([*words, *_options(point)])
     to_do = {folder / point_name(point): _options(point) for point in points}
     to_do = {part: options for part, options in to_do.items() if not (part / RESULT).is_file()}
+    begun = is_begun(folder)
+    if not begun:  # a sweep that could not begin leaves nothing
+        _check_points(arguments, words, list(to_do.values()))
     if not arguments.dry_run:
         make_folder(folder)
         words[at] = str(frozen_source(source, folder, _shared_options(arguments, words), is_done=not to_do))
+        if begun:
+            _check_points(arguments, words, list(to_do.values()))
     commands = {part: [*words, *options, "--no-record", "--work", str(part)] for part, options in to_do.items()}
     if arguments.cluster is not None:
         _submit(arguments, commands)
@@ -125,6 +136,22 @@ def _sweep(arguments: argparse.Namespace) -> int:
     if not arguments.dry_run:
         print(_write(folder, points))
     return 0
+
+
+def _check_points(arguments: argparse.Namespace, words: Sequence[str], points: Sequence[Sequence[str]]) -> None:
+    """Make the checks of an evaluation at every point, given its options, without drawing pictures.
+
+    Those that differ in how a model draws share what else there is to check, which takes the loading of the model.
+    """
+    checked: list[dict[str, Any]] = []
+    for options in points:
+        parsed = arguments.parse([*words, *options])
+        others = {name: value for name, value in vars(parsed).items() if name not in (*OPTIONS, *_OF_DRAWING)}
+        if others in checked:
+            arguments.check_drawing(parsed)
+        else:
+            arguments.check(parsed)
+            checked.append(others)
 
 
 def _write(folder: Path, points: Sequence[dict[str, str]]) -> str:

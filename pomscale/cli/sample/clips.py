@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pomscale.base.errors import InputError
 from pomscale.cli.arguments import positive
@@ -29,24 +29,7 @@ _FIXED_BY_STATE = ("prompt", "prompts", "num", "seed", "start", "size", *OPTIONS
 def add_to_sample(sample: argparse.ArgumentParser) -> None:
     """Add the options of `sample` for clips."""
     group = sample.add_argument_group("clips", "Options for a model that is conditioned on texts (model.kind: video).")
-    group.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="Prompt of the clips; may be given several times"
-    )
-    group.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="File with one prompt per line (default: the prompts in the model's recipe)",
-    )
-    group.add_argument(
-        "--frames",
-        type=positive,
-        metavar="N",
-        help="Number of pixel frames of a clip (default: as the model's recipe says)",
-    )
-    group.add_argument(
-        "--size", metavar="HxW", help="Height and width of the clips in pixels (default: those of the training clips)"
-    )
+    add_drawn_clips(group)
     group.add_argument(
         "--sheet",
         type=Path,
@@ -72,6 +55,28 @@ def add_to_sample(sample: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="File of --save-state whose clips are continued for --frames more; --out receives only these frames",
+    )
+
+
+def add_drawn_clips(group: Any) -> None:
+    """Add the options that say which clips are drawn, to a parser or a group of it."""
+    group.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="Prompt of the clips; may be given several times"
+    )
+    group.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="File with one prompt per line (default: the prompts in the model's recipe)",
+    )
+    group.add_argument(
+        "--frames",
+        type=positive,
+        metavar="N",
+        help="Number of pixel frames of a clip (default: as the model's recipe says)",
+    )
+    group.add_argument(
+        "--size", metavar="HxW", help="Height and width of the clips in pixels (default: those of the training clips)"
     )
     group.add_argument(
         "--text-path",
@@ -146,7 +151,7 @@ def _begin(
     defaults = model.card.sampling
     num_each = arguments.num or defaults.num_each
     prompts = [prompt for prompt in _prompts(arguments, defaults.prompts) for _ in range(num_each)]
-    size = None if arguments.size is None else _size(arguments.size)
+    size = None if arguments.size is None else parse_size(arguments.size)
     request = replace(request, num_frames=arguments.frames, size=size)
     seeds = range(arguments.seed, arguments.seed + len(prompts))
     if arguments.start is not None:
@@ -177,6 +182,14 @@ def _continue(
 
 
 def _prompts(arguments: argparse.Namespace, defaults: list[str]) -> list[str]:
+    prompts = given_prompts(arguments)
+    if not (prompts or defaults):
+        raise InputError("say with --prompt what the clips are to show; the model's recipe has no sampling.prompts")
+    return prompts or defaults
+
+
+def given_prompts(arguments: argparse.Namespace) -> list[str]:
+    """Return the prompts of --prompt and of the file of --prompts; [] = none. InputError if the file has none."""
     prompts = list(arguments.prompt or [])
     if arguments.prompts is not None:
         try:
@@ -187,12 +200,11 @@ def _prompts(arguments: argparse.Namespace, defaults: list[str]) -> list[str]:
         if not of_file:
             raise InputError(f"--prompts {arguments.prompts}: holds no prompt; write one per line")
         prompts += of_file
-    if not (prompts or defaults):
-        raise InputError("say with --prompt what the clips are to show; the model's recipe has no sampling.prompts")
-    return prompts or defaults
+    return prompts
 
 
-def _size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
+    """Return (height, width) of a text such as 240x384. InputError for any other."""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if match is None:
         raise InputError(f"--size {text!r}: give height and width in pixels, such as 240x384")

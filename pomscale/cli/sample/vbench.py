@@ -48,13 +48,16 @@ def sample(arguments: argparse.Namespace) -> int:
 
     if arguments.out_dir is None:
         raise InputError("--vbench: name the folder for the videos with --out-dir")
-    if arguments.guide is not None:
-        raise InputError("--guide: not with --vbench, whose folder records one model")
     if options := given(arguments, _FIXED_BY_VBENCH):
         raise InputError(f"{options}: not with --vbench, which fixes prompts, form and names of its videos")
     task = this_task(arguments.task)
     source = ModelSource(
-        arguments.model, arguments.weights, arguments.device, arguments.codec_path, arguments.text_path
+        arguments.model,
+        arguments.weights,
+        arguments.device,
+        arguments.codec_path,
+        arguments.text_path,
+        guide=arguments.guide,
     )
     suite = SuiteRequest(
         arguments.vbench,

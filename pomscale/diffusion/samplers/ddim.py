@@ -1,4 +1,4 @@
-"""DDIM (Song et al. 2021, equation 12), and DDPM, which is the same with eta = 1."""
+"""DDIM (Song et al. 2021, arXiv 2010.02502, equation 12), and DDPM, which is the same with eta = 1."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ddim(
     Estimate (x0, eps) from the prediction, then mix them again for the next time. With eta = 0 this equals Euler in
     the path's own variables on every path; DDIM is the form that never divides by alpha of the next time. With eta > 0,
     which needs `step_noise`, a part of eps is replaced by new noise of eta times the standard deviation that x at the
-    next time has given x and x0 (equation 16, on any path).
+    next time has given x and x0: equation 16, where alpha^2 + sigma^2 = 1, and its like on any path.
     """
     for step, (t, t_next) in enumerate(pairwise(times.to(x.device))):
         x0, eps = objective.decompose(x, t, denoise(x, t.to(x.dtype).expand(len(x))))
@@ -45,8 +45,8 @@ def ddpm(
 ) -> Tensor:
     """Return x (b, ...) at times[-1] from x (b, ...) at times[0], by ancestral sampling (Ho et al. 2020, algorithm 2).
 
-    The noise has the variance of x at the next time given x and x0, so this is DDIM with eta = 1 (Song et al. 2021,
-    section 4.1).
+    The noise has the variance of x at the next time given x and x0 (their equation 7; not beta, their other choice), so
+    this is DDIM with eta = 1 (Song et al. 2021, section 4.1).
     """
     return ddim(objective, denoise, x, times, eta=1.0, step_noise=step_noise)
 

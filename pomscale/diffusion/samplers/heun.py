@@ -1,4 +1,4 @@
-"""Heun: second order in the sampling equation (EDM, Karras et al. 2022, algorithm 1)."""
+"""Heun: second order in the sampling equation (EDM, Karras et al. 2022, arXiv 2206.00364, algorithm 1)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """DPM-Solver++(2M) and UniPC-2: one network evaluation per step, and the last ones remembered.
 
 Both solve x_next = (sigma_next / sigma) x + sigma_next int e^lambda x0 dlambda over lambda = log(alpha / sigma), with
-x0 as a polynomial in lambda through the last estimates (Lu et al. 2022, proposition 4.1). The factors are written so
-that they are finite for lambda = -inf, where flow matching starts, and inf, where all sampling ends:
+x0 as a polynomial in lambda through the last estimates (Lu et al. 2022, arXiv 2211.01095, proposition 4.1). The factors
+are written so that they are finite for lambda = -inf, where flow matching starts, and inf, where all sampling ends:
 
     sigma_next int e^lambda dlambda = alpha_next - alpha sigma_next / sigma.
 """
@@ -61,8 +61,10 @@ def dpmpp_2m(objective: Objective, denoise: Denoiser, x: Tensor, times: Tensor) 
 def unipc(objective: Objective, denoise: Denoiser, x: Tensor, times: Tensor) -> Tensor:
     """Return x (b, ...) at times[-1] from x (b, ...) at times[0] by UniPC-2 (Zhao et al. 2023, with B(h) = e^h - 1).
 
-    Each prediction of the network corrects the step that led to it (UniC), and then predicts the next (UniP). The
-    first step and the last are of first order, as in the authors' code and diffusers.
+    This is their form for data prediction (arXiv 2302.04867; variant bh2 of github.com/wl-zhao/UniPC), which takes B at
+    minus the length of a step in lambda. Each prediction of the network corrects the step that led to it (UniC), and
+    then predicts the next (UniP). The first step and the last are of first order, as in the authors' code and
+    diffusers.
     """
     grid, num_steps = _Grid.of(objective, times), len(times) - 1
     x0s: list[Tensor] = []
@@ -82,8 +84,8 @@ def unipc(objective: Objective, denoise: Denoiser, x: Tensor, times: Tensor) -> 
 def _corrected(grid: _Grid, step: int, x0s: list[Tensor]) -> Tensor:
     """Return the estimate of the data that UniC takes for a step: of x0s, the last is that at the end of the step.
 
-    For order 2 the weights of both differences of x0 solve a system of two equations (Zhao et al. 2023, theorem 3.1);
-    this is its solution.
+    For order 2 the weights of both differences of x0 solve a system of two equations (Zhao et al. 2023, theorem 3.1,
+    with -h for h since x0 is predicted); this is its solution. For order 1 the weight is 1 / 2, as in their code.
     """
     *before, here, end = x0s
     if not before:

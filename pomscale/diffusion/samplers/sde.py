@@ -24,12 +24,14 @@ def sde(
     """Return x (b, ...) at times[-1] from x (b, ...) at times[0], by one network evaluation per step.
 
     For every diffusion coefficient w the equation dy = f ds - w/2 score ds + sqrt(w) dW, with s falling, has the same
-    marginals as dy/ds = f (SiT, Ma et al. 2024, section 2). In y the noise has the weight s, so the score is -eps / s.
-    With w = 2 eta s, which for eta = 1 is the choice of REPA's sampler,
+    marginals as dy/ds = f (SiT, Ma et al. 2024, arXiv 2401.08740, section 2; their code's diffusion is w / 2). In y the
+    noise has the weight s, so the score is -eps / s. With w = 2 eta s, which for eta = 1 is the choice of REPA's
+    sampler,
 
         y_next = y + ds (f + eta eps) + sqrt(2 eta s |ds|) noise.
 
-    The last step is one of Euler's, since noise that it added would stay.
+    The last step is one of Euler's, since noise that it added would stay. (REPA's last step, from t = 0.04, leaves out
+    the noise alone and keeps the drift with the score.)
     """
     for step, (t, t_next) in enumerate(pairwise(times.to(x.device))):
         y, s = objective.to_ode(x, t)

@@ -11,12 +11,16 @@ from pomscale.shards.schema import read_manifest
 
 
 def crop_of(transform: TransformConfig | None) -> dict[str, Any] | None:
-    """Return what decides the pixels of a transform, as JSON: kind, targets, filter and version; None of none."""
+    """Return what decides the pixels of a transform, as JSON: kind, targets, filter and version; None of none.
+
+    Targets are (height, width), also of clips: how many frames are measured is said elsewhere.
+    """
     if transform is None:
         return None
+    targets = dict.fromkeys(target[-2:] for target in transform.targets)
     return {
         "kind": transform.kind,
-        "targets": [list(target) for target in transform.targets],
+        "targets": [list(target) for target in targets],
         "filter": transform.filter,
         "version": transform_version(transform),
     }

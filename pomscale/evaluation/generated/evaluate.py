@@ -1,4 +1,4 @@
-"""Evaluate pictures: any number of processes measure parts, and the one that finds all of them done computes metrics.
+"""Evaluate pictures or clips: processes measure parts, and the one that finds all of them done computes metrics.
 
 A part's numbers depend on the plan alone: its pictures, its batches and the order of its sums are fixed. Parts are put
 together in their order. So the figures are equal to the last digit on any number of ranks or tasks, and after a kill,
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from pomscale.base.claims import Claims
-from pomscale.base.console import Progress
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder, write_text
+from pomscale.base.shared_progress import SharedProgress
 from pomscale.base.task_index import TaskIndex
-from pomscale.evaluation.generated.evaluation import Evaluation
+from pomscale.evaluation.generated.evaluation import Evaluation, Job
 from pomscale.evaluation.generated.finishing import check_skipped, finish
 from pomscale.evaluation.generated.pictures_out import check_no_tars
 from pomscale.evaluation.generated.work_folder import PLAN, RESULT, PartFiles, adopt, drop_parts, make_parts_folder
@@ -100,7 +100,7 @@ def _read_result(evaluation: Evaluation, work: Path) -> dict[str, Any]:
         num_failed = sum(side["failures"] for side in result["pictures"].values())
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{work / RESULT}: is damaged ({error!r}); delete {work} to measure again") from error
-    check_skipped(num_failed, evaluation.request.max_skipped, work)
+    check_skipped(num_failed, evaluation, work)
     outputs = evaluation.request.outputs
     for path in filter(None, (outputs.npz, outputs.statistics, outputs.tars)):
         if not path.exists():
@@ -114,22 +114,29 @@ def _make_parts(evaluation: Evaluation, claims: Claims, task: TaskIndex, shows: 
     files = {side: PartFiles(work, side) for side in evaluation.measurements}
     num_made = 0
     make_parts_folder(work)
-    total = sum(job.bounds[1] - job.bounds[0] for job in jobs)
-    with Progress("pictures", total, enabled=shows) as progress:
+
+    def is_done(job: Job) -> bool:
+        return evaluation.measurements[job.side].is_done(files[job.side], job.part)
+
+    def num_recorded() -> int:
+        return sum(job.num_pictures for job in jobs if is_done(job))
+
+    total = sum(job.num_pictures for job in jobs)
+    with SharedProgress(evaluation.kind, total, num_recorded, task.count, enabled=shows) as progress:
         for number in task.order(len(jobs)):
             job = jobs[number]
-            measurement = evaluation.measurements[job.side]
             if not claims.claim(number):
-                progress.skip(job.bounds[1] - job.bounds[0])
                 continue
             try:
-                if measurement.is_done(files[job.side], job.part):
-                    progress.skip(job.bounds[1] - job.bounds[0])
+                if is_done(job):
                     continue
                 if (work / RESULT).exists():  # another process has finished meanwhile, and deleted the parts
                     break
+                measurement = evaluation.measurements[job.side]
                 measurement.measure(files[job.side], job.part, job.bounds, progress.advance)
                 num_made += 1
+                progress.end_part()
             finally:
                 claims.release(number)
+        progress.end_part()  # what others have recorded meanwhile
     return num_made

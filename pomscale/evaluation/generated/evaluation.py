@@ -1,4 +1,4 @@
-"""An evaluation that is opened and checked: its pictures, its parts, its plan and its settings."""
+"""An evaluation that is opened and checked: its pictures or clips, its parts, its plan and its settings."""
 
 from __future__ import annotations
 
@@ -9,20 +9,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from pomscale.base.errors import InputError
 from pomscale.codecs.extractors import build_extractor
 from pomscale.codecs.extractors.base import Extractor
 from pomscale.distributed.world import resolve_device
+from pomscale.evaluation.generated.alike import check_alike, check_frames, frame_settings
 from pomscale.evaluation.generated.crops import check_crops
-from pomscale.evaluation.generated.figures import Conventions
-from pomscale.evaluation.generated.generated_pictures import GeneratedPictures
+from pomscale.evaluation.generated.generated_clips import Generated
 from pomscale.evaluation.generated.measure import Measurement, check_pictures
-from pomscale.evaluation.generated.metric_choice import Choice, Sides, choose, owner_of, warnings_of
-from pomscale.evaluation.generated.opening import open_pictures, open_reference
-from pomscale.evaluation.generated.picture_sets import PictureSet
+from pomscale.evaluation.generated.metric_choice import (
+    Choice,
+    Reference,
+    Sides,
+    check_names,
+    choose,
+    owner_of,
+    reasons,
+    warnings_of,
+)
+from pomscale.evaluation.generated.opening import Opening, open_pictures, open_reference
+from pomscale.evaluation.generated.picture_sets import Kind, kind_of
 from pomscale.evaluation.generated.request import Request
 from pomscale.evaluation.generated.work_folder import PartFiles, Side
 from pomscale.metrics.inception_score import assign_splits
@@ -30,6 +36,8 @@ from pomscale.runs.code_state import versions
 
 _FORMAT = 2
 _WORK = "evaluations"
+_BATCHES: dict[Kind, int] = {"pictures": 64, "clips": 8}
+_PARTS: dict[Kind, int] = {"pictures": 1_000, "clips": 64}  # a hundredth of a larger set
 
 
 class Job(NamedTuple):
@@ -39,6 +47,10 @@ class Job(NamedTuple):
     part: int
     bounds: tuple[int, int]
 
+    @property
+    def num_pictures(self) -> int:
+        return self.bounds[1] - self.bounds[0]
+
 
 class Evaluation:
     """An evaluation whose source, reference and extractors are open, and known to fit each other."""
@@ -47,18 +59,18 @@ class Evaluation:
         """Open everything that is asked for, and check it. InputError, one clear line, if it cannot be measured."""
         request.outputs.check()
         self.request = request
-        device = request.opening.model.device
-        self.extractors: list[Extractor] = [
-            build_extractor(spec, resolve_device(device)) for spec in dict.fromkeys(request.extractors)
-        ]
-        opening = replace(request.opening, with_captions=any(extractor.name == "clip" for extractor in self.extractors))
+        self.extractors, opening, self.reference = _open_others(request)
         self.source = open_pictures(request.source, opening)
-        self.reference = open_reference(request.reference, replace(opening, num=request.num_reference))
+        self.kind = kind_of(self.source)
+        self.batch = request.batch or _BATCHES[self.kind]
+        if self.reference.pictures is not None:
+            check_alike(self.source, self.reference.pictures, request.repeats_grey)
         sides = Sides(self.source, self.reference)
         self.choice: Choice = choose(
             self.extractors,
             sides,
             request.metrics,
+            splits=request.conventions.splits,
             writes_statistics=request.outputs.statistics is not None,
             writes_pictures=(request.outputs.npz or request.outputs.tars) is not None,
         )
@@ -69,8 +81,8 @@ class Evaluation:
         request, pictures, statistics = self.request, self.reference.pictures, self.reference.statistics
         for one in filter(None, (self.source, pictures)):
             check_pictures(one, self.extractors, request.repeats_grey)
-        if pictures is not None:
-            _check_alike(self.source, pictures, request.repeats_grey)
+        if request.outputs.npz is not None and self.kind == "clips":
+            raise InputError(f"--write-npz: holds pictures, and {self.source.name} has clips; write --write-tars")
         self._check_subsets()
         if statistics is not None:
             owner = self.extractors[owner_of(statistics, self.extractors)]
@@ -79,6 +91,7 @@ class Evaluation:
             statistics.check(
                 owner.identity, dims, tuple(name for name in dims if name in used & {*statistics.gaussians})
             )
+            check_frames(statistics, self.source)
         if not request.any_crop:
             theirs_crop = pictures.crop if pictures is not None else (statistics and statistics.settings.get("crop"))
             check_crops(str(request.reference), theirs_crop or None, self.source.crop)
@@ -95,16 +108,19 @@ class Evaluation:
 
     def _measurements(self) -> dict[Side, Measurement]:
         request, device = self.request, resolve_device(self.request.opening.model.device)
-        common = {"extractors": self.extractors, "batch": request.batch, "repeats_grey": request.repeats_grey}
+        common = {"extractors": self.extractors, "batch": self.batch, "repeats_grey": request.repeats_grey}
+        # Clips are large: no more than a batch of them are to be in memory.
+        ahead = device.type == "cuda" and self.kind == "pictures"
         splits = None
         if any(want.kept == "splits" for want in self.choice.of_source):
-            splits = _splits(self.source.num_pictures, request.conventions)
+            conventions = request.conventions
+            splits = assign_splits(self.source.num_pictures, conventions.splits, conventions.shuffle_seed)
         found: dict[Side, Measurement] = {
             "source": Measurement(
                 self.source,
                 wants=self.choice.of_source,
                 splits=splits,
-                ahead=device.type == "cuda",
+                ahead=ahead,
                 tars=request.outputs.tars,
                 keeps_pixels=request.outputs.npz is not None,
                 **common,  # type: ignore[arg-type]
@@ -112,7 +128,6 @@ class Evaluation:
         }
         wants = self.choice.of_reference(self.reference)
         if self.reference.pictures is not None and wants:
-            ahead = device.type == "cuda"
             found["reference"] = Measurement(self.reference.pictures, wants=wants, ahead=ahead, **common)  # type: ignore[arg-type]
         return found
 
@@ -121,13 +136,17 @@ class Evaluation:
         return [
             Job(side, part, bounds)
             for side, measurement in self.measurements.items()
-            for part, bounds in enumerate(_bounds(measurement.pictures.num_pictures, self.request.part))
+            for part, bounds in enumerate(
+                _bounds(measurement.pictures.num_pictures, self.request.part, _PARTS[self.kind])
+            )
         ]
 
     def plan(self) -> dict[str, Any]:
         """Return JSON with everything that decides the figures and the files."""
         request, statistics = self.request, self.reference.statistics
+        frames = frame_settings(self.source)
         return {
+            **({} if frames is None else {"frames": frames}),
             "format": _FORMAT,
             "source": self.source.identity(),
             "reference": None if self.reference.pictures is None else self.reference.pictures.identity(),
@@ -136,7 +155,7 @@ class Evaluation:
             "metrics": list(self.choice.wants),
             "conventions": request.conventions.settings(list(self.choice.wants)),
             "grey": "repeat" if request.repeats_grey else None,
-            "batch": request.batch,
+            "batch": self.batch,
             "part": request.part,
             "outputs": [path and str(path) for path in (request.outputs.npz, request.outputs.tars)],
             "statistics_file": request.outputs.statistics and str(request.outputs.statistics),
@@ -151,13 +170,14 @@ class Evaluation:
 
     def describe(self) -> str:
         """Return what would be done, for people."""
-        lines = [f"source: {self.source.num_pictures:,} pictures of {self.request.source}"]
+        lines = [f"source: {self.source.num_pictures:,} {self.kind} of {self.request.source}"]
         if self.reference.pictures is not None:
-            lines.append(f"reference: {self.reference.pictures.num_pictures:,} pictures of {self.request.reference}")
+            number = self.reference.pictures.num_pictures
+            lines.append(f"reference: {number:,} {self.kind} of {self.request.reference}")
         if self.reference.statistics is not None:
             lines.append(f"reference: statistics of {', '.join(self.reference.statistics.gaussians)} features")
         lines.append(f"metrics: {', '.join(self.choice.wants) or 'none'}")
-        lines += [f"left out: {name} {reason}" for name, reason in self.choice.left_out.items()]
+        lines += [f"left out: {reason}" for reason in reasons(self.choice.left_out)]
         lines += [f"warning: {text}" for text in self.warnings()]
         jobs = self.jobs()
         work = self.work()
@@ -170,46 +190,42 @@ class Evaluation:
         numbers = {"source": self.source.num_pictures}
         if self.reference.pictures is not None:
             numbers["reference"] = self.reference.pictures.num_pictures
-        return warnings_of(self.choice, numbers)
+        return warnings_of(self.choice, numbers, self.kind)
 
     def settings(self) -> dict[str, Any]:
         """Return every setting that made the figures, as JSON."""
         own = self.source.settings()
-        settings: dict[str, Any] = own if isinstance(self.source, GeneratedPictures) else {"source": own}
+        settings: dict[str, Any] = own if isinstance(self.source, Generated) else {"source": own}
         settings["extractors"] = {
             extractor.name: {"spec": spec, "identity": extractor.identity}
             for spec, extractor in zip(dict.fromkeys(self.request.extractors), self.extractors, strict=True)
         }
+        if (frames := frame_settings(self.source)) is not None:
+            settings["frames"] = frames
         settings["grey"] = "repeat" if self.request.repeats_grey else None
         settings["conventions"] = self.request.conventions.settings(list(self.choice.wants))
         settings["versions"] = versions()
         return settings
 
 
-def _check_alike(source: PictureSet, reference: PictureSet, repeats_grey: bool) -> None:
-    """Raise InputError if the pictures of both sides have other sizes or channels."""
-    if None not in (reference.size, source.size) and reference.size != source.size:
-        ours, theirs = ("x".join(map(str, one.size or ())) for one in (source, reference))
-        raise InputError(
-            f"{source.name} has pictures of {ours} pixels, and the reference {reference.name} of {theirs}; cut and "
-            f"resize those in files with --fit, or name a reference of this size"
-        )
-    if reference.num_channels != source.num_channels and not repeats_grey:
-        grey, other = (source, reference) if source.num_channels == 1 else (reference, source)
-        raise InputError(
-            f"{grey.name} has grey pictures, and {other.name} has pictures with colours; compare grey ones as three "
-            f"equal channels with --grey repeat"
-        )
+def check_without_source(request: Request) -> None:
+    """Raise InputError, one clear line, for what cannot be measured whatever the source will be."""
+    request.outputs.check()
+    check_names(request.metrics)
+    extractors, _, reference = _open_others(request)
+    if reference.pictures is not None:
+        check_pictures(reference.pictures, extractors, request.repeats_grey)
 
 
-def _splits(count: int, conventions: Conventions) -> npt.NDArray[np.int64]:
-    try:
-        return assign_splits(count, conventions.splits, conventions.shuffle_seed)
-    except ValueError as error:
-        raise InputError(f"inception_score: {error}; take more pictures, or fewer --splits") from error
+def _open_others(request: Request) -> tuple[list[Extractor], Opening, Reference]:
+    """Return the extractors, the way in which pictures are opened for them, and the reference."""
+    device = resolve_device(request.opening.model.device)
+    extractors = [build_extractor(spec, device) for spec in dict.fromkeys(request.extractors)]
+    opening = replace(request.opening, with_captions=any(extractor.name == "clip" for extractor in extractors))
+    return extractors, opening, open_reference(request.reference, replace(opening, num=request.num_reference))
 
 
-def _bounds(count: int, part: int | None) -> Iterator[tuple[int, int]]:
+def _bounds(count: int, part: int | None, least: int) -> Iterator[tuple[int, int]]:
     """Yield first and last + 1 picture of each part."""
-    size = part or max(1_000, -(-count // 100))
+    size = part or max(least, -(-count // 100))
     return ((begin, min(begin + size, count)) for begin in range(0, count, size))

@@ -42,7 +42,7 @@ def finish(evaluation: Evaluation, work: Path, files: dict[Side, PartFiles]) -> 
         "warnings": [*evaluation.warnings(), *figures.warnings],
         "left_out": evaluation.choice.left_out,
         "pictures": {side: one.facts() for side, one in totals.items()},
-        "parts": {"part": request.part, "batch": request.batch},
+        "parts": {"part": request.part, "batch": evaluation.batch},
     }
 
 
@@ -56,20 +56,20 @@ def _check_failures(evaluation: Evaluation, work: Path, totals: dict[Side, Total
     if not found:
         return
     write_text(work / FAILURES, "".join(json.dumps(failure) + "\n" for failure in found))
-    check_skipped(len(found), evaluation.request.max_skipped, work)
+    check_skipped(len(found), evaluation, work)
 
 
-def check_skipped(number: int, most: int, work: Path) -> None:
-    """Raise InputError, which names the first ones, if more pictures than allowed could not be read."""
-    if number <= most:
+def check_skipped(number: int, evaluation: Evaluation, work: Path) -> None:
+    """Raise InputError, which names the first ones, if more pictures or clips than allowed could not be measured."""
+    if number <= evaluation.request.max_skipped:
         return
     with (work / FAILURES).open(encoding="utf-8") as lines:
         first = [json.loads(line) for line in itertools.islice(lines, _MOST_LISTED)]
     shown = "; ".join(f"{failure['picture']}: {failure['reason']}" for failure in first)
     more = f" and {number - len(first):,} more" if number > len(first) else ""
     raise InputError(
-        f"{number:,} pictures cannot be read, so the figures would be of others than you asked for: {shown}{more}; "
-        f"all are in {work / FAILURES}. Mend or remove them, or leave them out with --max-skipped {number}"
+        f"{number:,} {evaluation.kind} cannot be read, so the figures would be of others than you asked for: {shown}"
+        f"{more}; all are in {work / FAILURES}. Mend or remove them, or leave them out with --max-skipped {number}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Measure one part of the pictures: read or draw them, extract features, and keep what the metrics need."""
+"""Measure one part of the pictures or clips: read or draw them, extract features, and keep what metrics need."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch import Tensor
 from pomscale.base.errors import InputError
 from pomscale.base.files import atomic_write
 from pomscale.codecs.extractors.base import Extractor, FeatureName
-from pomscale.evaluation.generated.metric_choice import Want
-from pomscale.evaluation.generated.picture_sets import Batch, Failure, PictureSet
+from pomscale.evaluation.generated.metric_choice import Want, metrics_of
+from pomscale.evaluation.generated.picture_sets import Batch, Failure, PictureSet, kind_of
 from pomscale.evaluation.generated.pictures_hash import NOTHING, add_hashes, hash_of
-from pomscale.evaluation.generated.pictures_out import PixelsOut, TarOut, open_tar, tar_path
+from pomscale.evaluation.generated.pictures_out import PixelsOut, TarOut, clip_rate, open_tar, tar_path
 from pomscale.evaluation.generated.sums import Arrays, Scores, Sum
 from pomscale.evaluation.generated.work_folder import PartFiles, PartRecord
 from pomscale.metrics.inception_score import InceptionScore
@@ -65,7 +65,10 @@ class Measurement:
 
     def is_done(self, files: PartFiles, part: int) -> bool:
         """Return whether all files of a part are there."""
-        return files.is_done(part) and (self.tars is None or tar_path(self.tars, part).exists())
+        return files.is_done(part) and (self.tars is None or self._tar(self.tars, part).exists())
+
+    def _tar(self, folder: Path, part: int) -> Path:
+        return tar_path(folder, part, kind_of(self.pictures))
 
     def measure(self, files: PartFiles, part: int, bounds: tuple[int, int], seen: Callable[[int], None]) -> None:
         """Measure pictures from bounds[0] to bounds[1] - 1, and write their files; `seen` is told each batch's number.
@@ -78,7 +81,7 @@ class Measurement:
         with ExitStack() as stack:
             outputs: list[TarOut | PixelsOut] = []
             if self.tars is not None:
-                outputs.append(stack.enter_context(open_tar(tar_path(self.tars, part))))
+                outputs.append(stack.enter_context(open_tar(self._tar(self.tars, part), clip_rate(self.pictures))))
             if self.keeps_pixels:
                 outputs.append(PixelsOut(stack.enter_context(atomic_write(files.pixels(part)))))
             for batch in read_ahead(batches) if self.ahead else batches:
@@ -88,6 +91,7 @@ class Measurement:
                         output.add(batch)
                 kept.failures += batch.failures
                 seen(len(batch.numbers) + len(batch.failures))
+                del batch  # before the next one is made: two batches of clips need not fit into memory
         labels: Arrays = {"labels": np.array(kept.labels, np.int64)} if kept.labels else {}
         features = {want: np.concatenate(arrays) for want, arrays in kept.features.items()}
         files.commit(part, kept.record(), kept.sums, features, labels)
@@ -143,36 +147,58 @@ class _Kept:
             embedder: Any = self.measurement.extractors[want.extractor]
             assert isinstance(scores, Scores)
             assert batch.captions is not None
-            scores.add(clip_score(features, embedder.embed_texts(batch.captions).cpu().numpy()))
+            texts = embedder.embed_texts(batch.captions).cpu().numpy()
+            frames = features.reshape(len(texts), -1, features.shape[-1])
+            of_frames = clip_score(frames.reshape(-1, texts.shape[1]), texts.repeat(frames.shape[1], axis=0))
+            scores.add(of_frames.reshape(len(texts), -1).mean(1))
 
 
 def _extract(
     extractor: Extractor, pixels: Tensor, names: tuple[FeatureName, ...], repeats_grey: bool
 ) -> dict[FeatureName, np.ndarray]:
+    """Return features (b, d); of clips and an extractor of pictures those of all frames (b f, d), clip by clip."""
+    if pixels.ndim == 5 and not extractor.takes_clips:
+        frames = [_extract(extractor, clip.transpose(0, 1), names, repeats_grey) for clip in pixels]
+        return {name: np.concatenate([one[name] for one in frames]) for name in names}
     if pixels.shape[1] == 1 and extractor.num_channels != 1 and repeats_grey:
-        pixels = pixels.expand(-1, 3, -1, -1).contiguous()
+        pixels = pixels.expand(-1, 3, *pixels.shape[2:])
     extractor.check_size(*pixels.shape[2:])
-    return {name: features.cpu().numpy() for name, features in extractor.extract(pixels, names).items()}
+    return {name: features.cpu().numpy() for name, features in extractor.extract(pixels.contiguous(), names).items()}
 
 
 def check_pictures(pictures: PictureSet, extractors: Sequence[Extractor], repeats_grey: bool) -> None:
     """Raise InputError if an extractor does not take pictures of this kind or size, before any work."""
+    kind = kind_of(pictures)
     for extractor in extractors:
-        if extractor.takes_clips:
-            raise InputError(f"--extractor {extractor.name}: it takes clips, and {pictures.name} has pictures")
+        _check_kind(pictures, extractor)
         wanted = extractor.num_channels
         if wanted == 3 and pictures.num_channels == 1 and not repeats_grey:
             raise InputError(
-                f"{pictures.name}: has grey pictures, and extractor {extractor.name} takes colours; give it three "
+                f"{pictures.name}: has grey {kind}, and extractor {extractor.name} takes colours; give it three "
                 f"equal channels with --grey repeat, or choose another extractor"
             )
         if wanted == 1 and pictures.num_channels == 3:
             raise InputError(
-                f"{pictures.name}: has pictures with colours, and extractor {extractor.name} takes grey ones; choose "
+                f"{pictures.name}: has {kind} with colours, and extractor {extractor.name} takes grey ones; choose "
                 f"another extractor"
             )
         if pictures.size is not None:
-            extractor.check_size(*pictures.size)
+            extractor.check_size(*(pictures.size if extractor.takes_clips else pictures.size[-2:]))
+
+
+def _check_kind(pictures: PictureSet, extractor: Extractor) -> None:
+    """Raise InputError if the extractor takes clips and the set has pictures, or the other way round.
+
+    CLIP measures the frames of clips one by one.
+    """
+    kind = kind_of(pictures)
+    if extractor.takes_clips and kind == "pictures":
+        raise InputError(f"--extractor {extractor.name}: it takes clips, and {pictures.name} has pictures")
+    if kind == "clips" and not extractor.takes_clips and extractor.name != "clip":
+        raise InputError(
+            f"--extractor {extractor.name}: it takes pictures, and {pictures.name} has clips, of which "
+            f"{', '.join(metrics_of(kind))} are measured: with torchscript:FILE, a network of clips, and clip:FOLDER"
+        )
 
 
 def read_ahead(items: Iterator[T], depth: int = 2) -> Iterator[T]:

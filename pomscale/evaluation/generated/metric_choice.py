@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from pomscale.base.errors import InputError
 from pomscale.codecs.extractors.base import Extractor, FeatureName
-from pomscale.evaluation.generated.picture_sets import PictureSet
+from pomscale.evaluation.generated.picture_sets import Kind, PictureSet, kind_of
 from pomscale.evaluation.generated.statistics_files import Statistics
 
 Kept = Literal["moments", "features", "splits", "texts"]
@@ -32,6 +32,7 @@ class Metric:
         good_number: Number of pictures from which on the field reports it.
         bias: What is wrong with it of fewer pictures.
         fewest: Number of pictures without which it has no value.
+        of: The kinds of sets that it is measured of.
     """
 
     role: Literal["any", "dinov2", "clip"]
@@ -42,6 +43,7 @@ class Metric:
     good_number: int = 0
     bias: str = ""
     fewest: int = 2
+    of: tuple[Kind, ...] = ("pictures",)
 
 
 _HIGH = "is biased upwards, by about 1 / number"
@@ -62,8 +64,14 @@ METRICS = {
     "kid": Metric("any", "pooled", "features", or_dinov2=True),
     "fdd": Metric("dinov2", "pooled", "moments", good_number=50_000, bias=_HIGH),
     "cmmd": Metric("clip", "pooled", "features", good_number=1_000, bias="is biased upwards, by up to 20 / number"),
-    "clip_score": Metric("clip", "pooled", "texts", of_reference=False, fewest=1),
+    "fvd": Metric("any", "pooled", "moments", good_number=2_048, bias=_HIGH, of=("clips",)),
+    "clip_score": Metric("clip", "pooled", "texts", of_reference=False, fewest=1, of=("pictures", "clips")),
 }
+
+
+def metrics_of(kind: Kind) -> list[str]:
+    """Return the names of the metrics that are measured of pictures or of clips."""
+    return [name for name, metric in METRICS.items() if kind in metric.of]
 
 
 class Want(NamedTuple):
@@ -125,6 +133,7 @@ def choose(
     sides: Sides,
     asked: Sequence[str] | None,
     *,
+    splits: int = 10,
     writes_statistics: bool = False,
     writes_pictures: bool = False,
 ) -> Choice:
@@ -134,19 +143,21 @@ def choose(
         extractors: The extractors.
         sides: The pictures and the reference.
         asked: Names of metrics; None = all that can be served.
+        splits: Number of splits of the inception score.
         writes_statistics: Whether statistics of the pictures are written.
         writes_pictures: Whether the pictures are written, so that there need be no metric.
 
     Raises:
         InputError: A metric that is asked for cannot be served, there is none to measure, or an extractor serves none.
     """
-    for name in asked or ():
-        if name not in METRICS:
-            raise InputError(f"--metrics: {name!r} is none of {', '.join(METRICS)}")
+    check_names(asked)
     wants: dict[str, Want] = {}
     left_out: dict[str, str] = {}
-    for name in METRICS if asked is None else asked:
-        found = _want(METRICS[name], extractors, sides, unasked=asked is None)
+    for name in metrics_of(kind_of(sides.source)) if asked is None else asked:
+        metric = METRICS[name]
+        found = _want(metric, extractors, sides, unasked=asked is None)
+        if isinstance(found, Want):
+            found = _too_few_for_splits(metric, sides.source, splits) or found
         if isinstance(found, Want):
             wants[name] = found
         elif asked is not None:
@@ -155,27 +166,44 @@ def choose(
             left_out[name] = found
     choice = Choice(wants, left_out, _for_file(extractors) if writes_statistics else ())
     if not choice.of_source and not writes_pictures:
-        raise InputError(f"there is no metric to measure: {_reasons(choice)}")
+        raise InputError(f"there is no metric to measure: {'; '.join(reasons(left_out))}")
     _check_used(extractors, choice)
     return choice
 
 
+def check_names(asked: Sequence[str] | None) -> None:
+    """Raise InputError for a name that is none of a metric."""
+    for name in asked or ():
+        if name not in METRICS:
+            raise InputError(f"--metrics: {name!r} is none of {', '.join(METRICS)}")
+
+
 def _want(metric: Metric, extractors: Sequence[Extractor], sides: Sides, unasked: bool) -> Want | str:
     """Return what a metric is computed from, or the reason why it cannot be measured."""
+    kind = kind_of(sides.source)
     number = _extractor_of(metric, [extractor.name for extractor in extractors])
-    if number is None:
-        wanted = {"any": "inception:FILE or another extractor", "dinov2": "dinov2:FOLDER", "clip": "clip:FOLDER"}
-        return f"needs --extractor {wanted[metric.role]}"
+    if number is None or kind not in metric.of:
+        return _why_not(metric, kind)
     extractor = extractors[number]
     if metric.feature not in extractor.dims:
         return f"needs {metric.feature} features, and extractor {extractor.name} has {', '.join(extractor.dims)}"
     if metric.kept == "texts" and not sides.source.has_captions:
-        return "needs pictures with captions, and these have none"
+        return f"needs {kind} with captions, and these have none"
     if metric.of_reference and (problem := _problem_of_reference(metric, number, extractors, sides.reference)):
         return problem
     if problem := _too_few(metric, sides) or (_too_many(sides) if unasked and metric.kept == "features" else None):
         return problem
     return Want(number, metric.feature, metric.kept)
+
+
+def _why_not(metric: Metric, kind: Kind) -> str:
+    """Return why a metric is not measured of sets of a kind, or which extractor it needs."""
+    if kind not in metric.of:
+        return f"is not measured of {kind}, only {', '.join(metrics_of(kind))} are"
+    if metric.role != "any":
+        return f"needs --extractor {metric.role}:FOLDER"
+    others = "inception:FILE or another extractor" if kind == "pictures" else "torchscript:FILE of a network of clips"
+    return f"needs --extractor {others}"
 
 
 def _extractor_of(metric: Metric, names: Sequence[str]) -> int | None:
@@ -223,8 +251,14 @@ def _pictures_of(sides: Sides) -> list[PictureSet]:
 def _too_few(metric: Metric, sides: Sides) -> str | None:
     for one in _pictures_of(sides) if metric.of_reference else [sides.source]:
         if one.num_pictures < metric.fewest:
-            return f"needs {metric.fewest} pictures, and {one.name} has {one.num_pictures}"
+            return f"needs {metric.fewest} {kind_of(one)}, and {one.name} has {one.num_pictures}"
     return None
+
+
+def _too_few_for_splits(metric: Metric, source: PictureSet, splits: int) -> str | None:
+    if metric.kept != "splits" or source.num_pictures >= splits:
+        return None
+    return f"needs a picture for each of its {splits} splits, and {source.name} has {source.num_pictures}; see --splits"
 
 
 def _too_many(sides: Sides) -> str | None:
@@ -251,25 +285,27 @@ def _check_used(extractors: Sequence[Extractor], choice: Choice) -> None:
     for number, extractor in enumerate(extractors):
         if number not in used:
             raise InputError(
-                f"--extractor {extractor.name}: no metric takes its features ({_reasons(choice) or '--metrics'}); "
+                f"--extractor {extractor.name}: no metric takes its features "
+                f"({'; '.join(reasons(choice.left_out)) or '--metrics'}); "
                 f"leave it out"
             )
 
 
-def _reasons(choice: Choice) -> str:
-    """Return the reasons why metrics are left out, each once with the names of its metrics."""
+def reasons(left_out: Mapping[str, str]) -> list[str]:
+    """Return the reasons why metrics are left out (name -> reason), each once with the names of its metrics."""
     names: dict[str, list[str]] = {}
-    for name, reason in choice.left_out.items():
+    for name, reason in left_out.items():
         names.setdefault(reason, []).append(name)
-    return "; ".join(f"{', '.join(of)}: {reason}" for reason, of in names.items())
+    return [f"{', '.join(of)}: {reason}" for reason, of in names.items()]
 
 
-def warnings_of(choice: Choice, numbers: Mapping[str, int]) -> list[str]:
+def warnings_of(choice: Choice, numbers: Mapping[str, int], kind: Kind = "pictures") -> list[str]:
     """Return a sentence for each metric of fewer pictures than the field reports it of.
 
     Args:
         choice: The metrics.
-        numbers: Number of pictures of "source", and of "reference" where it is known.
+        numbers: Number of pictures or clips of "source", and of "reference" where it is known.
+        kind: The kind of the sets.
     """
     found: dict[tuple[str, int, int], list[str]] = {}
     for name in choice.wants:
@@ -279,7 +315,7 @@ def warnings_of(choice: Choice, numbers: Mapping[str, int]) -> list[str]:
         if fewest < metric.good_number:
             found.setdefault((metric.bias, metric.good_number, fewest), []).append(name)
     return [
-        f"{', '.join(names)} of {fewest:,} pictures {bias}; it is reported of {good:,} and more, and compared only "
+        f"{', '.join(names)} of {fewest:,} {kind} {bias}; it is reported of {good:,} and more, and compared only "
         f"with values of as many"
         for (bias, good, fewest), names in found.items()
     ]

@@ -25,6 +25,8 @@ class NpzPictures:
     """Pictures (n, h, w, c) or (n, h, w) uint8, read row by row: the array may be larger than the memory."""
 
     has_captions = False
+    frames = None
+    fps = None
     crop = None
 
     def __init__(self, path: Path, *, num: int | None = None) -> None:

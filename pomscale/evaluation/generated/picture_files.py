@@ -2,125 +2,54 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from array import array
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from pomscale.base.errors import InputError
-from pomscale.config.encode import ImageTransformConfig, TarSourceConfig
+from pomscale.config.encode import ImageTransformConfig, VideoTransformConfig
 from pomscale.evaluation.generated.crops import crop_of
+from pomscale.evaluation.generated.media_files import Files, Items, read_item, scanned
 from pomscale.evaluation.generated.picture_sets import Batch, Failure, checked_count, spread
-from pomscale.media import CLIP_EXTENSIONS, PICTURE_EXTENSIONS, UnreadableMediaError, extension
+from pomscale.media import PICTURE_EXTENSIONS, Filter
 from pomscale.media.pictures import DecodedPicture, decode_picture, fit_picture
-from pomscale.sources import storage
-from pomscale.sources.folders import walk
-from pomscale.sources.item_fields import readable
-from pomscale.sources.protocol import Item, SourceChangedError
-from pomscale.sources.tars import TarSource
-from pomscale.sources.urls import is_url
+from pomscale.sources.protocol import Item
 
 # Pictures that are looked at before the work: a set is grey if all of them are.
 _NUM_LOOKED_AT = 16
 
 
-# Formats that Pillow or other programs read, and `decode_picture` does not.
-_UNREAD_PICTURES = (".apng", ".avif", ".bmp", ".gif", ".heic", ".jfif", ".jp2", ".jxl", ".pgm", ".ppm", ".tif", ".tiff")
-
-
-class Files(Protocol):
-    """The part of a source of raw items that is needed here."""
-
-    def scan(self) -> Iterator[Item]: ...
-
-    def open(self, item: Item) -> BinaryIO: ...
-
-
-class FolderFiles:
-    """ROOT/**/*.{png,jpg,jpeg,webp}, sorted by the parts of their paths. What is hidden is left out.
-
-    A folder with clips, or with pictures of other formats, is refused: the figures would be of a part of it.
-    """
-
-    def __init__(self, root: str) -> None:
-        self._root = root
-
-    def scan(self) -> Iterator[Item]:
-        unread = Counter[str]()
-        for entry in walk(self._root):
-            if entry.is_hidden:
-                continue
-            if extension(entry.path) in (*CLIP_EXTENSIONS, *_UNREAD_PICTURES):
-                unread[extension(entry.path)] += 1
-            elif extension(entry.path) in PICTURE_EXTENSIONS:
-                location = [entry.path, entry.size, entry.modified_ns]
-                yield Item(entry.path, readable(entry.path), location, problem=entry.problem)
-        if unread:
-            shown = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(unread.items()))
-            raise InputError(
-                f"{self._root}: there are files that are not measured ({shown}), only {', '.join(PICTURE_EXTENSIONS)} "
-                f"are; convert them, or name a folder without them"
-            )
-
-    def open(self, item: Item) -> BinaryIO:
-        path, size, _ = item.location
-        return storage.open_item(storage.join(self._root, path), size)
-
-
-class TarFiles(TarSource):
-    """Samples of tars. Their locations have the time of the tar's last change, where it is no URL."""
-
-    def scan(self) -> Iterator[Item]:
-        times: dict[str, int | None] = {}
-        for item in super().scan():
-            if item.location is None:
-                yield item
-                continue
-            path = self._files.path(item.location[0])
-            if path not in times:
-                times[path] = None if is_url(path) else os.stat(path).st_mtime_ns
-            yield replace(item, location=[*item.location, times[path]])
-
-    def open(self, item: Item) -> BinaryIO:
-        return super().open(replace(item, location=item.location[:-1]))
-
-
-def tar_files(paths: list[str], with_captions: bool) -> Files:
-    """Return the files of tars that paths or patterns name.
-
-    If captions are wanted and the first sample has one (.txt), all must have one.
-    """
-    if with_captions:
-        captioned = TarFiles(TarSourceConfig(kind="tars", path=paths, caption="txt"))
-        first = next(captioned.scan(), None)
-        if first is not None and first.caption is not None:
-            return captioned
-    return TarFiles(TarSourceConfig(kind="tars", path=paths))
-
-
 @dataclass(frozen=True)
 class Fit:
-    """Cut and resize pictures as `pomscale data encode` does with transform.size and transform.filter."""
+    """Cut and resize pictures, or the frames of clips, as `pomscale data encode` does with such a transform.
 
-    transform: ImageTransformConfig
+    Attributes:
+        size: Height and width in pixels.
+        filter: Filter that resizes; None = that of encode recipes, lanczos for pictures and area for clips.
+    """
 
-    @property
-    def target(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        height, width = self.transform.targets[0]
-        return height, width
+    size: tuple[int, int]
+    filter: Filter | None = None
+
+    def of_pictures(self) -> ImageTransformConfig:
+        """Return the transform of pictures."""
+        return ImageTransformConfig(buckets=[self.size], filter=self.filter or "lanczos")
+
+    def of_clips(self, num_frames: int) -> VideoTransformConfig:
+        """Return the transform of clips; their rate is given elsewhere."""
+        return VideoTransformConfig(kind="video", buckets=[(num_frames, *self.size)], filter=self.filter or "area")
 
 
 class PictureFiles:
     """Pictures of one size in files, or of any sizes if they are fitted."""
+
+    frames = None
+    fps = None
 
     def __init__(
         self, name: str, files: Files, *, kind: str, num: int | None, fit: Fit | None = None, num_threads: int = 2
@@ -143,7 +72,7 @@ class PictureFiles:
         self._kind = kind
         self._fit = fit
         self._num_threads = num_threads
-        self._items = _Items(_scanned(name, files))
+        self._items = Items(scanned(name, files))
         if not len(self._items):
             raise InputError(f"{name}: no picture ({', '.join(PICTURE_EXTENSIONS)}) is here")
         self.num_pictures = checked_count(name, num, len(self._items))
@@ -159,12 +88,12 @@ class PictureFiles:
             raise InputError(f"{self.name}: {failure.where}: {failure.reason}; none of the first pictures can be read")
         self.num_channels = 1 if all(picture.is_grey for picture in found) else 3
         image = found[0].image
-        self.size: tuple[int, ...] = (image.height, image.width) if self._fit is None else self._fit.target
+        self.size: tuple[int, ...] = (image.height, image.width) if self._fit is None else self._fit.size
         self.has_captions = self._item(0).caption is not None
 
     @property
     def crop(self) -> dict[str, Any] | None:
-        return None if self._fit is None else crop_of(self._fit.transform)
+        return None if self._fit is None else crop_of(self._fit.of_pictures())
 
     def identity(self) -> dict[str, Any]:
         """Return the settings, and the hash of all names, sizes and times; times are unknown behind URLs."""
@@ -219,7 +148,7 @@ class PictureFiles:
             )
         image = decoded.image
         if self._fit is not None:
-            return fit_picture(image, self._fit.target, self._fit.transform.filter)
+            return fit_picture(image, self._fit.size, self._fit.of_pictures().filter)
         if (image.height, image.width) != self.size:
             height, width = self.size
             raise InputError(
@@ -229,53 +158,7 @@ class PictureFiles:
         return np.asarray(image).reshape(image.height, image.width, self.num_channels)
 
     def _decoded(self, number: int, num_channels: int) -> DecodedPicture | Failure:
-        item = self._item(number)
-        if item.problem is not None:
-            return Failure(item.where, item.problem)
-        try:
-            with self._files.open(item) as stream:
-                return decode_picture(stream, num_channels)
-        except FileNotFoundError:
-            return Failure(item.where, "is gone since it was listed")
-        except (UnreadableMediaError, SourceChangedError) as error:
-            return Failure(item.where, str(error))
+        return read_item(self._files, self._item(number), lambda stream: decode_picture(stream, num_channels))
 
     def _item(self, number: int) -> Item:
         return self._items[spread(number, self.num_pictures, len(self._items))]
-
-
-def _scanned(name: str, files: Files) -> Iterator[Item]:
-    """Yield the items of a source. InputError names what the user gave, and not a key of an encode recipe."""
-    try:
-        yield from files.scan()
-    except InputError as error:
-        raise InputError(f"{name}: {str(error).removeprefix('source.path: ')}") from error
-
-
-class _Items:
-    """The items of a source in one block of memory: about a hundred bytes each, not the thousand of objects."""
-
-    def __init__(self, items: Iterable[Item]) -> None:
-        block, self._ends, digest = bytearray(), array("q", [0]), hashlib.sha256()
-        for item in items:
-            line = json.dumps([item.where, item.location, item.caption, item.problem]).encode()
-            digest.update(line)
-            block += line
-            self._ends.append(len(block))
-        self._block = bytes(block)
-        self.sha256 = digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, number: int) -> Item:
-        where, location, caption, problem = json.loads(self._block[self._ends[number] : self._ends[number + 1]])
-        return Item(where, where, location, caption=caption, problem=problem)
-
-
-def tars_of_folder(path: str) -> list[str]:
-    """Return the tars at the top of a local folder, hidden ones left out; [] if there is a picture there, too."""
-    names = [name for name in sorted(os.listdir(path)) if not storage.is_hidden(name)] if os.path.isdir(path) else []
-    if any(extension(name) in PICTURE_EXTENSIONS for name in names):
-        return []
-    return [os.path.join(path, name) for name in names if name.endswith(".tar")]

@@ -1,4 +1,4 @@
-"""Measured pictures, written part by part: PNGs in tars, and one npz file as ADM's evaluator reads it."""
+"""Measured pictures, written part by part: PNGs (clips: mp4) in tars, and one npz file as ADM's evaluator reads it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from PIL import Image
 
 from pomscale.base.errors import InputError
 from pomscale.base.files import atomic_write
-from pomscale.evaluation.generated.picture_sets import Batch
+from pomscale.evaluation.generated.picture_sets import Batch, Kind, PictureSet
+from pomscale.pretrained.card import DEFAULT_FPS
 
 _PIECE = 1 << 22
 
 
-def tar_path(folder: Path, part: int) -> Path:
+def tar_path(folder: Path, part: int, kind: Kind) -> Path:
     """Return the tar of a part."""
-    return folder / f"pictures-{part:06d}.tar"
+    return folder / f"{kind}-{part:06d}.tar"
+
+
+def clip_rate(pictures: PictureSet) -> float:
+    """Return the frames per second of written clips, which have the measured frames alone; of pictures any number."""
+    return (pictures.fps or DEFAULT_FPS) / (1 if pictures.frames is None else pictures.frames.stride)
 
 
 def check_no_tars(folder: Path) -> None:
@@ -33,20 +39,27 @@ def check_no_tars(folder: Path) -> None:
 
 
 class TarOut:
-    """A WebDataset tar that is written: NUMBER.png, and NUMBER.cls with the class where there is one."""
+    """A WebDataset tar that is written: NUMBER.png and NUMBER.cls with its class, or NUMBER.mp4 and NUMBER.txt.
 
-    def __init__(self, stream: BinaryIO) -> None:
+    Classes and captions (.txt) are there where the set has them.
+    """
+
+    def __init__(self, stream: BinaryIO, fps: float) -> None:
+        self._fps = fps
         self._tar = tarfile.TarFile(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT)
 
     def add(self, batch: Batch) -> None:
         """Write the pictures of a batch."""
         for row, number in enumerate(batch.numbers):
-            pixels = batch.pixels[row].numpy().transpose(1, 2, 0)
-            content = io.BytesIO()
-            Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(content, format="PNG")
-            self._add(f"{number:08d}.png", content.getvalue())
+            pixels = batch.pixels[row].numpy()
+            if pixels.ndim == 4:
+                self._add(f"{number:08d}.mp4", _mp4(pixels.transpose(1, 2, 3, 0), self._fps))
+            else:
+                self._add(f"{number:08d}.png", _png(pixels.transpose(1, 2, 0)))
             if batch.labels is not None:
                 self._add(f"{number:08d}.cls", str(batch.labels[row]).encode())
+            if batch.captions is not None and pixels.ndim == 4:
+                self._add(f"{number:08d}.txt", batch.captions[row].encode())
 
     def close(self) -> None:
         """Write the end mark."""
@@ -58,11 +71,26 @@ class TarOut:
         self._tar.addfile(member, io.BytesIO(content))
 
 
+def _png(pixels: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(content, format="PNG")
+    return content.getvalue()
+
+
+def _mp4(frames: np.ndarray, fps: float) -> bytes:
+    from pomscale.media.mp4 import mp4_into  # noqa: PLC0415  PyAV is optional
+
+    content = io.BytesIO()
+    with mp4_into(content, fps) as stream:
+        stream.write(np.broadcast_to(frames, (*frames.shape[:3], 3)))
+    return content.getvalue()
+
+
 @contextmanager
-def open_tar(path: Path) -> Iterator[TarOut]:
-    """Open a tar that exists under its name, whole, once the block ends without an error."""
+def open_tar(path: Path, fps: float) -> Iterator[TarOut]:
+    """Open a tar that exists under its name, whole, once the block ends without an error; `fps` is that of clips."""
     with atomic_write(path) as stream:
-        out = TarOut(stream)
+        out = TarOut(stream, fps)
         yield out
         out.close()
 

@@ -17,7 +17,7 @@ class Outputs:
 
     Attributes:
         npz: File for the pictures of SOURCE as arr_0 (n, h, w, c) uint8, and arr_1 (n,) with their classes.
-        tars: Folder for them as PNGs in tars.
+        tars: Folder for them as PNGs in tars, or for clips as mp4.
         statistics: File for their statistics, which can be a reference later.
     """
 
@@ -45,8 +45,8 @@ class Request:
         metrics: Names of metrics; None = all that can be served.
         opening: How the source is opened.
         num_reference: Number of pictures of the reference that are taken; None = all.
-        batch: Pictures at once.
-        part: Pictures of a part; None = 1,000, or a hundredth of a larger set.
+        batch: Pictures at once; None = 64, or 8 clips.
+        part: Pictures of a part; None = 1,000, or 64 clips, or a hundredth of a larger set.
         repeats_grey: Whether grey pictures are given to colour extractors with three equal channels.
         any_crop: Whether a reference may have been cropped otherwise than the training pictures.
         max_skipped: Pictures that may be left out, since they cannot be read.
@@ -61,7 +61,7 @@ class Request:
     metrics: tuple[str, ...] | None = None
     opening: Opening = field(default_factory=Opening)
     num_reference: int | None = None
-    batch: int = 64
+    batch: int | None = None
     part: int | None = None
     repeats_grey: bool = False
     any_crop: bool = False

@@ -24,6 +24,8 @@ class ShardPictures:
     """The pictures of a dataset. Where moments are stored, a posterior sample is decoded, keyed by the record."""
 
     has_captions = False
+    frames = None
+    fps = None
 
     def __init__(
         self, location: str, *, num: int | None = None, device: str = "cpu", codec_path: str | None = None
@@ -51,7 +53,7 @@ class ShardPictures:
             bad_samples="skip",
         )
         self.num_pictures = checked_count(location, num, len(self._dataset))
-        self._codec = _codec_of(location, self.manifest, codec_path).to(resolve_device(device))
+        self._codec = codec_of(location, self.manifest, codec_path).to(resolve_device(device))
         self.num_channels = self._codec.num_channels_in
 
     @property
@@ -102,7 +104,8 @@ def _only_size(location: str, manifest: Manifest) -> tuple[int, ...]:
     return next(iter(sizes))
 
 
-def _codec_of(location: str, manifest: Manifest, codec_path: str | None) -> Codec:
+def codec_of(location: str, manifest: Manifest, codec_path: str | None) -> Codec:
+    """Return the codec that made the latents of a dataset, on the CPU. InputError if it is not here."""
     config = manifest.latent_codec.config
     if codec_path is not None and not isinstance(config, PixelCodecConfig):
         config = config.model_copy(update={"path": codec_path})

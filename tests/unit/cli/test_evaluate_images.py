@@ -18,7 +18,7 @@ from support.generated_pictures import make_pixels, write_folder
     [
         ("a.npz --guidance 2 --steps 9", "--num-steps, --guidance: only where a model draws pictures"),
         ("b --reference a.npz --labels random", "--labels: only where a model draws pictures"),
-        ("a.npz --reference a.npz --fit 8", "--fit: only where pictures lie in files or tars"),
+        ("a.npz --reference a.npz --fit 8", "--fit: only where pictures or clips lie in files or tars"),
         ("a.npz --reference b --fit 8", ""),
     ],
 )

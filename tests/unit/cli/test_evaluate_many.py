@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,10 @@ def parser() -> VerbParser:
     for flag in ("--no-record", "--dry-run"):
         images.add_argument(flag, action="store_true")
     many.add(images)
-    images.set_defaults(run=measure)
+    checks: list[str] = []
+    images.set_defaults(check=lambda one: checks.append(f"all at {one.guidance:g}, {one.reference}"))
+    images.set_defaults(check_drawing=lambda one: checks.append(f"drawing at {one.guidance:g}"))
+    images.set_defaults(run=measure, checks=checks)
     return parser
 
 
@@ -69,8 +73,9 @@ def test_every_hands_on_the_options_but_its_own(parser: VerbParser, run: Path, m
     asked: list[Any] = []
 
     class Asked:
-        def __init__(self, *arguments: Any) -> None:
+        def __init__(self, *arguments: Any, check: Callable[[], None]) -> None:
             asked.append(arguments)
+            check()
 
         def follow(self) -> int:
             return 0
@@ -83,6 +88,7 @@ def test_every_hands_on_the_options_but_its_own(parser: VerbParser, run: Path, m
     folder, config, request = asked[0]
     assert (folder, config.name, config.every_samples) == (run, "guided", 100)
     assert (request.cluster_name, request.dry_run) == ("local", True)
+    assert parser.parse_args(["evaluate", "images", "R"]).checks == ["all at 1.5, a run"]
     (command,) = config.run
     assert [word.format(checkpoint="C", folder="F") for word in shlex.split(command)] == [
         *["evaluate", "images", "--reference", "a run", "--guidance", "1.5", "C", "--weights", "{y}"],
@@ -115,6 +121,24 @@ def test_a_wrong_value_is_found_before_anything_is_measured(
         with pytest.raises(SystemExit):
             call(parser, f"'a run' --sweep {sweep} --work w")
     assert "invalid float value: 'x'" in capsys.readouterr().err
+    assert not Path("w").exists()
+
+
+def test_points_that_differ_in_how_a_model_draws_share_what_else_is_to_check(parser: VerbParser, run: Path) -> None:
+    call(parser, "'a run' --sweep guidance=0,1,2,reference=a,b --dry-run")
+    checks = parser.parse_args(["evaluate", "images", "R"]).checks
+    assert checks == ["all at 0, a", "all at 0, b", *(f"drawing at {at}" for at in (1, 1, 2, 2))]
+
+
+def test_a_sweep_that_could_not_begin_leaves_nothing(
+    parser: VerbParser, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise InputError("no such file")
+
+    monkeypatch.setattr(many, "_check_points", refuse)
+    with pytest.raises(InputError, match="no such file"):
+        call(parser, "'a run' --sweep guidance=1,2 --work w")
     assert not Path("w").exists()
 
 

@@ -112,6 +112,13 @@ def test_a_bad_point_is_told_with_the_line_of_the_sweep(path: Path, old: str, ne
     assert len(more) <= 1  # the same name twice, for the other rate
 
 
+def test_values_that_differ_only_in_characters_of_no_folder_have_names_of_their_own(path: Path) -> None:
+    points = load_points(path, ['sweep={data.path: ["a b", a_b, a/b, "a c"]}'])
+    names = [point.recipe.name for point in points]
+    assert len(set(names)) == 4
+    assert (names[1], names[3]) == ("grid.path=a_b", "grid.path=a_c")
+
+
 def test_launching_again_takes_only_what_is_left(path: Path, digits: Path, tmp_path: Path) -> None:
     overrides = [f"data.path={digits}/latents/train", f"output={tmp_path}/runs", "compute.device=cpu"]
     points = load_points(path, overrides)

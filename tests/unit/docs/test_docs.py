@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from braceexpand import braceexpand
+from torch.distributed.run import get_args_parser
 
 from pomscale.cli.arguments import unknown_words
 
@@ -35,13 +38,18 @@ def _name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def _commands(page: Path) -> list[str]:
-    """The `pomscale` commands in the code blocks of a page."""
+def _lines(page: Path) -> list[str]:
+    """The lines of the code blocks of a page."""
     text = page.read_text(encoding="utf-8")
     fenced = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = [line for block in fenced for line in block.splitlines()]
     lines += [line[4:] for line in text.splitlines() if line.startswith("    ") and page.parent == ROOT]
-    found = (re.match(r"(?:torchrun .* -m )?(pomscale .*)", line.strip()) for line in lines)
+    return [line.strip() for line in lines]
+
+
+def _commands(page: Path) -> list[str]:
+    """The `pomscale` commands in the code blocks of a page."""
+    found = (re.match(r"(?:torchrun .* -m )?(pomscale .*)", line) for line in _lines(page))
     return [match[1] for match in found if match]
 
 
@@ -77,6 +85,44 @@ def test_commands_parse(page: Path) -> None:
         recipe = str(getattr(parsed, "recipe", None) or "RECIPE")
         exists = recipe.isupper() or (ROOT / recipe).is_file() or (ROOT / "recipes" / f"{recipe}.yaml").is_file()
         assert exists, f"{command!r} names no recipe"
+
+
+def test_torchrun_hands_on_the_options_of_the_documented_commands() -> None:
+    """torchrun refuses, or takes for itself, what abbreviates an option of its own."""
+    lines = [line for page in CURRENT_PAGES for line in _lines(page) if line.startswith("torchrun ")]
+    assert len(lines) >= 3
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        parsed = get_args_parser().parse_args(words)
+        assert (parsed.module, parsed.training_script) == (True, "pomscale"), line
+        assert parsed.training_script_args == words[words.index("pomscale") + 1 :]
+
+
+def test_torchrun_hands_on_every_option_of_what_runs_on_ranks() -> None:
+    """Every option has a spelling that torchrun leaves alone; `--num` is the short form of one."""
+    refused = set()
+    verbs = next(one for one in generate.command_parser()._actions if isinstance(one, argparse._SubParsersAction))
+    of_ranks = [verbs.choices[verb] for verb in ("train", "data", "sample", "evaluate")]
+    for action in (action for verb in of_ranks for action in _options(verb)):
+        for option in action.option_strings:
+            try:
+                parsed = get_args_parser().parse_args(["-m", "pomscale", "sample", option, "1"])
+            except SystemExit:
+                refused.add(option)
+                assert set(action.option_strings) - {option}, f"torchrun refuses {option}"
+            else:
+                assert parsed.training_script_args == ["sample", option, "1"]
+    assert refused == {"--num"}
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """The options of a parser and of those of its verbs."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for verb in {id(verb): verb for verb in action.choices.values()}.values():
+                yield from _options(verb)
+        elif action.option_strings:
+            yield action
 
 
 @pytest.mark.parametrize("page", CURRENT_PAGES, ids=_name)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from PIL import Image
 
 from data_pipelines.demos import digits
 from data_pipelines.demos.digits import write_digits
+from pomscale.base.errors import InputError
+from pomscale.evaluation.digits import evaluate_digits
 
 
 def test_digits_are_halved_by_class_and_exact(tmp_path: Path) -> None:
@@ -33,3 +36,28 @@ def test_the_digits_command(
     monkeypatch.setattr(sys, "argv", ["digits", str(tmp_path)])
     assert digits.main() == 0
     assert "901 handwritten digits" in capsys.readouterr().out
+
+
+def write_samples(path: Path, pictures: np.ndarray, classes: np.ndarray) -> Path:
+    """As `pomscale sample --npz` does: pictures (n, h, w) uint8."""
+    np.savez(path, images=pictures[..., None], classes=classes, seeds=np.arange(len(pictures)))
+    return path
+
+
+def test_digits_of_twice_the_size_are_measured_by_the_means_of_their_pixels(tmp_path: Path) -> None:
+    write_digits(tmp_path)
+    files = sorted((tmp_path / "train").glob("*/*.png"))[::30]
+    digits = np.stack([np.asarray(Image.open(file)) for file in files])
+    classes = np.array([int(file.parent.name) for file in files])
+    folders = tmp_path / "train", tmp_path / "heldout"
+    once = evaluate_digits(write_samples(tmp_path / "once.npz", digits, classes), *folders)
+    enlarged = digits.repeat(2, axis=1).repeat(2, axis=2)
+    twice = evaluate_digits(write_samples(tmp_path / "twice.npz", enlarged, classes), *folders)
+    assert twice == replace(once, times_larger=2)
+    assert once.nearest_generated_mean == pytest.approx(0, abs=1e-6)
+    assert once.times_larger == 1
+    assert "have 2 times the real ones' side" in twice.table()
+    assert "times the real" not in once.table()
+    for odd in (enlarged[:, :15], enlarged[:, :, :8], digits[:, :4, :4]):
+        with pytest.raises(InputError, match=r"odd.npz: pictures of \(\d+, \d+, 1\), and those of .* grey and 8x8"):
+            evaluate_digits(write_samples(tmp_path / "odd.npz", odd, classes), *folders)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pomscale.base.errors import InputError
 from pomscale.evaluation.sweep import (
+    SweepResult,
     best_point,
     grid,
     parse_axes,
@@ -75,6 +76,16 @@ def test_one_table_of_what_is_there_and_what_is_not(tmp_path: Path) -> None:
     assert panel.lines == {"average ema": ([0.0, 1.0, 2.0], [9.0, 4.0, 6.5]), "average model": ([0.0], [20.0])}
     with Image.open(tmp_path / "sweep.png") as picture:
         assert picture.size == (780, 450)
+
+
+def test_the_best_is_the_highest_where_higher_is_better_and_never_what_is_no_number() -> None:
+    values = {"0": 0.5, "1": 0.7, "2": float("nan"), "3": 0.6}
+    for metric, best in (("precision", "1"), ("coverage", "1"), ("clip_score", "1"), ("kid", "0"), ("fid", "0")):
+        results = [SweepResult({"guidance": at}, {metric: value}, {}) for at, value in values.items()]
+        found = best_point(results[::-1])
+        assert found is not None
+        assert found.point == {"guidance": best}
+    assert best_point(results[1:3]) is None
 
 
 def test_seeds_are_the_spread_of_a_line(tmp_path: Path) -> None:

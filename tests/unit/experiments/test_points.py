@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
@@ -183,7 +184,7 @@ def test_a_shipped_experiment_is_a_valid_pipeline(path: Path) -> None:
         ("trainings.low.overrides=['init_from.path={high}']", "'high' is no training before it here; known: none"),
         ("axes.start.of=[hig]", "axes.start.of: 'hig' is no training here"),
         ("axes.low={values: [1]}", "axes: 'low' is already the name of something else"),
-        ("axes.guidance.values=[1,1]", "axes.guidance.values: one of them is there twice"),
+        ("axes.guidance.values=[1,1]", "axes.guidance.values: two of them are called '1'; give a table"),
         ("prepare=['data encode {low}']", "prepare: 'data encode {low}': is run once"),
         ('axes={"a b": {values: [1]}}', "axes: 'a b' is no name"),
         ("axis={}", "axis: unknown key; did you mean 'axes'?"),
@@ -212,9 +213,20 @@ def test_a_wrong_training_is_one_line_that_names_the_point(tmp_path: Path, overr
     assert f"(experiment {path}: mixer-PoM.start-tuned.guidance-" in said
 
 
-def test_values_whose_folders_would_be_one_are_refused(tmp_path: Path) -> None:
-    said = refused(write(tmp_path), "axes.guidance.values=['a b', 'a_b']")
-    assert "points would be called mixer-PoM.start-tuned.guidance-a_b.seed-4; name the values differently" in said
+def test_values_that_differ_only_in_characters_of_no_folder_have_folders_of_their_own(tmp_path: Path) -> None:
+    values = [-1, 1, "a b", "a_b", "a/b", [1, 2], "1;2", -0.5, 0.5]
+    experiment = read_experiment(write(tmp_path), [f"axes.guidance.values={json.dumps(values)}"])
+    names = [point.name for point in experiment.points]
+    assert len(set(names)) == len(names) == 2 * 2 * 2 * len(values)
+    assert len({point.folder for point in experiment.points}) == len(names)
+    assert {"mixer-PoM.start-tuned.guidance-1.seed-4", "mixer-PoM.start-tuned.guidance-a_b.seed-4"} <= set(names)
+    PipelineRecipe.model_validate(pipeline(experiment))
+
+
+def test_values_of_two_axes_whose_names_would_be_one_are_refused(tmp_path: Path) -> None:
+    axes = 'axes={a: {values: ["1", "1.b-2"]}, b: {values: ["2.b-3", "3"]}}'
+    said = refused(write(tmp_path), axes, 'run=["sample {high} --out {folder}/grid.png"]', "plot.x=a")
+    assert "points would be called a-1.b-2.b-3.seed-4; name the values differently" in said
 
 
 def test_another_kind_and_a_missing_small_version_are_refused(tmp_path: Path) -> None:
@@ -278,3 +290,17 @@ def test_the_commands_parse(path: Path, small: bool) -> None:
         assert not unknown_words(parsed, rest), words
         if hasattr(parsed, "recipe"):
             load_recipe(parsed.recipe, [*parsed.overrides, *rest])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_full_measurements_say_how_pictures_are_drawn(path: Path) -> None:
+    """A default of the training recipe, for pictures to look at, would decide the paper's table unseen."""
+    parser = _parser()
+    for point in shipped(path, False).points:
+        for command in point.commands:
+            if command[:2] == ["evaluate", "images"]:
+                asked = parser.parse_args(command)
+                assert (asked.num, asked.num_steps) == (50_000, 250)
+                assert asked.guidance is not None
+                assert asked.reference.startswith("data/")
+                assert asked.json == point.folder / "images.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,8 @@ def test_the_table_has_mean_and_spread_of_the_seeds(recipe: Path) -> None:
     assert lines[5].split() == ["4", "b", "26.0%", "±", "1.0%", "4"]
     assert f"pomscale experiment {recipe}" in lines[6]
     assert markdown_row(results).startswith("| Copies of figures | share right: 1, a: 51.0% ± 1.0%; 1, b: 26.0%")
+    titled = replace(results, recipe=results.recipe.model_copy(update={"title": "a|b"}))
+    assert markdown_row(titled).startswith(r"| a\|b | share right"), "a bar in a cell ends none"
 
 
 def test_the_plot_has_a_line_per_value_in_a_band_of_the_seeds(recipe: Path) -> None:

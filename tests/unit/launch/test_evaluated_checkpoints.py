@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -76,9 +78,11 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Scheduler:
     return Scheduler(monkeypatch)
 
 
-def every(run: Path, samples: int = 100, *, command: str = COMMAND, dry_run: bool = False) -> CheckpointEvaluation:
+def every(run: Path, samples: int = 100, *, command: str = COMMAND, **options: Any) -> CheckpointEvaluation:
+    """options: dry_run of the request, and check."""
     config = EvaluationConfig(name="images", every_samples=samples, run=[command])
-    return CheckpointEvaluation(run, config, JobRequest(load_cluster("local"), "local", dry_run=dry_run))
+    request = JobRequest(load_cluster("local"), "local", dry_run=options.pop("dry_run", False))
+    return CheckpointEvaluation(run, config, request, **options)
 
 
 def test_every_kept_checkpoint_that_is_due_of_a_run_that_has_ended(run: Path, scheduler: Scheduler) -> None:
@@ -100,6 +104,30 @@ def test_nothing_is_submitted_twice(run: Path, scheduler: Scheduler) -> None:
     save(run, 600)
     assert every(run).follow() == 1
     assert scheduler.asked == [120, 240, 450, 480, 600]
+
+
+def test_what_the_jobs_would_end_with_is_found_before_any_is_submitted(run: Path, scheduler: Scheduler) -> None:
+    def refuse() -> None:
+        raise InputError("no such reference")
+
+    for dry_run in (True, False):
+        with pytest.raises(InputError, match="no such reference"):
+            every(run, check=refuse, dry_run=dry_run).follow()
+    assert scheduler.asked == []
+    assert not (run / "evaluations").exists()
+
+
+def test_a_run_is_checked_again_once_there_is_a_checkpoint(
+    run: Path, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(run / "checkpoints")
+    states = iter(["running", "running", "finished"])
+    monkeypatch.setattr(checkpoints, "summarize", lambda _: SimpleNamespace(runs=[SimpleNamespace(state=next(states))]))
+    come = iter([[120], [240]])
+    monkeypatch.setattr(checkpoints.time, "sleep", lambda _: [save(run, samples) for samples in next(come)])
+    checked: list[int] = []
+    assert every(run, check=lambda: checked.append(len(list(run.glob("checkpoints/*"))))).follow() == 2
+    assert checked == [0, 1]
 
 
 def test_a_dry_run_submits_and_leaves_nothing(

@@ -52,9 +52,18 @@ def test_a_guide_may_be_of_another_size() -> None:
     model, guide = pretrained(), pretrained(1, dim=8, depth=2)
     guided = sample(model, [0, 1], seeds=[3, 4], guide=guide, **COMMON)
     assert not torch.allclose(guided, sample(model, [0, 1], seeds=[3, 4], **COMMON))
-    assert torch.equal(
-        sample(model, [0, 1], seeds=[3, 4], guide=model, **COMMON), sample(model, [0, 1], seeds=[3, 4], num_steps=4)
-    )
+
+
+def test_the_model_itself_is_no_guide() -> None:
+    """Whatever file its weights come from; an earlier checkpoint of the same average has others."""
+    model, same, earlier = pretrained(), pretrained(), pretrained()
+    with torch.no_grad():
+        earlier.head.bias.add_(0.01)
+    for guide in (model, same):
+        guided_by = {"guide": guide, "seeds": [3], **COMMON}
+        with pytest.raises(InputError, match="guide: its weights are those of the model itself"):
+            sample(model, [0], **guided_by)
+    sample(pretrained(), [0], seeds=[3], guide=earlier, **COMMON)
 
 
 @pytest.mark.parametrize(

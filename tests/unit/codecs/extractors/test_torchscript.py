@@ -8,23 +8,7 @@ from torch import Tensor, nn
 
 from pomscale.base.errors import InputError
 from pomscale.codecs.extractors import Extractor, build_extractor
-
-
-class I3dLike(nn.Module):
-    """A module with the arguments of StyleGAN-V's I3D."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Conv3d(3, 6, 3)
-
-    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
-        x = x.float()
-        if resize:
-            x = nn.functional.interpolate(x, size=[x.shape[2], 20, 20], mode="trilinear", align_corners=False)
-        if rescale:
-            x = 2 * x / 255 - 1
-        x = self.layer(x).mean([2, 3, 4])
-        return x if return_features else x.softmax(1)
+from support.generated_clips import I3dLike
 
 
 class Bytes(nn.Module):

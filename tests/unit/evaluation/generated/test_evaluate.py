@@ -20,16 +20,16 @@ from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.base.task_index import TaskIndex
 from pomscale.codecs.extractors import build_extractor
 from pomscale.config.codecs import SdVaeCodecConfig
-from pomscale.config.encode import ImageTransformConfig
 from pomscale.evaluation.generated.evaluate import Outcome, evaluate
 from pomscale.evaluation.generated.evaluation import Evaluation
 from pomscale.evaluation.generated.figures import Conventions
-from pomscale.evaluation.generated.generated_pictures import Drawing, GeneratedPictures, ModelSource
+from pomscale.evaluation.generated.generated_pictures import GeneratedPictures
 from pomscale.evaluation.generated.measure import read_ahead
 from pomscale.evaluation.generated.opening import Opening
 from pomscale.evaluation.generated.picture_files import Fit
 from pomscale.evaluation.generated.request import Outputs, Request
 from pomscale.evaluation.generated.statistics_files import read_statistics
+from pomscale.evaluation.generated.trained_model import Drawing, ModelSource
 from pomscale.evaluation.generated.work_folder import PartFiles
 from pomscale.metrics.frechet import frechet_distance
 from pomscale.metrics.inception_score import InceptionScore, assign_splits
@@ -408,7 +408,7 @@ def test_what_can_be_known_before_is_said_before(folders: Request, model: Path) 
 
 def test_fitted_pictures_have_one_size(tmp_path: Path) -> None:
     folders = [write_folder(tmp_path / name, make_pixels(9, size)) for name, size in (("a", (12, 9)), ("b", (8, 8)))]
-    fit = Fit(ImageTransformConfig(size=6))
+    fit = Fit((6, 6))
     request = Request(str(folders[0]), str(folders[1]), ("pixels",), opening=Opening(fit=fit), work=tmp_path / "work")
     assert result_of(request)["settings"]["source"]["fit"]["targets"] == [[6, 6]]
 
@@ -442,7 +442,7 @@ def test_clip_scores_are_those_of_the_pairs(tmp_path: Path) -> None:
 def test_other_ways_to_draw(model: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Precision and guide change the pictures, and the settings say so; the hash of the weights stays."""
     if "guide" in changes:
-        changes = {"guide": shutil.copytree(model, tmp_path / "other")}
+        changes = {"guide": save_picture_model(tmp_path / "other", scale=0.05)}
     drawing = Drawing(num=6, changes={"num_steps": 2, "guidance": 2.0})
     usual = GeneratedPictures(ModelSource(model, device="cpu"), drawing)
     unusual = GeneratedPictures(ModelSource(model, device="cpu", **changes), drawing)

@@ -28,7 +28,7 @@ def extractor(name: str, **dims: int) -> Any:
 
 
 def pictures(count: int = 50_000, captions: bool = False) -> Any:
-    return SimpleNamespace(name="pictures", num_pictures=count, has_captions=captions)
+    return SimpleNamespace(name="pictures", num_pictures=count, has_captions=captions, frames=None)
 
 
 def statistics(of: str | None = None, features: tuple[str, ...] = ("pooled",)) -> Statistics:
@@ -60,6 +60,20 @@ def test_all_that_the_extractors_serve() -> None:
 def test_dinov2_alone_serves_neighbours_but_no_fid() -> None:
     found = chosen(extractor("dinov2"))
     assert set(found) == {"fdd", "precision", "recall", "density", "coverage", "kid"}
+
+
+def test_an_inception_score_of_fewer_pictures_than_splits_is_left_out_unless_it_is_asked_for() -> None:
+    sides = Sides(pictures(9), Reference(pictures()))
+    choice = choose([INCEPTION], sides, None)
+    assert "fid" in choice.wants
+    assert "inception_score" not in choice.wants
+    assert (
+        choice.left_out["inception_score"]
+        == "needs a picture for each of its 10 splits, and pictures has 9; see --splits"
+    )
+    with pytest.raises(InputError, match="--metrics inception_score: needs a picture for each of its 10 splits"):
+        choose([INCEPTION], sides, ("inception_score",))
+    assert "inception_score" in choose([INCEPTION], sides, None, splits=9).wants
 
 
 def test_without_a_reference() -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from pomscale.base.errors import InputError
-from pomscale.config.encode import ImageTransformConfig
+from pomscale.checkpoint.store import find_checkpoint
 from pomscale.evaluation.generated.opening import Opening, open_pictures, open_reference
 from pomscale.evaluation.generated.picture_files import Fit
 from pomscale.evaluation.generated.picture_sets import PictureSet, to_pixels
@@ -117,7 +117,7 @@ def test_captions_of_tars(tmp_path: Path) -> None:
 def test_pictures_are_fitted_as_the_encoder_does(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", make_pixels(2, (20, 30, 3)))
     write_folder(tmp_path / "a" / "z", make_pixels(1, (25, 16, 3)))
-    fit = Fit(ImageTransformConfig(size=8, filter="area"))
+    fit = Fit((8, 8), "area")
     (batch,) = open_pictures(str(folder), Opening(fit=fit)).batches(0, 3, 8)
     for path, one in zip(sorted(folder.rglob("*.png")), batch.pixels.numpy(), strict=True):
         np.testing.assert_array_equal(one.transpose(1, 2, 0), fit_picture(Image.open(path), (8, 8), "area"))
@@ -199,6 +199,21 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message) as raised:
             open_pictures(str(tmp_path / where), Opening())
         assert "source.path" not in str(raised.value)
+
+
+def test_a_folder_of_checkpoints_or_of_runs_says_what_to_type(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "runs" / "one" / "checkpoints" / "samples-000000000064"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMPLETE").touch()
+    message = f"{checkpoint.parent}: a folder of checkpoints; give one of them, such as {checkpoint}, or the run itself"
+    with pytest.raises(InputError, match=message):
+        open_pictures(str(checkpoint.parent), Opening())
+    with pytest.raises(InputError, match=message):
+        find_checkpoint(checkpoint.parent)  # as every command that takes a model
+    (tmp_path / "runs" / "one" / "recipe.yaml").touch()
+    write_folder(tmp_path / "runs" / "one" / "samples", make_pixels(1))
+    with pytest.raises(InputError, match=f"runs: a folder of runs; give one of them, such as {tmp_path}/runs/one"):
+        open_pictures(str(tmp_path / "runs"), Opening())
 
 
 def test_a_folder_with_clips_or_other_pictures_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,36 @@
+"""Look at a video file before it is measured."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import BinaryIO
+
+from pomscale.evaluation.generated.clip_files import ClipFiles, Look, same_rate
+from pomscale.media import UnreadableMediaError
+from pomscale.media.clip_frames import FrameReader, StrayTimesError, open_video
+from pomscale.media.clips import as_unreadable
+from pomscale.media.frame_fitter import FrameFitter
+
+
+def look(stream: BinaryIO, num_frames: int) -> Look:
+    """Return size and rate of a clip from its first frames, at least two of them.
+
+    Raises UnreadableMediaError if it is no video, or its frames have no usable times.
+    """
+    fitter: FrameFitter | None = None
+    with as_unreadable(), open_video(stream) as (container, video):
+        reader = FrameReader(container, video)
+        try:
+            for frame, _ in reader.nearest(Fraction(1)):
+                fitter = fitter or FrameFitter(frame, reader.pixel_aspect, "area", ClipFiles.num_channels)
+                if reader.num_frames > max(num_frames, 2):
+                    break
+        except StrayTimesError as error:
+            raise UnreadableMediaError(f"{error}, so its rate is unknown; say it with --fps") from error
+        rate = None if fitter is None else reader.info()["source_fps"]
+        if rate is not None and video.average_rate is not None and same_rate(rate, float(video.average_rate)):
+            rate = float(video.average_rate)  # other than the mean of a few frames, it is not rounded
+    if fitter is None or rate is None:
+        raise UnreadableMediaError("has fewer than two frames, so its rate is unknown; say it with --fps")
+    height, width = map(round, fitter.shown)
+    return Look((height, width), rate)

@@ -1,0 +1,160 @@
+"""Clips that a trained model generates from prompts: clip i is the same on any number of processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pomscale.base.condition import Text
+from pomscale.base.errors import InputError
+from pomscale.evaluation.generated.clip_frames import decode_frames
+from pomscale.evaluation.generated.generated_pictures import GeneratedPictures
+from pomscale.evaluation.generated.picture_sets import Batch, Frames
+from pomscale.evaluation.generated.trained_model import Drawing, ModelSource, TrainedModel
+from pomscale.pretrained.load import PretrainedVDiPoM
+from pomscale.sampling.api import sample_latents
+from pomscale.sampling.clips import clip_codec, num_latent_frames, pixel_size
+from pomscale.sampling.guides import check_guide, check_stream_guide
+from pomscale.sampling.prompts import embed_prompts
+from pomscale.sampling.stream import ClipStream
+
+DEFAULT_NUM_CLIPS = 2_048
+"""Number of clips that FVD is usually reported of (Skorokhodov et al., StyleGAN-V, 2022)."""
+
+_NUM_PROMPTS_KEPT = 256  # embedded prompts in memory
+
+
+class GeneratedClips:
+    """Clips of a model, of which any process may make any part.
+
+    They are made as `pomscale sample` makes them: frame group by frame group by a model with the block-causal mask,
+    which stops after the last frame that is measured, and all frames at once by others.
+    """
+
+    has_captions = True
+
+    def __init__(self, source: ModelSource, drawing: Drawing, frames: Frames) -> None:
+        """Load the model, its codec and its text encoder.
+
+        Raises:
+            InputError: There is no such model, set of weights, codec or text encoder, it makes pictures, there is no
+                prompt, or its clips have too few frames.
+        """
+        self.name = str(source.path)
+        self.frames, self._drawing = frames, drawing
+        self.model = TrainedModel(source, drawing.changes, PretrainedVDiPoM)
+        network = self.model.network
+        self._prompts = drawing.prompts or tuple(self.model.card.sampling.prompts)
+        if not self._prompts:
+            raise InputError(
+                f"{self.name}: say with --prompts or --prompt what the clips are to show; the model's recipe has no "
+                f"sampling.prompts"
+            )
+        self._codec = clip_codec(network)
+        self._num_latent = num_latent_frames(network, drawing.num_frames)
+        self._num_frames = self._codec.num_pixel_frames(self._num_latent)
+        if self._num_frames < frames.span:
+            raise InputError(
+                f"{self.name}: its clips have {self._num_frames} frames, and {frames.span} are needed ({frames}); draw "
+                f"longer ones with --frames, or measure fewer frames"
+            )
+        self.num_pictures = drawing.num
+        self.num_channels = self._codec.num_channels_in
+        self.size: tuple[int, ...] | None = (frames.num, *pixel_size(network, drawing.size))
+        self.fps = self.model.card.fps
+        self._is_stream = network.config.temporal == "block_causal"
+        self._check_ways(source)
+        _ = network.text_encoder  # missing weights are noticed before any work
+        self._embedded = lru_cache(_NUM_PROMPTS_KEPT)(self._embed)
+
+    def _check_ways(self, source: ModelSource) -> None:
+        """Raise InputError if the guide does not fit, or what is to be compiled is not called."""
+        if self.model.guide is not None:
+            check = check_stream_guide if self._is_stream else check_guide
+            check(self.model.network, self.model.guide, self.model.options)
+        if source.compile and self._is_stream:
+            raise InputError(
+                f"{self.name}: --compile: this model makes clips frame group by frame group, which is not compiled; "
+                f"leave it out"
+            )
+
+    @property
+    def crop(self) -> dict[str, Any] | None:
+        return self.model.crop
+
+    def identity(self) -> dict[str, Any]:
+        return self.settings()
+
+    def settings(self) -> dict[str, Any]:
+        digest = hashlib.sha256(json.dumps(self._prompts).encode()).hexdigest()
+        return {
+            **self.model.settings(),
+            "text_encoder": self.model.card.texts.identity,
+            "drawn": {
+                "number": self.num_pictures,
+                "seed": self._drawing.seed,
+                "prompts": {"number": len(self._prompts), "sha256": digest},
+                "frames": self._num_frames,
+            },
+        }
+
+    def batches(self, begin: int, end: int, batch: int) -> Iterator[Batch]:
+        """Yield clips, drawn and decoded batch by batch."""
+        for first in range(begin, end, batch):
+            numbers = list(range(first, min(first + batch, end)))
+            prompts = self.prompts_of(numbers)
+            yield Batch(numbers, self._draw(numbers, prompts), captions=prompts)
+
+    def prompts_of(self, numbers: Sequence[int]) -> list[str]:
+        """Return the prompts of some clips."""
+        return [self._prompts[number % len(self._prompts)] for number in numbers]
+
+    @torch.inference_mode()
+    def _draw(self, numbers: Sequence[int], prompts: Sequence[str]) -> Tensor:
+        """Return clips (b 1|3 f h w) uint8."""
+        assert self.size is not None
+        seeds = [self._drawing.seed + number for number in numbers]
+        texts = [self._embedded(prompt) for prompt in prompts]
+        text = Text(*(torch.cat(parts) for parts in zip(*texts, strict=True)))
+        pixels = torch.empty(len(numbers), self.num_channels, *self.size, dtype=torch.uint8)
+        latents = map(self.model.card.denormalize, self._latents(text, seeds))
+        decode_frames(self.name, self._codec.decoder(self._num_latent), latents, self.frames, pixels)
+        return pixels
+
+    def _latents(self, text: Text, seeds: Sequence[int]) -> Iterator[Tensor]:
+        """Return the normalised latents (b c p h w) of one frame group after another."""
+        assert self.size is not None
+        network, guide, options = self.model.network, self.model.guide, self.model.options
+        height, width = (side // self._codec.factor for side in self.size[1:])
+        patch_frames = network.config.patch_frames
+        if self._is_stream:
+            num_groups = self._num_latent // patch_frames
+            return ClipStream(
+                network, text, seeds, num_groups=num_groups, size=(height, width), guide=guide, **asdict(options)
+            )
+        latents = sample_latents(
+            network,
+            text,
+            seeds,
+            options,
+            batch=len(seeds),
+            guide=guide,
+            num_frames=self._num_latent,
+            size=(height, width),
+        )
+        return iter(latents.split(patch_frames, dim=2))
+
+    def _embed(self, prompt: str) -> Text:
+        """Return one embedded prompt, by itself, so that others change no digit of it."""
+        return embed_prompts(self.model.network.text_encoder, [prompt])
+
+
+Generated: TypeAlias = GeneratedPictures | GeneratedClips
+"""What a trained model draws."""
