@@ -22,10 +22,10 @@ from pomscale.diffusion.draws import draw, sampling_noise, step_noise
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.objectives import Network, Objective, XPrediction, build_objective, per_sample_loss
 from pomscale.diffusion.options import SamplingOptions
-from pomscale.diffusion.samplers import SAMPLERS
+from pomscale.diffusion.samplers import SAMPLERS, build_sampler
 from pomscale.models import latent_tokens
 from support.gaussian import MU, SHAPE, S, exact_denoiser, exact_solution, normal, variance
-from support.objectives import EXACT, FLOW
+from support.objectives import EXACT, FLOW, UNCLAMPED
 from support.tiny_clips import video_config
 from support.tiny_pictures import dipom
 
@@ -178,6 +178,20 @@ def test_samplers_of_x0_do_not_depend_on_the_clamp(name: SamplerName, noise_scal
 
 
 # --- noise scale and frames given ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_at_noise_scale_1_every_sampler_does_what_it_does_for_flow(name: SamplerName) -> None:
+    """The exact networks of both say the same in other words; test_samplers.py has the orders, at noise scale 2."""
+    x, times = normal(2, *SHAPE), FLOW.time_grid(20)
+    added = normal(20, 2, *SHAPE, seed=1)
+    found, expected = (
+        build_sampler(SamplingOptions(name).resolved(objective.name), added.__getitem__)(
+            objective, exact_denoiser(objective), x, times
+        )
+        for objective in (XPrediction(UNCLAMPED), FLOW)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @every_noise_scale

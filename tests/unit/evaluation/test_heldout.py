@@ -48,7 +48,7 @@ def test_every_sample_has_its_bin_in_both_losses(objective: Objective) -> None:
     with join_world("cpu") as world:
         found = heldout_loss(objective, network, read, [NUM], CONFIG, world)
     assert found.num_bad == 1
-    eps = keyed_normal(CONFIG.seed, Stream.VALIDATION_NOISE, list(range(NUM)), SHAPE)
+    data, eps = DATA.double(), keyed_normal(CONFIG.seed, Stream.VALIDATION_NOISE, list(range(NUM)), SHAPE).double()
     own: list[list[float]] = [[] for _ in range(BINS)]
     common: list[list[float]] = [[] for _ in range(BINS)]
     first, last = COMMON_TIMES
@@ -58,16 +58,16 @@ def test_every_sample_has_its_bin_in_both_losses(objective: Objective) -> None:
         assert number / BINS <= float(own_t) <= (number + 1) / BINS
         assert float(flow_t) == pytest.approx(first + (last - first) * float(own_t), rel=1e-5)
         for time, seen in zip((own_t, t), network.seen[index], strict=True):
-            expected = objective.alpha(time) * DATA[index] + objective.sigma(time) * eps[index]
+            expected = objective.alpha(time) * data[index] + objective.sigma(time) * eps[index]
             torch.testing.assert_close(seen.double(), expected, rtol=1e-5, atol=1e-5)
         if index == BAD:
             continue
         said = torch.full(SHAPE, 0.5, dtype=torch.float64)
         scale = objective.error_scale(own_t)
-        error = (said - objective.target(DATA[index], eps[index])) * (1 if scale is None else scale)
+        error = (said - objective.target(data[index], eps[index])) * (1 if scale is None else scale)
         x0, _ = objective.decompose(network.seen[index][1].double()[None], t, said[None])
         own[number].append(float(error.square().mean()))
-        common[number].append(float(((x0[0] - DATA[index]) / flow_t).square().mean()))
+        common[number].append(float(((x0[0] - data[index]) / flow_t).square().mean()))
 
     def means(losses: list[list[float]]) -> list[float]:
         return [sum(of_bin) / len(of_bin) for of_bin in losses]
