@@ -70,15 +70,23 @@ class GeneratedClips:
         self.size: tuple[int, ...] | None = (frames.num, *pixel_size(network, drawing.size))
         self.fps = self.model.card.fps
         self._is_stream = network.config.temporal == "block_causal"
+        self._options = self.model.options_of(self._shape())
         self._check_ways(source)
         _ = network.text_encoder  # missing weights are noticed before any work
         self._embedded = lru_cache(_NUM_PROMPTS_KEPT)(self._embed)
+
+    def _shape(self) -> tuple[int, ...]:
+        """Return the latent shape (c, f, h, w) that shifts times; a stream counts the frames of the training clips."""
+        assert self.size is not None
+        channels, frames = self.model.network.config.latent_shape[:2]
+        sides = (side // self._codec.factor for side in self.size[1:])
+        return (channels, frames if self._is_stream else self._num_latent, *sides)
 
     def _check_ways(self, source: ModelSource) -> None:
         """Raise InputError if the guide does not fit, or what is to be compiled is not called."""
         if self.model.guide is not None:
             check = check_stream_guide if self._is_stream else check_guide
-            check(self.model.network, self.model.guide, self.model.options)
+            check(self.model.network, self.model.guide, self._options)
         if source.compile and self._is_stream:
             raise InputError(
                 f"{self.name}: --compile: this model makes clips frame group by frame group, which is not compiled; "
@@ -95,7 +103,7 @@ class GeneratedClips:
     def settings(self) -> dict[str, Any]:
         digest = hashlib.sha256(json.dumps(self._prompts).encode()).hexdigest()
         return {
-            **self.model.settings(),
+            **self.model.settings(self._options),
             "text_encoder": self.model.card.texts.identity,
             "drawn": {
                 "number": self.num_pictures,
@@ -131,8 +139,8 @@ class GeneratedClips:
     def _latents(self, text: Text, seeds: Sequence[int]) -> Iterator[Tensor]:
         """Return the normalised latents (b c p h w) of one frame group after another."""
         assert self.size is not None
-        network, guide, options = self.model.network, self.model.guide, self.model.options
-        height, width = (side // self._codec.factor for side in self.size[1:])
+        network, guide, options = self.model.network, self.model.guide, self._options
+        height, width = self._shape()[2:]
         patch_frames = network.config.patch_frames
         if self._is_stream:
             num_groups = self._num_latent // patch_frames

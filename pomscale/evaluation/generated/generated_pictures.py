@@ -40,8 +40,9 @@ class GeneratedPictures:
             raise InputError(f"{source.path}: --classes and --labels none: pictures of no class have none of these")
         self.model = TrainedModel(source, drawing.changes, PretrainedDiPoM)
         network = self.model.network
+        self._options = self.model.options_of(network.config.latent_shape)
         if self.model.guide is not None:
-            check_guide(network, self.model.guide, self.model.options)
+            check_guide(network, self.model.guide, self._options)
         self.num_pictures = drawing.num
         self.num_channels = network.codec.num_channels_in
         self.size: tuple[int, ...] | None = _pixel_size(network.codec, self.model.card.model.latent_shape)
@@ -58,7 +59,7 @@ class GeneratedPictures:
     def settings(self) -> dict[str, Any]:
         drawing = self._drawing
         return {
-            **self.model.settings(),
+            **self.model.settings(self._options),
             "drawn": {
                 "number": self.num_pictures,
                 "seed": drawing.seed,
@@ -75,7 +76,7 @@ class GeneratedPictures:
             labels = self.labels_of(numbers)
             with torch.inference_mode():
                 model = self.model
-                latents = sample_latents(model.network, labels, seeds, model.options, batch=batch, guide=model.guide)
+                latents = sample_latents(model.network, labels, seeds, self._options, batch=batch, guide=model.guide)
                 pixels = to_pixels(self.name, decode(model.network, latents))
             yield Batch(numbers, pixels, None if self._drawing.labels == "none" else labels)
 

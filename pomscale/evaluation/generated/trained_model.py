@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -12,6 +13,7 @@ from pomscale.base.console import warn
 from pomscale.base.errors import InputError
 from pomscale.codecs.extractors.base import weights_identity
 from pomscale.config.hardware import Precision
+from pomscale.config.time_shift import time_shift
 from pomscale.diffusion.options import SamplingChanges, SamplingOptions
 from pomscale.evaluation.generated.crops import crop_of_training
 from pomscale.evaluation.generated.picture_sets import QUANTISATION
@@ -86,14 +88,18 @@ class TrainedModel(Generic[NetworkT]):
         self._weights = open_weights(source.path)
         self.card = self._weights.card
         self._set = _weights_to_use(self._weights, source.weights)
-        options = SamplingOptions.from_recipe(self.card.sampling, **changes)
-        self.options = options.resolved(self.card.diffusion.objective)
+        self._options = SamplingOptions.from_recipe(self.card.sampling, **changes)
         self._model: _Hashed[NetworkT] = _load(self._weights.folder, self._set, source, network)
         self._guide: _Hashed[NetworkT] | None = None
         if source.guide is not None:
             self._guide = _load(source.guide, "ema", source, network)
         self.network: NetworkT = self._model.network
         self.guide: NetworkT | None = None if self._guide is None else self._guide.network
+
+    def options_of(self, shape: Sequence[int]) -> SamplingOptions:
+        """Return all options of sampling for samples of a latent shape, (c, h, w) or (c, f, h, w)."""
+        diffusion = self.card.diffusion
+        return self._options.resolved(diffusion.objective, time_shift(diffusion, self.card.model, shape))
 
     @property
     def crop(self) -> dict[str, Any] | None:
@@ -109,7 +115,7 @@ class TrainedModel(Generic[NetworkT]):
             return None
         return run, int(samples)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, options: SamplingOptions) -> dict[str, Any]:
         """Return JSON that says what the model is and how it is sampled from, but not what is drawn."""
         provenance = self._weights.provenance
         return {
@@ -119,7 +125,7 @@ class TrainedModel(Generic[NetworkT]):
                 "samples": provenance.get("samples"),
                 "average": {"name": self._set, "sha256": self._model.sha256},
             },
-            "sampling": self.options.settings(),
+            "sampling": options.settings(),
             "guide": None if self._guide is None else {"path": str(self._source.guide), "sha256": self._guide.sha256},
             "dtype": self._source.precision,
             "compile": self._source.compile,
