@@ -68,7 +68,7 @@ def _sum_rows(pixels: np.ndarray) -> None:
     """Replace each row of (channels, height, width) uint8 by the sum of all rows down to it, modulo 256.
 
     About 2 sqrt(height) calls of NumPy, each over many rows: sums inside of blocks of rows, then over the blocks.
-    np.add.accumulate gives the same in five times the time; so would +=, which copies its result onto itself.
+    np.add.accumulate gives the same in five times the time; += would copy its result onto itself.
     """
     channels, height, width = pixels.shape
     step = math.isqrt(height)
