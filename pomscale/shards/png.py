@@ -56,7 +56,8 @@ def _inflated(content: memoryview | bytes, shape: tuple[int, ...]) -> bytes:
         raise ValueError(f"is not a PNG as pomscale writes it of shape {shape}")
     num_bytes = height * (1 + width * channels)
     try:
-        rows = isal_zlib.decompress(content[begin:end], isal_zlib.MAX_WBITS, num_bytes)
+        # A buffer that is full at the end would be doubled, and copied, before isal sees that nothing follows.
+        rows = isal_zlib.decompress(content[begin:end], isal_zlib.MAX_WBITS, num_bytes + 1)
     except isal_zlib.error as error:
         raise ValueError(f"is a PNG that cannot be decoded: {error}") from error
     if len(rows) != num_bytes:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data_pipelines.encode.encode import encode
 from pomscale.base.errors import InputError
@@ -21,7 +21,6 @@ from pomscale.training.build import open_inputs, open_loader
 from pomscale.training.loss import share_of_loss, steps
 from support.tiny_clips import awaken
 
-MakeRecipe = Callable[..., EncodeRecipe]
 ALONE = World(0, 1, torch.device("cpu"))
 NUM_STEPS = 3
 
@@ -41,16 +40,25 @@ def recipe(folder: Path, codec: dict[str, object], **model: object) -> TrainReci
     )
 
 
-@pytest.fixture
-def folders(pictures: Path, make_recipe: MakeRecipe, tmp_path: Path) -> dict[str, Path]:
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One source, encoded by three codecs."""
+    root, rng = tmp_path_factory.mktemp("pixels"), np.random.default_rng(0)
+    for number in range(21):
+        target = root / "pictures" / f"class-{number % 3}" / f"{number}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 20, 3), dtype=np.uint8)).save(target)
     codecs = {
         "raw": {"name": "uint8", "coding": "raw"},
         "png": {"name": "uint8", "coding": "png"},
         "latents": {"name": "pixel", "block": 1},
     }
     for name, codec in codecs.items():
-        encode(make_recipe(pictures, codec=codec, output=str(tmp_path / name)), progress=False)
-    return {name: tmp_path / name for name in codecs}
+        values = {"kind": "encode", "name": name, "output": str(root / name), "codec": codec}
+        values |= {"source": {"kind": "image_folder", "path": str(root / "pictures")}}
+        values |= {"transform": {"size": 16, "flip": True}}
+        encode(EncodeRecipe.model_validate(values), progress=False)
+    return {name: root / name for name in codecs}
 
 
 def losses(train: TrainRecipe, folder: Path) -> list[float]:
