@@ -112,3 +112,16 @@ def test_a_set_of_pixels_is_measured_as_it_is(folders: dict[str, Path]) -> None:
     assert torch.equal(batch.pixels, raw.pixels)
     assert batch.pixels.shape == (21, 3, 16, 16)
     assert shards.crop == {"kind": "image", "targets": [[16, 16]], "filter": "lanczos", "version": 1}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning needs CUDA")
+def test_pixels_are_read_into_the_memory_from_which_a_gpu_copies(folders: dict[str, Path]) -> None:
+    world = World(0, 1, torch.device("cuda"))
+    inputs = open_inputs(recipe(folders["png"], {"name": "uint8"}), folders["png"] / "run", pin_memory=True)
+    samples = inputs.mixture.read(np.arange(8))
+    assert samples.latents.is_pinned()
+    with open_loader(inputs, world, 0) as loader:
+        (batch,) = next(steps(loader))
+    assert batch.x0.is_pinned()
+    assert batch.pin_memory().x0.data_ptr() == batch.x0.data_ptr()
+    assert torch.equal(batch.to(world.device).x0.cpu(), samples.latents)
