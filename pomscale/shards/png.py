@@ -58,7 +58,7 @@ def _inflated(content: memoryview | bytes, shape: tuple[int, ...]) -> bytes:
     try:
         # A buffer that is full at the end would be doubled, and copied, before isal sees that nothing follows.
         rows = isal_zlib.decompress(content[begin:end], isal_zlib.MAX_WBITS, num_bytes + 1)
-    except isal_zlib.error as error:
+    except isal_zlib.error as error:  # type: ignore[misc]  # the stubs call it an instance
         raise ValueError(f"is a PNG that cannot be decoded: {error}") from error
     if len(rows) != num_bytes:
         raise ValueError(f"is a PNG of {len(rows):,} filtered bytes, and {shape} has {num_bytes:,}")

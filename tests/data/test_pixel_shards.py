@@ -240,7 +240,7 @@ def test_damaged_pictures_are_listed_and_counted(pictures: Path, make_recipe: Ma
         assert re.search(r"record \d, .*latent.npy: it is not a uint8 array of shape \(3, 16, 16\)\. .*repair", line)
     for line in reasons["png"][1:]:
         assert re.search(
-            r"record \d, .*\.png: it is not a PNG as pomscale writes it of shape \(3, 16, 16\)\. run", line
+            r"record \d, .*\.png: it is not a PNG as pomscale writes it of shape \(3, 16, 16\)\. .*repair", line
         )
 
 
