@@ -16,7 +16,7 @@ import numpy as np
 
 from pomscale.base.errors import PomscaleError
 from pomscale.shards.index import NO_LABEL, index_dtype, key_hash, map_index, npy_header, split_member_name
-from pomscale.shards.pictures import unpack_picture
+from pomscale.shards.pictures import complete_pictures, unpack_picture
 from pomscale.shards.schema import (
     CAPTION_MEMBER,
     CAPTIONS_FIELD,
@@ -248,6 +248,7 @@ def stored_array(manifest: Manifest, group: int, name: ArrayName, payload: memor
     if name == "latent" and manifest.latents.dtype == "uint8":
         pixels = np.empty(manifest.stored_shape(group), np.uint8)
         unpack_picture(payload, manifest.latents.coding, pixels, mirrored=False)
+        complete_pictures(pixels[None], manifest.latents.coding)
         return pixels
     is_text = name in manifest.text_arrays
     shape = _text_shape(manifest, len(payload)) if is_text else manifest.stored_shape(group)

@@ -35,8 +35,16 @@ def encode_png(pixels: np.ndarray) -> bytes:
 def decode_png(content: memoryview | bytes, out: np.ndarray, mirrored: bool) -> None:
     """Decode a file of `encode_png` into `out`, (1|3, height, width) uint8, contiguous; mirror it if `mirrored`.
 
-    Inflated bytes are copied once, into `out`, and summed there. Other threads run meanwhile. Raises ValueError if
-    `content` is no such file of this shape.
+    Raises ValueError if `content` is no such file of this shape.
+    """
+    decode_differences(content, out, mirrored)
+    sum_rows(out)
+
+
+def decode_differences(content: memoryview | bytes, out: np.ndarray, mirrored: bool) -> None:
+    """Do the first half of `decode_png`; `sum_rows` does the second, for any number of pictures at once.
+
+    Inflated bytes are copied once, into `out`. Other threads run meanwhile.
     """
     channels, height, width = out.shape
     rows = np.frombuffer(_inflated(content, out.shape), np.uint8).reshape(height, 1 + width * channels)
@@ -44,7 +52,6 @@ def decode_png(content: memoryview | bytes, out: np.ndarray, mirrored: bool) -> 
         raise ValueError("is a PNG with another filter than Up, which pomscale does not write")
     differences = rows[:, 1:].reshape(height, width, channels).transpose(2, 0, 1)
     np.copyto(out, differences[..., ::-1] if mirrored else differences)
-    _sum_rows(out)
 
 
 def _inflated(content: memoryview | bytes, shape: tuple[int, ...]) -> bytes:
@@ -65,16 +72,17 @@ def _inflated(content: memoryview | bytes, shape: tuple[int, ...]) -> bytes:
     return rows
 
 
-def _sum_rows(pixels: np.ndarray) -> None:
-    """Replace each row of (channels, height, width) uint8 by the sum of all rows down to it, modulo 256.
+def sum_rows(pixels: np.ndarray) -> None:
+    """Replace each row of (..., height, width) uint8, contiguous, by the sum of all rows down to it, modulo 256.
 
     About 2 sqrt(height) calls of NumPy, each over many rows: sums inside of blocks of rows, then over the blocks.
     np.add.accumulate gives the same in five times the time; += would copy its result onto itself.
     """
-    channels, height, width = pixels.shape
+    *_, height, width = pixels.shape
+    pixels = pixels.reshape(-1, height, width)
     step = math.isqrt(height)
     whole = height // step * step
-    blocks = pixels[:, :whole].reshape(channels, -1, step, width)
+    blocks = pixels[:, :whole].reshape(len(pixels), -1, step, width)
     for row in range(1, step):
         np.add(blocks[:, :, row], blocks[:, :, row - 1], out=blocks[:, :, row])
     for block in range(1, blocks.shape[1]):

@@ -24,7 +24,7 @@ from pomscale.data.remote.shard_cache import local_index
 from pomscale.shards.checksums import wrong_rows
 from pomscale.shards.index import index_dtype, key_hash, map_index, npy_header, split_member_name
 from pomscale.shards.location import join, unreadable
-from pomscale.shards.pictures import unpack_picture
+from pomscale.shards.pictures import complete_pictures, unpack_picture
 from pomscale.shards.schema import INDEX_NAME, Manifest
 
 _TAR_BLOCK = 512
@@ -130,6 +130,7 @@ class ArrayReader:
                 unpack_picture(content, coding, pixels[row], bool(mirrored[row]))
             except ValueError as error:
                 faults[row] = self.fault(members, row, f"it {error}")
+        complete_pictures(pixels, coding)
         return pictures
 
     def sequences(
