@@ -213,8 +213,9 @@ class EncodeRecipe(Section):
             raise ValueError("codec, transform: give both, or neither for a set of text embeddings only")
         if self.codec is None and self.text is None:
             raise ValueError("codec, text: give at least one of them, or there is nothing to encode")
-        takes_pictures_alone = isinstance(self.codec, SdVaeCodecConfig | Uint8CodecConfig)
-        if takes_pictures_alone and self.transform is not None and self.transform.kind != "image":
+        transform = self.transform
+        is_of_clips = transform is not None and transform.kind != "image"
+        if isinstance(self.codec, SdVaeCodecConfig | Uint8CodecConfig) and is_of_clips:
             raise ValueError(f"codec.name: {self.codec.name} takes a transform of kind image")
         if self.codec is not None and not _has_media(self.source):
             raise ValueError(f"codec: a source of kind {self.source.kind} without files has captions only")
