@@ -37,7 +37,7 @@ def add_pictures(images: argparse.ArgumentParser) -> None:
         "width, and cut out their centre, as `data encode` does",
     )
     group.add_argument(
-        "--filter", choices=["lanczos", "area"], help="Filter of --fit (default: lanczos, for clips area)"
+        "--filter", choices=["lanczos", "area", "adm"], help="Filter of --fit (default: lanczos, for clips area)"
     )
     group.add_argument(
         "--grey", choices=["repeat"], help="Give grey pictures and clips to colour extractors with three equal channels"

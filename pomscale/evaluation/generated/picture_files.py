@@ -16,7 +16,7 @@ from pomscale.config.encode import ImageTransformConfig, VideoTransformConfig
 from pomscale.evaluation.generated.crops import crop_of
 from pomscale.evaluation.generated.media_files import Files, Items, read_item, scanned
 from pomscale.evaluation.generated.picture_sets import Batch, Failure, checked_count, spread
-from pomscale.media import PICTURE_EXTENSIONS, Filter
+from pomscale.media import PICTURE_EXTENSIONS, PictureFilter
 from pomscale.media.pictures import DecodedPicture, decode_picture, fit_picture
 from pomscale.sources.protocol import Item
 
@@ -30,18 +30,28 @@ class Fit:
 
     Attributes:
         size: Height and width in pixels.
-        filter: Filter that resizes; None = that of encode recipes, lanczos for pictures and area for clips.
+        filter: Filter that resizes; None = that of encode recipes, lanczos for pictures and area for clips. adm is the
+            crop of ADM, for square pictures.
     """
 
     size: tuple[int, int]
-    filter: Filter | None = None
+    filter: PictureFilter | None = None
 
     def of_pictures(self) -> ImageTransformConfig:
-        """Return the transform of pictures."""
+        """Return the transform of pictures. InputError for adm, if they are to be no squares."""
+        if self.filter == "adm":
+            height, width = self.size
+            if height != width:
+                raise InputError(f"--fit {height}x{width}: --filter adm cuts out squares; give a side alone")
+            return ImageTransformConfig(size=height, filter="adm")
         return ImageTransformConfig(buckets=[self.size], filter=self.filter or "lanczos")
 
     def of_clips(self, num_frames: int) -> VideoTransformConfig:
-        """Return the transform of clips; their rate is given elsewhere."""
+        """Return the transform of clips; their rate is given elsewhere. InputError for adm."""
+        if self.filter == "adm":
+            raise InputError(
+                "--filter adm: is a crop of pictures, and these are clips; leave it out"
+            )
         return VideoTransformConfig(kind="video", buckets=[(num_frames, *self.size)], filter=self.filter or "area")
 
 
