@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 class FeedForward(nn.Sequential):
-    """Map (.. d) -> (.. d): Linear to expansion * d, exact GELU, Linear back."""
+    """Map (.. d) -> (.. d): Linear to `width`, exact GELU, Linear back."""
 
-    def __init__(self, dim: int, expansion: int) -> None:
-        super().__init__(nn.Linear(dim, expansion * dim), nn.GELU(), nn.Linear(expansion * dim, dim))
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, dim))
+
+
+class SwiGLU(nn.Module):
+    """Map (.. d) -> (.. d): a, b = Linear to 2 `width`; Linear back of silu(a) o b (Shazeer 2020)."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(dim, 2 * width)
+        self.contract = nn.Linear(width, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.expand(x).chunk(2, dim=-1)
+        return self.contract(F.silu(gate) * value)
