@@ -145,6 +145,10 @@ def fine_tuning(
     return FineTuning(source, source.resolve(config.weights), model, class_names, seed)
 
 
+# Choices of the trunk that no shape tells, or that change it.
+_CHOICES = ("ffn_expansion", "norm", "gates", "ffn", "positions", "time_embedding")
+
+
 def _architecture(model: ImageModelConfig | VideoModelConfig) -> dict[str, object]:
     """Fields that decide the shape and meaning of every tensor, except the number of classes."""
     fields: dict[str, object] = {
