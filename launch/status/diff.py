@@ -24,7 +24,10 @@ from pomscale.runs.layout import (
     RECIPE_FILE,
 )
 
-_METRICS = {"train/loss": "training loss", "validation/loss": "held-out loss"}
+_OF_OBJECTIVE = {"train/loss": "training loss", "validation/loss": "held-out loss"}
+_METRICS = {**_OF_OBJECTIVE, "validation/v_loss": "held-out loss in v"}
+_SPACE = ("diffusion.objective", "diffusion.clamp", "diffusion.noise_scale")
+"""Fields that decide what a loss of training is measured of."""
 _SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the samples that both have seen
 _MAX_WIDTH = 48
 # The location and the name of a run do not change what it computes.
@@ -33,11 +36,13 @@ _IGNORED_KEYS = {"name", "output"}
 
 def diff(a: Path, b: Path) -> str:
     """Return tables of the differences. InputError for a run that has no recipe."""
+    recipes = _recipe(a), _recipe(b)
+    spaces = [[recipe.get(key, "null") for key in _SPACE] for recipe in recipes]
     parts = [
-        _section("recipe", _changes(_recipe(a), _recipe(b)), a, b),
+        _section("recipe", _changes(*recipes), a, b),
         _section("code", _changes(_code(a), _code(b)), a, b),
         _section("data", _changes(_data(a), _data(b)), a, b),
-        *_losses(a, b),
+        *_losses(a, b, same_space=spaces[0] == spaces[1]),
     ]
     return "\n\n".join(parts)
 
@@ -112,14 +117,19 @@ def _flat(values: Any, prefix: str = "") -> dict[str, str]:
     return found
 
 
-def _losses(a: Path, b: Path) -> list[str]:
-    """Compare the losses at numbers of samples at which both runs have logged them."""
+def _losses(a: Path, b: Path, *, same_space: bool) -> list[str]:
+    """Compare the losses at numbers of samples at which both runs have logged them.
+
+    same_space: whether their objectives measure the same; else only the loss that is the same for all is compared.
+    """
     try:
         ours, theirs = read_history(a).series, read_history(b).series
     except InputError as problem:
         return [f"losses: {problem}"]
-    parts = []
+    parts = [] if same_space else ["losses of training: not compared, since the objectives measure different things"]
     for metric, title in _METRICS.items():
+        if metric in _OF_OBJECTIVE and not same_space:
+            continue
         if metric not in ours or metric not in theirs:
             continue
         values_a, values_b = (dict(zip(*series[metric], strict=True)) for series in (ours, theirs))

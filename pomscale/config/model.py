@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
@@ -237,3 +238,11 @@ def kind(value: Any) -> str:
 ModelConfig = Annotated[
     Union[Annotated[ImageModelConfig, Tag("image")], Annotated[VideoModelConfig, Tag("video")]], Discriminator(kind)
 ]
+
+
+def of_shape(model: ImageModelConfig | VideoModelConfig, shape: Sequence[int]) -> ImageModelConfig | VideoModelConfig:
+    """Return the config of a network for latents of `shape`, which may be a picture's where clips are trained on."""
+    channels, *frames, height, width = shape
+    if isinstance(model, VideoModelConfig):
+        frames = [max([*frames, model.patch_frames])]
+    return model.model_copy(update={"latent_shape": (channels, *frames, height, width)})

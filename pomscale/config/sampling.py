@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt, model_validator
 from pomscale.config.names import GridName, GuidanceSchedule, SamplerName
 from pomscale.config.section import Fraction, PositiveFloat, Section, Seed
 
-DEFAULT_SAMPLER: dict[str, SamplerName] = {"flow": "euler", "eps": "ddim"}
+DEFAULT_SAMPLER: dict[str, SamplerName] = {"flow": "euler", "eps": "ddim", "x": "heun"}
 """Objective -> the sampler of a recipe that names none."""
 
 DEFAULT_ETA: dict[SamplerName, float] = {"ddim": 0.0, "sde": 1.0}
@@ -34,15 +34,18 @@ class SamplingConfig(Section):
     num_frames: PositiveInt | None = Field(
         None, description="Clips: latent frames; null = as many as model.latent_shape has."
     )
-    sampler: SamplerName | None = Field(None, description="null follows the objective: euler for flow, ddim for eps.")
+    sampler: SamplerName | None = Field(
+        None, description="null follows the objective: euler for flow, ddim for eps, heun for x."
+    )
     num_steps: PositiveInt = Field(50, description="Steps of the sampler; of an explicit grid they are counted.")
     eta: Annotated[float, Field(ge=0.0)] | None = Field(
         None, description="Noise that is added in each step: ddim 0 (none, the default) to 1 (ddpm); sde 1 by default."
     )
     grid: GridName | None = Field(
         None,
-        description="Times of the steps; null follows what is given of shift, rho and times, else uniform: equal "
-        "steps of t for flow, of the angle of data and noise for eps.",
+        description="Times of the steps; null follows what is given of shift, rho and times, else the shift of "
+        "training (diffusion.time.shift_base_tokens), else uniform: equal steps of t for flow and x, of the angle of "
+        "data and noise for eps.",
     )
     shift: PositiveFloat | None = Field(
         None, description="grid shift: factor on noise over data of the uniform grid; s / s0 for sides s and s0."
@@ -69,6 +72,12 @@ class SamplingConfig(Section):
         given: dict[GridName, object] = {"times": self.times, "shift": self.shift, "rho": self.rho}
         names: list[GridName] = [name for name, value in given.items() if value is not None]
         return self.grid or (names[0] if names else "uniform")
+
+    def shifted_as(self, shift: float | None) -> SamplingConfig:
+        """Return the options with the shift of training as their grid, unless they choose one or there is none."""
+        if shift is None or self.grid is not None or self.grid_name != "uniform":
+            return self
+        return self.model_copy(update={"shift": shift})
 
     @model_validator(mode="after")
     def _check_options(self) -> SamplingConfig:

@@ -29,6 +29,9 @@ from pomscale.config.monitoring import MonitoringConfig
 from pomscale.config.sampling import SamplingConfig
 from pomscale.config.section import FolderName, Fraction, NonNegativeInt, PositiveFloat, Section, Seed
 
+DEFAULT_CLAMP, DEFAULT_NOISE_SCALE = 0.05, 1.0
+"""Clamp and noise scale of objective x where none is given, as in JiT (Li & He 2025, arXiv 2511.13720)."""
+
 
 class TimeConfig(Section):
     """Distribution of t in [0, 1] (0 = data, 1 = noise)."""
@@ -37,12 +40,33 @@ class TimeConfig(Section):
     per_frame_group: bool = Field(
         False, description="Clips: a t of its own for every frame group (diffusion forcing); needs block_causal."
     )
-    mean: float = Field(0.0, description="logit_normal: mean of the normal.")
+    mean: float = Field(
+        0.0, description="logit_normal: mean of the normal; JiT's -0.8, which counts from noise to data, is 0.8 here."
+    )
     std: PositiveFloat = Field(1.0, description="logit_normal: standard deviation of the normal.")
+    shift_base_tokens: PositiveInt | None = Field(
+        None,
+        description="flow, x: tokens n0 of samples whose times stay as they are drawn: with n tokens t becomes "
+        "s t / (1 + (s - 1) t), s = sqrt(n / n0) (Stable Diffusion 3), in training, and when sampling on no other "
+        "grid; null = no shift.",
+    )
 
 
 class DiffusionConfig(Section):
-    objective: Literal["flow", "eps"] = Field("flow", description="flow: v = eps - x0; eps: predict the noise.")
+    objective: Literal["flow", "eps", "x"] = Field(
+        "flow",
+        description="flow: predict v = eps - x0; eps: predict the noise; x: predict x0, with the loss in v (JiT).",
+    )
+    clamp: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None,
+        description=f"x: least t that v = (x_t - x0) / t is divided by, in the loss and in samplers that follow v; "
+        f"{DEFAULT_CLAMP} by default.",
+    )
+    noise_scale: PositiveFloat | None = Field(
+        None,
+        description=f"x: standard deviation of the noise, {DEFAULT_NOISE_SCALE:g} by default; JiT's is 2 for pictures "
+        "of 512 pixels.",
+    )
     time: TimeConfig = TimeConfig()
     condition_dropout: Fraction = Field(
         0.1, description="Chance that a sample is trained without its class or text, for guidance."
@@ -53,6 +77,35 @@ class DiffusionConfig(Section):
         "to positions beyond the length of the clips.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_for_x(cls, values: Any) -> Any:
+        # Filled in rather than defaults, so that recipes of the other objectives have nothing of them.
+        if not isinstance(values, dict) or values.get("objective") != "x":
+            return values
+        defaults = {"clamp": DEFAULT_CLAMP, "noise_scale": DEFAULT_NOISE_SCALE}
+        return {**values, **{key: value for key, value in defaults.items() if values.get(key) is None}}
+
+    @model_validator(mode="after")
+    def _check(self) -> DiffusionConfig:
+        for key, value in (("clamp", self.clamp), ("noise_scale", self.noise_scale)):
+            if value is not None and self.objective != "x":
+                raise ValueError(f"{key}: is for objective x, and this is {self.objective}")
+        if self.time.shift_base_tokens is not None and self.objective == "eps":
+            raise ValueError("time.shift_base_tokens: is for objectives flow and x, and this is eps")
+        return self
+
+    @property
+    def loss_space(self) -> str:
+        """What training measures its loss of; losses of two spaces cannot be compared."""
+        match self.objective:
+            case "flow":
+                return "v"
+            case "eps":
+                return "eps"
+            case "x":
+                return f"v of x, clamp {self.clamp:g}, noise scale {self.noise_scale:g}"
+
 
 class TrainingConfig(Section):
     total_samples: PositiveInt
@@ -61,7 +114,7 @@ class TrainingConfig(Section):
 
 
 class ValidationConfig(Section):
-    """Held-out loss by time bin, with noise fixed for the whole run."""
+    """Held-out loss by time bin, and in v for every objective, with noise fixed for the whole run."""
 
     path: str = Field(description="Dataset that is not trained on.")
     text: str | None = Field(None, description="Its companion set of text embeddings, joined by key.")
@@ -201,10 +254,10 @@ class TrainRecipe(Section):
         if self.validation is None:
             raise ValueError("checkpoint.keep_best: nothing is measured to choose checkpoints by; add validation")
         bins = [f"validation/loss_bin_{index:02d}" for index in range(self.validation.num_time_bins)]
-        if self.checkpoint.best_metric not in ("validation/loss", *bins):
+        if self.checkpoint.best_metric not in ("validation/loss", "validation/v_loss", *bins):
             raise ValueError(
                 f"checkpoint.best_metric: {self.checkpoint.best_metric!r} is not measured of a checkpoint; "
-                f"use validation/loss or one of {bins[0]} to {bins[-1]}"
+                f"use validation/loss, validation/v_loss or one of {bins[0]} to {bins[-1]}"
             )
 
     def _check_consistency(self) -> None:

@@ -56,8 +56,18 @@ def draw_time(config: TimeConfig, generator: np.random.Generator) -> float:
     return float(1 / (1 + np.exp(-generator.normal(config.mean, config.std))))
 
 
+def shifted_time(t: float, shift: float) -> float:
+    """Return the t of flow matching at which noise over data is `shift` times that at t (Esser et al. 2024, eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
 def draw(
-    seed: int, positions: list[int], shape: tuple[int, ...], config: DiffusionConfig, num_groups: int = 1
+    seed: int,
+    positions: list[int],
+    shape: tuple[int, ...],
+    config: DiffusionConfig,
+    num_groups: int = 1,
+    shift: float | None = None,
 ) -> Draws:
     """Draw the random numbers of the samples at some global positions.
 
@@ -67,6 +77,7 @@ def draw(
         shape: Latent shape of one sample.
         config: Distributions of times and of dropped conditions.
         num_groups: Frame groups of a clip.
+        shift: Shift of the times by resolution, see config.time_shift; None = they stay as they are drawn.
     """
     num_times = num_groups if config.time.per_frame_group else 1
     times = [
@@ -74,6 +85,8 @@ def draw(
         for position in positions
         for group in range(num_times)
     ]
+    if shift is not None:
+        times = [shifted_time(time, shift) for time in times]
     t = torch.tensor(times, dtype=torch.float32)
     return Draws(
         eps=keyed_normal(seed, Stream.NOISE, positions, shape),

@@ -68,17 +68,16 @@ def draw_latents(
     if known is None:
         return sample(objective, denoise, x, times)
     # Samples clips (b c F H W) whose first f <= F frames are known: a picture set in motion, or a clip continued. These
-    # frames start on their own path from data to noise, and their prediction is replaced by what the network should say
-    # of them. A sampler that adds no noise then keeps them on that path; of one that does, the network is shown them on
-    # it. So the other frames see them noised as in training.
+    # frames start on their own path from data to noise, their prediction is replaced by what the network should say of
+    # them, and the network is shown them on that path, whatever the sampler makes of them: added noise and a clamped
+    # slope lead away from it. So the other frames see them noised as in training.
     known = known.to(noise)
     num_known = known.shape[2]
     eps = noise[:, :, :num_known]
     target = objective.target(known, eps)
 
     def denoise_others(x: Tensor, t: Tensor) -> Tensor:
-        if options.adds_noise:
-            x = torch.cat([interpolate(objective, known, eps, t).to(x), x[:, :, num_known:]], dim=2)
+        x = torch.cat([interpolate(objective, known, eps, t).to(x), x[:, :, num_known:]], dim=2)
         return torch.cat([target, denoise(x, t)[:, :, num_known:]], dim=2)
 
     # At t = 1 this is the noise itself; but paths with alpha(1) = 0 in a denominator begin a little later.

@@ -1,11 +1,12 @@
 """Objectives: what the network predicts on the path from data (t = 0) to noise (t = 1), and the loss.
 
-A path is x_t = alpha(t) x0 + sigma(t) eps. Both objectives predict the derivative of an ordinary differential
-equation dy/ds = f, which is all that a sampler needs to know (DDIM, Song et al. 2021, equation 14;
-flow matching, Lipman et al. 2023):
+A path is x_t = alpha(t) x0 + sigma(t) eps. What the network predicts leads to (x0, eps) and to the slope of an ordinary
+differential equation dy/ds = f, in whose y the noise has the weight s: one of both is all that a sampler needs to know
+(DDIM, Song et al. 2021, equation 14; flow matching, Lipman et al. 2023; JiT, Li & He 2025, arXiv 2511.13720):
 
-    flow:  y = x,            s = t,                   f = v = eps - x0
-    eps:   y = x / alpha(t), s = sigma(t) / alpha(t), f = eps
+    flow:  predicts v = eps - x0;  y = x,            s = t,                   f = v
+    eps:   predicts eps;           y = x / alpha(t), s = sigma(t) / alpha(t), f = eps
+    x:     predicts x0;            y = x,            s = sigma(t),            f = (x - x0) / sigma(max(t, clamp))
 
 Shapes: x, x0, eps and predictions are (b, ...), t is (b,), a scalar tensor or, for clips (b c F H W), (b, g) with one t
 for each of g groups of F / g frames; all floating dtypes.
@@ -21,14 +22,14 @@ import torch
 from torch import Tensor
 
 from pomscale.base.condition import Condition
-from pomscale.config.train import DiffusionConfig
+from pomscale.config.train import DEFAULT_CLAMP, DEFAULT_NOISE_SCALE, DiffusionConfig
 
 Network = Callable[[Tensor, Tensor, Condition], Tensor]
 """(latents (b, ...), t (b,) or (b, g), condition) -> prediction (b, ...)."""
 
 
 class Objective(Protocol):
-    """A path, the target on it, and its sampling equation."""
+    """A path, the target on it with its weight in the loss, and its sampling equation."""
 
     name: str
 
@@ -44,12 +45,20 @@ class Objective(Protocol):
         """Return the prediction that the network is trained towards."""
         ...
 
+    def error_scale(self, t: Tensor) -> Tensor | None:
+        """Return the factor on the error of a prediction at t in the loss; None = 1 at all times."""
+        ...
+
     def decompose(self, x: Tensor, t: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
         """Return the (x0, eps) that the prediction implies at x = x_t."""
         ...
 
+    def slope(self, x: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        """Return dy/ds of the sampling equation that the prediction implies at x = x_t."""
+        ...
+
     def to_ode(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (y, s) of the sampling equation dy/ds = prediction."""
+        """Return (y, s) of the sampling equation; in y the noise has the weight s."""
         ...
 
     def from_ode(self, y: Tensor, t: Tensor) -> Tensor:
@@ -94,9 +103,15 @@ class FlowMatching:
     def target(self, x0: Tensor, eps: Tensor) -> Tensor:
         return eps - x0
 
+    def error_scale(self, t: Tensor) -> None:
+        return None
+
     def decompose(self, x: Tensor, t: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
         t = expand_time(t, x)
         return x - t * prediction, x + (1 - t) * prediction
+
+    def slope(self, x: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        return prediction
 
     def to_ode(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return x, expand_time(t, x)
@@ -127,9 +142,15 @@ class EpsPrediction:
     def target(self, x0: Tensor, eps: Tensor) -> Tensor:
         return eps
 
+    def error_scale(self, t: Tensor) -> None:
+        return None
+
     def decompose(self, x: Tensor, t: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
         t = expand_time(t, x)
         return (x - self.sigma(t) * prediction) / self.alpha(t), prediction
+
+    def slope(self, x: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        return prediction
 
     def to_ode(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         t = expand_time(t, x)
@@ -148,11 +169,67 @@ class EpsPrediction:
         return torch.sin(theta) ** 2
 
 
-OBJECTIVES: dict[str, type[FlowMatching] | type[EpsPrediction]] = {"flow": FlowMatching, "eps": EpsPrediction}
+class XPrediction:
+    """Data prediction: x_t = (1 - t) x0 + t noise_scale eps, and the loss in the velocity (JiT).
+
+    The velocity v = (x_t - x0) / max(t, clamp) is that of the prediction and of the target alike, so the error of a
+    prediction counts 1 / max(t, clamp) times. Samplers that follow the slope divide by the same, as the authors' do; at
+    t < clamp they therefore go slower than the path does, and keep a share of its last noise. Samplers that mix x0 and
+    eps take the prediction as it is. Guidance on x0 and on v are the same, since both share x_t, t and the clamp.
+    """
+
+    name = "x"
+
+    def __init__(self, clamp: float = DEFAULT_CLAMP, noise_scale: float = DEFAULT_NOISE_SCALE) -> None:
+        self.clamp = clamp
+        self.noise_scale = noise_scale
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.noise_scale * t
+
+    def target(self, x0: Tensor, eps: Tensor) -> Tensor:
+        return x0
+
+    def error_scale(self, t: Tensor) -> Tensor:
+        return 1 / t.clamp_min(self.clamp)
+
+    def decompose(self, x: Tensor, t: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        t = expand_time(t, x)
+        x0 = prediction.to(x.dtype)
+        return x0, (x - self.alpha(t) * x0) / self.sigma(t)
+
+    def slope(self, x: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        return (x - prediction) / self.sigma(expand_time(t, x).clamp_min(self.clamp))
+
+    def to_ode(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return x, self.sigma(expand_time(t, x))
+
+    def from_ode(self, y: Tensor, t: Tensor) -> Tensor:
+        return y
+
+    def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return sigma / (self.noise_scale * alpha + sigma)
+
+    def time_grid(self, num_steps: int) -> Tensor:
+        return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+
+
+OBJECTIVES: dict[str, type[FlowMatching] | type[EpsPrediction] | type[XPrediction]] = {
+    "flow": FlowMatching,
+    "eps": EpsPrediction,
+    "x": XPrediction,
+}
 
 
 def build_objective(config: DiffusionConfig) -> Objective:
     """Return the objective that a recipe names."""
+    if config.objective == "x":
+        assert config.clamp is not None, "the recipe fills it in"
+        assert config.noise_scale is not None, "the recipe fills it in"
+        return XPrediction(config.clamp, config.noise_scale)
     return OBJECTIVES[config.objective]()
 
 
@@ -167,9 +244,14 @@ def per_sample_loss(
 ) -> Tensor:
     """Return the training loss: the mean squared error over the elements of each sample, (b,) fp32.
 
+    The error is weighted by the objective's `error_scale`.
+
     part: picks from a target (b, ...) what the network predicts, if that is not all of it. The loss is then this
     part's share of the mean: the sum over all parts is the loss of the sample.
     """
     prediction = network(interpolate(objective, x0, eps, t), t, condition)
     error = prediction.float() - part(objective.target(x0, eps)).float()
+    scale = objective.error_scale(t)
+    if scale is not None:
+        error = error * part(expand_time(scale, x0).expand_as(x0))
     return error.square().flatten(1).sum(1) / math.prod(x0.shape[1:])

@@ -53,7 +53,7 @@ class SamplingOptions:
     Raises InputError for options that contradict each other.
 
     Attributes:
-        sampler: Name of the sampler; None follows the objective: euler for flow, ddim for eps.
+        sampler: Name of the sampler; None follows the objective: euler for flow, ddim for eps, heun for x.
         num_steps: Number of steps of the sampler; of explicit times it is counted.
         guidance: w in pred_c + w (pred_c - pred_u); 0 is off, w = diffusers' guidance_scale - 1.
         guidance_interval: (low, high), the times between which guidance is on. An end belongs to the interval only if
@@ -63,7 +63,8 @@ class SamplingOptions:
         guidance_base_size: Side s0 of the latents that w was chosen at: for latents of height h and width v it becomes
             w sqrt(h v) / s0 (PoM v1), which is w itself and not w + 1, the scale of diffusers. None = w at any size.
         eta: Amount of noise that ddim and sde add in a step; None is 0 for ddim and 1 for sde.
-        grid: "uniform", "shift", "rho" or "times"; None follows what is given of the next three, else "uniform".
+        grid: "uniform", "shift", "rho" or "times"; None follows what is given of the next three, else the shift that
+            the model was trained with, else "uniform".
         shift: Factor on sigma / alpha of the uniform grid (Esser et al. 2024, equation 23): s / s0 for sides s and s0.
         rho: Exponent of EDM's grid (Karras et al. 2022, equation 5), from sigma / alpha = 80 to 0.002; 7 by default.
         times: The times themselves, strictly decreasing to 0.
@@ -110,13 +111,17 @@ class SamplingOptions:
             )
         return options
 
-    def resolved(self, objective: str) -> SamplingOptions:
-        """Return the options with all that None stands for, for a model of an objective ("flow", "eps").
+    def resolved(self, objective: str, shift: float | None = None) -> SamplingOptions:
+        """Return the options with all that None stands for.
+
+        Args:
+            objective: Objective of the model, "flow", "eps" or "x".
+            shift: Shift of the times that training has for samples of this shape, see config.time_shift.
 
         Raises:
             InputError: The options do not fit the objective.
         """
-        config = self._checked()
+        config = self._checked().shifted_as(shift)
         try:
             config.check_objective(objective)
         except ValueError as error:
@@ -124,7 +129,7 @@ class SamplingOptions:
         sampler = self.sampler or DEFAULT_SAMPLER[objective]
         rho = DEFAULT_RHO if config.grid_name == "rho" and self.rho is None else self.rho
         eta = DEFAULT_ETA.get(sampler) if self.eta is None else self.eta
-        return replace(self, sampler=sampler, eta=eta, grid=config.grid_name, rho=rho)
+        return replace(self, sampler=sampler, eta=eta, grid=config.grid_name, shift=config.shift, rho=rho)
 
     @property
     def adds_noise(self) -> bool:

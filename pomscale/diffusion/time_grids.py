@@ -53,9 +53,9 @@ def _edm(objective: Objective, num_steps: int, rho: float) -> Tensor:
 def start_of(objective: Objective, noise: Tensor, times: Tensor) -> Tensor:
     """Return x (b, ...) at times[0] that sampling starts from, where no data is known.
 
-    It is the noise itself on grids that begin where the objective's own does, and sigma times the noise on those that
-    begin later.
+    It is sigma times the noise. Where a grid begins as the objective's own does, that is sigma of t = 1, also for eps,
+    which begins just before.
     """
-    if float(times[0]) >= float(objective.time_grid(1).float()[0]):
-        return noise
-    return objective.sigma(times[0]).to(noise) * noise
+    begins_with_noise = float(times[0]) >= float(objective.time_grid(1).float()[0])
+    t = torch.ones_like(times[0]) if begins_with_noise else times[0]
+    return objective.sigma(t).to(noise) * noise

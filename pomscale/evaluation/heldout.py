@@ -2,6 +2,10 @@
 
 The loss at a given t hardly moves by chance when noise and t are the same at every evaluation, so small progress shows;
 and a mean over all t would hide that easy and hard times move differently.
+
+Two losses are measured. The first is that of training, with t evenly over 0 to 1: its path, target and weight are the
+objective's, so its figures cannot be compared over objectives. The second is the same for all of them, the error of v
+of flow matching at noise scale 1 (see diffusion.common_loss): the same data and noise, mixed in the same proportions.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from pomscale.config.train import ValidationConfig
 from pomscale.data.dataset import LatentDataset
 from pomscale.data.normalize import normalize
 from pomscale.data.texts import text_batch
+from pomscale.diffusion.common_loss import COMMON_TIMES, common_loss
 from pomscale.diffusion.draws import keyed_normal
 from pomscale.diffusion.objectives import Network, Objective, build_objective, per_sample_loss
 from pomscale.distributed.world import World, join_world
@@ -47,13 +52,17 @@ class HeldoutLoss:
     """Mean loss over the samples that could be read.
 
     Attributes:
-        mean: Mean over all of them.
+        mean: Mean over all of them, of the loss of training.
         by_bin: Mean by time bin, of which bin 0 is nearest to the data; None if no sample of the bin could be read.
+        v_mean: Mean of the loss that is the same for every objective.
+        v_by_bin: Its mean by time bin; the bins divide COMMON_TIMES.
         num_bad: Number of samples that could not be read.
     """
 
     mean: float
     by_bin: list[float | None]
+    v_mean: float
+    v_by_bin: list[float | None]
     num_bad: int
 
 
@@ -66,10 +75,10 @@ def heldout_loss(
     config: ValidationConfig,
     world: World,
 ) -> HeldoutLoss:
-    """Measure the loss of `config.num_samples` held-out samples; a collective, whose work all ranks share.
+    """Measure the losses of `config.num_samples` held-out samples; a collective, whose work all ranks share.
 
     Sample i always falls in bin i mod num_time_bins, at the same t (in a clip the same for all frames) and with the
-    same noise.
+    same noise. The network sees it twice, at t of its own path and at t between COMMON_TIMES of flow matching's.
 
     Args:
         objective: The objective that the network was trained with.
@@ -81,31 +90,33 @@ def heldout_loss(
         world: The ranks.
 
     Returns:
-        The loss.
+        The losses.
 
     Raises:
         InputError: None of the samples can be read.
     """
     num_samples, num_bins = min(config.num_samples, sum(sizes)), config.num_time_bins
     batches = _batches(sizes, num_samples, config.batch)
-    sums = torch.zeros(2, num_bins, dtype=torch.float64)  # loss and weight by bin
+    sums = torch.zeros(3, num_bins, dtype=torch.float64)  # both losses, and weight, by bin
     for first in range(0, len(batches), world.size):
         # A sharded network computes on all ranks or on none: a rank that has run out repeats sample 0, uncounted.
         indices = batches[first + world.rank] if first + world.rank < len(batches) else []
         latents, condition, weights = read(indices or [0])
         latents, condition = latents.to(world.device), map_condition(condition, lambda part: part.to(world.device))
-        loss = _fixed_loss(objective, network, latents, condition, indices or [0], config).double().cpu()
+        losses = _fixed_losses(objective, network, latents, condition, indices or [0], config).double().cpu()
         if indices:
             bins, weights = torch.tensor(indices) % num_bins, weights.double()
-            sums.index_add_(1, bins, torch.stack([loss * weights, weights]))
-    flat = world.sum(sums.flatten().tolist())
-    losses, counts = flat[:num_bins], flat[num_bins:]
+            sums.index_add_(1, bins, torch.cat([losses * weights, weights[None]]))
+    flat = torch.tensor(world.sum(sums.flatten().tolist()), dtype=torch.float64)
+    own, common, counts = flat.view(3, num_bins).tolist()
     num_read = round(sum(counts))
     if num_read == 0:
         raise InputError(f"validation: none of the {num_samples:,} held-out samples can be read; repair the dataset")
-    by_bin = [loss / count if count else None for loss, count in zip(losses, counts, strict=True)]
-    last_sample = batches[-1][-1]
-    return HeldoutLoss(sum(losses) / num_read, by_bin[: last_sample + 1], num_samples - num_read)
+    own_by_bin, common_by_bin = (
+        [loss / count if count else None for loss, count in zip(losses, counts, strict=True)][: batches[-1][-1] + 1]
+        for losses in (own, common)
+    )
+    return HeldoutLoss(sum(own) / num_read, own_by_bin, sum(common) / num_read, common_by_bin, num_samples - num_read)
 
 
 def _batches(sizes: Sequence[int], num_samples: int, batch: int) -> list[list[int]]:
@@ -119,7 +130,7 @@ def _batches(sizes: Sequence[int], num_samples: int, batch: int) -> list[list[in
     return batches
 
 
-def _fixed_loss(
+def _fixed_losses(
     objective: Objective,
     network: Network,
     x0: Tensor,
@@ -127,12 +138,15 @@ def _fixed_loss(
     indices: list[int],
     config: ValidationConfig,
 ) -> Tensor:
-    """Return the per-sample loss (b,) with time and noise keyed by the number of the sample in the held-out set."""
+    """Return both losses of each sample (2, b), with time and noise keyed by its number in the held-out set."""
     jitter = [keyed_generator(config.seed, Stream.VALIDATION_NOISE, i, subindex=1).random() for i in indices]
     bins = torch.tensor(indices) % config.num_time_bins
-    t = ((bins + torch.tensor(jitter, dtype=torch.float64)) / config.num_time_bins).float()
-    eps = keyed_normal(config.seed, Stream.VALIDATION_NOISE, indices, tuple(x0.shape[1:]))
-    return per_sample_loss(objective, network, x0, eps.to(x0.device), t.to(x0.device), condition)
+    t = (bins + torch.tensor(jitter, dtype=torch.float64)) / config.num_time_bins
+    first, last = COMMON_TIMES
+    own_t, flow_t = (times.float().to(x0.device) for times in (t, first + (last - first) * t))
+    eps = keyed_normal(config.seed, Stream.VALIDATION_NOISE, indices, tuple(x0.shape[1:])).to(x0.device)
+    own = per_sample_loss(objective, network, x0, eps, own_t, condition)
+    return torch.stack([own, common_loss(objective, network, x0, eps, flow_t, condition)])
 
 
 def open_heldout(
@@ -216,11 +230,11 @@ def measure_heldout(
     num_time_bins: int | None,
     weights: str,
     device: str,
-) -> HeldoutLoss:
-    """Measure the held-out loss of a checkpoint outside of training (`pomscale evaluate heldout`), in fp32.
+) -> tuple[HeldoutLoss, str]:
+    """Measure the held-out losses of a checkpoint outside of training (`pomscale evaluate heldout`), in fp32.
 
     None means the value of the recipe's validation section, or its default. For a run that trains in fp32, the recipe's
-    own settings give the very figure that training logs.
+    own settings give the very figures that training logs.
 
     Args:
         path: A run folder or a checkpoint.
@@ -232,7 +246,7 @@ def measure_heldout(
         device: "auto", "cpu" or "cuda".
 
     Returns:
-        The loss.
+        The losses, and the space of the first, see DiffusionConfig.loss_space.
 
     Raises:
         InputError: Neither `data` nor the recipe names a dataset, or it does not fit the model.
@@ -263,4 +277,4 @@ def measure_heldout(
         )
     if loss.num_bad:
         warn(f"{config.path}: {loss.num_bad} samples could not be read and do not count")
-    return loss
+    return loss, model.card.diffusion.loss_space

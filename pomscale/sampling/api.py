@@ -11,6 +11,7 @@ from torch import Tensor
 from pomscale.base.condition import Condition, Text, batch_size, map_condition
 from pomscale.base.console import track, warn
 from pomscale.base.errors import InputError
+from pomscale.config.time_shift import time_shift
 from pomscale.data.texts import null_text
 from pomscale.diffusion.draws import sampling_noise, step_noise
 from pomscale.diffusion.generate import generate
@@ -106,6 +107,8 @@ def sample_latents(
         raise InputError(f"sample: {num_samples} conditions but {len(seeds)} seeds; give one seed per picture or clip")
     shape, group_frames = _shape(model, num_samples, **clips)
     known = clips.get("known")
+    diffusion = model.card.diffusion
+    options = options.resolved(diffusion.objective, time_shift(diffusion, model.config, shape))
     network: Network | Autoguided[Network] = model
     if guide is not None:
         check_guide(model, guide, options)
@@ -117,7 +120,7 @@ def sample_latents(
         batch_condition = map_condition(asked, lambda part, rows=rows: part[rows].to(device))  # type: ignore[misc]
         parts.append(
             generate(
-                build_objective(model.card.diffusion),
+                build_objective(diffusion),
                 network,
                 sampling_noise(batch_seeds, shape, batch_condition, group_frames),
                 batch_condition,

@@ -32,6 +32,7 @@ def _facts(model: PretrainedModel, guide: PretrainedModel) -> list[tuple[str, ob
         return [("model.kind", one.model.kind, other.model.kind)]
     facts: list[tuple[str, object, object]] = [
         ("objective", one.diffusion.objective, other.diffusion.objective),
+        ("noise scale", one.diffusion.noise_scale, other.diffusion.noise_scale),
         ("codec", one.codec.name, other.codec.name),
         ("mean of the latents", one.latent_mean, other.latent_mean),
         ("standard deviation of the latents", one.latent_std, other.latent_std),

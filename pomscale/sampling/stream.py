@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pomscale.base.condition import Text
 from pomscale.base.errors import InputError
+from pomscale.config.time_shift import time_shift
 from pomscale.data.texts import null_text
 from pomscale.diffusion.guidance import Autoguided
 from pomscale.diffusion.objectives import build_objective
@@ -76,21 +77,24 @@ class ClipStream(Iterator[Tensor]):
         self._text = _on(model, prompts if isinstance(prompts, Text) else embed_prompts(model.text_encoder, prompts))
         self._num_left = num_groups
         self._known = known
-        self._options = SamplingOptions(**sampling)
+        diffusion = model.card.diffusion
+        # The length of a stream is not known; it counts as many frames as the clips of training have.
+        shift = time_shift(diffusion, config, (*config.latent_shape[:2], height, width))
+        self._options = SamplingOptions(**sampling).resolved(diffusion.objective, shift)
         if guide is not None:
             check_stream_guide(model, guide, self._options)
         self._size = (height, width)
         self._has_warned = False
         nothing = _on(model, null_text(model.card.texts))
         self._clips: SequentialSampler[list[MixerState]] = SequentialSampler(
-            build_objective(model.card.diffusion),
+            build_objective(diffusion),
             model.step if guide is None else Autoguided(model.step, guide.step),
             (config.latent_shape[0], config.patch_frames, height, width),
             self._text,
             Text(*(part.expand(num_clips, *part.shape[1:]) for part in nothing)),
             self.seeds,
             self._options,
-            time_per_group=model.card.diffusion.time.per_frame_group,
+            time_per_group=diffusion.time.per_frame_group,
         )
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import CheckpointStore
 from pomscale.config.engine import CheckpointConfig
 from pomscale.config.hardware import peak_flops
-from pomscale.config.model import ImageModelConfig, VideoModelConfig
+from pomscale.config.model import VideoModelConfig, of_shape
 from pomscale.config.train import TrainRecipe
 from pomscale.data.bad_samples import BadSampleList
 from pomscale.data.dataset import LatentDataset
@@ -88,20 +88,12 @@ def open_inputs(recipe: TrainRecipe, folder: Path) -> Inputs:
 def _check_tokens(recipe: TrainRecipe, dataset: LatentDataset) -> None:
     """Raise InputError for samples with fewer tokens than ranks that are to share them."""
     for group in dataset.manifest.groups:
-        num_tokens = _of_shape(recipe.model, group.shape).num_tokens
+        num_tokens = of_shape(recipe.model, group.shape).num_tokens
         if num_tokens < recipe.mesh.sp:
             raise InputError(
                 f"mesh.sp: {recipe.mesh.sp} ranks cannot share the {num_tokens} tokens of samples of shape "
                 f"{'x'.join(map(str, group.shape))} in {dataset.location}; use at most {num_tokens}"
             )
-
-
-def _of_shape(model: ImageModelConfig | VideoModelConfig, shape: Sequence[int]) -> ImageModelConfig | VideoModelConfig:
-    """Return the config of a network for latents of `shape`, which may be a picture's where clips are trained on."""
-    channels, *frames, height, width = shape
-    if isinstance(model, VideoModelConfig):
-        frames = [max([*frames, model.patch_frames])]
-    return model.model_copy(update={"latent_shape": (channels, *frames, height, width)})
 
 
 def make_engine(recipe: TrainRecipe, initial: InitWeights, world: World) -> Engine:
@@ -286,7 +278,7 @@ def mean_flops(recipe: TrainRecipe, mixture: Mixture) -> float:
     total = 0.0
     for dataset, share in zip(mixture.datasets, mixture.shares, strict=True):
         for group, size in shape_sizes(dataset).items():
-            clip = _of_shape(model, dataset.manifest.groups[group].shape)
+            clip = of_shape(model, dataset.manifest.groups[group].shape)
             assert isinstance(clip, VideoModelConfig)
             flops = training_flops(
                 clip,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pomscale.base.condition import Condition, Text, map_condition
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
+from pomscale.config.time_shift import time_shift
 from pomscale.config.train import TrainRecipe
 from pomscale.data.bad_samples import BadSample
 from pomscale.data.loader import Loader, MicroBatch
@@ -76,13 +77,14 @@ def draw_batch(recipe: TrainRecipe, batch: MicroBatch, texts: TextInfo | None) -
     It runs in the loader's threads, so that drawing noise never keeps a GPU waiting.
     """
     shape, model = tuple(batch.latents.shape[1:]), recipe.model
+    shift = time_shift(recipe.diffusion, model, shape)
     if isinstance(model, VideoModelConfig):
         assert texts is not None
         num_groups = max(1, shape[1] // model.patch_frames) if len(shape) == 4 else 1
-        draws = draw(recipe.seed, batch.positions.tolist(), shape, recipe.diffusion, num_groups)
+        draws = draw(recipe.seed, batch.positions.tolist(), shape, recipe.diffusion, num_groups, shift)
         condition: Condition = _drop_texts(text_batch(batch, texts), draws.drop_condition, texts)
         return TrainBatch(batch.latents, draws.eps, draws.t, condition, draws.start, batch.weights, batch.bad)
-    draws = draw(recipe.seed, batch.positions.tolist(), shape, recipe.diffusion)
+    draws = draw(recipe.seed, batch.positions.tolist(), shape, recipe.diffusion, shift=shift)
     condition = torch.where(draws.drop_condition, model.num_classes, batch.condition)
     return TrainBatch(batch.latents, draws.eps, draws.t, condition, None, batch.weights, batch.bad)
 

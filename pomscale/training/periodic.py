@@ -15,6 +15,7 @@ from pomscale.base.console import warn
 from pomscale.base.errors import PomscaleError
 from pomscale.codecs.base import Codec
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
+from pomscale.config.time_shift import time_shift
 from pomscale.config.train import TrainRecipe, ValidationConfig
 from pomscale.data.dataset import LatentDataset
 from pomscale.data.texts import null_text
@@ -157,7 +158,8 @@ def _validate(
 ) -> dict[str, float | str]:
     loss = heldout_loss(objective, model, read_in_order(dataset), list(shape_sizes(dataset).values()), config, world)
     bins = {validation_bin(i): value for i, value in enumerate(loss.by_bin) if value is not None}
-    return {"validation/loss": loss.mean, "validation/bad_samples": loss.num_bad, **bins}
+    means: dict[str, float | str] = {"validation/loss": loss.mean, "validation/v_loss": loss.v_mean}
+    return {**means, "validation/bad_samples": loss.num_bad, **bins}
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,7 @@ class _Samples:
         if isinstance(network, VideoModelConfig):
             channels, num_frames, *size = network.latent_shape
             shape, group_frames = (channels, config.num_frames or num_frames, *size), network.patch_frames
+        config = config.shifted_as(time_shift(self.recipe.diffusion, network, shape))
         conditions = self.conditions
         latents = generate_on_all_ranks(
             self.objective, self.model, shape, conditions.wanted, conditions.null, config, self.world, group_frames

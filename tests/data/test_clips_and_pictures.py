@@ -131,6 +131,22 @@ def test_a_step_has_one_shape_and_epochs_are_counted(recipe: TrainRecipe, mixtur
     assert (epochs["clips"].lowest, epochs["clips"].highest) == (min(by_bucket), max(by_bucket))
 
 
+def test_the_times_of_every_shape_are_shifted_by_its_own_tokens(recipe: TrainRecipe, mixture: Mixture) -> None:
+    """Tokens are 2x2 of 2 frames; pictures and clips of one frame have one group of them."""
+    base, num_tokens = 2, {LONG: 3, WIDE: 4, TALL: 4, PICTURE: 2, ONE_FRAME: 1}
+    time = recipe.diffusion.time.model_copy(update={"shift_base_tokens": base})
+    shifting = recipe.model_copy(update={"diffusion": recipe.diffusion.model_copy(update={"time": time})})
+    seen = set()
+    for plain, shifted in zip(batches(recipe, mixture, 30), batches(shifting, mixture, 30), strict=True):
+        shape = tuple(plain.x0.shape[1:])
+        ratio, shifted_ratio = (batch.t.double() / (1 - batch.t.double()) for batch in (plain, shifted))
+        factor = (num_tokens[shape] / base) ** 0.5
+        torch.testing.assert_close(shifted_ratio, factor * ratio, rtol=1e-4, atol=0)
+        assert shifted.eps.equal(plain.eps)
+        seen.add(shape)
+    assert seen == set(num_tokens)
+
+
 def test_batches_do_not_depend_on_ranks_or_on_where_a_run_was_resumed(recipe: TrainRecipe, mixture: Mixture) -> None:
     num_steps, done = 20, 7
     alone = batches(recipe, mixture, num_steps)

@@ -16,6 +16,7 @@ import pomscale as public
 from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import complete_checkpoints
 from pomscale.config.load import load_train_recipe
+from pomscale.config.train import DiffusionConfig
 from pomscale.data.dataset import LatentDataset
 from pomscale.diffusion.objectives import OBJECTIVES
 from pomscale.evaluation.heldout import open_heldout
@@ -104,7 +105,7 @@ def test_training_grid_is_what_sample_draws(folder: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "heun"])
 def test_public_functions(folder: Path, objective: str, sampler: str) -> None:
     model = public.load_pretrained(folder, device="cpu")
-    diffusion = model.card.diffusion.model_copy(update={"objective": objective})
+    diffusion = DiffusionConfig.model_validate({"objective": objective})
     model.card = model.card.model_copy(update={"diffusion": diffusion})
     latents = public.sample(model, [1, 10], seeds=range(2), sampler=sampler, num_steps=3, guidance=1.0)
     pictures = public.decode(model, latents)
@@ -125,6 +126,8 @@ def test_heldout_loss_from_the_command_line_is_the_one_logged(folder: Path) -> N
     measured = json.loads(pomscale("evaluate", "heldout", folder).stdout)
     assert measured["mean"] == pytest.approx(logged["validation/loss"], rel=1e-5)
     assert measured["by_bin"] == pytest.approx([logged[f"validation/loss_bin_{i:02d}"] for i in range(4)], rel=1e-5)
+    assert (measured["space"], len(measured["v_by_bin"])) == ("v", 4)
+    assert measured["v_mean"] == pytest.approx(logged["validation/v_loss"], rel=1e-5)
     other = json.loads(pomscale("evaluate", "heldout", folder, "--weights", "model").stdout)
     assert other["mean"] != measured["mean"]
 

@@ -20,16 +20,17 @@ from pomscale.config.train import DiffusionConfig, TimeConfig
 from pomscale.diffusion.draws import draw, keyed_normal, sampling_noise, step_noise
 from pomscale.diffusion.generate import generate
 from pomscale.diffusion.guidance import guided
-from pomscale.diffusion.objectives import OBJECTIVES, Network, Objective, interpolate, per_sample_loss
+from pomscale.diffusion.objectives import Network, Objective, interpolate, per_sample_loss
 from pomscale.diffusion.options import SamplingOptions
 from pomscale.diffusion.samplers import SAMPLERS
 from support.gaussian import MU, SHAPE, S, exact_denoiser, exact_solution, normal, variance
+from support.objectives import EPS, EXACT
 from support.tiny_pictures import dipom
 
 
-@pytest.fixture(params=OBJECTIVES)
+@pytest.fixture(params=EXACT)
 def objective(request: pytest.FixtureRequest) -> Objective:
-    return OBJECTIVES[request.param]()
+    return EXACT[request.param]
 
 
 class Recorded:
@@ -50,13 +51,13 @@ class Recorded:
 def test_the_path_leads_from_data_to_noise(objective: Objective) -> None:
     x0, eps = normal(2, *SHAPE), normal(2, *SHAPE, seed=1)
     ends = interpolate(objective, x0, eps, torch.tensor([0.0, 1.0]))
-    assert torch.equal(ends, torch.stack([x0[0], eps[1]]))
+    assert torch.equal(ends, torch.stack([x0[0], objective.sigma(torch.tensor(1.0)) * eps[1]]))
 
 
 def test_the_eps_path_is_the_authors_linear_schedule() -> None:
     """x_t = sqrt(1 - t) x0 + sqrt(t) eps."""
     x0, eps = normal(1, *SHAPE), normal(1, *SHAPE, seed=1)
-    mixed = interpolate(OBJECTIVES["eps"](), x0, eps, torch.tensor([0.36], dtype=torch.float64))
+    mixed = interpolate(EPS, x0, eps, torch.tensor([0.36], dtype=torch.float64))
     torch.testing.assert_close(mixed, 0.8 * x0 + 0.6 * eps, rtol=1e-12, atol=1e-12)
 
 
@@ -78,12 +79,15 @@ def test_decompose_inverts_interpolate(objective: Objective, t: Tensor) -> None:
 
 
 def test_the_target_is_the_slope_of_the_sampling_equation(objective: Objective) -> None:
-    """Between fixed x0 and eps, y is a straight line over s; from_ode leads back to the path."""
+    """Between fixed x0 and eps, y is a straight line over s, in which eps has weight s; from_ode leads back."""
     x0, eps = normal(2, *SHAPE), normal(2, *SHAPE, seed=1)
     times = torch.tensor([[0.1, 0.5], [0.7, 0.9]], dtype=torch.float64)
     x, x_next = (interpolate(objective, x0, eps, t) for t in times)
     (y, s), (y_next, s_next) = objective.to_ode(x, times[0]), objective.to_ode(x_next, times[1])
-    torch.testing.assert_close(y_next, y + (s_next - s) * objective.target(x0, eps), rtol=1e-12, atol=1e-12)
+    slope = objective.slope(x, times[0], objective.target(x0, eps))
+    torch.testing.assert_close(y_next, y + (s_next - s) * slope, rtol=1e-12, atol=1e-12)
+    of_noise, _ = objective.to_ode(interpolate(objective, 0 * x0, eps, times[0]), times[0])
+    torch.testing.assert_close(of_noise, s * eps, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(objective.from_ode(y, times[0]), x, rtol=1e-12, atol=1e-12)
 
 
@@ -91,7 +95,7 @@ def test_the_target_is_the_slope_of_the_sampling_equation(objective: Objective) 
 def test_the_time_grid_falls_from_noise_to_exactly_zero(objective: Objective, num_steps: int) -> None:
     grid = objective.time_grid(num_steps)
     assert (grid.shape, grid.dtype) == ((num_steps + 1,), torch.float64)
-    assert float(grid[0]) == pytest.approx({"flow": 1.0, "eps": 0.999}[objective.name], abs=1e-12)
+    assert float(grid[0]) == pytest.approx({"flow": 1.0, "eps": 0.999, "x": 1.0}[objective.name], abs=1e-12)
     assert float(grid[-1]) == 0.0
     assert bool((grid.float().diff() < 0).all())
 
@@ -181,10 +185,11 @@ def test_a_picture_does_not_depend_on_its_batch(objective: Objective, sampler: S
 
 
 def test_the_sampler_follows_the_objective(objective: Objective) -> None:
-    assert DEFAULT_SAMPLER[objective.name] == {"flow": "euler", "eps": "ddim"}[objective.name]
+    default = DEFAULT_SAMPLER[objective.name]
+    assert default == {"flow": "euler", "eps": "ddim", "x": "heun"}[objective.name]
     found = {name: pictures(objective, [2], [0], name, 1.0) for name in (None, *SAMPLERS)}
-    assert torch.equal(found[None], found[DEFAULT_SAMPLER[objective.name]])
-    assert not torch.allclose(found[None], found["heun"])
+    assert torch.equal(found[None], found[default])
+    assert not torch.allclose(found[None], found["midpoint"])
 
 
 def test_generated_samples_have_the_moments_of_the_data(objective: Objective) -> None:
@@ -210,8 +215,9 @@ def test_the_loss_is_the_mean_over_each_samples_elements_in_fp32(objective: Obje
     loss = per_sample_loss(objective, network, x0, eps, t, condition)
     prediction = network(interpolate(objective, x0, eps, t), t, condition)
     assert (loss.dtype, prediction.dtype) == (torch.float32, dtype)
+    scale = objective.error_scale(t)
     for i, (predicted, target) in enumerate(zip(prediction, objective.target(x0, eps), strict=True)):
-        expected = (predicted.double() - target.double()).square().mean()
+        expected = (predicted.double() - target.double()).square().mean() * (1 if scale is None else scale[i] ** 2)
         torch.testing.assert_close(loss[i].double(), expected, rtol=1e-6, atol=0)
 
 
@@ -222,7 +228,7 @@ def test_the_exact_network_reaches_the_least_loss(objective: Objective) -> None:
     t = torch.full((64,), 0.5, dtype=torch.float64)
     loss = per_sample_loss(objective, lambda x, t, _: denoise(x, t), MU + S * x0, eps, t, t)
     alpha, sigma = objective.alpha(t[0]), objective.sigma(t[0])
-    weight = {"flow": (alpha + sigma) ** 2, "eps": alpha**2}[objective.name]
+    weight = {"flow": (alpha + sigma) ** 2, "eps": alpha**2, "x": (sigma / 0.5) ** 2}[objective.name]
     expected = float((weight * S**2 / variance(objective, t[0])).mean())
     assert float(loss.mean()) == pytest.approx(expected, rel=0.02)
 

@@ -16,20 +16,21 @@ from pomscale.base.errors import InputError
 from pomscale.config.names import SamplerName
 from pomscale.diffusion.draws import sampling_noise, step_noise
 from pomscale.diffusion.generate import generate
-from pomscale.diffusion.objectives import OBJECTIVES, Objective, interpolate
+from pomscale.diffusion.objectives import Objective, interpolate
 from pomscale.diffusion.options import SamplingOptions
 from pomscale.diffusion.samplers import SAMPLERS, build_sampler
 from pomscale.diffusion.samplers.types import Denoiser
 from pomscale.diffusion.time_grids import sampling_times, start_of
 from support.gaussian import MU, SHAPE, S, exact_denoiser, exact_solution, normal, variance
+from support.objectives import EPS, EXACT, FLOW
 from support.tiny_pictures import dipom
 
-FLOW, EPS = OBJECTIVES["flow"](), OBJECTIVES["eps"]()
 STEPS = 11
 EXPLICIT = (0.999, *(i / 300 for i in range(299, -1, -1)))
 STOCHASTIC = [("ddpm", None), ("ddim", 1.0), ("ddim", 0.4), ("sde", 1.0), ("sde", 0.3)]
 
-every_objective = pytest.mark.parametrize("objective", [FLOW, EPS], ids=["flow", "eps"])
+every_objective = pytest.mark.parametrize("objective", EXACT.values(), ids=EXACT)
+flow_and_eps = pytest.mark.parametrize("objective", [FLOW, EPS], ids=["flow", "eps"])
 
 
 # --- beside diffusers ------------------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def test_ddpm_equals_diffusers() -> None:
     ("name", "scheduler_class"),
     [("dpmpp_2m", diffusers.DPMSolverMultistepScheduler), ("unipc", diffusers.UniPCMultistepScheduler)],
 )
-@every_objective
+@flow_and_eps
 def test_multistep_samplers_equal_diffusers(
     objective: Objective, name: SamplerName, scheduler_class: Any, steps: int
 ) -> None:
@@ -306,7 +307,7 @@ def plain(name: SamplerName, objective: Objective, denoise: Denoiser, x: Tensor,
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "heun"])
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
-@every_objective
+@flow_and_eps
 def test_default_options_give_the_same_bits_as_ever(objective: Objective, guidance: float, name: SamplerName) -> None:
     network, condition, null = dipom(), torch.tensor([0, 4, 2]), torch.full((3,), 5)
     noise = sampling_noise([1, 2, 3], SHAPE, condition)

@@ -33,7 +33,9 @@ def add(verbs: Any) -> None:
 
 
 def _add_heldout(verbs: Any) -> None:
-    heldout = verbs.add_parser("heldout", help="Measure the held-out loss by time bin, with fixed noise")
+    heldout = verbs.add_parser(
+        "heldout", help="Measure the held-out loss by time bin, of training and in v, with fixed noise"
+    )
     add_model(heldout)
     heldout.add_argument("--data", metavar="DATASET", help="Held-out dataset (default: the recipe's validation.path)")
     heldout.add_argument(
@@ -83,7 +85,7 @@ def _heldout(arguments: argparse.Namespace) -> int:
 
     if arguments.out:
         check_can_be_written(arguments.out)
-    loss = measure_heldout(
+    loss, space = measure_heldout(
         arguments.model,
         data=arguments.data,
         text=arguments.text,
@@ -92,7 +94,8 @@ def _heldout(arguments: argparse.Namespace) -> int:
         weights=arguments.weights,
         device=arguments.device,
     )
-    figures = json.dumps({"mean": loss.mean, "by_bin": loss.by_bin})
+    own = {"space": space, "mean": loss.mean, "by_bin": loss.by_bin}
+    figures = json.dumps({**own, "v_mean": loss.v_mean, "v_by_bin": loss.v_by_bin})
     print(figures)
     if arguments.out:
         write_text(arguments.out, figures)

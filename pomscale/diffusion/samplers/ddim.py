@@ -24,7 +24,8 @@ def ddim(
     """Return x (b, ...) at times[-1] from x (b, ...) at times[0], by one network evaluation per step.
 
     Estimate (x0, eps) from the prediction, then mix them again for the next time. With eta = 0 this equals Euler in
-    the path's own variables on every path; DDIM is the form that never divides by alpha of the next time. With eta > 0,
+    the path's own variables on every path, but for the clamp of objective x; DDIM is the form that never divides by
+    alpha of the next time. With eta > 0,
     which needs `step_noise`, a part of eps is replaced by new noise of eta times the standard deviation that x at the
     next time has given x and x0 (equation 16, on any path).
     """

@@ -1,4 +1,4 @@
-"""Euler: first order in the sampling equation dy/ds = prediction."""
+"""Euler: first order in the sampling equation dy/ds = slope."""
 
 from __future__ import annotations
 
@@ -15,5 +15,6 @@ def euler(objective: Objective, denoise: Denoiser, x: Tensor, times: Tensor) -> 
     for t, t_next in pairwise(times.to(x.device)):
         y, s = objective.to_ode(x, t)
         _, s_next = objective.to_ode(x, t_next)
-        x = objective.from_ode(y + (s_next - s) * denoise(x, t.to(x.dtype).expand(len(x))), t_next)
+        slope = objective.slope(x, t, denoise(x, t.to(x.dtype).expand(len(x))))
+        x = objective.from_ode(y + (s_next - s) * slope, t_next)
     return x

@@ -18,9 +18,9 @@ def heun(objective: Objective, denoise: Denoiser, x: Tensor, times: Tensor) -> T
     for t, t_next in pairwise(times.to(x.device)):
         y, s = objective.to_ode(x, t)
         _, s_next = objective.to_ode(x, t_next)
-        slope = denoise(x, t.to(x.dtype).expand(len(x)))
+        slope = objective.slope(x, t, denoise(x, t.to(x.dtype).expand(len(x))))
         x = objective.from_ode(y + (s_next - s) * slope, t_next)
         if t_next > 0:
-            slope_next = denoise(x, t_next.to(x.dtype).expand(len(x)))
+            slope_next = objective.slope(x, t_next, denoise(x, t_next.to(x.dtype).expand(len(x))))
             x = objective.from_ode(y + (s_next - s) * (slope + slope_next) / 2, t_next)
     return x

@@ -1,4 +1,4 @@
-"""Midpoint: second order in the sampling equation dy/ds = prediction."""
+"""Midpoint: second order in the sampling equation dy/ds = slope."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ def midpoint(objective: Objective, denoise: Denoiser, x: Tensor, times: Tensor) 
         y, s = objective.to_ode(x, t)
         _, s_next = objective.to_ode(x, t_next)
         t_half = _half_way(objective, t, t_next)
-        x_half = objective.from_ode(y + (s_next - s) / 2 * denoise(x, t.to(x.dtype).expand(len(x))), t_half)
-        slope = denoise(x_half, t_half.to(x.dtype).expand(len(x)))
+        slope = objective.slope(x, t, denoise(x, t.to(x.dtype).expand(len(x))))
+        x_half = objective.from_ode(y + (s_next - s) / 2 * slope, t_half)
+        slope = objective.slope(x_half, t_half, denoise(x_half, t_half.to(x.dtype).expand(len(x))))
         x = objective.from_ode(y + (s_next - s) * slope, t_next)
     return x
 

@@ -35,12 +35,13 @@ def sde(
         y, s = objective.to_ode(x, t)
         _, s_next = objective.to_ode(x, t_next)
         prediction = denoise(x, t.to(x.dtype).expand(len(x)))
+        slope = objective.slope(x, t, prediction)
         if eta == 0 or t_next == 0:
-            x = objective.from_ode(y + (s_next - s) * prediction, t_next)
+            x = objective.from_ode(y + (s_next - s) * slope, t_next)
             continue
         assert step_noise is not None, "eta > 0 needs noise"
         _, eps = objective.decompose(x, t, prediction)
         added = math.sqrt(2 * eta * float(s) * float(s - s_next))
-        drift = (s_next - s) * (prediction + eta * eps)
+        drift = (s_next - s) * (slope + eta * eps)
         x = objective.from_ode(y + drift + added * step_noise(step).to(x), t_next)
     return x

@@ -16,6 +16,7 @@ from pomscale.base.keyed_random import Stream, keyed_uniforms
 from pomscale.codecs.base import Codec
 from pomscale.codecs.extractors.base import weights_identity
 from pomscale.config.hardware import Precision
+from pomscale.config.time_shift import time_shift
 from pomscale.diffusion.options import SamplingChanges, SamplingOptions
 from pomscale.evaluation.generated.crops import crop_of_training
 from pomscale.evaluation.generated.picture_sets import QUANTISATION, Batch, to_pixels
@@ -88,7 +89,8 @@ class GeneratedPictures:
             raise InputError(f"{source.path}: --classes and --labels none: pictures of no class have none of these")
         self._set = _weights_to_use(self._weights, source.weights)
         options = SamplingOptions.from_recipe(card.sampling, **drawing.changes)
-        self._options = options.resolved(card.diffusion.objective)
+        shift = time_shift(card.diffusion, card.model, card.model.latent_shape)
+        self._options = options.resolved(card.diffusion.objective, shift)
         self._model = _Hashed.load(self._weights.folder, self._set, source)
         self._guide = None if source.guide is None else _Hashed.load(source.guide, "ema", source)
         if self._guide is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,14 @@ import yaml
 from pomscale.base.console import format_count, format_duration
 from pomscale.monitoring.report import html
 from pomscale.monitoring.report.plots import Panel, Style, draw_overview, draw_panel, draw_times, run_styles
-from pomscale.monitoring.report.run import Run, evaluation_figures, read_object, sample_grids, sample_prompts
+from pomscale.monitoring.report.run import (
+    V_LOSS_TITLE,
+    Run,
+    evaluation_figures,
+    read_object,
+    sample_grids,
+    sample_prompts,
+)
 from pomscale.runs.evaluation_log import CurveNames
 from pomscale.runs.layout import CODE_STATE_FILE, RECIPE_FILE
 from pomscale.runs.metric_names import (
@@ -29,11 +37,12 @@ from pomscale.runs.metric_names import (
 from pomscale.runs.result_settings import result_key, what_differs
 
 # Metrics that most readers compare; all others that were logged are one click away.
-_FOREMOST = ("train/loss", "validation/loss", "speed/samples_per_s", "speed/mfu", "memory/peak_gib")
+_FOREMOST = (
+    "train/loss", "validation/loss", "validation/v_loss", "speed/samples_per_s", "speed/mfu", "memory/peak_gib",
+)  # fmt: skip
 
+_LOSSES = (("training loss", "train/loss", True), ("held-out loss", "validation/loss", False))
 _CURVES = (
-    ("training loss", "train/loss", True),
-    ("held-out loss", "validation/loss", False),
     ("speed, samples/s", "speed/samples_per_s", True),
     ("model FLOP/s over the devices' peak", "speed/mfu", True),
     ("gradient norm", "train/grad_norm", True),
@@ -112,19 +121,34 @@ def _tail(folder: Path, num_parts: int) -> str:
 
 def _panels(named: Mapping[str, Run]) -> list[Panel]:
     """Return a panel for every curve that at least one run has."""
-
-    def lines(metric: str) -> dict[str, tuple[list[int], list[float]]]:
-        return {name: run.history.series[metric] for name, run in named.items() if metric in run.history.series}
-
+    lines = partial(_lines, named)
     metrics = {metric for run in named.values() for metric in run.history.series}
     single = [names[0] for names in evaluation_figures(metrics) if len(names) == 1]
     panels = [
-        *(Panel(title, lines(metric), noisy) for title, metric, noisy in _CURVES[:2]),
-        Panel("last held-out loss by time bin, 0 = nearest to the data", _by_bin(named), x_name="time bin"),
+        *_loss_panels(named),
+        Panel(V_LOSS_TITLE, lines("validation/v_loss")),
         *(panel for panel in _evaluation_panels(named, single, lines) if panel.varies),
-        *(Panel(title, lines(metric), noisy) for title, metric, noisy in _CURVES[2:]),
+        *(Panel(title, lines(metric), noisy) for title, metric, noisy in _CURVES),
     ]
     return [panel for panel in panels if panel.lines]
+
+
+def _lines(named: Mapping[str, Run], metric: str) -> dict[str, tuple[list[int], list[float]]]:
+    return {name: run.history.series[metric] for name, run in named.items() if metric in run.history.series}
+
+
+def _loss_panels(named: Mapping[str, Run]) -> list[Panel]:
+    """Return panels of the losses of training; runs whose losses are of different things do not share one."""
+    spaces: dict[str, dict[str, Run]] = {}
+    for name, run in named.items():
+        spaces.setdefault(run.loss_space, {})[name] = run
+    panels = []
+    for space, runs in spaces.items():
+        of_space = f", {space}" if len(spaces) > 1 else ""
+        panels += [Panel(title + of_space, _lines(runs, metric), noisy) for title, metric, noisy in _LOSSES]
+        by_bin = f"last held-out loss by time bin, 0 = nearest to the data{of_space}"
+        panels.append(Panel(by_bin, _by_bin(runs), x_name="time bin"))
+    return panels
 
 
 def _evaluation_panels(

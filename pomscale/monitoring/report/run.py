@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from pomscale.base.console import format_count, format_duration
 from pomscale.base.jsonl import read_json_lines
+from pomscale.config.train import DiffusionConfig
 from pomscale.monitoring.report import html
 from pomscale.monitoring.report.plots import Panel, draw_overview, draw_panel, draw_times
 from pomscale.runs.checkpoint_folder import is_complete
@@ -50,6 +52,8 @@ _NUM_ALERTS = 20
 
 FAMILY = re.compile(r"(.+)_\d+$")
 
+V_LOSS_TITLE = "held-out loss in v, the same for every objective"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -74,6 +78,16 @@ class Run:
     def last_samples(self) -> int:
         """Samples of the last row that counts."""
         return max(samples[-1] for samples, _ in self.history.series.values())
+
+    @property
+    def loss_space(self) -> str:
+        """What the training loss is measured of, by the recipe; see DiffusionConfig.loss_space."""
+        recipe = self.folder / RECIPE_FILE
+        try:
+            diffusion = yaml.safe_load(recipe.read_bytes())["diffusion"]
+            return DiffusionConfig.model_validate(diffusion).loss_space
+        except (FileNotFoundError, yaml.YAMLError, KeyError, TypeError, ValidationError):
+            return "not known of what"
 
     def last(self, metric: str) -> float | None:
         """Return the last value of a metric; None if it was never logged."""
@@ -156,6 +170,7 @@ def _panels(history: History) -> list[Panel]:
     bins = sorted(name for name in history.series if name.startswith(VALIDATION_BIN_PREFIX))
     panels = [
         Panel("loss", lines({"train/loss": "training", "validation/loss": "held-out"}), noisy=True),
+        Panel(V_LOSS_TITLE, lines({"validation/v_loss": "held-out"})),
         Panel(
             "held-out loss by time bin, 0 = nearest to the data",
             lines({name: f"bin {name.removeprefix(VALIDATION_BIN_PREFIX)}" for name in bins}),
@@ -212,6 +227,7 @@ def _tiles(run: Run) -> str:
     for label, name in (
         ("training loss", "train/loss"),
         ("held-out loss", "validation/loss"),
+        ("held-out loss in v", "validation/v_loss"),
         ("samples per second", "speed/samples_per_s"),
         ("peak memory, GiB", "memory/peak_gib"),
     ):

@@ -12,6 +12,7 @@ import pytest
 
 from pomscale.config.codecs import SdVaeCodecConfig
 from pomscale.config.encode import EncodeRecipe
+from pomscale.config.identity import differences
 from pomscale.config.load import dump_recipe, load_encode_recipe, load_recipe, load_train_recipe
 from pomscale.config.mixer import AttentionMixerConfig, PomMixerConfig
 from pomscale.config.train import TrainRecipe
@@ -210,7 +211,7 @@ def test_all_problems_are_listed_each_at_the_file_and_line_that_wrote_it(write: 
         ("validation: {every_samples: 8}", "validation.path: missing; set it here or in a base file"),
         (
             "diffusion: {objective: flwo}",
-            "diffusion.objective: must be 'flow' or 'eps', got 'flwo'; did you mean 'flow'?",
+            "diffusion.objective: must be 'flow', 'eps' or 'x', got 'flwo'; did you mean 'flow'?",
         ),
         ("engine: fdsp2", "engine: must be 'fsdp2' or 'deepspeed', got 'fdsp2'; did you mean 'fsdp2'?"),
         ("optimizer: {lr: .nan}", "optimizer.lr: input should be a finite number, got nan"),
@@ -312,6 +313,16 @@ def test_a_recipe_of_the_other_kind_is_refused(write: Write) -> None:
         ),
         ("ema={post_hoc: {widths: [0.05, 0.0500000001], every_samples: 64}}", "ema.post_hoc.widths: a width is there"),
         ("checkpoint={every_samples: 128, keep_best: 2}", "checkpoint.keep_best: nothing is measured"),
+        ("diffusion.noise_scale=2", "diffusion.noise_scale: is for objective x, and this is flow"),
+        ("diffusion={objective: eps, noise_scale: 1}", "diffusion.noise_scale: is for objective x, and this is eps"),
+        ("diffusion={objective: eps, clamp: 0.1}", "diffusion.clamp: is for objective x, and this is eps"),
+        ("diffusion={objective: x, clamp: 0}", "diffusion.clamp: input should be greater than 0"),
+        ("diffusion={objective: x, clamp: 1}", "diffusion.clamp: input should be less than 1"),
+        ("diffusion={objective: x, noise_scale: 0}", "diffusion.noise_scale: input should be greater than 0"),
+        (
+            "diffusion={objective: eps, time: {shift_base_tokens: 16}}",
+            "diffusion.time.shift_base_tokens: is for objectives flow and x, and this is eps",
+        ),
         ("mesh.sp=17", "mesh.sp: 17 ranks cannot share the 16 tokens of a sample; use at most 16"),
         ("faults.consistency_every_samples=640", "faults.consistency_every_samples: every parameter is on one rank"),
     ],
@@ -319,6 +330,31 @@ def test_a_recipe_of_the_other_kind_is_refused(write: Write) -> None:
 def test_values_that_contradict_each_other_are_named(write: Write, override: str, expected: str) -> None:
     (problem,) = problems(write("train.yaml", TRAIN), override)
     assert f": {expected}" in problem
+
+
+def test_objective_x_has_the_clamp_and_noise_scale_of_jit_and_the_others_have_none(write: Write) -> None:
+    path = write("train.yaml", TRAIN)
+    fields = [
+        (config.clamp, config.noise_scale)
+        for config in (
+            train(path).diffusion,
+            train(path, "diffusion.objective=eps").diffusion,
+            train(path, "diffusion.objective=x").diffusion,
+            train(path, "diffusion={objective: x, clamp: null, noise_scale: 2}").diffusion,
+        )
+    ]
+    assert fields == [(None, None), (None, None), (0.05, 1.0), (0.05, 2.0)]
+
+
+def test_a_run_that_began_before_objective_x_goes_on_and_a_change_of_it_is_named(write: Write) -> None:
+    path = write("train.yaml", TRAIN)
+    flow, x = (train(path, f"diffusion.objective={name}").model_dump(mode="json") for name in ("flow", "x"))
+    then = {**flow, "diffusion": {**flow["diffusion"], "time": dict(flow["diffusion"]["time"])}}
+    del then["diffusion"]["clamp"], then["diffusion"]["noise_scale"], then["diffusion"]["time"]["shift_base_tokens"]
+    assert differences(then, flow) == []
+    assert "diffusion.objective: flow then, x now" in differences(then, x)
+    other = train(path, "diffusion={objective: x, noise_scale: 2}").model_dump(mode="json")
+    assert differences(x, other) == ["diffusion.noise_scale: 1.0 then, 2.0 now"]
 
 
 def test_attention_cannot_share_tokens(write: Write) -> None:

@@ -189,6 +189,16 @@ def test_diff_shows_what_differs_and_nothing_else(copied: Path) -> None:
     assert (last[0], last[-1]) == ("320", "+50.00%")
 
 
+def test_diff_of_two_objectives_compares_the_loss_that_both_have(copied: Path) -> None:
+    other = Path(shutil.copytree(copied / "tiny", copied / "other"))
+    recipe = other / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("objective: flow", "objective: x"))
+    told = diff(copied / "tiny", other)
+    assert "losses of training: not compared, since the objectives measure different things" in told
+    assert "training loss at" not in told
+    assert "held-out loss at" not in told
+
+
 def test_diff_needs_recipes(copied: Path) -> None:
     (copied / "tiny" / "recipe.yaml").unlink()
     with pytest.raises(InputError, match=r"holds no recipe\.yaml"):

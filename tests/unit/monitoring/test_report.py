@@ -298,6 +298,21 @@ def test_runs_share_a_plot_only_of_the_same_settings(two_runs: list[Path]) -> No
     assert cells(text, "evaluation/images/fid") == ["9609", "9608"]
 
 
+def test_losses_of_two_objectives_share_no_plot_but_that_of_v(two_runs: list[Path]) -> None:
+    for folder, diffusion in zip(two_runs, ("{objective: flow}", "{objective: x, noise_scale: 2}"), strict=True):
+        with (folder / "recipe.yaml").open("a") as recipe:
+            recipe.write(f"diffusion: {diffusion}\n")
+        JsonlSink(folder, 1).log(100_000, {"validation/v_loss": 0.25})
+    runs = [Run(folder, read_history(folder), None) for folder in two_runs]
+    names = [folder.name for folder in two_runs]
+    panels = {panel.title: list(panel.lines) for panel in compare._panels(compare._named(runs))}
+    assert panels[run_report.V_LOSS_TITLE] == names
+    for loss in ("training loss", "held-out loss", "last held-out loss by time bin, 0 = nearest to the data"):
+        assert loss not in panels
+        assert panels[f"{loss}, v"] == names[:1]
+        assert panels[f"{loss}, v of x, clamp 0.05, noise scale 2"] == names[1:]
+
+
 def test_runs_of_one_name_are_told_apart(two_runs: list[Path], tmp_path: Path) -> None:
     folders = [tmp_path / place / "run" for place in ("here", "there")]
     for run, folder in zip(two_runs, folders, strict=True):

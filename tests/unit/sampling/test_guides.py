@@ -11,7 +11,7 @@ from pomscale.base.errors import InputError
 from pomscale.config.codecs import PixelCodecConfig
 from pomscale.config.model import ImageModelConfig
 from pomscale.config.sampling import SamplingConfig
-from pomscale.config.train import DiffusionConfig
+from pomscale.config.train import DiffusionConfig, TimeConfig
 from pomscale.diffusion.samplers import SAMPLERS
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.load import PretrainedDiPoM
@@ -23,7 +23,9 @@ COMMON: dict[str, Any] = {"num_steps": 4, "guidance": 1.5}
 def pretrained(
     seed: int = 0,
     *,
-    objective: Literal["flow", "eps"] = "flow",
+    objective: Literal["flow", "eps", "x"] = "flow",
+    noise_scale: float | None = None,
+    shift_base_tokens: int | None = None,
     mean: tuple[float, ...] = (0.0,) * 3,
     names: tuple[str, ...] = (),
     **fields: Any,
@@ -32,7 +34,9 @@ def pretrained(
     model = PretrainedDiPoM(
         ModelCard(
             model=config,
-            diffusion=DiffusionConfig(objective=objective),
+            diffusion=DiffusionConfig(
+                objective=objective, noise_scale=noise_scale, time=TimeConfig(shift_base_tokens=shift_base_tokens)
+            ),
             sampling=SamplingConfig(),
             codec=PixelCodecConfig(name="pixel"),
             codec_identity=None,
@@ -72,8 +76,25 @@ def test_a_guide_of_other_data_is_refused(guide: dict[str, Any], message: str) -
         sample(pretrained(names=("a", "c")), [0], seeds=[0], guide=pretrained(**guide), **COMMON)
 
 
+def test_a_guide_of_another_noise_scale_is_refused_and_one_of_the_same_is_not() -> None:
+    model, guide = (pretrained(seed, objective="x", noise_scale=2.0) for seed in range(2))
+    assert not sample(model, [0], seeds=[0], guide=guide, **COMMON).equal(sample(model, [0], seeds=[0], num_steps=4))
+    with pytest.raises(InputError, match=r"guide: its noise scale is 1\.0, and the model's is 2\.0"):
+        sample(model, [0], seeds=[0], guide=pretrained(objective="x"), **COMMON)
+
+
+@pytest.mark.parametrize("objective", ["flow", "x"])
+def test_pictures_are_drawn_on_the_shifted_grid_of_training(objective: Any) -> None:
+    """4 tokens where the times of 1 stay as they are: the shift is 2."""
+    model, plain = pretrained(objective=objective, shift_base_tokens=1), pretrained(objective=objective)
+    draw: dict[str, Any] = {"seeds": [0], "num_steps": 4}
+    assert sample(model, [0], **draw).equal(sample(plain, [0], **draw, shift=2.0))
+    assert sample(model, [0], **draw, grid="uniform").equal(sample(plain, [0], **draw))
+    assert not sample(model, [0], **draw).equal(sample(plain, [0], **draw))
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("objective", ["flow", "eps"])
+@pytest.mark.parametrize("objective", ["flow", "eps", "x"])
 def test_pictures_of_every_sampler_are_finite_and_of_their_seed(sampler: Any, objective: Any) -> None:
     model = pretrained(objective=objective)
     options: dict[str, Any] = {"sampler": sampler, "guidance_interval": (0.1, 0.9), "grid": "rho", **COMMON}

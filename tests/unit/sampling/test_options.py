@@ -52,6 +52,7 @@ def test_another_sampler_does_not_take_over_eta_and_another_grid_replaces_all_of
         ("flow", {"sampler": "sde", "grid": "rho"}, ("sde", 1.0, "rho", 7.0)),
         ("flow", {"sampler": "ddpm", "shift": 2.0}, ("ddpm", None, "shift", None)),
         ("eps", {"eta": 0.3, "rho": 5.0}, ("ddim", 0.3, "rho", 5.0)),
+        ("x", {}, ("heun", None, "uniform", None)),
     ],
 )
 def test_resolved_options_leave_nothing_open(objective: str, options: Any, expected: tuple[Any, ...]) -> None:
@@ -59,6 +60,23 @@ def test_resolved_options_leave_nothing_open(objective: str, options: Any, expec
     assert (found.sampler, found.eta, found.grid, found.rho) == expected
     assert found.resolved(objective) == found
     assert found.adds_noise == (found.sampler == "ddpm" or bool(found.eta))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("shift", 2.5)),
+        ({"grid": "uniform"}, ("uniform", None)),
+        ({"shift": 3.0}, ("shift", 3.0)),
+        ({"rho": 5.0}, ("rho", None)),
+        ({"times": (1.0, 0.5, 0.0)}, ("times", None)),
+    ],
+)
+def test_the_shift_of_training_is_the_grid_where_none_is_chosen(options: Any, expected: tuple[str, Any]) -> None:
+    found = SamplingOptions(**options).resolved("flow", 2.5)
+    assert (found.grid, found.shift) == expected
+    assert found.resolved("flow") == found
+    assert (found.settings()["grid"], found.settings()["shift"]) == expected
 
 
 def test_settings_are_json_that_leads_back() -> None:
