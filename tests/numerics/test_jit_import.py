@@ -161,7 +161,11 @@ def test_sizes_of_no_preset_need_the_first_block_in_context(tmp_path: Path, caps
         import_jit(file, tmp_path / "out")
     with pytest.raises(InputError, match=r"in_context.start: 4 is no block; they are 0 to 3"):
         import_jit(file, tmp_path / "out", in_context_start=4)
-    assert main(["import", str(file), "--out", str(tmp_path / "out"), "--degree", "3"]) == 2
-    assert "--degree: " in capsys.readouterr().err
-    assert main(["import", str(file), "--out", str(tmp_path / "out"), "--in-context-start", "2"]) == 0
-    assert "tokens in context from block 2 (--in-context-start)" in capsys.readouterr().out
+    command = ["import", str(file), "--out", str(tmp_path / "out")]
+    for options, code in ((["--degree", "3"], 2), (["--in-context-start", "2"], 0)):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, *options])
+        assert ended.value.code == code
+    printed = capsys.readouterr()
+    assert f"--degree: {file} is a checkpoint of JiT, which has none" in printed.err
+    assert "tokens in context from block 2 (--in-context-start)" in printed.out
