@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -31,6 +31,18 @@ class InContextConfig(Section):
     start: NonNegativeInt = Field(description="Number of the block, from 0, that is the first to read them.")
 
 
+class DropoutConfig(Section):
+    """Dropout in training, of what attention adds and of the hidden features of the feed-forward (JiT)."""
+
+    rate: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(description="Share of the numbers that are set to 0.")
+    first: NonNegativeInt = Field(0, description="Number of the first block with dropout, from 0.")
+    last: NonNegativeInt | None = Field(None, description="Number of the last block with dropout; null = of all.")
+
+    def rate_of(self, number: int) -> float:
+        """Return the rate in a block."""
+        return self.rate if self.first <= number and (self.last is None or number <= self.last) else 0.0
+
+
 @dataclass(frozen=True)
 class BlockConfig:
     """Choices of a block beside its mixer; the fields are those of `TrunkConfig`."""
@@ -40,6 +52,9 @@ class BlockConfig:
     ffn: FeedForwardName = "gelu"
     norm: NormName = "layer"
     gates: GatesName = "1+g"
+    dropout: float = 0.0
+    number: int = 0
+    """Number of the block, by which its dropout differs from that of others."""
 
     @property
     def ffn_width(self) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
 from pomscale.config.block import (
     BlockConfig,
+    DropoutConfig,
     FeedForwardName,
     GatesName,
     InContextConfig,
@@ -39,7 +41,9 @@ def _nearest_preset(name: str) -> str:
 class TrunkConfig(GrownSection):
     """Blocks of a network. A preset fills every field that the recipe does not set."""
 
-    _later = frozenset({"norm", "ffn", "gates", "positions", "time_embedding", "patch_embedding", "in_context"})
+    _later = frozenset(
+        {"norm", "ffn", "gates", "positions", "time_embedding", "patch_embedding", "in_context", "dropout"}
+    )
 
     _presets: ClassVar[dict[str, dict[str, Any]]]
     _num_axes: ClassVar[Literal[2, 3]]
@@ -62,6 +66,7 @@ class TrunkConfig(GrownSection):
     in_context: InContextConfig | None = Field(
         None, description="Pictures: tokens of the class beside those of the picture; null = none."
     )
+    dropout: DropoutConfig | None = Field(None, description="Dropout in training; null = none.")
     norm: NormName = Field("layer", description="layer: without weights; rms: RMS norms, each with a weight.")
     gates: GatesName = Field(
         "1+g", description="Factor of what a mixer or feed-forward adds: 1 + g or g, where g depends on the condition."
@@ -111,6 +116,11 @@ class TrunkConfig(GrownSection):
             raise ValueError("positions: none leaves tokens without any; set rope: true in a mixer, or sincos here")
         if self.in_context is not None and self.in_context.start >= self.depth:
             raise ValueError(f"in_context.start: {self.in_context.start} is no block; they are 0 to {self.depth - 1}")
+        if self.dropout is not None and not any(block.dropout for block in self.blocks):
+            raise ValueError(
+                f"dropout: its range, {self.dropout.first} to {self.dropout.last}, has no block; they are "
+                f"0 to {self.depth - 1}"
+            )
         return self
 
     @property
@@ -129,8 +139,14 @@ class TrunkConfig(GrownSection):
 
     @property
     def block(self) -> BlockConfig:
-        """Choices of all blocks beside their mixers."""
+        """Choices that all blocks share beside their mixers."""
         return BlockConfig(self.dim, self.ffn_expansion, self.ffn, self.norm, self.gates)
+
+    @property
+    def blocks(self) -> list[BlockConfig]:
+        """Choices of every block beside its mixer, length `depth`."""
+        rates = [0.0 if self.dropout is None else self.dropout.rate_of(n) for n in range(self.depth)]
+        return [replace(self.block, dropout=rate, number=number) for number, rate in enumerate(rates)]
 
     def num_block_tokens(self, number: int) -> int:
         """Return the tokens of a sample that a block reads, those of the class among them."""

@@ -1,6 +1,7 @@
 """Layers: modules with weights, which know no models, process groups or sharding."""
 
 from pomscale.layers.attention import Attention, AttentionState
+from pomscale.layers.dropout import Dropout
 from pomscale.layers.embeddings import (
     DataFractionEmbedding,
     InContextTokens,
@@ -30,6 +31,7 @@ __all__ = [
     "BottleneckPatchEmbedding",
     "ClipPatchEmbedding",
     "DataFractionEmbedding",
+    "Dropout",
     "FeedForward",
     "GroupedLinear",
     "InContextTokens",

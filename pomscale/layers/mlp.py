@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Drop = Callable[[Tensor], Tensor]
+"""Dropout of the hidden features."""
 
 
 class FeedForward(nn.Sequential):
@@ -11,6 +16,10 @@ class FeedForward(nn.Sequential):
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, dim))
+
+    def forward(self, x: Tensor, drop: Drop | None = None) -> Tensor:
+        hidden = self[1](self[0](x))
+        return self[2](hidden if drop is None else drop(hidden))
 
 
 class SwiGLU(nn.Module):
@@ -21,6 +30,7 @@ class SwiGLU(nn.Module):
         self.expand = nn.Linear(dim, 2 * width)
         self.contract = nn.Linear(width, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, drop: Drop | None = None) -> Tensor:
         gate, value = self.expand(x).chunk(2, dim=-1)
-        return self.contract(F.silu(gate) * value)
+        hidden = F.silu(gate) * value
+        return self.contract(hidden if drop is None else drop(hidden))

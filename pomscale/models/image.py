@@ -38,7 +38,9 @@ class DiPoM(nn.Module):
         # The last row stands for no class. Given weights, it does not draw its own, which takes half a second on meta.
         self.class_embedding = nn.Embedding.from_pretrained(torch.empty(config.num_classes + 1, dim), freeze=False)
         self.in_context = None if config.in_context is None else InContextTokens(config.in_context.tokens, dim)
-        self.trunk = nn.ModuleList(Block(config.block, build_mixer(dim, mixer)) for mixer in config.mixers)
+        self.trunk = nn.ModuleList(
+            Block(block, build_mixer(dim, mixer)) for block, mixer in zip(config.blocks, config.mixers, strict=True)
+        )
         self.norm = build_norm(config.norm, dim)
         self.modulation = nn.Linear(dim, 2 * dim)
         self.head = nn.Linear(dim, config.patch_size**2 * channels)
@@ -51,11 +53,19 @@ class DiPoM(nn.Module):
         """Return the condition that stands for no class, (batch_size,) int64."""
         return torch.full((batch_size,), self.config.num_classes, dtype=torch.int64, device=device)
 
-    def forward(self, latents: Tensor, t: Tensor, condition: Tensor, split_tokens: SplitTokens | None = None) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        condition: Tensor,
+        split_tokens: SplitTokens | None = None,
+        dropout_seeds: Tensor | None = None,
+    ) -> Tensor:
         """Predict from latents (b c h w), t (b,) in [0, 1] with 1 = noise, and class ids (b,) int64 -> (b c h w).
 
         With split_tokens the result is that of this rank's tokens alone, (b n patch_size^2 c) as `latent_tokens` cuts
-        them. h and w may differ from the config's; ValueError if the patch size does not divide them.
+        them. dropout_seeds (b,) int64 in training; without them there is no dropout. h and w may differ from the
+        config's; ValueError if the patch size does not divide them.
         """
         patch_size = self.config.patch_size
         height, width = latents.shape[2] // patch_size, latents.shape[3] // patch_size
@@ -68,14 +78,20 @@ class DiPoM(nn.Module):
         of_class = self.class_embedding(condition)
         c = (self.time_embedding(t) + of_class)[:, None]
         positions = grid_positions(height, width, device=x.device)[tokens] if self.config.has_rope else None
-        x = self._through_blocks(x, c, of_class, positions, split)
+        x = self._through_blocks(x, c, of_class, positions, split, dropout_seeds)
         scale, shift = self.modulation(F.silu(c)).chunk(2, dim=-1)
         values = self.head(modulate(self.norm(x), shift, scale))
         # No view of what the head gives, for the reason in `unpatchify`.
         return unpatchify(values, height, width, patch_size) if split is None else values.clone()
 
     def _through_blocks(
-        self, x: Tensor, c: Tensor, of_class: Tensor, positions: Tensor | None, split: TokenSplit | None
+        self,
+        x: Tensor,
+        c: Tensor,
+        of_class: Tensor,
+        positions: Tensor | None,
+        split: TokenSplit | None,
+        seeds: Tensor | None,
     ) -> Tensor:
         """Apply the blocks to the picture's tokens x (b n d), and to those of the class (b d) from their block on."""
         num_tokens, in_context = x.shape[1], self.config.in_context
@@ -85,5 +101,5 @@ class DiPoM(nn.Module):
                 x = torch.cat([self.in_context(of_class), x], dim=1)
                 # Position (0, 0) turns nothing.
                 positions = None if positions is None else F.pad(positions, (0, 0, in_context.tokens, 0))
-            x = block(x, c, positions, split)
+            x = block(x, c, positions, split, seeds)
         return x[:, -num_tokens:]

@@ -27,7 +27,7 @@ from pomscale.layers import (
     sincos_positions_3d,
     unpatchify_clips,
 )
-from pomscale.models.block import build_feed_forward, build_mixer, build_norm, gate_offset, mix
+from pomscale.models.block import BlockDropout, build_feed_forward, build_mixer, build_norm, gate_offset, mix
 from pomscale.models.embeddings import build_bottleneck, build_time_embedding
 from pomscale.ops.pom import BlockCausal, Mask, PomState, SplitTokens, TokenSplit, runs_of_frames
 
@@ -56,6 +56,7 @@ class VideoBlock(nn.Module):
         self.modulation = nn.Linear(dim, 8 * dim)
         self.gates = nn.Linear(dim, 3 * dim)
         self.gate_offset = gate_offset(config)
+        self.dropout = BlockDropout(config)
 
     def forward(
         self,
@@ -66,18 +67,21 @@ class VideoBlock(nn.Module):
         mask: Mask = None,
         positions: Tensor | None = None,
         split: TokenSplit | None = None,
+        seeds: Tensor | None = None,
     ) -> Tensor:
         """Apply the block.
 
         text_mask (b m) bool is True where a token takes part; mask is that of the self mixer. positions (n 3) or
         (b n 3) are integers, frame group, row and column, which only self mixers with rope read: a text has none.
-        split: where the tokens lie, if x has only some of them.
+        split: where the tokens lie, if x has only some of them. seeds (b,) int64 of the dropout; None = none.
         """
         modulation, gates = self._of_time(c)
-        x = self._read_text(x, text, text_mask, modulation, gates[0], split)
+        read = self._read_text(x, text, text_mask, modulation, split)
+        x = x + _gated(gates[0], self.dropout.of_cross(self.cross, read, seeds, split), split)
         mixed = mix(self.mixer, _modulated(self.norm3(x), modulation[4:6], split), positions, mask, split)
-        x = x + _gated(gates[1], mixed, split)
-        return x + _gated(gates[2], self.ffn(_modulated(self.norm4(x), modulation[6:], split)), split)
+        x = x + _gated(gates[1], self.dropout.of_mixer(self.mixer, mixed, seeds, split), split)
+        fed = self.ffn(_modulated(self.norm4(x), modulation[6:], split), self.dropout.of_hidden(seeds, split))
+        return x + _gated(gates[2], fed, split)
 
     def step(
         self,
@@ -90,7 +94,7 @@ class VideoBlock(nn.Module):
     ) -> tuple[Tensor, MixerState]:
         """Map the next frame group of a clip as `forward` under the block-causal mask, with the past as a state."""
         modulation, gates = self._of_time(c)
-        x = self._read_text(x, text, text_mask, modulation, gates[0])
+        x = x + _gated(gates[0], self._read_text(x, text, text_mask, modulation))
         mixed, new_state = _step(self.mixer, _modulated(self.norm3(x), modulation[4:6]), state, positions)
         x = x + _gated(gates[1], mixed)
         return x + _gated(gates[2], self.ffn(_modulated(self.norm4(x), modulation[6:]))), new_state
@@ -106,9 +110,9 @@ class VideoBlock(nn.Module):
         text: Tensor,
         text_mask: Tensor,
         modulation: tuple[Tensor, ...],
-        gate: Tensor,
         split: TokenSplit | None = None,
     ) -> Tensor:
+        """Return what the tokens read in the text, (b n d)."""
         scale, shift = modulation[2:4]
         queries, text = _modulated(self.norm1(x), modulation[:2], split), self.norm2(text)[:, None]
         read = []
@@ -119,7 +123,7 @@ class VideoBlock(nn.Module):
             of_times = queries[:, tokens].unflatten(1, (num_times, -1)).flatten(0, 1)
             mask = text_mask[:, None].expand(-1, num_times, -1).flatten(0, 1)
             read.append(self.cross(of_times, context.flatten(0, 1), mask).unflatten(0, (-1, num_times)).flatten(1, 2))
-        return x + _gated(gate, _joined(read), split)
+        return _joined(read)
 
 
 def _step(
@@ -189,8 +193,8 @@ class VDiPoM(nn.Module):
         self.time_embedding = build_time_embedding(config)
         self.text_embedding = nn.Linear(config.text_dim, dim)
         self.trunk = nn.ModuleList(
-            VideoBlock(config.block, build_mixer(dim, mixer.without_rope()), build_mixer(dim, mixer))
-            for mixer in config.mixers
+            VideoBlock(block, build_mixer(dim, mixer.without_rope()), build_mixer(dim, mixer))
+            for block, mixer in zip(config.blocks, config.mixers, strict=True)
         )
         self.norm = build_norm(config.norm, dim)
         self.modulation = nn.Linear(dim, 2 * dim)
@@ -207,24 +211,32 @@ class VDiPoM(nn.Module):
         condition: Text,
         start: Tensor | None = None,
         split_tokens: SplitTokens | None = None,
+        dropout_seeds: Tensor | None = None,
     ) -> Tensor:
         """Predict from latents (b c F H W), or pictures (b c H W), and t (b,) or (b g) in [0, 1] with 1 = noise.
 
         The result is like the latents; with split_tokens, that of this rank's tokens alone, (b n values) as
         `latent_tokens` cuts them. start (b,) int64 is the number of a clip's first frame group, by default 0.
+        dropout_seeds (b,) int64 in training; without them there is no dropout.
         ValueError if the patches do not fill the clips, or if there are neither one t nor g of them.
         """
         clips = latents if latents.ndim == 5 else latents[:, :, None]
         if clips.shape[2] > 1:
-            return self._predict(clips, t, condition, start, split_tokens)
+            return self._predict(clips, t, condition, start, split_tokens, dropout_seeds)
         repeated = clips.expand(-1, -1, self.config.patch_frames, -1, -1)
-        prediction = self._predict(repeated, t, condition, start, split_tokens)
+        prediction = self._predict(repeated, t, condition, start, split_tokens, dropout_seeds)
         if split_tokens is not None:
             return prediction.unflatten(2, (self.config.patch_frames, -1)).mean(2)
         return prediction.mean(2, keepdim=latents.ndim == 5)
 
     def _predict(
-        self, clips: Tensor, t: Tensor, condition: Text, start: Tensor | None, split_tokens: SplitTokens | None
+        self,
+        clips: Tensor,
+        t: Tensor,
+        condition: Text,
+        start: Tensor | None,
+        split_tokens: SplitTokens | None,
+        seeds: Tensor | None,
     ) -> Tensor:
         grid = self._grid(clips)
         split = None if split_tokens is None else split_tokens(math.prod(grid))
@@ -239,7 +251,7 @@ class VDiPoM(nn.Module):
         text = self._embedded_text(condition)
         mask = BlockCausal(grid[1] * grid[2]) if self.config.temporal == "block_causal" else None
         for block in self.trunk:
-            x = block(x, c, text, condition.mask, mask, positions, split)
+            x = block(x, c, text, condition.mask, mask, positions, split, seeds)
         values = self._values(x, c, split)
         # No view of what the head gives, for the reason in `unpatchify`.
         return self._unpatchified(values, grid) if split is None else values.clone()

@@ -11,7 +11,7 @@ from pomscale.config.mixer import Mixer
 from pomscale.config.model import ImageModelConfig, ModelConfig, VideoModelConfig
 from pomscale.plan.model_cost import TEXT_LENGTH, time_widths
 from pomscale.plan.shadow import operators as op
-from pomscale.plan.shadow.mixers import PADDING, Linear, Mask, PoM, build_mixer
+from pomscale.plan.shadow.mixers import PADDING, Attention, Linear, Mask, PoM, build_mixer
 from pomscale.plan.shadow.operators import FP32, INT64, Weight
 from pomscale.plan.shadow.tensor import Tensor
 
@@ -20,16 +20,18 @@ class FeedForward:
     """Feed-forwards of layers/mlp.py."""
 
     def __init__(self, config: BlockConfig) -> None:
-        width, self.is_gated = config.ffn_width, config.ffn == "swiglu"
+        width, self.is_gated, self.has_dropout = config.ffn_width, config.ffn == "swiglu", config.dropout > 0
         self.expand = Linear(config.dim, 2 * width if self.is_gated else width)
         self.contract = Linear(width, config.dim)
 
     def __call__(self, x: Tensor) -> Tensor:
         expanded = self.expand(x)
-        if not self.is_gated:
-            return self.contract(op.activation(expanded))
-        gate, value = op.chunk(expanded, 2)
-        return self.contract(op.activation(gate) * value)
+        if self.is_gated:
+            gate, value = op.chunk(expanded, 2)
+            hidden = op.activation(gate) * value
+        else:
+            hidden = op.activation(expanded)
+        return self.contract(op.dropout(hidden) if self.has_dropout else hidden)
 
     def weights(self) -> list[Weight]:
         return [*self.expand.weights(), *self.contract.weights()]
@@ -51,11 +53,12 @@ class Norm:
 class Block:
     """Mirror of the same name in models/block.py."""
 
-    def __init__(self, config: ImageModelConfig, mixer: Mixer) -> None:
+    def __init__(self, config: BlockConfig, mixer: Mixer) -> None:
         dim = config.dim
         self.mixer, self.has_rope = build_mixer(dim, mixer), mixer.rope is not None
-        self.feed_forward = FeedForward(config.block)
-        self.norms = [Norm(config.block) for _ in range(2)]
+        self.feed_forward = FeedForward(config)
+        self.norms = [Norm(config) for _ in range(2)]
+        self.has_dropout = config.dropout > 0 and isinstance(self.mixer, Attention)
         self.modulation, self.gates = Linear(dim, 4 * dim), Linear(dim, 2 * dim)
 
     def __call__(self, x: Tensor, c: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -64,7 +67,9 @@ class Block:
         scale1, shift1, scale2, shift2 = op.chunk(self.modulation(c), 4)
         gate1, gate2 = op.chunk(1 + self.gates(c), 2)
         norm1, norm2 = self.norms
-        x = x + gate1 * self.mixer(modulate(norm1(x), shift1, scale1), positions=positions)
+        mixed = self.mixer(modulate(norm1(x), shift1, scale1), positions=positions)
+        x = x + gate1 * (op.dropout(mixed) if self.has_dropout else mixed)
+        del mixed
         return x + gate2 * self.feed_forward(modulate(norm2(x), shift2, scale2))
 
     def weights(self) -> list[Weight]:
@@ -75,13 +80,14 @@ class Block:
 class VideoBlock:
     """Block of models/video.py; the condition is (b g 1 d), with one g for every t."""
 
-    def __init__(self, config: VideoModelConfig, mixer: Mixer) -> None:
+    def __init__(self, config: VideoModelConfig, block: BlockConfig, mixer: Mixer) -> None:
         dim = config.dim
         self.cross, self.mixer = build_mixer(dim, mixer.without_rope()), build_mixer(dim, mixer)
         self.has_rope = mixer.rope is not None
         self.mask: Mask = config.num_groups if config.temporal == "block_causal" else None
-        self.feed_forward = FeedForward(config.block)
-        self.norms = [Norm(config.block) for _ in range(4)]
+        self.feed_forward = FeedForward(block)
+        self.norms = [Norm(block) for _ in range(4)]
+        self.has_dropout = block.dropout > 0 and isinstance(self.mixer, Attention)
         self.modulation, self.gates = Linear(dim, 8 * dim), Linear(dim, 3 * dim)
 
     def __call__(self, x: Tensor, c: Tensor, text: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -90,7 +96,7 @@ class VideoBlock:
         modulation, gates = op.chunk(self.modulation(c), 8), op.chunk(1 + self.gates(c), 3)
         x = self.read_text(x, text, modulation, gates[0])
         mixed = self.mixer(modulated(self.norms[2](x), *modulation[4:6]), mask=self.mask, positions=positions)
-        x = x + gated(gates[1], mixed)
+        x = x + gated(gates[1], op.dropout(mixed) if self.has_dropout else mixed)
         del mixed
         return x + gated(gates[2], self.feed_forward(modulated(self.norms[3](x), *modulation[6:])))
 
@@ -102,7 +108,8 @@ class VideoBlock:
         context = modulate(op.view(self.norms[1](text), batch, 1, *text.shape[1:]), shift, scale)
         context = op.view(context, batch * num_times, *text.shape[1:])
         queries = op.view(queries, batch * num_times, num_tokens // num_times, dim)
-        return x + gated(gate, op.view(self.cross(queries, context, PADDING), *x.shape))
+        read = op.view(self.cross(queries, context, PADDING), *x.shape)
+        return x + gated(gate, op.dropout(read) if self.has_dropout else read)
 
     def weights(self) -> list[Weight]:
         parts = (self.cross, self.mixer, self.feed_forward, self.modulation, self.gates, *self.norms)
@@ -209,7 +216,7 @@ class ImageNetwork(Network):
         in_context = config.in_context
         self.in_context = None if in_context is None else Weight((in_context.tokens, config.dim))
         self.start = None if in_context is None else in_context.start
-        self.blocks = [Block(config, mixer) for mixer in config.mixers]
+        self.blocks = [Block(block, mixer) for block, mixer in zip(config.blocks, config.mixers, strict=True)]
 
     def __call__(self, latents: Tensor, call: BlockCall) -> Tensor:
         tape, batch = latents.tape, latents.shape[0]
@@ -247,7 +254,9 @@ class VideoNetwork(Network):
         super().__init__(config, config.patch_frames * config.patch_size**2 * config.latent_shape[0])
         self.num_times, self.text_dim = num_times, config.text_dim
         self.text_embedding = Linear(config.text_dim, config.dim)
-        self.blocks = [VideoBlock(config, mixer) for mixer in config.mixers]
+        self.blocks = [
+            VideoBlock(config, block, mixer) for block, mixer in zip(config.blocks, config.mixers, strict=True)
+        ]
 
     def __call__(self, latents: Tensor, call: BlockCall) -> Tensor:
         tape, batch = latents.tape, latents.shape[0]

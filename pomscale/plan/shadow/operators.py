@@ -148,6 +148,18 @@ def rms_norm(x: Tensor, weight: Weight) -> Tensor:
 _RMS_NORM_CHUNK = 2**18
 
 
+def dropout(x: Tensor) -> Tensor:
+    """Mirror layers/dropout.py: a division, and a fill by a mask that is kept; the hash has two int32 tensors."""
+    numbers = [x.tape.new(x.shape, 4), x.tape.new(x.shape, 4)]
+    mask = x.tape.new(x.shape, BOOL)
+    del numbers
+    divided = scaled(x)
+    result = x.tape.new(x.shape, x.itemsize)
+    shape, itemsize, tape = x.shape, x.itemsize, x.tape
+    record([divided], [result], [mask], lambda gradients, saved: [tape.new(shape, itemsize)])
+    return result
+
+
 def clamp(x: Tensor) -> Tensor:
     """Clamp x, which is differentiated from the input, by a mask of two comparisons."""
     result = x.tape.new(x.shape, x.itemsize)
@@ -430,7 +442,7 @@ def mean_squared(error: Tensor) -> Tensor:
 
 __all__ = [
     "BF16", "BOOL", "FP16", "FP32", "INT64", "Weight", "activation", "attention", "broadcast", "cast", "chunk", "clamp",
-    "concatenate", "concatenate_tokens", "convolution", "difference", "embedding", "grouped_linear", "last_tokens",
-    "layer_norm", "linear", "matrix_product", "mean_squared", "part", "rms_norm", "scaled", "sigmoid", "sum_tokens",
-    "unbind", "view", "whole_mixer",
+    "concatenate", "concatenate_tokens", "convolution", "difference", "dropout", "embedding", "grouped_linear",
+    "last_tokens", "layer_norm", "linear", "matrix_product", "mean_squared", "part", "rms_norm", "scaled", "sigmoid",
+    "sum_tokens", "unbind", "view", "whole_mixer",
 ]  # fmt: skip
