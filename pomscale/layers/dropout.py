@@ -44,7 +44,7 @@ def _hashed(seeds: Tensor, number: int, shape: torch.Size, first_token: int) -> 
 def _mixed(x: Tensor) -> Tensor:
     """Mix the bits of int32 x in place; each bit of the result depends on all of x."""
     for shift, factor in ((16, _FIRST), (15, _SECOND), (16, None)):
-        x ^= (x >> shift) & (2 ** (32 - shift) - 1)  # a shift of int32 fills with the sign
+        x ^= (x >> shift).bitwise_and_(2 ** (32 - shift) - 1)  # a shift of int32 fills with the sign
         if factor is not None:
             x *= factor
     return x

@@ -13,6 +13,7 @@ from pomscale.layers import (
     Attention,
     BottleneckPatchEmbedding,
     DataFractionEmbedding,
+    Dropout,
     InContextTokens,
     RMSNorm,
     SwiGLU,
@@ -118,6 +119,33 @@ def test_tokens_in_context() -> None:
     layer = InContextTokens(3, 4)
     of_class = torch.randn(2, 4)
     assert torch.equal(layer(of_class)[1, 2], of_class[1] + layer.positions[2])
+
+
+# --- dropout ---------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_sets_its_share_to_zero_and_scales_the_rest() -> None:
+    layer, x = Dropout(0.2, 7), torch.randn(4, 50, 200)
+    seeds = torch.tensor([0, 1, 2**31 - 1, 12345])
+    y = layer(x, seeds)
+    dropped = y == 0
+    for axes in ((0, 1, 2), (1, 2), (0, 2), (0, 1)):
+        share = dropped.float().mean(axes)
+        spread = math.sqrt(0.2 * 0.8 * share.numel() / x.numel())
+        assert ((share - 0.2).abs() < 5 * spread).all()
+    torch.testing.assert_close(y[~dropped], x[~dropped] / 0.8)
+    assert layer(x, None) is x
+    # Samples, layers and neighbours are independent.
+    others = (dropped.roll(1, 0), Dropout(0.2, 8)(x, seeds) == 0, dropped.roll(1, 2), dropped.roll(1, 1))
+    for other in others:
+        assert float((dropped & other).float().mean()) == pytest.approx(0.04, abs=0.006)
+
+
+def test_dropout_is_that_of_the_sample_wherever_its_tokens_are() -> None:
+    layer, x, seeds = Dropout(0.5, 3), torch.ones(3, 20, 6), torch.tensor([5, 9, 13])
+    whole = layer(x, seeds)
+    assert torch.equal(layer(x[1:2], seeds[1:2]), whole[1:2])
+    assert torch.equal(layer(x[:, 7:15], seeds, first_token=7), whole[:, 7:15])
 
 
 # --- attention with rotary positions and norms -----------------------------------------------------------------------

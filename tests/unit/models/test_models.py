@@ -241,6 +241,24 @@ def test_output_has_the_shape_of_the_latents_and_depends_on_everything(choices: 
     assert model(other_resolution, t, condition).shape == other_resolution.shape
 
 
+@pytest.mark.parametrize("mixer", [ROTARY_ATTENTION, V2], ids=["attention", "pom"])
+def test_dropout_acts_in_its_blocks_and_in_training_alone(mixer: dict[str, Any]) -> None:
+    config = tiny(mixer=mixer, depth=3, dropout={"rate": 0.5, "first": 1, "last": 1})
+    model, plain = awaken(DiPoM(config)), awaken(DiPoM(tiny(mixer=mixer, depth=3)))
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    inputs, seeds = batch(config), torch.tensor([3, 4])
+    assert torch.equal(model(*inputs), plain(*inputs))
+    y = model(*inputs, dropout_seeds=seeds)
+    assert not torch.allclose(y, model(*inputs))
+    assert torch.equal(y, model(*inputs, dropout_seeds=seeds))
+    alone = model(*(value[1:] for value in inputs), dropout_seeds=seeds[1:])
+    torch.testing.assert_close(alone, y[1:])
+    x, c = torch.randn(2, 5, 16), torch.randn(2, 1, 16)
+    positions = torch.zeros(5, 2, dtype=torch.int64)
+    changed = [not torch.equal(block(x, c, positions, None, seeds), block(x, c, positions)) for block in model.blocks()]
+    assert changed == [False, True, False]
+
+
 def test_samples_do_not_see_each_other() -> None:
     model = awaken(DiPoM(tiny()))
     latents, t, condition = batch(tiny())

@@ -169,6 +169,7 @@ TRUNKS: dict[str, dict[str, Any]] = {
     "JiT": {**JIT, "mixer": ROTARY_ATTENTION, "in_context": {"tokens": 5, "start": 1}},
     "JiT with PoM": {**JIT, "mixer": {**V2, "heads": 16}, "in_context": {"tokens": 5, "start": 1}},
     "rotary positions alone": {"positions": "none", "mixer": ROTARY_ATTENTION},
+    "dropout": {"mixer": "attention", "ffn": "swiglu", "dropout": {"rate": 0.2, "first": 1, "last": 2}},
 }
 
 
