@@ -207,7 +207,7 @@ def test_frames_given_are_on_their_path_below_the_clamp_too(name: SamplerName, n
 @pytest.mark.parametrize("flow_t", [*COMMON_TIMES, 0.5])
 def test_the_best_networks_of_all_objectives_have_the_same_loss(flow_t: float) -> None:
     """They see the same data and noise in the same proportion, and say the same x0 of it; the least loss is known."""
-    x0, eps = MU + S * normal(32, 3, 16, 16), normal(32, 3, 16, 16, seed=1)
+    x0, eps = MU + S * normal(32, 3, 32, 32), normal(32, 3, 32, 32, seed=1)
     t = torch.full((32,), flow_t, dtype=torch.float64)
 
     def best(objective: Objective) -> Tensor:
