@@ -69,6 +69,7 @@ def check_shard(folder: Path, manifest: Manifest, task: ShardTask) -> CheckedSha
     found: list[tuple[int, ...]] = []
     dtype = index_dtype(manifest.arrays)
     digest = hashlib.sha256()
+    members = manifest.array_members
     try:
         with open_shard(folder / shard.name) as stream:
             reader = TarReader(stream, digest)
@@ -76,7 +77,7 @@ def check_shard(folder: Path, manifest: Manifest, task: ShardTask) -> CheckedSha
                 label = _label(record)
                 problems.add(_check_record(manifest, shard.group, record, label))
                 keys.append(record.key)
-                found.append(record.row(task.number, NO_LABEL if label is None else label, manifest.arrays))
+                found.append(record.row(task.number, NO_LABEL if label is None else label, members))
             problems.add(reader.damages)
             num_bytes = stream.tell()
     except FileNotFoundError:
@@ -127,8 +128,7 @@ def _check_record(manifest: Manifest, group: int, record: TarRecord, label: int 
             str(record.payload(CAPTION_MEMBER), "utf-8")
         except UnicodeDecodeError:
             yield f"{record.key}{CAPTION_MEMBER}: is not UTF-8"
-    for array in manifest.arrays:
-        suffix = ARRAY_MEMBERS[array]
+    for array, suffix in manifest.array_members.items():
         if suffix not in record.members:
             continue
         try:

@@ -149,7 +149,7 @@ def _common_properties(manifest: Manifest) -> dict[str, Any]:
     return {
         "codec": codec and codec.config.model_dump(exclude=location),
         "codec identity": codec and (codec.identity, codec.scaling_factor, codec.shift),
-        "latent": latent and latent.model_dump(include={"dtype", "stores_moments", "has_flip"}),
+        "latent": latent and latent.model_dump(include={"dtype", "coding", "stores_moments", "has_flip"}),
         "transform": transform and transform.model_dump(exclude={"size", "sizes", "buckets"}),
         "transform_version": manifest.transform_version,
         "text_version": manifest.text_version,

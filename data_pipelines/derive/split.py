@@ -24,7 +24,6 @@ from pomscale.base.files import atomic_write, write_text
 from pomscale.base.keyed_random import Stream, keyed_uniforms
 from pomscale.shards.index import index_dtype, key_hash, map_index
 from pomscale.shards.schema import (
-    ARRAY_MEMBERS,
     FAILURES_NAME,
     INDEX_NAME,
     INFO_MEMBER,
@@ -314,11 +313,12 @@ def _write_shard(folder: Path, manifest: Manifest, share: _Share, cut: _Cut) -> 
     statistics = RunningStatistics()
     rows: list[tuple[int, ...]] = []
     num_incomplete = 0
+    members = manifest.array_members
     with atomic_write(share.output / cut.name) as stream:
         for record in read_records(folder, manifest, mine):
             for array in _latents(folder, manifest, cut.group, record):
                 statistics.add(array, manifest.latents.stores_moments)
-            rows.append(replace(record, offset=stream.tell()).row(0, record.label(), manifest.arrays))
+            rows.append(replace(record, offset=stream.tell()).row(0, record.label(), members))
             stream.write(record.blocks)
             num_incomplete += manifest.num_incomplete > 0 and _is_incomplete(record)
         stream.write(tar_end(stream.tell()))
@@ -334,9 +334,8 @@ def _is_incomplete(record: TarRecord) -> bool:
 
 def _latents(folder: Path, manifest: Manifest, group: int, record: TarRecord) -> Iterator[np.ndarray]:
     """Yield the arrays that the statistics of a dataset cover, in the encoder's order."""
-    for name in ("latent", "flip"):
-        if name in manifest.arrays:
-            suffix = ARRAY_MEMBERS[name]
+    for name, suffix in manifest.array_members.items():
+        if name in ("latent", "flip"):
             try:
                 yield stored_array(manifest, group, name, record.payload(suffix))
             except ValueError as error:

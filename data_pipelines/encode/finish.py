@@ -149,8 +149,10 @@ def _latent_info(setup: EncodeSetup, statistics: ChannelStatistics | None) -> La
     if codec is None or statistics is None:
         return None
     return LatentInfo(
+        dtype=codec.stored_dtype,
+        coding=setup.coding,
         stores_moments=codec.stores_moments,
-        has_flip="flip" in setup.encoders.arrays,
+        has_flip=setup.encoders.has_flip,
         num_values=statistics.count,
         mean=statistics.mean,
         std=statistics.std,

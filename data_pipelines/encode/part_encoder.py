@@ -27,7 +27,8 @@ from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.config.encode import ImageTransformConfig, VideoTransformConfig
 from pomscale.media import UnreadableMediaError, nearest_bucket
 from pomscale.media.pictures import decode_picture, fit_picture
-from pomscale.shards.schema import CAPTIONS_FIELD, TEXT_ARRAYS, ArrayName
+from pomscale.shards.pictures import pack_picture
+from pomscale.shards.schema import CAPTIONS_FIELD, TEXT_ARRAYS, ArrayName, array_members
 from pomscale.sources.protocol import Item, SourceChangedError
 
 # Batches that may wait for the writer; each is small beside the decoded media that wait for the networks.
@@ -40,6 +41,8 @@ class Pixels:
 
     group: int
     values: np.ndarray
+    packed: dict[ArrayName, bytes] = field(default_factory=dict)
+    """The member that holds them, where the pixels themselves are stored; decoding threads pack it."""
 
 
 @dataclass(slots=True)
@@ -78,7 +81,9 @@ class _Launched:
     variant: int
     group: int
     entries: list[Loaded]
+    media: list[Pixels]
     arrays: dict[ArrayName, Tensor]
+    """Latents; {} where the pixels themselves are stored, which are then in `media`."""
 
 
 class PartEncoder:
@@ -173,7 +178,10 @@ class PartEncoder:
                 targets = self._setup.variants[number].targets
                 group = nearest_bucket((height, width), targets)
                 values = fit_picture(picture.image, (targets[group][0], targets[group][1]), transform.filter)
-                loaded.media[number] = Pixels(group, values)
+                packed: dict[ArrayName, bytes] = {}
+                if self._codec.stored_dtype == "uint8":
+                    packed["latent"] = pack_picture(values.transpose(2, 0, 1), self._setup.coding)
+                loaded.media[number] = Pixels(group, values, packed)
             return
         assert isinstance(transform, VideoTransformConfig)
         from pomscale.media.clips import decode_clip  # noqa: PLC0415  PyAV is optional
@@ -194,8 +202,8 @@ class PartEncoder:
 
     def _begin(self, part: int, variants: list[int]) -> PartWork:
         moments = self._codec is not None and self._codec.stores_moments
-        stores, arrays = self._setup.stores, self._setup.arrays
-        work = PartWork(part, {number: PartWriter(stores[number], part, arrays, moments) for number in variants})
+        stores, members = self._setup.stores, array_members(self._setup.arrays, self._setup.coding)
+        work = PartWork(part, {number: PartWriter(stores[number], part, members, moments) for number in variants})
         self._open.append(work)
         self._display.begin()
         return work
@@ -240,11 +248,14 @@ class PartEncoder:
         """Launch a batch, then hand the one before it to the writer, so that the device has work meanwhile."""
         entries = work.batches.pop((variant, group))
         arrays: dict[ArrayName, Tensor] = {}
-        if self._codec is not None:
+        media: list[Pixels] = []
+        if self._codec is not None and self._codec.stored_dtype == "uint8":
+            media = [entry.media.pop(variant) for entry in entries]
+        elif self._codec is not None:
             arrays = self._on_device(self._latents, entries, variant, group)
         for entry in entries:
             entry.media.pop(variant, None)  # the pixels are no longer needed
-        previous, self._launched = self._launched, _Launched(work, variant, group, entries, arrays)
+        previous, self._launched = self._launched, _Launched(work, variant, group, entries, media, arrays)
         self._hand_over(previous)
 
     def _latents(self, entries: list[Loaded], variant: int, group: int) -> dict[ArrayName, Tensor]:
@@ -294,6 +305,9 @@ class PartEncoder:
         counts = batch.variant == batch.work.first_variant
         for i, entry in enumerate(batch.entries):
             arrays = {name: values[i] for name, values in latents.items()}
+            packed: dict[ArrayName, bytes] = {}
+            if batch.media:
+                arrays["latent"], packed = batch.media[i].values.transpose(2, 0, 1), batch.media[i].packed
             arrays |= zip(TEXT_ARRAYS, entry.texts, strict=False)
             broken = [name for name, array in arrays.items() if not is_finite(array)]
             if broken:
@@ -308,7 +322,7 @@ class PartEncoder:
             if len(captions) > 1:
                 info[CAPTIONS_FIELD] = captions
             caption = _texts(entry.item, self._recipe.captions)[0] if captions else None
-            record = Record(entry.item.key, arrays, entry.item.label, caption, info)
+            record = Record(entry.item.key, arrays, entry.item.label, caption, info, packed)
             self._display.advance(writer.add(batch.group, record), num_items=int(counts))
 
     def _give_up(self, work: PartWork, entry: Loaded, reason: str) -> None:

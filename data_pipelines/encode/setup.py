@@ -10,6 +10,7 @@ from data_pipelines.encode.latents_source import build_encode_source
 from data_pipelines.shards.parts import PARTS_FOLDER, SOURCE_LOCATION, EncodeSpec, PartStore
 from pomscale.base.errors import InputError
 from pomscale.codecs import Codec, TextEncoder, build_codec, build_text_encoder
+from pomscale.config.codecs import Uint8CodecConfig
 from pomscale.config.encode import (
     EncodeRecipe,
     ImageTransformConfig,
@@ -19,6 +20,7 @@ from pomscale.config.encode import (
     transform_version,
 )
 from pomscale.distributed.world import resolve_device
+from pomscale.shards.pictures import Coding
 from pomscale.shards.schema import TEXT_ARRAYS, ArrayName
 from pomscale.sources.protocol import Item, Source, SourceChangedError
 
@@ -46,9 +48,10 @@ class Encoders:
         device = resolve_device(recipe.device)
         self.codec: Codec | None = None if recipe.codec is None else build_codec(recipe.codec).to(device)
         self.text: TextEncoder | None = None if recipe.text is None else build_text_encoder(recipe.text).to(device)
-        flip = recipe.transform is not None and recipe.transform.flip
+        self.has_flip = recipe.transform is not None and recipe.transform.flip
+        stores_flip = self.has_flip and self.codec is not None and self.codec.stored_dtype != "uint8"
         names: list[ArrayName] = ["latent"] if self.codec is not None else []
-        names += ["flip"] if flip else []
+        names += ["flip"] if stores_flip else []
         names += ["text"] if self.text is not None else []
         self.arrays = tuple(names)
         # Hashes of the weights: seconds for the largest.
@@ -94,6 +97,7 @@ class EncodeSetup:
         self.num_captions = table.num_captions if encoders.text is not None and recipe.captions == "random" else 1
         """Largest number of embeddings of a record."""
         self.arrays = (*encoders.arrays, *TEXT_ARRAYS[1 : self.num_captions])
+        self.coding: Coding = recipe.codec.coding if isinstance(recipe.codec, Uint8CodecConfig) else "raw"
         self.stores = tuple(PartStore(v.output, self.arrays, len(v.targets)) for v in self.variants)
         self.num_parts = -(-len(table) // recipe.shard_samples)
         self._order = ItemOrder(len(table), recipe.seed, table.shuffled)

@@ -44,9 +44,13 @@ def _media_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     settings = transform.model_dump(include={"fps", "filter", "flip"})
     yield "transform", ", ".join(f"{name} {value}" for name, value in settings.items())
     yield "codec", f"{codec.config.model_dump()}, identity {codec.identity[:12]}"
-    kind = "moments" if latent.stores_moments else "samples"
-    flips = ", flipped copies" if latent.has_flip else ""
-    yield "latents", f"{latent.dtype}, {kind}, unscaled{flips}"
+    if latent.dtype == "uint8":
+        flips = "flipped as they are read" if latent.has_flip else "never flipped"
+        yield "pixels", f"{latent.dtype}, {latent.coding}, {flips}"
+    else:
+        kind = "moments" if latent.stores_moments else "samples"
+        flips = ", flipped copies" if latent.has_flip else ""
+        yield "latents", f"{latent.dtype}, {kind}, unscaled{flips}"
     for number, group in enumerate(manifest.groups):
         shards = [shard for shard in manifest.shards if shard.group == number]
         count = sum(shard.num_samples for shard in shards)

@@ -91,13 +91,12 @@ def _decode(manifest: Manifest, codec: Codec, records: list[TarRecord], groups: 
     """Return pictures (c, h, w) or clips (c, f, h, w) of the records, in [0, 1]; of moments the mean is decoded."""
     channels = manifest.latents.num_channels
     media: list[np.ndarray] = [np.empty(0)] * len(records)
+    suffix = manifest.array_members["latent"]
     for group in sorted(set(groups)):
         mine = [i for i, other in enumerate(groups) if other == group]
         for begin in range(0, len(mine), _DECODED_AT_ONCE):
             batch = mine[begin : begin + _DECODED_AT_ONCE]
-            arrays = [
-                stored_array(manifest, group, "latent", records[i].payload(ARRAY_MEMBERS["latent"])) for i in batch
-            ]
+            arrays = [stored_array(manifest, group, "latent", records[i].payload(suffix)) for i in batch]
             latents = np.stack([array[:channels] for array in arrays]).astype(np.float32)
             with torch.inference_mode():
                 decoded = codec.decode(torch.from_numpy(latents).to(codec.device)).cpu().numpy()

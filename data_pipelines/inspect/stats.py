@@ -12,12 +12,13 @@ import numpy as np
 from data_pipelines.shards.readers import TarReader, TarRecord, open_shard, stored_array, text_length
 from data_pipelines.shards.workers import over_shards
 from pomscale.base.errors import PomscaleError
-from pomscale.shards.schema import ARRAY_MEMBERS, REMEDY, Manifest, read_manifest
+from pomscale.shards.schema import REMEDY, Manifest, read_manifest
 
-# float16 has 65,536 values. Their counts give every statistic of a channel, exactly and in any order.
-_NUM_PATTERNS = 1 << 16
-FLOAT16_VALUES = np.arange(_NUM_PATTERNS, dtype="<u2").view("<f2").astype(np.float64)
-_IS_FINITE = np.isfinite(FLOAT16_VALUES)
+# float16 has 65,536 values, uint8 256. Their counts give every statistic of a channel, exactly and in any order.
+_VALUES = {
+    "float16": np.arange(1 << 16, dtype="<u2").view("<f2").astype(np.float64),
+    "uint8": np.arange(1 << 8, dtype=np.float64),
+}
 
 # Values that are counted together. Many, since each time all counts are added to the table.
 _VALUES_AT_ONCE = 1 << 22
@@ -50,7 +51,7 @@ class ChannelStats:
 class Counts:
     """Counts of a shard, or of all shards together."""
 
-    patterns: np.ndarray  # int64 (stored channels, 65536): how often each float16 occurs
+    patterns: np.ndarray  # int64 (stored channels, 65536 or 256): how often each float16 or uint8 occurs
     members: Counter[str] = field(default_factory=Counter)  # suffix -> bytes of payload
     classes: Counter[int] = field(default_factory=Counter)
     captions: Counter[int] = field(default_factory=Counter)  # characters -> captions
@@ -79,8 +80,13 @@ class DatasetStats:
         return [number for number, channel in enumerate(self.channels) if not channel.agrees]
 
     @property
+    def values(self) -> np.ndarray:
+        """The values that `counts.patterns` counts, float64 (65536,) or (256,), some of which are not finite."""
+        return _values(self.manifest)
+
+    @property
     def num_not_finite(self) -> int:
-        return int(self.counts.patterns[:, ~_IS_FINITE].sum())
+        return int(self.counts.patterns[:, ~np.isfinite(self.values)].sum())
 
     @property
     def class_counts(self) -> np.ndarray:
@@ -135,7 +141,9 @@ def _channels(manifest: Manifest, patterns: np.ndarray) -> list[ChannelStats]:
         return []
     latent = manifest.latent
     # Values that are not finite are reported by themselves.
-    values, counts = FLOAT16_VALUES[_IS_FINITE], patterns[:, _IS_FINITE]
+    all_values = _values(manifest)
+    is_finite = np.isfinite(all_values)
+    values, counts = all_values[is_finite], patterns[:, is_finite]
     channels = []
     for number, (mean, std) in enumerate(zip(latent.mean, latent.std, strict=True)):
         mine = counts[number]
@@ -165,9 +173,14 @@ def _channels(manifest: Manifest, patterns: np.ndarray) -> list[ChannelStats]:
 # -- one shard, in a process of its own --------------------------------------------------------------------------------
 
 
+def _values(manifest: Manifest) -> np.ndarray:
+    """Return the values of the dtype of the latents, float64, in the order of their bit patterns."""
+    return _VALUES["float16" if manifest.latent is None else manifest.latent.dtype]
+
+
 def _no_patterns(manifest: Manifest) -> np.ndarray:
     channels = manifest.stored_shape(0)[0] if manifest.latent is not None else 0
-    return np.zeros((channels, _NUM_PATTERNS), np.int64)
+    return np.zeros((channels, len(_values(manifest))), np.int64)
 
 
 def _count_shard(folder: Path, manifest: Manifest, number: int) -> Counts:
@@ -200,10 +213,10 @@ def _count_record(manifest: Manifest, group: int, record: TarRecord, counts: Cou
     if manifest.has_captions:
         counts.captions.update(map(len, record.captions()))
     texts = manifest.text_arrays
-    for name in manifest.arrays:
-        if name in texts and name != texts[0] and ARRAY_MEMBERS[name] not in record.members:
+    for name, suffix in manifest.array_members.items():
+        if name in texts and name != texts[0] and suffix not in record.members:
             continue
-        payload = record.payload(ARRAY_MEMBERS[name])
+        payload = record.payload(suffix)
         if name in texts:
             assert manifest.text is not None
             counts.texts[text_length(len(payload), manifest.text.dim)] += 1
@@ -213,12 +226,13 @@ def _count_record(manifest: Manifest, group: int, record: TarRecord, counts: Cou
 
 
 def _count_values(arrays: list[np.ndarray], patterns: np.ndarray) -> None:
-    """Add the float16 patterns of arrays (channels, ...) to the table (channels, 65536)."""
+    """Add the bit patterns of arrays (channels, ...) to the table (channels, 65536 or 256)."""
     if not arrays:
         return
-    channels = len(patterns)
-    values = np.concatenate([array.view("<u2").reshape(channels, -1) for array in arrays], axis=1)
-    cells = values + np.arange(0, patterns.size, _NUM_PATTERNS)[:, None]
+    channels, num_patterns = patterns.shape
+    bits = np.dtype(f"<u{arrays[0].itemsize}")
+    values = np.concatenate([array.view(bits).reshape(channels, -1) for array in arrays], axis=1)
+    cells = values + np.arange(0, patterns.size, num_patterns)[:, None]
     patterns += np.bincount(cells.ravel(), minlength=patterns.size).reshape(patterns.shape)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data_pipelines.inspect.stats import FLOAT16_VALUES, DatasetStats
+from data_pipelines.inspect.stats import DatasetStats
 
 _NUM_BINS = 120
 _SHOWN_STDS = 6.0
@@ -37,10 +37,10 @@ def _draw_channels(axes: Axes, report: DatasetStats) -> None:
     least = min(channel.mean - _SHOWN_STDS * channel.std for channel in report.channels)
     most = max(channel.mean + _SHOWN_STDS * channel.std for channel in report.channels)
     edges = np.linspace(least, max(most, least + 1e-6), _NUM_BINS + 1)
-    finite = np.isfinite(FLOAT16_VALUES)
+    finite = np.isfinite(report.values)
     for number in range(len(report.channels)):
         counts = report.counts.patterns[number, finite]
-        density, _ = np.histogram(FLOAT16_VALUES[finite], edges, weights=counts)
+        density, _ = np.histogram(report.values[finite], edges, weights=counts)
         axes.plot((edges[1:] + edges[:-1]) / 2, density / counts.sum() / np.diff(edges), lw=1, label=str(number))
     axes.set(title="Latents by channel", xlabel="value, unscaled", ylabel="density")
     axes.legend(fontsize=6, ncols=2)

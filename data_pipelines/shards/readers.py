@@ -6,7 +6,7 @@ import hashlib
 import json
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,8 +16,8 @@ import numpy as np
 
 from pomscale.base.errors import PomscaleError
 from pomscale.shards.index import NO_LABEL, index_dtype, key_hash, map_index, npy_header, split_member_name
+from pomscale.shards.pictures import unpack_picture
 from pomscale.shards.schema import (
-    ARRAY_MEMBERS,
     CAPTION_MEMBER,
     CAPTIONS_FIELD,
     CLASS_MEMBER,
@@ -60,11 +60,16 @@ class TarRecord:
         begin, end = self.members[suffix]
         return memoryview(self.blocks)[begin:end]
 
-    def row(self, shard: int, label: int, arrays: Sequence[ArrayName]) -> tuple[int, ...]:
-        """Return the record's row of the index (`index_dtype`). A missing member has length 0."""
+    def row(self, shard: int, label: int, members: Mapping[ArrayName, str]) -> tuple[int, ...]:
+        """Return the record's row of the index (`index_dtype`). A missing member has length 0.
+
+        Args:
+            shard: Number of its shard.
+            label: Its class.
+            members: `Manifest.array_members`.
+        """
         fields: list[int] = []
-        for array in arrays:
-            suffix = ARRAY_MEMBERS[array]
+        for suffix in members.values():
             if suffix in self.members:
                 begin, end = self.members[suffix]
                 fields += (self.offset + begin, end - begin, zlib.crc32(self.payload(suffix)))
@@ -203,6 +208,7 @@ def read_records(folder: Path, manifest: Manifest, rows: np.ndarray) -> Iterator
     Raises PomscaleError, naming the shard, if a record's key, class or arrays (by checksum) are not what the index
     says; or naming the index, if there is no such shard.
     """
+    members = manifest.array_members
     for numbers in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows["shard"])) + 1):
         if not len(numbers):
             return
@@ -213,17 +219,18 @@ def read_records(folder: Path, manifest: Manifest, rows: np.ndarray) -> Iterator
         try:
             with open_shard(path) as stream:
                 for number in numbers:
-                    yield _read_record(path, stream, manifest.arrays, rows[number])
+                    yield _read_record(path, stream, members, rows[number])
         except OSError as error:
             raise PomscaleError(f"{path}: cannot be read: {error}; {REMEDY}") from error
 
 
-def _read_record(path: Path, stream: BinaryIO, arrays: Sequence[ArrayName], row: np.void) -> TarRecord:
-    stream.seek(int(row[f"{arrays[0]}_offset"]) - _BLOCK)  # a record begins with the header of its first array
+def _read_record(path: Path, stream: BinaryIO, members: Mapping[ArrayName, str], row: np.void) -> TarRecord:
+    first = next(iter(members))
+    stream.seek(int(row[f"{first}_offset"]) - _BLOCK)  # a record begins with the header of its first array
     reader = TarReader(stream)
     record = next(iter(reader), None)
     try:
-        whole = record is not None and record.row(int(row["shard"]), record.label(), arrays) == row.item()
+        whole = record is not None and record.row(int(row["shard"]), record.label(), members) == row.item()
     except ValueError:
         whole = False
     if record is None or not whole or reader.damages:
@@ -234,10 +241,14 @@ def _read_record(path: Path, stream: BinaryIO, arrays: Sequence[ArrayName], row:
 
 
 def stored_array(manifest: Manifest, group: int, name: ArrayName, payload: memoryview) -> np.ndarray:
-    """Return the array in a .npy member: latent, flip of `Manifest.stored_shape`; texts (1 to max_length, dim).
+    """Return the array in a member: latent, flip of `Manifest.stored_shape`; texts (1 to max_length, dim).
 
     Raises ValueError, naming the shape that the manifest promises, if the member has another. Values are not checked.
     """
+    if name == "latent" and manifest.latents.dtype == "uint8":
+        pixels = np.empty(manifest.stored_shape(group), np.uint8)
+        unpack_picture(payload, manifest.latents.coding, pixels, mirrored=False)
+        return pixels
     is_text = name in manifest.text_arrays
     shape = _text_shape(manifest, len(payload)) if is_text else manifest.stored_shape(group)
     header = _header(shape)
@@ -268,7 +279,7 @@ def _header(shape: tuple[int, ...]) -> bytes:
 def required_suffixes(manifest: Manifest) -> tuple[str, ...]:
     """Return the suffixes of the members that every record has, in the order in which they are written."""
     further_texts = set(manifest.text_arrays[1:])
-    suffixes = [ARRAY_MEMBERS[array] for array in manifest.arrays if array not in further_texts]
+    suffixes = [suffix for array, suffix in manifest.array_members.items() if array not in further_texts]
     suffixes += [CLASS_MEMBER] if manifest.num_classes else []
     suffixes += [CAPTION_MEMBER] if manifest.has_captions else []
     return (*suffixes, INFO_MEMBER)

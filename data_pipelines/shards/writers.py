@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from isal import isal_zlib
 
 from data_pipelines.shards.parts import Failure, PartRecord, PartStore
 from data_pipelines.shards.statistics import ChannelStatistics, RunningStatistics
@@ -42,22 +42,27 @@ class Record:
 
     key: str
     arrays: Mapping[ArrayName, np.ndarray]
-    """Float16 arrays by name. latent, flip: unscaled (c, h, w) or (c, f, h, w), moments with 2c channels; text and its
-    like: (tokens, dim)."""
+    """Arrays by name. latent, flip: unscaled (c, h, w) or (c, f, h, w), float16, moments with 2c channels, or pixels
+    (c, h, w) uint8; text and its like: (tokens, dim) float16."""
     label: int | None
     caption: str | None
     info: dict[str, Any]
     """Provenance, stored as JSON."""
+    packed: Mapping[ArrayName, bytes] = field(default_factory=dict)
+    """Members of arrays that are packed already; the others become .npy."""
 
 
 class ShardWriter:
     """Writes one tar, byte for byte a function of the records: plain ustar headers without times or owners."""
 
-    def __init__(self, stream: BinaryIO, arrays: Sequence[ArrayName]) -> None:
-        """Begin a tar of records with these arrays (`Manifest.arrays`)."""
+    def __init__(
+        self, stream: BinaryIO, arrays: Sequence[ArrayName], members: Mapping[ArrayName, str] = ARRAY_MEMBERS
+    ) -> None:
+        """Begin a tar of records with these arrays, in members of these suffixes (`Manifest.array_members`)."""
         self._stream = stream
         self._begin = stream.tell()
         self._arrays = arrays
+        self._members = members
         self._rows: list[tuple[int, ...]] = []
 
     def add(self, record: Record) -> None:
@@ -67,10 +72,10 @@ class ShardWriter:
             if name not in record.arrays:
                 fields += (0, 0, 0)
                 continue
-            payload = to_npy(record.arrays[name])
-            _append_member(blocks, record.key + ARRAY_MEMBERS[name], payload)
+            payload = record.packed[name] if name in record.packed else to_npy(record.arrays[name])
+            _append_member(blocks, record.key + self._members[name], payload)
             end = offset + len(blocks) - _padding(len(payload))
-            fields += (end - len(payload), len(payload), zlib.crc32(payload))
+            fields += (end - len(payload), len(payload), isal_zlib.crc32(payload))
         if record.label is not None:
             _append_member(blocks, record.key + CLASS_MEMBER, str(record.label).encode())
         if record.caption is not None:
@@ -78,7 +83,7 @@ class ShardWriter:
         _append_member(blocks, record.key + INFO_MEMBER, json.dumps(record.info, sort_keys=True).encode())
         self._stream.write(blocks)
         label = NO_LABEL if record.label is None else record.label
-        self._rows.append((key_hash(record.key), 0, label, *fields, zlib.crc32(blocks)))
+        self._rows.append((key_hash(record.key), 0, label, *fields, isal_zlib.crc32(blocks)))
 
     def finish(self) -> np.ndarray:
         """End the tar and return the index rows.
@@ -122,10 +127,12 @@ class PartWriter:
     Nothing has its final name before `commit`. Use it in one thread at a time, in the order of the items.
     """
 
-    def __init__(self, store: PartStore, part: int, arrays: Sequence[ArrayName], stores_moments: bool) -> None:
+    def __init__(self, store: PartStore, part: int, members: Mapping[ArrayName, str], stores_moments: bool) -> None:
+        """Prepare a part whose records have arrays in members of these suffixes (`Manifest.array_members`)."""
         self._store = store
         self._part = part
-        self._arrays = arrays
+        self._arrays = tuple(members)
+        self._members = members
         self._stores_moments = stores_moments
         self._files = ExitStack()
         self._shards: dict[int, _OpenShard] = {}
@@ -137,7 +144,7 @@ class PartWriter:
         """Append a record to the shard of its group. Return the number of bytes that it takes."""
         if group not in self._shards:
             stream = self._files.enter_context(atomic_write(self._store.shard_path(self._part, group)))
-            self._shards[group] = _OpenShard(stream, ShardWriter(stream, self._arrays))
+            self._shards[group] = _OpenShard(stream, ShardWriter(stream, self._arrays, self._members))
         shard = self._shards[group]
         begin = shard.stream.tell()
         shard.writer.add(record)

@@ -2,6 +2,7 @@
 
 Latents 4x32x32 float16 with flipped copies and classes, batch 256, warm page cache. Every reader shuffles, picks
 original or flip, and collates; each is shown at every number of threads or processes tried, and compared at its best.
+Pixels: see `pixel_loader`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from pomscale.base.errors import PomscaleError
 from pomscale.benchmarks.memory import peak_private_mib
+from pomscale.benchmarks.pixel_loader import bench_pixels
 from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.synthetic import make_dataset
 from pomscale.config.data import DataConfig
@@ -40,28 +42,25 @@ _WARM_UP_BATCHES = 8
 _SEED = 0
 
 
-def bench_loader(*, num_samples: int, num_resume: int, seconds: float, folder: Path | None) -> BenchReport:
+def bench_loader(
+    *, num_samples: int, num_resume: int, num_pictures: int, seconds: float, folder: Path | None
+) -> BenchReport:
     """Measure our loader beside other readers.
 
     Args:
-        num_samples: samples of the set that is read.
-        num_resume: samples of the set that is resumed, which has smaller latents.
+        num_samples: samples of the set that is read; 0 = none.
+        num_resume: samples of the set that is resumed, which has smaller latents; 0 = none.
+        num_pictures: pictures of the sets of pixels; 0 = none.
         seconds: duration of each measurement.
         folder: folder that keeps the datasets for another time; None = a temporary one.
     """
     report = BenchReport("loader")
     with tempfile.TemporaryDirectory(prefix="pomscale-bench-") as temporary:
         root = folder or Path(temporary)
-        dataset = _dataset(root, f"loader-{num_samples}", num_samples, side=64, flip=True, shard_samples=2048)
-        _check(dataset, num_samples)
-        best = {
-            name: max(_measure(report, dataset, name, setting, seconds) for setting in settings)
-            for name, settings in _readers(dataset).items()
-        }
-        report.compare("pomscale over stock webdataset", best["pomscale"] / best["webdataset"], 10.0)
-        report.compare("pomscale over the bare mmap reader", best["pomscale"] / best["bare mmap"], 0.5)
-        if "energon" in best:
-            report.compare("pomscale over Megatron-Energon", best["pomscale"] / best["energon"], 1.0)
+        if num_samples:
+            _throughput(report, root, num_samples, seconds)
+        if num_pictures:
+            bench_pixels(report, root, num_pictures, seconds)
         if num_resume:
             large = _dataset(root, f"resume-{num_resume}", num_resume, side=8, flip=False, shard_samples=8192)
             _resume(report, large, num_resume, seconds)
@@ -69,6 +68,19 @@ def bench_loader(*, num_samples: int, num_resume: int, seconds: float, folder: P
             small = _dataset(root, f"resume-{few}", few, side=8, flip=False, shard_samples=8192)
             _memory(report, {few: small, num_resume: large})
     return report
+
+
+def _throughput(report: BenchReport, root: Path, num_samples: int, seconds: float) -> None:
+    dataset = _dataset(root, f"loader-{num_samples}", num_samples, side=64, flip=True, shard_samples=2048)
+    _check(dataset, num_samples)
+    best = {
+        name: max(_measure(report, dataset, name, setting, seconds) for setting in settings)
+        for name, settings in _readers(dataset).items()
+    }
+    report.compare("pomscale over stock webdataset", best["pomscale"] / best["webdataset"], 10.0)
+    report.compare("pomscale over the bare mmap reader", best["pomscale"] / best["bare mmap"], 0.5)
+    if "energon" in best:
+        report.compare("pomscale over Megatron-Energon", best["pomscale"] / best["energon"], 1.0)
 
 
 def _dataset(root: Path, name: str, count: int, *, side: int, flip: bool, shard_samples: int) -> Path:

@@ -48,6 +48,8 @@ def _add_loader(verbs: Any) -> argparse.ArgumentParser:
     )
     _add_number(parser, "--num-samples", 20_000, "Number of samples in the dataset that is read")
     _add_number(parser, "--num-resume", 1_000_000, "Number of samples in the dataset that is resumed")
+    _add_number(parser, "--num-pictures", 1024, "Number of pictures in the datasets of pixels")
+    parser.add_argument("--only", choices=["latents", "pixels", "resume"], help="Part to measure (default: all)")
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="Seconds of each reader and setting (default: %(default)s)"
     )
@@ -188,9 +190,16 @@ def _run(arguments: argparse.Namespace) -> int:
 def _loader(arguments: argparse.Namespace) -> BenchReport:
     from pomscale.benchmarks.loader import bench_loader
 
+    numbers = {
+        "latents": arguments.num_samples,
+        "resume": arguments.num_resume,
+        "pixels": arguments.num_pictures,
+    }
+    num = {part: 0 if arguments.only not in (None, part) else number for part, number in numbers.items()}
     return bench_loader(
-        num_samples=arguments.num_samples,
-        num_resume=arguments.num_resume,
+        num_samples=num["latents"],
+        num_resume=num["resume"],
+        num_pictures=num["pixels"],
         seconds=arguments.seconds,
         folder=arguments.folder,
     )

@@ -7,7 +7,14 @@ import logging
 from pomscale.base.imports import large_imports
 from pomscale.codecs.base import Codec, TextEncoder
 from pomscale.codecs.pixel import PixelCodec
-from pomscale.config.codecs import CodecConfig, PixelCodecConfig, SdVaeCodecConfig, TextEncoderConfig
+from pomscale.codecs.uint8 import Uint8Codec
+from pomscale.config.codecs import (
+    CodecConfig,
+    PixelCodecConfig,
+    SdVaeCodecConfig,
+    TextEncoderConfig,
+    Uint8CodecConfig,
+)
 
 __all__ = ["Codec", "TextEncoder", "build_codec", "build_text_encoder"]
 
@@ -26,6 +33,8 @@ def build_codec(config: CodecConfig) -> Codec:
     """
     if isinstance(config, PixelCodecConfig):
         return PixelCodec(config)
+    if isinstance(config, Uint8CodecConfig):
+        return Uint8Codec(config)
     if isinstance(config, SdVaeCodecConfig):
         with large_imports():
             from pomscale.codecs.sd_vae import SdVaeCodec

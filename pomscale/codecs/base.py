@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,6 +35,10 @@ class Codec(Protocol):
 
     @property
     def shift(self) -> float: ...
+
+    @property
+    def stored_dtype(self) -> Literal["float16", "uint8"]:
+        """Type of stored latents; uint8: they are the pixels, to the bit, and need no encode."""
 
     @property
     def stores_moments(self) -> bool: ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class DiffusersVae(ABC):
 
     name: ClassVar[str]
     num_channels_in = 3
+    stored_dtype: ClassVar[Literal["float16"]] = "float16"
 
     # Further keys of this kind that only this network has.
     own_arithmetic_keys: ClassVar[tuple[str, ...]]

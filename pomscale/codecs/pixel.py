@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class PixelCodec:
     name = "pixel"
     scaling_factor = 1.0
     shift = 0.0
+    stored_dtype: Literal["float16"] = "float16"
     stores_moments = False
     needs_noise = False
     latent_batch = 1  # latent frames that are decoded together

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
-from pomscale.config.codecs import CodecConfig, SdVaeCodecConfig, TextEncoderConfig
+from pomscale.config.codecs import CodecConfig, SdVaeCodecConfig, TextEncoderConfig, Uint8CodecConfig
 from pomscale.config.monitoring import WandbConfig
 from pomscale.config.section import FolderName, NonNegativeInt, PositiveFloat, Section, Seed
 
@@ -89,8 +89,16 @@ class ImageTransformConfig(Section):
     buckets: list[tuple[PositiveInt, PositiveInt]] = Field(
         [], description="(height, width) in pixels; a picture goes to the nearest aspect ratio."
     )
-    filter: Literal["lanczos", "area"] = Field("lanczos", description=_FILTER)
-    flip: bool = Field(False, description="Also store the latent of the horizontally flipped picture.")
+    filter: Literal["lanczos", "area", "adm"] = Field(
+        "lanczos",
+        description=f"{_FILTER} adm: the crop of ADM, DiT and JiT, which halves (BOX) while the shorter side is at "
+        "least twice the target, resizes (BICUBIC), then cuts out a square; with `size` or `sizes`.",
+    )
+    flip: bool = Field(
+        False,
+        description="Also store the latent of the horizontally flipped picture; codec uint8 stores none, and flips as "
+        "it reads.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ImageTransformConfig:
@@ -99,6 +107,8 @@ class ImageTransformConfig(Section):
         for name in ("sizes", "buckets"):
             if len(set(getattr(self, name))) != len(getattr(self, name)):
                 raise ValueError(f"{name}: a value is there twice")
+        if self.filter == "adm" and self.buckets:
+            raise ValueError("filter: adm cuts out squares; give `size` or `sizes`, or another filter with `buckets`")
         return self
 
     @property
@@ -159,7 +169,7 @@ def transform_version(transform: TransformConfig | None) -> int:
     two versions are not merged. Version 2 reads the times, colours and transparency of clips differently, and weighs
     pixels by area (`filter: area`) in pictures, too.
     """
-    is_unchanged = transform is None or (transform.kind == "image" and transform.filter == "lanczos")
+    is_unchanged = transform is None or (transform.kind == "image" and transform.filter != "area")
     return 1 if is_unchanged else 2
 
 
@@ -203,8 +213,9 @@ class EncodeRecipe(Section):
             raise ValueError("codec, transform: give both, or neither for a set of text embeddings only")
         if self.codec is None and self.text is None:
             raise ValueError("codec, text: give at least one of them, or there is nothing to encode")
-        if isinstance(self.codec, SdVaeCodecConfig) and self.transform is not None and self.transform.kind != "image":
-            raise ValueError("codec.name: sd_vae takes a transform of kind image")
+        takes_pictures_alone = isinstance(self.codec, SdVaeCodecConfig | Uint8CodecConfig)
+        if takes_pictures_alone and self.transform is not None and self.transform.kind != "image":
+            raise ValueError(f"codec.name: {self.codec.name} takes a transform of kind image")
         if self.codec is not None and not _has_media(self.source):
             raise ValueError(f"codec: a source of kind {self.source.kind} without files has captions only")
         if self.text is not None and not has_captions(self.source):

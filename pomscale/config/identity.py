@@ -23,8 +23,9 @@ _FIXED_FOR_A_RUN = (
 # Settings of a model that nothing but its mixers depends on.
 _OF_MIXERS = frozenset({"mixer", "degree", "expand", "num_heads"})
 
-# Settings of a codec that its latents do not depend on: where the weights lie, and the arithmetic of the encoder.
-NOT_OF_THE_LATENTS = frozenset({"path", "subfolder", "precision", "tiling"})
+# Settings of a codec that its latents do not depend on: where the weights lie, the arithmetic of the encoder, and the
+# lossless coding of what is stored.
+NOT_OF_THE_LATENTS = frozenset({"path", "subfolder", "precision", "tiling", "coding"})
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -29,7 +29,8 @@ from pomscale.shards.schema import Manifest, Normalization, read_manifest
 class Samples:
     """Records of one shape. Rows of bad samples hold zeros, class 0 if there are classes, and the null embedding."""
 
-    latents: Tensor  # (b, c, ...) not normalised; float16 with gaps between rows, or float32 where drawn from moments
+    # (b, c, ...) not normalised; float16 with gaps between rows, float32 where drawn from moments, or uint8 pixels
+    latents: Tensor
     labels: Tensor  # (b,) int64, NO_LABEL where the dataset has no classes
     text: Tensor | None  # (b, n, dim) float16, zero after each row's length
     text_lengths: Tensor | None  # (b,) int64
@@ -49,6 +50,7 @@ class LatentDataset:
         reading: Literal["mapped", "streamed"] = "mapped",
         cache: CacheConfig | None = None,
         bad_samples: Literal["raise", "skip"] = "raise",
+        pin_memory: bool = False,
     ) -> None:
         """Open a dataset.
 
@@ -60,13 +62,14 @@ class LatentDataset:
             reading: Whether shards are memory-mapped, or streamed into memory.
             cache: Cache of the node for shards behind a URL.
             bad_samples: "raise" the error of the first record that cannot be read, or "skip" and list such records.
+            pin_memory: Whether pixels are read into pinned memory, from which a GPU copies them.
         """
         self.location = str(location)
         self.manifest = manifest
         self.normalization = normalization
         self._bad_samples = bad_samples
         self._cache = cache
-        self._reader = ArrayReader(self.location, manifest, reading, cache)
+        self._reader = ArrayReader(self.location, manifest, reading, cache, pin_memory=pin_memory)
         self.text: TextReader | None = None
         if text is not None:
             is_own = text == self.location
@@ -94,17 +97,23 @@ class LatentDataset:
             records: Record numbers (b,) int64, all of one group.
             positions: Their global positions (b,) int64.
             seed: Seed of the run.
-            flip_probability: Share of flipped copies; no effect on a dataset without them.
+            flip_probability: Share of flipped samples; no effect on a dataset without them.
         """
         faults: Faults = {}
         rows = self._reader.index.take(records)
         self._reader.check_rows(records, rows, faults)
         members = Members.of(records, rows, "latent")
-        if self.manifest.latents.has_flip:
+        info, shape = self.manifest.latents, self._stored_shape(records)
+        flips = np.zeros(len(records), bool)
+        if info.has_flip:
             flips = uniforms_at(positions, seed, Stream.FLIP) < flip_probability
+        if info.stores_flip:
             members = Members.of_one(records, rows, ("latent", "flip"), flips)
-        latents = self._reader.same_shape(members, self._stored_shape(records), faults)
-        if self.manifest.latents.stores_moments:
+        if info.dtype == "uint8":
+            latents = self._reader.pictures(members, shape, flips, faults)
+        else:
+            latents = self._reader.same_shape(members, shape, faults)
+        if info.stores_moments:
             latents = _sample_posterior(latents, positions, seed)
         labels = torch.from_numpy(rows["label"].astype(np.int64))
         text, text_lengths = (None, None) if self.text is None else self.text.read(members, positions, seed, faults)

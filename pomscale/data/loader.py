@@ -41,7 +41,8 @@ class MicroBatch:
     A sample of weight 0 takes no part in the loss: it is padding, or it is bad (and listed, once, in `bad`).
     """
 
-    latents: Tensor  # (b, c, h, w) or (b, c, f, h, w), not normalised; float16, or float32 where drawn from moments
+    # (b, c, h, w) or (b, c, f, h, w), not normalised; float16, float32 where drawn from moments, or uint8 pixels
+    latents: Tensor
     condition: Tensor  # (b,) int64, class ids; NO_LABEL (-1) where the datasets have no classes
     text: Tensor | None  # (b, n, dim) float16, zero after each row's length
     text_lengths: Tensor | None  # (b,) int64

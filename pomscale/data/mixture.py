@@ -83,8 +83,10 @@ class Mixture:
         self._announced: list[list[int]] = [[] for _ in datasets]
 
     @classmethod
-    def open(cls, config: DataConfig, *, seed: int, global_batch: int, read_text: bool) -> Mixture:
-        """Open the datasets of a recipe, all normalised in the same way.
+    def open(
+        cls, config: DataConfig, *, seed: int, global_batch: int, read_text: bool, pin_memory: bool = False
+    ) -> Mixture:
+        """Open the datasets of a recipe, all normalised in the same way; with `pin_memory`, pixels are read for a GPU.
 
         Raises InputError if one is missing, unfinished or damaged, if they do not belong together, or if the shards of
         two windows do not fit into the cache, or into memory where they are streamed.
@@ -103,6 +105,7 @@ class Mixture:
                 reading=config.reading,
                 cache=config.cache,
                 bad_samples=config.bad_samples,
+                pin_memory=pin_memory,
             )
             for component, manifest in zip(components, manifests, strict=True)
         ]
@@ -210,6 +213,12 @@ def _check_belong_together(locations: Sequence[str], manifests: Sequence[Manifes
     first = manifests[0]
     for location, manifest in zip(locations[1:], manifests[1:], strict=True):
         both = f"data.mixture: {locations[0]} and {location}"
+        if manifest.latents.dtype != first.latents.dtype:
+            kinds = [m.latent_codec.config.name for m in (first, manifest)]
+            raise InputError(
+                f"{both}: one holds pixels (uint8) and the other latents (codecs {kinds[0]} and {kinds[1]}), and a "
+                f"network learns one of the two. Encode one of them again with the other's codec"
+            )
         channels = [m.latents.num_channels for m in (first, manifest)]
         if channels[0] != channels[1]:
             raise InputError(

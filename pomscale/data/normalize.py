@@ -11,9 +11,9 @@ from pomscale.shards.schema import Normalization
 
 
 def normalize(latents: Tensor, normalization: Normalization) -> Tensor:
-    """Return (latents - mean) / std by channel, float32, of (b, c, ...) float16 or float32, on the same device.
+    """Return (latents - mean) / std by channel, float32, of (b, c, ...) of any type, on the same device.
 
-    Call it on the network's device: as they are stored, latents take half the bytes on the way there.
+    Call it on the network's device: as they are stored, latents take half the bytes on the way there, pixels a quarter.
     """
     size = (-1, *[1] * (latents.ndim - 2))
     mean, std = _on_device(normalization, latents.device)

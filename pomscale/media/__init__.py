@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 Filter = Literal["lanczos", "area"]
+PictureFilter = Literal["lanczos", "area", "adm"]
 
 PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 CLIP_EXTENSIONS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v")

@@ -12,7 +12,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pomscale.media import Filter, UnreadableMediaError
+from pomscale.media import PictureFilter, UnreadableMediaError
+from pomscale.media.adm import adm_crop
 from pomscale.media.area import area_mean
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
@@ -86,13 +87,15 @@ def decode_picture(stream: BinaryIO, num_channels: int) -> DecodedPicture:
     return DecodedPicture(image, width, height, is_grey)
 
 
-def fit_picture(image: Image.Image, target: tuple[int, int], filter: Filter) -> np.ndarray:
+def fit_picture(image: Image.Image, target: tuple[int, int], filter: PictureFilter) -> np.ndarray:
     """Return the central box of the target's aspect ratio, resized to `target` = (height, width).
 
     Filter "area" is the mean over the area of each new pixel, and bilinear where a picture is enlarged, as it is for
-    clips. The result is (height, width, channels) uint8.
+    clips; filter "adm", for squares, is `adm_crop`. The result is (height, width, channels) uint8.
     """
     height, width = target
+    if filter == "adm":
+        return adm_crop(image, height).reshape(height, width, len(image.getbands()))
     # Cut and resized in one go: a long strip, resized as a whole, takes any amount of memory.
     box = _central_box((image.height, image.width), target)
     is_reduced = box[2] - box[0] >= width and box[3] - box[1] >= height

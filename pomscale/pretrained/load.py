@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, cast
 import torch
 
 from pomscale.codecs.base import ClipCodec, Codec, TextEncoder
-from pomscale.config.codecs import PixelCodecConfig
+from pomscale.config.codecs import PixelCodecConfig, Uint8CodecConfig
 from pomscale.config.model import ImageModelConfig
 from pomscale.distributed.world import resolve_device
 from pomscale.models import DiPoM, VDiPoM
@@ -93,7 +93,7 @@ def load_pretrained(
     """
     source = open_weights(Path(path))
     card = source.card
-    if codec_path is not None and not isinstance(card.codec, PixelCodecConfig):
+    if codec_path is not None and not isinstance(card.codec, PixelCodecConfig | Uint8CodecConfig):
         card = card.model_copy(update={"codec": card.codec.model_copy(update={"path": codec_path})})
     if text_path is not None:
         card = card.model_copy(update={"sampling": card.sampling.model_copy(update={"text_path": text_path})})

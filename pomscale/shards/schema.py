@@ -35,8 +35,9 @@ _CHANGE_OR_ENCODE = "Change the recipe, or encode the dataset again with `pomsca
 # Captions of one item, at most.
 MAX_CAPTIONS = 100
 
-# Arrays that a record may have: name in the index, and suffix of the member in the tar. A record has a text array for
-# each of its captions: "text" for the first, "text_1" for the second.
+# Arrays that a record may have: name in the index, and suffix of the member in the tar (`Manifest.array_members` has
+# those of a dataset). A record has a text array for each of its captions: "text" for the first, "text_1" for the
+# second.
 ArrayName = str
 TEXT_ARRAYS: tuple[ArrayName, ...] = ("text", *(f"text_{number}" for number in range(1, MAX_CAPTIONS)))
 ARRAY_MEMBERS: dict[ArrayName, str] = {
@@ -44,6 +45,7 @@ ARRAY_MEMBERS: dict[ArrayName, str] = {
     "flip": ".latent_flip.npy",
     **{name: f".{name}.npy" for name in TEXT_ARRAYS},
 }
+PNG_MEMBER = ".png"
 CLASS_MEMBER = ".cls"
 CAPTION_MEMBER = ".txt"
 INFO_MEMBER = ".json"
@@ -51,8 +53,21 @@ INFO_MEMBER = ".json"
 CAPTIONS_FIELD = "captions"
 
 
+def array_members(arrays: Sequence[ArrayName], coding: Literal["raw", "png"]) -> dict[ArrayName, str]:
+    """Return the suffixes of the members that hold arrays, in their order."""
+    return {array: PNG_MEMBER if (array, coding) == ("latent", "png") else ARRAY_MEMBERS[array] for array in arrays}
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def equals(default: object) -> Callable[[Any], bool]:
+    """Return the `exclude_if` of a field that manifests and records have gained, and that says nothing at its default.
+
+    Left out then, it neither changes their bytes nor keeps an older version from reading the dataset.
+    """
+    return default.__eq__
 
 
 class CodecInfo(_Part):
@@ -70,27 +85,33 @@ class LatentInfo(_Part):
     With `stores_moments` an array in a shard is (2c, ...), mean and log-variance. `mean` and `std` (c values each) are
     those of unscaled latents, over `num_values` values per channel; for moments those of posterior samples. float16 is
     used and not bfloat16, since it has three more bits of mantissa, latents are small numbers (those that do not fit
-    are refused), and .npy has it.
+    are refused), and .npy has it. Pixels are uint8, as arrays (raw) or PNG files.
     """
 
-    dtype: Literal["float16"] = "float16"
+    dtype: Literal["float16", "uint8"] = "float16"
+    coding: Literal["raw", "png"] = Field("raw", exclude_if=equals("raw"))
     stores_moments: bool
     has_flip: bool
     num_values: int = Field(ge=0)
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @model_validator(mode="after")
+    def _check(self) -> LatentInfo:
+        if self.dtype == "float16" and self.coding != "raw":
+            raise ValueError(f"coding {self.coding} is for uint8")
+        if self.dtype == "uint8" and self.stores_moments:
+            raise ValueError("moments are not stored as uint8")
+        return self
+
     @property
     def num_channels(self) -> int:
         return len(self.mean)
 
-
-def equals(default: object) -> Callable[[Any], bool]:
-    """Return the `exclude_if` of a field that manifests and records have gained, and that says nothing at its default.
-
-    Left out then, it neither changes their bytes nor keeps an older version from reading the dataset.
-    """
-    return default.__eq__
+    @property
+    def stores_flip(self) -> bool:
+        """Whether flipped copies are stored. Pixels are flipped as they are read, where `has_flip` allows it."""
+        return self.has_flip and self.dtype != "uint8"
 
 
 class TextInfo(_Part):
@@ -202,8 +223,13 @@ class Manifest(_Part):
         """
         present: list[ArrayName] = []
         if self.latent is not None:
-            present += ["latent", "flip"] if self.latent.has_flip else ["latent"]
+            present += ["latent", "flip"] if self.latent.stores_flip else ["latent"]
         return (*present, *self.text_arrays)
+
+    @property
+    def array_members(self) -> dict[ArrayName, str]:
+        """Suffixes of the members that hold `arrays`, in their order."""
+        return array_members(self.arrays, "raw" if self.latent is None else self.latent.coding)
 
     @property
     def text_arrays(self) -> tuple[ArrayName, ...]:

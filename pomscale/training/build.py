@@ -68,14 +68,18 @@ class Inputs:
     identity: dict[str, Any]
 
 
-def open_inputs(recipe: TrainRecipe, folder: Path) -> Inputs:
-    """Open the datasets of a recipe. Raises InputError if they do not fit its codec and model."""
+def open_inputs(recipe: TrainRecipe, folder: Path, *, pin_memory: bool = False) -> Inputs:
+    """Open the datasets of a recipe, to be read for a GPU with `pin_memory`.
+
+    Raises InputError if they do not fit its codec and model.
+    """
     model = recipe.model
     mixture = Mixture.open(
         recipe.data,
         seed=recipe.seed,
         global_batch=recipe.training.global_batch,
         read_text=isinstance(model, VideoModelConfig),
+        pin_memory=pin_memory,
     )
     for dataset in mixture.datasets:
         check_compatible(dataset.location, dataset.manifest, recipe.codec, model)

@@ -30,7 +30,8 @@ from pomscale.shards.schema import Normalization, TextInfo
 class TrainBatch:
     """A micro-batch with everything random drawn. Shapes: x0, eps (b, c, h, w) or (b, c, f, h, w); weights (b,).
 
-    x0: as the loader gives it, not normalised, mostly float16. t, start: see diffusion.draws; pictures have no start.
+    x0: as the loader gives it, not normalised, mostly float16, uint8 for pixels. t, start: see diffusion.draws;
+    pictures have no start.
     bad: the samples that could not be read; their weight is 0. dropout_seeds: (b,) int64, None without dropout.
     """
 
@@ -66,10 +67,12 @@ class TrainBatch:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory without gaps between rows.
+    """A copy in pinned memory without gaps between rows; the tensor itself, where it is that already, as pixels are.
 
     Latents have such gaps, and Tensor.pin_memory would keep them: then the host waits while a device fetches the copy.
     """
+    if tensor.is_pinned() and tensor.is_contiguous():
+        return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 

@@ -72,7 +72,7 @@ def _collective_timeout(recipe: TrainRecipe) -> timedelta | None:
 def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest) -> int:
     """Nothing is written before it is known that the recipe may continue the run in `folder`."""
     check_layout(recipe, world.size)
-    inputs = open_inputs(recipe, folder)
+    inputs = open_inputs(recipe, folder, pin_memory=world.device.type == "cuda")
     standing = world.on_main(lambda: find_standing(recipe, folder, inputs.mixture, inputs.identity, inputs.card))
     if standing.is_finished:
         if world.is_main:

@@ -58,7 +58,7 @@ def replace_shard(dataset: Path, number: int, content: bytes, reindex: bool = Tr
         rows = []
         with open_shard(path) as stream:
             for record in TarReader(stream):
-                rows.append(record.row(number, _label(record), manifest.arrays))
+                rows.append(record.row(number, _label(record), manifest.array_members))
         index[index["shard"] == number] = np.array(rows, index.dtype)
         replace_index(dataset, index)
 

@@ -36,7 +36,7 @@ def add_pictures(images: argparse.ArgumentParser) -> None:
         help="Cut pictures in files to their central square and resize it to this side, as `data encode` does",
     )
     group.add_argument(
-        "--filter", choices=["lanczos", "area"], default="lanczos", help="Filter of --fit (default: %(default)s)"
+        "--filter", choices=["lanczos", "area", "adm"], default="lanczos", help="Filter of --fit (default: %(default)s)"
     )
     group.add_argument(
         "--grey", choices=["repeat"], help="Give grey pictures to colour extractors with three equal channels"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ from pomscale.data.remote.shard_cache import local_index
 from pomscale.shards.checksums import wrong_rows
 from pomscale.shards.index import index_dtype, key_hash, map_index, npy_header, split_member_name
 from pomscale.shards.location import join, unreadable
+from pomscale.shards.pictures import unpack_picture
 from pomscale.shards.schema import INDEX_NAME, Manifest
 
 _TAR_BLOCK = 512
@@ -67,8 +68,16 @@ class ArrayReader:
     """Reads the stored arrays of the dataset at `location`. Safe to share between threads."""
 
     def __init__(
-        self, location: str, manifest: Manifest, reading: Literal["mapped", "streamed"], cache: CacheConfig | None
+        self,
+        location: str,
+        manifest: Manifest,
+        reading: Literal["mapped", "streamed"],
+        cache: CacheConfig | None,
+        *,
+        pin_memory: bool = False,
     ) -> None:
+        """Open the shards. With `pin_memory`, pictures are read into pinned memory."""
+        self._pin_memory = pin_memory
         self.location = location
         self.manifest = manifest
         self.files = open_shard_files(location, manifest, reading, cache)
@@ -108,6 +117,21 @@ class ArrayReader:
         self._find_non_finite(members, torch.from_numpy(values), faults)
         return torch.from_numpy(values.reshape(-1, *shape))
 
+    def pictures(self, members: Members, shape: tuple[int, ...], mirrored: np.ndarray, faults: Faults) -> Tensor:
+        """Return pictures of one shape, (b, *shape) uint8, contiguous; row i is mirrored where `mirrored` (b,) is True.
+
+        Between the page cache and the result lies one copy of each byte, which mirrors, too; PNG files are inflated
+        before it.
+        """
+        pictures = torch.empty((len(members.records), *shape), dtype=torch.uint8, pin_memory=self._pin_memory)
+        pixels, coding = pictures.numpy(), self.manifest.latents.coding
+        for row, content in self._checked(members, faults):
+            try:
+                unpack_picture(content, coding, pixels[row], bool(mirrored[row]))
+            except ValueError as error:
+                faults[row] = self.fault(members, row, f"it {error}")
+        return pictures
+
     def sequences(
         self, members: Members, dim: int, max_length: int, room: int, faults: Faults
     ) -> tuple[Tensor, Tensor]:
@@ -124,16 +148,8 @@ class ArrayReader:
         lengths = (members.lengths - header_bytes) // (2 * dim)
         longest = max(room, int(np.clip(lengths, 0, max_length).max()))
         values = np.zeros((len(lengths), longest, dim), np.float16)
-        contents = self._contents(members, faults)
-        for row, (shard, begin) in enumerate(zip(members.shards.tolist(), members.offsets.tolist(), strict=True)):
-            if row in faults:
-                continue
+        for row, content in self._checked(members, faults):
             length = int(lengths[row])
-            content: memoryview | None = contents[shard].data[begin : begin + int(members.lengths[row])]
-            if isal_zlib.crc32(content) != members.crc32s[row]:
-                content = self._fetched_again(members, row, faults)
-            if content is None:
-                continue
             header, data = content[:header_bytes], content[header_bytes:]
             fits = 1 <= length <= max_length and len(data) == 2 * dim * length
             if not fits or header != _sequence_header(length, dim):
@@ -193,6 +209,19 @@ class ArrayReader:
             what = f"{lengths[row]:,} bytes at {begins[row]:,} are not in the shard"
             faults[row] = self.fault(members, row, what)
         return contents
+
+    def _checked(self, members: Members, faults: Faults) -> Iterator[tuple[int, memoryview]]:
+        """Yield row and bytes of the members without faults, where the checksum is right."""
+        contents = self._contents(members, faults)
+        fields = (members.shards, members.offsets, members.lengths, members.crc32s)
+        for row, (shard, begin, length, crc32) in enumerate(zip(*(field.tolist() for field in fields), strict=True)):
+            if row in faults:
+                continue
+            content: memoryview | None = contents[shard].data[begin : begin + length]
+            if isal_zlib.crc32(content) != crc32:
+                content = self._fetched_again(members, row, faults)
+            if content is not None:
+                yield row, content
 
     def _fetched_again(self, members: Members, row: int, faults: Faults) -> memoryview | None:
         """Return the bytes of a member whose checksum is wrong, where a fresh copy of its shard has them right."""

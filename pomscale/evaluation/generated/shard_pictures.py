@@ -11,7 +11,7 @@ import torch
 from pomscale.base.errors import InputError
 from pomscale.codecs import build_codec
 from pomscale.codecs.base import Codec
-from pomscale.config.codecs import PixelCodecConfig
+from pomscale.config.codecs import PixelCodecConfig, Uint8CodecConfig
 from pomscale.data.dataset import LatentDataset
 from pomscale.distributed.world import resolve_device
 from pomscale.evaluation.generated.crops import crop_of
@@ -104,7 +104,7 @@ def _only_size(location: str, manifest: Manifest) -> tuple[int, ...]:
 
 def _codec_of(location: str, manifest: Manifest, codec_path: str | None) -> Codec:
     config = manifest.latent_codec.config
-    if codec_path is not None and not isinstance(config, PixelCodecConfig):
+    if codec_path is not None and not isinstance(config, PixelCodecConfig | Uint8CodecConfig):
         config = config.model_copy(update={"path": codec_path})
     codec = build_codec(config)
     if codec.identity() != manifest.latent_codec.identity:
