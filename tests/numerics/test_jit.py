@@ -72,15 +72,18 @@ _PARAMETERS = {
 }
 
 
+def preset(name: str, side: int) -> ImageModelConfig:
+    return ImageModelConfig.model_validate({"preset": name, "latent_shape": (3, side, side), "num_classes": 1000})
+
+
 @pytest.mark.parametrize("name", _PARAMETERS)
 def test_presets_have_the_parameters_of_the_authors_modules(name: str) -> None:
-    config = ImageModelConfig(preset=name, latent_shape=(3, 256, 256), num_classes=1000)
-    assert num_parameters(config) == _PARAMETERS[name]
+    assert num_parameters(preset(name, 256)) == _PARAMETERS[name]
 
 
 def test_a_picture_that_the_patches_do_not_fill_is_refused() -> None:
     with pytest.raises(ValueError, match="latent_shape: 272x272 is not divisible by patch_size 32"):
-        ImageModelConfig(preset="jit-b-32", latent_shape=(3, 272, 272), num_classes=1000)
+        preset("jit-b-32", 272)
 
 
 def test_another_row_of_the_class_moves_the_tokens_in_context() -> None:

@@ -149,8 +149,11 @@ _RMS_NORM_CHUNK = 2**18
 
 
 def dropout(x: Tensor) -> Tensor:
-    """Mirror layers/dropout.py: a division, and a fill by a mask that is kept; the hash has two int32 tensors."""
-    numbers = [x.tape.new(x.shape, 4), x.tape.new(x.shape, 4)]
+    """Mirror layers/dropout.py: a division, and a fill by a mask that is kept.
+
+    The hash has two int32 tensors, and an index of the numbers of a sample.
+    """
+    numbers = [x.tape.new(shape, 4) for shape in (x.shape[1:], x.shape, x.shape)]
     mask = x.tape.new(x.shape, BOOL)
     del numbers
     divided = scaled(x)

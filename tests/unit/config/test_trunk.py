@@ -44,7 +44,9 @@ def test_a_run_of_before_goes_on_and_another_choice_is_named() -> None:
 @pytest.mark.parametrize(("size", "heads", "start"), [("b", 12, 4), ("l", 16, 8), ("h", 16, 10)])
 def test_presets_of_jit(size: str, heads: int, start: int) -> None:
     plain, pom = (
-        ImageModelConfig(preset=f"jit-{size}-16{suffix}", latent_shape=(3, 256, 256), num_classes=1000)
+        ImageModelConfig.model_validate(
+            {"preset": f"jit-{size}-16{suffix}", "latent_shape": (3, 256, 256), "num_classes": 1000}
+        )
         for suffix in ("", "-pom")
     )
     assert set(plain.mixers) == {AttentionMixer(heads, qk_norm=True, rope=2)}
