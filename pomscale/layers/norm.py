@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         # On CPUs torch has no fused operator, and its parts keep two tensors of the size of x.
-        normalized: Tensor = _RmsNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        normalized: Tensor = _RmsNorm.apply(x, self.weight, self.eps)
         return normalized
 
 

@@ -39,13 +39,13 @@ class BottleneckPatchEmbedding(nn.Module):
         channels: Channels c of the input.
         dim: Width d of the tokens.
         bottleneck: Width between the maps.
-        patch: Lengths of a patch: (height, width), or (frames, height, width).
+        patch: Lengths of a patch: frames (1 for pictures), height, width.
 
     Raises:
         ValueError: The patches do not fill an input.
     """
 
-    def __init__(self, channels: int, dim: int, bottleneck: int, patch: tuple[int, ...]) -> None:
+    def __init__(self, channels: int, dim: int, bottleneck: int, patch: tuple[int, int, int]) -> None:
         super().__init__()
         self.patch = patch
         self.reduce = nn.Linear(channels * math.prod(patch), bottleneck, bias=False)
@@ -53,11 +53,11 @@ class BottleneckPatchEmbedding(nn.Module):
 
     def forward(self, latents: Tensor, tokens: slice | None = None) -> Tensor:
         """Embed all tokens, or some of them."""
-        sides = tuple(latents.shape[2:])
+        clips = latents if latents.ndim == 5 else latents[:, :, None]
+        sides = tuple(clips.shape[2:])
         if any(side % length for side, length in zip(sides, self.patch, strict=True)):
             raise ValueError(f"latents of {sides} cannot be cut into patches of {self.patch}")
-        clips = latents if latents.ndim == 5 else latents[:, :, None]
-        patches = patchify_clips(clips, (1, *self.patch)[-3:])
+        patches = patchify_clips(clips, self.patch)
         patches = patches if tokens is None else patches[:, tokens]
         return self.expand(self.reduce(patches.to(self.reduce.weight.dtype)))
 

@@ -21,6 +21,6 @@ def build_bottleneck(config: ImageModelConfig | VideoModelConfig) -> BottleneckP
     bottleneck = config.patch_embedding.bottleneck
     if bottleneck is None:
         return None
-    sides = (config.patch_size, config.patch_size)
-    patch = (config.patch_frames, *sides) if isinstance(config, VideoModelConfig) else sides
+    frames = config.patch_frames if isinstance(config, VideoModelConfig) else 1
+    patch = (frames, config.patch_size, config.patch_size)
     return BottleneckPatchEmbedding(config.latent_shape[0], config.dim, bottleneck, patch)

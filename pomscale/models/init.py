@@ -38,7 +38,9 @@ def initial_value(model: nn.Module, name: str, seed: int) -> Tensor:
     value = torch.empty(module.get_parameter(leaf).shape, dtype=torch.float32, device="cpu")
     path = [*owner.split("."), leaf]
     if path[-2:] == ["gates", "bias"]:
-        return value.fill_(0.0 - model.get_submodule(".".join(path[:-2])).gate_offset)
+        offset = model.get_submodule(".".join(path[:-2])).gate_offset
+        assert isinstance(offset, float), "Block and VideoBlock"
+        return value.fill_(0.0 - offset)
     _fill(value, module, path, _generator(seed, f"{owner}.{leaf}"))
     return value
 

@@ -141,9 +141,9 @@ def _by_position(file: Path, name: str, model: Mapping[str, Tensor], values: Any
         )
     for position, (wanted, value) in enumerate(zip(names, values, strict=True)):
         if not isinstance(value, Tensor) or value.shape != model[wanted].shape:
-            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(
-                f"{file}: number {position} of ema_params{number} has the shape {found}, and {wanted}, which has this "
+                f"{file}: number {position} of ema_params{number} has the shape {shape}, and {wanted}, which has this "
                 f"position, {tuple(model[wanted].shape)}; averages are kept by position, so they cannot be told apart"
             )
     return dict(zip(names, values, strict=True))

@@ -79,14 +79,14 @@ def test_swiglu() -> None:
 
 
 def test_a_bottleneck_is_a_convolution_and_a_linear_map() -> None:
-    embedding, pictures = BottleneckPatchEmbedding(3, 8, 5, (2, 2)).double(), torch.randn(2, 3, 6, 4).double()
+    embedding, pictures = BottleneckPatchEmbedding(3, 8, 5, (1, 2, 2)).double(), torch.randn(2, 3, 6, 4).double()
     kernel = embedding.reduce.weight.unflatten(1, (2, 2, 3)).permute(0, 3, 1, 2)
     reduced = F.conv2d(pictures, kernel, stride=2).flatten(2).transpose(1, 2)
     expected = reduced @ embedding.expand.weight.T + embedding.expand.bias
     torch.testing.assert_close(embedding(pictures), expected)
     torch.testing.assert_close(embedding(pictures, slice(2, 5)), expected[:, 2:5])
     torch.testing.assert_close(embedding(pictures), embedding.expand(embedding.reduce(patchify(pictures, 2))))
-    with pytest.raises(ValueError, match=r"latents of \(6, 5\) cannot be cut into patches of \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"latents of \(1, 6, 5\) cannot be cut into patches of \(1, 2, 2\)"):
         embedding(torch.randn(2, 3, 6, 5))
 
 
@@ -155,6 +155,7 @@ def rotary_attention() -> Attention:
     torch.manual_seed(0)
     layer = Attention(24, 2, qk_norm=True, rope=3).double()
     for module in (layer.query_norm, layer.key_norm):
+        assert isinstance(module, RMSNorm)
         torch.nn.init.normal_(module.weight)
     return layer
 

@@ -65,7 +65,7 @@ def jit_shapes(sizes: JitSizes) -> dict[str, tuple[int, ...]]:
         "x_embedder.proj2.bias": (d,),
     }
     for n in range(sizes.depth):
-        block = {"norm1.weight": (d,)}
+        block: dict[str, tuple[int, ...]] = {"norm1.weight": (d,)}
         if sizes.mixer == "pom":
             block |= {"attn.se_bias": (sizes.heads,), "attn.po_coeff": (2 * d, 3)}
             block |= {"attn.qc_proj.weight": (2 * d + sizes.heads, d), "attn.ag_proj.weight": (d, 2 * d)}
@@ -175,7 +175,7 @@ def _pom(weights: Mapping[str, Tensor], sizes: JitSizes, x: Tensor, places: Tens
     width, heads = 2 * sizes.dim, sizes.heads
     maps = weights["attn.qc_proj.weight"]
     u = F.leaky_relu(x @ maps[:width].T, 0.01).clamp(-0.1, 6)
-    features = sum(weights["attn.po_coeff"][:, m] * u ** (m + 1) for m in range(3))
+    features = torch.stack([weights["attn.po_coeff"][:, m] * u ** (m + 1) for m in range(3)]).sum(0)
     rates = torch.tensor([10000 ** (-i / (width // 4)) for i in range(width // 4)], dtype=torch.float64)
     state = _turned_quarters(features, places, rates).mean(1, keepdim=True)
     gates = F.hardsigmoid(x @ maps[width:].T + weights["attn.se_bias"])
