@@ -32,6 +32,7 @@ class Stream(IntEnum):
     SAMPLING_STEP_NOISE = 13
     SAMPLE_LABEL = 14
     RECALL = 15
+    DROPOUT = 16
 
 
 def keyed_generator(seed: int, stream: Stream, index: int, subindex: int = 0) -> np.random.Generator:

@@ -167,6 +167,8 @@ def real_step(recipe: TrainRecipe, world: World) -> tuple[Engine, Callable[[], N
         times = num_times(recipe)
         t = torch.rand(share.micro_batch if times == 1 else (share.micro_batch, times), device=world.device)
         part = network if local is None else partial(network, split_tokens=local.split)
+        if recipe.model.dropout is not None:
+            part = partial(part, dropout_seeds=torch.arange(share.micro_batch, device=world.device))
         condition, conditioned = _conditioned(recipe.model, share.micro_batch, part, world.device)
         if local is None:
             return per_sample_loss(FlowMatching(), conditioned, x0, eps, t, condition).mean()

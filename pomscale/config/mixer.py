@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, Union
 
 from pydantic import Discriminator, Field, PositiveInt, StrictBool, Tag, TypeAdapter, model_validator
 
-from pomscale.config.section import Section
+from pomscale.config.section import GrownSection, Section
 
 MixerName = Literal["pom", "attention"]
 FormName = Literal["product", "coefficients"]
@@ -46,11 +46,17 @@ class PomMixerConfig(Section):
         return self
 
 
-class AttentionMixerConfig(Section):
+class AttentionMixerConfig(GrownSection):
     """Multi-head attention."""
+
+    _later = frozenset({"qk_norm", "rope"})
 
     kind: Literal["attention"]
     heads: PositiveInt | None = Field(None, description="Number of heads; null = model.num_heads.")
+    qk_norm: StrictBool = Field(False, description="RMS norm of the queries and of the keys of every head.")
+    rope: StrictBool = Field(
+        False, description="Rotary positions of queries and keys in the self mixers, along the axes of PoM's."
+    )
 
 
 def _shape(value: Any) -> str:
@@ -105,15 +111,16 @@ class PomMixer:
 
 @dataclass(frozen=True)
 class AttentionMixer:
-    """Attention of a block."""
+    """Attention of a block; the fields are those of `AttentionMixerConfig`, and `rope` is the number of axes."""
 
     heads: int
-    rope: ClassVar[None] = None
+    qk_norm: bool = False
+    rope: Literal[2, 3] | None = None
     kind: ClassVar[MixerName] = "attention"
 
     def without_rope(self) -> AttentionMixer:
         """Return the mixer for tokens without positions, such as those of a text."""
-        return self
+        return replace(self, rope=None)
 
 
 Mixer: TypeAlias = PomMixer | AttentionMixer
@@ -137,7 +144,7 @@ def resolve_mixer(
         num_axes: axes of a token's position in this kind of model.
     """
     if isinstance(written, AttentionMixerConfig):
-        return AttentionMixer(written.heads or num_heads)
+        return AttentionMixer(written.heads or num_heads, written.qk_norm, num_axes if written.rope else None)
     if written == "attention":
         return AttentionMixer(num_heads)
     if isinstance(written, PomMixerConfig):
@@ -175,18 +182,25 @@ def check_mixer(key: str, written: MixerName | PomMixerConfig | AttentionMixerCo
             own = isinstance(written, AttentionMixerConfig) and written.heads is not None
             name = f"{key}.heads" if own else "num_heads"
             raise ValueError(f"{name}: {mixer.heads} does not divide dim {dim}; set a divisor of it")
+        _check_rope(key, mixer, {"rope": ("channels of a head", dim // mixer.heads)})
         return
     width = mixer.width(dim)
     if width % mixer.heads:
         raise ValueError(f"{key}.heads: {mixer.heads} do not divide expand x dim = {width}; set a divisor of it")
     if dim % mixer.groups:
         raise ValueError(f"{key}.groups: {mixer.groups} do not divide dim {dim}; set a divisor of it")
-    if mixer.rope is not None:
-        for name, what, size in (("rope", "channels", width), ("heads", "gates", mixer.num_gates(dim))):
-            pairs = rotary_pairs(size, mixer.rope)
-            if 2 * sum(pairs) != size or min(pairs) < 1:
-                needs = {2: "a multiple of 4", 3: "an even number from 6 on"}[mixer.rope]
-                raise ValueError(f"{key}.{name}: rope along {mixer.rope} axes needs {needs}, got {size} {what}")
+    _check_rope(key, mixer, {"rope": ("channels", width), "heads": ("gates", mixer.num_gates(dim))})
+
+
+def _check_rope(key: str, mixer: Mixer, sizes: Mapping[str, tuple[str, int]]) -> None:
+    """Raise ValueError unless the rotary positions of a mixer can turn vectors of these sizes."""
+    if mixer.rope is None:
+        return
+    for name, (what, size) in sizes.items():
+        pairs = rotary_pairs(size, mixer.rope)
+        if 2 * sum(pairs) != size or min(pairs) < 1:
+            needs = {2: "a multiple of 4", 3: "an even number from 6 on"}[mixer.rope]
+            raise ValueError(f"{key}.{name}: rope along {mixer.rope} axes needs {needs}, got {size} {what}")
 
 
 def rotary_pairs(width: int, num_axes: Literal[2, 3]) -> tuple[int, ...]:

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import difflib
+from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
+from pomscale.config.block import (
+    BlockConfig,
+    DropoutConfig,
+    FeedForwardName,
+    GatesName,
+    InContextConfig,
+    NormName,
+    PatchEmbeddingConfig,
+    PositionsName,
+    TimeEmbeddingName,
+)
 from pomscale.config.mixer import (
     AttentionMixerConfig,
     Mixer,
@@ -18,15 +31,19 @@ from pomscale.config.mixer import (
     resolve_mixer,
 )
 from pomscale.config.presets import IMAGE_PRESETS, PRESETS, VIDEO_PRESETS
-from pomscale.config.section import Section
+from pomscale.config.section import GrownSection
 
 
 def _nearest_preset(name: str) -> str:
     return difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
 
 
-class TrunkConfig(Section):
+class TrunkConfig(GrownSection):
     """Blocks of a network. A preset fills every field that the recipe does not set."""
+
+    _later = frozenset(
+        {"norm", "ffn", "gates", "positions", "time_embedding", "patch_embedding", "in_context", "dropout"}
+    )
 
     _presets: ClassVar[dict[str, dict[str, Any]]]
     _num_axes: ClassVar[Literal[2, 3]]
@@ -35,6 +52,28 @@ class TrunkConfig(Section):
     dim: PositiveInt = Field(description="Width of the trunk.")
     depth: PositiveInt = Field(description="Number of blocks.")
     patch_size: PositiveInt = Field(2, description="Latent pixels per side of one token.")
+    patch_embedding: PatchEmbeddingConfig = PatchEmbeddingConfig()
+    positions: PositionsName = Field(
+        "sincos",
+        description="Fixed positions that are added to the tokens, beside rope in the mixers. sincos: waves of places "
+        "from 0 to 1 along each side (HoMM); sincos_integer: of rows and columns (JiT); none.",
+    )
+    time_embedding: TimeEmbeddingName = Field(
+        "noise_step",
+        description="noise_step: dim features of 1000 t, hidden width 4 dim (HoMM); data_fraction: 256 features of "
+        "1 - t, hidden width dim (JiT, whose time is 1 for data).",
+    )
+    in_context: InContextConfig | None = Field(
+        None, description="Pictures: tokens of the class beside those of the picture; null = none."
+    )
+    dropout: DropoutConfig | None = Field(None, description="Dropout in training; null = none.")
+    norm: NormName = Field("layer", description="layer: without weights; rms: RMS norms, each with a weight.")
+    gates: GatesName = Field(
+        "1+g", description="Factor of what a mixer or feed-forward adds: 1 + g or g, where g depends on the condition."
+    )
+    ffn: FeedForwardName = Field(
+        "gelu", description="Feed-forward: two maps around a GELU, or SwiGLU, of three maps and 2/3 of the width."
+    )
     ffn_expansion: PositiveInt = Field(2, description="Feed-forward width over dim.")
     mixer: MixerField = Field(
         "pom",
@@ -73,6 +112,15 @@ class TrunkConfig(Section):
         for number, written in enumerate(self._pattern):
             key = f"mixer.{number}" if isinstance(self.mixer, list) else "mixer"
             check_mixer(key, written, self._resolved(written), self.dim)
+        if self.positions == "none" and not self.has_rope:
+            raise ValueError("positions: none leaves tokens without any; set rope: true in a mixer, or sincos here")
+        if self.in_context is not None and self.in_context.start >= self.depth:
+            raise ValueError(f"in_context.start: {self.in_context.start} is no block; they are 0 to {self.depth - 1}")
+        if self.dropout is not None and not any(block.dropout for block in self.blocks):
+            raise ValueError(
+                f"dropout: its range, {self.dropout.first} to {self.dropout.last}, has no block; they are "
+                f"0 to {self.depth - 1}"
+            )
         return self
 
     @property
@@ -90,9 +138,30 @@ class TrunkConfig(Section):
         return [self._resolved(written) for written in self._pattern] * (self.depth // len(self._pattern))
 
     @property
+    def block(self) -> BlockConfig:
+        """Choices that all blocks share beside their mixers."""
+        return BlockConfig(self.dim, self.ffn_expansion, self.ffn, self.norm, self.gates)
+
+    @property
+    def blocks(self) -> list[BlockConfig]:
+        """Choices of every block beside its mixer, length `depth`."""
+        rates = [0.0 if self.dropout is None else self.dropout.rate_of(n) for n in range(self.depth)]
+        return [replace(self.block, dropout=rate, number=number) for number, rate in enumerate(rates)]
+
+    def num_block_tokens(self, number: int) -> int:
+        """Return the tokens of a sample that a block reads, those of the class among them."""
+        in_context = self.in_context
+        return self.num_tokens + (in_context.tokens if in_context is not None and number >= in_context.start else 0)
+
+    @property
     def has_rope(self) -> bool:
         """Whether some mixer rotates its tokens by their positions."""
         return any(mixer.rope is not None for mixer in self.mixers)
+
+    @property
+    @abstractmethod
+    def num_tokens(self) -> int:
+        """Tokens of a sample of `latent_shape`."""
 
     def _check_sides(self, height: int, width: int) -> None:
         if height % self.patch_size or width % self.patch_size:
@@ -121,6 +190,7 @@ class ImageModelConfig(TrunkConfig):
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of a sample of `latent_shape`."""
         _, height, width = self.latent_shape
         return (height // self.patch_size) * (width // self.patch_size)
 
@@ -154,6 +224,8 @@ class VideoModelConfig(TrunkConfig):
         self._check_sides(height, width)
         if frames % self.patch_frames:
             raise ValueError(f"latent_shape: {frames} frames are not divisible by patch_frames {self.patch_frames}")
+        if self.in_context is not None:
+            raise ValueError("in_context: clips have a text and no class; leave it out")
         return self
 
     @property
@@ -163,6 +235,7 @@ class VideoModelConfig(TrunkConfig):
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of a sample of `latent_shape`."""
         _, _, height, width = self.latent_shape
         return self.num_groups * (height // self.patch_size) * (width // self.patch_size)
 

@@ -6,6 +6,9 @@ feed-forward expansion 4 (Peebles & Xie 2023, table 1).
 
 V-DiPoM-XL is the size of the PoM paper's text-to-video model: 20 blocks, 1152 wide, about 1.1 G parameters. Its smaller
 siblings and V-DiT, the same trunk with attention, are ours.
+
+JiT sizes are those of arXiv 2511.13720, for pixels; jit-*-pom has the mixer of the authors' code (JiTpp,
+`configs/jit_b_pom_4gpu.yaml`): coefficients of degree 3, expansion 2, as many gates as attention has heads.
 """
 
 from __future__ import annotations
@@ -30,6 +33,46 @@ _VIDEO_SIZES: dict[str, dict[str, Any]] = {
     "l": {"dim": 1024, "depth": 16, "num_heads": 16},
     "xl": {"dim": 1152, "depth": 20, "num_heads": 16},
 }
+_JIT_SIZES: dict[str, dict[str, Any]] = {
+    "b": {
+        "dim": 768,
+        "depth": 12,
+        "num_heads": 12,
+        "patch_embedding": {"bottleneck": 128},
+        "in_context": {"tokens": 32, "start": 4},
+    },
+    "l": {
+        "dim": 1024,
+        "depth": 24,
+        "num_heads": 16,
+        "patch_embedding": {"bottleneck": 128},
+        "in_context": {"tokens": 32, "start": 8},
+    },
+    "h": {
+        "dim": 1280,
+        "depth": 32,
+        "num_heads": 16,
+        "patch_embedding": {"bottleneck": 256},
+        "in_context": {"tokens": 32, "start": 10},
+    },
+}
+_JIT: dict[str, Any] = {
+    "positions": "sincos_integer",
+    "time_embedding": "data_fraction",
+    "norm": "rms",
+    "gates": "g",
+    "ffn": "swiglu",
+    "ffn_expansion": 4,
+}
+_JIT_PATCH_SIZES = (16, 32)
+
+
+def _jit_mixer(suffix: str, num_heads: int) -> dict[str, Any]:
+    if suffix == "":
+        return {"kind": "attention", "qk_norm": True, "rope": True}
+    return {"kind": "pom", "form": "coefficients", "degree": 3, "expand": 2, "heads": num_heads, "rope": True}
+
+
 _PATCH_SIZES = (2, 4, 8)
 
 IMAGE_PRESETS: dict[str, dict[str, Any]] = {
@@ -42,6 +85,17 @@ IMAGE_PRESETS: dict[str, dict[str, Any]] = {
         f"dit-{size}-{patch}": {"mixer": "attention", "ffn_expansion": 4, "patch_size": patch, **fields}
         for size, fields in _DIT_SIZES.items()
         for patch in _PATCH_SIZES
+    },
+    **{
+        f"jit-{size}-{patch}{suffix}": {
+            "mixer": _jit_mixer(suffix, fields["num_heads"]),
+            "patch_size": patch,
+            **_JIT,
+            **fields,
+        }
+        for size, fields in _JIT_SIZES.items()
+        for patch in _JIT_PATCH_SIZES
+        for suffix in ("", "-pom")
     },
 }
 VIDEO_PRESETS: dict[str, dict[str, Any]] = {

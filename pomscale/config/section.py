@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from pomscale.base.names import MAX_NAME_BYTES
 
@@ -37,3 +45,19 @@ class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, values never change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class GrownSection(Section):
+    """A section that got fields later, which are left out of dumps where they have their default values.
+
+    Identities of runs and of clips' states are made of dumps, so those of older recipes must not change.
+    """
+
+    _later: ClassVar[frozenset[str]]
+    """Names of these fields."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        unsaid = {name for name in self._later if getattr(self, name) == fields[name].get_default()}
+        return {name: value for name, value in dump(self).items() if name not in unsaid}

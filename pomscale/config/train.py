@@ -242,6 +242,11 @@ class TrainRecipe(Section):
             raise ValueError(
                 "mesh.sp: attention reads all tokens, which ranks cannot share; use PoM in all blocks, or mesh.sp: 1"
             )
+        if self.model.in_context is not None:
+            raise ValueError(
+                "mesh.sp: tokens in context lie before those of the picture, which ranks share; set "
+                "model.in_context: null, or mesh.sp: 1"
+            )
 
     def _check_best(self) -> None:
         if not self.checkpoint.keep_best:

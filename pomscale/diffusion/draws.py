@@ -49,6 +49,11 @@ def keyed_normal(seed: int, stream: Stream, indices: list[int], shape: tuple[int
     return torch.from_numpy(out)
 
 
+def dropout_seeds(seed: int, positions: list[int]) -> Tensor:
+    """Return a seed of dropout for the sample at each global position, (b,) int64 from 0 to 2^31 - 1."""
+    return torch.tensor([int(keyed_generator(seed, Stream.DROPOUT, p).integers(2**31)) for p in positions])
+
+
 def draw_time(config: TimeConfig, generator: np.random.Generator) -> float:
     """Draw one t: uniform, or logit-normal (Esser et al. 2024, equation 19)."""
     if config.distribution == "uniform":

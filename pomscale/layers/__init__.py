@@ -1,16 +1,21 @@
 """Layers: modules with weights, which know no models, process groups or sharding."""
 
 from pomscale.layers.attention import Attention, AttentionState
+from pomscale.layers.dropout import Dropout
 from pomscale.layers.embeddings import (
+    DataFractionEmbedding,
+    InContextTokens,
     TimestepEmbedding,
     grid_positions,
     sincos_positions_2d,
     sincos_positions_3d,
     timestep_features,
 )
-from pomscale.layers.mlp import FeedForward
+from pomscale.layers.mlp import FeedForward, SwiGLU
 from pomscale.layers.modulation import modulate
+from pomscale.layers.norm import RMSNorm
 from pomscale.layers.patchify import (
+    BottleneckPatchEmbedding,
     ClipPatchEmbedding,
     PatchEmbedding,
     patchify,
@@ -23,11 +28,17 @@ from pomscale.layers.pom import GroupedLinear, PoM
 __all__ = [
     "Attention",
     "AttentionState",
+    "BottleneckPatchEmbedding",
     "ClipPatchEmbedding",
+    "DataFractionEmbedding",
+    "Dropout",
     "FeedForward",
     "GroupedLinear",
+    "InContextTokens",
     "PatchEmbedding",
     "PoM",
+    "RMSNorm",
+    "SwiGLU",
     "TimestepEmbedding",
     "grid_positions",
     "modulate",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 
@@ -26,6 +28,38 @@ class PatchEmbedding(nn.Module):
             patches = patchify(pictures, self.patch_size)[:, tokens]
             pictures = unpatchify(patches, 1, patches.shape[1], self.patch_size)  # one row of patches
         return self.projection(pictures.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+class BottleneckPatchEmbedding(nn.Module):
+    """Map pictures (b c H W) or clips (b c F H W) -> (b n d) by two linear maps, the first without bias (JiT).
+
+    The tokens are those of `PatchEmbedding` and `ClipPatchEmbedding`. Inputs are cast to the dtype of the weights.
+
+    Args:
+        channels: Channels c of the input.
+        dim: Width d of the tokens.
+        bottleneck: Width between the maps.
+        patch: Lengths of a patch: frames (1 for pictures), height, width.
+
+    Raises:
+        ValueError: The patches do not fill an input.
+    """
+
+    def __init__(self, channels: int, dim: int, bottleneck: int, patch: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.patch = patch
+        self.reduce = nn.Linear(channels * math.prod(patch), bottleneck, bias=False)
+        self.expand = nn.Linear(bottleneck, dim)
+
+    def forward(self, latents: Tensor, tokens: slice | None = None) -> Tensor:
+        """Embed all tokens, or some of them."""
+        clips = latents if latents.ndim == 5 else latents[:, :, None]
+        sides = tuple(clips.shape[2:])
+        if any(side % length for side, length in zip(sides, self.patch, strict=True)):
+            raise ValueError(f"latents of {sides} cannot be cut into patches of {self.patch}")
+        patches = patchify_clips(clips, self.patch)
+        patches = patches if tokens is None else patches[:, tokens]
+        return self.expand(self.reduce(patches.to(self.reduce.weight.dtype)))
 
 
 def patchify(pictures: Tensor, patch_size: int) -> Tensor:

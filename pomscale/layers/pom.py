@@ -124,6 +124,11 @@ class PoM(nn.Module):
         # Set by compute.mixer_memory: what the backward pass finds kept; see `ops.pom.whole.mix`.
         self.mixer_memory: Memory = "fast"
 
+    @property
+    def rope(self) -> Literal[1, 2, 3] | None:
+        """Axes of the rotary positions."""
+        return self.form.rope
+
     def forward(
         self,
         x: Tensor,

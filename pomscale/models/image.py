@@ -1,4 +1,4 @@
-"""Class-conditional image diffusion: DiPoM, and DiT and hybrids as other mixers in the same trunk."""
+"""Class-conditional image diffusion: DiPoM, and DiT, JiT and hybrids as other choices in the same trunk."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from torch import Tensor, nn
 
 from pomscale.config.model import ImageModelConfig
 from pomscale.layers import (
+    InContextTokens,
     PatchEmbedding,
-    TimestepEmbedding,
     grid_positions,
     modulate,
     sincos_positions_2d,
     unpatchify,
 )
-from pomscale.models.block import Block, build_mixer
-from pomscale.ops.pom import SplitTokens
+from pomscale.models.block import Block, build_mixer, build_norm
+from pomscale.models.embeddings import build_bottleneck, build_time_embedding
+from pomscale.ops.pom import SplitTokens, TokenSplit
 
 
 class DiPoM(nn.Module):
     """Network that predicts noise or velocity from noisy latents.
 
-    It is that of arXiv 2411.12663, section 4, with the trunk of Peebles & Xie 2023.
+    It is that of arXiv 2411.12663, section 4, with the trunk of Peebles & Xie 2023; with other choices in the config it
+    is JiT (arXiv 2511.13720), with attention or the mixer of arXiv 2604.06129.
 
     Inputs may be of any floating dtype; activations and the output have the dtype of the weights.
     """
@@ -31,12 +33,15 @@ class DiPoM(nn.Module):
         super().__init__()
         self.config = config
         channels, dim = config.latent_shape[0], config.dim
-        self.patch_embedding = PatchEmbedding(channels, dim, config.patch_size)
-        self.time_embedding = TimestepEmbedding(dim)
+        self.patch_embedding = build_bottleneck(config) or PatchEmbedding(channels, dim, config.patch_size)
+        self.time_embedding = build_time_embedding(config)
         # The last row stands for no class. Given weights, it does not draw its own, which takes half a second on meta.
         self.class_embedding = nn.Embedding.from_pretrained(torch.empty(config.num_classes + 1, dim), freeze=False)
-        self.trunk = nn.ModuleList(Block(dim, build_mixer(dim, mixer), config.ffn_expansion) for mixer in config.mixers)
-        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.in_context = None if config.in_context is None else InContextTokens(config.in_context.tokens, dim)
+        self.trunk = nn.ModuleList(
+            Block(block, build_mixer(dim, mixer)) for block, mixer in zip(config.blocks, config.mixers, strict=True)
+        )
+        self.norm = build_norm(config.norm, dim)
         self.modulation = nn.Linear(dim, 2 * dim)
         self.head = nn.Linear(dim, config.patch_size**2 * channels)
 
@@ -48,26 +53,53 @@ class DiPoM(nn.Module):
         """Return the condition that stands for no class, (batch_size,) int64."""
         return torch.full((batch_size,), self.config.num_classes, dtype=torch.int64, device=device)
 
-    def forward(self, latents: Tensor, t: Tensor, condition: Tensor, split_tokens: SplitTokens | None = None) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        condition: Tensor,
+        split_tokens: SplitTokens | None = None,
+        dropout_seeds: Tensor | None = None,
+    ) -> Tensor:
         """Predict from latents (b c h w), t (b,) in [0, 1] with 1 = noise, and class ids (b,) int64 -> (b c h w).
 
         With split_tokens the result is that of this rank's tokens alone, (b n patch_size^2 c) as `latent_tokens` cuts
-        them. h and w may differ from the config's; ValueError if the patch size does not divide them.
+        them. dropout_seeds (b,) int64 in training; without them there is no dropout. h and w may differ from the
+        config's; ValueError if the patch size does not divide them.
         """
         patch_size = self.config.patch_size
         height, width = latents.shape[2] // patch_size, latents.shape[3] // patch_size
         split = None if split_tokens is None else split_tokens(height * width)
-        tokens = None if split is None else split.tokens
-        x = self.patch_embedding(latents, tokens)
-        embedded = sincos_positions_2d(height, width, self.config.dim, x.device, x.dtype)
-        x = x + (embedded if tokens is None else embedded[tokens])
-        c = (self.time_embedding(t) + self.class_embedding(condition))[:, None]
-        positions = grid_positions(height, width, device=x.device) if self.config.has_rope else None
-        if positions is not None and tokens is not None:
-            positions = positions[tokens]
-        for block in self.trunk:
-            x = block(x, c, positions, split)
+        tokens = slice(None) if split is None else split.tokens
+        x = self.patch_embedding(latents, None if split is None else tokens)
+        if self.config.positions != "none":
+            integer = self.config.positions == "sincos_integer"
+            x = x + sincos_positions_2d(height, width, self.config.dim, x.device, x.dtype, integer=integer)[tokens]
+        of_class = self.class_embedding(condition)
+        c = (self.time_embedding(t) + of_class)[:, None]
+        positions = grid_positions(height, width, device=x.device)[tokens] if self.config.has_rope else None
+        x = self._through_blocks(x, c, of_class, positions, split, dropout_seeds)
         scale, shift = self.modulation(F.silu(c)).chunk(2, dim=-1)
         values = self.head(modulate(self.norm(x), shift, scale))
         # No view of what the head gives, for the reason in `unpatchify`.
         return unpatchify(values, height, width, patch_size) if split is None else values.clone()
+
+    def _through_blocks(
+        self,
+        x: Tensor,
+        c: Tensor,
+        of_class: Tensor,
+        positions: Tensor | None,
+        split: TokenSplit | None,
+        seeds: Tensor | None,
+    ) -> Tensor:
+        """Apply the blocks to the picture's tokens x (b n d), and to those of the class (b d) from their block on."""
+        num_tokens, in_context = x.shape[1], self.config.in_context
+        for number, block in enumerate(self.trunk):
+            if in_context is not None and number == in_context.start:
+                assert self.in_context is not None
+                x = torch.cat([self.in_context(of_class), x], dim=1)
+                # Position (0, 0) turns nothing.
+                positions = None if positions is None else F.pad(positions, (0, 0, in_context.tokens, 0))
+            x = block(x, c, positions, split, seeds)
+        return x[:, -num_tokens:]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pomscale.layers import GroupedLinear, PoM
+from pomscale.layers import GroupedLinear, InContextTokens, PoM, RMSNorm
 
 
 def _copy(parameter: nn.Parameter, value: Tensor) -> None:
@@ -36,7 +36,12 @@ def initial_value(model: nn.Module, name: str, seed: int) -> Tensor:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     value = torch.empty(module.get_parameter(leaf).shape, dtype=torch.float32, device="cpu")
-    _fill(value, module, [*owner.split("."), leaf], _generator(seed, f"{owner}.{leaf}"))
+    path = [*owner.split("."), leaf]
+    if path[-2:] == ["gates", "bias"]:
+        offset = model.get_submodule(".".join(path[:-2])).gate_offset
+        assert isinstance(offset, float), "Block and VideoBlock"
+        return value.fill_(0.0 - offset)
+    _fill(value, module, path, _generator(seed, f"{owner}.{leaf}"))
     return value
 
 
@@ -49,19 +54,23 @@ def _fill(value: Tensor, module: nn.Module, path: list[str], generator: torch.Ge
     """Fill `value` with the initial value of the parameter at `path` of `module`.
 
     Linear maps and convolutions are xavier uniform with bias 0, those in groups group by group; class and time
-    embeddings are N(0, 0.02). Modulation and head start at 0; gates start at 0 = 1 + bias. The coefficients of PoM v2
-    are N(0, 1), clamped to +-0.001.
+    embeddings and in-context tokens are N(0, 0.02). Modulation and head start at 0, and so do gates, `gate_offset` +
+    bias; RMS norms start at 1. The coefficients of PoM v2 are N(0, 1), clamped to +-0.001.
     """
     owner, leaf = path[-2], path[-1]
     if isinstance(module, PoM) and leaf == "coefficients":
         value.normal_(generator=generator).clamp_(-0.001, 0.001)
         return
+    if isinstance(module, RMSNorm):
+        value.fill_(1.0)
+        return
+    if isinstance(module, InContextTokens):
+        value.normal_(0.0, 0.02, generator=generator)
+        return
     known = nn.Linear | nn.Conv2d | nn.Conv3d | nn.Embedding | GroupedLinear
     if not isinstance(module, known) or leaf not in ("weight", "bias"):
         raise ValueError(f"{'.'.join(path)}: no rule says how to initialise this parameter")
-    if leaf == "bias":
-        value.fill_(-1.0 if owner == "gates" else 0.0)
-    elif owner in ("modulation", "gates", "head"):
+    if leaf == "bias" or owner in ("modulation", "gates", "head"):
         value.zero_()
     elif isinstance(module, nn.Embedding) or "time_embedding" in path:
         value.normal_(0.0, 0.02, generator=generator)

@@ -15,20 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pomscale.base.condition import Text
+from pomscale.config.block import BlockConfig
 from pomscale.config.model import VideoModelConfig
 from pomscale.layers import (
     Attention,
     AttentionState,
     ClipPatchEmbedding,
-    FeedForward,
     PoM,
-    TimestepEmbedding,
     grid_positions,
     modulate,
     sincos_positions_3d,
     unpatchify_clips,
 )
-from pomscale.models.block import build_mixer, mix
+from pomscale.models.block import BlockDropout, build_feed_forward, build_mixer, build_norm, gate_offset, mix
+from pomscale.models.embeddings import build_bottleneck, build_time_embedding
 from pomscale.ops.pom import BlockCausal, Mask, PomState, SplitTokens, TokenSplit, runs_of_frames
 
 MixerState = PomState | AttentionState
@@ -38,22 +38,25 @@ MixerState = PomState | AttentionState
 class VideoBlock(nn.Module):
     """Block that maps x (b n d) with condition c and text (b m d) -> (b n d); c is (b 1 d), or (b g d) by frame group.
 
-        x <- x + (1 + g1) cross(modulate(norm(x), 1), modulate(norm(text), 2))
-        x <- x + (1 + g2) mixer(modulate(norm(x), 3))
-        x <- x + (1 + g3) ffn(modulate(norm(x), 4))
+        x <- x + (o + g1) cross(modulate(norm1(x), 1), modulate(norm2(text), 2))
+        x <- x + (o + g2) mixer(modulate(norm3(x), 3))
+        x <- x + (o + g3) ffn(modulate(norm4(x), 4))
 
     The four scales and shifts and the three gates are linear in SiLU(c), which knows the time alone; the text
     comes in by the cross mixer. The block starts as the identity, as `Block` does.
     """
 
-    def __init__(self, dim: int, cross: PoM | Attention, mixer: PoM | Attention, ffn_expansion: int) -> None:
+    def __init__(self, config: BlockConfig, cross: PoM | Attention, mixer: PoM | Attention) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        dim = config.dim
+        self.norm1, self.norm2, self.norm3, self.norm4 = (build_norm(config.norm, dim) for _ in range(4))
         self.cross = cross
         self.mixer: PoM | Attention = mixer
-        self.ffn = FeedForward(dim, ffn_expansion)
+        self.ffn = build_feed_forward(config)
         self.modulation = nn.Linear(dim, 8 * dim)
         self.gates = nn.Linear(dim, 3 * dim)
+        self.gate_offset = gate_offset(config)
+        self.dropout = BlockDropout(config)
 
     def forward(
         self,
@@ -64,18 +67,21 @@ class VideoBlock(nn.Module):
         mask: Mask = None,
         positions: Tensor | None = None,
         split: TokenSplit | None = None,
+        seeds: Tensor | None = None,
     ) -> Tensor:
         """Apply the block.
 
         text_mask (b m) bool is True where a token takes part; mask is that of the self mixer. positions (n 3) or
         (b n 3) are integers, frame group, row and column, which only self mixers with rope read: a text has none.
-        split: where the tokens lie, if x has only some of them.
+        split: where the tokens lie, if x has only some of them. seeds (b,) int64 of the dropout; None = none.
         """
         modulation, gates = self._of_time(c)
-        x = self._read_text(x, text, text_mask, modulation, gates[0], split)
-        mixed = mix(self.mixer, _modulated(self.norm(x), modulation[4:6], split), positions, mask, split)
-        x = x + _gated(gates[1], mixed, split)
-        return x + _gated(gates[2], self.ffn(_modulated(self.norm(x), modulation[6:], split)), split)
+        read = self._read_text(x, text, text_mask, modulation, split)
+        x = x + _gated(gates[0], self.dropout.of_cross(self.cross, read, seeds, split), split)
+        mixed = mix(self.mixer, _modulated(self.norm3(x), modulation[4:6], split), positions, mask, split)
+        x = x + _gated(gates[1], self.dropout.of_mixer(self.mixer, mixed, seeds, split), split)
+        fed = self.ffn(_modulated(self.norm4(x), modulation[6:], split), self.dropout.of_hidden(seeds, split))
+        return x + _gated(gates[2], fed, split)
 
     def step(
         self,
@@ -88,15 +94,15 @@ class VideoBlock(nn.Module):
     ) -> tuple[Tensor, MixerState]:
         """Map the next frame group of a clip as `forward` under the block-causal mask, with the past as a state."""
         modulation, gates = self._of_time(c)
-        x = self._read_text(x, text, text_mask, modulation, gates[0])
-        mixed, new_state = _step(self.mixer, _modulated(self.norm(x), modulation[4:6]), state, positions)
+        x = x + _gated(gates[0], self._read_text(x, text, text_mask, modulation))
+        mixed, new_state = _step(self.mixer, _modulated(self.norm3(x), modulation[4:6]), state, positions)
         x = x + _gated(gates[1], mixed)
-        return x + _gated(gates[2], self.ffn(_modulated(self.norm(x), modulation[6:]))), new_state
+        return x + _gated(gates[2], self.ffn(_modulated(self.norm4(x), modulation[6:]))), new_state
 
     def _of_time(self, c: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return eight scales and shifts, and three gates, each like c."""
+        """Return eight scales and shifts, and three factors of what is added to x, each like c."""
         c = F.silu(c)
-        return self.modulation(c).chunk(8, dim=-1), self.gates(c).chunk(3, dim=-1)
+        return self.modulation(c).chunk(8, dim=-1), (self.gate_offset + self.gates(c)).chunk(3, dim=-1)
 
     def _read_text(
         self,
@@ -104,11 +110,11 @@ class VideoBlock(nn.Module):
         text: Tensor,
         text_mask: Tensor,
         modulation: tuple[Tensor, ...],
-        gate: Tensor,
         split: TokenSplit | None = None,
     ) -> Tensor:
+        """Return what the tokens read in the text, (b n d)."""
         scale, shift = modulation[2:4]
-        queries, text = _modulated(self.norm(x), modulation[:2], split), self.norm(text)[:, None]
+        queries, text = _modulated(self.norm1(x), modulation[:2], split), self.norm2(text)[:, None]
         read = []
         for tokens, times in _runs(scale.shape[1], x.shape[1], split):
             # The text is modulated differently at each time, so frame groups become samples.
@@ -117,17 +123,18 @@ class VideoBlock(nn.Module):
             of_times = queries[:, tokens].unflatten(1, (num_times, -1)).flatten(0, 1)
             mask = text_mask[:, None].expand(-1, num_times, -1).flatten(0, 1)
             read.append(self.cross(of_times, context.flatten(0, 1), mask).unflatten(0, (-1, num_times)).flatten(1, 2))
-        return x + _gated(gate, _joined(read), split)
+        return _joined(read)
 
 
 def _step(
     mixer: PoM | Attention, x: Tensor, state: MixerState | None, positions: Tensor | None
 ) -> tuple[Tensor, MixerState]:
     """Let the next chunk x (b n d) read the past and itself. Raises ValueError for the state of another mixer."""
+    positions = None if mixer.rope is None else positions
     if isinstance(mixer, PoM) and (state is None or isinstance(state, PomState)):
-        return mixer.step(x, state, positions=None if mixer.form.rope is None else positions)
+        return mixer.step(x, state, positions=positions)
     if isinstance(mixer, Attention) and (state is None or isinstance(state, AttentionState)):
-        return mixer.step(x, state)
+        return mixer.step(x, state, positions=positions)
     raise ValueError(f"step: a mixer of type {type(mixer).__name__} got the state {type(state).__name__} of another")
 
 
@@ -156,11 +163,11 @@ def _modulated(x: Tensor, modulation: tuple[Tensor, ...], split: TokenSplit | No
 
 
 def _gated(gate: Tensor, x: Tensor, split: TokenSplit | None = None) -> Tensor:
-    """Multiply x (b n d) by 1 + gate (b g d) by frame group."""
+    """Multiply x (b n d) by gate (b g d) by frame group."""
     parts = []
     for tokens, times in _runs(gate.shape[1], x.shape[1], split):
         of_time = x[:, tokens].unflatten(1, (times.stop - times.start, -1))
-        parts.append(((1 + gate[:, times])[:, :, None] * of_time).flatten(1, 2))
+        parts.append((gate[:, times, None] * of_time).flatten(1, 2))
     return _joined(parts)
 
 
@@ -180,14 +187,16 @@ class VDiPoM(nn.Module):
         super().__init__()
         self.config = config
         channels, dim = config.latent_shape[0], config.dim
-        self.patch_embedding = ClipPatchEmbedding(channels, dim, config.patch_frames, config.patch_size)
-        self.time_embedding = TimestepEmbedding(dim)
+        self.patch_embedding = build_bottleneck(config) or ClipPatchEmbedding(
+            channels, dim, config.patch_frames, config.patch_size
+        )
+        self.time_embedding = build_time_embedding(config)
         self.text_embedding = nn.Linear(config.text_dim, dim)
         self.trunk = nn.ModuleList(
-            VideoBlock(dim, build_mixer(dim, mixer.without_rope()), build_mixer(dim, mixer), config.ffn_expansion)
-            for mixer in config.mixers
+            VideoBlock(block, build_mixer(dim, mixer.without_rope()), build_mixer(dim, mixer))
+            for block, mixer in zip(config.blocks, config.mixers, strict=True)
         )
-        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm = build_norm(config.norm, dim)
         self.modulation = nn.Linear(dim, 2 * dim)
         self.head = nn.Linear(dim, config.patch_frames * config.patch_size**2 * channels)
 
@@ -202,24 +211,32 @@ class VDiPoM(nn.Module):
         condition: Text,
         start: Tensor | None = None,
         split_tokens: SplitTokens | None = None,
+        dropout_seeds: Tensor | None = None,
     ) -> Tensor:
         """Predict from latents (b c F H W), or pictures (b c H W), and t (b,) or (b g) in [0, 1] with 1 = noise.
 
         The result is like the latents; with split_tokens, that of this rank's tokens alone, (b n values) as
         `latent_tokens` cuts them. start (b,) int64 is the number of a clip's first frame group, by default 0.
+        dropout_seeds (b,) int64 in training; without them there is no dropout.
         ValueError if the patches do not fill the clips, or if there are neither one t nor g of them.
         """
         clips = latents if latents.ndim == 5 else latents[:, :, None]
         if clips.shape[2] > 1:
-            return self._predict(clips, t, condition, start, split_tokens)
+            return self._predict(clips, t, condition, start, split_tokens, dropout_seeds)
         repeated = clips.expand(-1, -1, self.config.patch_frames, -1, -1)
-        prediction = self._predict(repeated, t, condition, start, split_tokens)
+        prediction = self._predict(repeated, t, condition, start, split_tokens, dropout_seeds)
         if split_tokens is not None:
             return prediction.unflatten(2, (self.config.patch_frames, -1)).mean(2)
         return prediction.mean(2, keepdim=latents.ndim == 5)
 
     def _predict(
-        self, clips: Tensor, t: Tensor, condition: Text, start: Tensor | None, split_tokens: SplitTokens | None
+        self,
+        clips: Tensor,
+        t: Tensor,
+        condition: Text,
+        start: Tensor | None,
+        split_tokens: SplitTokens | None,
+        seeds: Tensor | None,
     ) -> Tensor:
         grid = self._grid(clips)
         split = None if split_tokens is None else split_tokens(math.prod(grid))
@@ -228,13 +245,13 @@ class VDiPoM(nn.Module):
             raise ValueError(f"t: {t.shape[1]} times for {grid[0]} frame groups")
         groups = torch.arange(grid[0], device=x.device)
         groups = groups if start is None else groups + start[:, None]
-        x = x + self._embedded_positions(groups, grid, x, split)
+        x = self._with_positions(x, groups, grid, split)
         positions = self._positions(groups, grid, split)
         c = self._embedded_time(t)
         text = self._embedded_text(condition)
         mask = BlockCausal(grid[1] * grid[2]) if self.config.temporal == "block_causal" else None
         for block in self.trunk:
-            x = block(x, c, text, condition.mask, mask, positions, split)
+            x = block(x, c, text, condition.mask, mask, positions, split, seeds)
         values = self._values(x, c, split)
         # No view of what the head gives, for the reason in `unpatchify`.
         return self._unpatchified(values, grid) if split is None else values.clone()
@@ -255,7 +272,7 @@ class VDiPoM(nn.Module):
         if grid[0] != 1:
             raise ValueError(f"step: takes one frame group of {self.config.patch_frames} frames, got {grid[0]}")
         groups = torch.full((1,), group, device=x.device)
-        x = x + self._embedded_positions(groups, grid, x)
+        x = self._with_positions(x, groups, grid)
         positions = self._positions(groups, grid)
         c = self._embedded_time(t)
         text = self._embedded_text(condition)
@@ -273,18 +290,21 @@ class VDiPoM(nn.Module):
         size = self.config.patch_size
         return frames // self.config.patch_frames, height // size, width // size
 
-    def _embedded_positions(
-        self, groups: Tensor, grid: tuple[int, int, int], x: Tensor, split: TokenSplit | None = None
+    def _with_positions(
+        self, x: Tensor, groups: Tensor, grid: tuple[int, int, int], split: TokenSplit | None = None
     ) -> Tensor:
-        """Embed the grid of frame groups numbered (g,) or (b g), or the tokens of it at hand, to be added to x."""
-        embed = partial(sincos_positions_3d, height=grid[1], width=grid[2], dim=self.config.dim)
+        """Add the fixed positions of the grid of frame groups numbered (g,) or (b g), if the config has them."""
+        if self.config.positions == "none":
+            return x
+        integer = self.config.positions == "sincos_integer"
+        embed = partial(sincos_positions_3d, height=grid[1], width=grid[2], dim=self.config.dim, integer=integer)
         numbers = groups.view(-1, grid[0])
         if split is None:
-            return embed(numbers, device=x.device, dtype=x.dtype)
+            return x + embed(numbers, device=x.device, dtype=x.dtype)
         frame_length = grid[1] * grid[2]
         first, end = split.start // frame_length, -(-split.stop // frame_length)
         begin = split.start - first * frame_length
-        return embed(numbers[:, first:end], device=x.device, dtype=x.dtype)[:, begin : begin + x.shape[1]]
+        return x + embed(numbers[:, first:end], device=x.device, dtype=x.dtype)[:, begin : begin + x.shape[1]]
 
     def _positions(self, groups: Tensor, grid: tuple[int, int, int], split: TokenSplit | None = None) -> Tensor | None:
         """Return the positions that mixers with rope read, (n 3) or (b n 3), or None if there are none."""

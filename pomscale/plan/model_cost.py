@@ -16,6 +16,10 @@ A block of clips has a cross mixer besides, over M tokens of text: per token PoM
 per token of text PoM k e d^2, attention 2 d^2. Its modulation costs 11 d^2: with k = e = 2 and f = 4 a PoM block has
 12 d^2 (cross) + 12 d^2 (self) + 8 d^2 (feed-forward) + 11 d^2 (modulation) = 43 d^2 parameters, biases aside. The
 modulation and the modulated text, of which a clip has one for every t, cost as often as it has values of t.
+
+Other choices of the trunk: SwiGLU has 3 h d for its width h = 2/3 f d; a bottleneck b of the patch embedding
+b (values + d) per token; the time embedding of JiT (256 + d) d per time. In-context tokens add to N from their block
+on.
 """
 
 from __future__ import annotations
@@ -29,30 +33,56 @@ TEXT_LENGTH: int = TextEncoderConfig.model_fields["max_length"].default
 """Default length of a clip's text in tokens: captions are padded to the encoder's max_length."""
 
 
+_TIME_FEATURES = 256
+"""Features of time of layers.DataFractionEmbedding."""
+
+
+def time_widths(config: ModelConfig) -> tuple[int, int]:
+    """Return the number of features of a time, and the hidden width of their embedding."""
+    return (_TIME_FEATURES, config.dim) if config.time_embedding == "data_fraction" else (config.dim, 4 * config.dim)
+
+
 def num_parameters(config: ModelConfig) -> int:
     """Return the number of trainable parameters of the network."""
     dim, values = config.dim, _patch_values(config)
-    embeddings = _linear(values, dim) + _linear(dim, 4 * dim) + _linear(4 * dim, dim)
+    bottleneck, (features, hidden) = config.patch_embedding.bottleneck, time_widths(config)
+    embeddings = _linear(values, dim) if bottleneck is None else values * bottleneck + _linear(bottleneck, dim)
+    embeddings += _linear(features, hidden) + _linear(hidden, dim)
     if isinstance(config, VideoModelConfig):
         embeddings += _linear(config.text_dim, dim)
     else:
         embeddings += (config.num_classes + 1) * dim
-    head = _linear(dim, 2 * dim) + _linear(dim, values)
+    if config.in_context is not None:
+        embeddings += config.in_context.tokens * dim
+    head = _linear(dim, 2 * dim) + _linear(dim, values) + _norm(config)
     return embeddings + num_block_parameters(config) + head
 
 
 def num_block_parameters(config: ModelConfig) -> int:
     """Return the number of trainable parameters of all blocks."""
-    dim = config.dim
-    block = _linear(dim, config.ffn_expansion * dim) + _linear(config.ffn_expansion * dim, dim)
+    dim, width = config.dim, config.block.ffn_width
+    block = _linear(dim, _num_inputs(config) * width) + _linear(width, dim)
     block += _linear(dim, _num_modulations(config) * dim)
-    num_mixers = 2 if isinstance(config, VideoModelConfig) else 1
+    is_video = isinstance(config, VideoModelConfig)
+    block += (4 if is_video else 2) * _norm(config)
+    num_mixers = 2 if is_video else 1
     return sum(block + num_mixers * _mixer_parameters(mixer, dim) for mixer in config.mixers)
+
+
+def _num_inputs(config: ModelConfig) -> int:
+    """Return the number of feed-forward widths that the first map makes."""
+    return 2 if config.ffn == "swiglu" else 1
+
+
+def _norm(config: ModelConfig) -> int:
+    """Return the number of parameters of a norm."""
+    return config.dim if config.norm == "rms" else 0
 
 
 def _mixer_parameters(mixer: Mixer, dim: int) -> int:
     if isinstance(mixer, AttentionMixer):
-        return _linear(dim, dim) + _linear(dim, 2 * dim) + _linear(dim, dim)
+        norms = 2 * (dim // mixer.heads) if mixer.qk_norm else 0
+        return _linear(dim, dim) + _linear(dim, 2 * dim) + _linear(dim, dim) + norms
     width = mixer.width(dim)
     if mixer.form == "product":
         return 2 * _linear(dim, width) + _linear(width, dim)
@@ -72,10 +102,16 @@ def forward_flops(
         nominal: count the output maps of selection heads token by token.
     """
     dim, tokens = config.dim, config.num_tokens
-    patches = 2 * tokens * _patch_values(config) * dim  # embedding and head
-    of_time = num_times * (8 * dim**2 + 2 * dim**2)  # time embedding, final modulation
+    values, bottleneck, (features, hidden) = (
+        _patch_values(config),
+        config.patch_embedding.bottleneck,
+        time_widths(config),
+    )
+    patches = tokens * values * dim  # head
+    patches += tokens * (values * dim if bottleneck is None else bottleneck * (values + dim))
+    of_time = num_times * (hidden * (features + dim) + 2 * dim**2)  # time embedding, final modulation
     of_text = text_length * config.text_dim * dim if isinstance(config, VideoModelConfig) else 0
-    blocks = sum(_block_flops(config, mixer, text_length, num_times, nominal) for mixer in config.mixers)
+    blocks = sum(_block_flops(config, n, text_length, num_times, nominal) for n in range(config.depth))
     return 2 * (patches + of_time + of_text) + blocks
 
 
@@ -105,17 +141,18 @@ def recomputed_flops(
         num_times: as of `forward_flops`.
     """
     blocks = sum(
-        _block_flops(config, mixer, text_length, num_times)
-        for number, mixer in enumerate(config.mixers)
+        _block_flops(config, number, text_length, num_times)
+        for number in range(config.depth)
         if is_recomputed(activation_checkpointing, number)
     )
-    return blocks + (sum(_lean_flops(config, mixer, num_times * text_length) for mixer in config.mixers) if lean else 0)
+    return blocks + (sum(_lean_flops(config, n, num_times * text_length) for n in range(config.depth)) if lean else 0)
 
 
-def _block_flops(config: ModelConfig, mixer: Mixer, text_length: int, num_times: int, nominal: bool = False) -> int:
-    dim, tokens = config.dim, config.num_tokens
+def _block_flops(config: ModelConfig, number: int, text_length: int, num_times: int, nominal: bool = False) -> int:
+    dim, tokens, mixer = config.dim, config.num_block_tokens(number), config.mixers[number]
     states = 1
-    products = tokens * 2 * config.ffn_expansion * dim**2 + num_times * _num_modulations(config) * dim**2
+    products = tokens * (_num_inputs(config) + 1) * config.block.ffn_width * dim
+    products += num_times * _num_modulations(config) * dim**2
     if isinstance(config, VideoModelConfig):
         states = config.num_groups if config.temporal == "block_causal" else 1
         # Frame groups with a t of their own read the text one by one.
@@ -123,12 +160,13 @@ def _block_flops(config: ModelConfig, mixer: Mixer, text_length: int, num_times:
     return 2 * (products + _mixer_products(mixer, dim, tokens, tokens, states, nominal))
 
 
-def _lean_flops(config: ModelConfig, mixer: Mixer, text_length: int) -> int:
+def _lean_flops(config: ModelConfig, number: int, text_length: int) -> int:
     """Return the FLOPs of the maps that the PoM mixers of a block repeat if they keep their inputs alone."""
+    mixer, tokens = config.mixers[number], config.num_block_tokens(number)
     if isinstance(mixer, AttentionMixer) or mixer.groups > 1:  # groups run in layers, which keep what they give
         return 0
-    contexts = [config.num_tokens, *([text_length] if isinstance(config, VideoModelConfig) else [])]
-    return 2 * sum(_input_products(mixer, config.dim, config.num_tokens, context) for context in contexts)
+    contexts = [tokens, *([text_length] if isinstance(config, VideoModelConfig) else [])]
+    return 2 * sum(_input_products(mixer, config.dim, tokens, context) for context in contexts)
 
 
 def _input_products(mixer: PomMixer, dim: int, queries: int, context: int) -> int:

@@ -18,7 +18,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -33,13 +32,13 @@ from pomscale.config.presets import PRESETS
 from pomscale.config.sampling import SamplingConfig
 from pomscale.config.train import DiffusionConfig
 from pomscale.pretrained.card import ModelCard
+from pomscale.pretrained.foreign import COMPILED, read_foreign
 from pomscale.pretrained.weights import parameter_shapes, write_weights
 
 # The scaling factor of Stable Diffusion's VAE, which HoMM multiplies its latents by.
 _SD_VAE_FACTOR = 0.18215
 
 _PREFIXES = {"model.": "model", "ema.ema_model.": "ema"}
-_COMPILED = "_orig_mod."  # torch.compile's part of a name
 _NUM_TIMESTEPS = 1000
 
 # Ours -> theirs.
@@ -112,7 +111,7 @@ def import_homm(
     Raises:
         InputError: The file is no checkpoint of these networks, or the arguments do not fit it.
     """
-    sets = _read_lightning(file)
+    sets = _sets(file, read_foreign(file))
     model = _infer_config(file, sets["model"], degree=degree, num_heads=heads, latent_size=latent_size)
     shapes, mixer = parameter_shapes(model), model.mixers[0].kind
     for tensors in sets.values():
@@ -163,34 +162,17 @@ def _homm_assumptions(card: ModelCard) -> tuple[str, ...]:
     )
 
 
-class _Ignored:
-    """An inert stand-in for every object in a checkpoint that is not a tensor or plain data."""
+def _sets(file: Path, content: Any) -> dict[str, dict[str, Tensor]]:
+    """Return the sets of weights of a Lightning checkpoint, "model" and, where there is one, "ema", with their names.
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def __setstate__(self, _: Any) -> None: ...
-
-
-def _read_lightning(file: Path) -> dict[str, dict[str, Tensor]]:
-    """Read the sets of weights of a Lightning checkpoint, "model" and, where there is one, "ema", with their own names.
-
-    Tensors are mapped from the file. Nothing in the file is executed: objects that are not tensors or plain data, such
-    as the state of callbacks, become inert. Raise InputError if the file is no such checkpoint.
+    Raise InputError if the file is no such checkpoint.
     """
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        inert: list[Any] = [(type("_Ignored", (_Ignored,), {}), name) for name in names]
-        with torch.serialization.safe_globals(inert):
-            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, LookupError, UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{file}: cannot be read as a checkpoint of torch.save, or not safely: {reason}") from error
     state = content.get("state_dict") if isinstance(content, dict) else None
     sets: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items() if isinstance(state, Mapping) else ():
         for prefix, name in _PREFIXES.items():
             if isinstance(value, Tensor) and key.startswith(prefix):
-                sets.setdefault(name, {})[key.removeprefix(prefix).replace(_COMPILED, "")] = value
+                sets.setdefault(name, {})[key.removeprefix(prefix).replace(COMPILED, "")] = value
     if "model" not in sets:
         raise InputError(f"{file}: has no `state_dict` with tensors model.*; is it a Lightning checkpoint of HoMM?")
     return sets

@@ -145,6 +145,10 @@ def fine_tuning(
     return FineTuning(source, source.resolve(config.weights), model, class_names, seed)
 
 
+# Choices of the trunk that no shape tells, or that change it.
+_CHOICES = ("ffn_expansion", "norm", "gates", "ffn", "positions", "time_embedding")
+
+
 def _architecture(model: ImageModelConfig | VideoModelConfig) -> dict[str, object]:
     """Fields that decide the shape and meaning of every tensor, except the number of classes."""
     fields: dict[str, object] = {
@@ -153,7 +157,11 @@ def _architecture(model: ImageModelConfig | VideoModelConfig) -> dict[str, objec
         "dim": model.dim,
         "depth": model.depth,
         "patch_size": model.patch_size,
-        "ffn_expansion": model.ffn_expansion,
+        **{
+            key: getattr(model, key) for key in ("norm", "gates", "ffn", "ffn_expansion", "positions", "time_embedding")
+        },
+        "patch_embedding.bottleneck": model.patch_embedding.bottleneck,
+        "in_context": None if model.in_context is None else model.in_context.model_dump(),
         "mixer": _one_or_all([mixer.kind for mixer in model.mixers]),
     }
     if isinstance(model, VideoModelConfig):
@@ -162,9 +170,10 @@ def _architecture(model: ImageModelConfig | VideoModelConfig) -> dict[str, objec
     for key in ("degree", "expand", "form", "heads", "groups", "rope") if of_pom else ():
         name = key if key in ("degree", "expand") else f"mixer.{key}"
         fields[name] = _one_or_all([getattr(mixer, key) for mixer in of_pom])
-    of_attention = [mixer.heads for mixer in model.mixers if isinstance(mixer, AttentionMixer)]
-    if of_attention:
-        fields["num_heads"] = _one_or_all(of_attention)
+    of_attention = [mixer for mixer in model.mixers if isinstance(mixer, AttentionMixer)]
+    for key in ("heads", "qk_norm", "rope") if of_attention else ():
+        name = "num_heads" if key == "heads" else f"mixer.{key} of attention"
+        fields[name] = _one_or_all([getattr(mixer, key) for mixer in of_attention])
     return fields
 
 

@@ -17,7 +17,7 @@ from pomscale.data.bad_samples import BadSample
 from pomscale.data.loader import Loader, MicroBatch
 from pomscale.data.normalize import normalize
 from pomscale.data.texts import null_text, text_batch
-from pomscale.diffusion.draws import draw
+from pomscale.diffusion.draws import draw, dropout_seeds
 from pomscale.diffusion.objectives import Objective, per_sample_loss
 from pomscale.distributed.sequence_parallel import SequenceRanks
 from pomscale.distributed.world import World
@@ -32,7 +32,7 @@ class TrainBatch:
 
     x0: as the loader gives it, not normalised, mostly float16, uint8 for pixels. t, start: see diffusion.draws;
     pictures have no start.
-    bad: the samples that could not be read; their weight is 0.
+    bad: the samples that could not be read; their weight is 0. dropout_seeds: (b,) int64, None without dropout.
     """
 
     x0: Tensor
@@ -42,6 +42,7 @@ class TrainBatch:
     start: Tensor | None
     weights: Tensor
     bad: tuple[BadSample, ...]
+    dropout_seeds: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
         """The same batch with `function` applied to each of its tensors."""
@@ -53,6 +54,7 @@ class TrainBatch:
             None if self.start is None else function(self.start),
             function(self.weights),
             self.bad,
+            None if self.dropout_seeds is None else function(self.dropout_seeds),
         )
 
     def pin_memory(self) -> TrainBatch:
@@ -81,15 +83,16 @@ def draw_batch(recipe: TrainRecipe, batch: MicroBatch, texts: TextInfo | None) -
     """
     shape, model = tuple(batch.latents.shape[1:]), recipe.model
     shift = time_shift(recipe.diffusion, model, shape)
+    seeds = None if model.dropout is None else dropout_seeds(recipe.seed, batch.positions.tolist())
     if isinstance(model, VideoModelConfig):
         assert texts is not None
         num_groups = max(1, shape[1] // model.patch_frames) if len(shape) == 4 else 1
         draws = draw(recipe.seed, batch.positions.tolist(), shape, recipe.diffusion, num_groups, shift)
         condition: Condition = _drop_texts(text_batch(batch, texts), draws.drop_condition, texts)
-        return TrainBatch(batch.latents, draws.eps, draws.t, condition, draws.start, batch.weights, batch.bad)
+        return TrainBatch(batch.latents, draws.eps, draws.t, condition, draws.start, batch.weights, batch.bad, seeds)
     draws = draw(recipe.seed, batch.positions.tolist(), shape, recipe.diffusion, shift=shift)
     condition = torch.where(draws.drop_condition, model.num_classes, batch.condition)
-    return TrainBatch(batch.latents, draws.eps, draws.t, condition, None, batch.weights, batch.bad)
+    return TrainBatch(batch.latents, draws.eps, draws.t, condition, None, batch.weights, batch.bad, seeds)
 
 
 def _drop_texts(text: Text, dropped: Tensor, texts: TextInfo) -> Text:
@@ -147,6 +150,8 @@ def share_of_loss(
     batch = batch.to(device)
     x0 = normalize(batch.x0, normalization)
     network = model if batch.start is None else partial(model, start=batch.start)
+    if batch.dropout_seeds is not None:
+        network = partial(network, dropout_seeds=batch.dropout_seeds)
     if local is None:
         losses = per_sample_loss(objective, network, x0, batch.eps, batch.t, batch.condition)
     else:

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pomscale.base.condition import Text
-from pomscale.layers import Attention, GroupedLinear, PoM, sincos_positions_3d
+from pomscale.layers import (
+    Attention,
+    BottleneckPatchEmbedding,
+    GroupedLinear,
+    PoM,
+    RMSNorm,
+    SwiGLU,
+    sincos_positions_3d,
+)
 from pomscale.models import VDiPoM
 from pomscale.models.video import VideoBlock
 from pomscale.ops.pom.rotary import num_pairs
@@ -64,39 +72,44 @@ def reference_of_one(model: VDiPoM, clip: Tensor, t: Tensor, caption: Tensor, st
         modulation = [linear(block.modulation, c_g).chunk(8) for c_g in c]
         gate = [linear(block.gates, c_g).chunk(3) for c_g in c]
         for g, x in enumerate(groups):
-            queries, context = moved(x, modulation[g], 0), moved(text, modulation[g], 2)
+            queries = moved(block.norm1, x, modulation[g], 0)
+            context = moved(block.norm2, text, modulation[g], 2)
             everything = torch.ones(len(queries), len(context), dtype=torch.bool)
-            groups[g] = x + (1 + gate[g][0]) * mix(block.cross, queries, context, everything)
-        tokens = torch.cat([moved(x, modulation[g], 4) for g, x in enumerate(groups)])
+            groups[g] = x + (block.gate_offset + gate[g][0]) * mix(block.cross, queries, context, everything)
+        tokens = torch.cat([moved(block.norm3, x, modulation[g], 4) for g, x in enumerate(groups)])
         group_of = torch.arange(len(t)).repeat_interleave(len(groups[0]))
         readable = torch.ones(len(tokens), len(tokens), dtype=torch.bool)
         if model.config.temporal == "block_causal":
             readable = group_of[:, None] >= group_of
         mixed = mix(block.mixer, tokens, tokens, readable, positions_of(len(t), start)).split(len(groups[0]))
         for g, x in enumerate(groups):
-            y = x + (1 + gate[g][1]) * mixed[g]
-            hidden = F.gelu(linear(block.ffn[0], moved(y, modulation[g], 6)))
-            groups[g] = y + (1 + gate[g][2]) * linear(block.ffn[2], hidden)
+            y = x + (block.gate_offset + gate[g][1]) * mixed[g]
+            fed = feed_forward(block.ffn, moved(block.norm4, y, modulation[g], 6))
+            groups[g] = y + (block.gate_offset + gate[g][2]) * fed
     frames = []
     for g, x in enumerate(groups):
         scale, shift = linear(model.modulation, c[g]).chunk(2)
-        patches = linear(model.head, normed(x) * (1 + scale) + shift).view(ROWS, COLUMNS, 2, 2, 2, -1)
+        patches = linear(model.head, normed(model.norm, x) * (1 + scale) + shift).view(ROWS, COLUMNS, 2, 2, 2, -1)
         frames.append(put_together(patches))
     return torch.cat(frames, dim=1)
 
 
 def embed_group(model: VDiPoM, clip: Tensor, g: int, start: int) -> Tensor:
-    projection = model.patch_embedding.projection
-    assert projection.bias is not None
+    embed = model.patch_embedding
     tokens = []
     for y in range(ROWS):
         for x in range(COLUMNS):
             patch = clip[:, 2 * g : 2 * g + 2, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
-            tokens.append(projection.weight.flatten(1) @ patch.flatten() + projection.bias)
-    number = torch.tensor([[start + g]])
-    return (
-        torch.stack(tokens) + sincos_positions_3d(number, ROWS, COLUMNS, model.config.dim, clip.device, clip.dtype)[0]
-    )
+            if isinstance(embed, BottleneckPatchEmbedding):
+                tokens.append(linear(embed.expand, linear(embed.reduce, patch.permute(1, 2, 3, 0).flatten())))
+            else:
+                assert embed.projection.bias is not None
+                tokens.append(embed.projection.weight.flatten(1) @ patch.flatten() + embed.projection.bias)
+    if model.config.positions == "none":
+        return torch.stack(tokens)
+    number, integer = torch.tensor([[start + g]]), model.config.positions == "sincos_integer"
+    sizes = (number, ROWS, COLUMNS, model.config.dim, clip.device, clip.dtype)
+    return torch.stack(tokens) + sincos_positions_3d(*sizes, integer=integer)[0]
 
 
 def put_together(patches: Tensor) -> Tensor:
@@ -121,12 +134,22 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     return y if layer.bias is None else y + layer.bias
 
 
-def normed(x: Tensor) -> Tensor:
+def feed_forward(ffn: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(ffn, SwiGLU):
+        gate, value = linear(ffn.expand, x).chunk(2, -1)
+        return linear(ffn.contract, gate * gate.sigmoid() * value)
+    assert isinstance(ffn, nn.Sequential)
+    return linear(ffn[2], F.gelu(linear(ffn[0], x)))
+
+
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(norm, RMSNorm):
+        return norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
 
 
-def moved(x: Tensor, modulation: tuple[Tensor, ...], first: int) -> Tensor:
-    return normed(x) * (1 + modulation[first]) + modulation[first + 1]
+def moved(norm: nn.Module, x: Tensor, modulation: tuple[Tensor, ...], first: int) -> Tensor:
+    return normed(norm, x) * (1 + modulation[first]) + modulation[first + 1]
 
 
 def rotated(x: Tensor, positions: Tensor) -> Tensor:
@@ -156,8 +179,8 @@ def mix(
         key, value = (x.chunk(mixer.num_heads, -1) for x in linear(mixer.key_value, context).chunk(2, -1))
         heads = []
         for q, k, v in zip(query, key, value, strict=True):
-            scores = (q @ k.T / math.sqrt(q.shape[-1])).masked_fill(~readable, -torch.inf)
-            heads.append(scores.softmax(-1) @ v)
+            scores = head(mixer, mixer.query_norm, q, positions) @ head(mixer, mixer.key_norm, k, positions).T
+            heads.append((scores / math.sqrt(q.shape[-1])).masked_fill(~readable, -torch.inf).softmax(-1) @ v)
         return linear(mixer.output, torch.cat(heads, -1))
     if mixer.coefficients is None:
         first, second = F.gelu(linear(mixer.projection, context)).chunk(2, -1)
@@ -174,11 +197,42 @@ def mix(
     return linear(mixer.output, gates * mean)
 
 
+def head(mixer: Attention, norm: nn.Module, x: Tensor, positions: Tensor | None) -> Tensor:
+    """Return the query or key of a head as it is compared."""
+    x = normed(norm, x) if isinstance(norm, RMSNorm) else x
+    return x if mixer.rope is None or positions is None else rotated(x, positions)
+
+
 @every_time
 @pytest.mark.parametrize("temporal", ["none", "block_causal"])
 @every_mixer
 def test_outputs_and_every_gradient_are_those_of_the_reference(mixer: Any, temporal: str, per_group: bool) -> None:
-    model = build(mixer=mixer, temporal=temporal)
+    assert_is_reference(build(mixer=mixer, temporal=temporal), per_group)
+
+
+JIT: dict[str, Any] = {
+    "norm": "rms",
+    "gates": "g",
+    "ffn": "swiglu",
+    "positions": "sincos_integer",
+    "time_embedding": "data_fraction",
+    "patch_embedding": {"bottleneck": 6},
+}
+ROTARY_ATTENTION = {"kind": "attention", "qk_norm": True, "rope": True}
+CHOICES: dict[str, dict[str, Any]] = {
+    "JiT with PoM": {**JIT, "mixer": V2},
+    "JiT with attention": {**JIT, "mixer": ROTARY_ATTENTION},
+    "rotary positions alone": {"positions": "none", "mixer": [ROTARY_ATTENTION, V2]},
+}
+
+
+@pytest.mark.parametrize(("temporal", "per_group"), [("none", False), ("block_causal", True)])
+@pytest.mark.parametrize("choices", CHOICES)
+def test_other_choices_of_the_trunk(choices: str, temporal: str, per_group: bool) -> None:
+    assert_is_reference(build(**CHOICES[choices], temporal=temporal), per_group)
+
+
+def assert_is_reference(model: VDiPoM, per_group: bool) -> None:
     latents, t = clips().requires_grad_(), times(per_group)
     condition = Text(text_of(LENGTHS).embeddings.double().requires_grad_(), text_of(LENGTHS).mask)
     inputs = [latents, condition.embeddings, *model.parameters()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pomscale.config.block import BlockConfig
 from pomscale.experiments.recall.config import RecallConfig
 from pomscale.experiments.recall.data import RecallBatch, Vocabulary
 from pomscale.models.block import Block, build_mixer
@@ -24,7 +25,8 @@ class RecallNetwork(nn.Module):
         self.value_embedding = nn.Embedding(config.num_values + 1, config.dim)
         self.condition = nn.Embedding(1, config.dim)
         self.trunk = nn.ModuleList(
-            Block(config.dim, build_mixer(config.dim, mixer), config.ffn_expansion) for mixer in config.mixers
+            Block(BlockConfig(config.dim, config.ffn_expansion), build_mixer(config.dim, mixer))
+            for mixer in config.mixers
         )
         self.norm = nn.LayerNorm(config.dim, elementwise_affine=False, eps=1e-6)
         self.head = nn.Linear(config.dim, config.num_values)

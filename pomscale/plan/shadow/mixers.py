@@ -170,31 +170,50 @@ def rotate(x: Tensor, tables: list[Table]) -> Tensor:
 class Attention:
     """Mixer of layers/attention.py; any mask is dense in queries and context."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
-        self.num_heads = num_heads
+    def __init__(self, dim: int, mixer: AttentionMixer) -> None:
+        self.mixer = mixer
         self.query, self.key_value, self.output = Linear(dim, dim), Linear(dim, 2 * dim), Linear(dim, dim)
+        self.norms = [Weight((dim // mixer.heads,)) for _ in ("query", "key") if mixer.qk_norm]
 
     def __call__(
         self, x: Tensor, context: Tensor | None = None, mask: Mask = None, positions: Tensor | None = None
     ) -> Tensor:
         context = x if context is None else context
-        query = self.query(x)
+        num_heads = self.mixer.heads
+        query = self.prepared(self.query(x), self.norms[:1], positions)
         key, value = op.chunk(self.key_value(context), 2)
+        key = self.prepared(key, self.norms[1:], positions)
         if mask is None:
-            return self.output(op.attention(query, key, value, self.num_heads))
+            return self.output(op.attention(query, key, value, num_heads))
         tape, (batch, num_queries), num_context = x.tape, x.shape[:2], context.shape[1]
         if isinstance(mask, int):  # block-causal: one mask for all samples
             readable = tape.new((1, 1, num_queries, num_context), op.BOOL)
-            return self.output(op.attention(query, key, value, self.num_heads, readable))
+            return self.output(op.attention(query, key, value, num_heads, readable))
         readable = tape.new((batch, 1, num_queries, num_context), op.BOOL)
-        heads = op.attention(query, key, value, self.num_heads, readable)
+        heads = op.attention(query, key, value, num_heads, readable)
         del readable
         return self.output(op.scaled(heads))  # rows that read nothing are set to 0
 
+    def prepared(self, x: Tensor, norm: list[Weight], positions: Tensor | None) -> Tensor:
+        """Normalise and turn the heads of a query or key (b n d)."""
+        batch, num_tokens, dim = x.shape
+        heads = op.view(x, batch, num_tokens, self.mixer.heads, dim // self.mixer.heads)
+        for weight in norm:
+            heads = op.rms_norm(heads, weight)
+        if self.mixer.rope is not None and positions is not None:
+            tables = cos_sin(positions, rotary_pairs(heads.shape[-1], self.mixer.rope))
+            heads = rotate(heads, [(_for_heads(cos), _for_heads(sin)) for cos, sin in tables])
+        return op.view(heads, batch, num_tokens, dim)
+
     def weights(self) -> list[Weight]:
-        return [*self.query.weights(), *self.key_value.weights(), *self.output.weights()]
+        return [*self.query.weights(), *self.key_value.weights(), *self.output.weights(), *self.norms]
+
+
+def _for_heads(table: Tensor) -> Tensor:
+    """View a table (.. n P) as (.. n 1 P)."""
+    return op.view(table, *table.shape[:-1], 1, table.shape[-1])
 
 
 def build_mixer(dim: int, mixer: Mixer) -> PoM | Attention:
     """Mirror of the same name in models/block.py."""
-    return Attention(dim, mixer.heads) if isinstance(mixer, AttentionMixer) else PoM(dim, mixer)
+    return Attention(dim, mixer) if isinstance(mixer, AttentionMixer) else PoM(dim, mixer)

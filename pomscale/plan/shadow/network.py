@@ -6,92 +6,124 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeAlias
 
+from pomscale.config.block import BlockConfig
 from pomscale.config.mixer import Mixer
 from pomscale.config.model import ImageModelConfig, ModelConfig, VideoModelConfig
-from pomscale.plan.model_cost import TEXT_LENGTH
+from pomscale.plan.model_cost import TEXT_LENGTH, time_widths
 from pomscale.plan.shadow import operators as op
-from pomscale.plan.shadow.mixers import PADDING, Linear, Mask, PoM, build_mixer
+from pomscale.plan.shadow.mixers import PADDING, Attention, Linear, Mask, PoM, build_mixer
 from pomscale.plan.shadow.operators import FP32, INT64, Weight
 from pomscale.plan.shadow.tensor import Tensor
 
 
 class FeedForward:
-    """Feed-forward of layers/mlp.py."""
+    """Feed-forwards of layers/mlp.py."""
 
-    def __init__(self, dim: int, expansion: int) -> None:
-        self.expand, self.contract = Linear(dim, expansion * dim), Linear(expansion * dim, dim)
+    def __init__(self, config: BlockConfig) -> None:
+        width, self.is_gated, self.has_dropout = config.ffn_width, config.ffn == "swiglu", config.dropout > 0
+        self.expand = Linear(config.dim, 2 * width if self.is_gated else width)
+        self.contract = Linear(width, config.dim)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.contract(op.activation(self.expand(x)))
+        expanded = self.expand(x)
+        if self.is_gated:
+            gate, value = op.chunk(expanded, 2)
+            hidden = op.activation(gate) * value
+        else:
+            hidden = op.activation(expanded)
+        return self.contract(op.dropout(hidden) if self.has_dropout else hidden)
 
     def weights(self) -> list[Weight]:
         return [*self.expand.weights(), *self.contract.weights()]
 
 
+class Norm:
+    """Norms of layers: one without weights, or an RMS norm."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        self.weight = Weight((config.dim,)) if config.norm == "rms" else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return op.layer_norm(x) if self.weight is None else op.rms_norm(x, self.weight)
+
+    def weights(self) -> list[Weight]:
+        return [] if self.weight is None else [self.weight]
+
+
 class Block:
     """Mirror of the same name in models/block.py."""
 
-    def __init__(self, config: ImageModelConfig, mixer: Mixer) -> None:
+    def __init__(self, config: BlockConfig, mixer: Mixer) -> None:
         dim = config.dim
         self.mixer, self.has_rope = build_mixer(dim, mixer), mixer.rope is not None
-        self.feed_forward = FeedForward(dim, config.ffn_expansion)
+        self.feed_forward = FeedForward(config)
+        self.norms = [Norm(config) for _ in range(2)]
+        self.has_dropout = config.dropout > 0 and isinstance(self.mixer, Attention)
         self.modulation, self.gates = Linear(dim, 4 * dim), Linear(dim, 2 * dim)
 
     def __call__(self, x: Tensor, c: Tensor, positions: Tensor | None = None) -> Tensor:
         c = op.activation(c)
         positions = positions if self.has_rope else None
         scale1, shift1, scale2, shift2 = op.chunk(self.modulation(c), 4)
-        gate1, gate2 = op.chunk(self.gates(c), 2)
-        x = x + (1 + gate1) * self.mixer(modulate(op.layer_norm(x), shift1, scale1), positions=positions)
-        return x + (1 + gate2) * self.feed_forward(modulate(op.layer_norm(x), shift2, scale2))
+        gate1, gate2 = op.chunk(1 + self.gates(c), 2)
+        norm1, norm2 = self.norms
+        mixed = self.mixer(modulate(norm1(x), shift1, scale1), positions=positions)
+        x = x + gate1 * (op.dropout(mixed) if self.has_dropout else mixed)
+        del mixed
+        return x + gate2 * self.feed_forward(modulate(norm2(x), shift2, scale2))
 
     def weights(self) -> list[Weight]:
-        parts = (self.mixer, self.feed_forward, self.modulation, self.gates)
+        parts = (self.mixer, self.feed_forward, self.modulation, self.gates, *self.norms)
         return [weight for part in parts for weight in part.weights()]
 
 
 class VideoBlock:
     """Block of models/video.py; the condition is (b g 1 d), with one g for every t."""
 
-    def __init__(self, config: VideoModelConfig, mixer: Mixer) -> None:
+    def __init__(self, config: VideoModelConfig, block: BlockConfig, mixer: Mixer) -> None:
         dim = config.dim
         self.cross, self.mixer = build_mixer(dim, mixer.without_rope()), build_mixer(dim, mixer)
         self.has_rope = mixer.rope is not None
         self.mask: Mask = config.num_groups if config.temporal == "block_causal" else None
-        self.feed_forward = FeedForward(dim, config.ffn_expansion)
+        self.feed_forward = FeedForward(block)
+        self.norms = [Norm(block) for _ in range(4)]
+        self.has_dropout = block.dropout > 0 and isinstance(self.mixer, Attention)
         self.modulation, self.gates = Linear(dim, 8 * dim), Linear(dim, 3 * dim)
 
     def __call__(self, x: Tensor, c: Tensor, text: Tensor, positions: Tensor | None = None) -> Tensor:
         c = op.activation(c)
         positions = positions if self.has_rope else None
-        modulation, gates = op.chunk(self.modulation(c), 8), op.chunk(self.gates(c), 3)
+        modulation, gates = op.chunk(self.modulation(c), 8), op.chunk(1 + self.gates(c), 3)
         x = self.read_text(x, text, modulation, gates[0])
-        x = x + gated(gates[1], self.mixer(modulated(x, *modulation[4:6]), mask=self.mask, positions=positions))
-        return x + gated(gates[2], self.feed_forward(modulated(x, *modulation[6:])))
+        mixed = self.mixer(modulated(self.norms[2](x), *modulation[4:6]), mask=self.mask, positions=positions)
+        x = x + gated(gates[1], op.dropout(mixed) if self.has_dropout else mixed)
+        del mixed
+        return x + gated(gates[2], self.feed_forward(modulated(self.norms[3](x), *modulation[6:])))
 
     def read_text(self, x: Tensor, text: Tensor, modulation: list[Tensor], gate: Tensor) -> Tensor:
         scale, shift = modulation[2:4]
         batch, num_times = scale.shape[:2]
         num_tokens, dim = x.shape[1:]
-        queries = modulated(x, *modulation[:2])
-        context = modulate(op.view(op.layer_norm(text), batch, 1, *text.shape[1:]), shift, scale)
+        queries = modulated(self.norms[0](x), *modulation[:2])
+        context = modulate(op.view(self.norms[1](text), batch, 1, *text.shape[1:]), shift, scale)
         context = op.view(context, batch * num_times, *text.shape[1:])
         queries = op.view(queries, batch * num_times, num_tokens // num_times, dim)
-        return x + gated(gate, op.view(self.cross(queries, context, PADDING), *x.shape))
+        read = op.view(self.cross(queries, context, PADDING), *x.shape)
+        return x + gated(gate, op.dropout(read) if self.has_dropout else read)
 
     def weights(self) -> list[Weight]:
-        parts = (self.cross, self.mixer, self.feed_forward, self.modulation, self.gates)
+        parts = (self.cross, self.mixer, self.feed_forward, self.modulation, self.gates, *self.norms)
         return [weight for part in parts for weight in part.weights()]
 
 
 def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Modulate x (b n d) by scale and shift (b g 1 d)."""
-    return op.view(modulate(by_time(op.layer_norm(x), scale.shape[1]), shift, scale), *x.shape)
+    return op.view(modulate(by_time(x, scale.shape[1]), shift, scale), *x.shape)
 
 
 def gated(gate: Tensor, x: Tensor) -> Tensor:
-    """Multiply x (b n d) by 1 + gate (b g 1 d)."""
-    return op.view((1 + gate) * by_time(x, gate.shape[1]), *x.shape)
+    """Multiply x (b n d) by gate (b g 1 d)."""
+    return op.view(gate * by_time(x, gate.shape[1]), *x.shape)
 
 
 def by_time(x: Tensor, num_times: int) -> Tensor:
@@ -110,6 +142,28 @@ BlockCall: TypeAlias = Callable[..., Tensor]
 """Call of a block with its inputs, by which an engine adds its work before and after, and checkpointing."""
 
 
+class PatchEmbedding:
+    """Patch embeddings of layers/patchify.py: a convolution, or two linear maps."""
+
+    def __init__(self, config: ModelConfig, values: int) -> None:
+        bottleneck = config.patch_embedding.bottleneck
+        self.values, self.num_tokens = values, config.num_tokens
+        self.reduce = None if bottleneck is None else Linear(values, bottleneck, bias=False)
+        self.projection = Linear(values if bottleneck is None else bottleneck, config.dim)
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        tape, projection = latents.tape, self.projection
+        if self.reduce is not None:
+            patches = op.scaled(latents)
+            patches.shape = (latents.shape[0], self.num_tokens, self.values)
+            return projection(self.reduce(op.cast(patches, tape.itemsize)))
+        assert projection.bias is not None
+        return op.convolution(op.cast(latents, tape.itemsize), projection.weight, projection.bias, self.num_tokens)
+
+    def weights(self) -> list[Weight]:
+        return [*([] if self.reduce is None else self.reduce.weights()), *self.projection.weights()]
+
+
 class Network(ABC):
     """Base of the networks of pictures and of clips. `values` is the count of latent values in a token."""
 
@@ -119,19 +173,15 @@ class Network(ABC):
         dim = config.dim
         self.latent_shape: tuple[int, ...] = config.latent_shape
         self.dim, self.num_tokens, self.has_rope = dim, config.num_tokens, config.has_rope
-        self.patch_embedding = Linear(values, dim)
-        self.time_expand, self.time_contract = Linear(dim, 4 * dim), Linear(4 * dim, dim)
+        self.patch_embedding = PatchEmbedding(config, values)
+        self.num_features, hidden = time_widths(config)
+        self.time_expand, self.time_contract = Linear(self.num_features, hidden), Linear(hidden, dim)
+        self.has_positions, self.norm = config.positions != "none", Norm(config.block)
         self.modulation, self.head = Linear(dim, 2 * dim), Linear(dim, values)
 
     @abstractmethod
     def __call__(self, latents: Tensor, call: BlockCall) -> Tensor:
         """Map latents (b ..) fp32 to as many values in the precision of compute."""
-
-    def patches(self, latents: Tensor) -> Tensor:
-        embedding = self.patch_embedding
-        assert embedding.bias is not None
-        cast = op.cast(latents, latents.tape.itemsize)
-        return op.convolution(cast, embedding.weight, embedding.bias, self.num_tokens)
 
     def time(self, features: Tensor) -> Tensor:
         return self.time_contract(op.activation(self.time_expand(features)))
@@ -148,8 +198,8 @@ class Network(ABC):
 
     def root_weights(self) -> list[Weight]:
         """Return the weights that are in no block."""
-        linears = [self.patch_embedding, self.time_expand, self.time_contract, self.modulation, self.head]
-        return [weight for linear in linears for weight in linear.weights()]
+        parts = (self.patch_embedding, self.time_expand, self.time_contract, self.modulation, self.head, self.norm)
+        return [weight for part in parts for weight in part.weights()]
 
     def weights(self) -> Iterator[Weight]:
         yield from self.root_weights()
@@ -163,24 +213,38 @@ class ImageNetwork(Network):
     def __init__(self, config: ImageModelConfig) -> None:
         super().__init__(config, config.patch_size**2 * config.latent_shape[0])
         self.class_embedding = Weight((config.num_classes + 1, config.dim))
-        self.blocks = [Block(config, mixer) for mixer in config.mixers]
+        in_context = config.in_context
+        self.in_context = None if in_context is None else Weight((in_context.tokens, config.dim))
+        self.start = None if in_context is None else in_context.start
+        self.blocks = [Block(block, mixer) for block, mixer in zip(config.blocks, config.mixers, strict=True)]
 
     def __call__(self, latents: Tensor, call: BlockCall) -> Tensor:
         tape, batch = latents.tape, latents.shape[0]
-        x = self.patches(latents)
-        x = x + tape.new((self.num_tokens, self.dim))
-        c = self.time(tape.new((batch, self.dim))) + op.embedding(self.class_embedding, batch)
+        x = self.patch_embedding(latents)
+        if self.has_positions:
+            x = x + tape.new((self.num_tokens, self.dim))
+        of_class = op.embedding(self.class_embedding, batch)
+        c = self.time(tape.new((batch, self.num_features))) + of_class
         c.shape = (batch, 1, self.dim)
         positions = [tape.new((self.num_tokens, 2), INT64)] if self.has_rope else []
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
+            if number == self.start:
+                assert self.in_context is not None
+                tokens = op.view(of_class, batch, 1, self.dim) + self.in_context.read()
+                x = op.concatenate_tokens([tokens, x])
+                positions = [tape.new((x.shape[1], 2), INT64) for _ in positions]
+                del tokens
             x = call(block, x, c, *positions)
+        if self.start is not None:
+            x = op.last_tokens(x, self.num_tokens)
         scale, shift = op.chunk(self.modulation(op.activation(c)), 2)
-        prediction = op.scaled(self.head(modulate(op.layer_norm(x), shift, scale)))
+        prediction = op.scaled(self.head(modulate(self.norm(x), shift, scale)))
         prediction.shape = latents.shape
         return prediction
 
     def root_weights(self) -> list[Weight]:
-        return [self.class_embedding, *super().root_weights()]
+        own = [self.class_embedding, *([] if self.in_context is None else [self.in_context])]
+        return [*own, *super().root_weights()]
 
 
 class VideoNetwork(Network):
@@ -190,20 +254,23 @@ class VideoNetwork(Network):
         super().__init__(config, config.patch_frames * config.patch_size**2 * config.latent_shape[0])
         self.num_times, self.text_dim = num_times, config.text_dim
         self.text_embedding = Linear(config.text_dim, config.dim)
-        self.blocks = [VideoBlock(config, mixer) for mixer in config.mixers]
+        self.blocks = [
+            VideoBlock(config, block, mixer) for block, mixer in zip(config.blocks, config.mixers, strict=True)
+        ]
 
     def __call__(self, latents: Tensor, call: BlockCall) -> Tensor:
         tape, batch = latents.tape, latents.shape[0]
         embeddings = tape.new((batch, TEXT_LENGTH, self.text_dim), op.FP16)
-        x = self.patches(latents)
-        x = x + op.cast(tape.new((batch, self.num_tokens, self.dim), FP32), tape.itemsize)
-        c = self.time(tape.new((batch, self.num_times, 1, self.dim)))
+        x = self.patch_embedding(latents)
+        if self.has_positions:
+            x = x + op.cast(tape.new((batch, self.num_tokens, self.dim), FP32), tape.itemsize)
+        c = self.time(tape.new((batch, self.num_times, 1, self.num_features)))
         text = self.text_embedding(tape.new(embeddings.shape))  # cast
         positions = [tape.new((batch, self.num_tokens, 3), INT64)] if self.has_rope else []
         for block in self.blocks:
             x = call(block, x, c, text, *positions)
         scale, shift = op.chunk(self.modulation(op.activation(c)), 2)
-        prediction = op.scaled(self.head(modulated(x, scale, shift)))
+        prediction = op.scaled(self.head(modulated(self.norm(x), scale, shift)))
         prediction.shape = latents.shape
         return prediction
 

@@ -126,6 +126,43 @@ def layer_norm(x: Tensor) -> Tensor:
     return result
 
 
+def rms_norm(x: Tensor, weight: Weight) -> Tensor:
+    """Mirror layers/norm.py: keeps the input, and a scale of each vector in fp32; works in fp32 on chunks."""
+    w, tape, is_cast = weight.read(), x.tape, x.itemsize != FP32
+    result, scales = tape.new(x.shape, x.itemsize), tape.new((*x.shape[:-1], 1), FP32)
+    chunk = min(math.prod(x.shape), _RMS_NORM_CHUNK)
+    temporary = tape.new((1 + is_cast, chunk), FP32)
+    del temporary
+    shape, itemsize, w_shape, w_itemsize = x.shape, x.itemsize, w.shape, w.itemsize
+
+    def backward(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
+        of_input = tape.new(shape, itemsize)
+        temporary = tape.new((3 + is_cast, chunk), FP32)
+        del temporary
+        return [of_input, tape.new(w_shape, w_itemsize)]
+
+    record([x, w], [result], [x, scales], backward)
+    return result
+
+
+_RMS_NORM_CHUNK = 2**18
+
+
+def dropout(x: Tensor) -> Tensor:
+    """Mirror layers/dropout.py: a division, and a fill by a mask that is kept.
+
+    The hash has two int32 tensors, and an index of the numbers of a sample.
+    """
+    numbers = [x.tape.new(shape, 4) for shape in (x.shape[1:], x.shape, x.shape)]
+    mask = x.tape.new(x.shape, BOOL)
+    del numbers
+    divided = scaled(x)
+    result = x.tape.new(x.shape, x.itemsize)
+    shape, itemsize, tape = x.shape, x.itemsize, x.tape
+    record([divided], [result], [mask], lambda gradients, saved: [tape.new(shape, itemsize)])
+    return result
+
+
 def clamp(x: Tensor) -> Tensor:
     """Clamp x, which is differentiated from the input, by a mask of two comparisons."""
     result = x.tape.new(x.shape, x.itemsize)
@@ -182,8 +219,27 @@ def chunk(x: Tensor, pieces: int) -> list[Tensor]:
 
 def concatenate(pieces: Sequence[Tensor]) -> Tensor:
     """Join pieces along the last axis; their gradients are views."""
+    first = pieces[0]
+    return _joined(pieces, (*first.shape[:-1], sum(piece.shape[-1] for piece in pieces)))
+
+
+def concatenate_tokens(pieces: Sequence[Tensor]) -> Tensor:
+    """Join pieces (b n d) along their tokens; their gradients are views."""
+    batch, _, dim = pieces[0].shape
+    return _joined(pieces, (batch, sum(piece.shape[1] for piece in pieces), dim))
+
+
+def last_tokens(x: Tensor, num_tokens: int) -> Tensor:
+    """View the last tokens of x (b n d); the gradient is as long as x, with zeros before it."""
+    result = Tensor(x.tape, (x.shape[0], num_tokens, x.shape[2]), x.itemsize, x.storage)
+    shape, itemsize, tape = x.shape, x.itemsize, x.tape
+    record([x], [result], [], lambda gradients, saved: [tape.new(shape, itemsize)])
+    return result
+
+
+def _joined(pieces: Sequence[Tensor], shape: Shape) -> Tensor:
     first, shapes = pieces[0], [piece.shape for piece in pieces]
-    result = first.tape.new((*first.shape[:-1], sum(shape[-1] for shape in shapes)), first.itemsize)
+    result = first.tape.new(shape, first.itemsize)
 
     def backward(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
         (gradient,) = gradients
@@ -389,6 +445,7 @@ def mean_squared(error: Tensor) -> Tensor:
 
 __all__ = [
     "BF16", "BOOL", "FP16", "FP32", "INT64", "Weight", "activation", "attention", "broadcast", "cast", "chunk", "clamp",
-    "concatenate", "convolution", "difference", "embedding", "grouped_linear", "layer_norm", "linear", "matrix_product",
-    "mean_squared", "part", "scaled", "sigmoid", "sum_tokens", "unbind", "view", "whole_mixer",
+    "concatenate", "concatenate_tokens", "convolution", "difference", "dropout", "embedding", "grouped_linear",
+    "last_tokens", "layer_norm", "linear", "matrix_product", "mean_squared", "part", "rms_norm", "scaled", "sigmoid",
+    "sum_tokens", "unbind", "view", "whole_mixer",
 ]  # fmt: skip

@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 
-from pomscale.config.codecs import PixelCodecConfig
 from pomscale.config.encode import EncodeRecipe
 from pomscale.config.identity import NOT_OF_THE_LATENTS
 from pomscale.config.load import json_schema, load_recipe
@@ -106,7 +105,7 @@ def test_a_shipped_encode_recipe_writes_the_training_data(recipe: TrainRecipe) -
         stored, wanted = (config.model_dump(exclude=set(NOT_OF_THE_LATENTS)) for config in (source.codec, recipe.codec))
         assert stored == wanted
     (source,) = (encode for encode in ENCODE.values() if encode.output == recipe.data.components[0].path)
-    block = recipe.codec.block if isinstance(recipe.codec, PixelCodecConfig) else 8
+    block = {"pixel": getattr(recipe.codec, "block", None), "uint8": 1}.get(recipe.codec.name, 8)
     *frames, height, width = source.transform.targets[0]
     compression = 4 if recipe.codec.name == "cogvideox_vae" else 1
     assert recipe.model.latent_shape[1:] == (*(n // compression for n in frames), height // block, width // block)

@@ -25,6 +25,16 @@ TINY: dict[str, Any] = {
     "num_heads": 4,
 }
 V2: dict[str, Any] = {"kind": "pom", "form": "coefficients", "heads": 4, "rope": True}
+ROTARY_ATTENTION: dict[str, Any] = {"kind": "attention", "qk_norm": True, "rope": True}
+JIT: dict[str, Any] = {
+    "norm": "rms",
+    "gates": "g",
+    "ffn": "swiglu",
+    "positions": "sincos_integer",
+    "time_embedding": "data_fraction",
+    "patch_embedding": {"bottleneck": 5},
+    "in_context": {"tokens": 3, "start": 1},
+}
 
 
 def tiny(**fields: Any) -> ImageModelConfig:
@@ -86,10 +96,13 @@ COUNTED = [
     tiny(mixer={**V2, "degree": 3}),
     tiny(mixer=[{**V2, "heads": 1, "groups": 4}, {**V2, "groups": 2}]),
     tiny(mixer=V2, latent_shape=(3, 2, 2)),
+    tiny(mixer=ROTARY_ATTENTION, **JIT),
+    tiny(mixer=V2, **{**JIT, "positions": "none", "ffn_expansion": 5}),
 ]
+COUNTED_IDS = ["pom", "attention", "hybrid", "heads", "groups", "one token", "JiT", "JiT with PoM"]
 
 
-@pytest.mark.parametrize("config", COUNTED, ids=["pom", "attention", "hybrid", "heads", "groups", "one token"])
+@pytest.mark.parametrize("config", COUNTED, ids=COUNTED_IDS)
 def test_flop_formula_counts_what_runs(config: ImageModelConfig) -> None:
     model = DiPoM(config)
     # The counter does not know the CPU's fused attention; the plain one is two products, which it does.
@@ -99,14 +112,18 @@ def test_flop_formula_counts_what_runs(config: ImageModelConfig) -> None:
     assert num_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("mixer", ["pom", {**V2, "groups": 2}], ids=["product", "coefficients"])
-def test_training_costs_three_forward_passes_but_for_the_input(mixer: Any) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [tiny(mixer="pom"), tiny(mixer={**V2, "groups": 2}), tiny(mixer={**V2, "heads": 1}, **JIT)],
+    ids=["product", "coefficients", "JiT"],
+)
+def test_training_costs_three_forward_passes_but_for_the_input(config: ImageModelConfig) -> None:
     """Nothing needs the gradient of the latents or of the time features, which is all that the formula adds."""
-    config = tiny(mixer=mixer)
     with FlopCounterMode(display=False) as counter:
         DiPoM(config)(*batch(config, size=1)).sum().backward()
     patches = config.patch_size**2 * config.latent_shape[0]
-    never_run = 2 * config.dim * (config.num_tokens * patches + 4 * config.dim)
+    widths = (5, 256) if config.norm == "rms" else (config.dim, 4 * config.dim)
+    never_run = 2 * (config.num_tokens * patches * widths[0] + config.dim * widths[1])
     assert training_flops(config) - counter.get_total_flops() == never_run
 
 
@@ -192,9 +209,10 @@ def test_init_refuses_parameters_without_a_rule() -> None:
 # --- behaviour -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("choices", [{}, {"norm": "rms", "gates": "g", "ffn": "swiglu"}], ids=["DiPoM", "JiT"])
 @pytest.mark.parametrize("mixer", ["pom", "attention", {**V2, "rope": False}])
-def test_block_starts_as_the_identity(mixer: str) -> None:
-    block = build(tiny(mixer=mixer)).blocks()[0]
+def test_block_starts_as_the_identity(mixer: str, choices: dict[str, Any]) -> None:
+    block = build(tiny(mixer=mixer, **choices)).blocks()[0]
     x, c = torch.randn(2, 5, 16), torch.randn(2, 1, 16)
     assert torch.equal(block(x, c), x)
 
@@ -204,9 +222,13 @@ def test_network_starts_with_zero_output() -> None:
     assert not bool(build(tiny())(latents, t, condition).any())
 
 
-@pytest.mark.parametrize("mixer", ["pom", "attention", V2])
-def test_output_has_the_shape_of_the_latents_and_depends_on_everything(mixer: str) -> None:
-    config = tiny(mixer=mixer)
+@pytest.mark.parametrize(
+    "choices",
+    [{"mixer": "pom"}, {"mixer": "attention"}, {"mixer": V2}, {"mixer": ROTARY_ATTENTION, **JIT}],
+    ids=["pom", "attention", "coefficients", "JiT"],
+)
+def test_output_has_the_shape_of_the_latents_and_depends_on_everything(choices: dict[str, Any]) -> None:
+    config = tiny(**choices)
     model = awaken(DiPoM(config))
     latents, t, condition = batch(config)
     y = model(latents, t, condition)
@@ -217,6 +239,24 @@ def test_output_has_the_shape_of_the_latents_and_depends_on_everything(mixer: st
         assert not torch.allclose(model(*changed), y)
     other_resolution = torch.randn(2, 3, 4, 20)
     assert model(other_resolution, t, condition).shape == other_resolution.shape
+
+
+@pytest.mark.parametrize("mixer", [ROTARY_ATTENTION, V2], ids=["attention", "pom"])
+def test_dropout_acts_in_its_blocks_and_in_training_alone(mixer: dict[str, Any]) -> None:
+    config = tiny(mixer=mixer, depth=3, dropout={"rate": 0.5, "first": 1, "last": 1})
+    model, plain = awaken(DiPoM(config)), awaken(DiPoM(tiny(mixer=mixer, depth=3)))
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    inputs, seeds = batch(config), torch.tensor([3, 4])
+    assert torch.equal(model(*inputs), plain(*inputs))
+    y = model(*inputs, dropout_seeds=seeds)
+    assert not torch.allclose(y, model(*inputs))
+    assert torch.equal(y, model(*inputs, dropout_seeds=seeds))
+    alone = model(*(value[1:] for value in inputs), dropout_seeds=seeds[1:])
+    torch.testing.assert_close(alone, y[1:])
+    x, c = torch.randn(2, 5, 16), torch.randn(2, 1, 16)
+    positions = torch.zeros(5, 2, dtype=torch.int64)
+    changed = [not torch.equal(block(x, c, positions, None, seeds), block(x, c, positions)) for block in model.blocks()]
+    assert changed == [False, True, False]
 
 
 def test_samples_do_not_see_each_other() -> None:
@@ -255,6 +295,36 @@ def test_init_rules_of_the_coefficient_form() -> None:
         bound = (6 / (16 + 32)) ** 0.5
         assert 0.9 * bound < float(part.abs().max()) <= bound
     assert mixer.output.bias is None
+
+
+def test_init_rules_of_jit() -> None:
+    model = build(tiny(dim=64, mixer=ROTARY_ATTENTION, **{**JIT, "in_context": {"tokens": 40, "start": 0}}))
+    block = model.trunk[0]
+    for zero in (block.gates.weight, block.gates.bias, block.modulation.weight, block.ffn.expand.bias):
+        assert not bool(zero.any())
+    for one in (block.norm1.weight, block.mixer.key_norm.weight, model.norm.weight):
+        assert bool((one == 1).all())
+    assert model.in_context is not None
+    for normal in (model.in_context.positions, model.time_embedding.expand.weight):
+        assert float(normal.detach().std()) == pytest.approx(0.02, rel=0.1)
+    bound = (6 / (12 + 5)) ** 0.5  # a patch of 12 values to the bottleneck
+    assert 0.9 * bound < float(model.patch_embedding.reduce.weight.detach().abs().max()) <= bound
+
+
+def test_tokens_in_context_stand_at_the_origin_from_their_block_on() -> None:
+    config = tiny(mixer=V2, depth=3, **JIT)
+    model = awaken(DiPoM(config))
+    seen: list[tuple[Tensor, ...]] = []
+    for block in model.trunk:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    latents, t, condition = batch(config)
+    model(latents, t, condition)
+    assert [inputs[0].shape[1] for inputs in seen] == [24, 27, 27]
+    assert seen[1][2][:3].tolist() == [[0, 0]] * 3
+    assert torch.equal(seen[1][2][3:], seen[0][2])
+    of_class = model.class_embedding(condition)
+    assert model.in_context is not None
+    assert torch.equal(seen[1][0][:, :3], model.in_context(of_class))
 
 
 def test_tokens_have_their_row_and_column() -> None:

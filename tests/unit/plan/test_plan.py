@@ -155,6 +155,41 @@ def test_memory_of_the_coefficient_form(mixer: Any, precision: str, mode: str) -
         assert_predicted(recipe, 8, measure(recipe, world))
 
 
+JIT = {
+    "norm": "rms",
+    "gates": "g",
+    "ffn": "swiglu",
+    "ffn_expansion": 4,
+    "positions": "sincos_integer",
+    "time_embedding": "data_fraction",
+    "patch_embedding": {"bottleneck": 24},
+}
+ROTARY_ATTENTION = {"kind": "attention", "qk_norm": True, "rope": True}
+TRUNKS: dict[str, dict[str, Any]] = {
+    "JiT": {**JIT, "mixer": ROTARY_ATTENTION, "in_context": {"tokens": 5, "start": 1}},
+    "JiT with PoM": {**JIT, "mixer": {**V2, "heads": 16}, "in_context": {"tokens": 5, "start": 1}},
+    "rotary positions alone": {"positions": "none", "mixer": ROTARY_ATTENTION},
+    "dropout": {"mixer": "attention", "ffn": "swiglu", "dropout": {"rate": 0.2, "first": 1, "last": 2}},
+}
+
+
+@pytest.mark.parametrize(("precision", "mode"), [("fp32", "none"), ("bf16", "none"), ("bf16", "full")])
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_memory_of_other_trunks(trunk: str, precision: str, mode: str) -> None:
+    recipe = tiny(
+        model={**TINY_MODEL, **TRUNKS[trunk]}, compute={"precision": precision, "activation_checkpointing": mode}
+    )
+    with pretended_world(8) as world:
+        assert_predicted(recipe, 8, measure(recipe, world))
+
+
+@pytest.mark.parametrize("mixer", [ROTARY_ATTENTION, {**V2, "heads": 8}], ids=["attention", "pom"])
+def test_memory_of_clips_in_another_trunk(mixer: dict[str, Any]) -> None:
+    recipe = tiny_video(model={**JIT, "mixer": mixer, "temporal": "block_causal"}, compute={"precision": "bf16"})
+    with pretended_world(8) as world:
+        assert_predicted(recipe, 8, measure(recipe, world))
+
+
 @pytest.mark.parametrize("times", TIMES)
 def test_memory_of_clips_in_the_coefficient_form(times: str) -> None:
     changes = {**TIMES[times], "model": {**TIMES[times].get("model", {}), "mixer": {**V2, "heads": 8, "groups": 2}}}

@@ -78,6 +78,14 @@ MIXERS: dict[str, dict[str, Any]] = {
     "hybrid": {"mixer": ["pom", "attention"], "patch_frames": 1},
     "heads": {"mixer": V2},
     "gate per channel": {"mixer": {**V2, "heads": 1, "groups": 1}},
+    "JiT": {
+        "mixer": [V2, {"kind": "attention", "heads": 2, "qk_norm": True, "rope": True}],
+        "norm": "rms",
+        "gates": "g",
+        "ffn": "swiglu",
+        "time_embedding": "data_fraction",
+        "patch_embedding": {"bottleneck": 7},
+    },
 }
 
 
@@ -87,8 +95,10 @@ def test_flop_formula_counts_what_runs(mixer: str, temporal: str, per_group: boo
     config = tiny(temporal=temporal, **MIXERS[mixer])
     num_times = config.num_groups if per_group else 1
     # The counter does not know the CPU's fused attention; the plain one is two products, which it does.
+    model = VDiPoM(config)
+    assert num_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        run(VDiPoM(config), num_times, batch=3)
+        run(model, num_times, batch=3)
     assert counter.get_total_flops() == 3 * forward_flops(config, text_length=TEXT_TOKENS, num_times=num_times)
 
 

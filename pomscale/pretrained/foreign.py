@@ -1,0 +1,38 @@
+"""Checkpoints of other code, read without executing anything in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from pomscale.base.errors import InputError
+
+COMPILED = "_orig_mod."
+"""torch.compile's part of a name."""
+
+
+class _Ignored:
+    """An inert stand-in for every object in a checkpoint that is not a tensor or plain data."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+def read_foreign(file: Path) -> Any:
+    """Return the content of a file of torch.save, its tensors mapped from the file.
+
+    Nothing in the file is executed: objects that are not tensors or plain data, such as the state of callbacks, become
+    inert. Raise InputError if the file cannot be read so.
+    """
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        inert: list[Any] = [(type("_Ignored", (_Ignored,), {}), name) for name in names]
+        with torch.serialization.safe_globals(inert):
+            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, ValueError, RuntimeError, EOFError, LookupError, UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{file}: cannot be read as a checkpoint of torch.save, or not safely: {reason}") from error
