@@ -47,6 +47,7 @@ class Attention(nn.Module):
         self.dim, self.num_heads = dim, num_heads
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(dim, 2 * dim)
+        self.stacked_maps = {"key_value": 2}
         self.output = nn.Linear(dim, dim)
 
     def forward(

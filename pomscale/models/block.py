@@ -27,6 +27,7 @@ class Block(nn.Module):
         self.ffn = FeedForward(dim, ffn_expansion)
         self.modulation = nn.Linear(dim, 4 * dim)
         self.gates = nn.Linear(dim, 2 * dim)
+        self.stacked_maps = {"modulation": 4, "gates": 2}
 
     def forward(self, x: Tensor, c: Tensor, positions: Tensor | None = None, split: TokenSplit | None = None) -> Tensor:
         """Apply the block.

@@ -54,6 +54,7 @@ class VideoBlock(nn.Module):
         self.ffn = FeedForward(dim, ffn_expansion)
         self.modulation = nn.Linear(dim, 8 * dim)
         self.gates = nn.Linear(dim, 3 * dim)
+        self.stacked_maps = {"modulation": 8, "gates": 3}
 
     def forward(
         self,

@@ -35,7 +35,7 @@ class Block:
         dim = config.dim
         self.mixer, self.has_rope = build_mixer(dim, mixer), mixer.rope is not None
         self.feed_forward = FeedForward(dim, config.ffn_expansion)
-        self.modulation, self.gates = Linear(dim, 4 * dim), Linear(dim, 2 * dim)
+        self.modulation, self.gates = Linear(dim, 4 * dim, stacked=4), Linear(dim, 2 * dim, stacked=2)
 
     def __call__(self, x: Tensor, c: Tensor, positions: Tensor | None = None) -> Tensor:
         c = op.activation(c)
@@ -59,7 +59,7 @@ class VideoBlock:
         self.has_rope = mixer.rope is not None
         self.mask: Mask = config.num_groups if config.temporal == "block_causal" else None
         self.feed_forward = FeedForward(dim, config.ffn_expansion)
-        self.modulation, self.gates = Linear(dim, 8 * dim), Linear(dim, 3 * dim)
+        self.modulation, self.gates = Linear(dim, 8 * dim, stacked=8), Linear(dim, 3 * dim, stacked=3)
 
     def __call__(self, x: Tensor, c: Tensor, text: Tensor, positions: Tensor | None = None) -> Tensor:
         c = op.activation(c)
@@ -150,6 +150,10 @@ class Network(ABC):
         """Return the weights that are in no block."""
         linears = [self.patch_embedding, self.time_expand, self.time_contract, self.modulation, self.head]
         return [weight for linear in linears for weight in linear.weights()]
+
+    def matrices(self) -> list[Weight]:
+        """Return the weights that Muon steps."""
+        return [weight for block in self.blocks for weight in block.weights() if weight.num_matrices]
 
     def weights(self) -> Iterator[Weight]:
         yield from self.root_weights()
