@@ -48,7 +48,7 @@ class OptimizerConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
         if self.name != "muon" and self.muon != MuonConfig():
-            raise ValueError(f"muon: is for optimizer.name: muon, and name is {self.name}; set name: muon, or leave muon out")
+            raise ValueError(f"muon: is for name: muon, and name is {self.name}; leave it out, or change name")
         return self
 
 

@@ -68,7 +68,9 @@ def adjusted(learning_rate: float, rows: int, columns: int) -> float:
 class Muon(torch.optim.Optimizer):
     """Muon on its first group, the matrices; the optimiser of the rest, AdamW, steps all other groups."""
 
-    def __init__(self, parameters: Mapping[nn.Parameter, int], rest: torch.optim.Optimizer, config: OptimizerConfig):
+    def __init__(
+        self, parameters: Mapping[nn.Parameter, int], rest: torch.optim.Optimizer, config: OptimizerConfig
+    ) -> None:
         """Take over the groups of `rest`.
 
         Args:
@@ -121,37 +123,36 @@ class Muon(torch.optim.Optimizer):
     def _step_round(self, matrices: Sequence[Matrix], group: dict[str, Any]) -> None:
         """Step at most as many matrices as there are ranks, so that each rank orthogonalises at most one."""
         ranks = self._ranks
-        by_copy = [matrices[i : i + ranks.num_shards] for i in range(0, len(matrices), ranks.num_shards)]
-        directions = [self._directions(of_copy, is_own=copy == ranks.copy) for copy, of_copy in enumerate(by_copy)]
+        for matrix in matrices:
+            self._advance_momentum(matrix)
+        by_copy = [matrices[first : first + ranks.num_shards] for first in range(0, len(matrices), ranks.num_shards)]
         own = None
         if ranks.copy < len(by_copy):
-            own = ranks.on_whole(by_copy[ranks.copy], directions[ranks.copy], self._orthogonalize)
-        del directions
+            own = ranks.on_whole(by_copy[ranks.copy], self._directions(by_copy[ranks.copy]), self._orthogonalize)
         for copy, of_copy in enumerate(by_copy):
             counts = [matrix.counts[ranks.shard] for matrix in of_copy]
             results = ranks.from_copy(copy, own, sum(counts), self._dtype)
             for matrix, result in zip(of_copy, results.split(counts), strict=True):
                 self._apply(matrix, result, group)
 
-    def _directions(self, matrices: Sequence[Matrix], *, is_own: bool) -> Tensor:
-        """Advance the momenta, and return this rank's parts of what is to be orthogonalised, if by its own copy."""
-        parts = [torch.empty(0, dtype=self._dtype, device=self._ranks.device)]
-        for matrix in matrices:
-            gradient, momentum = self._part(matrix, matrix.tensor.grad), self._advanced_momentum(matrix)
-            if is_own:
-                direction = gradient.lerp(momentum, self._momentum) if self._nesterov else momentum
-                parts.append(direction.to(self._ranks.device, self._dtype))
-        return torch.cat(parts)
-
-    def _advanced_momentum(self, matrix: Matrix) -> Tensor:
-        """Advance this rank's part of a momentum, and return it in fp32."""
+    def _advance_momentum(self, matrix: Matrix) -> None:
         state = self.state[matrix.tensor]
         gradient, momentum = self._part(matrix, matrix.tensor.grad), self._part(matrix, state["momentum_buffer"])
         if momentum.dtype == torch.float32:
-            return momentum.lerp_(gradient, 1 - self._momentum)
-        generator = torch.Generator(momentum.device).manual_seed(int(state["step"].item()))
-        momentum.copy_(round_to_bf16(momentum.float().lerp_(gradient, 1 - self._momentum), generator))
-        return momentum.float()
+            momentum.lerp_(gradient, 1 - self._momentum)
+        else:
+            generator = torch.Generator(momentum.device).manual_seed(int(state["step"].item()))
+            momentum.copy_(round_to_bf16(momentum.float().lerp_(gradient, 1 - self._momentum), generator))
+
+    def _directions(self, matrices: Sequence[Matrix]) -> Tensor:
+        """Return this rank's parts of what is to be orthogonalised, flat, one after the other."""
+        counts = [matrix.counts[self._ranks.shard] for matrix in matrices]
+        directions = torch.empty(sum(counts), dtype=self._dtype, device=self._ranks.device)
+        for matrix, direction in zip(matrices, directions.split(counts), strict=True):
+            momentum = self._part(matrix, self.state[matrix.tensor]["momentum_buffer"]).float()
+            gradient = self._part(matrix, matrix.tensor.grad)
+            direction.copy_(gradient.lerp(momentum, self._momentum) if self._nesterov else momentum)
+        return directions
 
     def _apply(self, matrix: Matrix, result: Tensor, group: dict[str, Any]) -> None:
         value = self._part(matrix, matrix.tensor)

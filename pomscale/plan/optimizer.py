@@ -55,10 +55,11 @@ def step_flops(optimizer: OptimizerConfig, network: Network, num_ranks: int = 1)
 
 
 def step_bytes(muon: MuonConfig, network: Network, num_ranks: int) -> int:
-    """Return the bytes that a rank needs for the largest matrix: parts that it sends, the matrix, and its iteration."""
+    """Return the bytes that a rank needs for the largest matrix: the parts that it sends, the matrix, its iteration."""
     itemsize = _FP32 if muon.precision == "fp32" else _BF16
     rows, columns = matrix_sides(network)[0]
-    copies = 2 if num_ranks == 1 else 3
+    # The matrix before the first iteration, before the last one, and after it.
+    copies = 3 if num_ranks == 1 else 4
     return itemsize * (copies * rows * columns + 2 * min(rows, columns) ** 2)
 
 
