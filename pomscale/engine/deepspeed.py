@@ -27,6 +27,7 @@ from pomscale.config.engine import ComputeConfig, DeepSpeedConfig, OptimizerConf
 from pomscale.distributed.activation_checkpointing import checkpoint_blocks
 from pomscale.distributed.flat_shard import FlatShard
 from pomscale.distributed.world import World
+from pomscale.engine.adamw_bf16 import AdamWBf16
 from pomscale.engine.averages import Ema
 from pomscale.engine.matrices import Matrix, MatrixRanks, block_matrices, stacked_matrices
 from pomscale.engine.muon import Muon
@@ -37,6 +38,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it found no GPU
 try:
     import deepspeed
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 except ImportError as error:
     raise InputError(
         f"engine: deepspeed cannot be imported ({error}); run `pip install 'pomscale[deepspeed]'`, or use engine: fsdp2"
@@ -46,6 +48,9 @@ except ImportError as error:
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # DeepSpeed calls collectives by names that torch 2.13 has replaced, which it would warn of at every call.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+# Otherwise DeepSpeed warns of optimisers that it has not tested; tests/distributed has these.
+ZERO_SUPPORTED_OPTIMIZERS.extend([AdamWBf16, Muon])
 
 # Elements that are reduced or gathered at once; DeepSpeed's default of 5e8 makes buffers of 2 GB.
 BUCKET_ELEMENTS = 50_000_000
