@@ -31,6 +31,7 @@ def test_every_engine_equals_a_plain_loop_and_loads_the_others(tmp_path: Path) -
     work(1, "go-on", tmp_path)
 
 
+@pytest.mark.slow
 def test_copies_of_the_model_share_the_work_and_stay_equal() -> None:
     pytest.importorskip("deepspeed")  # which the worker imports
     work(4, "hsdp")

@@ -232,7 +232,6 @@ class Collectives(TorchDispatchMode):
             "_reduce_scatter_base_": 1,
             "allreduce_": 0,
             "alltoall_base_": 1,
-            "broadcast_": 0,
         }
         if str(func).startswith("c10d.") and name in whole:
             tensor = args[whole[name]]
@@ -271,16 +270,16 @@ def test_traffic_is_what_the_engine_sends(changes: dict[str, Any]) -> None:
         assert 2 * whole * (replicas - 1) / replicas == pytest.approx(sent["all-reduce over replicas"], rel=0.01)
 
 
-@pytest.mark.parametrize("shards", [8, 2])
-def test_traffic_of_muon_is_what_the_engine_sends(shards: int) -> None:
-    """Rank 0 owns the largest matrix of each round, so it sends somewhat more than the mean that is planned."""
-    recipe = tiny(fsdp2={"shard_size": shards}, optimizer={"name": "muon"}, model={**TINY_MODEL, "depth": 8})
+def test_traffic_of_muon_is_what_the_engine_sends() -> None:
+    """Rank 0 owns the largest matrix of each round, so it sends somewhat more than the mean that is planned.
+
+    Not with copies of the model: in the pretended world no rank may receive what it has no part of, as real ones may.
+    """
+    recipe = tiny(optimizer={"name": "muon"}, model={**TINY_MODEL, "depth": 8})
     with pretended_world(8) as world, Collectives() as collectives:
         measure(recipe, world)
-    copies = 8 // shards
-    there_and_back = collectives.num_bytes["alltoall_base_"] * (shards - 1) / shards
-    from_copies = collectives.num_bytes["broadcast_"] * (copies - 1) / copies
-    assert (there_and_back + from_copies) / 2 == pytest.approx(traffic(recipe, 8)["Muon's matrices"], rel=0.1)
+    sent = collectives.num_bytes["alltoall_base_"] / 2 * 7 / 8  # in one of two steps, to others
+    assert sent == pytest.approx(traffic(recipe, 8)["Muon's matrices"], rel=0.1)
 
 
 SPLIT = {
