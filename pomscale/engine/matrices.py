@@ -2,7 +2,7 @@
 
 A linear map may stack several maps in its rows, as key and value, or the maps of the factors of a polynomial. The
 module that slices the result says so in `stacked_maps`: name of a linear map below it -> number of equal parts. Each
-part is a matrix of its own.
+part is a matrix of its own. A module that is no nn.Linear counts as a linear map if it is named there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from pomscale.engine.protocol import ShardableModel
-from pomscale.layers import GroupedLinear
 
 Range = tuple[int, int]
 """Elements [start, stop) of a flattened parameter."""
@@ -32,7 +31,7 @@ def block_matrices(model: nn.Module) -> dict[str, int]:
     """
     shardable: ShardableModel = model  # type: ignore[assignment]  # nn.Module hides attributes from protocols
     inside = [module for block in shardable.blocks() for module in block.modules()]
-    maps = {id(module): 1 for module in inside if isinstance(module, nn.Linear | GroupedLinear)}
+    maps = {id(module): 1 for module in inside if isinstance(module, nn.Linear)}
     for module in inside:
         stacked: Mapping[str, int] = getattr(module, "stacked_maps", {})
         maps.update({id(module.get_submodule(child)): number for child, number in stacked.items()})

@@ -19,7 +19,7 @@ work divides over the ranks, and no rank holds more than one whole matrix.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -91,11 +91,11 @@ class Muon(torch.optim.Optimizer):
         self._dtype = torch.float32 if config.muon.precision == "fp32" else torch.bfloat16
         self._orthogonalize: Callable[[Tensor], Tensor] = partial(orthogonalize, num_steps=config.muon.ns_steps)
         self.place(
-            [matrix for parameter, number in parameters.items() for matrix in matrices_of(parameter, number)],
+            (matrix for parameter, number in parameters.items() for matrix in matrices_of(parameter, number)),
             MatrixRanks.of(next(iter(parameters))),
         )
 
-    def place(self, matrices: Sequence[Matrix], ranks: MatrixRanks) -> None:
+    def place(self, matrices: Iterable[Matrix], ranks: MatrixRanks) -> None:
         """Set where the matrices are, for an engine that steps other tensors than parameters."""
         self._ranks = ranks
         # Matrices of a round are worked on at the same time, so they should be about as large.

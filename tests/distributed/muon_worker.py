@@ -49,10 +49,14 @@ def learning_rate(step: int) -> float:
     return OPTIMIZER.lr / (step + 1)
 
 
-def initialise(model: nn.Module, assign: Callable[[nn.Parameter, Tensor], None]) -> None:
+def initialise(model: nn.Module, assign: Callable[[nn.Parameter, Tensor], object]) -> None:
     """No weight is zero: from the usual ones, by which blocks begin as identities, losses would not tell them apart."""
     generator = torch.Generator().manual_seed(7)
-    init_weights(model, 7, lambda p, value: assign(p, value + 0.1 * torch.randn(value.shape, generator=generator)))
+
+    def assign_moved(parameter: nn.Parameter, value: Tensor) -> None:
+        assign(parameter, value + 0.1 * torch.randn(value.shape, generator=generator))
+
+    init_weights(model, 7, assign_moved)
 
 
 def train_plain(config: OptimizerConfig = OPTIMIZER) -> tuple[list[float], nn.Module, nn.Module]:
@@ -79,7 +83,7 @@ def build(world: World, *, precision: str = "fp32", optimizer: OptimizerConfig =
     with torch.device("meta"):
         model = DiPoM(MODEL)
     common: dict[str, Any] = {
-        "compute": ComputeConfig(precision=precision),  # type: ignore[arg-type]
+        "compute": ComputeConfig(precision=precision),
         "optimizer": optimizer,
         "averages": list(EMA_WEIGHTS),
     }
@@ -139,7 +143,8 @@ def train_all(world: World, plain: tuple[list[float], nn.Module, nn.Module], fol
     usual = OPTIMIZER.model_copy(update={"muon": MuonConfig()})
     others = train_plain(OPTIMIZER.model_copy(update={"muon": MuonConfig(ns_steps=1, precision="fp32")}))[0]
     assert abs(others[-1] / losses[-1] - 1) > 10 * TOLERANCE, "the losses do not tell how matrices were stepped"
-    for moments, options in (("fp32", {"zero_stage": 1, "precision": "bf16"}), ("bf16", {})):
+    usual_cases: list[tuple[str, dict[str, Any]]] = [("fp32", {"zero_stage": 1, "precision": "bf16"}), ("bf16", {})]
+    for moments, options in usual_cases:
         engine = build(world, optimizer=usual.model_copy(update={"moments": moments}), **options)
         assert_near(train(engine, world, range(NUM_STEPS)), losses, 5e-3, (options, moments))
 
@@ -179,6 +184,7 @@ if __name__ == "__main__":
     warnings.simplefilter("error", UserWarning)
     plain = train_plain()  # first: DeepSpeed replaces torch.nn.functional.linear
     with join_world("cpu") as world:
-        {"train": train_all, "go-on": go_on, "hsdp": train_hsdp}[mode](world, plain, *map(Path, folders))
+        modes: dict[str, Callable[..., None]] = {"train": train_all, "go-on": go_on, "hsdp": train_hsdp}
+        modes[mode](world, plain, *map(Path, folders))
         print("Muon equals the plain loop", flush=True)
     os._exit(0)  # as the command line does, and for its reason

@@ -34,7 +34,7 @@ PICTURES = ImageModelConfig(
     depth=3,
     num_heads=2,
     degree=3,
-    mixer=["pom", "attention", V2],  # type: ignore[arg-type]
+    mixer=["pom", "attention", V2],
 )
 CLIPS = VideoModelConfig(
     kind="video",
@@ -45,7 +45,7 @@ CLIPS = VideoModelConfig(
     dim=20,
     depth=2,
     num_heads=2,
-    mixer=["pom", "attention"],  # type: ignore[arg-type]
+    mixer=["pom", "attention"],
 )
 NUM_STEPS = 10
 
@@ -61,7 +61,7 @@ def optimizer_of(weights: Sequence[nn.Parameter], number: int = 1, **changes: An
 
 def torch_muon(weights: Sequence[Tensor], **changes: Any) -> torch.optim.Muon:
     settings = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw", **changes}
-    return torch.optim.Muon(weights, **settings)  # type: ignore[arg-type]
+    return torch.optim.Muon(weights, **settings)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_matrices_of_clips() -> None:
 
 def test_stacks_that_do_not_fit_are_refused() -> None:
     model = make_model(PICTURES)
-    model.blocks()[0].stacked_maps = {"modulation": 3}
+    model.blocks()[0].stacked_maps = {"modulation": 3}  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"trunk\.0\.modulation\.weight: 3 maps cannot share 80 rows"):
         block_matrices(model)
 
@@ -187,7 +187,8 @@ def test_a_model_is_trained_as_by_torchs_optimizers() -> None:
     parts = {
         n: [nn.Parameter(p.clone()) for p in theirs.get_parameter(n).detach().chunk(k)] for n, k in numbers.items()
     }
-    decayed, undecayed = [], []
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for name, parameter in theirs.named_parameters():
         if name not in numbers:
             is_undecayed = parameter.ndim == 1 or name in ("class_embedding.weight", "trunk.2.mixer.coefficients")
@@ -232,7 +233,7 @@ def test_the_plan_counts_the_flops_that_torch_counts(model: ModelConfig) -> None
 
 def test_its_share_of_a_step() -> None:
     """At most 5 % of the arithmetic from 340 samples a step on; 3.26 TFLOP divide over ranks."""
-    model = ImageModelConfig(preset="dipom-b-2", latent_shape=(4, 32, 32), num_classes=1000)
+    model = ImageModelConfig(preset="dipom-b-2", latent_shape=(4, 32, 32), num_classes=1000)  # type: ignore[call-arg]
     network, muon = build_network(model, 1), OptimizerConfig(name="muon")
     whole = step_flops(muon, network)
     assert whole == pytest.approx(3.26e12, rel=0.01)
