@@ -142,7 +142,8 @@ def train_all(world: World, plain: tuple[list[float], nn.Module, nn.Module], fol
     # The plain loop's arithmetic is that of fp32.
     usual = OPTIMIZER.model_copy(update={"muon": MuonConfig()})
     others = train_plain(OPTIMIZER.model_copy(update={"muon": MuonConfig(ns_steps=1, precision="fp32")}))[0]
-    assert abs(others[-1] / losses[-1] - 1) > 10 * TOLERANCE, "the losses do not tell how matrices were stepped"
+    differences = [abs(other / loss - 1) for other, loss in zip(others, losses, strict=True)]
+    assert max(differences) > 3 * TOLERANCE, "the losses do not tell how matrices were stepped"
     usual_cases: list[tuple[str, dict[str, Any]]] = [("fp32", {"zero_stage": 1, "precision": "bf16"}), ("bf16", {})]
     for moments, options in usual_cases:
         engine = build(world, optimizer=usual.model_copy(update={"moments": moments}), **options)
