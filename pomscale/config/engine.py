@@ -14,17 +14,42 @@ EmaWidth = Annotated[float, Field(gt=0.0, lt=12**-0.5)]
 ActivationCheckpointing = Annotated[str, Field(pattern=r"^(none|full|selective|every-[1-9][0-9]*)$")]
 
 
-class OptimizerConfig(Section):
-    """AdamW; biases and embeddings are not decayed."""
+class MuonConfig(Section):
+    """Muon, as torch.optim.Muon has it with adjust_lr_fn="match_rms_adamw"."""
 
+    momentum: AdamBeta = 0.95
+    nesterov: bool = True
+    ns_steps: Annotated[int, Field(ge=1, lt=100)] = Field(5, description="Newton-Schulz iterations per matrix.")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="Arithmetic of the iterations, and what is sent for them."
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW, or Muon for the weights of the blocks' linear maps and AdamW for all other parameters.
+
+    AdamW does not decay biases, embeddings and coefficients. lr and weight_decay serve for both: Muon's steps are
+    scaled to the root mean square of AdamW's.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat = 1e-4
     betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     grad_clip: PositiveFloat | None = Field(1.0, description="Largest global gradient norm; null = no clipping.")
     moments: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Precision of Adam's two moments; bf16 (stochastically rounded) saves 4 bytes/parameter."
+        "fp32",
+        description="Precision of AdamW's two moments and Muon's one; bf16 (stochastically rounded) saves 4 or 2 bytes "
+        "per parameter.",
     )
+    muon: MuonConfig = MuonConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if self.name != "muon" and self.muon != MuonConfig():
+            raise ValueError(f"muon: is for name: muon, and name is {self.name}; leave it out, or change name")
+        return self
 
 
 class ScheduleConfig(Section):

@@ -1,8 +1,8 @@
 """Engine on DeepSpeed's ZeRO 1, 2 and 3, which cuts the ranks' shards from flattened tensors, at any element.
 
-Every rank holds fp32 master weights and Adam's moments for flat ranges of the parameters ("partitions"); the moving
-averages live over the same ranges. The working parameters, fp32 or bf16, are made from the masters after every step:
-with stages 1 and 2 every rank has all of them, with stage 3 they are gathered block by block while they are used.
+Every rank holds fp32 master weights and the optimiser's moments for flat ranges of the parameters ("partitions"); the
+moving averages live over the same ranges. The working parameters, fp32 or bf16, are made from the masters after every
+step: with stages 1 and 2 every rank has all of them, with stage 3 they are gathered block by block while they are used.
 
 Importing this module raises InputError if DeepSpeed is not installed.
 """
@@ -27,14 +27,18 @@ from pomscale.config.engine import ComputeConfig, DeepSpeedConfig, OptimizerConf
 from pomscale.distributed.activation_checkpointing import checkpoint_blocks
 from pomscale.distributed.flat_shard import FlatShard
 from pomscale.distributed.world import World
+from pomscale.engine.adamw_bf16 import AdamWBf16
 from pomscale.engine.averages import Ema
-from pomscale.engine.optimizers import build_optimizer, init_adam_state
+from pomscale.engine.matrices import Matrix, MatrixRanks, block_matrices, stacked_matrices
+from pomscale.engine.muon import Muon
+from pomscale.engine.optimizers import build_optimizer, init_state
 from pomscale.engine.protocol import InitWeights, MicroBatch, Replicas, ShardableModel
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it found no GPU
 try:
     import deepspeed
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 except ImportError as error:
     raise InputError(
         f"engine: deepspeed cannot be imported ({error}); run `pip install 'pomscale[deepspeed]'`, or use engine: fsdp2"
@@ -44,6 +48,9 @@ except ImportError as error:
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # DeepSpeed calls collectives by names that torch 2.13 has replaced, which it would warn of at every call.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+# Otherwise DeepSpeed warns of optimisers that it has not tested; tests/distributed has these.
+ZERO_SUPPORTED_OPTIMIZERS.extend([AdamWBf16, Muon])
 
 # Elements that are reduced or gathered at once; DeepSpeed's default of 5e8 makes buffers of 2 GB.
 BUCKET_ELEMENTS = 50_000_000
@@ -80,7 +87,7 @@ class DeepSpeedEngine:
             world: the ranks that share the model.
             deepspeed: stage and offload.
             compute: precision, activation checkpointing and compile.
-            optimizer: AdamW's settings.
+            optimizer: the optimiser's settings.
             averages: names of the moving averages to keep.
 
         Raises:
@@ -94,7 +101,9 @@ class DeepSpeedEngine:
         zero_config = _zero_config(deepspeed, compute, optimizer, world.device)
         _prepare_blocks(model, compute)
         _allocate(model, zero_config, compute, world.device)
-        self._deepspeed = _initialize(model, _optimizer_of(model, on_meta, optimizer), zero_config)
+        unsharded = _optimizer_of(model, on_meta, optimizer)
+        group_of = {id(p): number for number, group in enumerate(unsharded.param_groups) for p in group["params"]}
+        self._deepspeed = _initialize(model, unsharded, zero_config)
         # This is DeepSpeed's wrapper, which has to see every forward pass.
         self.model: nn.Module = self._deepspeed
         self._zero = self._deepspeed.optimizer
@@ -102,9 +111,14 @@ class DeepSpeedEngine:
         self._parameters: dict[str, Any] = dict(model.named_parameters())
         self._shapes = {name: p.shape for name, p in on_meta.named_parameters()}
         self._partitions = _partitions(self._zero, deepspeed.zero_stage)
-        self._ranges = {name: _range_of(self._zero, p) for name, p in self._parameters.items()}
-        for partition in self._partitions:
-            init_adam_state(self._optimizer, partition, optimizer)
+        self._ranges = {name: _range_of(self._zero, p, group_of[id(p)]) for name, p in self._parameters.items()}
+        matrices = block_matrices(on_meta) if optimizer.name == "muon" else {}
+        with_matrices = {self._ranges[name].partition for name in matrices}
+        for number, partition in enumerate(self._partitions):
+            init_state(self._optimizer, partition, optimizer, is_matrix=number in with_matrices)
+        if isinstance(self._optimizer, Muon):
+            assert dist.group.WORLD is not None
+            self._optimizer.place(self._matrices(matrices), MatrixRanks(world.device, dist.group.WORLD))
         self._init_weights(on_meta, init_weights)
         self._ema = Ema(averages, [partition.detach() for partition in self._partitions])
 
@@ -146,17 +160,9 @@ class DeepSpeedEngine:
         self._refresh_working()
 
     def state_dict(self) -> dict[str, Any]:
-        moments = [self._optimizer.state[partition] for partition in self._partitions]
         return {
             "model": self._shards(self._partitions),
-            "optimizer": {
-                name: {
-                    "exp_avg": self._shard(name, [state["exp_avg"] for state in moments]),
-                    "exp_avg_sq": self._shard(name, [state["exp_avg_sq"] for state in moments]),
-                    "step": moments[of.partition]["step"],
-                }
-                for name, of in self._ranges.items()
-            },
+            "optimizer": {name: self._optimizer_state(name) for name in self._ranges},
             "ema": {average: self._shards(tensors) for average, tensors in self._ema.averages.items()},
         }
 
@@ -206,12 +212,26 @@ class DeepSpeedEngine:
         return [p.ds_tensor if self._stage == 3 else p for p in self._parameters.values()]
 
     def _shards(self, tensors: list[Tensor]) -> dict[str, FlatShard]:
-        return {name: self._shard(name, tensors) for name in self._ranges}
+        return {name: self._shard(name, tensors[self._ranges[name].partition]) for name in self._ranges}
 
-    def _shard(self, name: str, tensors: list[Tensor]) -> FlatShard:
-        """Return this rank's part of a parameter, moment or average; `tensors` are laid out like the partitions."""
+    def _shard(self, name: str, tensor: Tensor) -> FlatShard:
+        """Return this rank's part of a parameter, moment or average in a tensor that is laid out like its partition."""
         of = self._ranges[name]
-        return FlatShard(self._shapes[name], of.start, tensors[of.partition][of.offset :][: of.size])
+        return FlatShard(self._shapes[name], of.start, tensor[of.offset :][: of.size])
+
+    def _optimizer_state(self, name: str) -> dict[str, Tensor]:
+        state = self._optimizer.state[self._partitions[self._ranges[name].partition]]
+        return {key: value if key == "step" else self._shard(name, value) for key, value in state.items()}
+
+    def _matrices(self, numbers: Mapping[str, int]) -> Iterator[Matrix]:
+        """Yield the matrices of the parameters whose rows stack so many. A collective: each rank tells its ranges."""
+        own = [(self._ranges[name].start, self._ranges[name].start + self._ranges[name].size) for name in numbers]
+        ranges = torch.empty(self._num_ranks, len(own), 2, dtype=torch.int64, device=self.device)
+        dist.all_gather_into_tensor(ranges, torch.tensor(own, device=self.device)[None])
+        for (name, number), of_ranks in zip(numbers.items(), ranges.transpose(0, 1).tolist(), strict=True):
+            of, shape = self._ranges[name], self._shapes[name]
+            partition = self._partitions[of.partition]
+            yield from stacked_matrices(partition, shape, number, of_ranks, dist.get_rank(), of.offset)
 
 
 def _use_device(device: torch.device) -> None:
@@ -286,7 +306,7 @@ def _allocate(model: nn.Module, zero_config: dict[str, Any], compute: ComputeCon
 
 
 def _optimizer_of(model: nn.Module, on_meta: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return AdamW over `model`'s parameters without a state: the state belongs to DeepSpeed's partitions of them."""
+    """Return an optimiser of `model`'s parameters without a state, which belongs to DeepSpeed's partitions of them."""
     names = {parameter: name for name, parameter in on_meta.named_parameters()}
     optimizer = build_optimizer(on_meta, config)
     optimizer.state.clear()
@@ -308,15 +328,15 @@ def _partitions(zero: Any, stage: int) -> list[Tensor]:
     return [group["params"][0] for group in zero.optimizer.param_groups]
 
 
-def _range_of(zero: Any, parameter: Any) -> _Range:
-    """Return the position of this rank's part of a parameter, without padding."""
+def _range_of(zero: Any, parameter: Any, group: int) -> _Range:
+    """Return the position of this rank's part of a parameter of the optimiser's `group`, without padding."""
     if hasattr(parameter, "ds_tensor"):  # stage 3 cuts every parameter into equal parts
         partition, offset, size = zero.grad_position[zero.get_param_id(parameter)]
         start = min(dist.get_rank() * size, parameter.ds_numel)
         return _Range(partition, offset, min(size, parameter.ds_numel - start), start)
     mapping = parameter._hp_mapping  # stages 1 and 2 cut a whole group of parameters, one after the other
     if mapping is None:
-        return _Range(0, 0, 0, 0)
+        return _Range(group, 0, 0, 0)
     inside, of_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
     return _Range(mapping.param_group_index, inside.start, inside.numel, of_parameter.start)
 

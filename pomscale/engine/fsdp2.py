@@ -58,7 +58,7 @@ class Fsdp2Engine:
             world: the ranks that share the model; their number is a multiple of fsdp2.shard_size.
             fsdp2: sharding, prefetch and offload.
             compute: precision, activation checkpointing and compile.
-            optimizer: AdamW's settings and the limit of the gradient norm.
+            optimizer: the optimiser's settings and the limit of the gradient norm.
             averages: names of the moving averages to keep.
         """
         self.model = model

@@ -68,7 +68,8 @@ class Engine(Protocol):
         The layout is the same for every engine, so each loads what another has saved:
 
             {"model": {name: tensor},
-             "optimizer": {name: {"exp_avg": tensor, "exp_avg_sq": tensor, "step": tensor}},
+             "optimizer": {name: {"exp_avg": tensor, "exp_avg_sq": tensor, "step": tensor}},  # AdamW
+                                 {"momentum_buffer": tensor, "step": tensor}                  # a matrix of Muon
              "ema": {average: {name: tensor}}}
 
         A tensor is a DTensor or a FlatShard (distributed.flat_shard) of the parameter's global shape, or, if every rank

@@ -64,6 +64,7 @@ class Attention(nn.Module):
         self.dim, self.num_heads, self.rope = dim, num_heads, rope
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(dim, 2 * dim)
+        self.stacked_maps = {"key_value": 2}
         self.output = nn.Linear(dim, dim)
         self.query_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.key_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()

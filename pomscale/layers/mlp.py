@@ -29,6 +29,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.expand = nn.Linear(dim, 2 * width)
         self.contract = nn.Linear(width, dim)
+        self.stacked_maps = {"expand": 2}
 
     def forward(self, x: Tensor, drop: Drop | None = None) -> Tensor:
         gate, value = self.expand(x).chunk(2, dim=-1)

@@ -117,6 +117,8 @@ class PoM(nn.Module):
             self.projection = nn.Linear(dim, width, bias=bias)
         else:
             self.projection = GroupedLinear(dim, width, groups, bias)
+        # In the product form W1 to Wk, one above the other.
+        self.stacked_maps = {"projection": degree if is_product else groups}
         self.gate = nn.Linear(dim, num_gates, bias=bias or not is_product)
         self.output = nn.Linear(width, dim, bias=bias)
         # The authors' initial values: a normal distribution that is clamped to +-0.001.

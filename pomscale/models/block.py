@@ -38,6 +38,7 @@ class Block(nn.Module):
         self.gates = nn.Linear(dim, 2 * dim)
         self.gate_offset = gate_offset(config)
         self.dropout = BlockDropout(config)
+        self.stacked_maps = {"modulation": 4, "gates": 2}
 
     def forward(
         self,

@@ -57,6 +57,7 @@ class VideoBlock(nn.Module):
         self.gates = nn.Linear(dim, 3 * dim)
         self.gate_offset = gate_offset(config)
         self.dropout = BlockDropout(config)
+        self.stacked_maps = {"modulation": 8, "gates": 3}
 
     def forward(
         self,

@@ -9,6 +9,7 @@ from pomscale.config.engine import ComputeConfig
 from pomscale.config.train import TrainRecipe
 from pomscale.plan.batch import BatchShare, batch_share, num_times, with_local_tokens
 from pomscale.plan.model_cost import num_parameters
+from pomscale.plan.optimizer import moment_bytes
 from pomscale.plan.shadow.fsdp2 import Fsdp2Shadow
 from pomscale.plan.shadow.ledger import Part
 from pomscale.plan.shadow.network import build_network
@@ -53,7 +54,7 @@ def step_memory(recipe: TrainRecipe, num_gpus: int, share: BatchShare | None = N
             recipe.deepspeed,
             num_ranks=num_gpus,
             num_averages=len(recipe.ema.averages),
-            moments=recipe.optimizer.moments,
+            optimizer=recipe.optimizer,
         )
     else:
         shadow = Fsdp2Shadow(
@@ -62,7 +63,7 @@ def step_memory(recipe: TrainRecipe, num_gpus: int, share: BatchShare | None = N
             recipe.fsdp2,
             num_shards=num_shards(recipe, num_gpus),
             num_averages=len(recipe.ema.averages),
-            moments=recipe.optimizer.moments,
+            optimizer=recipe.optimizer,
         )
     shadow.run(share.micro_batch, share.num_micro_batches)
     by_part = {part: num_bytes for part, num_bytes in shadow.ledger.at_peak.items() if num_bytes}
@@ -86,9 +87,11 @@ def num_shards(recipe: TrainRecipe, num_gpus: int) -> int:
 
 
 def state_bytes(recipe: TrainRecipe) -> int:
-    """Return the bytes of a checkpoint: weights, Adam's two moments, moving averages."""
-    moments = 2 * (_BF16 if recipe.optimizer.moments == "bf16" else _FP32)
-    return num_parameters(recipe.model) * (_FP32 + moments + _FP32 * len(recipe.ema.averages))
+    """Return the bytes of a checkpoint: weights, the optimiser's moments, moving averages."""
+    network = build_network(recipe.model, num_times(recipe))
+    parameters = num_parameters(recipe.model)
+    moments = moment_bytes(recipe.optimizer, network, list(network.weights()), parameters)
+    return parameters * _FP32 * (1 + len(recipe.ema.averages)) + moments
 
 
 def host_bytes(recipe: TrainRecipe, num_gpus: int) -> int:

@@ -13,7 +13,9 @@ from pomscale.plan.batch import BatchShare, batch_share, num_times
 from pomscale.plan.checks import check_gpu, check_layout, notes
 from pomscale.plan.memory import StepMemory, host_bytes, step_memory
 from pomscale.plan.model_cost import TEXT_LENGTH, forward_flops, num_parameters
+from pomscale.plan.optimizer import step_flops
 from pomscale.plan.shadow.ledger import Part
+from pomscale.plan.shadow.network import build_network
 from pomscale.plan.speed import Speed, speed
 from pomscale.plan.storage import Storage, storage
 from pomscale.plan.traffic import traffic
@@ -204,11 +206,23 @@ def _speed(plan: RunPlan) -> list[str]:
     line = f"{'speed':<10}{at.samples_per_s:,.0f} samples/s at {plan.utilization:.0%} of {_count(_peak(plan))}FLOP/s"
     if at.recomputed_share:
         line += f"; {at.recomputed_share:.0%} more arithmetic by recomputation, MFU {at.mfu:.1%}"
+    lines = [line, *_muon(plan)]
     total = plan.recipe.training.total_samples
     return [
-        line,
+        *lines,
         f"{'':<10}{_time(at.days(total))} for {_count(total).strip()} samples, "
         f"{at.days(total) * plan.num_gpus * 24:,.0f} GPU-hours",
+    ]
+
+
+def _muon(plan: RunPlan) -> list[str]:
+    optimizer, network = plan.recipe.optimizer, build_network(plan.recipe.model, num_times(plan.recipe))
+    if optimizer.name != "muon":
+        return []
+    whole, of_gpu = (step_flops(optimizer, network, num_gpus) for num_gpus in (1, plan.num_gpus))
+    return [
+        f"{'':<10}Muon {_count(whole)}FLOP per step, {_count(of_gpu)}FLOP on the GPU with most of them: "
+        f"{plan.speed.optimizer_share:.1%} of a step"
     ]
 
 

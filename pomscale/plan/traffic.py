@@ -1,7 +1,7 @@
 """Bytes that each GPU sends in a step, by collective; it receives as many.
 
 Each of n ranks sends (n - 1) / n of a tensor's bytes in an all-gather or a reduce-scatter, and twice that in an
-all-reduce (ring algorithms, which are optimal in volume). The averages and the optimiser need none.
+all-reduce (ring algorithms, which are optimal in volume). The averages and AdamW need none.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 from pomscale.config.model import VideoModelConfig
 from pomscale.config.recomputation import is_recomputed
 from pomscale.config.train import TrainRecipe
-from pomscale.plan.batch import batch_share
+from pomscale.plan.batch import batch_share, num_times
 from pomscale.plan.memory import num_shards
 from pomscale.plan.model_cost import num_block_parameters, num_parameters
+from pomscale.plan.optimizer import sent_bytes
+from pomscale.plan.shadow.network import build_network
 
 _FP32, _BF16 = 4, 2
 
@@ -20,6 +22,9 @@ def traffic(recipe: TrainRecipe, num_gpus: int) -> dict[str, int]:
     """Return the name of each collective that is used -> bytes sent per GPU and step."""
     sent = _zero(recipe, num_gpus) if recipe.engine == "deepspeed" else _fsdp2(recipe, num_gpus)
     sent |= _sequence(recipe, num_gpus)
+    shards = num_shards(recipe, num_gpus)
+    network = build_network(recipe.model, num_times(recipe))
+    sent["Muon's matrices"] = sent_bytes(recipe.optimizer, network, shards, num_gpus // shards)
     return {collective: round(num_bytes) for collective, num_bytes in sent.items() if num_bytes}
 
 

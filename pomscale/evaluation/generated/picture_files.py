@@ -49,9 +49,7 @@ class Fit:
     def of_clips(self, num_frames: int) -> VideoTransformConfig:
         """Return the transform of clips; their rate is given elsewhere. InputError for adm."""
         if self.filter == "adm":
-            raise InputError(
-                "--filter adm: is a crop of pictures, and these are clips; leave it out"
-            )
+            raise InputError("--filter adm: is a crop of pictures, and these are clips; leave it out")
         return VideoTransformConfig(kind="video", buckets=[(num_frames, *self.size)], filter=self.filter or "area")
 
 

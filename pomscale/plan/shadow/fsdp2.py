@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pomscale.config.engine import ComputeConfig, Fsdp2Config
+from pomscale.config.engine import ComputeConfig, Fsdp2Config, OptimizerConfig
+from pomscale.plan.optimizer import moment_bytes, step_bytes
 from pomscale.plan.shadow.ledger import Part, Storage
 from pomscale.plan.shadow.network import AnyBlock, Network
 from pomscale.plan.shadow.operators import BF16, FP32, Weight
@@ -88,10 +89,10 @@ class Fsdp2Shadow(StepShadow):
 
     def __init__(
         self, network: Network, compute: ComputeConfig, fsdp2: Fsdp2Config, *, num_shards: int,
-        num_averages: int, moments: str,
+        num_averages: int, optimizer: OptimizerConfig,
     ) -> None:  # fmt: skip
         super().__init__(network, BF16 if compute.precision == "bf16" else FP32, compute.activation_checkpointing)
-        self.num_shards, self.num_averages, self.moments = num_shards, num_averages, moments
+        self.num_shards, self.num_averages, self.optimizer = num_shards, num_averages, optimizer
         self.reshard, self.offload, self.prefetch = fsdp2.reshard_after_forward, fsdp2.cpu_offload, fsdp2.prefetch
         self.groups = [_Group(self, block.weights()) for block in self.network.blocks]
         self.root = _Group(self, self.network.root_weights())
@@ -109,7 +110,9 @@ class Fsdp2Shadow(StepShadow):
                 group.hold_whole_gradients()
         self.micro_batch(micro_batch)
         self.ledger.now = "optimizer"
-        if self.moments == "bf16" and not self.offload:
+        if self.optimizer.name == "muon":
+            self.allocate("optimizer", step_bytes(self.optimizer.muon, self.network, self.num_shards))
+        if self.optimizer.moments == "bf16" and not self.offload:
             largest = max(num_elements([weight], self.num_shards) for weight in self.network.weights())
             self.allocate("optimizer", largest * _BF16_STEP_BYTES)
         del resident
@@ -118,11 +121,11 @@ class Fsdp2Shadow(StepShadow):
         """Allocate the state that is on the device between steps."""
         if self.offload:
             return []
-        num_local = num_elements(list(self.network.weights()), self.num_shards)
-        moments = 2 * (BF16 if self.moments == "bf16" else FP32)
+        weights = list(self.network.weights())
+        num_local = num_elements(weights, self.num_shards)
         return [
             self.allocate("parameters", num_local * FP32),
-            self.allocate("optimizer", num_local * moments),
+            self.allocate("optimizer", moment_bytes(self.optimizer, self.network, weights, num_local)),
             self.allocate("ema", num_local * FP32 * self.num_averages),
         ]
 

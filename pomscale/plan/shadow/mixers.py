@@ -12,8 +12,8 @@ from pomscale.plan.shadow.tensor import Tensor
 
 
 class Linear:
-    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
-        self.weight, self.bias = Weight((outputs, inputs)), Weight((outputs,)) if bias else None
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, stacked: int = 1) -> None:
+        self.weight, self.bias = Weight((outputs, inputs), stacked), Weight((outputs,)) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
         return op.linear(x, self.weight, self.bias)
@@ -26,7 +26,7 @@ class GroupedLinear:
     """Linear map in groups of layers/pom.py, without bias."""
 
     def __init__(self, inputs: int, outputs: int, groups: int) -> None:
-        self.weight, self.groups = Weight((outputs, inputs // groups)), groups
+        self.weight, self.groups = Weight((outputs, inputs // groups), groups), groups
 
     def __call__(self, x: Tensor) -> Tensor:
         return op.grouped_linear(x, self.weight, self.groups)
@@ -54,7 +54,9 @@ class PoM:
         self.mixer = mixer
         self.coefficients = None if is_product else Weight((width, mixer.degree))
         self.projection = (
-            Linear(dim, width, bias=is_product) if mixer.groups == 1 else GroupedLinear(dim, width, mixer.groups)
+            Linear(dim, width, bias=is_product, stacked=mixer.degree if is_product else 1)
+            if mixer.groups == 1
+            else GroupedLinear(dim, width, mixer.groups)
         )
         self.gate, self.output = Linear(dim, mixer.num_gates(dim)), Linear(width, dim, bias=is_product)
 
@@ -172,7 +174,8 @@ class Attention:
 
     def __init__(self, dim: int, mixer: AttentionMixer) -> None:
         self.mixer = mixer
-        self.query, self.key_value, self.output = Linear(dim, dim), Linear(dim, 2 * dim), Linear(dim, dim)
+        self.query, self.output = Linear(dim, dim), Linear(dim, dim)
+        self.key_value = Linear(dim, 2 * dim, stacked=2)
         self.norms = [Weight((dim // mixer.heads,)) for _ in ("query", "key") if mixer.qk_norm]
 
     def __call__(

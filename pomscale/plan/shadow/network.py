@@ -21,7 +21,8 @@ class FeedForward:
 
     def __init__(self, config: BlockConfig) -> None:
         width, self.is_gated, self.has_dropout = config.ffn_width, config.ffn == "swiglu", config.dropout > 0
-        self.expand = Linear(config.dim, 2 * width if self.is_gated else width)
+        num_maps = 2 if self.is_gated else 1
+        self.expand = Linear(config.dim, num_maps * width, stacked=num_maps)
         self.contract = Linear(width, config.dim)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ class Block:
         self.feed_forward = FeedForward(config)
         self.norms = [Norm(config) for _ in range(2)]
         self.has_dropout = config.dropout > 0 and isinstance(self.mixer, Attention)
-        self.modulation, self.gates = Linear(dim, 4 * dim), Linear(dim, 2 * dim)
+        self.modulation, self.gates = Linear(dim, 4 * dim, stacked=4), Linear(dim, 2 * dim, stacked=2)
 
     def __call__(self, x: Tensor, c: Tensor, positions: Tensor | None = None) -> Tensor:
         c = op.activation(c)
@@ -88,7 +89,7 @@ class VideoBlock:
         self.feed_forward = FeedForward(block)
         self.norms = [Norm(block) for _ in range(4)]
         self.has_dropout = block.dropout > 0 and isinstance(self.mixer, Attention)
-        self.modulation, self.gates = Linear(dim, 8 * dim), Linear(dim, 3 * dim)
+        self.modulation, self.gates = Linear(dim, 8 * dim, stacked=8), Linear(dim, 3 * dim, stacked=3)
 
     def __call__(self, x: Tensor, c: Tensor, text: Tensor, positions: Tensor | None = None) -> Tensor:
         c = op.activation(c)
@@ -200,6 +201,10 @@ class Network(ABC):
         """Return the weights that are in no block."""
         parts = (self.patch_embedding, self.time_expand, self.time_contract, self.modulation, self.head, self.norm)
         return [weight for part in parts for weight in part.weights()]
+
+    def matrices(self) -> list[Weight]:
+        """Return the weights that Muon steps."""
+        return [weight for block in self.blocks for weight in block.weights() if weight.num_matrices]
 
     def weights(self) -> Iterator[Weight]:
         yield from self.root_weights()

@@ -16,10 +16,13 @@ INT64, FP32, BF16, FP16, BOOL = 8, 4, 2, 2, 1
 
 
 class Weight:
-    """A parameter. Operators read `tensor`, which an engine may replace when it gathers or frees the weight."""
+    """A parameter. Operators read `tensor`, which an engine may replace when it gathers or frees the weight.
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
+    num_matrices: maps that the rows of a linear map's weight stack (`stacked_maps` of the real module); 0 for others.
+    """
+
+    def __init__(self, shape: Shape, num_matrices: int = 0) -> None:
+        self.shape, self.num_matrices = shape, num_matrices
         self.leaf = Leaf()
         self.tensor: Tensor | None = None
 

@@ -10,7 +10,8 @@ Working weights, fp32 or bf16, are made from fp32 masters; masters, moments and 
 
 from __future__ import annotations
 
-from pomscale.config.engine import ComputeConfig, DeepSpeedConfig
+from pomscale.config.engine import ComputeConfig, DeepSpeedConfig, OptimizerConfig
+from pomscale.plan.optimizer import moment_bytes
 from pomscale.plan.shadow.ledger import Part, Storage
 from pomscale.plan.shadow.network import AnyBlock, Network
 from pomscale.plan.shadow.operators import BF16, FP32, Weight
@@ -28,16 +29,17 @@ class ZeroShadow(StepShadow):
 
     def __init__(
         self, network: Network, compute: ComputeConfig, deepspeed: DeepSpeedConfig, *, num_ranks: int,
-        num_averages: int, moments: str,
+        num_averages: int, optimizer: OptimizerConfig,
     ) -> None:  # fmt: skip
         super().__init__(network, BF16 if compute.precision == "bf16" else FP32, compute.activation_checkpointing)
-        self.stage, self.num_averages, self.moments = deepspeed.zero_stage, num_averages, moments
+        self.stage, self.num_averages, self.optimizer = deepspeed.zero_stage, num_averages, optimizer
         self.offload_optimizer, self.offload_parameters = deepspeed.offload_optimizer, deepspeed.offload_parameters
         self.by_bf16_optimizer = self.stage == 1 and self.tape.itemsize != FP32 and not self.offload_optimizer
         self.sums_beside_weights = self.stage == 1 and not self.by_bf16_optimizer
         self.sums: list[Storage] = []
         self.root_weights = self.network.root_weights()
-        self.num_whole = num_elements(list(self.network.weights()))
+        self.weights = list(self.network.weights())
+        self.num_whole = num_elements(self.weights)
         self.num_local = -(-self.num_whole // num_ranks)
         self.num_ranks = num_ranks
         self.held: list[Storage] = []
@@ -65,7 +67,7 @@ class ZeroShadow(StepShadow):
         if self.offload_optimizer:
             return
         self.hold("parameters", self.num_local * FP32)
-        self.hold("optimizer", self.num_local * 2 * (BF16 if self.moments == "bf16" else FP32))
+        self.hold("optimizer", moment_bytes(self.optimizer, self.network, self.weights, self.num_local))
         self.hold("ema", self.num_local * FP32 * self.num_averages)
 
     def _hold_working(self) -> None:
