@@ -16,6 +16,7 @@ from hypothesis import settings
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from support.dealing import dealt
 from support.digits import make_digits
 from support.forking import stop_server
 from support.paths import ROOT
@@ -30,9 +31,12 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 
+@pytest.hookimpl(trylast=True)  # after those that are not wanted have been left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, or the other workers would wait for it at the end."""
-    items.sort(key=lambda item: "quickstart" not in item.name)
+    """Deal the tests to the workers of pytest-xdist, the longest first."""
+    num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if num_workers > 1:
+        items[:] = dealt(items, num_workers)
 
 
 def _left_by_commands() -> dict[str, list[str]]:
