@@ -28,8 +28,8 @@ check-curves: setup  ## trains the smallest recipe and compares its curves with 
 	$(BIN)/python -m pomscale.quickstart.curves
 
 # Compiled modules are written, whatever the environment says: tests start hundreds of processes.
-test: setup  ## all tests, four at a time: many of them wait for SLURM
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist worksteal
+test: setup  ## all tests, five at a time: many of them wait for SLURM
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 5 --dist worksteal
 
 test-exhaustive: setup  ## the rest: the same again, many more times or under more conditions
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m exhaustive
