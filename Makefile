@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup quickstart quickstart-video check-curves test test-exhaustive test-fast test-triton lint docs schema clean
+.PHONY: help setup quickstart quickstart-video check-curves test test-exhaustive test-fast test-triton collect lint docs schema clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ test-triton: setup  ## the Triton kernels with the oldest and the newest Triton,
 	  PYTHONPATH=$$folder OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/numerics/test_pom_triton.py && \
 	  rm -r $$folder || exit 1; \
 	done
+
+collect: setup  ## imports all tests and runs none; their compiled modules are kept for the workers of `make test`
+	@said=$$(PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --collect-only --quiet) || { echo "$$said"; exit 1; }
 
 lint: setup  ## style, types, who imports whom
 	$(BIN)/ruff check .
