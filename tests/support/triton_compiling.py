@@ -1,7 +1,7 @@
 """Compile the mixer's Triton kernels for an H100 or H200 (sm_90) without a GPU, and say what ptxas made of them.
 
     python -m support.triton_compiling          prints a JSON list of `Compiled`, as dictionaries
-    python -m support.triton_compiling all      the same of every form, degree up to 4, dtype and mask of the aggregation
+    python -m support.triton_compiling all      the same of every form, degree up to 4, dtype and mask of aggregations
 
 A process of its own: where Triton interprets (tests/conftest.py), nothing compiles.
 """
