@@ -47,7 +47,7 @@ class Finished:
 
 
 def write_tiny_recipe(folder: Path, digits: Path) -> Path:
-    """Every step is logged, so that runs can be compared step by step."""
+    """Every step is logged, so that runs can be compared step by step. Without preflight, which waits for the disk."""
     recipe = folder / "tiny.yaml"
     recipe.write_text(
         f"""
@@ -64,6 +64,7 @@ compute: {{precision: fp32, device: cpu}}
 ema: {{halflives_samples: [200]}}
 checkpoint: {{every_samples: {10 * GLOBAL_BATCH}}}
 monitoring: {{every_samples: {GLOBAL_BATCH}, wandb: {{mode: disabled}}}}
+faults: {{preflight: false}}
 """
     )
     return recipe
