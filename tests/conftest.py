@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -71,10 +72,17 @@ def _nothing_left(_elsewhere: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that make_digits fills."""
-    root = tmp_path_factory.mktemp("digits")
-    make_digits(root)
+def digits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that make_digits fills, one for all workers of pytest-xdist."""
+    shared = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):  # each worker has a folder of its own there
+        shared = shared.parent
+    root, made = shared / "digits", shared / "digits.made"
+    with (shared / "digits.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        if not made.exists():
+            make_digits(root)
+            made.touch()
     return root
 
 
