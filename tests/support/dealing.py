@@ -23,7 +23,9 @@ def dealt(items: Sequence[pytest.Item], num_workers: int) -> list[pytest.Item]:
     modules: dict[str, list[pytest.Item]] = {}
     for item in items:
         modules.setdefault(item.nodeid.partition("::")[0], []).append(item)
-    waiting, long, short = [], [], []
+    waiting: list[list[pytest.Item]] = []
+    long: list[list[pytest.Item]] = []
+    short: list[pytest.Item] = []
     for name, module in modules.items():
         if name.startswith(_WAITING):
             waiting.append(module)
