@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup quickstart quickstart-video check-curves test test-exhaustive test-fast test-triton lint docs schema clean
+.PHONY: help setup quickstart quickstart-video check-curves test test-exhaustive test-fast test-triton collect lint docs schema clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,8 +28,8 @@ check-curves: setup  ## trains the smallest recipe and compares its curves with 
 	$(BIN)/python -m pomscale.quickstart.curves
 
 # Compiled modules are written, whatever the environment says: tests start hundreds of processes.
-test: setup  ## all tests, four at a time: many of them wait for SLURM
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist worksteal
+test: setup  ## all tests, five at a time: many of them wait for SLURM
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 5 --dist worksteal
 
 test-exhaustive: setup  ## the rest: the same again, many more times or under more conditions
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m exhaustive
@@ -45,6 +45,9 @@ test-triton: setup  ## the Triton kernels with the oldest and the newest Triton,
 	  PYTHONPATH=$$folder OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/numerics/test_pom_triton.py && \
 	  rm -r $$folder || exit 1; \
 	done
+
+collect: setup  ## imports all tests and runs none; their compiled modules are kept for the workers of `make test`
+	@said=$$(PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --collect-only --quiet) || { echo "$$said"; exit 1; }
 
 lint: setup  ## style, types, who imports whom
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from hypothesis import settings
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from support.dealing import dealt
 from support.digits import make_digits
 from support.forking import stop_server
 from support.paths import ROOT
@@ -30,9 +32,12 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 
+@pytest.hookimpl(trylast=True)  # after those that are not wanted have been left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, or the other workers would wait for it at the end."""
-    items.sort(key=lambda item: "quickstart" not in item.name)
+    """Deal the tests to the workers of pytest-xdist, the longest first."""
+    num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if num_workers > 1:
+        items[:] = dealt(items, num_workers)
 
 
 def _left_by_commands() -> dict[str, list[str]]:
@@ -67,10 +72,17 @@ def _nothing_left(_elsewhere: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that make_digits fills."""
-    root = tmp_path_factory.mktemp("digits")
-    make_digits(root)
+def digits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that make_digits fills, one for all workers of pytest-xdist."""
+    shared = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):  # each worker has a folder of its own there
+        shared = shared.parent
+    root, made = shared / "digits", shared / "digits.made"
+    with (shared / "digits.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        if not made.exists():
+            make_digits(root)
+            made.touch()
     return root
 
 

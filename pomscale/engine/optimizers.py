@@ -17,9 +17,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     """Return the optimiser of a model, whole or sharded by FSDP2; its state exists from the start.
 
     With Muon the weights of the blocks' linear maps are its matrices (`matrices.block_matrices`); AdamW steps all other
-    parameters. AdamW leaves vectors, embeddings, learned positions and coefficients undecayed. Decay would pull the gate biases from their
-    start at -1 towards 0, that is, open every block; a class embedding would shrink at every step in which its class
-    does not occur; and the coefficients of a polynomial are factors of single channels, like the weights of a norm.
+    parameters. AdamW leaves vectors, embeddings, learned positions and coefficients undecayed. Decay would pull the
+    gate biases from their start at -1 towards 0, that is, open every block; a class embedding would shrink at every
+    step in which its class does not occur; and the coefficients of a polynomial are factors of single channels, like
+    the weights of a norm.
     """
     matrices: dict[nn.Parameter, int] = {}
     if config.name == "muon":

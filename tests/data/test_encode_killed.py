@@ -17,8 +17,7 @@ from pomscale.config.encode import EncodeRecipe
 from pomscale.shards.schema import MANIFEST_NAME
 from support.encoding import contents, only
 
-NUM_KILLS = 30
-NUM_PARTS = 300
+PICTURES_PER_PART = 20
 
 # Each encode is a fork of a process that has everything imported: the moments then lie in the work, from the listing of
 # the source to the last commit, and not in the imports. A moment is a number of commits and a time after them, which is
@@ -58,17 +57,19 @@ print(num_killed)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_kills", [10, pytest.param(30, marks=pytest.mark.exhaustive)])
 def test_resumed_shards_are_byte_identical(
-    tmp_path: Path, make_recipe: Callable[..., EncodeRecipe], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make_recipe: Callable[..., EncodeRecipe], monkeypatch: pytest.MonkeyPatch, num_kills: int
 ) -> None:
+    num_parts = 10 * num_kills
     rng = np.random.default_rng(0)
     for class_name in "ab":
         (tmp_path / "in" / class_name).mkdir(parents=True)
-        for i in range(3000):
+        for i in range(num_parts * PICTURES_PER_PART // 2):
             pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "in" / class_name / f"{i:04d}.png", compress_level=0)
     (tmp_path / "in" / "a" / "0005.png").write_bytes(b"damaged")
-    recipe = make_recipe(tmp_path / "in", output="latents", shard_samples=6000 // NUM_PARTS)
+    recipe = make_recipe(tmp_path / "in", output="latents", shard_samples=PICTURES_PER_PART)
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     killed.mkdir()
     undisturbed.mkdir()
@@ -77,10 +78,10 @@ def test_resumed_shards_are_byte_identical(
     start = time.monotonic()
     encode(recipe, progress=False)
     undisturbed_s = time.monotonic() - start
-    limits = [str(NUM_KILLS), str(undisturbed_s), str(NUM_PARTS - 10)]
+    limits = [str(num_kills), str(undisturbed_s), str(num_parts - 10)]
     command = [sys.executable, "-c", KILL_AGAIN_AND_AGAIN, recipe.model_dump_json(), *limits]
     done = subprocess.run(command, cwd=killed, capture_output=True, text=True, check=True, timeout=240)
-    assert int(done.stdout) == NUM_KILLS
+    assert int(done.stdout) == num_kills
     assert not (killed / "latents" / MANIFEST_NAME).exists()
 
     monkeypatch.chdir(killed)

@@ -56,11 +56,12 @@ def initialise(model: nn.Module, assign: object) -> None:
 
 def engines(world_size: int) -> list[dict[str, Any]]:
     """Options of the engines that are compared on `world_size` ranks."""
+    if world_size == 4:
+        return [{}, {"fsdp2": Fsdp2Config(shard_size=2, prefetch=2)}]
     return [
         {},
         {"fsdp2": Fsdp2Config(reshard_after_forward=False, prefetch=0, cpu_offload=True)},
         {"compute": ComputeConfig(precision="fp32", activation_checkpointing="selective")},
-        *([{"fsdp2": Fsdp2Config(shard_size=2, prefetch=2)}] if world_size == 4 else []),
     ]
 
 

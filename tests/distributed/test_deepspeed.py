@@ -24,9 +24,10 @@ def work(num_processes: int, *arguments: str | Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 @pytest.mark.slow
-def test_engines_equal_a_plain_loop_and_load_each_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", ["train", pytest.param("all", marks=pytest.mark.exhaustive)])
+def test_engines_equal_a_plain_loop_and_load_each_other(tmp_path: Path, settings: str) -> None:
     """ZeRO 2 on two ranks -> FSDP2, ZeRO 1, 2 and 3 on one; from there ZeRO 1 -> all of them on three."""
-    work(2, "train", tmp_path / "zero2-x2")
+    work(2, settings, tmp_path / "zero2-x2")
     work(1, "go-on", tmp_path / "zero2-x2", tmp_path / "zero1-x1")
     work(3, "go-on", tmp_path / "zero1-x1", tmp_path / "zero1-x3")
 

@@ -92,7 +92,7 @@ def run_together(commands: Sequence[list[str]]) -> list[str]:
     return printed
 
 
-@pytest.mark.parametrize("num_tasks", [2, 3])
+@pytest.mark.parametrize("num_tasks", [pytest.param(2, marks=pytest.mark.exhaustive), 3])  # two ranks are below
 def test_tasks_give_the_figures_of_one_process(
     folder: Path, alone: tuple[dict[str, Any], bytes], num_tasks: int
 ) -> None:

@@ -144,7 +144,7 @@ def test_signals_during_validation_and_saves(undisturbed: Path, digits: Path, ti
     assert len(list((folder / "checkpoints").glob("samples-*"))) == len(saved(folder))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # test_parity.py has a stop of two ranks while they compile
 def test_a_stop_during_compilation(tiny_recipe: Path) -> None:
     """The first step is done, whatever it takes, and saved. All processes get the signal, those of compilers too."""
     folder = folder_of(tiny_recipe)

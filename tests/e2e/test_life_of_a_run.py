@@ -36,7 +36,7 @@ def recipe(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with everything on, on two ranks, resumed once."""
     path = write_tiny_recipe(tmp_path_factory.mktemp("life"), digits)
     path.write_text(path.read_text() + EXTRAS.format(digits=digits, every=10 * GLOBAL_BATCH))
-    overrides = ["schedule={}", "monitoring.wandb.mode=offline"]
+    overrides = ["schedule={}", "monitoring.wandb.mode=offline", "faults.preflight=true"]
     train(path, *overrides, f"training.total_samples={STEPS // 2 * GLOBAL_BATCH}", num_processes=2)
     train(path, *overrides, f"training.total_samples={STEPS * GLOBAL_BATCH}", num_processes=2)
     return path
@@ -57,7 +57,8 @@ def test_the_run_folder_tells_the_whole_story(folder: Path, recipe: Path) -> Non
     assert names >= {
         "train/loss", "train/grad_norm", "train/learning_rate", "speed/samples_per_s", "speed/step_time_s",
         "speed/data_wait_share", "memory/peak_gib", "host/cpu_percent", "host/memory_gib", "validation/loss",
-        "validation/loss_bin_00", "validation/loss_bin_03",
+        "validation/loss_bin_00", "validation/loss_bin_03", "preflight/matmul_tflops", "preflight/write_gb_per_s",
+        "preflight/all_reduce_gb_per_s",
     }  # fmt: skip
     grids = sorted((folder / "samples").glob("*.png"))
     assert [grid.name for grid in grids] == [f"samples-{n * GLOBAL_BATCH:012d}.png" for n in (STEPS // 2, STEPS)]

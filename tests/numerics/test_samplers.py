@@ -23,6 +23,7 @@ from pomscale.diffusion.samplers.types import Denoiser
 from pomscale.diffusion.time_grids import sampling_times, start_of
 from support.gaussian import MU, SHAPE, S, exact_denoiser, exact_solution, normal, variance
 from support.objectives import EPS, EXACT, FLOW
+from support.pairs import every_pair
 from support.tiny_pictures import dipom
 
 STEPS = 11
@@ -370,13 +371,16 @@ def test_times_that_are_one_number_in_fp32_are_refused() -> None:
         grid(FLOW, times=(1.0, 1.0 - 1e-12, 0.0))
 
 
+LATER_GRIDS: dict[str, dict[str, Any]] = {
+    "rho": {"grid": "rho", "num_steps": 300},
+    "shift": {"shift": 3.0, "num_steps": 300},
+    "times": {"times": EXPLICIT},
+}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"grid": "rho", "num_steps": 300}, {"shift": 3.0, "num_steps": 300}, {"times": EXPLICIT}],
-    ids=["rho", "shift", "times"],
+    ("objective", "name", "options"), every_pair({"flow": FLOW, "eps": EPS}, list(SAMPLERS), LATER_GRIDS)
 )
-@pytest.mark.parametrize("name", SAMPLERS)
-@every_objective
 def test_every_sampler_makes_the_data_on_every_grid(
     objective: Objective, name: SamplerName, options: dict[str, Any]
 ) -> None:

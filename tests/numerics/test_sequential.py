@@ -22,20 +22,22 @@ from pomscale.diffusion.sequential import SequentialSampler
 from pomscale.models import MixerState, VDiPoM
 from pomscale.models.states import states_from_tensors, states_to_tensors
 from pomscale.ops.pom import Context, Form, PomState, Queries, polynomial_mixer_step
+from support.pairs import every_pair
 from support.tiny_clips import V2, awaken, normal, text_of, video_config
 
 LENGTHS, SEEDS, STEPS = [5, 2], [11, 12], 4
 BATCH, GROUPS, SHAPE = 2, 4, (3, 2, 4, 6)  # c p H W of a frame group
 TEXT, NULL = text_of(LENGTHS), text_of([1, 1], seed=3)
-MIXERS: list[Any] = ["pom", "attention", ["pom", "attention"], V2]
+MIXERS: dict[str, Any] = {
+    "pom": "pom",
+    "attention": "attention",
+    "hybrid": ["pom", "attention"],
+    "coefficients": V2,
+}
 
-every_mixer = pytest.mark.parametrize("mixer", MIXERS, ids=["pom", "attention", "hybrid", "coefficients"])
-every_sampler = pytest.mark.parametrize("sampler", ["euler", "ddim", "heun"])
+every_mixer = pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS.keys())
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES)
-every_guidance = pytest.mark.parametrize("guidance", [0.0, 1.5])
-every_precision = pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "float64"]
-)
+PRECISIONS = {"fp32": (torch.float32, 1e-5), "float64": (torch.float64, 1e-12)}
 
 
 def evaluations(sampler: SamplerName | None) -> int:
@@ -126,13 +128,14 @@ def check_equals_all_at_once(
     assert clips.shape == (BATCH, SHAPE[0], GROUPS * SHAPE[1], *SHAPE[2:])
 
 
-@every_precision
-@every_guidance
-@every_sampler
-@every_objective
+@pytest.mark.parametrize(
+    ("objective", "sampler", "guidance", "precision"),
+    every_pair(list(OBJECTIVES), ["euler", "ddim", "heun"], [0.0, 1.5], PRECISIONS),
+)
 def test_form_a_equals_all_at_once(
-    objective: str, sampler: SamplerName, guidance: float, dtype: torch.dtype, tolerance: float
+    objective: str, sampler: SamplerName, guidance: float, precision: tuple[torch.dtype, float]
 ) -> None:
+    dtype, tolerance = precision
     check_equals_all_at_once(build(dtype=dtype), objective, sampler, guidance, None, tolerance)
 
 
@@ -142,12 +145,14 @@ def test_form_a_of_every_other_sampler_equals_all_at_once(objective: str, sample
     check_equals_all_at_once(build(dtype=torch.float64), objective, sampler, 1.5, None, 1e-12)
 
 
-@every_precision
-@every_mixer
-@pytest.mark.parametrize("num_known", [1, 2, 5], ids=["a picture", "a group", "two groups and a half"])
+@pytest.mark.parametrize(
+    ("num_known", "mixer", "precision"),
+    every_pair({"a picture": 1, "a group": 2, "two groups and a half": 5}, MIXERS, PRECISIONS),
+)
 def test_form_a_with_known_frames_equals_all_at_once(
-    num_known: int, mixer: Any, dtype: torch.dtype, tolerance: float
+    num_known: int, mixer: Any, precision: tuple[torch.dtype, float]
 ) -> None:
+    dtype, tolerance = precision
     known = normal(BATCH, SHAPE[0], num_known, *SHAPE[2:], seed=7)
     for objective, sampler in (("flow", "heun"), ("eps", "ddim")):
         check_equals_all_at_once(build(mixer, dtype), objective, sampler, 1.5, known, tolerance)
@@ -156,12 +161,14 @@ def test_form_a_with_known_frames_equals_all_at_once(
 # --- (b) a t of its own for every frame group ------------------------------------------------------------------------
 
 
-@every_precision
-@pytest.mark.parametrize(("num_known", "guidance"), [(0, 0.0), (0, 1.5), (1, 1.5), (4, 0.0), (5, 1.5)])
-@every_mixer
+@pytest.mark.parametrize(
+    ("known_and_guidance", "mixer", "precision"),
+    every_pair([(0, 0.0), (0, 1.5), (1, 1.5), (4, 0.0), (5, 1.5)], MIXERS, PRECISIONS),
+)
 def test_form_b_equals_the_masked_forward_with_a_clean_past(
-    mixer: Any, num_known: int, guidance: float, dtype: torch.dtype, tolerance: float
+    known_and_guidance: tuple[int, float], mixer: Any, precision: tuple[torch.dtype, float]
 ) -> None:
+    (num_known, guidance), (dtype, tolerance) = known_and_guidance, precision
     model = build(mixer, dtype)
     known = normal(BATCH, SHAPE[0], num_known, *SHAPE[2:], seed=7) if num_known else None
     for objective, sampler in (("flow", "heun"), ("eps", "ddim")):

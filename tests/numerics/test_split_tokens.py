@@ -14,6 +14,7 @@ from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.layers import Attention, PoM
 from pomscale.models import latent_tokens, make_model
 from pomscale.ops.pom import BlockCausal, Context, Form, Mask, Queries, Segments, TokenSplit, polynomial_mixer
+from support.pairs import every_pair
 from support.split_tokens import Meeting, ThreadCollectives, on_ranks
 
 BATCH, WIDTH, DIM = 2, 12, 8
@@ -70,9 +71,7 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
         torch.testing.assert_close(our, their, rtol=1e-11, atol=1e-11 * their.abs().max().item())
 
 
-@pytest.mark.parametrize("lengths", SPLITS, ids=str)
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize(("form", "mask", "lengths"), every_pair(FORMS, MASKS, SPLITS))
 def test_split_operator_equals_the_oracle(form: Form, mask: Mask, lengths: list[int]) -> None:
     leaves = operands(sum(lengths), form)
     differentiated = [leaf for leaf in leaves.values() if leaf.requires_grad]

@@ -19,6 +19,7 @@ from pomscale.benchmarks.storage_tracker import StorageTracker
 from pomscale.layers import PoM
 from pomscale.ops.pom import BlockCausal, Context, Form, Mask, Queries, Segments, polynomial_mixer
 from pomscale.ops.pom.whole import Memory, Weights, layout, mix, native
+from support.pairs import every_pair
 
 BATCH, TOKENS, QUERIES, DIM = 3, 23, 7, 12
 FORMS: dict[str, dict[str, Any]] = {
@@ -52,7 +53,7 @@ MASKS: dict[str, tuple[int | None, int, Mask]] = {  # queries (None: self), cont
     "segments-causal": (None, TOKENS, Segments([5, 0, 18], inner="causal")),
     "segments-frames": (None, TOKENS, Segments([5, 0, 18], inner=BlockCausal(4))),
 }
-DTYPES = [(torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture(autouse=True)
@@ -126,10 +127,8 @@ def assert_equal(found: list[Tensor], expected: list[Tensor], tolerance: float) 
     assert max(errors(found, expected)) < tolerance
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES, ids=str)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("form", FORMS)
-def test_equals_oracle(form: str, mask: str, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(("form", "mask", "dtype"), every_pair(list(FORMS), list(MASKS), list(TOLERANCES)))
+def test_equals_oracle(form: str, mask: str, dtype: torch.dtype) -> None:
     of, exact = mixer(FORMS[form], dtype), mixer(FORMS[form], torch.float64)
     inputs, positions = operands(mask, of.form, dtype)
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -137,11 +136,11 @@ def test_equals_oracle(form: str, mask: str, dtype: torch.dtype, tolerance: floa
     expected = output_and_gradients(
         oracle(exact, exact_inputs, MASKS[mask][2], **positions), [*exact_inputs, *exact.parameters()]
     )
-    leaves, limits = [*inputs, *of.parameters()], [tolerance] * len(expected)
+    leaves, limits = [*inputs, *of.parameters()], [TOLERANCES[dtype]] * len(expected)
     if dtype == torch.bfloat16:
         # Where u or a gate is rounded across a corner of its activation, its gradient jumps, in any implementation.
         layered = output_and_gradients(_layered(of, inputs, MASKS[mask][2], **positions), leaves)
-        limits = [max(tolerance, 1.1 * error) for error in errors(layered, expected)]
+        limits = [max(TOLERANCES[dtype], 1.1 * error) for error in errors(layered, expected)]
     for memory in ("fast", "lean"):
         y = mix(inputs[0], *_context(inputs), weights(of), of.form, MASKS[mask][2], **positions, memory=memory)
         found = output_and_gradients(y, leaves)

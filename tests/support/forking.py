@@ -22,6 +22,7 @@ import atexit
 import ctypes
 import gc
 import importlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -45,6 +46,12 @@ from typing import Any, NoReturn
 
 _TORCHRUN = "torch.distributed.run"
 _PRELOADED = ("pomscale.training.run", "pomscale.cli", _TORCHRUN, "matplotlib.figure", "torch._dynamo")
+# Adapters of optional packages, 4 s of imports for each command that needs them.
+_PRELOADED_IF_INSTALLED = {
+    "diffusers": "pomscale.codecs.diffusers_vae",
+    "transformers": "pomscale.codecs.t5",
+    "wandb": "wandb",
+}
 _PACKAGES = ("pomscale", "launch", "data_pipelines")  # a forked command has those of the server
 _FLAGS = ("-u",)
 _MESSAGE_BYTES = 1 << 20
@@ -457,6 +464,9 @@ def main() -> None:
     gc.disable()
     for name in _PRELOADED:
         importlib.import_module(name)
+    for package, name in _PRELOADED_IF_INSTALLED.items():
+        if importlib.util.find_spec(package) is not None:
+            importlib.import_module(name)
     gc.freeze()
     gc.enable()
     connection.send(b"ready")

@@ -75,6 +75,7 @@ compute: {{precision: fp32, device: cpu}}
 ema: {{halflives_samples: [200]}}
 checkpoint: {{every_samples: {10 * GLOBAL_BATCH}}}
 monitoring: {{every_samples: {GLOBAL_BATCH}, wandb: {{mode: disabled}}}}
+faults: {{preflight: false}}
 """
     )
     return recipe

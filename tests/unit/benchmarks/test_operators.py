@@ -28,6 +28,7 @@ from pomscale.cli import bench_mixer, main
 from pomscale.cli.bench import _run
 from pomscale.ops.pom import Segments, dispatch
 from pomscale.ops.pom.dispatch import CannotServeError
+from support.pairs import every_pair
 
 CPU = torch.device("cpu")
 SMALL = Case(12, 16, heads=4, batch=2)
@@ -66,9 +67,7 @@ def homm_checkout(folder: Path, text: str = HOMM) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize(("form", "mask", "dtype"), every_pair(FORMS, MASKS, ["fp64", "fp32", "bf16"]))
 def test_every_contender_passes_its_check(form: FormLabel, mask: MaskLabel, dtype: DtypeLabel) -> None:
     case = replace(SMALL, form=form, mask=mask, dtype=dtype)
     for contender in contenders(Official(), CPU):

@@ -36,6 +36,7 @@ from pomscale.plan.shadow.tensor import Leaf, Tape, backward
 from pomscale.plan.speed import speed
 from pomscale.plan.storage import storage
 from pomscale.plan.traffic import traffic
+from support.pairs import every_pair
 from support.paths import RECIPES
 
 TINY = {"size": "s-2", "depth": 4, "latent_shape": [4, 16, 16], "batch": 6}
@@ -78,9 +79,9 @@ def test_tracker_counts_storages_not_tensors() -> None:
     assert tracker.live == 0
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "every-2", "every-3", "full"])
 @pytest.mark.parametrize(
-    ("mixer", "precision"), [("dipom", "fp32"), ("dipom", "bf16"), ("dit", "fp32"), ("dit", "bf16")]
+    ("mixer", "precision", "mode"),
+    every_pair(["dipom", "dit"], ["fp32", "bf16"], ["none", "selective", "every-2", "every-3", "full"]),
 )
 def test_memory_of_every_mode(mixer: str, precision: str, mode: str) -> None:
     recipe = tiny(mixer, compute={"precision": precision, "activation_checkpointing": mode})
@@ -119,13 +120,17 @@ TIMES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("times", TIMES)
-@pytest.mark.parametrize("mixer", ["vdipom", "vdit"])
-@pytest.mark.parametrize(
-    ("precision", "mode"), [("fp32", "none"), ("bf16", "none"), ("bf16", "selective"), ("bf16", "full")]
-)
-def test_memory_of_clips(mixer: str, precision: str, mode: str, times: str) -> None:
-    recipe = tiny_video(mixer, **TIMES[times], compute={"precision": precision, "activation_checkpointing": mode})
+COMPUTE = {
+    "fp32": {"precision": "fp32", "activation_checkpointing": "none"},
+    "bf16": {"precision": "bf16", "activation_checkpointing": "none"},
+    "bf16-selective": {"precision": "bf16", "activation_checkpointing": "selective"},
+    "bf16-full": {"precision": "bf16", "activation_checkpointing": "full"},
+}
+
+
+@pytest.mark.parametrize(("compute", "mixer", "times"), every_pair(COMPUTE, ["vdipom", "vdit"], TIMES))
+def test_memory_of_clips(compute: dict[str, Any], mixer: str, times: dict[str, Any]) -> None:
+    recipe = tiny_video(mixer, **times, compute=compute)
     with pretended_world(8) as world:
         assert_predicted(recipe, 8, measure(recipe, world))
 
