@@ -26,7 +26,7 @@ def check_guide(model: PretrainedModel, guide: PretrainedModel, options: Samplin
                 f"guide: its {what} is {found}, and the model's is {wanted}; a guide is a weaker model of the same "
                 "data, such as an earlier checkpoint of the run or a smaller network"
             )
-    if _are_equal(model, guide):
+    if _forms(model) == _forms(guide) and _are_equal(model, guide):
         raise InputError(
             "guide: its weights are those of the model itself, so that guidance would change nothing and cost twice; "
             "give an earlier checkpoint of the run or a smaller network"
@@ -83,10 +83,7 @@ def check_clip_guide(model: PretrainedVDiPoM, guide: PretrainedVDiPoM, options: 
 def check_stream_guide(model: PretrainedVDiPoM, guide: PretrainedVDiPoM, options: SamplingOptions) -> None:
     """Raise InputError unless the guide can go along with clips that are made frame group by frame group."""
     check_guide(model, guide, options)
-    forms = [
-        (one.config.temporal, one.config.patch_frames, one.card.diffusion.time.per_frame_group)
-        for one in (model, guide)
-    ]
+    forms = [_forms(one) for one in (model, guide)]
     if forms[0] != forms[1]:
         of_model, of_guide = (
             f"temporal {temporal}, patch_frames {frames}, {'a t per frame group' if per_group else 'one t'}"
@@ -96,3 +93,10 @@ def check_stream_guide(model: PretrainedVDiPoM, guide: PretrainedVDiPoM, options
             f"guide: it was trained with {of_guide}, and the model with {of_model}; clips that are made frame group by "
             "frame group need both alike"
         )
+
+
+def _forms(model: PretrainedModel) -> tuple[str, int, bool]:
+    """Return how a network makes clips: temporal, patch_frames, and whether a frame group has a t of its own."""
+    if not isinstance(model, PretrainedVDiPoM):
+        return ("none", 1, False)
+    return (model.config.temporal, model.config.patch_frames, model.card.diffusion.time.per_frame_group)

@@ -31,9 +31,13 @@ def save_model(
     codec: CodecConfig | None = None,
     per_frame_group: bool = False,
     sampling: dict[str, Any] | None = None,
+    scale: float = 0.1,
     **fields: Any,
 ) -> Path:
-    """Exported to folder/model, its text encoder to folder/t5. By default of the pixel codec, with clips of 20x12."""
+    """Exported to folder/model, its text encoder to folder/t5. By default of the pixel codec, with clips of 20x12.
+
+    Models of other scales have other weights.
+    """
     save_t5(folder / "t5", seed=0)
     text = TextEncoderConfig(path=str(folder / "t5"), tokenizer="bytes", max_length=MAX_LENGTH, precision="fp32")
     encoder = build_text_encoder(text)
@@ -62,7 +66,7 @@ def save_model(
         latent_std=tuple(0.4 + 0.01 * np.arange(channels)),
         averages=(),
     )
-    return _export(folder / "model", PretrainedVDiPoM(card))
+    return _export(folder / "model", PretrainedVDiPoM(card), scale)
 
 
 def save_cogvideox_model(folder: Path, **fields: Any) -> Path:

@@ -152,9 +152,10 @@ class _LayeredMixer(nn.Module):
     def __init__(self, layer: PoM) -> None:
         super().__init__()
         self.layer = layer
+        self.rope = layer.rope
 
-    def forward(self, x: Tensor, mask: Mask = None, split: None = None) -> Tensor:
-        return layered(self.layer, x, mask, None, "torch")
+    def forward(self, x: Tensor, mask: Mask = None, positions: Tensor | None = None, split: None = None) -> Tensor:
+        return layered(self.layer, x, mask, positions, "torch")
 
 
 def _step(report: BenchReport, device: torch.device, num_turns: int, batch: int = 8) -> None:

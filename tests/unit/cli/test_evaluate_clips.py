@@ -64,7 +64,7 @@ def test_prompts_go_along_to_every_checkpoint(folder: Path, monkeypatch: pytest.
     asked: list[Any] = []
 
     class Asked:
-        def __init__(self, *arguments: Any) -> None:
+        def __init__(self, *arguments: Any, check: Any) -> None:
             asked.append(arguments)
 
         def follow(self) -> int:

@@ -233,15 +233,15 @@ def test_a_typo_is_told_with_its_line_and_a_remedy(write: Write, line: str, expe
         (
             "name: pixel",
             "name: pixle",
-            "codec.name: 'pixle' is none of 'pixel', 'sd_vae', 'cogvideox_vae'; did you mean 'pixel'?",
+            "codec.name: 'pixle' is none of 'pixel', 'uint8', 'sd_vae', 'cogvideox_vae'; did you mean 'pixel'?",
         ),
         ("name: pixel", "block: 2", "codec.name: missing; it says what kind of section this is"),
         ("name: pixel", "name: pixel, blok: 2", "codec.blok: unknown key; did you mean 'block'?"),
         ("name: pixel", "name: sd_vae, blok: 2", "codec.blok: unknown key; the nearest valid key is 'subfolder'"),
         (
             "depth: 2",
-            "depth: 2\n  mixer: [pom, {kind: attention, rope: true}]",
-            "model.mixer.1.rope: unknown key; another kind of this section has it, the keys of this one are kind, hea",
+            "depth: 2\n  mixer: [pom, {kind: attention, degree: 3}]",
+            "model.mixer.1.degree: unknown key; another kind of this section has it, the keys of this one are kind, h",
         ),
         ("data: {path: latents}\n", "", "data: missing; set it here or in a base file"),
         (

@@ -141,7 +141,7 @@ def test_the_preset_says_that_clips_are_meant(recipe: Path, name: str) -> None:
 
 def test_recipes_that_say_no_kind_are_of_pictures() -> None:
     """Recipes from before there were clips stay valid, with and without a preset."""
-    sizes = {"latent_shape": [4, 8, 8], "num_classes": 10}
+    sizes = {"latent_shape": [4, 32, 32], "num_classes": 10}
     models = [{"dim": 16, "depth": 1, **sizes}, *({"preset": name, **sizes} for name in IMAGE_PRESETS)]
     for model in models:
         values = {
