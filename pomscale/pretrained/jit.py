@@ -30,7 +30,7 @@ from pomscale.config.sampling import SamplingConfig
 from pomscale.config.train import DiffusionConfig, TimeConfig
 from pomscale.layers.official import read_official
 from pomscale.pretrained.card import ModelCard
-from pomscale.pretrained.foreign import COMPILED, read_foreign
+from pomscale.pretrained.foreign import COMPILED, check_axes, check_numbers, read_foreign
 from pomscale.pretrained.jit_weights import is_table, translate
 from pomscale.pretrained.weights import parameter_shapes, write_weights
 
@@ -91,7 +91,7 @@ def import_jit(
     if noise_scale is not None and noise_scale <= 0:
         raise InputError(f"--noise-scale: must be above 0, got {noise_scale:g}")
     sets = _sets(file, read_foreign(file))
-    _check_numbers(file, sets)
+    check_numbers(file, sets)
     model = _infer_config(file, sets["model"], in_context_start)
     shapes = parameter_shapes(model)
     translated = {name: list(_translated(file, name, sets[name], model, shapes)) for name in sorted(sets)}
@@ -142,16 +142,6 @@ def _plain(name: Any) -> str:
     return str(name).replace(COMPILED, "")
 
 
-def _check_numbers(file: Path, sets: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raise InputError for weights that are no floating-point numbers, or not finite."""
-    for set_name, tensors in sets.items():
-        for name, value in tensors.items():
-            if not value.is_floating_point():
-                raise InputError(f"{file}: {set_name}: {name} is of {value.dtype}, which no weights are of")
-            if not value.isfinite().all():
-                raise InputError(f"{file}: {set_name}: {name} holds values that are not finite; its training diverged")
-
-
 def _by_position(file: Path, name: str, model: Mapping[str, Tensor], values: Any) -> dict[str, Tensor]:
     """Return an average, a list in the order of the parameters, by name."""
     names = [name for name in model if not is_table(name)]
@@ -182,10 +172,7 @@ def _infer_config(file: Path, tensors: Mapping[str, Tensor], start: int | None) 
     missing = [name for name in _SIZED if name not in tensors]
     if missing:
         raise InputError(f"{file}: another network than pomscale imports; it lacks: {', '.join(missing)}")
-    for name, num_axes in (_SIZED | _ALSO_SIZED).items():
-        if name in tensors and (tensors[name].dim() != num_axes or 0 in tensors[name].shape):
-            shape = tuple(tensors[name].shape)
-            raise InputError(f"{file}: {name} has the shape {shape}, expected {num_axes} axes of at least 1")
+    check_axes(file, tensors, _SIZED | _ALSO_SIZED)
     bottleneck, channels, patch_size, _ = tensors["x_embedder.proj1.weight"].shape
     rows, dim = tensors["y_embedder.embedding_table.weight"].shape
     depth = 1 + max(int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name)))
