@@ -68,8 +68,9 @@ def _import(arguments: argparse.Namespace) -> int:
     found, own, others = (import_jit, _JIT, _HOMM) if is_jit(arguments.file) else (import_homm, _HOMM, _JIT)
     for name in others:
         if getattr(arguments, name) is not None:
-            code = "JiT" if own is _JIT else "HoMM"
-            raise InputError(f"--{name.replace('_', '-')}: {arguments.file} is a checkpoint of {code}, which has none")
+            code = "HoMM" if own is _JIT else "JiT"
+            option = name.replace("_", "-")
+            raise InputError(f"--{option}: is for checkpoints of {code}, and {arguments.file} is none")
     options = {name: value for name in own if (value := getattr(arguments, name)) is not None}
     print(found(arguments.file, arguments.out, **options))
     return 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pomscale.base.errors import InputError
 
@@ -36,3 +38,21 @@ def read_foreign(file: Path) -> Any:
     except (OSError, ValueError, RuntimeError, EOFError, LookupError, UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{file}: cannot be read as a checkpoint of torch.save, or not safely: {reason}") from error
+
+
+def check_numbers(file: Path, sets: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise InputError for weights, by set and name, that are no floating-point numbers, or not finite."""
+    for set_name, tensors in sets.items():
+        for name, value in tensors.items():
+            if not value.is_floating_point():
+                raise InputError(f"{file}: {set_name}: {name} is of {value.dtype}, which no weights are of")
+            if not value.isfinite().all():
+                raise InputError(f"{file}: {set_name}: {name} holds values that are not finite; its training diverged")
+
+
+def check_axes(file: Path, tensors: Mapping[str, Tensor], axes: Mapping[str, int]) -> None:
+    """Raise InputError unless those of the tensors that `axes` names have as many axes, none of which is empty."""
+    for name, num_axes in axes.items():
+        if name in tensors and (tensors[name].dim() != num_axes or 0 in tensors[name].shape):
+            shape = tuple(tensors[name].shape)
+            raise InputError(f"{file}: {name} has the shape {shape}, expected {num_axes} axes of at least 1")

@@ -32,7 +32,7 @@ from pomscale.config.presets import PRESETS
 from pomscale.config.sampling import SamplingConfig
 from pomscale.config.train import DiffusionConfig
 from pomscale.pretrained.card import ModelCard
-from pomscale.pretrained.foreign import COMPILED, read_foreign
+from pomscale.pretrained.foreign import COMPILED, check_axes, check_numbers, read_foreign
 from pomscale.pretrained.weights import parameter_shapes, write_weights
 
 # The scaling factor of Stable Diffusion's VAE, which HoMM multiplies its latents by.
@@ -61,8 +61,8 @@ _MIXER_MODULES = {
     "attention": {"mixer.query": "mha.qkv", "mixer.key_value": "mha.qkv", "mixer.output": "mha.proj"},
 }
 
-# Tensors from whose shapes the sizes are read.
-_SIZED = ("in_conv.weight", "classes_emb.weight", "layers.0.ffw.0.weight")
+# Tensors from whose shapes the sizes are read, with their numbers of axes.
+_SIZED = {"in_conv.weight": 4, "classes_emb.weight": 2, "layers.0.ffw.0.weight": 2}
 _MIXER_KEYS = {"pom": "layers.0.hom.ho_proj.weight", "attention": "layers.0.mha.qkv.weight"}
 
 
@@ -112,6 +112,7 @@ def import_homm(
         InputError: The file is no checkpoint of these networks, or the arguments do not fit it.
     """
     sets = _sets(file, read_foreign(file))
+    check_numbers(file, sets)
     model = _infer_config(file, sets["model"], degree=degree, num_heads=heads, latent_size=latent_size)
     shapes, mixer = parameter_shapes(model), model.mixers[0].kind
     for tensors in sets.values():
@@ -171,8 +172,8 @@ def _sets(file: Path, content: Any) -> dict[str, dict[str, Tensor]]:
     sets: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items() if isinstance(state, Mapping) else ():
         for prefix, name in _PREFIXES.items():
-            if isinstance(value, Tensor) and key.startswith(prefix):
-                sets.setdefault(name, {})[key.removeprefix(prefix).replace(COMPILED, "")] = value
+            if isinstance(value, Tensor) and str(key).startswith(prefix):
+                sets.setdefault(name, {})[str(key).removeprefix(prefix).replace(COMPILED, "")] = value
     if "model" not in sets:
         raise InputError(f"{file}: has no `state_dict` with tensors model.*; is it a Lightning checkpoint of HoMM?")
     return sets
@@ -190,6 +191,7 @@ def _infer_config(
         found = ", ".join(sorted(tensors)[:5])
         raise InputError(f"{file}: neither ClassConditionalDiH nor ClassConditionalDiT of HoMM; it begins {found}")
     mixer = mixers[0]
+    check_axes(file, tensors, _SIZED | {_MIXER_KEYS[mixer]: 2, "freqs": 1})
     dim, channels, patch_size, _ = tensors["in_conv.weight"].shape
     depth = 1 + max(int(match[1]) for name in tensors if (match := re.match(r"layers\.(\d+)\.", name)))
     fields: dict[str, Any] = {

@@ -30,15 +30,22 @@ from pomscale.config.sampling import SamplingConfig
 from pomscale.config.train import DiffusionConfig, TimeConfig
 from pomscale.layers.official import read_official
 from pomscale.pretrained.card import ModelCard
-from pomscale.pretrained.foreign import COMPILED, read_foreign
+from pomscale.pretrained.foreign import COMPILED, check_axes, check_numbers, read_foreign
 from pomscale.pretrained.jit_weights import is_table, translate
 from pomscale.pretrained.weights import parameter_shapes, write_weights
 
 _LIGHTNING, _ORIGINAL = "denoiser.net.", "net."
 _AVERAGES = {"ema1": "1", "ema2": "2"}
 _JIT = {name: preset for name, preset in IMAGE_PRESETS.items() if name.startswith("jit-")}
-# Tensors from whose shapes the sizes are read.
-_SIZED = ("x_embedder.proj1.weight", "y_embedder.embedding_table.weight", "pos_embed", "blocks.0.mlp.w3.weight")
+# Tensors from whose shapes the sizes are read, with their numbers of axes.
+_SIZED = {
+    "x_embedder.proj1.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "pos_embed": 3,
+    "blocks.0.mlp.w3.weight": 2,
+}
+# The same of tensors that not every network has.
+_ALSO_SIZED = {"in_context_posemb": 3, "blocks.0.attn.q_norm.weight": 1}
 # In JiT the noise grows with the side of the pictures.
 _SIDE_OF_NOISE_1 = 256
 
@@ -84,6 +91,7 @@ def import_jit(
     if noise_scale is not None and noise_scale <= 0:
         raise InputError(f"--noise-scale: must be above 0, got {noise_scale:g}")
     sets = _sets(file, read_foreign(file))
+    check_numbers(file, sets)
     model = _infer_config(file, sets["model"], in_context_start)
     shapes = parameter_shapes(model)
     translated = {name: list(_translated(file, name, sets[name], model, shapes)) for name in sorted(sets)}
@@ -103,7 +111,7 @@ def _layout(content: Any) -> str | None:
     """Return the prefix of the tensors' names; None for other files."""
     for key, prefix in (("state_dict", _LIGHTNING), ("model", _ORIGINAL)):
         state = content.get(key) if isinstance(content, Mapping) else None
-        if isinstance(state, Mapping) and any(str(name).startswith(prefix) for name in state):
+        if isinstance(state, Mapping) and any(_plain(name).startswith(prefix) for name in state):
             return prefix
     return None
 
@@ -123,10 +131,15 @@ def _sets(file: Path, content: Mapping[str, Any]) -> dict[str, dict[str, Tensor]
 
 def _named(state: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
     return {
-        name.replace(COMPILED, "").removeprefix(prefix): value
+        _plain(name).removeprefix(prefix): value
         for name, value in state.items()
-        if isinstance(value, Tensor) and name.replace(COMPILED, "").startswith(prefix)
+        if isinstance(value, Tensor) and _plain(name).startswith(prefix)
     }
+
+
+def _plain(name: Any) -> str:
+    """Return the name of a tensor as it is without torch.compile."""
+    return str(name).replace(COMPILED, "")
 
 
 def _by_position(file: Path, name: str, model: Mapping[str, Tensor], values: Any) -> dict[str, Tensor]:
@@ -159,6 +172,7 @@ def _infer_config(file: Path, tensors: Mapping[str, Tensor], start: int | None) 
     missing = [name for name in _SIZED if name not in tensors]
     if missing:
         raise InputError(f"{file}: another network than pomscale imports; it lacks: {', '.join(missing)}")
+    check_axes(file, tensors, _SIZED | _ALSO_SIZED)
     bottleneck, channels, patch_size, _ = tensors["x_embedder.proj1.weight"].shape
     rows, dim = tensors["y_embedder.embedding_table.weight"].shape
     depth = 1 + max(int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name)))
@@ -185,7 +199,9 @@ def _infer_config(file: Path, tensors: Mapping[str, Tensor], start: int | None) 
 def _mixer(tensors: Mapping[str, Tensor], dim: int) -> dict[str, Any]:
     """Return the mixer and, for attention, the number of heads. Raise ValueError for neither of JiT's."""
     own = {name.removeprefix("blocks.0.attn."): t for name, t in tensors.items() if name.startswith("blocks.0.attn.")}
-    if "q_norm.weight" in own:
+    if "qkv.weight" in own or "q_norm.weight" in own:
+        if "q_norm.weight" not in own:
+            raise ValueError("lacks: attn.q_norm.weight")
         heads = dim // len(own["q_norm.weight"])
         return {"mixer": {"kind": "attention", "qk_norm": True, "rope": True}, "num_heads": heads}
     found = read_official(own, None, None, 2)
@@ -197,6 +213,8 @@ def _in_context(
     file: Path, tensors: Mapping[str, Tensor], dim: int, depth: int, start: int | None
 ) -> dict[str, int] | None:
     if "in_context_posemb" not in tensors:
+        if start is not None:
+            raise InputError(f"--in-context-start: the network in {file} has no tokens in context")
         return None
     if start is None:
         starts = [p["in_context"]["start"] for p in _JIT.values() if (p["dim"], p["depth"]) == (dim, depth)]

@@ -146,7 +146,7 @@ def fine_tuning(
 
 
 # Choices of the trunk that no shape tells, or that change it.
-_CHOICES = ("ffn_expansion", "norm", "gates", "ffn", "positions", "time_embedding")
+_CHOICES = ("norm", "gates", "ffn", "ffn_expansion", "positions", "time_embedding")
 
 
 def _architecture(model: ImageModelConfig | VideoModelConfig) -> dict[str, object]:
@@ -157,9 +157,7 @@ def _architecture(model: ImageModelConfig | VideoModelConfig) -> dict[str, objec
         "dim": model.dim,
         "depth": model.depth,
         "patch_size": model.patch_size,
-        **{
-            key: getattr(model, key) for key in ("norm", "gates", "ffn", "ffn_expansion", "positions", "time_embedding")
-        },
+        **{key: getattr(model, key) for key in _CHOICES},
         "patch_embedding.bottleneck": model.patch_embedding.bottleneck,
         "in_context": None if model.in_context is None else model.in_context.model_dump(),
         "mixer": _one_or_all([mixer.kind for mixer in model.mixers]),

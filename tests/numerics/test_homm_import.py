@@ -214,6 +214,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a missing layer": (lambda s: {k: v for k, v in s.items() if ".layers.1." not in k}, "lacks: layers.1"),
     "another shape": (lambda s: s | {"model.out_proj.weight": torch.zeros(32, DIM)}, "out_proj.weight .* expected"),
     "half an average": (lambda s: s | {"ema.ema_model.freqs": s["model.freqs"]}, "lacks: classes_emb.weight"),
+    "a vector for a map": (lambda s: s | {"model.in_conv.weight": torch.zeros(8)}, r"in_conv.weight has the shape"),
+    "an empty clock": (lambda s: s | {"model.freqs": torch.zeros(0)}, r"freqs has the shape \(0,"),
+    "not finite": (lambda s: s | {"model.out_proj.bias": s["model.out_proj.bias"] / 0}, "out_proj.bias holds values"),
+    "integers": (lambda s: s | {"model.out_proj.bias": s["model.out_proj.bias"].int()}, "out_proj.bias is of"),
     "another clock": (lambda s: s | {"model.freqs": TheirNetwork(2, 250).freqs}, "for 250 steps; pomscale's has 1000"),
 }  # fmt: skip
 

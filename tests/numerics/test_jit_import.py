@@ -149,6 +149,94 @@ def test_what_does_not_fit_is_refused(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+RESHAPED = [
+    "x_embedder.proj1.weight",
+    "x_embedder.proj2.bias",
+    "pos_embed",
+    "in_context_posemb",
+    "final_layer.adaLN_modulation.1.weight",
+    "blocks.0.mlp.w3.weight",
+    "blocks.0.adaLN_modulation.1.bias",
+    "blocks.0.attn.q_norm.weight",
+    "blocks.1.attn.q_norm.weight",
+    "blocks.0.attn.qkv.weight",
+    "blocks.1.attn.qkv.bias",
+]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda p: p[:0], lambda p: p.flatten()[0].clone(), lambda p: p[..., : p.shape[-1] // 2]]
+)
+@pytest.mark.parametrize("name", RESHAPED)
+def test_no_wrong_shape_is_a_traceback(name: str, change: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    content = {"state_dict": state_of(JitSizes("attention"), jit_weights(JitSizes("attention"), 0))}
+    file = save(tmp_path / "last.ckpt", changed(content, name, change))
+    with pytest.raises(InputError) as error:
+        import_jit(file, tmp_path / "out", in_context_start=2)
+    assert str(error.value).startswith(str(file))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p * float("nan"), "model: blocks.1.norm2.weight holds values that are not finite"),
+        (lambda p: p / 0, "model: blocks.1.norm2.weight holds values that are not finite"),
+        (lambda p: p.int(), "model: blocks.1.norm2.weight is of torch.int32"),
+        (lambda p: p + 0j, "model: blocks.1.norm2.weight is of torch.complex64"),
+    ],
+)
+def test_values_that_are_no_weights_are_refused(
+    change: Callable[[Tensor], Tensor], message: str, tmp_path: Path
+) -> None:
+    file = save(tmp_path / "last.ckpt", changed(lightning(JitSizes("attention")), "blocks.1.norm2.weight", change))
+    with pytest.raises(InputError, match=message):
+        import_jit(file, tmp_path / "out", in_context_start=2)
+    averages = lightning(JitSizes("attention"))
+    averages["ema_params2"][-1] = averages["ema_params2"][-1] / 0
+    with pytest.raises(InputError, match=r"ema2: .* holds values that are not finite"):
+        import_jit(save(tmp_path / "averages.ckpt", averages), tmp_path / "out", in_context_start=2)
+
+
+@every_mixer
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_files_in_half_precision_are_imported(mixer: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    content = lightning(JitSizes(mixer))
+    content["state_dict"] = {name: value.to(dtype) for name, value in content["state_dict"].items()}
+    for key in ("ema_params1", "ema_params2"):
+        content[key] = [value.to(dtype) for value in content[key]]
+    import_jit(save(tmp_path / "last.ckpt", content), tmp_path / "out", in_context_start=2)
+    theirs = content["state_dict"]["denoiser.net.final_layer.linear.weight"]
+    torch.testing.assert_close(load_pretrained(tmp_path / "out", weights="model").head.weight.cpu(), theirs.float())
+
+
+def test_a_denoiser_that_was_compiled_as_a_whole_is_recognised(tmp_path: Path) -> None:
+    content = lightning(JitSizes("attention"))
+    content["state_dict"] = {
+        name.replace("denoiser.", "denoiser._orig_mod."): value for name, value in content["state_dict"].items()
+    }
+    file = save(tmp_path / "last.ckpt", content)
+    assert is_jit(file)
+    assert import_jit(file, tmp_path / "out", in_context_start=2).sets == ("ema1", "ema2", "model")
+
+
+def test_a_block_in_context_without_tokens_in_context_is_refused(tmp_path: Path) -> None:
+    content = {
+        key: {n: v for n, v in state.items() if "posemb" not in n} for key, state in original(JitSizes("pom")).items()
+    }
+    with pytest.raises(InputError, match=r"--in-context-start: the network in .* has no tokens in context"):
+        import_jit(save(tmp_path / "last.ckpt", content), tmp_path / "out", in_context_start=2)
+
+
+def test_a_file_of_neither_code_is_not_said_to_be_of_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = save(tmp_path / "last.ckpt", {"state_dict": {}})
+    with pytest.raises(SystemExit):
+        main(["import", str(file), "--out", str(tmp_path / "out"), "--in-context-start", "2"])
+    assert f"--in-context-start: is for checkpoints of JiT, and {file} is none" in capsys.readouterr().err
+
+
 def test_other_tables_of_attention_are_refused(tmp_path: Path) -> None:
     content = changed(lightning(JitSizes("attention")), "feat_rope_incontext.freqs_sin", lambda table: table + 1)
     with pytest.raises(InputError, match=r"model: feat_rope_incontext.freqs_sin: holds other positions"):
@@ -167,5 +255,5 @@ def test_sizes_of_no_preset_need_the_first_block_in_context(tmp_path: Path, caps
             main([*command, *options])
         assert ended.value.code == code
     printed = capsys.readouterr()
-    assert f"--degree: {file} is a checkpoint of JiT, which has none" in printed.err
+    assert f"--degree: is for checkpoints of HoMM, and {file} is none" in printed.err
     assert "tokens in context from block 2 (--in-context-start)" in printed.out
