@@ -119,6 +119,12 @@ class _Kept:
             extractor = self.measurement.extractors[number]
             names = tuple(dict.fromkeys(want.feature for want in mine))
             found = _extract(extractor, batch.pixels, names, self.measurement.repeats_grey)
+            if not all(np.isfinite(features).all() for features in found.values()):
+                raise InputError(
+                    f"{self.measurement.pictures.name}: extractor {extractor.name} gives features that are not finite "
+                    f"for some of {kind_of(self.measurement.pictures)} {batch.numbers[0]} to {batch.numbers[-1]}; look "
+                    f"at them, and at the extractor's weights"
+                )
             for want in mine:
                 self._keep(want, found[want.feature], batch)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.keyed_random import Stream, keyed_generator
@@ -221,6 +222,17 @@ def test_pictures_that_cannot_be_read_are_listed_and_end_it(folders: Request) ->
     # What was allowed once is no result where it is not allowed.
     with pytest.raises(InputError, match=r"2 pictures cannot be read, .* 01/0007.png: no PNG"):
         run(replace(folders, max_skipped=1))
+
+
+def test_features_that_are_not_finite_end_it_in_one_line(folders: Request, tmp_path: Path) -> None:
+    class Overflows(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.exp(x.float().mean([2, 3]))
+
+    torch.jit.script(Overflows()).save(str(tmp_path / "overflows.pt"))
+    extractors = (f"torchscript:{tmp_path / 'overflows.pt'}",)
+    with pytest.raises(InputError, match=r"source: extractor torchscript gives features that are not finite for some "):
+        result_of(replace(folders, extractors=extractors))
 
 
 def test_pictures_are_drawn_with_a_seed_each(model: Path, tmp_path: Path) -> None:
