@@ -45,7 +45,7 @@ class Measurement:
         pictures: The pictures.
         extractors: The extractors.
         wants: What is kept of their features.
-        batch: Pictures at once. It may change the last digits of features, and nothing else.
+        batch: Pictures at once, which may change the last digits of features, and nothing else.
         splits: Split of each picture (n,) for the inception score; None if it is not measured.
         repeats_grey: Whether grey pictures are given to colour extractors with three equal channels.
         ahead: Whether a thread draws the next pictures while features are extracted.
@@ -99,7 +99,7 @@ class Measurement:
 
 @dataclass
 class _Kept:
-    """What has been kept of a part so far."""
+    """Sums and features of a part so far."""
 
     measurement: Measurement
     count: int = 0
