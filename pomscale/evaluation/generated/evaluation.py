@@ -185,14 +185,14 @@ class Evaluation:
         lines.append(f"parts: {len(jobs):,}, of which {done:,} are done, in {work}")
         return "\n".join(lines)
 
-    def warnings(self, measured: Mapping[Side, int] | None = None) -> list[str]:
+    def warnings(self, measured: Mapping[str, int] | None = None) -> list[str]:
         """Return a sentence for each metric of too few pictures.
 
         Args:
             measured: Number of pictures of each side that could be read; None = all, before they are read.
         """
         pictures, statistics = self.reference.pictures, self.reference.statistics
-        numbers: dict[Side, int] = {"source": self.source.num_pictures}
+        numbers: dict[str, int] = {"source": self.source.num_pictures}
         if pictures is not None:
             numbers["reference"] = pictures.num_pictures
         elif statistics is not None:
