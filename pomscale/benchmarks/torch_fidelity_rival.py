@@ -3,9 +3,9 @@
     PYTHON torch_fidelity_rival.py WEIGHTS NUM_THREADS
 
 Each line on standard input is a JSON object: "pictures", a folder of PNGs, for pooled features and logits by
-torch-fidelity's own reader and extractor; with "reference", another folder, and "options" for its metrics. It answers
-with a line of JSON: seconds, and the mean of all features, or the metrics. Imports and the start of the process are not
-in the seconds; the metrics' are those of its `calculate_metrics`, which also reads the weights.
+torch-fidelity's own reader and extractor; with "reference", another folder, and "options" for its metrics. Each
+answer is a line of JSON: seconds, and the mean of all features, or the metrics. Imports and the start of the process
+are not in the seconds; the metrics' are those of its `calculate_metrics`, which also reads the weights.
 """
 
 from __future__ import annotations

@@ -117,14 +117,16 @@ class Muon(torch.optim.Optimizer):
         for tensor in stepped.values():
             self.state[tensor]["step"] += 1
         matrices = [matrix for matrix in self._matrices if id(matrix.tensor) in stepped]
+        noise = self._noise(matrices[0]) if matrices else None
         for first in range(0, len(matrices), self._ranks.size):
-            self._step_round(matrices[first : first + self._ranks.size], group)
+            of_round = matrices[first : first + self._ranks.size]
+            for matrix in of_round:
+                self._advance_momentum(matrix, noise)
+            self._step_round(of_round, group)
 
     def _step_round(self, matrices: Sequence[Matrix], group: dict[str, Any]) -> None:
         """Step at most as many matrices as there are ranks, so that each rank orthogonalises at most one."""
         ranks = self._ranks
-        for matrix in matrices:
-            self._advance_momentum(matrix)
         by_copy = [matrices[first : first + ranks.num_shards] for first in range(0, len(matrices), ranks.num_shards)]
         own = None
         if ranks.copy < len(by_copy):
@@ -135,14 +137,24 @@ class Muon(torch.optim.Optimizer):
             for matrix, result in zip(of_copy, results.split(counts), strict=True):
                 self._apply(matrix, result, group)
 
-    def _advance_momentum(self, matrix: Matrix) -> None:
+    def _noise(self, first: Matrix) -> torch.Generator:
+        """Return the generator of a step's rounding, from which all matrices draw in turn.
+
+        A seed of their own lets ranks round their rows differently: equal rows of noise would add up to large singular
+        values. Copies of a shard round alike, and a run that is resumed with the same shards is the same.
+        """
+        state = self.state[first.tensor]
+        seed = int(state["step"].item()) * self._ranks.num_shards + self._ranks.shard
+        return torch.Generator(state["momentum_buffer"].device).manual_seed(seed)
+
+    def _advance_momentum(self, matrix: Matrix, noise: torch.Generator | None) -> None:
         state = self.state[matrix.tensor]
         gradient, momentum = self._part(matrix, matrix.tensor.grad), self._part(matrix, state["momentum_buffer"])
         if momentum.dtype == torch.float32:
             momentum.lerp_(gradient, 1 - self._momentum)
         else:
-            generator = torch.Generator(momentum.device).manual_seed(int(state["step"].item()))
-            momentum.copy_(round_to_bf16(momentum.float().lerp_(gradient, 1 - self._momentum), generator))
+            assert noise is not None
+            momentum.copy_(round_to_bf16(momentum.float().lerp_(gradient, 1 - self._momentum), noise))
 
     def _directions(self, matrices: Sequence[Matrix]) -> Tensor:
         """Return this rank's parts of what is to be orthogonalised, flat, one after the other."""

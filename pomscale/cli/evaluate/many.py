@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Axes of a sweep whose names are shorter than the options that they stand for.
 _AXES = {"interval": "guidance-interval", "schedule": "guidance-schedule", "average": "weights"}
 _ONE_EACH = ("json", "write_npz", "write_tars", "write_statistics")  # outputs that many evaluations cannot share
-# What decides no figure, or is compared otherwise: a sweep may go on with other values of these.
+# Options that decide no figure, or are compared otherwise: a sweep may go on with other values of these.
 _NOT_COMPARED = ("source", "words", "task", "device", "num_workers", "codec_path", "text_path", "max_skipped")
 _OF_DRAWING = ("weights", "seed", "words")  # beside the options of sampling: the model's checkpoint decides on these
 _PAIRS = ("guidance-interval",)  # written LO:HI in a sweep, since a comma separates values

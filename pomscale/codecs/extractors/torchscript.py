@@ -69,14 +69,14 @@ class TorchScript:
         if size in self._sizes_that_work:
             return
         try:
-            features = self._call(torch.zeros(2, self.num_channels, *size, dtype=torch.uint8))
+            width = self._width_of((self.num_channels, *size))
         except _FAILURES as error:
             raise InputError(
                 f"extractor torchscript: {self.file} does not take media of {'x'.join(map(str, size))}: {_cause(error)}"
             ) from error
-        if features.shape[1] != self.dims["pooled"]:
+        if width != self.dims["pooled"]:
             raise InputError(
-                f"extractor torchscript: {self.file} gives {features.shape[1]} features for media of "
+                f"extractor torchscript: {self.file} gives {width} features for media of "
                 f"{'x'.join(map(str, size))}, and {self.dims['pooled']} for others; wrap it so that it resizes"
             )
         self._sizes_that_work.add(size)
@@ -95,15 +95,26 @@ class TorchScript:
             features = self._module(media.to(self.device), **self._arguments)
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(media):
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise RuntimeError(f"it returns {found} for {len(media)} inputs, and not a tensor (b, d)")
+            raise RuntimeError(f"it returns {found} for a batch of {len(media)}, and not a tensor (b, d)")
         return features
+
+    def _width_of(self, shape: tuple[int, ...]) -> int:
+        """Return the width of the features of media of a shape, without the batch.
+
+        Raises RuntimeError if the module does not take them, in batches of two or of one, as the last batch may be: a
+        module that squeezes its result fails there, at the end of the work.
+        """
+        width, of_one = (self._call(torch.zeros(num, *shape, dtype=torch.uint8)).shape[1] for num in (2, 1))
+        if width != of_one:
+            raise RuntimeError(f"it gives {width} features for each of two inputs, and {of_one} for one alone")
+        return width
 
     def _try(self) -> tuple[tuple[int, ...], int]:
         """Return the first shape, without the batch, that the module takes, and the width of its features."""
         causes = {}
         for shape in _TRIALS:
             try:
-                return shape, self._call(torch.zeros(2, *shape, dtype=torch.uint8)).shape[1]
+                return shape, self._width_of(shape)
             except _FAILURES as error:
                 causes[shape] = _cause(error)
         first, clips = _TRIALS[0], next(shape for shape in _TRIALS if len(shape) == 4)

@@ -33,7 +33,7 @@ _SAME_RATE = 0.02
 
 
 class Look(NamedTuple):
-    """What is seen of a clip before the work: height and width in which it is shown, and frames per second."""
+    """First look at a clip before the work: height and width in which it is shown, and frames per second."""
 
     size: tuple[int, int]
     fps: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,12 +185,20 @@ class Evaluation:
         lines.append(f"parts: {len(jobs):,}, of which {done:,} are done, in {work}")
         return "\n".join(lines)
 
-    def warnings(self) -> list[str]:
-        """Return a sentence for each metric of too few pictures."""
-        numbers = {"source": self.source.num_pictures}
-        if self.reference.pictures is not None:
-            numbers["reference"] = self.reference.pictures.num_pictures
-        return warnings_of(self.choice, numbers, self.kind)
+    def warnings(self, measured: Mapping[str, int] | None = None) -> list[str]:
+        """Return a sentence for each metric of too few pictures.
+
+        Args:
+            measured: Number of pictures of each side that could be read; None = all, before they are read.
+        """
+        pictures, statistics = self.reference.pictures, self.reference.statistics
+        numbers: dict[str, int] = {"source": self.source.num_pictures}
+        if pictures is not None:
+            numbers["reference"] = pictures.num_pictures
+        elif statistics is not None:
+            known = [gaussian.count for gaussian in statistics.gaussians.values() if gaussian.count is not None]
+            numbers |= {"reference": min(known)} if known else {}
+        return warnings_of(self.choice, {**numbers, **(measured or {})}, self.kind)
 
     def settings(self) -> dict[str, Any]:
         """Return every setting that made the figures, as JSON."""

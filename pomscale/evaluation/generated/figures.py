@@ -62,7 +62,7 @@ class Conventions:
 
 @dataclass(frozen=True)
 class Totals:
-    """What was kept of all pictures of one side.
+    """Sums and features of all pictures of one side.
 
     Attributes:
         count: Number of pictures.
@@ -117,7 +117,7 @@ class Figures:
 
 
 class Compared(NamedTuple):
-    """What metrics are computed from."""
+    """Everything that metrics are computed from."""
 
     source: Totals
     reference: Totals | None

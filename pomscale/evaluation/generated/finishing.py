@@ -39,7 +39,7 @@ def finish(evaluation: Evaluation, work: Path, files: dict[Side, PartFiles]) -> 
         "metrics": figures.values,
         "settings": settings,
         "details": figures.details,
-        "warnings": [*evaluation.warnings(), *figures.warnings],
+        "warnings": [*evaluation.warnings({side: one.count for side, one in totals.items()}), *figures.warnings],
         "left_out": evaluation.choice.left_out,
         "pictures": {side: one.facts() for side, one in totals.items()},
         "parts": {"part": request.part, "batch": evaluation.batch},

@@ -165,4 +165,4 @@ class GeneratedClips:
 
 
 Generated: TypeAlias = GeneratedPictures | GeneratedClips
-"""What a trained model draws."""
+"""Pictures or clips that a trained model draws."""

@@ -45,7 +45,7 @@ class Measurement:
         pictures: The pictures.
         extractors: The extractors.
         wants: What is kept of their features.
-        batch: Pictures at once. It may change the last digits of features, and nothing else.
+        batch: Pictures at once, which may change the last digits of features, and nothing else.
         splits: Split of each picture (n,) for the inception score; None if it is not measured.
         repeats_grey: Whether grey pictures are given to colour extractors with three equal channels.
         ahead: Whether a thread draws the next pictures while features are extracted.
@@ -99,7 +99,7 @@ class Measurement:
 
 @dataclass
 class _Kept:
-    """What has been kept of a part so far."""
+    """Sums and features of a part so far."""
 
     measurement: Measurement
     count: int = 0
@@ -119,6 +119,12 @@ class _Kept:
             extractor = self.measurement.extractors[number]
             names = tuple(dict.fromkeys(want.feature for want in mine))
             found = _extract(extractor, batch.pixels, names, self.measurement.repeats_grey)
+            if not all(np.isfinite(features).all() for features in found.values()):
+                raise InputError(
+                    f"{self.measurement.pictures.name}: extractor {extractor.name} gives features that are not finite "
+                    f"for some of {kind_of(self.measurement.pictures)} {batch.numbers[0]} to {batch.numbers[-1]}; look "
+                    f"at them, and at the extractor's weights"
+                )
             for want in mine:
                 self._keep(want, found[want.feature], batch)
 

@@ -39,7 +39,7 @@ class Files(Protocol):
 
 
 def _entries(root: str, kind: Kind) -> Iterator[Entry]:
-    """Yield the pictures or clips below a folder, sorted by the parts of their paths. What is hidden is left out.
+    """Yield the pictures or clips below a folder, sorted by the parts of their paths, but for hidden ones.
 
     Raises InputError at the end if there are media of the other kind or in other formats, too: the figures would be of
     a part of the folder.
@@ -174,7 +174,7 @@ def scanned(name: str, files: Files) -> Iterator[Item]:
     try:
         yield from files.scan()
     except InputError as error:
-        raise InputError(f"{name}: {str(error).removeprefix('source.path: ')}") from error
+        raise InputError(f"{name}: {str(error).removeprefix('source.path: ').removeprefix(f'{name}: ')}") from error
 
 
 def read_item(files: Files, item: Item, decode: Callable[[BinaryIO], T]) -> T | Failure:

@@ -12,8 +12,7 @@ from pomscale.evaluation.generated.picture_sets import Kind, PictureSet, kind_of
 from pomscale.evaluation.generated.statistics_files import Statistics
 
 Kept = Literal["moments", "features", "splits", "texts"]
-"""What is kept of features: mean and covariance; all of them, on disk; sums for the inception score; sums of the CLIP
-score."""
+"""Forms in which features are kept: mean and covariance; all, on disk; sums for inception and CLIP scores."""
 
 MOST_PAIRED = 100_000
 """Largest set whose metrics of all pairs are measured unasked: their time grows with the square of the number."""
@@ -102,7 +101,7 @@ class Choice:
 
     @property
     def of_source(self) -> list[Want]:
-        """What is kept of the pictures that are measured."""
+        """Features that are kept of the pictures that are measured."""
         return sorted({*self.wants.values(), *self.for_file})
 
     def of_reference(self, reference: Reference) -> list[Want]:
@@ -112,7 +111,7 @@ class Choice:
 
 
 class Reference(NamedTuple):
-    """What pictures are compared with; without either, only metrics without a reference are measured.
+    """Pictures or statistics to compare with; without either, only metrics without a reference are measured.
 
     ADM's files have both: its evaluator takes FID from the statistics and precision from the pictures, and so do we.
     """

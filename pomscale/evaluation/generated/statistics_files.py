@@ -31,7 +31,7 @@ _FORMAT, _VERSION = "pomscale statistics", 1
 _ARRAYS: dict[FeatureName, tuple[str, str]] = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 _HEADER = "header"
 
-# What unpickling numpy arrays needs: torch-fidelity's cache of statistics is a torch file of them.
+# Names that unpickling numpy arrays needs: torch-fidelity's cache of statistics is a torch file of them.
 _NUMPY_GLOBALS: list[Any] = [
     np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
     (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),  # type: ignore[attr-defined]

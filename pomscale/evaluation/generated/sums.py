@@ -1,4 +1,4 @@
-"""What is kept of the features of a part of the pictures, and how parts are put together."""
+"""Sums that are kept of the features of a part of the pictures, and how parts are put together."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Sum: TypeAlias = Moments | InceptionScore | Scores
 
 
 def pack(sums: Mapping[Want, Sum]) -> Arrays:
-    """Return sums as named arrays. Of a symmetric matrix the lower triangle is kept: half of the bytes of a part."""
+    """Return sums as named arrays. The lower triangle stands for a symmetric matrix: half of the bytes of a part."""
     arrays: Arrays = {}
     for want, one in sums.items():
         if isinstance(one, Moments):

@@ -35,7 +35,7 @@ _PARTS = "parts"
 
 @dataclass(frozen=True)
 class PartRecord:
-    """What is known of a measured part.
+    """Facts of a measured part.
 
     Attributes:
         count: Pictures that were measured.
@@ -136,7 +136,7 @@ def adopt(work: Path, plan: Mapping[str, Any]) -> None:
 
 
 def make_parts_folder(work: Path) -> None:
-    """Make the folder of the parts. It is not there where somebody has deleted a result, to measure again."""
+    """Make the folder of the parts, which is not there where somebody has deleted a result, to measure again."""
     make_folder(work / _PARTS)
 
 

@@ -128,6 +128,20 @@ def test_bf16_momentum_follows_fp32() -> None:
     torch.testing.assert_close(buffers[1].float(), buffers[0], atol=0.03 * buffers[0].std().item(), rtol=0.03)
 
 
+def test_bf16_momenta_of_equal_gradients_are_rounded_differently() -> None:
+    """In one weight that stacks two matrices, and in another weight."""
+    weights = [nn.Parameter(torch.ones(40, 30)) for _ in range(2)]
+    optimizer = optimizer_of(weights, number=2, moments="bf16")
+    gradient = torch.randn(20, 30, generator=torch.Generator().manual_seed(3)).repeat(2, 1)
+    for weight in weights:
+        weight.grad = gradient.clone()
+    optimizer.step()
+    momenta = [half for weight in weights for half in optimizer.state[weight]["momentum_buffer"].float().split(20)]
+    for one, other in pairwise(momenta):
+        torch.testing.assert_close(one, other, atol=0, rtol=2**-7)
+        assert (one != other).float().mean() > 0.2
+
+
 # --- the parameters --------------------------------------------------------------------------------------------------
 
 

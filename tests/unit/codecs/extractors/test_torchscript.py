@@ -38,6 +38,13 @@ class Flat(nn.Module):
         return x[:, :1].flatten(1).float()
 
 
+class Squeezed(nn.Module):
+    """Features of which a batch of one loses its batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float().mean([2, 3]).squeeze()
+
+
 def saved(module: nn.Module, folder: Path) -> Extractor:
     torch.jit.script(module).save(str(folder / "module.pt"))
     return build_extractor(f"torchscript:{folder / 'module.pt'}")
@@ -91,6 +98,11 @@ def test_features_that_follow_the_size_are_refused(tmp_path: Path) -> None:
     extractor = saved(Flat(), tmp_path)
     with pytest.raises(InputError, match="gives 100 features for media of 10x10, and 4096 for others"):
         extractor.check_size(10, 10)
+
+
+def test_a_module_that_fails_for_the_last_batch_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"takes neither uint8 pictures \(it returns \(3,\) for a batch of 1, "):
+        saved(Squeezed(), tmp_path)
 
 
 def test_identity_is_that_of_the_file(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.keyed_random import Stream, keyed_generator
@@ -216,11 +217,30 @@ def test_pictures_that_cannot_be_read_are_listed_and_end_it(folders: Request) ->
     assert outcome.result is not None
     assert outcome.result["pictures"]["source"]["count"] == 39
     assert outcome.result["pictures"]["source"]["failures"] == 1
+    assert any(" of 39 pictures " in text for text in outcome.result["warnings"])
     rest = np.delete(make_pixels(40, SIZE, 1), 7, axis=0), np.delete(make_pixels(50, SIZE, 2), 12, axis=0)
     assert outcome.result["metrics"]["kid"] == kid(*map(as_features, rest))[0]
     # What was allowed once is no result where it is not allowed.
     with pytest.raises(InputError, match=r"2 pictures cannot be read, .* 01/0007.png: no PNG"):
         run(replace(folders, max_skipped=1))
+
+
+def test_few_pictures_behind_statistics_are_warned_of(folders: Request, tmp_path: Path) -> None:
+    outputs = Outputs(statistics=tmp_path / "statistics.npz")
+    result_of(replace(folders, reference=None, opening=Opening(num=9), outputs=outputs))
+    warnings = Evaluation(replace(folders, reference=str(outputs.statistics), metrics=("fid",))).warnings()
+    assert [text.startswith("fid of 9 pictures ") for text in warnings] == [True]
+
+
+def test_features_that_are_not_finite_end_it_in_one_line(folders: Request, tmp_path: Path) -> None:
+    class Overflows(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.exp(x.float().mean([2, 3]))
+
+    torch.jit.script(Overflows()).save(str(tmp_path / "overflows.pt"))
+    extractors = (f"torchscript:{tmp_path / 'overflows.pt'}",)
+    with pytest.raises(InputError, match=r"source: extractor torchscript gives features that are not finite for some "):
+        result_of(replace(folders, extractors=extractors, repeats_grey=True))
 
 
 def test_pictures_are_drawn_with_a_seed_each(model: Path, tmp_path: Path) -> None:

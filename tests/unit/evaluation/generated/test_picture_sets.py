@@ -220,7 +220,8 @@ def test_a_folder_with_clips_or_other_pictures_is_refused(tmp_path: Path) -> Non
     folder = write_folder(tmp_path / "a", make_pixels(1))
     for name in ("b.mp4", "c.BMP", "d.bmp", ".e.gif", "notes.txt"):
         (folder / name).write_bytes(b"")
-    with pytest.raises(InputError, match=r"files that are not measured \(2 .bmp, 1 .mp4\), only .png, .jpg, "):
+    message = rf"^{folder}: there are files that are not measured \(2 .bmp, 1 .mp4\), only .png, .jpg, "
+    with pytest.raises(InputError, match=message):
         open_pictures(str(folder), Opening())
 
 
