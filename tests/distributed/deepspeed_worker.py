@@ -44,7 +44,7 @@ MODEL = ImageModelConfig(
     mixer=["pom", "attention", {"kind": "pom", "form": "coefficients", "heads": 4, "groups": 2, "rope": True}],
 )
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, grad_clip=0.05)  # every step is clipped
-GLOBAL_BATCH, NUM_STEPS, HALF_WAY = 7, 4, 2
+GLOBAL_BATCH, NUM_STEPS, HALF_WAY = 9, 4, 2  # no micro-batch of up to four ranks is empty
 EMA_WEIGHTS = {"slow": 0.1, "fast": 0.3}
 
 
