@@ -98,7 +98,9 @@ def damage_the_newest_checkpoint(*_: Any, root: str) -> None:
 
 def inject(fault: dict[str, Any]) -> None:
     if "missing" in fault:
-        sys.modules[fault["missing"]] = None  # type: ignore[assignment]  # importing it raises ImportError
+        # Importing it raises ImportError; parts of it may be here already, imported by another package.
+        for name in {fault["missing"], *(name for name in sys.modules if name.startswith(f"{fault['missing']}."))}:
+            sys.modules[name] = None  # type: ignore[assignment]
     elif "close_timeout_s" in fault:
         pomscale.monitoring.monitor.CLOSE_TIMEOUT_S = fault["close_timeout_s"]
     elif "factor" in fault:

@@ -73,7 +73,10 @@ def test_bad_input_is_one_line(run: Path, digits: Path, tmp_path: Path) -> None:
         (("--reference", colours, "--classes", "3,10"), "classes [3, 10] are asked for, and the model has 0..9"),
         (("--reference", colours, "--weights", "halflife-7"), "has no weights 'halflife-7'"),
         (("--reference", tmp_path / "wide.npz"), "width"),
-        (("--reference", colours, "--metrics", "fdd"), "--metrics fdd: needs --extractor dinov2:FOLDER"),
+        (
+            ("--reference", digits / "latents" / "heldout", "--metrics", "fdd"),
+            "--metrics fdd: needs --extractor dinov2:FOLDER",
+        ),
         (("--reference", tmp_path / "nowhere"), "there is no such file or folder"),
     ):
         done = pomscale("evaluate", "images", run, *words, *OPTIONS, "--work", tmp_path / "work", expect=2)
