@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 
 from pomscale.base.errors import InputError
 from pomscale.codecs.base import ClipCodec
-from pomscale.data.dataset import LatentDataset
 from pomscale.distributed.world import resolve_device
 from pomscale.evaluation.generated.clip_frames import decode_frames
-from pomscale.evaluation.generated.crops import crop_of
-from pomscale.evaluation.generated.picture_sets import Batch, Failure, Frames, checked_count, spread
+from pomscale.evaluation.generated.picture_sets import Batch, Failure, Frames
 from pomscale.evaluation.generated.shard_pictures import codec_of
-from pomscale.shards.location import local_folder
-from pomscale.shards.schema import Manifest, Normalization, check_has_latents
+from pomscale.evaluation.generated.shard_set import ShardSet
+from pomscale.shards.schema import Manifest, check_has_latents
 
 
-class ShardClips:
+class ShardClips(ShardSet):
     """The clips of a dataset. Where moments are stored, a posterior sample is decoded, keyed by the record.
 
     Those that are shorter than what is measured count as clips that cannot be read.
@@ -51,41 +48,15 @@ class ShardClips:
         Raises:
             InputError: It has clips of several sizes, or of too few frames alone, or its codec is not here.
         """
-        self.name, self.frames, self.fps = location, frames, manifest.fps
-        self.manifest = manifest
+        self.frames, self.fps = frames, manifest.fps
         check_has_latents(location, manifest)
         self.size: tuple[int, ...] = (frames.num, *_only_size(location, manifest, frames))
-        self._dataset = LatentDataset(
-            location,
-            manifest,
-            Normalization.of(manifest, "codec"),
-            reading="mapped" if local_folder(location) is not None else "streamed",
-            bad_samples="skip",
-        )
+        super().__init__(location, manifest, num, "clips")
         self._ends = np.cumsum([shard.num_samples for shard in manifest.shards])
-        self.num_pictures = checked_count(location, num, len(self._dataset), "clips")
         codec = codec_of(location, manifest, codec_path).to(resolve_device(device))
         assert isinstance(codec, ClipCodec), "recipes with another codec are refused"
         self._codec = codec
         self.num_channels = codec.num_channels_in
-
-    @property
-    def crop(self) -> dict[str, Any] | None:
-        return crop_of(self.manifest.transform)
-
-    def identity(self) -> dict[str, Any]:
-        return self.settings()
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            "kind": "shards",
-            "path": self.name,
-            "count": self.num_pictures,
-            "of": len(self._dataset),
-            "sha256": self.manifest.fingerprint,
-            "codec": self.manifest.latent_codec.identity,
-            "crop": self.crop,
-        }
 
     def batches(self, begin: int, end: int, batch: int) -> Iterator[Batch]:
         """Yield decoded clips."""
@@ -94,7 +65,7 @@ class ShardClips:
 
     @torch.inference_mode()
     def _batch(self, numbers: np.ndarray) -> Batch:
-        records = np.array([spread(number, self.num_pictures, len(self._dataset)) for number in numbers.tolist()])
+        records = self._records(numbers.tolist())
         shards = np.searchsorted(self._ends, records, side="right").tolist()
         groups = np.array([self.manifest.shards[shard].group for shard in shards])
         pixels = torch.empty(len(numbers), self.num_channels, *self.size, dtype=torch.uint8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,15 +11,13 @@ from pomscale.base.errors import InputError
 from pomscale.codecs import build_codec
 from pomscale.codecs.base import Codec
 from pomscale.config.codecs import PixelCodecConfig, Uint8CodecConfig
-from pomscale.data.dataset import LatentDataset
 from pomscale.distributed.world import resolve_device
-from pomscale.evaluation.generated.crops import crop_of
-from pomscale.evaluation.generated.picture_sets import Batch, Failure, checked_count, spread, to_pixels
-from pomscale.shards.location import local_folder
-from pomscale.shards.schema import Manifest, Normalization, check_has_latents, read_manifest
+from pomscale.evaluation.generated.picture_sets import Batch, Failure, to_pixels
+from pomscale.evaluation.generated.shard_set import ShardSet
+from pomscale.shards.schema import Manifest, check_has_latents, read_manifest
 
 
-class ShardPictures:
+class ShardPictures(ShardSet):
     """The pictures of a dataset. Where moments are stored, a posterior sample is decoded, keyed by the record."""
 
     has_captions = False
@@ -41,44 +38,18 @@ class ShardPictures:
         Raises:
             InputError: It is no dataset of pictures of one size, or its codec is not here.
         """
-        self.name = location
-        self.manifest = read_manifest(location)
-        check_has_latents(location, self.manifest)
-        self.size: tuple[int, ...] = _only_size(location, self.manifest)
-        self._dataset = LatentDataset(
-            location,
-            self.manifest,
-            Normalization.of(self.manifest, "codec"),
-            reading="mapped" if local_folder(location) is not None else "streamed",
-            bad_samples="skip",
-        )
-        self.num_pictures = checked_count(location, num, len(self._dataset))
-        self._codec = codec_of(location, self.manifest, codec_path).to(resolve_device(device))
+        manifest = read_manifest(location)
+        check_has_latents(location, manifest)
+        self.size: tuple[int, ...] = _only_size(location, manifest)
+        super().__init__(location, manifest, num, "pictures")
+        self._codec = codec_of(location, manifest, codec_path).to(resolve_device(device))
         self.num_channels = self._codec.num_channels_in
-
-    @property
-    def crop(self) -> dict[str, Any] | None:
-        return crop_of(self.manifest.transform)
-
-    def identity(self) -> dict[str, Any]:
-        return self.settings()
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            "kind": "shards",
-            "path": self.name,
-            "count": self.num_pictures,
-            "of": len(self._dataset),
-            "sha256": self.manifest.fingerprint,
-            "codec": self.manifest.latent_codec.identity,
-            "crop": self.crop,
-        }
 
     def batches(self, begin: int, end: int, batch: int) -> Iterator[Batch]:
         """Yield decoded pictures."""
         for first in range(begin, end, batch):
             numbers = np.arange(first, min(first + batch, end))
-            records = np.array([spread(number, self.num_pictures, len(self._dataset)) for number in numbers.tolist()])
+            records = self._records(numbers.tolist())
             samples = self._dataset.read(records, records, seed=0, flip_probability=0.0)
             whole = [row for row in range(len(records)) if row not in samples.bad]
             with torch.inference_mode():
