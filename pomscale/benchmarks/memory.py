@@ -49,12 +49,28 @@ def peak_allocated_bytes(step: Callable[[], object], device: torch.device) -> in
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    live = peak = 0
+    for change in _allocations(step):
+        live += change
+        peak = max(peak, live)
+    return peak
+
+
+def kept_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """Return how many more bytes torch's allocator holds after step() than before, counted as above."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device) - before
+    return sum(_allocations(step))
+
+
+def _allocations(step: Callable[[], object]) -> list[int]:
+    """Return the bytes that step() allocates on the CPU, negative where it frees some, in their order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         step()
     assert profiler.profiler is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]

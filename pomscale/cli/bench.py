@@ -29,6 +29,7 @@ def add(verbs: Any) -> None:
         _add_video,
         _add_images,
         _add_network,
+        _add_step,
         bench_mixer.add_ops,
         bench_mixer.add_gpu_acceptance,
     ):
@@ -174,6 +175,22 @@ def _add_network(verbs: Any) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_step(verbs: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "step", help="Measure a training step of a JiT beside the authors' own modules"
+    )
+    add_recipe(parser)
+    for name in ("JiTpp", "pom"):
+        parser.add_argument(
+            f"--{name.lower()}", type=Path, required=True, metavar="DIR", help=f"Checkout of davidpicard/{name}"
+        )
+    _add_number(parser, "--batch", 2, "Pictures of a step")
+    _add_number(parser, "--num-turns", 5, "Number of turns of each")
+    add_device(parser)
+    parser.set_defaults(measure=_step)
+    return parser
+
+
 def _add_number(parser: argparse.ArgumentParser, option: str, default: int, what: str) -> None:
     parser.add_argument(option, type=positive, default=default, metavar="N", help=f"{what} (default: %(default)s)")
 
@@ -282,4 +299,22 @@ def _network(arguments: argparse.Namespace) -> BenchReport:
         batch=arguments.batch,
         num_turns=arguments.num_turns,
         num_groups=arguments.generate,
+    )
+
+
+def _step(arguments: argparse.Namespace) -> BenchReport:
+    from pomscale.config.load import load_train_recipe
+
+    recipe = load_train_recipe(arguments.recipe, arguments.overrides)
+
+    from pomscale.benchmarks.training_step import bench_step
+    from pomscale.distributed.world import resolve_device
+
+    return bench_step(
+        recipe,
+        resolve_device(arguments.device),
+        jitpp=arguments.jitpp,
+        pom=arguments.pom,
+        batch=arguments.batch,
+        num_turns=arguments.num_turns,
     )
