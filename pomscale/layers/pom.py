@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pomscale.layers.maps import is_plain, serves_operators
 from pomscale.layers.official import read_official
 from pomscale.ops.pom import (
     Context,
@@ -21,7 +22,6 @@ from pomscale.ops.pom import (
     check_rotary,
     check_tokens,
     is_path_forced,
-    is_transformed,
     polynomial_mixer,
     polynomial_mixer_step,
 )
@@ -49,15 +49,6 @@ class GroupedLinear(nn.Module):
         weight = self.weight.unflatten(0, (self.groups, -1))
         y = torch.einsum("...gi,goi->...go", x.unflatten(-1, (self.groups, -1)), weight).flatten(-2)
         return y if self.bias is None else y + self.bias.to(y.dtype)  # autocast leaves the bias in fp32
-
-
-def _is_plain(map_: nn.Module) -> bool:
-    """Return whether a call of the map does what its weight and bias say, so that an operator may do it instead.
-
-    Others are groups, float8 and adapters, and maps with hooks, as where an engine gathers weights map by map.
-    """
-    hooks = (map_._forward_hooks, map_._forward_pre_hooks, map_._backward_hooks, map_._backward_pre_hooks)
-    return type(map_) is nn.Linear and "forward" not in vars(map_) and not any(hooks)
 
 
 class PoM(nn.Module):
@@ -188,11 +179,10 @@ class PoM(nn.Module):
         """
         return (
             not is_path_forced()
-            and not is_transformed()
+            and serves_operators(x)
             and not (isinstance(mask, Tensor) and mask.dim() == 3)
             and (x.device.type == "cpu" or (x.device.type == "cuda" and self.mixer_memory == "lean"))
-            and not torch.is_autocast_enabled(x.device.type)
-            and all(_is_plain(map_) for map_ in (self.projection, self.gate, self.output))
+            and all(is_plain(map_) for map_ in (self.projection, self.gate, self.output))
         )
 
     def _weights(self) -> Weights:
@@ -213,7 +203,7 @@ class PoM(nn.Module):
     @property
     def _folds(self) -> bool:
         """Whether the operator applies the weight of the output map, to states rather than to tokens."""
-        return self.form.heads > 1 and _is_plain(self.output)
+        return self.form.heads > 1 and is_plain(self.output)
 
     def _mapped(self, y: Tensor) -> Tensor:
         if not self._folds:

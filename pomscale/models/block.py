@@ -78,7 +78,9 @@ class BlockDropout(nn.Module):
 
     def of_hidden(self, seeds: Tensor | None, split: TokenSplit | None) -> Drop | None:
         """Return what drops from the hidden features of the feed-forward; None = nothing."""
-        return None if seeds is None else partial(self.hidden, seeds=seeds, first_token=first_token(split))
+        if seeds is None or self.hidden.rate == 0:
+            return None
+        return partial(self.hidden, seeds=seeds, first_token=first_token(split))
 
 
 def first_token(split: TokenSplit | None) -> int:

@@ -43,7 +43,9 @@ def step_memory(recipe: TrainRecipe, num_gpus: int, share: BatchShare | None = N
     local = with_local_tokens(recipe)
     network = build_network(local.model, num_times(local))
     compute = recipe.compute
-    # As layers/pom.py decides.
+    # As layers/mlp.py and layers/pom.py decide.
+    if compute.float8 or (recipe.engine == "deepspeed" and recipe.deepspeed.zero_stage == 3):
+        network.layer_feed_forwards()
     if not compute.float8 and (compute.device == "cpu" or compute.mixer_memory == "lean"):
         network.use_whole_mixers(compute.mixer_memory, _block_rows(compute), split=recipe.mesh.sp > 1)
     shadow: Fsdp2Shadow | ZeroShadow

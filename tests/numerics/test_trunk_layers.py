@@ -71,11 +71,63 @@ def test_rms_norm_of_views_and_compiled_is_the_same() -> None:
     torch.testing.assert_close(layer(later), F.rms_norm(later, (6,), layer.weight, 1e-6))
 
 
-def test_swiglu() -> None:
-    layer, x = SwiGLU(6, 5).double(), torch.randn(2, 3, 6, dtype=torch.float64)
-    gate, value = (x @ layer.expand.weight[part].T + layer.expand.bias[part] for part in (slice(0, 5), slice(5, 10)))
-    expected = (gate * torch.sigmoid(gate) * value) @ layer.contract.weight.T + layer.contract.bias
-    torch.testing.assert_close(layer(x), expected)
+def swiglu(x: Tensor, layer: SwiGLU) -> Tensor:
+    width = layer.contract.in_features
+    gate, value = (
+        x @ layer.expand.weight[rows].T + layer.expand.bias[rows] for rows in (slice(width), slice(width, None))
+    )
+    return (gate * torch.sigmoid(gate) * value) @ layer.contract.weight.T + layer.contract.bias
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 3), (2, 3, 1)], ids=str)
+def test_swiglu_and_its_gradients(shape: tuple[int, ...]) -> None:
+    layer, x = SwiGLU(6, 5).double(), torch.randn(*shape, 6, dtype=torch.float64, requires_grad=True)
+    upstream, inputs = torch.randn_like(x), [x, *layer.parameters()]
+    found = [layer(x), layer(x, drop=lambda hidden: hidden)]  # the second is layered
+    expected = swiglu(x, layer)
+    gradients = torch.autograd.grad(expected, inputs, upstream)
+    for y in found:
+        torch.testing.assert_close(y, expected, rtol=1e-13, atol=1e-14)
+        for ours, theirs in zip(torch.autograd.grad(y, inputs, upstream), gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_swiglu_computed_again_equals_the_layers_in_the_dtype_of_training(dtype: torch.dtype) -> None:
+    layer, x = SwiGLU(24, 36).to(dtype), torch.randn(2, 9, 24, dtype=dtype, requires_grad=True)
+    upstream, inputs = torch.randn_like(x), [x, *layer.parameters()]
+    ours, theirs = layer(x), layer(x, drop=lambda hidden: hidden)
+    assert torch.equal(ours, theirs)
+    gradients = (torch.autograd.grad(y, inputs, upstream) for y in (ours, theirs))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=8 * torch.finfo(dtype).eps * expected.abs().max())
+
+
+@pytest.mark.parametrize("frozen", ["contract.weight", "contract.bias", "expand"])
+def test_swiglu_with_frozen_parameters(frozen: str) -> None:
+    layer, x = SwiGLU(6, 5).double(), torch.randn(3, 6, dtype=torch.float64)
+    trained = {name: p for name, p in layer.named_parameters() if not name.startswith(frozen)}
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name in trained)
+    gradients = (torch.autograd.grad(y.square().sum(), list(trained.values())) for y in (layer(x), swiglu(x, layer)))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_swiglu_keeps_what_its_first_map_gives_and_no_hidden_features() -> None:
+    layer, x = SwiGLU(6, 4), torch.randn(2, 5, 6)
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        layer(x)
+    assert (2, 5, 8) in kept
+    assert not {(2, 5, 4), (10, 4)} & set(kept)
+
+
+def test_swiglu_calls_a_map_that_somebody_watches() -> None:
+    layer, calls = SwiGLU(6, 5), []
+    layer.contract.register_forward_hook(lambda *_: calls.append(1))
+    layer(torch.randn(3, 6))
+    assert calls == [1]
 
 
 def test_a_bottleneck_is_a_convolution_and_a_linear_map() -> None:

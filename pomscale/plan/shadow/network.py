@@ -17,7 +17,9 @@ from pomscale.plan.shadow.tensor import Tensor
 
 
 class FeedForward:
-    """Feed-forwards of layers/mlp.py."""
+    """Feed-forwards of layers/mlp.py; is_layered: whether SwiGLU cannot compute its hidden features again."""
+
+    is_layered = False
 
     def __init__(self, config: BlockConfig) -> None:
         width, self.is_gated, self.has_dropout = config.ffn_width, config.ffn == "swiglu", config.dropout > 0
@@ -27,6 +29,9 @@ class FeedForward:
 
     def __call__(self, x: Tensor) -> Tensor:
         expanded = self.expand(x)
+        if self.is_gated and not self.is_layered and not self.has_dropout:
+            assert self.contract.bias is not None
+            return op.contracted(expanded, self.contract.weight, self.contract.bias)
         if self.is_gated:
             gate, value = op.chunk(expanded, 2)
             hidden = op.activation(gate) * value
@@ -196,6 +201,11 @@ class Network(ABC):
             for mixer in (None if split else block.mixer, getattr(block, "cross", None)):
                 if isinstance(mixer, PoM):
                     mixer.memory, mixer.block_rows = memory, block_rows
+
+    def layer_feed_forwards(self) -> None:
+        """Let feed-forwards call the layers of their maps, as where these are float8 or an engine gathers each map."""
+        for block in self.blocks:
+            block.feed_forward.is_layered = True
 
     def root_weights(self) -> list[Weight]:
         """Return the weights that are in no block."""

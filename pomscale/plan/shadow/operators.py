@@ -48,6 +48,27 @@ def linear(x: Tensor, weight: Weight, bias: Weight | None) -> Tensor:
     return result
 
 
+def contracted(expanded: Tensor, weight: Weight, bias: Weight) -> Tensor:
+    """Mirror layers/mlp.py: map silu(a) o b of expanded [a b] (.. 2 i) -> (.. o); keeps [a b]."""
+    w, b, tape = weight.read(), bias.read(), expanded.tape
+    hidden = (*expanded.shape[:-1], w.shape[1])
+    temporary = tape.new(hidden)
+    result = product(tape, (*hidden[:-1], w.shape[0]))
+    del temporary
+    shape, sizes = expanded.shape, [(each.shape, each.itemsize) for each in (w, b)]
+
+    def backward(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
+        recomputed, of_expanded = tape.new(hidden), tape.new(shape)
+        temporary = [tape.new(hidden) for _ in range(2)]
+        del temporary
+        of_weights = [tape.new(*size) for size in sizes]
+        del recomputed
+        return [of_expanded, *of_weights]
+
+    record([expanded, w, b], [result], [expanded], backward)
+    return result
+
+
 def grouped_linear(x: Tensor, weight: Weight, groups: int) -> Tensor:
     """Map x (b n i) by weight (o i/groups) group by group -> (b n o): a product in another order, and its copy."""
     w, shape = weight.read(), x.shape
@@ -448,7 +469,7 @@ def mean_squared(error: Tensor) -> Tensor:
 
 __all__ = [
     "BF16", "BOOL", "FP16", "FP32", "INT64", "Weight", "activation", "attention", "broadcast", "cast", "chunk", "clamp",
-    "concatenate", "concatenate_tokens", "convolution", "difference", "dropout", "embedding", "grouped_linear",
-    "last_tokens", "layer_norm", "linear", "matrix_product", "mean_squared", "part", "rms_norm", "scaled", "sigmoid",
-    "sum_tokens", "unbind", "view", "whole_mixer",
+    "concatenate", "concatenate_tokens", "contracted", "convolution", "difference", "dropout", "embedding",
+    "grouped_linear", "last_tokens", "layer_norm", "linear", "matrix_product", "mean_squared", "part", "rms_norm",
+    "scaled", "sigmoid", "sum_tokens", "unbind", "view", "whole_mixer",
 ]  # fmt: skip
