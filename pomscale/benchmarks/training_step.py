@@ -19,6 +19,7 @@ from pomscale.base.errors import InputError
 from pomscale.benchmarks.memory import kept_bytes
 from pomscale.benchmarks.operators.timing import measured
 from pomscale.benchmarks.report import BenchReport
+from pomscale.config.mixer import PomMixer
 from pomscale.config.model import ImageModelConfig
 from pomscale.config.train import TrainRecipe
 from pomscale.diffusion.objectives import build_objective, per_sample_loss
@@ -52,7 +53,7 @@ class _Contender:
 
     def backward(self) -> None:
         """Compute the gradients of `loss`."""
-        self.loss.backward()  # type: ignore[no-untyped-call]
+        self.loss.backward()
         del self.loss
 
     def update(self) -> None:
@@ -67,7 +68,7 @@ class _Authors(_Contender):
         diffusion = recipe.diffusion
         arch, side = f"JiT-{_SIZES[config.dim]}/{config.patch_size}", config.latent_shape[1]
         mixer = config.mixers[0]
-        pom = {"pom_degree": mixer.degree, "pom_expand": mixer.expand} if mixer.kind == "pom" else {}
+        pom = {"pom_degree": mixer.degree, "pom_expand": mixer.expand} if isinstance(mixer, PomMixer) else {}
         self.model = denoiser(
             arch,
             img_size=side,
@@ -159,7 +160,8 @@ def bench_step(
         x = torch.rand(batch, *config.latent_shape) * 2 - 1
         classes = torch.arange(batch) % config.num_classes
     _check_equal(report, ours, theirs, x, classes)
-    fastest, kept = {}, {}
+    fastest: dict[str, dict[str, float]] = {}
+    kept: dict[str, int] = {}
     for turn in range(num_turns + 1):
         for contender in (ours, theirs):
             seconds = {

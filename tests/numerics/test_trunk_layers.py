@@ -117,7 +117,12 @@ def test_swiglu_with_frozen_parameters(frozen: str) -> None:
 def test_swiglu_keeps_what_its_first_map_gives_and_no_hidden_features() -> None:
     layer, x = SwiGLU(6, 4), torch.randn(2, 5, 6)
     kept: list[tuple[int, ...]] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
     assert (2, 5, 8) in kept
     assert not {(2, 5, 4), (10, 4)} & set(kept)

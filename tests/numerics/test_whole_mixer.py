@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from pomscale.benchmarks.storage_tracker import StorageTracker
 from pomscale.layers import PoM
 from pomscale.ops.pom import BlockCausal, Context, Form, Mask, Queries, Segments, polynomial_mixer
 from pomscale.ops.pom.whole import Memory, Weights, layout, mix, native
+from pomscale.ops.pom.whole.kernels import TorchKernels
 from support.pairs import every_pair
 
 BATCH, TOKENS, QUERIES, DIM = 3, 23, 7, 12
@@ -260,6 +261,36 @@ def test_sums_in_cpp_are_those_of_any_number_of_threads() -> None:
             native.NativeKernels(library, PoM(40).form, None).add_features(u, native.Rows(), totals[-1])
     assert torch.equal(totals[0], totals[1])
     assert torch.equal(totals[0], totals[2])
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_rotary_kernels_in_cpp_equal_those_in_pytorch(axes: Literal[1, 2, 3], per_row: bool) -> None:
+    """Widths are such that blocks of pairs end inside of an axis, and vectors are not full."""
+    library, generator = native.native_library(), torch.Generator().manual_seed(8)
+    assert library is not None, "the tests need a C++ compiler"
+    form, rows, width = Form("coefficients", 3, 4, axes), 150, 812
+    u, dh = (2 * torch.randn(2, rows, width, generator=generator)).unbind()
+    coefficients = torch.randn(width, 3, generator=generator)
+    positions = torch.randint(-3, 40, (rows, axes), generator=generator)
+    positions[7] = 100_000
+    turns = native.Turns.of(positions, width)
+    of_rows = native.Rows(torch.rand(rows, generator=generator) < 0.8, positions, turns.index)
+    found = []
+    for kernels in (
+        native.NativeKernels(library, form, coefficients, turns),
+        TorchKernels(form, coefficients, torch.float32, torch.device("cpu")),
+    ):
+        total, h, du, dcoefficients = (torch.zeros(shape) for shape in ((width,), u.shape, u.shape, (width, 3)))
+        for first, last in ((0, 64), (64, rows)):
+            part = of_rows.part(first, last)
+            kernels.add_features(u[first:last], part, total)
+            kernels.features(u[first:last], part, h[first:last])
+            gradient = dh[first:last] if per_row else dh[:1]
+            kernels.features_backward(u[first:last], part, gradient, du[first:last], dcoefficients)
+        h[~of_rows.takes_part] = 0  # type: ignore[operator]  # rows that take no part are not written
+        found.append([total, h, du, dcoefficients])
+    assert max(errors(*found)) < 1e-6
 
 
 # --- memory and work -------------------------------------------------------------------------------------------------

@@ -426,9 +426,9 @@ def _folded_backward(tape: Tape, num_states: int, widths: tuple[int, int, int], 
     width, heads, d_out = widths
     folded = _folded_map(tape, num_states, widths)
     dfolded = tape.new((num_states, heads, d_out), FP32)
-    # Held to the end: the gradient of the gates of the last chunk, and what is made of the gates of its last state.
-    of_chunk, of_state = _chunk_rows(rows), min(_chunk_rows(rows), rows // num_states)
-    gates = [tape.new((of_chunk, heads)), tape.new((4 * of_state, heads), FP32)]
+    # Held to the end: the gates of the last chunk, their gradient, and that of their logits.
+    of_chunk = _chunk_rows(rows), heads
+    gates = [tape.new(of_chunk), tape.new(of_chunk), tape.new(of_chunk, FP32)]
     output = tape.new((width, d_out), FP32) if tape.itemsize != FP32 else None
     by_head = tape.new((width, d_out), FP32)
     of_output = tape.new((width, d_out), FP32)

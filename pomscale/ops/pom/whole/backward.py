@@ -109,15 +109,14 @@ def _folded_queries(run: Backward, means: Tensor) -> Tensor:
     folded = folded_map(call, means)  # (states, S, d_out)
     dfolded = torch.zeros_like(folded, dtype=call.sums)
     for chunk in chunks(call.layout.query_runs(), call.x.shape[0]):
-        gate = run.activations.of_queries(chunk)
-        dgate = torch.empty_like(gate)
+        gate, rows = run.activations.of_queries(chunk), call.query_rows(chunk)
+        gates = call.torch_kernels.gates(gate, rows, call.num_features).to(run.dy.dtype)
+        dgates = torch.empty_like(gate, dtype=call.sums)
         for part_of, part in parts(chunk):
-            rows, state = call.query_rows(part_of), part_of.state
-            dy = run.dy[part_of.start : part_of.stop]
-            gates = call.torch_kernels.gates(gate[part], rows, call.num_features).to(dy.dtype)
-            dfolded[state] += gates.t() @ dy
-            dgates = (dy @ folded[state].t()).to(call.sums)
-            dgate[part] = call.torch_kernels.gates_backward(gate[part], rows, dgates, call.num_features)
+            dy, state = run.dy[part_of.start : part_of.stop], part_of.state
+            dfolded[state] += gates[part].t() @ dy
+            dgates[part] = dy @ folded[state].t()
+        dgate = call.torch_kernels.gates_backward(gate, rows, dgates, call.num_features).to(gate.dtype)
         run.add_queries(chunk, dgate)
     output = call.weights.output.to(call.sums).unflatten(1, (heads, -1)).permute(1, 0, 2)  # (S, d_out, head width)
     of_heads = dfolded.transpose(0, 1)  # (S, states, d_out)

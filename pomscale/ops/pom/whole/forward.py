@@ -108,10 +108,10 @@ def folded_map(call: Call, means: Tensor) -> Tensor:
 def _read_folded(call: Call, activations: Activations, means: Tensor, y: Tensor) -> None:
     folded, bias = folded_map(call, means), call.weights.output_bias
     for chunk in chunks(call.layout.query_runs(), call.x.shape[0]):
-        gate = activations.of_queries(chunk)
+        rows = call.query_rows(chunk)
+        gates = call.torch_kernels.gates(activations.of_queries(chunk), rows, call.num_features).to(y.dtype)
         for run, part in parts(chunk):
-            gates = call.torch_kernels.gates(gate[part], call.query_rows(run), call.num_features).to(y.dtype)
-            linear_(gates, folded[run.state].t(), bias, y[run.start : run.stop])
+            linear_(gates[part], folded[run.state].t(), bias, y[run.start : run.stop])
 
 
 def _causal(call: Call, activations: Activations, y: Tensor) -> Tensor:

@@ -75,10 +75,10 @@ INLINE void blocks(int64_t channels, int64_t work, int threads, const Body& body
   }
 }
 
-// Sums over rows, of at most MAX_DEGREE vectors of a block.
+// Sums over rows, of at most 2 MAX_DEGREE vectors of a block.
 struct Sums {
-  float partial[MAX_DEGREE][BLOCK] = {};
-  double total[MAX_DEGREE][BLOCK] = {};
+  float partial[2 * MAX_DEGREE][BLOCK] = {};
+  double total[2 * MAX_DEGREE][BLOCK] = {};
 
   void flush(int64_t vectors) {
     for (int64_t j = 0; j < vectors; ++j)
@@ -94,6 +94,73 @@ struct Sums {
 };
 
 INLINE bool is_flushed(int64_t row, int64_t rows) { return row % PARTIAL == PARTIAL - 1 || row == rows - 1; }
+
+// The polynomial of a coefficient form at n channels: value = sum_m c_m v^m, v = activation(u), c (degree, width).
+INLINE void polynomial(const float* u, const float* coefficients, int64_t width, int64_t degree, int64_t n,
+                       float* value) {
+  float v[LANES], slope;
+  for (int64_t l = 0; l < n; ++l) v[l] = activation(u[l], &slope);
+  for (int64_t l = 0; l < n; ++l) value[l] = 0.0f;
+  for (int64_t m = degree - 1; m >= 0; --m)
+    for (int64_t l = 0; l < n; ++l) value[l] = (value[l] + coefficients[m * width + l]) * v[l];
+}
+
+// Its derivative: du of a gradient, and gradient v^m is added to sums[m BLOCK] unless sums is null.
+INLINE void polynomial_backward(const float* u, const float* coefficients, int64_t width, int64_t degree, int64_t n,
+                                const float* gradient, float* sums, float* du) {
+  float v[LANES], slope[LANES], dv[LANES], power[LANES];
+  for (int64_t l = 0; l < n; ++l) v[l] = activation(u[l], &slope[l]);
+  for (int64_t l = 0; l < n; ++l) power[l] = gradient[l];
+  for (int64_t l = 0; l < n; ++l) dv[l] = 0.0f;
+  for (int64_t m = degree; m >= 1; --m)
+    for (int64_t l = 0; l < n; ++l) dv[l] = dv[l] * v[l] + m * coefficients[(m - 1) * width + l];
+  if (sums)
+    for (int64_t m = 0; m < degree; ++m)
+      for (int64_t l = 0; l < n; ++l) sums[m * BLOCK + l] += power[l] *= v[l];
+  for (int64_t l = 0; l < n; ++l) du[l] = dv[l] * gradient[l] * slope[l];
+}
+
+using Table = const float*;
+
+// Rotary positions. Axis a has pairs[a] pairs, channel c with c + pairs[a], in a block of channels of its own. Pair c
+// of row i turns by the angle whose cosine is cosines[offsets[a] + turns[i axes + a] pairs[a] + c].
+struct Rotary {
+  const int64_t* turns;
+  const float *cosines, *sines;
+  const int64_t *pairs, *offsets;
+  int64_t axes;
+};
+
+// Runs body(number of the pair in the block, its two channels, cosines, sines, number of lanes) over the pairs first ..
+// last - 1 of all axes at a row.
+template <class Body>
+INLINE void pairs_of(const Rotary& rotary, int64_t row, int64_t first, int64_t last, const Body& body) {
+  int64_t before = 0;
+  for (int64_t a = 0; a < rotary.axes; ++a) {
+    const int64_t pairs = rotary.pairs[a];
+    const int64_t begin = first > before ? first : before, end = last < before + pairs ? last : before + pairs;
+    const int64_t table = rotary.offsets[a] + rotary.turns[row * rotary.axes + a] * pairs - before;
+    if (begin < end)
+      lanes(begin, end, [&](int64_t p, int64_t n) {
+        body(p - first, p + before, p + before + pairs, rotary.cosines + table + p, rotary.sines + table + p, n);
+      });
+    before += pairs;
+  }
+}
+
+// Adds vector j of the sums of pairs first .. last - 1 to the channels of `out` that are first (half 0) or second.
+INLINE void add_pairs(const Sums& sums, int64_t j, const Rotary& rotary, int64_t half, float* out, int64_t first,
+                      int64_t last) {
+  int64_t before = 0;
+  for (int64_t a = 0; a < rotary.axes; ++a) {
+    const int64_t pairs = rotary.pairs[a];
+    for (int64_t p = first > before ? first : before; p < last && p < before + pairs; ++p) {
+      float* to = out + p + before + half * pairs;
+      *to = static_cast<float>(*to + sums.total[j][p - first]);
+    }
+    before += pairs;
+  }
+}
 
 }  // namespace
 
@@ -173,11 +240,8 @@ void coefficient_features(const float* u, const uint8_t* takes_part, const float
     for (int64_t row = 0; row < rows; ++row) {
       if (!takes_part || takes_part[row])
         lanes(first, last, [&](int64_t c, int64_t n) {
-          float v[LANES], value[LANES], slope;
-          for (int64_t l = 0; l < n; ++l) v[l] = activation(u[row * width + c + l], &slope);
-          for (int64_t l = 0; l < n; ++l) value[l] = 0.0f;
-          for (int64_t m = degree - 1; m >= 0; --m)
-            for (int64_t l = 0; l < n; ++l) value[l] = (value[l] + coefficients[m * width + c + l]) * v[l];
+          float value[LANES];
+          polynomial(u + row * width + c, coefficients + c, width, degree, n, value);
           if (total)
             for (int64_t l = 0; l < n; ++l) sums.partial[0][c - first + l] += value[l];
           if (h) std::memcpy(h + row * width + c, value, n * sizeof(float));
@@ -195,27 +259,80 @@ void coefficient_backward(const float* u, const uint8_t* takes_part, const float
   blocks(width, rows * width, threads, [=](int64_t first, int64_t last) {
     Sums sums;
     for (int64_t row = 0; row < rows; ++row) {
-      float* out = du + row * width;
       if (takes_part && !takes_part[row]) {
-        std::memset(out + first, 0, (last - first) * sizeof(float));
+        std::memset(du + row * width + first, 0, (last - first) * sizeof(float));
       } else {
         lanes(first, last, [&](int64_t c, int64_t n) {
-          float v[LANES], slope[LANES], gradient[LANES], dv[LANES], power[LANES];
-          for (int64_t l = 0; l < n; ++l) v[l] = activation(u[row * width + c + l], &slope[l]);
-          for (int64_t l = 0; l < n; ++l) power[l] = gradient[l] = dh[row * dh_stride + c + l];
-          for (int64_t l = 0; l < n; ++l) dv[l] = 0.0f;
-          for (int64_t m = degree; m >= 1; --m)
-            for (int64_t l = 0; l < n; ++l) dv[l] = dv[l] * v[l] + m * coefficients[(m - 1) * width + c + l];
-          if (dcoefficients)
-            for (int64_t m = 0; m < degree; ++m)
-              for (int64_t l = 0; l < n; ++l) sums.partial[m][c - first + l] += power[l] *= v[l];
-          for (int64_t l = 0; l < n; ++l) out[c + l] = dv[l] * gradient[l] * slope[l];
+          float out[LANES];
+          polynomial_backward(u + row * width + c, coefficients + c, width, degree, n, dh + row * dh_stride + c,
+                              dcoefficients ? &sums.partial[0][c - first] : nullptr, out);
+          std::memcpy(du + row * width + c, out, n * sizeof(float));
         });
       }
       if (dcoefficients && is_flushed(row, rows)) sums.flush(degree);
     }
     if (dcoefficients)
       for (int64_t m = 0; m < degree; ++m) sums.add_to(m, dcoefficients + m * width, first, last);
+  });
+}
+
+// As coefficient_features, turned by the positions of the rows; threads divide the pairs of channels.
+void rotary_features(const float* u, const uint8_t* takes_part, const float* coefficients, const int64_t* turns,
+                     const float* cosines, const float* sines, const int64_t* pairs, const int64_t* offsets,
+                     int64_t axes, float* h, float* total, int64_t rows, int64_t width, int64_t degree, int threads) {
+  const Rotary rotary{turns, cosines, sines, pairs, offsets, axes};
+  blocks(width / 2, rows * width, threads, [=](int64_t first, int64_t last) {
+    Sums sums;
+    for (int64_t row = 0; row < rows; ++row) {
+      if (!takes_part || takes_part[row])
+        pairs_of(rotary, row, first, last, [&](int64_t p, int64_t a, int64_t b, Table c, Table s, int64_t n) {
+          float x[LANES], y[LANES], turned[2][LANES];
+          polynomial(u + row * width + a, coefficients + a, width, degree, n, x);
+          polynomial(u + row * width + b, coefficients + b, width, degree, n, y);
+          for (int64_t l = 0; l < n; ++l) turned[0][l] = x[l] * c[l] - y[l] * s[l];
+          for (int64_t l = 0; l < n; ++l) turned[1][l] = y[l] * c[l] + x[l] * s[l];
+          for (int64_t half = 0; half < 2; ++half) {
+            if (total)
+              for (int64_t l = 0; l < n; ++l) sums.partial[half][p + l] += turned[half][l];
+            if (h) std::memcpy(h + row * width + (half ? b : a), turned[half], n * sizeof(float));
+          }
+        });
+      if (total && is_flushed(row, rows)) sums.flush(2);
+    }
+    if (total)
+      for (int64_t half = 0; half < 2; ++half) add_pairs(sums, half, rotary, half, total, first, last);
+  });
+}
+
+// As coefficient_backward, of features that are turned: their gradient is turned back.
+void rotary_backward(const float* u, const uint8_t* takes_part, const float* coefficients, const int64_t* turns,
+                     const float* cosines, const float* sines, const int64_t* pairs, const int64_t* offsets,
+                     int64_t axes, const float* dh, int64_t dh_stride, float* du, float* dcoefficients, int64_t rows,
+                     int64_t width, int64_t degree, int threads) {
+  const Rotary rotary{turns, cosines, sines, pairs, offsets, axes};
+  blocks(width / 2, rows * width, threads, [=](int64_t first, int64_t last) {
+    Sums sums;
+    for (int64_t row = 0; row < rows; ++row) {
+      const bool takes = !takes_part || takes_part[row];
+      pairs_of(rotary, row, first, last, [&](int64_t p, int64_t a, int64_t b, Table c, Table s, int64_t n) {
+        float out[2][LANES] = {}, back[2][LANES];
+        const float *x = dh + row * dh_stride + a, *y = dh + row * dh_stride + b;
+        for (int64_t l = 0; l < n; ++l) back[0][l] = x[l] * c[l] + y[l] * s[l];
+        for (int64_t l = 0; l < n; ++l) back[1][l] = y[l] * c[l] - x[l] * s[l];
+        for (int64_t half = 0; half < 2; ++half) {
+          const int64_t channel = half ? b : a;
+          float* of_coefficients = dcoefficients ? &sums.partial[half * degree][p] : nullptr;
+          if (takes)
+            polynomial_backward(u + row * width + channel, coefficients + channel, width, degree, n, back[half],
+                                of_coefficients, out[half]);
+          std::memcpy(du + row * width + channel, out[half], n * sizeof(float));
+        }
+      });
+      if (dcoefficients && is_flushed(row, rows)) sums.flush(2 * degree);
+    }
+    if (dcoefficients)
+      for (int64_t j = 0; j < 2 * degree; ++j)
+        add_pairs(sums, j, rotary, j / degree, dcoefficients + (j % degree) * width, first, last);
   });
 }
 

@@ -21,18 +21,19 @@ from pomscale.ops.pom.rotary import cos_sin, rotate
 
 @dataclass(frozen=True)
 class Rows:
-    """What belongs to rows beside their values: takes_part (r,) bool, positions (r axes); None = all, no rope."""
+    """What belongs to rows beside their values: takes_part (r,) bool, positions (r axes); None = all, no rope.
+
+    turns (r axes) int64 are the rows of `native.Turns` that positions stand for, where the kernels in C++ serve.
+    """
 
     takes_part: Tensor | None = None
     positions: Tensor | None = None
+    turns: Tensor | None = None
 
     def part(self, start: int, stop: int) -> Rows:
         """Return rows start .. stop - 1."""
-        takes_part, positions = self.takes_part, self.positions
-        return Rows(
-            None if takes_part is None else takes_part[start:stop],
-            None if positions is None else positions[start:stop],
-        )
+        of_rows = (self.takes_part, self.positions, self.turns)
+        return Rows(*(None if values is None else values[start:stop] for values in of_rows))
 
 
 class Kernels(Protocol):

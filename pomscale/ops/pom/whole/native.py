@@ -14,13 +14,16 @@ import platform
 import subprocess
 import tempfile
 import warnings
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pomscale.ops.pom.form import Form
+from pomscale.ops.pom.rotary import frequencies
 from pomscale.ops.pom.whole.kernels import Rows
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -82,11 +85,42 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-class NativeKernels:
-    """Kernels in C++; `kernels.Kernels` describes the methods."""
+@dataclass(frozen=True)
+class Turns:
+    """Angles of rotary positions: tables of the distinct positions of each axis, and the table's row for each token.
 
-    def __init__(self, library: ctypes.CDLL, form: Form, coefficients: Tensor | None) -> None:
-        self._library, self._degree = library, form.degree
+    index (tokens, axes) int64. Of axis a with P_a pairs, cosines and sines (fp32) hold a table (positions, P_a) that
+    begins at offsets[a]; pairs and offsets (axes,) int64.
+    """
+
+    index: Tensor
+    cosines: Tensor
+    sines: Tensor
+    pairs: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, positions: Tensor, width: int) -> Turns:
+        """Return the angles of features of this width at positions (tokens, axes)."""
+        found, index, pairs, offsets = [], [], [], [0]
+        for axis, frequency in enumerate(frequencies(width, positions.shape[1], positions.device)):
+            distinct, rows = positions[:, axis].unique(return_inverse=True)
+            index.append(rows)
+            found.append((distinct[:, None].float() * frequency).flatten())
+            pairs.append(len(frequency))
+            offsets.append(offsets[-1] + len(found[-1]))
+        angles = torch.cat(found)
+        sizes = torch.tensor(pairs), torch.tensor(offsets[:-1])
+        return cls(torch.stack(index, dim=1), angles.cos(), angles.sin(), *sizes)
+
+
+class NativeKernels:
+    """Kernels in C++; `kernels.Kernels` describes the methods. turns: those of the context, with rope alone."""
+
+    def __init__(
+        self, library: ctypes.CDLL, form: Form, coefficients: Tensor | None, turns: Turns | None = None
+    ) -> None:
+        self._library, self._degree, self._turns = library, form.degree, turns
         self._is_product = form.name == "product"
         self._columns = None if coefficients is None else coefficients.detach().t().contiguous()
         self._threads = torch.get_num_threads()
@@ -97,9 +131,9 @@ class NativeKernels:
         return (
             device.type == "cpu"
             and dtype == torch.float32
-            and form.rope is None
             and form.degree <= _MAX_DEGREE
-            and (form.heads == 1 or folds)  # gates of heads meet no channels where they read folded maps
+            # Where gates read folded maps, they meet no channels: PyTorch makes those of heads, and turns them.
+            and (folds or (form.heads == 1 and form.rope is None))
         )
 
     def add_features(self, u: Tensor, rows: Rows, total: Tensor) -> None:
@@ -109,19 +143,14 @@ class NativeKernels:
         self._features(u, rows, out, None)
 
     def features_backward(self, u: Tensor, rows: Rows, dh: Tensor, du: Tensor, dcoefficients: Tensor | None) -> None:
-        gradient = (
-            _pointer(u),
-            _pointer(rows.takes_part),
-            *self._coefficients(),
-            _pointer(dh),
-            _stride(dh),
-            _pointer(du),
-        )
+        operands = self._operands(u, rows)
+        gradient = _pointer(dh), _stride(dh), _pointer(du)
         if self._is_product:
-            self._library.product_backward(*gradient, *self._sizes(u), *self._tail())
+            self._library.product_backward(*operands, *gradient, *self._sizes(u), *self._tail())
             return
+        run = self._library.coefficient_backward if self._turns is None else self._library.rotary_backward
         columns = None if dcoefficients is None else torch.zeros_like(dcoefficients.t(), memory_format=_CONTIGUOUS)
-        self._library.coefficient_backward(*gradient, _pointer(columns), *self._sizes(u), *self._tail())
+        run(*operands, *gradient, _pointer(columns), *self._sizes(u), *self._tail())
         if dcoefficients is not None and columns is not None:
             dcoefficients += columns.t()
 
@@ -144,12 +173,21 @@ class NativeKernels:
         self._library.running_means_backward(*tensors, *self._sizes(dmean), self._threads)
 
     def _features(self, u: Tensor, rows: Rows, h: Tensor | None, total: Tensor | None) -> None:
-        run = self._library.product_features if self._is_product else self._library.coefficient_features
-        tensors = _pointer(u), _pointer(rows.takes_part), *self._coefficients(), _pointer(h), _pointer(total)
-        run(*tensors, *self._sizes(u), *self._tail())
+        if self._is_product:
+            run = self._library.product_features
+        else:
+            run = self._library.coefficient_features if self._turns is None else self._library.rotary_features
+        run(*self._operands(u, rows), _pointer(h), _pointer(total), *self._sizes(u), *self._tail())
 
-    def _coefficients(self) -> list[ctypes.c_void_p]:
-        return [] if self._is_product else [_pointer(self._columns)]
+    def _operands(self, u: Tensor, rows: Rows) -> list[Any]:
+        operands: list[Any] = [_pointer(u), _pointer(rows.takes_part)]
+        if not self._is_product:
+            operands.append(_pointer(self._columns))
+        if self._turns is not None:
+            turns = self._turns
+            tensors = rows.turns, turns.cosines, turns.sines, turns.pairs, turns.offsets
+            operands += [*(_pointer(tensor) for tensor in tensors), _int(len(turns.pairs))]
+        return operands
 
     def _tail(self) -> tuple[ctypes.c_int64, int]:
         return _int(self._degree), self._threads

@@ -13,8 +13,8 @@ from torch import Tensor
 from pomscale.ops.pom.form import Form
 from pomscale.ops.pom.state import accumulation_dtype
 from pomscale.ops.pom.whole.kernels import Kernels, Rows, TorchKernels
-from pomscale.ops.pom.whole.layout import Layout, Run
-from pomscale.ops.pom.whole.native import NativeKernels, native_library
+from pomscale.ops.pom.whole.layout import Chunk, Layout, Run
+from pomscale.ops.pom.whole.native import NativeKernels, Turns, native_library
 
 Memory: TypeAlias = Literal["fast", "lean"]
 """What is kept for the backward pass beside the inputs: u and the gates (fast), or neither (lean)."""
@@ -88,14 +88,24 @@ class Call:
         library = native_library() if serves else None
         if library is None:
             return self.torch_kernels
-        return NativeKernels(library, self.form, self.weights.coefficients)
+        return NativeKernels(library, self.form, self.weights.coefficients, self._context_turns)
+
+    @cached_property
+    def _context_turns(self) -> Turns | None:
+        positions = self.context_positions
+        return None if positions is None else Turns.of(positions, self.num_features)
+
+    @cached_property
+    def _all_context_rows(self) -> Rows:
+        turns = self._context_turns if isinstance(self.kernels, NativeKernels) else None
+        return Rows(self.takes_part, self.context_positions, None if turns is None else turns.index)
 
     def context_rows(self, run: Run) -> Rows:
         """Return what belongs to a run of the context."""
-        return Rows(self.takes_part, self.context_positions).part(run.start, run.stop)
+        return self._all_context_rows.part(run.start, run.stop)
 
-    def query_rows(self, run: Run) -> Rows:
-        """Return what belongs to a run of the queries."""
+    def query_rows(self, run: Run | Chunk) -> Rows:
+        """Return what belongs to the queries of a run or of a chunk."""
         return Rows(None, self.positions).part(run.start, run.stop)
 
     def context_chunk(self, start: int, stop: int) -> Tensor:
