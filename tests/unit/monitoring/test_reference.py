@@ -239,9 +239,9 @@ def test_a_reference_is_written_into_a_new_folder(three: list[Path], tmp_path: P
 # --- what is shipped -------------------------------------------------------------------------------------------------
 
 
-def test_the_curves_that_make_check_curves_needs_are_shipped() -> None:
-    assert CHECKED in shipped_references()
-    assert set(shipped_references()) <= set(REFERENCES)
+def test_all_reference_curves_are_shipped() -> None:
+    assert set(shipped_references()) == set(REFERENCES)
+    assert CHECKED in REFERENCES
 
 
 @pytest.mark.parametrize("name", sorted(shipped_references()))
