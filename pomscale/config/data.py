@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from pomscale.config.section import Fraction, NonNegativeInt, PositiveFloat, Section
+from pomscale.config.section import Fraction, GrownSection, NonNegativeInt, PositiveFloat, Section
 
 
-class MixtureComponentConfig(Section):
+class MixtureComponentConfig(GrownSection):
     """One dataset of a mixture."""
+
+    _later: ClassVar[frozenset[str]] = frozenset({"features"})
 
     path: str = Field(description="Folder or URL with manifest.json.")
     weight: PositiveFloat = Field(1.0, description="Share of the samples, relative to the other components.")
     text: str | None = Field(None, description="Companion set of text embeddings, joined by key.")
+    features: str | None = Field(None, description="Companion set of a teacher's features, joined by key.")
 
 
 class CacheConfig(Section):
@@ -24,13 +27,18 @@ class CacheConfig(Section):
     max_gib: PositiveFloat = Field(100.0, description="Size above which the least recently used shards are deleted.")
 
 
-class DataConfig(Section):
+class DataConfig(GrownSection):
     """Datasets to train on, and the way to read them."""
+
+    _later: ClassVar[frozenset[str]] = frozenset({"features"})
 
     path: str | None = Field(
         None, description="Folder or URL with manifest.json, as written by `pomscale data encode`."
     )
     text: str | None = Field(None, description="Companion set of text embeddings for `path`, joined by key.")
+    features: str | None = Field(
+        None, description="Companion set of a teacher's features for `path`, joined by key, for the alignment loss."
+    )
     mixture: list[MixtureComponentConfig] = Field([], description="Several datasets instead of `path`.")
     normalization: Literal["codec", "dataset"] = Field(
         "codec", description="codec: the codec's scaling factor; dataset: the measured per-channel mean and std."
@@ -57,13 +65,16 @@ class DataConfig(Section):
     def _check(self) -> DataConfig:
         if (self.path is None) == (not self.mixture):
             raise ValueError("give either `path` or `mixture`")
-        if self.text is not None and self.mixture:
-            raise ValueError("text: belongs to `path`; a mixture names `text` per component")
+        for name in ("text", "features"):
+            if getattr(self, name) is not None and self.mixture:
+                raise ValueError(f"{name}: belongs to `path`; a mixture names `{name}` per component")
+        if len({component.features is None for component in self.mixture}) > 1:
+            raise ValueError("mixture: give `features` for all components, or for none")
         return self
 
     @property
     def components(self) -> list[MixtureComponentConfig]:
         """The datasets; `path` is a mixture of one."""
         if self.path is not None:
-            return [MixtureComponentConfig(path=self.path, text=self.text)]
+            return [MixtureComponentConfig(path=self.path, text=self.text, features=self.features)]
         return self.mixture

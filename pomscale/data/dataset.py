@@ -35,6 +35,7 @@ class Samples:
     text: Tensor | None  # (b, n, dim) float16, zero after each row's length
     text_lengths: Tensor | None  # (b,) int64
     bad: dict[int, BadSample]  # by row
+    features: Tensor | None = None  # (b, n, dim) float16, a teacher's, of the flipped picture where it is flipped
 
 
 class LatentDataset:

@@ -49,6 +49,9 @@ class MicroBatch:
     positions: Tensor  # (b,) int64, global positions
     weights: Tensor  # (b,) float32, 1 or 0
     bad: tuple[BadSample, ...]
+    # (b, n, dim) float16, n = product of the grid: a teacher's, of the flipped picture where it is flipped; None if
+    # they are not read
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,4 +254,5 @@ def _micro_batch(samples: Samples, positions: np.ndarray, weights: np.ndarray) -
         positions=torch.from_numpy(positions),
         weights=torch.from_numpy(weights),
         bad=bad,
+        features=samples.features,
     )

@@ -43,6 +43,8 @@ TEXT_ARRAYS: tuple[ArrayName, ...] = ("text", *(f"text_{number}" for number in r
 ARRAY_MEMBERS: dict[ArrayName, str] = {
     "latent": ".latent.npy",
     "flip": ".latent_flip.npy",
+    "features": ".features.npy",
+    "features_flip": ".features_flip.npy",
     **{name: f".{name}.npy" for name in TEXT_ARRAYS},
 }
 PNG_MEMBER = ".png"
@@ -68,6 +70,11 @@ def equals(default: object) -> Callable[[Any], bool]:
     Left out then, it neither changes their bytes nor keeps an older version from reading the dataset.
     """
     return default.__eq__
+
+
+def is_none(value: object) -> bool:
+    """`exclude_if` as `equals` makes them, of a field that is None by default."""
+    return value is None
 
 
 class CodecInfo(_Part):
@@ -140,6 +147,32 @@ class TextInfo(_Part):
         return base64.b64decode(self.null_embedding)
 
 
+class FeaturesInfo(_Part):
+    """The teacher, and its features of each record: (n, dim) float16, n the product of the grid.
+
+    Tokens are in the order frame groups, rows, columns. `teacher` is its spec without the path, e.g. "dinov2";
+    `identity` is the sha256 of network, weights and preprocessing: sets of equal identity and grid belong together.
+    """
+
+    teacher: str
+    identity: str
+    dim: int = Field(gt=0)
+    grid: tuple[int, int] | tuple[int, int, int]
+    """(rows, columns) of pictures, (frame groups, rows, columns) of clips."""
+    dtype: Literal["float16"] = "float16"
+    has_flip: bool
+    """Whether the features of the mirrored pictures are stored, too."""
+
+    @property
+    def num_tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (n, dim) of a record's features."""
+        return self.num_tokens, self.dim
+
+
 class GroupInfo(_Part):
     """Shards whose latents have one shape, (c, h, w) or (c, f, h, w); () in a set without latents.
 
@@ -191,6 +224,7 @@ class Manifest(_Part):
     transform_version: int = Field(1, exclude_if=equals(1))  # what it was before manifests had it
     text: TextInfo | None
     text_version: int = Field(1, exclude_if=equals(1))  # what it was before manifests had it, and without embeddings
+    features: FeaturesInfo | None = Field(None, exclude_if=is_none)
     has_captions: bool
     class_names: tuple[str, ...]
     num_samples: int = Field(ge=0)
@@ -208,8 +242,10 @@ class Manifest(_Part):
         in_shards = sum(shard.num_samples for shard in self.shards)
         if self.num_samples != in_shards:
             raise ValueError(f"num_samples is {self.num_samples:,}, but the shards have {in_shards:,} samples")
-        if len({self.codec is None, self.latent is None, self.transform is None}) != 1:
-            raise ValueError("codec, latent and transform belong together")
+        if (self.codec is None) != (self.latent is None):
+            raise ValueError("codec and latent belong together")
+        if (self.transform is None) != (self.latent is None and self.features is None):
+            raise ValueError("a transform belongs to latents or features, and only to these")
         groups = [shard.group for shard in self.shards]
         if groups != sorted(groups) or any(not 0 <= group < len(self.groups) for group in groups):
             raise ValueError("the shards are not sorted by group, or name a group that is not there")
@@ -224,6 +260,8 @@ class Manifest(_Part):
         present: list[ArrayName] = []
         if self.latent is not None:
             present += ["latent", "flip"] if self.latent.stores_flip else ["latent"]
+        if self.features is not None:
+            present += ["features", "features_flip"] if self.features.has_flip else ["features"]
         return (*present, *self.text_arrays)
 
     @property
