@@ -150,10 +150,11 @@ def bench_step(
     config = recipe.model
     if not isinstance(config, ImageModelConfig) or config.dim not in _SIZES or recipe.diffusion.objective != "x":
         raise InputError(f"{recipe.name}: JiTpp has no such network; take a recipe of recipes/image/jit-*")
+    denoiser = _denoiser(jitpp, pom)
     report = BenchReport("step")
     torch.manual_seed(0)
     with torch.device(device):
-        theirs = _Authors(recipe, config, _denoiser(jitpp, pom))
+        theirs = _Authors(recipe, config, denoiser)
         net = theirs.model.net
         assert isinstance(net, nn.Module)
         ours = _Ours(recipe, config, net)
