@@ -113,5 +113,5 @@ class DiPoM(nn.Module):
                 positions = None if positions is None else F.pad(positions, (0, 0, in_context.tokens, 0))
             x = block(x, c, positions, split, seeds)
             if alignment is not None and number + 1 == alignment.block:
-                hidden = x[:, -num_tokens:]
+                hidden = x if x.shape[1] == num_tokens else x[:, -num_tokens:]
         return x[:, -num_tokens:], hidden
