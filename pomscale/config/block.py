@@ -31,6 +31,14 @@ class InContextConfig(Section):
     start: NonNegativeInt = Field(description="Number of the block, from 0, that is the first to read them.")
 
 
+class AlignmentConfig(Section):
+    """Projection of hidden states to a teacher's features, for the alignment loss in training (REPA)."""
+
+    block: PositiveInt = Field(description="Number of blocks that the hidden states have passed.")
+    dim: PositiveInt = Field(description="Width of the teacher's features, e.g. 768 of DINOv2-B.")
+    hidden: PositiveInt = Field(2048, description="Width between the three linear maps of the projection.")
+
+
 class DropoutConfig(Section):
     """Dropout in training, of what attention adds and of the hidden features of the feed-forward (JiT)."""
 

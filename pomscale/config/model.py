@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
 from pomscale.config.block import (
+    AlignmentConfig,
     BlockConfig,
     DropoutConfig,
     FeedForwardName,
@@ -42,7 +44,7 @@ class TrunkConfig(GrownSection):
     """Blocks of a network. A preset fills every field that the recipe does not set."""
 
     _later = frozenset(
-        {"norm", "ffn", "gates", "positions", "time_embedding", "patch_embedding", "in_context", "dropout"}
+        {"norm", "ffn", "gates", "positions", "time_embedding", "patch_embedding", "in_context", "dropout", "alignment"}
     )
 
     _presets: ClassVar[dict[str, dict[str, Any]]]
@@ -67,6 +69,11 @@ class TrunkConfig(GrownSection):
         None, description="Pictures: tokens of the class beside those of the picture; null = none."
     )
     dropout: DropoutConfig | None = Field(None, description="Dropout in training; null = none.")
+    alignment: AlignmentConfig | None = Field(
+        None,
+        description="Projection for the alignment loss (diffusion.alignment), part of the network in training alone; "
+        "null = none.",
+    )
     norm: NormName = Field("layer", description="layer: without weights; rms: RMS norms, each with a weight.")
     gates: GatesName = Field(
         "1+g", description="Factor of what a mixer or feed-forward adds: 1 + g or g, where g depends on the condition."
@@ -116,6 +123,8 @@ class TrunkConfig(GrownSection):
             raise ValueError("positions: none leaves tokens without any; set rope: true in a mixer, or sincos here")
         if self.in_context is not None and self.in_context.start >= self.depth:
             raise ValueError(f"in_context.start: {self.in_context.start} is no block; they are 0 to {self.depth - 1}")
+        if self.alignment is not None and self.alignment.block > self.depth:
+            raise ValueError(f"alignment.block: {self.alignment.block}, but there are only {self.depth} blocks")
         if self.dropout is not None and not any(block.dropout for block in self.blocks):
             raise ValueError(
                 f"dropout: its range, {self.dropout.first} to {self.dropout.last}, has no block; they are "
@@ -148,6 +157,11 @@ class TrunkConfig(GrownSection):
         rates = [0.0 if self.dropout is None else self.dropout.rate_of(n) for n in range(self.depth)]
         return [replace(self.block, dropout=rate, number=number) for number, rate in enumerate(rates)]
 
+    @property
+    @abstractmethod
+    def token_grid(self) -> tuple[int, ...]:
+        """Tokens of a sample of `latent_shape` by row and column; by frame group, row and column in clips."""
+
     def num_block_tokens(self, number: int) -> int:
         """Return the tokens of a sample that a block reads, those of the class among them."""
         in_context = self.in_context
@@ -159,9 +173,9 @@ class TrunkConfig(GrownSection):
         return any(mixer.rope is not None for mixer in self.mixers)
 
     @property
-    @abstractmethod
     def num_tokens(self) -> int:
         """Tokens of a sample of `latent_shape`."""
+        return math.prod(self.token_grid)
 
     def _check_sides(self, height: int, width: int) -> None:
         if height % self.patch_size or width % self.patch_size:
@@ -189,10 +203,10 @@ class ImageModelConfig(TrunkConfig):
         return self
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of a sample of `latent_shape`."""
+    def token_grid(self) -> tuple[int, int]:
+        """Tokens of a sample of `latent_shape` by row and column."""
         _, height, width = self.latent_shape
-        return (height // self.patch_size) * (width // self.patch_size)
+        return height // self.patch_size, width // self.patch_size
 
 
 class VideoModelConfig(TrunkConfig):
@@ -234,10 +248,10 @@ class VideoModelConfig(TrunkConfig):
         return self.latent_shape[1] // self.patch_frames
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of a sample of `latent_shape`."""
+    def token_grid(self) -> tuple[int, int, int]:
+        """Tokens of a sample of `latent_shape` by frame group, row and column."""
         _, _, height, width = self.latent_shape
-        return self.num_groups * (height // self.patch_size) * (width // self.patch_size)
+        return self.num_groups, height // self.patch_size, width // self.patch_size
 
 
 def kind(value: Any) -> str:

@@ -27,7 +27,7 @@ from pomscale.config.evaluation import EvaluationConfig
 from pomscale.config.model import ImageModelConfig, ModelConfig, VideoModelConfig
 from pomscale.config.monitoring import MonitoringConfig
 from pomscale.config.sampling import SamplingConfig
-from pomscale.config.section import FolderName, Fraction, NonNegativeInt, PositiveFloat, Section, Seed
+from pomscale.config.section import FolderName, Fraction, GrownSection, NonNegativeInt, PositiveFloat, Section, Seed
 
 DEFAULT_CLAMP, DEFAULT_NOISE_SCALE = 0.05, 1.0
 """Clamp and noise scale of objective x where none is given, as in JiT (Li & He 2025, arXiv 2511.13720)."""
@@ -52,7 +52,18 @@ class TimeConfig(Section):
     )
 
 
-class DiffusionConfig(Section):
+class AlignmentLossConfig(Section):
+    """Loss that draws hidden states towards a teacher's features: - cosine, by token (REPA, arXiv 2410.06940)."""
+
+    weight: PositiveFloat = Field(0.5, description="Factor of the alignment loss beside the diffusion loss.")
+    until_samples: PositiveInt | None = Field(
+        None, description="Global position from which on samples are trained without it; null = all of them have it."
+    )
+
+
+class DiffusionConfig(GrownSection):
+    _later = frozenset({"alignment"})
+
     objective: Literal["flow", "eps", "x"] = Field(
         "flow",
         description="flow: predict v = eps - x0; eps: predict the noise; x: predict x0, with the loss in v (JiT).",
@@ -75,6 +86,10 @@ class DiffusionConfig(Section):
         0,
         description="Clips: each is given a random first frame group from 0 to this, so that generation may continue "
         "to positions beyond the length of the clips.",
+    )
+
+    alignment: AlignmentLossConfig | None = Field(
+        None, description="Alignment loss; needs model.alignment and data.features; null = none."
     )
 
     @model_validator(mode="before")
@@ -194,6 +209,7 @@ class TrainRecipe(Section):
         else:
             self._check_image(self.model)
         self._check_mesh()
+        self._check_alignment()
         self._check_best()
         self._check_consistency()
         return self
@@ -247,6 +263,22 @@ class TrainRecipe(Section):
                 "mesh.sp: tokens in context lie before those of the picture, which ranks share; set "
                 "model.in_context: null, or mesh.sp: 1"
             )
+
+    def _check_alignment(self) -> None:
+        parts = {
+            "model.alignment": self.model.alignment is not None,
+            "diffusion.alignment": self.diffusion.alignment is not None,
+            "data.features": any(component.features is not None for component in self.data.components),
+        }
+        given = [key for key, is_given in parts.items() if is_given]
+        missing = [key for key in parts if key not in given]
+        if given and missing:
+            raise ValueError(
+                f"{given[0]}: the alignment loss needs {', '.join(parts)}; give {' and '.join(missing)} too, or leave "
+                "out all of them"
+            )
+        if given and self.mesh.sp > 1:
+            raise ValueError("mesh.sp: the alignment loss needs all tokens of a sample on one rank; use mesh.sp: 1")
 
     def _check_best(self) -> None:
         if not self.checkpoint.keep_best:

@@ -134,8 +134,8 @@ class DeepSpeedEngine:
             self._deepspeed.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             share = loss(self.model, micro_batch)
             # DeepSpeed averages gradients over ranks; our shares already add up to the global mean.
-            self._deepspeed.backward(share * self._num_ranks)
-            total += share.detach()
+            self._deepspeed.backward(share.view(-1)[0] * self._num_ranks)
+            total = total + share.detach()
         return total
 
     def step(self, learning_rate: float, ema_weights: Mapping[str, float]) -> float:

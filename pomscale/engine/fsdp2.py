@@ -86,8 +86,8 @@ class Fsdp2Engine:
             self.model.set_is_last_backward(is_last)
             share = loss(self.model, micro_batch)
             # FSDP averages gradients over ranks; our shares already add up to the global mean.
-            (share * self._num_ranks).backward()
-            total += share.detach()
+            (share.view(-1)[0] * self._num_ranks).backward()
+            total = total + share.detach()
         return total
 
     def step(self, learning_rate: float, ema_weights: Mapping[str, float]) -> float:

@@ -47,7 +47,8 @@ class Engine(Protocol):
         """Accumulate gradients, and return this rank's share of the loss as an fp32 scalar on `device`.
 
         `loss` returns the micro-batch's share of the global mean loss, so that the sum over micro-batches and ranks is
-        the loss of the global batch. To read the result waits for the device, which is left to the caller.
+        the loss of the global batch; or a vector of that and of other figures that add up, without gradient, and then
+        a vector is returned. To read the result waits for the device, which is left to the caller.
         """
         ...
 

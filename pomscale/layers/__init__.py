@@ -1,5 +1,6 @@
 """Layers: modules with weights, which know no models, process groups or sharding."""
 
+from pomscale.layers.alignment import AlignmentProjection
 from pomscale.layers.attention import Attention, AttentionState
 from pomscale.layers.dropout import Dropout
 from pomscale.layers.embeddings import (
@@ -26,6 +27,7 @@ from pomscale.layers.patchify import (
 from pomscale.layers.pom import GroupedLinear, PoM
 
 __all__ = [
+    "AlignmentProjection",
     "Attention",
     "AttentionState",
     "BottleneckPatchEmbedding",

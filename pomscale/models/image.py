@@ -15,6 +15,7 @@ from pomscale.layers import (
     sincos_positions_2d,
     unpatchify,
 )
+from pomscale.models.alignment import build_alignment, project
 from pomscale.models.block import Block, build_mixer, build_norm
 from pomscale.models.embeddings import build_bottleneck, build_time_embedding
 from pomscale.ops.pom import SplitTokens, TokenSplit
@@ -44,6 +45,7 @@ class DiPoM(nn.Module):
         self.norm = build_norm(config.norm, dim)
         self.modulation = nn.Linear(dim, 2 * dim)
         self.head = nn.Linear(dim, config.patch_size**2 * channels)
+        self.alignment = build_alignment(config)
 
     def blocks(self) -> nn.ModuleList:
         """Return the repeated blocks, in order, which an engine shards, checkpoints and compiles one by one."""
@@ -60,12 +62,14 @@ class DiPoM(nn.Module):
         condition: Tensor,
         split_tokens: SplitTokens | None = None,
         dropout_seeds: Tensor | None = None,
-    ) -> Tensor:
+        num_aligned: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predict from latents (b c h w), t (b,) in [0, 1] with 1 = noise, and class ids (b,) int64 -> (b c h w).
 
         With split_tokens the result is that of this rank's tokens alone, (b n patch_size^2 c) as `latent_tokens` cuts
         them. dropout_seeds (b,) int64 in training; without them there is no dropout. h and w may differ from the
-        config's; ValueError if the patch size does not divide them.
+        config's; ValueError if the patch size does not divide them. With num_aligned the result is a pair of that and
+        the projections of the picture's tokens in the first so many samples, see `models.alignment.project`.
         """
         patch_size = self.config.patch_size
         height, width = latents.shape[2] // patch_size, latents.shape[3] // patch_size
@@ -78,11 +82,12 @@ class DiPoM(nn.Module):
         of_class = self.class_embedding(condition)
         c = (self.time_embedding(t) + of_class)[:, None]
         positions = grid_positions(height, width, device=x.device)[tokens] if self.config.has_rope else None
-        x = self._through_blocks(x, c, of_class, positions, split, dropout_seeds)
+        x, hidden = self._through_blocks(x, c, of_class, positions, split, dropout_seeds)
         scale, shift = self.modulation(F.silu(c)).chunk(2, dim=-1)
         values = self.head(modulate(self.norm(x), shift, scale))
         # No view of what the head gives, for the reason in `unpatchify`.
-        return unpatchify(values, height, width, patch_size) if split is None else values.clone()
+        prediction = unpatchify(values, height, width, patch_size) if split is None else values.clone()
+        return prediction if num_aligned is None else (prediction, project(self.alignment, hidden, num_aligned))
 
     def _through_blocks(
         self,
@@ -92,9 +97,14 @@ class DiPoM(nn.Module):
         positions: Tensor | None,
         split: TokenSplit | None,
         seeds: Tensor | None,
-    ) -> Tensor:
-        """Apply the blocks to the picture's tokens x (b n d), and to those of the class (b d) from their block on."""
-        num_tokens, in_context = x.shape[1], self.config.in_context
+    ) -> tuple[Tensor, Tensor | None]:
+        """Apply the blocks to the picture's tokens x (b n d), and to those of the class (b d) from their block on.
+
+        Returns:
+            The picture's tokens after the last block, and after that of the alignment, if the config has one.
+        """
+        num_tokens, in_context, alignment = x.shape[1], self.config.in_context, self.config.alignment
+        hidden = None
         for number, block in enumerate(self.trunk):
             if in_context is not None and number == in_context.start:
                 assert self.in_context is not None
@@ -102,4 +112,6 @@ class DiPoM(nn.Module):
                 # Position (0, 0) turns nothing.
                 positions = None if positions is None else F.pad(positions, (0, 0, in_context.tokens, 0))
             x = block(x, c, positions, split, seeds)
-        return x[:, -num_tokens:]
+            if alignment is not None and number + 1 == alignment.block:
+                hidden = x if x.shape[1] == num_tokens else x[:, -num_tokens:]
+        return x[:, -num_tokens:], hidden

@@ -27,6 +27,7 @@ from pomscale.layers import (
     sincos_positions_3d,
     unpatchify_clips,
 )
+from pomscale.models.alignment import build_alignment, project
 from pomscale.models.block import BlockDropout, build_feed_forward, build_mixer, build_norm, gate_offset, mix
 from pomscale.models.embeddings import build_bottleneck, build_time_embedding
 from pomscale.ops.pom import BlockCausal, Mask, PomState, SplitTokens, TokenSplit, runs_of_frames
@@ -200,6 +201,7 @@ class VDiPoM(nn.Module):
         self.norm = build_norm(config.norm, dim)
         self.modulation = nn.Linear(dim, 2 * dim)
         self.head = nn.Linear(dim, config.patch_frames * config.patch_size**2 * channels)
+        self.alignment = build_alignment(config)
 
     def blocks(self) -> nn.ModuleList:
         """Return the repeated blocks, in order, which an engine shards, checkpoints and compiles one by one."""
@@ -213,22 +215,27 @@ class VDiPoM(nn.Module):
         start: Tensor | None = None,
         split_tokens: SplitTokens | None = None,
         dropout_seeds: Tensor | None = None,
-    ) -> Tensor:
+        num_aligned: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predict from latents (b c F H W), or pictures (b c H W), and t (b,) or (b g) in [0, 1] with 1 = noise.
 
         The result is like the latents; with split_tokens, that of this rank's tokens alone, (b n values) as
         `latent_tokens` cuts them. start (b,) int64 is the number of a clip's first frame group, by default 0.
         dropout_seeds (b,) int64 in training; without them there is no dropout.
+        With num_aligned the result is a pair of that and the projections of the clip's tokens in the first so many
+        samples, see `models.alignment.project`.
         ValueError if the patches do not fill the clips, or if there are neither one t nor g of them.
         """
         clips = latents if latents.ndim == 5 else latents[:, :, None]
-        if clips.shape[2] > 1:
-            return self._predict(clips, t, condition, start, split_tokens, dropout_seeds)
-        repeated = clips.expand(-1, -1, self.config.patch_frames, -1, -1)
-        prediction = self._predict(repeated, t, condition, start, split_tokens, dropout_seeds)
-        if split_tokens is not None:
-            return prediction.unflatten(2, (self.config.patch_frames, -1)).mean(2)
-        return prediction.mean(2, keepdim=latents.ndim == 5)
+        is_picture = clips.shape[2] == 1
+        if is_picture:
+            clips = clips.expand(-1, -1, self.config.patch_frames, -1, -1)
+        prediction, hidden = self._predict(clips, t, condition, start, split_tokens, dropout_seeds)
+        if is_picture and split_tokens is not None:
+            prediction = prediction.unflatten(2, (self.config.patch_frames, -1)).mean(2)
+        elif is_picture:
+            prediction = prediction.mean(2, keepdim=latents.ndim == 5)
+        return prediction if num_aligned is None else (prediction, project(self.alignment, hidden, num_aligned))
 
     def _predict(
         self,
@@ -238,8 +245,9 @@ class VDiPoM(nn.Module):
         start: Tensor | None,
         split_tokens: SplitTokens | None,
         seeds: Tensor | None,
-    ) -> Tensor:
-        grid = self._grid(clips)
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the prediction for clips, and the tokens after the block of the alignment, if the config has one."""
+        grid, alignment, hidden = self._grid(clips), self.config.alignment, None
         split = None if split_tokens is None else split_tokens(math.prod(grid))
         x = self.patch_embedding(clips, None if split is None else split.tokens)
         if t.ndim == 2 and t.shape[1] != grid[0]:
@@ -251,11 +259,13 @@ class VDiPoM(nn.Module):
         c = self._embedded_time(t)
         text = self._embedded_text(condition)
         mask = BlockCausal(grid[1] * grid[2]) if self.config.temporal == "block_causal" else None
-        for block in self.trunk:
+        for number, block in enumerate(self.trunk):
             x = block(x, c, text, condition.mask, mask, positions, split, seeds)
+            if alignment is not None and number + 1 == alignment.block:
+                hidden = x
         values = self._values(x, c, split)
         # No view of what the head gives, for the reason in `unpatchify`.
-        return self._unpatchified(values, grid) if split is None else values.clone()
+        return (self._unpatchified(values, grid) if split is None else values.clone()), hidden
 
     def step(
         self, latents: Tensor, t: Tensor, condition: Text, states: Sequence[MixerState] | None, group: int

@@ -19,7 +19,8 @@ modulation and the modulated text, of which a clip has one for every t, cost as 
 
 Other choices of the trunk: SwiGLU has 3 h d for its width h = 2/3 f d; a bottleneck b of the patch embedding
 b (values + d) per token; the time embedding of JiT (256 + d) d per time. In-context tokens add to N from their block
-on.
+on. The projection of the alignment loss, of hidden width h to features of width z, has h (d + h + z) per token of the
+picture, in training alone.
 """
 
 from __future__ import annotations
@@ -55,7 +56,24 @@ def num_parameters(config: ModelConfig) -> int:
     if config.in_context is not None:
         embeddings += config.in_context.tokens * dim
     head = _linear(dim, 2 * dim) + _linear(dim, values) + _norm(config)
-    return embeddings + num_block_parameters(config) + head
+    return embeddings + num_block_parameters(config) + head + _projection_parameters(config)
+
+
+def _projection_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters of the projection of the alignment loss."""
+    alignment = config.alignment
+    if alignment is None:
+        return 0
+    hidden = alignment.hidden
+    return _linear(config.dim, hidden) + _linear(hidden, hidden) + _linear(hidden, alignment.dim)
+
+
+def projection_flops(config: ModelConfig) -> int:
+    """Return the FLOPs of projecting the hidden states of one sample for the alignment loss, forward."""
+    alignment = config.alignment
+    if alignment is None:
+        return 0
+    return 2 * config.num_tokens * alignment.hidden * (config.dim + alignment.hidden + alignment.dim)
 
 
 def num_block_parameters(config: ModelConfig) -> int:
@@ -118,9 +136,9 @@ def forward_flops(
 def training_flops(config: ModelConfig, *, text_length: int = TEXT_LENGTH, num_times: int = 1) -> int:
     """Return the FLOPs of forward and backward of one sample; each forward product costs two in the backward pass.
 
-    Recomputation by activation checkpointing is not counted, as is usual for MFU. Arguments are as of `forward_flops`.
+    The projection of the alignment loss is included. Recomputation by activation checkpointing is not counted, as is usual for MFU. Arguments are as of `forward_flops`.
     """
-    return 3 * forward_flops(config, text_length=text_length, num_times=num_times)
+    return 3 * (forward_flops(config, text_length=text_length, num_times=num_times) + projection_flops(config))
 
 
 def recomputed_flops(

@@ -80,6 +80,16 @@ class ModelCard(BaseModel):
             ) from error
 
     @property
+    def for_use(self) -> ModelCard:
+        """The card without what serves training alone: the projection of the alignment loss."""
+        return self.model_copy(
+            update={
+                "model": self.model.model_copy(update={"alignment": None}),
+                "diffusion": self.diffusion.model_copy(update={"alignment": None}),
+            }
+        )
+
+    @property
     def main_weights(self) -> str:
         """Name of the weights that stand for the model, and are sampled from, measured and exported by default."""
         return self.averages[0] if self.averages else "model"

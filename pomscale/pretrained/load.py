@@ -75,7 +75,7 @@ def load_pretrained(
     codec_path: str | None = None,
     text_path: str | None = None,
 ) -> PretrainedModel:
-    """Load a trained model in fp32 and eval mode.
+    """Load a trained model in fp32 and eval mode, without the projection of the alignment loss.
 
     Args:
         path: A run folder (its newest complete checkpoint), a checkpoint, or an exported folder.
@@ -92,7 +92,7 @@ def load_pretrained(
         InputError: There are no such weights at `path`, or they are damaged.
     """
     source = open_weights(Path(path))
-    card = source.card
+    card = source.card.for_use
     if codec_path is not None and not isinstance(card.codec, PixelCodecConfig | Uint8CodecConfig):
         card = card.model_copy(update={"codec": card.codec.model_copy(update={"path": codec_path})})
     if text_path is not None:

@@ -189,7 +189,7 @@ def export_post_hoc(
         "relative_error": result.relative_error,
         "snapshots": [{"samples": times[folder], **of_average} for folder, of_average in coefficients.items()],
     }
-    card = source.card.model_copy(update={"averages": (name,)})
+    card = source.card.for_use.model_copy(update={"averages": (name,)})
     shapes = parameter_shapes(card.model)
     write_weights(out, card, provenance, shapes, {name: _combine(shapes, coefficients)}, dtype)
     return PostHocAverage(name, end, len(times), result.relative_error)

@@ -89,7 +89,8 @@ def open_weights(path: Path) -> TrainedWeights:
 def export(path: Path, out: Path, *, weights: str = "ema", dtype: Precision = "fp32") -> None:
     """Write one set of weights of a run, a checkpoint or an exported folder to the new folder `out`.
 
-    The set stands for the model in `out`. In fp32 the loaded model gives bit-equal outputs.
+    The set stands for the model in `out`. In fp32 the loaded model gives bit-equal outputs. The projection of the
+    alignment loss, which serves training alone, is left out.
 
     Args:
         path: The run folder, checkpoint or exported folder.
@@ -103,8 +104,8 @@ def export(path: Path, out: Path, *, weights: str = "ema", dtype: Precision = "f
     source = open_weights(path)
     name = source.resolve(weights)
     source.check(name)
-    shapes = parameter_shapes(source.card.model)
-    card = source.card.model_copy(update={"averages": () if name == "model" else (name,)})
+    card = source.card.for_use.model_copy(update={"averages": () if name == "model" else (name,)})
+    shapes = parameter_shapes(card.model)
     tensors = (tensor for _, tensor in source.stream(name, shapes))
     write_weights(out, card, {**source.provenance, "weights": name}, shapes, {name: tensors}, dtype)
 

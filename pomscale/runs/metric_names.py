@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 METRICS: dict[str, str] = {
-    "train/loss": "training loss, mean over the samples since the last row",
+    "train/loss": "diffusion loss, without the alignment loss, mean over the samples since the last row",
+    "train/alignment_loss": "alignment loss without its weight: - cosine of projections and the teacher's features, -1 "
+    "to 1, mean over the samples since the last row",
     "train/grad_norm": "global gradient norm before clipping, mean over the steps since the last row",
     "train/learning_rate": "learning rate of the last step",
     "data/epoch": "number of passes over the dataset so far; of a mixture, data/epoch/NAME for each dataset",

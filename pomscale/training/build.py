@@ -187,6 +187,8 @@ def build_trainer(
         process.world.device,
         LocalTokens.of(recipe, process.world),
     )
+    if recipe.diffusion.alignment is not None:
+        share = partial(share, alignment_weight=recipe.diffusion.alignment.weight)
     return Trainer(
         engine=resumed.engine,
         batches=steps(loader),

@@ -25,6 +25,9 @@ from pomscale.pretrained.weights import TrainedWeights, open_weights, parameter_
 # The class embedding has a row per class, and a last one for "no class", which guidance uses.
 _CLASS_EMBEDDING = "class_embedding.weight"
 
+# Parameters of the projection for the alignment loss, which serve training alone.
+_PROJECTION = "alignment."
+
 # Names of new classes in a message.
 _MAX_NAMED = 8
 
@@ -51,6 +54,8 @@ class FineTuning:
     def note(self) -> str:
         """A line for people: what is taken from where, and what is not."""
         taken = f"initial weights: {self.weights} of {self.source.folder}"
+        if self.model.alignment is not None and not self._has_projection:
+            taken += "; the projection for the alignment loss is new"
         rows = self._class_rows
         new = [number for number, row in enumerate(rows) if row is None]
         if not new:
@@ -81,6 +86,11 @@ class FineTuning:
         return [*rows, there]
 
     @property
+    def _has_projection(self) -> bool:
+        """Whether the source has the same projection for the alignment loss; exported models have none."""
+        return self.source.card.model.alignment == self.model.alignment
+
+    @property
     def _num_classes_there(self) -> int:
         model = self.source.card.model
         return model.num_classes if isinstance(model, ImageModelConfig) else 0
@@ -92,6 +102,10 @@ class FineTuning:
         """
         parameters = dict(model.named_parameters())
         shapes = parameter_shapes(self.model)
+        if not self._has_projection:
+            for name in [name for name in shapes if name.startswith(_PROJECTION)]:
+                assign(parameters[name], initial_value(model, name, self.seed))
+                del shapes[name]
         if self._class_rows:
             shapes[_CLASS_EMBEDDING] = torch.Size([self._num_classes_there + 1, *shapes[_CLASS_EMBEDDING][1:]])
         for name, value in self.source.stream(self.weights, shapes):
@@ -122,7 +136,8 @@ def fine_tuning(
     """Return initial weights for a network from those of a trained one.
 
     Latents may have another height, width and number of frames, since positions are computed, and clips another mask:
-    no weight belongs to those. Classes that the trained network does not know begin with rows that are drawn.
+    no weight belongs to those. Classes that the trained network does not know begin with rows that are drawn. Either
+    may have a projection for the alignment loss: it is taken where both have the same, else it is drawn or left out.
 
     Args:
         config: The trained network.

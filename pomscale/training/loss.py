@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from pomscale.base.condition import Condition, Text, map_condition
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.config.time_shift import time_shift
-from pomscale.config.train import TrainRecipe
+from pomscale.config.train import AlignmentLossConfig, TrainRecipe
 from pomscale.data.bad_samples import BadSample
 from pomscale.data.loader import Loader, MicroBatch
 from pomscale.data.normalize import normalize
 from pomscale.data.texts import null_text, text_batch
+from pomscale.diffusion.alignment import AlignedNetwork, alignment_loss
 from pomscale.diffusion.draws import draw, dropout_seeds
 from pomscale.diffusion.objectives import Objective, per_sample_loss
 from pomscale.distributed.sequence_parallel import SequenceRanks
@@ -33,6 +34,7 @@ class TrainBatch:
     x0: as the loader gives it, not normalised, mostly float16, uint8 for pixels. t, start: see diffusion.draws;
     pictures have no start.
     bad: the samples that could not be read; their weight is 0. dropout_seeds: (b,) int64, None without dropout.
+    features: (a, n, d) float16, a teacher's, of the first a samples, which have the alignment loss; None without it.
     """
 
     x0: Tensor
@@ -43,6 +45,7 @@ class TrainBatch:
     weights: Tensor
     bad: tuple[BadSample, ...]
     dropout_seeds: Tensor | None = None
+    features: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
         """The same batch with `function` applied to each of its tensors."""
@@ -55,6 +58,7 @@ class TrainBatch:
             function(self.weights),
             self.bad,
             None if self.dropout_seeds is None else function(self.dropout_seeds),
+            None if self.features is None else function(self.features),
         )
 
     def pin_memory(self) -> TrainBatch:
@@ -84,15 +88,24 @@ def draw_batch(recipe: TrainRecipe, batch: MicroBatch, texts: TextInfo | None) -
     shape, model = tuple(batch.latents.shape[1:]), recipe.model
     shift = time_shift(recipe.diffusion, model, shape)
     seeds = None if model.dropout is None else dropout_seeds(recipe.seed, batch.positions.tolist())
+    features = None if recipe.diffusion.alignment is None else aligned_features(recipe.diffusion.alignment, batch)
     if isinstance(model, VideoModelConfig):
         assert texts is not None
         num_groups = max(1, shape[1] // model.patch_frames) if len(shape) == 4 else 1
         draws = draw(recipe.seed, batch.positions.tolist(), shape, recipe.diffusion, num_groups, shift)
         condition: Condition = _drop_texts(text_batch(batch, texts), draws.drop_condition, texts)
-        return TrainBatch(batch.latents, draws.eps, draws.t, condition, draws.start, batch.weights, batch.bad, seeds)
-    draws = draw(recipe.seed, batch.positions.tolist(), shape, recipe.diffusion, shift=shift)
-    condition = torch.where(draws.drop_condition, model.num_classes, batch.condition)
-    return TrainBatch(batch.latents, draws.eps, draws.t, condition, None, batch.weights, batch.bad, seeds)
+        start: Tensor | None = draws.start
+    else:
+        draws = draw(recipe.seed, batch.positions.tolist(), shape, recipe.diffusion, shift=shift)
+        condition, start = torch.where(draws.drop_condition, model.num_classes, batch.condition), None
+    return TrainBatch(batch.latents, draws.eps, draws.t, condition, start, batch.weights, batch.bad, seeds, features)
+
+
+def aligned_features(config: AlignmentLossConfig, batch: MicroBatch) -> Tensor:
+    """Return the features of the samples of a micro-batch that have the alignment loss: the first ones, maybe none."""
+    assert batch.features is not None, "TrainRecipe demands them"
+    until = config.until_samples
+    return batch.features if until is None else batch.features[: int((batch.positions < until).sum())]
 
 
 def _drop_texts(text: Text, dropped: Tensor, texts: TextInfo) -> Text:
@@ -141,17 +154,29 @@ def share_of_loss(
     local: LocalTokens | None,
     model: nn.Module,
     batch: TrainBatch,
+    *,
+    alignment_weight: float = 0.0,
 ) -> Tensor:
     """A micro-batch's share of the mean loss over the global batch, a scalar in fp32.
 
     The sum over the micro-batches of all ranks is the loss of the step; `local` says which tokens this rank has, None =
-    all of its samples'.
+    all of its samples'. Where the batch has features, the result is a vector, of which the first has a gradient: the
+    loss, which is that of diffusion plus `alignment_weight` times that of alignment; the diffusion loss; the alignment
+    loss; the share of the samples that have the alignment loss.
     """
     batch = batch.to(device)
     x0 = normalize(batch.x0, normalization)
     network = model if batch.start is None else partial(model, start=batch.start)
     if batch.dropout_seeds is not None:
         network = partial(network, dropout_seeds=batch.dropout_seeds)
+    if batch.features is not None:
+        aligned = AlignedNetwork(network, len(batch.features))
+        losses = per_sample_loss(objective, aligned, x0, batch.eps, batch.t, batch.condition)
+        weights = batch.weights[: len(batch.features)]
+        diffusion = (losses * batch.weights).sum() / global_batch
+        alignment = (alignment_loss(aligned.projected, batch.features) * weights).sum() / global_batch
+        total = diffusion + alignment_weight * alignment
+        return torch.stack([total, diffusion.detach(), alignment.detach(), weights.sum() / global_batch])
     if local is None:
         losses = per_sample_loss(objective, network, x0, batch.eps, batch.t, batch.condition)
     else:

@@ -51,6 +51,7 @@ class Telemetry:
     _host: HostStats = field(default_factory=HostStats, init=False)
     _losses: list[float] = field(default_factory=list, init=False)
     _norms: list[float] = field(default_factory=list, init=False)
+    _alignments: list[float] = field(default_factory=list, init=False)
     _is_warm: bool = field(default=False, init=False)
 
     def next_batch(self, batches: Iterator[T], samples: int) -> T:
@@ -67,15 +68,17 @@ class Telemetry:
         self.records.ledger.charge("step" if self._is_warm else "compile")
         self._is_warm = True
 
-    def count_step(self, loss: float, norm: float, num_samples: int) -> None:
-        """Count a step that the optimiser has taken."""
+    def count_step(self, loss: float, norm: float, num_samples: int, alignment: float | None = None) -> None:
+        """Count a step that the optimiser has taken. alignment: its alignment loss, None where it had none."""
         self._losses.append(loss)
+        if alignment is not None:
+            self._alignments.append(alignment)
         self._norms.append(norm)
         self.timer.count_step(num_samples)
 
     def discard_steps(self) -> None:
         """Leave the losses since the last row out of the next one: the run has gone back to before them."""
-        self._losses, self._norms = [], []
+        self._losses, self._norms, self._alignments = [], [], []
 
     def log(self, clock: Clock) -> None:
         """Write a row on the steps since the last one. A collective. Superseded if a newer start has taken over."""
@@ -98,11 +101,9 @@ class Telemetry:
 
     def _means(self) -> Row:
         """Mean loss and norm of the steps since the last row; empty if none was taken."""
-        losses, norms = self._losses, self._norms
+        found = {"train/loss": self._losses, "train/alignment_loss": self._alignments, "train/grad_norm": self._norms}
         self.discard_steps()
-        if not losses:
-            return {}
-        return {"train/loss": math.fsum(losses) / len(losses), "train/grad_norm": math.fsum(norms) / len(norms)}
+        return {name: math.fsum(values) / len(values) for name, values in found.items() if values}
 
     def _ranks(self, speed: dict[str, float]) -> Row:
         """Compare the ranks, and warn if one of them holds up the others. A collective."""

@@ -24,7 +24,8 @@ class Trainer:
 
     engine: Engine
     batches: Iterator[list[Any]]  # micro-batches of this rank, a list per step; `bad`: the samples it could not read
-    loss: Callable[[nn.Module, Any], Tensor]  # a micro-batch's share of the mean loss over the global batch
+    # A micro-batch's share of the mean loss over the global batch; or of the loss and its parts, see `share_of_loss`.
+    loss: Callable[[nn.Module, Any], Tensor]
     schedule: Schedule
     saver: Saver
     recovery: Recovery
@@ -84,19 +85,23 @@ class Trainer:
         bad = [sample for batch in micro_batches for sample in batch.bad]
         # One collective per step carries the loss, the ranks' agreement to stop, and word of bad samples. It waits for
         # the device, so it comes before the optimiser, on which the device works while the host begins the next step.
-        loss, stop_votes, num_bad = self.process.world.sum([share, float(self.process.stop.requested), float(len(bad))])
+        stop_votes, num_bad, *losses = self.process.world.sum(
+            [float(self.process.stop.requested), float(len(bad)), *share.view(-1)]
+        )
         norm = self.engine.step(
             self.schedule.learning_rate_from(clock.samples), self.schedule.ema_weights_from(clock.samples)
         )
         if num_bad:
             self.recovery.note_bad_samples(clock.samples, bad)
+        # The diffusion loss is judged, which does not jump when alignment ends. If the other is not finite, nor is norm.
+        loss, alignment = (losses[0], None) if len(losses) == 1 else (losses[1], _mean(*losses[2:]))
         verdict = self.recovery.assess(clock.samples, loss, norm)
         self.telemetry.charge_step()
         self.process.step_done()
         outcome = self.recovery.carry_out(verdict, clock, norm)
         if outcome is StepOutcome.TAKEN:
             clock.take(self.schedule.global_batch)
-            self.telemetry.count_step(loss, norm, self.schedule.global_batch)
+            self.telemetry.count_step(loss, norm, self.schedule.global_batch, alignment)
         return outcome, stop_votes > 0 and not self.schedule.is_over(clock.samples)
 
     def _finish(self, clock: Clock, stopped: bool) -> None:
@@ -106,3 +111,8 @@ class Trainer:
         self.telemetry.profiler.close()
         self.saver.finish(clock.samples)
         ledger.write(clock.samples)
+
+
+def _mean(total: float, share: float) -> float | None:
+    """Return the mean over a share of the samples, of which `total` is the sum over the global batch; None = of none."""
+    return total / share if share else None
