@@ -157,4 +157,5 @@ def report_difference(folder: Path, reference: Path) -> None:
     pairs = list(zip(losses(folder).values(), losses(reference).values(), strict=True))
     differences = [abs(ours / theirs - 1) for ours, theirs in pairs]
     assert len(differences) == NUM_STEPS
-    print(f"relative difference of the loss: {max(differences[:10]):.1e} to step 10, {max(differences):.1e} to step {NUM_STEPS}")
+    early, late = max(differences[:10]), max(differences)
+    print(f"relative difference of the loss: {early:.1e} to step 10, {late:.1e} to step {NUM_STEPS}")
