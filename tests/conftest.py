@@ -88,5 +88,5 @@ def digits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def tiny_recipe(digits: Path, tmp_path: Path) -> Path:
-    """A run of 50 steps that takes seconds; its run folder is tmp_path/runs/tiny."""
+    """A run of 30 steps that takes seconds; its run folder is tmp_path/runs/tiny."""
     return write_tiny_recipe(tmp_path, digits)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,10 +25,27 @@ class StorageTracker(TorchDispatchMode):
         """Track `held`, too: tensors from before the block, which are not noticed until an operator touches them."""
         super().__init__()
         self._sizes: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._depth = 0
         self.live = self.peak = 0
         for tensor in held:
             self._notice(tensor)
-        self._measure()
+        self.peak = self.live
+
+    def __enter__(self) -> Self:
+        if not self._depth:
+            _watch_resizes(self._measure)
+        self._depth += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._depth -= 1
+        if not self._depth:
+            del torch.UntypedStorage.resize_
+            alive = [storage for reference, _ in self._sizes.values() if (storage := reference()) is not None]
+            if raised[0] is None and sum(storage.nbytes() for storage in alive) != self.live:
+                raise RuntimeError("a storage has changed its size without an operator and without resize_")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "pomscale":
@@ -38,7 +55,7 @@ class StorageTracker(TorchDispatchMode):
         for leaf in tree_iter((args, kwargs, result)):
             if isinstance(leaf, Tensor):
                 self._notice(leaf)
-        self._measure()
+        self.peak = max(self.peak, self.live)
         return result
 
     def _run_inside(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -57,18 +74,29 @@ class StorageTracker(TorchDispatchMode):
         key = storage._cdata
         if key not in self._sizes:
             self._sizes[key] = (weakref.ref(storage, partial(self._forget, key)), 0)
+        self._measure(storage)
 
     def _forget(self, key: int, _: Any) -> None:
         self.live -= self._sizes.pop(key)[1]
 
-    def _measure(self) -> None:
-        """Measure all sizes again: FSDP frees weights by setting their storage's size to 0, without an operator."""
-        for key, (reference, before) in list(self._sizes.items()):
-            storage = reference()
-            if storage is not None and storage.nbytes() != before:
-                self.live += storage.nbytes() - before
-                self._sizes[key] = (reference, storage.nbytes())
-        self.peak = max(self.peak, self.live)
+    def _measure(self, storage: torch.UntypedStorage) -> None:
+        """Measure a storage that has been noticed; its size may have changed."""
+        if storage._cdata in self._sizes:
+            reference, before = self._sizes[storage._cdata]
+            self._sizes[storage._cdata] = (reference, storage.nbytes())
+            self.live += storage.nbytes() - before
+
+
+def _watch_resizes(resized: Callable[[torch.UntypedStorage], None]) -> None:
+    """Have every storage reported that is resized: FSDP frees weights so, without an operator."""
+    resize = torch.UntypedStorage.resize_
+
+    def reporting(storage: torch.UntypedStorage, *arguments: Any) -> Any:
+        result = resize(storage, *arguments)
+        resized(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = reporting  # type: ignore[method-assign]
 
 
 def step_peak_bytes(step: Any, device: torch.device, held: Iterable[Tensor]) -> int:

@@ -35,7 +35,7 @@ def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_kill_and_resume_is_exact(undisturbed: Path, tiny_recipe: Path) -> None:
     folder = tiny_recipe.parent / "runs" / "tiny"
-    start_and_signal(tiny_recipe, after_samples=20 * GLOBAL_BATCH, number=signal.SIGKILL, num_processes=2)
+    start_and_signal(tiny_recipe, after_samples=14 * GLOBAL_BATCH, number=signal.SIGKILL, num_processes=2)
     assert checkpoint_samples(folder) < TOTAL
     resumed = train(tiny_recipe, num_processes=2)
     assert "resuming from" in resumed.stdout
@@ -51,7 +51,7 @@ def test_many_kills_at_random_moments_while_saving_at_every_step(
     """With a save at every step, most kills fall into one."""
     folder = tiny_recipe.parent / "runs" / "tiny"
     overrides = [f"checkpoint.every_samples={GLOBAL_BATCH}", f"checkpoint.asynchronous={asynchronous}"]
-    moments = sorted(random.Random(0).sample(range(2, NUM_STEPS - 20), 4))
+    moments = sorted(random.Random(0).sample(range(2, NUM_STEPS - 14), 4))
     for step in moments:
         start_and_signal(
             tiny_recipe, *overrides, after_samples=step * GLOBAL_BATCH, number=signal.SIGKILL, num_processes=2
@@ -69,8 +69,8 @@ def test_moving_between_numbers_of_ranks(undisturbed: Path, tiny_recipe: Path) -
     """
     folder = tiny_recipe.parent / "runs" / "tiny"
     legs = [
-        (2, 16, ["training.micro_batch=2", "data.num_threads=1", "mesh.sp=2"]),
-        (3, 30, ["training.micro_batch=3", "data.num_threads=3"]),
+        (2, 10, ["training.micro_batch=2", "data.num_threads=1", "mesh.sp=2"]),
+        (3, 18, ["training.micro_batch=3", "data.num_threads=3"]),
     ]
     stopped_at = []
     for num_processes, step, overrides in legs:

@@ -199,28 +199,52 @@ def test_dry_run_writes_nothing(digits: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+# A third of the steps at three times the rate, with fewer and cruder pictures on the way; the same commands.
+SHORT_TOUR = """
+from pomscale.quickstart import images as tour
+words = tour.train_command
+tour.train_command = lambda *known: words(*known, *{overrides})
+tour.KILL_AFTER_SAMPLES = {kill_after}
+tour.main(["PoM"])
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("mixers", [["PoM"], pytest.param([], marks=pytest.mark.exhaustive, id="all")])
-def test_quickstart_reaches_its_figures(tmp_path: Path, mixers: list[str]) -> None:
-    """The tour of `make quickstart`, in a folder of its own."""
-    code = f"from pomscale.quickstart.images import RUNS, main\nmain({mixers} or list(RUNS))"
-    done = run_tour(code, cwd=tmp_path, timeout=1750)
+def test_a_short_quickstart_reaches_its_figures(tmp_path: Path) -> None:
+    """The tour of `make quickstart` with a third of the training, in a folder of its own."""
+    every, total = 2_560, 12_800
+    few = [f"training.total_samples={total}", "schedule={warmup_samples: 640, cooldown_samples: 6400}"]
+    few += ["optimizer.lr=3e-3", "ema.halflives_samples=[640]", f"checkpoint.every_samples={every}"]
+    few += ["sampling={every_samples: 6400, num_classes: 10, num_each: 1, num_steps: 10, guidance: 1.0}"]
+    code = SHORT_TOUR.format(overrides=few, kill_after=6_400)
+    assert_toured(tmp_path, code, ["quickstart"], every, first=2 * every, total=total)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1800)
+def test_quickstart_reaches_its_figures(tmp_path: Path) -> None:
+    code = "from pomscale.quickstart.images import RUNS, main\nmain(list(RUNS))"
+    assert_toured(tmp_path, code, ["quickstart", "quickstart-attention"], every=6_400, first=12_800, total=38_400)
+
+
+def assert_toured(folder: Path, code: str, names: list[str], every: int, first: int, total: int) -> None:
+    """Take a tour whose run is saved so often; `first`: the last save before it is killed."""
+    done = run_tour(code, cwd=folder, timeout=1750)
     killed = re.search(r"killed \d+ processes with SIGKILL at ([\d,]+) samples", done.stdout)
     resumed = re.search(r"resuming from runs/quickstart/checkpoints/samples-(\d{12})", done.stdout)
     assert killed is not None
     assert resumed is not None
     # By a tour that stood still for seconds it is killed late, and in a save it resumes from the one before that.
     killed_at, resumed_at = int(killed[1].replace(",", "")), int(resumed[1])
-    assert resumed_at % 6_400 == 0
-    assert 12_800 <= resumed_at <= killed_at <= resumed_at + 2 * 6_400
-    for name in ["quickstart"] if mixers else ["quickstart", "quickstart-attention"]:
-        folder = tmp_path / "runs" / name
-        figures = json.loads((folder / "digits.json").read_text())
+    assert resumed_at % every == 0
+    assert first <= resumed_at <= killed_at <= resumed_at + 2 * every
+    for run in (folder / "runs" / name for name in names):
+        figures = json.loads((run / "digits.json").read_text())
         assert figures["accuracy_generated"] >= 0.95
         assert figures["accuracy_real"] >= 0.97
         # No copies: generated digits are as far from the training half as real ones that were never seen.
         assert figures["nearest_generated_mean"] >= 0.9 * figures["nearest_heldout_mean"]
-        assert checkpoint_samples(folder) == 38_400
-        assert (folder / "grid.png").is_file()
-        assert (folder / "report.html").is_file()
+        assert checkpoint_samples(run) == total
+        assert (run / "grid.png").is_file()
+        assert (run / "report.html").is_file()

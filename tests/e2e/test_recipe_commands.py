@@ -13,13 +13,13 @@ def test_validate_lists_the_problems_of_all_files_and_exits_2(tiny_recipe: Path,
     lines = text.splitlines()
     typo, short = tmp_path / "typo.yaml", tmp_path / "short.yaml"
     typo.write_text(f"{text}lr: 1\nsede: 1\n")
-    short.write_text(text.replace("total_samples: 1600", "total_samples: 1601"))
+    short.write_text(text.replace("total_samples: 960", "total_samples: 961"))
     done = pomscale("config", "validate", tiny_recipe, typo, short, expect=2)
     where = next(number for number, line in enumerate(lines, 1) if line.startswith("training:"))
     assert done.stderr.removeprefix("error: ").splitlines() == [
         f"{typo}:{len(lines) + 1}: lr: unknown key; did you mean 'optimizer.lr'?",
         f"{typo}:{len(lines) + 2}: sede: unknown key; did you mean 'seed'?",
-        f"{short}:{where}: training.total_samples: 1601 is not a multiple of training.global_batch 32",
+        f"{short}:{where}: training.total_samples: 961 is not a multiple of training.global_batch 32",
     ]
     assert done.stdout == ""
     pomscale("config", "validate", tiny_recipe)

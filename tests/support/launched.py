@@ -17,7 +17,7 @@ from support import running
 from support.cluster import SlurmCluster
 from support.running import GLOBAL_BATCH, losses, write_tiny_recipe
 
-NUM_STEPS = 60
+NUM_STEPS = 45
 OVERRIDES = [
     f"training.total_samples={NUM_STEPS * GLOBAL_BATCH}",
     "schedule={}",
