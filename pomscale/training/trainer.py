@@ -93,7 +93,8 @@ class Trainer:
         )
         if num_bad:
             self.recovery.note_bad_samples(clock.samples, bad)
-        # The diffusion loss is judged, which does not jump when alignment ends. If the other is not finite, nor is norm.
+        # The diffusion loss is judged, which does not jump when alignment ends. If the other is not finite, neither is
+        # the norm.
         loss, alignment = (losses[0], None) if len(losses) == 1 else (losses[1], _mean(*losses[2:]))
         verdict = self.recovery.assess(clock.samples, loss, norm)
         self.telemetry.charge_step()
@@ -114,5 +115,5 @@ class Trainer:
 
 
 def _mean(total: float, share: float) -> float | None:
-    """Return the mean over a share of the samples, of which `total` is the sum over the global batch; None = of none."""
+    """Return the mean over a share of the samples, whose sum over the global batch is `total`; None = of none."""
     return total / share if share else None

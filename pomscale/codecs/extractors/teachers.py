@@ -31,13 +31,13 @@ class FeatureEncoder:
     def grid(self, *size: int) -> tuple[int, ...]:
         """Return the grid of pictures of (height, width) or clips of (frames, height, width) in pixels.
 
-        Raises InputError if the teacher does not take such pictures, or the clips have fewer frames than the grid.
+        Raises InputError if the teacher does not take such pictures, or the clips cannot be cut into so many groups.
         """
         *frames, height, width = size
         _, *own = self.teacher.map_shape(height, width)
         grid = tuple(own) if self._grid is None else self._grid
-        if frames and grid[0] > frames[0]:
-            raise InputError(f"features.grid: {grid[0]} frame groups of clips of {frames[0]} frames; ask for fewer")
+        if frames:
+            middle_frames(frames[0], grid[0])
         return grid
 
     def dim(self, height: int, width: int) -> int:
@@ -63,8 +63,21 @@ class FeatureEncoder:
 
 
 def middle_frames(num_frames: int, num_groups: int) -> list[int]:
-    """Return the frame in the middle of each of `num_groups` near-even groups of a clip's frames."""
-    return [(2 * group + 1) * num_frames // (2 * num_groups) for group in range(num_groups)]
+    """Return the frame in the middle of each frame group of a clip.
+
+    Groups have equal numbers of frames; or, as in causal autoencoders, the first has one frame and all others have
+    equal numbers. Raises InputError where neither is possible.
+    """
+    if num_frames % num_groups == 0:
+        length = num_frames // num_groups
+        return [group * length + length // 2 for group in range(num_groups)]
+    if num_groups > 1 and num_frames > num_groups and (num_frames - 1) % (num_groups - 1) == 0:
+        length = (num_frames - 1) // (num_groups - 1)
+        return [0, *(1 + group * length + length // 2 for group in range(num_groups - 1))]
+    raise InputError(
+        f"features.grid: {num_frames} frames make neither {num_groups} equal groups, nor one frame and "
+        f"{num_groups - 1} equal groups; give the number of frame groups of the latents"
+    )
 
 
 def _tokens(feature_map: Tensor, grid: tuple[int, ...]) -> Tensor:
