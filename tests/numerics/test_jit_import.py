@@ -98,7 +98,12 @@ def test_the_card_is_that_of_their_training(tmp_path: Path) -> None:
     diffusion = card.diffusion
     assert (diffusion.objective, diffusion.noise_scale, diffusion.clamp) == ("x", 1.0, 0.05)
     assert (diffusion.time.mean, diffusion.time.std, diffusion.condition_dropout) == (0.8, 0.8, 0.1)
-    assert (card.averages, card.main_weights, card.codec.name) == (("ema1", "ema2"), "ema1", "pixel")
+    assert (card.averages, card.main_weights, card.codec.name) == (("ema1", "ema2"), "ema1", "uint8")
+    assert (card.latent_mean, card.latent_std) == ((127.5,) * 3, (127.5,) * 3)
+    at_ends = card.load_codec(torch.device("cpu")).decode(
+        card.denormalize(torch.tensor([-1.0, 0.0, 1.0]).view(1, 1, 1, 3).expand(1, 3, 1, 3))
+    )
+    torch.testing.assert_close(at_ends[0, 0, 0], torch.tensor([0.0, 0.5, 1.0]))
     without = {key: value for key, value in lightning(sizes).items() if not key.startswith("ema")}
     import_jit(save(tmp_path / "new.ckpt", without), tmp_path / "new", in_context_start=2, noise_scale=1.5)
     card = load_pretrained(tmp_path / "new", device="cpu").card
@@ -182,6 +187,7 @@ def test_no_wrong_shape_is_a_traceback(name: str, change: Callable[[Tensor], Ten
     [
         (lambda p: p * float("nan"), "model: blocks.1.norm2.weight holds values that are not finite"),
         (lambda p: p / 0, "model: blocks.1.norm2.weight holds values that are not finite"),
+        (lambda p: p.to("meta"), "model: blocks.1.norm2.weight is on the device meta"),
         (lambda p: p.int(), "model: blocks.1.norm2.weight is of torch.int32"),
         (lambda p: p + 0j, "model: blocks.1.norm2.weight is of torch.complex64"),
     ],
