@@ -142,19 +142,21 @@ def _refuse_differences(one: _Set, other: _Set) -> None:
 def _common_properties(manifest: Manifest) -> dict[str, Any]:
     """Return the properties that all sets must share.
 
-    Paths of weights, and the sizes that pictures or clips were cut to, may differ.
+    Paths of weights, and the sizes that pictures or clips were cut to, may differ; sizes may not for features.
     """
     codec, latent, text, transform = manifest.codec, manifest.latent, manifest.text, manifest.transform
+    features = manifest.features
     location = {"path", "subfolder"}
     return {
         "codec": codec and codec.config.model_dump(exclude=location),
         "codec identity": codec and (codec.identity, codec.scaling_factor, codec.shift),
         "latent": latent and latent.model_dump(include={"dtype", "coding", "stores_moments", "has_flip"}),
-        "transform": transform and transform.model_dump(exclude={"size", "sizes", "buckets"}),
+        "transform": transform and transform.model_dump(exclude=set() if features else {"size", "sizes", "buckets"}),
         "transform_version": manifest.transform_version,
         "text_version": manifest.text_version,
         "text encoder": text and text.config.model_dump(exclude=location),
         "text encoder identity": text and (text.identity, text.dim, text.dtype),
+        "features": features and features.model_dump(),
         "has_captions": manifest.has_captions,
     }
 

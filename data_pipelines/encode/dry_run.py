@@ -8,7 +8,7 @@ from pathlib import Path
 from data_pipelines.encode.items import ItemTable
 from data_pipelines.encode.part_encoder import PartEncoder
 from data_pipelines.encode.progress import EncodeProgress
-from data_pipelines.encode.setup import Encoders, EncodeSetup, find_source, table_folder, variants_of
+from data_pipelines.encode.setup import Encoders, EncodeSetup, Variant, find_source, table_folder, variants_of
 from pomscale.base.console import format_duration
 from pomscale.base.errors import PomscaleError
 from pomscale.base.files import make_folder
@@ -42,10 +42,10 @@ def describe(recipe: EncodeRecipe, *, task: TaskIndex = TaskIndex()) -> str:  # 
                 reason = record.failures[0].reason if record else "nothing was written"
                 raise PomscaleError(f"none of the {num_sampled:,} sampled items could be encoded; the first: {reason}")
             per_sample = sum(shard.num_bytes for shard in record.shards) / record.num_samples
-            shapes = " ".join(map(str, variant.latent_shapes)) if encoders.codec else "no latents"
             lines.append(
-                f"output   {variant.output}: {', '.join(encoders.arrays)} ({shapes}), {num_parts:,} parts, "
-                f"{per_sample:,.0f} bytes per sample, {per_sample * len(table) / 1e9:,.3f} GB in all"
+                f"output   {variant.output}: {', '.join(encoders.arrays)} ({_shapes(encoders, variant)}), "
+                f"{num_parts:,} parts, {per_sample:,.0f} bytes per sample, "
+                f"{per_sample * len(table) / 1e9:,.3f} GB in all"
             )
             if record.failures:
                 failed, reason = len(record.failures), record.failures[0].reason
@@ -56,6 +56,13 @@ def describe(recipe: EncodeRecipe, *, task: TaskIndex = TaskIndex()) -> str:  # 
         f"{display.items_per_s:,.1f} items/s, encoder busy {display.busy_share:.0%}"
     )
     return "\n".join(lines)
+
+
+def _shapes(encoders: Encoders, variant: Variant) -> str:
+    if encoders.features is not None:
+        *_, height, width = variant.targets[0]
+        return f"{encoders.features.grid(*variant.targets[0])} tokens of {encoders.features.dim(height, width)}"
+    return " ".join(map(str, variant.latent_shapes)) if encoders.codec else "no latents"
 
 
 def _source_line(recipe: EncodeRecipe, table: ItemTable) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipelines.encode.expected_size import expected_size
 from data_pipelines.encode.finish import finish
 from data_pipelines.encode.items import ItemTable, share_table
 from data_pipelines.encode.latents_source import build_encode_source
@@ -28,7 +29,7 @@ from data_pipelines.encode.setup import (
 )
 from data_pipelines.shards.parts import OLDER_VERSION, PARTS_FOLDER, part_of, record_path, skipped_exit_code
 from pomscale.base.claims import Claims
-from pomscale.base.console import warn
+from pomscale.base.console import say, warn
 from pomscale.base.errors import InputError
 from pomscale.base.files import make_folder
 from pomscale.base.task_index import TaskIndex
@@ -152,6 +153,8 @@ def encode(
             setup = _open_setup(recipe, source, encoders, rescan, makes_again)
             if again is not None:
                 forget_shards(Path(recipe.output), again)
+        for line in expected_size(setup) if progress else ():
+            say(line)
         with (
             _monitor(recipe, task, len(setup.table)) as monitor,
             EncodeProgress(len(setup.table), progress, monitor) as display,

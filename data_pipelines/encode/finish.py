@@ -21,6 +21,7 @@ from pomscale.shards.schema import (
     INDEX_NAME,
     MANIFEST_NAME,
     CodecInfo,
+    FeaturesInfo,
     GroupInfo,
     LatentInfo,
     Manifest,
@@ -82,6 +83,7 @@ def finish(setup: EncodeSetup, variant: Variant, store: PartStore) -> Manifest:
         transform_version=transform_version(variant.transform),
         text=_text_info(setup),
         text_version=text_version(setup.recipe.text),
+        features=_features_info(setup, variant),
         has_captions=has_captions(setup.recipe.source),
         class_names=setup.table.class_names,
         num_samples=num_samples,
@@ -172,6 +174,22 @@ def _text_info(setup: EncodeSetup) -> TextInfo | None:
         null_length=len(embedding),
         null_embedding=base64.b64encode(embedding.astype("<f2").tobytes()).decode(),
         num_captions=setup.num_captions,
+    )
+
+
+def _features_info(setup: EncodeSetup, variant: Variant) -> FeaturesInfo | None:
+    encoder, config = setup.encoders.features, setup.recipe.features
+    if encoder is None or config is None or setup.encoders.features_identity is None:
+        return None
+    target = variant.targets[0]
+    return FeaturesInfo.model_validate(
+        {
+            "teacher": config.teacher_name,
+            "identity": setup.encoders.features_identity,
+            "dim": encoder.dim(*target[-2:]),
+            "grid": encoder.grid(*target),
+            "has_flip": setup.encoders.has_flip,
+        }
     )
 
 

@@ -83,7 +83,7 @@ class _Launched:
     entries: list[Loaded]
     media: list[Pixels]
     arrays: dict[ArrayName, Tensor]
-    """Latents; {} where the pixels themselves are stored, which are then in `media`."""
+    """Latents or features; {} where the pixels themselves are stored, which are then in `media`."""
 
 
 class PartEncoder:
@@ -93,6 +93,7 @@ class PartEncoder:
         self._setup = setup
         self._recipe = setup.recipe
         self._codec = setup.encoders.codec
+        self._features = setup.encoders.features
         self._text = setup.encoders.text
         self._display = display
         self._stop = stop
@@ -157,7 +158,7 @@ class PartEncoder:
     def _load(self, position: int, variants: list[int]) -> Loaded:
         item = self._setup.item(position)
         loaded = Loaded(position, item, failure=item.problem)
-        if item.problem is None and self._codec is not None:
+        if item.problem is None and self._recipe.opens_media:
             try:
                 with self._setup.source.open(item) as stream:
                     self._decode(stream, loaded, variants)
@@ -168,10 +169,9 @@ class PartEncoder:
         return loaded
 
     def _decode(self, stream: Any, loaded: Loaded, variants: list[int]) -> None:
-        assert self._codec is not None
-        transform = self._recipe.transform
+        transform, num_channels = self._recipe.transform, self._setup.encoders.num_channels_in
         if isinstance(transform, ImageTransformConfig):
-            picture = decode_picture(stream, self._codec.num_channels_in)
+            picture = decode_picture(stream, num_channels)
             loaded.info = {"width": picture.width, "height": picture.height}
             width, height = picture.image.size
             for number in variants:
@@ -179,7 +179,7 @@ class PartEncoder:
                 group = nearest_bucket((height, width), targets)
                 values = fit_picture(picture.image, (targets[group][0], targets[group][1]), transform.filter)
                 packed: dict[ArrayName, bytes] = {}
-                if self._codec.stored_dtype == "uint8":
+                if self._codec is not None and self._codec.stored_dtype == "uint8":
                     packed["latent"] = pack_picture(values.transpose(2, 0, 1), self._setup.coding)
                 loaded.media[number] = Pixels(group, values, packed)
             return
@@ -191,7 +191,7 @@ class PartEncoder:
             transform.buckets,
             transform.fps,
             transform.filter,
-            self._codec.num_channels_in,
+            num_channels,
             keep_incomplete=transform.incomplete == "keep",
         )
         loaded.info = clip.info
@@ -253,6 +253,8 @@ class PartEncoder:
             media = [entry.media.pop(variant) for entry in entries]
         elif self._codec is not None:
             arrays = self._on_device(self._latents, entries, variant, group)
+        elif self._features is not None:
+            arrays = self._on_device(self._feature_arrays, entries, variant)
         for entry in entries:
             entry.media.pop(variant, None)  # the pixels are no longer needed
         previous, self._launched = self._launched, _Launched(work, variant, group, entries, media, arrays)
@@ -268,6 +270,15 @@ class PartEncoder:
         arrays: dict[ArrayName, Tensor] = {"latent": self._stored(images, entries, shape, mirrored=False)}
         if "flip" in self._setup.encoders.arrays:
             arrays["flip"] = self._stored(images.flip(-1), entries, shape, mirrored=True)
+        return arrays
+
+    def _feature_arrays(self, entries: list[Loaded], variant: int) -> dict[ArrayName, Tensor]:
+        """Return a teacher's features, float16, of the media, and of the mirrored ones where those are stored."""
+        assert self._features is not None
+        media = torch.from_numpy(np.stack([entry.media[variant].values for entry in entries])).movedim(-1, 1)
+        arrays: dict[ArrayName, Tensor] = {"features": self._features.encode(media).to(torch.float16)}
+        if "features_flip" in self._setup.encoders.arrays:
+            arrays["features_flip"] = self._features.encode(media.flip(-1)).to(torch.float16)
         return arrays
 
     def _stored(self, images: Tensor, entries: list[Loaded], shape: tuple[int, ...], mirrored: bool) -> Tensor:
@@ -311,7 +322,8 @@ class PartEncoder:
             arrays |= zip(TEXT_ARRAYS, entry.texts, strict=False)
             broken = [name for name, array in arrays.items() if not is_finite(array)]
             if broken:
-                reason = f"its {broken[0]} has {why_not_finite(arrays[broken[0]])}"
+                verb = "have" if broken[0].startswith("features") else "has"
+                reason = f"its {broken[0]} {verb} {why_not_finite(arrays[broken[0]])}"
                 writer.fail(entry.position, entry.item, reason)
                 if entry.failure is None:  # else it failed in another size, and is counted
                     entry.failure = reason

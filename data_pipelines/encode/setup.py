@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from data_pipelines.encode.items import ItemOrder, ItemTable
 from data_pipelines.encode.latents_source import build_encode_source
 from data_pipelines.shards.parts import PARTS_FOLDER, SOURCE_LOCATION, EncodeSpec, PartStore
 from pomscale.base.errors import InputError
 from pomscale.codecs import Codec, TextEncoder, build_codec, build_text_encoder
+from pomscale.codecs.extractors import FeatureEncoder, build_feature_encoder
 from pomscale.config.codecs import Uint8CodecConfig
 from pomscale.config.encode import (
     EncodeRecipe,
@@ -32,7 +36,8 @@ _NUM_TRIED = 16
 class Variant:
     """One dataset that an encode writes; a transform with several `sizes` has several.
 
-    Group g of its shards has media of targets[g] and latents of latent_shapes[g]; text alone has one group, ().
+    Group g of its shards has media of targets[g] and latents of latent_shapes[g], () where there are none; text alone
+    has one group, ().
     """
 
     output: Path
@@ -52,23 +57,46 @@ class Encoders:
         stores_flip = self.has_flip and self.codec is not None and self.codec.stored_dtype != "uint8"
         names: list[ArrayName] = ["latent"] if self.codec is not None else []
         names += ["flip"] if stores_flip else []
+        self.features = _feature_encoder(recipe, device)
+        if self.features is not None:
+            names += ["features", "features_flip"] if self.has_flip else ["features"]
         names += ["text"] if self.text is not None else []
         self.arrays = tuple(names)
         # Hashes of the weights: seconds for the largest.
         self.codec_identity = None if self.codec is None else self.codec.identity()
         self.text_identity = None if self.text is None else self.text.identity()
+        self.features_identity = None if self.features is None else self.features.identity()
+
+    @property
+    def num_channels_in(self) -> int:
+        """Channels of the pictures that are decoded; 0 where none are."""
+        if self.codec is not None:
+            return self.codec.num_channels_in
+        return 0 if self.features is None else self.features.teacher.num_channels
+
+
+def _feature_encoder(recipe: EncodeRecipe, device: torch.device) -> FeatureEncoder | None:
+    if recipe.features is None:
+        return None
+    _, transform = _outputs(recipe)[0]
+    assert transform is not None
+    height, width = transform.targets[0][-2:]
+    return build_feature_encoder(recipe.features, (height, width), device)
 
 
 def variants_of(recipe: EncodeRecipe, encoders: Encoders) -> tuple[Variant, ...]:
     """Return the datasets that a recipe makes. Raises InputError where its codec does not take its sizes."""
-    return tuple(_variant(output, transform, encoders.codec) for output, transform in _outputs(recipe))
+    return tuple(_variant(output, transform, encoders) for output, transform in _outputs(recipe))
 
 
-def _variant(output: Path, transform: TransformConfig | None, codec: Codec | None) -> Variant:
-    if codec is None or transform is None:
+def _variant(output: Path, transform: TransformConfig | None, encoders: Encoders) -> Variant:
+    if transform is None:
         return Variant(output, None, ((),), ((),))
-    targets = tuple(transform.targets)
-    return Variant(output, transform, targets, tuple(codec.latent_shape(*target) for target in targets))
+    targets, codec = tuple(transform.targets), encoders.codec
+    if encoders.features is not None:
+        encoders.features.grid(*targets[0])  # raises where the teacher does not take the size
+    shapes = tuple(() if codec is None else codec.latent_shape(*target) for target in targets)
+    return Variant(output, transform, targets, shapes)
 
 
 def _outputs(recipe: EncodeRecipe) -> list[tuple[Path, TransformConfig | None]]:
@@ -128,7 +156,16 @@ class EncodeSetup:
             text_version=text_version(recipe.text),
             text_identity=self.encoders.text_identity,
             captions=recipe.captions,
+            features=self._features_spec(variant),
+            features_identity=self.encoders.features_identity,
         )
+
+    def _features_spec(self, variant: Variant) -> dict[str, Any] | None:
+        """Return what a variant's features are besides the teacher's identity; None if there are none."""
+        config, encoder = self.recipe.features, self.encoders.features
+        if config is None or encoder is None:
+            return None
+        return {"teacher": config.teacher_name, "grid": list(encoder.grid(*variant.targets[0]))}
 
     def missing(self, part: int, only_failed: bool) -> list[int]:
         """Return the numbers of the variants that lack a part, or, with only_failed, list failures in it."""
@@ -161,7 +198,7 @@ def check_items_in_place(recipe: EncodeRecipe, source: Source, table: ItemTable)
     To the encoder an item that is gone is a failure, so without this check a source that was moved or unmounted would
     turn all items into failures.
     """
-    if recipe.codec is None:  # captions are in the list; no item is opened
+    if not recipe.opens_media:  # captions are in the list; no item is opened
         return
     tried = 0
     for number in range(0, len(table), max(1, len(table) // _NUM_TRIED)):

@@ -21,6 +21,7 @@ def info(folder: str | Path) -> str:
         ("failures", failures),
         *([("incomplete", f"{manifest.num_incomplete:,} clips end early")] if manifest.num_incomplete else []),
         *_media_rows(manifest),
+        *_feature_rows(manifest),
         *_text_rows(manifest),
         ("source", f"{manifest.source.num_items:,} items, fingerprint {manifest.source.fingerprint[:12]}"),
         ("made by", _origin(manifest)),
@@ -59,6 +60,18 @@ def _media_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "mean", _numbers(latent.mean)
     yield "std", _numbers(latent.std)
     yield "scaling", f"(latent - {codec.shift:g}) * {codec.scaling_factor:g}"
+
+
+def _feature_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    if manifest.features is None or manifest.transform is None:
+        return
+    info, settings = manifest.features, manifest.transform.model_dump(include={"fps", "filter", "flip"})
+    yield "transform", ", ".join(f"{name} {value}" for name, value in settings.items())
+    sizes = ", ".join("x".join(map(str, group.target)) for group in manifest.groups)
+    grid = "x".join(map(str, info.grid))
+    yield "teacher", f"{info.teacher}, identity {info.identity[:12]}"
+    flips = ", also of the mirrored pictures" if info.has_flip else ""
+    yield "features", f"{sizes} pixels -> {grid} tokens of {info.dim}, {info.dtype}{flips}"
 
 
 def _text_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:

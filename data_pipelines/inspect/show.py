@@ -16,7 +16,7 @@ from pomscale.base.errors import InputError
 from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.codecs import Codec
 from pomscale.media.sheets import pad_to_largest, save_captioned_clips, save_grid
-from pomscale.shards.schema import ARRAY_MEMBERS, Manifest, read_manifest
+from pomscale.shards.schema import ARRAY_MEMBERS, FeaturesInfo, Manifest, read_manifest
 
 # Subindex of Stream.DATASET; the encoder uses 1 for the order of items.
 _SHOWN = 2
@@ -29,12 +29,12 @@ _MAX_CAPTION = 200  # characters, where captions are printed
 def show(folder: str | Path, codec: Codec | None, num_samples: int, path: Path, seed: int = 0) -> str:
     """Draw records without repetition and write them to a PNG: pictures as a grid, clips as rows.
 
-    A set of text alone needs no codec and writes no file: its captions are returned. Raises InputError if `codec` is
-    not the one that made the latents.
+    A companion set needs no codec and writes no file: captions, or figures of features, are returned. Raises InputError
+    if `codec` is not the one that made the latents.
 
     Args:
         folder: The dataset.
-        codec: The codec that made the latents; None for a set of text.
+        codec: The codec that made the latents; None for a companion set.
         num_samples: Number of records, at most.
         path: The PNG.
         seed: Seed of the draw.
@@ -51,6 +51,8 @@ def show(folder: str | Path, codec: Codec | None, num_samples: int, path: Path, 
     rows = index[np.sort(chosen)]
     rows = rows[np.argsort(rows["label"], kind="stable")]
     records = list(read_records(folder, manifest, rows))
+    if manifest.features is not None:
+        return "\n".join(_feature_line(manifest, manifest.features, record) for record in records)
     if manifest.codec is None:
         return "\n".join(line for record in records for line in _caption_lines(manifest, record))
     if codec is None or codec.identity() != manifest.codec.identity:
@@ -85,6 +87,16 @@ def _caption_lines(manifest: Manifest, record: TarRecord) -> Iterator[str]:
     for suffix, caption in zip(texts, captions, strict=True):
         num_tokens = text_length(len(record.payload(suffix)), manifest.text.dim)
         yield f"{record.key}  {num_tokens:>4} tokens  {textwrap.shorten(caption, _MAX_CAPTION)}"
+
+
+def _feature_line(manifest: Manifest, info: FeaturesInfo, record: TarRecord) -> str:
+    """Return a line of a record's features: how long its tokens are, and how much alike neighbours in a row."""
+    features = stored_array(manifest, 0, "features", record.payload(ARRAY_MEMBERS["features"])).astype(np.float32)
+    norms = np.linalg.norm(features, axis=1)
+    units = (features / np.maximum(norms, 1e-12)[:, None]).reshape(-1, info.grid[-1], info.dim)
+    alike = (units[:, 1:] * units[:, :-1]).sum(-1)
+    neighbours = f", cosine of neighbours {alike.mean():.3f}" if alike.size else ""
+    return f"{record.key}  {len(features):>4} tokens, norm {norms.mean():.3g} (std {norms.std():.2g}){neighbours}"
 
 
 def _decode(manifest: Manifest, codec: Codec, records: list[TarRecord], groups: list[int]) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ import numpy as np
 from data_pipelines.shards.readers import TarReader, TarRecord, open_shard, stored_array, text_length
 from data_pipelines.shards.workers import over_shards
 from pomscale.base.errors import PomscaleError
-from pomscale.shards.schema import REMEDY, Manifest, read_manifest
+from pomscale.shards.schema import FEATURE_ARRAYS, REMEDY, Manifest, read_manifest
 
 # float16 has 65,536 values, uint8 256. Their counts give every statistic of a channel, exactly and in any order.
 _VALUES = {
@@ -102,6 +102,7 @@ class DatasetStats:
         if self.manifest.num_classes:
             counts = Counter(self.class_counts.tolist())
             lines.append(f"{'classes':<15}{self.manifest.num_classes:,}; samples in each: {_spread(counts)}")
+        lines += _feature_lines(self)
         for name, unit, lengths in (
             ("captions", "characters", self.counts.captions),
             ("texts", "tokens", self.counts.texts),
@@ -179,7 +180,7 @@ def _values(manifest: Manifest) -> np.ndarray:
 
 
 def _no_patterns(manifest: Manifest) -> np.ndarray:
-    channels = manifest.stored_shape(0)[0] if manifest.latent is not None else 0
+    channels = manifest.stored_shape(0)[0] if manifest.latent is not None else int(manifest.features is not None)
     return np.zeros((channels, len(_values(manifest))), np.int64)
 
 
@@ -204,7 +205,7 @@ def _count_shard(folder: Path, manifest: Manifest, number: int) -> Counts:
 
 
 def _count_record(manifest: Manifest, group: int, record: TarRecord, counts: Counts) -> list[np.ndarray]:
-    """Count all but the values of the latents, and return those."""
+    """Count all but the values of the latents or features, and return those."""
     latents = []
     for suffix, (begin, end) in record.members.items():
         counts.members[suffix] += end - begin
@@ -221,7 +222,8 @@ def _count_record(manifest: Manifest, group: int, record: TarRecord, counts: Cou
             assert manifest.text is not None
             counts.texts[text_length(len(payload), manifest.text.dim)] += 1
         else:
-            latents.append(stored_array(manifest, group, name, payload))
+            array = stored_array(manifest, group, name, payload)
+            latents.append(array.reshape(1, -1) if name in FEATURE_ARRAYS else array)  # features count together
     return latents
 
 
@@ -261,6 +263,18 @@ def _channel_lines(channels: list[ChannelStats]) -> list[str]:
         for number, c in enumerate(channels)
     )
     return [head, *rows]
+
+
+def _feature_lines(report: DatasetStats) -> list[str]:
+    """Return a line of all values of the features together."""
+    if report.manifest.features is None:
+        return []
+    finite = np.isfinite(report.values)
+    values, counts = report.values[finite], report.counts.patterns[0, finite]
+    occurring = values[counts > 0]
+    mean = float(np.average(values, weights=counts))
+    std = float(np.sqrt(np.average((values - mean) ** 2, weights=counts)))
+    return [f"{'features':<15}mean {mean:.4f}, std {std:.4f}, min {occurring.min():.3f}, max {occurring.max():.3f}"]
 
 
 def _spread(values: Counter[int]) -> str:

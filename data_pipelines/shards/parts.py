@@ -23,7 +23,7 @@ from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import atomic_write, make_folder, remove_leftovers, write_text
 from pomscale.config.encode import SourceConfig, TransformConfig
 from pomscale.shards.index import index_dtype, map_index, to_npy
-from pomscale.shards.schema import ArrayName, ShardInfo, equals
+from pomscale.shards.schema import ArrayName, ShardInfo, equals, is_none
 
 SPEC_NAME = "plan.json"
 PARTS_FOLDER = "parts"
@@ -65,6 +65,8 @@ class EncodeSpec(BaseModel):
     text_version: int = Field(1, exclude_if=equals(1))  # and without embeddings
     text_identity: str | None
     captions: str = Field("random", exclude_if=equals("random"))
+    features: dict[str, Any] | None = Field(None, exclude_if=is_none)  # teacher without its path, and grid
+    features_identity: str | None = Field(None, exclude_if=is_none)
 
     @field_validator("source")
     @classmethod

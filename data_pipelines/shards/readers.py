@@ -22,6 +22,7 @@ from pomscale.shards.schema import (
     CAPTIONS_FIELD,
     CLASS_MEMBER,
     FAILURES_NAME,
+    FEATURE_ARRAYS,
     INDEX_NAME,
     INFO_MEMBER,
     REMEDY,
@@ -241,7 +242,7 @@ def _read_record(path: Path, stream: BinaryIO, members: Mapping[ArrayName, str],
 
 
 def stored_array(manifest: Manifest, group: int, name: ArrayName, payload: memoryview) -> np.ndarray:
-    """Return the array in a member: latent, flip of `Manifest.stored_shape`; texts (1 to max_length, dim).
+    """Return the array in a member: latent, flip of `Manifest.stored_shape`; features (n, dim); texts (1 to max, dim).
 
     Raises ValueError, naming the shape that the manifest promises, if the member has another. Values are not checked.
     """
@@ -251,7 +252,13 @@ def stored_array(manifest: Manifest, group: int, name: ArrayName, payload: memor
         complete_pictures(pixels[None], manifest.latents.coding)
         return pixels
     is_text = name in manifest.text_arrays
-    shape = _text_shape(manifest, len(payload)) if is_text else manifest.stored_shape(group)
+    shape: tuple[int, ...]
+    if is_text:
+        shape = _text_shape(manifest, len(payload))
+    elif manifest.features is not None and name in FEATURE_ARRAYS:
+        shape = manifest.features.shape
+    else:
+        shape = manifest.stored_shape(group)
     header = _header(shape)
     if len(payload) != len(header) + 2 * int(np.prod(shape)) or payload[: len(header)] != header:
         wanted = f"(1 to {manifest.text.config.max_length}, {shape[1]})" if is_text and manifest.text else shape

@@ -1,4 +1,4 @@
-"""Codecs and text encoders: the part of a recipe that says how media become latents and captions embeddings."""
+"""Codecs, text encoders and teachers: how media become latents or features, and captions embeddings."""
 
 from __future__ import annotations
 
@@ -57,6 +57,28 @@ class CogVideoXVaeCodecConfig(Section):
 CodecConfig = Annotated[
     Union[PixelCodecConfig, Uint8CodecConfig, SdVaeCodecConfig, CogVideoXVaeCodecConfig], Field(discriminator="name")
 ]
+
+
+class FeaturesConfig(Section):
+    """Features of a frozen teacher, for representation alignment: a set of their own, beside that of the pictures."""
+
+    teacher: str = Field(
+        description="dinov2:FOLDER of transformers (patch tokens), torchscript:FILE (a module from uint8 pictures to a "
+        "map (b, d, h, w) or tokens (b, n, d)), or digits (the demo's network)."
+    )
+    grid: tuple[PositiveInt, ...] | None = Field(
+        None,
+        description="[rows, columns] of the stored features, those of the network's tokens; clips: [frame groups, "
+        "rows, columns]. null: the teacher's own.",
+    )
+    input_size: PositiveInt | None = Field(
+        None, description="dinov2: side in pixels that pictures are resized to; null = 224, 16x16 patches of 14."
+    )
+
+    @property
+    def teacher_name(self) -> str:
+        """The teacher without its path."""
+        return self.teacher.partition(":")[0]
 
 
 class TextEncoderConfig(Section):

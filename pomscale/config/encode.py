@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
-from pomscale.config.codecs import CodecConfig, SdVaeCodecConfig, TextEncoderConfig, Uint8CodecConfig
+from pomscale.config.codecs import (
+    CodecConfig,
+    FeaturesConfig,
+    SdVaeCodecConfig,
+    TextEncoderConfig,
+    Uint8CodecConfig,
+)
 from pomscale.config.monitoring import WandbConfig
-from pomscale.config.section import FolderName, NonNegativeInt, PositiveFloat, Section, Seed
+from pomscale.config.section import FolderName, GrownSection, NonNegativeInt, PositiveFloat, Section, Seed
 
 _FILTER = "Filter that resizes. area: the mean over the area of each new pixel, and bilinear where it enlarges."
 
@@ -181,17 +187,24 @@ def text_version(text: TextEncoderConfig | None) -> int:
     return 1 if text is None else 2
 
 
-class EncodeRecipe(Section):
-    """One dataset of latents, of text embeddings, or of both in the same shards."""
+class EncodeRecipe(GrownSection):
+    """One dataset of latents, of text embeddings, of both in the same shards, or of a teacher's features."""
+
+    _later: ClassVar[frozenset[str]] = frozenset({"features"})
 
     kind: Literal["encode"]
     name: FolderName
     output: str = Field(description="Folder that receives shards and manifest.json.")
     seed: Seed = Field(0, description="Seed that deals items to shards, and of posterior draws (store: sample).")
     source: SourceConfig
-    codec: CodecConfig | None = Field(None, description="null: no latents, text embeddings only.")
-    transform: TransformConfig | None = Field(None, description="Transform of media to the codec's pixels.")
+    codec: CodecConfig | None = Field(None, description="null: no latents, but text embeddings or features.")
+    transform: TransformConfig | None = Field(
+        None, description="Transform of media to the pixels of the codec or the teacher."
+    )
     text: TextEncoderConfig | None = Field(None, description="Also store embeddings of the captions.")
+    features: FeaturesConfig | None = Field(
+        None, description="Store a teacher's features of the transformed pictures or clips, and nothing else."
+    )
     captions: Literal["random", "first", "join"] = Field(
         "random",
         description="Embeddings of an item with several captions: one of each, of which training draws one per sample; "
@@ -209,10 +222,13 @@ class EncodeRecipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> EncodeRecipe:
+        if self.features is not None:
+            self._check_features(self.features)
+            return self
         if (self.codec is None) != (self.transform is None):
             raise ValueError("codec, transform: give both, or neither for a set of text embeddings only")
         if self.codec is None and self.text is None:
-            raise ValueError("codec, text: give at least one of them, or there is nothing to encode")
+            raise ValueError("codec, text: give at least one of them, or `features`, or there is nothing to encode")
         transform = self.transform
         is_of_clips = transform is not None and transform.kind != "image"
         if isinstance(self.codec, SdVaeCodecConfig | Uint8CodecConfig) and is_of_clips:
@@ -226,6 +242,31 @@ class EncodeRecipe(Section):
         if getattr(self.source, "caption_lines", False) and not has_captions(self.source):
             raise ValueError("source.caption_lines: the source has no captions; set source.caption(s), too")
         return self
+
+    def _check_features(self, features: FeaturesConfig) -> None:
+        for name in ("codec", "text"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"features: they are a set of their own, beside the pictures'; leave out `{name}`")
+        transform = self.transform
+        if transform is None:
+            raise ValueError("features: give the transform of the pictures that they belong to")
+        if not _has_media(self.source):
+            raise ValueError(f"features: a source of kind {self.source.kind} without files has captions only")
+        if len(transform.targets) > 1 or (getattr(transform, "buckets", []) and transform.kind == "image"):
+            raise ValueError(
+                "features: all records of a set have one grid, so give the transform one size, and no further buckets"
+            )
+        axes = 2 if transform.kind == "image" else 3
+        if features.grid is None and axes == 3:
+            raise ValueError("features.grid: clips need one, [frame groups, rows, columns]")
+        if features.grid is not None and len(features.grid) != axes:
+            kinds = {2: "[rows, columns] of pictures", 3: "[frame groups, rows, columns] of clips"}
+            raise ValueError(f"features.grid: give {kinds[axes]}")
+
+    @property
+    def opens_media(self) -> bool:
+        """Whether pictures or clips are decoded, and not captions alone encoded."""
+        return self.codec is not None or self.features is not None
 
 
 def _has_media(source: SourceConfig) -> bool:

@@ -1,4 +1,4 @@
-"""Random access to one dataset: latents as they are stored, labels and text embeddings of any records."""
+"""Random access to one dataset: latents as they are stored, labels, text embeddings and features of any records."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from pomscale.config.data import CacheConfig
 from pomscale.data.bad_samples import BadSample
 from pomscale.data.draws import uniforms_at
 from pomscale.data.readers.arrays import ArrayReader, Faults, Members
+from pomscale.data.readers.companion import CompanionReader
+from pomscale.data.readers.features import FeaturesReader
 from pomscale.data.readers.texts import TextReader
 from pomscale.data.remote.fetch import remedy
 from pomscale.data.remote.shard_cache import local_index
@@ -69,14 +71,34 @@ class LatentDataset:
         self.manifest = manifest
         self.normalization = normalization
         self._bad_samples = bad_samples
+        self._reading = reading
         self._cache = cache
         self._reader = ArrayReader(self.location, manifest, reading, cache, pin_memory=pin_memory)
         self.text: TextReader | None = None
+        self.features: FeaturesReader | None = None
+        self._companions: list[CompanionReader] = []
+        """Readers of other sets."""
         if text is not None:
             is_own = text == self.location
-            source = self._reader if is_own else ArrayReader(text, read_manifest(text), reading, cache)
-            self.text = TextReader(self._reader, source)
+            self.text = TextReader(self._reader, self._reader if is_own else self._open(text))
+            self._companions += [] if is_own else [self.text]
         self._ends = np.cumsum([shard.num_samples for shard in manifest.shards])
+
+    def read_features(self, location: str, *, flips: bool) -> None:
+        """Read also the features of a teacher, from now on; call it before any other thread reads.
+
+        Args:
+            location: Companion set that has them.
+            flips: Whether records will be mirrored, where this dataset has flips.
+
+        Raises:
+            InputError: The set has no features, or those of other pictures than this dataset's, or cannot be joined.
+        """
+        self.features = FeaturesReader(self._reader, self._open(location), flips=flips)
+        self._companions.append(self.features)
+
+    def _open(self, location: str) -> ArrayReader:
+        return ArrayReader(location, read_manifest(location), self._reading, self._cache)
 
     @classmethod
     def open(cls, location: str | Path, normalization: Literal["codec", "dataset"]) -> LatentDataset:
@@ -118,39 +140,44 @@ class LatentDataset:
             latents = _sample_posterior(latents, positions, seed)
         labels = torch.from_numpy(rows["label"].astype(np.int64))
         text, text_lengths = (None, None) if self.text is None else self.text.read(members, positions, seed, faults)
+        features = None if self.features is None else self.features.read(members, flips, faults)
         if faults:
             bad = sorted(faults)
             if self._bad_samples == "raise":
                 raise faults[bad[0]].error()
             latents[bad] = 0
+            if features is not None:
+                features[bad] = 0
+            if text is not None and text_lengths is not None and self.text is not None:
+                self.text.clear(text, text_lengths, bad)  # also where the features alone are bad
             labels[bad] = 0 if self.manifest.num_classes else NO_LABEL
-        return Samples(latents, labels, text, text_lengths, faults)
+        return Samples(latents, labels, text, text_lengths, faults, features)
 
     @property
     def reads_ahead(self) -> bool:
         """Whether `will_need` has an effect."""
-        return self._reader.files.reads_ahead or (self.text is not None and self.text.source.files.reads_ahead)
+        return any(reader.files.reads_ahead for reader in self._readers())
 
     def will_need(self, shards: Sequence[int]) -> None:
         """Announce the shards of the records that are read next, soonest first; this replaces the last announcement."""
         self._reader.files.will_need(shards)
-        if self.text is not None and self.text.source is not self._reader:
-            self.text.source.files.will_need(self._text_shards(self.text, shards))
+        for companion in self._companions:
+            companion.source.files.will_need(self._shards_of(companion, shards))
 
     def num_bytes(self, shards: Sequence[int]) -> int:
-        """Return the size of these shards, and of those of the companion set that have their texts."""
+        """Return the size of these shards, and of those of the companion sets that have the same records."""
         needed = [self.manifest.shards[shard] for shard in shards]
-        if self.text is not None and self.text.source is not self._reader:
-            of_text = self.text.source.manifest.shards
-            needed += [of_text[shard] for shard in self._text_shards(self.text, shards)]
+        for companion in self._companions:
+            theirs = companion.source.manifest.shards
+            needed += [theirs[shard] for shard in self._shards_of(companion, shards)]
         return sum(shard.num_bytes for shard in needed)
 
     def check_indexes(self) -> None:
-        """Hash the index, and that of the texts. Raises InputError if one is not what its manifest says.
+        """Hash the index, and those of the companion sets. Raises InputError if one is not what its manifest says.
 
         No other check would notice a wrong label, since the checksums of the records are in the index too.
         """
-        for reader in {self._reader, self._reader if self.text is None else self.text.source}:
+        for reader in self._readers():
             path = local_index(reader.location, reader.manifest, self._cache)
             try:
                 with path.open("rb") as file:
@@ -162,14 +189,16 @@ class LatentDataset:
 
     def close(self) -> None:
         """Stop reading ahead in the background."""
-        self._reader.files.close()
-        if self.text is not None:
-            self.text.source.files.close()
+        for reader in self._readers():
+            reader.files.close()
 
-    def _text_shards(self, text: TextReader, shards: Sequence[int]) -> list[int]:
-        """Return the shards of the companion set that have the texts of all records in these shards."""
+    def _readers(self) -> list[ArrayReader]:
+        return [self._reader, *(companion.source for companion in self._companions)]
+
+    def _shards_of(self, companion: CompanionReader, shards: Sequence[int]) -> list[int]:
+        """Return the shards of a companion set that have all records in these shards."""
         ranges = [np.arange(self._ends[s] - self.manifest.shards[s].num_samples, self._ends[s]) for s in shards]
-        return list(dict.fromkeys(shard for records in ranges for shard in text.shards(records).tolist()))
+        return list(dict.fromkeys(shard for records in ranges for shard in companion.shards(records).tolist()))
 
     def _stored_shape(self, records: np.ndarray) -> tuple[int, ...]:
         # By the record's number: the shard in its row may be damaged.

@@ -15,12 +15,14 @@ from pomscale.base.errors import InputError
 from pomscale.config.data import DataConfig
 from pomscale.data.dataset import LatentDataset, Samples
 from pomscale.data.mixture_order import MixtureOrder
+from pomscale.data.readers.features import FeaturesReader
 from pomscale.data.readers.shard_files import check_room
 from pomscale.data.readers.texts import TextReader
 from pomscale.shards.class_names import check_same_classes
 from pomscale.shards.schema import Manifest, Normalization, check_has_latents, read_manifest
 
 _SAME_TEXT = "Encode one of them again with the other's text encoder"
+_SAME_FEATURES = "Encode one of them again with the other's features section"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,11 @@ class Mixture:
             )
             for component, manifest in zip(components, manifests, strict=True)
         ]
+        for component, dataset in zip(components, datasets, strict=True):
+            if component.features is not None:
+                dataset.read_features(component.features, flips=config.flip_probability > 0)
         _check_same_text(datasets)
+        _check_same_features(datasets)
         mixture = cls(
             datasets,
             weights,
@@ -131,6 +137,11 @@ class Mixture:
     def text(self) -> TextReader | None:
         """Text reader of the first dataset, whose encoder and null embedding all have; None if texts are not read."""
         return self.datasets[0].text
+
+    @property
+    def features(self) -> FeaturesReader | None:
+        """Features reader of the first dataset, whose teacher and grid all have; None if features are not read."""
+        return self.datasets[0].features
 
     @property
     def fps(self) -> float | None:
@@ -190,6 +201,7 @@ def _merge(batch: int, parts: Sequence[tuple[np.ndarray, Samples]]) -> Samples:
     texts = [samples.text for _, samples in parts if samples.text is not None]
     lengths = [samples.text_lengths for _, samples in parts if samples.text_lengths is not None]
     longest = max((text.shape[1] for text in texts), default=0)
+    features = [samples.features for _, samples in parts if samples.features is not None]
     padded = [torch.nn.functional.pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts]
     return Samples(
         latents=scattered([samples.latents for _, samples in parts]),
@@ -197,6 +209,7 @@ def _merge(batch: int, parts: Sequence[tuple[np.ndarray, Samples]]) -> Samples:
         text=scattered(padded) if texts else None,
         text_lengths=scattered(lengths) if texts else None,
         bad={int(rows[row]): sample for rows, samples in parts for row, sample in samples.bad.items()},
+        features=scattered(features) if features else None,
     )
 
 
@@ -260,3 +273,20 @@ def _check_same_text(datasets: Sequence[LatentDataset]) -> None:
                 f"{both}: of their captions up to {kept} and {also_kept} tokens were kept. Encode one of them again "
                 "with the other's text.max_length"
             )
+
+
+def _check_same_features(datasets: Sequence[LatentDataset]) -> None:
+    """Raise InputError if the features of a mixture are of several teachers or grids."""
+    readers = [dataset.features for dataset in datasets if dataset.features is not None]
+    for other in readers[1:]:
+        first = readers[0]
+        both = f"data.mixture: the features in {first.source.location} and {other.source.location}"
+        for name, one, another in (
+            ("grids", first.info.grid, other.info.grid),
+            ("teachers", first.info.teacher, other.info.teacher),
+            ("values per token", first.info.dim, other.info.dim),
+        ):
+            if one != another:
+                raise InputError(f"{both}: their {name} are {one} and {another}. {_SAME_FEATURES}")
+        if first.info.identity != other.info.identity:
+            raise InputError(f"{both}: their teachers differ in weights or preprocessing. {_SAME_FEATURES}")

@@ -40,11 +40,12 @@ MAX_CAPTIONS = 100
 # second.
 ArrayName = str
 TEXT_ARRAYS: tuple[ArrayName, ...] = ("text", *(f"text_{number}" for number in range(1, MAX_CAPTIONS)))
+# A teacher's features of a record, and of the mirrored one.
+FEATURE_ARRAYS: tuple[ArrayName, ...] = ("features", "features_flip")
 ARRAY_MEMBERS: dict[ArrayName, str] = {
     "latent": ".latent.npy",
     "flip": ".latent_flip.npy",
-    "features": ".features.npy",
-    "features_flip": ".features_flip.npy",
+    **{name: f".{name}.npy" for name in FEATURE_ARRAYS},
     **{name: f".{name}.npy" for name in TEXT_ARRAYS},
 }
 PNG_MEMBER = ".png"
@@ -261,7 +262,7 @@ class Manifest(_Part):
         if self.latent is not None:
             present += ["latent", "flip"] if self.latent.stores_flip else ["latent"]
         if self.features is not None:
-            present += ["features", "features_flip"] if self.features.has_flip else ["features"]
+            present += FEATURE_ARRAYS[: 1 + self.features.has_flip]
         return (*present, *self.text_arrays)
 
     @property
@@ -292,15 +293,22 @@ class Manifest(_Part):
     def latents(self) -> LatentInfo:
         """`latent`, for readers that need latents."""
         if self.latent is None:
-            raise InputError("this is a set of text embeddings without latents; name the dataset that has the latents")
+            raise InputError(f"this is a set of {self.contents} without latents; name the dataset that has the latents")
         return self.latent
 
     @property
     def latent_codec(self) -> CodecInfo:
         """`codec`, for readers that need latents."""
         if self.codec is None:
-            raise InputError("this is a set of text embeddings without latents; name the dataset that has the latents")
+            raise InputError(f"this is a set of {self.contents} without latents; name the dataset that has the latents")
         return self.codec
+
+    @property
+    def contents(self) -> Literal["latents", "features", "text embeddings"]:
+        """What the records of the set are, first of all."""
+        if self.latent is not None:
+            return "latents"
+        return "text embeddings" if self.features is None else "features"
 
     @property
     def is_derived(self) -> bool:
@@ -416,10 +424,10 @@ def _pool(shares: Sequence[float], moments: Sequence[tuple[float, float]]) -> tu
 
 
 def check_has_latents(location: str | Path, manifest: Manifest) -> None:
-    """Raise InputError for a set of text embeddings alone."""
+    """Raise InputError for a companion set: text embeddings or features alone."""
     if manifest.latent is None:
         raise InputError(
-            f"dataset {location}: has text embeddings and no latents; name the dataset that has the latents"
+            f"dataset {location}: has {manifest.contents} and no latents; name the dataset that has the latents"
         )
 
 
@@ -495,3 +503,57 @@ def text_info(location: str | Path, manifest: Manifest) -> TextInfo:
             "companion set that has them: `text`, beside its `path`"
         )
     return manifest.text
+
+
+def features_info(location: str | Path, manifest: Manifest) -> FeaturesInfo:
+    """Return `manifest.features`. Raises InputError, naming the remedy, for a set without features."""
+    if manifest.features is None:
+        raise InputError(
+            f"dataset {location}: has no features of a teacher; encode them with a `features` section in a recipe of "
+            "their own, and name that set"
+        )
+    return manifest.features
+
+
+def check_features(
+    location: str | Path, manifest: Manifest, main_location: str | Path, main: Manifest, *, flips: bool
+) -> FeaturesInfo:
+    """Return what the features in a set are, after a check that they are those of the pictures in another set.
+
+    Args:
+        location: The set with the features.
+        manifest: Its manifest.
+        main_location: The set with the pictures, or clips, or their latents.
+        main: Its manifest.
+        flips: Whether pictures will be mirrored, if their set has flips.
+
+    Raises:
+        InputError: The set has no features, those of media that were cut or resized in another way, or none of the
+            mirrored media. The message names both values and the remedy.
+    """
+    info = features_info(location, manifest)
+    settings = zip(_transform_settings(main), _transform_settings(manifest), strict=True)
+    for (name, wanted), (_, found) in settings:
+        if found != wanted:
+            raise InputError(
+                f"dataset {location}: its features are of another transform ({name} {found}) than {main_location} "
+                f"({name} {wanted}); encode the features again with the pictures' transform"
+            )
+    if flips and main.latent is not None and main.latent.has_flip and not info.has_flip:
+        raise InputError(
+            f"dataset {location}: has no features of mirrored pictures, and those of {main_location} are mirrored; "
+            "encode the features with transform.flip: true, or set data.flip_probability: 0"
+        )
+    return info
+
+
+def _transform_settings(manifest: Manifest) -> list[tuple[str, object]]:
+    """Return by name what decides the pixels of media, and of which the features are."""
+    transform = manifest.transform
+    return [
+        ("kind", manifest.modality),
+        ("size", None if transform is None else transform.targets),
+        ("filter", None if transform is None else transform.filter),
+        ("fps", manifest.fps),
+        ("version", manifest.transform_version),
+    ]

@@ -1,4 +1,4 @@
-"""The interface of feature extractors: networks that turn pictures or clips into features that metrics compare."""
+"""The interfaces of feature extractors, whose features metrics compare, and of teachers, whose features are learned."""
 
 from __future__ import annotations
 
@@ -59,6 +59,34 @@ class Extractor(Protocol):
 
     def to(self, device: torch.device | str) -> Extractor:
         """Move the network and return the extractor."""
+
+
+class Teacher(Protocol):
+    """A frozen network with all that comes before it, which gives features of a picture place by place."""
+
+    @property
+    def name(self) -> str:
+        """Name as it is asked for, without the path: "dinov2", "torchscript" ..."""
+
+    @property
+    def identity(self) -> str:
+        """sha256 (hex) of network, weights and preprocessing: teachers of equal identity give equal features."""
+
+    @property
+    def num_channels(self) -> Literal[1, 3]:
+        """Channels of the pictures that it takes."""
+
+    def map_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Return the shape (d, rows, columns) of the map of a picture of a size in pixels.
+
+        Raises InputError for a size that it does not take.
+        """
+
+    def feature_map(self, pictures: Tensor) -> Tensor:
+        """Return maps (b, d, rows, columns) fp32, on the teacher's device, of pictures (b, c, h, w) uint8."""
+
+    def to(self, device: torch.device | str) -> Teacher:
+        """Move the network and return the teacher."""
 
 
 def check_media(extractor: Extractor, media: Tensor, names: tuple[FeatureName, ...]) -> None:

@@ -1,7 +1,7 @@
-"""The extractor of the demo: a small network fitted on real handwritten digits, whose weights lie in the package.
+"""The extractor and teacher of the demo: a small network fitted on real handwritten digits.
 
-It was fitted by `python -m data_pipelines.demos.digits_network` on the held-out half of the digits
-(data_pipelines/demos/digits.py), so that the training half, and what is generated from it, are new to it.
+Its weights lie in the package. `python -m data_pipelines.demos.digits_network` fitted it on the held-out half of the
+digits (data_pipelines/demos/digits.py), so that the training half, and what is generated from it, are new to it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,17 @@ class DigitsNetwork(nn.Module):
         self.third = nn.Conv2d(32, _NUM_FEATURES, 3, padding=1)
         self.classes = nn.Linear(_NUM_FEATURES, _NUM_CLASSES)
 
+    def map(self, x: Tensor) -> Tensor:
+        """Return the map (b, 64, 4, 4) before pooling."""
+        return silu(self.third(max_pool2d(silu(self.second(silu(self.first(x)))), 2)))
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = max_pool2d(silu(self.second(silu(self.first(x)))), 2)
-        pooled = silu(self.third(x)).mean((2, 3))
+        pooled = self.map(x).mean((2, 3))
         return pooled, self.classes(pooled)
 
 
 class Digits:
-    """Extractor of grey pictures of 8x8, ink bright, as scikit-learn's digits are."""
+    """Extractor and teacher of grey pictures of 8x8, ink bright, as scikit-learn's digits are."""
 
     name = "digits"
     num_channels: Literal[1] = 1
@@ -67,6 +70,15 @@ class Digits:
             pooled, logits = self._network(media.to(self.device, torch.float32) / 255.0)
         found: dict[FeatureName, Tensor] = {"pooled": pooled, "logits": logits}
         return {name: found[name] for name in names}
+
+    def map_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        self.check_size(height, width)
+        return _NUM_FEATURES, SIZE // 2, SIZE // 2
+
+    def feature_map(self, pictures: Tensor) -> Tensor:
+        check_media(self, pictures, ())
+        with inference(self.device):
+            return self._network.map(pictures.to(self.device, torch.float32) / 255.0)
 
     def to(self, device: torch.device | str) -> Digits:
         self.device = torch.device(device)

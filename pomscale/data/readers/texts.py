@@ -9,7 +9,7 @@ from torch import Tensor
 from pomscale.base.keyed_random import Stream
 from pomscale.data.draws import uniforms_at
 from pomscale.data.readers.arrays import ArrayReader, Faults, Members
-from pomscale.shards.join import join_remedy, open_join
+from pomscale.data.readers.companion import CompanionReader
 from pomscale.shards.schema import TextInfo, text_info
 
 
@@ -19,7 +19,7 @@ def null_embedding(info: TextInfo) -> Tensor:
     return torch.from_numpy(null.astype(np.float16))
 
 
-class TextReader:
+class TextReader(CompanionReader):
     """Reads the text embeddings of the records of a main set."""
 
     def __init__(self, main: ArrayReader, source: ArrayReader) -> None:
@@ -27,10 +27,8 @@ class TextReader:
 
         Raises InputError if it has no embeddings, or if a table to join them is missing.
         """
-        self.source = source
         self.info = text_info(source.location, source.manifest)
-        self._main = main
-        self._table = open_join(main.location, main.manifest, source.location, source.manifest)
+        super().__init__(main, source, "text embedding")
         self.null = null_embedding(self.info)
         """Embedding of the empty caption, (null_length, dim) float16."""
 
@@ -46,19 +44,17 @@ class TextReader:
             seed: Seed of the run.
             faults: Faults of the batch.
         """
-        records, rows = self._rows(members, faults)
+        records, rows = self.rows(members, faults)
         text, info = self._drawn(records, rows, positions, seed), self.info
         values, lengths = self.source.sequences(text, info.dim, info.config.max_length, info.null_length, faults)
-        bad = list(faults)
-        values[bad] = 0
-        values[bad, : info.null_length] = self.null
-        lengths[bad] = info.null_length
+        self.clear(values, lengths, list(faults))
         return values, lengths
 
-    def shards(self, records: np.ndarray) -> np.ndarray:
-        """Return the source's shards that have the embeddings of these records of the main set."""
-        rows = records if self._table is None else self._table[records]
-        return np.unique(self.source.index["shard"][rows[rows >= 0]])
+    def clear(self, values: Tensor, lengths: Tensor, bad: list[int]) -> None:
+        """Put the embedding of the empty caption into bad rows of what `read` returned."""
+        values[bad] = 0
+        values[bad, : self.info.null_length] = self.null
+        lengths[bad] = self.info.null_length
 
     def _drawn(self, records: np.ndarray, rows: np.ndarray, positions: np.ndarray, seed: int) -> Members:
         """Return the member of one caption of each record, by index rows (b,) of the source."""
@@ -69,18 +65,3 @@ class TextReader:
         counts = sum((rows[f"{name}_length"] > 0).astype(np.int64) for name in names)
         numbers = (uniforms_at(positions, seed, Stream.CAPTION) * counts).astype(np.int64)
         return Members.of_one(records, rows, names, numbers)
-
-    def _rows(self, members: Members, faults: Faults) -> tuple[np.ndarray, np.ndarray]:
-        """Return record numbers and index rows in the source; for rows with faults those of any record."""
-        records = members.records if self._table is None else self._table[members.records]
-        inside = (records >= 0) & (records < len(self.source.index))
-        records = np.where(inside, records, 0)
-        rows = self.source.index.take(records)
-        fits = inside & (rows["key"] == members.keys)
-        for row in np.flatnonzero(~fits).tolist():
-            if row not in faults:
-                problem = f"it has no text embedding in {self.source.location}, or the sets have changed"
-                remedy = f"If they have, {join_remedy(self._main.location, self.source.location)}"
-                faults[row] = self._main.fault(members, row, problem, remedy)
-        self.source.check_rows(records, rows, faults)
-        return records, rows
