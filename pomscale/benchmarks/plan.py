@@ -27,6 +27,7 @@ from pomscale.benchmarks.report import BenchReport
 from pomscale.benchmarks.storage_tracker import step_peak_bytes
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.config.train import TrainRecipe
+from pomscale.diffusion.alignment import AlignedNetwork, alignment_loss
 from pomscale.diffusion.objectives import FlowMatching, Network, per_sample_loss
 from pomscale.distributed.flat_shard import FlatShard
 from pomscale.distributed.world import World, join_world
@@ -170,6 +171,12 @@ def real_step(recipe: TrainRecipe, world: World) -> tuple[Engine, Callable[[], N
         if recipe.model.dropout is not None:
             part = partial(part, dropout_seeds=torch.arange(share.micro_batch, device=world.device))
         condition, conditioned = _conditioned(recipe.model, share.micro_batch, part, world.device)
+        if recipe.model.alignment is not None:
+            size = (share.micro_batch, recipe.model.num_tokens, recipe.model.alignment.dim)
+            features = torch.randn(size, device=world.device, dtype=torch.float16)
+            aligned = AlignedNetwork(conditioned, share.micro_batch)
+            diffusion = per_sample_loss(FlowMatching(), aligned, x0, eps, t, condition).mean()
+            return diffusion + 0.5 * alignment_loss(aligned.projected, features).mean()
         if local is None:
             return per_sample_loss(FlowMatching(), conditioned, x0, eps, t, condition).mean()
         return per_sample_loss(FlowMatching(), conditioned, x0, eps, t, condition, local.part).mean()

@@ -44,14 +44,21 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
+    from pomscale.base.errors import InputError
     from pomscale.config.load import RecipeError, load_recipe
+    from pomscale.config.train import TrainRecipe
+    from pomscale.shards.alignment import check_local_features
 
     problems: list[str] = []
     for recipe in arguments.recipes:
         try:
-            load_recipe(recipe)
+            loaded = load_recipe(recipe)
+            if isinstance(loaded, TrainRecipe):
+                check_local_features(loaded)
         except RecipeError as error:
             problems += error.problems
+        except InputError as error:
+            problems.append(f"{recipe}: {error}")
     if problems:
         raise RecipeError(problems)
     print(f"{len(arguments.recipes)} recipe(s) valid")

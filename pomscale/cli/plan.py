@@ -33,8 +33,10 @@ def add(verbs: Any) -> None:
 def _plan(arguments: argparse.Namespace) -> int:
     from pomscale.config.load import load_train_recipe
     from pomscale.plan.report import plan, render
+    from pomscale.shards.alignment import check_local_features
 
     recipe = load_train_recipe(arguments.recipe, arguments.overrides)
+    check_local_features(recipe)
     made = plan(
         recipe,
         num_nodes=arguments.nodes,

@@ -38,6 +38,7 @@ from pomscale.runs.checkpoint_folder import final_folder, is_complete
 from pomscale.runs.code_state import versions
 from pomscale.runs.layout import BAD_SAMPLES_FILE, EMA_FOLDER
 from pomscale.runs.wandb_id import read_wandb_id
+from pomscale.shards.alignment import check_aligned
 from pomscale.shards.schema import check_compatible, check_text
 from pomscale.training.loss import (
     LocalTokens,
@@ -85,6 +86,8 @@ def open_inputs(recipe: TrainRecipe, folder: Path, *, pin_memory: bool = False) 
         check_compatible(dataset.location, dataset.manifest, recipe.codec, model)
         if isinstance(model, VideoModelConfig) and dataset.text is not None:
             check_text(dataset.text.source.location, dataset.text.source.manifest, model)
+        if dataset.features is not None:
+            check_aligned(dataset.features.source.location, dataset.features.info, dataset.manifest, model)
         _check_tokens(recipe, dataset)
     return Inputs(recipe, folder, mixture, ModelCard.of(recipe, mixture), identity(recipe, mixture))
 

@@ -104,6 +104,7 @@ def identity(recipe: TrainRecipe, mixture: Mixture) -> dict[str, Any]:
             "fingerprint": dataset.manifest.fingerprint,
             "index": dataset.manifest.index.sha256,
             "text": None if dataset.text is None else dataset.text.source.manifest.fingerprint,
+            **({} if dataset.features is None else {"features": dataset.features.source.manifest.fingerprint}),
         }
         for dataset, share in zip(mixture.datasets, mixture.shares, strict=True)
     ]

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeAlias
 
-from pomscale.config.block import BlockConfig
+from pomscale.config.block import AlignmentConfig, BlockConfig
 from pomscale.config.mixer import Mixer
 from pomscale.config.model import ImageModelConfig, ModelConfig, VideoModelConfig
 from pomscale.plan.model_cost import TEXT_LENGTH, time_widths
@@ -170,6 +170,21 @@ class PatchEmbedding:
         return [*([] if self.reduce is None else self.reduce.weights()), *self.projection.weights()]
 
 
+class Alignment:
+    """Projection of layers/alignment.py to features of `width`, after so many blocks."""
+
+    def __init__(self, dim: int, config: AlignmentConfig) -> None:
+        self.block, self.width = config.block, config.dim
+        self.maps = [Linear(dim, config.hidden), Linear(config.hidden, config.hidden), Linear(config.hidden, self.width)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        first, second, third = self.maps
+        return op.scaled(third(op.activation(second(op.activation(first(x))))))
+
+    def weights(self) -> list[Weight]:
+        return [weight for map_ in self.maps for weight in map_.weights()]
+
+
 class Network(ABC):
     """Base of the networks of pictures and of clips. `values` is the count of latent values in a token."""
 
@@ -184,10 +199,18 @@ class Network(ABC):
         self.time_expand, self.time_contract = Linear(self.num_features, hidden), Linear(hidden, dim)
         self.has_positions, self.norm = config.positions != "none", Norm(config.block)
         self.modulation, self.head = Linear(dim, 2 * dim), Linear(dim, values)
+        self.alignment = None if config.alignment is None else Alignment(dim, config.alignment)
 
     @abstractmethod
-    def __call__(self, latents: Tensor, call: BlockCall) -> Tensor:
-        """Map latents (b ..) fp32 to as many values in the precision of compute."""
+    def __call__(self, latents: Tensor, call: BlockCall) -> tuple[Tensor, Tensor | None]:
+        """Map latents (b ..) fp32 to as many values in the precision of compute, and to projections, if it has any."""
+
+    def is_aligned_after(self, number: int) -> bool:
+        """Return whether the tokens after a block are projected."""
+        return self.alignment is not None and self.alignment.block == number + 1
+
+    def project(self, hidden: Tensor | None) -> Tensor | None:
+        return None if self.alignment is None or hidden is None else self.alignment(hidden)
 
     def time(self, features: Tensor) -> Tensor:
         return self.time_contract(op.activation(self.time_expand(features)))
@@ -210,7 +233,8 @@ class Network(ABC):
     def root_weights(self) -> list[Weight]:
         """Return the weights that are in no block."""
         parts = (self.patch_embedding, self.time_expand, self.time_contract, self.modulation, self.head, self.norm)
-        return [weight for part in parts for weight in part.weights()]
+        of_alignment = [] if self.alignment is None else self.alignment.weights()
+        return [*(weight for part in parts for weight in part.weights()), *of_alignment]
 
     def matrices(self) -> list[Weight]:
         """Return the weights that Muon steps."""
@@ -233,8 +257,8 @@ class ImageNetwork(Network):
         self.start = None if in_context is None else in_context.start
         self.blocks = [Block(block, mixer) for block, mixer in zip(config.blocks, config.mixers, strict=True)]
 
-    def __call__(self, latents: Tensor, call: BlockCall) -> Tensor:
-        tape, batch = latents.tape, latents.shape[0]
+    def __call__(self, latents: Tensor, call: BlockCall) -> tuple[Tensor, Tensor | None]:
+        tape, batch, hidden = latents.tape, latents.shape[0], None
         x = self.patch_embedding(latents)
         if self.has_positions:
             x = x + tape.new((self.num_tokens, self.dim))
@@ -250,12 +274,14 @@ class ImageNetwork(Network):
                 positions = [tape.new((x.shape[1], 2), INT64) for _ in positions]
                 del tokens
             x = call(block, x, c, *positions)
+            if self.is_aligned_after(number):
+                hidden = x if x.shape[1] == self.num_tokens else op.last_tokens(x, self.num_tokens)
         if self.start is not None:
             x = op.last_tokens(x, self.num_tokens)
         scale, shift = op.chunk(self.modulation(op.activation(c)), 2)
         prediction = op.scaled(self.head(modulate(self.norm(x), shift, scale)))
         prediction.shape = latents.shape
-        return prediction
+        return prediction, self.project(hidden)
 
     def root_weights(self) -> list[Weight]:
         own = [self.class_embedding, *([] if self.in_context is None else [self.in_context])]
@@ -273,8 +299,8 @@ class VideoNetwork(Network):
             VideoBlock(config, block, mixer) for block, mixer in zip(config.blocks, config.mixers, strict=True)
         ]
 
-    def __call__(self, latents: Tensor, call: BlockCall) -> Tensor:
-        tape, batch = latents.tape, latents.shape[0]
+    def __call__(self, latents: Tensor, call: BlockCall) -> tuple[Tensor, Tensor | None]:
+        tape, batch, hidden = latents.tape, latents.shape[0], None
         embeddings = tape.new((batch, TEXT_LENGTH, self.text_dim), op.FP16)
         x = self.patch_embedding(latents)
         if self.has_positions:
@@ -282,12 +308,13 @@ class VideoNetwork(Network):
         c = self.time(tape.new((batch, self.num_times, 1, self.num_features)))
         text = self.text_embedding(tape.new(embeddings.shape))  # cast
         positions = [tape.new((batch, self.num_tokens, 3), INT64)] if self.has_rope else []
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             x = call(block, x, c, text, *positions)
+            hidden = x if self.is_aligned_after(number) else hidden
         scale, shift = op.chunk(self.modulation(op.activation(c)), 2)
         prediction = op.scaled(self.head(modulated(self.norm(x), scale, shift)))
         prediction.shape = latents.shape
-        return prediction
+        return prediction, self.project(hidden)
 
     def root_weights(self) -> list[Weight]:
         return [*super().root_weights(), *self.text_embedding.weights()]
@@ -298,8 +325,16 @@ def build_network(config: ModelConfig, num_times: int) -> Network:
     return VideoNetwork(config, num_times) if isinstance(config, VideoModelConfig) else ImageNetwork(config)
 
 
-def loss(predict: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
-    """Mirror the loss of diffusion/loss.py and training/loss.py; latents (b ..) and noise are fp32."""
-    noise = latents.tape.new(latents.shape, FP32)
-    prediction = predict(op.scaled(latents))
-    return op.mean_squared(op.cast(prediction, FP32) - (noise - latents))
+def loss(predict: Callable[[Tensor], tuple[Tensor, Tensor | None]], latents: Tensor) -> Tensor:
+    """Mirror diffusion/objectives.py, diffusion/alignment.py and training/loss.py; latents (b ..) and noise are fp32.
+
+    Where the network gives projections (b n d), there are features of as many values in fp16, to the end of the step.
+    """
+    tape = latents.tape
+    noise = tape.new(latents.shape, FP32)
+    prediction, projected = predict(op.scaled(latents))
+    diffusion = op.mean_squared(op.cast(prediction, FP32) - (noise - latents))
+    if projected is None:
+        return diffusion
+    del prediction
+    return diffusion + op.mean_cosine(op.cast(projected, FP32), tape.new(projected.shape, op.FP16))

@@ -467,9 +467,35 @@ def mean_squared(error: Tensor) -> Tensor:
     return result
 
 
+def mean_cosine(projected: Tensor, features: Tensor) -> Tensor:
+    """Mirror diffusion/alignment.py: projected (b n d) fp32, features (b n d) in fp16 -> a number.
+
+    Keeps both as vectors in fp32, those of the features divided by their lengths.
+    """
+    tape, shape = projected.tape, projected.shape
+    in_fp32 = tape.new(shape, FP32)
+    directions = tape.new(shape, FP32)
+    del in_fp32
+    products = tape.new(shape, FP32)
+    result, lengths = tape.new((1,), FP32), tape.new(shape[:-1], FP32)
+    del products
+
+    def backward(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
+        # Through the lengths, and through the products.
+        through_lengths = tape.new(shape, FP32)
+        through_products = tape.new(shape, FP32)
+        total = tape.new(shape, FP32)
+        del through_lengths, through_products
+        return [total]
+
+    record([projected], [result], [projected, directions, lengths, features], backward)
+    return result
+
+
 __all__ = [
     "BF16", "BOOL", "FP16", "FP32", "INT64", "Weight", "activation", "attention", "broadcast", "cast", "chunk", "clamp",
     "concatenate", "concatenate_tokens", "contracted", "convolution", "difference", "dropout", "embedding",
-    "grouped_linear", "last_tokens", "layer_norm", "linear", "matrix_product", "mean_squared", "part", "rms_norm",
+    "grouped_linear", "last_tokens", "layer_norm", "linear", "matrix_product", "mean_cosine", "mean_squared", "part",
+    "rms_norm",
     "scaled", "sigmoid", "sum_tokens", "unbind", "view", "whole_mixer",
 ]  # fmt: skip

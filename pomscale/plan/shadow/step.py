@@ -51,10 +51,10 @@ class StepShadow:
         backward(total)
         self.after_backward(None)
 
-    def _predict(self, noisy: Tensor) -> Tensor:
-        prediction = self.network(noisy, self._call)
+    def _predict(self, noisy: Tensor) -> tuple[Tensor, Tensor | None]:
+        prediction, projected = self.network(noisy, self._call)
         self.after_forward(None)
-        return prediction
+        return prediction, projected
 
     def _call(self, block: AnyBlock, *inputs: Tensor) -> Tensor:
         number = self.numbers[block]
