@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from itertools import islice
@@ -32,6 +31,7 @@ from pomscale.sampling.clip_state import read_clip_state, write_clip_state
 from pomscale.sampling.stream import ClipStream
 from pomscale.shards.schema import TextInfo
 from support.paths import TESTS
+from support.running import run
 from support.tiny_clips import TEXT_DIM, V2, awaken, normal, text_of, video_config
 from support.tiny_models import save_t5
 
@@ -174,7 +174,7 @@ clips, _ = ClipStream.resume(pretrained(), Path(sys.argv[1]), num_groups=2)
 torch.save(list(clips), sys.argv[1] + ".pt")
 """
     here = Path(__file__).parent
-    subprocess.run([sys.executable, "-c", code, str(saved), str(here), str(TESTS)], check=True)
+    run([sys.executable, "-c", code, str(saved), str(here), str(TESTS)])
     found = torch.load(f"{saved}.pt", weights_only=True)
     assert torch.equal(torch.stack(found), torch.stack(expected))
 
