@@ -69,11 +69,11 @@ def share(model: nn.Module, part: tuple[Tensor, ...]) -> Tensor:
     return (model(x, t, condition) - target).square().flatten(1).mean(1).sum() / GLOBAL_BATCH
 
 
-def micro_batches(step: int, world: World) -> list[tuple[Tensor, ...]]:
-    """Two per rank, of sizes that differ within and between ranks."""
+def micro_batches(whole: tuple[Tensor, ...], world: World) -> list[tuple[Tensor, ...]]:
+    """Two per rank of a global batch, of sizes that differ within and between ranks."""
     begin, end = (GLOBAL_BATCH * r // world.size for r in (world.rank, world.rank + 1))
     middle = (begin + end) // 2
-    return [tuple(value[a:b] for value in batch(step)) for a, b in ((begin, middle), (middle, end))]
+    return [tuple(value[a:b] for value in whole) for a, b in ((begin, middle), (middle, end))]
 
 
 def initialise(model: nn.Module, assign: object) -> None:
@@ -156,7 +156,7 @@ def assert_same_bits(state: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 def train(engine: Engine, world: World, plain: Plain, steps: range, tolerance: float) -> None:
     """Train as the plain loop does, with the same losses and norms."""
     for step in steps:
-        (loss,) = world.sum([engine.forward_backward(micro_batches(step, world), share)])
+        (loss,) = world.sum([engine.forward_backward(micro_batches(batch(step), world), share)])
         norm = engine.step(OPTIMIZER.lr / (step + 1), EMA_WEIGHTS)
         torch.testing.assert_close(loss, plain.losses[step], rtol=tolerance, atol=0)
         torch.testing.assert_close(norm, plain.norms[step], rtol=10 * tolerance, atol=0)
@@ -201,7 +201,7 @@ def assert_near(state: dict[str, Tensor], module: nn.Module, tolerance: float) -
 def check_not_finite(engine: Engine, world: World, state: dict[str, Tensor]) -> None:
     """One rank's gradient is not finite: the step changes nothing, on no rank."""
     factor = math.nan if world.rank == world.size - 1 else 1.0
-    engine.forward_backward(micro_batches(0, world), lambda model, part: share(model, part) * factor)
+    engine.forward_backward(micro_batches(batch(0), world), lambda model, part: share(model, part) * factor)
     assert not math.isfinite(engine.step(1.0, dict.fromkeys(EMA_WEIGHTS, 1.0)))
     assert_same_bits(whole_state(engine.state_dict()), state)
 

@@ -1,4 +1,6 @@
-"""One rank of test_muon_ranks.py: Muon by every engine against a plain loop of one process.
+"""One rank of test_muon_ranks.py: Muon and the choices of a JiT by every engine against a plain loop of one process.
+
+The engines' workers without these choices and with AdamW are engine_worker.py and deepspeed_worker.py.
 
 muon_worker.py train FOLDER     every engine from the start; ZeRO 2 saves to FOLDER half way
 muon_worker.py go-on FOLDER     what is in FOLDER is loaded by every engine, which goes on
@@ -12,17 +14,20 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from deepspeed_worker import EMA_WEIGHTS, MODEL, assert_same_bits, micro_batches, share, whole_state
-from deepspeed_worker import batch as global_batch
+from deepspeed_worker import EMA_WEIGHTS, GLOBAL_BATCH, assert_same_bits, micro_batches, whole_state
 from torch import Tensor, nn
 
 from pomscale.config.engine import ComputeConfig, DeepSpeedConfig, Fsdp2Config, MuonConfig, OptimizerConfig
+from pomscale.config.model import ImageModelConfig
+from pomscale.diffusion.draws import dropout_seeds
+from pomscale.diffusion.objectives import XPrediction, per_sample_loss
 from pomscale.distributed.world import World, join_world
 from pomscale.engine.deepspeed import DeepSpeedEngine
 from pomscale.engine.fsdp2 import Fsdp2Engine
@@ -31,6 +36,35 @@ from pomscale.engine.optimizers import build_optimizer
 from pomscale.engine.protocol import Engine
 from pomscale.models import DiPoM, init_weights
 
+# The trunk of a JiT, with each kind of mixer; dropout in its inner blocks.
+MODEL = ImageModelConfig.model_validate(
+    {
+        "latent_shape": (4, 4, 4),
+        "num_classes": 3,
+        "patch_size": 1,
+        "dim": 24,
+        "depth": 4,
+        "num_heads": 2,
+        "mixer": [
+            "pom",
+            {"kind": "attention", "qk_norm": True, "rope": True},
+            {"kind": "pom", "form": "coefficients", "degree": 3, "heads": 4, "groups": 2, "rope": True},
+            {"kind": "pom", "form": "coefficients", "heads": 4, "rope": True},
+        ],
+        "norm": "rms",
+        "gates": "g",
+        "ffn": "swiglu",
+        "positions": "sincos_integer",
+        "time_embedding": "data_fraction",
+        "patch_embedding": {"bottleneck": 3},
+        "in_context": {"tokens": 3, "start": 1},
+        "dropout": {"rate": 0.2, "first": 1, "last": 2},
+    }
+)
+ONE_BLOCK = ImageModelConfig.model_validate(
+    MODEL.model_dump() | {"depth": 1, "mixer": "attention", "in_context": None, "dropout": {"rate": 0.2}}
+)
+Plain: TypeAlias = tuple[list[float], nn.Module, nn.Module]
 # Every step is clipped. In fp32, whose last digits alone depend on the layout.
 OPTIMIZER = OptimizerConfig(
     name="muon",
@@ -42,7 +76,25 @@ OPTIMIZER = OptimizerConfig(
 NUM_STEPS, HALF_WAY = 10, 5
 TOLERANCE = 1e-5
 ENGINES: list[dict[str, Any]] = [{}, {"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}]
-OFFLOADED: list[dict[str, Any]] = [{"cpu_offload": True}, {"zero_stage": 2, "offload_optimizer": True}]
+OTHERS: list[dict[str, Any]] = [
+    {"cpu_offload": True, "checkpointing": "selective"},
+    {"zero_stage": 2, "offload_optimizer": True, "checkpointing": "full"},
+]
+
+
+def global_batch(step: int) -> tuple[Tensor, ...]:
+    """Data, noise, times, classes and the seeds of dropout."""
+    generator = torch.Generator().manual_seed(step)
+    x0, eps = torch.randn(2, GLOBAL_BATCH, *MODEL.latent_shape, generator=generator)
+    seeds = dropout_seeds(7, list(range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)))
+    return x0, eps, torch.rand(GLOBAL_BATCH, generator=generator), torch.arange(GLOBAL_BATCH) % 4, seeds
+
+
+def share(model: nn.Module, part: tuple[Tensor, ...]) -> Tensor:
+    """Return the part's share of the loss of x-prediction."""
+    x0, eps, t, condition, seeds = part
+    network = partial(model, dropout_seeds=seeds)
+    return per_sample_loss(XPrediction(), network, x0, eps, t, condition).sum() / GLOBAL_BATCH
 
 
 def learning_rate(step: int) -> float:
@@ -59,9 +111,9 @@ def initialise(model: nn.Module, assign: Callable[[nn.Parameter, Tensor], object
     init_weights(model, 7, assign_moved)
 
 
-def train_plain(config: OptimizerConfig = OPTIMIZER) -> tuple[list[float], nn.Module, nn.Module]:
+def train_plain(config: OptimizerConfig = OPTIMIZER, network: ImageModelConfig = MODEL) -> Plain:
     """Losses, the network and its slow average after NUM_STEPS of plain PyTorch."""
-    model = DiPoM(MODEL)
+    model = DiPoM(network)
     initialise(model, lambda parameter, value: parameter.data.copy_(value))
     optimizer, losses, average = build_optimizer(model, config), [], copy.deepcopy(model)
     for step in range(NUM_STEPS):
@@ -79,11 +131,19 @@ def train_plain(config: OptimizerConfig = OPTIMIZER) -> tuple[list[float], nn.Mo
     return losses, model, average
 
 
-def build(world: World, *, precision: str = "fp32", optimizer: OptimizerConfig = OPTIMIZER, **options: Any) -> Engine:
+def build(
+    world: World,
+    *,
+    network: ImageModelConfig = MODEL,
+    precision: str = "fp32",
+    checkpointing: str = "none",
+    optimizer: OptimizerConfig = OPTIMIZER,
+    **options: Any,
+) -> Engine:
     with torch.device("meta"):
-        model = DiPoM(MODEL)
+        model = DiPoM(network)
     common: dict[str, Any] = {
-        "compute": ComputeConfig(precision=precision),
+        "compute": ComputeConfig.model_validate({"precision": precision, "activation_checkpointing": checkpointing}),
         "optimizer": optimizer,
         "averages": list(EMA_WEIGHTS),
     }
@@ -95,7 +155,7 @@ def build(world: World, *, precision: str = "fp32", optimizer: OptimizerConfig =
 def train(engine: Engine, world: World, steps: range) -> list[float]:
     losses = []
     for step in steps:
-        losses += world.sum([engine.forward_backward(micro_batches(step, world), share)])
+        losses += world.sum([engine.forward_backward(micro_batches(global_batch(step), world), share)])
         engine.step(learning_rate(step), EMA_WEIGHTS)
     return losses
 
@@ -123,14 +183,15 @@ def check_not_finite(engine: Engine, world: World) -> None:
     """A step whose gradient is not finite changes nothing, momenta included."""
     before = whole_state(engine.state_dict())
     factor = float("nan") if world.rank == world.size - 1 else 1.0
-    engine.forward_backward(micro_batches(0, world), lambda model, part: share(model, part) * factor)
+    engine.forward_backward(micro_batches(global_batch(0), world), lambda model, part: share(model, part) * factor)
     engine.step(1.0, dict.fromkeys(EMA_WEIGHTS, 1.0))
     assert_same_bits(whole_state(engine.state_dict()), before)
 
 
-def train_all(world: World, plain: tuple[list[float], nn.Module, nn.Module], folder: Path) -> None:
+def train_all(world: World, plain: Plain, folder: Path) -> None:
     losses, model, average = plain
-    for options in (*ENGINES, *OFFLOADED):
+    # The others come first: ZeRO 3 leaves a linear map of DeepSpeed's in the process, with which "selective" is wrong.
+    for options in (*OTHERS, *ENGINES):
         engine = build(world, **options)
         found = train(engine, world, range(HALF_WAY))
         check_not_finite(engine, world)
@@ -150,7 +211,7 @@ def train_all(world: World, plain: tuple[list[float], nn.Module, nn.Module], fol
         assert_near(train(engine, world, range(NUM_STEPS)), losses, 5e-3, (options, moments))
 
 
-def go_on(world: World, plain: tuple[list[float], nn.Module, nn.Module], folder: Path) -> None:
+def go_on(world: World, plain: Plain, folder: Path) -> None:
     """Load a checkpoint into fresh engines: it is the same to the bit, and each continues as the plain loop does."""
     losses, model, average = plain
     saved: dict[str, Tensor] = {}
@@ -168,11 +229,25 @@ def go_on(world: World, plain: tuple[list[float], nn.Module, nn.Module], folder:
         check_end(engine, model, average)
 
 
-def train_hsdp(world: World, plain: tuple[list[float], nn.Module, nn.Module]) -> None:
+def train_hsdp(world: World, plain: Plain, plain_of_one: Plain) -> None:
     losses, model, average = plain
     engine = build(world, shard_size=2)
     assert_near(train(engine, world, range(NUM_STEPS)), losses, TOLERANCE, "HSDP")
     check_end(engine, model, average)
+    check_copies(engine)
+    rounded = build(world, shard_size=2, optimizer=OPTIMIZER.model_copy(update={"moments": "bf16"}))
+    assert_near(train(rounded, world, range(NUM_STEPS)), losses, 5e-3, "HSDP, moments in bf16")
+    check_copies(rounded)
+    # One block has fewer matrices than the last round has ranks.
+    losses, model, average = plain_of_one
+    engine = build(world, shard_size=2, network=ONE_BLOCK)
+    assert_near(train(engine, world, range(NUM_STEPS)), losses, TOLERANCE, "HSDP, one block")
+    check_end(engine, model, average)
+    check_copies(engine)
+
+
+def check_copies(engine: Engine) -> None:
+    """Assert that both copies of the model are the same to the bit."""
     replicas = engine.replicas()
     assert replicas is not None
     held: list[Any] = [None, None]
@@ -183,9 +258,10 @@ def train_hsdp(world: World, plain: tuple[list[float], nn.Module, nn.Module]) ->
 if __name__ == "__main__":
     mode, *folders = sys.argv[1:]
     warnings.simplefilter("error", UserWarning)
-    plain = train_plain()  # first: DeepSpeed replaces torch.nn.functional.linear
+    # First: DeepSpeed replaces torch.nn.functional.linear.
+    plain = [train_plain(), *([train_plain(network=ONE_BLOCK)] if mode == "hsdp" else [])]
     with join_world("cpu") as world:
         modes: dict[str, Callable[..., None]] = {"train": train_all, "go-on": go_on, "hsdp": train_hsdp}
-        modes[mode](world, plain, *map(Path, folders))
+        modes[mode](world, *plain, *map(Path, folders))
         print("Muon equals the plain loop", flush=True)
     os._exit(0)  # as the command line does, and for its reason

@@ -44,6 +44,25 @@ def test_kill_and_resume_is_exact(undisturbed: Path, tiny_recipe: Path) -> None:
 
 
 @pytest.mark.slow
+def test_kill_and_resume_is_exact_with_muon_and_dropout(tiny_recipe: Path) -> None:
+    """Momenta in bf16, whose rounding is drawn step by step, and the masks of dropout, are those of the step."""
+    choices = [
+        "optimizer={name: muon, lr: 3e-3, moments: bf16}",
+        "model.dropout={rate: 0.1, last: 0}",
+        "model.ffn=swiglu",
+        "model.norm=rms",
+        "model.in_context={tokens: 2, start: 1}",
+        "diffusion.objective=x",
+    ]
+    runs = tiny_recipe.parent / "runs"
+    train(tiny_recipe, *choices, "name=whole", num_processes=2)
+    start_and_signal(tiny_recipe, *choices, after_samples=20 * GLOBAL_BATCH, number=signal.SIGKILL, num_processes=2)
+    assert checkpoint_samples(runs / "tiny") < TOTAL
+    assert "resuming from" in train(tiny_recipe, *choices, num_processes=2).stdout
+    assert_same_run(runs / "tiny", runs / "whole")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", ["true", pytest.param("false", marks=pytest.mark.exhaustive)])
 def test_many_kills_at_random_moments_while_saving_at_every_step(
     undisturbed: Path, tiny_recipe: Path, asynchronous: str

@@ -232,6 +232,18 @@ def test_other_choices_of_the_trunk(choices: str, temporal: str, per_group: bool
     assert_is_reference(build(**CHOICES[choices], temporal=temporal), per_group)
 
 
+@every_time
+@pytest.mark.parametrize("choices", CHOICES)
+def test_frame_group_by_frame_group_is_the_whole_pass(choices: str, per_group: bool) -> None:
+    """Each step, from the states of those before, with the positions of a clip that starts at frame group 2."""
+    model, t, condition = build(**CHOICES[choices], temporal="block_causal"), times(per_group), text_of(LENGTHS)
+    whole = model(clips(), t, condition, torch.full((BATCH,), 2)).split(2, dim=2)
+    states = None
+    for number, latents in enumerate(clips().split(2, dim=2)):
+        y, states = model.step(latents, t[:, number] if per_group else t, condition, states, group=2 + number)
+        torch.testing.assert_close(y, whole[number], rtol=1e-11, atol=1e-12)
+
+
 def assert_is_reference(model: VDiPoM, per_group: bool) -> None:
     latents, t = clips().requires_grad_(), times(per_group)
     condition = Text(text_of(LENGTHS).embeddings.double().requires_grad_(), text_of(LENGTHS).mask)
