@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ small:
 SHIPPED = sorted(path for path in RECIPES.glob("experiments/*.yaml") if "kind: experiment" in path.read_text())
 
 
+@cache
 def shipped(path: Path, small: bool) -> Experiment:
     return read_experiment(path, small=small)
 
