@@ -58,9 +58,9 @@ def test_three_starts_are_one_wandb_run_with_the_rows_of_metrics_jsonl(
     tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_recipe.parent / "runs" / "tiny"
-    run(_command(tiny_recipe, {"do": "send", "number": "SIGTERM", "at": "step", "nth": 12}), expect=75)
+    run(_command(tiny_recipe, {"do": "send", "number": "SIGTERM", "at": "step", "nth": 8}), expect=75)
     monkeypatch.setitem(running.ENVIRONMENT, "POMSCALE_RESTARTED_BECAUSE", "time limit")
-    assert _start_and_kill(tiny_recipe, folder, 32, num_steps=20, num_files=2) == -signal.SIGKILL
+    assert _start_and_kill(tiny_recipe, folder, 22, num_steps=14, num_files=2) == -signal.SIGKILL
     monkeypatch.setitem(running.ENVIRONMENT, "POMSCALE_RESTARTED_BECAUSE", "node n7 went down")
     run(_command(tiny_recipe))
     assert outcome(folder)["state"] == "finished"

@@ -74,14 +74,17 @@ def unknown_keys(schema: dict[str, Any], node: Any, values: Any, prefix: str = "
     return unknown
 
 
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    return json_schema()
+
+
 @each_recipe
-def test_the_schema_knows_every_key(path: Path) -> None:
-    schema = json_schema()
+def test_the_schema_knows_every_key(schema: dict[str, Any], path: Path) -> None:
     assert unknown_keys(schema, schema, yaml.safe_load(path.read_text(encoding="utf-8"))) == []
 
 
-def test_the_schema_knows_no_other_key() -> None:
-    schema = json_schema()
+def test_the_schema_knows_no_other_key(schema: dict[str, Any]) -> None:
     wrong = {"kind": "train", "base": "a.yaml", "nam": 1, "codec": {"name": "pixel", "blok": 1}, "data": {"path": ""}}
     assert unknown_keys(schema, schema, wrong) == ["nam", "codec.blok"]
 

@@ -296,9 +296,9 @@ def test_before_the_first_checkpoint_it_is_the_recipe_that_was_launched(tiny_rec
 
 
 def test_a_run_that_has_finished_is_not_launched_again(tiny_recipe: Path, begun: Path) -> None:
-    write_checkpoint(begun, load_train_recipe(tiny_recipe), 1600)
-    write_outcome(begun, 1, 0, "finished", samples=1600)
-    with pytest.raises(InputError, match="finished already, 1,600 samples; to continue, raise"):
+    write_checkpoint(begun, load_train_recipe(tiny_recipe), 960)
+    write_outcome(begun, 1, 0, "finished", samples=960)
+    with pytest.raises(InputError, match="finished already, 960 samples; to continue, raise"):
         prepare(tiny_recipe)
     assert prepare(tiny_recipe, "training.total_samples=3200").job_folder == begun
     newest = max((begun / "checkpoints").iterdir())

@@ -157,9 +157,12 @@ TRUNKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("trunk", "precision", "mode"), every_pair(TRUNKS, ["fp32", "bf16"], ["none", "full"]))
-def test_memory_of_other_trunks(trunk: dict[str, Any], precision: str, mode: str) -> None:
-    recipe = tiny(model={**TINY_MODEL, **trunk}, compute={"precision": precision, "activation_checkpointing": mode})
+@pytest.mark.parametrize(("precision", "mode"), [("fp32", "none"), ("bf16", "none"), ("bf16", "full")])
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_memory_of_other_trunks(trunk: str, precision: str, mode: str) -> None:
+    recipe = tiny(
+        model={**TINY_MODEL, **TRUNKS[trunk]}, compute={"precision": precision, "activation_checkpointing": mode}
+    )
     with pretended_world(8) as world:
         assert_predicted(recipe, 8, measure(recipe, world))
 
