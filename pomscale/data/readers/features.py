@@ -8,8 +8,7 @@ from torch import Tensor
 from pomscale.base.errors import InputError
 from pomscale.data.readers.arrays import ArrayReader, Faults, Members
 from pomscale.data.readers.companion import CompanionReader
-from pomscale.shards.features import check_features
-from pomscale.shards.schema import FEATURE_ARRAYS
+from pomscale.shards.schema import FEATURE_ARRAYS, check_features
 
 
 class FeaturesReader(CompanionReader):
