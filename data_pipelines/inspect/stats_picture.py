@@ -16,7 +16,7 @@ _SHOWN_STDS = 6.0
 
 
 def draw_stats(report: DatasetStats, path: Path) -> None:
-    """Write a PNG of the distributions that the dataset has: latents, features, classes, characters and tokens per caption."""
+    """Write a PNG of the distributions that the dataset has: latents, features, classes, lengths of texts."""
     panels = []
     if report.channels:
         panels.append(_draw_channels)

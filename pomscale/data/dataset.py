@@ -139,8 +139,9 @@ class LatentDataset:
         if info.stores_moments:
             latents = _sample_posterior(latents, positions, seed)
         labels = torch.from_numpy(rows["label"].astype(np.int64))
-        text, text_lengths = (None, None) if self.text is None else self.text.read(members, positions, seed, faults)
         features = None if self.features is None else self.features.read(members, flips, faults)
+        # Last, since the rows with faults get the embedding of the empty caption there.
+        text, text_lengths = (None, None) if self.text is None else self.text.read(members, positions, seed, faults)
         if faults:
             bad = sorted(faults)
             if self._bad_samples == "raise":
@@ -148,8 +149,6 @@ class LatentDataset:
             latents[bad] = 0
             if features is not None:
                 features[bad] = 0
-            if text is not None and text_lengths is not None and self.text is not None:
-                self.text.clear(text, text_lengths, bad)  # also where the features alone are bad
             labels[bad] = 0 if self.manifest.num_classes else NO_LABEL
         return Samples(latents, labels, text, text_lengths, faults, features)
 

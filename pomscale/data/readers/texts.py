@@ -47,14 +47,11 @@ class TextReader(CompanionReader):
         records, rows = self.rows(members, faults)
         text, info = self._drawn(records, rows, positions, seed), self.info
         values, lengths = self.source.sequences(text, info.dim, info.config.max_length, info.null_length, faults)
-        self.clear(values, lengths, list(faults))
-        return values, lengths
-
-    def clear(self, values: Tensor, lengths: Tensor, bad: list[int]) -> None:
-        """Put the embedding of the empty caption into bad rows of what `read` returned."""
+        bad = list(faults)
         values[bad] = 0
-        values[bad, : self.info.null_length] = self.null
-        lengths[bad] = self.info.null_length
+        values[bad, : info.null_length] = self.null
+        lengths[bad] = info.null_length
+        return values, lengths
 
     def _drawn(self, records: np.ndarray, rows: np.ndarray, positions: np.ndarray, seed: int) -> Members:
         """Return the member of one caption of each record, by index rows (b,) of the source."""

@@ -95,6 +95,13 @@ def test_digits_gives_its_map_before_pooling() -> None:
     torch.testing.assert_close(found[1, 6], by_hand[1, :, 1, 2], rtol=0, atol=0)
 
 
+def test_a_traced_module_is_called_as_a_scripted_one(tmp_path: Path) -> None:
+    media = pictures(3, 3, 16, 24)
+    torch.jit.trace(Patches("map"), media).save(str(tmp_path / "traced.pt"))
+    encoder = build(f"torchscript:{tmp_path / 'traced.pt'}", (16, 24))
+    torch.testing.assert_close(encoder.encode(media), Patches("tokens")(media), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", ["map", "tokens"])
 def test_a_torchscript_module_gives_a_map_or_tokens(tmp_path: Path, kind: str, channels: int) -> None:
