@@ -16,10 +16,12 @@ _SHOWN_STDS = 6.0
 
 
 def draw_stats(report: DatasetStats, path: Path) -> None:
-    """Write a PNG of the distributions that the dataset has: latents, classes, characters and tokens per caption."""
+    """Write a PNG of the distributions that the dataset has: latents, features, classes, characters and tokens per caption."""
     panels = []
     if report.channels:
         panels.append(_draw_channels)
+    if report.manifest.features is not None:
+        panels.append(_draw_features)
     if report.manifest.num_classes:
         panels.append(_draw_classes)
     if report.counts.captions:
@@ -44,6 +46,14 @@ def _draw_channels(axes: Axes, report: DatasetStats) -> None:
         axes.plot((edges[1:] + edges[:-1]) / 2, density / counts.sum() / np.diff(edges), lw=1, label=str(number))
     axes.set(title="Latents by channel", xlabel="value, unscaled", ylabel="density")
     axes.legend(fontsize=6, ncols=2)
+
+
+def _draw_features(axes: Axes, report: DatasetStats) -> None:
+    finite = np.isfinite(report.values)
+    values, counts = report.values[finite], report.counts.patterns[0, finite]
+    occurring = counts > 0
+    axes.hist(values[occurring], bins=_NUM_BINS, weights=counts[occurring], density=True)
+    axes.set(title="Features", xlabel="value", ylabel="density")
 
 
 def _draw_classes(axes: Axes, report: DatasetStats) -> None:

@@ -15,6 +15,7 @@ from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import CheckpointStore, read_meta
 from pomscale.config.identity import differences
 from pomscale.config.train import TrainRecipe
+from pomscale.data.dataset import LatentDataset
 from pomscale.data.mixture import Mixture
 from pomscale.engine.protocol import Engine
 from pomscale.pretrained.card import ModelCard
@@ -104,11 +105,17 @@ def identity(recipe: TrainRecipe, mixture: Mixture) -> dict[str, Any]:
             "fingerprint": dataset.manifest.fingerprint,
             "index": dataset.manifest.index.sha256,
             "text": None if dataset.text is None else dataset.text.source.manifest.fingerprint,
-            **({} if dataset.features is None else {"features": dataset.features.source.manifest.fingerprint}),
+            **_features_of(dataset),
         }
         for dataset, share in zip(mixture.datasets, mixture.shares, strict=True)
     ]
     return {"recipe": recipe.model_dump(mode="json"), "data": data}
+
+
+def _features_of(dataset: LatentDataset) -> dict[str, str]:
+    """Return an entry for the features that are read, if any: runs without them have none."""
+    features = dataset.features
+    return {} if features is None else {"features": features.source.manifest.fingerprint}
 
 
 def check_same_run(folder: Path, checkpoint: Path, now: dict[str, Any], card: ModelCard, then: dict[str, Any]) -> None:
@@ -159,4 +166,6 @@ def _data_differences(now: list[dict[str, Any]], then: list[dict[str, Any]]) -> 
             found.append(f"the dataset at {new['path']}: its index (labels, keys) is not that of the run's start")
         elif new["text"] != old["text"]:
             found.append(f"the dataset at {new['path']}: its text embeddings are not those of the run's start")
+        elif new.get("features") != old.get("features"):
+            found.append(f"the dataset at {new['path']}: its features are not those of the run's start")
     return found

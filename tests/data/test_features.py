@@ -24,6 +24,7 @@ from data_pipelines.encode.encode import encode
 from data_pipelines.inspect.info import info
 from data_pipelines.inspect.show import show
 from data_pipelines.inspect.stats import stats
+from data_pipelines.inspect.stats_picture import draw_stats
 from pomscale.base.errors import InputError
 from pomscale.base.task_index import TaskIndex
 from pomscale.config.encode import EncodeRecipe
@@ -281,6 +282,8 @@ def test_info_stats_and_show_know_features(tmp_path: Path) -> None:
     both = torch.cat([arrays(tmp_path / "out", f".{name}.npy") for name in ("features", "features_flip")]).double()
     assert f"mean {both.mean():.4f}, std {both.std(correction=0):.4f}" in str(report)
     assert report.exit_code == 0
+    draw_stats(report, tmp_path / "stats.png")
+    assert (tmp_path / "stats.png").read_bytes().startswith(b"\x89PNG")
     lines = show(tmp_path / "out", None, 4, tmp_path / "never.png").splitlines()
     assert len(lines) == 4
     assert "16 tokens, norm" in lines[0]

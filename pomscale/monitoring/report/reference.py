@@ -42,8 +42,8 @@ HELD_OUT = "validation/loss"
 _NOT_OF_THE_CURVE = (
     "name", "output", "seed", "resume", "mesh", "engine", "fsdp2", "deepspeed", "faults", "checkpoint", "sampling",
     "monitoring", "evaluations", "profile", "sweep", "compute.device", "compute.compile", "compute.mixer_memory",
-    "compute.activation_checkpointing", "data.path", "data.text", "data.num_threads", "data.prefetch", "data.reading",
-    "data.cache", "data.bad_samples", "data.max_bad_samples", "training.micro_batch", "init_from.path",
+    "compute.activation_checkpointing", "data.path", "data.text", "data.features", "data.num_threads", "data.prefetch",
+    "data.reading", "data.cache", "data.bad_samples", "data.max_bad_samples", "training.micro_batch", "init_from.path",
     "validation.path", "validation.text", "validation.every_samples", "validation.batch",
     *(f"codec.{key}" for key in NOT_OF_THE_LATENTS),
 )  # fmt: skip
