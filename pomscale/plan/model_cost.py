@@ -136,7 +136,8 @@ def forward_flops(
 def training_flops(config: ModelConfig, *, text_length: int = TEXT_LENGTH, num_times: int = 1) -> int:
     """Return the FLOPs of forward and backward of one sample; each forward product costs two in the backward pass.
 
-    The projection of the alignment loss is included. Recomputation by activation checkpointing is not counted, as is usual for MFU. Arguments are as of `forward_flops`.
+    The projection of the alignment loss is included. Recomputation by activation checkpointing is not counted, as is
+    usual for MFU. Arguments are as of `forward_flops`.
     """
     return 3 * (forward_flops(config, text_length=text_length, num_times=num_times) + projection_flops(config))
 

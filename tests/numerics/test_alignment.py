@@ -162,7 +162,9 @@ def test_training_adds_the_loss_of_samples_before_the_end_of_alignment() -> None
     diffusion = (per_sample_loss(FlowMatching(), model, latents, eps, t, classes) * weights).sum() / 8
     _, projected = model(per_sample_input(latents, eps, t), t, classes, num_aligned=3)
     alignment = (naive(projected[0], features[0].float()) + naive(projected[2], features[2].float())) / 8
-    torch.testing.assert_close(figures, torch.stack([diffusion + alignment / 2, diffusion, alignment, torch.tensor(2 / 8)]))
+    torch.testing.assert_close(
+        figures, torch.stack([diffusion + alignment / 2, diffusion, alignment, torch.tensor(2 / 8)])
+    )
 
 
 def per_sample_input(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
