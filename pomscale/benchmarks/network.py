@@ -14,10 +14,12 @@ from pomscale.benchmarks.operators.timing import measured
 from pomscale.benchmarks.report import BenchReport
 from pomscale.config.model import VideoModelConfig
 from pomscale.config.train import TrainRecipe
+from pomscale.diffusion.alignment import alignment_loss
 from pomscale.diffusion.objectives import FlowMatching
 from pomscale.diffusion.options import SamplingOptions
 from pomscale.diffusion.sequential import SequentialSampler
-from pomscale.models import VDiPoM, init_weights, make_model
+from pomscale.models import DiPoM, VDiPoM, init_weights, make_model
+from pomscale.plan.model_cost import projection_flops, training_flops
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TEXT_LENGTH = 120
@@ -55,15 +57,53 @@ def bench_network(
         model(latents, t, condition).float().square().mean().backward()
         model.zero_grad(set_to_none=True)
 
+    training_s = _median_s(forward_backward, device, num_turns)
     report.add(
         f"{recipe.name}, {recipe.model.num_tokens} tokens, batch {batch}",
         num_tokens=recipe.model.num_tokens,
         forward_s_per_sample=_median_s(forward, device, num_turns) / batch,
-        training_s_per_sample=_median_s(forward_backward, device, num_turns) / batch,
+        training_s_per_sample=training_s / batch,
     )
+    if recipe.model.alignment is not None:
+        _alignment(report, model, (latents, t, condition), device, num_turns, training_s)
     if num_groups is not None and clips is not None:
         _generation(report, clips, num_groups, device)
     return report
+
+
+def _alignment(
+    report: BenchReport,
+    model: DiPoM | VDiPoM,
+    inputs: tuple[Tensor, Tensor, Condition],
+    device: torch.device,
+    num_turns: int,
+    training_s: float,
+) -> None:
+    """Measure a training pass with alignment, and the projection alone; what else it costs is a share of a pass."""
+    config, batch, projection = model.config, len(inputs[0]), model.alignment
+    assert config.alignment is not None
+    assert projection is not None
+    features = torch.randn(batch, config.num_tokens, config.alignment.dim, device=device).half()
+    hidden = torch.randn(batch, config.num_tokens, config.dim, device=device, dtype=projection.first.weight.dtype)
+    hidden.requires_grad_()
+
+    def aligned() -> None:
+        prediction, projected = model(*inputs, num_aligned=batch)
+        (prediction.float().square().mean() + 0.5 * alignment_loss(projected, features).mean()).backward()
+        model.zero_grad(set_to_none=True)
+
+    def projected_alone() -> None:
+        projection(hidden).backward(hidden.new_ones(batch, config.num_tokens, config.alignment.dim))
+        model.zero_grad(set_to_none=True)
+
+    aligned_s, projection_s = (_median_s(step, device, num_turns) for step in (aligned, projected_alone))
+    report.add(
+        f"the same, aligned after block {config.alignment.block}",
+        training_s_per_sample=aligned_s / batch,
+        projection_s_per_sample=projection_s / batch,
+        projection_flops_share=3 * projection_flops(config) / training_flops(config),
+        share_beyond_the_projection=(aligned_s - projection_s - training_s) / aligned_s,
+    )
 
 
 def _inputs(recipe: TrainRecipe, device: torch.device, batch: int) -> tuple[Tensor, Tensor, Condition]:

@@ -12,7 +12,7 @@ from pomscale.plan.advice import Advice, cheapest_fit, room_for_more
 from pomscale.plan.batch import BatchShare, batch_share, num_times
 from pomscale.plan.checks import check_gpu, check_layout, notes
 from pomscale.plan.memory import StepMemory, host_bytes, step_memory
-from pomscale.plan.model_cost import TEXT_LENGTH, forward_flops, num_parameters
+from pomscale.plan.model_cost import TEXT_LENGTH, forward_flops, num_parameters, projection_flops
 from pomscale.plan.optimizer import step_flops
 from pomscale.plan.shadow.ledger import Part
 from pomscale.plan.shadow.network import build_network
@@ -181,6 +181,8 @@ def _model(plan: RunPlan) -> list[str]:
     cost = f"{_count(flops)}FLOP per sample and forward pass"
     if nominal != flops:
         cost += f"; {_count(nominal)}FLOP nominal, with the output maps applied to every token"
+    if model.alignment is not None:
+        cost += f"; {_count(projection_flops(model))}FLOP more in training, of the projection for alignment"
     return [
         f"{'model':<10}{_count(num_parameters(model))} parameters, {tokens}, {cost}",
         f"{'step':<10}{training.global_batch} samples: up to {share.num_micro_batches} x {share.micro_batch} per "

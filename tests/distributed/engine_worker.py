@@ -14,8 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pomscale.config.block import AlignmentConfig
 from pomscale.config.engine import ComputeConfig, Fsdp2Config, OptimizerConfig
 from pomscale.config.model import ImageModelConfig
+from pomscale.diffusion.alignment import alignment_loss
 from pomscale.distributed.world import World, join_world
 from pomscale.engine.fsdp2 import Fsdp2Engine
 from pomscale.engine.optimizers import build_optimizer
@@ -29,21 +31,30 @@ MODEL = ImageModelConfig(
     depth=3,
     num_heads=2,
     mixer=["pom", "attention", {"kind": "pom", "form": "coefficients", "heads": 4, "groups": 2, "rope": True}],
+    alignment=AlignmentConfig(block=2, dim=7, hidden=12),
 )
+ALIGNED_UNTIL = 23
+"""Global position up to which samples have the alignment loss: in the third step some ranks have some of them."""
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, grad_clip=0.05)
 GLOBAL_BATCH, NUM_STEPS = 9, 5
 EMA_WEIGHTS = {"slow": 0.1, "fast": 0.3}
 
 
-def batch(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def batch(step: int) -> tuple[Tensor, ...]:
+    """Latents, times, classes, target, features and global positions of a step."""
     generator = torch.Generator().manual_seed(step)
     x, target = torch.randn(2, GLOBAL_BATCH, *MODEL.latent_shape, generator=generator)
-    return x, torch.rand(GLOBAL_BATCH, generator=generator), torch.arange(GLOBAL_BATCH) % 4, target
+    features = torch.randn(GLOBAL_BATCH, MODEL.num_tokens, 7, generator=generator)
+    positions = step * GLOBAL_BATCH + torch.arange(GLOBAL_BATCH)
+    return x, torch.rand(GLOBAL_BATCH, generator=generator), torch.arange(GLOBAL_BATCH) % 4, target, features, positions
 
 
 def share(model: nn.Module, part: tuple[Tensor, ...]) -> Tensor:
-    x, t, condition, target = part
-    return (model(x, t, condition) - target).square().flatten(1).mean(1).sum() / GLOBAL_BATCH
+    x, t, condition, target, features, positions = part
+    num_aligned = int((positions < ALIGNED_UNTIL).sum())
+    prediction, projected = model(x, t, condition, num_aligned=num_aligned)
+    losses = (prediction - target).square().flatten(1).mean(1)
+    return (losses.sum() + 0.5 * alignment_loss(projected, features[:num_aligned]).sum()) / GLOBAL_BATCH
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -131,7 +142,7 @@ def check_replicas(engine: Fsdp2Engine, world: World, options: dict[str, Any]) -
 
 def check_swap(engine: Fsdp2Engine) -> None:
     """Within the block the model computes with the averages; after it, to the bit, as before."""
-    x, t, condition, _ = batch(99)
+    x, t, condition, *_ = batch(99)
     before = {name: full(p).clone() for name, p in engine.state_dict()["model"].items()}
     averages = {name: full(p).clone() for name, p in engine.state_dict()["ema"]["fast"].items()}
     reference = DiPoM(MODEL)

@@ -175,8 +175,11 @@ class Alignment:
 
     def __init__(self, dim: int, config: AlignmentConfig) -> None:
         self.block, self.width = config.block, config.dim
-        hidden = config.hidden
-        self.maps = [Linear(dim, hidden), Linear(hidden, hidden), Linear(hidden, self.width)]
+        self.maps = [
+            Linear(dim, config.hidden),
+            Linear(config.hidden, config.hidden),
+            Linear(config.hidden, self.width),
+        ]
 
     def __call__(self, x: Tensor) -> Tensor:
         first, second, third = self.maps
