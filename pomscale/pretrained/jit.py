@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pomscale.base.errors import InputError
 from pomscale.codecs import build_codec
-from pomscale.config.codecs import PixelCodecConfig
+from pomscale.config.codecs import Uint8CodecConfig
 from pomscale.config.model import ImageModelConfig
 from pomscale.config.presets import IMAGE_PRESETS
 from pomscale.config.sampling import SamplingConfig
@@ -229,18 +229,18 @@ def _in_context(
 
 def _card(model: ImageModelConfig, noise_scale: float, averages: tuple[str, ...]) -> ModelCard:
     """Return a card of their training, on pixels in [-1, 1]. Their time counts from noise to data, ours from data."""
-    codec = PixelCodecConfig(name="pixel", block=1)
+    codec = build_codec(Uint8CodecConfig(name="uint8"))
     channels = model.latent_shape[0]
     time = TimeConfig(distribution="logit_normal", mean=0.8, std=0.8)
     return ModelCard(
         model=model,
         diffusion=DiffusionConfig(objective="x", noise_scale=noise_scale, time=time, condition_dropout=0.1),
         sampling=SamplingConfig(),
-        codec=codec,
-        codec_identity=build_codec(codec).identity(),
+        codec=codec.config,
+        codec_identity=codec.identity(),
         class_names=(),
-        latent_mean=(0.0,) * channels,
-        latent_std=(1.0,) * channels,
+        latent_mean=(codec.shift,) * channels,
+        latent_std=(1.0 / codec.scaling_factor,) * channels,
         averages=averages,
     )
 
