@@ -30,6 +30,11 @@ from pomscale.runs.metric_names import QUALITY
 
 SEED = "seed"
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]")
+# Axes that vary how is measured, and not what: figures of two of their values cannot be better or worse.
+_OF_MEASUREMENT = {
+    "any-crop", "extractor", "filter", "fit", "fps", "frame-stride", "grey", "kid-subsets", "measured-frames",
+    "num-reference", "num-samples", "reference", "splits",
+}  # fmt: skip
 _FIRST_CHOICE = "guidance"  # of the axis to draw quality against
 _HIGHER_IS_BETTER = ("inception_score", "clip_score", "precision", "recall", "density", "coverage")
 
@@ -122,7 +127,12 @@ def _cell(value: float | None) -> str:
 
 
 def best_point(results: Sequence[SweepResult]) -> SweepResult | None:
-    """Return the point with the best foremost metric; None before there are two results that are numbers."""
+    """Return the point with the best foremost metric; None before there are two results that are numbers.
+
+    None also where points were measured differently, such as on more frames.
+    """
+    if any(axis in _OF_MEASUREMENT for axis in results[0].point):
+        return None
     figure = _foremost(results)
     done = [result for result in results if math.isfinite((result.metrics or {}).get(figure or "", math.nan))]
     if figure is None or len(done) < 2:

@@ -48,7 +48,7 @@ def check_numbers(file: Path, sets: Mapping[str, Mapping[str, Tensor]]) -> None:
                 raise InputError(f"{file}: {set_name}: {name} is of {value.dtype}, which no weights are of")
             if value.is_meta:
                 raise InputError(
-                    f"{file}: {set_name}: {name} is on the device meta, and has no values; save real weights"
+                    f"{file}: {set_name}: {name} is on the meta device: a shape that was saved without values"
                 )
             if not value.isfinite().all():
                 raise InputError(f"{file}: {set_name}: {name} holds values that are not finite; its training diverged")

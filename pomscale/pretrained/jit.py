@@ -228,19 +228,15 @@ def _in_context(
 
 
 def _card(model: ImageModelConfig, noise_scale: float, averages: tuple[str, ...]) -> ModelCard:
-    """Return a card of their training, on pixels in [-1, 1]. Their time counts from noise to data, ours from data.
-
-    The codec is that of the recipes jit-*, so that an imported model is trained on, guided and compared as theirs are.
-    """
-    config = Uint8CodecConfig(name="uint8")
-    codec = build_codec(config)
+    """Return a card of their training, on pixels in [-1, 1]. Their time counts from noise to data, ours from data."""
+    codec = build_codec(Uint8CodecConfig(name="uint8"))
     channels = model.latent_shape[0]
     time = TimeConfig(distribution="logit_normal", mean=0.8, std=0.8)
     return ModelCard(
         model=model,
         diffusion=DiffusionConfig(objective="x", noise_scale=noise_scale, time=time, condition_dropout=0.1),
         sampling=SamplingConfig(),
-        codec=config,
+        codec=codec.config,
         codec_identity=codec.identity(),
         class_names=(),
         latent_mean=(codec.shift,) * channels,

@@ -81,6 +81,94 @@ def translate(theirs: Mapping[str, Tensor], config: ImageModelConfig) -> dict[st
     return ours
 
 
+def translate_back(ours: Mapping[str, Tensor], config: ImageModelConfig) -> dict[str, Tensor]:
+    """Return the state_dict of their `JiT` in its order, tables included, for a network with its choices.
+
+    Args:
+        ours: Our parameters by name.
+        config: Our network, of pictures that are squares.
+    """
+    height, width = (side // config.patch_size for side in config.latent_shape[1:])
+    channels, patch = config.latent_shape[0], config.patch_size
+    fixed = sincos_positions_2d(height, width, config.dim, torch.device("cpu"), torch.float32, integer=True)
+    theirs = {_POSITIONS: fixed[None], _IN_CONTEXT: ours["in_context.positions"][None]}
+    theirs |= _renamed_back(ours, _MODULES, ("time_embedding", "class_embedding"))
+    reduce = ours["patch_embedding.reduce.weight"].unflatten(1, (patch, patch, channels))
+    theirs["x_embedder.proj1.weight"] = reduce.permute(0, 3, 1, 2)
+    theirs["x_embedder.proj2.weight"] = ours["patch_embedding.expand.weight"][..., None, None]
+    theirs["x_embedder.proj2.bias"] = ours["patch_embedding.expand.bias"]
+    theirs |= _tables_of_attention(config)
+    for number, mixer in enumerate(config.mixers):
+        prefix = f"trunk.{number}."
+        block = {name.removeprefix(prefix): value for name, value in ours.items() if name.startswith(prefix)}
+        theirs |= {f"blocks.{number}.{name}": value for name, value in _block_back(block, mixer, height).items()}
+    theirs |= _renamed_back(ours, _MODULES, ("norm", "head"))
+    for leaf in _LEAVES:
+        scale, shift = ours[f"modulation.{leaf}"].chunk(2)
+        theirs[f"{_LAST_MODULATION}.{leaf}"] = torch.cat([shift, scale])
+    return theirs
+
+
+def _renamed_back(ours: Mapping[str, Tensor], modules: Mapping[str, str], roots: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the tensors of those of `modules` that begin with one of `roots`, by their names."""
+    of_roots = sorted(
+        (our for our in modules if our.split(".")[0] in roots), key=lambda our: roots.index(our.split(".")[0])
+    )
+    return {
+        f"{modules[our]}.{leaf}": ours[f"{our}.{leaf}"]
+        for our in of_roots
+        for leaf in (_LEAVES[:1] if modules[our] in _WITHOUT_BIAS else _LEAVES)
+    }
+
+
+def _block_back(ours: Mapping[str, Tensor], mixer: Mixer, side: int) -> dict[str, Tensor]:
+    of_mixer = {name.removeprefix("mixer."): value for name, value in ours.items() if name.startswith("mixer.")}
+    back = _attention_back(of_mixer, mixer.heads) if isinstance(mixer, AttentionMixer) else _pom_back(of_mixer, side)
+    theirs = _renamed_back(ours, _BLOCK_MODULES, ("norm1",))
+    theirs |= {f"attn.{name}": value for name, value in back.items()}
+    theirs |= _renamed_back(ours, _BLOCK_MODULES, ("norm2", "ffn"))
+    for leaf in _LEAVES:
+        scale1, shift1, scale2, shift2 = ours[f"modulation.{leaf}"].chunk(4)
+        gate1, gate2 = ours[f"gates.{leaf}"].chunk(2)
+        theirs[f"{_MODULATION}.{leaf}"] = torch.cat([shift1, scale1, gate1, shift2, scale2, gate2])
+    return theirs
+
+
+def _attention_back(ours: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:
+    order = _head_order(ours["query_norm.weight"].shape[0]).argsort()
+    theirs = {f"{n}_norm.weight": ours[f"{name}_norm.weight"][order] for n, name in (("q", "query"), ("k", "key"))}
+    for leaf in _LEAVES:
+        key, value = ours[f"key_value.{leaf}"].chunk(2)
+        query, key = (part.unflatten(0, (heads, -1))[:, order].flatten(0, 1) for part in (ours[f"query.{leaf}"], key))
+        theirs[f"qkv.{leaf}"] = torch.cat([query, key, value])
+    return theirs | {f"proj.{leaf}": ours[f"output.{leaf}"] for leaf in _LEAVES}
+
+
+def _pom_back(ours: Mapping[str, Tensor], side: int) -> dict[str, Tensor]:
+    theirs = {"se_bias": ours["gate.bias"], "po_coeff": ours["coefficients"]}
+    positions = torch.arange(side)[:, None].expand(-1, 2)
+    for axis, (cos, sin) in zip(("row", "col"), cos_sin(positions, len(ours["coefficients"]), 2), strict=True):
+        theirs |= {f"{axis}_cos": cos, f"{axis}_sin": sin}
+    maps = torch.cat([ours["projection.weight"], ours["gate.weight"]])
+    return theirs | {"qc_proj.weight": maps, "ag_proj.weight": ours["output.weight"]}
+
+
+def _tables_of_attention(config: ImageModelConfig) -> dict[str, Tensor]:
+    """Return the tables of rotary positions, for the picture's tokens and with those of the class; none for PoM."""
+    mixer = config.mixers[0]
+    if not isinstance(mixer, AttentionMixer):
+        return {}
+    height, width = (side // config.patch_size for side in config.latent_shape[1:])
+    tables = cos_sin(grid_positions(height, width), config.dim // mixer.heads, 2)
+    cos, sin = (torch.cat(parts, dim=-1).repeat_interleave(2, dim=-1) for parts in zip(*tables, strict=True))
+    tokens = 0 if config.in_context is None else config.in_context.tokens
+    found = {}
+    for name, table, at_origin in (("freqs_cos", cos, 1.0), ("freqs_sin", sin, 0.0)):
+        of_context = torch.full((tokens, table.shape[1]), at_origin)
+        found |= {f"feat_rope.{name}": table, f"feat_rope_incontext.{name}": torch.cat([of_context, table])}
+    return found
+
+
 def _root(theirs: Mapping[str, Tensor], *, with_context: bool) -> dict[str, Tensor]:
     own = {*_RESHAPED, *(f"{_LAST_MODULATION}.{leaf}" for leaf in _LEAVES), *([_IN_CONTEXT] if with_context else [])}
     ours = _renamed(theirs, _MODULES, own)
@@ -178,16 +266,9 @@ def _check_fixed(theirs: Mapping[str, Tensor], config: ImageModelConfig) -> None
     if _POSITIONS in theirs:
         expected = sincos_positions_2d(height, width, config.dim, torch.device("cpu"), torch.float32, integer=True)
         _check_values(theirs, _POSITIONS, expected[None])
-    mixer = config.mixers[0]
-    if isinstance(mixer, AttentionMixer):
-        tables = cos_sin(grid_positions(height, width), config.dim // mixer.heads, 2)
-        cos, sin = (torch.cat(parts, dim=-1).repeat_interleave(2, dim=-1) for parts in zip(*tables, strict=True))
-        for name, expected, at_origin in (("freqs_cos", cos, 1.0), ("freqs_sin", sin, 0.0)):
-            tokens = 0 if config.in_context is None else config.in_context.tokens
-            of_context = torch.full((tokens, expected.shape[1]), at_origin)
-            for key, table in (("feat_rope", expected), ("feat_rope_incontext", torch.cat([of_context, expected]))):
-                if f"{key}.{name}" in theirs:
-                    _check_values(theirs, f"{key}.{name}", table)
+    for name, table in _tables_of_attention(config).items():
+        if name in theirs:
+            _check_values(theirs, name, table)
 
 
 def _check_values(theirs: Mapping[str, Tensor], name: str, expected: Tensor) -> None:

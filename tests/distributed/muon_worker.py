@@ -74,7 +74,7 @@ OPTIMIZER = OptimizerConfig(
     muon=MuonConfig(precision="fp32"),
 )
 NUM_STEPS, HALF_WAY = 10, 5
-TOLERANCE = 1e-5
+TOLERANCE, ROUNDED = 1e-5, 3e-2  # of losses in fp32, and with weights or moments in bf16
 ENGINES: list[dict[str, Any]] = [{}, {"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}]
 OTHERS: list[dict[str, Any]] = [
     {"cpu_offload": True, "checkpointing": "selective"},
@@ -208,7 +208,7 @@ def train_all(world: World, plain: Plain, folder: Path) -> None:
     usual_cases: list[tuple[str, dict[str, Any]]] = [("fp32", {"zero_stage": 1, "precision": "bf16"}), ("bf16", {})]
     for moments, options in usual_cases:
         engine = build(world, optimizer=usual.model_copy(update={"moments": moments}), **options)
-        assert_near(train(engine, world, range(NUM_STEPS)), losses, 5e-3, (options, moments))
+        assert_near(train(engine, world, range(NUM_STEPS)), losses, ROUNDED, (options, moments))
 
 
 def go_on(world: World, plain: Plain, folder: Path) -> None:
@@ -236,7 +236,7 @@ def train_hsdp(world: World, plain: Plain, plain_of_one: Plain) -> None:
     check_end(engine, model, average)
     check_copies(engine)
     rounded = build(world, shard_size=2, optimizer=OPTIMIZER.model_copy(update={"moments": "bf16"}))
-    assert_near(train(rounded, world, range(NUM_STEPS)), losses, 5e-3, "HSDP, moments in bf16")
+    assert_near(train(rounded, world, range(NUM_STEPS)), losses, ROUNDED, "HSDP, moments in bf16")
     check_copies(rounded)
     # One block has fewer matrices than the last round has ranks.
     losses, model, average = plain_of_one

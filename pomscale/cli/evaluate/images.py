@@ -93,7 +93,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.json is not None:
         write_text(arguments.json, json.dumps(outcome.result, indent=1))
-    print(_table(outcome.result, evaluation.kind))
+    if outcome.shows:
+        print(_table(outcome.result, evaluation.kind))
     return 0
 
 

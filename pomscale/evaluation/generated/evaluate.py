@@ -34,6 +34,7 @@ class Outcome:
         num_parts: Parts of all sides.
         num_made: Parts that this process measured.
         num_elsewhere: Parts that are not done yet.
+        shows: Whether this process is the one of its tasks that shows the result.
     """
 
     work: Path
@@ -41,6 +42,7 @@ class Outcome:
     num_parts: int
     num_made: int
     num_elsewhere: int
+    shows: bool = True
 
 
 def evaluate(
@@ -73,13 +75,15 @@ def evaluate(
                 check_no_tars(tars)
                 make_folder(tars)
             adopt(work, evaluation.plan())
+        # One of several ranks shows a result that was there; else the one that computes it does.
+        shows = task.count == 1 or (task.index == 0 and (work / RESULT).exists())
         num_made = 0 if (work / RESULT).exists() else _make_parts(evaluation, claims, task, progress)
         files = {side: PartFiles(work, side) for side in evaluation.measurements}
         with claims.finishing():
             if (work / RESULT).exists():
                 result = _read_result(evaluation, work)
                 publish(result)
-                return Outcome(work, result, len(jobs), num_made, 0)
+                return Outcome(work, result, len(jobs), num_made, 0, shows)
             left = [job for job in jobs if not evaluation.measurements[job.side].is_done(files[job.side], job.part)]
             if left:
                 return Outcome(work, None, len(jobs), num_made, len(left))

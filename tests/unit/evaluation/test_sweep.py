@@ -43,6 +43,14 @@ def test_values_that_share_a_folder_are_refused() -> None:
         grid({"guide": ["a/b", "a:b"]})
 
 
+def test_no_point_is_best_where_they_were_measured_differently(tmp_path: Path) -> None:
+    axes = {"guidance": ["0"], "measured-frames": ["8", "16"]}
+    measured(tmp_path, axes, {"guidance=0_measured-frames=8": 4.0, "guidance=0_measured-frames=16": 9.0})
+    results = read_results(tmp_path, grid(axes))
+    assert best_point(results) is None
+    assert "best" not in text_table(results)
+
+
 def measured(folder: Path, axes: dict[str, list[str]], fid: dict[str, float]) -> None:
     for point in grid(axes):
         name = point_name(point)
