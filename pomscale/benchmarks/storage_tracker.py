@@ -96,7 +96,7 @@ def _watch_resizes(resized: Callable[[torch.UntypedStorage], None]) -> None:
         resized(storage)
         return result
 
-    torch.UntypedStorage.resize_ = reporting  # type: ignore[method-assign]
+    torch.UntypedStorage.resize_ = reporting  # type: ignore[method-assign, assignment]
 
 
 def step_peak_bytes(step: Any, device: torch.device, held: Iterable[Tensor]) -> int:
