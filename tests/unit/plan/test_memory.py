@@ -49,7 +49,7 @@ def test_tracker_counts_storages_not_tensors() -> None:
 def test_tracker_fails_where_it_has_not_noticed_a_change() -> None:
     x = torch.zeros(1000)
     with pytest.raises(RuntimeError, match="without an operator and without resize_"), StorageTracker([x]):
-        torch._C.StorageBase.resize_(x.untyped_storage(), 0)  # as code of torch in C++ would
+        super(torch.UntypedStorage, x.untyped_storage()).resize_(0)  # as code of torch in C++ would
     with StorageTracker([x]) as tracker:  # the watch over resize_ has ended with the block
         x.untyped_storage().resize_(4000)
     assert tracker.live == tracker.peak + 4000 == 4000
