@@ -83,7 +83,8 @@ def _alignment(
     config, batch, projection = model.config, len(inputs[0]), model.alignment
     assert config.alignment is not None
     assert projection is not None
-    features = torch.randn(batch, config.num_tokens, config.alignment.dim, device=device).half()
+    dim = config.alignment.dim
+    features = torch.randn(batch, config.num_tokens, dim, device=device).half()
     hidden = torch.randn(batch, config.num_tokens, config.dim, device=device, dtype=projection.first.weight.dtype)
     hidden.requires_grad_()
 
@@ -93,7 +94,7 @@ def _alignment(
         model.zero_grad(set_to_none=True)
 
     def projected_alone() -> None:
-        projection(hidden).backward(hidden.new_ones(batch, config.num_tokens, config.alignment.dim))
+        projection(hidden).backward(hidden.new_ones(batch, config.num_tokens, dim))
         model.zero_grad(set_to_none=True)
 
     aligned_s, projection_s = (_median_s(step, device, num_turns) for step in (aligned, projected_alone))

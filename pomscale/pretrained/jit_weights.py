@@ -162,7 +162,7 @@ def _tables_of_attention(config: ImageModelConfig) -> dict[str, Tensor]:
     tables = cos_sin(grid_positions(height, width), config.dim // mixer.heads, 2)
     cos, sin = (torch.cat(parts, dim=-1).repeat_interleave(2, dim=-1) for parts in zip(*tables, strict=True))
     tokens = 0 if config.in_context is None else config.in_context.tokens
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, table, at_origin in (("freqs_cos", cos, 1.0), ("freqs_sin", sin, 0.0)):
         of_context = torch.full((tokens, table.shape[1]), at_origin)
         found |= {f"feat_rope.{name}": table, f"feat_rope_incontext.{name}": torch.cat([of_context, table])}
