@@ -93,7 +93,7 @@ class Trainer:
         )
         if num_bad:
             self.recovery.note_bad_samples(clock.samples, bad)
-        # The diffusion loss is judged, which does not jump when alignment ends. If the other is not finite, nor is norm.
+        # Judged is the diffusion loss, which does not jump when alignment ends; if the other is not finite, nor is norm.
         loss, alignment = (losses[0], None) if len(losses) == 1 else (losses[1], _mean(*losses[2:]))
         verdict = self.recovery.assess(clock.samples, loss, norm)
         self.telemetry.charge_step()
@@ -114,5 +114,5 @@ class Trainer:
 
 
 def _mean(total: float, share: float) -> float | None:
-    """Return the mean over a share of the samples, of which `total` is the sum over the global batch; None = of none."""
+    """Return the mean over a share of the samples, whose sum is `total`, both over the global batch; None = none."""
     return total / share if share else None
