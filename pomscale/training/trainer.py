@@ -93,7 +93,7 @@ class Trainer:
         )
         if num_bad:
             self.recovery.note_bad_samples(clock.samples, bad)
-        # Judged is the diffusion loss, which does not jump when alignment ends; if the other is not finite, nor is norm.
+        # The diffusion loss is judged: it does not jump when alignment ends. Nor is norm finite where the other is not.
         loss, alignment = (losses[0], None) if len(losses) == 1 else (losses[1], _mean(*losses[2:]))
         verdict = self.recovery.assess(clock.samples, loss, norm)
         self.telemetry.charge_step()
