@@ -66,7 +66,8 @@ def test_features_of_zeros_count_nothing() -> None:
     loss = alignment_loss(projected, torch.zeros(1, 4, 3).half())
     loss.sum().backward()
     assert loss.item() == 0
-    assert projected.grad is not None and not projected.grad.any()
+    assert projected.grad is not None
+    assert not projected.grad.any()
 
 
 def conditioned(config: ImageModelConfig | VideoModelConfig, size: int) -> tuple[Tensor, Tensor, Any]:

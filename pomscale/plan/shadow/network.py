@@ -171,15 +171,11 @@ class PatchEmbedding:
 
 
 class Alignment:
-    """Projection of layers/alignment.py to features of `width`, after so many blocks."""
+    """Projection of layers/alignment.py, after `block` blocks."""
 
     def __init__(self, dim: int, config: AlignmentConfig) -> None:
-        self.block, self.width = config.block, config.dim
-        self.maps = [
-            Linear(dim, config.hidden),
-            Linear(config.hidden, config.hidden),
-            Linear(config.hidden, self.width),
-        ]
+        self.block, hidden = config.block, config.hidden
+        self.maps = [Linear(dim, hidden), Linear(hidden, hidden), Linear(hidden, config.dim)]
 
     def __call__(self, x: Tensor) -> Tensor:
         first, second, third = self.maps
