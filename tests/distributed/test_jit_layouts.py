@@ -8,6 +8,9 @@ import pytest
 
 from support.running import GLOBAL_BATCH, assert_same_curve, losses, train, write_tiny_recipe
 
+# In the daily suite test_muon_ranks.py holds such a network against a plain loop.
+pytestmark = pytest.mark.exhaustive
+
 NUM_STEPS = 8
 JIT = [
     "model.norm=rms",
@@ -40,13 +43,8 @@ def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         pytest.param(2, ["compute.activation_checkpointing=full"], id="FSDP2, recomputed"),
         pytest.param(2, ["engine=deepspeed", "deepspeed.zero_stage=3"], id="ZeRO 3"),
-        pytest.param(2, ["fsdp2.shard_size=1"], id="HSDP", marks=pytest.mark.exhaustive),
-        *(
-            pytest.param(
-                2, ["engine=deepspeed", f"deepspeed.zero_stage={n}"], id=f"ZeRO {n}", marks=pytest.mark.exhaustive
-            )
-            for n in (1, 2)
-        ),
+        pytest.param(2, ["fsdp2.shard_size=1"], id="HSDP"),
+        *(pytest.param(2, ["engine=deepspeed", f"deepspeed.zero_stage={n}"], id=f"ZeRO {n}") for n in (1, 2)),
     ],
 )
 def test_the_loss_curve_is_that_of_one_process(
@@ -56,7 +54,6 @@ def test_the_loss_curve_is_that_of_one_process(
     assert_same_curve(losses(tiny_recipe.parent / "runs" / "tiny"), losses(alone), NUM_STEPS)
 
 
-@pytest.mark.exhaustive
 def test_momenta_in_bf16_agree_too(tiny_recipe: Path) -> None:
     changes = [*JIT, "optimizer.moments=bf16"]
     train(tiny_recipe, *changes, "name=one")
