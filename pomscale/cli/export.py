@@ -19,8 +19,8 @@ def add(verbs: Any) -> None:
         "--format",
         choices=["pomscale", "jitpp"],
         default="pomscale",
-        help="jitpp: --out is a file that davidpicard/JiTpp reads, with the trained weights and two averages, of a "
-        "network with JiT's choices (default: %(default)s)",
+        help="Format of --out. jitpp: a file that davidpicard/JiTpp reads, with the trained weights and two averages, "
+        "of a network with JiT's choices (default: %(default)s)",
     )
     export.set_defaults(run=_export)
 

@@ -45,7 +45,8 @@ FEATURE_ARRAYS: tuple[ArrayName, ...] = ("features", "features_flip")
 ARRAY_MEMBERS: dict[ArrayName, str] = {
     "latent": ".latent.npy",
     "flip": ".latent_flip.npy",
-    **{name: f".{name}.npy" for name in FEATURE_ARRAYS},
+    "features": ".features.npy",
+    "features_flip": ".feat_flip.npy",  # no longer than others: the rest of a tar's 100 bytes is for the key
     **{name: f".{name}.npy" for name in TEXT_ARRAYS},
 }
 PNG_MEMBER = ".png"

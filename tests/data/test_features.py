@@ -59,7 +59,7 @@ def test_features_are_those_of_the_picture_and_of_the_mirrored_one(tmp_path: Pat
     report = encode_features(source, tmp_path / "features")
     encode_pixels(source, tmp_path / "pixels")
     pixels = arrays(tmp_path / "pixels", ".latent.npy")
-    found, of_mirrored = (arrays(tmp_path / "features", f".{name}.npy") for name in ("features", "features_flip"))
+    found, of_mirrored = (arrays(tmp_path / "features", f".{name}.npy") for name in ("features", "feat_flip"))
     assert found.dtype == torch.float16
     torch.testing.assert_close(found, features_of(pixels), rtol=2e-3, atol=1e-3)
     torch.testing.assert_close(of_mirrored, features_of(pixels.flip(-1)), rtol=2e-3, atol=1e-3)
@@ -243,7 +243,7 @@ def test_damage_is_found_and_repaired(tmp_path: Path) -> None:
     encode_features(write_grey(tmp_path / "in", 12), tmp_path / "out")
     shard = tmp_path / "out" / "shard-000001.tar"
     whole = shard.read_bytes()
-    position = whole.index(b".features_flip.npy") + 2000
+    position = whole.index(b".feat_flip.npy") + 2000
     shard.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
     report = verify(tmp_path / "out", progress=False)
     assert report.bad_shards == [shard.name]
@@ -279,7 +279,7 @@ def test_info_stats_and_show_know_features(tmp_path: Path) -> None:
     assert "8x8 pixels -> 4x4 tokens of 64, float16, also of the mirrored pictures" in text
     assert "digits, identity" in text
     report = stats(tmp_path / "out", progress=False)
-    both = torch.cat([arrays(tmp_path / "out", f".{name}.npy") for name in ("features", "features_flip")]).double()
+    both = torch.cat([arrays(tmp_path / "out", f".{name}.npy") for name in ("features", "feat_flip")]).double()
     assert f"mean {both.mean():.4f}, std {both.std(correction=0):.4f}" in str(report)
     assert report.exit_code == 0
     draw_stats(report, tmp_path / "stats.png")

@@ -135,7 +135,7 @@ def test_a_picture_without_features_is_a_bad_sample(sets: Path) -> None:
 def test_damaged_features_are_a_bad_sample(sets: Path) -> None:
     shard = sets / "features" / "shard-000002.tar"
     content = bytearray(shard.read_bytes())
-    for name in (b".features.npy", b".features_flip.npy"):
+    for name in (b".features.npy", b".feat_flip.npy"):
         content[content.index(name) + 2000] ^= 1
     shard.write_bytes(bytes(content))
     with pytest.raises(InputError, match=r"shard-000002\.tar: record 10, .*features.*checksum is wrong"):

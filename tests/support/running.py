@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from launch.record.job import read_submissions
 from pomscale.checkpoint.store import find_checkpoint, read_meta, read_tensors
@@ -219,10 +220,16 @@ def final_weights(folder: Path) -> dict[str, torch.Tensor]:
     for weights in ("model", "ema"):
         for name, value in load_pretrained(checkpoint, weights=weights, device="cpu").named_parameters():
             found[f"{weights}.{name}"] = value
+    there = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     moments = {
-        name: {"exp_avg": torch.empty_like(value), "exp_avg_sq": torch.empty_like(value)}
+        name: {
+            key: torch.empty_like(value)
+            for key in ("exp_avg", "exp_avg_sq", "momentum_buffer")
+            if f"optimizer.{name}.{key}" in there
+        }
         for name, value in load_pretrained(checkpoint, device="cpu").named_parameters()
     }
+    assert all(moments.values())
     read_tensors(checkpoint, {"optimizer": moments})
     for name, state in moments.items():
         found.update({f"{key}.{name}": value for key, value in state.items()})

@@ -496,6 +496,5 @@ __all__ = [
     "BF16", "BOOL", "FP16", "FP32", "INT64", "Weight", "activation", "attention", "broadcast", "cast", "chunk", "clamp",
     "concatenate", "concatenate_tokens", "contracted", "convolution", "difference", "dropout", "embedding",
     "grouped_linear", "last_tokens", "layer_norm", "linear", "matrix_product", "mean_cosine", "mean_squared", "part",
-    "rms_norm",
-    "scaled", "sigmoid", "sum_tokens", "unbind", "view", "whole_mixer",
+    "rms_norm", "scaled", "sigmoid", "sum_tokens", "unbind", "view", "whole_mixer",
 ]  # fmt: skip

@@ -161,14 +161,16 @@ def test_a_map_is_resized_axis_by_axis(before: int, after: int) -> None:
 
 def test_a_clip_has_the_features_of_one_frame_per_group(tmp_path: Path) -> None:
     encoder = build(script(tmp_path, "map"), (16, 24), grid=[3, 1, 3])
-    media = pictures(2, 3, 8, 16, 24)
+    media = pictures(2, 3, 9, 16, 24)
     found = encoder.encode(media)
-    assert middle_frames(8, 3) == [1, 4, 6]
+    assert middle_frames(9, 3) == [1, 4, 7]
     assert middle_frames(80, 20) == list(range(2, 80, 4))
-    assert encoder.grid(8, 16, 24) == (3, 1, 3)
-    maps = torch.stack([Patches("map")(media[:, :, frame]) for frame in (1, 4, 6)], 2)
+    assert middle_frames(17, 5) == [0, 3, 7, 11, 15]  # causal: the first frame alone, then fours
+    assert middle_frames(3, 3) == [0, 1, 2]
+    assert encoder.grid(9, 16, 24) == (3, 1, 3)
+    maps = torch.stack([Patches("map")(media[:, :, frame]) for frame in (1, 4, 7)], 2)
     torch.testing.assert_close(found, maps.mean(3, keepdim=True).flatten(2).transpose(1, 2))
-    with pytest.raises(InputError, match=r"features\.grid: 3 frame groups of clips of 2 frames"):
+    with pytest.raises(InputError, match=r"features\.grid: 2 frames make neither 3 equal groups"):
         encoder.grid(2, 16, 24)
 
 
