@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +37,29 @@ _SIZES = {768: "B", 1024: "L", 1280: "H"}
 _CHECKOUTS = (("--jitpp", "davidpicard/JiTpp", "denoiser.py"), ("--pom", "davidpicard/pom", "pom/__init__.py"))
 
 
-class _Contender:
+class _Contender(ABC):
     """A network with what a training step needs: `forward`, `backward` and `update`, called in this order."""
 
     name: str
     model: nn.Module
     loss: Tensor
 
+    @abstractmethod
     def predict(self, x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
         """Return pictures (b 3 h w) of noisy ones, t (b,) with 1 = noise and classes (b,) int64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, x: Tensor, classes: Tensor) -> None:
         """Set `loss` to the mean loss of pictures x (b 3 h w); noise and times are drawn."""
-        raise NotImplementedError
 
     def backward(self) -> None:
         """Compute the gradients of `loss`."""
         self.loss.backward()
         del self.loss
 
+    @abstractmethod
     def update(self) -> None:
         """Step the optimiser, clear the gradients and update the averages."""
-        raise NotImplementedError
 
 
 class _Authors(_Contender):

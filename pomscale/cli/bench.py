@@ -11,7 +11,10 @@ from pomscale.cli import bench_mixer
 from pomscale.cli.arguments import add_device, add_recipe, positive
 
 if TYPE_CHECKING:
+    import torch
+
     from pomscale.benchmarks.report import BenchReport
+    from pomscale.config.train import TrainRecipe
 
 
 def add(verbs: Any) -> None:
@@ -285,34 +288,35 @@ def _images(arguments: argparse.Namespace) -> BenchReport:
     )
 
 
-def _network(arguments: argparse.Namespace) -> BenchReport:
+def _recipe_and_device(arguments: argparse.Namespace) -> tuple[TrainRecipe, torch.device]:
+    """Load the recipe before torch, so that an error in it comes at once."""
     from pomscale.config.load import load_train_recipe
 
     recipe = load_train_recipe(arguments.recipe, arguments.overrides)
 
-    from pomscale.benchmarks.network import bench_network
     from pomscale.distributed.world import resolve_device
 
+    return recipe, resolve_device(arguments.device)
+
+
+def _network(arguments: argparse.Namespace) -> BenchReport:
+    recipe, device = _recipe_and_device(arguments)
+
+    from pomscale.benchmarks.network import bench_network
+
     return bench_network(
-        recipe,
-        resolve_device(arguments.device),
-        batch=arguments.batch,
-        num_turns=arguments.num_turns,
-        num_groups=arguments.generate,
+        recipe, device, batch=arguments.batch, num_turns=arguments.num_turns, num_groups=arguments.generate
     )
 
 
 def _step(arguments: argparse.Namespace) -> BenchReport:
-    from pomscale.config.load import load_train_recipe
-
-    recipe = load_train_recipe(arguments.recipe, arguments.overrides)
+    recipe, device = _recipe_and_device(arguments)
 
     from pomscale.benchmarks.training_step import bench_step
-    from pomscale.distributed.world import resolve_device
 
     return bench_step(
         recipe,
-        resolve_device(arguments.device),
+        device,
         jitpp=arguments.jitpp,
         pom=arguments.pom,
         batch=arguments.batch,

@@ -8,7 +8,8 @@ from torch import Tensor
 from pomscale.base.errors import InputError
 from pomscale.data.readers.arrays import ArrayReader, Faults, Members
 from pomscale.data.readers.companion import CompanionReader
-from pomscale.shards.schema import FEATURE_ARRAYS, check_features
+from pomscale.shards.alignment import check_features
+from pomscale.shards.schema import FEATURE_ARRAYS
 
 
 class FeaturesReader(CompanionReader):
