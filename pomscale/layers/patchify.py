@@ -27,7 +27,16 @@ class PatchEmbedding(nn.Module):
         if tokens is not None:
             patches = patchify(pictures, self.patch_size)[:, tokens]
             pictures = unpatchify(patches, 1, patches.shape[1], self.patch_size)  # one row of patches
-        return self.projection(pictures.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+        return _tokens_of(self.projection(pictures.to(self.projection.weight.dtype)))
+
+
+def _tokens_of(features: Tensor) -> Tensor:
+    """Turn the output of a convolution (b d ..) to tokens (b n d), with the channels of a token side by side.
+
+    Sums keep the memory order of their first term: as a view, the tokens would leave the states after every block in
+    the order (b d n), which each norm and each map would copy.
+    """
+    return features.flatten(2).transpose(1, 2).contiguous()
 
 
 class BottleneckPatchEmbedding(nn.Module):
@@ -103,7 +112,7 @@ class ClipPatchEmbedding(nn.Module):
         if tokens is not None:
             patches = patchify_clips(clips, self.patch)[:, tokens]
             clips = unpatchify_clips(patches, (1, 1, patches.shape[1]), self.patch)  # one row of patches
-        return self.projection(clips.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+        return _tokens_of(self.projection(clips.to(self.projection.weight.dtype)))
 
 
 def patchify_clips(clips: Tensor, patch: tuple[int, int, int]) -> Tensor:

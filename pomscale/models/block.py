@@ -58,6 +58,7 @@ class Block(nn.Module):
         gate1, gate2 = (self.gate_offset + self.gates(c)).chunk(2, dim=-1)
         mixed = mix(self.mixer, modulate(self.norm1(x), shift1, scale1), positions, split=split)
         x = x + gate1 * self.dropout.of_mixer(self.mixer, mixed, seeds, split)
+        del mixed  # the feed-forward, which takes the most memory of a block, would run beside it
         return x + gate2 * self.ffn(modulate(self.norm2(x), shift2, scale2), self.dropout.of_hidden(seeds, split))
 
 

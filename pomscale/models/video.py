@@ -82,6 +82,7 @@ class VideoBlock(nn.Module):
         x = x + _gated(gates[0], self.dropout.of_cross(self.cross, read, seeds, split), split)
         mixed = mix(self.mixer, _modulated(self.norm3(x), modulation[4:6], split), positions, mask, split)
         x = x + _gated(gates[1], self.dropout.of_mixer(self.mixer, mixed, seeds, split), split)
+        del read, mixed  # as in `Block`
         fed = self.ffn(_modulated(self.norm4(x), modulation[6:], split), self.dropout.of_hidden(seeds, split))
         return x + _gated(gates[2], fed, split)
 

@@ -13,7 +13,7 @@ from pomscale.plan.model_cost import TEXT_LENGTH, time_widths
 from pomscale.plan.shadow import operators as op
 from pomscale.plan.shadow.mixers import PADDING, Attention, Linear, Mask, PoM, build_mixer
 from pomscale.plan.shadow.operators import FP32, INT64, Weight
-from pomscale.plan.shadow.tensor import Tensor
+from pomscale.plan.shadow.tensor import Tape, Tensor
 
 
 class FeedForward:
@@ -174,7 +174,7 @@ class Alignment:
     """Projection of layers/alignment.py, after `block` blocks."""
 
     def __init__(self, dim: int, config: AlignmentConfig) -> None:
-        self.block, hidden = config.block, config.hidden
+        self.block, hidden, self.dim = config.block, config.hidden, config.dim
         self.maps = [Linear(dim, hidden), Linear(hidden, hidden), Linear(hidden, config.dim)]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -211,6 +211,10 @@ class Network(ABC):
 
     def project(self, hidden: Tensor | None) -> Tensor | None:
         return None if self.alignment is None or hidden is None else self.alignment(hidden)
+
+    def features(self, tape: Tape, batch: int) -> Tensor | None:
+        """Return a teacher's features as they come with a batch of so many samples."""
+        return None if self.alignment is None else tape.new((batch, self.num_tokens, self.alignment.dim), op.FP16)
 
     def time(self, features: Tensor) -> Tensor:
         return self.time_contract(op.activation(self.time_expand(features)))
@@ -325,16 +329,17 @@ def build_network(config: ModelConfig, num_times: int) -> Network:
     return VideoNetwork(config, num_times) if isinstance(config, VideoModelConfig) else ImageNetwork(config)
 
 
-def loss(predict: Callable[[Tensor], tuple[Tensor, Tensor | None]], latents: Tensor) -> Tensor:
+def loss(
+    predict: Callable[[Tensor], tuple[Tensor, Tensor | None]], latents: Tensor, features: Tensor | None
+) -> Tensor:
     """Mirror diffusion/objectives.py, diffusion/alignment.py and training/loss.py; latents (b ..) and noise are fp32.
 
-    Where the network gives projections (b n d), there are features of as many values in fp16, to the end of the step.
+    features (b n d) in fp16, None for a network without projections.
     """
-    tape = latents.tape
-    noise = tape.new(latents.shape, FP32)
+    noise = latents.tape.new(latents.shape, FP32)
     prediction, projected = predict(op.scaled(latents))
     diffusion = op.mean_squared(op.cast(prediction, FP32) - (noise - latents))
-    if projected is None:
+    if projected is None or features is None:
         return diffusion
     del prediction
-    return diffusion + op.mean_cosine(op.cast(projected, FP32), tape.new(projected.shape, op.FP16))
+    return diffusion + op.mean_cosine(op.cast(projected, FP32), features)

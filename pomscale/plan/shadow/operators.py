@@ -175,11 +175,12 @@ _RMS_NORM_CHUNK = 2**18
 def dropout(x: Tensor) -> Tensor:
     """Mirror layers/dropout.py: a division, and a fill by a mask that is kept.
 
-    The hash has two int32 tensors, and an index of the numbers of a sample.
+    The hash is an int32 tensor; while it is mixed there are another and an index of the numbers of a sample.
     """
-    numbers = [x.tape.new(shape, 4) for shape in (x.shape[1:], x.shape, x.shape)]
+    index, hashed, shifted = (x.tape.new(shape, 4) for shape in (x.shape[1:], x.shape, x.shape))
+    del index, shifted
     mask = x.tape.new(x.shape, BOOL)
-    del numbers
+    del hashed
     divided = scaled(x)
     result = x.tape.new(x.shape, x.itemsize)
     shape, itemsize, tape = x.shape, x.itemsize, x.tape
@@ -470,25 +471,33 @@ def mean_squared(error: Tensor) -> Tensor:
 def mean_cosine(projected: Tensor, features: Tensor) -> Tensor:
     """Mirror diffusion/alignment.py: projected (b n d) fp32, features (b n d) in fp16 -> a number.
 
-    Keeps both as vectors in fp32, those of the features divided by their lengths.
+    Keeps both as vectors in fp32, those of the features divided by their lengths. The gradient through the products is
+    there before that through the lengths, and the directions are no longer.
     """
     tape, shape = projected.tape, projected.shape
     in_fp32 = tape.new(shape, FP32)
     directions = tape.new(shape, FP32)
     del in_fp32
+    lengths, sums = tape.new(shape[:-1], FP32), tape.new(shape[:-1], FP32)
+    result = tape.new((1,), FP32)
+
+    def through_lengths(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
+        directions = tape.new(shape, FP32)
+        gradient = tape.new(shape, FP32)
+        del directions
+        return [gradient]
+
+    def through_products(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
+        return [tape.new(shape, FP32)]
+
+    def of_numbers(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
+        return [tape.new(shape[:-1], FP32) for _ in range(2)]
+
+    record([projected], [lengths], [projected, lengths], through_lengths)
     products = tape.new(shape, FP32)
-    result, lengths = tape.new((1,), FP32), tape.new(shape[:-1], FP32)
+    record([projected], [sums], [projected, directions], through_products)
     del products
-
-    def backward(gradients: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
-        # Through the lengths, and through the products.
-        through_lengths = tape.new(shape, FP32)
-        through_products = tape.new(shape, FP32)
-        total = tape.new(shape, FP32)
-        del through_lengths, through_products
-        return [total]
-
-    record([projected], [result], [projected, directions, lengths, features], backward)
+    record([sums, lengths], [result], [sums, lengths], of_numbers)
     return result
 
 

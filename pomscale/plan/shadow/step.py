@@ -34,7 +34,11 @@ class StepShadow:
 
     def after_forward(self, block: AnyBlock | None) -> None: ...
 
-    def before_backward(self, block: AnyBlock | None) -> None: ...
+    def begin_backward(self) -> None:
+        """Prepare for the backward pass, before that of the loss."""
+
+    def before_backward(self, block: AnyBlock | None) -> None:
+        """Prepare the weights of `block` (None: of the root), once the gradients of its outputs are there."""
 
     def after_backward(self, block: AnyBlock | None) -> None:
         """Take over the gradients of the group's weights, which are complete."""
@@ -45,16 +49,18 @@ class StepShadow:
         latents = tape.new((size, *self.network.latent_shape), FP32)
         tape.ledger.now = "forward"
         self.before_forward(None)
-        total = loss(self._predict, latents)
-        del latents
-        self.before_backward(None)
+        features = self.network.features(tape, size)
+        total = loss(self._predict, latents, features)
+        del latents, features
+        self.begin_backward()
         backward(total)
         self.after_backward(None)
 
     def _predict(self, noisy: Tensor) -> tuple[Tensor, Tensor | None]:
-        prediction, projected = self.network(noisy, self._call)
+        outputs = self.network(noisy, self._call)
         self.after_forward(None)
-        return prediction, projected
+        hooked = _hooked([output for output in outputs if output is not None], lambda: self.before_backward(None))
+        return hooked[0], hooked[1] if len(hooked) > 1 else None
 
     def _call(self, block: AnyBlock, *inputs: Tensor) -> Tensor:
         number = self.numbers[block]

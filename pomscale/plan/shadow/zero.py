@@ -93,8 +93,8 @@ class ZeroShadow(StepShadow):
             fetched = min(self.num_whole, BUCKET_ELEMENTS + largest)
             Storage(self.ledger, "gathered", fetched * self.tape.itemsize)
 
-    def before_backward(self, block: AnyBlock | None) -> None:
-        if block is None and self.stage < 3 and not self.by_bf16_optimizer:
+    def begin_backward(self) -> None:
+        if self.stage < 3 and not self.by_bf16_optimizer:
             self.hold("reduction", BUCKET_ELEMENTS * (self.tape.itemsize if self.stage == 2 else FP32))
 
     def after_backward(self, block: AnyBlock | None) -> None:

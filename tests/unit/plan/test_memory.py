@@ -154,14 +154,21 @@ TRUNKS: dict[str, dict[str, Any]] = {
     "JiT with PoM": {**JIT, "mixer": {**V2, "heads": 16}, "in_context": {"tokens": 5, "start": 1}},
     "rotary positions alone": {"positions": "none", "mixer": ROTARY_ATTENTION},
     "dropout": {"mixer": "attention", "ffn": "swiglu", "dropout": {"rate": 0.2, "first": 1, "last": 2}},
+    "alignment": {"alignment": {"block": 2, "dim": 768, "hidden": 256}},  # so wide that its loss is at the peak
 }
+ALIGNED = {"diffusion": {"alignment": {"weight": 0.5}}, "data": {"path": "none", "features": "none"}}
 
 
-@pytest.mark.parametrize(("precision", "mode"), [("fp32", "none"), ("bf16", "none"), ("bf16", "full")])
-@pytest.mark.parametrize("trunk", TRUNKS)
+@pytest.mark.parametrize(
+    ("trunk", "precision", "mode"),
+    [(trunk, *how) for trunk in TRUNKS for how in [("fp32", "none"), ("bf16", "none"), ("bf16", "full")]]
+    + [("dropout", "fp32", "full"), ("alignment", "fp32", "full")],
+)
 def test_memory_of_other_trunks(trunk: str, precision: str, mode: str) -> None:
     recipe = tiny(
-        model={**TINY_MODEL, **TRUNKS[trunk]}, compute={"precision": precision, "activation_checkpointing": mode}
+        model={**TINY_MODEL, **TRUNKS[trunk]},
+        compute={"precision": precision, "activation_checkpointing": mode},
+        **(ALIGNED if trunk == "alignment" else {}),
     )
     with pretended_world(8) as world:
         assert_predicted(recipe, 8, measure(recipe, world))
