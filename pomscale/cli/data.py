@@ -143,7 +143,8 @@ def _encode(arguments: argparse.Namespace) -> int:
         return request.requested
 
     report = encode(recipe, task=task, only_failed=arguments.only_failed, rescan=arguments.rescan, stop=stop)
-    print(report)
+    prefix = f"task {task.index}/{task.count}: " if task.count > 1 else ""  # tasks of one torchrun share a terminal
+    print("\n".join(prefix + line for line in str(report).splitlines()))
     return report.exit_code
 
 
