@@ -84,17 +84,18 @@ class LatentDataset:
             self._companions += [] if is_own else [self.text]
         self._ends = np.cumsum([shard.num_samples for shard in manifest.shards])
 
-    def read_features(self, location: str, *, flips: bool) -> None:
+    def read_features(self, location: str, *, flips: bool, until: int | None = None) -> None:
         """Read also the features of a teacher, from now on; call it before any other thread reads.
 
         Args:
             location: Companion set that has them.
             flips: Whether records will be mirrored, where this dataset has flips.
+            until: Global position from which on nothing is read, and features are zeros; None = none.
 
         Raises:
             InputError: The set has no features, or those of other pictures than this dataset's, or cannot be joined.
         """
-        self.features = FeaturesReader(self._reader, self._open(location), flips=flips)
+        self.features = FeaturesReader(self._reader, self._open(location), flips=flips, until=until)
         self._companions.append(self.features)
 
     def _open(self, location: str) -> ArrayReader:
@@ -139,7 +140,7 @@ class LatentDataset:
         if info.stores_moments:
             latents = _sample_posterior(latents, positions, seed)
         labels = torch.from_numpy(rows["label"].astype(np.int64))
-        features = None if self.features is None else self.features.read(members, flips, faults)
+        features = None if self.features is None else self.features.read(members, positions, flips, faults)
         # Last, since the rows with faults get the embedding of the empty caption there.
         text, text_lengths = (None, None) if self.text is None else self.text.read(members, positions, seed, faults)
         if faults:
@@ -157,11 +158,15 @@ class LatentDataset:
         """Whether `will_need` has an effect."""
         return any(reader.files.reads_ahead for reader in self._readers())
 
-    def will_need(self, shards: Sequence[int]) -> None:
-        """Announce the shards of the records that are read next, soonest first; this replaces the last announcement."""
+    def will_need(self, shards: Sequence[int], position: int) -> None:
+        """Announce the shards of the records that are read next, soonest first; this replaces the last announcement.
+
+        position: global position of the first of them.
+        """
         self._reader.files.will_need(shards)
         for companion in self._companions:
-            companion.source.files.will_need(self._shards_of(companion, shards))
+            theirs = [] if companion.is_over(position) else self._shards_of(companion, shards)
+            companion.source.files.will_need(theirs)
 
     def num_bytes(self, shards: Sequence[int]) -> int:
         """Return the size of these shards, and of those of the companion sets that have the same records."""

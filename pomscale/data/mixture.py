@@ -86,12 +86,20 @@ class Mixture:
 
     @classmethod
     def open(
-        cls, config: DataConfig, *, seed: int, global_batch: int, read_text: bool, pin_memory: bool = False
+        cls,
+        config: DataConfig,
+        *,
+        seed: int,
+        global_batch: int,
+        read_text: bool,
+        pin_memory: bool = False,
+        features_until: int | None = None,
     ) -> Mixture:
         """Open the datasets of a recipe, all normalised in the same way; with `pin_memory`, pixels are read for a GPU.
 
-        Raises InputError if one is missing, unfinished or damaged, if they do not belong together, or if the shards of
-        two windows do not fit into the cache, or into memory where they are streamed.
+        features_until: global position from which on no features are read; None = none. Raises InputError if a set is
+        missing, unfinished or damaged, if they do not belong together, or if the shards of two windows do not fit into
+        the cache, or into memory where they are streamed.
         """
         components = config.components
         manifests = [read_manifest(component.path) for component in components]
@@ -113,7 +121,7 @@ class Mixture:
         ]
         for component, dataset in zip(components, datasets, strict=True):
             if component.features is not None:
-                dataset.read_features(component.features, flips=config.flip_probability > 0)
+                dataset.read_features(component.features, flips=config.flip_probability > 0, until=features_until)
         _check_same_text(datasets)
         _check_same_features(datasets)
         mixture = cls(
@@ -170,7 +178,7 @@ class Mixture:
         ahead = self.order.shards_ahead(oldest, newest)
         for dataset, now, before in zip(self.datasets, ahead, self._announced, strict=True):
             if now != before:
-                dataset.will_need(now)
+                dataset.will_need(now, oldest)
         self._announced = ahead
 
     def epochs(self, num_samples: int) -> dict[str, Epochs]:

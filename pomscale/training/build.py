@@ -75,12 +75,14 @@ def open_inputs(recipe: TrainRecipe, folder: Path, *, pin_memory: bool = False) 
     Raises InputError if they do not fit its codec and model.
     """
     model = recipe.model
+    alignment = recipe.diffusion.alignment
     mixture = Mixture.open(
         recipe.data,
         seed=recipe.seed,
         global_batch=recipe.training.global_batch,
         read_text=isinstance(model, VideoModelConfig),
         pin_memory=pin_memory,
+        features_until=None if alignment is None else alignment.until_samples,
     )
     for dataset in mixture.datasets:
         check_compatible(dataset.location, dataset.manifest, recipe.codec, model)

@@ -288,7 +288,7 @@ def test_shards_in_use_need_no_descriptors(tmp_path: Path, is_cached: bool) -> N
         datasets = [LatentDataset(tmp_path / "set", manifest, normalization, cache=cache) for _ in range(3)]
         for dataset in datasets:
             with closing(dataset):
-                dataset.will_need(range(600))
+                dataset.will_need(range(600), 0)
                 assert values(read(dataset, list(range(600))).latents) == list(range(600))
 
 

@@ -21,9 +21,9 @@ from support.feature_sets import encode_features, encode_pixels, features_of, wr
 GLOBAL_BATCH = 8
 
 
-def open_mixture(**settings: Any) -> Mixture:
+def open_mixture(until: int | None = None, **settings: Any) -> Mixture:
     config = DataConfig.model_validate({"shuffle_window": 16, **settings})
-    return Mixture.open(config, seed=3, global_batch=GLOBAL_BATCH, read_text=False)
+    return Mixture.open(config, seed=3, global_batch=GLOBAL_BATCH, read_text=False, features_until=until)
 
 
 def batches(mixture: Mixture, count: int, start: int = 0) -> list[MicroBatch]:
@@ -87,6 +87,24 @@ def test_each_picture_has_its_features_mirrored_or_not(sets: Path, way: str) -> 
 def test_features_are_read_only_if_asked_for(sets: Path) -> None:
     (batch,) = batches(open_mixture(path=str(sets / "pixels")), 1)
     assert batch.features is None
+
+
+@pytest.mark.parametrize("reading", ["mapped", "streamed"])
+def test_features_are_read_until_alignment_ends(sets: Path, reading: str) -> None:
+    settings: dict[str, Any] = {"until": 2 * GLOBAL_BATCH + 1, "reading": reading, **named(sets)}
+    for batch in batches(open_mixture(**settings), 5):  # the last has one sample before the end, and all its features
+        assert_fits(batch)
+    expected = batches(open_mixture(**settings), 2, start=3)
+    for shard in (sets / "features").glob("*.tar"):
+        shard.unlink()
+    found = batches(open_mixture(**settings), 2, start=3)  # what is not read is not missed
+    for batch, with_shards in zip(found, expected, strict=True):
+        assert batch.features is not None
+        assert batch.features.shape == (4, 16, 64)
+        assert not batch.features.any()
+        assert torch.equal(batch.latents, with_shards.latents)
+    with pytest.raises(InputError, match="features"):
+        batches(open_mixture(**settings), 1, start=2)
 
 
 def test_a_mixture_has_the_features_of_its_sets(sets: Path) -> None:

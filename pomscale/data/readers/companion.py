@@ -21,6 +21,10 @@ class CompanionReader:
         self._what = what
         self._table = open_join(main.location, main.manifest, source.location, source.manifest)
 
+    def is_over(self, position: int) -> bool:
+        """Return whether nothing is read for samples at this global position and later ones."""
+        return False
+
     def shards(self, records: np.ndarray) -> np.ndarray:
         """Return the companion's shards that have these records of the main set."""
         rows = records if self._table is None else self._table[records]

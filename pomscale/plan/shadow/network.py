@@ -329,9 +329,7 @@ def build_network(config: ModelConfig, num_times: int) -> Network:
     return VideoNetwork(config, num_times) if isinstance(config, VideoModelConfig) else ImageNetwork(config)
 
 
-def loss(
-    predict: Callable[[Tensor], tuple[Tensor, Tensor | None]], latents: Tensor, features: Tensor | None
-) -> Tensor:
+def loss(predict: Callable[[Tensor], tuple[Tensor, Tensor | None]], latents: Tensor, features: Tensor | None) -> Tensor:
     """Mirror diffusion/objectives.py, diffusion/alignment.py and training/loss.py; latents (b ..) and noise are fp32.
 
     features (b n d) in fp16, None for a network without projections.
