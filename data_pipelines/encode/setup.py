@@ -148,7 +148,7 @@ class EncodeSetup:
             num_items=len(self.table),
             shard_samples=recipe.shard_samples,
             seed=recipe.seed,
-            codec=None if recipe.codec is None else recipe.codec.model_dump(exclude=location),
+            codec=None if self.encoders.codec is None else self.encoders.codec.config.model_dump(exclude=location),
             codec_identity=self.encoders.codec_identity,
             transform=variant.transform,
             transform_version=transform_version(variant.transform),

@@ -59,7 +59,7 @@ def _media_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield f"group {number}", f"{size} pixels -> {group.shape}: {count:,} samples in {len(shards):,} shards"
     yield "mean", _numbers(latent.mean)
     yield "std", _numbers(latent.std)
-    yield "scaling", f"(latent - {codec.shift:g}) * {codec.scaling_factor:g}"
+    yield "scaling", f"(latent - {_constant(codec.shift)}) * {_constant(codec.scaling_factor)}"
 
 
 def _feature_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -94,6 +94,11 @@ def _origin(manifest: Manifest) -> str:
         return f"split of {recipe['of'][0]['path']}, share {recipe['share']:g}, seed {recipe['seed']}"
     source = recipe.get("source", {})
     return f"encode of {source.get('path')} ({source.get('kind')})"
+
+
+def _constant(value: float | tuple[float, ...]) -> str:
+    """One number, or those of the channels."""
+    return f"[{_numbers(value)}]" if isinstance(value, tuple) else f"{value:g}"
 
 
 def _numbers(values: tuple[float, ...]) -> str:

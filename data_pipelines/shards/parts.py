@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from data_pipelines.shards.statistics import ChannelStatistics
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import atomic_write, make_folder, remove_leftovers, write_text
+from pomscale.config.codecs import CodecConfig, current_codec
 from pomscale.config.encode import SourceConfig, TransformConfig
 from pomscale.shards.index import index_dtype, map_index, to_npy
 from pomscale.shards.schema import ArrayName, ShardInfo, equals, is_none
@@ -38,6 +39,10 @@ OLDER_VERSION = "or use the version of pomscale that began it"
 _VERSIONS = ("transform_version", "text_version")
 
 _SOURCE: TypeAdapter[SourceConfig] = TypeAdapter(SourceConfig)
+_CODEC: TypeAdapter[CodecConfig] = TypeAdapter(CodecConfig)
+
+# Fields of a codec that say where its weights lie.
+CODEC_LOCATION = {"path", "subfolder"}
 
 _RECORD_NAME = re.compile(r"part-(\d+)\.json")
 
@@ -74,6 +79,16 @@ class EncodeSpec(BaseModel):
         """Give the fields that sources have gained since then their defaults, under which an encode goes on."""
         config = _SOURCE.validate_python({**source, "path": ""})
         return config.model_dump(mode="json", exclude=SOURCE_LOCATION)
+
+    @field_validator("codec")
+    @classmethod
+    def _current(cls, codec: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Name the codecs of earlier versions as they are now, and give their new fields the defaults."""
+        if codec is None:
+            return None
+        codec = current_codec(codec)
+        config = _CODEC.validate_python({**codec, "path": ""} if codec["name"] == "vae" else codec)
+        return config.model_dump(mode="json", exclude=CODEC_LOCATION)
 
 
 class Failure(BaseModel):

@@ -97,7 +97,7 @@ def _save_vae(folder: Path) -> Path:
 
 
 def _overhead(report: BenchReport, folder: Path, count: int) -> None:
-    codec_values = {"name": "sd_vae", "path": str(_save_vae(folder)), "store": "moments"}
+    codec_values = {"name": "vae", "path": str(_save_vae(folder)), "store": "moments"}
     recipes = [_recipe(folder, f"overhead-{number}", codec=codec_values) for number in range(_NUM_ROUNDS)]
     assert recipes[0].codec is not None
     codec = build_codec(recipes[0].codec)

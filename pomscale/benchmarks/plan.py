@@ -125,7 +125,7 @@ def make_recipe(
     """
     batch, is_video = size["batch"] * num_ranks, mixer.startswith("v")
     fields: dict[str, dict[str, Any]] = {
-        "codec": {"name": "cogvideox_vae" if is_video else "sd_vae"},
+        "codec": {"name": "vae", "path": "none"},
         "data": {"path": "none"},
         "model": {
             "preset": f"{mixer}-{size['size']}",

@@ -329,7 +329,7 @@ def _train(
         {
             "kind": "train",
             "name": "bench",
-            "codec": {"name": "cogvideox_vae"},
+            "codec": {"name": "vae", "path": "none"},
             "data": {"path": "none"},
             "model": {**fields, "mixer": mixer, "temporal": "block_causal", "kind": "video"},
             "training": {"total_samples": 1000 * batch, "global_batch": batch},

@@ -11,7 +11,6 @@ from pomscale.codecs.uint8 import Uint8Codec
 from pomscale.config.codecs import (
     CodecConfig,
     PixelCodecConfig,
-    SdVaeCodecConfig,
     TextEncoderConfig,
     Uint8CodecConfig,
 )
@@ -35,15 +34,10 @@ def build_codec(config: CodecConfig) -> Codec:
         return PixelCodec(config)
     if isinstance(config, Uint8CodecConfig):
         return Uint8Codec(config)
-    if isinstance(config, SdVaeCodecConfig):
-        with large_imports():
-            from pomscale.codecs.sd_vae import SdVaeCodec
-
-        return SdVaeCodec(config)
     with large_imports():
-        from pomscale.codecs.cogvideox_vae import CogVideoXVaeCodec
+        from pomscale.codecs.vae import open_vae
 
-    return CogVideoXVaeCodec(config)
+    return open_vae(config)
 
 
 def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:

@@ -17,7 +17,7 @@ class Codec(Protocol):
 
     Stored latents are unscaled. They are either one sample per picture (b, c, ...), or, where `stores_moments`,
     the posterior's mean and log-variance stacked on the channel axis (b, 2c, ...). A network is trained on
-    (latent - shift) * scaling_factor.
+    (latent - shift) * scaling_factor, with one number for all channels or one for each.
     """
 
     @property
@@ -31,10 +31,10 @@ class Codec(Protocol):
         """Channels of pictures: 1 = grey, 3 = RGB."""
 
     @property
-    def scaling_factor(self) -> float: ...
+    def scaling_factor(self) -> float | tuple[float, ...]: ...
 
     @property
-    def shift(self) -> float: ...
+    def shift(self) -> float | tuple[float, ...]: ...
 
     @property
     def stored_dtype(self) -> Literal["float16", "uint8"]:
@@ -82,7 +82,10 @@ class ClipDecoder(Protocol):
         """
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state, with which `load_state_dict` continues exactly."""
+        """Return the state, with which `load_state_dict` continues exactly.
+
+        Raises InputError where the codec continues no clips.
+        """
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore a state. Raises InputError for that of another codec."""
@@ -99,6 +102,10 @@ class ClipCodec(Codec, Protocol):
     @property
     def latent_batch(self) -> int:
         """Latent frames that are decoded together; a clip is continued by multiples of it."""
+
+    @property
+    def continues(self) -> bool:
+        """Whether its decoders give frames chunk by chunk, and continue clips; else they wait for the whole clip."""
 
     def num_pixel_frames(self, latent_frames: int) -> int:
         """Return the number of frames of a clip of so many latent frames."""

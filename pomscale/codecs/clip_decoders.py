@@ -17,6 +17,9 @@ COGVIDEOX_BATCH = 2
 # of it, and never read.
 _WITHOUT_PAST = ("conv_y", "conv_b")
 
+# diffusers' mark of a convolution in time that has seen the first latent frame alone, which it does not convolve.
+_WAN_MARK = "Rep"
+
 
 class FramewiseDecoder:
     """The decoder of a codec that decodes each frame by itself, and so has no state."""
@@ -128,6 +131,120 @@ class CogVideoXDecoder:
         pixels, past = vae.decoder(latents, conv_cache=_nested(past))
         self._pasts.update((prefix + key, value) for key, value in _flat(past))
         return pixels
+
+
+class WanDecoder:
+    """Decodes a clip latent frame by latent frame to the frames of `vae.decode` of the whole clip.
+
+    The network of Wan decodes so by itself: it passes the last two inputs of every causal convolution on to the next
+    latent frame, and normalises each pixel by itself. The state consists of these inputs, per clip; it does not grow.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae
+        self._num_decoded = 0
+        self._pasts: list[list[Any]] = []
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        latents = latents.to(self._vae.device, torch.float32)
+        if not self._pasts:
+            self._pasts = [[None] * self._num_convolutions for _ in latents]
+        # One clip at a time, as for encoding: the activations of several would not fit.
+        clips = [self._decode_clip(past, clip) for past, clip in zip(self._pasts, latents.split(1), strict=True)]
+        self._num_decoded += latents.shape[2]
+        return ((torch.cat(clips) + 1.0) / 2.0).clamp(0.0, 1.0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {"decoded": torch.tensor(self._num_decoded), "clips": torch.tensor(len(self._pasts))}
+        for clip, past in enumerate(self._pasts):
+            # Before the second latent frame, convolutions in time have a mark in place of a past.
+            state |= {
+                f"past.{clip}.{number}": value if isinstance(value, Tensor) else torch.empty(0)
+                for number, value in enumerate(past)
+                if value is not None
+            }
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore a state. Raises InputError for one of another codec."""
+        if "decoded" not in state:
+            raise InputError("the saved clip was decoded by another codec; continue with the model that made it")
+        self._num_decoded = int(state["decoded"])
+        self._pasts = [[None] * self._num_convolutions for _ in range(int(state["clips"]))]
+        for name, value in state.items():
+            if name.startswith("past."):
+                _, clip, number = name.split(".")
+                self._pasts[int(clip)][int(number)] = value.to(self._vae.device) if value.numel() else _WAN_MARK
+
+    @property
+    def _num_convolutions(self) -> int:
+        return int(self._vae._cached_conv_counts["decoder"])
+
+    def _decode_clip(self, past: list[Any], latents: Tensor) -> Tensor:
+        """Decode (1 c f h w) to (1 3 F H W) in [-1, 1], as diffusers' `_decode` does."""
+        vae = self._vae
+        frames = [
+            vae.decoder(
+                vae.post_quant_conv(frame), feat_cache=past, feat_idx=[0], first_chunk=self._num_decoded + number == 0
+            )
+            for number, frame in enumerate(latents.split(1, dim=2))
+        ]
+        pixels = torch.cat(frames, dim=2)
+        patch = vae.config.patch_size or 1
+        batch, channels, num_frames, height, width = pixels.shape
+        # (b, 3 x patch columns x patch rows, f, h, w) to pixels
+        patches = pixels.reshape(batch, channels // patch**2, patch, patch, num_frames, height, width)
+        pixels = patches.permute(0, 1, 4, 5, 3, 6, 2).reshape(batch, -1, num_frames, height * patch, width * patch)
+        return pixels.clamp(-1.0, 1.0)
+
+
+class WholeClipDecoder:
+    """Decodes a clip at once when its last latent frame is there.
+
+    The network normalises over the whole clip, or looks ahead, so a clip cannot be continued.
+    """
+
+    def __init__(self, decode: Callable[[Tensor], Tensor], latent_frames: int, factor: int, class_name: str) -> None:
+        """Prepare for clips of `latent_frames`.
+
+        Args:
+            decode: Decode of whole clips.
+            latent_frames: Number of latent frames of the clips.
+            factor: Height and width in pixels over those of latents.
+            class_name: Class of the network, for messages.
+        """
+        self._decode = decode
+        self._latent_frames = latent_frames
+        self._factor = factor
+        self._class_name = class_name
+        self._waiting: list[Tensor] = []
+        self._num_waiting = 0
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self._num_waiting += latents.shape[2]
+        if self._num_waiting > self._latent_frames:
+            raise self._refusal()
+        self._waiting.append(latents)
+        if self._num_waiting < self._latent_frames:
+            batch, _, _, *size = latents.shape
+            return latents.new_empty(batch, 3, 0, *(side * self._factor for side in size))
+        whole, self._waiting = torch.cat(self._waiting, dim=2), []
+        return self._decode(whole)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Raise InputError: there is no state that another clip could go on from."""
+        raise self._refusal()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raise InputError: clips are not continued."""
+        raise self._refusal()
+
+    def _refusal(self) -> InputError:
+        return InputError(
+            f"codec vae: the {self._class_name} decodes a clip as a whole, so none can be continued; make all frames "
+            "of a clip at once"
+        )
 
 
 def _flat(cache: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

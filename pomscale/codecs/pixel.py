@@ -26,6 +26,7 @@ class PixelCodec:
     stores_moments = False
     needs_noise = False
     latent_batch = 1  # latent frames that are decoded together
+    continues = True
 
     def __init__(self, config: PixelCodecConfig) -> None:
         self.config = config

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
-from pydantic import Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt
 
 from pomscale.config.section import Section
 
@@ -29,33 +29,55 @@ class Uint8CodecConfig(Section):
     )
 
 
-class SdVaeCodecConfig(Section):
-    """Stable Diffusion's AutoencoderKL, from a local folder or a hub id."""
+class VaeCodecConfig(Section):
+    """An autoencoder of diffusers, of the class that its config.json names, from a local folder or a hub id.
 
-    name: Literal["sd_vae"]
-    path: str = Field("stabilityai/sd-vae-ft-ema", description="Local folder or hub id for from_pretrained.")
+    docs/how-to/encode.md lists the classes, of pictures and of clips.
+    """
+
+    name: Literal["vae"]
+    path: str = Field(description="Local folder or hub id for from_pretrained, of the autoencoder or a whole pipeline.")
     subfolder: str = Field("", description="Folder inside `path` that holds config.json, e.g. vae; '' = path itself.")
-    store: Literal["moments", "sample"] = Field(
-        "moments", description="moments = mean and log-variance stacked on channels; sample = one posterior draw."
+    store: Literal["moments", "sample"] | None = Field(
+        None,
+        description="moments = mean and log-variance stacked on channels; sample = one posterior draw, half the bytes; "
+        "null = moments of pictures, a sample of clips. Latents of a deterministic autoencoder are stored as they are.",
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="Arithmetic of the encoder.")
-
-
-class CogVideoXVaeCodecConfig(Section):
-    """CogVideoX's 3-D causal AutoencoderKL for clips, from a local folder or a hub id."""
-
-    name: Literal["cogvideox_vae"]
-    path: str = Field("THUDM/CogVideoX-5b", description="Local folder or hub id for from_pretrained.")
-    subfolder: str = Field("vae", description="Folder inside `path` that holds config.json; '' = path itself.")
-    store: Literal["moments", "sample"] = Field(
-        "sample", description="sample = one posterior draw; moments = mean and log-variance, twice the bytes."
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Arithmetic of the encoder; decoding is in fp32. Keep fp32 for Wan and Qwen-Image."
     )
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="Arithmetic of the encoder.")
-    tiling: bool = Field(False, description="Encode and decode in overlapping tiles: less memory, not the same bits.")
+    tiling: bool = Field(
+        False,
+        description="Encode and decode in overlapping tiles, of pixels and, where diffusers has them, of time: less "
+        "memory, not the same latents.",
+    )
+
+
+# Codecs of earlier versions, which `vae` replaces: their defaults.
+_FORMER_VAES: dict[str, dict[str, Any]] = {
+    "sd_vae": {"path": "stabilityai/sd-vae-ft-ema", "store": "moments"},
+    "cogvideox_vae": {
+        "path": "THUDM/CogVideoX-5b",
+        "subfolder": "vae",
+        "store": "sample",
+        "precision": "bf16",
+    },
+}
+
+
+def current_codec(value: Any) -> Any:
+    """Return the codec section that a section of an earlier version means; any other value as it is.
+
+    Recipes, manifests, cards and checkpoints of earlier versions name codecs `sd_vae` and `cogvideox_vae`.
+    """
+    if not isinstance(value, dict) or value.get("name") not in _FORMER_VAES:
+        return value
+    return {**_FORMER_VAES[value["name"]], **value, "name": "vae"}
 
 
 CodecConfig = Annotated[
-    Union[PixelCodecConfig, Uint8CodecConfig, SdVaeCodecConfig, CogVideoXVaeCodecConfig], Field(discriminator="name")
+    Annotated[Union[PixelCodecConfig, Uint8CodecConfig, VaeCodecConfig], Field(discriminator="name")],
+    BeforeValidator(current_codec),
 ]
 
 

@@ -9,7 +9,6 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, mo
 from pomscale.config.codecs import (
     CodecConfig,
     FeaturesConfig,
-    SdVaeCodecConfig,
     TextEncoderConfig,
     Uint8CodecConfig,
 )
@@ -231,7 +230,7 @@ class EncodeRecipe(GrownSection):
             raise ValueError("codec, text: give at least one of them, or `features`, or there is nothing to encode")
         transform = self.transform
         is_of_clips = transform is not None and transform.kind != "image"
-        if isinstance(self.codec, SdVaeCodecConfig | Uint8CodecConfig) and is_of_clips:
+        if isinstance(self.codec, Uint8CodecConfig) and is_of_clips:
             raise ValueError(f"codec.name: {self.codec.name} takes a transform of kind image")
         if self.codec is not None and not _has_media(self.source):
             raise ValueError(f"codec: a source of kind {self.source.kind} without files has captions only")

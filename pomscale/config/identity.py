@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pomscale.config.codecs import current_codec
 from pomscale.config.mixer import mixers_of_recipe
 
 # A change of these would change the samples, the noise, the network or its averages.
@@ -40,11 +41,28 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             {**recipe, "model": {key: value for key, value in recipe["model"].items() if key not in _OF_MIXERS}}
             for recipe in (then, now)
         )
+    then, now = dict(then), dict(now)
+    then["codec"], now["codec"] = settings_of_latents(then["codec"], now["codec"])
     return [
         line
         for keys in _FIXED_FOR_A_RUN
         for line in values_that_differ(".".join(keys), _at(then, keys), _at(now, keys))
     ]
+
+
+def settings_of_latents(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the latents of two codecs depend on, of their sections in recipes, for comparison.
+
+    `store: null` stands for whatever the autoencoder's class does by itself, so it fits any value.
+    """
+    kept = [
+        {key: value for key, value in current_codec(dict(section)).items() if key not in NOT_OF_THE_LATENTS}
+        for section in (one, other)
+    ]
+    if any(section.get("store") is None for section in kept):
+        for section in kept:
+            section.pop("store", None)
+    return kept[0], kept[1]
 
 
 def values_that_differ(name: str, then: Any, now: Any) -> Iterator[str]:
@@ -61,8 +79,8 @@ def values_that_differ(name: str, then: Any, now: Any) -> Iterator[str]:
 
 
 def _at(recipe: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
-    """Return the value at `keys`; of a codec, only the settings that its latents depend on."""
+    """Return the value at `keys`."""
     value: Any = recipe
     for key in keys:
         value = value.get(key)
-    return {k: v for k, v in value.items() if k not in NOT_OF_THE_LATENTS} if keys == ("codec",) else value
+    return value

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from pomscale.config.codecs import CodecConfig, SdVaeCodecConfig, Uint8CodecConfig
+from pomscale.config.codecs import CodecConfig, Uint8CodecConfig
 from pomscale.config.data import DataConfig
 from pomscale.config.engine import (
     CheckpointConfig,
@@ -231,7 +231,7 @@ class TrainRecipe(Section):
                 raise ValueError(f"{key}: is for clips, and model.kind is image")
 
     def _check_video(self, model: VideoModelConfig) -> None:
-        if isinstance(self.codec, SdVaeCodecConfig | Uint8CodecConfig):
+        if isinstance(self.codec, Uint8CodecConfig):
             raise ValueError(f"codec.name: {self.codec.name} makes latents of pictures, and model.kind is video")
         if self.diffusion.time.per_frame_group and model.temporal != "block_causal":
             raise ValueError("diffusion.time.per_frame_group: needs model.temporal: block_causal")

@@ -16,9 +16,9 @@ from torch import Tensor
 from pomscale import __version__
 from pomscale.base.errors import InputError
 from pomscale.codecs import build_codec, build_text_encoder
-from pomscale.codecs.base import Codec, TextEncoder
+from pomscale.codecs.base import ClipCodec, Codec, TextEncoder
 from pomscale.config.codecs import CodecConfig
-from pomscale.config.model import ModelConfig
+from pomscale.config.model import ModelConfig, VideoModelConfig
 from pomscale.config.sampling import SamplingConfig
 from pomscale.config.train import DiffusionConfig, TrainRecipe
 from pomscale.data.mixture import Mixture
@@ -135,6 +135,11 @@ class ModelCard(BaseModel):
             codec = build_codec(self.codec).to(device)
         except InputError as error:
             raise InputError(f"{error}. {remedy}") from error
+        if isinstance(self.model, VideoModelConfig) and not isinstance(codec, ClipCodec):
+            raise InputError(
+                f"codec.path: codec {codec.name} in {getattr(self.codec, 'path', 'the recipe')!r} takes pictures, and "
+                f"model.kind is video; name an autoencoder of clips. {remedy}"
+            )
         if self.codec_identity is not None and codec.identity() != self.codec_identity:
             raise InputError(
                 f"codec {codec.name}: its weights are not those that made the training latents, so pictures would "

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pomscale.base.errors import InputError
 from pomscale.codecs import build_codec
-from pomscale.config.codecs import SdVaeCodecConfig
+from pomscale.config.codecs import VaeCodecConfig
 from pomscale.config.model import ImageModelConfig
 from pomscale.config.presets import PRESETS
 from pomscale.config.sampling import SamplingConfig
@@ -34,8 +34,10 @@ from pomscale.config.train import DiffusionConfig
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.foreign import COMPILED, check_axes, check_numbers, read_foreign
 from pomscale.pretrained.weights import parameter_shapes, write_weights
+from pomscale.shards.schema import Normalization
 
 # The scaling factor of Stable Diffusion's VAE, which HoMM multiplies its latents by.
+_SD_VAE = "stabilityai/sd-vae-ft-ema"
 _SD_VAE_FACTOR = 0.18215
 
 _PREFIXES = {"model.": "model", "ema.ema_model.": "ema"}
@@ -128,10 +130,10 @@ def _homm_card(
     model: ImageModelConfig, objective: Literal["eps", "flow"], codec_path: str | None, has_average: bool
 ) -> ModelCard:
     """Return a card of their training: classes dropped in 1 of 10 samples, latents times the VAE's factor."""
-    config = SdVaeCodecConfig(name="sd_vae") if codec_path is None else SdVaeCodecConfig(name="sd_vae", path=codec_path)
+    config = VaeCodecConfig(name="vae", path=codec_path or _SD_VAE, store="moments")
     codec = None if codec_path is None else build_codec(config)
-    factor = _SD_VAE_FACTOR if codec is None else codec.scaling_factor
-    channels = model.latent_shape[0]
+    scaling = (0.0, _SD_VAE_FACTOR) if codec is None else (codec.shift, codec.scaling_factor)
+    seen = Normalization.by_codec(*scaling, model.latent_shape[0])
     return ModelCard(
         model=model,
         diffusion=DiffusionConfig(objective=objective, condition_dropout=0.1),
@@ -139,8 +141,8 @@ def _homm_card(
         codec=config,
         codec_identity=None if codec is None else codec.identity(),
         class_names=(),
-        latent_mean=(0.0,) * channels,
-        latent_std=(1 / factor,) * channels,
+        latent_mean=seen.mean,
+        latent_std=seen.std,
         averages=("ema",) if has_average else (),
     )
 
@@ -153,7 +155,7 @@ def _homm_assumptions(card: ModelCard) -> tuple[str, ...]:
         if model.mixers[0].kind == "pom"
         else f"{model.num_heads} attention heads (--heads)"
     )
-    vae = card.codec.path if isinstance(card.codec, SdVaeCodecConfig) else card.codec.name
+    vae = card.codec.path if isinstance(card.codec, VaeCodecConfig) else card.codec.name
     identity = "not recorded" if card.codec_identity is None else "recorded"
     return (
         hidden,

@@ -33,6 +33,7 @@ from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.foreign import COMPILED, check_axes, check_numbers, read_foreign
 from pomscale.pretrained.jit_weights import is_table, translate
 from pomscale.pretrained.weights import parameter_shapes, write_weights
+from pomscale.shards.schema import Normalization
 
 _LIGHTNING, _ORIGINAL = "denoiser.net.", "net."
 _AVERAGES = {"ema1": "1", "ema2": "2"}
@@ -230,7 +231,7 @@ def _in_context(
 def _card(model: ImageModelConfig, noise_scale: float, averages: tuple[str, ...]) -> ModelCard:
     """Return a card of their training, on pixels in [-1, 1]. Their time counts from noise to data, ours from data."""
     codec = build_codec(Uint8CodecConfig(name="uint8"))
-    channels = model.latent_shape[0]
+    seen = Normalization.by_codec(codec.shift, codec.scaling_factor, model.latent_shape[0])
     time = TimeConfig(distribution="logit_normal", mean=0.8, std=0.8)
     return ModelCard(
         model=model,
@@ -239,8 +240,8 @@ def _card(model: ImageModelConfig, noise_scale: float, averages: tuple[str, ...]
         codec=codec.config,
         codec_identity=codec.identity(),
         class_names=(),
-        latent_mean=(codec.shift,) * channels,
-        latent_std=(1.0 / codec.scaling_factor,) * channels,
+        latent_mean=seen.mean,
+        latent_std=seen.std,
         averages=averages,
     )
 

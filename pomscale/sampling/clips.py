@@ -145,6 +145,8 @@ def write_clips(
         )
     num_groups, num_frames = num_latent // patch_frames, codec.num_pixel_frames(num_latent)
     decoder = codec.decoder(num_latent)
+    if files.state is not None:
+        decoder.state_dict()  # refused now, and not after hours of work, where the codec continues no clips
     if model.config.temporal == "block_causal":
         stream = ClipStream(
             model,
@@ -325,11 +327,15 @@ def _until(
     """Yield `num_groups` groups of a stream; once `stopping()`, fewer, but whole batches of the codec.
 
     Clips can only be continued after a whole batch. A first batch that is longer, of an odd number of latent frames,
-    is whole when the frames that are still missing are whole batches.
+    is whole when the frames that are still missing are whole batches. A codec that decodes whole clips needs them all.
     """
-    patch_frames, latent_batch = model.config.patch_frames, clip_codec(model).latent_batch
+    codec, patch_frames = clip_codec(model), model.config.patch_frames
     for number in range(num_groups):
-        is_whole = number * patch_frames >= latent_batch and (num_groups - number) * patch_frames % latent_batch == 0
+        is_whole = (
+            codec.continues
+            and number * patch_frames >= codec.latent_batch
+            and (num_groups - number) * patch_frames % codec.latent_batch == 0
+        )
         if is_whole and stopping():
             return
         yield next(stream)

@@ -11,14 +11,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pomscale.base.errors import InputError
 from pomscale.config.codecs import CodecConfig, TextEncoderConfig
 from pomscale.config.encode import TransformConfig, VideoTransformConfig
-from pomscale.config.identity import NOT_OF_THE_LATENTS
+from pomscale.config.identity import settings_of_latents
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.shards.location import join, local_folder, read_bytes
 
@@ -79,13 +79,19 @@ def is_none(value: object) -> bool:
     return value is None
 
 
+_Factor = Annotated[float, Field(gt=0)]
+
+
 class CodecInfo(_Part):
-    """The codec that made the latents. `identity` is `Codec.identity()`."""
+    """The codec that made the latents. `identity` is `Codec.identity()`.
+
+    Networks are trained on (latent - shift) * scaling_factor, with one number for all channels or one for each.
+    """
 
     config: CodecConfig
     identity: str
-    scaling_factor: float = Field(gt=0)
-    shift: float
+    scaling_factor: _Factor | tuple[_Factor, ...]
+    shift: float | tuple[float, ...]
 
 
 class LatentInfo(_Part):
@@ -384,6 +390,21 @@ class Normalization:
         return cls.of_mixture([manifest], [1.0], rule)
 
     @classmethod
+    def by_codec(
+        cls, shift: float | tuple[float, ...], scaling_factor: float | tuple[float, ...], num_channels: int
+    ) -> Normalization:
+        """Return (latent - shift) * scaling_factor, of one number for all channels or one for each."""
+        shifts, factors = (
+            value if isinstance(value, tuple) else (value,) * num_channels for value in (shift, scaling_factor)
+        )
+        if not len(shifts) == len(factors) == num_channels:
+            raise InputError(
+                f"the codec has constants of {len(shifts)} and {len(factors)} channels, and its latents have "
+                f"{num_channels}; encode the dataset again"
+            )
+        return cls(shifts, tuple(1.0 / factor for factor in factors))
+
+    @classmethod
     def of_mixture(
         cls, manifests: Sequence[Manifest], weights: Sequence[float], rule: Literal["codec", "dataset"]
     ) -> Normalization:
@@ -397,11 +418,10 @@ class Normalization:
             if len(scalings) > 1:
                 raise InputError(
                     f"data.mixture: the codecs of the datasets scale latents differently (shift, factor: "
-                    f"{sorted(scalings)}); encode them with one codec, or use normalization: dataset"
+                    f"{sorted(scalings, key=str)}); encode them with one codec, or use normalization: dataset"
                 )
             ((shift, factor),) = scalings
-            channels = manifests[0].latents.num_channels
-            return cls((shift,) * channels, (1.0 / factor,) * channels)
+            return cls.by_codec(shift, factor, manifests[0].latents.num_channels)
         total = math.fsum(weights)
         shares = [weight / total for weight in weights]
         channels_of = [list(zip(m.latents.mean, m.latents.std, strict=True)) for m in manifests]
@@ -441,7 +461,7 @@ def check_compatible(
     """
     check_has_latents(folder, manifest)
     made_with = manifest.latent_codec.config
-    stored, wanted = (config.model_dump(exclude=set(NOT_OF_THE_LATENTS)) for config in (made_with, codec_config))
+    stored, wanted = settings_of_latents(made_with.model_dump(), codec_config.model_dump())
     if stored != wanted:
         raise InputError(
             f"dataset {folder}: made with codec {stored}, but the recipe's codec is {wanted}. {_CHANGE_OR_ENCODE}"

@@ -241,7 +241,7 @@ def test_progress_is_plain_lines_without_a_terminal(
 
 @pytest.mark.parametrize("store", ["moments", "sample"])
 def test_with_a_real_vae(pictures: Path, make_recipe: MakeRecipe, tmp_path: Path, store: str) -> None:
-    codec = {"name": "sd_vae", "path": str(save_vae(tmp_path / "vae", seed=0)), "store": store}
+    codec = {"name": "vae", "path": str(save_vae(tmp_path / "vae", seed=0)), "store": store}
     recipe = make_recipe(pictures, codec=codec)
     encode(recipe, progress=False)
     assert verify(recipe.output).problems == []

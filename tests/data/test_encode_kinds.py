@@ -74,7 +74,7 @@ def test_buckets_keep_the_aspect_ratio(tmp_path: Path, make_recipe: MakeRecipe) 
 
 
 def test_several_sizes_in_one_pass(pictures: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    vae = {"name": "sd_vae", "path": str(save_vae(tmp_path / "vae", seed=0)), "store": "sample"}
+    vae = {"name": "vae", "path": str(save_vae(tmp_path / "vae", seed=0)), "store": "sample"}
     recipe = make_recipe(pictures, codec=vae, transform={"sizes": [16, 32], "flip": True}, batch=7)
     report = encode(recipe, progress=False)
     assert [dataset.output.name for dataset in report.datasets] == ["16", "32"]
@@ -131,7 +131,7 @@ def clip_recipe(make_recipe: MakeRecipe, folder: Path, **changes: object) -> Enc
             "caption": "name",
         },
         "codec": {
-            "name": "cogvideox_vae",
+            "name": "vae",
             "path": str(save_video_vae(folder / "vae", seed=0)),
             "subfolder": "",
             "precision": "fp32",

@@ -12,7 +12,7 @@ from data_pipelines.inspect.info import info
 from data_pipelines.inspect.show import show
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.codecs import build_codec
-from pomscale.config.codecs import CogVideoXVaeCodecConfig, PixelCodecConfig
+from pomscale.config.codecs import PixelCodecConfig, VaeCodecConfig
 from pomscale.config.encode import EncodeRecipe
 from pomscale.shards.schema import read_manifest
 from support.damage import change_row
@@ -53,8 +53,8 @@ def test_pictures_of_several_sizes_share_a_grid(
 @pytest.mark.parametrize("moments", [False, True])
 def test_clips_become_a_contact_sheet(tmp_path: Path, moments: bool) -> None:
     folder = tmp_path / "clips"
-    vae = CogVideoXVaeCodecConfig(
-        name="cogvideox_vae", path=str(save_video_vae(tmp_path / "vae", seed=0)), subfolder="", precision="fp32",
+    vae = VaeCodecConfig(
+        name="vae", path=str(save_video_vae(tmp_path / "vae", seed=0)), subfolder="", precision="fp32",
         store="moments" if moments else "sample",
     )  # fmt: skip
     codec = build_codec(vae)

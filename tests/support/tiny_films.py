@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pomscale.codecs import build_text_encoder
-from pomscale.config.codecs import CodecConfig, CogVideoXVaeCodecConfig, PixelCodecConfig, TextEncoderConfig
+from pomscale.config.codecs import CodecConfig, PixelCodecConfig, TextEncoderConfig, VaeCodecConfig
 from pomscale.config.model import ImageModelConfig
 from pomscale.config.sampling import SamplingConfig
 from pomscale.config.train import DiffusionConfig, TimeConfig
@@ -43,7 +43,7 @@ def save_model(
     encoder = build_text_encoder(text)
     (null,) = encoder.encode([""])
     codec = codec or PixelCodecConfig(name="pixel", channels=3)
-    channels = 4 if isinstance(codec, CogVideoXVaeCodecConfig) else 12
+    channels = 4 if isinstance(codec, VaeCodecConfig) else 12
     config = video_config(
         text_dim=TEXT_DIM, **{"latent_shape": (channels, 6, 10, 6), "temporal": "block_causal"} | fields
     )
@@ -72,7 +72,7 @@ def save_model(
 def save_cogvideox_model(folder: Path, **fields: Any) -> Path:
     """Like `save_model`, with a real AutoencoderKLCogVideoX in folder/vae: clips of 40x24."""
     save_video_vae(folder / "vae", seed=0)
-    codec = CogVideoXVaeCodecConfig(name="cogvideox_vae", path=str(folder / "vae"), subfolder="", precision="fp32")
+    codec = VaeCodecConfig(name="vae", path=str(folder / "vae"), subfolder="", precision="fp32")
     return save_model(folder, codec=codec, **fields)
 
 

@@ -31,26 +31,26 @@ def save_vae(folder: Path, seed: int) -> Path:
     return folder
 
 
-def save_video_vae(folder: Path, seed: int, **changes: Any) -> Path:
-    """An AutoencoderKLCogVideoX: 4x downsampling in time as in space, 4 channels. Tiles of 24x40 pixels if enabled.
+# Arguments of an AutoencoderKLCogVideoX: 4x downsampling in time as in space, 4 channels, tiles of 24x40 pixels.
+VIDEO_VAE: dict[str, Any] = {
+    "block_out_channels": (8, 8, 8),
+    "down_block_types": ("CogVideoXDownBlock3D",) * 3,
+    "up_block_types": ("CogVideoXUpBlock3D",) * 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "sample_height": 48,
+    "sample_width": 80,
+    "scaling_factor": 0.7,
+}
 
-    `changes` are arguments of the network's constructor.
-    """
+
+def save_video_vae(folder: Path, seed: int, **changes: Any) -> Path:
+    """Save the network of VIDEO_VAE; `changes` are further arguments of its constructor."""
     diffusers = pytest.importorskip("diffusers")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        arguments = {
-            "block_out_channels": (8, 8, 8),
-            "down_block_types": ("CogVideoXDownBlock3D",) * 3,
-            "up_block_types": ("CogVideoXUpBlock3D",) * 3,
-            "latent_channels": 4,
-            "layers_per_block": 1,
-            "norm_num_groups": 2,
-            "sample_height": 48,
-            "sample_width": 80,
-            "scaling_factor": 0.7,
-        }
-        vae = diffusers.AutoencoderKLCogVideoX(**arguments | changes)
+        vae = diffusers.AutoencoderKLCogVideoX(**VIDEO_VAE | changes)
     vae.save_pretrained(folder)
     return folder
 

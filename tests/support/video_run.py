@@ -33,7 +33,7 @@ kind: encode
 name: clips
 output: {root}/latents
 source: {{kind: video_folder, path: {root}/clips, captions: true}}
-codec: {{name: cogvideox_vae, path: {root}/vae, subfolder: "", precision: fp32}}
+codec: {{name: vae, path: {root}/vae, subfolder: "", precision: fp32}}
 transform: {{kind: video, fps: 8, buckets: [[16, 24, 32], [8, 24, 32], [1, 24, 32]]}}
 text: {{path: {root}/t5, tokenizer: bytes, max_length: 24, precision: fp32}}
 shard_samples: 8
@@ -63,7 +63,7 @@ def write_video_recipe(folder: Path, clips: Path) -> Path:
 kind: train
 name: clips
 output: {folder}/runs
-codec: {{name: cogvideox_vae, path: {clips}/vae, subfolder: "", precision: fp32}}
+codec: {{name: vae, path: {clips}/vae, subfolder: "", precision: fp32}}
 data: {{path: {clips}/latents, normalization: dataset}}
 model:
   {{kind: video, latent_shape: [4, 4, 6, 8], text_dim: 16, dim: 32, depth: 2, num_heads: 2, temporal: block_causal}}

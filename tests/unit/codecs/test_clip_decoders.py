@@ -11,8 +11,8 @@ from torch import Tensor
 from pomscale.base.errors import InputError
 from pomscale.codecs.base import ClipDecoder
 from pomscale.codecs.clip_decoders import FramewiseDecoder
-from pomscale.codecs.cogvideox_vae import CogVideoXVaeCodec
-from pomscale.config.codecs import CogVideoXVaeCodecConfig
+from pomscale.codecs.vae import ClipVae, open_vae
+from pomscale.config.codecs import VaeCodecConfig
 from support.tiny_models import save_video_vae
 
 # Of the network that `folder` holds: one tile, and 2 x 2 of them (tiles are 6 x 10 latent pixels).
@@ -24,10 +24,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_video_vae(tmp_path_factory.mktemp("vae"), seed=0)
 
 
-def open_codec(folder: Path, *, tiling: bool = False) -> CogVideoXVaeCodec:
-    return CogVideoXVaeCodec(
-        CogVideoXVaeCodecConfig(name="cogvideox_vae", path=str(folder), subfolder="", precision="fp32", tiling=tiling)
-    )
+def open_codec(folder: Path, *, tiling: bool = False) -> ClipVae:
+    codec = open_vae(VaeCodecConfig(name="vae", path=str(folder), tiling=tiling))
+    assert isinstance(codec, ClipVae)
+    return codec
 
 
 def random_latents(frames: int, size: tuple[int, int], clips: int = 2) -> Tensor:

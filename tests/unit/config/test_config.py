@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pomscale.config.codecs import SdVaeCodecConfig
+from pomscale.config.codecs import VaeCodecConfig
 from pomscale.config.encode import EncodeRecipe
 from pomscale.config.identity import differences
 from pomscale.config.load import dump_recipe, load_encode_recipe, load_recipe, load_train_recipe
@@ -233,11 +233,11 @@ def test_a_typo_is_told_with_its_line_and_a_remedy(write: Write, line: str, expe
         (
             "name: pixel",
             "name: pixle",
-            "codec.name: 'pixle' is none of 'pixel', 'uint8', 'sd_vae', 'cogvideox_vae'; did you mean 'pixel'?",
+            "codec.name: 'pixle' is none of 'pixel', 'uint8', 'vae'; did you mean 'pixel'?",
         ),
         ("name: pixel", "block: 2", "codec.name: missing; it says what kind of section this is"),
         ("name: pixel", "name: pixel, blok: 2", "codec.blok: unknown key; did you mean 'block'?"),
-        ("name: pixel", "name: sd_vae, blok: 2", "codec.blok: unknown key; the nearest valid key is 'subfolder'"),
+        ("name: pixel", "name: vae, path: p, blok: 2", "codec.blok: unknown key; the nearest valid key is 'subfolder'"),
         (
             "depth: 2",
             "depth: 2\n  mixer: [pom, {kind: attention, degree: 3}]",
@@ -388,7 +388,7 @@ def test_what_depends_on_other_sections_is_allowed_where_they_are_there(write: W
             TRAIN,
             ["optimizer={lr: 1e-7, eps: 1e-12}", "ema.rampup_ratio=null", "validation={path: x, every_samples: 1}"],
         ),
-        (ENCODE, ["codec={name: sd_vae, path: /models/vae}", "transform.flip=true"]),
+        (ENCODE, ["codec={name: vae, path: /models/vae}", "transform.flip=true"]),
     ],
 )
 def test_a_dumped_recipe_reads_back_equal(write: Write, text: str, overrides: list[str]) -> None:
@@ -397,8 +397,8 @@ def test_a_dumped_recipe_reads_back_equal(write: Write, text: str, overrides: li
 
 
 def test_a_recipe_never_changes(write: Write) -> None:
-    recipe = train(write("train.yaml", TRAIN), "codec={name: sd_vae}")
-    assert isinstance(recipe.codec, SdVaeCodecConfig)
+    recipe = train(write("train.yaml", TRAIN), "codec={name: vae, path: p}")
+    assert isinstance(recipe.codec, VaeCodecConfig)
     with pytest.raises(ValueError, match="frozen"):
         recipe.codec.path = "other"  # type: ignore[misc]
 

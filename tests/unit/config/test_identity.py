@@ -8,7 +8,7 @@ from pomscale.config.identity import differences
 
 RECIPE: dict[str, Any] = {
     "seed": 0,
-    "codec": {"name": "sd_vae", "path": "here", "store": "moments"},
+    "codec": {"name": "vae", "path": "here", "store": "moments"},
     "model": {
         "kind": "image",
         "depth": 2,

@@ -51,7 +51,7 @@ def recipe(**diffusion: object) -> TrainRecipe:
         {
             "kind": "train",
             "name": "x",
-            "codec": {"name": "cogvideox_vae"},
+            "codec": {"name": "vae", "path": "none"},
             "data": {"path": "x"},
             "model": {
                 "kind": "video", "latent_shape": (4, 6, 2, 2), "text_dim": DIM, "dim": 8, "depth": 1, "num_heads": 1,

@@ -15,7 +15,7 @@ from pomscale.config.yaml_file import RecipeError
 VIDEO = """\
 kind: train
 name: clips
-codec: {name: cogvideox_vae}
+codec: {name: vae, path: p}
 data: {path: latents}
 model:
   kind: video
@@ -31,7 +31,7 @@ ENCODE = """\
 kind: encode
 name: clips
 output: latents
-codec: {name: cogvideox_vae}
+codec: {name: vae, path: p}
 source: {kind: video_folder, path: raw}
 transform: {kind: video}
 """
@@ -82,7 +82,7 @@ def test_a_complete_recipe_has_no_problems(recipe: Path) -> None:
         ("model.kind=clip", "model.kind: 'clip' is none of 'image', 'video'"),
         ("model.preset=vdipom-x-2", "model.preset: unknown model 'vdipom-x-2'; did you mean 'vdipom-xl-2'?"),
         ("model.preset=dipom-xl-2", "model.preset: 'dipom-xl-2' is a model of kind image, and model.kind is video"),
-        ("codec.name=sd_vae", "codec.name: sd_vae makes latents of pictures, and model.kind is video"),
+        ("codec={name: uint8}", "codec.name: uint8 makes latents of pictures, and model.kind is video"),
         ("diffusion.time.per_frame_group=true", "diffusion.time.per_frame_group: needs model.temporal: block_causal"),
         ("diffusion.max_start_group=-1", "diffusion.max_start_group: "),
         ("diffusion.class_dropout=0.1", "diffusion.class_dropout: unknown key; did you mean 'condition_dropout'?"),
@@ -114,13 +114,13 @@ def test_a_text_width_is_asked_for(recipe: Path) -> None:
     ],
 )
 def test_what_only_clips_have_is_refused_for_pictures(recipe: Path, override: str, expected: str) -> None:
-    recipe.write_text(VIDEO.replace("cogvideox_vae", "sd_vae").split("model:")[0] + VIDEO[VIDEO.index("training:") :])
+    recipe.write_text(VIDEO.split("model:", maxsplit=1)[0] + VIDEO[VIDEO.index("training:") :])
     assert load_train_recipe(recipe, [IMAGE_MODEL]).model.kind == "image"
     assert f": {expected}" in problem(recipe, IMAGE_MODEL, override)
 
 
 def test_what_depends_on_other_values_is_allowed_where_they_are_there(recipe: Path) -> None:
-    causal = clips(recipe, "model.temporal=block_causal", "diffusion.time.per_frame_group=true", "codec.name=pixel")
+    causal = clips(recipe, "model.temporal=block_causal", "diffusion.time.per_frame_group=true", "codec={name: pixel}")
     assert causal.diffusion.time.per_frame_group
     clips(recipe, "sampling={every_samples: 64, prompts: [a cat, a dog], num_frames: 12}")
     clips(recipe, "diffusion.max_start_group=100")
@@ -147,7 +147,7 @@ def test_recipes_that_say_no_kind_are_of_pictures() -> None:
         values = {
             "kind": "train",
             "name": "x",
-            "codec": {"name": "sd_vae"},
+            "codec": {"name": "sd_vae"},  # of that time, too
             "data": {"path": "x"},
             "model": model,
             "training": {"total_samples": 64, "global_batch": 64},
@@ -166,8 +166,8 @@ def test_which_codec_takes_which_media(tmp_path: Path) -> None:
     path = tmp_path / "encode.yaml"
     path.write_text(ENCODE)
     load_recipe(path)
-    load_recipe(path, ["codec.name=pixel"])
-    assert "codec.name: sd_vae takes a transform of kind image" in problem(path, "codec.name=sd_vae")
+    load_recipe(path, ["codec={name: pixel}"])
+    assert "codec.name: uint8 takes a transform of kind image" in problem(path, "codec={name: uint8}")
     path.write_text(ENCODE.replace("video_folder", "image_folder").replace("kind: video", "kind: image, size: 16"))
-    for codec in ("sd_vae", "pixel", "cogvideox_vae"):
-        load_recipe(path, [f"codec.name={codec}"])
+    for codec in ("{name: sd_vae}", "{name: pixel}", "{name: cogvideox_vae}", "{name: vae, path: p}"):
+        load_recipe(path, [f"codec={codec}"])

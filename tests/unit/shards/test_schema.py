@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from pomscale.base.errors import InputError
-from pomscale.config.codecs import CogVideoXVaeCodecConfig, PixelCodecConfig, SdVaeCodecConfig
+from pomscale.config.codecs import PixelCodecConfig, VaeCodecConfig
 from pomscale.config.encode import ImageTransformConfig
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.shards.schema import (
@@ -35,7 +35,10 @@ def manifest() -> Manifest:
     return Manifest(
         pomscale_version="0",
         codec=CodecInfo(
-            config=SdVaeCodecConfig(name="sd_vae", path="/here"), identity="i", scaling_factor=0.5, shift=0.25
+            config=VaeCodecConfig(name="vae", path="/here", store="moments"),
+            identity="i",
+            scaling_factor=0.5,
+            shift=0.25,
         ),
         latent=LatentInfo(stores_moments=True, has_flip=False, num_values=32, mean=(1.0, 2.0), std=(3.0, 4.0)),
         transform=ImageTransformConfig(buckets=[(32, 32), (32, 64)]),
@@ -115,13 +118,13 @@ def test_fingerprint_follows_the_shards(manifest: Manifest) -> None:
 
 
 def test_datasets_that_do_not_fit_the_recipe_are_refused(manifest: Manifest) -> None:
-    elsewhere = SdVaeCodecConfig(name="sd_vae", path="/there", precision="bf16")
+    elsewhere = VaeCodecConfig(name="vae", path="/there", precision="bf16")
     model = ImageModelConfig(latent_shape=(2, 4, 4), num_classes=2, dim=8, depth=1)
     check_compatible("d", manifest, elsewhere, model)
-    with pytest.raises(InputError, match=r"dataset d: .*sd_vae.*pixel.*encode"):
+    with pytest.raises(InputError, match=r"dataset d: .*vae.*pixel.*encode"):
         check_compatible("d", manifest, PixelCodecConfig(name="pixel"), model)
     with pytest.raises(InputError, match=r"'moments'.*'sample'"):
-        check_compatible("d", manifest, SdVaeCodecConfig(name="sd_vae", store="sample"), model)
+        check_compatible("d", manifest, VaeCodecConfig(name="vae", path="/here", store="sample"), model)
     with pytest.raises(InputError, match=r"\(2, 4, 4\).*\(2, 8, 8\)"):
         check_compatible("d", manifest, elsewhere, model.model_copy(update={"latent_shape": (2, 8, 8)}))
     with pytest.raises(InputError, match=r"2 classes.*num_classes is 3"):
@@ -135,7 +138,7 @@ def test_datasets_that_do_not_fit_the_recipe_are_refused(manifest: Manifest) -> 
 
 
 def clips(manifest: Manifest, shape: tuple[int, ...]) -> Manifest:
-    codec = {"config": {"name": "cogvideox_vae"}, "identity": "i", "scaling_factor": 0.5, "shift": 0.25}
+    codec = {"config": {"name": "vae", "path": "/here"}, "identity": "i", "scaling_factor": 0.5, "shift": 0.25}
     return changed(manifest, codec=codec, class_names=(), groups=[{"shape": shape, "target": (1,)}])
 
 
@@ -144,7 +147,7 @@ VIDEO_MODEL = VideoModelConfig(kind="video", latent_shape=(2, 6, 4, 4), text_dim
 
 @pytest.mark.parametrize("shape", [(2, 6, 4, 4), (2, 3, 4, 8), (2, 1, 8, 4), (2, 4, 4)])
 def test_smaller_clips_and_pictures_fit_a_model_of_clips(manifest: Manifest, shape: tuple[int, ...]) -> None:
-    check_compatible("d", clips(manifest, shape), CogVideoXVaeCodecConfig(name="cogvideox_vae"), VIDEO_MODEL)
+    check_compatible("d", clips(manifest, shape), VaeCodecConfig(name="vae", path="/here"), VIDEO_MODEL)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ def test_smaller_clips_and_pictures_fit_a_model_of_clips(manifest: Manifest, sha
     ],
 )
 def test_clips_that_do_not_fit_the_model_are_refused(manifest: Manifest, shape: tuple[int, ...], problem: str) -> None:
-    codec = CogVideoXVaeCodecConfig(name="cogvideox_vae")
+    codec = VaeCodecConfig(name="vae", path="/here")
     with pytest.raises(InputError, match=rf"dataset d: .*{problem}.*Change the recipe, or encode the dataset again"):
         check_compatible("d", clips(manifest, shape), codec, VIDEO_MODEL)
 

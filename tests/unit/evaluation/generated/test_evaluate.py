@@ -20,7 +20,7 @@ from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.base.task_index import TaskIndex
 from pomscale.codecs.extractors import build_extractor
-from pomscale.config.codecs import SdVaeCodecConfig
+from pomscale.config.codecs import VaeCodecConfig
 from pomscale.evaluation.generated.evaluate import Outcome, evaluate
 from pomscale.evaluation.generated.evaluation import Evaluation
 from pomscale.evaluation.generated.figures import Conventions
@@ -256,7 +256,7 @@ def test_pictures_are_drawn_with_a_seed_each(model: Path, tmp_path: Path) -> Non
 
 
 def test_pictures_of_a_model_of_latents(tmp_path: Path) -> None:
-    codec = SdVaeCodecConfig(name="sd_vae", path=str(save_vae(tmp_path / "vae", seed=0)))
+    codec = VaeCodecConfig(name="vae", path=str(save_vae(tmp_path / "vae", seed=0)))
     folder = save_picture_model(tmp_path / "model", codec)
     pictures = GeneratedPictures(ModelSource(folder, device="cpu"), Drawing(num=3, changes={"num_steps": 1}))
     assert (pictures.num_channels, pictures.size) == (3, (8, 8))

@@ -29,7 +29,7 @@ def test_from_colour_pictures_to_decoded_samples(tmp_path: Path) -> None:
     pomscale("data", "verify", tmp_path / "latents" / "train")
 
     recipe = write_tiny_recipe(tmp_path, tmp_path)
-    model = ["codec={name: sd_vae, path: " + str(vae) + "}", "model.latent_shape=[4, 8, 8]", "model.patch_size=2"]
+    model = ["codec={name: vae, path: " + str(vae) + "}", "model.latent_shape=[4, 8, 8]", "model.patch_size=2"]
     short = ["training.total_samples=160", "schedule={}", "data.flip_probability=0.5", "data.normalization=codec"]
     train(recipe, *model, *short)
     assert all(np.isfinite(list(losses(tmp_path / "runs" / "tiny").values())))
