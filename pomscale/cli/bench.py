@@ -24,6 +24,7 @@ def add(verbs: Any) -> None:
     for add_one in (
         _add_loader,
         _add_encode,
+        _add_codecs,
         _add_checkpoint,
         _add_engine,
         _add_plan,
@@ -72,6 +73,39 @@ def _add_encode(verbs: Any) -> argparse.ArgumentParser:
     _add_number(parser, "--num-items", 1_000_000, "Number of items for the measurement of memory")
     parser.set_defaults(measure=_encode)
     return parser
+
+
+def _add_codecs(verbs: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "codecs", help="Measure the codecs that people use: samples per second, memory and bytes, beside a bare loop"
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="Codec to measure, such as wan-2.1 (default: all)")
+    _add_number(parser, "--size", 256, "Side of pictures in pixels")
+    parser.add_argument(
+        "--clip",
+        type=_clip_size,
+        default=(17, 128, 128),
+        metavar="FxHxW",
+        help="Frames, height and width of clips in pixels (default: 17x128x128)",
+    )
+    _add_number(parser, "--batch", 4, "Pictures of an encoder call")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="Least seconds of each loop, of at least two calls (default: 10)"
+    )
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="Arithmetic of the encoders (default: fp32)"
+    )
+    add_device(parser)
+    parser.set_defaults(measure=_codecs)
+    return parser
+
+
+def _clip_size(text: str) -> tuple[int, int, int]:
+    try:
+        frames, height, width = (positive(number) for number in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give FRAMESxHEIGHTxWIDTH, such as 17x128x128") from None
+    return frames, height, width
 
 
 def _add_checkpoint(verbs: Any) -> argparse.ArgumentParser:
@@ -229,6 +263,21 @@ def _encode(arguments: argparse.Namespace) -> BenchReport:
     from pomscale.benchmarks.encode import bench_encode
 
     return bench_encode(num_pictures=arguments.num_pictures, num_items=arguments.num_items)
+
+
+def _codecs(arguments: argparse.Namespace) -> BenchReport:
+    from pomscale.benchmarks.codecs import CodecBench, bench_codecs
+    from pomscale.distributed.world import resolve_device
+
+    bench = CodecBench(
+        device=resolve_device(arguments.device),
+        picture=arguments.size,
+        clip=arguments.clip,
+        batch=arguments.batch,
+        seconds=arguments.seconds,
+        precision=arguments.precision,
+    )
+    return bench_codecs(arguments.names, bench)
 
 
 def _checkpoint(arguments: argparse.Namespace) -> BenchReport:
