@@ -12,9 +12,9 @@ from pomscale.config.codecs import (
     CodecConfig,
     PixelCodecConfig,
     SdVaeCodecConfig,
-    TextEncoderConfig,
     Uint8CodecConfig,
 )
+from pomscale.config.text import TextEncoderConfig
 
 __all__ = ["Codec", "TextEncoder", "build_codec", "build_text_encoder"]
 
@@ -46,9 +46,12 @@ def build_codec(config: CodecConfig) -> Codec:
     return CogVideoXVaeCodec(config)
 
 
-def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
-    """Return the text encoder that a recipe names, on the CPU. Raises InputError as `build_codec` does."""
+def build_text_encoder(config: TextEncoderConfig, *beside: TextEncoderConfig) -> TextEncoder:
+    """Return a text encoder, or several side by side, on the CPU. Raises InputError as `build_codec` does."""
     with large_imports():
-        from pomscale.codecs.t5 import T5TextEncoder
+        from pomscale.codecs.text.encoder import PretrainedTextEncoder
+    if not beside:
+        return PretrainedTextEncoder(config)
+    from pomscale.codecs.text.joint import JointTextEncoder
 
-    return T5TextEncoder(config)
+    return JointTextEncoder([PretrainedTextEncoder(one) for one in (config, *beside)])

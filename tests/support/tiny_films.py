@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from pomscale.codecs import build_text_encoder
-from pomscale.config.codecs import CodecConfig, CogVideoXVaeCodecConfig, PixelCodecConfig, TextEncoderConfig
+from pomscale.config.codecs import CodecConfig, CogVideoXVaeCodecConfig, PixelCodecConfig
 from pomscale.config.model import ImageModelConfig
 from pomscale.config.sampling import SamplingConfig
+from pomscale.config.text import TextEncoderConfig
 from pomscale.config.train import DiffusionConfig, TimeConfig
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.load import PretrainedDiPoM, PretrainedModel, PretrainedVDiPoM
