@@ -242,11 +242,6 @@ class TextEncoderConfig(GrownSection):
             raise ValueError(f"there is no convention {convention!r}; there are: {', '.join(CONVENTIONS)}")
         return convention
 
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _one_layer(cls, layers: Any) -> Any:
-        return (layers,) if isinstance(layers, int) and not isinstance(layers, bool) else layers
-
     @property
     def stored_length(self) -> int:
         """Longest embeddings of a caption, in tokens, of a section that leaves nothing to a convention."""
