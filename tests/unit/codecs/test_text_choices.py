@@ -105,8 +105,9 @@ def test_padding_that_is_stored(qwen: Path, side: str) -> None:
 def test_embeddings_do_not_depend_on_company(family: str, request: Any, tmp_path: Path) -> None:
     save = {"t5gemma": save_t5gemma, "llama": save_llama}
     folder = save[family](tmp_path, 0) if family in save else request.getfixturevalue(family)
-    encoder = text_encoder(folder, padding="none", **({"layers": [1, -1]} if family == "qwen" else {}))
-    together = encoder.encode(CAPTIONS * 20)
+    fields = {"qwen": {"layers": [1, -1]}, "gemma": {"convention": "lumina2"}}.get(family, {})
+    encoder = text_encoder(folder, padding="none", **fields)
+    together = encoder.encode(CAPTIONS * 4)
     for number, found in enumerate(together):
         (alone,) = encoder.encode([CAPTIONS[number % len(CAPTIONS)]])
         np.testing.assert_allclose(found, alone, atol=1e-5, rtol=1e-4)
@@ -122,7 +123,7 @@ SPECIAL = {
 
 @pytest.mark.parametrize("family", SPECIAL)
 def test_special_tokens_in_a_caption_are_text(family: str, request: Any) -> None:
-    encoder = text_encoder(request.getfixturevalue(family))
+    encoder = text_encoder(request.getfixturevalue(family), layers=[1])
     tokens = encoder._tokens  # type: ignore[attr-defined]
     special = {id_ for id_, token in tokens._tokenizer.added_tokens_decoder.items() if token.special}
     (empty,) = tokens.ids([""])
@@ -137,10 +138,8 @@ def test_templates_and_captions_with_braces(qwen: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(qwen)
     assert encoder._tokens.ids(["{} and {x}"])[0] == tokenizer("Q: {} and {x}").input_ids  # type: ignore[attr-defined]
     chat = text_encoder(qwen, layers=[1])
-    assert (
-        chat.parts[0].config.template
-        == "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    )
+    user, assistant = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert chat.parts[0].config.template == user + assistant
     again = build_text_encoder(chat.parts[0].config)
     assert again.parts[0].config == chat.parts[0].config
     assert again.identity() == chat.identity()
@@ -188,9 +187,8 @@ def test_the_identity_is_that_of_all_choices(qwen: Path, gemma: Path, clip: Path
         text_encoder(clip, convention="sd"),
         text_encoder(clip, convention="flux_clip"),
     ]
-    words = save_byte_tokenizer(
-        save_qwen3(tmp_path / "words", 0), ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<new>"]
-    )
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<new>"]
+    words = save_byte_tokenizer(save_qwen3(tmp_path / "words", 0), special)
     encoders.append(text_encoder(words, convention="z_image"))
     identities = [encoder.identity() for encoder in encoders]
     assert len(set(identities)) == len(identities)
@@ -245,7 +243,7 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     (
         "qwen",
         {"convention": "z_image", "max_length": 5},
-        r"text\.template: .* no caption has room; raise text\.max_len",
+        r"text\.template: .* no caption has room; raise ",
     ),
     ("qwen", {**PLAIN, "drop_tokens": 50}, r"text\.drop_tokens: 50, but .* only \d tokens precede the caption"),
     ("qwen", {"convention": "z_image", "template": ""}, r"text\.template: an empty caption has no tokens"),
@@ -254,7 +252,7 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     (
         "clip",
         {"name": "t5", "max_length": 77},
-        r"text\.name: t5, but config\.json .* 'clip_text_model'; set text\.name",
+        r"text\.name: t5, but .* 'clip_text_model'; set text\.name",
     ),
 ]
 
@@ -276,9 +274,7 @@ def test_unknown_networks_and_other_tokenizers_are_refused(qwen: Path, tmp_path:
     ))  # fmt: skip
     network.save_pretrained(tmp_path / "small")
     save_byte_tokenizer(tmp_path / "small", ["<|endoftext|>"])
-    with pytest.raises(
-        InputError, match=r"text\.path: the tokenizer .* and the network 50; they do not belong together"
-    ):
+    with pytest.raises(InputError, match=r"text\.path: the tokenizer .* the network 50; they do not belong together"):
         text_encoder(tmp_path / "small", layers=[-1], template="")
     config = json.loads((qwen / "config.json").read_text())
     (tmp_path / "fewer").mkdir()
