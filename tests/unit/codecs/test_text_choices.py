@@ -309,3 +309,11 @@ def test_every_kind_of_network_has_a_convention() -> None:
         assert model_type in CONVENTIONS[config.convention].model_types
         assert None not in config.model_dump(exclude={"final_norm"}).values()
         assert resolved(config, model_type) == config
+
+
+def test_the_page_has_every_convention() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "encode.md").read_text()
+    rows = {cells[1].strip(" `"): cells for line in page.splitlines() if len(cells := line.split("|")) == 9}
+    for name, convention in CONVENTIONS.items():
+        assert rows[name][5].strip() == str(convention.max_length)
+        assert rows[name][6].strip() == convention.padding.replace("none", "")
