@@ -140,9 +140,11 @@ def _check_record(manifest: Manifest, group: int, record: TarRecord, label: int 
 
 def _check_members(manifest: Manifest, record: TarRecord, required: tuple[str, ...]) -> Iterator[str]:
     """Yield the members that are missing, or do not belong to a record."""
-    texts = [ARRAY_MEMBERS[array] for array in manifest.text_arrays]
-    num_texts = sum(suffix in record.members for suffix in texts)
-    for suffix in dict.fromkeys([*required, *texts[:num_texts]]):  # texts are those of the first captions
+    by_encoder = [[ARRAY_MEMBERS[array] for array in arrays] for arrays in manifest.arrays_by_encoder]
+    texts = [suffix for suffixes in by_encoder for suffix in suffixes]
+    num_texts = max((sum(suffix in record.members for suffix in suffixes) for suffixes in by_encoder), default=0)
+    of_captions = [suffix for suffixes in by_encoder for suffix in suffixes[:num_texts]]
+    for suffix in dict.fromkeys([*required, *of_captions]):  # texts are those of the first captions
         if suffix not in record.members:
             yield f"{record.key}{suffix}: is missing"
     for suffix in record.members:

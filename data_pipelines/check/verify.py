@@ -163,8 +163,9 @@ def _check_bytes(path: Path, expected: IndexInfo) -> str | None:
 
 def _check_null_embedding(text: TextInfo | None) -> Iterator[str]:
     """Check the values of the null embedding; its shape was checked when the manifest was read."""
-    if text is not None and not is_finite(np.frombuffer(text.null_bytes, "<f2")):
-        yield f"{MANIFEST_NAME}: text.null_embedding holds a value that is not finite"
+    for encoder in () if text is None else text.encoders:
+        if not is_finite(np.frombuffer(encoder.null_bytes, "<f2")):
+            yield f"{MANIFEST_NAME}: text.null_embedding holds a value that is not finite"
 
 
 def _check_listing(folder: Path, manifest: Manifest) -> Iterator[str]:

@@ -154,8 +154,8 @@ def _common_properties(manifest: Manifest) -> dict[str, Any]:
         "transform": transform and transform.model_dump(exclude=set() if features else {"size", "sizes", "buckets"}),
         "transform_version": manifest.transform_version,
         "text_version": manifest.text_version,
-        "text encoder": text and text.config.model_dump(exclude=location),
-        "text encoder identity": text and (text.identity, text.dim, text.dtype),
+        "text encoder": text and [encoder.config.model_dump(exclude=location) for encoder in text.encoders],
+        "text encoder identity": text and [(one.identity, one.dim, one.dtype) for one in text.encoders],
         "features": features and features.model_dump(),
         "has_captions": manifest.has_captions,
     }
@@ -280,7 +280,8 @@ def _merged_text(sets: Sequence[_Set]) -> TextInfo | None:
     texts = [one.manifest.text for one in sets if one.manifest.text is not None]
     if not texts:
         return None
-    return texts[0].model_copy(update={"num_captions": max(text.num_captions for text in texts)})
+    num_captions = {"num_captions": max(text.num_captions for text in texts)}
+    return TextInfo.of([encoder.model_copy(update=num_captions) for encoder in texts[0].encoders])
 
 
 def _merged_transform(sets: Sequence[_Set]) -> TransformConfig | None:

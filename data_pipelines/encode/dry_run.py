@@ -43,7 +43,7 @@ def describe(recipe: EncodeRecipe, *, task: TaskIndex = TaskIndex()) -> str:  # 
                 raise PomscaleError(f"none of the {num_sampled:,} sampled items could be encoded; the first: {reason}")
             per_sample = sum(shard.num_bytes for shard in record.shards) / record.num_samples
             lines.append(
-                f"output   {variant.output}: {', '.join(encoders.arrays)} ({_shapes(encoders, variant)}), "
+                f"output   {variant.output}: {', '.join(sample.arrays)} ({_shapes(encoders, variant)}), "
                 f"{num_parts:,} parts, {per_sample:,.0f} bytes per sample, "
                 f"{per_sample * len(table) / 1e9:,.3f} GB in all"
             )

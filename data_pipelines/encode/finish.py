@@ -82,7 +82,7 @@ def finish(setup: EncodeSetup, variant: Variant, store: PartStore) -> Manifest:
         transform=variant.transform,
         transform_version=transform_version(variant.transform),
         text=_text_info(setup),
-        text_version=text_version(setup.recipe.text),
+        text_version=text_version(setup.recipe.texts),
         features=_features_info(setup, variant),
         has_captions=has_captions(setup.recipe.source),
         class_names=setup.table.class_names,
@@ -162,19 +162,21 @@ def _latent_info(setup: EncodeSetup, statistics: ChannelStatistics | None) -> La
 
 
 def _text_info(setup: EncodeSetup) -> TextInfo | None:
-    """Describe the text encoder, with its embedding of an empty caption, which guidance and condition dropout use."""
-    encoder = setup.encoders.text
-    if encoder is None or setup.encoders.text_identity is None:
-        return None
-    (embedding,) = encoder.encode([""])
-    return TextInfo(
-        config=encoder.config,
-        identity=setup.encoders.text_identity,
-        dim=encoder.dim,
-        null_length=len(embedding),
-        null_embedding=base64.b64encode(embedding.astype("<f2").tobytes()).decode(),
-        num_captions=setup.num_captions,
-    )
+    """Describe the text encoders, with their embeddings of an empty caption, for guidance and condition dropout."""
+    infos = [
+        TextInfo(
+            config=encoder.config,
+            identity=identity,
+            dim=encoder.dim,
+            null_length=len(null),
+            null_embedding=base64.b64encode(null.astype("<f2").tobytes()).decode(),
+            num_captions=setup.num_captions,
+        )
+        for encoder, identity, null in zip(
+            setup.encoders.texts, setup.encoders.text_identities, setup.encoders.null_embeddings, strict=True
+        )
+    ]
+    return TextInfo.of(infos) if infos else None
 
 
 def _features_info(setup: EncodeSetup, variant: Variant) -> FeaturesInfo | None:

@@ -24,11 +24,12 @@ from data_pipelines.shards.finite import is_finite, why_not_finite
 from data_pipelines.shards.writers import PartWriter, Record
 from pomscale.base.errors import PomscaleError
 from pomscale.base.keyed_random import Stream, keyed_generator
+from pomscale.codecs.base import SingleTextEncoder
 from pomscale.config.encode import ImageTransformConfig, VideoTransformConfig
 from pomscale.media import UnreadableMediaError, nearest_bucket
 from pomscale.media.pictures import decode_picture, fit_picture
 from pomscale.shards.pictures import pack_picture
-from pomscale.shards.schema import CAPTIONS_FIELD, TEXT_ARRAYS, ArrayName, array_members
+from pomscale.shards.schema import CAPTIONS_FIELD, ArrayName, array_members
 from pomscale.sources.protocol import Item, SourceChangedError
 
 # Batches that may wait for the writer; each is small beside the decoded media that wait for the networks.
@@ -53,7 +54,7 @@ class Loaded:
     item: Item
     media: dict[int, Pixels] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
-    texts: list[np.ndarray] = field(default_factory=list)  # (n, dim) float16 each, set by the text stage
+    texts: dict[ArrayName, np.ndarray] = field(default_factory=dict)  # (n, dim) float16 each, set by the text stage
     failure: str | None = None
     is_gone: bool = False
 
@@ -94,7 +95,7 @@ class PartEncoder:
         self._recipe = setup.recipe
         self._codec = setup.encoders.codec
         self._features = setup.encoders.features
-        self._text = setup.encoders.text
+        self._texts = setup.encoders.texts
         self._display = display
         self._stop = stop
         self._launched: _Launched | None = None
@@ -209,7 +210,7 @@ class PartEncoder:
         return work
 
     def _add(self, work: PartWork, entry: Loaded) -> None:
-        if self._text is None:
+        if not self._texts:
             self._route(work, entry)
             return
         work.captioned.append(entry)
@@ -219,20 +220,27 @@ class PartEncoder:
     def _embed(self, work: PartWork) -> None:
         """Embed the captions of a batch of items, whatever their groups, and route each item to its group."""
         entries, work.captioned = work.captioned, []
-        if not entries or self._text is None:
+        if not entries or not self._texts:
             return
         texts = [_texts(entry.item, self._recipe.captions) for entry in entries]
-        embeddings = self._embeddings([text for of_item in texts for text in of_item])
-        for entry, of_item in zip(entries, texts, strict=True):
-            entry.texts = list(itertools.islice(embeddings, len(of_item)))
+        captions = [text for of_item in texts for text in of_item]
+        self._count_cut(captions)
+        for encoder, names in zip(self._texts, self._setup.texts, strict=True):
+            embeddings = self._embeddings(encoder, captions)
+            for entry, of_item in zip(entries, texts, strict=True):
+                entry.texts |= zip(names, itertools.islice(embeddings, len(of_item)), strict=False)
+        for entry in entries:
             self._route(work, entry)
 
-    def _embeddings(self, texts: list[str]) -> Iterator[np.ndarray]:
-        assert self._text is not None
-        longest, batch = self._text.config.max_length, self._recipe.batch
-        self._display.cut(sum(length > longest for length in self._text.num_tokens(texts)))
+    def _count_cut(self, captions: list[str]) -> None:
+        """Count the captions that some encoder cuts."""
+        lengths = [[length > one.max_tokens for length in one.num_tokens(captions)] for one in self._texts]
+        self._display.cut(sum(any(is_cut) for is_cut in zip(*lengths, strict=True)))
+
+    def _embeddings(self, encoder: SingleTextEncoder, texts: list[str]) -> Iterator[np.ndarray]:
+        batch = self._recipe.batch
         for begin in range(0, len(texts), batch):
-            for embedding in self._on_device(self._text.encode, texts[begin : begin + batch]):
+            for embedding in self._on_device(encoder.encode, texts[begin : begin + batch]):
                 with np.errstate(over="ignore"):  # values that do not fit become infinite, and `_store` lists the item
                     yield embedding.astype(np.float16)
 
@@ -319,7 +327,7 @@ class PartEncoder:
             packed: dict[ArrayName, bytes] = {}
             if batch.media:
                 arrays["latent"], packed = batch.media[i].values.transpose(2, 0, 1), batch.media[i].packed
-            arrays |= zip(TEXT_ARRAYS, entry.texts, strict=False)
+            arrays |= entry.texts
             broken = [name for name, array in arrays.items() if not is_finite(array)]
             if broken:
                 verb = "have" if broken[0].startswith("features") else "has"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_pipelines.encode.items import ItemOrder, ItemTable
 from data_pipelines.encode.latents_source import build_encode_source
-from data_pipelines.shards.parts import PARTS_FOLDER, SOURCE_LOCATION, EncodeSpec, PartStore
+from data_pipelines.shards.parts import PARTS_FOLDER, SOURCE_LOCATION, EncodeSpec, PartStore, unlisted
 from pomscale.base.errors import InputError
-from pomscale.codecs import Codec, TextEncoder, build_codec, build_text_encoder
+from pomscale.codecs import Codec, build_codec, build_text_encoder
+from pomscale.codecs.base import SingleTextEncoder
 from pomscale.codecs.extractors import FeatureEncoder, build_feature_encoder
 from pomscale.config.codecs import Uint8CodecConfig
 from pomscale.config.encode import (
@@ -25,7 +28,7 @@ from pomscale.config.encode import (
 )
 from pomscale.distributed.world import resolve_device
 from pomscale.shards.pictures import Coding
-from pomscale.shards.schema import TEXT_ARRAYS, ArrayName
+from pomscale.shards.schema import ArrayName, text_arrays
 from pomscale.sources.protocol import Item, Source, SourceChangedError
 
 # Number of listed items, spread over the list, that are looked for to tell whether a source is still where it was.
@@ -52,7 +55,10 @@ class Encoders:
     def __init__(self, recipe: EncodeRecipe) -> None:
         device = resolve_device(recipe.device)
         self.codec: Codec | None = None if recipe.codec is None else build_codec(recipe.codec).to(device)
-        self.text: TextEncoder | None = None if recipe.text is None else build_text_encoder(recipe.text).to(device)
+        self.texts: tuple[SingleTextEncoder, ...] = (
+            tuple(build_text_encoder(*recipe.texts).to(device).parts) if recipe.texts else ()
+        )
+        """The text encoders; a record has an array of each for every caption."""
         self.has_flip = recipe.transform is not None and recipe.transform.flip
         stores_flip = self.has_flip and self.codec is not None and self.codec.stored_dtype != "uint8"
         names: list[ArrayName] = ["latent"] if self.codec is not None else []
@@ -60,11 +66,12 @@ class Encoders:
         self.features = _feature_encoder(recipe, device)
         if self.features is not None:
             names += ["features", "features_flip"] if self.has_flip else ["features"]
-        names += ["text"] if self.text is not None else []
         self.arrays = tuple(names)
         # Hashes of the weights: seconds for the largest.
         self.codec_identity = None if self.codec is None else self.codec.identity()
-        self.text_identity = None if self.text is None else self.text.identity()
+        self.null_embeddings = [_null_embedding(encoder) for encoder in self.texts]
+        """Embeddings (n, dim) of an empty caption, float32."""
+        self.text_identities = [encoder.identity() for encoder in self.texts]
         self.features_identity = None if self.features is None else self.features.identity()
 
     @property
@@ -73,6 +80,18 @@ class Encoders:
         if self.codec is not None:
             return self.codec.num_channels_in
         return 0 if self.features is None else self.features.teacher.num_channels
+
+
+def _null_embedding(encoder: SingleTextEncoder) -> np.ndarray:
+    """Return the embedding of an empty caption. Raises InputError if it cannot be stored: then none could."""
+    (embedding,) = encoder.encode([""])
+    largest = float(np.abs(embedding).max())
+    if not largest <= np.finfo(np.float16).max:
+        raise InputError(
+            f"text: the hidden states of {encoder.config.path} reach {largest:g} with an empty caption, and embeddings "
+            f"are stored as float16, which ends at 65,504; choose other layers (text.layers), or text.final_norm=true"
+        )
+    return embedding
 
 
 def _feature_encoder(recipe: EncodeRecipe, device: torch.device) -> FeatureEncoder | None:
@@ -122,9 +141,11 @@ class EncodeSetup:
         self.table = table
         self.encoders = encoders
         self.variants = variants_of(recipe, encoders)
-        self.num_captions = table.num_captions if encoders.text is not None and recipe.captions == "random" else 1
+        self.num_captions = table.num_captions if encoders.texts and recipe.captions == "random" else 1
         """Largest number of embeddings of a record."""
-        self.arrays = (*encoders.arrays, *TEXT_ARRAYS[1 : self.num_captions])
+        self.texts = [text_arrays(number)[: self.num_captions] for number in range(len(encoders.texts))]
+        """Names of the text arrays of each encoder, by caption."""
+        self.arrays = (*encoders.arrays, *itertools.chain(*self.texts))
         self.coding: Coding = recipe.codec.coding if isinstance(recipe.codec, Uint8CodecConfig) else "raw"
         self.stores = tuple(PartStore(v.output, self.arrays, len(v.targets)) for v in self.variants)
         self.num_parts = -(-len(table) // recipe.shard_samples)
@@ -152,9 +173,9 @@ class EncodeSetup:
             codec_identity=self.encoders.codec_identity,
             transform=variant.transform,
             transform_version=transform_version(variant.transform),
-            text=None if recipe.text is None else recipe.text.model_dump(exclude=location),
-            text_version=text_version(recipe.text),
-            text_identity=self.encoders.text_identity,
+            text=unlisted([one.config.model_dump(mode="json", exclude=location) for one in self.encoders.texts]),
+            text_version=text_version(recipe.texts),
+            text_identity=unlisted(self.encoders.text_identities),
             captions=recipe.captions,
             features=self._features_spec(variant),
             features_identity=self.encoders.features_identity,

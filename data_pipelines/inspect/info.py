@@ -75,15 +75,16 @@ def _feature_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _text_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    if manifest.text is None:
-        return
-    text = manifest.text
-    yield "text", f"{text.config.model_dump()}, identity {text.identity[:12]}"
-    yield (
-        "embeddings",
-        f"(1 to {text.config.max_length}, {text.dim}) {text.dtype}; empty caption {text.null_length} long"
-        + (f"; up to {text.num_captions} captions of a record, one drawn per sample" if text.num_captions > 1 else ""),
-    )
+    for text in () if manifest.text is None else manifest.text.encoders:
+        several = f"; up to {text.num_captions} captions of a record, one drawn per sample"
+        yield "text", f"{text.config.model_dump()}, identity {text.identity[:12]}"
+        yield (
+            "embeddings",
+            f"(1 to {text.config.stored_length}, {text.dim}) {text.dtype}; empty caption {text.null_length} long"
+            + (several if text.num_captions > 1 else ""),
+        )
+    if manifest.text is not None and manifest.text.beside:
+        yield "together", f"(1 to {manifest.text.max_length}, {manifest.text.width}) as a network sees them"
 
 
 def _origin(manifest: Manifest) -> str:

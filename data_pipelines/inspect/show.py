@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipelines.shards.readers import TarRecord, open_index, read_records, stored_array, text_length
+from data_pipelines.shards.readers import TarRecord, open_index, read_records, stored_array, text_lengths
 from pomscale.base.errors import InputError
 from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.codecs import Codec
@@ -81,11 +81,9 @@ def _caption(record: TarRecord) -> str:
 
 def _caption_lines(manifest: Manifest, record: TarRecord) -> Iterator[str]:
     """Yield a line per embedding; the texts of one that is not of a single caption are in one line."""
-    assert manifest.text is not None
-    texts = [ARRAY_MEMBERS[name] for name in manifest.text_arrays if ARRAY_MEMBERS[name] in record.members]
-    captions = record.captions() if len(texts) > 1 else [_caption(record)]
-    for suffix, caption in zip(texts, captions, strict=True):
-        num_tokens = text_length(len(record.payload(suffix)), manifest.text.dim)
+    lengths = text_lengths(manifest, record)
+    captions = record.captions() if len(lengths) > 1 else [_caption(record)]
+    for num_tokens, caption in zip(lengths, captions, strict=True):
         yield f"{record.key}  {num_tokens:>4} tokens  {textwrap.shorten(caption, _MAX_CAPTION)}"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.shards.readers import TarReader, TarRecord, open_shard, stored_array, text_length
+from data_pipelines.shards.readers import TarReader, TarRecord, open_shard, stored_array, text_lengths
 from data_pipelines.shards.workers import over_shards
 from pomscale.base.errors import PomscaleError
 from pomscale.shards.schema import FEATURE_ARRAYS, REMEDY, Manifest, read_manifest
@@ -213,16 +213,10 @@ def _count_record(manifest: Manifest, group: int, record: TarRecord, counts: Cou
         counts.classes[record.label()] += 1
     if manifest.has_captions:
         counts.captions.update(map(len, record.captions()))
-    texts = manifest.text_arrays
+    counts.texts.update(text_lengths(manifest, record))
     for name, suffix in manifest.array_members.items():
-        if name in texts and name != texts[0] and suffix not in record.members:
-            continue
-        payload = record.payload(suffix)
-        if name in texts:
-            assert manifest.text is not None
-            counts.texts[text_length(len(payload), manifest.text.dim)] += 1
-        else:
-            array = stored_array(manifest, group, name, payload)
+        if name not in manifest.text_arrays:
+            array = stored_array(manifest, group, name, record.payload(suffix))
             latents.append(array.reshape(1, -1) if name in FEATURE_ARRAYS else array)  # features count together
     return latents
 

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
@@ -47,6 +47,9 @@ CODEC_LOCATION = {"path", "subfolder"}
 _RECORD_NAME = re.compile(r"part-(\d+)\.json")
 
 
+T = TypeVar("T")
+
+
 class EncodeSpec(BaseModel):
     """Everything that decides the bytes of the shards. Encodes with equal specifications may share an output folder.
 
@@ -66,9 +69,9 @@ class EncodeSpec(BaseModel):
     codec_identity: str | None
     transform: TransformConfig | None
     transform_version: int = Field(1, exclude_if=equals(1))  # what it was before it was recorded
-    text: dict[str, Any] | None
+    text: dict[str, Any] | list[dict[str, Any]] | None  # a list where there are several encoders
     text_version: int = Field(1, exclude_if=equals(1))  # and without embeddings
-    text_identity: str | None
+    text_identity: str | list[str] | None
     captions: str = Field("random", exclude_if=equals("random"))
     features: dict[str, Any] | None = Field(None, exclude_if=is_none)  # teacher without its path, and grid
     features_identity: str | None = Field(None, exclude_if=is_none)
@@ -89,6 +92,11 @@ class EncodeSpec(BaseModel):
         codec = current_codec(codec)
         config = _CODEC.validate_python({**codec, "path": ""} if codec["name"] == "vae" else codec)
         return config.model_dump(mode="json", exclude=CODEC_LOCATION)
+
+
+def unlisted(of_encoders: list[T]) -> T | list[T] | None:
+    """Return what a specification says of text encoders: of one alone, as it always did, or of several in a list."""
+    return of_encoders[0] if len(of_encoders) == 1 else of_encoders or None
 
 
 class Failure(BaseModel):

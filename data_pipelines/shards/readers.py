@@ -18,6 +18,7 @@ from pomscale.base.errors import PomscaleError
 from pomscale.shards.index import NO_LABEL, index_dtype, key_hash, map_index, npy_header, split_member_name
 from pomscale.shards.pictures import complete_pictures, unpack_picture
 from pomscale.shards.schema import (
+    ARRAY_MEMBERS,
     CAPTION_MEMBER,
     CAPTIONS_FIELD,
     CLASS_MEMBER,
@@ -28,6 +29,7 @@ from pomscale.shards.schema import (
     REMEDY,
     ArrayName,
     Manifest,
+    TextInfo,
 )
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -254,24 +256,33 @@ def stored_array(manifest: Manifest, group: int, name: ArrayName, payload: memor
     is_text = name in manifest.text_arrays
     shape: tuple[int, ...]
     if is_text:
-        shape = _text_shape(manifest, len(payload))
+        shape = _text_shape(manifest.encoder_of(name), len(payload))
     elif manifest.features is not None and name in FEATURE_ARRAYS:
         shape = manifest.features.shape
     else:
         shape = manifest.stored_shape(group)
     header = _header(shape)
     if len(payload) != len(header) + 2 * int(np.prod(shape)) or payload[: len(header)] != header:
-        wanted = f"(1 to {manifest.text.config.max_length}, {shape[1]})" if is_text and manifest.text else shape
+        wanted = f"(1 to {manifest.encoder_of(name).config.stored_length}, {shape[1]})" if is_text else shape
         raise ValueError(f"is not a float16 array of shape {wanted}")
     return np.frombuffer(payload, "<f2", offset=len(header)).reshape(shape)
 
 
-def _text_shape(manifest: Manifest, num_bytes: int) -> tuple[int, int]:
+def _text_shape(encoder: TextInfo, num_bytes: int) -> tuple[int, int]:
     """Return the shape of a text member of this length, clamped to what a caption may have."""
-    assert manifest.text is not None
-    dim = manifest.text.dim
-    length = text_length(num_bytes, dim)
-    return min(max(length, 1), manifest.text.config.max_length), dim
+    length = text_length(num_bytes, encoder.dim)
+    return min(max(length, 1), encoder.config.stored_length), encoder.dim
+
+
+def text_lengths(manifest: Manifest, record: TarRecord) -> list[int]:
+    """Return the number of tokens of each embedded caption of a record, by all encoders together."""
+    if manifest.text is None:
+        return []
+    by_encoder = []
+    for encoder, (first, *further) in zip(manifest.text.encoders, manifest.arrays_by_encoder, strict=True):
+        names = [first, *(name for name in further if ARRAY_MEMBERS[name] in record.members)]
+        by_encoder.append([text_length(len(record.payload(ARRAY_MEMBERS[name])), encoder.dim) for name in names])
+    return [sum(of_caption) for of_caption in zip(*by_encoder, strict=True)]
 
 
 def text_length(num_bytes: int, dim: int) -> int:
@@ -286,7 +297,7 @@ def _header(shape: tuple[int, ...]) -> bytes:
 
 def required_suffixes(manifest: Manifest) -> tuple[str, ...]:
     """Return the suffixes of the members that every record has, in the order in which they are written."""
-    further_texts = set(manifest.text_arrays[1:])
+    further_texts = {array for of_encoder in manifest.arrays_by_encoder for array in of_encoder[1:]}
     suffixes = [suffix for array, suffix in manifest.array_members.items() if array not in further_texts]
     suffixes += [CLASS_MEMBER] if manifest.num_classes else []
     suffixes += [CAPTION_MEMBER] if manifest.has_captions else []

@@ -11,9 +11,9 @@ from pomscale.codecs.uint8 import Uint8Codec
 from pomscale.config.codecs import (
     CodecConfig,
     PixelCodecConfig,
-    TextEncoderConfig,
     Uint8CodecConfig,
 )
+from pomscale.config.text import TextEncoderConfig
 
 __all__ = ["Codec", "TextEncoder", "build_codec", "build_text_encoder"]
 
@@ -40,9 +40,12 @@ def build_codec(config: CodecConfig) -> Codec:
     return open_vae(config)
 
 
-def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
-    """Return the text encoder that a recipe names, on the CPU. Raises InputError as `build_codec` does."""
+def build_text_encoder(config: TextEncoderConfig, *beside: TextEncoderConfig) -> TextEncoder:
+    """Return a text encoder, or several side by side, on the CPU. Raises InputError as `build_codec` does."""
     with large_imports():
-        from pomscale.codecs.t5 import T5TextEncoder
+        from pomscale.codecs.text.encoder import PretrainedTextEncoder
+    if not beside:
+        return PretrainedTextEncoder(config)
+    from pomscale.codecs.text.joint import JointTextEncoder
 
-    return T5TextEncoder(config)
+    return JointTextEncoder([PretrainedTextEncoder(one) for one in (config, *beside)])

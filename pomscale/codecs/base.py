@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pomscale.config.codecs import CodecConfig, TextEncoderConfig
+from pomscale.config.codecs import CodecConfig
+from pomscale.config.text import TextEncoderConfig
 
 
 class Codec(Protocol):
@@ -115,22 +116,39 @@ class ClipCodec(Codec, Protocol):
 
 
 class TextEncoder(Protocol):
-    """Turns captions into sequences of embeddings."""
+    """Turns captions into sequences of embeddings: one encoder, or several side by side."""
 
     @property
-    def config(self) -> TextEncoderConfig: ...
+    def parts(self) -> Sequence[SingleTextEncoder]:
+        """The encoders of which it consists, in the order of their embeddings."""
 
     @property
     def dim(self) -> int: ...
 
-    def encode(self, captions: Sequence[str]) -> list[np.ndarray]:
-        """Return (n, dim) float32 per caption, without padding; n is 1 to max_length. The empty caption is allowed."""
+    @property
+    def max_length(self) -> int:
+        """Longest embeddings of a caption, in tokens."""
 
-    def num_tokens(self, captions: Sequence[str]) -> list[int]:
-        """Return the number of tokens per caption, the end token included; `encode` cuts those beyond max_length."""
+    def encode(self, captions: Sequence[str]) -> list[np.ndarray]:
+        """Return (n, dim) float32 per caption; n is 1 to max_length. The empty caption is allowed."""
 
     def identity(self) -> str:
         """Return the sha256 (hex) of network and tokenizer: equal identities give equal embeddings."""
 
     def to(self, device: torch.device | str) -> TextEncoder:
         """Move the encoder and return it."""
+
+
+class SingleTextEncoder(TextEncoder, Protocol):
+    """One text encoder."""
+
+    @property
+    def config(self) -> TextEncoderConfig:
+        """The section that makes the same encoder, without anything that is left to a convention."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens that are kept of a caption."""
+
+    def num_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Return the number of tokens per caption, the end token included; `encode` cuts those beyond max_tokens."""

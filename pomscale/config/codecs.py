@@ -1,4 +1,4 @@
-"""Codecs, text encoders and teachers: how media become latents or features, and captions embeddings."""
+"""Codecs and teachers: how media become latents or features."""
 
 from __future__ import annotations
 
@@ -101,16 +101,3 @@ class FeaturesConfig(Section):
     def teacher_name(self) -> str:
         """The teacher without its path."""
         return self.teacher.partition(":")[0]
-
-
-class TextEncoderConfig(Section):
-    """T5's encoder, from a local folder or a hub id. Embeddings are stored without padding, in float16."""
-
-    name: Literal["t5"] = "t5"
-    path: str = Field("google/t5-v1_1-xxl", description="Local folder or hub id for from_pretrained.")
-    subfolder: str = Field("", description="Folder inside `path` that holds the encoder's config.json.")
-    tokenizer: Literal["pretrained", "bytes"] = Field(
-        "pretrained", description="pretrained: the tokenizer beside the weights; bytes: ByT5's, needs no vocabulary."
-    )
-    max_length: PositiveInt = Field(120, description="Most tokens kept of a caption, the end token included.")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="Arithmetic of the encoder.")

@@ -9,11 +9,11 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, mo
 from pomscale.config.codecs import (
     CodecConfig,
     FeaturesConfig,
-    TextEncoderConfig,
     Uint8CodecConfig,
 )
 from pomscale.config.monitoring import WandbConfig
 from pomscale.config.section import FolderName, GrownSection, NonNegativeInt, PositiveFloat, Section, Seed
+from pomscale.config.text import TextConfig, TextEncoderConfig, text_encoders
 
 _FILTER = "Filter that resizes. area: the mean over the area of each new pixel, and bilinear where it enlarges."
 
@@ -178,12 +178,12 @@ def transform_version(transform: TransformConfig | None) -> int:
     return 1 if is_unchanged else 2
 
 
-def text_version(text: TextEncoderConfig | None) -> int:
-    """Return the version of the tokens that a text encoder makes of captions; raise it as `transform_version`.
+def text_version(texts: tuple[TextEncoderConfig, ...]) -> int:
+    """Return the version of the tokens that text encoders make of captions; raise it as `transform_version`.
 
     Version 2 reads "</s>" and other special tokens in a caption as text.
     """
-    return 1 if text is None else 2
+    return 2 if texts else 1
 
 
 class EncodeRecipe(GrownSection):
@@ -200,7 +200,11 @@ class EncodeRecipe(GrownSection):
     transform: TransformConfig | None = Field(
         None, description="Transform of media to the pixels of the codec or the teacher."
     )
-    text: TextEncoderConfig | None = Field(None, description="Also store embeddings of the captions.")
+    text: TextConfig | None = Field(
+        None,
+        description="Also store embeddings of the captions. A list: those of several encoders, which a network sees "
+        "one behind the other.",
+    )
     features: FeaturesConfig | None = Field(
         None, description="Store a teacher's features of the transformed pictures or clips, and nothing else."
     )
@@ -261,6 +265,11 @@ class EncodeRecipe(GrownSection):
         if features.grid is not None and len(features.grid) != axes:
             kinds = {2: "[rows, columns] of pictures", 3: "[frame groups, rows, columns] of clips"}
             raise ValueError(f"features.grid: give {kinds[axes]}")
+
+    @property
+    def texts(self) -> tuple[TextEncoderConfig, ...]:
+        """The text encoders, in their order."""
+        return text_encoders(self.text)
 
     @property
     def opens_media(self) -> bool:

@@ -269,13 +269,16 @@ def _check_same_text(datasets: Sequence[LatentDataset]) -> None:
         if first is None or other is None:
             continue
         both = f"data.mixture: the texts in {first.source.location} and {other.source.location}"
-        if other.info.dim != first.info.dim:
+        if other.info.width != first.info.width:
             raise InputError(
-                f"{both}: their embeddings have {first.info.dim} and {other.info.dim} values per token. {_SAME_TEXT}"
+                f"{both}: their embeddings have {first.info.width} and {other.info.width} values per token. "
+                f"{_SAME_TEXT}"
             )
-        if other.info.identity != first.info.identity:
+        if other.info.joint_identity != first.info.joint_identity:
             raise InputError(f"{both}: their text encoders differ in weights. {_SAME_TEXT}")
-        kept, also_kept = first.info.config.max_length, other.info.config.max_length
+        kept, also_kept = (
+            " + ".join(str(encoder.config.max_length) for encoder in texts.info.encoders) for texts in (first, other)
+        )
         if also_kept != kept:
             raise InputError(
                 f"{both}: of their captions up to {kept} and {also_kept} tokens were kept. Encode one of them again "

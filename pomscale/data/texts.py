@@ -13,22 +13,19 @@ from pomscale.shards.schema import TextInfo
 
 
 def text_batch(batch: MicroBatch | Samples, texts: TextInfo) -> Text:
-    """Return the captions of a batch, padded to the max_length of their encoder.
+    """Return the captions of a batch, padded to the max_length of their encoders.
 
     All batches of a run then have one shape: a network is compiled once, and its result does not depend on which
     captions share a batch.
     """
     assert batch.text is not None
     assert batch.text_lengths is not None
-    length = texts.config.max_length
+    length = texts.max_length
     embeddings = pad(batch.text, (0, 0, 0, length - batch.text.shape[1]))
     return Text(embeddings, torch.arange(length) < batch.text_lengths[:, None])
 
 
 def null_text(texts: TextInfo) -> Text:
-    """Return the stored embedding of the empty caption as a batch of one: (1 n dim) float16, n the max_length."""
-    num_more = texts.config.max_length - texts.null_length
-    return Text(
-        pad(null_embedding(texts), (0, 0, 0, num_more))[None],
-        (torch.arange(texts.config.max_length) < texts.null_length)[None],
-    )
+    """Return the stored embedding of the empty caption as a batch of one: (1 n width) float16, n the max_length."""
+    null, length = null_embedding(texts), texts.max_length
+    return Text(pad(null, (0, 0, 0, length - len(null)))[None], (torch.arange(length) < len(null))[None])

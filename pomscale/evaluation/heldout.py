@@ -190,7 +190,7 @@ def open_heldout(
         cache=cache,
         bad_samples=bad_samples,
     )
-    if dataset.text is not None and dataset.text.info.identity != card.texts.identity:
+    if dataset.text is not None and dataset.text.info.joint_identity != card.texts.joint_identity:
         raise InputError(
             f"dataset {dataset.text.source.location}: its captions went through another text encoder than those of the "
             "training set; encode them again"

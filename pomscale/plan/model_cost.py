@@ -25,12 +25,12 @@ picture, in training alone.
 
 from __future__ import annotations
 
-from pomscale.config.codecs import TextEncoderConfig
 from pomscale.config.mixer import AttentionMixer, Mixer, PomMixer
 from pomscale.config.model import ModelConfig, VideoModelConfig
 from pomscale.config.recomputation import is_recomputed
+from pomscale.config.text import T5_MAX_LENGTH
 
-TEXT_LENGTH: int = TextEncoderConfig.model_fields["max_length"].default
+TEXT_LENGTH = T5_MAX_LENGTH
 """Default length of a clip's text in tokens: captions are padded to the encoder's max_length."""
 
 

@@ -20,6 +20,7 @@ from pomscale.codecs.base import ClipCodec, Codec, TextEncoder
 from pomscale.config.codecs import CodecConfig
 from pomscale.config.model import ModelConfig, VideoModelConfig
 from pomscale.config.sampling import SamplingConfig
+from pomscale.config.text import TextEncoderConfig
 from pomscale.config.train import DiffusionConfig, TrainRecipe
 from pomscale.data.mixture import Mixture
 from pomscale.shards.schema import Normalization, TextInfo
@@ -42,7 +43,7 @@ class ModelCard(BaseModel):
     class_names: tuple[str, ...]
     """Names in the order of class ids; empty = not known."""
     text: TextInfo | None = None
-    """The text encoder of the captions, for a network that is conditioned on texts."""
+    """The text encoders of the captions, for a network that is conditioned on texts."""
     fps: float | None = None
     """Frames per second of the training clips; None = there were none."""
     latent_mean: tuple[float, ...]
@@ -112,20 +113,21 @@ class ModelCard(BaseModel):
         return self.text
 
     def load_text_encoder(self, device: torch.device) -> TextEncoder:
-        """Load the text encoder of the training captions. Raise InputError if it is missing or has other weights."""
-        config = self.texts.config
+        """Load the text encoders of the training captions. Raise InputError if one is missing or has other weights."""
+        configs = [encoder.config for encoder in self.texts.encoders]
         if self.sampling.text_path is not None:
-            config = config.model_copy(update={"path": self.sampling.text_path})
+            configs = _moved(configs, self.sampling.text_path)
         remedy = "Where the right ones lie: sampling.text_path in a recipe, --text-path when sampling"
         try:
-            encoder = build_text_encoder(config).to(device)
+            encoder = build_text_encoder(*configs).to(device)
         except InputError as error:
             raise InputError(f"{error}. {remedy}") from error
-        if encoder.identity() != self.texts.identity:
-            raise InputError(
-                f"text encoder {config.path}: its weights are not those that the model was trained with, so it would "
-                f"not understand. {remedy}"
-            )
+        for part, then in zip(encoder.parts, self.texts.encoders, strict=True):
+            if part.identity() != then.identity:
+                raise InputError(
+                    f"text encoder {part.config.path}: its weights are not those that the model was trained with, so "
+                    f"it would not understand. {remedy}"
+                )
         return encoder
 
     def load_codec(self, device: torch.device) -> Codec:
@@ -146,3 +148,14 @@ class ModelCard(BaseModel):
                 f"come out wrong. {remedy}"
             )
         return codec
+
+
+def _moved(configs: list[TextEncoderConfig], path: str) -> list[TextEncoderConfig]:
+    """Return sections of text encoders that lie in another folder now: each in its subfolder of it."""
+    if len(configs) > 1 and len({config.subfolder for config in configs}) < len(configs):
+        paths = ", ".join(config.path for config in configs)
+        raise InputError(
+            f"sampling.text_path: {path} is one folder, and the model's {len(configs)} text encoders lie in several: "
+            f"{paths}; put them there again, or encode with subfolders of one"
+        )
+    return [config.model_copy(update={"path": path}) for config in configs]

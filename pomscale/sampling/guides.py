@@ -66,7 +66,7 @@ def _facts(model: PretrainedModel, guide: PretrainedModel) -> list[tuple[str, ob
     if isinstance(model, PretrainedVDiPoM) and isinstance(guide, PretrainedVDiPoM):
         # A guide may have seen clips of another length and size.
         facts.insert(0, ("number of latent channels", model.config.latent_shape[0], guide.config.latent_shape[0]))
-        facts.append(("text encoder", one.texts.identity, other.texts.identity))
+        facts.append(("text encoder", one.texts.joint_identity, other.texts.joint_identity))
     if one.codec_identity is not None and other.codec_identity is not None:
         facts.append(("codec's weights", one.codec_identity, other.codec_identity))
     if one.class_names and other.class_names:

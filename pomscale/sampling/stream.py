@@ -235,7 +235,7 @@ def _identity(model: PretrainedVDiPoM) -> str:
         "model": card.model.model_dump(mode="json", exclude_defaults=True),
         "diffusion": card.diffusion.model_dump(mode="json", exclude_defaults=True),
         "latents": [card.codec_identity, card.latent_mean, card.latent_std],
-        "text": card.texts.identity,
+        "text": card.texts.joint_identity,
         "dtype": str(model.head.weight.dtype),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())

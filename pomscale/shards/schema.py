@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pomscale.base.errors import InputError
-from pomscale.config.codecs import CodecConfig, TextEncoderConfig
+from pomscale.config.codecs import CodecConfig
 from pomscale.config.encode import TransformConfig, VideoTransformConfig
 from pomscale.config.identity import settings_of_latents
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
+from pomscale.config.text import MAX_ENCODERS, TextEncoderConfig
 from pomscale.shards.location import join, local_folder, read_bytes
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -37,9 +38,17 @@ MAX_CAPTIONS = 100
 
 # Arrays that a record may have: name in the index, and suffix of the member in the tar (`Manifest.array_members` has
 # those of a dataset). A record has a text array for each of its captions: "text" for the first, "text_1" for the
-# second.
+# second; and the same of each further encoder: "text2", "text2_1".
 ArrayName = str
-TEXT_ARRAYS: tuple[ArrayName, ...] = ("text", *(f"text_{number}" for number in range(1, MAX_CAPTIONS)))
+
+
+def text_arrays(encoder: int) -> tuple[ArrayName, ...]:
+    """Return the names of the text arrays of an encoder, counted from 0, by caption."""
+    first = f"text{encoder + 1}" if encoder else "text"
+    return (first, *(f"{first}_{number}" for number in range(1, MAX_CAPTIONS)))
+
+
+TEXT_ARRAYS = text_arrays(0)
 # A teacher's features of a record, and of the mirrored one.
 FEATURE_ARRAYS: tuple[ArrayName, ...] = ("features", "features_flip")
 ARRAY_MEMBERS: dict[ArrayName, str] = {
@@ -47,7 +56,7 @@ ARRAY_MEMBERS: dict[ArrayName, str] = {
     "flip": ".latent_flip.npy",
     "features": ".features.npy",
     "features_flip": ".feat_flip.npy",  # no longer than others: the rest of a tar's 100 bytes is for the key
-    **{name: f".{name}.npy" for name in TEXT_ARRAYS},
+    **{name: f".{name}.npy" for encoder in range(MAX_ENCODERS) for name in text_arrays(encoder)},
 }
 PNG_MEMBER = ".png"
 CLASS_MEMBER = ".cls"
@@ -133,6 +142,9 @@ class TextInfo(_Part):
     """The text encoder, and its embedding of an empty caption: (null_length, dim) float16, base64.
 
     Records have up to `num_captions` embeddings, of which a reader takes one for each sample.
+
+    Further encoders stand `beside` the first. A network sees their embeddings of a caption one behind the other, the
+    narrower ones padded with zeros on channels, as Stable Diffusion 3 does: at most `max_length` tokens of `width`.
     """
 
     config: TextEncoderConfig
@@ -142,17 +154,52 @@ class TextInfo(_Part):
     null_length: int = Field(gt=0)
     null_embedding: str
     num_captions: int = Field(1, gt=0, le=MAX_CAPTIONS, exclude_if=equals(1))
+    beside: tuple[TextInfo, ...] = Field((), max_length=MAX_ENCODERS - 1, exclude_if=equals(()))
 
     @model_validator(mode="after")
     def _check(self) -> TextInfo:
         if len(self.null_bytes) != 2 * self.null_length * self.dim:
             raise ValueError(f"null_embedding is no float16 array of shape ({self.null_length}, {self.dim})")
+        if any(other.beside or other.num_captions != self.num_captions for other in self.beside):
+            raise ValueError("encoders beside the first have its num_captions, and none beside themselves")
         return self
+
+    @classmethod
+    def of(cls, encoders: Sequence[TextInfo]) -> TextInfo:
+        """Return the encoders as one, the first with the others beside it."""
+        return encoders[0].model_copy(update={"beside": tuple(encoders[1:])})
+
+    @property
+    def encoders(self) -> tuple[TextInfo, ...]:
+        """All encoders, in the order in which a network sees their embeddings."""
+        return (self, *self.beside)
+
+    @property
+    def max_length(self) -> int:
+        """Longest embeddings of a caption, in tokens of all encoders."""
+        return sum(encoder.config.stored_length for encoder in self.encoders)
+
+    @property
+    def width(self) -> int:
+        """Values per token: those of the widest encoder."""
+        return max(encoder.dim for encoder in self.encoders)
+
+    @property
+    def joint_identity(self) -> str:
+        """Identity of all encoders together: `identity` where there is one."""
+        return joint_identity([encoder.identity for encoder in self.encoders])
 
     @property
     def null_bytes(self) -> bytes:
         """Embedding of the empty caption, little-endian float16, row by row."""
         return base64.b64decode(self.null_embedding)
+
+
+def joint_identity(identities: Sequence[str]) -> str:
+    """Return one identity (hex) for those of several text encoders, in their order."""
+    if len(identities) == 1:
+        return identities[0]
+    return hashlib.sha256("\n".join(identities).encode()).hexdigest()
 
 
 class FeaturesInfo(_Part):
@@ -279,8 +326,21 @@ class Manifest(_Part):
 
     @property
     def text_arrays(self) -> tuple[ArrayName, ...]:
-        """The text arrays among `arrays`."""
-        return () if self.text is None else TEXT_ARRAYS[: self.text.num_captions]
+        """The text arrays among `arrays`, encoder by encoder."""
+        return tuple(array for of_encoder in self.arrays_by_encoder for array in of_encoder)
+
+    @property
+    def arrays_by_encoder(self) -> tuple[tuple[ArrayName, ...], ...]:
+        """The text arrays of each encoder, by caption."""
+        if self.text is None:
+            return ()
+        return tuple(text_arrays(i)[: self.text.num_captions] for i in range(len(self.text.encoders)))
+
+    def encoder_of(self, array: ArrayName) -> TextInfo:
+        """Return the encoder of a text array."""
+        assert self.text is not None
+        number = next(i for i, arrays in enumerate(self.arrays_by_encoder) if array in arrays)
+        return self.text.encoders[number]
 
     @property
     def modality(self) -> Literal["image", "video", "text"]:
@@ -508,7 +568,7 @@ def _misfit_of_clips(shape: tuple[int, ...], model: VideoModelConfig) -> str | N
 
 def check_text(location: str | Path, manifest: Manifest, model: VideoModelConfig) -> None:
     """Raise InputError, naming both values and the remedy, if the set of the texts does not fit the model."""
-    dim = text_info(location, manifest).dim
+    dim = text_info(location, manifest).width
     if dim != model.text_dim:
         raise InputError(
             f"dataset {location}: its text embeddings have {dim} values per token, but model.text_dim is "

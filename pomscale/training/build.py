@@ -293,7 +293,7 @@ def mean_flops(recipe: TrainRecipe, mixture: Mixture) -> float:
             assert isinstance(clip, VideoModelConfig)
             flops = training_flops(
                 clip,
-                text_length=mixture.text.info.config.max_length,
+                text_length=mixture.text.info.max_length,
                 num_times=clip.num_groups if recipe.diffusion.time.per_frame_group else 1,
             )
             total += share * size / len(dataset) * flops

@@ -208,10 +208,11 @@ def fine_tuned(recipe: TrainRecipe, card: ModelCard, world: World) -> FineTuning
     assert recipe.init_from is not None
     initial = fine_tuning(recipe.init_from, recipe.model, card.class_names, recipe.seed)
     texts_then = initial.source.card.text
-    if texts_then is not None and texts_then.identity != card.texts.identity:
+    if texts_then is not None and texts_then.joint_identity != card.texts.joint_identity:
+        paths = " and ".join(encoder.config.path for encoder in texts_then.encoders)
         raise InputError(
             f"init_from: the network in {recipe.init_from.path} was trained on texts of another text encoder, that of "
-            f"{texts_then.config.path}; encode the captions with it, e.g. into a companion set (data.text)"
+            f"{paths}; encode the captions with it, e.g. into a companion set (data.text)"
         )
     world.on_main(lambda: initial.source.check(initial.weights))  # once, and not every byte on every rank
     return initial

@@ -272,15 +272,15 @@ def test_tars_of_stock_webdataset(tmp_path: Path, make_recipe: MakeRecipe) -> No
 def test_a_network_that_gives_nan_costs_only_what_it_spoiled(
     clips: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pomscale.codecs.t5 import T5TextEncoder  # noqa: PLC0415  transformers takes seconds to import
+    from pomscale.codecs.text.encoder import PretrainedTextEncoder  # noqa: PLC0415  transformers takes seconds to import
 
-    real = T5TextEncoder.encode
+    real = PretrainedTextEncoder.encode
 
-    def spoiled(self: T5TextEncoder, captions: list[str]) -> list[np.ndarray]:
+    def spoiled(self: PretrainedTextEncoder, captions: list[str]) -> list[np.ndarray]:
         embeddings = real(self, captions)
         return [e * np.nan if "number 3" in c else e for c, e in zip(captions, embeddings, strict=True)]
 
-    monkeypatch.setattr(T5TextEncoder, "encode", spoiled)
+    monkeypatch.setattr(PretrainedTextEncoder, "encode", spoiled)
     recipe = clip_recipe(make_recipe, clips)
     assert only(encode(recipe, progress=False)).num_samples == 4
     told = r"its text has 256 of 256 values that are NaN \(there are no others\): .*weights, and try precision: fp32"

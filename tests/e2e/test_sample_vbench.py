@@ -17,8 +17,9 @@ import pytest
 
 from pomscale.base.errors import InputError
 from pomscale.codecs import build_text_encoder
-from pomscale.config.codecs import PixelCodecConfig, TextEncoderConfig
+from pomscale.config.codecs import PixelCodecConfig
 from pomscale.config.sampling import SamplingConfig
+from pomscale.config.text import TextEncoderConfig
 from pomscale.config.train import DiffusionConfig
 from pomscale.diffusion.options import SamplingOptions
 from pomscale.models import make_model

@@ -49,7 +49,7 @@ _PRELOADED = ("pomscale.training.run", "pomscale.cli", _TORCHRUN, "matplotlib.fi
 # Adapters of optional packages, 4 s of imports for each command that needs them.
 _PRELOADED_IF_INSTALLED = {
     "diffusers": "pomscale.codecs.diffusers_vae",
-    "transformers": "pomscale.codecs.t5",
+    "transformers": "pomscale.codecs.text.encoder",
     "wandb": "wandb",
 }
 _PACKAGES = ("pomscale", "launch", "data_pipelines")  # a forked command has those of the server

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.shards.writers import Record, ShardWriter
-from pomscale.config.codecs import PixelCodecConfig, TextEncoderConfig
+from pomscale.config.codecs import PixelCodecConfig
 from pomscale.config.encode import ImageTransformConfig
+from pomscale.config.text import TextEncoderConfig
 from pomscale.shards.index import to_npy
 from pomscale.shards.schema import (
     INDEX_NAME,

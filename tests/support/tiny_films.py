@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pomscale.codecs import build_text_encoder
-from pomscale.config.codecs import CodecConfig, PixelCodecConfig, TextEncoderConfig, VaeCodecConfig
+from pomscale.config.codecs import CodecConfig, PixelCodecConfig, VaeCodecConfig
 from pomscale.config.model import ImageModelConfig
 from pomscale.config.sampling import SamplingConfig
+from pomscale.config.text import TextEncoderConfig
 from pomscale.config.train import DiffusionConfig, TimeConfig
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.load import PretrainedDiPoM, PretrainedModel, PretrainedVDiPoM
@@ -32,16 +34,15 @@ def save_model(
     per_frame_group: bool = False,
     sampling: dict[str, Any] | None = None,
     scale: float = 0.1,
+    beside: Sequence[TextEncoderConfig] = (),
     **fields: Any,
 ) -> Path:
     """Exported to folder/model, its text encoder to folder/t5. By default of the pixel codec, with clips of 20x12.
 
-    Models of other scales have other weights.
+    Models of other scales have other weights. `beside`: further text encoders, no wider than the first.
     """
     save_t5(folder / "t5", seed=0)
     text = TextEncoderConfig(path=str(folder / "t5"), tokenizer="bytes", max_length=MAX_LENGTH, precision="fp32")
-    encoder = build_text_encoder(text)
-    (null,) = encoder.encode([""])
     codec = codec or PixelCodecConfig(name="pixel", channels=3)
     channels = 4 if isinstance(codec, VaeCodecConfig) else 12
     config = video_config(
@@ -54,19 +55,25 @@ def save_model(
         codec=codec,
         codec_identity=None,
         class_names=(),
-        text=TextInfo(
-            config=text,
-            identity=encoder.identity(),
-            dim=TEXT_DIM,
-            null_length=len(null),
-            null_embedding=base64.b64encode(null.astype("<f2").tobytes()).decode(),
-        ),
+        text=TextInfo.of([_text_info(config) for config in (text, *beside)]),
         fps=FPS,
         latent_mean=tuple(0.01 * np.arange(channels)),
         latent_std=tuple(0.4 + 0.01 * np.arange(channels)),
         averages=(),
     )
     return _export(folder / "model", PretrainedVDiPoM(card), scale)
+
+
+def _text_info(config: TextEncoderConfig) -> TextInfo:
+    (encoder,) = build_text_encoder(config).parts
+    (null,) = encoder.encode([""])
+    return TextInfo(
+        config=encoder.config,
+        identity=encoder.identity(),
+        dim=encoder.dim,
+        null_length=len(null),
+        null_embedding=base64.b64encode(null.astype("<f2").tobytes()).decode(),
+    )
 
 
 def save_cogvideox_model(folder: Path, **fields: Any) -> Path:

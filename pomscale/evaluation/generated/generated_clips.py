@@ -104,7 +104,7 @@ class GeneratedClips:
         digest = hashlib.sha256(json.dumps(self._prompts).encode()).hexdigest()
         return {
             **self.model.settings(self._options),
-            "text_encoder": self.model.card.texts.identity,
+            "text_encoder": self.model.card.texts.joint_identity,
             "drawn": {
                 "number": self.num_pictures,
                 "seed": self._drawing.seed,

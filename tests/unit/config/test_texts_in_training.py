@@ -11,7 +11,7 @@ import torch
 
 from pomscale.base.condition import Text, batch_size, device_of, join_conditions, map_condition
 from pomscale.codecs import build_text_encoder
-from pomscale.config.codecs import TextEncoderConfig
+from pomscale.config.text import TextEncoderConfig
 from pomscale.config.train import TrainRecipe
 from pomscale.data.loader import MicroBatch
 from pomscale.data.texts import null_text, text_batch

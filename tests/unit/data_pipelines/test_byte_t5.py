@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from data_pipelines.demos.byte_t5 import write_byte_t5
 from pomscale.codecs import build_text_encoder
-from pomscale.config.codecs import TextEncoderConfig
+from pomscale.config.text import TextEncoderConfig
 
 
 def test_it_is_the_same_on_every_call_and_tells_captions_apart(tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ from torch import Tensor
 from pomscale.base.condition import Text
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.codecs import build_text_encoder
-from pomscale.config.codecs import PixelCodecConfig, TextEncoderConfig
+from pomscale.config.codecs import PixelCodecConfig
 from pomscale.config.model import ImageModelConfig
 from pomscale.config.sampling import SamplingConfig
+from pomscale.config.text import TextEncoderConfig
 from pomscale.config.train import DiffusionConfig, TimeConfig
 from pomscale.pretrained.card import ModelCard
 from pomscale.pretrained.load import PretrainedDiPoM, PretrainedVDiPoM

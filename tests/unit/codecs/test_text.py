@@ -11,7 +11,7 @@ import torch
 
 from pomscale.base.errors import InputError
 from pomscale.codecs import TextEncoder, build_text_encoder
-from pomscale.config.codecs import TextEncoderConfig
+from pomscale.config.text import TextEncoderConfig
 from support.tiny_models import save_sentencepiece, save_t5
 
 CAPTIONS = ["a red dog", "", "a very old horse walks over the river and the hill", "a", "naïve 馬 🐴", "a red dog"]
@@ -41,9 +41,9 @@ def test_embeddings_are_those_of_each_caption_alone(byte_folder: Path, folder: P
     captions = CAPTIONS * 50  # several forwards
     embeddings = encoder.encode(captions)
     for caption, embedding in zip(captions, embeddings, strict=True):
-        ids = encoder._tokenizer(caption).input_ids[:40]  # type: ignore[attr-defined]
+        ids = encoder._tokens._tokenizer(caption).input_ids[:40]  # type: ignore[attr-defined]
         ids[-1] = 1  # the end token is kept where a caption is cut
-        alone = encoder._network(input_ids=torch.tensor([ids])).last_hidden_state[0]  # type: ignore[attr-defined]
+        alone = encoder._network.module(input_ids=torch.tensor([ids])).last_hidden_state[0]  # type: ignore[attr-defined]
         assert embedding.dtype == np.float32
         assert embedding.shape == (len(ids), encoder.dim)
         np.testing.assert_allclose(embedding, alone.numpy(), atol=1e-5)
@@ -96,7 +96,7 @@ def test_words_of_a_special_token_are_text(folder: Path, tmp_path: Path, file: s
 
 def token_ids(encoder: TextEncoder, caption: str) -> list[int]:
     """The ids that `encode` hands to the network."""
-    (ids,) = encoder._tokenizer([caption]).input_ids  # type: ignore[attr-defined]
+    (ids,) = encoder._tokens._tokenizer([caption]).input_ids  # type: ignore[attr-defined]
     assert encoder.num_tokens([caption]) == [len(ids)] == [len(encoder.encode([caption])[0])]
     return list(ids)
 
@@ -109,7 +109,7 @@ def test_bf16_is_close_to_fp32_and_fits_float16(byte_folder: Path, tmp_path: Pat
         np.testing.assert_allclose(b, a, atol=0.1)
 
     # However large the activations are, the last norm bounds them.
-    network = exact._network  # type: ignore[attr-defined]
+    network = exact._network.module  # type: ignore[attr-defined]
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.mul_(100)
@@ -165,9 +165,11 @@ def test_a_whole_t5_is_loaded_without_its_decoder(tmp_path: Path, folder: Path) 
 
 def test_what_is_missing_or_does_not_fit_is_told(byte_folder: Path, folder: Path, tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
-    with pytest.raises(InputError, match=r"text\.path: cannot load a T5EncoderModel from .*nowhere"):
+    with pytest.raises(InputError, match=r"text\.path: cannot load a text encoder from .*nowhere"):
         text_encoder(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"text\.path: no tokenizer\.json or spiece\.model .* text\.tokenizer=bytes"):
+    with pytest.raises(
+        InputError, match=r"text\.path: no tokenizer\.json or spiece\.model or .* text\.tokenizer=bytes"
+    ):
         text_encoder(byte_folder)  # transformers would make up a tokenizer here
     with pytest.raises(InputError, match=r"bytes are 384 tokens.* has 128.*text\.tokenizer=pretrained"):
         text_encoder(folder, tokenizer="bytes")
@@ -198,7 +200,8 @@ def test_what_is_missing_or_does_not_fit_is_told(byte_folder: Path, folder: Path
 
 
 def test_without_transformers_the_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "pomscale.codecs.t5", raising=False)
+    for module in ("network", "tokens", "encoder"):
+        monkeypatch.delitem(sys.modules, f"pomscale.codecs.text.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match=r"text .*transformers.*pip install -e '\.\[text\]'"):
         build_text_encoder(TextEncoderConfig())

@@ -1,0 +1,1 @@
+"""Text encoders of transformers: captions to sequences of embeddings, as published pipelines make them."""
