@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.encode.items import ItemOrder
+from data_pipelines.encode.item_order import ItemOrder
 
 
 @settings(max_examples=200)
