@@ -44,7 +44,7 @@ class RangeColumns:
         return [column for column in (self._ranges, self._start, self._end) if column is not None]
 
     def parts(self, row: dict[str, Any]) -> list[Part]:
-        """Return the parts in a row; the row as it is where its table has none, one with a problem if they are wrong."""
+        """Return the parts in a row, or one with a problem; the row as it is where its table has none."""
         if not self.columns:
             return [Part("", row, None)]
         pairs = self._pairs(row)

@@ -347,10 +347,10 @@ def test_neither_threads_nor_passes_nor_tasks_change_a_byte(tmp_path: Path, monk
         changed = recipe.model_copy(update=changes)
         if number == 2:
             asked = iter(range(1000))
-            stopped = encode(changed, progress=False, stop=lambda asked=asked: next(asked) >= 13)
+            stopped = encode(changed, progress=False, stop=lambda asked=asked: next(asked) >= 17)
             assert stopped.exit_code == 75
         report = encode(changed, progress=False)
-        assert report.num_resumed == (2 if number == 2 else 0)
+        assert (report.num_resumed > 0) == (number == 2)
         if number == 2:
             encode(changed, progress=False, only_failed=True)
             shard = sorted(Path("out").glob("*.tar"))[1]
