@@ -233,6 +233,7 @@ def _write(
             "source": SourceInfo(
                 fingerprint=hashlib.sha256(fingerprints.encode()).hexdigest(),
                 num_items=sum(one.manifest.source.num_items for one in sets),
+                num_filtered=sum(one.manifest.source.num_filtered for one in sets),
             ),
             "groups": tuple(groups),
             "shards": tuple(one.info for one in shards),

@@ -26,7 +26,7 @@ def describe(recipe: EncodeRecipe, *, task: TaskIndex = TaskIndex()) -> str:  # 
     encoders = Encoders(recipe)
     variants = variants_of(recipe, encoders)
     with tempfile.TemporaryDirectory(prefix="pomscale-dry-run-") as temporary:
-        table = ItemTable.open(table_folder(recipe)) or ItemTable.build(source, Path(temporary, "items"))
+        table = ItemTable.open(table_folder(recipe)) or ItemTable.build(source, Path(temporary, "items"), recipe.seed)
         num_sampled = min(len(table), _SAMPLE_BATCHES * recipe.batch)
         changes = {"output": str(Path(temporary, "sample")), "shard_samples": num_sampled}
         sample = EncodeSetup(recipe.model_copy(update=changes), source, table, encoders)
@@ -50,6 +50,8 @@ def describe(recipe: EncodeRecipe, *, task: TaskIndex = TaskIndex()) -> str:  # 
             if record.failures:
                 failed, reason = len(record.failures), record.failures[0].reason
                 lines.append(f"failed   {failed:,} of {num_sampled:,} sampled items; the first: {reason}")
+    if display.has_audio:
+        lines.append("sound    of clips is ignored")
     seconds = len(table) / display.items_per_s / task.count
     lines.append(
         f"time     about {format_duration(seconds)} with {task.count:,} task(s) like this one: "
@@ -71,6 +73,8 @@ def _source_line(recipe: EncodeRecipe, table: ItemTable) -> str:
         line += f" in {len(table.class_names):,} classes"
     if table.num_problems:
         line += f", {table.num_problems:,} of them cannot be used"
+    if table.num_filtered:
+        line += f", {table.num_filtered:,} more left out by source.where"
     if table.num_ignored:
         line += f", {table.num_ignored:,} other files and hidden folders ignored"
     if table.num_captions > 1:

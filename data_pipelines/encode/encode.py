@@ -81,6 +81,10 @@ class EncodeReport:
     """Captions that this task cut to max_length tokens."""
     num_ignored: int
     """Files of the source that are no items, and hidden folders."""
+    num_filtered: int
+    """Items that `source.where` leaves out."""
+    has_audio: bool
+    """Whether this task met clips with sound, which is ignored."""
     stopped: bool
     busy_share: float
     items_per_s: float
@@ -105,6 +109,10 @@ class EncodeReport:
             parts += f"; {self.num_failed:,} items of them failed"
         if self.num_cut:
             parts += f"; {self.num_cut:,} captions were cut to max_length tokens"
+        if self.num_filtered:
+            parts += f"; {self.num_filtered:,} rows were left out by source.where"
+        if self.has_audio:
+            parts += "; the sound of clips was ignored"
         if self.num_ignored:
             parts += f"; {self.num_ignored:,} files and hidden folders of the source were ignored"
         if self.stopped:
@@ -176,6 +184,8 @@ def encode(
         num_failed=display.num_failed,
         num_cut=display.num_cut,
         num_ignored=setup.table.num_ignored,
+        num_filtered=setup.table.num_filtered,
+        has_audio=display.has_audio,
         stopped=stopped,
         busy_share=display.busy_share,
         items_per_s=display.items_per_s,
@@ -208,7 +218,7 @@ def _open_setup(
     folder = table_folder(recipe)
     table = ItemTable.open(folder)
     if table is None:
-        table, rescan = ItemTable.build(source, folder), False
+        table, rescan = ItemTable.build(source, folder, recipe.seed), False
     setup = EncodeSetup(recipe, source, table, encoders)
     for variant, store in zip(setup.variants, setup.stores, strict=True):
         store.adopt(setup.spec(variant))

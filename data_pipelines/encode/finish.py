@@ -89,7 +89,11 @@ def finish(setup: EncodeSetup, variant: Variant, store: PartStore) -> Manifest:
         num_samples=num_samples,
         num_failures=parts.num_failures,
         num_incomplete=parts.num_incomplete,
-        source=SourceInfo(fingerprint=setup.table.fingerprint, num_items=len(setup.table)),
+        source=SourceInfo(
+            fingerprint=setup.table.fingerprint,
+            num_items=len(setup.table),
+            num_filtered=setup.table.num_filtered,
+        ),
         groups=tuple(GroupInfo(shape=variant.latent_shapes[group], target=variant.targets[group]) for group in used),
         shards=tuple(s.info.model_copy(update={"group": used.index(s.info.group)}) for s in shards),
         keys_sha256=keys_sha256,

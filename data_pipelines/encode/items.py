@@ -1,4 +1,4 @@
-"""The list of a source's items on disk, made once and read by any number of tasks, and the order of the items.
+"""The list of a source's items on disk, made once and read by any number of tasks.
 
 Neither making nor reading it takes memory that grows with the number of items: files are written front to back and
 memory-mapped for reading.
@@ -7,6 +7,7 @@ memory-mapped for reading.
     items.npy        int64 (n + 1,), the byte where each line begins, and where the last one ends
     keys.npy         uint64 (n,), `key_hash` of each key
     duplicates.npy   int64 (d, 2), sorted: item, and the earlier item that has the same key
+    order.npy        int64 (n,), items in the order in which they are dealt; only where they are parts of files
     items.json       totals (`_Totals`); written last, so a table that has it is complete
 """
 
@@ -15,23 +16,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import mmap
 import os
-import tempfile
 from bisect import bisect_left
-from collections.abc import Iterator
-from io import BufferedRandom
 from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from data_pipelines.encode.array_files import ArrayWriter, Spill, map_array
+from data_pipelines.encode.duplicate_keys import find_duplicates
+from data_pipelines.encode.item_order import FileOrder, ItemOrder, Order, file_by_file
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import atomic_write, link_or_copy, make_folder, remove_leftovers, write_text
-from pomscale.base.keyed_random import Stream, keyed_generator
-from pomscale.shards.index import key_hash, map_index, npy_header
+from pomscale.shards.index import key_hash
+from pomscale.shards.schema import equals
 from pomscale.sources.protocol import LISTING_VERSION, Item, Source
 
 _TABLE_NAME = "items.json"
@@ -39,18 +39,9 @@ _LINES_NAME = "items.jsonl"
 _OFFSETS_NAME = "items.npy"
 _KEYS_NAME = "keys.npy"
 _DUPLICATES_NAME = "duplicates.npy"
+_ORDER_NAME = "order.npy"
 # In the order in which they are written.
-_FILE_NAMES = (_LINES_NAME, _OFFSETS_NAME, _KEYS_NAME, _DUPLICATES_NAME, _TABLE_NAME)
-
-# Rows that are in memory at once where an array is written or read from end to end.
-_BLOCK = 65536
-
-# Subindex of Stream.DATASET for the order of items; `show` uses 2.
-_ITEM_ORDER = 1
-
-# Rounds of the network that permutes items.
-_NUM_ROUNDS = 8
-_MASK = 2**64 - 1
+_FILE_NAMES = (_LINES_NAME, _OFFSETS_NAME, _KEYS_NAME, _DUPLICATES_NAME, _ORDER_NAME, _TABLE_NAME)
 
 
 class _Totals(BaseModel):
@@ -65,8 +56,10 @@ class _Totals(BaseModel):
     num_ignored: int
     num_problems: int
     num_captions: int = 1
+    num_filtered: int = Field(0, exclude_if=equals(0))
     class_names: tuple[str, ...]
     shuffled: bool
+    cuts_files: bool = Field(False, exclude_if=equals(False))
 
 
 class ItemTable:
@@ -76,14 +69,19 @@ class ItemTable:
         """Open the files. OSError or ValueError where some are missing or do not belong together."""
         self._totals = totals
         self._lines = _Lines(folder)
-        self._keys = _map_array(folder / _KEYS_NAME, "<u8")
-        self._duplicates = _map_array(folder / _DUPLICATES_NAME, "<i8", (2,))
-        if not len(self._lines) == len(self._keys) == totals.num_items:
+        self._keys = map_array(folder / _KEYS_NAME, "<u8")
+        self._duplicates = map_array(folder / _DUPLICATES_NAME, "<i8", (2,))
+        has_order = totals.cuts_files and totals.shuffled
+        self._order = map_array(folder / _ORDER_NAME, "<i8") if has_order else None
+        num_dealt = totals.num_items if self._order is None else len(self._order)
+        if not len(self._lines) == len(self._keys) == num_dealt == totals.num_items:
             raise ValueError(f"{_LINES_NAME}, {_KEYS_NAME} and {_TABLE_NAME} do not belong together")
 
     @classmethod
-    def build(cls, source: Source, folder: Path) -> Self:
+    def build(cls, source: Source, folder: Path, seed: int = 0) -> Self:
         """Scan a source into `folder`, replacing a table that is there. Only one task may do so at a time.
+
+        `seed` is that of the order, where it is kept in the table: where items are parts of files.
 
         Raises InputError if the source is unusable (`Source.scan`), has no items or none that could be encoded.
         """
@@ -91,7 +89,9 @@ class ItemTable:
         for name in _FILE_NAMES:
             remove_leftovers(folder, name)
         (folder / _TABLE_NAME).unlink(missing_ok=True)
-        num_items, num_problems, num_captions, fingerprint = _write_items(source, folder)
+        num_items, num_problems, num_captions, fingerprint = _write_items(source, folder, seed)
+        if num_items == 0 and source.num_filtered:
+            raise InputError(f"source.where: none of {source.num_filtered:,} rows meets all of its rules; change them")
         if num_items == 0:
             raise InputError("source: there are no items in it")
         totals = _Totals(
@@ -101,8 +101,10 @@ class ItemTable:
             num_ignored=source.num_ignored,
             num_problems=num_problems + _write_duplicates(folder),
             num_captions=num_captions,
+            num_filtered=source.num_filtered,
             class_names=source.class_names,
             shuffled=source.shuffled,
+            cuts_files=source.cuts_files,
         )
         table = cls(folder, totals)
         if totals.num_problems == num_items:
@@ -160,9 +162,23 @@ class ItemTable:
         return self._totals.num_captions
 
     @property
+    def num_filtered(self) -> int:
+        """Number of items that the recipe leaves out."""
+        return self._totals.num_filtered
+
+    @property
+    def cuts_files(self) -> bool:
+        """Whether items are parts of files, which are neighbours in the order."""
+        return self._totals.cuts_files
+
+    @property
     def shuffled(self) -> bool:
         """`Source.shuffled` of the source."""
         return self._totals.shuffled
+
+    def order(self, seed: int) -> Order:
+        """Return the order in which items are dealt; that of parts of files has the seed of `build`."""
+        return ItemOrder(len(self), seed, self.shuffled) if self._order is None else FileOrder(self._order)
 
     @property
     def is_current(self) -> bool:
@@ -196,7 +212,8 @@ def share_table(folder: Path, other: Path) -> None:
     """Link the table of one folder into another that has none; copy it where the file system has no links."""
     if not (other / _TABLE_NAME).exists():
         for name in _FILE_NAMES:
-            link_or_copy(folder / name, other / name)
+            if (folder / name).exists():  # most tables have no order
+                link_or_copy(folder / name, other / name)
 
 
 def _unreadable(path: Path, reason: str) -> PomscaleError:
@@ -210,7 +227,7 @@ class _Lines:
     """The items as the source listed them, by number."""
 
     def __init__(self, folder: Path) -> None:
-        self._offsets = _map_array(folder / _OFFSETS_NAME, "<i8")
+        self._offsets = map_array(folder / _OFFSETS_NAME, "<i8")
         with (folder / _LINES_NAME).open("rb") as stream:
             num_bytes = stream.seek(0, os.SEEK_END)
             if num_bytes == 0 or self._offsets[-1] != num_bytes:
@@ -224,61 +241,49 @@ class _Lines:
         begin, end = self._offsets[number : number + 2]
         return Item(*json.loads(self._content[begin:end]))
 
-
-class _ArrayWriter:
-    """Writes a .npy file of rows whose number is known only at the end."""
-
-    def __init__(self, stream: BufferedRandom, dtype: str, row_shape: tuple[int, ...] = ()) -> None:
-        self._stream, self._dtype, self._row_shape = stream, np.dtype(dtype), row_shape
-        self._num_rows = 0
-        self._rows: list[int | tuple[int, int]] = []
-        self._header_length = stream.write(self._header())
-
-    def append(self, row: int | tuple[int, int]) -> None:
-        self._rows.append(row)
-        if len(self._rows) == _BLOCK:
-            self._flush()
-
-    def finish(self) -> None:
-        self._flush()
-        self._stream.seek(0)
-        written = self._stream.write(self._header())
-        assert written == self._header_length, "NumPy pads headers so that the first axis may grow"
-
-    def _header(self) -> bytes:
-        return npy_header((self._num_rows, *self._row_shape), self._dtype)
-
-    def _flush(self) -> None:
-        self._stream.write(np.array(self._rows, self._dtype).tobytes())
-        self._num_rows += len(self._rows)
-        self._rows.clear()
+    def key(self, number: int) -> str:
+        """Return the key of an item."""
+        return self[number].key
 
 
-def _write_items(source: Source, folder: Path) -> tuple[int, int, int, str]:
-    """Write lines, offsets and keys.
+def _write_items(source: Source, folder: Path, seed: int) -> tuple[int, int, int, str]:
+    """Write lines, offsets and keys, and the order where items are parts of files.
 
     Return the numbers of items, of problems and of captions of an item at most, and the fingerprint.
     """
     num_items, num_problems, num_captions, digest = 0, 0, 1, hashlib.sha256()
+    is_dealt_by_file = source.cuts_files and source.shuffled
+    files, starts = Spill("<u8", folder), Spill("<i8", folder)
     with (
         atomic_write(folder / _LINES_NAME) as lines,
         atomic_write(folder / _OFFSETS_NAME) as offsets_file,
         atomic_write(folder / _KEYS_NAME) as keys_file,
     ):
-        offsets, keys = _ArrayWriter(offsets_file, "<i8"), _ArrayWriter(keys_file, "<u8")
+        offsets, keys = ArrayWriter(offsets_file, "<i8"), ArrayWriter(keys_file, "<u8")
         end = 0
         offsets.append(end)
         for item in source.scan():
-            line = json.dumps([item.key, item.where, item.location, item.label, item.caption, item.problem])
+            span = [] if item.span is None else [item.span]
+            line = json.dumps([item.key, item.where, item.location, item.label, item.caption, item.problem, *span])
             end += lines.write(f"{line}\n".encode())
             offsets.append(end)
             keys.append(key_hash(item.key))
             digest.update(f"{source.fingerprint_line(item)}\n".encode(errors="surrogatepass"))
+            if is_dealt_by_file:
+                files.append(key_hash(json.dumps(item.location)))
+                starts.append(-1 if item.span is None else item.span[0])
             num_items += 1
             num_problems += item.problem is not None
             num_captions = max(num_captions, len(item.captions))
         offsets.finish()
         keys.finish()
+    if is_dealt_by_file and num_items:
+        with atomic_write(folder / _ORDER_NAME) as stream:
+            order = ArrayWriter(stream, "<i8")
+            for block in file_by_file(files.array(), starts.array(), seed):
+                for item_number in block.tolist():
+                    order.append(item_number)
+            order.finish()
     return num_items, num_problems, num_captions, digest.hexdigest()
 
 
@@ -286,135 +291,9 @@ def _write_duplicates(folder: Path) -> int:
     """Write duplicates.npy. Return how many items have the key of an earlier one, and no problem of their own."""
     lines, num_problems = _Lines(folder), 0
     with atomic_write(folder / _DUPLICATES_NAME) as stream:
-        duplicates = _ArrayWriter(stream, "<i8", (2,))
-        for item, other in _find_duplicates(_map_array(folder / _KEYS_NAME, "<u8"), lines, folder):
+        duplicates = ArrayWriter(stream, "<i8", (2,))
+        for item, other in find_duplicates(map_array(folder / _KEYS_NAME, "<u8"), lines.key, folder):
             duplicates.append((item, other))
             num_problems += lines[item].problem is None
         duplicates.finish()
     return num_problems
-
-
-def _find_duplicates(keys: np.ndarray, lines: _Lines, folder: Path) -> Iterator[tuple[int, int]]:
-    """Yield the items with the key of an earlier item, in order, each with the first item that has it.
-
-    The hashes are sorted in a file in `folder`. Only where a hash is there twice are keys compared.
-    """
-    scratch = _copy_on_disk(keys, folder)
-    scratch.sort()
-    count = _keep_repeated(scratch)
-    if count:
-        # Each occurred at least twice, so there is room for as many numbers behind them.
-        firsts = scratch[count : 2 * count].view(np.int64)
-        yield from _compare_keys(keys, lines, scratch[:count], firsts)
-
-
-def _copy_on_disk(array: np.ndarray, folder: Path) -> np.ndarray:
-    """Copy an array into a file without a name, which vanishes with the copy, also where the process is killed."""
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            for begin in range(0, len(array), _BLOCK):
-                file.write(array[begin : begin + _BLOCK].tobytes())
-            file.flush()
-            return np.asarray(np.memmap(file, array.dtype, "r+"))  # holds the file for itself
-    except OSError as error:
-        raise PomscaleError(
-            f"{folder}: no room to sort {len(array):,} keys: {error}; make room and run the same command again"
-        ) from error
-
-
-def _keep_repeated(values: np.ndarray) -> int:
-    """Move the repeated values of a sorted array to its front, once each and sorted. Return how many there are."""
-    count = 0
-    for begin in range(0, len(values) - 1, _BLOCK):
-        block = values[begin : begin + _BLOCK + 1]
-        again = np.unique(block[1:][block[1:] == block[:-1]])
-        if count and len(again) and values[count - 1] == again[0]:
-            again = again[1:]
-        values[count : count + len(again)] = again
-        count += len(again)
-    return count
-
-
-def _compare_keys(
-    keys: np.ndarray, lines: _Lines, repeated: np.ndarray, firsts: np.ndarray
-) -> Iterator[tuple[int, int]]:
-    """Yield items whose key an earlier item has, among those whose hash is in `repeated`.
-
-    `firsts`, int64 as long as `repeated`, is scratch space for the first item of each hash.
-    """
-    firsts[:] = -1
-    collided: dict[str, int] = {}  # first item of a key whose hash is that of another key: hardly ever any
-    for begin in range(0, len(keys), _BLOCK):
-        block = keys[begin : begin + _BLOCK]
-        groups = np.minimum(np.searchsorted(repeated, block), len(repeated) - 1)
-        for i in np.flatnonzero(repeated[groups] == block).tolist():
-            item, group = begin + i, groups[i]
-            other = int(firsts[group])
-            if other < 0:
-                firsts[group] = item
-                continue
-            key = lines[item].key
-            if lines[other].key != key:
-                other = collided.setdefault(key, item)
-            if other != item:
-                yield item, other
-
-
-def _map_array(path: Path, dtype: str, row_shape: tuple[int, ...] = ()) -> np.ndarray:
-    """Map a file of `_ArrayWriter`. OSError, or ValueError if it is anything else."""
-    row_bytes = math.prod(row_shape) * np.dtype(dtype).itemsize
-    num_rows = max(0, path.stat().st_size - len(npy_header((0, *row_shape), dtype))) // row_bytes
-    try:
-        # As a plain array: slices of numpy.memmap are slow to make.
-        return np.asarray(map_index(path, num_rows, np.dtype(dtype), row_shape))
-    except ValueError as error:
-        raise ValueError(f"{path.name}: is cut off, or its header is damaged") from error
-
-
-# -- the order of the items -------------------------------------------------------------------------------------------
-
-
-class ItemOrder:
-    """A permutation of range(num_items) that depends on the seed alone; the identity if not `shuffled`.
-
-    Nobody has to store it: memory and time per call do not grow with the number of items. It is a Feistel network over
-    pairs (left, right) in Z_a x Z_b with a b just above num_items, and cycle walking for the few numbers beyond it
-    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", sections 4 and 5).
-    """
-
-    def __init__(self, num_items: int, seed: int, shuffled: bool) -> None:
-        self._num_items = num_items
-        self._shuffled = shuffled
-        self._a = math.isqrt(max(num_items - 1, 0)) + 1
-        self._b = -(-num_items // self._a)
-        generator = keyed_generator(seed, Stream.DATASET, 0, _ITEM_ORDER)
-        self._keys = [int(key) for key in generator.integers(0, _MASK, _NUM_ROUNDS, dtype="u8", endpoint=True)]
-
-    def item(self, position: int) -> int:
-        """Return the number of the item at a position. IndexError outside range(num_items)."""
-        if not 0 <= position < self._num_items:
-            raise IndexError(f"position {position} of {self._num_items} items")
-        if not self._shuffled:
-            return position
-        item = self._encipher(position)
-        while item >= self._num_items:  # a bijection of the larger domain comes back below num_items in the end
-            item = self._encipher(item)
-        return item
-
-    def _encipher(self, number: int) -> int:
-        """Apply a bijection of range(a b): each half in turn is shifted by a function of the other half only."""
-        left, right = divmod(number, self._b)
-        for turn, key in enumerate(self._keys):
-            if turn % 2:
-                right = (right + _mix(key, left)) % self._b
-            else:
-                left = (left + _mix(key, right)) % self._a
-        return left * self._b + right
-
-
-def _mix(key: int, value: int) -> int:
-    """Return 64 bits that each depend on every bit of both: the finaliser of SplitMix64 (Steele et al. 2014)."""
-    z = (key + value * 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)

@@ -20,8 +20,9 @@ class LatentsSource:
     """The records of a dataset in the order of its index, with their keys."""
 
     shuffled = False
+    cuts_files = False
     class_names = ()
-    num_ignored = 0
+    num_ignored = num_filtered = 0
 
     def __init__(self, config: LatentsSourceConfig) -> None:
         self._path = config.path

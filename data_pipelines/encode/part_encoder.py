@@ -1,4 +1,4 @@
-"""Encode the parts of one task: threads decode ahead, this thread feeds the networks, another thread writes.
+"""Encode the parts of one task: threads decode ahead (`media_loader`), this one feeds the networks, another one writes.
 
 Batches never cross a part, so a part's bytes do not depend on which parts came before it; decoding does cross, so the
 networks are not kept waiting at the borders.
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipelines.encode.media_loader import Loaded, MediaLoader, Pixels
 from data_pipelines.encode.progress import EncodeProgress
 from data_pipelines.encode.setup import EncodeSetup, check_items_in_place
 from data_pipelines.shards.finite import is_finite, why_not_finite
@@ -25,38 +26,11 @@ from data_pipelines.shards.writers import PartWriter, Record
 from pomscale.base.errors import PomscaleError
 from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.codecs.base import SingleTextEncoder
-from pomscale.config.encode import ImageTransformConfig, VideoTransformConfig
-from pomscale.media import UnreadableMediaError, nearest_bucket
-from pomscale.media.pictures import decode_picture, fit_picture
-from pomscale.shards.pictures import pack_picture
 from pomscale.shards.schema import CAPTIONS_FIELD, ArrayName, array_members
-from pomscale.sources.protocol import Item, SourceChangedError
+from pomscale.sources.protocol import Item
 
 # Batches that may wait for the writer; each is small beside the decoded media that wait for the networks.
 _MAX_WAITING_WRITES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Pixels:
-    """Pixels of an item in the size of one variant, uint8, (h, w, c) or (f, h, w, c)."""
-
-    group: int
-    values: np.ndarray
-    packed: dict[ArrayName, bytes] = field(default_factory=dict)
-    """The member that holds them, where the pixels themselves are stored; decoding threads pack it."""
-
-
-@dataclass(slots=True)
-class Loaded:
-    """An item with its media by variant, or with the reason why there are none."""
-
-    position: int
-    item: Item
-    media: dict[int, Pixels] = field(default_factory=dict)
-    info: dict[str, Any] = field(default_factory=dict)
-    texts: dict[ArrayName, np.ndarray] = field(default_factory=dict)  # (n, dim) float16 each, set by the text stage
-    failure: str | None = None
-    is_gone: bool = False
 
 
 @dataclass
@@ -102,7 +76,7 @@ class PartEncoder:
         self._writes: deque[Future[None]] = deque()
         self._broken = False
         self._open: list[PartWork] = []
-        self._decoder = ThreadPoolExecutor(self._recipe.num_workers, "decode")
+        self._loader = MediaLoader(setup, display.waited)
         self._writer = ThreadPoolExecutor(1, "write")
 
     def run(self, parts: Iterable[tuple[int, list[int]]], done: Callable[[int], None]) -> None:
@@ -111,7 +85,7 @@ class PartEncoder:
         Raises PomscaleError where the disk is full, storage fails or a batch is too large for the device.
         """
         try:
-            for work, entry in self._load_ahead(parts):
+            for work, entry in self._loader.load(self._begun(parts)):
                 if self._stop():
                     return
                 if entry is None:
@@ -119,87 +93,23 @@ class PartEncoder:
                 elif entry.failure is not None:
                     self._give_up(work, entry, entry.failure)
                 else:
+                    self._display.has_audio |= entry.has_audio
                     self._add(work, entry)
             while self._writes:
                 self._writes.popleft().result()
         finally:
             self._broken = True
-            self._decoder.shutdown(cancel_futures=True)
+            self._loader.close()
             self._writer.shutdown()
             for work in self._open:
                 for writer in work.writers.values():
                     writer.abandon()
 
-    # -- decode ----------------------------------------------------------------------------------------------------
-
-    def _load_ahead(self, parts: Iterable[tuple[int, list[int]]]) -> Iterator[tuple[PartWork, Loaded | None]]:
-        """Yield the items of each part in order, then None, while the decoding threads work some batches ahead."""
-        look_ahead = 2 * self._recipe.batch + self._recipe.num_workers
-        pending: deque[tuple[PartWork, Future[Loaded] | None]] = deque()
-        for part, variants in parts:
-            work = self._begin(part, variants)
-            for position in self._setup.positions(part):
-                pending.append((work, self._decoder.submit(self._load, position, variants)))
-                if len(pending) > look_ahead:
-                    yield self._wait(*pending.popleft())
-            pending.append((work, None))
-        while pending:
-            yield self._wait(*pending.popleft())
-
-    def _wait(self, work: PartWork, future: Future[Loaded] | None) -> tuple[PartWork, Loaded | None]:
-        if future is None:
-            return work, None
-        if future.done():
-            return work, future.result()
-        start = time.monotonic()
-        loaded = future.result()
-        self._display.waited(time.monotonic() - start)
-        return work, loaded
-
-    def _load(self, position: int, variants: list[int]) -> Loaded:
-        item = self._setup.item(position)
-        loaded = Loaded(position, item, failure=item.problem)
-        if item.problem is None and self._recipe.opens_media:
-            try:
-                with self._setup.source.open(item) as stream:
-                    self._decode(stream, loaded, variants)
-            except (UnreadableMediaError, SourceChangedError) as error:
-                loaded.failure = str(error)
-            except FileNotFoundError:
-                loaded.failure, loaded.is_gone = "the file is gone", True
-        return loaded
-
-    def _decode(self, stream: Any, loaded: Loaded, variants: list[int]) -> None:
-        transform, num_channels = self._recipe.transform, self._setup.encoders.num_channels_in
-        if isinstance(transform, ImageTransformConfig):
-            picture = decode_picture(stream, num_channels)
-            loaded.info = {"width": picture.width, "height": picture.height}
-            width, height = picture.image.size
-            for number in variants:
-                targets = self._setup.variants[number].targets
-                group = nearest_bucket((height, width), targets)
-                values = fit_picture(picture.image, (targets[group][0], targets[group][1]), transform.filter)
-                packed: dict[ArrayName, bytes] = {}
-                if self._codec is not None and self._codec.stored_dtype == "uint8":
-                    packed["latent"] = pack_picture(values.transpose(2, 0, 1), self._setup.coding)
-                loaded.media[number] = Pixels(group, values, packed)
-            return
-        assert isinstance(transform, VideoTransformConfig)
-        from pomscale.media.clips import decode_clip  # noqa: PLC0415  PyAV is optional
-
-        clip = decode_clip(
-            stream,
-            transform.buckets,
-            transform.fps,
-            transform.filter,
-            num_channels,
-            keep_incomplete=transform.incomplete == "keep",
-        )
-        loaded.info = clip.info
-        (only,) = variants  # pictures alone come in several sizes
-        loaded.media[only] = Pixels(clip.target, clip.frames)
-
     # -- encode ----------------------------------------------------------------------------------------------------
+
+    def _begun(self, parts: Iterable[tuple[int, list[int]]]) -> Iterator[tuple[PartWork, range, list[int]]]:
+        for part, variants in parts:
+            yield self._begin(part, variants), self._setup.positions(part), variants
 
     def _begin(self, part: int, variants: list[int]) -> PartWork:
         moments = self._codec is not None and self._codec.stores_moments

@@ -21,6 +21,8 @@ class EncodeProgress:
 
     def __init__(self, num_items: int, enabled: bool, monitor: Monitor) -> None:
         self.num_failed = self.num_cut = 0
+        self.has_audio = False
+        """Whether clips have sound, which is ignored."""
         self._num_bytes = 0
         self._waited_s = 0.0
         self._reported_s = time.monotonic()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipelines.encode.items import ItemOrder, ItemTable
+from data_pipelines.encode.items import ItemTable
 from data_pipelines.encode.latents_source import build_encode_source
 from data_pipelines.shards.parts import PARTS_FOLDER, SOURCE_LOCATION, EncodeSpec, PartStore, unlisted
 from pomscale.base.errors import InputError
@@ -149,7 +149,7 @@ class EncodeSetup:
         self.coding: Coding = recipe.codec.coding if isinstance(recipe.codec, Uint8CodecConfig) else "raw"
         self.stores = tuple(PartStore(v.output, self.arrays, len(v.targets)) for v in self.variants)
         self.num_parts = -(-len(table) // recipe.shard_samples)
-        self._order = ItemOrder(len(table), recipe.seed, table.shuffled)
+        self._order = table.order(recipe.seed)
 
     def positions(self, part: int) -> range:
         """Return the positions of a part's items in the order in which they are dealt."""

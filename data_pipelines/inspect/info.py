@@ -23,12 +23,18 @@ def info(folder: str | Path) -> str:
         *_media_rows(manifest),
         *_feature_rows(manifest),
         *_text_rows(manifest),
-        ("source", f"{manifest.source.num_items:,} items, fingerprint {manifest.source.fingerprint[:12]}"),
+        ("source", _source(manifest)),
         ("made by", _origin(manifest)),
         ("keys", manifest.keys_sha256[:12]),
         ("written by", f"pomscale {manifest.pomscale_version}, schema version {manifest.schema_version}"),
     ]
     return "\n".join(f"{name:<12}{value}" for name, value in rows)
+
+
+def _source(manifest: Manifest) -> str:
+    source = manifest.source
+    filtered = f" ({source.num_filtered:,} more left out by source.where)" if source.num_filtered else ""
+    return f"{source.num_items:,} items{filtered}, fingerprint {source.fingerprint[:12]}"
 
 
 def _samples(manifest: Manifest) -> str:

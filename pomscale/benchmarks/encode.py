@@ -1,9 +1,10 @@
-"""`pomscale bench encode`: overhead of the pipeline over its network, scaling over tasks, and growth of memory.
+"""`pomscale bench encode`: overhead of the pipeline over its network, scaling over tasks, growth of memory, decoding.
 
 - Overhead: pictures on disk through `encode` (decoding, writing, checksums, fsync), against a bare loop of the same
   VAE over tensors that lie in memory.
 - Scaling: a decode-bound encode by two tasks on one output, each pinned to a core, against one task on one core.
 - Memory: peak private memory of an encode of many items against that of few.
+- Decoding of clips: parts of a long file, and files on two cores (`decode`).
 """
 
 from __future__ import annotations
@@ -36,20 +37,27 @@ _SIZE = 128
 _NUM_ROUNDS = 3  # rivals are measured in turns, since the speed of a shared machine drifts by more than they differ
 
 
-def bench_encode(*, num_pictures: int, num_items: int) -> BenchReport:
-    """Measure overhead, scaling and memory.
+def bench_encode(*, num_pictures: int, num_items: int, num_clips: int) -> BenchReport:
+    """Measure overhead, scaling, memory and decoding of clips, each where its number is not 0.
 
     Args:
         num_pictures: number of JPEG files for overhead and scaling.
         num_items: rows of the large table for memory.
+        num_clips: number of clips that are decoded.
     """
     report = BenchReport("encode")
     with tempfile.TemporaryDirectory(prefix="pomscale-bench-") as temporary:
         folder = Path(temporary)
-        _write_pictures(folder / "pictures", num_pictures)
-        _overhead(report, folder, num_pictures)
-        _scaling(report, folder, num_pictures)
-        _memory(report, folder, num_items)
+        if num_pictures:
+            _write_pictures(folder / "pictures", num_pictures)
+            _overhead(report, folder, num_pictures)
+            _scaling(report, folder, num_pictures)
+        if num_items:
+            _memory(report, folder, num_items)
+        if num_clips:
+            from pomscale.benchmarks.decode import bench_decode  # noqa: PLC0415  PyAV is optional
+
+            bench_decode(report, folder, num_clips=num_clips, num_turns=_NUM_ROUNDS)
     return report
 
 

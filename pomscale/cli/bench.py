@@ -67,10 +67,12 @@ def _add_loader(verbs: Any) -> argparse.ArgumentParser:
 
 def _add_encode(verbs: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(
-        "encode", help="Measure overhead, scaling and memory of `data encode`"
+        "encode", help="Measure overhead, scaling, memory and decoding of `data encode`"
     )
     _add_number(parser, "--num-pictures", 512, "Number of JPEG files")
     _add_number(parser, "--num-items", 1_000_000, "Number of items for the measurement of memory")
+    _add_number(parser, "--num-clips", 12, "Number of clips that are decoded")
+    parser.add_argument("--only", choices=["pictures", "memory", "decode"], help="Part to measure (default: all)")
     parser.set_defaults(measure=_encode)
     return parser
 
@@ -262,7 +264,9 @@ def _loader(arguments: argparse.Namespace) -> BenchReport:
 def _encode(arguments: argparse.Namespace) -> BenchReport:
     from pomscale.benchmarks.encode import bench_encode
 
-    return bench_encode(num_pictures=arguments.num_pictures, num_items=arguments.num_items)
+    numbers = {"pictures": arguments.num_pictures, "memory": arguments.num_items, "decode": arguments.num_clips}
+    num = {part: 0 if arguments.only not in (None, part) else number for part, number in numbers.items()}
+    return bench_encode(num_pictures=num["pictures"], num_items=num["memory"], num_clips=num["decode"])
 
 
 def _codecs(arguments: argparse.Namespace) -> BenchReport:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
 from pomscale.config.codecs import (
     CodecConfig,
@@ -14,10 +14,25 @@ from pomscale.config.codecs import (
 from pomscale.config.monitoring import WandbConfig
 from pomscale.config.section import FolderName, GrownSection, NonNegativeInt, PositiveFloat, Section, Seed
 from pomscale.config.text import TextConfig, TextEncoderConfig, text_encoders
+from pomscale.config.where import Rule, parse_rule
 
 _FILTER = "Filter that resizes. area: the mean over the area of each new pixel, and bilinear where it enlarges."
 
 _CAPTION_LINES = "Every line of a text is a caption of its own."
+
+_WHERE = "Rules by {}; only {} that meet all of them are taken: '>= 5', '0.5..10', a text, a list of values, '!= text'."
+
+
+def _checked_rules(rules: dict[str, Rule]) -> dict[str, Rule]:
+    for column, rule in rules.items():
+        try:
+            parse_rule(rule)
+        except ValueError as error:
+            raise ValueError(f"{column}: {error}") from error
+    return rules
+
+
+Rules = Annotated[dict[str, Rule], AfterValidator(_checked_rules)]
 
 
 class ImageFolderConfig(Section):
@@ -36,8 +51,10 @@ class VideoFolderConfig(Section):
     caption_lines: bool = Field(False, description=_CAPTION_LINES)
 
 
-class TarSourceConfig(Section):
+class TarSourceConfig(GrownSection):
     """WebDataset tars of pictures or clips with their labels and captions, e.g. as img2dataset writes them."""
+
+    _later: ClassVar[frozenset[str]] = frozenset({"where"})
 
     kind: Literal["tars"]
     path: str | list[str] = Field(description="Local paths or fsspec URLs; wildcards and {000..012} are expanded.")
@@ -48,15 +65,23 @@ class TarSourceConfig(Section):
     caption: str | None = Field(None, description="Member with the caption: txt, or json:FIELD (a text or a list).")
     caption_lines: bool = Field(False, description=_CAPTION_LINES)
     class_names: str | None = Field(None, description="Text file with one class name per line, in the order of ids.")
+    where: Rules = Field({}, description=_WHERE.format("field of the json member", "samples"))
 
 
-class TableSourceConfig(Section):
-    """A Parquet, CSV or JSONL table: one row is one picture or clip, named by a path or held as bytes."""
+class TableSourceConfig(GrownSection):
+    """A Parquet, CSV or JSONL table: one row is one picture or clip, named by a path or held as bytes.
+
+    With `ranges`, or `start` and `end`, a row is one or several parts of a clip.
+    """
+
+    _later: ClassVar[frozenset[str]] = frozenset({"ranges", "start", "end", "where"})
 
     kind: Literal["table"]
     path: str | list[str] = Field(description="Local paths or fsspec URLs (.parquet, .csv, .jsonl); wildcards.")
     media: str | None = Field(
-        None, description="Path of the file, relative to `root`, with columns in braces: '{page_dir}/{videoid}.mp4'."
+        None,
+        description="Path of the file, relative to `root`, with columns in braces: '{page_dir}/{videoid}.mp4'; "
+        "'{id%_*}' is the column without its last _ and what follows.",
     )
     bytes_column: str | None = Field(None, description="Parquet: column that holds the file itself.")
     root: str = Field("", description="Folder or URL that `media` is relative to; '' = as it stands.")
@@ -65,12 +90,27 @@ class TableSourceConfig(Section):
     caption_lines: bool = Field(False, description=_CAPTION_LINES)
     label: str | None = Field(None, description="Column with the class id.")
     class_names: str | None = Field(None, description="Text file with one class name per line, in the order of ids.")
+    ranges: str | None = Field(
+        None,
+        description="Column with the part of the clip that a row is, [start, end] in seconds or as 0:00:10.5, or with "
+        "a list of them; each is an item, with the element of the same number of other columns that are lists.",
+    )
+    start: str | None = Field(None, description="Column with the start of a part, or of several; with `end`.")
+    end: str | None = Field(None, description="Column with the end of a part, or of several; with `start`.")
+    where: Rules = Field({}, description=_WHERE.format("column", "rows (or parts)"))
 
     @model_validator(mode="after")
     def _check(self) -> TableSourceConfig:
         if self.media is not None and self.bytes_column is not None:
             raise ValueError("give `media` or `bytes_column`, not both")
+        if (self.start is None) != (self.end is None) or (self.start is not None and self.ranges is not None):
+            raise ValueError("give `ranges`, or `start` and `end`, or none of them")
         return self
+
+    @property
+    def has_ranges(self) -> bool:
+        """Whether items are parts of clips."""
+        return self.ranges is not None or self.start is not None
 
 
 class LatentsSourceConfig(Section):
@@ -225,6 +265,9 @@ class EncodeRecipe(GrownSection):
 
     @model_validator(mode="after")
     def _check(self) -> EncodeRecipe:
+        is_of_clips = self.transform is not None and self.transform.kind != "image"
+        if getattr(self.source, "has_ranges", False) and self.opens_media and not is_of_clips:
+            raise ValueError("source.ranges (start, end): parts are cut from clips; give a transform of kind video")
         if self.features is not None:
             self._check_features(self.features)
             return self
@@ -232,8 +275,6 @@ class EncodeRecipe(GrownSection):
             raise ValueError("codec, transform: give both, or neither for a set of text embeddings only")
         if self.codec is None and self.text is None:
             raise ValueError("codec, text: give at least one of them, or `features`, or there is nothing to encode")
-        transform = self.transform
-        is_of_clips = transform is not None and transform.kind != "image"
         if isinstance(self.codec, Uint8CodecConfig) and is_of_clips:
             raise ValueError(f"codec.name: {self.codec.name} takes a transform of kind image")
         if self.codec is not None and not _has_media(self.source):

@@ -9,46 +9,79 @@ distance (`even_spacing`); else there is no way to know it, and the clip cannot 
 
 **Ends.** Reading stops at damage, or where the frame size changes. A file that was cut off looks like a shorter one to
 most demuxers, so what was read is compared with the length that the file states.
+
+**Gaps.** Frames that nobody needs are not decoded where a key frame lies behind them: the packets up to it are read and
+dropped. A key frame is an entry if all packets before it have earlier times, and if the decoder gives it first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, BinaryIO
+from typing import NamedTuple
 
-from pomscale.media import UnreadableMediaError
 from pomscale.media.pyav import av
-
-# Containers, as FFmpeg names them. Not playlists and the like: those make FFmpeg open further files and addresses.
-_AVI = "avi"
-_FORMATS = f"mov,matroska,webm,{_AVI},mpegts,mpeg,flv,asf,ogg"
-
-# Frames by which a codec may reorder: the largest buffer of H.264 and HEVC is 16 frames.
-_MAX_REORDERED = 32
+from pomscale.media.video_file import AVI
 
 # Decoders of VP8 and VP9 that read transparency, which Matroska and WebM keep beside the packets.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+# Bytes of packets that may wait for the next key frame.
+_MAX_HELD_BYTES = 2**26
 
 
 class StrayTimesError(Exception):
     """The frames' times go back or are missing. The message is a reason of UnreadableMediaError without its cause."""
 
 
-@contextmanager
-def open_video(stream: BinaryIO) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Open a video file from its start. Raises UnreadableMediaError if it has no video or an unknown codec."""
-    stream.seek(0)
-    with av.open(stream, "r", options={"format_whitelist": _FORMATS}, metadata_errors="ignore") as container:
-        video = container.streams.best("video")
-        if not isinstance(video, av.VideoStream):
-            raise UnreadableMediaError("has no video stream")
-        if video.codec_context is None:
-            raise UnreadableMediaError("its codec is unknown")
-        # The recipe's threads decode a clip each; more inside each of them would only get in their way.
-        video.thread_count = 1
-        yield container, video
+class NoEntryError(Exception):
+    """The decoder gave another frame first than the key frame behind a gap, so nothing may be skipped in this file."""
+
+
+@dataclass
+class FrameFacts:
+    """Number and times of frames that were read one after the other."""
+
+    num_frames: int = 0
+    first_time: Fraction = Fraction(0)
+    last_time: Fraction = Fraction(0)
+    gaps: tuple[Fraction, Fraction] | None = None
+    """The shortest and the longest time from a frame to the next."""
+
+    def count(self, time: Fraction) -> None:
+        """Count a frame with its time in seconds."""
+        if self.num_frames:
+            gap = time - self.last_time
+            shortest, longest = self.gaps or (gap, gap)
+            self.gaps = min(shortest, gap), max(longest, gap)
+        else:
+            self.first_time = time
+        self.num_frames += 1
+        self.last_time = time
+
+    @property
+    def rate(self) -> float | None:
+        """Mean of the frames per second; None for a single frame."""
+        seconds = self.last_time - self.first_time
+        return round(float((self.num_frames - 1) / seconds), 3) if seconds else None
+
+    @property
+    def is_variable(self) -> bool:
+        """Whether the rate varies: rounding of times (Matroska) changes gaps by far less, a lost frame by more."""
+        return self.gaps is not None and self.gaps[1] > 1.5 * self.gaps[0]
+
+
+class Shown(NamedTuple):
+    """One frame of a file."""
+
+    frame: av.VideoFrame
+    time: Fraction
+    """Seconds after the first frame."""
+    ticks: int
+    """Time in the file's own unit; 0 where frames have even times."""
+    num_dropped: int
+    """Frames dropped before it."""
 
 
 class FrameReader:
@@ -60,18 +93,19 @@ class FrameReader:
         """Begin to read. `spacing` is the seconds between frames where their own times are not to be used."""
         self._container, self._video, self._spacing = container, video, spacing
         self._container_name = container.format.long_name
-        self._is_avi = container.format.name == _AVI
+        self._is_avi = container.format.name == AVI
         self._decoder = _alpha_decoder(video)
-        self._first: av.VideoFrame | None = None
-        self._gaps: tuple[Fraction, Fraction] | None = None  # the shortest and the longest between frames
         self._start = Fraction(0)
-        self._last_time = Fraction(0)
-        self._first_ticks = self._last_ticks = 0
+        self._last_time: Fraction | None = None
+        self._latest_ticks: int | None = None  # latest time of all packets so far
+        self._skip_target: int | None = None
+        self._last_ticks = 0
         self._undecoded: set[int] = set()  # times of packets whose frames have not come yet
-        self._num_awaited = 0
-        self.num_frames = 0
+        self.first: av.VideoFrame | None = None
+        self.facts = FrameFacts()
         self.num_dropped = 0
-        self.seconds = Fraction(0)  # duration of the frames so far, the last one included
+        self.num_skips = 0
+        self.seconds = Fraction(0)  # end of the last frame, after the first one's beginning
         self.stopped: str | None = None  # why reading stopped before the end, as part of a sentence
 
     @property
@@ -80,71 +114,54 @@ class FrameReader:
         return self._video.sample_aspect_ratio or Fraction(1)
 
     @property
+    def has_own_times(self) -> bool:
+        """Whether times are the frames' own, and not their numbers over the rate."""
+        return self._spacing is None
+
+    @property
     def end(self) -> Fraction:
         """End of the last frame in the file's time, which need not start at 0."""
         return self._start + self.seconds
 
-    def nearest(self, interval: Fraction) -> Iterator[tuple[av.VideoFrame, Fraction]]:
-        """Yield every frame with the time up to which it is the nearest, in seconds after the first frame's.
-
-        The last one counts for half its duration, or until an `interval` before it ends if that is later: so a clip
-        that lasts n intervals fills n frames at any rate. Raises StrayTimesError.
-        """
-        previous: av.VideoFrame | None = None
-        for frame, time in self._timed():
-            middle = (self._last_time + time) / 2
+    def timed(self) -> Iterator[Shown]:
+        """Yield every frame with its time. Raises StrayTimesError, NoEntryError."""
+        for number, frame in enumerate(self._decoded()):
+            if frame.is_corrupt:
+                self.stopped = "a damaged frame"
+                return
+            time = self._time(frame, number)
+            if self.first is None:
+                self.first, self._start = frame, time
+            elif (frame.width, frame.height) != (self.first.width, self.first.height):
+                self.stopped = "its size changes"
+                return
+            time -= self._start
+            if self._last_time is not None and time <= self._last_time:
+                if time < self._last_time:
+                    raise StrayTimesError(f"is {self._container_name} whose times go back at frame {number}")
+                self.num_dropped += 1
+                continue
             self._count(frame, time)
-            if previous is not None:
-                yield previous, middle
-            previous = frame
-        if previous is not None:
-            yield previous, max((self._last_time + self.seconds) / 2, self.seconds - interval)
+            yield Shown(frame, time, self._last_ticks, self.num_dropped)
 
-    def awaits_earlier(self) -> bool:
-        """Return whether a frame that is still to come may have an earlier time than the last one.
+    def skip_to(self, time: Fraction) -> None:
+        """Leave out frames before the key frame that is the last one at or before `time`, where that can be told.
+
+        `num_skips` counts the gaps.
+        """
+        if self._spacing is None and not self._is_avi and self._decoder is None:
+            assert self._video.time_base is not None
+            self._skip_target = int((self._start + time) // self._video.time_base)
+
+    def awaits_earlier(self, first_ticks: int) -> bool:
+        """Return whether a frame that is still to come may lie between the frame of `first_ticks` and the last one.
 
         Packets are read in the order of decoding, so those of all frames that were shown before have been read. Where
         one of them lies before the last frame, and its frame has not come, the times may be those of decoding.
         """
         if self._spacing is not None or not self._video.codec_context.has_b_frames:
             return False
-        self._num_awaited += 1
-        return self._num_awaited <= _MAX_REORDERED and any(
-            self._first_ticks < ticks < self._last_ticks for ticks in self._undecoded
-        )
-
-    def info(self) -> dict[str, Any]:
-        """Return the facts of `DecodedClip.info` about the frames that were read."""
-        assert self._first is not None
-        rate = (self.num_frames - 1) / self._last_time if self._last_time else None
-        return {
-            "width": self._first.width,
-            "height": self._first.height,
-            "source_fps": None if rate is None else round(float(rate), 3),
-            "num_source_frames": self.num_frames,
-            "num_dropped_frames": self.num_dropped,
-            "times": "frames" if self._spacing is None else "even",
-            # Rounding of times (Matroska: to milliseconds) changes gaps by far less, a dropped frame by more.
-            "variable_rate": self._gaps is not None and self._gaps[1] > 1.5 * self._gaps[0],
-        }
-
-    def _timed(self) -> Iterator[tuple[av.VideoFrame, Fraction]]:
-        for number, frame in enumerate(self._decoded()):
-            if frame.is_corrupt:
-                self.stopped = "a damaged frame"
-                return
-            time = self._time(frame, number)
-            if self._first is None:
-                self._first, self._start, self._first_ticks = frame, time, self._last_ticks
-            elif (frame.width, frame.height) != (self._first.width, self._first.height):
-                self.stopped = "its size changes"
-                return
-            elif time - self._start == self._last_time:
-                self.num_dropped += 1
-                continue
-            elif time - self._start < self._last_time:
-                raise StrayTimesError(f"is {self._container_name} whose times go back at frame {number}")
-            yield frame, time - self._start
+        return any(first_ticks < ticks < self._last_ticks for ticks in self._undecoded)
 
     def _time(self, frame: av.VideoFrame, number: int) -> Fraction:
         if self._spacing is not None:
@@ -158,26 +175,72 @@ class FrameReader:
         self._undecoded.discard(ticks)
         return ticks * frame.time_base
 
+    def _count(self, frame: av.VideoFrame, time: Fraction) -> None:
+        duration = frame.duration * frame.time_base if frame.time_base is not None else Fraction(0)
+        if self._last_time is not None:
+            duration = duration or time - self._last_time  # several containers do not say how long a frame is shown
+        self.facts.count(time)
+        self._last_time = time
+        self.seconds = time + (self._spacing or duration)
+
+    # -- packets ---------------------------------------------------------------------------------------------------
+
     def _decoded(self) -> Iterator[av.VideoFrame]:
         decode = self._video.decode if self._decoder is None else self._decoder.decode
         try:
-            for packet in self._container.demux(self._video):
-                if packet.pts is not None:
-                    self._undecoded.add(packet.pts)
-                yield from decode(packet)
+            for packets, entry in self._packets():
+                awaited = entry
+                if entry is not None:
+                    self._video.codec_context.flush_buffers()
+                    self._undecoded.clear()
+                    self._last_time = None
+                    self.num_skips += 1
+                for packet in packets:
+                    if packet.pts is not None:
+                        self._undecoded.add(packet.pts)
+                    frames: list[av.VideoFrame] = decode(packet)
+                    if awaited is not None:
+                        frames, awaited = _behind_entry(frames, awaited)
+                    yield from frames
         except av.FFmpegError as error:
             self.stopped = f"damage ({error.strerror})"
 
-    def _count(self, frame: av.VideoFrame, time: Fraction) -> None:
-        duration = frame.duration * frame.time_base if frame.time_base is not None else Fraction(0)
-        if self.num_frames:
-            gap = time - self._last_time
-            shortest, longest = self._gaps or (gap, gap)
-            self._gaps = min(shortest, gap), max(longest, gap)
-            duration = duration or gap  # several containers do not say how long a frame is shown
-        self.num_frames += 1
-        self._last_time = time
-        self.seconds = time + (self._spacing or duration)
+    def _packets(self) -> Iterator[tuple[list[av.Packet], int | None]]:
+        """Yield packets to be decoded together, with the time of the first where frames were left out before it."""
+        held: list[av.Packet] = []
+        entry, num_bytes = None, 0
+        for packet in self._container.demux(self._video):
+            is_entry = False
+            if packet.pts is not None:
+                is_later = self._latest_ticks is None or packet.pts > self._latest_ticks
+                target = self._skip_target
+                is_entry = is_later and packet.is_keyframe and target is not None and packet.pts <= target
+                self._latest_ticks = packet.pts if is_later else self._latest_ticks
+            if is_entry:
+                held, entry, num_bytes = [], packet.pts, 0
+            held.append(packet)
+            num_bytes += packet.size
+            # No later packet is shown before this one is decoded.
+            if (
+                self._skip_target is None
+                or packet.pts is None
+                or packet.dts is None
+                or packet.dts > self._skip_target
+                or num_bytes > _MAX_HELD_BYTES
+            ):
+                self._skip_target = None
+                yield held, entry
+                held, entry, num_bytes = [], None, 0
+
+
+def _behind_entry(frames: list[av.VideoFrame], entry: int) -> tuple[list[av.VideoFrame], int | None]:
+    """Return the frames from the entry on, and the entry if it has not come; frames shown before it lack their past."""
+    for number, frame in enumerate(frames):
+        if frame.pts is None or frame.pts > entry or (frame.pts == entry and not frame.key_frame):
+            raise NoEntryError
+        if frame.pts == entry:
+            return frames[number:], None
+    return [], entry
 
 
 def _alpha_decoder(video: av.VideoStream) -> av.VideoCodecContext | None:
@@ -189,61 +252,3 @@ def _alpha_decoder(video: av.VideoStream) -> av.VideoCodecContext | None:
     assert isinstance(decoder, av.VideoCodecContext)
     decoder.thread_count = 1
     return decoder
-
-
-def even_spacing(stream: BinaryIO, seconds: float) -> Fraction | None:
-    """Return the seconds from one frame to the next, if the first `seconds` of packets are evenly spaced.
-
-    The times of decoding tell it, since they are those of showing in another order. They may be rounded to the time
-    base. Nothing is decoded.
-    """
-    with open_video(stream) as (container, video):
-        times: list[int] = []
-        assert video.time_base is not None
-        for packet in container.demux(video):
-            if packet.dts is None:
-                continue
-            times.append(packet.dts)
-            if (times[-1] - times[0]) * video.time_base > seconds:
-                break
-        if len(times) < 3 or times[-1] <= times[0]:
-            return None
-        distance = Fraction(times[-1] - times[0], len(times) - 1)
-        if any(abs(time - times[0] - number * distance) > 1 for number, time in enumerate(times)):
-            return None
-        return distance * video.time_base
-
-
-def stated_seconds(container: av.container.InputContainer, video: av.VideoStream) -> tuple[float | None, bool]:
-    """Return the duration that a file states, and whether it is the video's own, not that of the longest stream."""
-    if container.format.name == _AVI and video.frames and video.average_rate:
-        return float(video.frames / video.average_rate), True  # FFmpeg makes its duration fit a file that was cut
-    if video.duration is not None and video.time_base is not None:
-        return float(video.duration * video.time_base), True
-    tag = _tag_seconds(video.metadata.get("DURATION", ""))  # Matroska
-    if tag is not None:
-        return tag, True
-    return (None if container.duration is None else container.duration / av.time_base), False
-
-
-def _tag_seconds(text: str) -> float | None:
-    """Return the seconds of a text such as 00:00:04.000000000; None for any other text."""
-    try:
-        hours, minutes, seconds = map(float, text.split(":"))
-    except ValueError:
-        return None
-    return 3600 * hours + 60 * minutes + seconds
-
-
-def seconds_of_all_streams(stream: BinaryIO) -> float:
-    """Return the time from the first packet of any stream of a file to the end of the last. Nothing is decoded."""
-    start = end = 0.0  # sound may begin before 0, at the delay of its codec
-    with open_video(stream) as (container, _):
-        try:
-            for packet in container.demux():
-                if packet.pts is not None and packet.time_base is not None:
-                    start = min(start, float(packet.pts * packet.time_base))
-                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        except av.FFmpegError:
-            pass  # what lies behind damage does not count
-    return end - start

@@ -1,4 +1,4 @@
-"""Decode video files to frames of one size, evenly spaced in time.
+"""Decode video files, or parts of them, to frames of one size, evenly spaced in time.
 
 Frame k of the result is the source frame whose presentation time is nearest to k / fps seconds after the first frame's,
 the earlier of two equally near ones. So it is right to half a source frame at a constant rate, and as near as can be at
@@ -6,72 +6,40 @@ a variable one. A clip fills f frames if it lasts f / fps seconds, or if the las
 frame's duration after the last of the source. Only as much is decoded as that needs.
 
 A clip that ends early, since it is damaged or cut off, does not become a shorter one without a trace: it is refused, or
-kept and marked. `clip_frames` has the rules for times and ends, `frame_fitter` those for space and colours.
+kept and marked. `clip_frames` has the rules for times, ends and gaps, `clip_cut` those for the frames that a clip
+takes, `frame_fitter` those for space and colours.
+
+Several parts of one file are decoded in one pass: each frame once, whatever number of parts it is in. A part gets what
+it gets when it is decoded alone, to the bit: whatever the pass cannot finish without doubt (damage, times that go back)
+is decoded alone.
 """
 
 from __future__ import annotations
 
 import errno
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
-from pomscale.media import Filter, UnreadableMediaError, nearest_bucket
-from pomscale.media.clip_frames import (
-    FrameReader,
-    StrayTimesError,
-    even_spacing,
-    open_video,
-    seconds_of_all_streams,
-    stated_seconds,
-)
-from pomscale.media.frame_fitter import FrameFitter
+from pomscale.media import Filter, UnreadableMediaError
+from pomscale.media.clip_cut import Cut, DecodedClip, SharedFitter, Span, Wanted
+from pomscale.media.clip_frames import FrameReader, NoEntryError, Shown, StrayTimesError
 from pomscale.media.pyav import av
+from pomscale.media.video_file import even_spacing, open_video, seconds_of_all_streams, stated_seconds
+
+__all__ = ["DecodedClip", "Span", "as_unreadable", "decode_clip", "decode_spans", "read_grey_frames"]
 
 # Seconds beyond a clip in which its packets must be evenly spaced, too: more than any codec reorders.
 _SPACING_MARGIN_S = 2.0
 
-
-@dataclass(frozen=True, slots=True)
-class DecodedClip:
-    """A decoded clip."""
-
-    frames: np.ndarray
-    """(f, h, w, 3) uint8, RGB, or (f, h, w, 1), grey."""
-    target: int
-    """Index of the target whose size the frames have."""
-    info: dict[str, Any]
-    """Facts for the record's JSON: width and height of the file, duration_s as it states; source_fps (the mean) and
-    num_source_frames of the decoded part, num_dropped_frames with the time of the one before, whether the rate varies;
-    times, "frames" if they are the frames' own, "even" if each is its frame's number over the rate; incomplete, why
-    the clip ends early, or None."""
-    shown: tuple[float, float]
-    """Height and width in which a player shows the file, before it was fitted."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """The result that is asked for."""
-
-    targets: Sequence[tuple[int, int, int]]
-    fps: float
-    filter: Filter
-    num_channels: int
-    keep_incomplete: bool
-
-    @property
-    def interval(self) -> Fraction:
-        return 1 / Fraction(self.fps)
-
-    @property
-    def num_frames(self) -> int:
-        """Number of frames of the longest target."""
-        return max(target[0] for target in self.targets)
+# Parts that may overlap in one pass; each holds its frames.
+_MAX_OPEN = 8
 
 
 def decode_clip(
@@ -100,19 +68,51 @@ def decode_clip(
         UnreadableMediaError: The file is no video, too short, without usable times, or ends early. Errors of reading
             the stream are passed on instead, since they say nothing about the clip.
     """
-    wanted = _Wanted(targets, fps, filter, num_channels, keep_incomplete)
-    with as_unreadable():
+    return _decode_alone(stream, Span(), Wanted(targets, fps, filter, num_channels, keep_incomplete))
+
+
+def decode_spans(
+    stream: BinaryIO,
+    spans: Sequence[Span],
+    targets: Sequence[tuple[int, int, int]],
+    fps: float,
+    filter: Filter,
+    num_channels: int = 3,
+    *,
+    keep_incomplete: bool = False,
+) -> Iterator[DecodedClip | UnreadableMediaError]:
+    """Yield a clip for each part of a file, or why there is none, in the order of the parts; in one pass if it can be.
+
+    Frames at or after a part's end are not used. A part that ends beyond the file's end ends early, as does one that is
+    damaged, unless what is there fills the longest target.
+
+    Args:
+        stream: The video file, seekable.
+        spans: Parts of it, in the order of their starts.
+        targets: Possible sizes (frames, height, width).
+        fps: Frames per second of the result.
+        filter: How frames are scaled.
+        num_channels: 3 for RGB, 1 for grey.
+        keep_incomplete: Whether a part that ends early gets the target that what precedes its end fills.
+    """
+    wanted = Wanted(targets, fps, filter, num_channels, keep_incomplete)
+    remaining = deque(spans)
+    while remaining:
         try:
-            return _decode(stream, wanted)
-        except StrayTimesError as error:
-            reason = str(error)
-        spacing = even_spacing(stream, wanted.num_frames / fps + _SPACING_MARGIN_S)
-        if spacing is None:
-            raise UnreadableMediaError(
-                f"{reason}, and its packets are not evenly spaced, so its speed is unknown; write it anew, for example "
-                f"with: ffmpeg -i OLD NEW.mp4"
-            )
-        return _decode(stream, wanted, spacing)
+            if len(remaining) > 1:
+                with as_unreadable():
+                    for clip in _decode_pass(stream, list(remaining), wanted):
+                        remaining.popleft()
+                        yield clip
+                continue
+        except (StrayTimesError, NoEntryError, UnreadableMediaError):
+            pass  # it may concern one part alone
+        try:
+            clip = _decode_alone(stream, remaining.popleft(), wanted)
+        except UnreadableMediaError as error:
+            yield error
+        else:
+            yield clip
 
 
 @contextmanager
@@ -129,110 +129,181 @@ def as_unreadable() -> Iterator[None]:
         raise UnreadableMediaError("no video that can be read: it points outside of the file") from error
 
 
-def _decode(stream: BinaryIO, wanted: _Wanted, spacing: Fraction | None = None) -> DecodedClip:
-    """Decode a clip by its frames' times, or by `spacing`. Raises StrayTimesError where the times are of no use."""
+def _decode_alone(stream: BinaryIO, span: Span, wanted: Wanted) -> DecodedClip:
+    """Decode one part by its frames' times, or by even ones where those are of no use. Raises UnreadableMediaError."""
+    with as_unreadable():
+        try:
+            return _decode_once(stream, span, wanted)
+        except StrayTimesError as error:
+            reason = str(error)
+        spacing = even_spacing(stream, float(span.start) + wanted.num_frames / wanted.fps + _SPACING_MARGIN_S)
+        if spacing is None:
+            raise UnreadableMediaError(
+                f"{reason}, and its packets are not evenly spaced, so its speed is unknown; write it anew, for example "
+                f"with: ffmpeg -i OLD NEW.mp4"
+            )
+        return _decode_once(stream, span, wanted, spacing)
+
+
+def _decode_once(stream: BinaryIO, span: Span, wanted: Wanted, spacing: Fraction | None = None) -> DecodedClip:
+    try:
+        (clip,) = _decode_pass(stream, [span], wanted, spacing)
+    except NoEntryError:
+        (clip,) = _decode_pass(stream, [span], wanted, spacing, skips=False)
+    return clip
+
+
+def _decode_pass(
+    stream: BinaryIO, spans: list[Span], wanted: Wanted, spacing: Fraction | None = None, *, skips: bool = True
+) -> Iterator[DecodedClip]:
+    """Yield the clips of parts in their order, as many as one pass makes; the first ones, and at least one.
+
+    Raises:
+        UnreadableMediaError: The file or the next part cannot be used; where there are several parts, also where the
+            file is damaged.
+        StrayTimesError: The frames' times are of no use, from some frame on.
+        NoEntryError: Frames may not be skipped in this file.
+    """
     with open_video(stream) as (container, video):
         reader = FrameReader(container, video, spacing)
-        resampled = _resample(reader, wanted)
-        stated, _ = stated_seconds(container, video)
-        early = None
-        if resampled.num_due < wanted.num_frames:
-            early = reader.stopped or _cut_off(stream, container, video, reader, resampled.num_due, wanted)
-        if early is not None:
+        file = _File(stream, container, video, reader, wanted)
+        cuts = _Cuts(spans, wanted, reader)
+        for shown in reader.timed():
+            cuts.offer(shown)
+            while (cut := cuts.pop_done()) is not None:
+                yield file.clip(cut)
+            if cuts.is_empty:
+                return
+            if skips and (next_start := cuts.next_start()) is not None and next_start > shown.time:
+                reader.skip_to(next_start)
+        if reader.first is None:
+            raise file.too_short(file.early(0, spans[0]) or "0.00 s")
+        if reader.stopped is not None and len(spans) > 1:
+            raise UnreadableMediaError(f"has {reader.stopped}")
+        cuts.finish()
+        while (cut := cuts.pop_done()) is not None:
+            yield file.clip(cut)
+
+
+class _Cuts:
+    """The clips of a pass: those that wait for their first frame, and the others in their order."""
+
+    def __init__(self, spans: list[Span], wanted: Wanted, reader: FrameReader) -> None:
+        self._wanted, self._reader = wanted, reader
+        self._waiting = deque(spans)
+        self._begun: deque[Cut] = deque()
+        self._fitter: SharedFitter | None = None
+        self._previous: Shown | None = None
+        self._num_skips = 0
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._waiting and not self._begun
+
+    def next_start(self) -> Fraction | None:
+        """Return when the next clip starts, if no other needs the frames before; else None."""
+        is_idle = all(cut.is_done for cut in self._begun)
+        return self._waiting[0].start if is_idle and self._waiting else None
+
+    def offer(self, shown: Shown) -> None:
+        """Give the clips the next frame of the file. Raises UnreadableMediaError if it cannot be used."""
+        if self._fitter is None:
+            self._fitter = SharedFitter(shown.frame, self._reader.pixel_aspect, self._wanted)
+        if self._reader.num_skips != self._num_skips:  # the frame before this one was left out
+            self._num_skips, self._previous = self._reader.num_skips, None
+        while self._waiting and self._waiting[0].start <= shown.time:
+            if sum(not cut.is_done for cut in self._begun) == _MAX_OPEN:
+                self._waiting.clear()  # the next pass begins with them
+            else:
+                self._begin()
+        for cut in self._begun:
+            if not cut.is_done:
+                cut.offer(shown, self._reader)
+        self._previous = shown
+
+    def finish(self) -> None:
+        """End all clips with the file."""
+        while self._waiting:
+            self._begin()
+        for cut in self._begun:
+            if not cut.is_done:
+                cut.finish(self._reader.seconds, self._reader)
+
+    def pop_done(self) -> Cut | None:
+        """Return the next clip in order if it has all of its frames."""
+        return self._begun.popleft() if self._begun and self._begun[0].is_done else None
+
+    def _begin(self) -> None:
+        assert self._fitter is not None
+        cut = Cut(self._waiting.popleft(), self._wanted, self._fitter)
+        if self._previous is not None:  # it may be nearer to the start than the one that has come
+            cut.offer(self._previous, self._reader)
+        self._begun.append(cut)
+
+
+@dataclass(frozen=True)
+class _File:
+    """An open video file, and what it states of its length."""
+
+    stream: BinaryIO
+    container: av.container.InputContainer
+    video: av.VideoStream
+    reader: FrameReader
+    wanted: Wanted
+
+    def clip(self, cut: Cut) -> DecodedClip:
+        """Return a clip whose frames are all there. Raises UnreadableMediaError if they do not fill a target."""
+        span, reader = cut.span, self.reader
+        if cut.num_due == 0 and span.start > 0 and not cut.reached_end:
+            end = reader.stopped or "the video's end"
+            raise UnreadableMediaError(f"its range, {span}, begins beyond {end} at {float(reader.seconds):.2f} s")
+        is_cut_short = cut.num_due < self.wanted.num_frames and not cut.reached_end
+        early = self.early(cut.num_due, span) if is_cut_short else None
+        filled = cut.filled(early)
+        if filled is None:
+            seconds = (reader.seconds if span.end is None else span.end) - span.start
+            raise self.too_short(early or f"{float(seconds):.2f} s")
+        stated, _ = stated_seconds(self.container, self.video)
+        info = {"duration_s": None if stated is None else round(stated, 3), **cut.info(reader), "incomplete": early}
+        if span.end is not None:
+            info["range_s"] = [round(float(span.start), 6), round(float(span.end), 6)]
+        return DecodedClip(*filled, info, cut.shown, bool(self.container.streams.audio))
+
+    def too_short(self, has: str) -> UnreadableMediaError:
+        shortest = min(target[0] for target in self.wanted.targets)
+        fps = self.wanted.fps
+        return UnreadableMediaError(
+            f"has {has}; needs at least {shortest / fps:g} s for {shortest} frames at {fps:g} fps"
+        )
+
+    def early(self, num_due: int, span: Span) -> str | None:
+        """Return why a part that fills `num_due` frames ends early, as the end of "has ..."; None if it does not."""
+        stated, is_own = stated_seconds(self.container, self.video)
+        seconds = self.reader.seconds - span.start
+        if span.end is None:
             of = "" if stated is None else f" of {stated:.2f} s"
-            early = f"{float(reader.seconds):.2f} s{of}, then {early} ({container.format.long_name})"
-        frames, target = _filled(resampled, reader, wanted, early)
-    info = {"duration_s": None if stated is None else round(stated, 3), **reader.info(), "incomplete": early}
-    return DecodedClip(frames, target, info, resampled.shown)
+            reason = self.reader.stopped or self._cut_off(num_due, stated, is_own)
+        else:
+            of = f" of its range, {span}"
+            is_longer = self.wanted.fills_more(num_due, span.end - span.start)
+            reason = self.reader.stopped or ("the video's end" if is_longer else None)
+        if reason is None:
+            return None
+        return f"{float(seconds):.2f} s{of}, then {reason} ({self.container.format.long_name})"
 
-
-@dataclass
-class _Collected:
-    """Fitted frames of one size, as many as the longest target of that size takes."""
-
-    limit: int
-    frames: list[np.ndarray] = field(default_factory=list)
-
-
-@dataclass
-class _Resampled:
-    """Fitted frames of every size that the clip may get, until it ended."""
-
-    num_due: int = 0
-    shown: tuple[float, float] = (0.0, 0.0)
-    chosen: dict[int, int] = field(default_factory=dict)
-    """By number of frames, longest first: the target of a clip that fills no more."""
-    sizes: dict[tuple[int, int], _Collected] = field(default_factory=dict)
-
-
-def _resample(reader: FrameReader, wanted: _Wanted) -> _Resampled:
-    """Read until the longest target is filled, or the clip ends."""
-    longest, result = wanted.num_frames, _Resampled()
-    for frame, until in reader.nearest(wanted.interval):
-        if not result.chosen:
-            fitter = FrameFitter(frame, reader.pixel_aspect, wanted.filter, wanted.num_channels)
-            result.shown = fitter.shown
-            result.chosen = _nearest_by_length(fitter.shown, wanted.targets)
-            for length, index in result.chosen.items():
-                result.sizes.setdefault(wanted.targets[index][1:], _Collected(length))
-        result.num_due = min(until // wanted.interval + 1, longest)
-        for size, collected in result.sizes.items():
-            num_missing = min(result.num_due, collected.limit) - len(collected.frames)
-            if num_missing > 0:
-                collected.frames += [fitter.fit(frame, size)] * num_missing
-        if result.num_due == longest and not reader.awaits_earlier():
-            break
-    return result
-
-
-def _filled(resampled: _Resampled, reader: FrameReader, wanted: _Wanted, early: str | None) -> tuple[np.ndarray, int]:
-    """Return the frames of the longest target that is filled, and its index.
-
-    Raises UnreadableMediaError where none is, or where the clip ends `early` and is not to be kept.
-    """
-    for length, index in resampled.chosen.items():
-        if length <= resampled.num_due:
-            if early is not None and not wanted.keep_incomplete:
-                raise UnreadableMediaError(
-                    f"has {early}; replace the file, or keep such clips as shorter ones: transform.incomplete: keep"
-                )
-            return np.stack(resampled.sizes[wanted.targets[index][1:]].frames[:length]), index
-    shortest = min(target[0] for target in wanted.targets)
-    raise UnreadableMediaError(
-        f"has {early or f'{float(reader.seconds):.2f} s'}; "
-        f"needs at least {shortest / wanted.fps:g} s for {shortest} frames at {wanted.fps:g} fps"
-    )
-
-
-def _nearest_by_length(shown: tuple[float, float], targets: Sequence[tuple[int, int, int]]) -> dict[int, int]:
-    """Return for every number of frames, from the largest, the index of the target of the nearest aspect ratio."""
-    chosen = {}
-    for length in sorted({target[0] for target in targets}, reverse=True):
-        indices = [index for index, target in enumerate(targets) if target[0] == length]
-        chosen[length] = indices[nearest_bucket(shown, [targets[index] for index in indices])]
-    return chosen
-
-
-def _cut_off(
-    stream: BinaryIO,
-    container: av.container.InputContainer,
-    video: av.VideoStream,
-    reader: FrameReader,
-    num_due: int,
-    wanted: _Wanted,
-) -> str | None:
-    """Return "the end of the file" if it states a length with which the clip would fill a longer target, else None."""
-    stated, is_own = stated_seconds(container, video)
-    half_frame = reader.seconds / max(2 * reader.num_frames, 1)
-    if stated is None or stated - half_frame <= max(reader.seconds, reader.end):
-        return None
-    num_stated = max(stated - half_frame, stated - wanted.interval) // wanted.interval + 1
-    if not any(num_due < target[0] <= num_stated for target in wanted.targets):
-        return None
-    # A length of the whole file may be that of its sound, which often is longer than the pictures.
-    if not is_own and seconds_of_all_streams(stream) >= stated - half_frame:
-        return None
-    return "the end of the file"
+    def _cut_off(self, num_due: int, stated: float | None, is_own: bool) -> str | None:
+        """Return "the end of the file" if it states a length with which the clip would fill a longer target."""
+        reader = self.reader
+        half_frame = reader.seconds / max(2 * reader.facts.num_frames, 1)
+        if stated is None or stated - half_frame <= max(reader.seconds, reader.end):
+            return None
+        num_stated = max(stated - half_frame, stated - self.wanted.interval) // self.wanted.interval + 1
+        if not any(num_due < target[0] <= num_stated for target in self.wanted.targets):
+            return None
+        # A length of the whole file may be that of its sound, which often is longer than the pictures.
+        if not is_own and seconds_of_all_streams(self.stream) >= stated - half_frame:
+            return None
+        return "the end of the file"
 
 
 def read_grey_frames(path: Path) -> np.ndarray:

@@ -257,10 +257,14 @@ class IndexInfo(_Part):
 
 
 class SourceInfo(_Part):
-    """The source of the items. `num_items` is the number that it lists: samples and failures together."""
+    """The source of the items. `num_items` is the number that it lists: samples and failures together.
+
+    `num_filtered` more were left out by the recipe's `source.where`.
+    """
 
     fingerprint: str
     num_items: int = Field(ge=0)
+    num_filtered: int = Field(0, ge=0, exclude_if=equals(0))
 
 
 class Manifest(_Part):

@@ -19,6 +19,8 @@ class ImageFolderSource:
     """ROOT/CLASS/**/*.{png,jpg,jpeg,webp}: classes sorted, then paths sorted. What is hidden is left out."""
 
     shuffled = True
+    cuts_files = False
+    num_filtered = 0
 
     def __init__(self, config: ImageFolderConfig) -> None:
         self._root = config.path

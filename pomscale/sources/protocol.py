@@ -40,6 +40,8 @@ class Item:
     caption: Caption = None
     problem: str | None = None
     """Reason on one line why the item cannot be encoded, e.g. a missing caption; the item is then listed as failed."""
+    span: list[int] | None = None
+    """Start and end in the clip, in microseconds after its first frame; None where the item is all of its file."""
 
     @property
     def captions(self) -> list[str]:
@@ -57,12 +59,20 @@ class Source(Protocol):
         """Whether items are dealt to shards in a shuffled order; False where neighbours must be read together."""
 
     @property
+    def cuts_files(self) -> bool:
+        """Whether items are parts of files; those of a file are then dealt one after the other."""
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, () if items have none; known once `scan` has been read to its end."""
 
     @property
     def num_ignored(self) -> int:
         """Number of files that are no items, and of hidden folders; known once `scan` has been read to its end."""
+
+    @property
+    def num_filtered(self) -> int:
+        """Number of items that the recipe leaves out (`source.where`); known once `scan` has been read to its end."""
 
     def check_exists(self) -> None:
         """Raise InputError if what the recipe names is not there. Items are not looked at, so this takes no time."""

@@ -20,8 +20,10 @@ from pomscale.sources.item_fields import (
     readable,
 )
 from pomscale.sources.protocol import Item
+from pomscale.sources.row_filter import RowFilter
 from pomscale.sources.tar_scan import DamagedTarError, Sample, TarScan
 
+_FIELDS_SUFFIX = ".json"
 _MEDIA_SUFFIXES = {*PICTURE_EXTENSIONS, *CLIP_EXTENSIONS}
 _NEIGHBOURS = (
     "if it is elsewhere in the tar, write the tar with `tar --sort=name`: the members of a sample must be neighbours"
@@ -36,6 +38,7 @@ class TarSource:
     """
 
     shuffled = False
+    cuts_files = False
 
     def __init__(self, config: TarSourceConfig) -> None:
         self._files = storage.NamedFiles(config.path, "*.tar")
@@ -44,7 +47,8 @@ class TarSource:
         self._caption = None if config.caption is None else _Annotation("caption", "source.caption", config.caption)
         self._caption_lines = config.caption_lines
         self._classes = ClassIds(config.class_names)
-        self._num_ignored = 0
+        self._filter = RowFilter(config.where)
+        self._num_ignored = self._num_filtered = 0
         self._reader = storage.RangeReader()
 
     @property
@@ -56,6 +60,11 @@ class TarSource:
         """Number of members that belong to no sample."""
         return self._num_ignored
 
+    @property
+    def num_filtered(self) -> int:
+        """Number of samples that `where` left out."""
+        return self._num_filtered
+
     def check_exists(self) -> None:
         self._files.find()
 
@@ -64,7 +73,7 @@ class TarSource:
 
         Raises InputError if a tar is missing or compressed.
         """
-        self._num_ignored = 0
+        self._num_ignored = self._num_filtered = 0
         self._classes.begin()
         for path, name in self._files.find():
             with storage.open_stream(path) as stream:
@@ -87,18 +96,32 @@ class TarSource:
         num_bytes = storage.size_of(stream)
         prefix = name.removesuffix(".tar")
         wanted = {annotation.suffix for annotation in (self._label, self._caption) if annotation is not None}
+        if self._filter.columns:
+            wanted.add(_FIELDS_SUFFIX)
         samples, num_samples = TarScan(stream, wanted), 0
         try:
             for sample in samples:
                 num_samples += 1
-                yield self._item(sample, name, prefix, num_bytes)
+                is_taken, problem = self._judge(sample)
+                if is_taken:
+                    yield self._item(sample, name, prefix, num_bytes, problem)
+                else:
+                    self._num_filtered += 1
         except DamagedTarError as error:
             problem = f"the tar is damaged: {readable(str(error))}; its {num_samples:,} samples before that are read"
             yield Item(checked_key(prefix)[0], readable(name), problem=problem)
         self._num_ignored += samples.num_ignored
 
-    def _item(self, sample: Sample, name: str, prefix: str, num_bytes: int) -> Item:
-        key, problem = checked_key(f"{prefix}/{sample.key}")
+    def _judge(self, sample: Sample) -> tuple[bool, str | None]:
+        """Return whether a sample is taken, and why that cannot be told, or None."""
+        if not self._filter.columns:
+            return True, None
+        fields, problem = _fields_of(sample, "fields of source.where are")
+        return (True, problem) if fields is None else self._filter.judge(fields)
+
+    def _item(self, sample: Sample, name: str, prefix: str, num_bytes: int, problem: str | None) -> Item:
+        key, unusable = checked_key(f"{prefix}/{sample.key}")
+        problem = problem or unusable
         where, location, label, caption = f"{name}/{sample.key}", None, None, None
         media, unusable = self._find_media(sample)
         problem = problem or unusable
@@ -145,18 +168,29 @@ class _Annotation:
 
     def find(self, sample: Sample) -> tuple[Any, str | None]:
         """Return the value, None if there is none, and what is wrong with the member, or None."""
-        if self.suffix not in sample.members:
-            return None, f"its {self._what} is missing: it has no {self.suffix[1:]} member; {_NEIGHBOURS}"
-        fault = _fault_of(sample, self.suffix)
-        if fault is not None:
-            return None, fault
-        content = sample.contents[self.suffix]
+        what = f"{self._what} is"
         if not self._field:
-            return decode_text(content).strip(), None
-        fields = parse_object(content)
-        if isinstance(fields, str):
-            return None, f"its json member {fields}"
-        return fields.get(self._field), None
+            content, problem = _content_of(sample, self.suffix, what)
+            return None if content is None else decode_text(content).strip(), problem
+        fields, problem = _fields_of(sample, what)
+        return None if fields is None else fields.get(self._field), problem
+
+
+def _content_of(sample: Sample, suffix: str, what: str) -> tuple[bytes | None, str | None]:
+    """Return the bytes of a member that was asked for, and why there are none, or None."""
+    if suffix not in sample.members:
+        return None, f"its {what} missing: it has no {suffix[1:]} member; {_NEIGHBOURS}"
+    fault = _fault_of(sample, suffix)
+    return (None, fault) if fault is not None else (sample.contents[suffix], None)
+
+
+def _fields_of(sample: Sample, what: str) -> tuple[dict[str, Any] | None, str | None]:
+    """Return the fields of the json member, and why there are none, or None."""
+    content, problem = _content_of(sample, _FIELDS_SUFFIX, what)
+    if content is None:
+        return None, problem
+    fields = parse_object(content)
+    return (None, f"its json member {fields}") if isinstance(fields, str) else (fields, None)
 
 
 def _suffix(name: str, extension: str) -> str:

@@ -25,6 +25,8 @@ class VideoFolderSource:
     """ROOT/**/*.{mp4,webm,mkv,mov,avi,m4v}, sorted by the parts of their paths. What is hidden is left out."""
 
     shuffled = True
+    cuts_files = False
+    num_filtered = 0
     class_names = ()
 
     def __init__(self, config: VideoFolderConfig) -> None:

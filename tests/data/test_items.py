@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipelines.encode import array_files, duplicate_keys
 from data_pipelines.encode import items as items_module
 from data_pipelines.encode.items import ItemTable, share_table
 from pomscale.base.errors import InputError, PomscaleError
@@ -31,6 +32,8 @@ class ListedSource:
     shuffled: bool = True
     class_names: tuple[str, ...] = ("a", "b")
     num_ignored: int = 3
+    num_filtered: int = 0
+    cuts_files: bool = False
 
     def check_exists(self) -> None:
         pass
@@ -102,7 +105,8 @@ def test_duplicates_are_exact_also_where_hashes_collide_and_blocks_end(
     tmp_path_factory: pytest.TempPathFactory, keys: list[int], block: int, bits: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(items_module, "_BLOCK", block)
+        for module in (array_files, duplicate_keys):
+            patch.setattr(module, "BLOCK", block)
         patch.setattr(items_module, "key_hash", lambda key: key_hash(key) >> bits)  # the fewer bits, the more collide
         items = some_items(list(map(str, keys)))
         table = ItemTable.build(ListedSource(items), tmp_path_factory.mktemp("table"))
@@ -214,7 +218,7 @@ def test_a_table_is_shared_also_where_there_are_no_links(
 _MEASURE = """
 import sys, threading
 from pathlib import Path
-from data_pipelines.encode.items import ItemOrder
+from data_pipelines.encode.item_order import ItemOrder
 from data_pipelines.encode.items import ItemTable
 from data_pipelines.encode.latents_source import build_encode_source
 from pomscale.config.encode import TableSourceConfig

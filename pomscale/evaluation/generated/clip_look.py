@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import BinaryIO
 
 from pomscale.evaluation.generated.clip_files import ClipFiles, Look, same_rate
 from pomscale.media import UnreadableMediaError
-from pomscale.media.clip_frames import FrameReader, StrayTimesError, open_video
+from pomscale.media.clip_frames import FrameReader, StrayTimesError
 from pomscale.media.clips import as_unreadable
 from pomscale.media.frame_fitter import FrameFitter
+from pomscale.media.video_file import open_video
 
 
 def look(stream: BinaryIO, num_frames: int) -> Look:
@@ -21,13 +21,13 @@ def look(stream: BinaryIO, num_frames: int) -> Look:
     with as_unreadable(), open_video(stream) as (container, video):
         reader = FrameReader(container, video)
         try:
-            for frame, _ in reader.nearest(Fraction(1)):
-                fitter = fitter or FrameFitter(frame, reader.pixel_aspect, "area", ClipFiles.num_channels)
-                if reader.num_frames > max(num_frames, 2):
+            for shown in reader.timed():
+                fitter = fitter or FrameFitter(shown.frame, reader.pixel_aspect, "area", ClipFiles.num_channels)
+                if reader.facts.num_frames > max(num_frames, 2):
                     break
         except StrayTimesError as error:
             raise UnreadableMediaError(f"{error}, so its rate is unknown; say it with --fps") from error
-        rate = None if fitter is None else reader.info()["source_fps"]
+        rate = reader.facts.rate
         if rate is not None and video.average_rate is not None and same_rate(rate, float(video.average_rate)):
             rate = float(video.average_rate)  # other than the mean of a few frames, it is not rounded
     if fitter is None or rate is None:

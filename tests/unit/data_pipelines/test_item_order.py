@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.encode.items import ItemOrder
+from data_pipelines.encode import item_order
+from data_pipelines.encode.item_order import ItemOrder
+from pomscale.shards.index import key_hash
+
+FIRST_FILES = [51, 399, 298, 707, 12]
 
 
 @settings(max_examples=200)
@@ -65,3 +71,36 @@ def test_a_sorted_class_folder_is_dealt_as_evenly_as_by_a_full_shuffle(num_items
     pairs = np.bincount(classes[:-1] * 20 + classes[1:], minlength=400)
     expected = (num_items - 1) / 400
     assert ((pairs - expected) ** 2 / expected).sum() < 399 + 6 * np.sqrt(2 * 399)
+
+
+@settings(max_examples=100)
+@given(
+    files=st.lists(st.integers(0, 6), min_size=1, max_size=60),
+    seed=st.integers(0, 2**63 - 1),
+    block=st.integers(1, 9),
+    data=st.data(),
+)
+def test_items_of_a_file_are_neighbours_by_their_starts(
+    files: list[int], seed: int, block: int, data: st.DataObject
+) -> None:
+    starts = data.draw(st.lists(st.integers(-1, 5), min_size=len(files), max_size=len(files)))
+    hashes = np.array([key_hash(str(file)) for file in files], "<u8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(item_order, "BLOCK", block)
+        dealt = np.concatenate(list(item_order.file_by_file(hashes, np.array(starts, "<i8"), seed))).tolist()
+    assert sorted(dealt) == list(range(len(files)))
+    runs = [file for i, file in enumerate(files[item] for item in dealt) if i == 0 or files[dealt[i - 1]] != file]
+    assert len(runs) == len(set(files))
+    for one, other in pairwise(dealt):
+        if files[one] == files[other]:
+            assert (starts[one], one) < (starts[other], other)
+
+
+def test_files_are_in_an_order_of_the_seed() -> None:
+    def dealt(seed: int) -> list[int]:
+        hashes = np.array([key_hash(str(file)) for file in range(1000)], "<u8")
+        return np.concatenate(list(item_order.file_by_file(hashes, np.zeros(1000, "<i8"), seed))).tolist()
+
+    assert dealt(0) == dealt(0)
+    assert sum(a == b for a, b in zip(dealt(0), dealt(1), strict=True)) < 10
+    assert dealt(0)[:5] == FIRST_FILES  # part of the format, as the order of items

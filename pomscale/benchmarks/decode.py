@@ -1,0 +1,185 @@
+"""The part of `pomscale bench encode` that decodes clips: parts of a long file, and files on two cores.
+
+- Parts: clips of 150 frames, one after the other in one file of 640x400 with a key frame every 250 frames, in one pass,
+  against a seek to each. Both scale the same frames in one thread; the results must be equal to the bit.
+- Files: 80 frames of 240x384 from files of 640x400, by two threads as an encode has them, against the plainest PyAV
+  loop with its default threads. The two scale differently, so what must be equal are the frames that are chosen.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pomscale.base.errors import PomscaleError
+from pomscale.benchmarks.report import BenchReport
+from pomscale.media.clips import DecodedClip, Span, decode_clip, decode_spans
+from pomscale.media.frame_fitter import FrameFitter
+from pomscale.media.pyav import av
+
+_HEIGHT, _WIDTH = 400, 640
+_TARGET = (80, 240, 384)
+_FPS = 16
+_SOURCE_FPS = 30
+_KEY_FRAMES = 250
+_CLIP_FRAMES = 150  # the five seconds of the target
+
+# Grey levels by which the mean of a frame may differ between two scalers.
+_MOST_DIFFERENCE = 2.0
+
+Frames = list[np.ndarray]
+
+
+def bench_decode(report: BenchReport, folder: Path, *, num_clips: int, num_turns: int) -> None:
+    """Measure both, in turns with their rivals, on sources that are written into `folder`.
+
+    Raises:
+        PomscaleError: if the results differ.
+    """
+    long = _write(folder / "long.mp4", num_clips * _CLIP_FRAMES, first=0)
+    length = Fraction(_CLIP_FRAMES, _SOURCE_FPS)
+    _parts(
+        report, "one after the other", long, [Span(i * length, (i + 1) * length) for i in range(num_clips)], num_turns
+    )
+    halves = [Span(i * length / 2, i * length / 2 + length) for i in range(2 * num_clips - 1)]
+    _parts(report, "each half in the next", long, halves, num_turns)
+    files = [_write(folder / f"{i}.mp4", _CLIP_FRAMES + 6, first=1000 * i) for i in range(num_clips)]
+    _files(report, files, num_turns)
+
+
+def _write(path: Path, num_frames: int, first: int) -> Path:
+    """Write a film of a smooth picture that moves, with a bar whose place tells the frame's number."""
+    rng = np.random.default_rng(first)
+    coarse = Image.fromarray(rng.integers(0, 256, (40, 64, 3), dtype=np.uint8))
+    picture = np.asarray(coarse.resize((2 * _WIDTH, 2 * _HEIGHT), Image.Resampling.BICUBIC))
+    with av.open(str(path), "w") as container:
+        options = {"g": str(_KEY_FRAMES), "keyint_min": str(_KEY_FRAMES), "sc_threshold": "0", "preset": "veryfast"}
+        stream = container.add_stream("libx264", rate=_SOURCE_FPS, options=options)
+        stream.width, stream.height, stream.pix_fmt = _WIDTH, _HEIGHT, "yuv420p"
+        for number in range(num_frames):
+            pixels = picture[number % _HEIGHT :, number % _WIDTH :][:_HEIGHT, :_WIDTH]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+# --- parts of a long file --------------------------------------------------------------------------------------------
+
+
+def _parts(report: BenchReport, how: str, path: Path, spans: Sequence[Span], num_turns: int) -> None:
+    rates = _in_turns({"pass": lambda: _one_pass(path, spans), "seek": lambda: _seeks(path, spans)}, num_turns)
+    if not all(
+        np.array_equal(ours, rival) for ours, rival in zip(_one_pass(path, spans), _seeks(path, spans), strict=True)
+    ):
+        raise PomscaleError("one pass and a seek per clip give other frames: no figure")
+    report.add(f"{len(spans)} parts of a file, {how}, one pass", clips_per_s=rates["pass"])
+    report.add(f"{len(spans)} parts of a file, {how}, PyAV seek per clip", clips_per_s=rates["seek"])
+    report.compare(f"parts {how}: one pass over a seek per clip", _median_ratio(rates["pass"], rates["seek"]), 1.5)
+
+
+def _one_pass(path: Path, spans: Sequence[Span]) -> Frames:
+    with path.open("rb") as stream:
+        clips = list(decode_spans(stream, spans, [_TARGET], _FPS, "area"))
+    assert all(isinstance(clip, DecodedClip) for clip in clips)
+    return [clip.frames for clip in clips if isinstance(clip, DecodedClip)]
+
+
+def _seeks(path: Path, spans: Sequence[Span]) -> Frames:
+    """Seek to the key frame before each part, and decode from there, in one thread as `decode_spans` does."""
+    found = []
+    for span in spans:
+        with av.open(str(path)) as container:
+            video = container.streams.video[0]
+            video.thread_count = 1
+            assert video.time_base is not None
+            container.seek(int(span.start / video.time_base), stream=video)
+            fitter: FrameFitter | None = None
+            frames: Frames = []
+            previous: av.VideoFrame | None = None
+            for frame in container.decode(video):
+                if previous is not None:
+                    fitter = fitter or FrameFitter(previous, Fraction(1), "area", 3)
+                    middle = (_seconds(previous) + _seconds(frame)) / 2 - span.start
+                    num_due = min(int(middle * _FPS // 1) + 1, _TARGET[0])
+                    if num_due > len(frames):
+                        frames += [fitter.fit(previous, _TARGET[1:])] * (num_due - len(frames))
+                if len(frames) == _TARGET[0]:
+                    break
+                previous = frame
+            else:
+                assert fitter is not None
+                assert previous is not None
+                frames += [fitter.fit(previous, _TARGET[1:])] * (_TARGET[0] - len(frames))
+            found.append(np.stack(frames))
+    return found
+
+
+def _seconds(frame: av.VideoFrame) -> Fraction:
+    assert frame.pts is not None
+    assert frame.time_base is not None
+    return frame.pts * frame.time_base
+
+
+# --- files on two cores ----------------------------------------------------------------------------------------------
+
+
+def _files(report: BenchReport, files: Sequence[Path], num_turns: int) -> None:
+    rates = _in_turns(
+        {"threads": lambda: _two_threads(files), "loop": lambda: list(map(_plain_loop, files))}, num_turns
+    )
+    for ours, rival in zip(_two_threads(files), map(_plain_loop, files), strict=True):
+        difference = np.abs(ours.astype(np.int16) - rival).mean((1, 2, 3)).max()
+        if difference > _MOST_DIFFERENCE:
+            raise PomscaleError(f"the plain loop gives other frames, by {difference:.1f} grey levels: no figure")
+    report.add("80 frames of 240x384 from 640x400, two threads", clips_per_s=rates["threads"])
+    report.add("80 frames of 240x384 from 640x400, plain PyAV loop", clips_per_s=rates["loop"])
+    report.compare("clips/s over the plain PyAV loop", _median_ratio(rates["threads"], rates["loop"]), 1.5)
+
+
+def _two_threads(files: Sequence[Path]) -> Frames:
+    def decode(path: Path) -> np.ndarray:
+        with path.open("rb") as stream:
+            return decode_clip(stream, [_TARGET], _FPS, "area").frames
+
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(decode, files))
+
+
+def _plain_loop(path: Path) -> np.ndarray:
+    """Decode with PyAV as its documentation shows, and scale the frames that are taken."""
+    frames: Frames = []
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            # The nearest in time to k / fps: its own time plus half its duration is beyond that.
+            middle = _seconds(frame) + Fraction(1, 2 * _SOURCE_FPS)
+            if middle * _FPS >= len(frames):
+                frames.append(frame.to_ndarray(width=_TARGET[2], height=_TARGET[1], format="rgb24"))
+            if len(frames) == _TARGET[0]:
+                break
+    return np.stack(frames)
+
+
+# --- turns -----------------------------------------------------------------------------------------------------------
+
+
+def _in_turns(rivals: dict[str, Callable[[], Frames]], num_turns: int) -> dict[str, list[float]]:
+    """Return clips per second of each rival and turn; one turn before these warms up."""
+    rates: dict[str, list[float]] = {name: [] for name in rivals}
+    for turn in range(num_turns + 1):
+        for name, decode in rivals.items():
+            start = time.perf_counter()
+            num_clips = len(decode())
+            if turn:
+                rates[name].append(num_clips / (time.perf_counter() - start))
+    return rates
+
+
+def _median_ratio(ours: Sequence[float], rival: Sequence[float]) -> float:
+    return statistics.median(one / other for one, other in zip(ours, rival, strict=True))
