@@ -3,6 +3,7 @@
     python -m data_pipelines.demos.digits data/digits
 
 The 1,797 scans (8x8 pixels, 17 grey levels) are halved within each class: OUT/train/0..9 and OUT/heldout/0..9.
+OUT/train.csv and OUT/heldout.csv give every file a caption, such as "a handwritten seven".
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pomscale.base.errors import InputError, PomscaleError
+from pomscale.base.files import write_text
 from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.media.pictures import write_png
 
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HALVES = ("train", "heldout")
 _SPLIT_SEED = 0
 _WHITE = 16  # scikit-learn's grey levels are 0..16
@@ -59,13 +62,15 @@ def write_digits(folder: Path) -> dict[str, int]:
 
     Raises InputError if scikit-learn is not installed.
     """
-    counts = dict.fromkeys(HALVES, 0)
+    captions: dict[str, list[str]] = {half: [] for half in HALVES}
     for digit in read_digits():
-        target = folder / digit.half / str(digit.label)
-        target.mkdir(parents=True, exist_ok=True)
-        write_png(target / f"{digit.index:04d}.png", digit.pixels)
-        counts[digit.half] += 1
-    return counts
+        file = Path(digit.half) / str(digit.label) / f"{digit.index:04d}.png"
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        write_png(folder / file, digit.pixels)
+        captions[digit.half].append(f"{file.as_posix()},a handwritten {NAMES[digit.label]}\n")
+    for half, lines in captions.items():
+        write_text(folder / f"{half}.csv", "file,caption\n" + "".join(lines))
+    return {half: len(lines) for half, lines in captions.items()}
 
 
 def main() -> int:

@@ -18,13 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.demos.digits import write_digits
+from data_pipelines.demos.digits import NAMES, write_digits
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.base.files import write_text
 from pomscale.base.keyed_random import Stream, keyed_generator
 from pomscale.media.pictures import read_grey
 
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VELOCITIES = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # rows and columns
 
 FPS = 8

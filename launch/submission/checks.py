@@ -18,7 +18,7 @@ from pomscale.config.data import MixtureComponentConfig
 from pomscale.config.encode import EncodeRecipe, ImageFolderConfig, VideoFolderConfig
 from pomscale.config.identity import differences
 from pomscale.config.load import validate
-from pomscale.config.model import VideoModelConfig
+from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.config.train import TrainRecipe, ValidationConfig
 from pomscale.config.yaml_file import RecipeSource, read_source
 from pomscale.plan.checks import check_layout
@@ -42,7 +42,7 @@ def check_training_data(
     if recipe.validation is not None:
         datasets.append(recipe.validation)
     manifests = [_check_dataset(dataset.path, recipe, profile, to_come) for dataset in datasets]
-    if isinstance(recipe.model, VideoModelConfig):
+    if recipe.model.text_dim is not None:
         for dataset, manifest in zip(datasets, manifests, strict=True):
             _check_texts(dataset, manifest, recipe.model, profile, to_come)
     else:
@@ -69,7 +69,7 @@ def _check_dataset(
 def _check_texts(
     dataset: MixtureComponentConfig | ValidationConfig,
     main: Manifest | None,
-    model: VideoModelConfig,
+    model: ImageModelConfig | VideoModelConfig,
     profile: ClusterProfile,
     to_come: Collection[Path],
 ) -> None:

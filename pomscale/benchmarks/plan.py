@@ -131,7 +131,7 @@ def make_recipe(
             "preset": f"{mixer}-{size['size']}",
             "depth": size["depth"],
             "latent_shape": size["latent_shape"],
-            **({"text_dim": 4096} if is_video else {"num_classes": 100}),
+            **({"text_dim": 4096} if is_video or size["size"].endswith("-text") else {"num_classes": 100}),
         },
         "training": {"total_samples": 1000 * batch, "global_batch": batch},
         "checkpoint": {"every_samples": 1000},
@@ -201,11 +201,12 @@ def _conditioned(
 ) -> tuple[Condition, Network]:
     """Return the condition of a batch, and the network, which for clips is given their first frame groups."""
     zeros = torch.zeros(batch, dtype=torch.int64, device=device)
-    if not isinstance(model, VideoModelConfig):
+    if model.text_dim is None:
         return zeros, network
     embeddings = torch.randn(batch, TEXT_LENGTH, model.text_dim, dtype=torch.float16, device=device)
     mask = torch.ones(batch, TEXT_LENGTH, dtype=torch.bool, device=device)
-    return Text(embeddings, mask), partial(network, start=zeros)
+    network = partial(network, start=zeros) if isinstance(model, VideoModelConfig) else network
+    return Text(embeddings, mask), network
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:

@@ -110,6 +110,7 @@ class _Ours(_Contender):
         weights = {name: tensor.clone() for name, tensor in translate(theirs.state_dict(), config).items()}
         self.model.load_state_dict(weights)
         self._objective = build_objective(recipe.diffusion)
+        assert config.num_classes is not None, "networks of JiTpp"
         self._dropped, self._num_classes = recipe.diffusion.condition_dropout, config.num_classes
         self._time = recipe.diffusion.time
         self._optimizer = build_optimizer(self.model, recipe.optimizer.model_copy(update={"lr": 1e-6}))
@@ -151,6 +152,8 @@ def bench_step(
     config = recipe.model
     if not isinstance(config, ImageModelConfig) or config.dim not in _SIZES or recipe.diffusion.objective != "x":
         raise InputError(f"{recipe.name}: JiTpp has no such network; take a recipe of recipes/image/jit-*")
+    if config.num_classes is None:
+        raise InputError(f"{recipe.name}: its pictures are of a text, and JiTpp's of a class")
     denoiser = _denoiser(jitpp, pom)
     report = BenchReport("step")
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ FeedForwardName = Literal["gelu", "swiglu"]
 GatesName = Literal["1+g", "g"]
 PositionsName = Literal["sincos", "sincos_integer", "none"]
 TimeEmbeddingName = Literal["noise_step", "data_fraction"]
+TextName = Literal["cross", "in_context"]
 
 
 class PatchEmbeddingConfig(Section):

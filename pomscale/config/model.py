@@ -21,6 +21,7 @@ from pomscale.config.block import (
     NormName,
     PatchEmbeddingConfig,
     PositionsName,
+    TextName,
     TimeEmbeddingName,
 )
 from pomscale.config.mixer import (
@@ -33,7 +34,7 @@ from pomscale.config.mixer import (
     resolve_mixer,
 )
 from pomscale.config.presets import IMAGE_PRESETS, PRESETS, VIDEO_PRESETS
-from pomscale.config.section import GrownSection
+from pomscale.config.section import GrownSection, NonNegativeInt
 
 
 def _nearest_preset(name: str) -> str:
@@ -162,10 +163,24 @@ class TrunkConfig(GrownSection):
     def token_grid(self) -> tuple[int, ...]:
         """Tokens of a sample of `latent_shape` by row and column; by frame group, row and column in clips."""
 
-    def num_block_tokens(self, number: int) -> int:
-        """Return the tokens of a sample that a block reads, those of the class among them."""
-        in_context = self.in_context
-        return self.num_tokens + (in_context.tokens if in_context is not None and number >= in_context.start else 0)
+    @property
+    @abstractmethod
+    def has_cross_mixers(self) -> bool:
+        """Whether every block has a cross mixer, which reads a text."""
+
+    @property
+    def context_start(self) -> int | None:
+        """Number of the first block that reads tokens in context; None = there are none."""
+        return None if self.in_context is None else self.in_context.start
+
+    def num_block_tokens(self, number: int, text_length: int) -> int:
+        """Return the tokens of a sample that a block mixes, those in context among them.
+
+        text_length is the number of tokens of its text, padding included.
+        """
+        if self.context_start is None or number < self.context_start:
+            return self.num_tokens
+        return self.num_tokens + (text_length if self.in_context is None else self.in_context.tokens)
 
     @property
     def has_rope(self) -> bool:
@@ -183,7 +198,9 @@ class TrunkConfig(GrownSection):
 
 
 class ImageModelConfig(TrunkConfig):
-    """Pictures of a class (DiPoM, DiT)."""
+    """Pictures of a class (DiPoM, DiT), or of a text."""
+
+    _later = TrunkConfig._later | {"text_dim", "text", "text_start"}
 
     _presets = IMAGE_PRESETS
     _num_axes = 2
@@ -195,12 +212,65 @@ class ImageModelConfig(TrunkConfig):
         json_schema_extra={"enum": [None, *IMAGE_PRESETS]},
     )
     latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="(channels, height, width).")
-    num_classes: PositiveInt = Field(description="Classes of the dataset; the null class is added by the model.")
+    num_classes: PositiveInt | None = Field(
+        None, description="Classes of the dataset; the null class is added by the model. null: pictures of a text."
+    )
+    text_dim: PositiveInt | None = Field(
+        None, description="Width of the text embeddings: 4096 for T5-XXL. null: pictures of a class."
+    )
+    text: TextName = Field(
+        "cross",
+        description="cross: a cross mixer in every block reads the text, as in models of clips; in_context: its tokens "
+        "are put before those of the picture.",
+    )
+    text_start: NonNegativeInt = Field(
+        0, description="text in_context: number of the block, from 0, that is the first to read it."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ImageModelConfig:
         self._check_sides(*self.latent_shape[1:])
+        if self.num_classes is not None and self.text_dim is not None:
+            raise ValueError("text_dim: pictures are of a class or of a text; leave out num_classes or text_dim")
+        if self.text_dim is None:
+            self._check_without_text()
+        else:
+            self._check_text()
         return self
+
+    def _check_without_text(self) -> None:
+        if "text" in self.model_fields_set or "text_start" in self.model_fields_set:
+            raise ValueError(
+                "text_dim: pictures of a text need the width of its embeddings, 4096 for T5-XXL; for pictures of a "
+                "class leave out text and text_start, and a preset whose name ends in -text"
+            )
+        if self.num_classes is None:
+            raise ValueError(
+                "num_classes: give the number of classes of the dataset, or, for pictures of a text, text_dim"
+            )
+
+    def _check_text(self) -> None:
+        if self.in_context is not None:
+            raise ValueError(
+                "in_context: these are tokens of a class, and pictures of a text have none; set in_context: null, and "
+                "text: in_context for the tokens of the text"
+            )
+        if self.text == "cross" and self.text_start:
+            raise ValueError("text_start: is for text: in_context; cross mixers are in all blocks")
+        if self.text_start >= self.depth:
+            raise ValueError(f"text_start: {self.text_start} is no block; they are 0 to {self.depth - 1}")
+
+    @property
+    def has_cross_mixers(self) -> bool:
+        """Whether every block has a cross mixer, which reads a text."""
+        return self.text_dim is not None and self.text == "cross"
+
+    @property
+    def context_start(self) -> int | None:
+        """Number of the first block that reads tokens in context; None = there are none."""
+        if self.text_dim is None:
+            return super().context_start
+        return None if self.has_cross_mixers else self.text_start
 
     @property
     def token_grid(self) -> tuple[int, int]:
@@ -241,6 +311,11 @@ class VideoModelConfig(TrunkConfig):
         if self.in_context is not None:
             raise ValueError("in_context: clips have a text and no class; leave it out")
         return self
+
+    @property
+    def has_cross_mixers(self) -> bool:
+        """Whether every block has a cross mixer, which reads a text."""
+        return True
 
     @property
     def num_groups(self) -> int:

@@ -5,10 +5,12 @@ feed-forward expansion 3 for S and B, 2 for L and XL. DiT sizes are the same tru
 feed-forward expansion 4 (Peebles & Xie 2023, table 1).
 
 V-DiPoM-XL is the size of the PoM paper's text-to-video model: 20 blocks, 1152 wide, about 1.1 G parameters. Its smaller
-siblings and V-DiT, the same trunk with attention, are ours.
+siblings and V-DiT, the same trunk with attention, are ours. dipom-*-2-text, for pictures of a text, has these sizes: a
+cross mixer in every block reads the text as in V-DiPoM.
 
 JiT sizes are those of arXiv 2511.13720, for pixels; jit-*-pom has the mixer of the authors' code (JiTpp,
 `configs/jit_b_pom_4gpu.yaml`): coefficients of degree 3, expansion 2, as many gates as attention has heads.
+jit-*-16-pom-text has the tokens of a text in place of those of a class, from the same block on.
 """
 
 from __future__ import annotations
@@ -96,6 +98,22 @@ IMAGE_PRESETS: dict[str, dict[str, Any]] = {
         for size, fields in _JIT_SIZES.items()
         for patch in _JIT_PATCH_SIZES
         for suffix in ("", "-pom")
+    },
+    **{
+        f"dipom-{size}-2-text": {"text": "cross", "mixer": "pom", "ffn_expansion": 4, "patch_size": 2, **fields}
+        for size, fields in _VIDEO_SIZES.items()
+    },
+    **{
+        f"jit-{size}-16-pom-text": {
+            "mixer": _jit_mixer("-pom", fields["num_heads"]),
+            "patch_size": 16,
+            **_JIT,
+            **fields,
+            "in_context": None,
+            "text": "in_context",
+            "text_start": fields["in_context"]["start"],
+        }
+        for size, fields in _JIT_SIZES.items()
     },
 }
 VIDEO_PRESETS: dict[str, dict[str, Any]] = {

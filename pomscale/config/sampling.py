@@ -26,11 +26,13 @@ class SamplingConfig(Section):
 
     every_samples: PositiveInt | None = Field(None, description="Draw into the run folder this often; null = never.")
     num_classes: PositiveInt | None = Field(None, description="Classes in the grid, from class 0 on; null = up to 8.")
-    prompts: list[Annotated[str, Field(min_length=1)]] = Field([], description="Clips: captions of the clips to draw.")
+    prompts: list[Annotated[str, Field(min_length=1)]] = Field([], description="Models of texts: what to draw.")
     text_path: str | None = Field(
-        None, description="Clips: folder of the text encoder on this machine, if not the one that encoded the captions."
+        None,
+        description="Models of texts: folder of the text encoder on this machine, if not the one that encoded the "
+        "captions.",
     )
-    num_each: PositiveInt = Field(4, description="Pictures of each class, clips of each prompt.")
+    num_each: PositiveInt = Field(4, description="Pictures of each class, pictures or clips of each prompt.")
     num_frames: PositiveInt | None = Field(
         None, description="Clips: latent frames; null = as many as model.latent_shape has."
     )

@@ -208,6 +208,8 @@ class TrainRecipe(Section):
             self._check_video(self.model)
         else:
             self._check_image(self.model)
+        if self.model.text_dim is not None:
+            self._check_texts()
         self._check_mesh()
         self._check_alignment()
         self._check_best()
@@ -215,20 +217,38 @@ class TrainRecipe(Section):
         return self
 
     def _check_image(self, model: ImageModelConfig) -> None:
-        if self.sampling.num_classes is not None and self.sampling.num_classes > model.num_classes:
+        for key, is_set in (
+            ("sampling.num_frames", self.sampling.num_frames),
+            ("diffusion.time.per_frame_group", self.diffusion.time.per_frame_group),
+            ("diffusion.max_start_group", self.diffusion.max_start_group),
+        ):
+            if is_set:
+                raise ValueError(f"{key}: is for clips, and model.kind is image")
+        if model.num_classes is not None:
+            self._check_classes(model.num_classes)
+
+    def _check_classes(self, num_classes: int) -> None:
+        if self.sampling.num_classes is not None and self.sampling.num_classes > num_classes:
             raise ValueError("sampling.num_classes: more than model.num_classes")
         for key, is_set in (
             ("sampling.prompts", self.sampling.prompts),
-            ("sampling.num_frames", self.sampling.num_frames),
             ("sampling.text_path", self.sampling.text_path),
-            ("diffusion.time.per_frame_group", self.diffusion.time.per_frame_group),
-            ("diffusion.max_start_group", self.diffusion.max_start_group),
             ("data.text", self.data.text),
             *((f"data.mixture.{i}.text", component.text) for i, component in enumerate(self.data.mixture)),
             ("validation.text", self.validation and self.validation.text),
         ):
             if is_set:
-                raise ValueError(f"{key}: is for clips, and model.kind is image")
+                raise ValueError(
+                    f"{key}: is for models of texts, and this one is of classes (model.num_classes); for pictures of a "
+                    "text give model.text_dim instead"
+                )
+
+    def _check_texts(self) -> None:
+        if self.sampling.num_classes is not None:
+            raise ValueError("sampling.num_classes: is for models of classes; for texts give sampling.prompts")
+        if self.sampling.every_samples is not None and not self.sampling.prompts:
+            what = "clips" if isinstance(self.model, VideoModelConfig) else "pictures"
+            raise ValueError(f"sampling.prompts: say what the {what} are to show, or set sampling.every_samples: null")
 
     def _check_video(self, model: VideoModelConfig) -> None:
         if isinstance(self.codec, Uint8CodecConfig):
@@ -236,10 +256,6 @@ class TrainRecipe(Section):
         if self.diffusion.time.per_frame_group and model.temporal != "block_causal":
             raise ValueError("diffusion.time.per_frame_group: needs model.temporal: block_causal")
         sampling = self.sampling
-        if sampling.num_classes is not None:
-            raise ValueError("sampling.num_classes: is for pictures; for clips give sampling.prompts")
-        if sampling.every_samples is not None and not sampling.prompts:
-            raise ValueError("sampling.prompts: say what the clips are to show, or set sampling.every_samples: null")
         if sampling.num_frames is not None and sampling.num_frames % model.patch_frames:
             raise ValueError(
                 f"sampling.num_frames: {sampling.num_frames} frames are not divisible by "

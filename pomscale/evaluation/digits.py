@@ -1,5 +1,7 @@
 """`pomscale evaluate digits`: whether generated digits are recognised, and whether they are copies.
 
+A digit is asked for by its class, or by a prompt with its name, such as "a handwritten seven".
+
 A support vector classifier is fitted on real digits that were not trained on. The distance of every picture to its
 nearest training picture is set beside that of real held-out pictures: a model that copies has distances near 0.
 
@@ -9,6 +11,7 @@ Generated digits that are k times larger, of a model of enlarged ones, are avera
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +21,8 @@ from sklearn.svm import SVC
 
 from pomscale.base.errors import InputError
 from pomscale.media.pictures import read_grey
+
+_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def evaluate_digits(npz: Path, train_folder: Path, heldout_folder: Path) -> Digi
     heldout, heldout_labels, _ = _read_folder(heldout_folder)
     try:
         with np.load(npz) as arrays:
-            generated, asked = arrays["images"], arrays["classes"]
+            generated, asked = arrays["images"], _asked(npz, arrays)
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{npz}: not a file of `pomscale sample --npz` ({error})") from error
     times_larger = max(1, generated.shape[1] // size[0]) if generated.ndim == 4 else 1
@@ -104,6 +109,19 @@ def evaluate_digits(npz: Path, train_folder: Path, heldout_folder: Path) -> Digi
         nearest_heldout_p05=float(np.percentile(nearest_heldout, 5)),
         times_larger=times_larger,
     )
+
+
+def _asked(npz: Path, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the class that is asked for of each picture, (n,): its own, or that of the digit that its prompt names."""
+    if "prompts" not in arrays:
+        return arrays["classes"]
+    asked = []
+    for prompt in arrays["prompts"]:
+        named = [label for label, name in enumerate(_NAMES) if name in str(prompt).lower().split()]
+        if len(named) != 1:
+            raise InputError(f"{npz}: the prompt {str(prompt)!r} names {len(named)} digits; name one, such as seven")
+        asked += named
+    return np.array(asked)
 
 
 def _averaged(pictures: np.ndarray, times: int) -> np.ndarray:

@@ -47,16 +47,17 @@ class Block(nn.Module):
         positions: Tensor | None = None,
         split: TokenSplit | None = None,
         seeds: Tensor | None = None,
+        mask: Mask = None,
     ) -> Tensor:
         """Apply the block.
 
         positions (n axes) are integers, which only mixers with rope read. split: where the tokens lie, if x has only
-        some of them. seeds (b,) int64 of the dropout; None = none.
+        some of them. seeds (b,) int64 of the dropout; None = none. mask is that of the mixer.
         """
         c = F.silu(c)
         scale1, shift1, scale2, shift2 = self.modulation(c).chunk(4, dim=-1)
         gate1, gate2 = (self.gate_offset + self.gates(c)).chunk(2, dim=-1)
-        mixed = mix(self.mixer, modulate(self.norm1(x), shift1, scale1), positions, split=split)
+        mixed = mix(self.mixer, modulate(self.norm1(x), shift1, scale1), positions, mask, split)
         x = x + gate1 * self.dropout.of_mixer(self.mixer, mixed, seeds, split)
         del mixed  # the feed-forward, which takes the most memory of a block, would run beside it
         return x + gate2 * self.ffn(modulate(self.norm2(x), shift2, scale2), self.dropout.of_hidden(seeds, split))

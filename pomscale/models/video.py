@@ -30,6 +30,7 @@ from pomscale.layers import (
 from pomscale.models.alignment import build_alignment, project
 from pomscale.models.block import BlockDropout, build_feed_forward, build_mixer, build_norm, gate_offset, mix
 from pomscale.models.embeddings import build_bottleneck, build_time_embedding
+from pomscale.models.texts import embed_text
 from pomscale.ops.pom import BlockCausal, Mask, PomState, SplitTokens, TokenSplit, runs_of_frames
 
 MixerState = PomState | AttentionState
@@ -258,7 +259,7 @@ class VDiPoM(nn.Module):
         x = self._with_positions(x, groups, grid, split)
         positions = self._positions(groups, grid, split)
         c = self._embedded_time(t)
-        text = self._embedded_text(condition)
+        text = embed_text(self.text_embedding, condition)
         mask = BlockCausal(grid[1] * grid[2]) if self.config.temporal == "block_causal" else None
         for number, block in enumerate(self.trunk):
             x = block(x, c, text, condition.mask, mask, positions, split, seeds)
@@ -287,7 +288,7 @@ class VDiPoM(nn.Module):
         x = self._with_positions(x, groups, grid)
         positions = self._positions(groups, grid)
         c = self._embedded_time(t)
-        text = self._embedded_text(condition)
+        text = embed_text(self.text_embedding, condition)
         new_states = []
         past: Sequence[MixerState | None] = states or [None] * len(self.trunk)
         for block, state in zip(self.trunk, past, strict=True):
@@ -328,9 +329,6 @@ class VDiPoM(nn.Module):
     def _embedded_time(self, t: Tensor) -> Tensor:
         """Embed t as (b 1 d), or (b g d) by frame group."""
         return self.time_embedding(t if t.ndim == 2 else t[:, None])
-
-    def _embedded_text(self, condition: Text) -> Tensor:
-        return self.text_embedding(condition.embeddings.to(self.text_embedding.weight.dtype))
 
     def _values(self, x: Tensor, c: Tensor, split: TokenSplit | None = None) -> Tensor:
         """Map tokens (b n d) to the values of their patches, (b n f * p * q * c)."""

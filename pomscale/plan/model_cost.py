@@ -12,26 +12,27 @@ token and e d^2 per state. These are the executed FLOPs; the nominal ones are th
 All figures are executed FLOPs, MFU included, except where they are called nominal: arithmetic that nobody does is no
 use of a GPU.
 
-A block of clips has a cross mixer besides, over M tokens of text: per token PoM 2 k e d^2, attention 2 d^2 + 2 M d, and
-per token of text PoM k e d^2, attention 2 d^2. Its modulation costs 11 d^2: with k = e = 2 and f = 4 a PoM block has
-12 d^2 (cross) + 12 d^2 (self) + 8 d^2 (feed-forward) + 11 d^2 (modulation) = 43 d^2 parameters, biases aside. The
-modulation and the modulated text, of which a clip has one for every t, cost as often as it has values of t.
+A block of clips, or of pictures of a text, has a cross mixer besides, over M tokens of text: per token PoM 2 k e d^2,
+attention 2 d^2 + 2 M d, and per token of text PoM k e d^2, attention 2 d^2. Its modulation costs 11 d^2: with k = e = 2
+and f = 4 a PoM block has 12 d^2 (cross) + 12 d^2 (self) + 8 d^2 (feed-forward) + 11 d^2 (modulation) = 43 d^2
+parameters, biases aside. The modulation and the modulated text, of which a clip has one for every t, cost as often as
+it has values of t.
 
 Other choices of the trunk: SwiGLU has 3 h d for its width h = 2/3 f d; a bottleneck b of the patch embedding
-b (values + d) per token; the time embedding of JiT (256 + d) d per time. In-context tokens add to N from their block
-on. The projection of the alignment loss, of hidden width h to features of width z, has h (d + h + z) per token of the
-picture, in training alone.
+b (values + d) per token; the time embedding of JiT (256 + d) d per time. In-context tokens, of a class or of a text,
+add to N from their block on. The projection of the alignment loss, of hidden width h to features of width z, has
+h (d + h + z) per token of the picture, in training alone.
 """
 
 from __future__ import annotations
 
 from pomscale.config.mixer import AttentionMixer, Mixer, PomMixer
-from pomscale.config.model import ModelConfig, VideoModelConfig
+from pomscale.config.model import ImageModelConfig, ModelConfig, VideoModelConfig
 from pomscale.config.recomputation import is_recomputed
 from pomscale.config.text import T5_MAX_LENGTH
 
 TEXT_LENGTH = T5_MAX_LENGTH
-"""Default length of a clip's text in tokens: captions are padded to the encoder's max_length."""
+"""Default length of a text in tokens: captions are padded to the encoder's max_length."""
 
 
 _TIME_FEATURES = 256
@@ -49,9 +50,9 @@ def num_parameters(config: ModelConfig) -> int:
     bottleneck, (features, hidden) = config.patch_embedding.bottleneck, time_widths(config)
     embeddings = _linear(values, dim) if bottleneck is None else values * bottleneck + _linear(bottleneck, dim)
     embeddings += _linear(features, hidden) + _linear(hidden, dim)
-    if isinstance(config, VideoModelConfig):
+    if config.text_dim is not None:
         embeddings += _linear(config.text_dim, dim)
-    else:
+    elif isinstance(config, ImageModelConfig) and config.num_classes is not None:
         embeddings += (config.num_classes + 1) * dim
     if config.in_context is not None:
         embeddings += config.in_context.tokens * dim
@@ -81,9 +82,8 @@ def num_block_parameters(config: ModelConfig) -> int:
     dim, width = config.dim, config.block.ffn_width
     block = _linear(dim, _num_inputs(config) * width) + _linear(width, dim)
     block += _linear(dim, _num_modulations(config) * dim)
-    is_video = isinstance(config, VideoModelConfig)
-    block += (4 if is_video else 2) * _norm(config)
-    num_mixers = 2 if is_video else 1
+    num_mixers = 2 if config.has_cross_mixers else 1
+    block += 2 * num_mixers * _norm(config)
     return sum(block + num_mixers * _mixer_parameters(mixer, dim) for mixer in config.mixers)
 
 
@@ -115,7 +115,7 @@ def forward_flops(
 
     Args:
         config: network.
-        text_length: tokens of text of a clip, padding included.
+        text_length: tokens of a text, padding included.
         num_times: values of t of a clip: one, or one per frame group.
         nominal: count the output maps of selection heads token by token.
     """
@@ -128,7 +128,7 @@ def forward_flops(
     patches = tokens * values * dim  # head
     patches += tokens * (values * dim if bottleneck is None else bottleneck * (values + dim))
     of_time = num_times * (hidden * (features + dim) + 2 * dim**2)  # time embedding, final modulation
-    of_text = text_length * config.text_dim * dim if isinstance(config, VideoModelConfig) else 0
+    of_text = 0 if config.text_dim is None else text_length * config.text_dim * dim
     blocks = sum(_block_flops(config, n, text_length, num_times, nominal) for n in range(config.depth))
     return 2 * (patches + of_time + of_text) + blocks
 
@@ -168,12 +168,13 @@ def recomputed_flops(
 
 
 def _block_flops(config: ModelConfig, number: int, text_length: int, num_times: int, nominal: bool = False) -> int:
-    dim, tokens, mixer = config.dim, config.num_block_tokens(number), config.mixers[number]
+    dim, tokens, mixer = config.dim, config.num_block_tokens(number, text_length), config.mixers[number]
     states = 1
+    if isinstance(config, VideoModelConfig) and config.temporal == "block_causal":
+        states = config.num_groups
     products = tokens * (_num_inputs(config) + 1) * config.block.ffn_width * dim
     products += num_times * _num_modulations(config) * dim**2
-    if isinstance(config, VideoModelConfig):
-        states = config.num_groups if config.temporal == "block_causal" else 1
+    if config.has_cross_mixers:
         # Frame groups with a t of their own read the text one by one.
         products += num_times * _mixer_products(mixer, dim, tokens // num_times, text_length, 1, nominal)
     return 2 * (products + _mixer_products(mixer, dim, tokens, tokens, states, nominal))
@@ -181,10 +182,10 @@ def _block_flops(config: ModelConfig, number: int, text_length: int, num_times: 
 
 def _lean_flops(config: ModelConfig, number: int, text_length: int) -> int:
     """Return the FLOPs of the maps that the PoM mixers of a block repeat if they keep their inputs alone."""
-    mixer, tokens = config.mixers[number], config.num_block_tokens(number)
+    mixer, tokens = config.mixers[number], config.num_block_tokens(number, text_length)
     if isinstance(mixer, AttentionMixer) or mixer.groups > 1:  # groups run in layers, which keep what they give
         return 0
-    contexts = [tokens, *([text_length] if isinstance(config, VideoModelConfig) else [])]
+    contexts = [tokens, *([text_length] if config.has_cross_mixers else [])]
     return 2 * sum(_input_products(mixer, config.dim, tokens, context) for context in contexts)
 
 
@@ -206,7 +207,7 @@ def _mixer_products(mixer: Mixer, dim: int, queries: int, context: int, states: 
 
 def _num_modulations(config: ModelConfig) -> int:
     """Return the number of scales, shifts and gates of a block, each of width d."""
-    return 8 + 3 if isinstance(config, VideoModelConfig) else 4 + 2
+    return 8 + 3 if config.has_cross_mixers else 4 + 2
 
 
 def _linear(inputs: int, outputs: int) -> int:

@@ -37,7 +37,7 @@ from pomscale.shards.schema import Normalization
 
 _LIGHTNING, _ORIGINAL = "denoiser.net.", "net."
 _AVERAGES = {"ema1": "1", "ema2": "2"}
-_JIT = {name: preset for name, preset in IMAGE_PRESETS.items() if name.startswith("jit-")}
+_JIT = {name: preset for name, preset in IMAGE_PRESETS.items() if name.startswith("jit-") and "text" not in preset}
 # Tensors from whose shapes the sizes are read, with their numbers of axes.
 _SIZED = {
     "x_embedder.proj1.weight": 4,

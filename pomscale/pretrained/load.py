@@ -18,7 +18,7 @@ from pomscale.pretrained.weights import open_weights
 
 
 class PretrainedDiPoM(DiPoM):
-    """A DiPoM with its card, which names the objective, the normalisation and the codec."""
+    """A DiPoM with its card, which names the objective, the normalisation, the codec, and a text encoder if any."""
 
     def __init__(self, card: ModelCard) -> None:
         assert isinstance(card.model, ImageModelConfig)
@@ -34,6 +34,14 @@ class PretrainedDiPoM(DiPoM):
     def codec(self) -> Codec:
         """The codec of the training latents, on the model's device; raises InputError as ModelCard.load_codec."""
         return self.card.load_codec(self.head.weight.device)
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """The text encoder of the training captions, for a network of texts, on its device.
+
+        Raises InputError as ModelCard.load_text_encoder.
+        """
+        return self.card.load_text_encoder(self.head.weight.device)
 
 
 class PretrainedVDiPoM(VDiPoM):

@@ -24,10 +24,10 @@ from pomscale.sampling.prompts import embed_prompts
 
 
 class ClipArguments(TypedDict, total=False):
-    """Arguments of `sample` for clips.
+    """Arguments of `sample` for clips, and the size of pictures of a text.
 
     num_frames: Latent frames of each clip; by default as many as the model was made for.
-    size: Latent (height, width); by default that of `known`, or else that of the training clips.
+    size: Latent (height, width); by default that of `known`, or else that of the model's config.
     known: Normalised latents (n c f h w) of the first f frames, which are given. The clips begin with them.
     """
 
@@ -183,7 +183,7 @@ def _conditions(
     model: PretrainedModel, condition: Sequence[int] | Sequence[str] | Tensor | Text
 ) -> tuple[Condition, Condition]:
     """Return the checked condition (n) and the null condition (1)."""
-    if isinstance(model, PretrainedVDiPoM):
+    if isinstance(model, PretrainedVDiPoM) or model.config.num_classes is None:
         if not isinstance(condition, Text):
             if isinstance(condition, str) or not all(isinstance(prompt, str) for prompt in condition):
                 raise InputError("sample: this model is conditioned on texts; give a list of prompts")
@@ -207,9 +207,7 @@ def _shape(
 ) -> tuple[tuple[int, ...], int | None]:
     """Return the shape of a sample's latents, and for clips the latent frames of a frame group."""
     if isinstance(model, PretrainedDiPoM):
-        if any(option is not None for option in (num_frames, size, known)):
-            raise InputError("sample: num_frames, size and known are for clips, and this model makes pictures")
-        return model.config.latent_shape, None
+        return _shape_of_pictures(model, num_frames, size, known), None
     channels, most, *_ = model.config.latent_shape
     patch_frames = model.config.patch_frames
     if num_frames is not None and (num_frames < 1 or num_frames % patch_frames):
@@ -222,3 +220,18 @@ def _shape(
         raise InputError(f"sample: {known.shape[2]} latent frames are known, and the clips have {num_frames}")
     warn_of_unseen_positions(model, num_frames // patch_frames)
     return (channels, num_frames, height, width), patch_frames
+
+
+def _shape_of_pictures(
+    model: PretrainedDiPoM, num_frames: int | None, size: tuple[int, int] | None, known: Tensor | None
+) -> tuple[int, int, int]:
+    if num_frames is not None or known is not None:
+        raise InputError("sample: num_frames and known are for clips, and this model makes pictures")
+    if size is None:
+        return model.config.latent_shape
+    if model.config.num_classes is not None:
+        raise InputError("sample: size is for models of texts, and this model makes pictures of classes, of one size")
+    patch_size = model.config.patch_size
+    if size[0] % patch_size or size[1] % patch_size:
+        raise InputError(f"sample: latent size {size[0]}x{size[1]} is not divisible by patch_size {patch_size}")
+    return (model.config.latent_shape[0], *size)

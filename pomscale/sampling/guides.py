@@ -63,10 +63,11 @@ def _facts(model: PretrainedModel, guide: PretrainedModel) -> list[tuple[str, ob
     if isinstance(model, PretrainedDiPoM) and isinstance(guide, PretrainedDiPoM):
         facts.insert(0, ("latent shape", model.config.latent_shape, guide.config.latent_shape))
         facts.append(("number of classes", model.config.num_classes, guide.config.num_classes))
+        facts.append(("text encoder", _text_encoder(model), _text_encoder(guide)))
     if isinstance(model, PretrainedVDiPoM) and isinstance(guide, PretrainedVDiPoM):
         # A guide may have seen clips of another length and size.
         facts.insert(0, ("number of latent channels", model.config.latent_shape[0], guide.config.latent_shape[0]))
-        facts.append(("text encoder", one.texts.joint_identity, other.texts.joint_identity))
+        facts.append(("text encoder", _text_encoder(model), _text_encoder(guide)))
     if one.codec_identity is not None and other.codec_identity is not None:
         facts.append(("codec's weights", one.codec_identity, other.codec_identity))
     if one.class_names and other.class_names:
@@ -93,6 +94,10 @@ def check_stream_guide(model: PretrainedVDiPoM, guide: PretrainedVDiPoM, options
             f"guide: it was trained with {of_guide}, and the model with {of_model}; clips that are made frame group by "
             "frame group need both alike"
         )
+
+
+def _text_encoder(model: PretrainedModel) -> str | None:
+    return None if model.card.text is None else model.card.text.joint_identity
 
 
 def _forms(model: PretrainedModel) -> tuple[str, int, bool]:

@@ -532,45 +532,52 @@ def check_compatible(
         )
     for number in sorted({shard.group for shard in manifest.shards}):
         shape = manifest.groups[number].shape
-        problem = _misfit_of_clips(shape, model) if isinstance(model, VideoModelConfig) else _misfit(shape, model)
+        problem = _misfit(shape, model)
         if problem is not None:
             raise InputError(
                 f"dataset {folder}: has latents of shape {shape} (channels, [frames,] height, width), but {problem}. "
                 f"{_CHANGE_OR_ENCODE}"
             )
-    if isinstance(model, ImageModelConfig) and manifest.num_classes != model.num_classes:
+    num_classes = model.num_classes if isinstance(model, ImageModelConfig) else None
+    if num_classes is not None and manifest.num_classes != num_classes:
         raise InputError(
-            f"dataset {folder}: has {manifest.num_classes} classes, but model.num_classes is {model.num_classes}. "
+            f"dataset {folder}: has {manifest.num_classes} classes, but model.num_classes is {num_classes}. "
             f"{_CHANGE_OR_ENCODE}"
         )
 
 
-def _misfit(shape: tuple[int, ...], model: ImageModelConfig) -> str | None:
-    return None if shape == model.latent_shape else f"model.latent_shape is {model.latent_shape}"
+def _misfit(shape: tuple[int, ...], model: ImageModelConfig | VideoModelConfig) -> str | None:
+    """Return why a shape (c, f, h, w) or (c, h, w) does not fit a model, or None.
 
-
-def _misfit_of_clips(shape: tuple[int, ...], model: VideoModelConfig) -> str | None:
-    """Return why a shape does not fit a model of clips, or None.
-
-    It is that of clips (c, f, h, w), which may be smaller than the model's largest, or of pictures (c, h, w).
+    Clips, and pictures of a text, may be smaller than the model's largest, and models of clips take pictures too.
     """
+    if isinstance(model, VideoModelConfig):
+        return _misfit_of_texts(shape, model, model.patch_frames)
+    if model.text_dim is None or len(shape) != 3:
+        return None if shape == model.latent_shape else f"model.latent_shape is {model.latent_shape}"
+    return _misfit_of_texts(shape, model, patch_frames=1)
+
+
+def _misfit_of_texts(
+    shape: tuple[int, ...], model: ImageModelConfig | VideoModelConfig, patch_frames: int
+) -> str | None:
     channels, num_frames, height, width = shape if len(shape) == 4 else (shape[0], 1, *shape[1:])
     if channels != model.latent_shape[0]:
         return f"model.latent_shape says {model.latent_shape[0]} channels"
-    if num_frames != 1 and num_frames % model.patch_frames:
-        return f"{num_frames} frames are not divisible by model.patch_frames {model.patch_frames}"
+    if num_frames != 1 and num_frames % patch_frames:
+        return f"{num_frames} frames are not divisible by model.patch_frames {patch_frames}"
     if height % model.patch_size or width % model.patch_size:
         return f"{height}x{width} is not divisible by model.patch_size {model.patch_size}"
-    num_tokens = -(-num_frames // model.patch_frames) * (height // model.patch_size) * (width // model.patch_size)
+    num_tokens = -(-num_frames // patch_frames) * (height // model.patch_size) * (width // model.patch_size)
     if num_tokens > model.num_tokens:
         return (
-            f"that is {num_tokens:,} tokens, and model.latent_shape {model.latent_shape} of the largest clips says "
-            f"{model.num_tokens:,}"
+            f"that is {num_tokens:,} tokens, and model.latent_shape {model.latent_shape} of the largest "
+            f"{'clips' if isinstance(model, VideoModelConfig) else 'pictures'} says {model.num_tokens:,}"
         )
     return None
 
 
-def check_text(location: str | Path, manifest: Manifest, model: VideoModelConfig) -> None:
+def check_text(location: str | Path, manifest: Manifest, model: ImageModelConfig | VideoModelConfig) -> None:
     """Raise InputError, naming both values and the remedy, if the set of the texts does not fit the model."""
     dim = text_info(location, manifest).width
     if dim != model.text_dim:

@@ -80,13 +80,13 @@ def open_inputs(recipe: TrainRecipe, folder: Path, *, pin_memory: bool = False) 
         recipe.data,
         seed=recipe.seed,
         global_batch=recipe.training.global_batch,
-        read_text=isinstance(model, VideoModelConfig),
+        read_text=model.text_dim is not None,
         pin_memory=pin_memory,
         features_until=None if alignment is None else alignment.until_samples,
     )
     for dataset in mixture.datasets:
         check_compatible(dataset.location, dataset.manifest, recipe.codec, model)
-        if isinstance(model, VideoModelConfig) and dataset.text is not None:
+        if dataset.text is not None:
             check_text(dataset.text.source.location, dataset.text.source.manifest, model)
         if dataset.features is not None:
             check_aligned(dataset.features.source.location, dataset.features.info, dataset.manifest, model)
@@ -282,19 +282,19 @@ def _epochs(mixture: Mixture, position: int) -> Iterator[tuple[str, float]]:
 
 
 def mean_flops(recipe: TrainRecipe, mixture: Mixture) -> float:
-    """FLOPs of training on one sample: the mean over the mixture, whose clips may be smaller than the largest."""
+    """FLOPs of training on one sample: the mean over the mixture, whose samples may be smaller than the largest."""
     model = recipe.model
-    if not isinstance(model, VideoModelConfig) or mixture.text is None:
+    if mixture.text is None:
         return training_flops(model)
     total = 0.0
     for dataset, share in zip(mixture.datasets, mixture.shares, strict=True):
         for group, size in shape_sizes(dataset).items():
-            clip = of_shape(model, dataset.manifest.groups[group].shape)
-            assert isinstance(clip, VideoModelConfig)
+            sized = of_shape(model, dataset.manifest.groups[group].shape)
+            per_group = isinstance(sized, VideoModelConfig) and recipe.diffusion.time.per_frame_group
             flops = training_flops(
-                clip,
+                sized,
                 text_length=mixture.text.info.max_length,
-                num_times=clip.num_groups if recipe.diffusion.time.per_frame_group else 1,
+                num_times=sized.token_grid[0] if per_group else 1,
             )
             total += share * size / len(dataset) * flops
     return total

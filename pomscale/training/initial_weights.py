@@ -74,9 +74,9 @@ class FineTuning:
         Classes are the same where their names are, whatever their ids. Where names are not known, equal numbers of
         classes are taken for equal classes. Empty for networks without classes.
         """
-        if not isinstance(self.model, ImageModelConfig):
+        here, there = _num_classes(self.model), self._num_classes_there
+        if here is None or there is None:  # of texts, as `fine_tuning` has checked
             return []
-        here, there = self.model.num_classes, self._num_classes_there
         names_there = self.source.card.class_names
         if self.class_names and names_there:
             ids = {name: number for number, name in enumerate(_distinct(names_there))}
@@ -91,9 +91,8 @@ class FineTuning:
         return self.source.card.model.alignment == self.model.alignment
 
     @property
-    def _num_classes_there(self) -> int:
-        model = self.source.card.model
-        return model.num_classes if isinstance(model, ImageModelConfig) else 0
+    def _num_classes_there(self) -> int | None:
+        return _num_classes(self.source.card.model)
 
     def __call__(self, model: nn.Module, assign: Assign) -> None:
         """Assign every parameter. Every rank reads all weights, a group of tensors at a time, and keeps its shard only.
@@ -106,7 +105,7 @@ class FineTuning:
             for name in [name for name in shapes if name.startswith(_PROJECTION)]:
                 assign(parameters[name], initial_value(model, name, self.seed))
                 del shapes[name]
-        if self._class_rows:
+        if self._num_classes_there is not None:
             shapes[_CLASS_EMBEDDING] = torch.Size([self._num_classes_there + 1, *shapes[_CLASS_EMBEDDING][1:]])
         for name, value in self.source.stream(self.weights, shapes):
             assign(parameters[name], self._by_class(model, value) if name == _CLASS_EMBEDDING else value)
@@ -118,6 +117,10 @@ class FineTuning:
         here, rows = zip(*known, strict=True)
         embedding[list(here)] = there[list(rows)]
         return embedding
+
+
+def _num_classes(model: ImageModelConfig | VideoModelConfig) -> int | None:
+    return model.num_classes if isinstance(model, ImageModelConfig) else None
 
 
 def _distinct(names: Sequence[str]) -> list[tuple[str, int]]:
@@ -177,8 +180,12 @@ def _architecture(model: ImageModelConfig | VideoModelConfig) -> dict[str, objec
         "in_context": None if model.in_context is None else model.in_context.model_dump(),
         "mixer": _one_or_all([mixer.kind for mixer in model.mixers]),
     }
+    if model.text_dim is not None:
+        fields["text_dim"] = model.text_dim
     if isinstance(model, VideoModelConfig):
-        fields |= {"text_dim": model.text_dim, "patch_frames": model.patch_frames}
+        fields["patch_frames"] = model.patch_frames
+    elif model.text_dim is not None:
+        fields |= {"text": model.text, "text_start": model.text_start}
     of_pom = [mixer for mixer in model.mixers if isinstance(mixer, PomMixer)]
     for key in ("degree", "expand", "form", "heads", "groups", "rope") if of_pom else ():
         name = key if key in ("degree", "expand") else f"mixer.{key}"

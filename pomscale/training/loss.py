@@ -89,15 +89,16 @@ def draw_batch(recipe: TrainRecipe, batch: MicroBatch, texts: TextInfo | None) -
     shift = time_shift(recipe.diffusion, model, shape)
     seeds = None if model.dropout is None else dropout_seeds(recipe.seed, batch.positions.tolist())
     features = None if recipe.diffusion.alignment is None else aligned_features(recipe.diffusion.alignment, batch)
-    if isinstance(model, VideoModelConfig):
-        assert texts is not None
-        num_groups = max(1, shape[1] // model.patch_frames) if len(shape) == 4 else 1
-        draws = draw(recipe.seed, batch.positions.tolist(), shape, recipe.diffusion, num_groups, shift)
-        condition: Condition = _drop_texts(text_batch(batch, texts), draws.drop_condition, texts)
-        start: Tensor | None = draws.start
+    num_groups = 1
+    if isinstance(model, VideoModelConfig) and len(shape) == 4:
+        num_groups = max(1, shape[1] // model.patch_frames)
+    draws = draw(recipe.seed, batch.positions.tolist(), shape, recipe.diffusion, num_groups, shift)
+    start = draws.start if isinstance(model, VideoModelConfig) else None
+    if isinstance(model, ImageModelConfig) and model.num_classes is not None:
+        condition: Condition = torch.where(draws.drop_condition, model.num_classes, batch.condition)
     else:
-        draws = draw(recipe.seed, batch.positions.tolist(), shape, recipe.diffusion, shift=shift)
-        condition, start = torch.where(draws.drop_condition, model.num_classes, batch.condition), None
+        assert texts is not None
+        condition = _drop_texts(text_batch(batch, texts), draws.drop_condition, texts)
     return TrainBatch(batch.latents, draws.eps, draws.t, condition, start, batch.weights, batch.bad, seeds, features)
 
 

@@ -14,7 +14,7 @@ from pomscale.base.condition import Condition, Text, map_condition
 from pomscale.base.console import warn
 from pomscale.base.errors import PomscaleError
 from pomscale.codecs.base import Codec
-from pomscale.config.model import ImageModelConfig, VideoModelConfig
+from pomscale.config.model import VideoModelConfig
 from pomscale.config.time_shift import time_shift
 from pomscale.config.train import TrainRecipe, ValidationConfig
 from pomscale.data.dataset import LatentDataset
@@ -133,11 +133,11 @@ class _Conditions:
 def _conditions(recipe: TrainRecipe, card: ModelCard, world: World) -> _Conditions:
     """Conditions of the recipe's samples. A collective. Raises InputError if the text encoder is missing."""
     config = recipe.sampling
-    if isinstance(recipe.model, ImageModelConfig):
+    if isinstance(recipe.model, VideoModelConfig):
+        check_clips_can_be_written()
+    elif recipe.model.num_classes is not None:
         num_classes = recipe.model.num_classes
         return _Conditions(torch.tensor(grid_classes(config, num_classes)), torch.tensor([num_classes]))
-
-    check_clips_can_be_written()
 
     def embed() -> Text:
         # Once, before training begins: a text encoder may be larger than the network.

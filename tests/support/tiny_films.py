@@ -21,6 +21,7 @@ from pomscale.pretrained.weights import write_weights
 from pomscale.shards.schema import TextInfo
 from support.tiny_clips import awaken, video_config
 from support.tiny_models import save_t5, save_video_vae
+from support.tiny_text_pictures import text_config
 
 TEXT_DIM = 16  # of `save_t5`
 MAX_LENGTH = 12
@@ -41,8 +42,7 @@ def save_model(
 
     Models of other scales have other weights. `beside`: further text encoders, no wider than the first.
     """
-    save_t5(folder / "t5", seed=0)
-    text = TextEncoderConfig(path=str(folder / "t5"), tokenizer="bytes", max_length=MAX_LENGTH, precision="fp32")
+    text = TextInfo.of([save_text_encoder(folder / "t5"), *map(_text_info, beside)])
     codec = codec or PixelCodecConfig(name="pixel", channels=3)
     channels = 4 if isinstance(codec, VaeCodecConfig) else 12
     config = video_config(
@@ -55,13 +55,19 @@ def save_model(
         codec=codec,
         codec_identity=None,
         class_names=(),
-        text=TextInfo.of([_text_info(config) for config in (text, *beside)]),
+        text=text,
         fps=FPS,
         latent_mean=tuple(0.01 * np.arange(channels)),
         latent_std=tuple(0.4 + 0.01 * np.arange(channels)),
         averages=(),
     )
     return _export(folder / "model", PretrainedVDiPoM(card), scale)
+
+
+def save_text_encoder(folder: Path) -> TextInfo:
+    """Write a byte-level T5, and return what a card says of it."""
+    save_t5(folder, seed=0)
+    return _text_info(TextEncoderConfig(path=str(folder), tokenizer="bytes", max_length=MAX_LENGTH, precision="fp32"))
 
 
 def _text_info(config: TextEncoderConfig) -> TextInfo:
@@ -74,6 +80,26 @@ def _text_info(config: TextEncoderConfig) -> TextInfo:
         null_length=len(null),
         null_embedding=base64.b64encode(null.astype("<f2").tobytes()).decode(),
     )
+
+
+def save_text_picture_model(
+    folder: Path, *, sampling: dict[str, Any] | None = None, scale: float = 0.1, **fields: Any
+) -> Path:
+    """One of pictures of a text, exported to folder/model, its text encoder to folder/t5: colour pictures of 20x12."""
+    config = text_config(text_dim=TEXT_DIM, latent_shape=(12, 10, 6), **fields)
+    card = ModelCard(
+        model=config,
+        diffusion=DiffusionConfig(),
+        sampling=SamplingConfig.model_validate({"num_steps": 2, "num_each": 2, **(sampling or {})}),
+        codec=PixelCodecConfig(name="pixel", channels=3),
+        codec_identity=None,
+        class_names=(),
+        text=save_text_encoder(folder / "t5"),
+        latent_mean=(0.0,) * 12,
+        latent_std=(0.4,) * 12,
+        averages=(),
+    )
+    return _export(folder / "model", PretrainedDiPoM(card), scale)
 
 
 def save_cogvideox_model(folder: Path, **fields: Any) -> Path:

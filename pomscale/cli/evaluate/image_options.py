@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from pomscale.cli.arguments import add_device, finite, positive, seed
-from pomscale.cli.sample.clips import add_drawn_clips
+from pomscale.cli.sample.clips import add_frames, add_prompts
 from pomscale.config.hardware import Precision
 
 
@@ -95,7 +95,12 @@ def add_clips(images: argparse.ArgumentParser) -> None:
         help="Frames per second to which clips in files are resampled first, as `data encode` does (default: their "
         "own, which must be one)",
     )
-    add_drawn_clips(group)
+    add_frames(group)
+
+
+def add_texts(images: argparse.ArgumentParser) -> None:
+    """Add the options of a SOURCE that is a model of texts."""
+    add_prompts(images.add_argument_group("texts", "Options for a SOURCE that is a model conditioned on texts."))
 
 
 def add_model(images: argparse.ArgumentParser) -> None:

@@ -56,6 +56,7 @@ def add(evaluate_verbs: Any) -> None:
     image_options.add_pictures(images)
     image_options.add_clips(images)
     image_options.add_model(images)
+    image_options.add_texts(images)
     image_options.add_outputs(images)
     image_options.add_work(images)
     add_sampling_options(images)
@@ -203,7 +204,7 @@ def _check_used(arguments: argparse.Namespace, evaluation: Evaluation) -> None:
     """Raise InputError if an option is given for nothing: the figures would not be those that were asked for."""
     from pomscale.evaluation.generated.clip_files import ClipFiles
     from pomscale.evaluation.generated.generated_clips import Generated, GeneratedClips
-    from pomscale.evaluation.generated.generated_pictures import GeneratedPictures
+    from pomscale.evaluation.generated.generated_pictures import PicturesOfClasses, PicturesOfTexts
     from pomscale.evaluation.generated.picture_files import PictureFiles
 
     if evaluation.kind == "pictures":
@@ -211,8 +212,9 @@ def _check_used(arguments: argparse.Namespace, evaluation: Evaluation) -> None:
     sides = (evaluation.source, evaluation.reference.pictures)
     uses: list[tuple[tuple[str, ...], Any, str]] = [
         (_OF_MODELS, Generated, "a model draws pictures or clips"),
-        (("labels", "classes"), GeneratedPictures, "a model draws pictures"),
-        (("prompt", "prompts", "frames", "size", "text_path"), GeneratedClips, "a model draws clips"),
+        (("labels", "classes"), PicturesOfClasses, "a model draws pictures of classes"),
+        (("prompt", "prompts", "size", "text_path"), PicturesOfTexts | GeneratedClips, "a model draws by prompts"),
+        (("frames",), GeneratedClips, "a model draws clips"),
         (("fit", "filter"), PictureFiles | ClipFiles, "pictures or clips lie in files or tars"),
         (("fps",), ClipFiles, "clips lie in files or tars"),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ def add(verbs: Any) -> None:
         dest="num",
         type=positive,
         metavar="N",
-        help="Number of pictures per class (default: 8), or of clips per prompt (default: as the model's recipe says)",
+        help="Number of pictures per class or prompt (default: 8), or of clips per prompt (default: as the model's "
+        "recipe says)",
     )
     _add_options(sample)
     sample.add_argument(
@@ -44,15 +46,16 @@ def add(verbs: Any) -> None:
         "--out",
         type=Path,
         metavar="PATH",
-        help="PNG that receives a grid of pictures, one row per class (default: grid.png); for clips, an mp4 that "
-        "receives all of them, one row per prompt (default: clips.mp4), or a directory that receives one file per clip",
+        help="PNG that receives a grid of pictures, one row per class or prompt (default: grid.png); for clips, an mp4 "
+        "that receives all of them, one row per prompt (default: clips.mp4), or a directory that receives one file per "
+        "clip",
     )
     sample.add_argument(
         "--npz",
         type=Path,
         metavar="FILE",
-        help="File that also receives the pictures (uint8 n h w c), classes and seeds, or the clips (uint8 n f h w c), "
-        "prompts and seeds",
+        help="File that also receives the pictures (uint8 n h w c) or clips (uint8 n f h w c), classes or prompts, and "
+        "seeds",
     )
     clips.add_to_sample(sample)
     vbench.add_to_sample(sample)
@@ -92,11 +95,23 @@ def _sample(arguments: argparse.Namespace) -> int:
         if guide is not None and not isinstance(guide, PretrainedVDiPoM):
             raise InputError(f"--guide {arguments.guide}: this model makes pictures, and {arguments.model} makes clips")
         return clips.sample(arguments, model, options, guide)
-    clips.refuse(arguments)
+    request = PictureRequest(options, arguments.num or 8, arguments.seed, arguments.batch, guide)
+    rows: list[int] | list[str] | None
+    if model.config.num_classes is None:
+        clips.refuse(arguments, clips.OF_CLIPS, f"{arguments.model}, which makes pictures")
+        if arguments.classes is not None:
+            raise InputError(
+                f"--classes: not for {arguments.model}, which makes pictures of a text: describe them with --prompt"
+            )
+        size = None if arguments.size is None else clips.parse_size(arguments.size)
+        rows, request = clips.given_prompts(arguments) or None, replace(request, size=size)
+    else:
+        clips.refuse(arguments, clips.OF_TEXTS, f"{arguments.model}, which makes pictures of classes")
+        rows = parse_classes(arguments.classes, model.config.num_classes) if arguments.classes else None
     write_pictures(
         model,
-        parse_classes(arguments.classes, model.config.num_classes) if arguments.classes else None,
-        PictureRequest(options, arguments.num or 8, arguments.seed, arguments.batch, guide),
+        rows,
+        request,
         out=arguments.out or Path("grid.png"),
         npz=arguments.npz,
     )

@@ -22,14 +22,21 @@ if TYPE_CHECKING:
     from pomscale.sampling.clips import ClipFiles, ClipRequest, WrittenClips
 
 
+OF_CLIPS = ("frames", "sheet", "start", "save_state", "state")
+"""Options of `sample` for models of clips."""
+
+OF_TEXTS = ("prompt", "prompts", "size", "text_path", *OF_CLIPS)
+"""Options of `sample` for models of texts, of clips among them."""
+
 # Options of `sample` that the saved state of clips fixes.
 _FIXED_BY_STATE = ("prompt", "prompts", "num", "seed", "start", "size", *OPTIONS)
 
 
 def add_to_sample(sample: argparse.ArgumentParser) -> None:
     """Add the options of `sample` for clips."""
-    group = sample.add_argument_group("clips", "Options for a model that is conditioned on texts (model.kind: video).")
-    add_drawn_clips(group)
+    add_prompts(sample.add_argument_group("texts", "Options for a model that is conditioned on texts."))
+    group = sample.add_argument_group("clips", "Options for a model of clips (model.kind: video).")
+    add_frames(group)
     group.add_argument(
         "--sheet",
         type=Path,
@@ -58,10 +65,13 @@ def add_to_sample(sample: argparse.ArgumentParser) -> None:
     )
 
 
-def add_drawn_clips(group: Any) -> None:
-    """Add the options that say which clips are drawn, to a parser or a group of it."""
+def add_prompts(group: Any) -> None:
+    """Add the options that say what a model of texts draws, to a parser or a group of it."""
     group.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="Prompt of the clips; may be given several times"
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="Prompt of the pictures or clips; may be given several times",
     )
     group.add_argument(
         "--prompts",
@@ -70,13 +80,7 @@ def add_drawn_clips(group: Any) -> None:
         help="File with one prompt per line (default: the prompts in the model's recipe)",
     )
     group.add_argument(
-        "--frames",
-        type=positive,
-        metavar="N",
-        help="Number of pixel frames of a clip (default: as the model's recipe says)",
-    )
-    group.add_argument(
-        "--size", metavar="HxW", help="Height and width of the clips in pixels (default: those of the training clips)"
+        "--size", metavar="HxW", help="Height and width in pixels (default: those of the model's recipe)"
     )
     group.add_argument(
         "--text-path",
@@ -85,11 +89,20 @@ def add_drawn_clips(group: Any) -> None:
     )
 
 
-def refuse(arguments: argparse.Namespace) -> None:
-    """Raise InputError for options of clips, for a model of pictures."""
-    names = ("prompt", "prompts", "frames", "size", "sheet", "start", "save_state", "state", "text_path")
+def add_frames(group: Any) -> None:
+    """Add the length of the clips that are drawn, to a parser or a group of it."""
+    group.add_argument(
+        "--frames",
+        type=positive,
+        metavar="N",
+        help="Number of pixel frames of a clip (default: as the model's recipe says)",
+    )
+
+
+def refuse(arguments: argparse.Namespace, names: tuple[str, ...], model: str) -> None:
+    """Raise InputError if options of `names` were given, for a model that they are not for."""
     if options := given(arguments, names):
-        raise InputError(f"{options}: not for {arguments.model}, which makes pictures")
+        raise InputError(f"{options}: not for {model}")
 
 
 def given(arguments: argparse.Namespace, names: tuple[str, ...]) -> str:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
@@ -15,20 +12,18 @@ from torch import Tensor
 from pomscale.base.condition import Text
 from pomscale.base.errors import InputError
 from pomscale.evaluation.generated.clip_frames import decode_frames
-from pomscale.evaluation.generated.generated_pictures import GeneratedPictures
+from pomscale.evaluation.generated.generated_pictures import PicturesOfClasses, PicturesOfTexts
 from pomscale.evaluation.generated.picture_sets import Batch, Frames
+from pomscale.evaluation.generated.prompts import DrawnPrompts
 from pomscale.evaluation.generated.trained_model import Drawing, ModelSource, TrainedModel
 from pomscale.pretrained.load import PretrainedVDiPoM
 from pomscale.sampling.api import sample_latents
 from pomscale.sampling.clips import clip_codec, num_latent_frames, pixel_size
 from pomscale.sampling.guides import check_guide, check_stream_guide
-from pomscale.sampling.prompts import embed_prompts
 from pomscale.sampling.stream import ClipStream
 
 DEFAULT_NUM_CLIPS = 2_048
 """Number of clips that FVD is usually reported of (Skorokhodov et al., StyleGAN-V, 2022)."""
-
-_NUM_PROMPTS_KEPT = 256  # embedded prompts in memory
 
 
 class GeneratedClips:
@@ -51,12 +46,8 @@ class GeneratedClips:
         self.frames, self._drawing = frames, drawing
         self.model = TrainedModel(source, drawing.changes, PretrainedVDiPoM)
         network = self.model.network
-        self._prompts = drawing.prompts or tuple(self.model.card.sampling.prompts)
-        if not self._prompts:
-            raise InputError(
-                f"{self.name}: say with --prompts or --prompt what the clips are to show; the model's recipe has no "
-                f"sampling.prompts"
-            )
+        prompts = drawing.prompts or self.model.card.sampling.prompts
+        self._prompts = DrawnPrompts(self.name, "clips", prompts, network.text_encoder)
         self._codec = clip_codec(network)
         self._num_latent = num_latent_frames(network, drawing.num_frames)
         self._num_frames = self._codec.num_pixel_frames(self._num_latent)
@@ -72,8 +63,6 @@ class GeneratedClips:
         self._is_stream = network.config.temporal == "block_causal"
         self._options = self.model.options_of(self._shape())
         self._check_ways(source)
-        _ = network.text_encoder  # missing weights are noticed before any work
-        self._embedded = lru_cache(_NUM_PROMPTS_KEPT)(self._embed)
 
     def _shape(self) -> tuple[int, ...]:
         """Return the latent shape (c, f, h, w) that shifts times; a stream counts the frames of the training clips."""
@@ -101,14 +90,13 @@ class GeneratedClips:
         return self.settings()
 
     def settings(self) -> dict[str, Any]:
-        digest = hashlib.sha256(json.dumps(self._prompts).encode()).hexdigest()
         return {
             **self.model.settings(self._options),
             "text_encoder": self.model.card.texts.joint_identity,
             "drawn": {
                 "number": self.num_pictures,
                 "seed": self._drawing.seed,
-                "prompts": {"number": len(self._prompts), "sha256": digest},
+                "prompts": self._prompts.settings(),
                 "frames": self._num_frames,
             },
         }
@@ -117,20 +105,15 @@ class GeneratedClips:
         """Yield clips, drawn and decoded batch by batch."""
         for first in range(begin, end, batch):
             numbers = list(range(first, min(first + batch, end)))
-            prompts = self.prompts_of(numbers)
+            prompts = self._prompts.of(numbers)
             yield Batch(numbers, self._draw(numbers, prompts), captions=prompts)
-
-    def prompts_of(self, numbers: Sequence[int]) -> list[str]:
-        """Return the prompts of some clips."""
-        return [self._prompts[number % len(self._prompts)] for number in numbers]
 
     @torch.inference_mode()
     def _draw(self, numbers: Sequence[int], prompts: Sequence[str]) -> Tensor:
         """Return clips (b 1|3 f h w) uint8."""
         assert self.size is not None
         seeds = [self._drawing.seed + number for number in numbers]
-        texts = [self._embedded(prompt) for prompt in prompts]
-        text = Text(*(torch.cat(parts) for parts in zip(*texts, strict=True)))
+        text = self._prompts.embedded(prompts)
         pixels = torch.empty(len(numbers), self.num_channels, *self.size, dtype=torch.uint8)
         latents = map(self.model.card.denormalize, self._latents(text, seeds))
         decode_frames(self.name, self._codec.decoder(self._num_latent), latents, self.frames, pixels)
@@ -159,10 +142,6 @@ class GeneratedClips:
         )
         return iter(latents.split(patch_frames, dim=2))
 
-    def _embed(self, prompt: str) -> Text:
-        """Return one embedded prompt, by itself, so that others change no digit of it."""
-        return embed_prompts(self.model.network.text_encoder, [prompt])
 
-
-Generated: TypeAlias = GeneratedPictures | GeneratedClips
+Generated: TypeAlias = PicturesOfClasses | PicturesOfTexts | GeneratedClips
 """Pictures or clips that a trained model draws."""

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from pomscale.base.errors import InputError
 from pomscale.checkpoint.store import find_checkpoint
+from pomscale.config.model import VideoModelConfig
 from pomscale.evaluation.generated.clip_files import ClipFiles, ClipReading
 from pomscale.evaluation.generated.generated_clips import DEFAULT_NUM_CLIPS, Generated, GeneratedClips
-from pomscale.evaluation.generated.generated_pictures import GeneratedPictures
+from pomscale.evaluation.generated.generated_pictures import PicturesOfClasses, PicturesOfTexts
 from pomscale.evaluation.generated.media_files import (
     Files,
     FolderFiles,
@@ -127,12 +128,12 @@ def _of_shards(where: str, opening: Opening) -> ShardPictures | ShardClips:
 
 def _generated(path: Path, opening: Opening) -> Generated:
     source = replace(opening.model, path=path)
-    if open_weights(path).card.model.kind == "video":
+    model = open_weights(path).card.model
+    if isinstance(model, VideoModelConfig):
         drawing = replace(opening.drawing, num=opening.num or DEFAULT_NUM_CLIPS)
         return GeneratedClips(source, drawing, opening.frames)
-    return GeneratedPictures(
-        source, opening.drawing if opening.num is None else replace(opening.drawing, num=opening.num)
-    )
+    drawing = opening.drawing if opening.num is None else replace(opening.drawing, num=opening.num)
+    return PicturesOfClasses(source, drawing) if model.text_dim is None else PicturesOfTexts(source, drawing)
 
 
 def _is_dataset(where: str) -> bool:

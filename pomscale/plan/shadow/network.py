@@ -59,8 +59,8 @@ class Norm:
 class Block:
     """Mirror of the same name in models/block.py."""
 
-    def __init__(self, config: BlockConfig, mixer: Mixer) -> None:
-        dim = config.dim
+    def __init__(self, config: BlockConfig, mixer: Mixer, mask: Mask) -> None:
+        dim, self.mask = config.dim, mask
         self.mixer, self.has_rope = build_mixer(dim, mixer), mixer.rope is not None
         self.feed_forward = FeedForward(config)
         self.norms = [Norm(config) for _ in range(2)]
@@ -73,7 +73,7 @@ class Block:
         scale1, shift1, scale2, shift2 = op.chunk(self.modulation(c), 4)
         gate1, gate2 = op.chunk(1 + self.gates(c), 2)
         norm1, norm2 = self.norms
-        mixed = self.mixer(modulate(norm1(x), shift1, scale1), positions=positions)
+        mixed = self.mixer(modulate(norm1(x), shift1, scale1), mask=self.mask, positions=positions)
         x = x + gate1 * (op.dropout(mixed) if self.has_dropout else mixed)
         del mixed
         return x + gate2 * self.feed_forward(modulate(norm2(x), shift2, scale2))
@@ -84,13 +84,12 @@ class Block:
 
 
 class VideoBlock:
-    """Block of models/video.py; the condition is (b g 1 d), with one g for every t."""
+    """Block of models/video.py, with a cross mixer; the condition is (b g 1 d), with one g for every t."""
 
-    def __init__(self, config: VideoModelConfig, block: BlockConfig, mixer: Mixer) -> None:
-        dim = config.dim
+    def __init__(self, block: BlockConfig, mixer: Mixer, mask: Mask) -> None:
+        dim, self.mask = block.dim, mask
         self.cross, self.mixer = build_mixer(dim, mixer.without_rope()), build_mixer(dim, mixer)
         self.has_rope = mixer.rope is not None
-        self.mask: Mask = config.num_groups if config.temporal == "block_causal" else None
         self.feed_forward = FeedForward(block)
         self.norms = [Norm(block) for _ in range(4)]
         self.has_dropout = block.dropout > 0 and isinstance(self.mixer, Attention)
@@ -255,41 +254,69 @@ class ImageNetwork(Network):
 
     def __init__(self, config: ImageModelConfig) -> None:
         super().__init__(config, config.patch_size**2 * config.latent_shape[0])
-        self.class_embedding = Weight((config.num_classes + 1, config.dim))
+        self.class_embedding = None if config.num_classes is None else Weight((config.num_classes + 1, config.dim))
+        self.text_dim = config.text_dim
+        self.text_embedding = None if config.text_dim is None else Linear(config.text_dim, config.dim)
         in_context = config.in_context
         self.in_context = None if in_context is None else Weight((in_context.tokens, config.dim))
-        self.start = None if in_context is None else in_context.start
-        self.blocks = [Block(block, mixer) for block, mixer in zip(config.blocks, config.mixers, strict=True)]
+        self.start, self.has_cross_mixers = config.context_start, config.has_cross_mixers
+        self.blocks = [
+            VideoBlock(block, mixer, None) if config.has_cross_mixers else Block(block, mixer, _mask(config, number))
+            for number, (block, mixer) in enumerate(zip(config.blocks, config.mixers, strict=True))
+        ]
 
     def __call__(self, latents: Tensor, call: BlockCall) -> tuple[Tensor, Tensor | None]:
         tape, batch, hidden = latents.tape, latents.shape[0], None
+        embeddings = None if self.text_dim is None else tape.new((batch, TEXT_LENGTH, self.text_dim), op.FP16)
         x = self.patch_embedding(latents)
         if self.has_positions:
             x = x + tape.new((self.num_tokens, self.dim))
-        of_class = op.embedding(self.class_embedding, batch)
-        c = self.time(tape.new((batch, self.num_features))) + of_class
-        c.shape = (batch, 1, self.dim)
+        c, of_condition = self.embedded(tape, batch, embeddings)
         positions = [tape.new((self.num_tokens, 2), INT64)] if self.has_rope else []
         for number, block in enumerate(self.blocks):
             if number == self.start:
-                assert self.in_context is not None
-                tokens = op.view(of_class, batch, 1, self.dim) + self.in_context.read()
+                tokens = of_condition
+                if self.in_context is not None:
+                    tokens = op.view(of_condition, batch, 1, self.dim) + self.in_context.read()
                 x = op.concatenate_tokens([tokens, x])
                 positions = [tape.new((x.shape[1], 2), INT64) for _ in positions]
                 del tokens
-            x = call(block, x, c, *positions)
+            x = call(block, x, c, *([of_condition] if self.has_cross_mixers else []), *positions)
             if self.is_aligned_after(number):
                 hidden = x if x.shape[1] == self.num_tokens else op.last_tokens(x, self.num_tokens)
         if self.start is not None:
             x = op.last_tokens(x, self.num_tokens)
         scale, shift = op.chunk(self.modulation(op.activation(c)), 2)
-        prediction = op.scaled(self.head(modulate(self.norm(x), shift, scale)))
+        normed = self.norm(x)
+        moved = modulated(normed, scale, shift) if self.has_cross_mixers else modulate(normed, shift, scale)
+        del normed
+        prediction = op.scaled(self.head(moved))
         prediction.shape = latents.shape
         return prediction, self.project(hidden)
 
+    def embedded(self, tape: Tape, batch: int, embeddings: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what modulates, and the embedded classes or texts."""
+        c = self.time(tape.new((batch, self.num_features)))
+        if embeddings is None:
+            assert self.class_embedding is not None
+            of_class = op.embedding(self.class_embedding, batch)
+            c = c + of_class
+            c.shape = (batch, 1, self.dim)
+            return c, of_class
+        assert self.text_embedding is not None
+        c.shape = (batch, 1, 1, self.dim) if self.has_cross_mixers else (batch, 1, self.dim)
+        return c, self.text_embedding(tape.new(embeddings.shape))  # cast
+
     def root_weights(self) -> list[Weight]:
-        own = [self.class_embedding, *([] if self.in_context is None else [self.in_context])]
-        return [*own, *super().root_weights()]
+        own = [weight for weight in (self.class_embedding, self.in_context) if weight is not None]
+        of_text = [] if self.text_embedding is None else self.text_embedding.weights()
+        return [*own, *super().root_weights(), *of_text]
+
+
+def _mask(config: ImageModelConfig, number: int) -> Mask:
+    """Return the mask of the self mixer of a block: tokens of a text in context have padding."""
+    has_text = config.text_dim is not None and config.context_start is not None and number >= config.context_start
+    return PADDING if has_text else None
 
 
 class VideoNetwork(Network):
@@ -299,8 +326,9 @@ class VideoNetwork(Network):
         super().__init__(config, config.patch_frames * config.patch_size**2 * config.latent_shape[0])
         self.num_times, self.text_dim = num_times, config.text_dim
         self.text_embedding = Linear(config.text_dim, config.dim)
+        mask: Mask = config.num_groups if config.temporal == "block_causal" else None
         self.blocks = [
-            VideoBlock(config, block, mixer) for block, mixer in zip(config.blocks, config.mixers, strict=True)
+            VideoBlock(block, mixer, mask) for block, mixer in zip(config.blocks, config.mixers, strict=True)
         ]
 
     def __call__(self, latents: Tensor, call: BlockCall) -> tuple[Tensor, Tensor | None]:

@@ -86,7 +86,7 @@ def test_a_complete_recipe_has_no_problems(recipe: Path) -> None:
         ("diffusion.time.per_frame_group=true", "diffusion.time.per_frame_group: needs model.temporal: block_causal"),
         ("diffusion.max_start_group=-1", "diffusion.max_start_group: "),
         ("diffusion.class_dropout=0.1", "diffusion.class_dropout: unknown key; did you mean 'condition_dropout'?"),
-        ("sampling.num_classes=2", "sampling.num_classes: is for pictures; for clips give sampling.prompts"),
+        ("sampling.num_classes=2", "sampling.num_classes: is for models of classes; for texts give"),
         ("sampling.every_samples=64", "sampling.prompts: say what the clips are to show, or set sampling.every"),
         ("sampling.prompts=['']", "sampling.prompts.0: "),
         ("sampling.num_frames=5", "sampling.num_frames: 5 frames are not divisible by model.patch_frames 2"),
@@ -104,13 +104,13 @@ def test_a_text_width_is_asked_for(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("sampling.prompts=[a cat]", "sampling.prompts: is for clips, and model.kind is image"),
+        ("sampling.prompts=[a cat]", "sampling.prompts: is for models of texts, and this one is of classes"),
         ("sampling.num_frames=4", "sampling.num_frames: is for clips, and model.kind is image"),
         ("diffusion.time.per_frame_group=true", "diffusion.time.per_frame_group: is for clips, and model.kind is"),
         ("diffusion.max_start_group=4", "diffusion.max_start_group: is for clips, and model.kind is image"),
-        ("data={path: x, text: y}", "data.text: is for clips, and model.kind is image"),
-        ("data={path: null, mixture: [{path: x}, {path: y, text: z}]}", "data.mixture.1.text: is for clips, and model"),
-        ("validation={path: x, text: y, every_samples: 64}", "validation.text: is for clips, and model.kind is image"),
+        ("data={path: x, text: y}", "data.text: is for models of texts, and this one is of classes"),
+        ("data={path: null, mixture: [{path: x}, {path: y, text: z}]}", "data.mixture.1.text: is for models of"),
+        ("validation={path: x, text: y, every_samples: 64}", "validation.text: is for models of texts, and"),
     ],
 )
 def test_what_only_clips_have_is_refused_for_pictures(recipe: Path, override: str, expected: str) -> None:
@@ -139,10 +139,15 @@ def test_the_preset_says_that_clips_are_meant(recipe: Path, name: str) -> None:
     assert (wider.depth, wider.dim) == (4, model.dim)
 
 
+def of_what(preset: str) -> dict[str, int]:
+    return {"text_dim": 64} if preset.endswith("-text") else {"num_classes": 10}
+
+
 def test_recipes_that_say_no_kind_are_of_pictures() -> None:
     """Recipes from before there were clips stay valid, with and without a preset."""
-    sizes = {"latent_shape": [4, 32, 32], "num_classes": 10}
-    models = [{"dim": 16, "depth": 1, **sizes}, *({"preset": name, **sizes} for name in IMAGE_PRESETS)]
+    shape = {"latent_shape": [4, 32, 32]}
+    models = [{"dim": 16, "depth": 1, "num_classes": 10, **shape}]
+    models += [{"preset": name, **shape, **of_what(name)} for name in IMAGE_PRESETS]
     for model in models:
         values = {
             "kind": "train",

@@ -61,3 +61,22 @@ def test_digits_of_twice_the_size_are_measured_by_the_means_of_their_pixels(tmp_
     for odd in (enlarged[:, :15], enlarged[:, :, :8], digits[:, :4, :4]):
         with pytest.raises(InputError, match=r"odd.npz: pictures of \(\d+, \d+, 1\), and those of .* grey and 8x8"):
             evaluate_digits(write_samples(tmp_path / "odd.npz", odd, classes), *folders)
+
+
+def test_a_prompt_asks_for_the_digit_that_it_names(tmp_path: Path) -> None:
+    write_digits(tmp_path)
+    captions = (tmp_path / "train.csv").read_text().splitlines()
+    assert captions[0] == "file,caption"
+    assert len(captions) == 1 + 901
+    rows = [line.split(",") for line in captions[1::30]]
+    digits = np.stack([np.asarray(Image.open(tmp_path / file)) for file, _ in rows])
+    classes = np.array([int(Path(file).parent.name) for file, _ in rows])
+    folders = tmp_path / "train", tmp_path / "heldout"
+    by_class = evaluate_digits(write_samples(tmp_path / "classes.npz", digits, classes), *folders)
+    prompted = tmp_path / "prompts.npz"
+    np.savez(prompted, images=digits[..., None], prompts=np.array([caption for _, caption in rows]))
+    assert evaluate_digits(prompted, *folders) == by_class
+    for prompt, number in (("a handwritten letter", 0), ("seven or nine", 2)):
+        np.savez(prompted, images=digits[:1, ..., None], prompts=np.array([prompt]))
+        with pytest.raises(InputError, match=rf"the prompt '{prompt}' names {number} digits; name one"):
+            evaluate_digits(prompted, *folders)

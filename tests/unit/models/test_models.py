@@ -42,7 +42,8 @@ def tiny(**fields: Any) -> ImageModelConfig:
 
 
 def preset(name: str, **fields: Any) -> ImageModelConfig:
-    return ImageModelConfig(preset=name, latent_shape=(4, 32, 32), num_classes=1000, **fields)
+    of_what = {"text_dim": 4096} if name.endswith("-text") else {"num_classes": 1000}
+    return ImageModelConfig.model_validate({"preset": name, "latent_shape": (4, 32, 32), **of_what, **fields})
 
 
 def build(config: ImageModelConfig, seed: int = 0) -> DiPoM:
@@ -149,6 +150,7 @@ def test_init_rules() -> None:
         assert not bool(zero.any())
     for zero in (model.head.weight, model.head.bias, model.modulation.weight, model.modulation.bias):
         assert not bool(zero.any())
+    assert model.class_embedding is not None
     for normal in (model.class_embedding, model.time_embedding.expand, model.time_embedding.contract):
         assert float(normal.weight.detach().std()) == pytest.approx(0.02, rel=0.2)
     convolution = model.patch_embedding.projection.weight
@@ -273,6 +275,7 @@ def test_null_condition_is_the_last_row() -> None:
     assert null.dtype == torch.int64
     latents, t, _ = batch(tiny())
     model(latents, t, null).sum().backward()
+    assert model.class_embedding is not None
     gradient = model.class_embedding.weight.grad
     assert gradient is not None
     assert gradient.abs().sum(1).nonzero().flatten().tolist() == [10]
@@ -322,8 +325,9 @@ def test_tokens_in_context_stand_at_the_origin_from_their_block_on() -> None:
     assert [inputs[0].shape[1] for inputs in seen] == [24, 27, 27]
     assert seen[1][2][:3].tolist() == [[0, 0]] * 3
     assert torch.equal(seen[1][2][3:], seen[0][2])
-    of_class = model.class_embedding(condition)
+    assert model.class_embedding is not None
     assert model.in_context is not None
+    of_class = model.class_embedding(condition)
     assert torch.equal(seen[1][0][:, :3], model.in_context(of_class))
 
 

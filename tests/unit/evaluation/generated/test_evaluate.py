@@ -24,7 +24,7 @@ from pomscale.config.codecs import VaeCodecConfig
 from pomscale.evaluation.generated.evaluate import Outcome, evaluate
 from pomscale.evaluation.generated.evaluation import Evaluation
 from pomscale.evaluation.generated.figures import Conventions
-from pomscale.evaluation.generated.generated_pictures import GeneratedPictures
+from pomscale.evaluation.generated.generated_pictures import PicturesOfClasses
 from pomscale.evaluation.generated.measure import read_ahead
 from pomscale.evaluation.generated.opening import Opening
 from pomscale.evaluation.generated.picture_files import Fit
@@ -245,10 +245,10 @@ def test_features_that_are_not_finite_end_it_in_one_line(folders: Request, tmp_p
 
 def test_pictures_are_drawn_with_a_seed_each(model: Path, tmp_path: Path) -> None:
     drawing = Drawing(num=9, seed=5, changes={"num_steps": 2, "guidance": 1.0})
-    every = GeneratedPictures(ModelSource(model, device="cpu"), drawing)
+    every = PicturesOfClasses(ModelSource(model, device="cpu"), drawing)
     (whole,) = every.batches(0, 9, 9)
     assert whole.labels == [0, 1, 2] * 3
-    later = GeneratedPictures(ModelSource(model, device="cpu"), replace(drawing, seed=8))
+    later = PicturesOfClasses(ModelSource(model, device="cpu"), replace(drawing, seed=8))
     (same,) = later.batches(0, 3, 9)  # seeds 8 to 10, and the same classes
     torch.testing.assert_close(same.pixels, whole.pixels[3:6], atol=1, rtol=0)
     pieces = torch.cat([one.pixels for one in every.batches(0, 9, 4)])
@@ -258,7 +258,7 @@ def test_pictures_are_drawn_with_a_seed_each(model: Path, tmp_path: Path) -> Non
 def test_pictures_of_a_model_of_latents(tmp_path: Path) -> None:
     codec = VaeCodecConfig(name="vae", path=str(save_vae(tmp_path / "vae", seed=0)))
     folder = save_picture_model(tmp_path / "model", codec)
-    pictures = GeneratedPictures(ModelSource(folder, device="cpu"), Drawing(num=3, changes={"num_steps": 1}))
+    pictures = PicturesOfClasses(ModelSource(folder, device="cpu"), Drawing(num=3, changes={"num_steps": 1}))
     assert (pictures.num_channels, pictures.size) == (3, (8, 8))
     (batch,) = pictures.batches(0, 3, 4)
     assert batch.pixels.shape == (3, 3, 8, 8)
@@ -266,23 +266,23 @@ def test_pictures_of_a_model_of_latents(tmp_path: Path) -> None:
 
 def test_labels(model: Path) -> None:
     source = ModelSource(model, device="cpu")
-    some = GeneratedPictures(source, Drawing(num=9, classes=(2, 0)))
+    some = PicturesOfClasses(source, Drawing(num=9, classes=(2, 0)))
     assert some.labels_of([0, 1, 2, 7]) == [2, 0, 2, 0]
-    assert GeneratedPictures(source, Drawing(labels="none")).labels_of([4, 5]) == [3, 3]
-    drawn = GeneratedPictures(source, Drawing(labels="random", seed=7))
+    assert PicturesOfClasses(source, Drawing(labels="none")).labels_of([4, 5]) == [3, 3]
+    drawn = PicturesOfClasses(source, Drawing(labels="random", seed=7))
     expected = [int(keyed_generator(0, Stream.SAMPLE_LABEL, 7 + number).random() * 3) for number in range(60)]
     assert drawn.labels_of(range(60)) == expected
     assert set(expected) == {0, 1, 2}
     with pytest.raises(InputError, match=r"classes \[1, 3\] are asked for, and the model has 0..2"):
-        GeneratedPictures(source, Drawing(classes=(1, 3)))
+        PicturesOfClasses(source, Drawing(classes=(1, 3)))
 
 
 def test_a_model_without_averages(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match=r"has no average of the weights .* --weights model"):
-        GeneratedPictures(ModelSource(model, weights="ema", device="cpu"), Drawing())
-    GeneratedPictures(ModelSource(model, weights="model", device="cpu"), Drawing())
+        PicturesOfClasses(ModelSource(model, weights="ema", device="cpu"), Drawing())
+    PicturesOfClasses(ModelSource(model, weights="model", device="cpu"), Drawing())
     assert capsys.readouterr().err == ""
-    GeneratedPictures(ModelSource(model, device="cpu"), Drawing())
+    PicturesOfClasses(ModelSource(model, device="cpu"), Drawing())
     assert "those as last trained are measured" in capsys.readouterr().err
 
 
@@ -303,7 +303,7 @@ def test_settings_say_everything(model: Path, tmp_path: Path) -> None:
 def test_written_pictures_are_the_measured_ones(model: Path, tmp_path: Path) -> None:
     outputs = Outputs(tmp_path / "out.npz", tmp_path / "tars", tmp_path / "statistics.npz")
     result = result_of(generating(model, tmp_path / "work", num=21, outputs=outputs))
-    source = GeneratedPictures(
+    source = PicturesOfClasses(
         ModelSource(model, device="cpu"), Drawing(num=21, changes={"num_steps": 2, "guidance": 1})
     )
     expected = torch.cat([one.pixels for part in (0, 8, 16) for one in source.batches(part, min(part + 8, 21), 4)])
@@ -464,8 +464,8 @@ def test_other_ways_to_draw(model: Path, tmp_path: Path, changes: dict[str, Any]
     if "guide" in changes:
         changes = {"guide": save_picture_model(tmp_path / "other", scale=0.05)}
     drawing = Drawing(num=6, changes={"num_steps": 2, "guidance": 2.0})
-    usual = GeneratedPictures(ModelSource(model, device="cpu"), drawing)
-    unusual = GeneratedPictures(ModelSource(model, device="cpu", **changes), drawing)
+    usual = PicturesOfClasses(ModelSource(model, device="cpu"), drawing)
+    unusual = PicturesOfClasses(ModelSource(model, device="cpu", **changes), drawing)
     (one,), (two,) = (source.batches(0, 6, 6) for source in (usual, unusual))
     assert not torch.equal(one.pixels, two.pixels)
     settings = usual.settings(), unusual.settings()
