@@ -12,6 +12,7 @@ import pytest
 
 from pomscale.base.clock import Clock
 from pomscale.training.periodic import Event, PeriodicWork
+from pomscale.training.step import TrainStep
 from pomscale.training.trainer import Trainer
 from support.training import BATCH, Desk
 
@@ -28,7 +29,7 @@ def trainer(desk: Desk, *, stop_at: int | None = None) -> Trainer:
     def batches() -> Any:
         for step in itertools.count(1):
             desk.stop.requested = desk.stop.requested or step == stop_at
-            yield [SimpleNamespace(bad=())]
+            yield TrainStep([SimpleNamespace(bad=())], BATCH)
 
     periodic = PeriodicWork(
         [Event("validation", 5 * BATCH, event)],
@@ -42,7 +43,7 @@ def trainer(desk: Desk, *, stop_at: int | None = None) -> Trainer:
     )
     return Trainer(
         engine=desk.engine,
-        batches=batches(),
+        steps=batches(),
         loss=lambda model, batch: pytest.fail("the engine of lists computes no loss"),
         schedule=desk.schedule,
         saver=desk.saver,
