@@ -95,7 +95,8 @@ def _bench(
     with torch.no_grad():  # zeros, as gates have them at the start, would hide what blocks compute
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
-    parts = [bucket.part(n) for bucket, n in zip(buckets, _mixed(lengths, tokens), strict=True)]
+    mixed = _mixed(lengths, tokens)
+    parts = [bucket.part(n) for bucket, n in zip(buckets, mixed, strict=True) if n]
     packed = _packed(parts)
     alone = torch.cat([bucket.loss(model) for bucket in parts]).mean().item()
     together = packed(model).mean().item()
@@ -107,7 +108,7 @@ def _bench(
         "x".join(map(str, shape)): _step(model, bucket.loss) for shape, bucket in zip(shapes, buckets, strict=True)
     }
     sizes = [len(bucket.x0) * length for bucket, length in zip(buckets, lengths, strict=True)]
-    sizes.append(sum(len(part.x0) * length for part, length in zip(parts, lengths, strict=True)))
+    sizes.append(sum(n * length for n, length in zip(mixed, lengths, strict=True)))
     steps["packed"] = _step(model, packed)
     for step in steps.values():
         step()
