@@ -15,14 +15,17 @@ class Clock:
         samples: samples seen by the optimiser; learning rate, averages, saves and evaluation depend on it.
         position: global position (data.order) at which the next step begins.
         skipped: ranges [first, end) of positions that no optimiser step of this run counts.
+        last_step: samples of the last step, where steps differ; None = they do not, or there was none.
     """
 
     samples: int = 0
     position: int = 0
     skipped: list[tuple[int, int]] = field(default_factory=list)
+    last_step: int | None = None
 
-    def take(self, batch: int) -> None:
+    def take(self, batch: int, *, steps_differ: bool = False) -> None:
         """Count a step of the optimiser on the `batch` samples at `position`."""
+        self.last_step = batch if steps_differ else None
         self.samples += batch
         self.position += batch
 
@@ -34,7 +37,7 @@ class Clock:
     def go_back(self, then: Clock) -> None:
         """Go back to an earlier state of the run but not in its data: the positions since then are left out."""
         now = self.position
-        self.samples, self.skipped = then.samples, list(then.skipped)
+        self.samples, self.skipped, self.last_step = then.samples, list(then.skipped), then.last_step
         self._skip(then.position, now)
 
     def _skip(self, first: int, end: int) -> None:
@@ -49,9 +52,11 @@ class Clock:
             "samples": self.samples,
             "position": self.position,
             "skipped": [list(pair) for pair in self.skipped],
+            **({} if self.last_step is None else {"last_step": self.last_step}),
         }
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Clock:
         """Return the clock of a checkpoint, from its meta."""
-        return cls(meta["samples"], meta["position"], [(first, end) for first, end in meta["skipped"]])
+        skipped = [(first, end) for first, end in meta["skipped"]]
+        return cls(meta["samples"], meta["position"], skipped, meta.get("last_step"))

@@ -22,6 +22,18 @@ class Text(NamedTuple):
     mask: Tensor
 
 
+class PackedText(NamedTuple):
+    """Embeddings of captions one after another, without padding.
+
+    Attributes:
+        embeddings: (n, dim) floating, the tokens of all texts.
+        lengths: Number of tokens of each text.
+    """
+
+    embeddings: Tensor
+    lengths: tuple[int, ...]
+
+
 Condition: TypeAlias = Tensor | Text
 """Class ids (b,) int64, or a text batch."""
 

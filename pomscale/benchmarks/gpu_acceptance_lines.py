@@ -206,6 +206,6 @@ def training_mfu(sizes: Sizes, device: torch.device) -> tuple[float, dict[str, A
         for _ in range(2):
             step()  # compiles and warms up
         step_s = take_turns({"step": step}, device, sizes.num_turns)["step"].wall_s
-    per_s = recipe.training.global_batch / step_s
+    per_s = recipe.samples_per_step / step_s
     figures = {"samples/s": per_s, "step, s": step_s, "micro-batch": recipe.training.micro_batch}
     return per_s * training_flops(recipe.model) / _PEAK_FLOPS, figures

@@ -115,7 +115,7 @@ class _Ours(_Contender):
         self._time = recipe.diffusion.time
         self._optimizer = build_optimizer(self.model, recipe.optimizer.model_copy(update={"lr": 1e-6}))
         self._ema = Ema(recipe.ema.averages, [p.detach() for p in self.model.parameters()])
-        self._weights = ema_weights(recipe.ema, recipe.training.total_samples, recipe.training.global_batch)
+        self._weights = ema_weights(recipe.ema, recipe.training.total_samples, recipe.samples_per_step)
 
     def predict(self, x: Tensor, t: Tensor, classes: Tensor) -> Tensor:
         predicted: Tensor = self.model(x, t, classes)

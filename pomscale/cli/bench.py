@@ -34,6 +34,7 @@ def add(verbs: Any) -> None:
         _add_images,
         _add_network,
         _add_step,
+        _add_packed,
         bench_mixer.add_ops,
         bench_mixer.add_gpu_acceptance,
     ):
@@ -359,6 +360,32 @@ def _network(arguments: argparse.Namespace) -> BenchReport:
 
     return bench_network(
         recipe, device, batch=arguments.batch, num_turns=arguments.num_turns, num_groups=arguments.generate
+    )
+
+
+def _add_packed(verbs: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "packed", help="Measure packed training steps beside steps of samples of one shape"
+    )
+    add_device(parser)
+    _add_number(parser, "--dim", 256, "Width of the networks")
+    _add_number(parser, "--depth", 4, "Number of blocks of the networks")
+    _add_number(parser, "--tokens", 4096, "Most tokens of a step")
+    _add_number(parser, "--num-turns", 5, "Number of turns of each step")
+    parser.set_defaults(measure=_packed)
+    return parser
+
+
+def _packed(arguments: argparse.Namespace) -> BenchReport:
+    from pomscale.benchmarks.packed import bench_packed
+    from pomscale.distributed.world import resolve_device
+
+    return bench_packed(
+        resolve_device(arguments.device),
+        dim=arguments.dim,
+        depth=arguments.depth,
+        tokens=arguments.tokens,
+        num_turns=arguments.num_turns,
     )
 
 

@@ -19,6 +19,7 @@ _FIXED_FOR_A_RUN = (
     ("data", "flip_probability"),
     ("data", "shuffle_window"),
     ("training", "global_batch"),
+    ("training", "global_tokens"),
 )
 
 # Settings of a model that nothing but its mixers depends on.

@@ -122,10 +122,44 @@ class DiffusionConfig(GrownSection):
                 return f"v of x, clamp {self.clamp:g}, noise scale {self.noise_scale:g}"
 
 
-class TrainingConfig(Section):
-    total_samples: PositiveInt
-    global_batch: PositiveInt = Field(description="Samples per optimiser step over all ranks; fixed for the run.")
+class TrainingConfig(GrownSection):
+    """Length of a run and size of its steps: so many samples of one shape, or packed samples of any shapes."""
+
+    _later = frozenset({"global_tokens", "micro_tokens"})
+
+    total_samples: PositiveInt = Field(
+        description="Samples that the optimiser sees; the last step of a packed run is cut there."
+    )
+    global_batch: PositiveInt | None = Field(
+        None, description="Samples per optimiser step over all ranks, all of one shape; fixed for the run."
+    )
     micro_batch: PositiveInt | None = Field(None, description="Most samples per rank and forward; null = no split.")
+    global_tokens: PositiveInt | None = Field(
+        None,
+        description="Instead of global_batch: most tokens per optimiser step over all ranks; samples of any shapes are "
+        "packed without padding. Fixed for the run.",
+    )
+    micro_tokens: PositiveInt | None = Field(
+        None, description="Packed: most tokens per rank and forward; null = no split."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if (self.global_batch is None) == (self.global_tokens is None):
+            raise ValueError(
+                "global_batch: give either global_batch, samples of one shape per step, or global_tokens, a budget for "
+                "packed samples of any shapes"
+            )
+        if self.global_batch is not None and self.micro_tokens is not None:
+            raise ValueError("micro_tokens: is for packed steps (global_tokens); use micro_batch")
+        if self.global_tokens is not None and self.micro_batch is not None:
+            raise ValueError("micro_batch: is for steps of global_batch samples; use micro_tokens with global_tokens")
+        return self
+
+    @property
+    def order_batch(self) -> int:
+        """Samples at a time that the order of the samples gives one shape: a global batch, or one packed sample."""
+        return 1 if self.global_batch is None else self.global_batch
 
 
 class ValidationConfig(Section):
@@ -190,7 +224,7 @@ class TrainRecipe(Section):
     @model_validator(mode="after")
     def _check(self) -> TrainRecipe:
         training, schedule = self.training, self.schedule
-        if training.total_samples % training.global_batch:
+        if training.global_batch is not None and training.total_samples % training.global_batch:
             raise ValueError(
                 f"training.total_samples: {training.total_samples} is not a multiple of "
                 f"training.global_batch {training.global_batch}"
@@ -212,6 +246,7 @@ class TrainRecipe(Section):
             self._check_texts()
         self._check_mesh()
         self._check_alignment()
+        self._check_packing()
         self._check_best()
         self._check_consistency()
         return self
@@ -295,6 +330,31 @@ class TrainRecipe(Section):
             )
         if given and self.mesh.sp > 1:
             raise ValueError("mesh.sp: the alignment loss needs all tokens of a sample on one rank; use mesh.sp: 1")
+
+    def _check_packing(self) -> None:
+        if self.training.global_tokens is None:
+            return
+        for key, is_set, remedy in (
+            ("mesh.sp", self.mesh.sp > 1, "packed samples are not split over ranks; use mesh.sp: 1"),
+            ("compute.compile", self.compute.compile, "packed steps have other shapes each time; use compile: false"),
+            ("model.alignment", self.model.alignment, "packed steps have no alignment loss; leave it out"),
+            (
+                "model.text_dim",
+                isinstance(self.model, ImageModelConfig) and self.model.text_dim,
+                "texts of packed pictures are for model.kind: video, which takes pictures as clips of one frame",
+            ),
+        ):
+            if is_set:
+                raise ValueError(f"{key}: {remedy}, or training.global_batch instead of global_tokens")
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of a step; of a packed one, as many of `model.latent_shape` as fit."""
+        training = self.training
+        if training.global_batch is not None:
+            return training.global_batch
+        assert training.global_tokens is not None
+        return max(training.global_tokens // self.model.num_tokens, 1)
 
     def _check_best(self) -> None:
         if not self.checkpoint.keep_best:

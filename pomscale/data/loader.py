@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -22,16 +22,19 @@ from torchdata.nodes import BaseNode, Batcher, IterableWrapper, ParallelMapper, 
 
 from pomscale.base.errors import InputError, PomscaleError
 from pomscale.data.bad_samples import BadSample
-from pomscale.data.dataset import Samples
 from pomscale.data.mixture import Mixture
 
 T = TypeVar("T")
+P = TypeVar("P")
 
 # Most micro-batches that threads hand over at a time: handing one over costs as much as a third of reading it.
 _MOST_AT_ONCE = 4
 
 Piece = tuple[np.ndarray, np.ndarray]
 """Positions (b,) int64 and weights (b,) float32 of a micro-batch."""
+
+Span = tuple[int, int]
+"""First and last position of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +105,95 @@ def micro_batch_positions(
         start += global_batch
 
 
-class Loader(Generic[T]):
-    """Endless iterator over one rank's micro-batches, `num_micro_batches` per step, in order.
+class ReaderThreads(Generic[P, T]):
+    """Endless iterator over one rank's micro-batches, which threads read ahead, in order.
 
-    A PomscaleError in a reader thread is raised by `next`, once the batches before it were returned. Use the loader as
-    a context manager, or call `close`, to end the threads.
+    A PomscaleError in a reader thread is raised by `next`, once the batches before it were returned. Use it as a
+    context manager, or call `close`, to end the threads.
 
     Micro-batches are read, pinned and kept ready in groups of min(4, prefetch). At most `prefetch` of them, up to whole
     groups, are ready; besides, each of the `num_threads` has one group, one may be being pinned, and one is being
     returned.
     """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        pieces: Iterator[P],
+        span: Callable[[P], Span],
+        read: Callable[[P], T],
+        ahead: ReadAhead,
+    ) -> None:
+        """Start to read.
+
+        Args:
+            mixture: The datasets.
+            pieces: What belongs to each micro-batch, endlessly, in order.
+            span: Returns the step that a piece belongs to.
+            read: Reads a piece; several threads call it at once. With `ahead.pin_memory` torch must be able to pin its
+                result: a tensor, a container of tensors, or an object with pin_memory().
+            ahead: Threads, prefetch and pinning.
+        """
+        self._span, self._read = span, read
+        self._reading = _Reading(mixture)
+        # torchdata's threads call torch.set_num_threads(1), which a thread that has not computed yet would take over.
+        # Asked for its number, this one keeps it.
+        torch.get_num_threads()
+        at_once = min(_MOST_AT_ONCE, ahead.prefetch)
+        noted = self._reading.noted((piece, span(piece)) for piece in pieces)
+        node: BaseNode = Batcher(IterableWrapper(noted), at_once)
+        # snapshot_frequency=0: torchdata need not track a state that one integer describes.
+        node = ParallelMapper(
+            node,
+            self._read_all,
+            ahead.num_threads,
+            in_order=True,
+            method="thread",
+            max_concurrent=ahead.num_threads,
+            snapshot_frequency=0,
+        )
+        if ahead.pin_memory:
+            node = PinMemory(node, "cuda", snapshot_frequency=0)
+        node = Prefetcher(node, -(-ahead.prefetch // at_once), snapshot_frequency=0)
+        self._node: BaseNode | None = Unbatcher(node)
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._node is None:
+            raise StopIteration
+        item = next(self._node)
+        if isinstance(item, PomscaleError):
+            self.close()
+            raise item
+        return item
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the reader threads. Safe to call twice; a closed loader yields nothing more."""
+        # torchdata's nodes stop and join their threads when the last reference to them goes.
+        self._node = None
+
+    def _read_all(self, pieces: list[P]) -> list[T | PomscaleError]:
+        return [self._read_one(piece) for piece in pieces]
+
+    def _read_one(self, piece: P) -> T | PomscaleError:
+        try:
+            with self._reading.of(self._span(piece)):
+                return self._read(piece)
+        except PomscaleError as error:
+            # Returned, not raised: torchdata would bury the message for people in a traceback of its own.
+            return error
+
+
+class Loader(ReaderThreads[Piece, T]):
+    """Endless iterator over one rank's micro-batches of one shape, `num_micro_batches` per step, in order."""
 
     def __init__(
         self,
@@ -142,108 +224,25 @@ class Loader(Generic[T]):
                 f"the run has seen {start_position:,} samples, which is no multiple of training.global_batch "
                 f"{global_batch}; the global batch is fixed for a run, so resume with the one it started with"
             )
+        self.global_batch = global_batch
         self.num_micro_batches = num_micro_batches(global_batch, world_size, micro_batch)
-        self._mixture = mixture
-        self._finish = finish
-        self._reading = _Reading(mixture)
-
         pieces = micro_batch_positions(
             start_position, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size
         )
-        # torchdata's threads call torch.set_num_threads(1), which a thread that has not computed yet would take over.
-        # Asked for its number, this one keeps it.
-        torch.get_num_threads()
-        at_once = min(_MOST_AT_ONCE, ahead.prefetch)
-        node: BaseNode = Batcher(IterableWrapper(self._reading.noted(pieces)), at_once)
-        # snapshot_frequency=0: torchdata need not track a state that one integer describes.
-        node = ParallelMapper(
-            node,
-            self._read,
-            ahead.num_threads,
-            in_order=True,
-            method="thread",
-            max_concurrent=ahead.num_threads,
-            snapshot_frequency=0,
-        )
-        if ahead.pin_memory:
-            node = PinMemory(node, "cuda", snapshot_frequency=0)
-        node = Prefetcher(node, -(-ahead.prefetch // at_once), snapshot_frequency=0)
-        self._node: BaseNode | None = Unbatcher(node)
 
-    def __iter__(self) -> Iterator[T]:
-        return self
+        def span(piece: Piece) -> Span:
+            first = int(piece[0][0]) // global_batch * global_batch
+            return first, first + global_batch - 1
 
-    def __next__(self) -> T:
-        if self._node is None:
-            raise StopIteration
-        item = next(self._node)
-        if isinstance(item, PomscaleError):
-            self.close()
-            raise item
-        return item
+        def read(piece: Piece) -> T:
+            return finish(read_micro_batch(mixture, *piece))
 
-    def __enter__(self) -> Loader[T]:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the reader threads. Safe to call twice; a closed loader yields nothing more."""
-        # torchdata's nodes stop and join their threads when the last reference to them goes.
-        self._node = None
-
-    def _read(self, pieces: list[Piece]) -> list[T | PomscaleError]:
-        return [self._read_one(*piece) for piece in pieces]
-
-    def _read_one(self, positions: np.ndarray, weights: np.ndarray) -> T | PomscaleError:
-        try:
-            with self._reading.of(positions):
-                samples = self._mixture.read(positions)
-            return self._finish(_micro_batch(samples, positions, weights))
-        except PomscaleError as error:
-            # Returned, not raised: torchdata would bury the message for people in a traceback of its own.
-            return error
+        super().__init__(mixture, pieces, span, read, ahead)
 
 
-class _Reading:
-    """Announces to the datasets which steps are being read, by several threads at once, whenever that changes.
-
-    A step is announced once it is read and not when it is queued, together with all later ones that are being read: a
-    dataset may drop the shards that are no longer announced.
-    """
-
-    def __init__(self, mixture: Mixture) -> None:
-        self._mixture = mixture
-        self._lock = threading.Lock()
-        self._unread: deque[int] = deque()  # first positions of the pieces that are queued or being read
-        self._read: list[int] = []  # a heap of those that are read, while pieces before them are not
-        self._newest = -1
-
-    def noted(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Yield the pieces on their way to the threads, noting each. Called by one thread."""
-        for piece in pieces:
-            with self._lock:
-                self._unread.append(int(piece[0][0]))
-            yield piece
-
-    @contextmanager
-    def of(self, positions: np.ndarray) -> Iterator[None]:
-        """Announce a piece while the block reads it."""
-        position, global_batch = int(positions[0]), self._mixture.order.global_batch
-        with self._lock:
-            self._newest = max(self._newest, position)
-            oldest, newest = (p // global_batch * global_batch for p in (self._unread[0], self._newest))
-            self._mixture.will_need(oldest, newest)
-        yield
-        with self._lock:
-            heapq.heappush(self._read, position)
-            while self._read and self._read[0] == self._unread[0]:
-                self._unread.popleft()
-                heapq.heappop(self._read)
-
-
-def _micro_batch(samples: Samples, positions: np.ndarray, weights: np.ndarray) -> MicroBatch:
+def read_micro_batch(mixture: Mixture, positions: np.ndarray, weights: np.ndarray) -> MicroBatch:
+    """Read the samples at positions (b,) int64 that have one shape; weights (b,) float32 become 0 where one is bad."""
+    samples = mixture.read(positions)
     bad = tuple(sample for row, sample in samples.bad.items() if weights[row])
     weights[list(samples.bad)] = 0
     return MicroBatch(
@@ -256,3 +255,38 @@ def _micro_batch(samples: Samples, positions: np.ndarray, weights: np.ndarray) -
         bad=bad,
         features=samples.features,
     )
+
+
+class _Reading:
+    """Announces to the datasets which steps are being read, by several threads at once, whenever that changes.
+
+    A step is announced once it is read and not when it is queued, together with all later ones that are being read: a
+    dataset may drop the shards that are no longer announced.
+    """
+
+    def __init__(self, mixture: Mixture) -> None:
+        self._mixture = mixture
+        self._lock = threading.Lock()
+        self._unread: deque[int] = deque()  # first positions of the steps of the pieces that are queued or being read
+        self._read: list[int] = []  # a heap of those that are read, while pieces before them are not
+        self._newest: Span = (-1, -1)
+
+    def noted(self, pieces: Iterator[tuple[P, Span]]) -> Iterator[P]:
+        """Yield the pieces on their way to the threads, noting the step of each. Called by one thread."""
+        for piece, (first, _) in pieces:
+            with self._lock:
+                self._unread.append(first)
+            yield piece
+
+    @contextmanager
+    def of(self, step: Span) -> Iterator[None]:
+        """Announce a piece of a step while the block reads it."""
+        with self._lock:
+            self._newest = max(self._newest, step)
+            self._mixture.will_need(self._unread[0], *self._newest)
+        yield
+        with self._lock:
+            heapq.heappush(self._read, step[0])
+            while self._read and self._read[0] == self._unread[0]:
+                self._unread.popleft()
+                heapq.heappop(self._read)

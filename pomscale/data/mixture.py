@@ -61,7 +61,7 @@ class Mixture:
             datasets: The datasets, normalised in the same way.
             weights: Share of the samples per dataset, relative to each other.
             seed: Seed of the run.
-            global_batch: Samples per step.
+            global_batch: Samples per step; 1 for the order of packed steps.
             shuffle_window: Records that are shuffled together.
             flip_probability: Share of flipped copies, where the datasets have them.
         """
@@ -81,7 +81,7 @@ class Mixture:
         self._seed = seed
         self._flip_probability = flip_probability
         self._reads_ahead = any(dataset.reads_ahead for dataset in datasets)
-        self._reading: tuple[int, int] | None = None
+        self._reading: tuple[int, int, int] | None = None
         self._announced: list[list[int]] = [[] for _ in datasets]
 
     @classmethod
@@ -157,7 +157,7 @@ class Mixture:
         return next((dataset.manifest.fps for dataset in self.datasets if dataset.manifest.fps is not None), None)
 
     def read(self, positions: np.ndarray) -> Samples:
-        """Return the samples at global positions (b,) int64 of one step. Raises the errors of `LatentDataset.read`."""
+        """Return the samples at global positions (b,) int64 of one shape. Raises the errors of `LatentDataset.read`."""
         parts: list[tuple[np.ndarray, Samples]] = []
         for part in self.order.parts(positions):
             dataset = self.datasets[self.order.components[part.component].dataset]
@@ -167,15 +167,15 @@ class Mixture:
             parts.append((part.rows, samples))
         return parts[0][1] if len(parts) == 1 else _merge(len(positions), parts)
 
-    def will_need(self, oldest: int, newest: int) -> None:
-        """Announce to the datasets that the steps at positions `oldest` to `newest` are being read.
+    def will_need(self, oldest: int, newest: int, last: int) -> None:
+        """Announce that the steps from position `oldest` to that from `newest` to `last` are being read.
 
         Returns at once. Called by one thread at a time.
         """
-        if not self._reads_ahead or (oldest, newest) == self._reading:
+        if not self._reads_ahead or (oldest, newest, last) == self._reading:
             return
-        self._reading = (oldest, newest)
-        ahead = self.order.shards_ahead(oldest, newest)
+        self._reading = (oldest, newest, last)
+        ahead = self.order.shards_ahead(oldest, newest, last)
         for dataset, now, before in zip(self.datasets, ahead, self._announced, strict=True):
             if now != before:
                 dataset.will_need(now, oldest)

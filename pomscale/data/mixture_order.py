@@ -8,7 +8,8 @@ and at the same cost for any position:
 3. A position in a component's endless stream gets a record (`SampleOrder`).
 
 So batches straddle epochs, the rest of a shape at the end of an epoch begins the next one, and each component counts
-epochs of its own. One dataset of one shape keeps the order of `SampleOrder`.
+epochs of its own. One dataset of one shape keeps the order of `SampleOrder`. Packed steps (`packed_order`), which may
+hold any shapes, are runs of positions of the order whose global batch is 1.
 """
 
 from __future__ import annotations
@@ -70,12 +71,17 @@ class MixtureOrder:
         self.global_batch = global_batch
         self.components = _components(manifests, weights, seed, window)
         self._lanes = []
-        for number, shape in enumerate(dict.fromkeys(component.shape for component in self.components)):
+        self.shapes = list(dict.fromkeys(component.shape for component in self.components))
+        for number, shape in enumerate(self.shapes):
             members = [c for c, component in enumerate(self.components) if component.shape == shape]
             interleave = Interleave([self.components[c].share for c in members], seed, subindex=1 + number)
             self._lanes.append(_Lane(members, interleave))
         lane_shares = [sum((self.components[c].share for c in lane.components), Fraction(0)) for lane in self._lanes]
         self._steps = Interleave(lane_shares, seed, subindex=0)
+
+    def shape_numbers(self, positions: np.ndarray) -> np.ndarray:
+        """Return the number in `shapes` of the latent shape at each position, int64 (b,) each."""
+        return self._steps.locate(positions // self.global_batch)[0]
 
     def parts(self, positions: np.ndarray) -> list[Part]:
         """Return the records at positions, int64 (b,), by component. The rows of all parts make up b."""
@@ -104,19 +110,21 @@ class MixtureOrder:
                 counts[component] = count
         return counts
 
-    def shards_ahead(self, oldest: int, newest: int) -> list[list[int]]:
+    def shards_ahead(self, oldest: int, newest: int, last: int | None = None) -> list[list[int]]:
         """Return for each dataset the shards that the steps at positions `oldest` to `newest` and the next ones read.
 
-        The shards of the windows in use come first, then those of the windows after them.
+        The shards of the windows in use come first, then those of the windows after them. last: the last position of
+        the step at `newest`, by default that of a global batch.
         """
+        last = newest + self.global_batch - 1 if last is None else last
         in_use: list[list[int]] = [[] for _ in range(self.num_datasets)]
         soon: list[list[int]] = [[] for _ in range(self.num_datasets)]
-        counts = (self.counts(position) for position in (oldest, newest, newest + self.global_batch - 1))
+        counts = (self.counts(position) for position in (oldest, newest, last))
         for component, *reached in zip(self.components, *counts, strict=True):
-            first, last, end = (component.order.window_at(count) for count in reached)
-            for window in range(first, last + 1):
+            first, now, end = (component.order.window_at(count) for count in reached)
+            for window in range(first, now + 1):
                 in_use[component.dataset] += component.window_shards(window)
-            for window in range(last + 1, max(last + 1, end) + 1):
+            for window in range(now + 1, max(now + 1, end) + 1):
                 soon[component.dataset] += component.window_shards(window)
         return [list(dict.fromkeys(now + then)) for now, then in zip(in_use, soon, strict=True)]
 

@@ -26,12 +26,14 @@ class Draws:
         t: Times (b,), or (b, g) with one per frame group, fp32 in (0, 1).
         drop_condition: Whether a sample is trained without its condition, (b,) bool.
         start: Number of a clip's first frame group, (b,) int64.
+        dropout_seeds: Seeds of dropout, see `dropout_seeds`; None = there is none.
     """
 
     eps: Tensor
     t: Tensor
     drop_condition: Tensor
     start: Tensor
+    dropout_seeds: Tensor | None = None
 
 
 StepNoise = Callable[[int], Tensor]

@@ -249,7 +249,18 @@ def per_sample_loss(
     part: picks from a target (b, ...) what the network predicts, if that is not all of it. The loss is then this
     part's share of the mean: the sum over all parts is the loss of the sample.
     """
-    prediction = network(interpolate(objective, x0, eps, t), t, condition)
+    return prediction_loss(objective, network(interpolate(objective, x0, eps, t), t, condition), x0, eps, t, part)
+
+
+def prediction_loss(
+    objective: Objective,
+    prediction: Tensor,
+    x0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    part: Callable[[Tensor], Tensor] = lambda target: target,
+) -> Tensor:
+    """Return the training loss of a prediction, (b,) fp32; see `per_sample_loss`."""
     error = prediction.float() - part(objective.target(x0, eps)).float()
     scale = objective.error_scale(t)
     if scale is not None:

@@ -65,11 +65,14 @@ def _usage(device: torch.device) -> str:
 
 def remedies(recipe: TrainRecipe) -> list[str]:
     """Return changes to the recipe that save memory and are not made yet, those that cost least speed first."""
-    micro_batch = recipe.training.micro_batch
+    training, micro_batch = recipe.training, recipe.training.micro_batch
+    is_packed, micro_tokens = training.global_tokens is not None, training.micro_tokens
     stronger = {"none": "selective|full", "full": ""}.get(recipe.compute.activation_checkpointing, "full")
     fsdp2, deepspeed = (recipe.fsdp2, None) if recipe.engine == "fsdp2" else (None, recipe.deepspeed)
     changes = (
-        (micro_batch is None, "training.micro_batch=1|2|4|... (now a rank's whole batch at once)"),
+        (is_packed and micro_tokens is None, "training.micro_tokens=... (now a rank's whole share at once)"),
+        (micro_tokens is not None, f"training.micro_tokens={(micro_tokens or 0) // 2}"),
+        (not is_packed and micro_batch is None, "training.micro_batch=1|2|4|... (now a rank's whole batch at once)"),
         (micro_batch is not None and micro_batch > 1, f"training.micro_batch={(micro_batch or 0) // 2}"),
         (stronger, f"compute.activation_checkpointing={stronger}"),
         (fsdp2 and fsdp2.shard_size is not None, "fsdp2.shard_size=null"),

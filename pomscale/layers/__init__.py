@@ -25,6 +25,7 @@ from pomscale.layers.patchify import (
     unpatchify_clips,
 )
 from pomscale.layers.pom import GroupedLinear, PoM
+from pomscale.layers.units import Units, gate_units, modulate_units
 
 __all__ = [
     "AlignmentProjection",
@@ -42,8 +43,11 @@ __all__ = [
     "RMSNorm",
     "SwiGLU",
     "TimestepEmbedding",
+    "Units",
+    "gate_units",
     "grid_positions",
     "modulate",
+    "modulate_units",
     "patchify",
     "patchify_clips",
     "sincos_positions_2d",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -170,9 +171,7 @@ def _read(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     """Attend -> (b heads m d/heads)."""
     batch, num_queries, num_context = query.shape[0], query.shape[2], key.shape[2]
     if isinstance(mask, Segments):
-        queries = query.split(list(mask.lengths), dim=2)
-        keys, values = (part.split(list(mask.of_context), dim=2) for part in (key, value))
-        return torch.cat([_read(*parts, mask.inner) for parts in zip(queries, keys, values, strict=True)], dim=2)
+        return _read_segments(query, key, value, mask)
     if num_context == 0:
         return torch.zeros_like(query)
     if mask is None or isinstance(mask, str):
@@ -182,6 +181,24 @@ def _read(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         readable = dense_mask(mask, 1, num_queries, num_context, query.device)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=readable[:, None])
     return _attend(query, key, value, dense_mask(mask, batch, num_queries, num_context, query.device))
+
+
+def _read_segments(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+    """Attend within each segment; neighbours of one length are samples of one call."""
+    pairs = groupby(zip(segments.lengths, segments.of_context, strict=True))
+    runs = [(*lengths, len(list(equal))) for lengths, equal in pairs]
+    queries = query.split([length * count for length, _, count in runs], dim=2)
+    keys, values = (part.split([length * count for _, length, count in runs], dim=2) for part in (key, value))
+    heads = []
+    for (length, context_length, count), *parts in zip(runs, queries, keys, values, strict=True):
+        lengths = (length, context_length, context_length)
+        of_run = [  # (b count heads length ..)
+            part.unflatten(2, (count, each)).transpose(1, 2).flatten(0, 1)
+            for part, each in zip(parts, lengths, strict=True)
+        ]
+        read = _read(of_run[0], of_run[1], of_run[2], segments.inner)
+        heads.append(read.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3))
+    return torch.cat(heads, dim=2)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, readable: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from pomscale.config.block import BlockConfig, NormName
 from pomscale.config.mixer import AttentionMixer, Mixer
 from pomscale.layers import Attention, Dropout, FeedForward, PoM, RMSNorm, SwiGLU, modulate
 from pomscale.layers.mlp import Drop
+from pomscale.models.packed_blocks import packed_block
+from pomscale.models.packing import Packing
 from pomscale.ops.pom import Mask, TokenSplit
 
 _FEED_FORWARDS: dict[str, type[FeedForward | SwiGLU]] = {"gelu": FeedForward, "swiglu": SwiGLU}
@@ -45,15 +47,18 @@ class Block(nn.Module):
         x: Tensor,
         c: Tensor,
         positions: Tensor | None = None,
-        split: TokenSplit | None = None,
+        split: TokenSplit | Packing | None = None,
         seeds: Tensor | None = None,
         mask: Mask = None,
     ) -> Tensor:
         """Apply the block.
 
         positions (n axes) are integers, which only mixers with rope read. split: where the tokens lie, if x has only
-        some of them. seeds (b,) int64 of the dropout; None = none. mask is that of the mixer.
+        some of them, or those of several samples (1 n d) with conditions c (1 samples d). seeds (b,) int64 of the
+        dropout; None = none. mask is that of the mixer; packed samples have their own.
         """
+        if isinstance(split, Packing):
+            return packed_block(self, x, c, positions, split, seeds)
         c = F.silu(c)
         scale1, shift1, scale2, shift2 = self.modulation(c).chunk(4, dim=-1)
         gate1, gate2 = (self.gate_offset + self.gates(c)).chunk(2, dim=-1)

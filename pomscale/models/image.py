@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from pomscale.layers import (
 from pomscale.models.alignment import build_alignment, project
 from pomscale.models.block import Block, build_mixer, build_norm
 from pomscale.models.embeddings import build_bottleneck, build_time_embedding
+from pomscale.models.packed import predict_pictures
 from pomscale.models.texts import embed_text, put_before
 from pomscale.models.video import VideoBlock
 from pomscale.ops.pom import SplitTokens, TokenSplit
@@ -77,13 +80,13 @@ class DiPoM(nn.Module):
 
     def forward(
         self,
-        latents: Tensor,
+        latents: Tensor | Sequence[Tensor],
         t: Tensor,
         condition: Condition,
         split_tokens: SplitTokens | None = None,
         dropout_seeds: Tensor | None = None,
         num_aligned: int | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor] | list[Tensor]:
         """Predict from latents (b c h w), t (b,) in [0, 1] with 1 = noise, and condition -> (b c h w).
 
         condition: class ids (b,) int64, or texts of b samples for a network that has text_dim.
@@ -91,7 +94,10 @@ class DiPoM(nn.Module):
         them. dropout_seeds (b,) int64 in training; without them there is no dropout. h and w may differ from the
         config's; ValueError if the patch size does not divide them. With num_aligned the result is a pair of that and
         the projections of the picture's tokens in the first so many samples, see `models.alignment.project`.
+        Packed samples are a list of latents by size, and the result is like it; see `models.packed`.
         """
+        if not isinstance(latents, Tensor):
+            return predict_pictures(self, latents, t, condition, dropout_seeds)
         patch_size = self.config.patch_size
         height, width = latents.shape[2] // patch_size, latents.shape[3] // patch_size
         split = None if split_tokens is None else split_tokens(height * width)

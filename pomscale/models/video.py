@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pomscale.base.condition import Text
+from pomscale.base.condition import PackedText, Text
 from pomscale.config.block import BlockConfig
 from pomscale.config.model import VideoModelConfig
 from pomscale.layers import (
@@ -30,6 +30,9 @@ from pomscale.layers import (
 from pomscale.models.alignment import build_alignment, project
 from pomscale.models.block import BlockDropout, build_feed_forward, build_mixer, build_norm, gate_offset, mix
 from pomscale.models.embeddings import build_bottleneck, build_time_embedding
+from pomscale.models.packed import predict_clips
+from pomscale.models.packed_blocks import packed_video_block
+from pomscale.models.packing import Packing
 from pomscale.models.texts import embed_text
 from pomscale.ops.pom import BlockCausal, Mask, PomState, SplitTokens, TokenSplit, runs_of_frames
 
@@ -66,18 +69,22 @@ class VideoBlock(nn.Module):
         x: Tensor,
         c: Tensor,
         text: Tensor,
-        text_mask: Tensor,
+        text_mask: Tensor | None,
         mask: Mask = None,
         positions: Tensor | None = None,
-        split: TokenSplit | None = None,
+        split: TokenSplit | Packing | None = None,
         seeds: Tensor | None = None,
     ) -> Tensor:
         """Apply the block.
 
         text_mask (b m) bool is True where a token takes part; mask is that of the self mixer. positions (n 3) or
         (b n 3) are integers, frame group, row and column, which only self mixers with rope read: a text has none.
-        split: where the tokens lie, if x has only some of them. seeds (b,) int64 of the dropout; None = none.
+        split: where the tokens lie, if x has only some of them, or those of several samples (1 n d), which says also
+        what they read. seeds (b,) int64 of the dropout; None = none.
         """
+        if isinstance(split, Packing):
+            return packed_video_block(self, x, c, text, positions, split, seeds)
+        assert text_mask is not None
         modulation, gates = self._of_time(c)
         read = self._read_text(x, text, text_mask, modulation, split)
         x = x + _gated(gates[0], self.dropout.of_cross(self.cross, read, seeds, split), split)
@@ -211,14 +218,14 @@ class VDiPoM(nn.Module):
 
     def forward(
         self,
-        latents: Tensor,
+        latents: Tensor | Sequence[Tensor],
         t: Tensor,
-        condition: Text,
+        condition: Text | PackedText,
         start: Tensor | None = None,
         split_tokens: SplitTokens | None = None,
         dropout_seeds: Tensor | None = None,
         num_aligned: int | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor] | list[Tensor]:
         """Predict from latents (b c F H W), or pictures (b c H W), and t (b,) or (b g) in [0, 1] with 1 = noise.
 
         The result is like the latents; with split_tokens, that of this rank's tokens alone, (b n values) as
@@ -226,12 +233,14 @@ class VDiPoM(nn.Module):
         dropout_seeds (b,) int64 in training; without them there is no dropout.
         With num_aligned the result is a pair of that and the projections of the clip's tokens in the first so many
         samples, see `models.alignment.project`.
+        Packed samples are a list of latents by shape, and the result is like it; see `models.packed`.
         ValueError if the patches do not fill the clips, or if there are neither one t nor g of them.
         """
-        clips = latents if latents.ndim == 5 else latents[:, :, None]
-        is_picture = clips.shape[2] == 1
-        if is_picture:
-            clips = clips.expand(-1, -1, self.config.patch_frames, -1, -1)
+        if isinstance(condition, PackedText):
+            assert not isinstance(latents, Tensor)
+            return predict_clips(self, latents, t, condition, start, dropout_seeds)
+        assert isinstance(latents, Tensor)
+        clips, is_picture = self._whole_groups(latents)
         prediction, hidden = self._predict(clips, t, condition, start, split_tokens, dropout_seeds)
         if is_picture and split_tokens is not None:
             prediction = prediction.unflatten(2, (self.config.patch_frames, -1)).mean(2)
@@ -296,6 +305,32 @@ class VDiPoM(nn.Module):
             x, new_state = block.step(x, c, text, condition.mask, state, positions)
             new_states.append(new_state)
         return self._unpatchified(self._values(x, c), grid), new_states
+
+    def embed(self, latents: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor | None, tuple[int, int, int]]:
+        """Map clips (b c F H W) or pictures (b c H W) to tokens (b n d), their positions (b n 3) and their grid.
+
+        start (b,) int64: see `forward`. There are positions only where mixers have rope.
+        """
+        clips, _ = self._whole_groups(latents)
+        x, grid = self.patch_embedding(clips), self._grid(clips)
+        groups = torch.arange(grid[0], device=x.device)
+        groups = groups if start is None else groups + start[:, None]
+        positions = self._positions(groups, grid)
+        if positions is not None:
+            positions = positions.expand(len(x), -1, -1)
+        return self._with_positions(x, groups, grid), positions, grid
+
+    def unpatchified(self, values: Tensor, grid: tuple[int, int, int], like: Tensor) -> Tensor:
+        """Turn values (b n f * p * q * c) of a grid into a prediction like the latents `like`."""
+        prediction = self._unpatchified(values, grid)
+        is_picture = like.ndim == 4 or like.shape[2] == 1
+        return prediction.mean(2, keepdim=like.ndim == 5) if is_picture else prediction
+
+    def _whole_groups(self, latents: Tensor) -> tuple[Tensor, bool]:
+        """Return clips (b c F H W) of whole frame groups, and whether the latents are pictures, which are repeated."""
+        clips = latents if latents.ndim == 5 else latents[:, :, None]
+        is_picture = clips.shape[2] == 1
+        return (clips.expand(-1, -1, self.config.patch_frames, -1, -1) if is_picture else clips), is_picture
 
     def _grid(self, clips: Tensor) -> tuple[int, int, int]:
         """Return the number of tokens by frame group, height and width."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pomscale.config.train import TrainRecipe
-from pomscale.plan.batch import batch_share, largest_slice
+from pomscale.plan.batch import batch_share, largest_slice, with_micro_batch
 from pomscale.plan.memory import StepMemory, step_memory
 
 Changes = dict[str, Any]
@@ -25,6 +25,8 @@ class Advice:
 
     changes: Changes
     memory: StepMemory
+    micro_batch: int | None = None
+    """Samples of a micro-batch, where they change."""
 
     def __str__(self) -> str:
         return " ".join(f"{key}={_as_override(value)}" for key, value in self.changes.items())
@@ -56,7 +58,7 @@ def cheapest_fit(recipe: TrainRecipe, num_gpus: int, usable: float) -> Advice | 
             changes = sharding | {"compute.activation_checkpointing": mode}
             smallest = 1 if mode == modes[-1] else max(asked // _SMALLEST_SHARE, 1)
             found = _largest(recipe, num_gpus, usable, changes, at_most=asked)
-            if found is not None and found.changes["training.micro_batch"] >= smallest:
+            if found is not None and (found.micro_batch or 0) >= smallest:
                 return _only_what_differs(recipe, found)
     return None
 
@@ -77,7 +79,7 @@ def room_for_more(recipe: TrainRecipe, num_gpus: int, usable: float) -> Advice |
     if now.num_micro_batches == 1:
         return None
     largest = _largest(recipe, num_gpus, usable, {}, at_most=largest_slice(recipe, num_gpus))
-    if largest is None or largest.changes["training.micro_batch"] <= now.micro_batch:
+    if largest is None or (largest.micro_batch or 0) <= now.micro_batch:
         return None
     return largest
 
@@ -94,10 +96,11 @@ def _largest(recipe: TrainRecipe, num_gpus: int, usable: float, changes: Changes
     found = None
     while True:
         size = -(-most // number)
-        candidate = changed(recipe, changes | {"training.micro_batch": size})
+        of_size = changes | with_micro_batch(recipe, size)
+        candidate = changed(recipe, of_size)
         memory = step_memory(candidate, num_gpus)
         if memory.peak <= usable:
-            found = Advice(changes | {"training.micro_batch": size}, memory)
+            found = Advice(of_size, memory, size)
             if number == fewest:
                 return found
             number -= 1

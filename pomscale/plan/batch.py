@@ -12,6 +12,7 @@ from pomscale.config.train import TrainRecipe
 class BatchShare:
     """Work of the GPU with most samples in a step: `num_micro_batches` of at most `micro_batch` samples.
 
+    Packed samples are counted in samples of `model.latent_shape`, rounded up.
     GPUs that share the tokens of their samples (`mesh.sp`) have the same share.
     """
 
@@ -21,14 +22,33 @@ class BatchShare:
 
 def largest_slice(recipe: TrainRecipe, num_gpus: int) -> int:
     """Return the most samples that a GPU has of a global batch, or of whose tokens it has a part."""
-    return -(-recipe.training.global_batch // (num_gpus // recipe.mesh.sp))
+    if recipe.training.global_tokens is not None:
+        return -(-_tokens_of_gpu(recipe, num_gpus) // recipe.model.num_tokens)
+    return -(-recipe.samples_per_step // (num_gpus // recipe.mesh.sp))
+
+
+def _tokens_of_gpu(recipe: TrainRecipe, num_gpus: int) -> int:
+    """Return the most tokens that a GPU has of a packed step, whose samples are dealt evenly."""
+    assert recipe.training.global_tokens is not None
+    return -(-recipe.training.global_tokens // num_gpus)
 
 
 def batch_share(recipe: TrainRecipe, num_gpus: int) -> BatchShare:
     """Return the largest share, as the loader deals: slices that differ by at most one sample, cut near-evenly."""
     training, largest = recipe.training, largest_slice(recipe, num_gpus)
+    if training.global_tokens is not None:
+        tokens = _tokens_of_gpu(recipe, num_gpus)
+        number = 1 if training.micro_tokens is None else -(-tokens // training.micro_tokens)
+        return BatchShare(-(-tokens // (number * recipe.model.num_tokens)), number)
     num_micro_batches = 1 if training.micro_batch is None else -(-largest // training.micro_batch)
     return BatchShare(-(-largest // num_micro_batches), num_micro_batches)
+
+
+def with_micro_batch(recipe: TrainRecipe, size: int) -> dict[str, int]:
+    """Return the change of a recipe, by key, that makes its micro-batches at most `size` samples."""
+    if recipe.training.global_tokens is not None:
+        return {"training.micro_tokens": size * recipe.model.num_tokens}
+    return {"training.micro_batch": size}
 
 
 def num_times(recipe: TrainRecipe) -> int:

@@ -9,13 +9,19 @@ from pomscale.config.train import TrainRecipe
 
 def check_layout(recipe: TrainRecipe, num_ranks: int) -> None:
     """Raise InputError, which names the key, unless `num_ranks` ranks can share the recipe's batch and state."""
-    batch, shard_size, sp = recipe.training.global_batch, recipe.fsdp2.shard_size, recipe.mesh.sp
+    batch, shard_size, sp = recipe.samples_per_step, recipe.fsdp2.shard_size, recipe.mesh.sp
     if num_ranks % sp:
         raise InputError(
             f"mesh.sp: {num_ranks} ranks do not make whole groups of {sp}; use a multiple of {sp} ranks, or another sp"
         )
     if batch < num_ranks // sp:
         groups = "ranks" if sp == 1 else f"groups of {sp} ranks"
+        if recipe.training.global_tokens is not None:
+            raise InputError(
+                f"training.global_tokens: {recipe.training.global_tokens} tokens are {batch} samples of "
+                f"model.latent_shape, which {num_ranks} ranks cannot share; use at least "
+                f"{num_ranks * recipe.model.num_tokens} tokens, or at most {batch} ranks"
+            )
         raise InputError(
             f"training.global_batch: {batch} samples cannot be shared by {num_ranks // sp} {groups}; "
             f"use at most {batch} {groups} or a larger global batch"
@@ -37,9 +43,14 @@ def notes(recipe: TrainRecipe, num_nodes: int, gpus_per_node: int) -> list[str]:
     """Return notes on settings that cost time, and on costs that the figures leave out; each names its key."""
     num_gpus, batch = num_nodes * gpus_per_node, recipe.training.global_batch
     found = []
+    if batch is None:
+        found.append(
+            "training.global_tokens: figures are those of samples of model.latent_shape; of other shapes as many take "
+            "part as have these tokens"
+        )
     sp = recipe.mesh.sp
     num_groups = num_gpus // sp
-    if batch % num_groups:
+    if batch is not None and batch % num_groups:
         groups = "GPUs" if sp == 1 else f"groups of {sp} GPUs"
         found.append(
             f"training.global_batch: {batch} over {num_groups} {groups} gives some {batch // num_groups} samples and "

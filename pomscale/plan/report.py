@@ -183,9 +183,12 @@ def _model(plan: RunPlan) -> list[str]:
         cost += f"; {_count(nominal)}FLOP nominal, with the output maps applied to every token"
     if model.alignment is not None:
         cost += f"; {_count(projection_flops(model))}FLOP more in training, of the projection for alignment"
+    step = f"{training.global_batch} samples"
+    if training.global_tokens is not None:
+        step = f"{training.global_tokens} tokens, of {plan.recipe.samples_per_step} such samples"
     return [
         f"{'model':<10}{_count(num_parameters(model))} parameters, {tokens}, {cost}",
-        f"{'step':<10}{training.global_batch} samples: up to {share.num_micro_batches} x {share.micro_batch} per "
+        f"{'step':<10}{step}: up to {share.num_micro_batches} x {share.micro_batch} per "
         f"{each}, {plan.speed.step_time_s:.3g} s",
     ]
 

@@ -43,11 +43,11 @@ def speed(recipe: TrainRecipe, num_gpus: int, gpu: Gpu, attained: float) -> Spee
     optimizer_s = step_flops(recipe.optimizer, build_network(recipe.model, times), num_gpus) / (
         attained * gpu.peak(recipe.optimizer.muon.precision)
     )
-    optimizer_share = optimizer_s / (recipe.training.global_batch / without_optimizer + optimizer_s)
+    optimizer_share = optimizer_s / (recipe.samples_per_step / without_optimizer + optimizer_s)
     samples_per_s = without_optimizer * (1 - optimizer_share)
     return Speed(
         samples_per_s=samples_per_s,
-        step_time_s=recipe.training.global_batch / samples_per_s,
+        step_time_s=recipe.samples_per_step / samples_per_s,
         mfu=attained * model / (model + again) * (1 - optimizer_share),
         recomputed_share=again / model,
         optimizer_share=optimizer_share,

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor, nn
 
 from pomscale.base.clock import Clock
 from pomscale.base.errors import InputError
@@ -21,6 +22,8 @@ from pomscale.data.bad_samples import BadSampleList
 from pomscale.data.dataset import LatentDataset
 from pomscale.data.loader import Loader, ReadAhead
 from pomscale.data.mixture import Mixture
+from pomscale.data.packed_loader import PackedLoader
+from pomscale.data.packed_order import PackedOrder
 from pomscale.diffusion.objectives import Objective, build_objective
 from pomscale.distributed.stragglers import Stragglers
 from pomscale.distributed.world import World
@@ -46,27 +49,35 @@ from pomscale.training.loss import (
     draw_batch,
     share_of_loss,
     spoil_gradient_if_not_finite,
-    steps,
 )
+from pomscale.training.packed import PackedBatch, draw_packed, share_of_packed_loss
 from pomscale.training.periodic import PeriodicWork, open_events
 from pomscale.training.process import Process
 from pomscale.training.recovery import Recovery
 from pomscale.training.resume import CHECKPOINT_FORMAT, Resumed, identity, restore
 from pomscale.training.saving import Saver, Series
 from pomscale.training.schedule import Schedule
+from pomscale.training.step import packed_steps, steps
 from pomscale.training.telemetry import Records, Row, Telemetry
 from pomscale.training.trainer import Trainer
+
+TrainLoader: TypeAlias = Loader[TrainBatch] | PackedLoader[PackedBatch]
+"""Loader of a run's micro-batches."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything that all starts of a run have in common. identity: see resume.identity."""
+    """Everything that all starts of a run have in common.
+
+    identity: see resume.identity. packed_order: steps of a packed run; None = of a global batch.
+    """
 
     recipe: TrainRecipe
     folder: Path
     mixture: Mixture
     card: ModelCard
     identity: dict[str, Any]
+    packed_order: PackedOrder | None = None
 
 
 def open_inputs(recipe: TrainRecipe, folder: Path, *, pin_memory: bool = False) -> Inputs:
@@ -79,7 +90,7 @@ def open_inputs(recipe: TrainRecipe, folder: Path, *, pin_memory: bool = False) 
     mixture = Mixture.open(
         recipe.data,
         seed=recipe.seed,
-        global_batch=recipe.training.global_batch,
+        global_batch=recipe.training.order_batch,
         read_text=model.text_dim is not None,
         pin_memory=pin_memory,
         features_until=None if alignment is None else alignment.until_samples,
@@ -91,7 +102,20 @@ def open_inputs(recipe: TrainRecipe, folder: Path, *, pin_memory: bool = False) 
         if dataset.features is not None:
             check_aligned(dataset.features.source.location, dataset.features.info, dataset.manifest, model)
         _check_tokens(recipe, dataset)
-    return Inputs(recipe, folder, mixture, ModelCard.of(recipe, mixture), identity(recipe, mixture))
+    card, packed = ModelCard.of(recipe, mixture), _packed_order(recipe, mixture)
+    return Inputs(recipe, folder, mixture, card, identity(recipe, mixture), packed)
+
+
+def _packed_order(recipe: TrainRecipe, mixture: Mixture) -> PackedOrder | None:
+    """Return the steps of a packed run. Raises InputError if a sample does not fit into the budget."""
+    training = recipe.training
+    if training.global_tokens is None:
+        return None
+
+    def num_tokens(shape: tuple[int, ...]) -> int:
+        return of_shape(recipe.model, shape).num_tokens
+
+    return PackedOrder(mixture.order, num_tokens, training.global_tokens, training.micro_tokens)
 
 
 def _check_tokens(recipe: TrainRecipe, dataset: LatentDataset) -> None:
@@ -113,20 +137,32 @@ def make_engine(recipe: TrainRecipe, initial: InitWeights, world: World) -> Engi
         return build_engine(recipe, model, initial, world)
 
 
-def open_loader(inputs: Inputs, world: World, position: int) -> Loader[TrainBatch]:
+def open_loader(inputs: Inputs, world: World, position: int) -> TrainLoader:
     """Loader of this rank's micro-batches from the global position `position` on, with everything random drawn.
 
     Ranks that share the tokens of their samples read the same ones.
     """
     recipe, mixture, sp = inputs.recipe, inputs.mixture, inputs.recipe.mesh.sp
+    ahead = ReadAhead(recipe.data.num_threads, recipe.data.prefetch, pin_memory=world.device.type == "cuda")
+    texts = None if mixture.text is None else mixture.text.info
+    if inputs.packed_order is not None:
+        return PackedLoader(
+            mixture,
+            inputs.packed_order,
+            rank=world.rank,
+            world_size=world.size,
+            start_position=position,
+            ahead=ahead,
+            finish=partial(draw_packed, recipe, texts=texts),
+        )
     return Loader(
         mixture,
         micro_batch=recipe.training.micro_batch,
         rank=world.rank // sp,
         world_size=world.size // sp,
         start_position=position,
-        ahead=ReadAhead(recipe.data.num_threads, recipe.data.prefetch, pin_memory=world.device.type == "cuda"),
-        finish=partial(draw_batch, recipe, texts=None if mixture.text is None else mixture.text.info),
+        ahead=ahead,
+        finish=partial(draw_batch, recipe, texts=texts),
     )
 
 
@@ -135,7 +171,7 @@ def build_trainer(
     resumed: Resumed,
     process: Process,
     records: Records,
-    loader: Loader[TrainBatch],
+    loader: TrainLoader,
 ) -> Trainer:
     """Build a Trainer that continues a run. A collective.
 
@@ -178,26 +214,15 @@ def build_trainer(
         divergence=divergence,
         bad_samples=bad_samples,
         restore=partial(restore, resumed.engine, resumed.checkpoints),
-        global_batch=schedule.global_batch,
         saver=saver,
         telemetry=telemetry,
         process=process,
         records=records,
     )
-    share = partial(
-        share_of_loss,
-        objective,
-        inputs.card.normalization,
-        schedule.global_batch,
-        process.world.device,
-        LocalTokens.of(recipe, process.world),
-    )
-    if recipe.diffusion.alignment is not None:
-        share = partial(share, alignment_weight=recipe.diffusion.alignment.weight)
     return Trainer(
         engine=resumed.engine,
-        batches=steps(loader),
-        loss=partial(spoil_gradient_if_not_finite, share),
+        steps=packed_steps(loader) if isinstance(loader, PackedLoader) else steps(loader),
+        loss=partial(spoil_gradient_if_not_finite, _share_of_loss(inputs, objective, process.world)),
         schedule=schedule,
         saver=saver,
         recovery=recovery,
@@ -205,6 +230,18 @@ def build_trainer(
         periodic=periodic,
         process=process,
     )
+
+
+def _share_of_loss(inputs: Inputs, objective: Objective, world: World) -> Callable[[nn.Module, Any], Tensor]:
+    """A micro-batch's share of the loss of its step. A collective."""
+    recipe, normalization = inputs.recipe, inputs.card.normalization
+    if recipe.training.global_batch is None:
+        return partial(share_of_packed_loss, objective, normalization, world.device)
+    local = LocalTokens.of(recipe, world)
+    share = partial(share_of_loss, objective, normalization, recipe.training.global_batch, world.device, local)
+    if recipe.diffusion.alignment is not None:
+        share = partial(share, alignment_weight=recipe.diffusion.alignment.weight)
+    return share
 
 
 def _periodic(
@@ -264,7 +301,7 @@ def _progress(
 ) -> Row:
     """Figures of a row of metrics that tell how far the run is at `clock`; see Telemetry.progress."""
     return {
-        "train/learning_rate": schedule.learning_rate_to(clock.samples),
+        "train/learning_rate": schedule.learning_rate_to(clock),
         **dict(_epochs(mixture, clock.position)),
         "data/bad_samples": len(bad_samples),
         "faults/skipped_steps": divergence.num_skipped,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,11 +14,11 @@ from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.config.time_shift import time_shift
 from pomscale.config.train import AlignmentLossConfig, TrainRecipe
 from pomscale.data.bad_samples import BadSample
-from pomscale.data.loader import Loader, MicroBatch
+from pomscale.data.loader import MicroBatch
 from pomscale.data.normalize import normalize
 from pomscale.data.texts import null_text, text_batch
 from pomscale.diffusion.alignment import AlignedNetwork, alignment_loss
-from pomscale.diffusion.draws import draw, dropout_seeds
+from pomscale.diffusion.draws import Draws, draw, dropout_seeds
 from pomscale.diffusion.objectives import Objective, per_sample_loss
 from pomscale.distributed.sequence_parallel import SequenceRanks
 from pomscale.distributed.world import World
@@ -63,14 +63,14 @@ class TrainBatch:
 
     def pin_memory(self) -> TrainBatch:
         """The same batch in pinned memory. The loader's pinning thread calls it."""
-        return self.map(_pinned)
+        return self.map(pinned)
 
     def to(self, device: torch.device) -> TrainBatch:
         """The same batch on `device`; a copy from pinned memory does not wait."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def _pinned(tensor: Tensor) -> Tensor:
+def pinned(tensor: Tensor) -> Tensor:
     """A copy in pinned memory without gaps between rows; the tensor itself, where it is that already, as pixels are.
 
     Latents have such gaps, and Tensor.pin_memory would keep them: then the host waits while a device fetches the copy.
@@ -85,21 +85,27 @@ def draw_batch(recipe: TrainRecipe, batch: MicroBatch, texts: TextInfo | None) -
 
     It runs in the loader's threads, so that drawing noise never keeps a GPU waiting.
     """
-    shape, model = tuple(batch.latents.shape[1:]), recipe.model
-    shift = time_shift(recipe.diffusion, model, shape)
-    seeds = None if model.dropout is None else dropout_seeds(recipe.seed, batch.positions.tolist())
+    model, draws = recipe.model, draw_sample_numbers(recipe, batch)
     features = None if recipe.diffusion.alignment is None else aligned_features(recipe.diffusion.alignment, batch)
-    num_groups = 1
-    if isinstance(model, VideoModelConfig) and len(shape) == 4:
-        num_groups = max(1, shape[1] // model.patch_frames)
-    draws = draw(recipe.seed, batch.positions.tolist(), shape, recipe.diffusion, num_groups, shift)
     start = draws.start if isinstance(model, VideoModelConfig) else None
     if isinstance(model, ImageModelConfig) and model.num_classes is not None:
         condition: Condition = torch.where(draws.drop_condition, model.num_classes, batch.condition)
     else:
         assert texts is not None
         condition = _drop_texts(text_batch(batch, texts), draws.drop_condition, texts)
+    seeds = draws.dropout_seeds
     return TrainBatch(batch.latents, draws.eps, draws.t, condition, start, batch.weights, batch.bad, seeds, features)
+
+
+def draw_sample_numbers(recipe: TrainRecipe, batch: MicroBatch) -> Draws:
+    """Draw the random numbers of samples of one shape, each keyed by its position, and nothing else."""
+    shape, model, positions = tuple(batch.latents.shape[1:]), recipe.model, batch.positions.tolist()
+    num_groups = 1
+    if isinstance(model, VideoModelConfig) and len(shape) == 4:
+        num_groups = max(1, shape[1] // model.patch_frames)
+    shift = time_shift(recipe.diffusion, model, shape)
+    draws = draw(recipe.seed, positions, shape, recipe.diffusion, num_groups, shift)
+    return draws if model.dropout is None else replace(draws, dropout_seeds=dropout_seeds(recipe.seed, positions))
 
 
 def aligned_features(config: AlignmentLossConfig, batch: MicroBatch) -> Tensor:
@@ -117,12 +123,6 @@ def _drop_texts(text: Text, dropped: Tensor, texts: TextInfo) -> Text:
         torch.where(rows[..., None], null.embeddings.to(text.embeddings.dtype), text.embeddings),
         torch.where(rows, null.mask, text.mask),
     )
-
-
-def steps(loader: Loader[TrainBatch]) -> Iterator[list[TrainBatch]]:
-    """Iterate over the steps of one rank: a list of micro-batches for each."""
-    while True:
-        yield [next(loader) for _ in range(loader.num_micro_batches)]
 
 
 @dataclass(frozen=True)

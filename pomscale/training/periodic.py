@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pomscale.base.clock import Clock
 from pomscale.base.condition import Condition, Text, map_condition
 from pomscale.base.console import warn
 from pomscale.base.errors import PomscaleError
@@ -65,21 +66,22 @@ class PeriodicWork:
     process: Process
     records: Records
 
-    def check_replicas(self, samples: int) -> None:
+    def check_replicas(self, clock: Clock) -> None:
         """Compare the ranks that hold copies of the same numbers, if that is due. Raises PomscaleError if they differ.
 
         A collective.
         """
         every = self.consistency_every_samples
-        if every is not None and self.schedule.is_due(every, samples):
+        if every is not None and self.schedule.is_due(every, clock):
             replicas = self.engine.replicas()
             if replicas is not None:
                 check_replicas(self.process.world, replicas.group, replicas.tensors)
 
-    def run_events(self, samples: int) -> None:
+    def run_events(self, clock: Clock) -> None:
         """Run the events that are due, and all of them at the end of the run. A collective."""
+        samples = clock.samples
         for event in self.events:
-            if self.schedule.is_over(samples) or self.schedule.is_due(event.every_samples, samples):
+            if self.schedule.is_over(samples) or self.schedule.is_due(event.every_samples, clock):
                 with self.process.watchdog.slow(event.name), self.engine.averaged(self.average):
                     metrics = event.run(samples)
                 self.records.monitor.log(samples, metrics)

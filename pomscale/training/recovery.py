@@ -43,7 +43,6 @@ class Recovery:
     divergence: Divergence
     bad_samples: BadSamples
     restore: Callable[[Path], dict[str, Any]]
-    global_batch: int
     saver: Saver
     telemetry: Telemetry
     process: Process
@@ -65,26 +64,26 @@ class Recovery:
             self.records.ledger.write(samples)
         return verdict
 
-    def carry_out(self, verdict: Verdict, clock: Clock, norm: float) -> StepOutcome:
-        """Skip the step at `clock` or roll back from it, as the verdict says. A collective.
+    def carry_out(self, verdict: Verdict, clock: Clock, norm: float, step: int) -> StepOutcome:
+        """Skip the step of so many samples at `clock` or roll back from it, as the verdict says. A collective.
 
         The clock is moved past what is left out; a step that is taken is left to the caller to count.
         """
-        if verdict == "rollback" and self._roll_back(clock, norm):
+        if verdict == "rollback" and self._roll_back(clock, norm, step):
             return StepOutcome.ROLLED_BACK
         if math.isfinite(norm):
             return StepOutcome.TAKEN
-        self._skip(clock)
+        self._skip(clock, step)
         return StepOutcome.SKIPPED
 
-    def _skip(self, clock: Clock) -> None:
+    def _skip(self, clock: Clock, step: int) -> None:
         reason = self.divergence.reason
         self.process.warn(f"the step at position {clock.position:,} is left out: {reason}")
         self.records.ledger.event("skipped_step", clock.samples, position=clock.position, reason=reason)
         self.records.alerts.left_out(clock.samples, reason)
-        clock.leave_out(self.global_batch)
+        clock.leave_out(step)
 
-    def _roll_back(self, clock: Clock, norm: float) -> bool:
+    def _roll_back(self, clock: Clock, norm: float, step: int) -> bool:
         """Restore the last checkpoint, and continue with the data after the current position.
 
         So the samples and the noise that diverged are not used again. Returns False, and has done nothing, where a loss
@@ -98,7 +97,7 @@ class Recovery:
                 )
                 return False
             first = clock.position
-            clock.leave_out(self.global_batch)
+            clock.leave_out(step)
             if latest is None or not self.divergence.may_roll_back:
                 raise self.divergence.give_up(first, clock.position, latest is not None)
             self._restore(latest, clock)

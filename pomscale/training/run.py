@@ -73,6 +73,8 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
     """Nothing is written before it is known that the recipe may continue the run in `folder`."""
     check_layout(recipe, world.size)
     inputs = open_inputs(recipe, folder, pin_memory=world.device.type == "cuda")
+    if inputs.packed_order is not None:
+        inputs.packed_order.check_ranks(world.size)
     standing = world.on_main(lambda: find_standing(recipe, folder, inputs.mixture, inputs.identity, inputs.card))
     if standing.is_finished:
         if world.is_main:
@@ -156,7 +158,8 @@ class _Run:
             self._announce(inputs, resumed, initial)
             self._preflight(recipe, records.monitor, clock.samples)
             stack.callback(inputs.mixture.close)
-            loader = stack.enter_context(open_loader(inputs, self.world, clock.position))
+            loader = open_loader(inputs, self.world, clock.position)
+            stack.callback(loader.close)
             process = Process(self.world, self.start, self.stop, watchdog, compile_cache.save)
             trainer = build_trainer(inputs, resumed, process, records, loader)
             records.ledger.charge("start_up")

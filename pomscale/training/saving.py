@@ -78,7 +78,7 @@ class Saver:
 
     def save_checkpoint(self, clock: Clock, *, last: bool) -> None:
         """Save a checkpoint if one is due after a step, or if it is the last one, unless it is there already."""
-        is_due = last or self.schedule.is_due(self.checkpoints.every_samples, clock.samples)
+        is_due = last or self.schedule.is_due(self.checkpoints.every_samples, clock)
         if is_due and clock.samples != self._saved_at:
             self._save(clock, self.checkpoints)
             self._saved_at = clock.samples
@@ -88,7 +88,7 @@ class Saver:
         snapshots, samples = self.snapshots, clock.samples
         if snapshots is None:
             return
-        is_due = self.schedule.is_over(samples) or self.schedule.is_due(snapshots.every_samples, samples)
+        is_due = self.schedule.is_over(samples) or self.schedule.is_due(snapshots.every_samples, clock)
         if is_due and not snapshots.holds(samples):
             self._save(clock, snapshots)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -49,9 +49,10 @@ class Telemetry:
     mfu: Callable[[float], float] | None
     timer: StepTimer = field(default_factory=StepTimer)
     _host: HostStats = field(default_factory=HostStats, init=False)
-    _losses: list[float] = field(default_factory=list, init=False)
-    _norms: list[float] = field(default_factory=list, init=False)
-    _alignments: list[float] = field(default_factory=list, init=False)
+    # Values of the steps since the last row, each with its weight in the mean.
+    _losses: list[tuple[float, float]] = field(default_factory=list, init=False)
+    _norms: list[tuple[float, float]] = field(default_factory=list, init=False)
+    _alignments: list[tuple[float, float]] = field(default_factory=list, init=False)
     _is_warm: bool = field(default=False, init=False)
 
     def next_batch(self, batches: Iterator[T], samples: int) -> T:
@@ -70,10 +71,10 @@ class Telemetry:
 
     def count_step(self, loss: float, norm: float, num_samples: int, alignment: float | None = None) -> None:
         """Count a step that the optimiser has taken. alignment: its alignment loss, None where it had none."""
-        self._losses.append(loss)
+        self._losses.append((loss, num_samples))
         if alignment is not None:
-            self._alignments.append(alignment)
-        self._norms.append(norm)
+            self._alignments.append((alignment, 1.0))
+        self._norms.append((norm, 1.0))
         self.timer.count_step(num_samples)
 
     def discard_steps(self) -> None:
@@ -100,10 +101,10 @@ class Telemetry:
         self.records.monitor.log(clock.samples, {**row, **self.records.ledger.metrics()})
 
     def _means(self) -> Row:
-        """Mean loss and norm of the steps since the last row; empty if none was taken."""
+        """Mean loss over the samples, and mean norm over the steps, since the last row; empty if none was taken."""
         found = {"train/loss": self._losses, "train/alignment_loss": self._alignments, "train/grad_norm": self._norms}
         self.discard_steps()
-        return {name: math.fsum(values) / len(values) for name, values in found.items() if values}
+        return {name: _weighted_mean(values) for name, values in found.items() if values}
 
     def _ranks(self, speed: dict[str, float]) -> Row:
         """Compare the ranks, and warn if one of them holds up the others. A collective."""
@@ -112,3 +113,9 @@ class Telemetry:
         if report.warning is not None:
             self.process.warn(report.warning)
         return report.metrics
+
+
+def _weighted_mean(values: Sequence[tuple[float, float]]) -> float:
+    """Return the mean of (value, weight)s; equal weights leave no trace in its last bits."""
+    first = values[0][1]
+    return math.fsum(value * (weight / first) for value, weight in values) / math.fsum(w / first for _, w in values)

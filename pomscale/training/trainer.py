@@ -15,6 +15,7 @@ from pomscale.training.process import Process
 from pomscale.training.recovery import Recovery, StepOutcome
 from pomscale.training.saving import Saver
 from pomscale.training.schedule import Schedule
+from pomscale.training.step import TrainStep
 from pomscale.training.telemetry import Telemetry
 
 
@@ -23,8 +24,8 @@ class Trainer:
     """The parts of training, and the order in which they act. Everything is scheduled in samples seen."""
 
     engine: Engine
-    batches: Iterator[list[Any]]  # micro-batches of this rank, a list per step; `bad`: the samples it could not read
-    # A micro-batch's share of the mean loss over the global batch; or of the loss and its parts, see `share_of_loss`.
+    steps: Iterator[TrainStep]
+    # A micro-batch's share of the mean loss over the step; or of the loss and its parts, see `share_of_loss`.
     loss: Callable[[nn.Module, Any], Tensor]
     schedule: Schedule
     saver: Saver
@@ -51,11 +52,11 @@ class Trainer:
             outcome, stopping = self._step(clock)
             taken = outcome is StepOutcome.TAKEN
             last = stopping or self.schedule.is_over(clock.samples)
-            if last or (taken and self.schedule.is_due(self.telemetry.every_samples, clock.samples)):
+            if last or (taken and self.schedule.is_due(self.telemetry.every_samples, clock)):
                 self.telemetry.log(clock)
             with self.telemetry.timer.paused():
                 if taken:
-                    self.periodic.check_replicas(clock.samples)
+                    self.periodic.check_replicas(clock)
                 self.saver.poll(clock.samples)
                 if taken or last:
                     self.saver.save_checkpoint(clock, last=last)
@@ -64,7 +65,7 @@ class Trainer:
                 # After the save, so that what fails in the events costs no training. A run that is asked to stop has
                 # seconds left: the next start runs its events.
                 if taken and not stopping:
-                    self.periodic.run_events(clock.samples)
+                    self.periodic.run_events(clock)
         return stopping
 
     def _begin(self, clock: Clock) -> bool:
@@ -75,21 +76,23 @@ class Trainer:
         stopping = not self.schedule.is_over(clock.samples) and self.process.any_rank_asked_to_stop()
         if clock.samples and not stopping:  # a stop or a kill may have come between the checkpoint and these
             self.saver.save_snapshot(clock)
-            self.periodic.run_events(clock.samples)
+            self.periodic.run_events(clock)
         return stopping
 
     def _step(self, clock: Clock) -> tuple[StepOutcome, bool]:
-        """Train on one global batch. Returns what became of the step, and whether a stop was requested."""
-        micro_batches = self.telemetry.next_batch(self.batches, clock.samples)
-        share = self.engine.forward_backward(micro_batches, self.loss)
-        bad = [sample for batch in micro_batches for sample in batch.bad]
+        """Take one step. Returns what became of it, and whether a stop was requested."""
+        whole = self.telemetry.next_batch(self.steps, clock.samples)
+        step = whole.first(self.schedule.left(clock.samples))
+        share = self.engine.forward_backward(step.micro_batches, self.loss)
+        bad = [sample for batch in step.micro_batches for sample in batch.bad]
         # One collective per step carries the loss, the ranks' agreement to stop, and word of bad samples. It waits for
         # the device, so it comes before the optimiser, on which the device works while the host begins the next step.
         stop_votes, num_bad, *losses = self.process.world.sum(
             [float(self.process.stop.requested), float(len(bad)), *share.view(-1)]
         )
         norm = self.engine.step(
-            self.schedule.learning_rate_from(clock.samples), self.schedule.ema_weights_from(clock.samples)
+            self.schedule.learning_rate_from(clock.samples, step.num_samples),
+            self.schedule.ema_weights_from(clock.samples, step.num_samples),
         )
         if num_bad:
             self.recovery.note_bad_samples(clock.samples, bad)
@@ -99,10 +102,11 @@ class Trainer:
         verdict = self.recovery.assess(clock.samples, loss, norm)
         self.telemetry.charge_step()
         self.process.step_done()
-        outcome = self.recovery.carry_out(verdict, clock, norm)
+        # The next step begins where the whole one ends, also where this one was cut at the end of the run and left out.
+        outcome = self.recovery.carry_out(verdict, clock, norm, whole.num_samples)
         if outcome is StepOutcome.TAKEN:
-            clock.take(self.schedule.global_batch)
-            self.telemetry.count_step(loss, norm, self.schedule.global_batch, alignment)
+            clock.take(step.num_samples, steps_differ=self.schedule.steps_differ)
+            self.telemetry.count_step(loss, norm, step.num_samples, alignment)
         return outcome, stop_votes > 0 and not self.schedule.is_over(clock.samples)
 
     def _finish(self, clock: Clock, stopped: bool) -> None:
@@ -115,5 +119,5 @@ class Trainer:
 
 
 def _mean(total: float, share: float) -> float | None:
-    """Return the mean over a share of the samples, whose sum over the global batch is `total`; None = of none."""
+    """Return the mean over a share of the samples, whose sum over the step is `total`; None = of none."""
     return total / share if share else None

@@ -18,7 +18,8 @@ from pomscale.distributed.world import World
 from pomscale.evaluation.generated.shard_pictures import ShardPictures
 from pomscale.models import make_model
 from pomscale.training.build import open_inputs, open_loader
-from pomscale.training.loss import share_of_loss, steps
+from pomscale.training.loss import share_of_loss
+from pomscale.training.step import steps
 from support.tiny_clips import awaken
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -69,7 +70,8 @@ def losses(train: TrainRecipe, folder: Path) -> list[float]:
     objective = build_objective(train.diffusion)
     found = []
     with open_loader(inputs, ALONE, 0) as loader:
-        for (batch,), _ in zip(steps(loader), range(NUM_STEPS), strict=False):
+        for step, _ in zip(steps(loader), range(NUM_STEPS), strict=False):
+            (batch,) = step.micro_batches
             share = share_of_loss(objective, inputs.card.normalization, 8, ALONE.device, None, model, batch)
             found.append(share.item())
     return found
@@ -98,7 +100,7 @@ def test_pictures_of_a_model_on_pixels_come_out_right(folders: dict[str, Path]) 
     inputs = open_inputs(recipe(folders["png"], {"name": "uint8"}), folders["png"])
     card, codec = inputs.card, inputs.card.load_codec(torch.device("cpu"))
     with open_loader(inputs, ALONE, 0) as loader:
-        (batch,) = next(steps(loader))
+        (batch,) = next(steps(loader)).micro_batches
     seen = (batch.x0.float() - 127.5) / 127.5
     shown = codec.decode(card.denormalize(seen))
     assert torch.equal((shown * 255.0).round().byte(), batch.x0)
@@ -121,7 +123,7 @@ def test_pixels_are_read_into_the_memory_from_which_a_gpu_copies(folders: dict[s
     samples = inputs.mixture.read(np.arange(8))
     assert samples.latents.is_pinned()
     with open_loader(inputs, world, 0) as loader:
-        (batch,) = next(steps(loader))
+        (batch,) = next(steps(loader)).micro_batches
     assert batch.x0.is_pinned()
     assert batch.pin_memory().x0.data_ptr() == batch.x0.data_ptr()
     assert torch.equal(batch.to(world.device).x0.cpu(), samples.latents)

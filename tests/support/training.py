@@ -197,7 +197,6 @@ class Desk:
             self.divergence,
             BadSampleList(1),
             self._restore,
-            BATCH,
             self.saver,
             self.telemetry,
             self.process,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -289,6 +290,25 @@ def test_a_preset_fills_only_what_the_recipe_leaves_open(write: Write) -> None:
     assert (model.dim, model.depth, model.patch_size, model.mixer, model.num_heads) == (768, 3, 4, "attention", 12)
 
 
+PACKED = "{total_samples: 650, global_tokens: 512"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("mesh.sp=2", "mesh.sp: packed samples are not split over ranks; use mesh.sp: 1"),
+        ("compute.compile=true", "compute.compile: packed steps have other shapes each time; use compile: false"),
+    ],
+)
+def test_what_packed_steps_do_not_do_is_named(write: Write, override: str, expected: str) -> None:
+    recipe = write("train.yaml", TRAIN)
+    packed = load_train_recipe(recipe, [f"training={PACKED}}}"])
+    assert (packed.training.total_samples, packed.training.order_batch) == (650, 1)
+    assert "global_tokens" not in load_train_recipe(recipe).model_dump()["training"], "older runs keep their identity"
+    with pytest.raises(RecipeError, match=re.escape(expected)):
+        load_train_recipe(recipe, [f"training={PACKED}}}", override])
+
+
 def test_a_recipe_of_the_other_kind_is_refused(write: Write) -> None:
     with pytest.raises(RecipeError, match="kind: this is a recipe for `pomscale data encode`"):
         load_train_recipe(write("encode.yaml", ENCODE))
@@ -300,6 +320,19 @@ def test_a_recipe_of_the_other_kind_is_refused(write: Write) -> None:
     ("override", "expected"),
     [
         ("training.total_samples=650", "training.total_samples: 650 is not a multiple of training.global_batch 64"),
+        (
+            "training.global_batch=null",
+            "training.global_batch: give either global_batch, samples of one shape per step",
+        ),
+        (
+            "training.global_tokens=512",
+            "training.global_batch: give either global_batch, samples of one shape per step",
+        ),
+        ("training.micro_tokens=512", "training.micro_tokens: is for packed steps (global_tokens); use micro_batch"),
+        (
+            f"training={PACKED}, micro_batch: 2}}",
+            "training.micro_batch: is for steps of global_batch samples; use micro_",
+        ),
         ("schedule={warmup_samples: 400, cooldown_samples: 300}", "schedule: warmup_samples + cooldown_samples exceed"),
         ("sampling.num_classes=11", "sampling.num_classes: more than model.num_classes"),
         ("model.patch_size=3", "model.latent_shape: 8x8 is not divisible by patch_size 3"),

@@ -46,6 +46,8 @@ RECIPE: dict[str, Any] = {
         ({"codec": {"path": "there", "subfolder": "vae"}}, []),
         ({"ema": {"halflives_samples": [200]}, "training": {"global_batch": 9}},
          ["ema.halflives_samples: [100] then, [200] now", "training.global_batch: 8 then, 9 now"]),
+        ({"training": {"global_batch": None, "global_tokens": 512}},
+         ["training.global_batch: 8 then, None now", "training.global_tokens: None then, 512 now"]),
     ],
 )  # fmt: skip
 def test_the_fields_that_differ_are_named_one_by_one(changes: dict[str, Any], expected: list[str]) -> None:

@@ -20,6 +20,7 @@ from pomscale.engine.matrices import block_matrices
 from pomscale.models import make_model
 from pomscale.plan.advice import changed
 from pomscale.plan.batch import BatchShare, batch_share
+from pomscale.plan.checks import check_layout
 from pomscale.plan.memory import state_bytes
 from pomscale.plan.model_cost import forward_flops, num_parameters
 from pomscale.plan.report import DatasetSize, plan, render
@@ -45,6 +46,25 @@ def test_batches_are_dealt_as_the_loader_does(global_batch: int, num_gpus: int, 
         )
         largest = max(largest, *(len(next(pieces)[0]) for _ in range(share.num_micro_batches)))
     assert share == BatchShare(largest, share.num_micro_batches)
+
+
+def test_a_packed_step_is_counted_in_samples_of_the_latent_shape() -> None:
+    """Budgets of so many whole samples give the plan of a global batch of them."""
+    batches = tiny(training={"total_samples": 960, "global_batch": 24, "micro_batch": 3})
+    tokens = batches.model.num_tokens
+    budgets = {"global_batch": None, "global_tokens": 24 * tokens, "micro_tokens": 3 * tokens}
+    packed = tiny(training=budgets)
+    assert packed.samples_per_step == 24
+    assert batch_share(packed, 4) == batch_share(batches, 4) == BatchShare(3, 2)
+    assert speed(packed, 4, GPUS["h100"], 0.4) == speed(batches, 4, GPUS["h100"], 0.4)
+    assert batch_share(changed(packed, {"training.micro_tokens": None}), 4) == BatchShare(6, 1)
+    larger = tiny(training=budgets | {"global_tokens": 25 * tokens - 1})
+    assert larger.samples_per_step == 24
+    assert batch_share(larger, 4) == BatchShare(3, 3), "a part of a sample is rounded up"
+    lines = render(plan(packed, num_nodes=1, gpus_per_node=4, gpu="h100"))
+    assert f"{24 * tokens} tokens, of 24 such samples: up to 2 x 3 per GPU" in lines
+    with pytest.raises(InputError, match=r"training.global_tokens: .* are 24 samples .* which 25 ranks cannot share"):
+        check_layout(packed, 25)
 
 
 def test_recomputation_costs_time_and_lowers_mfu() -> None:

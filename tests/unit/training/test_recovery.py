@@ -18,7 +18,7 @@ NAN = math.nan
 
 def step(desk: Desk, clock: Clock, loss: float, norm: float) -> StepOutcome:
     verdict = desk.recovery.assess(clock.samples, loss, norm)
-    return desk.recovery.carry_out(verdict, clock, norm)
+    return desk.recovery.carry_out(verdict, clock, norm, BATCH)
 
 
 def test_a_good_step_is_taken_and_left_to_the_caller_to_count(tmp_path: Path) -> None:

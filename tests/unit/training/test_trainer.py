@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +14,18 @@ import pytest
 
 from pomscale.base.clock import Clock
 from pomscale.training.periodic import Event, PeriodicWork
+from pomscale.training.step import TrainStep
 from pomscale.training.trainer import Trainer
 from support.training import BATCH, Desk
 
 GOOD, BAD = (1.0, 1.0), (math.nan, math.nan)
 
 
-def trainer(desk: Desk, *, stop_at: int | None = None) -> Trainer:
-    """With an event every five steps; a stop is requested while step `stop_at` waits for its batch."""
+def trainer(desk: Desk, *, stop_at: int | None = None, sizes: Sequence[int] = ()) -> Trainer:
+    """With an event every five steps; a stop is requested while step `stop_at` waits for its batch.
+
+    sizes: samples of each step, for packed ones.
+    """
 
     def event(samples: int) -> dict[str, float | str]:
         desk.happened.append(("event", samples))
@@ -28,7 +34,8 @@ def trainer(desk: Desk, *, stop_at: int | None = None) -> Trainer:
     def batches() -> Any:
         for step in itertools.count(1):
             desk.stop.requested = desk.stop.requested or step == stop_at
-            yield [SimpleNamespace(bad=())]
+            batch = SimpleNamespace(bad=(), first=lambda num_samples: SimpleNamespace(bad=(), cut_to=num_samples))
+            yield TrainStep([batch], sizes[step - 1] if sizes else BATCH)
 
     periodic = PeriodicWork(
         [Event("validation", 5 * BATCH, event)],
@@ -42,7 +49,7 @@ def trainer(desk: Desk, *, stop_at: int | None = None) -> Trainer:
     )
     return Trainer(
         engine=desk.engine,
-        batches=batches(),
+        steps=batches(),
         loss=lambda model, batch: pytest.fail("the engine of lists computes no loss"),
         schedule=desk.schedule,
         saver=desk.saver,
@@ -64,6 +71,25 @@ def test_a_run_to_its_end(tmp_path: Path) -> None:
     last = [name for name, *_ in desk.of(*names)][-7:]
     assert last == ["step", *names[1:]], "saved before the events"
     assert [name for name, *_ in desk.happened[-4:]] == ["wait checkpoint", "wait snapshot", "charge", "write"]
+
+
+def packed(desk: Desk) -> Desk:
+    desk.schedule = replace(desk.schedule, global_batch=None)
+    desk.saver.schedule = desk.schedule
+    return desk
+
+
+def test_the_clock_goes_by_the_samples_of_each_packed_step(tmp_path: Path) -> None:
+    """One step is left out and one is taken back: their whole samples are passed over. The last one is cut at 80."""
+    figures = [GOOD, GOOD, BAD, GOOD, GOOD, BAD, BAD, GOOD, GOOD, GOOD, GOOD]
+    desk, clock = packed(Desk(tmp_path, figures=figures)), Clock()
+    trainer(desk, sizes=[10, 5, 7, 20, 3, 11, 13, 9, 21, 6, 30]).run(clock)
+    # 10 + 5, 7 skipped, 20 -> 35 and a checkpoint, 3 -> 38, 11 skipped, 13 back to 35; then 9, 21, 6 and 9 of 30.
+    assert clock.skipped == [(15, 22), (42, 69)]
+    assert (clock.samples, clock.position, clock.last_step) == (80, 114, 9)
+    assert [samples for _, samples in desk.of("save checkpoint")] == [35, 65, 80]
+    assert [meta["last_step"] for meta in desk.checkpoints.metas] == [20, 21, 9]
+    assert [samples for _, samples in desk.of("save snapshot")] == [35, 65, 80]
 
 
 def test_a_skipped_step_is_neither_logged_nor_followed_by_work(tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""Forward pass of networks on packed samples: pictures and clips of any shapes in one sequence, without padding.
+
+Samples come by shape: a list of latents (b c ...), one for each shape at hand. Everything else is in the order of the
+samples in that list: b of all shapes one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pomscale.base.condition import Condition, PackedText, Text
+from pomscale.layers import Units, grid_positions, modulate_units, sincos_positions_2d, unpatchify
+from pomscale.models.packing import Packing, of_shapes, packed_tokens
+
+if TYPE_CHECKING:  # they call the functions here
+    from pomscale.models.image import DiPoM
+    from pomscale.models.video import VDiPoM
+
+
+def predict_pictures(
+    model: DiPoM, latents: Sequence[Tensor], t: Tensor, condition: Condition, seeds: Tensor | None
+) -> list[Tensor]:
+    """Predict as `DiPoM.forward` for pictures of several sizes. ValueError for a network of texts.
+
+    Args:
+        model: The network.
+        latents: Pictures (b c h w) of each size.
+        t: Times of all samples, (samples,).
+        condition: Classes of all samples, (samples,) int64.
+        seeds: Seeds of their dropout, (samples,) int64, or None.
+    """
+    config, size = model.config, model.config.patch_size
+    if model.class_embedding is None or isinstance(condition, Text):
+        raise ValueError("condition: packed pictures have classes; texts are for packed clips")
+    grids = [(pictures.shape[2] // size, pictures.shape[3] // size) for pictures in latents]
+    embedded, positions = [], []
+    for pictures, grid in zip(latents, grids, strict=True):
+        x = model.patch_embedding(pictures)
+        if config.positions != "none":
+            integer = config.positions == "sincos_integer"
+            x = x + sincos_positions_2d(*grid, config.dim, x.device, x.dtype, integer=integer)
+        embedded.append(x)
+        positions.append(grid_positions(*grid, device=x.device).expand(len(pictures), -1, -1))
+    shapes = [(len(x), x.shape[1]) for x in embedded]
+    samples = Units(tuple(length for batch, length in shapes for _ in range(batch)))
+    of_class = model.class_embedding(condition)
+    c = (model.time_embedding(t) + of_class)[None]
+    where = packed_tokens(positions)[0] if config.has_rope else None
+    x = _through_blocks(model, packed_tokens(embedded), c, of_class, where, samples, seeds)
+    scale, shift = model.modulation(F.silu(c)).chunk(2, dim=-1)
+    values = of_shapes(model.head(modulate_units(model.norm(x), shift, scale, samples)), shapes)
+    return [unpatchify(part, *grid, size) for part, grid in zip(values, grids, strict=True)]
+
+
+def _through_blocks(
+    model: DiPoM,
+    x: Tensor,
+    c: Tensor,
+    of_class: Tensor,
+    positions: Tensor | None,
+    samples: Units,
+    seeds: Tensor | None,
+) -> Tensor:
+    """Apply the blocks to the tokens of the pictures, and to those of their classes from their block on."""
+    packing, in_context = Packing(samples, samples), model.config.in_context
+    for number, block in enumerate(model.trunk):
+        if in_context is not None and number == in_context.start:
+            assert model.in_context is not None
+            x = _before_each(model.in_context(of_class), x, samples)
+            if positions is not None:  # (0, 0) turns nothing
+                origin = positions.new_zeros(len(of_class), in_context.tokens, positions.shape[1])
+                positions = _before_each(origin, positions[None], samples)[0]
+            longer = Units(tuple(length + in_context.tokens for length in samples.lengths))
+            packing = Packing(longer, longer)
+        x = block(x, c, positions, packing, seeds)
+    if packing.samples is samples:
+        return x
+    assert in_context is not None
+    return packed_tokens([run.of_tokens(x)[:, in_context.tokens :] for run in packing.samples.runs])
+
+
+def _before_each(tokens: Tensor, x: Tensor, samples: Units) -> Tensor:
+    """Put tokens (samples k d) before those of each sample in x (1 N d)."""
+    parts = [torch.cat([tokens[run.first : run.last], run.of_tokens(x)], dim=1) for run in samples.runs]
+    return packed_tokens(parts)
+
+
+def predict_clips(
+    model: VDiPoM,
+    latents: Sequence[Tensor],
+    t: Tensor,
+    condition: PackedText,
+    start: Tensor | None,
+    seeds: Tensor | None,
+) -> list[Tensor]:
+    """Predict as `VDiPoM.forward` for clips and pictures of several shapes.
+
+    Args:
+        model: The network.
+        latents: Clips (b c F H W), or pictures (b c H W), of each shape.
+        t: Times of all samples, (samples,), or of all frame groups, one sample's after another's.
+        condition: Texts of all samples.
+        start: Number of the first frame group of each sample, (samples,) int64; None = 0.
+        seeds: Seeds of their dropout, (samples,) int64, or None.
+    """
+    starts = [None] * len(latents) if start is None else start.split([len(part) for part in latents])
+    parts = [model.embed(part, first) for part, first in zip(latents, starts, strict=True)]
+    shapes = [(len(x), x.shape[1]) for x, _, _ in parts]
+    grids = [grid for (batch, _), (_, _, grid) in zip(shapes, parts, strict=True) for _ in range(batch)]
+    packing, text = _packing(model, grids, len(t), condition)
+    where = (
+        packed_tokens([positions for _, positions, _ in parts if positions is not None])[0]
+        if (model.config.has_rope)
+        else None
+    )
+    x, c = packed_tokens([x for x, _, _ in parts]), model.time_embedding(t)[None]
+    for block in model.trunk:
+        x = block(x, c, text, None, None, where, packing, seeds)
+    scale, shift = model.modulation(F.silu(c)).chunk(2, dim=-1)
+    values = of_shapes(model.head(modulate_units(model.norm(x), shift, scale, packing.times)), shapes)
+    return [
+        model.unpatchified(value, grid, like) for value, (_, _, grid), like in zip(values, parts, latents, strict=True)
+    ]
+
+
+def _packing(
+    model: VDiPoM, grids: Sequence[tuple[int, int, int]], num_times: int, texts: PackedText
+) -> tuple[Packing, Tensor]:
+    """Return the places of the tokens of samples with these grids, and the texts (1 M d) that their units read."""
+    lengths = tuple(groups * height * width for groups, height, width in grids)
+    frames = tuple(height * width for _, height, width in grids)
+    embedded = model.text_embedding(texts.embeddings.to(model.text_embedding.weight.dtype))
+    samples = times = Units(lengths)
+    text_lengths = texts.lengths
+    if num_times != len(grids):  # every frame group has a time, and reads the text of its sample at it
+        counts = [groups for groups, _, _ in grids]
+        if num_times != sum(counts):
+            raise ValueError(f"t: {num_times} times for {len(grids)} samples of {sum(counts)} frame groups")
+        times = Units(tuple(frame for frame, count in zip(frames, counts, strict=True) for _ in range(count)))
+        each = embedded.split(list(texts.lengths))
+        embedded = torch.cat([text.repeat(count, 1) for text, count in zip(each, counts, strict=True)])
+        text_lengths = tuple(n for n, count in zip(texts.lengths, counts, strict=True) for _ in range(count))
+    is_causal = model.config.temporal == "block_causal"
+    return Packing(samples, times, Units(text_lengths), frames if is_causal else None), embedded[None]
