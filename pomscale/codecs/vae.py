@@ -199,7 +199,7 @@ class PictureVae:
         if not self.conventions.tiles:
             raise InputError(f"codec.tiling: an {self.class_name} has no tiles that meet; set codec.tiling=false")
         self.vae.enable_tiling()
-        _check_tiles(self.vae, self.factor, self.config.path)
+        _check_tiles(self.vae, self.factor // self.conventions.patch, self.config.path)
 
 
 class ClipVae(PictureVae):
@@ -256,6 +256,10 @@ class ClipVae(PictureVae):
         if self._decodes_by_frame:
             return WanDecoder(self.vae)
         return WholeClipDecoder(self.decode, latent_frames, self.factor, self.class_name)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        # As in chunks, for the same bits: a convolution of other lengths rounds otherwise.
+        return WanDecoder(self.vae).decode(latents) if self._decodes_by_frame else super()._decode(latents)
 
     @property
     def _decodes_by_frame(self) -> bool:
