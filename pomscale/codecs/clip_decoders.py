@@ -134,10 +134,11 @@ class CogVideoXDecoder:
 
 
 class WanDecoder:
-    """Decodes a clip latent frame by latent frame to the frames of `vae.decode` of the whole clip.
+    """Decodes a clip latent frame by latent frame, to the frames of `vae.decode` of the whole clip but for rounding.
 
     The network of Wan decodes so by itself: it passes the last two inputs of every causal convolution on to the next
-    latent frame, and normalises each pixel by itself. The state consists of these inputs, per clip; it does not grow.
+    latent frame, and normalises each pixel by itself. Here the convolution before that is by latent frame, too, so that
+    chunks of any length give the same bits. The state consists of these inputs, per clip; it does not grow.
     """
 
     def __init__(self, vae: Any) -> None:

@@ -14,12 +14,14 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from pomscale.base.errors import InputError
 from pomscale.codecs.base import ClipDecoder
 from pomscale.codecs.clip_decoders import CogVideoXDecoder, WanDecoder, WholeClipDecoder
+from pomscale.codecs.encode_slices import SLICED_ENCODERS
 from pomscale.codecs.loading import brief, check_fits, place
 from pomscale.codecs.vae_conventions import CONVENTIONS, Conventions, Network
 from pomscale.config.codecs import VaeCodecConfig
 
 try:
     import diffusers
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 except (ImportError, RuntimeError) as error:  # RuntimeError: diffusers is there, but something that it imports is not
     raise InputError(f"codec.name: a VAE needs the package diffusers: {error}. Run: pip install -e '.[vae]'") from error
 
@@ -199,7 +201,7 @@ class PictureVae:
         if not self.conventions.tiles:
             raise InputError(f"codec.tiling: an {self.class_name} has no tiles that meet; set codec.tiling=false")
         self.vae.enable_tiling()
-        _check_tiles(self.vae, self.factor, self.config.path)
+        _check_tiles(self.vae, self.factor // self.conventions.patch, self.config.path)
 
 
 class ClipVae(PictureVae):
@@ -256,6 +258,16 @@ class ClipVae(PictureVae):
         if self._decodes_by_frame:
             return WanDecoder(self.vae)
         return WholeClipDecoder(self.decode, latent_frames, self.factor, self.class_name)
+
+    def _encode(self, pixels: Tensor) -> Any:
+        if self.config.tiling or self.class_name not in SLICED_ENCODERS:
+            return super()._encode(pixels)
+        encode = SLICED_ENCODERS[self.class_name]
+        return DiagonalGaussianDistribution(torch.cat([encode(self.vae, clip) for clip in pixels.split(1)]))
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        # As in chunks, for the same bits: a convolution of other lengths rounds otherwise.
+        return WanDecoder(self.vae).decode(latents) if self._decodes_by_frame else super()._decode(latents)
 
     @property
     def _decodes_by_frame(self) -> bool:

@@ -14,6 +14,7 @@ from pomscale.codecs.clip_decoders import FramewiseDecoder
 from pomscale.codecs.vae import ClipVae, open_vae
 from pomscale.config.codecs import VaeCodecConfig
 from support.tiny_models import save_video_vae
+from support.tiny_vaes import save_tiny_vae
 
 # Of the network that `folder` holds: one tile, and 2 x 2 of them (tiles are 6 x 10 latent pixels).
 ONE_TILE, TILES = (3, 4), (8, 13)
@@ -105,3 +106,45 @@ def test_pixel_frames_are_those_of_the_network(folder: Path) -> None:
     codec = open_codec(folder)
     for frames in (1, 8, 9, 16, 17, 80, 81):
         assert codec.num_pixel_frames(codec.latent_shape(frames, 8, 8)[1]) == frames
+
+
+@pytest.mark.parametrize("name", ["wan21", "wan22"])
+@pytest.mark.parametrize(("frames", "chunk"), [(1, 1), (4, 1), (5, 2), (3, 3)])
+def test_wan_in_chunks_of_any_length_gives_what_the_codec_gives_for_the_whole(
+    name: str, frames: int, chunk: int, tmp_path: Path
+) -> None:
+    codec = open_codec(save_tiny_vae(tmp_path, name))
+    latents = random_latents(frames, (2, 3))
+    decoded = decode_chunks(codec.decoder(frames), latents, chunk)
+    assert decoded.shape[2] == codec.num_pixel_frames(frames)
+    assert torch.equal(decoded, codec.decode(latents))
+
+
+@pytest.mark.parametrize("begun_frames", [1, 2, 3])
+def test_a_saved_clip_of_wan_goes_on_exactly(begun_frames: int, tmp_path: Path) -> None:
+    codec = open_codec(save_tiny_vae(tmp_path, "wan22"))
+    assert codec.continues
+    latents = random_latents(5, (2, 3))
+    begun = codec.decoder(begun_frames)
+    first = begun.decode(latents[:, :, :begun_frames])
+    torch.save(begun.state_dict(), tmp_path / "state.pt")
+    resumed = open_codec(tmp_path).decoder(begun_frames)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt"))
+    rest = decode_chunks(resumed, latents[:, :, begun_frames:], 1)
+    assert torch.equal(torch.cat([first, rest], dim=2), codec.decode(latents))
+    with pytest.raises(InputError, match="by another codec"):
+        resumed.load_state_dict({"due": torch.tensor(2)})
+
+
+@pytest.mark.parametrize("name", ["hunyuan_video", "hunyuan_video_15", "ltx", "mochi"])
+def test_other_networks_wait_for_the_whole_clip_and_continue_none(name: str, tmp_path: Path) -> None:
+    codec = open_codec(save_tiny_vae(tmp_path, name))
+    assert not codec.continues
+    latents = torch.randn(2, codec.num_channels, 3, 1, 2, generator=torch.Generator().manual_seed(0))
+    decoder = codec.decoder(3)
+    parts = [decoder.decode(part) for part in latents.split(1, dim=2)]
+    assert [part.shape[2] for part in parts] == [0, 0, codec.num_pixel_frames(3)]
+    assert torch.equal(torch.cat(parts, dim=2), codec.decode(latents))
+    for use in (decoder.state_dict, lambda: decoder.load_state_dict({}), lambda: decoder.decode(latents[:, :, :1])):
+        with pytest.raises(InputError, match=r"decodes a clip as a whole, so none can be continued"):
+            use()

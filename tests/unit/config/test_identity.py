@@ -3,7 +3,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
+from pomscale.config.codecs import CodecConfig, VaeCodecConfig
 from pomscale.config.identity import differences
 
 RECIPE: dict[str, Any] = {
@@ -54,3 +56,40 @@ def test_the_fields_that_differ_are_named_one_by_one(changes: dict[str, Any], ex
     now = {key: {**value, **changes.get(key, {})} if isinstance(value, dict) else changes.get(key, value)
            for key, value in RECIPE.items()}  # fmt: skip
     assert differences(RECIPE, now) == expected
+
+
+def test_codecs_of_earlier_versions_are_the_same_codec_under_its_new_name() -> None:
+    """A run that began with `sd_vae` goes on with `vae`, with `store` said or left to the class."""
+    of_then = {
+        **RECIPE,
+        "codec": {"name": "sd_vae", "path": "a", "subfolder": "", "store": "moments", "precision": "fp32"},
+    }
+    for store in ("moments", None):
+        now = {**RECIPE, "codec": {"name": "vae", "path": "b", "subfolder": "", "store": store, "tiling": False}}
+        assert differences(of_then, now) == []
+    now = {**RECIPE, "codec": {"name": "vae", "path": "b", "store": "sample"}}
+    assert differences(of_then, now) == ["codec.store: moments then, sample now"]
+
+
+@pytest.mark.parametrize(
+    ("former", "now"),
+    [
+        (
+            {"name": "sd_vae"},
+            {"path": "stabilityai/sd-vae-ft-ema", "subfolder": "", "store": "moments", "precision": "fp32"},
+        ),
+        (
+            {"name": "cogvideox_vae", "tiling": True},
+            {"path": "THUDM/CogVideoX-5b", "subfolder": "vae", "store": "sample", "precision": "bf16", "tiling": True},
+        ),
+        ({"name": "sd_vae", "store": "sample"}, {"path": "stabilityai/sd-vae-ft-ema", "store": "sample"}),
+        (
+            {"name": "cogvideox_vae", "subfolder": ""},
+            {"path": "THUDM/CogVideoX-5b", "store": "sample", "precision": "bf16"},
+        ),
+    ],
+)
+def test_sections_of_earlier_versions_keep_their_defaults(former: dict[str, Any], now: dict[str, Any]) -> None:
+    read = TypeAdapter(CodecConfig).validate_python
+    assert read(former) == VaeCodecConfig(name="vae", **now)
+    assert read(read(former)) == read(former)

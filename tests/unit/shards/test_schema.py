@@ -181,3 +181,23 @@ def test_reading_a_manifest_imports_neither_torch_nor_numpy() -> None:
     code = "import sys, pomscale.shards.schema; print({'torch', 'numpy'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+def test_constants_per_channel_are_recorded_and_scalars_keep_their_bytes(manifest: Manifest) -> None:
+    assert '"scaling_factor":0.5,"shift":0.25' in manifest.model_dump_json()
+    per_channel = {"scaling_factor": [0.5, 2.0], "shift": [-1.0, 3.0]}
+    codec = manifest.latent_codec.model_dump() | per_channel
+    other = Manifest.model_validate_json(changed(manifest, codec=codec).model_dump_json())
+    assert Normalization.of(other, "codec") == Normalization((-1.0, 3.0), (2.0, 0.5))
+    with pytest.raises(InputError, match=r"scale latents differently"):
+        Normalization.of_mixture([manifest, other], [1.0, 1.0], "codec")
+    with pytest.raises(InputError, match=r"constants of 3 and 2 channels, and its latents have 2"):
+        Normalization.of(changed(manifest, codec=codec | {"shift": [0.0] * 3}), "codec")
+    with pytest.raises(ValidationError):
+        changed(manifest, codec=codec | {"scaling_factor": [0.5, 0.0]})
+
+
+def test_a_manifest_of_an_earlier_version_names_its_codec_as_it_did(manifest: Manifest) -> None:
+    codec = manifest.latent_codec.model_dump()
+    codec["config"] = {"name": "sd_vae", "path": "/here", "subfolder": "", "store": "moments", "precision": "fp32"}
+    assert changed(manifest, codec=codec) == manifest
