@@ -98,7 +98,12 @@ CONVENTIONS: dict[str, Convention] = {
         "stable_diffusion_3.pipeline_stable_diffusion_3 _get_t5_prompt_embeds", _T5, 256, padding="seen"
     ),
     "cogvideox": Convention("cogvideo.pipeline_cogvideox _get_t5_prompt_embeds", _T5, 226, padding="seen"),
-    "glyph": Convention("hunyuan_video1_5.pipeline_hunyuan_video1_5 _get_byt5_prompt_embeds", _T5, 256),
+    "glyph": Convention(
+        "hunyuan_video1_5.pipeline_hunyuan_video1_5 _get_byt5_prompt_embeds, of a prompt's one quoted text",
+        _T5,
+        256,
+        template='Text "{}". ',
+    ),
     "wan": Convention("wan.pipeline_wan _get_t5_prompt_embeds", ("umt5",), 512, clean="spaces"),
     "sdxl": Convention(
         "stable_diffusion_xl.pipeline_stable_diffusion_xl encode_prompt, and that of stable_diffusion_3",

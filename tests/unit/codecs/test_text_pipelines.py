@@ -306,7 +306,7 @@ def test_sdxl_and_sd3(tmp_path: Path) -> None:
 def test_quoted_bytes(tmp_path: Path) -> None:
     """ByT5 of HunyuanVideo 1.5, whose pipeline sets every quoted text into a sentence of its own."""
     folder = save_t5(tmp_path, seed=0)
-    encoder = text_encoder(folder, convention="glyph", tokenizer="bytes", template='Text "{}". ')
+    encoder = text_encoder(folder, convention="glyph", tokenizer="bytes")
     with torch.no_grad():
         embeddings, mask = of_glyph(folder)
     for ours, theirs, used in zip(encoder.encode(BYTES), embeddings, mask, strict=True):
