@@ -12,7 +12,7 @@ from pomscale.cli import main
 
 def test_packed_steps_are_measured_beside_those_of_each_shape(tmp_path: Path) -> None:
     sizes = ["--dim", "32", "--depth", "1", "--tokens", "900", "--num-turns", "1"]
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["bench", "packed", "--device", "cpu", *sizes, "--out", str(tmp_path / "packed.json")])
     found = json.loads((tmp_path / "packed.json").read_text())
     assert len(found["verdicts"]) == 4
