@@ -22,6 +22,7 @@ from pomscale.benchmarks.report import BenchReport
 from pomscale.config.model import ImageModelConfig, VideoModelConfig, of_shape
 from pomscale.diffusion.objectives import FlowMatching, interpolate, per_sample_loss, prediction_loss
 from pomscale.models import make_model
+from pomscale.models.video import VideoBlock
 
 _WANTED = 1.05
 """Most time per token of a packed step, relative to that of the best bucket."""
@@ -46,6 +47,11 @@ class _Bucket:
     def loss(self, model: nn.Module) -> Tensor:
         """Return the loss of each sample, (b,)."""
         return per_sample_loss(_OBJECTIVE, model, self.x0, self.eps, self.t, self.condition)
+
+    @property
+    def num_text_tokens(self) -> int:
+        """Tokens of its texts, without padding."""
+        return int(self.condition.mask.sum()) if isinstance(self.condition, Text) else 0
 
     def part(self, size: int) -> _Bucket:
         """Return its first samples."""
@@ -114,8 +120,10 @@ def _bench(
         step()
     times = take_turns(steps, device, num_turns)
     losses = [*(bucket.loss for bucket in buckets), packed]
+    text_tokens = [bucket.num_text_tokens for bucket in buckets]
+    text_tokens.append(sum(part.num_text_tokens for part in parts))
     per_token = {}
-    for (key, taken), size, loss in zip(times.items(), sizes, losses, strict=True):
+    for (key, taken), size, loss, num_texts in zip(times.items(), sizes, losses, text_tokens, strict=True):
         kept: list[Tensor] = []
         num_bytes = kept_bytes(lambda: kept.append(loss(model)), device)  # noqa: B023
         per_token[key] = taken.busy_s / size
@@ -125,9 +133,25 @@ def _bench(
             step_s=taken.busy_s,
             us_per_token=per_token[key] * 1e6,
             kept_kib_per_token=num_bytes / size / 2**10,
+            padding=_tokens_computed(model, loss) - size - num_texts,
         )
     ratio = per_token.pop("packed") / min(per_token.values())
     report.compare(f"{name}: time per token of a packed step over the best bucket's", ratio, _WANTED, at_least=False)
+
+
+def _tokens_computed(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
+    """Return the tokens, of texts too, that the first block of a network gets in a forward pass, padding included."""
+    found = []
+
+    def count(block: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        sequences = [arguments[0], arguments[2]] if isinstance(block, VideoBlock) else [arguments[0]]
+        found.append(sum(x.shape[0] * x.shape[1] for x in sequences))
+
+    handle = model.blocks()[0].register_forward_pre_hook(count)  # type: ignore[operator]
+    with torch.no_grad():
+        loss(model)
+    handle.remove()
+    return found[0]
 
 
 def _mixed(lengths: Sequence[int], tokens: int) -> list[int]:
