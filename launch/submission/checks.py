@@ -21,7 +21,7 @@ from pomscale.config.load import validate
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.config.train import TrainRecipe, ValidationConfig
 from pomscale.config.yaml_file import RecipeSource, read_source
-from pomscale.plan.checks import check_layout
+from pomscale.plan.checks import check_layout, check_packing
 from pomscale.plan.report import DatasetSize, misfit, plan, summary
 from pomscale.runs.checkpoint_folder import complete_checkpoints, samples_of
 from pomscale.runs.layout import CHECKPOINT_META, CHECKPOINTS_FOLDER, LAUNCH_FILE, LAUNCHED_RECIPE_FILE, RECIPE_FILE
@@ -51,6 +51,8 @@ def check_training_data(
         _check_there("init_from.path", recipe.init_from.path, to_come)
     of_training = manifests[: len(recipe.data.components)]
     known = [manifest for manifest in of_training if manifest is not None]
+    if known:
+        check_packing(recipe, [group.shape for manifest in known for group in manifest.groups])
     if len(known) < len(of_training):
         return None
     num_bytes = sum(shard.num_bytes for manifest in known for shard in manifest.shards)

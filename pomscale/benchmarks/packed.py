@@ -8,7 +8,7 @@ the same samples in batches of one shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from pomscale.benchmarks.report import BenchReport
 from pomscale.config.model import ImageModelConfig, VideoModelConfig, of_shape
 from pomscale.diffusion.objectives import FlowMatching, interpolate, per_sample_loss, prediction_loss
 from pomscale.models import make_model
+from pomscale.models.video import VideoBlock
 
 _WANTED = 1.05
 """Most time per token of a packed step, relative to that of the best bucket."""
@@ -35,23 +36,39 @@ _OBJECTIVE = FlowMatching()
 
 
 @dataclass(frozen=True)
+class _Contender:
+    """A step: its loss by sample, its tokens, and those of its texts, none of padding."""
+
+    loss: Callable[[nn.Module], Tensor]
+    tokens: int
+    text_tokens: int
+
+
+@dataclass(frozen=True)
 class _Bucket:
-    """Samples of one shape: x0 and eps (b ..), t (b,), classes (b,) int64 or texts."""
+    """Samples of one shape: x0 and eps (b ..), t (b,), classes (b,) int64 or texts, and the tokens of each."""
 
     x0: Tensor
     eps: Tensor
     t: Tensor
     condition: Tensor | Text
+    length: int
 
     def loss(self, model: nn.Module) -> Tensor:
         """Return the loss of each sample, (b,)."""
         return per_sample_loss(_OBJECTIVE, model, self.x0, self.eps, self.t, self.condition)
 
+    @property
+    def contender(self) -> _Contender:
+        """A step of these samples."""
+        num_text = int(self.condition.mask.sum()) if isinstance(self.condition, Text) else 0
+        return _Contender(self.loss, len(self.x0) * self.length, num_text)
+
     def part(self, size: int) -> _Bucket:
         """Return its first samples."""
         condition = self.condition
         condition = Text(*(each[:size] for each in condition)) if isinstance(condition, Text) else condition[:size]
-        return _Bucket(self.x0[:size], self.eps[:size], self.t[:size], condition)
+        return _Bucket(self.x0[:size], self.eps[:size], self.t[:size], condition, self.length)
 
 
 def bench_packed(device: torch.device, *, dim: int, depth: int, tokens: int, num_turns: int) -> BenchReport:
@@ -74,60 +91,71 @@ def bench_packed(device: torch.device, *, dim: int, depth: int, tokens: int, num
         ("V-DiPoM", VideoModelConfig.model_validate(video), _CLIPS),
         ("V-DiPoM block-causal", VideoModelConfig.model_validate(video | {"temporal": "block_causal"}), _CLIPS),
     ):
-        _bench(report, name, config, shapes, device, tokens, num_turns)
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = make_model(config)
+            buckets = {"x".join(map(str, shape)): _bucket(config, shape, tokens) for shape in shapes}
+        with torch.no_grad():  # zeros, as gates have them at the start, would hide what blocks compute
+            for parameter in model.parameters():
+                parameter.normal_(std=0.02)
+        _bench(report, name, model, buckets, device, num_turns)
     return report
 
 
 def _bench(
     report: BenchReport,
     name: str,
-    config: ImageModelConfig | VideoModelConfig,
-    shapes: Sequence[tuple[int, ...]],
+    model: nn.Module,
+    buckets: Mapping[str, _Bucket],
     device: torch.device,
-    tokens: int,
     num_turns: int,
 ) -> None:
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = make_model(config)
-        lengths = [of_shape(config, shape).num_tokens for shape in shapes]
-        buckets = [_bucket(config, shape, tokens // length) for shape, length in zip(shapes, lengths, strict=True)]
-    with torch.no_grad():  # zeros, as gates have them at the start, would hide what blocks compute
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02)
-    mixed = _mixed(lengths, tokens)
-    parts = [bucket.part(n) for bucket, n in zip(buckets, mixed, strict=True) if n]
-    packed = _packed(parts)
-    alone = torch.cat([bucket.loss(model) for bucket in parts]).mean().item()
-    together = packed(model).mean().item()
-    difference = abs(together - alone) / abs(alone)
+    contenders = {shape: bucket.contender for shape, bucket in buckets.items()}
+    lengths = [bucket.length for bucket in buckets.values()]
+    mixed = _mixed(lengths, max(contender.tokens for contender in contenders.values()))
+    parts = [bucket.part(n) for bucket, n in zip(buckets.values(), mixed, strict=True) if n]
+    packed = _Contender(
+        _packed(parts), sum(part.contender.tokens for part in parts), sum(part.contender.text_tokens for part in parts)
+    )
+    contenders["packed"] = packed
+    alone = torch.cat([part.loss(model) for part in parts]).mean().item()
+    difference = abs(packed.loss(model).mean().item() - alone) / abs(alone)
     report.add(f"{name}: loss of a packed step, relative to batches of one shape", difference=difference)
     if not difference <= _EQUAL:
         report.failures.append(f"{name}: the losses differ by {difference:.2g}, more than {_EQUAL:g}")
-    steps: dict[str, Callable[[], object]] = {
-        "x".join(map(str, shape)): _step(model, bucket.loss) for shape, bucket in zip(shapes, buckets, strict=True)
-    }
-    sizes = [len(bucket.x0) * length for bucket, length in zip(buckets, lengths, strict=True)]
-    sizes.append(sum(n * length for n, length in zip(mixed, lengths, strict=True)))
-    steps["packed"] = _step(model, packed)
+    steps = {key: _step(model, contender.loss) for key, contender in contenders.items()}
     for step in steps.values():
         step()
-    times = take_turns(steps, device, num_turns)
-    losses = [*(bucket.loss for bucket in buckets), packed]
     per_token = {}
-    for (key, taken), size, loss in zip(times.items(), sizes, losses, strict=True):
-        kept: list[Tensor] = []
-        num_bytes = kept_bytes(lambda: kept.append(loss(model)), device)  # noqa: B023
-        per_token[key] = taken.busy_s / size
+    for key, times in take_turns(steps, device, num_turns).items():
+        contender, kept = contenders[key], []
+        num_bytes = kept_bytes(lambda: kept.append(contender.loss(model)), device)  # noqa: B023
+        per_token[key] = times.busy_s / contender.tokens
         report.add(
             f"{name}, {key}",
-            tokens=size,
-            step_s=taken.busy_s,
+            tokens=contender.tokens,
+            padding=_tokens_computed(model, contender.loss) - contender.tokens - contender.text_tokens,
+            step_s=times.busy_s,
             us_per_token=per_token[key] * 1e6,
-            kept_kib_per_token=num_bytes / size / 2**10,
+            kept_kib_per_token=num_bytes / contender.tokens / 2**10,
         )
     ratio = per_token.pop("packed") / min(per_token.values())
     report.compare(f"{name}: time per token of a packed step over the best bucket's", ratio, _WANTED, at_least=False)
+
+
+def _tokens_computed(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
+    """Return the tokens, of texts too, that the first block of a network gets in a forward pass, padding included."""
+    found = []
+
+    def count(block: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        sequences = [arguments[0], arguments[2]] if isinstance(block, VideoBlock) else [arguments[0]]
+        found.append(sum(x.shape[0] * x.shape[1] for x in sequences))
+
+    handle = model.blocks()[0].register_forward_pre_hook(count)  # type: ignore[operator]
+    with torch.no_grad():
+        loss(model)
+    handle.remove()
+    return found[0]
 
 
 def _mixed(lengths: Sequence[int], tokens: int) -> list[int]:
@@ -142,15 +170,17 @@ def _mixed(lengths: Sequence[int], tokens: int) -> list[int]:
         tokens -= lengths[next_one]
 
 
-def _bucket(config: ImageModelConfig | VideoModelConfig, shape: tuple[int, ...], size: int) -> _Bucket:
-    """Draw samples of a shape on the default device; a text has up to so many tokens as its place has."""
+def _bucket(config: ImageModelConfig | VideoModelConfig, shape: tuple[int, ...], tokens: int) -> _Bucket:
+    """Draw samples of a shape, of at most so many tokens in all, on the default device."""
+    length = of_shape(config, shape).num_tokens
+    size = tokens // length
     x0, eps, t = torch.randn(size, *shape), torch.randn(size, *shape), torch.rand(size)
     if isinstance(config, ImageModelConfig):
         assert config.num_classes is not None
-        return _Bucket(x0, eps, t, torch.randint(config.num_classes, (size,)))
+        return _Bucket(x0, eps, t, torch.randint(config.num_classes, (size,)), length)
     lengths = torch.randint(1, _MOST_TEXT + 1, (size,))
     mask = torch.arange(_MOST_TEXT) < lengths[:, None]
-    return _Bucket(x0, eps, t, Text(torch.randn(size, _MOST_TEXT, _TEXT_DIM), mask))
+    return _Bucket(x0, eps, t, Text(torch.randn(size, _MOST_TEXT, _TEXT_DIM), mask), length)
 
 
 def _packed(parts: Sequence[_Bucket]) -> Callable[[nn.Module], Tensor]:

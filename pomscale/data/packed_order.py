@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pomscale.base.errors import InputError
 from pomscale.data.mixture_order import MixtureOrder
 
 Bins = list[list[np.ndarray]]
@@ -47,43 +46,14 @@ class PackedOrder:
 
         Args:
             order: Order of the samples, of global batch 1.
-            num_tokens: Returns the tokens of a sample of a latent shape.
+            num_tokens: Returns the tokens of a sample of a latent shape, at most those of a micro-batch.
             global_tokens: Most tokens of a step over all ranks.
             micro_tokens: Most tokens of a rank's micro-batch; None = its whole share.
-
-        Raises:
-            InputError: A sample does not fit into a step or into a micro-batch.
         """
         assert order.global_batch == 1
         self._order = order
         self._tokens = np.array([num_tokens(shape) for shape in order.shapes])
         self._global_tokens, self.micro_tokens = global_tokens, micro_tokens
-        self._largest = int(self._tokens.argmax())
-        for key, budget in (("global_tokens", global_tokens), ("micro_tokens", micro_tokens)):
-            if budget is not None and budget < self.most_tokens:
-                raise InputError(
-                    f"training.{key}: {budget} tokens cannot hold a sample of shape {self._largest_shape}, which has "
-                    f"{self.most_tokens}; use at least so many, or leave out samples of this shape"
-                )
-
-    @property
-    def most_tokens(self) -> int:
-        """Tokens of a sample of the largest shape."""
-        return int(self._tokens[self._largest])
-
-    @property
-    def _largest_shape(self) -> str:
-        return "x".join(map(str, self._order.shapes[self._largest]))
-
-    def check_ranks(self, num_ranks: int) -> None:
-        """Raise InputError if a step may have fewer samples than there are ranks."""
-        fewest = self._global_tokens // self.most_tokens
-        if fewest < num_ranks:
-            raise InputError(
-                f"training.global_tokens: {self._global_tokens} tokens may be {fewest} samples of shape "
-                f"{self._largest_shape}, which {num_ranks} ranks cannot share; use at least "
-                f"{num_ranks * self.most_tokens} tokens, or at most {fewest} ranks"
-            )
 
     def step_at(self, position: int) -> PackedStep:
         """Return the step that begins at a position."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from pomscale.base.errors import InputError
 from pomscale.config.hardware import Gpu
+from pomscale.config.model import of_shape
 from pomscale.config.train import TrainRecipe
 
 
@@ -30,6 +33,30 @@ def check_layout(recipe: TrainRecipe, num_ranks: int) -> None:
         raise InputError(
             f"fsdp2.shard_size: {num_ranks} ranks do not make whole copies of {shard_size}; "
             f"use a multiple of {shard_size} ranks, or another shard_size"
+        )
+
+
+def check_packing(recipe: TrainRecipe, shapes: Iterable[Sequence[int]], num_ranks: int = 1) -> None:
+    """Raise InputError, which names the key, unless packed steps hold samples of these latent shapes.
+
+    A micro-batch must hold each of them, and a step one for each of `num_ranks` ranks, which would have none else.
+    """
+    training = recipe.training
+    if training.global_tokens is None:
+        return
+    num_tokens, shape = max((of_shape(recipe.model, shape).num_tokens, tuple(shape)) for shape in shapes)
+    of_shape_named = f"of shape {'x'.join(map(str, shape))}"
+    for key, budget in (("global_tokens", training.global_tokens), ("micro_tokens", training.micro_tokens)):
+        if budget is not None and budget < num_tokens:
+            raise InputError(
+                f"training.{key}: {budget} tokens cannot hold a sample {of_shape_named}, which has {num_tokens}; use "
+                "at least so many, or leave out samples of this shape"
+            )
+    fewest = training.global_tokens // num_tokens
+    if fewest < num_ranks:
+        raise InputError(
+            f"training.global_tokens: {training.global_tokens} tokens may be {fewest} samples {of_shape_named}, which "
+            f"{num_ranks} ranks cannot share; use at least {num_ranks * num_tokens} tokens, or at most {fewest} ranks"
         )
 
 

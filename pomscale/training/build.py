@@ -107,7 +107,7 @@ def open_inputs(recipe: TrainRecipe, folder: Path, *, pin_memory: bool = False) 
 
 
 def _packed_order(recipe: TrainRecipe, mixture: Mixture) -> PackedOrder | None:
-    """Return the steps of a packed run. Raises InputError if a sample does not fit into the budget."""
+    """Return the steps of a packed run."""
     training = recipe.training
     if training.global_tokens is None:
         return None

@@ -24,7 +24,7 @@ from pomscale.engine.out_of_memory import explained_out_of_memory
 from pomscale.engine.protocol import InitWeights
 from pomscale.monitoring.alerts import Alerts
 from pomscale.monitoring.monitor import Monitor, open_monitor
-from pomscale.plan.checks import check_layout
+from pomscale.plan.checks import check_layout, check_packing
 from pomscale.plan.model_cost import num_parameters
 from pomscale.runs.layout import CHECKPOINTS_FOLDER, stacks_path
 from pomscale.runs.ledger import RESTARTED_BECAUSE, Ledger
@@ -73,8 +73,7 @@ def _train_in(world: World, recipe: TrainRecipe, folder: Path, stop: StopRequest
     """Nothing is written before it is known that the recipe may continue the run in `folder`."""
     check_layout(recipe, world.size)
     inputs = open_inputs(recipe, folder, pin_memory=world.device.type == "cuda")
-    if inputs.packed_order is not None:
-        inputs.packed_order.check_ranks(world.size)
+    check_packing(recipe, inputs.mixture.order.shapes, world.size)
     standing = world.on_main(lambda: find_standing(recipe, folder, inputs.mixture, inputs.identity, inputs.card))
     if standing.is_finished:
         if world.is_main:

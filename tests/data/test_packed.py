@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from launch.submission.checks import check_training_data
 from pomscale.base.condition import PackedText
 from pomscale.base.errors import InputError
+from pomscale.config.cluster import ClusterProfile
 from pomscale.config.model import of_shape
 from pomscale.config.train import TrainRecipe
 from pomscale.data.loader import Loader, ReadAhead
@@ -22,6 +24,7 @@ from pomscale.data.packed_loader import PackedLoader, packed_pieces
 from pomscale.data.packed_order import PackedOrder, deal
 from pomscale.diffusion.objectives import FlowMatching
 from pomscale.models import make_model
+from pomscale.plan.checks import check_packing
 from pomscale.training.build import open_inputs
 from pomscale.training.loss import draw_batch, share_of_loss
 from pomscale.training.packed import PackedBatch, draw_packed, share_of_packed_loss
@@ -127,7 +130,6 @@ def test_the_order_of_packed_samples_keeps_weights_and_epochs(mixture: Mixture) 
 @pytest.mark.parametrize(("num_ranks", "micro_tokens"), [(1, None), (2, None), (3, 4), (2, 5), (1, 4)])
 def test_ranks_share_the_samples_of_the_same_steps(mixture: Mixture, num_ranks: int, micro_tokens: int | None) -> None:
     order, whole = packed_order(mixture, micro_tokens=micro_tokens), packed_order(mixture)
-    order.check_ranks(num_ranks)
     ranks = [packed_pieces(order, 0, rank, num_ranks) for rank in range(num_ranks)]
     for step in itertools.islice(whole.steps(0), 100):
         seen: list[int] = []
@@ -283,15 +285,19 @@ def test_bad_samples_are_listed_once_and_have_no_weight(root: Path, tmp_path: Pa
     assert {sample.record for sample in bad} == {18}
 
 
-def test_budgets_that_hold_no_sample_or_too_few_are_refused(root: Path, tmp_path: Path, mixture: Mixture) -> None:
+def test_budgets_that_hold_no_sample_or_too_few_are_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"training.global_tokens: 3 tokens cannot hold a sample of shape 4x4x\d+x\d+"):
-        open_inputs(make_recipe(root, global_tokens=3), tmp_path)
+        check_packing(make_recipe(root, global_tokens=3), TOKENS)
     with pytest.raises(InputError, match=r"training.micro_tokens: 3 tokens cannot hold .*, which has 4; use at least"):
-        open_inputs(make_recipe(root, micro_tokens=3), tmp_path)
-    order = packed_order(mixture)
-    order.check_ranks(3)
+        check_packing(make_recipe(root, micro_tokens=3), TOKENS)
+    check_packing(make_recipe(root), TOKENS, 3)
     with pytest.raises(InputError, match=r"13 tokens may be 3 samples .* which 4 ranks .* use at least 16 tokens"):
-        order.check_ranks(4)
+        check_packing(make_recipe(root), TOKENS, 4)
+    cluster = {"kind": "cluster", "scheduler": "debug", "gpus_per_node": 0, "ranks_per_node": 1, "cpus_per_node": 1}
+    profile = ClusterProfile.model_validate(cluster)
+    assert check_training_data(make_recipe(root), profile) is not None
+    with pytest.raises(InputError, match=r"training.global_tokens: 3 tokens cannot hold"):
+        check_training_data(make_recipe(root, global_tokens=3), profile)
     inputs = open_inputs(make_recipe(root), tmp_path)
     assert inputs.packed_order is not None
     assert {shape: of_shape(inputs.recipe.model, shape).num_tokens for shape in TOKENS} == TOKENS

@@ -18,4 +18,5 @@ def test_packed_steps_are_measured_beside_those_of_each_shape(tmp_path: Path) ->
     assert len(found["verdicts"]) == 4
     assert "failures" not in found
     packed = [row for row in found["rows"] if row["what"].endswith("packed")]
+    assert [row["padding"] for row in packed] == [0] * 4
     assert all(600 < row["tokens"] <= 900 for row in packed)
