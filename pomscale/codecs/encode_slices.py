@@ -127,8 +127,8 @@ def _stream(
 ) -> Tensor:
     """Return run(clip) of a causal module: the first frame with the next ones, then as many at a time.
 
-    Downsamplers in time, of the class of that name, treat the first frame in a way of their own, which `downsample` does
-    not.
+    Downsamplers in time, of the class of that name, treat the first frame in a way of their own, which `downsample`
+    does not.
     """
     first = clip[:, :, : 1 + _FRAMES]
     with _going_on(module), ExitStack() as stack:
@@ -174,7 +174,7 @@ def _downsample_ltx(module: Network, frames: Tensor) -> Tensor:
 
 def _downsample_hunyuan15(module: Network, frames: Tensor) -> Tensor:
     """`HunyuanVideo15Downsample.forward` of frames that are not the first: all are folded in time."""
-    fold = partial(module._dcae_downsample_rearrange, r1=2 if module.add_temporal_downsample else 1)  # noqa: SLF001
+    fold = partial(module._dcae_downsample_rearrange, r1=2 if module.add_temporal_downsample else 1)
     hidden, shortcut = fold(module.conv(frames)), fold(frames)
     return hidden + shortcut.unflatten(1, (hidden.shape[1], module.group_size)).mean(dim=2)
 
