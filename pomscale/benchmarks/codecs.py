@@ -1,8 +1,8 @@
 """`pomscale bench codecs`: the throughput table of codecs, beside a bare loop of the same module.
 
 Networks have the sizes of those that people use and random weights, on which neither speed nor memory depends, so
-nothing is downloaded. Pictures and clips go from files on disk through `data encode`; the rival calls the module over
-tensors in memory, before and after. Both must give the same latents first.
+nothing is downloaded. Pictures, clips and captions go from files on disk through `data encode`; the rival calls the
+module over tensors in memory, before and after. Both must give the same values first.
 """
 
 from __future__ import annotations
@@ -12,84 +12,44 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
-from PIL import Image
 from torch import Tensor
 
 from data_pipelines.encode.encode import encode
 from pomscale.base.errors import InputError, PomscaleError
+from pomscale.benchmarks.codec_networks import (
+    AUTOENCODERS,
+    FPS,
+    TEXT_TOWERS,
+    Autoencoder,
+    TextTower,
+    build_autoencoder,
+    build_text_tower,
+    captions,
+    save_tokenizer,
+    write_clips,
+    write_pictures,
+)
 from pomscale.benchmarks.memory import peak_allocated_bytes
 from pomscale.benchmarks.report import BenchReport
-from pomscale.codecs import Codec, build_codec
+from pomscale.codecs import build_codec, build_text_encoder
 from pomscale.config.codecs import VaeCodecConfig
 from pomscale.config.encode import EncodeRecipe
-from pomscale.media.mp4 import open_mp4
+from pomscale.config.text import TextEncoderConfig
 
 _OVERHEAD_WANTED = 0.05
-_EQUAL = 1e-3
-"""Largest difference of latents, relative to the largest value; bfloat16 is compared with itself."""
-_NUM_FILES = 16
-_FPS = 16
-
-_KL: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-}
-
-
-@dataclass(frozen=True)
-class Autoencoder:
-    """An autoencoder of diffusers, as its constructor builds it with `arguments`.
-
-    frames: 1 + k times this many frames come back; None = it takes pictures.
-    """
-
-    class_name: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    frames: int | None = None
-
-
-AUTOENCODERS: dict[str, Autoencoder] = {
-    "sd": Autoencoder("AutoencoderKL", _KL | {"latent_channels": 4}),
-    "flux.1": Autoencoder(
-        "AutoencoderKL", _KL | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
-    ),
-    "flux.2": Autoencoder("AutoencoderKLFlux2"),
-    "qwen-image": Autoencoder("AutoencoderKLQwenImage"),
-    "dc-ae": Autoencoder("AutoencoderDC"),
-    "taesd": Autoencoder("AutoencoderTiny"),
-    "rae": Autoencoder("AutoencoderRAE"),
-    "cogvideox": Autoencoder("AutoencoderKLCogVideoX", frames=8),
-    "wan-2.1": Autoencoder("AutoencoderKLWan", frames=4),
-    "wan-2.2": Autoencoder(
-        "AutoencoderKLWan",
-        {
-            "base_dim": 160,
-            "decoder_base_dim": 256,
-            "z_dim": 48,
-            "is_residual": True,
-            "in_channels": 12,
-            "out_channels": 12,
-            "patch_size": 2,
-            "scale_factor_spatial": 16,
-            "latents_mean": [0.0] * 48,
-            "latents_std": [1.0] * 48,
-        },
-        frames=4,
-    ),
-    "hunyuan-video": Autoencoder("AutoencoderKLHunyuanVideo", frames=4),
-    "hunyuan-video-1.5": Autoencoder("AutoencoderKLHunyuanVideo15", frames=4),
-    "ltx-video": Autoencoder("AutoencoderKLLTXVideo", frames=8),
-    "mochi": Autoencoder("AutoencoderKLMochi", frames=6),
-}
+_EQUAL = {"fp32": 1e-3, "bf16": 3e-2}
+"""Largest difference of the values, relative to the largest one, by precision."""
+_COPIES = 2.5
+"""Room that a network needs in host memory, over its weights in fp32: built, saved and loaded again."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +60,7 @@ class CodecBench:
         device: Device to compute on.
         picture: Side of pictures in pixels.
         clip: (frames, height, width) of clips; fewer frames where as many do not come back.
-        batch: Pictures of an encoder call; clips go one by one.
+        batch: Pictures or captions of an encoder call; clips go one by one.
         seconds: Least seconds of a loop.
         precision: Arithmetic of the encoders.
     """
@@ -115,130 +75,226 @@ class CodecBench:
 
 def bench_codecs(names: Sequence[str], bench: CodecBench) -> BenchReport:
     """Measure the codecs `names`, all of them if there are none. Raises InputError for a name that is none."""
-    unknown = [name for name in names if name not in AUTOENCODERS]
+    known = {**AUTOENCODERS, **TEXT_TOWERS}
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise InputError(f"bench codecs: {unknown[0]!r} is none of {', '.join(AUTOENCODERS)}")
+        raise InputError(f"bench codecs: {unknown[0]!r} is none of {', '.join(known)}")
     report = BenchReport("codecs")
     with tempfile.TemporaryDirectory(prefix="pomscale-bench-") as temporary:
-        for name in names or AUTOENCODERS:
-            _Measured(report, bench, name, AUTOENCODERS[name], Path(temporary)).run()
+        for name in names or known:
+            if _fits(report, name):
+                kind = _Autoencoder if name in AUTOENCODERS else _TextEncoder
+                kind(report, bench, name, Path(temporary)).run()
             gc.collect()
     return report
 
 
-class _Measured:
-    """One autoencoder, measured."""
+def _fits(report: BenchReport, name: str) -> bool:
+    """Return whether there is room for a network; note it if not."""
+    with torch.device("meta"):
+        network = _build(name)
+    needed = _COPIES * 4 * sum(parameter.numel() for parameter in network.parameters())
+    free = psutil.virtual_memory().available
+    if needed > free:
+        report.note(f"{name}: left out, it needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free")
+    return needed <= free
 
-    def __init__(
-        self, report: BenchReport, bench: CodecBench, name: str, autoencoder: Autoencoder, folder: Path
-    ) -> None:
-        self._report, self._bench, self._name, self._frames = report, bench, name, autoencoder.frames
-        self._folder = folder / name
-        self._media = folder / ("pictures" if autoencoder.frames is None else "clips")
-        self._module = _build(autoencoder)
-        self._module.save_pretrained(self._folder / "vae")
-        config = VaeCodecConfig(name="vae", path=str(self._folder / "vae"), precision=bench.precision)
-        self._codec: Codec = build_codec(config).to(bench.device)
-        self._module = self._codec.vae  # type: ignore[attr-defined]  # the rival is the very module, with its settings
-        self._size = self._size_of_one()
-        self._batch = bench.batch if autoencoder.frames is None else 1
+
+def _build(name: str) -> Any:
+    return build_autoencoder(AUTOENCODERS[name]) if name in AUTOENCODERS else build_text_tower(TEXT_TOWERS[name])
+
+
+class _Measured(ABC):
+    """One codec, measured; a subclass for each kind."""
+
+    items: str
+    """What is encoded: pictures, clips or tokens."""
+    batch: int
+    module: torch.nn.Module
+
+    def __init__(self, report: BenchReport, bench: CodecBench, name: str, folder: Path) -> None:
+        self.report, self.bench, self.name, self.folder = report, bench, name, folder / name
+        network = _build(name)
+        network.save_pretrained(self.folder / "network")
+
+    @abstractmethod
+    def bare(self) -> Tensor:
+        """Run the module alone over a batch that lies in memory."""
+
+    @abstractmethod
+    def largest_difference(self) -> float:
+        """Return the largest difference of what codec and module give, relative to the largest value."""
+
+    @abstractmethod
+    def recipe(self, num_samples: int) -> dict[str, Any]:
+        """Return source and codec of an encode of so many samples, after writing what it reads."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return the size of a sample."""
 
     def run(self) -> None:
-        pixels = torch.rand(self._batch, 3, *self._size, device=self._bench.device)
-        self._check_equal(pixels)  # and warm up
-        one = _seconds(lambda: self._bare(pixels), self._bench.device)
-        num_batches = max(2, math.ceil(self._bench.seconds / one))
-        num_samples = num_batches * self._batch
-        before = self._rate_of_bare(pixels, num_batches)
-        done, busy_share = self._encode(num_samples)
-        after = self._rate_of_bare(pixels, num_batches)
-        parameters = sum(parameter.numel() for parameter in self._module.parameters())
+        difference = self.largest_difference()  # and warm up
+        if not difference <= _EQUAL[self.bench.precision]:
+            self.report.failures.append(f"{self.name}: codec and module differ by {difference:.2g}")
+        num_batches = max(2, math.ceil(self.bench.seconds / _seconds(self.bare, self.bench.device)))
+        num_samples, per_sample = num_batches * self.batch, self.items_per_sample()
+        before = self._rate_of_bare(num_batches)
+        ours, busy_share, num_bytes = self._encode(num_samples)
+        after = self._rate_of_bare(num_batches)
+        parameters = sum(parameter.numel() for parameter in self.module.parameters())
         # Last, since torch's profiler on a CPU slows down what it watches.
-        peak = peak_allocated_bytes(lambda: self._bare(pixels), self._bench.device)
-        bare = (before + after) / 2
-        what = "pictures_per_s" if self._frames is None else "clips_per_s"
-        self._report.add(
-            f"{self._name}, {' x '.join(map(str, self._size))}, {self._bench.precision}",
+        peak = peak_allocated_bytes(self.bare, self.bench.device)
+        self.report.add(
+            f"{self.name}, {self.describe()}, {self.bench.precision}",
             parameters_m=parameters / 1e6,
-            **{what: done["items_per_s"], f"bare_{what}": [before, after]},
+            **{
+                f"{self.items}_per_s": per_sample * ours,
+                f"bare_{self.items}_per_s": [per_sample * before, per_sample * after],
+            },
             encoder_busy=busy_share,
-            bytes_per_sample=done["bytes_per_sample"],
-            weights_mib=4 * parameters / 2**20,
+            bytes_per_sample=num_bytes / num_samples,
+            weights_mib=sum(p.numel() * p.element_size() for p in self.module.parameters()) / 2**20,
             peak_mib_of_a_call=peak / 2**20,
         )
-        overhead = bare / done["items_per_s"] - 1.0
-        self._report.compare(f"{self._name}: overhead over the bare loop", overhead, _OVERHEAD_WANTED, at_least=False)
+        overhead = (before + after) / 2 / ours - 1.0
+        self.report.compare(f"{self.name}: overhead over the bare loop", overhead, _OVERHEAD_WANTED, at_least=False)
 
-    def _size_of_one(self) -> tuple[int, ...]:
-        if self._frames is None:
-            size: tuple[int, ...] = (self._bench.picture, self._bench.picture)
-        else:
-            frames, height, width = self._bench.clip
-            size = (1 + (frames - 1) // self._frames * self._frames, height, width)
-        self._codec.latent_shape(*size)  # InputError where the sides do not fit
-        return size
+    def items_per_sample(self) -> int:
+        return 1
 
-    def _bare(self, pixels: Tensor) -> Tensor:
-        """Encode pixels in [0, 1] by the module alone -> its mean, or its latents."""
-        pixels = pixels if self._name == "rae" else 2 * pixels - 1
-        pixels = pixels[:, :, None] if self._name == "qwen-image" else pixels
-        autocast = torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._bench.precision == "bf16")
-        with torch.no_grad(), autocast:
-            encoded = self._module.encode(pixels, return_dict=False)[0]
-        return encoded if isinstance(encoded, Tensor) else encoded.mean
+    def _rate_of_bare(self, num_batches: int) -> float:
+        """Return samples per second."""
 
-    def _check_equal(self, pixels: Tensor) -> None:
-        """Note a failure if the codec gives other latents than the module, in whatever order these are stored."""
-        noise = torch.zeros(self._batch, *self._codec.latent_shape(*self._size)) if self._codec.needs_noise else None
-        found, expected = self._codec.encode(pixels, noise), self._bare(pixels).float()
-        found = found.chunk(2, dim=1)[0] if self._codec.stores_moments else found
-        ours, theirs = (latents.flatten().sort().values for latents in (found, expected))
-        if ours.shape != theirs.shape or not (ours - theirs).abs().max() <= _EQUAL * theirs.abs().max():
-            self._report.failures.append(f"{self._name}: the codec and the module give other latents")
-
-    def _rate_of_bare(self, pixels: Tensor, num_batches: int) -> float:
         def loop() -> None:
             for _ in range(num_batches):
-                self._bare(pixels).cpu()
+                self.bare().cpu()
 
-        return num_batches * self._batch / _seconds(loop, self._bench.device)
+        return num_batches * self.batch / _seconds(loop, self.bench.device)
 
-    def _encode(self, num_samples: int) -> tuple[dict[str, float], float]:
-        """Run `data encode` over so many files."""
-        write = _write_pictures if self._frames is None else _write_clips
-        if not self._media.exists():
-            write(self._media, self._bench.clip[0])
-        table = self._folder / "items.jsonl"
-        names = sorted(path.name for path in self._media.iterdir())
-        rows = [json.dumps({"file": names[number % len(names)]}) + "\n" for number in range(num_samples)]
-        table.write_text("".join(rows), encoding="utf-8")
-        recipe = EncodeRecipe.model_validate(
-            {
-                "kind": "encode",
-                "name": self._name.replace(".", "-"),
-                "output": str(self._folder / "shards"),
-                "source": {"kind": "table", "path": str(table), "root": str(self._media), "media": "{file}"},
-                "codec": self._codec.config.model_dump(),
-                "transform": {"size": self._size[0]}
-                if self._frames is None
-                else {"kind": "video", "fps": _FPS, "buckets": [self._size]},
-                "batch": self._batch,
-                "device": self._bench.device.type,
-            }
-        )
-        done = encode(recipe, progress=False)
+    def _encode(self, num_samples: int) -> tuple[float, float, int]:
+        """Run `data encode` -> samples per second, share of the time that the encoder was busy, bytes of the shards."""
+        values = {
+            "kind": "encode",
+            "name": self.name.replace(".", "-"),
+            "output": str(self.folder / "shards"),
+            "batch": self.batch,
+            "device": self.bench.device.type,
+            **self.recipe(num_samples),
+        }
+        done = encode(EncodeRecipe.model_validate(values), progress=False)
         (dataset,) = done.datasets
         if dataset.num_samples != num_samples:
             raise PomscaleError(f"the encode made {dataset.num_samples} of {num_samples} samples: no figure")
-        figures = {"items_per_s": done.items_per_s, "bytes_per_sample": dataset.num_bytes / num_samples}
-        return figures, done.busy_share
+        return done.items_per_s, done.busy_share, dataset.num_bytes
+
+    def table(self, rows: Iterator[dict[str, str]]) -> str:
+        """Write a table of the source, and return its path."""
+        path = self.folder / "items.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
 
 
-def _build(autoencoder: Autoencoder) -> Any:
-    import diffusers  # noqa: PLC0415  optional, and seconds to import
+class _Autoencoder(_Measured):
+    def __init__(self, report: BenchReport, bench: CodecBench, name: str, folder: Path) -> None:
+        super().__init__(report, bench, name, folder)
+        self._kind: Autoencoder = AUTOENCODERS[name]
+        self.items = "pictures" if self._kind.frames is None else "clips"
+        self.batch = bench.batch if self._kind.frames is None else 1
+        self._media = folder / self.items
+        config = VaeCodecConfig(name="vae", path=str(self.folder / "network"), precision=bench.precision)
+        self._codec = build_codec(config).to(bench.device)
+        self.module = self._codec.vae  # type: ignore[attr-defined]  # the very module, with the codec's settings
+        self._size: tuple[int, ...] = (bench.picture, bench.picture)
+        if self._kind.frames is not None:
+            frames, height, width = bench.clip
+            self._size = (1 + (frames - 1) // self._kind.frames * self._kind.frames, height, width)
+        self._codec.latent_shape(*self._size)  # InputError where the sides do not fit
+        self._pixels = torch.rand(self.batch, 3, *self._size, device=bench.device)
 
-    torch.manual_seed(0)
-    return getattr(diffusers, autoencoder.class_name)(**autoencoder.arguments).eval().requires_grad_(False)
+    def bare(self) -> Tensor:
+        pixels = self._pixels if self._kind.unit_pixels else 2 * self._pixels - 1
+        pixels = pixels[:, :, None] if self._kind.is_of_frames else pixels
+        with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16, self.bench.precision == "bf16"):
+            encoded = self.module.encode(pixels, return_dict=False)[0]  # type: ignore[operator]
+        return encoded if isinstance(encoded, Tensor) else encoded.mean
+
+    def largest_difference(self) -> float:
+        noise = torch.zeros(self.batch, *self._codec.latent_shape(*self._size)) if self._codec.needs_noise else None
+        found, expected = self._codec.encode(self._pixels, noise), self.bare().float()
+        found = found.chunk(2, dim=1)[0] if self._codec.stores_moments else found
+        # Sorted, since some are stored in another order.
+        return _difference(*(latents.flatten().sort().values for latents in (found, expected)))
+
+    def recipe(self, num_samples: int) -> dict[str, Any]:
+        if not self._media.exists():
+            if self._kind.frames is None:
+                write_pictures(self._media)
+            else:
+                write_clips(self._media, self.bench.clip[0])
+        names = sorted(path.name for path in self._media.iterdir())
+        table = self.table({"file": names[number % len(names)]} for number in range(num_samples))
+        sides: dict[str, Any] = {"size": self._size[0]}
+        if self._kind.frames is not None:
+            sides = {"kind": "video", "fps": FPS, "buckets": [self._size]}
+        return {
+            "source": {"kind": "table", "path": table, "root": str(self._media), "media": "{file}"},
+            "codec": self._codec.config.model_dump(),
+            "transform": sides,
+        }
+
+    def describe(self) -> str:
+        return " x ".join(map(str, self._size))
+
+
+class _TextEncoder(_Measured):
+    items = "tokens"
+
+    def __init__(self, report: BenchReport, bench: CodecBench, name: str, folder: Path) -> None:
+        super().__init__(report, bench, name, folder)
+        self._kind: TextTower = TEXT_TOWERS[name]
+        self.batch = bench.batch
+        tokenizer = save_tokenizer(self.folder / "network")
+        self._config = TextEncoderConfig.model_validate(
+            {
+                "name": "text",
+                "path": str(self.folder / "network"),
+                "precision": bench.precision,
+                "max_length": self._kind.max_length,
+                **{"layers": [-1], "template": "", "drop_tokens": 0, "padding": "none", "clean": "none"},
+            }
+        )
+        self._encoder = build_text_encoder(self._config).to(bench.device)
+        self.module = self._encoder.parts[0].module  # type: ignore[attr-defined]
+        self._captions = captions(self._kind.max_length)
+        self._ids = torch.tensor(tokenizer(self._captions[: self.batch]).input_ids, device=bench.device)
+
+    def bare(self) -> Tensor:
+        with torch.no_grad():
+            output = self.module(input_ids=self._ids, attention_mask=torch.ones_like(self._ids))
+        values: Tensor = output.last_hidden_state
+        return values
+
+    def largest_difference(self) -> float:
+        found = self._encoder.encode(self._captions[: self.batch])
+        return _difference(torch.tensor(np.stack(found)), self.bare().float())
+
+    def recipe(self, num_samples: int) -> dict[str, Any]:
+        texts = (self._captions[number % len(self._captions)] for number in range(num_samples))
+        table = self.table({"text": text} for text in texts)
+        return {"source": {"kind": "table", "path": table, "caption": "text"}, "text": self._config.model_dump()}
+
+    def items_per_sample(self) -> int:
+        return self._kind.max_length
+
+    def describe(self) -> str:
+        return f"{self._kind.max_length} tokens"
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape:
+        return math.inf
+    return ((found.cpu() - expected.cpu()).abs().max() / expected.abs().max().cpu()).item()
 
 
 def _seconds(step: Callable[[], object], device: torch.device) -> float:
@@ -247,23 +303,3 @@ def _seconds(step: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def _write_pictures(folder: Path, _: int) -> None:
-    """Write JPEGs of 500x375, ImageNet's usual size: smooth noise, which compresses as photographs do."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(_NUM_FILES):
-        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
-        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{number:06d}.jpg", quality=90)
-
-
-def _write_clips(folder: Path, num_frames: int) -> None:
-    """Write mp4 files of 640x400: smooth noise that moves."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(_NUM_FILES):
-        coarse = Image.fromarray(rng.integers(0, 256, (25, 40, 3), dtype=np.uint8))
-        still = np.asarray(coarse.resize((640, 400), Image.Resampling.BICUBIC))
-        with open_mp4(folder / f"{number:06d}.mp4", _FPS) as stream:
-            stream.write(np.stack([np.roll(still, 4 * frame, axis=1) for frame in range(num_frames)]))

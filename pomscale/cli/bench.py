@@ -91,7 +91,7 @@ def _add_codecs(verbs: Any) -> argparse.ArgumentParser:
         metavar="FxHxW",
         help="Frames, height and width of clips in pixels (default: 17x128x128)",
     )
-    _add_number(parser, "--batch", 4, "Pictures of an encoder call")
+    _add_number(parser, "--batch", 4, "Pictures or captions of an encoder call")
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="Least seconds of each loop, of at least two calls (default: 10)"
     )

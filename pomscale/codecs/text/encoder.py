@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from pomscale.base.errors import InputError
 from pomscale.codecs.text.network import TextNetwork
@@ -68,6 +69,11 @@ class PretrainedTextEncoder:
     @property
     def parts(self) -> tuple[PretrainedTextEncoder, ...]:
         return (self,)
+
+    @property
+    def module(self) -> nn.Module:
+        """The network of transformers."""
+        return self._network.module
 
     @property
     def max_tokens(self) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pomscale.benchmarks.codecs import AUTOENCODERS, Autoencoder, CodecBench, bench_codecs
+from pomscale.benchmarks.codec_networks import AUTOENCODERS, TEXT_TOWERS, Autoencoder, TextTower
+from pomscale.benchmarks.codecs import CodecBench, bench_codecs
 from pomscale.cli import main
 from pomscale.codecs.vae import PictureVae
 from pomscale.codecs.vae_conventions import CONVENTIONS
@@ -45,7 +46,31 @@ def test_other_latents_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(AUTOENCODERS, "small", Autoencoder(*TINY_VAES["sd"]))
     real = PictureVae.encode
     monkeypatch.setattr(PictureVae, "encode", lambda self, images, noise=None: 1.01 * real(self, images, noise))
-    assert bench_codecs(["small"], TINY).failures == ["small: the codec and the module give other latents"]
+    (failure,) = bench_codecs(["small"], TINY).failures
+    assert failure == "small: codec and module differ by 0.01"
+
+
+@pytest.mark.parametrize("name", ["clip-l", "t5-v1.1-xxl", "umt5-xxl", "gemma-2-2b", "qwen3-4b"])
+def test_captions_have_all_their_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = TEXT_TOWERS[name]
+    small = {"vocab_size": 300, "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32}
+    small |= {"d_model": 16, "d_ff": 32, "num_layers": 2, "head_dim": 8, "d_kv": 8}
+    small |= dict.fromkeys(("num_attention_heads", "num_heads"), 2) | {"num_key_value_heads": 1}
+    fields = {key: small.get(key, value) for key, value in real.fields.items()} | {"vocab_size": 300}
+    monkeypatch.setitem(TEXT_TOWERS, "small", TextTower(real.class_name, real.config_name, fields, max_length=20))
+    report = bench_codecs(["small"], TINY)
+    assert report.failures == []
+    (row,) = report.rows
+    assert "small, 20 tokens" in row["what"]
+    assert row["bytes_per_sample"] > 20 * 16 * 2
+    assert row["tokens_per_s"] > 0
+
+
+def test_a_network_without_room_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pomscale.benchmarks.codecs._COPIES", 1e6)
+    report = bench_codecs(["taesd"], TINY)
+    assert report.rows == []
+    assert "taesd: left out" in report.notes[0]
 
 
 def test_the_table_has_every_class_that_the_codec_takes() -> None:
