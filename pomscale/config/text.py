@@ -18,11 +18,35 @@ T5_MAX_LENGTH = 120
 CAPTION = "{}"
 """Mark of the caption in a template."""
 
-CHAT_TEMPLATES: dict[str, dict[str, bool]] = {
-    "chat": {"enable_thinking": False},
-    "chat_thinking": {"enable_thinking": True},
+
+@dataclass(frozen=True)
+class Chat:
+    """The tokenizer's own template, for one message of a user that is the caption."""
+
+    arguments: dict[str, bool]
+    """Arguments of `apply_chat_template`."""
+    system: str = ""
+    """Message of the system before it; '' = none."""
+
+    def messages(self) -> list[dict[str, Any]]:
+        """Return the messages as `apply_chat_template` takes them, with the mark in the place of the caption."""
+        if not self.system:
+            return [{"role": "user", "content": CAPTION}]
+        texts = {"system": self.system, "user": CAPTION}
+        return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
+
+
+CHATS = {
+    "chat": Chat({"add_generation_prompt": True, "enable_thinking": False}),
+    "chat_thinking": Chat({"add_generation_prompt": True, "enable_thinking": True}),
+    "chat_flux2": Chat(
+        {"add_generation_prompt": False},
+        # The line break is that of flux2.system_messages.
+        system="You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+        "relationships, object\nattribution and actions without speculation.",
+    ),
 }
-"""Templates that the tokenizer has itself, for one message of a user, by the arguments that they are made with."""
+"""Templates that the tokenizer has itself."""
 
 Output = Literal["tokens", "pooled"]
 Clean = Literal["none", "html", "spaces", "lower"]
@@ -45,12 +69,12 @@ class Convention:
     drop_tokens: DropTokens = 0
     clean: Clean = "none"
     padding: Padding = "none"
-    padding_side: Side = "right"
 
 
 _T5 = ("t5", "mt5")
 _CLIP = ("clip_text_model", "clip")
 _T5GEMMA = ("t5gemma", "t5_gemma_module")
+_MISTRAL = ("mistral3", "mistral")
 _QWEN_VL = ("qwen2_5_vl", "qwen2_5_vl_text")
 
 # The instruction that Sana sets before a caption (pipeline_sana, `complex_human_instruction`), joined as there.
@@ -126,6 +150,14 @@ CONVENTIONS: dict[str, Convention] = {
         ("gemma2", "gemma3_text", "gemma3"),
         300,
     ),
+    "flux2": Convention(
+        "flux2.pipeline_flux2 encode_prompt",
+        _MISTRAL,
+        512,
+        layers=(10, 20, 30),
+        template="chat_flux2",
+        padding="masked",
+    ),
     "flux2_klein": Convention(
         "flux2.pipeline_flux2_klein encode_prompt",
         ("qwen3",),
@@ -159,6 +191,7 @@ _OF_MODEL_TYPE = {
     "gemma2": "sana",
     "gemma3_text": "gemma",
     "gemma3": "gemma",
+    **dict.fromkeys(_MISTRAL, "flux2"),
     "qwen3": "flux2_klein",
     **dict.fromkeys(_QWEN_VL, "qwen_image"),
     "llama": "hunyuan_video",
@@ -217,8 +250,8 @@ class TextEncoderConfig(GrownSection):
         None, description="Apply the network's last norm to the hidden states. null: to the last one alone."
     )
     template: str | None = _choice(
-        "Text with {} where the caption goes; '' = the caption alone; chat, chat_thinking = the tokenizer's own, for "
-        "one message of a user.",
+        "Text with {} where the caption goes; '' = the caption alone; chat, chat_thinking, chat_flux2 = the "
+        "tokenizer's own, for one message of a user, chat_flux2 with FLUX.2's of the system before it.",
     )
     drop_tokens: DropTokens | None = _choice(
         "Tokens that are cut off the beginning; prefix = those of the template before the caption, but for the first "
@@ -232,7 +265,7 @@ class TextEncoderConfig(GrownSection):
         "Padding to max_length tokens. none: no stored token is padding; masked, seen: it is stored, and the network "
         "does not or does attend to it.",
     )
-    padding_side: Side | None = _choice("Side of stored padding.")
+    padding_side: Side | None = Field(None, description="Side of stored padding. null: the tokenizer's own.")
 
     @model_validator(mode="before")
     @classmethod
@@ -263,7 +296,7 @@ class TextEncoderConfig(GrownSection):
                 raise ValueError("max_length: give a number, or set name: text")
         if self.layers == ():
             raise ValueError("layers: give at least one, such as [-1]")
-        if self.template and self.template not in CHAT_TEMPLATES and self.template.count(CAPTION) != 1:
+        if self.template and self.template not in CHATS and self.template.count(CAPTION) != 1:
             raise ValueError(f"template: write {CAPTION} once, where the caption goes")
         return self
 
@@ -305,6 +338,6 @@ def resolved(config: TextEncoderConfig, model_type: str) -> TextEncoderConfig:
             f"text.convention: {name} is for {' or '.join(convention.model_types)}, and this network is {model_type}; "
             f"take {' or '.join(fitting)}"
         )
-    fields = ("max_length", "output", "layers", "template", "drop_tokens", "clean", "padding", "padding_side")
+    fields = ("max_length", "output", "layers", "template", "drop_tokens", "clean", "padding")
     values = {field: getattr(convention, field) for field in fields if getattr(config, field) is None}
     return config.model_copy(update={"name": "text", "convention": name, **values})

@@ -151,6 +151,28 @@ def save_llama(folder: Path, seed: int) -> Path:
     return save_byte_tokenizer(folder, [f"<|{name}|>" for name in names], begin="<|begin_of_text|>")
 
 
+def save_mistral3(folder: Path, seed: int, blocks: int = 4) -> Path:
+    """A whole Mistral3ForConditionalGeneration with a tokenizer and a chat template like Mistral's; padding is left."""
+    transformers = pytest.importorskip("transformers")
+    text = {**_LANGUAGE_MODEL, "num_hidden_layers": blocks, "vocab_size": 400, "model_type": "mistral"}
+    vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14, "head_dim": 8}
+    config = transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=399)
+    _save(transformers.Mistral3ForConditionalGeneration, config, folder, seed)
+    special = ["<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+    save_byte_tokenizer(folder, special, begin="<s>")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token, tokenizer.padding_side = "<pad>", "left"
+    tokenizer.chat_template = (
+        "{{- bos_token }}{%- for message in messages %}"
+        "{%- set name = 'SYSTEM_PROMPT' if message.role == 'system' else 'INST' %}"
+        "{{- '[' + name + ']' + message.content[0].text + '[/' + name + ']' }}"
+        "{%- endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def save_byte_tokenizer(folder: Path, special: Sequence[str], begin: str | None = None) -> Path:
     """Merges over bytes, cut at words and lines, with the chat template of Qwen."""
     tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")

@@ -37,7 +37,8 @@ class PretrainedTextEncoder:
         except ValueError as error:
             raise InputError(str(error)) from error
         self._tokens = CaptionTokenizer(self._settings, self._network.num_embeddings)
-        self._settings = self._settings.model_copy(update={"template": self._tokens.template})
+        of_tokens = {"template": self._tokens.template, "padding_side": self._tokens.padding_side}
+        self._settings = self._settings.model_copy(update=of_tokens)
         self.config = config if config.name == "t5" else self._settings
         self._layers = self._checked_layers()
         self._check_length()

@@ -97,7 +97,7 @@ class _Family:
 
 
 # A language model's head, and the decoder of a whole T5-Gemma, are left over.
-_LANGUAGE_MODEL = ("model.layers.", "layers.", "model.language_model.", "language_model.", "encoder.")
+_LANGUAGE_MODEL = ("model.layers.", "layers.", "model.language_model.", "language_model.")
 _T5 = partial(_Family, norm="encoder.final_layer_norm", prefixes=("encoder.", "shared."), arithmetic=_OF_T5)
 _FAMILIES: dict[str, _Family] = {
     "t5": _T5("T5EncoderModel"),
@@ -105,11 +105,14 @@ _FAMILIES: dict[str, _Family] = {
     "umt5": _T5("UMT5EncoderModel"),
     "clip_text_model": _Family("CLIPTextModel", norm="final_layer_norm", prefixes=("text_model.", "encoder.")),
     "t5_gemma_module": _Family(T5GemmaEncoder),
-    "t5gemma": _Family("T5GemmaEncoderModel", "encoder", prefixes=_LANGUAGE_MODEL),
+    "t5gemma": _Family("T5GemmaEncoderModel", "encoder", prefixes=("model.encoder.", "encoder.")),
     **dict.fromkeys(
-        ("gemma2", "gemma3_text", "qwen3", "qwen2_5_vl_text", "llama"), _Family("AutoModel", prefixes=_LANGUAGE_MODEL)
+        ("gemma2", "gemma3_text", "qwen3", "qwen2_5_vl_text", "llama", "mistral"),
+        _Family("AutoModel", prefixes=_LANGUAGE_MODEL),
     ),
-    **dict.fromkeys(("gemma3", "qwen2_5_vl"), _Family("AutoModel", "language_model", prefixes=_LANGUAGE_MODEL)),
+    **dict.fromkeys(
+        ("gemma3", "qwen2_5_vl", "mistral3"), _Family("AutoModel", "language_model", prefixes=_LANGUAGE_MODEL)
+    ),
 }
 _PROJECTED_CLIP = _Family(
     "CLIPTextModelWithProjection", norm="text_model.final_layer_norm", prefixes=("text_model.", "text_projection.")

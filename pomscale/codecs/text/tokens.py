@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 
 from pomscale.base.errors import InputError
 from pomscale.codecs.text.network import LOAD_ERRORS
-from pomscale.config.text import CAPTION, CHAT_TEMPLATES, TextEncoderConfig
+from pomscale.config.text import CAPTION, CHATS, Side, TextEncoderConfig
 
 # Without one of these, transformers makes up a tokenizer that knows no words.
 _VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
@@ -45,7 +45,9 @@ class CaptionTokenizer:
         self._before, self._after = self._tokens_of(pieces[:place]), self._tokens_of(pieces[place + 1 :])
         self._slot = str(pieces[place])
         """The text around the caption up to the next special tokens: its tokens are made anew for every caption."""
-        if probe and probe != self._whole([_PROBE])[0]:
+        if self._front and self._before[: len(self._front)] == self._front:  # the template has it, as chats do
+            self._front = []
+        if probe and probe != self._content([_PROBE])[0]:
             raise InputError(
                 f"text.template: the tokenizer in {config.path!r} reads it differently beside a caption; give a "
                 f"template without special tokens"
@@ -54,6 +56,7 @@ class CaptionTokenizer:
         self.limit = config.max_length + len(self.dropped)
         self.pad = self._tokenizer.pad_token_id
         """The token of padding; None where there is none."""
+        self.padding_side: Side = config.padding_side or self._tokenizer.padding_side
         self._check_room(config)
 
     def ids(self, captions: Sequence[str]) -> list[list[int]]:
@@ -89,13 +92,11 @@ class CaptionTokenizer:
     def _rendered(self, config: TextEncoderConfig) -> str:
         """Return the template with the mark of the caption, or '' for the caption alone."""
         assert config.template is not None
-        if config.template not in CHAT_TEMPLATES:
+        if config.template not in CHATS:
             return config.template
-        message = [{"role": "user", "content": CAPTION}]
+        chat = CHATS[config.template]
         try:
-            template = self._tokenizer.apply_chat_template(
-                message, tokenize=False, add_generation_prompt=True, **CHAT_TEMPLATES[config.template]
-            )
+            template = self._tokenizer.apply_chat_template(chat.messages(), tokenize=False, **chat.arguments)
         except LOAD_ERRORS as error:
             raise InputError(
                 f"text.template: {config.template}, but the tokenizer in {config.path!r} has no chat template: {error}"
@@ -121,7 +122,7 @@ class CaptionTokenizer:
 
     def _probe(self) -> list[int]:
         """Return the tokens of the template with a caption, by the tokenizer as it is."""
-        return list(self._tokenizer(self.template.replace(CAPTION, _PROBE, 1)).input_ids)
+        return self._plain([self.template.replace(CAPTION, _PROBE, 1)])[0]
 
     def _added(self) -> tuple[list[int], list[int]]:
         """Return the tokens that the tokenizer puts before and behind any text."""

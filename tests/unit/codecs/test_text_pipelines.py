@@ -19,6 +19,7 @@ from support.tiny_text_encoders import (
     save_clip_tokenizer,
     save_gemma,
     save_llama,
+    save_mistral3,
     save_qwen3,
     save_qwen_vl,
     save_t5gemma,
@@ -189,6 +190,12 @@ def qwen3_of(folder: Path) -> dict[str, Any]:
     }
 
 
+def of_flux2(folder: Path) -> Embedded:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    network = transformers.Mistral3ForConditionalGeneration.from_pretrained(folder)
+    return whole(diffusers.Flux2Pipeline._get_mistral_3_small_prompt_embeds(network, tokenizer, list(CAPTIONS)))
+
+
 def of_klein(folder: Path) -> Embedded:
     pipeline = diffusers.Flux2KleinPipeline(**qwen3_of(folder), vae=None, transformer=None, scheduler=None)
     return whole(pipeline.encode_prompt(list(CAPTIONS), text_encoder_out_layers=(9, 18, 27))[0])
@@ -256,6 +263,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Embedded]]] = {
     "sana": (lambda folder: save_gemma(folder, 0), of_sana),
     "lumina2": (lambda folder: save_gemma(folder, 0), of_lumina),
     "gemma": (lambda folder: save_gemma(folder, 0, number=3), lambda folder: of_sana(folder, instructed=False)),
+    "flux2": (lambda folder: save_mistral3(folder, 0, blocks=31), of_flux2),
     "flux2_klein": (lambda folder: save_qwen3(folder, 0, blocks=28), of_klein),
     "z_image": (lambda folder: save_qwen3(folder, 0), of_z_image),
     "qwen_image": (lambda folder: save_qwen_vl(folder, 0), of_qwen_image),
