@@ -72,7 +72,7 @@ def _mix(key: int, value: int) -> int:
     return z ^ (z >> 31)
 
 
-# -- parts of files ----------------------------------------------------------------------------------------------------
+# -- ranges of files ---------------------------------------------------------------------------------------------------
 
 
 class FileOrder:
@@ -91,7 +91,7 @@ class FileOrder:
 def file_by_file(files: np.ndarray, starts: np.ndarray, seed: int) -> Iterator[np.ndarray]:
     """Yield the numbers of all items, in blocks: files in a random order keyed by the seed, each by its items' starts.
 
-    So the parts of a file are neighbours and are decoded in one pass, wherever their rows are in the table. Two files
+    So the ranges of a file are neighbours and are decoded in one pass, wherever their rows are in the table. Two files
     whose hashes agree in their upper bits may be interleaved, which costs a pass and changes nothing else.
 
     Args:

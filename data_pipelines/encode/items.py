@@ -7,7 +7,7 @@ memory-mapped for reading.
     items.npy        int64 (n + 1,), the byte where each line begins, and where the last one ends
     keys.npy         uint64 (n,), `key_hash` of each key
     duplicates.npy   int64 (d, 2), sorted: item, and the earlier item that has the same key
-    order.npy        int64 (n,), items in the order in which they are dealt; only where they are parts of files
+    order.npy        int64 (n,), items in the order in which they are dealt; only where they are ranges of files
     items.json       totals (`_Totals`); written last, so a table that has it is complete
 """
 
@@ -81,7 +81,7 @@ class ItemTable:
     def build(cls, source: Source, folder: Path, seed: int = 0) -> Self:
         """Scan a source into `folder`, replacing a table that is there. Only one task may do so at a time.
 
-        `seed` is that of the order, where it is kept in the table: where items are parts of files.
+        `seed` is that of the order, where it is kept in the table: where items are ranges of files.
 
         Raises InputError if the source is unusable (`Source.scan`), has no items or none that could be encoded.
         """
@@ -168,7 +168,7 @@ class ItemTable:
 
     @property
     def cuts_files(self) -> bool:
-        """Whether items are parts of files, which are neighbours in the order."""
+        """Whether items are time ranges of files, which are neighbours in the order."""
         return self._totals.cuts_files
 
     @property
@@ -177,7 +177,7 @@ class ItemTable:
         return self._totals.shuffled
 
     def order(self, seed: int) -> Order:
-        """Return the order in which items are dealt; that of parts of files has the seed of `build`."""
+        """Return the order in which items are dealt; that of ranges of files has the seed of `build`."""
         return ItemOrder(len(self), seed, self.shuffled) if self._order is None else FileOrder(self._order)
 
     @property
@@ -247,7 +247,7 @@ class _Lines:
 
 
 def _write_items(source: Source, folder: Path, seed: int) -> tuple[int, int, int, str]:
-    """Write lines, offsets and keys, and the order where items are parts of files.
+    """Write lines, offsets and keys, and the order where items are ranges of files.
 
     Return the numbers of items, of problems and of captions of an item at most, and the fingerprint.
     """

@@ -1,6 +1,6 @@
 """Items with their decoded media: threads decode some batches ahead, items come in order.
 
-Parts of one file that are neighbours are decoded together, in one pass over the file.
+Time ranges of one file that are neighbours are decoded together, in one pass over the file.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class MediaLoader:
         return max(1, _PASS_BYTES // largest)
 
     def _together(self, positions: Iterable[int]) -> Iterator[Sequence[tuple[int, Item | None]]]:
-        """Yield positions that are loaded by one thread: parts of one file, or a single item, which it looks up."""
+        """Yield positions that are loaded by one thread: ranges of one file, or a single item, which it looks up."""
         if self._num_at_once == 1:
             yield from ([(position, None)] for position in positions)
             return

@@ -1,6 +1,6 @@
-"""The part of `pomscale bench encode` that decodes clips: parts of a long file, and files on two cores.
+"""The part of `pomscale bench encode` that decodes clips: ranges of a long file, and files on two cores.
 
-- Parts: clips of 150 frames in one file of 640x400 with a key frame every 250 frames, in one pass, against a seek to
+- Ranges: clips of 150 frames in one file of 640x400 with a key frame every 250 frames, in one pass, against a seek to
   each. Both scale the same frames in one thread; the results must be equal to the bit. Their rates are those per
   second of the processor, which others on the machine change least.
 - Files: 80 frames of 240x384 from files of 640x400, by two threads as an encode has them, against the plainest PyAV
@@ -51,9 +51,9 @@ def bench_decode(report: BenchReport, folder: Path, *, num_clips: int, num_turns
     # From here on starts lie as often right behind a key frame as right before one, half the distance on the mean.
     first = Fraction(_KEY_FRAMES % _CLIP_FRAMES // 4, _SOURCE_FPS)
     apart = [Span(first + i * length, first + (i + 1) * length) for i in range(num_clips)]
-    _parts(report, "one after the other", long, apart, num_turns)
+    _ranges(report, "one after the other", long, apart, num_turns)
     halves = [Span(first + i * length / 2, first + i * length / 2 + length) for i in range(2 * num_clips - 1)]
-    _parts(report, "each half in the next", long, halves, num_turns)
+    _ranges(report, "each half in the next", long, halves, num_turns)
     files = [_write(folder / f"{i}.mp4", _CLIP_FRAMES + 6, first=1000 * i) for i in range(num_clips)]
     _files(report, files, num_turns)
 
@@ -79,18 +79,18 @@ def _write(path: Path, num_frames: int, first: int) -> Path:
     return path
 
 
-# --- parts of a long file --------------------------------------------------------------------------------------------
+# --- ranges of a long file -------------------------------------------------------------------------------------------
 
 
-def _parts(report: BenchReport, how: str, path: Path, spans: Sequence[Span], num_turns: int) -> None:
+def _ranges(report: BenchReport, how: str, path: Path, spans: Sequence[Span], num_turns: int) -> None:
     rivals = {"one pass": lambda: _one_pass(path, spans), "PyAV, a seek per clip": lambda: _seeks(path, spans)}
     pairs = zip(*(decode() for decode in rivals.values()), strict=True)
     if not all(np.array_equal(ours, rival) for ours, rival in pairs):
         raise PomscaleError("one pass and a seek per clip give other frames: no figure")
     rates = _in_turns(rivals, num_turns, time.process_time)
     for name, found in rates.items():
-        report.add(f"{len(spans)} parts, {how}: {name}", clips_per_processor_s=found)
-    report.compare(f"parts, {how}: one pass over a seek per clip", _median_ratio(*rates.values()), 1.5)
+        report.add(f"{len(spans)} ranges, {how}: {name}", clips_per_processor_s=found)
+    report.compare(f"ranges, {how}: one pass over a seek per clip", _median_ratio(*rates.values()), 1.5)
 
 
 def _one_pass(path: Path, spans: Sequence[Span]) -> Frames:
@@ -101,7 +101,7 @@ def _one_pass(path: Path, spans: Sequence[Span]) -> Frames:
 
 
 def _seeks(path: Path, spans: Sequence[Span]) -> Frames:
-    """Seek to the key frame before each part, and decode from there, in one thread as `decode_spans` does."""
+    """Seek to the key frame before each range, and decode from there, in one thread as `decode_spans` does."""
     found = []
     for span in spans:
         with av.open(str(path)) as container:

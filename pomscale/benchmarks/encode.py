@@ -4,7 +4,7 @@
   VAE over tensors that lie in memory.
 - Scaling: a decode-bound encode by two tasks on one output, each pinned to a core, against one task on one core.
 - Memory: peak private memory of an encode of many items against that of few.
-- Decoding of clips: parts of a long file, and files on two cores (`decode`).
+- Decoding of clips: ranges of a long file, and files on two cores (`decode`).
 """
 
 from __future__ import annotations

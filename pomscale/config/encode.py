@@ -71,7 +71,7 @@ class TarSourceConfig(GrownSection):
 class TableSourceConfig(GrownSection):
     """A Parquet, CSV or JSONL table: one row is one picture or clip, named by a path or held as bytes.
 
-    With `ranges`, or `start` and `end`, a row is one or several parts of a clip.
+    With `ranges`, or `start` and `end`, a row is one or several time ranges of a clip.
     """
 
     _later: ClassVar[frozenset[str]] = frozenset({"ranges", "start", "end", "where"})
@@ -92,12 +92,12 @@ class TableSourceConfig(GrownSection):
     class_names: str | None = Field(None, description="Text file with one class name per line, in the order of ids.")
     ranges: str | None = Field(
         None,
-        description="Column with the part of the clip that a row is, [start, end] in seconds or as 0:00:10.5, or with "
-        "a list of them; each is an item, with the element of the same number of other columns that are lists.",
+        description="Column with the time range of the clip that a row is, [start, end] in seconds or as 0:00:10.5, or "
+        "with a list of them; each is an item, with the element of the same number of other columns that are lists.",
     )
-    start: str | None = Field(None, description="Column with the start of a part, or of several; with `end`.")
-    end: str | None = Field(None, description="Column with the end of a part, or of several; with `start`.")
-    where: Rules = Field({}, description=_WHERE.format("column", "rows (or parts)"))
+    start: str | None = Field(None, description="Column with the start of a range, or of several; with `end`.")
+    end: str | None = Field(None, description="Column with the end of a range, or of several; with `start`.")
+    where: Rules = Field({}, description=_WHERE.format("column", "rows (or ranges)"))
 
     @model_validator(mode="after")
     def _check(self) -> TableSourceConfig:
@@ -109,7 +109,7 @@ class TableSourceConfig(GrownSection):
 
     @property
     def has_ranges(self) -> bool:
-        """Whether items are parts of clips."""
+        """Whether items are time ranges of clips."""
         return self.ranges is not None or self.start is not None
 
 
@@ -267,7 +267,7 @@ class EncodeRecipe(GrownSection):
     def _check(self) -> EncodeRecipe:
         is_of_clips = self.transform is not None and self.transform.kind != "image"
         if getattr(self.source, "has_ranges", False) and self.opens_media and not is_of_clips:
-            raise ValueError("source.ranges (start, end): parts are cut from clips; give a transform of kind video")
+            raise ValueError("source.ranges (start, end): ranges are cut from clips; give a transform of kind video")
         if self.features is not None:
             self._check_features(self.features)
             return self

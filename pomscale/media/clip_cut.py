@@ -25,7 +25,7 @@ _MAX_REORDERED = 32
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Part of a file in seconds after its first frame; `end` None is the end of the file."""
+    """Time range of a file in seconds after its first frame; `end` None is the end of the file."""
 
     start: Fraction = Fraction(0)
     end: Fraction | None = None
@@ -71,7 +71,7 @@ class DecodedClip:
     """Facts for the record's JSON: width and height of the file, duration_s as it states; source_fps (the mean) and
     num_source_frames of the decoded part, num_dropped_frames with the time of the one before, whether the rate varies;
     times, "frames" if they are the frames' own, "even" if each is its frame's number over the rate; incomplete, why
-    the clip ends early, or None; range_s, begin and end in the file, only for part of one."""
+    the clip ends early, or None; range_s, begin and end in the file, only for a range of one."""
     shown: tuple[float, float]
     """Height and width in which a player shows the file, before it was fitted."""
     has_audio: bool

@@ -1,4 +1,4 @@
-"""Decode video files, or parts of them, to frames of one size, evenly spaced in time.
+"""Decode video files, or time ranges of them, to frames of one size, evenly spaced in time.
 
 Frame k of the result is the source frame whose presentation time is nearest to k / fps seconds after the first frame's,
 the earlier of two equally near ones. So it is right to half a source frame at a constant rate, and as near as can be at
@@ -9,9 +9,9 @@ A clip that ends early, since it is damaged or cut off, does not become a shorte
 kept and marked. `clip_frames` has the rules for times, ends and gaps, `clip_cut` those for the frames that a clip
 takes, `frame_fitter` those for space and colours.
 
-Several parts of one file are decoded in one pass: each frame once, whatever number of parts it is in. A part gets what
-it gets when it is decoded alone, to the bit: whatever the pass cannot finish without doubt (damage, times that go back)
-is decoded alone.
+Several ranges of one file are decoded in one pass: each frame once, whatever number of ranges it is in. A range gets
+what it gets when it is decoded alone, to the bit: whatever the pass cannot finish without doubt (damage, times that go
+back) is decoded alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["DecodedClip", "Span", "as_unreadable", "decode_clip", "decode_spans"
 # Seconds beyond a clip in which its packets must be evenly spaced, too: more than any codec reorders.
 _SPACING_MARGIN_S = 2.0
 
-# Parts that may overlap in one pass; each holds its frames.
+# Ranges that may overlap in one pass; each holds its frames.
 _MAX_OPEN = 8
 
 
@@ -81,19 +81,19 @@ def decode_spans(
     *,
     keep_incomplete: bool = False,
 ) -> Iterator[DecodedClip | UnreadableMediaError]:
-    """Yield a clip for each part of a file, or why there is none, in the order of the parts; in one pass if it can be.
+    """Yield a clip for each range of a file, or why there is none, in their order; in one pass if that can be.
 
-    Frames at or after a part's end are not used. A part that ends beyond the file's end ends early, as does one that is
-    damaged, unless what is there fills the longest target.
+    Frames at or after a range's end are not used. A range that ends beyond the file's end ends early, as does one that
+    is damaged, unless what is there fills the longest target.
 
     Args:
         stream: The video file, seekable.
-        spans: Parts of it, in the order of their starts.
+        spans: Ranges of it, in the order of their starts.
         targets: Possible sizes (frames, height, width).
         fps: Frames per second of the result.
         filter: How frames are scaled.
         num_channels: 3 for RGB, 1 for grey.
-        keep_incomplete: Whether a part that ends early gets the target that what precedes its end fills.
+        keep_incomplete: Whether a range that ends early gets the target that what precedes its end fills.
     """
     wanted = Wanted(targets, fps, filter, num_channels, keep_incomplete)
     remaining = deque(spans)
@@ -106,7 +106,7 @@ def decode_spans(
                         yield clip
                 continue
         except (StrayTimesError, NoEntryError, UnreadableMediaError):
-            pass  # it may concern one part alone
+            pass  # it may concern one range alone
         try:
             clip = _decode_alone(stream, remaining.popleft(), wanted)
         except UnreadableMediaError as error:
@@ -130,7 +130,7 @@ def as_unreadable() -> Iterator[None]:
 
 
 def _decode_alone(stream: BinaryIO, span: Span, wanted: Wanted) -> DecodedClip:
-    """Decode one part by its frames' times, or by even ones where those are of no use. Raises UnreadableMediaError."""
+    """Decode one range by its frames' times, or by even ones where those are of no use. Raises UnreadableMediaError."""
     with as_unreadable():
         try:
             return _decode_once(stream, span, wanted)
@@ -156,10 +156,10 @@ def _decode_once(stream: BinaryIO, span: Span, wanted: Wanted, spacing: Fraction
 def _decode_pass(
     stream: BinaryIO, spans: list[Span], wanted: Wanted, spacing: Fraction | None = None, *, skips: bool = True
 ) -> Iterator[DecodedClip]:
-    """Yield the clips of parts in their order, as many as one pass makes; the first ones, and at least one.
+    """Yield the clips of ranges in their order, as many as one pass makes; the first ones, and at least one.
 
     Raises:
-        UnreadableMediaError: The file or the next part cannot be used; where there are several parts, also where the
+        UnreadableMediaError: The file or the next range cannot be used; where there are several ranges, also where the
             file is damaged.
         StrayTimesError: The frames' times are of no use, from some frame on.
         NoEntryError: Frames may not be skipped in this file.
@@ -277,7 +277,7 @@ class _File:
         )
 
     def early(self, num_due: int, span: Span) -> str | None:
-        """Return why a part that fills `num_due` frames ends early, as the end of "has ..."; None if it does not."""
+        """Return why a range that fills `num_due` frames ends early, as the end of "has ..."; None if it does not."""
         stated, is_own = stated_seconds(self.container, self.video)
         seconds = self.reader.seconds - span.start
         if span.end is None:

@@ -60,7 +60,7 @@ class Source(Protocol):
 
     @property
     def cuts_files(self) -> bool:
-        """Whether items are parts of files; those of a file are then dealt one after the other."""
+        """Whether items are time ranges of files; those of a file are then dealt one after the other."""
 
     @property
     def class_names(self) -> tuple[str, ...]:

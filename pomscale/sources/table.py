@@ -18,7 +18,7 @@ from pomscale.sources.item_fields import ClassIds, checked_caption, checked_key,
 from pomscale.sources.protocol import Item
 from pomscale.sources.row_filter import RowFilter
 from pomscale.sources.text_tables import Row, read_csv, read_jsonl
-from pomscale.sources.time_ranges import Part, RangeColumns
+from pomscale.sources.time_ranges import RangeColumns, RangeRow
 
 # Values of a column that are neither a text nor a number: they would become a path or a key that nobody meant.
 _SEVERAL = (list, dict)
@@ -28,7 +28,7 @@ _COLUMN = re.compile(r"\{([^{}]+?)(?:%([^{}*])\*)?\}")
 
 
 class TableSource:
-    """The rows of one table, or of several in the order of their paths; of a table with time ranges the parts in them.
+    """The rows of one table, or of several in the order of their paths; of a table with time ranges those in them.
 
     Rows whose files lie in the table are not shuffled, since a row group is read as a whole.
     """
@@ -61,7 +61,7 @@ class TableSource:
 
     @property
     def num_filtered(self) -> int:
-        """Number of rows, or of parts in them, that `where` left out."""
+        """Number of rows, or of ranges in them, that `where` left out."""
         return self._num_filtered
 
     @property
@@ -72,7 +72,7 @@ class TableSource:
         self._files.find()
 
     def scan(self) -> Iterator[Item]:
-        """Yield an item per row or part.
+        """Yield an item per row or time range.
 
         Raises InputError if a table is missing, unknown or damaged, or lacks a column.
         """
@@ -86,7 +86,7 @@ class TableSource:
                 number += 1
 
     def fingerprint_line(self, item: Item) -> str:
-        """Return key, path of the file or location in the table, class, caption and part of the file."""
+        """Return key, path of the file or location in the table, class, caption and time range."""
         location = item.location[1:] if isinstance(item.location, list) else item.location
         span = [] if item.span is None else [item.span]
         return json.dumps([item.key, location, item.label, item.caption, *span])
@@ -117,17 +117,19 @@ class TableSource:
         if isinstance(row, str):
             yield Item(number, where, problem=row)
             return
-        for part in self._ranges.parts(row):
-            is_taken, problem = self._filter.judge(part.row)
+        for one in self._ranges.rows(row):
+            is_taken, problem = self._filter.judge(one.row)
             if is_taken:
-                yield self._item(number, where, location, part, part.problem or problem)
+                yield self._item(number, where, location, one, one.problem or problem)
             else:
                 self._num_filtered += 1
 
-    def _item(self, number: str, where: str, location: list[Any] | str | None, part: Part, problem: str | None) -> Item:
-        config, row = self._config, part.row
+    def _item(
+        self, number: str, where: str, location: list[Any] | str | None, one: RangeRow, problem: str | None
+    ) -> Item:
+        config, row = self._config, one.row
         label, caption = None, None
-        key, unusable = _checked_key(number if config.key is None else row.get(config.key), part.suffix, number)
+        key, unusable = _checked_key(number if config.key is None else row.get(config.key), one.suffix, number)
         problem = problem or unusable
         needed = [*self._media_columns, *filter(None, [config.bytes_column])]
         missing = [column for column in needed if is_missing(row.get(column))]
@@ -139,15 +141,15 @@ class TableSource:
         elif config.media is not None:
             location = _COLUMN.sub(lambda match: _cut_behind(str(row[match[1]]), match[2]), config.media)
             where = f"{where}: {readable(location)}"
-        if part.span is not None:
-            where = f"{where} {part.span[0] / 1e6:.3f}-{part.span[1] / 1e6:.3f} s"
+        if one.span is not None:
+            where = f"{where} {one.span[0] / 1e6:.3f}-{one.span[1] / 1e6:.3f} s"
         if config.label is not None:
             label, unusable = self._classes.checked(row.get(config.label))
             problem = problem or unusable
         if config.caption is not None:
             caption, unusable = checked_caption(row.get(config.caption), config.caption_lines)
             problem = problem or unusable
-        return Item(key, where, location, label, caption, problem, part.span)
+        return Item(key, where, location, label, caption, problem, one.span)
 
 
 def _cut_behind(value: str, mark: str | None) -> str:

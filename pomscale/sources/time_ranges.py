@@ -1,4 +1,4 @@
-"""Parts of clips in the rows of a table: a start and an end, or lists of them with a caption each."""
+"""Time ranges of clips in the rows of a table: a start and an end, or lists of them with a caption each."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _TIME = re.compile(r"\s*(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?|\.\d+)\s*")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One part of a clip, and the row that describes it."""
+class RangeRow:
+    """One time range of a clip, and the row that describes it."""
 
     suffix: str
     """What its key has behind that of the row."""
@@ -32,10 +32,10 @@ class Part:
 
 
 class RangeColumns:
-    """The columns of a table that hold parts of clips."""
+    """The columns of a table that hold time ranges of clips."""
 
     def __init__(self, config: TableSourceConfig, parallel: Sequence[str]) -> None:
-        """Take the recipe, and the columns that have a value per part where they are lists."""
+        """Take the recipe, and the columns that have a value per range where they are lists."""
         self._ranges, self._start, self._end = config.ranges, config.start, config.end
         self._parallel = parallel
 
@@ -43,25 +43,25 @@ class RangeColumns:
     def columns(self) -> list[str]:
         return [column for column in (self._ranges, self._start, self._end) if column is not None]
 
-    def parts(self, row: dict[str, Any]) -> list[Part]:
-        """Return the parts in a row, or one with a problem; the row as it is where its table has none."""
+    def rows(self, row: dict[str, Any]) -> list[RangeRow]:
+        """Return a row for each range in a row, or one with a problem; the row as it is where its table has none."""
         if not self.columns:
-            return [Part("", row, None)]
+            return [RangeRow("", row, None)]
         pairs = self._pairs(row)
         if isinstance(pairs, str):
             return [self._wrong(row, pairs)]
         if isinstance(pairs, tuple):
-            return [_part("", row, *pairs)]
-        rows = self._rows(row, len(pairs))
+            return [_range_row("", row, *pairs)]
+        rows = self._values(row, len(pairs))
         if isinstance(rows, str):
             return [self._wrong(row, rows)]
-        return [_part(f"_{i:05d}", one, *pair) for i, (one, pair) in enumerate(zip(rows, pairs, strict=True))]
+        return [_range_row(f"_{i:05d}", one, *pair) for i, (one, pair) in enumerate(zip(rows, pairs, strict=True))]
 
-    def _wrong(self, row: dict[str, Any], problem: str) -> Part:
-        """Return the row as a part with a problem; its lists are lists, which are not compared as texts."""
+    def _wrong(self, row: dict[str, Any], problem: str) -> RangeRow:
+        """Return the row with a problem; its lists are lists, which are not compared as texts."""
         found = {column: _as_list(row.get(column)) for column in self._parallel}
         lists = {column: [] if _looks_like_list(value) else value for column, value in found.items()}
-        return Part("", row | lists, None, problem)
+        return RangeRow("", row | lists, None, problem)
 
     def _pairs(self, row: dict[str, Any]) -> tuple[Any, Any] | list[tuple[Any, Any]] | str:
         """Return start and end, or a list of them, or why there are none."""
@@ -76,8 +76,8 @@ class RangeColumns:
             return f"its {self._start} and {self._end} are not as many"
         return list(zip(start, end, strict=True)) or f"its {self._start} is an empty list"
 
-    def _rows(self, row: dict[str, Any], count: int) -> list[dict[str, Any]] | str:
-        """Return a row for each of several parts, or why the values cannot be told apart."""
+    def _values(self, row: dict[str, Any], count: int) -> list[dict[str, Any]] | str:
+        """Return a row for each of several ranges, or why the values cannot be told apart."""
         lists = {}
         for column in self._parallel:
             value = row.get(column)
@@ -107,18 +107,18 @@ def _pairs_of(column: str, value: Any) -> tuple[Any, Any] | list[tuple[Any, Any]
     return pairs or f"its {column} is an empty list"
 
 
-def _part(suffix: str, row: dict[str, Any], start: Any, end: Any) -> Part:
+def _range_row(suffix: str, row: dict[str, Any], start: Any, end: Any) -> RangeRow:
     for name, value in (("start", start), ("end", end)):
         if is_missing(value):
-            return Part(suffix, row, None, f"its range has no {name}")
+            return RangeRow(suffix, row, None, f"its range has no {name}")
         if parse_time(value) is None:
-            return Part(suffix, row, None, f"the {name} of its range is no time but {value!r:.40}")
+            return RangeRow(suffix, row, None, f"the {name} of its range is no time but {value!r:.40}")
     first, last = parse_time(start), parse_time(end)
     assert first is not None
     assert last is not None
     if first >= last:
-        return Part(suffix, row, None, f"its range is empty: it ends at {end!s:.40} and starts at {start!s:.40}")
-    return Part(suffix, row, [first, last])
+        return RangeRow(suffix, row, None, f"its range is empty: it ends at {end!s:.40} and starts at {start!s:.40}")
+    return RangeRow(suffix, row, [first, last])
 
 
 def parse_time(value: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""Parts of one video file, in one pass: against brute force, and to the bit as each is decoded by itself."""
+"""Time ranges of one video file, in one pass: against brute force, and to the bit as each is decoded by itself."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from data_pipelines.check.verify import verify  # noqa: E402
 from data_pipelines.encode.dry_run import describe  # noqa: E402
 from data_pipelines.encode.encode import EncodeReport, encode  # noqa: E402
 from pomscale.base.errors import InputError  # noqa: E402
+from pomscale.base.task_index import TaskIndex  # noqa: E402
 from pomscale.config.encode import EncodeRecipe  # noqa: E402
 from pomscale.config.load import load_encode_recipe  # noqa: E402
 from pomscale.media.clips import DecodedClip, Span, decode_spans  # noqa: E402
@@ -236,7 +237,7 @@ def test_panda(tmp_path: Path) -> None:
     }
 
 
-def test_parts_in_parquet_and_jsonl_by_start_and_end(tmp_path: Path) -> None:
+def test_ranges_in_parquet_and_jsonl_by_start_and_end(tmp_path: Path) -> None:
     clip(tmp_path / "v.mp4", 6)
     rows = [
         {"file": "v.mp4", "id": "one", "start": 1.0, "end": 2.0, "text": "single"},
@@ -284,8 +285,8 @@ def test_a_filter_that_leaves_nothing_is_an_error(tmp_path: Path) -> None:
         encode(recipe, progress=False)
 
 
-def many_parts(tmp_path: Path) -> EncodeRecipe:
-    """Three files with rows in no order, parts that overlap, and one that is damaged in the middle."""
+def many_ranges(tmp_path: Path) -> EncodeRecipe:
+    """Three files with rows in no order, ranges that overlap, and one that is damaged in the middle."""
     rng = np.random.default_rng(0)
     rows = []
     for number, name in enumerate("abc"):
@@ -311,11 +312,11 @@ def many_parts(tmp_path: Path) -> EncodeRecipe:
     )  # fmt: skip
 
 
-def test_parts_of_a_file_are_neighbours_and_equal_to_each_alone(
+def test_ranges_of_a_file_are_neighbours_and_equal_to_each_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe = many_parts(tmp_path)
+    recipe = many_ranges(tmp_path)
     encode(recipe, progress=False)
     order = [json.loads(line)["source"] for line in shard_members(Path("out"), ".json")]
     names = [source.split(": ")[1].split(".")[0] for source in order]
@@ -336,10 +337,11 @@ def test_parts_of_a_file_are_neighbours_and_equal_to_each_alone(
 
 
 def test_neither_threads_nor_passes_nor_tasks_change_a_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread, three, one part of a file at once; stopped and resumed; failures tried again; a shard repaired."""
-    recipe = many_parts(tmp_path)
+    """One thread, three, one range of a file at once; stopped and resumed; failures tried again; a shard repaired."""
+    recipe = many_ranges(tmp_path)
     made = {}
-    for number, (changes, num_bytes) in enumerate([({}, 2**28), ({"num_workers": 3, "batch": 7}, 1), ({}, 50_000)]):
+    ways = [({}, 2**28), ({"num_workers": 3, "batch": 7}, 1), ({}, 50_000), ({}, 2**28)]
+    for number, (changes, num_bytes) in enumerate(ways):
         folder = tmp_path / str(number)
         folder.mkdir()
         monkeypatch.chdir(folder)
@@ -349,16 +351,20 @@ def test_neither_threads_nor_passes_nor_tasks_change_a_byte(tmp_path: Path, monk
             asked = iter(range(1000))
             stopped = encode(changed, progress=False, stop=lambda asked=asked: next(asked) >= 17)
             assert stopped.exit_code == 75
+        if number == 3:  # an array of two tasks, the first of which is stopped
+            asked = iter(range(1000))
+            encode(changed, progress=False, task=TaskIndex(0, 2), stop=lambda asked=asked: next(asked) >= 9)
+            encode(changed, progress=False, task=TaskIndex(1, 2), stop=lambda asked=asked: next(asked) >= 30)
         report = encode(changed, progress=False)
-        assert (report.num_resumed > 0) == (number == 2)
+        assert (report.num_resumed > 0) == (number > 1)
         if number == 2:
             encode(changed, progress=False, only_failed=True)
             shard = sorted(Path("out").glob("*.tar"))[1]
             shard.write_bytes(shard.read_bytes()[:-1024] + b"x" * 1024)
             assert repair("out", progress=False).exit_code == 3
         made[number] = {name: content for name, content in contents(Path("out")).items() if name != MANIFEST_NAME}
-    assert made[0].keys() == made[1].keys() == made[2].keys()
-    for number in (1, 2):
+    for number in (1, 2, 3):
+        assert made[0].keys() == made[number].keys()
         assert [name for name, content in made[0].items() if made[number][name] != content] == []
 
 

@@ -25,10 +25,10 @@ def test_times(value: Any, microseconds: int | None) -> None:
     assert parse_time(value) == microseconds
 
 
-def parts(row: dict[str, Any], **fields: Any) -> list[tuple[str, Any, list[int] | None, str | None]]:
+def rows(row: dict[str, Any], **fields: Any) -> list[tuple[str, Any, list[int] | None, str | None]]:
     config = TableSourceConfig.model_validate({"kind": "table", "path": "t.csv", **fields})
-    found = RangeColumns(config, ["text", "score"]).parts(row)
-    return [(part.suffix, part.row.get("text"), part.span, part.problem) for part in found]
+    found = RangeColumns(config, ["text", "score"]).rows(row)
+    return [(one.suffix, one.row.get("text"), one.span, one.problem) for one in found]
 
 
 S = 1_000_000
@@ -56,7 +56,7 @@ S = 1_000_000
     ],
 )  # fmt: skip
 def test_ranges(ranges: Any, text: Any, expected: list[Any]) -> None:
-    assert parts({"r": ranges, "text": text}, ranges="r") == expected
+    assert rows({"r": ranges, "text": text}, ranges="r") == expected
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ def test_ranges(ranges: Any, text: Any, expected: list[Any]) -> None:
     ],
 )
 def test_starts_and_ends(start: Any, end: Any, expected: list[Any]) -> None:
-    assert parts({"s": start, "e": end, "text": "a"}, start="s", end="e") == expected
+    assert rows({"s": start, "e": end, "text": "a"}, start="s", end="e") == expected
 
 
 def test_a_table_without_ranges_has_its_rows() -> None:
-    assert parts({"text": "a"}) == [("", "a", None, None)]
+    assert rows({"text": "a"}) == [("", "a", None, None)]
