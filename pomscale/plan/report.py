@@ -175,7 +175,9 @@ def _model(plan: RunPlan) -> list[str]:
     flops, nominal = (forward_flops(model, num_times=times, nominal=nominal) for nominal in (False, True))
     tokens = f"{model.num_tokens} tokens"
     if isinstance(model, VideoModelConfig):
-        tokens += f" in {model.num_groups} frame groups with {TEXT_LENGTH} of text"
+        tokens += f" in {model.num_groups} frame groups"
+    if model.text_dim is not None:
+        tokens += f" with {TEXT_LENGTH} of text"
     each = "GPU" if plan.recipe.mesh.sp == 1 else f"{plan.recipe.mesh.sp} GPUs"
     # The nominal figure is for comparisons with other code; the plan's speed and MFU count what is executed.
     cost = f"{_count(flops)}FLOP per sample and forward pass"
