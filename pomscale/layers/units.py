@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _MOST_RUNS = 16
-"""Runs up to which operators are called run by run; texts, whose lengths hardly ever repeat, are gathered instead."""
+"""Runs up to which a GPU is given operators run by run; vectors of more of them are gathered, as of texts."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,11 @@ def _apply(x: Tensor, scale: Tensor, shift: Tensor | None, units: Units) -> Tens
     return y
 
 
+def _gathers(x: Tensor, units: Units) -> bool:
+    """Decide between vectors that are gathered to tokens, which a CPU does slowly, and operators run by run."""
+    return x.device.type != "cpu" and len(units.runs) > _MOST_RUNS
+
+
 class _Scaled(torch.autograd.Function):
     """x scale + shift by unit, which keeps x and scale."""
 
@@ -88,7 +93,7 @@ class _Scaled(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor | None, units: Units) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.units = units
-        if len(units.runs) > _MOST_RUNS:
+        if _gathers(x, units):
             of_token = units.unit_of_tokens(x.device)
             y = x * scale[:, of_token]
             return y if shift is None else y.add_(shift[:, of_token])
@@ -106,7 +111,7 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (x, scale), units, (of_x, of_scale, of_shift, _) = ctx.saved_tensors, ctx.units, ctx.needs_input_grad
         dx = None
-        if of_x and len(units.runs) > _MOST_RUNS:
+        if of_x and _gathers(dy, units):
             dx = dy * scale[:, units.unit_of_tokens(dy.device)]
         elif of_x:
             dx = torch.empty_like(dy)
@@ -118,7 +123,7 @@ class _Scaled(torch.autograd.Function):
 
 def _sums(dy: Tensor, units: Units, x: Tensor | None = None) -> Tensor:
     """Return the sums of dy (1 N d), or of dy x, over the tokens of each unit, (1 U d); always in the same order."""
-    if len(units.runs) > _MOST_RUNS:
+    if _gathers(dy, units):
         products = dy[0] if x is None else dy[0] * x[0]
         lengths = torch.tensor(units.lengths, device=dy.device)
         return torch.segment_reduce(products, "sum", lengths=lengths, axis=0, unsafe=True)[None]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import pomscale.layers.units
 from pomscale.base.condition import PackedText, Text
 from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.layers import Units, gate_units, modulate, modulate_units
@@ -134,8 +135,12 @@ def test_packed_clips_and_pictures_equal_batches_of_one_shape(
     assert_same(outcome(predictions), plain, tolerance)
 
 
-@pytest.mark.parametrize("lengths", [(3, 3, 0, 5, 5, 1), tuple(range(20))], ids=["runs", "gathered"])
-def test_units_are_modulated_as_their_tokens_alone(lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("gathered", [False, True], ids=["runs", "gathered"])
+@pytest.mark.parametrize("lengths", [(3, 3, 0, 5, 5, 1), tuple(range(20))])
+def test_units_are_modulated_as_their_tokens_alone(
+    lengths: tuple[int, ...], gathered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pomscale.layers.units, "_gathers", lambda x, units: gathered)
     torch.manual_seed(2)
     units = Units(lengths)
     x = random(1, sum(lengths), 4).requires_grad_()
