@@ -82,7 +82,7 @@ def test_prompts_go_along_to_every_checkpoint(folder: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("real --prompt a", "--prompt: only where a model draws clips"),
+        ("real --prompt a", "--prompt: only where a model draws by prompts"),
         ("real --labels none", "--labels: only where a model draws pictures"),
         ("real --steps 3", "--num-steps: only where a model draws pictures or clips"),
         ("model --prompt a --fps 8", "--fps: only where clips lie in files or tars"),
