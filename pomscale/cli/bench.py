@@ -93,10 +93,16 @@ def _add_codecs(verbs: Any) -> argparse.ArgumentParser:
     )
     _add_number(parser, "--batch", 4, "Pictures or captions of an encoder call")
     parser.add_argument(
-        "--seconds", type=float, default=10.0, help="Least seconds of each loop, of at least two calls (default: 10)"
+        "--seconds",
+        type=float,
+        default=10.0,
+        help="Least seconds of each loop, of at least two calls (default: %(default)s)",
     )
     parser.add_argument(
-        "--precision", choices=["fp32", "bf16"], default="fp32", help="Arithmetic of the encoders (default: fp32)"
+        "--precision",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="Arithmetic of the encoders (default: %(default)s)",
     )
     add_device(parser)
     parser.set_defaults(measure=_codecs)
