@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 Network = Any
 
-# Frames that go through a layer together: multiples of every stride in time. More would be faster by little.
-_FRAMES = 8
-_MOCHI_FRAMES = 12
+# Frames that go through a layer together: multiples of every stride in time. A layer holds about six copies of them.
+_STREAM_FRAMES = 8
+_LAYER_FRAMES = 4
+_MOCHI_FRAMES = 6
 
-# Positions of a picture whose frames attend together, in Mochi.
-_POSITIONS = 1024
+# Parts of the positions of a picture whose frames attend together, in Mochi.
+_ATTENTION_PARTS = 16
 
 
 def _encode_ltx(vae: Network, clip: Tensor) -> Tensor:
@@ -56,6 +57,8 @@ def _encode_mochi(vae: Network, clip: Tensor) -> Tensor:
             elif kind == "MochiDownBlock3D":
                 convolution = partial(_convolve_mochi, module.conv_in, module.conv_in.forward)
                 stack.enter_context(_replaced(module.conv_in, convolution))
+            elif kind == "MochiChunkedGroupNorm3D":
+                stack.enter_context(_replaced(module, partial(_norm_mochi, module.forward)))
             elif kind == "Attention":
                 stack.enter_context(_replaced(module, partial(_attend_mochi, module.forward)))
         return vae.encoder(clip)[0]
@@ -69,7 +72,7 @@ def _encode_hunyuan(vae: Network, clip: Tensor) -> Tensor:
             if kind == "HunyuanVideoResnetBlockCausal3D":
                 stack.enter_context(_replaced(module, partial(_resnet_hunyuan, module)))
             elif kind == "HunyuanVideoDownsampleCausal3D":
-                stack.enter_context(_replaced(module, partial(_in_slices, module, module.forward, _FRAMES)))
+                stack.enter_context(_replaced(module, partial(_in_slices, module, module.forward, _LAYER_FRAMES)))
         return vae.quant_conv(vae.encoder(clip))
 
 
@@ -127,16 +130,16 @@ def _stream(
 ) -> Tensor:
     """Return run(clip) of a causal module: the first frame with the next ones, then as many at a time.
 
-    Downsamplers in time, of the class of that name, treat the first frame in a way of their own, which `downsample`
-    does not.
+    Downsamplers in time, of the class of that name, treat the first frame in a way of their own; `downsample` is for
+    those that follow.
     """
-    first = clip[:, :, : 1 + _FRAMES]
+    first = clip[:, :, : 1 + _STREAM_FRAMES]
     with _going_on(module), ExitStack() as stack:
         parts = [run(first)]
         for inner in module.modules():
             if type(inner).__name__ == downsampler:
                 stack.enter_context(_replaced(inner, partial(downsample, inner)))
-        parts += [run(part) for part in clip[:, :, first.shape[2] :].split(_FRAMES, dim=2) if part.shape[2]]
+        parts += [run(part) for part in clip[:, :, first.shape[2] :].split(_STREAM_FRAMES, dim=2) if part.shape[2]]
     return torch.cat(parts, dim=2)
 
 
@@ -195,19 +198,27 @@ def _convolve_mochi(module: nn.Module, run: Callable[..., tuple[Tensor, Any]], f
 
 def _attend_mochi(run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
     """Attention of (positions, frames, channels) over frames, into the memory of its input, a copy of the block's."""
-    for part in hidden.split(_POSITIONS):
+    for part in hidden.split(-(-len(hidden) // _ATTENTION_PARTS)):
         part.copy_(run(part))
     return hidden
+
+
+def _norm_mochi(run: Callable[[Tensor], Tensor], frames: Tensor) -> Tensor:
+    """`MochiChunkedGroupNorm3D.forward`, which is by frame, without its copies of all frames."""
+    result = torch.empty_like(frames)
+    for given, part in zip(frames.split(_MOCHI_FRAMES, dim=2), result.split(_MOCHI_FRAMES, dim=2), strict=True):
+        part.copy_(run(given))
+    return result
 
 
 def _resnet_hunyuan(module: Network, frames: Tensor) -> Tensor:
     """`HunyuanVideoResnetBlockCausal3D.forward`, whose norms are over the whole clip."""
     frames = frames.contiguous()
     norm = _whole_clip_norm(module.norm1, frames)
-    hidden = _in_slices(module.conv1, lambda part: module.conv1(module.nonlinearity(norm(part))), _FRAMES, frames)
+    hidden = _in_slices(module.conv1, lambda part: module.conv1(module.nonlinearity(norm(part))), _LAYER_FRAMES, frames)
     norm = _whole_clip_norm(module.norm2, hidden)
     with _going_on(module.conv2):
-        for part, given in zip(hidden.split(_FRAMES, dim=2), frames.split(_FRAMES, dim=2), strict=True):
+        for part, given in zip(hidden.split(_LAYER_FRAMES, dim=2), frames.split(_LAYER_FRAMES, dim=2), strict=True):
             residual = given if module.conv_shortcut is None else module.conv_shortcut(given)
             part.copy_(module.conv2(module.nonlinearity(norm(part))) + residual)
     return hidden
@@ -216,7 +227,7 @@ def _resnet_hunyuan(module: Network, frames: Tensor) -> Tensor:
 def _whole_clip_norm(norm: nn.GroupNorm, frames: Tensor) -> Callable[[Tensor], Tensor]:
     """Return `norm` as a function of some frames of (1 c f h w), with the statistics of all."""
     counts, means, variances = [], [], []
-    for part in frames.split(_FRAMES, dim=2):
+    for part in frames.split(_LAYER_FRAMES, dim=2):
         grouped = part.float().reshape(norm.num_groups, -1)
         variance, mean = torch.var_mean(grouped, dim=1, correction=0)
         counts.append(grouped.shape[1])
