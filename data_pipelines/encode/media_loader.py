@@ -183,6 +183,7 @@ class MediaLoader:
             (entry,) = entries
             entry.take(only, decode_clip(stream, targets, fps, filter, num_channels, keep_incomplete=keep))
             return
+        entries = sorted(entries, key=lambda entry: entry.item.span or [])  # one pass wants them in this order
         spans = [Span(*(Fraction(time, 1_000_000) for time in entry.item.span or ())) for entry in entries]
         clips = decode_spans(stream, spans, targets, fps, filter, num_channels, keep_incomplete=keep)
         for entry, clip in zip(entries, clips, strict=True):

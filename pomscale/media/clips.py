@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -81,14 +81,14 @@ def decode_spans(
     *,
     keep_incomplete: bool = False,
 ) -> Iterator[DecodedClip | UnreadableMediaError]:
-    """Yield a clip for each range of a file, or why there is none, in their order; in one pass if that can be.
+    """Yield a clip for each range of a file, or why there is none, in their order; in one pass if they start in order.
 
     Frames at or after a range's end are not used. A range that ends beyond the file's end ends early, as does one that
     is damaged, unless what is there fills the longest target.
 
     Args:
         stream: The video file, seekable.
-        spans: Ranges of it, in the order of their starts.
+        spans: Ranges of it; where one starts before the one that precedes it, another pass begins.
         targets: Possible sizes (frames, height, width).
         fps: Frames per second of the result.
         filter: How frames are scaled.
@@ -101,7 +101,7 @@ def decode_spans(
         try:
             if len(remaining) > 1:
                 with as_unreadable():
-                    for clip in _decode_pass(stream, list(remaining), wanted):
+                    for clip in _decode_pass(stream, _ascending(remaining), wanted):
                         remaining.popleft()
                         yield clip
                 continue
@@ -113,6 +113,16 @@ def decode_spans(
             yield error
         else:
             yield clip
+
+
+def _ascending(spans: Iterable[Span]) -> list[Span]:
+    """Return the first ranges, as far as none starts before the one that precedes it."""
+    found: list[Span] = []
+    for span in spans:
+        if found and span.start < found[-1].start:
+            break
+        found.append(span)
+    return found
 
 
 @contextmanager

@@ -267,6 +267,30 @@ def test_ranges_in_parquet_and_jsonl_by_start_and_end(tmp_path: Path) -> None:
         assert failures(recipe) == ({"nan": "its range has no end"} if "parquet" in path else {})
 
 
+def test_ranges_of_a_clip_that_lies_in_the_table(tmp_path: Path) -> None:
+    """The row's ranges share its bytes, and need not be in order; rows keep the order of the table."""
+    media = clip(tmp_path / "v.mp4", 6).read_bytes()
+    rows = [
+        {"video": {"bytes": media}, "at": [["0:04", "0:05.2"], ["0:01", "0:02"], ["0:03", "0:04"]]},
+        {"video": {"bytes": media}, "at": [["0:02", "0:03"]]},
+        {"video": None, "at": [["0:00", "0:01"]]},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    recipe = EncodeRecipe.model_validate(
+        {
+            "kind": "encode", "name": "x", "output": str(tmp_path / "out"), "codec": PIXELS, "transform": CLIP,
+            "source": {"kind": "table", "path": f"{tmp_path}/t.parquet", "bytes_column": "video.bytes", "ranges": "at"},
+            "device": "cpu",
+        }
+    )  # fmt: skip
+    check(recipe, 4, 0)
+    firsts = {key: number for key, (_, number, _) in records(recipe).items()}
+    assert firsts == {
+        "000000000000_00000": 96, "000000000000_00001": 24, "000000000000_00002": 72, "000000000001_00000": 48,
+    }  # fmt: skip
+    assert failures(recipe) == {"000000000002_00000": "its video.bytes is missing"}
+
+
 def test_a_table_without_its_time_columns_is_refused_before_anything_is_done(tmp_path: Path) -> None:
     source = write_koala(tmp_path)
     for changes, column in (({"ranges": "time"}, "time"), ({"ranges": None, "start": "begin", "end": "stop"}, "begin")):
