@@ -85,8 +85,8 @@ def _read(source: TrainedWeights, name: str, dtype: torch.dtype) -> dict[str, Te
 def _not_theirs(card: ModelCard) -> str | None:
     """Return which choice of a network JiTpp's code does not have; None if it has all."""
     model = card.model
-    if isinstance(model, VideoModelConfig):
-        return "it is one of clips"
+    if model.text_dim is not None:
+        return f"it is one of {'clips' if isinstance(model, VideoModelConfig) else 'pictures of a text'}"
     for key in _CHOICES:
         if getattr(model, key) != _JIT[key]:
             return f"model.{key} is {getattr(model, key)}, and theirs {_JIT[key]}"

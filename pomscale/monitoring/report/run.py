@@ -138,7 +138,7 @@ def sample_grids(folder: Path) -> list[Path]:
 
 
 def sample_prompts(folder: Path) -> list[str]:
-    """Return the prompts of the rows of the run's clips, by its recipe; empty for pictures or a damaged recipe."""
+    """Return the prompts of the rows of what the run draws, by its recipe; empty for classes or a damaged recipe."""
     recipe = folder / RECIPE_FILE
     try:
         content = yaml.safe_load(recipe.read_bytes())
