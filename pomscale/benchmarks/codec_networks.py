@@ -35,6 +35,7 @@ class Autoencoder:
         frames: 1 + k times this many frames come back; None = it takes pictures.
         unit_pixels: Whether it takes pixels in [0, 1], and not in [-1, 1].
         is_of_frames: Whether it takes pictures as clips of one frame.
+        side: The only height and width that it takes, in pixels; None = any multiple of its factor.
     """
 
     class_name: str
@@ -42,6 +43,7 @@ class Autoencoder:
     frames: int | None = None
     unit_pixels: bool = False
     is_of_frames: bool = False
+    side: int | None = None
 
 
 AUTOENCODERS: dict[str, Autoencoder] = {
@@ -53,7 +55,7 @@ AUTOENCODERS: dict[str, Autoencoder] = {
     "qwen-image": Autoencoder("AutoencoderKLQwenImage", is_of_frames=True),
     "dc-ae": Autoencoder("AutoencoderDC"),
     "taesd": Autoencoder("AutoencoderTiny"),
-    "rae": Autoencoder("AutoencoderRAE", unit_pixels=True),
+    "rae": Autoencoder("AutoencoderRAE", unit_pixels=True, side=256),
     "cogvideox": Autoencoder("AutoencoderKLCogVideoX", frames=8),
     "wan-2.1": Autoencoder("AutoencoderKLWan", frames=4),
     "wan-2.2": Autoencoder(

@@ -205,7 +205,7 @@ class _Autoencoder(_Measured):
         config = VaeCodecConfig(name="vae", path=str(self.folder / "network"), precision=bench.precision)
         self._codec = build_codec(config).to(bench.device)
         self.module = self._codec.vae  # type: ignore[attr-defined]  # the very module, with the codec's settings
-        self._size: tuple[int, ...] = (bench.picture, bench.picture)
+        self._size: tuple[int, ...] = (self._kind.side or bench.picture,) * 2
         if self._kind.frames is not None:
             frames, height, width = bench.clip
             self._size = (1 + (frames - 1) // self._kind.frames * self._kind.frames, height, width)
