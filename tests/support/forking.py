@@ -48,7 +48,7 @@ _TORCHRUN = "torch.distributed.run"
 _PRELOADED = ("pomscale.training.run", "pomscale.cli", _TORCHRUN, "matplotlib.figure", "torch._dynamo")
 # Adapters of optional packages, 4 s of imports for each command that needs them.
 _PRELOADED_IF_INSTALLED = {
-    "diffusers": "pomscale.codecs.diffusers_vae",
+    "diffusers": "pomscale.codecs.vae",
     "transformers": "pomscale.codecs.t5",
     "wandb": "wandb",
 }
