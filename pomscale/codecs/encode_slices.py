@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 Network = Any
 
@@ -66,11 +67,15 @@ def _encode_mochi(vae: Network, clip: Tensor) -> Tensor:
 
 def _encode_hunyuan(vae: Network, clip: Tensor) -> Tensor:
     """Return the moments of a clip: blocks of convolutions in slices of time, with the statistics of the whole clip."""
+    entry = vae.encoder.conv_in
     with ExitStack() as stack:
+        stack.enter_context(_replaced(entry, partial(_in_slices, entry, entry.forward, _LAYER_FRAMES)))
         for module in vae.encoder.modules():
             kind = type(module).__name__
             if kind == "HunyuanVideoResnetBlockCausal3D":
                 stack.enter_context(_replaced(module, partial(_resnet_hunyuan, module)))
+            elif kind == "HunyuanVideoMidBlock3D":
+                stack.enter_context(_replaced(module, partial(_middle_hunyuan, module)))
             elif kind == "HunyuanVideoDownsampleCausal3D":
                 stack.enter_context(_replaced(module, partial(_in_slices, module, module.forward, _LAYER_FRAMES)))
         return vae.quant_conv(vae.encoder(clip))
@@ -193,7 +198,9 @@ def _resnet_mochi(
 
 
 def _convolve_mochi(module: nn.Module, run: Callable[..., tuple[Tensor, Any]], frames: Tensor) -> tuple[Tensor, None]:
-    return _in_slices(module, lambda part: run(part)[0], _MOCHI_FRAMES, frames), None
+    result = _in_slices(module, lambda part: run(part)[0], _MOCHI_FRAMES, frames)
+    _release(frames)
+    return result, None
 
 
 def _attend_mochi(run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -221,14 +228,47 @@ def _resnet_hunyuan(module: Network, frames: Tensor) -> Tensor:
         for part, given in zip(hidden.split(_LAYER_FRAMES, dim=2), frames.split(_LAYER_FRAMES, dim=2), strict=True):
             residual = given if module.conv_shortcut is None else module.conv_shortcut(given)
             part.copy_(module.conv2(module.nonlinearity(norm(part))) + residual)
+    _release(frames)
     return hidden
+
+
+def _middle_hunyuan(module: Network, frames: Tensor) -> Tensor:
+    """`HunyuanVideoMidBlock3D.forward`, whose mask of all tokens by all tokens is not made."""
+    hidden = module.resnets[0](frames)
+    for attention, resnet in zip(module.attentions, module.resnets[1:], strict=True):
+        hidden = resnet(hidden if attention is None else _attend_hunyuan(attention, hidden))
+    return hidden
+
+
+def _attend_hunyuan(module: Network, frames: Tensor) -> Tensor:
+    """Attention of each frame to itself and those before, as diffusers' `AttnProcessor2_0` under its causal mask."""
+    num_frames, height, width = frames.shape[2:]
+    tokens = frames.permute(0, 2, 3, 4, 1).flatten(1, 3)
+    normed = module.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
+    query, key, value = (
+        project(normed).unflatten(2, (module.heads, -1)).transpose(1, 2)
+        for project in (module.to_q, module.to_k, module.to_v)
+    )
+    ends = [(number + 1) * height * width for number in range(num_frames)]
+    attended = [
+        scaled_dot_product_attention(of_frame, key[:, :, :end], value[:, :, :end])
+        for of_frame, end in zip(query.split(height * width, dim=2), ends, strict=True)
+    ]
+    hidden = module.to_out[0](torch.cat(attended, dim=2).transpose(1, 2).flatten(2)) + tokens
+    return hidden.unflatten(1, (num_frames, height, width)).permute(0, 4, 1, 2, 3)
+
+
+def _release(frames: Tensor) -> None:
+    """Free the memory of a layer's input. Callers hold it until their next line, and read it no more."""
+    frames.set_()  # type: ignore[call-overload]  # the form that empties
 
 
 def _whole_clip_norm(norm: nn.GroupNorm, frames: Tensor) -> Callable[[Tensor], Tensor]:
     """Return `norm` as a function of some frames of (1 c f h w), with the statistics of all."""
     counts, means, variances = [], [], []
+    dtype = torch.promote_types(frames.dtype, torch.float32)
     for part in frames.split(_LAYER_FRAMES, dim=2):
-        grouped = part.float().reshape(norm.num_groups, -1)
+        grouped = part.to(dtype).reshape(norm.num_groups, -1)
         variance, mean = torch.var_mean(grouped, dim=1, correction=0)
         counts.append(grouped.shape[1])
         means.append(mean.double())
@@ -239,5 +279,5 @@ def _whole_clip_norm(norm: nn.GroupNorm, frames: Tensor) -> Callable[[Tensor], T
     per_group = norm.num_channels // norm.num_groups
     scale = norm.weight * (variance + norm.eps).rsqrt().repeat_interleave(per_group)
     shift = norm.bias - mean.repeat_interleave(per_group) * scale
-    scale, shift = (value.float().view(1, -1, 1, 1, 1) for value in (scale, shift))
+    scale, shift = (value.to(dtype).view(1, -1, 1, 1, 1) for value in (scale, shift))
     return lambda part: part * scale + shift

@@ -1,97 +1,129 @@
-"""Peak memory of one encode, in a process of its own: `python -m support.encode_memory NAME (plain|sliced)`.
+"""Peak memory of encoding one clip, counted on networks of the published sizes without computing anything.
 
-plain: the network's encoder on all frames at once. sliced: codec vae, with the network of `MEMORY_VAES`. It prints the
-bytes that the encode took on top of what the process held before.
+Networks and clips are meta tensors, and `Tally` counts the bytes of tensors that are alive after every operation: what
+an accelerator's allocator would hold besides the workspaces of kernels. `python -m support.encode_memory` prints all.
 """
 
 from __future__ import annotations
 
-import gc
-import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from pomscale.codecs.vae import ClipVae, open_vae
+from pomscale.codecs.vae import ClipVae
+from pomscale.codecs.vae_conventions import CONVENTIONS
 from pomscale.config.codecs import VaeCodecConfig
-from support.tiny_vaes import save_tiny_vae
 
-# name: changes to the network of that name: activations of many channels at full size, as the real ones have.
-MEMORY_VAES: dict[str, dict[str, Any]] = {
-    "cogvideox": {"block_out_channels": (32, 32, 32), "norm_num_groups": 8},
-    "wan21": {"base_dim": 32},
-    "wan22": {"base_dim": 32},
-    "hunyuan_video": {"block_out_channels": (32, 32, 32, 32), "norm_num_groups": 8},
-    "hunyuan_video_15": {"block_out_channels": (32, 32, 64, 64, 64)},
-    "ltx": {"block_out_channels": (256, 256, 256, 256), "spatio_temporal_scaling": (True, True, True, False)},
-    "mochi": {"encoder_block_out_channels": (64, 128, 128, 128)},
+# name: (class of diffusers, settings beyond its defaults, which are those of the published network).
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "CogVideoX": ("AutoencoderKLCogVideoX", {}),
+    "Wan 2.1": ("AutoencoderKLWan", {}),
+    "Wan 2.2": (
+        "AutoencoderKLWan",
+        {
+            "base_dim": 160,
+            "decoder_base_dim": 256,
+            "z_dim": 48,
+            "latents_mean": [0.0] * 48,
+            "latents_std": [1.0] * 48,
+            "is_residual": True,
+            "in_channels": 12,
+            "out_channels": 12,
+            "patch_size": 2,
+            "scale_factor_spatial": 16,
+        },
+    ),
+    "HunyuanVideo": ("AutoencoderKLHunyuanVideo", {}),
+    "HunyuanVideo 1.5": ("AutoencoderKLHunyuanVideo15", {}),
+    "LTX": ("AutoencoderKLLTXVideo", {}),
+    "Mochi": ("AutoencoderKLMochi", {}),
 }
 
-# (height, width) of the clips, of as many frames near 80 as fit.
-MEMORY_SIZE = (64, 96)
+SIZE = (256, 384)
+
+
+class Tally(TorchDispatchMode):
+    """Count the bytes of the tensors that operations make, while they are alive; `peak` is the most of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)
+                self._alive[reference.cdata] = (reference, storage.nbytes())
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(num_bytes for _, num_bytes in self._alive.values()))
+        return out
+
+
+def open_published(name: str) -> ClipVae:
+    """Return codec vae with a network of the published size and no weights."""
+    import diffusers  # noqa: PLC0415 (optional)
+
+    class_name, settings = PUBLISHED[name]
+    with torch.device("meta"):
+        network = getattr(diffusers, class_name)(**settings).eval().requires_grad_(False)
+    if class_name == "AutoencoderKLLTXVideo":  # statistics, whose numbers the codec reads
+        network.latents_mean, network.latents_std = torch.zeros(128), torch.ones(128)
+    config = VaeCodecConfig(name="vae", path="none", store="moments")
+    return ClipVae(config, network, class_name, CONVENTIONS[class_name])
 
 
 def num_frames(codec: ClipVae) -> int:
-    """The smallest fitting number from 80 on."""
+    """Return the smallest number that fits from 80 on."""
     return codec.frames.fitting(80)[-1]
 
 
-def plain_encode(codec: ClipVae) -> Callable[[Tensor], Tensor]:
-    """Return the encoder on all frames at once, to moments before quantisation.
+def plain_encode(codec: ClipVae) -> Callable[[Tensor], object]:
+    """Return the encoder on all frames at once.
 
-    CogVideoX normalises over the frames that it is given, so these are other latents than with 8 at a time. Wan takes
-    the first frame by itself, and then any number of fours; the latents are the same.
+    CogVideoX normalises over the frames that it is given, so its latents are others than with 8 at a time. Wan takes
+    the first frame by itself, and then any number of fours, to the same latents.
     """
     vae = codec.vae
 
     def of_wan(pixels: Tensor) -> Tensor:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import patchify  # noqa: PLC0415 (large)
+        from diffusers.models.autoencoders.autoencoder_kl_wan import patchify  # noqa: PLC0415 (optional)
 
         pixels = patchify(pixels, vae.config.patch_size or 1)
         past: list[Any] = [None] * vae._cached_conv_counts["encoder"]
         parts = (pixels[:, :, :1], pixels[:, :, 1:])
-        return torch.cat([vae.encoder(part, feat_cache=past, feat_idx=[0]) for part in parts if part.shape[2]], dim=2)
+        return torch.cat([vae.encoder(part, feat_cache=past, feat_idx=[0]) for part in parts], dim=2)
 
-    def of_others(pixels: Tensor) -> Tensor:
-        moments = vae.encoder(pixels)
-        return moments[0] if isinstance(moments, tuple) else moments
-
-    return of_wan if codec.class_name == "AutoencoderKLWan" else of_others
+    return of_wan if codec.class_name == "AutoencoderKLWan" else vae.encoder
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Return the bytes by which the resident memory rises, at most, while `run` works. Linux."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-    before = _resident("VmRSS")
-    run()
-    return _resident("VmHWM") - before
+@torch.no_grad()
+def peaks(name: str) -> tuple[int, int]:
+    """Return the peaks in bytes of one clip at once, and through codec vae."""
+    codec = open_published(name)
+    clip = torch.empty(1, 3, num_frames(codec), *SIZE, device="meta")
+    found = []
+    for encode in (plain_encode(codec), codec._encode):
+        with Tally() as tally:
+            encode(clip)
+        found.append(tally.peak)
+    return found[0], found[1]
 
 
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def main(name: str, way: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        codec = open_vae(
-            VaeCodecConfig(
-                name="vae", path=str(save_tiny_vae(Path(folder), name, **MEMORY_VAES[name])), store="moments"
-            )
-        )
-    assert isinstance(codec, ClipVae)
-    codec.to("cpu")
-    clip = torch.rand(1, 3, num_frames(codec), *MEMORY_SIZE)
-    encode = plain_encode(codec) if way == "plain" else codec.encode
-    with torch.no_grad():
-        encode(clip[:, :, :1])  # what libraries set up at the first call
-        print(peak_bytes(lambda: encode(clip)))
+def main() -> None:
+    for name in PUBLISHED:
+        plain, sliced = peaks(name)
+        clip = f"{num_frames(open_published(name))} frames of {SIZE[0]}x{SIZE[1]}"
+        ways = f"at once {plain / 2**30:.2f} GiB, in slices {sliced / 2**30:.2f} GiB"
+        print(f"{name}: {clip}, {ways}, {sliced / plain:.3f}", flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

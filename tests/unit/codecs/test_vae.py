@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -289,3 +291,25 @@ def test_video_vae_refuses_networks_that_it_cannot_run(video_vae_folder: Path, t
     save_video_vae(tmp_path, seed=0, temporal_compression_ratio=2)
     with pytest.raises(InputError, match="temporal_compression_ratio is 2"):
         build_codec(video_vae(tmp_path, subfolder=""))
+
+
+# Keys of the identities that datasets of earlier versions carry.
+_FORMER_KEYS = (
+    "act_fn", "block_out_channels", "down_block_types", "in_channels", "latent_channels", "layers_per_block",
+    "norm_num_groups", "out_channels", "scaling_factor", "shift_factor", "up_block_types", "use_post_quant_conv",
+    "use_quant_conv",
+)  # fmt: skip
+
+
+def test_identities_are_those_of_datasets_that_earlier_versions_made(vae_folder: Path, video_vae_folder: Path) -> None:
+    for config, label, key in (
+        (sd_vae(vae_folder), "sd_vae", "mid_block_add_attention"),
+        (video_vae(video_vae_folder), "cogvideox_vae", "temporal_compression_ratio"),
+    ):
+        codec: Any = build_codec(config)
+        settings = {name: codec.vae.config[name] for name in (*_FORMER_KEYS, key)}
+        digest = hashlib.sha256(f"{label} {json.dumps(settings, sort_keys=True)}".encode())
+        for name, tensor in sorted(codec.vae.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.numpy())
+        assert codec.identity() == digest.hexdigest()
