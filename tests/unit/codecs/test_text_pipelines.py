@@ -285,6 +285,7 @@ def test_embeddings_are_those_of_the_pipeline(tmp_path: Path, convention: str) -
         expected = theirs[used.bool()].numpy()
         assert ours.shape == expected.shape, caption
         np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=1e-4, err_msg=caption)
+        assert np.isfinite(ours).all()
         assert len(ours) <= encoder.max_length
         (alone,) = encoder.encode([caption])
         np.testing.assert_allclose(alone, ours, atol=2e-5, rtol=1e-4)
