@@ -323,6 +323,12 @@ class TrainRecipe(Section):
             ("compute.compile", self.compute.compile, "packed steps have other shapes each time; use compile: false"),
             ("model.alignment", self.model.alignment, "packed steps have no alignment loss; leave it out"),
             (
+                "deepspeed.zero_stage",
+                self.engine == "deepspeed" and self.deepspeed.zero_stage == 3,
+                "ranks must call modules equally often in stage 3, and packed samples of several shapes do not; use "
+                "stage 2 or engine: fsdp2",
+            ),
+            (
                 "model.text_dim",
                 isinstance(self.model, ImageModelConfig) and getattr(self.model, "text_dim", None),
                 "texts of packed pictures are for model.kind: video, which takes pictures as clips of one frame",
