@@ -325,8 +325,7 @@ class TrainRecipe(Section):
             (
                 "deepspeed.zero_stage",
                 self.engine == "deepspeed" and self.deepspeed.zero_stage == 3,
-                "ranks must call modules equally often in stage 3, and packed samples of several shapes do not; use "
-                "stage 2 or engine: fsdp2",
+                "stage 3 hangs on packed steps of several ranks; use stage 2 or engine: fsdp2",
             ),
             (
                 "model.text_dim",
