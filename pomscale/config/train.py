@@ -339,6 +339,11 @@ class TrainRecipe(Section):
             ("compute.compile", self.compute.compile, "packed steps have other shapes each time; use compile: false"),
             ("model.alignment", self.model.alignment, "packed steps have no alignment loss; leave it out"),
             (
+                "deepspeed.zero_stage",
+                self.engine == "deepspeed" and self.deepspeed.zero_stage == 3,
+                "stage 3 hangs on packed steps of several ranks; use stage 2 or engine: fsdp2",
+            ),
+            (
                 "model.text_dim",
                 isinstance(self.model, ImageModelConfig) and self.model.text_dim,
                 "texts of packed pictures are for model.kind: video, which takes pictures as clips of one frame",

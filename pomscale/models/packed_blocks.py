@@ -26,6 +26,7 @@ def packed_block(
     gate1, gate2 = (block.gate_offset + block.gates(c)).chunk(2, dim=-1)
     mixed = packing.mix(block.mixer, modulate_units(block.norm1(x), shift1, scale1, times), positions)
     x = x + gate_units(gate1, _dropped(block, block.mixer, mixed, packing, seeds), times)
+    del mixed  # free before the feed-forward, where it is not kept for the backward pass
     fed = block.ffn(modulate_units(block.norm2(x), shift2, scale2, times), _drop(block, packing, seeds))
     return x + gate_units(gate2, fed, times)
 
@@ -52,6 +53,7 @@ def packed_video_block(
     x = x + gate_units(gates[0], read, times)
     mixed = packing.mix(block.mixer, modulate_units(block.norm3(x), *of_mixer, times), positions)
     x = x + gate_units(gates[1], _dropped(block, block.mixer, mixed, packing, seeds), times)
+    del read, mixed  # as in `packed_block`
     fed = block.ffn(modulate_units(block.norm4(x), *of_ffn, times), _drop(block, packing, seeds))
     return x + gate_units(gates[2], fed, times)
 

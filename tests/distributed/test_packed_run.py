@@ -80,9 +80,8 @@ def test_two_ranks_train_as_one(alone: Path, recipe: Path) -> None:
 
 @needs_deepspeed
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
-def test_zero_trains_as_fsdp2(alone: Path, recipe: Path, stage: int) -> None:
-    train(recipe, *PACKED, "engine=deepspeed", f"deepspeed.zero_stage={stage}", num_processes=2)
+def test_zero_2_trains_as_fsdp2(alone: Path, recipe: Path) -> None:
+    train(recipe, *PACKED, "engine=deepspeed", "deepspeed.zero_stage=2", num_processes=2)
     assert_same_packed_curve(losses(recipe.parent / "runs" / "tiny"), losses(alone))
 
 

@@ -297,6 +297,7 @@ PACKED = "{total_samples: 650, global_tokens: 512"
     ("override", "expected"),
     [
         ("mesh.sp=2", "mesh.sp: packed samples are not split over ranks; use mesh.sp: 1"),
+        ("engine=deepspeed deepspeed.zero_stage=3", "deepspeed.zero_stage: stage 3 hangs on packed steps"),
         ("compute.compile=true", "compute.compile: packed steps have other shapes each time; use compile: false"),
     ],
 )
@@ -306,7 +307,7 @@ def test_what_packed_steps_do_not_do_is_named(write: Write, override: str, expec
     assert (packed.training.total_samples, packed.training.order_batch) == (650, 1)
     assert "global_tokens" not in load_train_recipe(recipe).model_dump()["training"], "older runs keep their identity"
     with pytest.raises(RecipeError, match=re.escape(expected)):
-        load_train_recipe(recipe, [f"training={PACKED}}}", override])
+        load_train_recipe(recipe, [f"training={PACKED}}}", *override.split()])
 
 
 def test_a_recipe_of_the_other_kind_is_refused(write: Write) -> None:
