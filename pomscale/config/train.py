@@ -344,9 +344,12 @@ class TrainRecipe(Section):
                 "stage 3 hangs on packed steps of several ranks; use stage 2 or engine: fsdp2",
             ),
             (
-                "model.text_dim",
-                isinstance(self.model, ImageModelConfig) and self.model.text_dim,
-                "texts of packed pictures are for model.kind: video, which takes pictures as clips of one frame",
+                "model.dropout",
+                self.model.dropout is not None
+                and isinstance(self.model, ImageModelConfig)
+                and self.model.text == "in_context"
+                and self.model.text_dim is not None,
+                "its mask is by the place of a token, which the padding of a text in context moves; use text: cross",
             ),
         ):
             if is_set:

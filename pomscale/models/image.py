@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pomscale.base.condition import Condition, Text
+from pomscale.base.condition import Condition, PackedText, Text
 from pomscale.config.model import ImageModelConfig
 from pomscale.layers import (
     InContextTokens,
@@ -82,7 +82,7 @@ class DiPoM(nn.Module):
         self,
         latents: Tensor | Sequence[Tensor],
         t: Tensor,
-        condition: Condition,
+        condition: Condition | PackedText,
         split_tokens: SplitTokens | None = None,
         dropout_seeds: Tensor | None = None,
         num_aligned: int | None = None,
@@ -98,6 +98,8 @@ class DiPoM(nn.Module):
         """
         if not isinstance(latents, Tensor):
             return predict_pictures(self, latents, t, condition, dropout_seeds)
+        if isinstance(condition, PackedText):
+            raise ValueError("condition: packed texts are for packed pictures, a list of latents by size")
         patch_size = self.config.patch_size
         height, width = latents.shape[2] // patch_size, latents.shape[3] // patch_size
         split = None if split_tokens is None else split_tokens(height * width)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pomscale.base.condition import Condition, PackedText, Text
+from pomscale.base.condition import Condition, PackedText
 from pomscale.layers import Units, grid_positions, modulate_units, sincos_positions_2d, unpatchify
 from pomscale.models.packing import Packing, of_shapes, packed_tokens
 
@@ -23,20 +23,21 @@ if TYPE_CHECKING:  # they call the functions here
 
 
 def predict_pictures(
-    model: DiPoM, latents: Sequence[Tensor], t: Tensor, condition: Condition, seeds: Tensor | None
+    model: DiPoM, latents: Sequence[Tensor], t: Tensor, condition: Condition | PackedText, seeds: Tensor | None
 ) -> list[Tensor]:
-    """Predict as `DiPoM.forward` for pictures of several sizes. ValueError for a network of texts.
+    """Predict as `DiPoM.forward` for pictures of several sizes.
 
     Args:
         model: The network.
         latents: Pictures (b c h w) of each size.
         t: Times of all samples, (samples,).
-        condition: Classes of all samples, (samples,) int64.
+        condition: Classes of all samples, (samples,) int64, or their texts.
         seeds: Seeds of their dropout, (samples,) int64, or None.
+
+    Raises:
+        ValueError: The network takes texts, and these are classes, or the other way round.
     """
     config, size = model.config, model.config.patch_size
-    if model.class_embedding is None or isinstance(condition, Text):
-        raise ValueError("condition: packed pictures have classes; texts are for packed clips")
     grids = [(pictures.shape[2] // size, pictures.shape[3] // size) for pictures in latents]
     embedded, positions = [], []
     for pictures, grid in zip(latents, grids, strict=True):
@@ -48,46 +49,66 @@ def predict_pictures(
         positions.append(grid_positions(*grid, device=x.device).expand(len(pictures), -1, -1))
     shapes = [(len(x), x.shape[1]) for x in embedded]
     samples = Units(tuple(length for batch, length in shapes for _ in range(batch)))
-    of_class = model.class_embedding(condition)
-    c = (model.time_embedding(t) + of_class)[None]
+    c, beside, lengths = _conditions(model, t, condition)
     where = packed_tokens(positions)[0] if config.has_rope else None
-    x = _through_blocks(model, packed_tokens(embedded), c, of_class, where, samples, seeds)
+    x = _through_blocks(model, packed_tokens(embedded), c, beside, lengths, where, samples, seeds)
     scale, shift = model.modulation(F.silu(c)).chunk(2, dim=-1)
     values = of_shapes(model.head(modulate_units(model.norm(x), shift, scale, samples)), shapes)
     return [unpatchify(part, *grid, size) for part, grid in zip(values, grids, strict=True)]
+
+
+def _conditions(model: DiPoM, t: Tensor, condition: Condition | PackedText) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Return what modulates (1 samples d), and the tokens of class or text (1 M d) with their number of each sample."""
+    if model.text_embedding is not None:
+        if not isinstance(condition, PackedText):
+            raise ValueError("condition: this network takes packed texts, and not class ids")
+        text: Tensor = model.text_embedding(condition.embeddings.to(model.text_embedding.weight.dtype))
+        return model.time_embedding(t)[None], text[None], condition.lengths
+    if model.class_embedding is None or not isinstance(condition, Tensor):
+        raise ValueError("condition: this network takes class ids, and not texts")
+    of_class = model.class_embedding(condition)
+    c = (model.time_embedding(t) + of_class)[None]
+    if model.in_context is None:
+        return c, of_class[None, :0], (0,) * len(t)
+    tokens = model.in_context(of_class)
+    return c, packed_tokens([tokens]), (tokens.shape[1],) * len(t)
 
 
 def _through_blocks(
     model: DiPoM,
     x: Tensor,
     c: Tensor,
-    of_class: Tensor,
+    beside: Tensor,
+    lengths: tuple[int, ...],
     positions: Tensor | None,
     samples: Units,
     seeds: Tensor | None,
 ) -> Tensor:
-    """Apply the blocks to the tokens of the pictures, and to those of their classes from their block on."""
-    packing, in_context = Packing(samples, samples), model.config.in_context
+    """Apply the blocks to the tokens of the pictures, and to those in context, `beside`, from their block on."""
+    config = model.config
+    packing = Packing(samples, samples, Units(lengths) if config.has_cross_mixers else None)
     for number, block in enumerate(model.trunk):
-        if in_context is not None and number == in_context.start:
-            assert model.in_context is not None
-            x = _before_each(model.in_context(of_class), x, samples)
+        if number == config.context_start:
+            x = _before_each(beside, lengths, x, samples)
             if positions is not None:  # (0, 0) turns nothing
-                origin = positions.new_zeros(len(of_class), in_context.tokens, positions.shape[1])
-                positions = _before_each(origin, positions[None], samples)[0]
-            longer = Units(tuple(length + in_context.tokens for length in samples.lengths))
+                origin = positions.new_zeros(1, sum(lengths), positions.shape[1])
+                positions = _before_each(origin, lengths, positions[None], samples)[0]
+            longer = Units(tuple(more + length for more, length in zip(lengths, samples.lengths, strict=True)))
             packing = Packing(longer, longer)
-        x = block(x, c, positions, packing, seeds)
+        if config.has_cross_mixers:
+            x = block(x, c, beside, None, None, positions, packing, seeds)
+        else:
+            x = block(x, c, positions, packing, seeds)
     if packing.samples is samples:
         return x
-    assert in_context is not None
-    return packed_tokens([run.of_tokens(x)[:, in_context.tokens :] for run in packing.samples.runs])
+    both = [length for pair in zip(lengths, samples.lengths, strict=True) for length in pair]
+    return torch.cat(x[0].split(both)[1::2])[None]
 
 
-def _before_each(tokens: Tensor, x: Tensor, samples: Units) -> Tensor:
-    """Put tokens (samples k d) before those of each sample in x (1 N d)."""
-    parts = [torch.cat([tokens[run.first : run.last], run.of_tokens(x)], dim=1) for run in samples.runs]
-    return packed_tokens(parts)
+def _before_each(tokens: Tensor, lengths: tuple[int, ...], x: Tensor, samples: Units) -> Tensor:
+    """Put tokens (1 M d), so many of each sample, before those of the sample in x (1 N d)."""
+    pairs = zip(tokens[0].split(list(lengths)), x[0].split(list(samples.lengths)), strict=True)
+    return torch.cat([part for pair in pairs for part in pair])[None]
 
 
 def predict_clips(

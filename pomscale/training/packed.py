@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pomscale.base.condition import PackedText
-from pomscale.config.model import VideoModelConfig
+from pomscale.config.model import ImageModelConfig, VideoModelConfig
 from pomscale.config.train import TrainRecipe
 from pomscale.data.bad_samples import BadSample
 from pomscale.data.loader import MicroBatch
@@ -83,7 +83,7 @@ def draw_packed(recipe: TrainRecipe, batch: PackedMicroBatch, texts: TextInfo | 
     parts = batch.parts
     draws = [draw_sample_numbers(recipe, part) for part in parts]
     condition: Tensor | PackedText
-    if isinstance(recipe.model, VideoModelConfig):
+    if recipe.model.text_dim is not None:
         assert texts is not None
         captions = [
             caption
@@ -92,7 +92,8 @@ def draw_packed(recipe: TrainRecipe, batch: PackedMicroBatch, texts: TextInfo | 
         ]
         condition = PackedText(torch.cat(captions), tuple(map(len, captions)))
     else:
-        assert recipe.model.num_classes is not None, "TrainRecipe refuses packed pictures of texts"
+        assert isinstance(recipe.model, ImageModelConfig)
+        assert recipe.model.num_classes is not None
         dropped = torch.cat([drawn.drop_condition for drawn in draws])
         condition = torch.where(dropped, recipe.model.num_classes, torch.cat([part.condition for part in parts]))
     seeds = [drawn.dropout_seeds for drawn in draws if drawn.dropout_seeds is not None]
@@ -101,7 +102,7 @@ def draw_packed(recipe: TrainRecipe, batch: PackedMicroBatch, texts: TextInfo | 
         tuple(drawn.eps for drawn in draws),
         tuple(drawn.t for drawn in draws),
         condition,
-        torch.cat([drawn.start for drawn in draws]) if isinstance(condition, PackedText) else None,
+        torch.cat([drawn.start for drawn in draws]) if isinstance(recipe.model, VideoModelConfig) else None,
         torch.cat(seeds) if seeds else None,
         torch.cat([part.weights for part in parts]),
         torch.cat([part.positions for part in parts]),

@@ -29,6 +29,13 @@ IMAGE_MODELS: dict[str, dict[str, Any]] = {
     },
     "dropout": {"mixer": ["attention", "pom", "pom"], "num_heads": 2, "dropout": {"rate": 0.3}},
 }  # fmt: skip
+TEXT_MODELS: dict[str, dict[str, Any]] = {
+    "cross": {"mixer": [COEFFICIENTS, "attention", "pom"], "num_heads": 2, "dropout": {"rate": 0.2}},
+    "in-context": {
+        "mixer": [COEFFICIENTS, "attention", "pom"], "num_heads": 2, "text": "in_context", "text_start": 1,
+        "norm": "rms", "ffn": "swiglu",
+    },
+}  # fmt: skip
 VIDEO_MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"temporal": "block_causal", "mixer": COEFFICIENTS},
@@ -94,6 +101,49 @@ def test_packed_pictures_equal_batches_of_one_size(name: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_packed_pictures_of_texts_equal_batches_of_one_size(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    config = ImageModelConfig.model_validate(
+        {"latent_shape": (3, 4, 6), "text_dim": 7, "dim": 16, "depth": 3, **TEXT_MODELS[name]}
+    )
+    model = randomized(make_model(config)).to(dtype)
+    torch.manual_seed(0)
+    batches = [
+        (random(n, *shape, dtype=dtype), torch.rand(n), random_texts(n, 5, dtype), torch.randint(2**31, (n,)))
+        for n, shape in zip(SIZES, PICTURES, strict=False)
+    ]
+    weights = [random(*latents.shape, dtype=dtype) for latents, *_ in batches]
+
+    def outcome(predictions: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        sum((p * w).sum() for p, w in zip(predictions, weights, strict=True)).backward()  # type: ignore[union-attr]
+        return list(predictions), gradients(model)
+
+    plain = outcome(
+        [model(x, t, c, dropout_seeds=None if config.dropout is None else seeds) for x, t, c, seeds in batches]
+    )
+    latents, times, texts, seeds = zip(*batches, strict=True)
+    of_dropout = None if config.dropout is None else torch.cat(seeds)
+    packed = model(list(latents), torch.cat(times), packed_texts(texts), dropout_seeds=of_dropout)
+    assert_same(outcome(packed), plain, tolerance)
+    with pytest.raises(ValueError, match="takes packed texts, and not class ids"):
+        model(list(latents), torch.cat(times), torch.zeros(sum(SIZES[:4]), dtype=torch.int64))
+
+
+def random_texts(count: int, longest: int, dtype: torch.dtype) -> Text:
+    """Return texts of 0 to `longest` tokens of width 7, an empty one among two."""
+    lengths = torch.randint(0, longest + 1, (count,))
+    lengths[0] = 0 if count == 2 else lengths[0]
+    return Text(random(count, longest, 7, dtype=dtype), torch.arange(longest) < lengths[:, None])
+
+
+def packed_texts(texts: Sequence[Text]) -> PackedText:
+    return PackedText(
+        torch.cat([text.embeddings[text.mask] for text in texts]),
+        tuple(int(n) for text in texts for n in text.mask.sum(1)),
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
 @pytest.mark.parametrize("per_frame_group", [False, True])
 @pytest.mark.parametrize("name", VIDEO_MODELS)
 def test_packed_clips_and_pictures_equal_batches_of_one_shape(
@@ -109,14 +159,11 @@ def test_packed_clips_and_pictures_equal_batches_of_one_shape(
     )  # fmt: skip
     model = randomized(make_model(config)).to(dtype)
     torch.manual_seed(1)
-    longest = 5
     batches = []
     for n, shape in zip(SIZES, CLIPS, strict=True):
         groups = max(shape[1] // 2, 1) if len(shape) == 4 else 1
         t = torch.rand(n, groups) if per_frame_group else torch.rand(n)
-        lengths = torch.randint(0, longest + 1, (n,))  # an empty text among them
-        lengths[0] = 0 if n == 2 else lengths[0]
-        text = Text(random(n, longest, 7, dtype=dtype), torch.arange(longest) < lengths[:, None])
+        text = random_texts(n, 5, dtype)
         batches.append((random(n, *shape, dtype=dtype), t, text, torch.randint(4, (n,)), torch.randint(2**31, (n,))))
     weights = [random(*latents.shape, dtype=dtype) for latents, *_ in batches]
 
@@ -126,10 +173,7 @@ def test_packed_clips_and_pictures_equal_batches_of_one_shape(
 
     plain = outcome([model(x, t, text, start, dropout_seeds=seeds) for x, t, text, start, seeds in batches])
     latents, times, texts, starts, seeds = zip(*batches, strict=True)
-    packed_text = PackedText(
-        torch.cat([text.embeddings[text.mask] for text in texts]),
-        tuple(int(n) for text in texts for n in text.mask.sum(1)),
-    )
+    packed_text = packed_texts(texts)
     t = torch.cat([part.flatten() for part in times])
     predictions = model(list(latents), t, packed_text, torch.cat(starts), dropout_seeds=torch.cat(seeds))
     assert_same(outcome(predictions), plain, tolerance)
