@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +93,21 @@ def test_features_are_read_only_if_asked_for(sets: Path) -> None:
 @pytest.mark.parametrize("reading", ["mapped", "streamed"])
 def test_features_are_read_until_alignment_ends(sets: Path, reading: str) -> None:
     settings: dict[str, Any] = {"until": 2 * GLOBAL_BATCH + 1, "reading": reading, **named(sets)}
-    for batch in batches(open_mixture(**settings), 5):  # the last has one sample before the end, and all its features
-        assert_fits(batch)
-    expected = batches(open_mixture(**settings), 2, start=3)
+    with closing(open_mixture(**settings)) as mixture:
+        for batch in batches(mixture, 5):  # the last has one sample before the end, and all its features
+            assert_fits(batch)
+        expected = batches(mixture, 2, start=3)
     for shard in (sets / "features").glob("*.tar"):
         shard.unlink()
-    found = batches(open_mixture(**settings), 2, start=3)  # what is not read is not missed
-    for batch, with_shards in zip(found, expected, strict=True):
-        assert batch.features is not None
-        assert batch.features.shape == (4, 16, 64)
-        assert not batch.features.any()
-        assert torch.equal(batch.latents, with_shards.latents)
-    with pytest.raises(InputError, match="features"):
-        batches(open_mixture(**settings), 1, start=2)
+    with closing(open_mixture(**settings)) as mixture:
+        found = batches(mixture, 2, start=3)  # what is not read is not missed
+        for batch, with_shards in zip(found, expected, strict=True):
+            assert batch.features is not None
+            assert batch.features.shape == (4, 16, 64)
+            assert not batch.features.any()
+            assert torch.equal(batch.latents, with_shards.latents)
+        with pytest.raises(InputError, match="features"):
+            batches(mixture, 1, start=2)
 
 
 def test_a_mixture_has_the_features_of_its_sets(sets: Path) -> None:
